@@ -1,0 +1,80 @@
+"""The ``canter`` command: finds the subcommand, imports only that one, and turns user errors into one line.
+
+Each module named in COMMANDS defines a frozen dataclass ``Options`` (its fields and their docstrings are the
+command's flags and help) and ``run(options) -> int | None``.
+"""
+
+import importlib
+import os
+import sys
+
+from canter import __version__
+from canter.errors import CanterError
+
+# name -> (module, one line of help); in the order of the main path
+COMMANDS = {
+    "demo": ("canter.cli.demo", "the whole way on a synthesised corpus, with a report"),
+    "index": ("canter.cli.index", "manifests -> length index"),
+    "inspect": ("canter.cli.inspect", "look at a length index"),
+    "compare": ("canter.cli.compare", "the ladder of batching strategies on your lengths"),
+    "plan": ("canter.cli.plan", "an epoch's batches, with their figures"),
+    "tune": ("canter.cli.tune", "measure what fits and how long it takes -> budget"),
+    "train": ("canter.cli.train", "train, or continue, a model"),
+    "transcribe": ("canter.cli.transcribe", "audio -> transcripts"),
+    "score": ("canter.cli.score", "WER and CER of transcripts"),
+    "report": ("canter.cli.report", "a run as one HTML page"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"canter {__version__}: train and run encoder-decoder speech models without waste",
+            "",
+            "usage: canter COMMAND [OPTIONS]        canter COMMAND --help",
+            "",
+            *lines,
+            "",
+            "CANTER_DEBUG=1 shows the traceback behind an error message.",
+        ]
+    )
+
+
+def fail(message: str, code: int = 1) -> int:
+    print(f"canter: {message}", file=sys.stderr)
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status (0 well, 1 failed, 2 misused, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"canter {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see 'canter --help'"
+        return fail(f"'{name}' is not a command; {hint}", 2)
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+        import tyro
+
+        options = tyro.cli(module.Options, args=rest, prog=f"canter {name}", description=module.__doc__)
+        return module.run(options) or 0
+    except KeyboardInterrupt:
+        return fail("interrupted; what was finished is kept", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CanterError, ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("CANTER_DEBUG"):
+            raise
+        return fail(str(error))

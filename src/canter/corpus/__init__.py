@@ -1,0 +1,1 @@
+"""Manifests of every kind to utterances; audio decoding; the length index."""

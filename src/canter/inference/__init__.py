@@ -1,0 +1,1 @@
+"""Caches, the decoding engine, transcript writers."""

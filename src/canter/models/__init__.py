@@ -1,0 +1,1 @@
+"""Features, encoders, decoder, the model; checkpoints in and out."""

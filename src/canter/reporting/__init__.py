@@ -1,0 +1,1 @@
+"""Tables, figures, the one-file HTML report."""

@@ -1,0 +1,1 @@
+"""Probe a training step, fit memory and time: a budget."""
