@@ -1,0 +1,46 @@
+# Canter's targets. Nothing is assumed but Python 3.11 or newer and make; pip finds packages as this machine's
+# pip settings (PIP_*, pip.conf) say. A CPU-only build of torch is taken where those settings offer one.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Where packages come from is the machine's to say; where they go is not: settings that would send them elsewhere are put aside.
+PIP    := env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_REQUIRE_HASHES -u PIP_NO_DEPS PIP_USER=0 \
+          PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+# torch first and by its pin: one that is there already stays, and nothing later can ask for another build.
+# No build isolation: the build tools come from the constraints too, not from an environment pip makes on the side.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "canter needs Python 3.11 or newer; try: make setup PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools hatchling editables
+	@echo "installing canter and what its tests run with"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# QUICK=1: the same path in 90 s, without the accuracy
+demo: setup
+	@$(BIN)/canter demo $(if $(QUICK),--quick)
+
+test: setup
+	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+
+# every benchmark that needs no GPU; one of them: make bench BENCH=benchmarks/planner.py
+BENCH ?= $(filter-out benchmarks/gpu_%.py,$(wildcard benchmarks/*.py))
+bench: setup
+	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
