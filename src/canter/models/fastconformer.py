@@ -1,0 +1,207 @@
+"""The FastConformer encoder (Rekesh et al., 2023, arXiv 2305.05084), as in Canary.
+
+B: utterances, F: feature frames (10 ms), M: mel bins, C: subsampling channels, T: encoder frames (80 ms),
+D: width, H: heads, K: head width. Module names follow NeMo's, so that its state dict maps one to one.
+Padding never changes a valid position: inputs are zeroed past their end before every convolution, masked in
+attention, and left out of the BatchNorm statistics.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canter.models.features import length_mask
+from canter.models.norm import MaskedBatchNorm
+
+
+@dataclass(frozen=True)
+class FastConformerConfig:
+    """Shape of the encoder; the defaults are those of a small model."""
+
+    layers: int = 6
+    width: int = 144
+    heads: int = 4
+    feedforward: int = 576
+    kernel_size: int = 9
+    """Of the depthwise convolution, in encoder frames."""
+    subsampling_channels: int = 64
+    mels: int = 80
+    bias: bool = True
+    """Whether linear layers and convolutions of the blocks have biases."""
+    xscaling: bool = False
+    """Whether the subsampled input is multiplied by sqrt(width)."""
+    norm: str = "batch"
+    """Of the convolution module: 'batch' or 'layer'."""
+    dropout: float = 0.0
+    dropout_input: float = 0.0
+    """After subsampling."""
+    dropout_attention: float = 0.0
+
+
+def subsampled(frames):
+    """Encoder frames of utterances of so many feature frames (an int or a tensor): three strided convolutions."""
+    for _ in range(3):
+        frames = (frames - 1) // 2 + 1
+    return frames
+
+
+class Subsampling(nn.Module):
+    """(B, F, M) -> (B, T, D): one strided convolution, two depthwise-separable ones, 8x in time and frequency."""
+
+    def __init__(self, config: FastConformerConfig):
+        super().__init__()
+        c = config.subsampling_channels
+        depthwise = {"kernel_size": 3, "stride": 2, "padding": 1, "groups": c}
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, c, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(c, c, **depthwise),
+            nn.Conv2d(c, c, 1),
+            nn.ReLU(),
+            nn.Conv2d(c, c, **depthwise),
+            nn.Conv2d(c, c, 1),
+            nn.ReLU(),
+        )
+        self.out = nn.Linear(c * subsampled(config.mels), config.width)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        x = features[:, None]
+        for layer in self.conv:
+            if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2:
+                x = x * length_mask(lengths, x.shape[2])[:, None, :, None]
+                lengths = (lengths - 1) // 2 + 1
+            x = layer(x)
+        x = x.transpose(1, 2).flatten(2)
+        return self.out(x * length_mask(lengths, x.shape[1])[:, :, None]), lengths
+
+
+def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
+    """(2 * size - 1, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al., 2019)."""
+    distance = torch.arange(size - 1, -size, -1, dtype=torch.float32, device=device)
+    rate = torch.exp(
+        torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width)
+    )
+    angle = distance[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+
+class RelativeAttention(nn.Module):
+    """Self-attention with relative positions; content and position each have a learned bias per head."""
+
+    def __init__(self, config: FastConformerConfig):
+        super().__init__()
+        d = config.width
+        self.heads, self.dropout = config.heads, config.dropout_attention
+        self.linear_q = nn.Linear(d, d, bias=config.bias)
+        self.linear_k = nn.Linear(d, d, bias=config.bias)
+        self.linear_v = nn.Linear(d, d, bias=config.bias)
+        self.linear_out = nn.Linear(d, d, bias=config.bias)
+        self.linear_pos = nn.Linear(d, d, bias=False)
+        self.pos_bias_u = nn.Parameter(torch.zeros(config.heads, d // config.heads))
+        self.pos_bias_v = nn.Parameter(torch.zeros(config.heads, d // config.heads))
+
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """x (B, T, D), positions (2T-1, D), valid (B, T) -> (B, T, D)."""
+        b, t, d = x.shape
+        q = self.linear_q(x).view(b, t, self.heads, -1)
+        k = self.linear_k(x).view(b, t, self.heads, -1).transpose(1, 2)
+        v = self.linear_v(x).view(b, t, self.heads, -1).transpose(1, 2)
+        p = self.linear_pos(positions).view(2 * t - 1, self.heads, -1).permute(1, 2, 0)  # (H, K, 2T-1)
+        by_content = (q + self.pos_bias_u).transpose(1, 2)
+        by_position = (q + self.pos_bias_v).transpose(1, 2)
+        scale = (d // self.heads) ** -0.5
+        bias = _shift(torch.matmul(by_position, p)) * scale
+        bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(by_content.to(v.dtype), k, v, attn_mask=bias, dropout_p=dropout)
+        return self.linear_out(y.transpose(1, 2).reshape(b, t, d))
+
+
+def _shift(scores: Tensor) -> Tensor:
+    """(B, H, T, 2T-1) by distance -> (B, H, T, T) by key: row i starts at distance i."""
+    b, h, t, n = scores.shape
+    scores = F.pad(scores, (1, 0)).view(b, h, n + 1, t)
+    return scores[:, :, 1:].reshape(b, h, t, n)[..., :t]
+
+
+class Convolution(nn.Module):
+    """Gated pointwise, depthwise, norm, SiLU, pointwise. The pointwise convolutions are linear layers."""
+
+    def __init__(self, config: FastConformerConfig):
+        super().__init__()
+        d, k = config.width, config.kernel_size
+        self.pointwise_conv1 = nn.Linear(d, 2 * d, bias=config.bias)
+        self.depthwise_conv = nn.Conv1d(d, d, k, padding=(k - 1) // 2, groups=d, bias=config.bias)
+        self.batch_norm = MaskedBatchNorm(d) if config.norm == "batch" else nn.LayerNorm(d)
+        self.pointwise_conv2 = nn.Linear(d, d, bias=config.bias)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = F.glu(self.pointwise_conv1(x), dim=-1) * valid[:, :, None]
+        x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
+        x = self.batch_norm(x, valid) if isinstance(self.batch_norm, MaskedBatchNorm) else self.batch_norm(x)
+        return self.pointwise_conv2(F.silu(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: FastConformerConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.width, config.feedforward, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.linear2 = nn.Linear(config.feedforward, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(F.silu(self.linear1(x))))
+
+
+class ConformerLayer(nn.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, each residual, then a norm."""
+
+    def __init__(self, config: FastConformerConfig):
+        super().__init__()
+        d = config.width
+        self.norm_feed_forward1 = nn.LayerNorm(d)
+        self.feed_forward1 = FeedForward(config)
+        self.norm_self_att = nn.LayerNorm(d)
+        self.self_attn = RelativeAttention(config)
+        self.norm_conv = nn.LayerNorm(d)
+        self.conv = Convolution(config)
+        self.norm_feed_forward2 = nn.LayerNorm(d)
+        self.feed_forward2 = FeedForward(config)
+        self.norm_out = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        x = x + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
+        x = x + self.dropout(self.self_attn(self.norm_self_att(x), positions, valid))
+        x = x + self.dropout(self.conv(self.norm_conv(x), valid))
+        x = x + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x)))
+        return self.norm_out(x)
+
+
+class FastConformer(nn.Module):
+    """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder frames."""
+
+    def __init__(self, config: FastConformerConfig):
+        super().__init__()
+        self.config = config
+        self.pre_encode = Subsampling(config)
+        self.dropout = nn.Dropout(config.dropout_input)
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.layers))
+
+    def frames(self, feature_frames):
+        """Encoder frames of so many feature frames (an int or a tensor)."""
+        return subsampled(feature_frames)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        x, lengths = self.pre_encode(features, lengths)
+        if self.config.xscaling:
+            x = x * math.sqrt(self.config.width)
+        x = self.dropout(x)
+        positions = relative_positions(x.shape[1], self.config.width, x.device)
+        valid = length_mask(lengths, x.shape[1])
+        for layer in self.layers:
+            x = layer(x, positions, valid)
+        return x, lengths

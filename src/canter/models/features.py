@@ -1,0 +1,106 @@
+"""Log-mel features, batched, on the device of the model.
+
+B: utterances, S: samples, F: feature frames (10 ms), M: mel bins.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """NeMo's ``AudioToMelSpectrogramPreprocessor``: 25 ms windows every 10 ms, per-feature normalisation."""
+
+    sample_rate: int = 16000
+    mels: int = 80
+    n_fft: int = 512
+    window: int = 400
+    """Window length in samples."""
+    hop: int = 160
+    """Frame shift in samples."""
+    preemphasis: float = 0.97
+    dither: float = 0.0
+    """Standard deviation of the noise added to samples in training."""
+
+
+def slaney_mel_filters(sample_rate: int, n_fft: int, mels: int) -> np.ndarray:
+    """Triangular mel filters (M, n_fft // 2 + 1) on Slaney's scale (linear below 1 kHz, logarithmic above),
+    each of unit area (Slaney, Auditory Toolbox, 1998)."""
+    linear, start, step = 200 / 3, 1000.0, np.log(6.4) / 27
+
+    def to_mel(hertz: np.ndarray) -> np.ndarray:
+        above = start / linear + np.log(np.maximum(hertz, start) / start) / step
+        return np.where(hertz < start, hertz / linear, above)
+
+    def to_hertz(mel: np.ndarray) -> np.ndarray:
+        knee = start / linear
+        return np.where(mel < knee, mel * linear, start * np.exp(step * (mel - knee)))
+
+    bins = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
+    edges = to_hertz(np.linspace(0.0, to_mel(np.array(sample_rate / 2)), mels + 2))
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    triangles = np.maximum(0, np.minimum(rising, falling))
+    return (triangles * (2 / (edges[2:] - edges[:-2]))[:, None]).astype(np.float32)
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """(B,) lengths -> (B, size) boolean, true where a position is valid."""
+    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
+
+
+class LogMel(nn.Module):
+    """Audio to normalised log-mel features, equal to NeMo's preprocessor.
+
+    Padding never reaches a valid frame: samples past an utterance's end are zeroed before the transform and
+    the mean and deviation are taken over its valid frames alone.
+    """
+
+    filters: Tensor
+    taper: Tensor
+
+    def __init__(self, config: FeatureConfig):
+        super().__init__()
+        self.config = config
+        filters = slaney_mel_filters(config.sample_rate, config.n_fft, config.mels)
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
+        self.register_buffer("taper", torch.hann_window(config.window, periodic=False), persistent=False)
+
+    def frames(self, samples: Tensor) -> Tensor:
+        """Valid feature frames of utterances of so many samples."""
+        return samples // self.config.hop
+
+    def forward(
+        self, audio: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in frames.
+
+        In training mode ``generator`` draws the dither; without one there is none.
+        """
+        config = self.config
+        with torch.autocast(audio.device.type, enabled=False):
+            audio = audio.float()
+            if self.training and config.dither and generator is not None:
+                noise = torch.randn(audio.shape, generator=generator, device=audio.device)
+                audio = audio + config.dither * noise
+            audio = torch.cat([audio[:, :1], audio[:, 1:] - config.preemphasis * audio[:, :-1]], dim=1)
+            audio = audio * length_mask(lengths, audio.shape[1])
+            pad = config.n_fft // 2
+            audio = F.pad(audio, (pad, pad))
+            spectrum = torch.stft(
+                audio, config.n_fft, config.hop, config.window, self.taper, center=False, return_complex=True
+            )
+            frames = self.frames(lengths)
+            size = int(frames.max())
+            power = spectrum[:, :, :size].abs().square()
+            features = torch.log(torch.matmul(self.filters, power) + 2.0**-24).transpose(1, 2)
+            valid = length_mask(frames, size)[:, :, None]
+            count = frames[:, None, None].clamp(min=1)
+            mean = (features * valid).sum(1, keepdim=True) / count
+            square = ((features - mean).square() * valid).sum(1, keepdim=True)
+            deviation = (square / (count - 1).clamp(min=1)).sqrt() + 1e-5
+            return ((features - mean) / deviation) * valid, frames

@@ -1,0 +1,140 @@
+"""An attention encoder-decoder speech model: features, encoder, decoder, and an optional CTC head.
+
+B: utterances, S: samples, F: feature frames (10 ms), M: mel bins, T: encoder frames, D: width, U: tokens,
+V: vocabulary, C: characters.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canter.models.decoder import Decoder, DecoderConfig
+from canter.models.fastconformer import FastConformer, FastConformerConfig
+from canter.models.features import FeatureConfig, LogMel, length_mask
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes of all parts of a model."""
+
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    encoder: FastConformerConfig = field(default_factory=FastConformerConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    ctc_vocabulary: int = 0
+    """Outputs of the auxiliary CTC head, blank (id 0) included; 0: no head."""
+    ctc_upsampling: int = 2
+    """CTC outputs for each encoder frame: characters come faster than one every 80 ms."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, padded on the right. ``rows`` (B,) are the utterances' rows of the length index."""
+
+    audio: Tensor  # (B, S) float32
+    audio_lengths: Tensor  # (B,) samples
+    tokens: Tensor  # (B, U): prompt, text, end
+    token_lengths: Tensor  # (B,)
+    prompt_lengths: Tensor  # (B,)
+    characters: Tensor  # (B, C) CTC targets
+    character_lengths: Tensor  # (B,)
+    rows: Tensor  # (B,)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over the targets that bear loss, and their counts: divided only once the whole step has been summed,
+    so that a step's gradient does not depend on how it was cut into micro-batches."""
+
+    attention: Tensor
+    attention_count: Tensor
+    ctc: Tensor
+    ctc_count: Tensor
+
+
+class SpeechModel(nn.Module):
+    """Audio to scores of text. Every method takes lengths, and padding never changes a valid position."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.features = LogMel(config.features)
+        self.encoder = FastConformer(config.encoder)
+        narrow, wide = config.encoder.width, config.decoder.width
+        self.projection = nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+        self.decoder = Decoder(config.decoder)
+        self.ctc = (
+            nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary) if config.ctc_vocabulary else None
+        )
+
+    def encoder_frames(self, seconds: float) -> int:
+        """T of an utterance of so many seconds."""
+        samples = round(seconds * self.config.features.sample_rate)
+        return int(self.encoder.frames(max(1, samples // self.config.features.hop)))
+
+    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """features (B, F, M), lengths (B,) in frames -> encoded (B, T, D), lengths (B,), before the projection to
+        the decoder's width."""
+        return self.encoder(features, lengths)
+
+    def logits(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """encoded (B, T, D), lengths (B,), tokens (B, U) from the prompt on -> logits (B, U, V) of the next ones."""
+        return self.decoder(tokens, self.projection(encoded), lengths)
+
+    def log_probs(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """As ``logits``, normalised: natural-log probabilities (B, U, V), float32."""
+        return self.logits(encoded, lengths, tokens).float().log_softmax(-1)
+
+    def ctc_log_probs(self, encoded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """encoded (B, T, D) -> log probabilities (B, T x upsampling, CTC vocabulary), lengths (B,)."""
+        assert self.ctc is not None
+        scores = self.ctc(encoded).unflatten(-1, (self.config.ctc_upsampling, -1)).flatten(1, 2)
+        return scores.float().log_softmax(-1), lengths * self.config.ctc_upsampling
+
+    def loss(
+        self,
+        batch: Batch,
+        *,
+        attention: bool = True,
+        label_smoothing: float = 0.0,
+        features: tuple[Tensor, Tensor] | None = None,
+    ) -> Loss:
+        """Sums of cross-entropy over text and end tokens (the prompt bears none) and of CTC over characters.
+
+        ``attention=False`` leaves the decoder out (a phase of CTC alone); ``features`` (B, F, M) and lengths may be
+        given already computed and augmented. Label smoothing as NeMo's SmoothedCrossEntropyLoss.
+        """
+        inputs, lengths = features or self.features(batch.audio, batch.audio_lengths)
+        encoded, encoded_lengths = self.encode(inputs, lengths)
+        zero = encoded.new_zeros((), dtype=torch.float32)
+        attention_sum, attention_count, ctc_sum, ctc_count = zero, zero, zero, zero
+        if attention:
+            logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1]).float()
+            targets = batch.tokens[:, 1:]
+            size = targets.shape[1]
+            bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)
+            v = logits.shape[-1]
+            attention_sum = F.cross_entropy(
+                logits.flatten(0, 1),
+                torch.where(bears, targets, -100).flatten(),
+                ignore_index=-100,
+                reduction="sum",
+                label_smoothing=label_smoothing * v / (v - 1),
+            )
+            attention_count = bears.sum()
+        if self.ctc is not None:
+            log_probs, ctc_lengths = self.ctc_log_probs(encoded, encoded_lengths)
+            ctc_sum = F.ctc_loss(
+                log_probs.transpose(0, 1),
+                batch.characters,
+                ctc_lengths,
+                batch.character_lengths,
+                reduction="sum",
+                zero_infinity=True,
+            )
+            ctc_count = batch.character_lengths.sum()
+        return Loss(attention_sum, attention_count, ctc_sum, ctc_count)
