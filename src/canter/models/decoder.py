@@ -38,24 +38,96 @@ def sinusoids(positions: int, width: int) -> Tensor:
 
 
 class DecoderCache:
-    """Keys and values of B rows in every layer: the encoder output's, projected once, and the tokens' so far.
+    """Keys and values of live rows in every layer: the encoder output's, projected once, and the tokens' so far.
 
-    ``cross`` (L, 2, B, H, T, K), ``own`` (L, 2, B, H, U, K) preallocated, ``encoded_lengths`` (B,) in frames and
-    ``used`` (B,), the tokens each row has cached. Rows are independent, so they may be of different ages.
+    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K), ``own`` (L, 2, C, H, U, K).
+    All rows write their next token at the same ``column``, one that entered later simply starts later (``starts``),
+    so a step reads and writes slices alone, whatever the ages of its rows. ``cross_mask`` (C, T) and ``own_mask``
+    (C, U) are 0 where a row attends and -inf where it does not; they change only when rows come or go.
     """
 
-    def __init__(self, cross: Tensor, encoded_lengths: Tensor, positions: int):
-        layers, _, rows, heads, _, width = cross.shape
-        self.cross, self.encoded_lengths = cross, encoded_lengths
-        self.own = cross.new_zeros(layers, 2, rows, heads, positions, width)
-        self.used = torch.zeros(rows, dtype=torch.long, device=cross.device)
+    def __init__(self, config: DecoderConfig, slots: int, frames: int, columns: int, like: Tensor):
+        size = (config.layers, 2, slots, config.heads)
+        self.cross = like.new_zeros(*size, frames, config.width // config.heads)
+        self.own = like.new_zeros(*size, columns, config.width // config.heads)
+        self.cross_mask, self.own_mask = like.new_zeros(slots, frames), like.new_zeros(slots, columns)
+        self.start = torch.zeros(slots, dtype=torch.long, device=like.device)
+        self.starts: list[int] = []  # of live rows, as ``start``, where Python can see them
+        self.frames: list[int] = []  # encoder frames of live rows
+        self.column = 0
+
+    @property
+    def slots(self) -> int:
+        return self.cross.shape[2]
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts)
+
+    def reserve(self, frames: int, before: int, after: int) -> None:
+        """Makes room for rows of so many encoder frames, ``before`` columns to the left of ``column``, ``after`` to
+        the right. Live rows move only where there is none."""
+        if frames > self.cross.shape[4]:
+            more = frames - self.cross.shape[4]
+            self.cross = F.pad(self.cross, (0, 0, 0, more))
+            self.cross_mask = F.pad(self.cross_mask, (0, more), value=-math.inf)
+        if before <= self.column and self.column + after <= self.own.shape[4]:
+            return
+        first = min(self.starts, default=self.column)
+        used = self.column - first
+        column = max(before, used)
+        # Twice what is needed: a queue of any length moves its rows once in many steps.
+        own = self.own
+        if 2 * (column + after) > own.shape[4]:
+            own = own.new_zeros(*own.shape[:4], 2 * (column + after), own.shape[5])
+        own[:, :, : self.rows, :, column - used : column] = self.own[
+            :, :, : self.rows, :, first : self.column
+        ].clone()
+        self.own = own
+        self.starts = [start + column - self.column for start in self.starts]
+        self.column = column
+        self._write_starts(0)
+
+    def add(self, prompt_lengths: list[int], frames: list[int]) -> None:
+        """New live rows, whose prompts are about to end at ``column``."""
+        first = self.rows
+        self.starts += [self.column - length for length in prompt_lengths]
+        self.frames += frames
+        self._write_starts(first)
+        lengths = torch.tensor(frames, device=self.start.device)
+        attended = length_mask(lengths, self.cross.shape[4])
+        self.cross_mask[first : self.rows] = torch.where(attended, 0.0, -math.inf).to(self.cross.dtype)
+
+    def remove(self, slots: list[int]) -> None:
+        """Rows leave; the last ones move into their slots, so that live rows stay together."""
+        for slot in sorted(slots, reverse=True):
+            last = self.rows - 1
+            if slot != last:
+                used, frames = slice(self.starts[last], self.column), slice(0, self.frames[last])
+                self.cross[:, :, slot, :, frames] = self.cross[:, :, last, :, frames]
+                self.own[:, :, slot, :, used] = self.own[:, :, last, :, used]
+                for table in (self.start, self.cross_mask, self.own_mask):
+                    table[slot] = table[last]
+                self.starts[slot], self.frames[slot] = self.starts[last], self.frames[last]
+            self.starts.pop()
+            self.frames.pop()
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps these rows (indices), in this order: finished rows leave, beams are reordered."""
-        self.cross = self.cross[:, :, rows]
-        self.own = self.own[:, :, rows]
-        self.encoded_lengths = self.encoded_lengths[rows]
-        self.used = self.used[rows]
+        """Keeps these live rows (indices), in this order and as often as they are named: beams are reordered."""
+        order = rows.tolist()
+        for name in ("cross", "own"):
+            setattr(self, name, getattr(self, name)[:, :, rows])
+        for name in ("start", "cross_mask", "own_mask"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.starts, self.frames = [self.starts[row] for row in order], [self.frames[row] for row in order]
+
+    def _write_starts(self, first: int) -> None:
+        start = torch.tensor(self.starts[first:], dtype=torch.long, device=self.start.device)
+        self.start[first : self.rows] = start
+        if self.own_mask.shape[1] != self.own.shape[4]:
+            self.own_mask = self.own.new_zeros(self.slots, self.own.shape[4])
+        before = length_mask(start, self.own.shape[4])
+        self.own_mask[first : self.rows] = torch.where(before, -math.inf, 0.0).to(self.own.dtype)
 
 
 class Attention(nn.Module):
@@ -109,17 +181,17 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.feed_forward(x))
 
     def step(
-        self, x: Tensor, own: Tensor, cross: Tensor, place: Tensor, own_mask: Tensor, cross_mask: Tensor
+        self, x: Tensor, own: Tensor, cross: Tensor, own_mask: Tensor | None, cross_mask: Tensor | None
     ) -> Tensor:
-        """One or a few new tokens: writes their keys and values into ``own`` (2, B, H, U, K) at ``place`` (B, N)."""
+        """New tokens x (B, N, D), whose keys and values go to the last N columns of ``own`` (2, B, H, U, K);
+        ``cross`` (2, B, H, T, K); additive masks, or None where all is attended."""
         h = self.norm_self(x)
-        keys, values = self.self_attention.project(h)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        own[0][rows, :, place] = keys.transpose(1, 2).to(own.dtype)
-        own[1][rows, :, place] = values.transpose(1, 2).to(own.dtype)
-        size = own_mask.shape[-1]
-        x = x + self.self_attention(h, own[0, :, :, :size], own[1, :, :, :size], mask=own_mask)
-        x = x + self.cross_attention(self.norm_cross(x), cross[0], cross[1], mask=cross_mask)
+        keys, values = own.unbind(0)
+        new_keys, new_values = self.self_attention.project(h)
+        keys[:, :, -x.shape[1] :] = new_keys
+        values[:, :, -x.shape[1] :] = new_values
+        x = x + self.self_attention(h, keys, values, mask=own_mask)
+        x = x + self.cross_attention(self.norm_cross(x), *cross.unbind(0), mask=cross_mask)
         return x + self.feed_forward(x)
 
 
@@ -150,27 +222,71 @@ class Decoder(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight, self.head_bias)
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the end,
-        where causal attention never looks."""
+        """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
+        end, where causal attention never looks."""
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         mask = length_mask(encoded_lengths, encoded.shape[1])[:, None, None, :]
         for layer in self.layers:
             x = layer(x, encoded, mask)
         return self.head(x)
 
-    def cache(self, encoded: Tensor, encoded_lengths: Tensor, positions: int | None = None) -> DecoderCache:
-        """Projects the encoder output (B, T, D) to every layer's cross-attention keys and values, once."""
-        cross = torch.stack([torch.stack(layer.cross_attention.project(encoded)) for layer in self.layers])
-        return DecoderCache(cross, encoded_lengths, positions or self.config.positions)
+    def cache(self, slots: int, frames: int, columns: int) -> DecoderCache:
+        """An empty cache with room for so many rows of so many encoder frames and columns of tokens."""
+        return DecoderCache(self.config, slots, frames, columns, like=self.head_bias)
+
+    def admit(
+        self,
+        prompts: list[list[int]],
+        encoded: Tensor,
+        encoded_lengths: list[int],
+        cache: DecoderCache,
+        columns: int = 1,
+    ) -> Tensor:
+        """New rows enter the next free slots: the encoder output (m, T, D) is projected to every layer's keys and
+        values, once, and the prompts (of any lengths) are read. ``columns``: tokens to come, for which room is made.
+
+        Returns the logits (m, V) of the first token after each prompt.
+        """
+        first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
+        cache.reserve(frames, before=size, after=columns)
+        cache.add([len(prompt) for prompt in prompts], encoded_lengths)
+        encoded = encoded[:, :frames]
+        for layer, cross in zip(self.layers, cache.cross.unbind(0)):
+            keys, values = layer.cross_attention.project(encoded)
+            cross[0, first : cache.rows, :, :frames] = keys
+            cross[1, first : cache.rows, :, :frames] = values
+        padding = self.config.pad
+        tokens = torch.tensor([[padding] * (size - len(prompt)) + prompt for prompt in prompts])
+        cache.column -= size
+        return self.head(self._advance(tokens.to(encoded.device), cache, first)[:, -1:])[:, 0]
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """The next tokens (B, N) of each row, after those cached -> logits (B, N, V); the cache grows by N."""
-        place = cache.used[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, N)
-        size = int(place.max()) + 1
-        own_mask = (torch.arange(size, device=tokens.device) <= place[:, :, None])[:, None]  # (B, 1, N, size)
-        cross_mask = length_mask(cache.encoded_lengths, cache.cross.shape[4])[:, None, None, :]
+        """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows by N."""
+        cache.reserve(0, before=0, after=tokens.shape[1])
+        return self.head(self._advance(tokens, cache))
+
+    def _advance(self, tokens: Tensor, cache: DecoderCache, first: int = 0) -> Tensor:
+        """tokens (B, N) of live rows ``first`` on -> hidden states (B, N, D)."""
+        rows, column, n = slice(first, cache.rows), cache.column, tokens.shape[1]
+        starts, frames = cache.starts[first:], cache.frames[first:]
+        oldest, size = min(starts), max(frames)
+        steps = torch.arange(column, column + n, device=tokens.device)
+        place = steps - cache.start[rows, None]  # (B, N)
+        own_mask = cross_mask = None
+        if max(starts) > oldest or n > 1:
+            own_mask = cache.own_mask[rows, None, None, oldest : column + n]
+        if n > 1:
+            columns = torch.arange(oldest, column + n, device=tokens.device)
+            place = place.clamp(min=0)
+            # A prompt's left padding attends to itself alone, so that no row of scores is empty.
+            own_mask = own_mask.masked_fill(columns > steps[:, None], -math.inf)
+            own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
+        if min(frames) < size:
+            cross_mask = cache.cross_mask[rows, None, None, :size]
+        own = cache.own[:, :, rows, :, oldest : column + n]
+        cross = cache.cross[:, :, rows, :, :size]
         x = self.embed(tokens, place)
-        for index, layer in enumerate(self.layers):
-            x = layer.step(x, cache.own[index], cache.cross[index], place, own_mask, cross_mask)
-        cache.used = cache.used + tokens.shape[1]
-        return self.head(x)
+        for layer, layer_own, layer_cross in zip(self.layers, own.unbind(0), cross.unbind(0)):
+            x = layer.step(x, layer_own, layer_cross, own_mask, cross_mask)
+        cache.column += n
+        return x

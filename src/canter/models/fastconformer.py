@@ -42,26 +42,27 @@ class FastConformerConfig:
 
 
 def subsampled(frames):
-    """Encoder frames of utterances of so many feature frames (an int or a tensor): three strided convolutions."""
+    """Encoder frames of utterances of so many feature frames (an int or a tensor): three strided
+    convolutions."""
     for _ in range(3):
         frames = (frames - 1) // 2 + 1
     return frames
 
 
 class Subsampling(nn.Module):
-    """(B, F, M) -> (B, T, D): one strided convolution, two depthwise-separable ones, 8x in time and frequency."""
+    """(B, F, M) -> (B, T, D): one strided convolution, two depthwise-separable ones, 8x in time and
+    frequency."""
 
     def __init__(self, config: FastConformerConfig):
         super().__init__()
         c = config.subsampling_channels
-        depthwise = {"kernel_size": 3, "stride": 2, "padding": 1, "groups": c}
         self.conv = nn.Sequential(
             nn.Conv2d(1, c, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(c, c, **depthwise),
+            nn.Conv2d(c, c, 3, stride=2, padding=1, groups=c),
             nn.Conv2d(c, c, 1),
             nn.ReLU(),
-            nn.Conv2d(c, c, **depthwise),
+            nn.Conv2d(c, c, 3, stride=2, padding=1, groups=c),
             nn.Conv2d(c, c, 1),
             nn.ReLU(),
         )
@@ -79,7 +80,8 @@ class Subsampling(nn.Module):
 
 
 def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
-    """(2 * size - 1, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al., 2019)."""
+    """(2 * size - 1, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al.,
+    2019)."""
     distance = torch.arange(size - 1, -size, -1, dtype=torch.float32, device=device)
     rate = torch.exp(
         torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width)
@@ -182,7 +184,8 @@ class ConformerLayer(nn.Module):
 
 
 class FastConformer(nn.Module):
-    """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder frames."""
+    """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder
+    frames."""
 
     def __init__(self, config: FastConformerConfig):
         super().__init__()
@@ -200,7 +203,7 @@ class FastConformer(nn.Module):
         if self.config.xscaling:
             x = x * math.sqrt(self.config.width)
         x = self.dropout(x)
-        positions = relative_positions(x.shape[1], self.config.width, x.device)
+        positions = relative_positions(x.shape[1], self.config.width, x.device).to(x.dtype)
         valid = length_mask(lengths, x.shape[1])
         for layer in self.layers:
             x = layer(x, positions, valid)

@@ -77,7 +77,8 @@ class LogMel(nn.Module):
     def forward(
         self, audio: Tensor, lengths: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in frames.
+        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in
+        frames.
 
         In training mode ``generator`` draws the dither; without one there is none.
         """

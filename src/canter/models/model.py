@@ -5,6 +5,7 @@ V: vocabulary, C: characters.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,15 @@ class Batch:
     rows: Tensor  # (B,)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        return Batch(
+            *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
+        )
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over the targets that bear loss, and their counts: divided only once the whole step has been summed,
-    so that a step's gradient does not depend on how it was cut into micro-batches."""
+    """Sums over the targets that bear loss, and their counts: divided only once the whole step has been
+    summed, so that a step's gradient does not depend on how it was cut into micro-batches."""
 
     attention: Tensor
     attention_count: Tensor
@@ -57,18 +60,23 @@ class Loss:
 
 
 class SpeechModel(nn.Module):
-    """Audio to scores of text. Every method takes lengths, and padding never changes a valid position."""
+    """Audio to scores of text. Every method takes lengths, and padding never changes a valid position.
+
+    ``tokenizer`` is the checkpoint's (None until one is attached)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.tokenizer: Any = None
         self.features = LogMel(config.features)
         self.encoder = FastConformer(config.encoder)
         narrow, wide = config.encoder.width, config.decoder.width
         self.projection = nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
         self.decoder = Decoder(config.decoder)
         self.ctc = (
-            nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary) if config.ctc_vocabulary else None
+            nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary)
+            if config.ctc_vocabulary
+            else None
         )
 
     def encoder_frames(self, seconds: float) -> int:
@@ -77,12 +85,13 @@ class SpeechModel(nn.Module):
         return int(self.encoder.frames(max(1, samples // self.config.features.hop)))
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """features (B, F, M), lengths (B,) in frames -> encoded (B, T, D), lengths (B,), before the projection to
-        the decoder's width."""
-        return self.encoder(features, lengths)
+        """features (B, F, M), lengths (B,) in frames -> encoded (B, T, D), lengths (B,), before the
+        projection to the decoder's width."""
+        return self.encoder(features.to(next(self.encoder.parameters()).dtype), lengths)
 
     def logits(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """encoded (B, T, D), lengths (B,), tokens (B, U) from the prompt on -> logits (B, U, V) of the next ones."""
+        """encoded (B, T, D), lengths (B,), tokens (B, U) from the prompt on -> logits (B, U, V) of the next
+        ones."""
         return self.decoder(tokens, self.projection(encoded), lengths)
 
     def log_probs(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
@@ -105,8 +114,8 @@ class SpeechModel(nn.Module):
     ) -> Loss:
         """Sums of cross-entropy over text and end tokens (the prompt bears none) and of CTC over characters.
 
-        ``attention=False`` leaves the decoder out (a phase of CTC alone); ``features`` (B, F, M) and lengths may be
-        given already computed and augmented. Label smoothing as NeMo's SmoothedCrossEntropyLoss.
+        ``attention=False`` leaves the decoder out (a phase of CTC alone); ``features`` (B, F, M) and lengths
+        may be given already computed and augmented. Label smoothing as NeMo's SmoothedCrossEntropyLoss.
         """
         inputs, lengths = features or self.features(batch.audio, batch.audio_lengths)
         encoded, encoded_lengths = self.encode(inputs, lengths)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class MaskedBatchNorm(nn.Module):
     """Normalises (B, T, D) over the valid positions of the micro-batch.
 
-    In training the running statistics do not move during a forward pass: each pass appends its (mean, variance)
-    to ``pending``, and ``merge`` folds them in, in the order given, once a step. So the running statistics are
-    those of the plan's order whoever computed which micro-batch.
+    In training the running statistics do not move during a forward pass: each pass appends its (mean,
+    variance) to ``pending``, and ``merge`` folds them in, in the order given, once a step. So the running
+    statistics are those of the plan's order whoever computed which micro-batch.
     """
 
     running_mean: Tensor

@@ -1,0 +1,121 @@
+"""Models on disk: a folder of ``config.json``, ``model.safetensors`` and, if it has one, the tokenizer's
+files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from safetensors.torch import save_file
+
+from canter.errors import CheckpointError
+from canter.models.files import NoInitialisation, fit_tensors, read_json, read_tensors, whole_folder
+from canter.models.model import ModelConfig, SpeechModel
+
+FORMAT = "canter-model/1"
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """A frozen dataclass of numbers, strings and further dataclasses as a JSON object."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(kind: type, values: Any, source: str) -> Any:
+    """The inverse of ``config_to_json``; fields left out take their defaults.
+
+    Raises CheckpointError naming the ``source`` and the field for unknown fields and values of another type.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{source}: {values!r} is not a JSON object")
+    types = get_type_hints(kind)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    known = {}
+    for name, value in values.items():
+        wanted = types.get(name)
+        if name not in fields:
+            raise CheckpointError(
+                f"{source}: unknown field {name!r}; written by a newer Canter, or misspelt?"
+            )
+        if dataclasses.is_dataclass(wanted):
+            known[name] = config_from_json(wanted, value, f"{source}: {name}")  # pyright: ignore[reportArgumentType]
+        elif type(value) is wanted or (wanted is float and type(value) is int):
+            known[name] = value
+        else:
+            raise CheckpointError(
+                f"{source}: {name} is {value!r}, which is not {getattr(wanted, '__name__', wanted)}"
+            )
+    return kind(**known)
+
+
+def save_model(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Writes ``model`` and ``tokenizer`` (by default the model's own) to ``folder``, which appears only when
+    whole and replaces a model folder of that name. Returns the folder.
+
+    Raises CheckpointError if the folder holds something else or the tokenizer has more ids than the model.
+    """
+    tokenizer = tokenizer or model.tokenizer
+    check_vocabulary(model, tokenizer, folder)
+    with whole_folder(folder) as fresh:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+        config = {"format": FORMAT, "tokenizer": tokenizer is not None, **config_to_json(model.config)}
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> SpeechModel:
+    """Reads the model at ``path``, in evaluation mode, its weights as ``dtype`` on ``device``; the features
+    stay float32. ``model.tokenizer`` is the folder's, or None if it has none.
+
+    Raises CheckpointError for what is no model, is truncated, or whose tensors do not fit its configuration.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a model folder")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file, not a model folder")
+    model = _read_folder(path)
+    check_vocabulary(model, model.tokenizer, path)
+    for part in model.children():
+        if part is not model.features:
+            part.to(dtype)
+    return model.to(device).eval()
+
+
+def _read_folder(folder: Path) -> SpeechModel:
+    config_file = folder / "config.json"
+    values = read_json(config_file)
+    if values.pop("format", None) != FORMAT:
+        raise CheckpointError(f'{config_file} is not a Canter model (no "format": "{FORMAT}")')
+    has_tokenizer = values.pop("tokenizer", False)
+    model = build(config_from_json(ModelConfig, values, str(config_file)), config_file)
+    fit_tensors(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    if has_tokenizer:
+        from canter.text import load_tokenizer
+
+        model.tokenizer = load_tokenizer(folder)
+    return model
+
+
+def build(config: ModelConfig, source: str | Path) -> SpeechModel:
+    """The model of that shape with whatever its memory held: fill it next. CheckpointError for an impossible
+    one."""
+    try:
+        with NoInitialisation():
+            return SpeechModel(config)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{source} describes no possible model: {error}") from None
+
+
+def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> None:
+    """CheckpointError if the tokenizer has ids that the model's embedding does not."""
+    if tokenizer is not None and tokenizer.vocab_size > model.config.decoder.vocabulary:
+        raise CheckpointError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.decoder.vocabulary}; they do not belong together"
+        )

@@ -1,0 +1,158 @@
+"""What every checkpoint format shares: folders that appear whole or not at all, tensors read and fitted by
+name."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from canter.errors import CheckpointError
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Yields a new folder beside ``target`` that takes its name once the block is through, in place of a
+    model folder that had it; if the block fails it is removed and ``target`` is as before.
+
+    Raises CheckpointError where ``target`` is a file or a folder of something else: that is not ours to
+    replace.
+    """
+    target = Path(target).absolute()
+    if target.exists():
+        ours = target.is_dir() and ((target / "config.json").is_file() or not any(target.iterdir()))
+        if not ours:
+            raise CheckpointError(f"{target} exists and is not a model folder; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield fresh
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
+        fresh.chmod(0o777 & ~_umask())
+        if target.exists():
+            old = fresh.with_suffix(".old")
+            target.rename(old)
+            fresh.rename(target)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(target)
+        _to_disk(target.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """As ``whole_folder`` for one file, which replaces a file of that name."""
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    os.close(handle)
+    fresh = Path(name)
+    try:
+        yield fresh
+        _to_disk(fresh)
+        fresh.chmod(0o666 & ~_umask())
+        fresh.rename(target)
+        _to_disk(target.parent)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError if it is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing; a model folder has config.json and model.safetensors"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); was it copied in full?") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of the shards that its ``.index.json`` lists."""
+    index = path.with_name(path.name + ".index.json")
+    if not path.exists() and index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index} names a shard outside its folder")
+        return {key: tensor for name in names for key, tensor in read_tensors(path.with_name(name)).items()}
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy the whole model folder") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from None
+
+
+def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copies ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
+
+    Raises CheckpointError with the names of missing, unexpected and misshapen tensors, before anything is
+    copied.
+    """
+    wanted = module.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tensors[name].shape != wanted[name].shape
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
+    if missing or unexpected or misshapen:
+        parts = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults if names]
+        raise CheckpointError(
+            f"{source}: tensors do not fit the configuration. {'; '.join(parts)}. "
+            "Was the configuration edited, or are the weights another model's?"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Modules built in this context keep their parameters as allocated: they are about to be overwritten, and
+    drawing a billion normals takes longer than reading them."""
+
+    SKIPPED = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.SKIPPED or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

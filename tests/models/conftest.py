@@ -1,0 +1,49 @@
+"""Small models that the tests of this room share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
+
+
+def small_config(**changes) -> ModelConfig:
+    """Encoder and decoder of different widths, with a projection and a CTC head between and beside them."""
+    settings = {
+        "features": FeatureConfig(mels=32),
+        "encoder": FastConformerConfig(
+            layers=2, width=24, heads=2, feedforward=48, subsampling_channels=8, mels=32
+        ),
+        "decoder": DecoderConfig(layers=2, width=32, heads=4, feedforward=64, vocabulary=50, positions=64),
+        "ctc_vocabulary": 11,
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
+def small_model(seed: int = 0, **changes) -> SpeechModel:
+    """Random weights; norms and biases moved off their neutral start so that a mix-up shows."""
+    torch.manual_seed(seed)
+    model = SpeechModel(small_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.2)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of fixtures and real models that are not part of the project."""
+    folder = os.environ.get("CANTER_SHARED")
+    if not folder:
+        pytest.skip("CANTER_SHARED does not name the folder of shared fixtures")
+    return Path(folder)
