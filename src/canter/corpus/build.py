@@ -1,0 +1,364 @@
+"""Sources to a length index: every row read, checked and counted once, in parallel, resumable.
+
+The work is cut into parts (a shard, or 16 MiB of a large JSONL file). What is known of a part is kept in
+the folder ``NAME.parts`` beside the index, under a key of everything it depends on, so that after an
+interruption, or when a source is added, only what is new is read. Formats without lines to seek to are
+written out there as JSONL.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from canter.corpus.index import FORMAT, MOST_SOURCES, MOST_TOKENS, PLACE_BITS, LengthIndex, Shard, Source
+from canter.corpus.manifest import (
+    Problem,
+    Rows,
+    Utterance,
+    no_usable_row,
+    open_manifest,
+    row_from_utterance,
+    scan_lines,
+    utterance_from_line,
+)
+from canter.corpus.sources import Unit, read_unit, units_of
+from canter.errors import CanterError, ManifestError
+
+PART_BYTES = 16 << 20
+_COLUMNS = {"seconds": "f4", "tokens": "u2", "place": "u8", "identity": "u8", "line": "u8"}
+
+
+class Encoder(Protocol):
+    """What the index asks of a tokenizer."""
+
+    fingerprint: str
+
+    def encode(self, text: str, lang: str | None = None) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How the rows of a build are counted; travels to the workers."""
+
+    folder: str
+    tokenizer: Encoder | None
+    prompt_tokens: int
+    measure_durations: bool
+
+    def tokens(self, row: Utterance, lang: str | None) -> int | str:
+        """Target tokens, prompt and end token included, or the reason why they cannot be counted."""
+        count = row.num_tokens
+        if count is None:
+            if self.tokenizer is None:
+                return "num_tokens missing: name a tokenizer (--tokenizer) to count them"
+            try:
+                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.lang or lang)) + 1
+            except (CanterError, ValueError, KeyError) as error:
+                return f"text cannot be tokenised: {error}"
+        return count if count <= MOST_TOKENS else f"text is too long: {count} tokens, at most {MOST_TOKENS}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes ``[start, end)`` of a unit (all of it where ``end`` is None), read by one worker at a time."""
+
+    unit: Unit
+    source: int
+    start: int
+    end: int | None
+    size: int
+    lang: str | None
+    key: str = ""
+
+
+def build_index(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Source],
+    output: str | os.PathLike[str],
+    tokenizer: Encoder | None = None,
+    *,
+    prompt_tokens: int = 0,
+    workers: int = 0,
+    measure_durations: bool = False,
+    progress: bool = False,
+) -> LengthIndex:
+    """Writes the length index of ``sources`` to ``output`` and opens it.
+
+    A row's tokens are its ``num_tokens``, or ``prompt_tokens`` + tokens of the text + 1 for the end
+    token. ``workers`` processes share the reading (0: this one; the tokenizer must then be picklable).
+    Raises `ManifestError` where a source cannot be read or has no usable row; single bad rows are listed
+    in the index's ``problems`` instead.
+    """
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    mixture = [one if isinstance(one, Source) else Source(os.fspath(one)) for one in given]
+    if not mixture:
+        raise ManifestError("nothing to index: name at least one source")
+    if len(mixture) > MOST_SOURCES:
+        raise ManifestError(f"{len(mixture)} sources; an index holds {MOST_SOURCES}")
+    output = Path(output)
+    folder = output.with_suffix(".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    counting = Counting(str(folder.absolute()), tokenizer, prompt_tokens, measure_durations)
+    parts = [part for number, source in enumerate(mixture) for part in _parts(number, source, counting)]
+    waiting = [part for part in parts if not _part_path(counting, part).exists()]
+    for _ in _progress(_read_parts(waiting, counting, workers), parts, waiting, progress):
+        pass
+    index = _merge(mixture, parts, counting)
+    index.save(output)
+    kept = {part.key for part in parts}
+    for stale in folder.iterdir():
+        if stale.name.split(".")[0] not in kept:
+            stale.unlink()
+    return LengthIndex.open(output)
+
+
+def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
+    lang = source.tags.get("lang")
+    for unit in units_of(source.path, source.audio):
+        for start, end, size in _ranges(unit):
+            tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
+            facts = [FORMAT, astuple(unit), start, end, lang, tokenizer, counting.prompt_tokens]
+            facts += [counting.measure_durations, _stamp(unit.path), unit.audio and _stamp(unit.audio)]
+            key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+            yield Part(unit, number, start, end, size, lang, key)
+
+
+def _ranges(unit: Unit) -> Iterator[tuple[int, int | None, int]]:
+    """``(start, end, size)`` in bytes, cut at line ends where the file can be read line by line."""
+    if not _in_place(unit):
+        size = os.stat(unit.path).st_size if os.path.exists(unit.path) else 0
+        yield 0, None, size
+        return
+    with open_manifest(unit.path) as file:
+        size = file.seek(0, os.SEEK_END)
+        start = 0
+        while start < size or start == 0:
+            file.seek(min(start + PART_BYTES, size))
+            file.readline()
+            end = file.tell()
+            yield start, end, end - start
+            start = max(end, 1)
+
+
+def _in_place(unit: Unit) -> bool:
+    return unit.kind == "nemo" and not unit.path.endswith(".gz")
+
+
+def _stamp(path: str) -> list:
+    """What changes when a file, or anything in a folder, does."""
+    if not os.path.exists(path):
+        raise ManifestError(f"{path} does not exist")
+    found = [path] if os.path.isfile(path) else sorted(
+        os.path.join(root, name) for root, _, names in os.walk(path) for name in names
+    )  # fmt: skip
+    stats = [(name, os.stat(name)) for name in found]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return [len(stats), blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()]
+
+
+def _part_path(counting: Counting, part: Part) -> Path:
+    return Path(counting.folder, part.key + ".npz")
+
+
+def _lines_path(counting: Counting, part: Part) -> Path:
+    return Path(counting.folder, part.key + ".jsonl")
+
+
+_worker: Counting
+
+
+def _start_worker(counting: Counting) -> None:
+    global _worker
+    _worker = counting
+
+
+def _read_in_worker(part: Part) -> Part:
+    return read_part(part, _worker)
+
+
+def _read_parts(parts: Sequence[Part], counting: Counting, workers: int) -> Iterator[Part]:
+    if workers <= 1 or len(parts) <= 1:
+        for part in parts:
+            yield read_part(part, counting)
+        return
+    # spawn: a fork of a process with threads (torch, a progress bar) can hang
+    with concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(parts)), multiprocessing.get_context("spawn"), _start_worker, (counting,)
+    ) as pool:
+        futures = [pool.submit(_read_in_worker, part) for part in parts]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def read_part(part: Part, counting: Counting) -> Part:
+    """Reads one part and leaves ``KEY.npz`` (and ``KEY.jsonl``, where the rows had to be written out)."""
+    columns: dict[str, list] = {name: [] for name in _COLUMNS}
+    problems: list[Problem] = []
+    number = 0
+
+    def take(place: int, number: int, row: Utterance | Problem | str | None) -> bool:
+        if isinstance(row, Utterance):
+            count = counting.tokens(row, part.lang)
+            if isinstance(count, int):
+                for name, value in zip(
+                    columns, (row.duration, count, place, row.identity, number), strict=True
+                ):
+                    columns[name].append(value)
+                return True
+            row = count
+        if isinstance(row, str):
+            row = Problem(part.unit.path, number, row)
+        if row is not None:
+            problems.append(row)
+        return False
+
+    if _in_place(part.unit):
+        base = os.path.dirname(part.unit.path)
+        with open_manifest(part.unit.path) as file:
+            for place, number, line in scan_lines(file, part.start, part.end):
+                row = utterance_from_line(line, base, measure_durations=counting.measure_durations)
+                take(place, number, row)
+    else:
+        rows = read_unit(part.unit, measure_durations=counting.measure_durations)
+        with _whole(_lines_path(counting, part)) as partial, open(partial, "wb") as file:
+            place = 0
+            for number, row in enumerate(_until_empty(rows, problems), 1):
+                if take(place, number, row):
+                    assert isinstance(row, Utterance)
+                    place += file.write(
+                        json.dumps(row_from_utterance(row), ensure_ascii=False).encode() + b"\n"
+                    )
+    if columns["place"] and columns["place"][-1] >= 1 << PLACE_BITS:
+        raise ManifestError(f"{part.unit.path} is larger than {1 << PLACE_BITS} bytes; cut it into shards")
+    stored: dict[str, Any] = {name: np.array(columns[name], dtype) for name, dtype in _COLUMNS.items()}
+    listed = json.dumps([astuple(problem) for problem in problems]).encode()
+    stored |= {"lines": np.int64(number), "problems": np.frombuffer(listed, np.uint8)}
+    with _whole(_part_path(counting, part)) as partial, open(partial, "wb") as file:
+        np.savez(file, **stored)
+    return part
+
+
+def _until_empty(rows: Rows, problems: list[Problem]) -> Rows:
+    """``rows``; one shard of many without a usable row is listed, and does not end the build."""
+    try:
+        yield from rows
+    except ManifestError as error:
+        if not problems:
+            problems.append(Problem(str(error).split(" has no usable row")[0], 0, f"unusable: {error}"))
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` if all goes well: a part is whole or absent."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load(counting: Counting, part: Part) -> dict[str, Any]:
+    path = _part_path(counting, part)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ManifestError(f"{path} is damaged ({error}); remove it and index again") from None
+
+
+def _merge(mixture: Sequence[Source], parts: Sequence[Part], counting: Counting) -> LengthIndex:
+    shards: list[Shard] = []
+    problems: list[Problem] = []
+    columns: dict[str, list[np.ndarray]] = {"seconds": [], "tokens": [], "place": [], "source": []}
+    total = 0
+    for number, source in enumerate(mixture):
+        mine = [part for part in parts if part.source == number]
+        loaded = [_load(counting, part) for part in mine]
+        keep = _first_of_each(np.concatenate([one["identity"] for one in loaded]))
+        found: list[Problem] = []
+        seen = lines = 0
+        before = total
+        for part, one in zip(mine, loaded, strict=True):
+            lines = 0 if part.start == 0 else lines
+            count = len(one["seconds"])
+            kept = keep[seen : seen + count]
+            seen += count
+            found += [
+                Problem(file, line + lines, why) for file, line, why in json.loads(one["problems"].tobytes())
+            ]
+            again = one["line"][~kept] if not kept.all() else ()
+            why = (
+                "duplicate: the same id, or the same audio and text, as an earlier row; use weights to repeat"
+            )
+            found += [Problem(part.unit.path, int(line) + lines, why) for line in again]
+            lines += int(one["lines"])
+            rows = int(kept.sum())
+            path = part.unit.path if _in_place(part.unit) else str(_lines_path(counting, part))
+            last = shards[-1] if shards else None
+            if last and part.start and last.path == path and last.source == number:
+                shards[-1] = Shard(path, path, last.size + part.size, number, last.start, total + rows)
+            elif rows:
+                size = os.stat(path).st_size if not _in_place(part.unit) else part.size
+                shards.append(Shard(path, part.unit.path, size, number, total, total + rows))
+            if rows:
+                columns["seconds"].append(one["seconds"][kept])
+                columns["tokens"].append(one["tokens"][kept])
+                columns["place"].append(one["place"][kept] | np.uint64((len(shards) - 1) << PLACE_BITS))
+                columns["source"].append(np.full(rows, number, np.uint16))
+            total += rows
+        if total == before:
+            raise no_usable_row(source.path, found)
+        problems += found
+    tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
+    return LengthIndex(
+        np.concatenate(columns["seconds"]),
+        np.concatenate(columns["tokens"]),
+        mixture,
+        np.concatenate(columns["source"]),
+        places=np.concatenate(columns["place"]),
+        shards=shards,
+        problems=problems,
+        made_with={"tokenizer": tokenizer, "prompt_tokens": counting.prompt_tokens},
+    )
+
+
+def _first_of_each(identity: np.ndarray) -> np.ndarray:
+    """(N,) bool: False for what has been met before."""
+    ordered = np.sort(identity)
+    if not (ordered[1:] == ordered[:-1]).any():  # nearly always, and half the work
+        return np.ones(len(identity), bool)
+    keep = np.zeros(len(identity), bool)
+    keep[np.unique(identity, return_index=True)[1]] = True
+    return keep
+
+
+def _progress(
+    done: Iterator[Part], parts: Sequence[Part], waiting: Sequence[Part], show: bool
+) -> Iterator[Part]:
+    if not show or not waiting:
+        yield from done
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("indexing", total=sum(part.size for part in parts))
+        bar.advance(task, sum(part.size for part in parts) - sum(part.size for part in waiting))
+        for part in done:
+            bar.advance(task, part.size)
+            yield part

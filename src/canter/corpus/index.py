@@ -1,0 +1,299 @@
+"""The length index: how long every utterance is, how many tokens its target has, and where to find it.
+
+An Arrow IPC file of one record batch, memory-mapped, 16 bytes a row (`docs/corpus.md` has the layout):
+
+    seconds float32 | tokens uint16 | source uint16 | place uint64 = shard number << 40 | byte in the shard
+
+A shard is a JSONL file of rows; the rows of a shard are neighbours, so a window drawn in whole blocks
+reads its files in runs. What cannot be read line by line (gzip, tars, Arrow, tables) has been written out
+as JSONL beside the index by `canter.corpus.build`.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from canter.corpus.manifest import OPTIONAL_TEXT, Problem, Utterance, count_problems, utterance_from_line
+from canter.errors import ManifestError
+
+FORMAT = "canter-index/1"
+PLACE_BITS = 40
+MOST_TOKENS = np.iinfo(np.uint16).max
+MOST_SOURCES = np.iinfo(np.uint16).max + 1
+_SCHEMA = [
+    ("seconds", pa.float32()),
+    ("tokens", pa.uint16()),
+    ("source", pa.uint16()),
+    ("place", pa.uint64()),
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One ingredient of the training mixture.
+
+    ``weight`` is its share of the draws relative to the other sources; None stands for its number of
+    rows, which is what one pass over everything gives. ``audio`` names the tars of a tarred NeMo
+    manifest, ``tags`` the language and task fields that rows without their own take from here.
+    """
+
+    path: str
+    name: str = ""
+    weight: float | None = None
+    audio: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.path).name.split(".")[0] or self.path)
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ManifestError(
+                f"source {self.name}: weight {self.weight} would never be drawn; "
+                "give a positive number, or leave the source out"
+            )
+        unknown = set(self.tags) - set(OPTIONAL_TEXT)
+        if unknown:
+            raise ManifestError(
+                f"source {self.name}: tag {min(unknown)!r} is none of {', '.join(OPTIONAL_TEXT)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows ``[start, stop)`` of the index: the lines of the JSONL file ``path``, which had ``size`` bytes.
+
+    ``origin`` is the file they were read from (itself, or what ``path`` was written out from). An empty
+    ``path`` means that there is nothing but lengths.
+    """
+
+    path: str
+    origin: str
+    size: int
+    source: int
+    start: int
+    stop: int
+
+
+class LengthIndex:
+    """``N`` utterances' lengths, in memory or memory-mapped; immutable.
+
+    Attributes: ``seconds`` (N,) float32; ``tokens`` (N,) uint16, prompt and end token included;
+    ``source_of`` (N,) uint16, position in ``sources``; ``places`` (N,) uint64 or None; ``sources``;
+    ``shards``; ``skipped``, how many rows of the sources could not be used, by kind; ``made_with``, the
+    tokenizer's fingerprint and the prompt's length where known.
+    """
+
+    def __init__(
+        self,
+        durations: Any,
+        tokens: Any,
+        sources: Sequence[Source | str] | None = None,
+        source_of: Any = None,
+        *,
+        places: np.ndarray | None = None,
+        shards: Sequence[Shard] = (),
+        problems: Sequence[Problem] | None = None,
+        skipped: Mapping[str, int] | None = None,
+        made_with: Mapping[str, Any] | None = None,
+    ):
+        """From ``(N,)`` durations (seconds) and tokens. Raises `ManifestError` for lengths that no
+        utterance has."""
+        self.seconds = np.ascontiguousarray(durations, dtype=np.float32)
+        self.tokens = _tokens(tokens)
+        if self.seconds.ndim != 1 or self.seconds.shape != self.tokens.shape:
+            raise ManifestError(
+                f"durations {self.seconds.shape} and tokens {self.tokens.shape} must both be of shape (N,)"
+            )
+        if not len(self.seconds):
+            raise ManifestError("an index needs at least one row")
+        bad = ~(np.isfinite(self.seconds) & (self.seconds > 0))
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise ManifestError(
+                f"row {row}: duration {self.seconds[row]} is not a positive number of seconds"
+            )
+        named = ["all"] if sources is None else sources
+        self.sources = tuple(Source(s, name=s) if isinstance(s, str) else s for s in named)
+        if source_of is None:
+            if len(self.sources) != 1:
+                raise ManifestError(
+                    f"{len(self.sources)} sources need source_of, the (N,) position of each row's"
+                )
+            source_of = np.zeros(len(self.seconds), np.uint16)
+        source_of = np.asarray(source_of)
+        if source_of.shape != self.seconds.shape:
+            raise ManifestError(f"source_of {source_of.shape} must be of shape {self.seconds.shape}")
+        if len(self.sources) > MOST_SOURCES or source_of.min() < 0 or source_of.max() >= len(self.sources):
+            raise ManifestError(f"source_of must lie in 0 … {len(self.sources) - 1}, below {MOST_SOURCES}")
+        self.source_of = np.ascontiguousarray(source_of, dtype=np.uint16)
+        self._attach(places, shards, problems, skipped, made_with)
+
+    def _attach(self, places, shards, problems, skipped, made_with, path: Path | None = None) -> None:
+        self.places: np.ndarray | None = places
+        self.shards: tuple[Shard, ...] = tuple(shards)
+        self.made_with: dict[str, Any] = dict(made_with or {})
+        self.path: Path | None = path
+        if problems is not None:
+            self.problems = list(problems)
+        self.skipped: dict[str, int] = (
+            dict(skipped) if skipped is not None else count_problems(problems or ())
+        )
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def __repr__(self) -> str:
+        return f"LengthIndex({len(self):,} utterances, {len(self.sources)} sources)"
+
+    def __reduce__(self):
+        # A mapped index travels to loader workers as its path, not as its pages.
+        return (LengthIndex.open, (self.path,)) if self.path else super().__reduce__()
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """The rows that could not be used, from the list beside the index."""
+        if self.path is None or not skipped_path(self.path).exists():
+            return []
+        with open(skipped_path(self.path), encoding="utf-8") as file:
+            return [Problem(**json.loads(line)) for line in file]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits over lengths, sources of rows and weights: everything that a plan depends on."""
+        digest = blake2b(FORMAT.encode(), digest_size=16)
+        for column in (self.seconds, self.tokens, self.source_of):
+            digest.update(column.data)
+        digest.update(json.dumps([source.weight for source in self.sources]).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def rows_of(self) -> np.ndarray:
+        """(sources,) int64: how many rows each source has."""
+        return np.bincount(self.source_of, minlength=len(self.sources))
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(sources,) float64 that sum to 1: the share of draws each source has in the mixture."""
+        given = [source.weight for source in self.sources]
+        if len({weight is None for weight in given}) > 1:
+            name = self.sources[given.index(None)].name
+            raise ManifestError(f"source {name} has no weight while others have one: give all, or none")
+        weights = np.array(self.rows_of if None in given else given, np.float64)
+        return weights / weights.sum()
+
+    def utterance(self, row: int) -> Utterance:
+        """Row ``row`` read again from its manifest, with its source's tags where it has no fields of its own.
+
+        Raises `ManifestError` where the manifest is gone or has changed, or the index holds nothing but
+        lengths.
+        """
+        row = range(len(self))[row]  # negative rows, and IndexError, as for a list
+        place = int(self.places[row]) if self.places is not None else 0
+        shard = self.shards[place >> PLACE_BITS] if self.shards else None
+        if shard is None or not shard.path:
+            what = shard.origin if shard else "this index"
+            raise ManifestError(
+                f"{what} holds lengths alone, so row {row} has no audio; index a manifest instead"
+            )
+        stale = "index it again (canter index)"
+        try:
+            with open(shard.path, "rb") as file:
+                file.seek(place & ((1 << PLACE_BITS) - 1))
+                line = file.readline()
+        except OSError as error:
+            raise ManifestError(f"{shard.path} cannot be read ({error.strerror}); {stale}") from None
+        found = utterance_from_line(line, os.path.dirname(shard.path), measure_durations=True)
+        if not isinstance(found, Utterance) or np.float32(found.duration) != self.seconds[row]:
+            raise ManifestError(f"{shard.path} has changed since it was indexed (row {row}); {stale}")
+        tags = self.sources[int(self.source_of[row])].tags
+        missing = {key: value for key, value in tags.items() if getattr(found, key) is None}
+        return replace(found, **missing) if missing else found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index, whole or not at all, and beside it the list of rows that could not be used."""
+        path = Path(path)
+        header = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "sources": [asdict(source) for source in self.sources],
+            "shards": [
+                [_relative(s.path, path), _relative(s.origin, path), s.size, s.source, s.start, s.stop]
+                for s in self.shards
+            ],
+            "skipped": self.skipped,
+            "made_with": self.made_with,
+        }
+        places = self.places if self.places is not None else np.zeros(len(self), np.uint64)
+        columns = [pa.array(column) for column in (self.seconds, self.tokens, self.source_of, places)]
+        schema = pa.schema(_SCHEMA, metadata={"canter": json.dumps(header)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with pa.OSFile(os.fspath(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            with open(skipped_path(path), "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.problems)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "LengthIndex":
+        """Maps an index into memory: the time depends on the number of shards, not of rows."""
+        path = Path(path)
+        again = "make it with: canter index MANIFEST -o " + path.name
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
+            header = json.loads((reader.schema.metadata or {})[b"canter"])
+            if header["format"] != FORMAT or reader.schema.names != [name for name, _ in _SCHEMA]:
+                raise ManifestError(f"{path} is an index of format {header['format']}, not {FORMAT}; {again}")
+            batch = reader.get_batch(0)
+        except FileNotFoundError:
+            raise ManifestError(f"{path} does not exist; {again}") from None
+        except ManifestError:
+            raise
+        except (pa.ArrowInvalid, OSError, KeyError, ValueError, TypeError) as error:
+            raise ManifestError(f"{path} is not a length index ({error}); {again}") from None
+        index = cls.__new__(cls)
+        columns = (column.to_numpy(zero_copy_only=True) for column in batch.columns)
+        index.seconds, index.tokens, index.source_of, places = columns
+        index.sources = tuple(Source(**source) for source in header["sources"])
+        shards = [Shard(_absolute(a, path), _absolute(b, path), *rest) for a, b, *rest in header["shards"]]
+        index._attach(places, shards, None, header["skipped"], header["made_with"], path.absolute())
+        index.__dict__["fingerprint"] = header["fingerprint"]
+        return index
+
+
+def skipped_path(index_path: str | os.PathLike[str]) -> Path:
+    """Where the rows that could not be used are listed: ``lengths.arrow`` -> ``lengths.skipped.jsonl``."""
+    return Path(index_path).with_suffix(".skipped.jsonl")
+
+
+def _tokens(tokens: Any) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    if tokens.dtype.kind not in "iu":
+        raise ManifestError(f"tokens must be whole numbers, not {tokens.dtype}")
+    if tokens.size and (tokens.min() < 0 or tokens.max() > MOST_TOKENS):
+        row = int(np.flatnonzero((tokens < 0) | (tokens > MOST_TOKENS))[0])
+        raise ManifestError(f"row {row}: {tokens[row]} tokens; an index holds 0 to {MOST_TOKENS}")
+    return np.ascontiguousarray(tokens, dtype=np.uint16)
+
+
+def _relative(path: str, index: Path) -> str:
+    """Paths below the index's folder are kept relative to it, so that the folder can move as a whole."""
+    home = str(index.absolute().parent) + os.sep
+    return path.removeprefix(home) if path else ""
+
+
+def _absolute(path: str, index: Path) -> str:
+    return os.path.join(index.absolute().parent, path) if path else ""

@@ -1,0 +1,364 @@
+"""NeMo JSONL manifests: one JSON object a line. Canter's mother tongue, read and written here.
+
+Every reader of another format (`canter.corpus.sources`) turns its rows into the same dictionaries and passes
+them through `utterance_from_row`, so what makes a row unusable is decided, and worded, in one place.
+
+Format: NVIDIA NeMo's ASR manifests (``audio_filepath``, ``duration``, ``text``, optional ``offset``,
+``lang``, ``source_lang``, ``target_lang``, ``taskname``, ``pnc``, ``_skipme``). Canter also reads
+``num_tokens`` (the target's length, prompt and end token included) and ``id``.
+"""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from canter.errors import ManifestError
+
+LONGEST_SECONDS = 1e6  # beyond eleven days it is milliseconds or samples, not seconds
+OPTIONAL_TEXT = ("lang", "source_lang", "target_lang", "taskname", "pnc")
+_SUFFIX = re.compile(r"-sub\d+(?=(\.\w+)?$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One stretch of speech and what was said in it.
+
+    ``audio_filepath`` is an absolute path, a URL, or a member of a container,
+    ``shard.tar::name.flac@START+BYTES`` (see `canter.corpus.audio`). ``duration`` and ``offset`` are
+    seconds. ``num_tokens`` is the length of the target, prompt and end token included, where the manifest
+    already knows it.
+    """
+
+    audio_filepath: str
+    duration: float
+    text: str
+    offset: float = 0.0
+    lang: str | None = None
+    source_lang: str | None = None
+    target_lang: str | None = None
+    taskname: str | None = None
+    pnc: str | None = None
+    num_tokens: int | None = None
+    id: str | None = None
+
+    @property
+    def identity(self) -> int:
+        """64 bits that two rows share when they are the same utterance: the same ``id``, or the same
+        everything."""
+        key = ("id", self.id) if self.id is not None else (
+            self.audio_filepath, self.offset, self.duration, self.text, self.source_lang, self.target_lang,
+            self.taskname, self.pnc,
+        )  # fmt: skip
+        return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that cannot be used. ``line`` counts from 1; in a container it is the number of the member or
+    row."""
+
+    file: str
+    line: int
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """What problems are counted by: the reason up to its first colon."""
+        return self.reason.partition(":")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+Rows = Iterator[Utterance | Problem]
+
+
+def utterance_from_row(
+    row: object, base: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+) -> Utterance | str | None:
+    """The utterance in one manifest row, the reason why it cannot be used, or None where ``_skipme`` says so.
+
+    ``base`` is the folder that relative paths are relative to. Never raises for anything a row can hold.
+    """
+    if not isinstance(row, dict):
+        return f"not a JSON object: {_show(row)}"
+    if row.get("_skipme"):
+        return None
+    path = row.get("audio_filepath")
+    if path is None:
+        path = row.get("audio_file")  # the older spelling
+    if path is None:
+        return "audio_filepath missing"
+    if not isinstance(path, str):
+        return f"audio_filepath is not a string: {_show(path)}"
+    if not path or "\0" in path:
+        return f"audio_filepath is not a path: {_show(path)}"
+    if "://" not in path and path[0] != "/":
+        path = os.path.normpath(os.path.join(base, path))
+
+    offset = row.get("offset")
+    offset = _seconds(offset, "offset") if offset is not None else 0.0
+    if isinstance(offset, str):
+        return offset
+    duration = row.get("duration")
+    if duration is None and measure_durations:
+        duration = _measure(path, offset)
+    duration = _seconds(duration, "duration")
+    if isinstance(duration, str):
+        return duration
+    if duration == 0:
+        return "duration is zero"
+
+    text = row.get("text")
+    if text is None and not require_text:
+        text = ""
+    if text is None:
+        return "text missing"
+    if not isinstance(text, str):
+        return f"text is not a string: {_show(text)}"
+    if require_text and not text.strip():
+        return "text is empty"
+
+    num_tokens = row.get("num_tokens")
+    if num_tokens is not None and (type(num_tokens) is not int or not 0 < num_tokens < 2**31):
+        return f"num_tokens is not a positive whole number: {_show(num_tokens)}"
+    name = row.get("id")
+    if type(name) is int:
+        name = str(name)
+    if name is not None and not isinstance(name, str):
+        return f"id is not a string: {_show(name)}"
+    extra = []
+    for field in OPTIONAL_TEXT:
+        value = row.get(field)
+        if isinstance(value, bool):  # "pnc": true
+            value = "yes" if value else "no"
+        if value is not None and not isinstance(value, str):
+            return f"{field} is not a string: {_show(value)}"
+        extra.append(value)
+    for value in (path, text, name, *extra):
+        if value and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                return f"half a surrogate pair, which is no character: {_show(value)}"
+    return Utterance(path, duration, text, offset, *extra, num_tokens=num_tokens, id=name)
+
+
+def _seconds(value: object, name: str) -> float | str:
+    if value is None:
+        return (
+            f"{name} missing: give it in seconds, or let --measure-durations read it from the audio's header"
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"{name} is not a number: {_show(value)}"
+    if value != value or abs(value) == math.inf:
+        return f"{name} is not finite: {value}"
+    if value < 0:
+        return f"{name} is negative: {_show(value)}"
+    if value > LONGEST_SECONDS:
+        return f"{name} is too large for seconds: {_show(value)}; is it in milliseconds or samples?"
+    return float(value)
+
+
+def _measure(path: str, offset: float) -> float | None:
+    from canter.corpus.audio import audio_seconds
+    from canter.errors import AudioError
+
+    try:
+        return max(0.0, audio_seconds(path) - offset)
+    except AudioError:
+        return None
+
+
+def _show(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "a very long number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse_line(line: bytes) -> Any:
+    """The JSON value in a line, or, as a str that starts with "invalid", why there is none."""
+    try:
+        value = json.loads(line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8"))
+    except UnicodeDecodeError as error:
+        return f"invalid UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
+    except json.JSONDecodeError as error:
+        return f"invalid JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        return f"invalid JSON: {str(error)[:80]}"
+    return value if not isinstance(value, str) else f"invalid row: a bare string {_show(value)}"
+
+
+def utterance_from_line(
+    line: bytes, base: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+) -> Utterance | str | None:
+    """`utterance_from_row` for a line still to be parsed."""
+    row = parse_line(line)
+    if isinstance(row, str):
+        return row
+    return utterance_from_row(row, base, require_text=require_text, measure_durations=measure_durations)
+
+
+def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """``(byte offset, line number from 1, line)`` of the non-blank lines that begin in bytes ``[start,
+    end)``.
+
+    ``start`` must be the first byte of a line; lines are counted from there.
+    """
+    place = start
+    if start:
+        file.seek(start)
+    for number, line in enumerate(file, 1):
+        if end is not None and place >= end:
+            return
+        if line.strip():
+            yield place, number, line
+        place += len(line)
+
+
+def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a manifest, gzip or not. Raises `ManifestError` where it is missing, a folder or unreadable."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ManifestError(f"{path} is a folder, not a manifest")
+        return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb"))
+    except FileNotFoundError:
+        raise ManifestError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Utterance | str | None]) -> Rows:
+    """Every line of a JSONL file (gzip or not) through ``parse``; a torn gzip ends in a Problem, not a
+    traceback."""
+    number = 0
+    with open_manifest(path) as file:
+        try:
+            for _, number, line in scan_lines(file):
+                found = parse(line)
+                if isinstance(found, str):
+                    yield Problem(str(path), number, found)
+                elif found is not None:
+                    yield found
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield Problem(str(path), number + 1, f"invalid gzip: {error}")
+
+
+def read_manifest(
+    path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+) -> Rows:
+    """The utterances of a NeMo JSONL manifest (``.gz`` too), and a `Problem` for each row that is none.
+
+    Raises `ManifestError` at the end where there was no usable row, with the first problems. Without
+    ``require_text`` rows to be transcribed, which have no text yet, are taken too; ``measure_durations``
+    reads what ``duration`` is missing from the audio's header.
+    """
+    base = Path(path).absolute().parent
+
+    def parse(line: bytes) -> Utterance | str | None:
+        return utterance_from_line(line, base, require_text=require_text, measure_durations=measure_durations)
+
+    return usable(read_json_lines(path, parse), str(path))
+
+
+def usable(rows: Rows, name: str) -> Rows:
+    """``rows``, with every utterance met before turned into a Problem; `ManifestError` if there is none
+    at all."""
+    seen: set[int] = set()
+    problems: list[Problem] = []
+    for line, row in enumerate(rows, 1):
+        if isinstance(row, Utterance):
+            identity = row.identity
+            if identity in seen:
+                row = duplicate(name, line, row)
+            else:
+                seen.add(identity)
+        if isinstance(row, Problem) and len(problems) < 3:
+            problems.append(row)
+        yield row
+    if not seen:
+        raise no_usable_row(name, problems)
+
+
+def duplicate(file: str, line: int, row: Utterance) -> Problem:
+    """The problem of a row met before."""
+    what = f"id {row.id!r}" if row.id is not None else f"{row.audio_filepath} at {row.offset:g} s, same text"
+    return Problem(file, line, f"duplicate: {what}; to repeat data give its source a weight")
+
+
+def no_usable_row(name: str, problems: Iterable[Problem]) -> ManifestError:
+    """The error for a source without a usable row: its first problems, or that it is empty."""
+    first = [f"\n  {problem}" for problem in itertools.islice(problems, 3)]
+    return ManifestError(f"{name} has no usable row" + (":" + "".join(first) if first else "; it is empty"))
+
+
+def count_problems(problems: Iterable[Problem]) -> dict[str, int]:
+    """How many problems of each kind, the most frequent first."""
+    return dict(Counter(problem.kind for problem in problems).most_common())
+
+
+def row_from_utterance(utterance: Utterance) -> dict[str, Any]:
+    """The manifest row of an utterance, fields at their defaults left out."""
+    row = {key: value for key, value in asdict(utterance).items() if value is not None}
+    if not utterance.offset:
+        del row["offset"]
+    return row
+
+
+def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | Utterance]) -> int:
+    """Writes rows as NeMo JSONL, whole or not at all (a temporary file is renamed); returns how many."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    count = 0
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                row = row_from_utterance(row) if isinstance(row, Utterance) else row
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return count
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The paths of ``x_{0..3}.tar`` or ``x__OP_0..3_CL_.tar`` (NeMo's spelling, which shells leave alone).
+
+    Leading zeros set a width, and several ranges are multiplied out. A path without a range stands for
+    itself.
+    """
+    pattern = pattern.replace("_OP_", "{").replace("_CL_", "}")
+    parts = re.split(r"\{(\d+\.\.\d+)\}", pattern)
+    choices: list[list[str]] = []
+    for position, part in enumerate(parts):
+        if position % 2 == 0:
+            choices.append([part])
+            continue
+        first, last = part.split("..")
+        if int(last) < int(first):
+            raise ManifestError(f"{pattern}: the range {{{part}}} counts down; write {{{last}..{first}}}")
+        if int(last) - int(first) >= 1_000_000:
+            raise ManifestError(f"{pattern}: the range {{{part}}} names more than a million shards")
+        width = len(first) if first.startswith("0") and len(first) > 1 else 0
+        choices.append([f"{number:0{width}d}" for number in range(int(first), int(last) + 1)])
+    return ["".join(combination) for combination in itertools.product(*choices)]
+
+
+def without_sub(name: str) -> str:
+    """NeMo's tarred manifests call the second cut of ``a.wav`` ``a-sub1.wav``: the member's own name."""
+    return _SUFFIX.sub("", name)
