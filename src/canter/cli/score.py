@@ -1,0 +1,171 @@
+"""WER and CER of a result manifest: JSON lines with `text` and `pred_text`, as `canter transcribe` writes."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from canter.corpus.manifest import Problem
+from canter.errors import ManifestError
+from canter.evaluation.normalize import Normalization
+from canter.evaluation.transcripts import Transcript, read_transcripts
+from canter.evaluation.wer import Counts, Score, ScoredUtterance, paired_difference, score, wer_interval
+
+
+@dataclass(frozen=True)
+class Options:
+    result: tyro.conf.Positional[Path]
+    """Manifest with `text` and `pred_text` in every row (.jsonl, or .jsonl.gz)."""
+    against: Path | None = None
+    """A second result on the same manifest: prints the WER difference too, with its bootstrap interval."""
+    normalize: Normalization = "leaderboard"
+    """How texts are prepared: `leaderboard` as the Open ASR leaderboard does (Whisper's English rules for
+    English, its basic ones elsewhere), `basic` for all, or `none` to compare them as they are."""
+    worst: int = 5
+    """How many of the worst utterances to show, aligned word by word."""
+    skip_bad: bool = False
+    """Score the other rows where some lack a field, instead of stopping."""
+    json: bool = False
+    """Print one JSON object on stdout instead of tables."""
+
+
+def run(options: Options) -> None:
+    transcripts, problems = load(options.result, options.skip_bad)
+    result = scored(transcripts, options)
+    interval = wer_interval(result)
+    difference = None
+    if options.against:
+        others, _ = load(options.against, options.skip_bad)
+        if [(row.name, row.text) for row in transcripts] != [(row.name, row.text) for row in others]:
+            raise ManifestError(
+                f"{options.result} and {options.against} do not hold the same utterances in the same order; "
+                "transcribe one manifest with both models"
+            )
+        difference = paired_difference(result, scored(others, options))
+
+    worst = result.worst(options.worst)
+    if options.json:
+        summary = {
+            **summarize(result.total),
+            "wer_interval": interval,
+            "languages": {name: summarize(counts) for name, counts in result.languages.items()},
+            "normalize": options.normalize,
+            "empty_references": result.empty_references,
+            "skipped": [str(problem) for problem in problems],
+            "worst": [
+                {
+                    "utterance": transcripts[item.index].name,
+                    "line": transcripts[item.index].line,
+                    "wer": item.counts.wer,
+                    "text": transcripts[item.index].text,
+                    "pred_text": transcripts[item.index].pred_text,
+                }
+                for item in worst
+            ],
+        }
+        if difference:
+            summary["difference"] = asdict(difference)
+        print(json.dumps(finite(summary), ensure_ascii=False, indent=2, allow_nan=False))
+        return
+
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(table(result))
+    low, high = interval
+    console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
+    if difference:
+        console.print(
+            f"WER against {options.against}: {difference.wer:+.2%}, 95 % interval {difference.low:+.2%} to "
+            f"{difference.high:+.2%}, better in {difference.p_improved:.1%} of resamples (paired bootstrap)"
+        )
+    for item in worst:
+        console.print(aligned(item, transcripts[item.index], console.width))
+    if result.empty_references:
+        console.print(f"{result.empty_references} utterances left out: their references normalise to nothing")
+    if problems:
+        print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
+
+
+def load(path: Path, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
+    """The transcripts of a result; `ManifestError` for rows without them, unless those may be skipped."""
+    transcripts, problems = read_transcripts(path)
+    if problems and not (skip_bad and transcripts):
+        more = f", and {len(problems) - 1} more such rows" if len(problems) > 1 else ""
+        way_out = "score the others with --skip-bad" if transcripts else "canter transcribe writes such rows"
+        raise ManifestError(f"{problems[0]}{more}; a result needs text and pred_text in every row; {way_out}")
+    if not transcripts:
+        raise ManifestError(f"{path} holds no rows")
+    return transcripts, problems
+
+
+def scored(transcripts: list[Transcript], options: Options) -> Score:
+    return score(
+        [row.text for row in transcripts],
+        [row.pred_text for row in transcripts],
+        [row.lang for row in transcripts],
+        normalize=options.normalize,
+    )
+
+
+def summarize(counts: Counts) -> dict[str, float]:
+    return {"wer": counts.wer, "cer": counts.cer, **asdict(counts)}
+
+
+def finite(value):
+    """The value with infinities (words heard where none were said) as null, all that JSON has for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def table(result: Score):
+    """One line a language and one for all, as a rich table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("language")
+    for name in ("utterances", "words", "WER", "CER", "sub", "del", "ins"):
+        table.add_column(name, justify="right")
+    rows = [("all", result.total)]
+    if len(result.languages) > 1:
+        rows = [*result.languages.items(), *rows]
+    elif result.languages:
+        rows = [(next(iter(result.languages)).replace("und", "all"), result.total)]
+    for name, counts in rows:
+        table.add_row(
+            name,
+            f"{counts.utterances:,}",
+            f"{counts.words:,}",
+            f"{counts.wer:.2%}",
+            f"{counts.cer:.2%}",
+            *(f"{number:,}" for number in (counts.substitutions, counts.deletions, counts.insertions)),
+            style="bold" if counts is result.total else None,
+        )
+    return table
+
+
+def aligned(item: ScoredUtterance, transcript: Transcript, width: int):
+    """Reference over hypothesis, word under word, errors coloured, wrapped at the terminal's width."""
+    from rich.text import Text
+
+    styles = {"equal": "", "substitute": "yellow", "delete": "red", "insert": "cyan"}
+    counts = item.counts
+    text = Text()
+    text.append(f"{transcript.name}", style="bold")
+    text.append(f"  line {transcript.line}, WER {counts.wer:.0%}: {counts.substitutions} sub, ")
+    text.append(f"{counts.deletions} del, {counts.insertions} ins\n")
+    lines = (Text("  ref  "), Text("  hyp  "))
+    for operation, word, guess in item.alignment:
+        columns = max(len(word), len(guess))
+        if len(lines[0]) + columns + 1 > width and len(lines[0]) > 7:
+            text.append_text(lines[0]).append("\n").append_text(lines[1]).append("\n")
+            lines = (Text("       "), Text("       "))
+        for line, side in zip(lines, (word, guess)):
+            line.append((side or "*" * columns).ljust(columns) + " ", style=styles[operation])
+    return text.append_text(lines[0]).append("\n").append_text(lines[1]).append("\n")

@@ -1,0 +1,219 @@
+"""Word and character error rates, micro-averaged, with their spread.
+
+WER = (substitutions + deletions + insertions) / reference words, summed over utterances before dividing, as
+NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spaces included. Aligned by jiwer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from canter.evaluation.normalize import Normalization, language, normalizer
+
+Operation = Literal["equal", "substitute", "delete", "insert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Errors of some utterances; adds up."""
+
+    utterances: int = 0
+    words: int = 0
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
+    characters: int = 0
+    character_errors: int = 0
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def wer(self) -> float:
+        """Word errors / reference words; without reference words 0 or, with insertions, infinite."""
+        return _ratio(self.errors, self.words)
+
+    @property
+    def cer(self) -> float:
+        return _ratio(self.character_errors, self.characters)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredUtterance:
+    """One scored utterance: which it was, its errors and its alignment of normalised words.
+
+    ``alignment`` holds (operation, reference word, hypothesis word), an empty word where a side has none.
+    """
+
+    index: int
+    counts: Counts
+    alignment: tuple[tuple[Operation, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    total: Counts
+    languages: dict[str, Counts]
+    """By language code, the most frequent first; ``und`` holds those without one."""
+    utterances: list[ScoredUtterance]
+    empty_references: int
+    """Utterances left out because normalisation left no reference words, as the leaderboard does."""
+
+    @property
+    def wer(self) -> float:
+        return self.total.wer
+
+    @property
+    def cer(self) -> float:
+        return self.total.cer
+
+    def worst(self, count: int) -> list[ScoredUtterance]:
+        """The utterances with most word errors; of equally many, the shorter references first."""
+        wrong = [item for item in self.utterances if item.counts.errors]
+        return sorted(wrong, key=lambda item: (-item.counts.errors, item.counts.words, item.index))[:count]
+
+    def errors_and_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Word errors and reference words of each utterance, two float64 arrays (N,)."""
+        pairs = [(item.counts.errors, item.counts.words) for item in self.utterances]
+        array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+
+def score(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    langs: Sequence[str | None] | None = None,
+    *,
+    normalize: Normalization = "leaderboard",
+) -> Score:
+    """Scores hypotheses against references, (N,) texts each; ``langs`` chooses normalisers and groups.
+
+    With ``normalize="leaderboard"`` an utterance whose reference becomes empty is left out and counted.
+    Raises ValueError where the sequences differ in length.
+    """
+    import jiwer
+
+    langs = [None] * len(references) if langs is None else langs
+    if not len(references) == len(hypotheses) == len(langs):
+        raise ValueError(
+            f"{len(references)} references, {len(hypotheses)} hypotheses, {len(langs)} languages: "
+            "they must be equally many"
+        )
+    prepare = [normalizer(normalize, lang) for lang in langs]
+    left = [" ".join(clean(text).split()) for clean, text in zip(prepare, references)]
+    right = [" ".join(clean(text).split()) for clean, text in zip(prepare, hypotheses)]
+    kept = [row for row, text in enumerate(left) if text or normalize != "leaderboard"]
+    if not kept:
+        return Score(Counts(), {}, [], len(left))
+
+    left, right = [left[row] for row in kept], [right[row] for row in kept]
+    by_word, by_character = jiwer.process_words(left, right), jiwer.process_characters(left, right)
+    utterances, groups = [], {}
+    for place, row in enumerate(kept):
+        words, guesses = by_word.references[place], by_word.hypotheses[place]
+        alignment = tuple(_pairs(by_word.alignments[place], words, guesses))
+        operations = [operation for operation, _, _ in alignment]
+        counts = Counts(
+            utterances=1,
+            words=len(words),
+            substitutions=operations.count("substitute"),
+            deletions=operations.count("delete"),
+            insertions=operations.count("insert"),
+            characters=len(by_character.references[place]),
+            character_errors=sum(
+                max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                for chunk in by_character.alignments[place]
+                if chunk.type != "equal"
+            ),
+        )
+        utterances.append(ScoredUtterance(row, counts, alignment))
+        groups.setdefault(language(langs[row]) if langs[row] else "und", []).append(counts)
+    languages = {name: sum(group, Counts()) for name, group in groups.items()}
+    languages = dict(sorted(languages.items(), key=lambda item: (-item[1].utterances, item[0])))
+    return Score(sum(languages.values(), Counts()), languages, utterances, len(references) - len(kept))
+
+
+def wer_interval(
+    score: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap confidence interval of the WER, resampling utterances (Bisani & Ney, ICASSP 2004)."""
+    errors, words = score.errors_and_words()
+    if not len(errors):
+        return 0.0, 0.0
+    return _quantiles(_resampled(errors, words, samples, seed), confidence)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """WER of one system minus another's on the same utterances."""
+
+    wer: float
+    low: float
+    high: float
+    p_improved: float
+    """Share of resamples in which the first system's WER is the lower one."""
+
+
+def paired_difference(
+    first: Score, second: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0
+) -> Difference:
+    """Paired bootstrap of WER(first) − WER(second): each resample draws the same utterances for both.
+
+    Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
+    Raises ValueError where the two do not score the same references.
+    """
+    rows_first = [(item.index, item.counts.words) for item in first.utterances]
+    rows_second = [(item.index, item.counts.words) for item in second.utterances]
+    if rows_first != rows_second:
+        raise ValueError("the two results do not score the same references; score both on one manifest")
+    if not rows_first:
+        return Difference(0.0, 0.0, 0.0, 0.0)
+    (errors, words), (other, _) = first.errors_and_words(), second.errors_and_words()
+    resampled = _resampled(errors - other, words, samples, seed)
+    low, high = _quantiles(resampled, confidence)
+    return Difference(first.wer - second.wer, low, high, float((resampled < 0).mean()))
+
+
+def rtfx(audio_seconds: float, wall_seconds: float) -> float:
+    """Inverse real-time factor: seconds of audio transcribed in a second of wall clock."""
+    if wall_seconds <= 0:
+        raise ValueError(f"wall_seconds is {wall_seconds}; RTFx needs a positive time")
+    return audio_seconds / wall_seconds
+
+
+def _ratio(errors: int, total: int) -> float:
+    if total:
+        return errors / total
+    return float("inf") if errors else 0.0
+
+
+def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Operation, str, str]]:
+    """jiwer's chunks, word by word."""
+    for chunk in chunks:
+        span = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+        for step in range(span):
+            word = "" if chunk.type == "insert" else words[chunk.ref_start_idx + step]
+            guess = "" if chunk.type == "delete" else guesses[chunk.hyp_start_idx + step]
+            yield chunk.type, word, guess
+
+
+def _resampled(errors: np.ndarray, words: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Rate of each resample of the utterances, (samples,); drawn with replacement, seeded."""
+    rng = np.random.default_rng(seed)
+    rates = np.zeros(samples)
+    for sample in range(samples):
+        drawn = np.bincount(rng.integers(len(errors), size=len(errors)), minlength=len(errors))
+        total = drawn @ words
+        rates[sample] = drawn @ errors / total if total else 0.0
+    return rates
+
+
+def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

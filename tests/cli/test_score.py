@@ -1,0 +1,76 @@
+"""`canter score`: figures, difference, and what a user can get wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from canter.cli.main import main
+
+ROWS = [
+    {
+        "audio_filepath": "a.wav",
+        "text": "Mr. Smith went to the shop",
+        "pred_text": "mister smith want the shop now",
+    },
+    {"audio_filepath": "b.wav", "text": "der Hund schläft", "pred_text": "der hund schläft", "lang": "de"},
+    {"audio_filepath": "c.wav", "text": "hmm", "pred_text": "so", "lang": "en"},
+]
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_table_and_alignment(tmp_path, capsys):
+    assert main(["score", write(tmp_path / "r.jsonl", ROWS)]) == 0
+    out = capsys.readouterr().out
+    assert "33.33%" in out  # 3 errors in 9 words
+    assert "ref  mister smith went to the shop ***" in out
+    assert "hyp  mister smith want ** the shop now" in out
+    assert "1 utterances left out" in out
+
+
+def test_json(tmp_path, capsys):
+    path = write(tmp_path / "r.jsonl", ROWS)
+    better = write(tmp_path / "s.jsonl", [{**ROWS[0], "pred_text": ROWS[0]["text"]}, *ROWS[1:]])
+    assert main(["score", path, "--json", "--normalize", "basic", "--against", better]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["languages"]["de"]["wer"] == 0
+    assert (summary["substitutions"], summary["deletions"], summary["insertions"]) == (3, 1, 1)
+    assert summary["difference"]["wer"] == pytest.approx(summary["wer"] - 1 / 10)
+    assert summary["worst"][0]["utterance"] == "a.wav"
+
+
+def test_words_where_none_were_said_are_null_in_json(tmp_path, capsys):
+    path = write(tmp_path / "r.jsonl", [{"text": "", "pred_text": "noise"}])
+    assert main(["score", path, "--json", "--normalize", "none"]) == 0
+    assert json.loads(capsys.readouterr().out)["wer"] is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        ([ROWS[0], {"text": "a"}, {"text": "b"}], [], ":2: pred_text missing, and 1 more such rows"),
+        ([{"text": "a"}], ["--skip-bad"], ":1: pred_text missing"),
+        ([], [], "holds no rows"),
+        (ROWS, ["--against", "{other}"], "do not hold the same utterances"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, rows, arguments, message):
+    other = write(tmp_path / "other.jsonl", ROWS[:1])
+    path = write(tmp_path / "r.jsonl", rows)
+    assert main(["score", path, *(argument.format(other=other) for argument in arguments)]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_bad_rows_can_be_skipped_and_are_listed(tmp_path, capsys):
+    path = write(tmp_path / "r.jsonl", [*ROWS, {"text": "a"}])
+    assert main(["score", path, "--skip-bad"]) == 0
+    captured = capsys.readouterr()
+    assert ":4: pred_text missing" in captured.err
+    assert "33.33%" in captured.out
