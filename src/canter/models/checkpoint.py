@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from canter.errors import CheckpointError
-from canter.models.files import NoInitialisation, fit_tensors, read_json, read_tensors, whole_folder
+from canter.models.files import read_json, read_tensors, whole_folder
+from canter.models.fitting import build, check_vocabulary, fit_tensors
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.nemo import read_nemo
 
 FORMAT = "canter-model/1"
 
@@ -76,10 +78,8 @@ def load_model(
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a model folder")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file, not a model folder")
-    model = _read_folder(path)
+        raise CheckpointError(f"{path} does not exist; give a model folder or a .nemo file")
+    model = _read_folder(path) if path.is_dir() else read_nemo(path)
     check_vocabulary(model, model.tokenizer, path)
     for part in model.children():
         if part is not model.features:
@@ -91,7 +91,7 @@ def _read_folder(folder: Path) -> SpeechModel:
     config_file = folder / "config.json"
     values = read_json(config_file)
     if values.pop("format", None) != FORMAT:
-        raise CheckpointError(f'{config_file} is not a Canter model (no "format": "{FORMAT}")')
+        raise CheckpointError(f"{config_file} is not a Canter model (its format is not {FORMAT})")
     has_tokenizer = values.pop("tokenizer", False)
     model = build(config_from_json(ModelConfig, values, str(config_file)), config_file)
     fit_tensors(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
@@ -100,22 +100,3 @@ def _read_folder(folder: Path) -> SpeechModel:
 
         model.tokenizer = load_tokenizer(folder)
     return model
-
-
-def build(config: ModelConfig, source: str | Path) -> SpeechModel:
-    """The model of that shape with whatever its memory held: fill it next. CheckpointError for an impossible
-    one."""
-    try:
-        with NoInitialisation():
-            return SpeechModel(config)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{source} describes no possible model: {error}") from None
-
-
-def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> None:
-    """CheckpointError if the tokenizer has ids that the model's embedding does not."""
-    if tokenizer is not None and tokenizer.vocab_size > model.config.decoder.vocabulary:
-        raise CheckpointError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.decoder.vocabulary}; they do not belong together"
-        )

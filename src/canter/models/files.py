@@ -1,20 +1,17 @@
-"""What every checkpoint format shares: folders that appear whole or not at all, tensors read and fitted by
-name."""
+"""Files and folders that appear whole or not at all, and clear errors for those that cannot be read."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from canter.errors import CheckpointError
 
@@ -115,44 +112,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing; copy the whole model folder") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from None
-
-
-def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
-
-    Raises CheckpointError with the names of missing, unexpected and misshapen tensors, before anything is
-    copied.
-    """
-    wanted = module.state_dict()
-    missing = sorted(wanted.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - wanted.keys())
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & tensors.keys())
-        if tensors[name].shape != wanted[name].shape
-    ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
-    if missing or unexpected or misshapen:
-        parts = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults if names]
-        raise CheckpointError(
-            f"{source}: tensors do not fit the configuration. {'; '.join(parts)}. "
-            "Was the configuration edited, or are the weights another model's?"
-        )
-    module.load_state_dict(dict(tensors))
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-class NoInitialisation(TorchFunctionMode):
-    """Modules built in this context keep their parameters as allocated: they are about to be overwritten, and
-    drawing a billion normals takes longer than reading them."""
-
-    SKIPPED = (torch.Tensor.normal_, torch.Tensor.uniform_)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.SKIPPED or getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))

@@ -1,0 +1,72 @@
+"""From a configuration and tensors of any origin to a model, with every misfit named."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from canter.errors import CheckpointError
+from canter.models.model import ModelConfig, SpeechModel
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Modules built in this context keep their parameters as allocated: they are about to be overwritten, and
+    drawing a billion normals takes longer than reading them."""
+
+    SKIPPED = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.SKIPPED or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def build(config: ModelConfig, source: str | Path) -> SpeechModel:
+    """The model of that shape with whatever its memory held: fill it next. CheckpointError for an impossible
+    one."""
+    try:
+        with NoInitialisation():
+            return SpeechModel(config)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{source} describes no possible model: {error}") from None
+
+
+def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copies ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
+
+    Raises CheckpointError with the names of missing, unexpected and misshapen tensors, before anything is
+    copied.
+    """
+    wanted = module.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - wanted.keys())
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tensors[name].shape != wanted[name].shape
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
+    if missing or unexpected or misshapen:
+        parts = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults if names]
+        raise CheckpointError(
+            f"{source}: tensors do not fit the configuration. {'; '.join(parts)}. "
+            "Was the configuration edited, or are the weights another model's?"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> None:
+    """CheckpointError if the tokenizer has ids that the model's embedding does not."""
+    if tokenizer is not None and tokenizer.vocab_size > model.config.decoder.vocabulary:
+        raise CheckpointError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.decoder.vocabulary}; they do not belong together"
+        )

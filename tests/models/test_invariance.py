@@ -1,0 +1,140 @@
+"""Padding and batch-mates change nothing: not a valid position, not a loss, not a gradient, not a
+statistic."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig, LogMel, length_mask
+from canter.models.model import Batch
+from canter.models.norm import MaskedBatchNorm, merge_pending
+
+from .conftest import small_model
+
+lengths = st.lists(st.integers(1600, 12000), min_size=1, max_size=4)
+paddings = st.integers(0, 9000)
+seeds = st.integers(0, 1000)
+
+
+def make_batch(sizes: list[int], padding: int, seed: int, junk: float = 0.0) -> Batch:
+    """Random audio and tokens of these lengths in samples, ``padding`` samples and some tokens wider than
+    needed; what is past an utterance's end is ``junk``. An utterance's content depends on its place and the
+    seed alone."""
+    wide, u = max(sizes) + padding, 12 + padding // 1000
+    audio = torch.full((len(sizes), wide), junk)
+    tokens = torch.full((len(sizes), u), int(junk != 0))
+    token_lengths = []
+    for row, size in enumerate(sizes):
+        generator = torch.Generator().manual_seed(seed + row)
+        audio[row, :size] = 0.1 * torch.randn(size, generator=generator)
+        token_lengths.append(6 + size % 6)
+        drawn = torch.randint(3, 50, (token_lengths[-1],), generator=generator)
+        tokens[row, : token_lengths[-1]] = drawn
+    n = torch.tensor
+    characters = torch.arange(1, 4).repeat(len(sizes), 1)
+    ones = torch.ones(len(sizes), dtype=torch.long)
+    return Batch(audio, n(sizes), tokens, n(token_lengths), 3 * ones, characters, ones, 0 * ones)
+
+
+def run(model, batch):
+    features, frames = model.features(batch.audio, batch.audio_lengths)
+    encoded, encoded_lengths = model.encode(features, frames)
+    return encoded, encoded_lengths, model.log_probs(encoded, encoded_lengths, batch.tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths, paddings, seeds)
+@torch.no_grad()
+def test_alone_or_in_company(model, sizes, padding, seed):
+    """An utterance alone, or among longer ones in a batch padded with junk: the same to 1e-4."""
+    batch = make_batch(sizes, padding, seed, junk=7.0)
+    encoded, encoded_lengths, log_probs = run(model, batch)
+    for row, size in enumerate(sizes):
+        single = make_batch([size], 0, seed + row)
+        alone, alone_lengths, alone_log_probs = run(model, single)
+        assert alone_lengths[0] == encoded_lengths[row] == model.encoder.frames(size // 160)
+        t, u = alone_lengths[0], single.token_lengths[0]
+        assert (encoded[row, :t] - alone[0, :t]).abs().max() < 1e-4
+        assert (log_probs[row, :u] - alone_log_probs[0, :u]).abs().max() < 1e-4
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths, paddings, seeds, st.sampled_from(["batch", "layer"]), st.booleans())
+def test_gradients_of_padded_and_unpadded(sizes, padding, seed, norm, xscaling):
+    """Training mode, BatchNorm over the batch's own statistics: loss, gradients and statistics of a batch
+    padded with junk equal those of the same batch as narrow as it can be."""
+    encoder = FastConformerConfig(
+        layers=2,
+        width=24,
+        heads=2,
+        feedforward=48,
+        subsampling_channels=8,
+        mels=32,
+        norm=norm,
+        xscaling=xscaling,
+    )
+    models = [small_model(encoder=encoder).train() for _ in range(2)]
+    for model, batch in zip(
+        models, (make_batch(sizes, 0, seed), make_batch(sizes, padding, seed, junk=7.0)), strict=True
+    ):
+        loss = model.loss(batch, label_smoothing=0.1)
+        (loss.attention / loss.attention_count + loss.ctc / loss.ctc_count).backward()
+        merge_pending(model)
+    narrow, padded = (dict(model.named_parameters()) for model in models)
+    total = sum(parameter.grad.square().sum() for parameter in narrow.values()).sqrt()
+    for name, parameter in narrow.items():
+        assert (parameter.grad - padded[name].grad).abs().max() < 1e-4 * total, name
+    for (name, ours), (_, theirs) in zip(*(model.named_buffers() for model in models), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), seeds)
+def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
+    """Against torch.nn.BatchNorm1d on the valid positions put one after the other."""
+    torch.manual_seed(seed)
+    x = torch.randn(len(sizes), max(sizes) + 2, 6) * 3 + 1
+    valid = length_mask(torch.tensor(sizes), x.shape[1])
+    if valid.sum() < 2:
+        return  # torch refuses a single position
+    ours, theirs = MaskedBatchNorm(6), torch.nn.BatchNorm1d(6)
+    assert torch.allclose(ours(x, valid)[valid], theirs(x[valid]), atol=1e-5)
+    merge_pending(ours)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5), name
+
+
+def test_running_statistics_move_once_a_step_in_order():
+    """A forward pass moves nothing; merging in another order gives other statistics, so the order is kept."""
+    norm = MaskedBatchNorm(3)
+    inputs = [torch.randn(2, 5, 3) + shift for shift in range(3)]
+    for x in inputs:
+        norm(x, torch.ones(2, 5, dtype=torch.bool))
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    reverse = MaskedBatchNorm(3)
+    reverse.merge(reversed(norm.pending))
+    merge_pending(norm)
+    assert norm.num_batches_tracked == 3
+    assert not norm.pending
+    assert not torch.allclose(norm.running_mean, reverse.running_mean)
+
+
+def test_dither_is_drawn_from_the_generator():
+    features = LogMel(FeatureConfig(mels=32, dither=1e-3)).train()
+    audio, sizes = 0.1 * torch.randn(1, 4000), torch.tensor([4000])
+
+    def draw(seed):
+        return features(audio, sizes, torch.Generator().manual_seed(seed))[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(features(audio, sizes)[0], features.eval()(audio, sizes)[0])
