@@ -1,1 +1,17 @@
-"""Who goes together, at which step, on which rank. NumPy only: usable without torch, with any framework."""
+"""Which utterances go together, at which step, on which rank. NumPy only; usable without torch."""
+
+from canter.planning.budget import Budget, Polynomial
+from canter.planning.plan import MicroBatch, Plan, Position
+from canter.planning.shapes import analytic_budget
+from canter.planning.strategies import STRATEGIES, strategy
+
+__all__ = [
+    "STRATEGIES",
+    "Budget",
+    "MicroBatch",
+    "Plan",
+    "Polynomial",
+    "Position",
+    "analytic_budget",
+    "strategy",
+]

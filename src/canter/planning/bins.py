@@ -1,0 +1,122 @@
+"""Bucket edges: equal audio, equal audio then equal tokens, and least expected padding by dynamic programming.
+
+The first two are the paper's (Zelasko et al. 2025, section 3.1): 1-D bins hold equal sums of seconds; 2-D bins divide
+each of them into sub-bins that hold equal sums of tokens, after outliers in tokens per second are set aside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from canter.errors import PlanError
+from canter.planning.budget import Budget
+from canter.planning.lengths import Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """Buckets: durations up to `seconds[i]`, and in each of these tokens up to `tokens[i][j]` (upper edges, inclusive).
+
+    With one sub-bin a row these are 1-D bins.
+    """
+
+    seconds: np.ndarray  # (R,) float64, ascending
+    tokens: tuple[np.ndarray, ...]  # R arrays of int64, ascending
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def edges(self) -> list[tuple[float, int]]:
+        """(seconds, tokens) upper edges of every bucket, in order."""
+        return [(float(s), int(u)) for s, row in zip(self.seconds, self.tokens) for u in row]
+
+    def assign(self, lengths: Lengths) -> np.ndarray:
+        """(n,) int64 bucket of each utterance; what is beyond the last edge goes into the last bucket of its row."""
+        row = np.minimum(np.searchsorted(self.seconds, lengths.seconds), len(self.seconds) - 1)
+        first = np.concatenate([[0], np.cumsum([len(t) for t in self.tokens])])
+        bucket = np.empty(len(lengths), np.int64)
+        for i, edges in enumerate(self.tokens):
+            here = np.flatnonzero(row == i)
+            bucket[here] = first[i] + np.minimum(np.searchsorted(edges, lengths.tokens[here]), len(edges) - 1)
+        return bucket
+
+
+def tokens_per_second_bound(lengths: Lengths, z_score: float = 3.0) -> float:
+    """Tokens per second beyond which an utterance is an outlier: mean plus `z_score` standard deviations."""
+    rate = lengths.tokens / lengths.seconds
+    return float(rate.mean() + z_score * rate.std())
+
+
+def equal_sums(values: np.ndarray, bins: int) -> np.ndarray:
+    """Upper edges that divide the sum of `values` into `bins` equal parts; fewer where values repeat."""
+    values = np.sort(values)
+    total = np.cumsum(values, dtype=np.float64)
+    at = np.searchsorted(total, total[-1] * np.arange(1, bins) / bins) if total[-1] > 0 else []
+    return np.unique(np.append(values[np.asarray(at, np.int64)], values[-1]))
+
+
+def estimate_bins(lengths: Lengths, rows: int, columns: int = 1) -> Bins:
+    """`rows` bins of equal audio, each divided into `columns` bins of equal tokens."""
+    if len(lengths) == 0:
+        raise PlanError("bins cannot be estimated: no utterance of the index can be used")
+    if rows < 1 or columns < 1:
+        raise PlanError(f"bins {rows}x{columns}: both numbers must be at least 1")
+    seconds = equal_sums(lengths.seconds.astype(np.float64), rows)
+    row = np.searchsorted(seconds, lengths.seconds)
+    tokens = tuple(equal_sums(lengths.tokens[row == i], columns) for i in range(len(seconds)))
+    return Bins(seconds, tokens)
+
+
+def optimal_bins(
+    lengths: Lengths, budget: Budget, rows: int, columns: int = 1, resolution: int = 400
+) -> Bins:
+    """Bins that make the expected padded cost least: dynamic programming over duration edges, then over token edges.
+
+    The cost of a bin is its count times the seconds of one utterance padded to the bin's corner. Candidate edges
+    are `resolution` quantiles of the durations (and of the tokens inside a row).
+    """
+    if len(lengths) == 0:
+        raise PlanError("bins cannot be estimated: no utterance of the index can be used")
+    order = np.argsort(lengths.seconds, kind="stable")
+    sorted_ = lengths.take(order)
+    ends = _candidates(sorted_.seconds, resolution)
+    typical = np.maximum.accumulate(np.array([np.median(sorted_.tokens[max(0, e - 2000) : e]) for e in ends]))
+    corner = budget.utterance_seconds(sorted_.frames[ends - 1], typical)
+    chosen = _least_cost(ends, corner, rows)
+    tokens = []
+    for begin, end in zip(np.concatenate([[0], chosen[:-1]]), chosen):
+        inside = np.sort(sorted_.tokens[begin:end])
+        cuts = _candidates(inside, resolution)
+        cost = budget.utterance_seconds(sorted_.frames[end - 1], inside[cuts - 1])
+        tokens.append(inside[_least_cost(cuts, cost, columns) - 1])
+    return Bins(sorted_.seconds[chosen - 1].astype(np.float64), tuple(tokens))
+
+
+def _candidates(values: np.ndarray, resolution: int) -> np.ndarray:
+    """Ends of runs of equal values nearest to quantiles of sorted `values`; the last is len(values)."""
+    at = np.unique(np.ceil(np.linspace(0, len(values), resolution + 1)[1:]).astype(np.int64))
+    return np.unique(np.searchsorted(values, values[at - 1], side="right"))
+
+
+def _least_cost(ends: np.ndarray, corner: np.ndarray, bins: int) -> np.ndarray:
+    """The at most `bins` of the `ends` (the last among them) with the least sum of count x corner cost."""
+    starts = np.concatenate([[0], ends[:-1]])
+    cost = (ends[None, :] - starts[:, None]) * corner[None, :]  # from candidate i through candidate j
+    cost[np.tril_indices(len(ends), -1)] = np.inf
+    best, choice = cost[0], []
+    for _ in range(min(bins, len(ends)) - 1):
+        through = np.concatenate([[np.inf], best[:-1]])[:, None] + cost
+        through[0] = cost[0]  # a bin fewer is allowed
+        choice.append(np.argmin(through, axis=0))
+        best = through.min(axis=0)
+    at, picked = len(ends) - 1, [len(ends) - 1]
+    for step in reversed(choice):
+        begin = step[at]
+        if begin == 0:
+            break
+        at = begin - 1
+        picked.append(at)
+    return ends[np.array(picked[::-1])]

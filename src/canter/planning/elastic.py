@@ -1,0 +1,38 @@
+"""Sharing the micro-batches of a step out to any number of ranks."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from canter.errors import PlanError
+
+
+def share_out(seconds: np.ndarray, ranks: int) -> list[list[int]]:
+    """Micro-batches for each rank, longest first to the rank with the least so far (Graham 1969).
+
+    seconds: (M,) predicted time of each micro-batch. Every rank computes the same result. A rank may get none where
+    there are more ranks than micro-batches; it then runs an empty batch of weight zero.
+    """
+    if ranks < 1:
+        raise PlanError(f"ranks is {ranks}; it must be at least 1")
+    loads = [(0.0, 0, rank) for rank in range(ranks)]  # on a tie, the rank with fewer micro-batches
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for number in np.argsort(-np.asarray(seconds), kind="stable"):
+        load, taken, rank = heapq.heappop(loads)
+        shares[rank].append(int(number))
+        heapq.heappush(loads, (load + float(seconds[number]), taken + 1, rank))
+    return [sorted(share) for share in shares]
+
+
+def slowest_rank(seconds: np.ndarray, steps: np.ndarray, ranks: int) -> np.ndarray:
+    """(S,) seconds of the slowest rank in each step; seconds: (micro-batches,), steps: offsets (S + 1,)."""
+    sizes = np.diff(steps)
+    if np.all(sizes <= ranks):  # a micro-batch a rank at most: the slowest is the longest
+        return np.maximum.reduceat(seconds, steps[:-1]) if len(sizes) else np.empty(0)
+    slowest = np.empty(len(sizes))
+    for step, (begin, end) in enumerate(zip(steps[:-1], steps[1:])):
+        inside = seconds[begin:end]
+        slowest[step] = max(float(inside[share].sum()) for share in share_out(inside, ranks))
+    return slowest

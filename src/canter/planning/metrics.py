@@ -1,0 +1,114 @@
+"""The figures of a plan, each defined once; anyone can compute them from the plan, the lengths and the budget.
+
+For micro-batches of B utterances padded to T (frames) and U (tokens), with T_i, U_i the utterances' own:
+
+- padded audio    1 - sum T_i / sum B T
+- padded tokens   1 - sum U_i / sum B U
+- padded compute  1 - sum s(T_i, U_i) / sum B s(T, U), s the budget's seconds per utterance, the fixed part left out
+- mean batch      utterances / micro-batches
+- memory filled   mean over micro-batches of predicted bytes / limit; over: how many exceed the limit
+- epoch hours     sum over steps of the slowest rank's predicted seconds
+- waiting         mean over steps of the slowest rank's predicted seconds / the ranks' mean
+- mixing pool     mean batch / probability that two utterances that shared a batch share one in the next epoch
+
+Rounding T and U up to a grid counts as padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from canter.planning.budget import Budget
+from canter.planning.elastic import slowest_rank
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTable:
+    """Per micro-batch: utterances, padded frames and tokens, and the sums of the utterances' own lengths.
+
+    All columns (micro-batches,) but `steps`, the offsets of steps in micro-batches (S + 1,).
+    """
+
+    size: np.ndarray
+    frames: np.ndarray
+    tokens: np.ndarray
+    own_frames: np.ndarray
+    own_tokens: np.ndarray
+    own_seconds: np.ndarray  # sum of the budget's seconds of the utterances unpadded
+    audio_seconds: np.ndarray
+    steps: np.ndarray
+
+    @classmethod
+    def concatenate(cls, tables: Iterable[BatchTable]) -> BatchTable:
+        tables = list(tables)
+        before = np.cumsum([0] + [len(t.size) for t in tables])
+        steps = [t.steps[1:] + start for t, start in zip(tables, before)]
+        columns = (np.concatenate([getattr(t, name) for t in tables]) for name in cls.__slots__[:-1])
+        return cls(*columns, np.concatenate([[0], *steps]).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """See the module's docstring for the definitions."""
+
+    padded_audio: float
+    padded_tokens: float
+    padded_compute: float
+    mean_batch: float
+    memory_filled: float
+    over: int
+    steps: int
+    micro_batches: int
+    utterances: int
+    hours: float
+    waiting: float
+
+
+def figures(table: BatchTable, budget: Budget, ranks: int) -> Figures:
+    """Figures of a plan's micro-batches with steps shared out to `ranks`."""
+    if len(table.size) == 0:
+        return Figures(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 1.0)
+    used = budget.bytes(table.size, table.frames, table.tokens)
+    compute = float((table.size * budget.utterance_seconds(table.frames, table.tokens)).sum())
+    seconds = budget.step_seconds(table.size, table.frames, table.tokens)
+    slowest = slowest_rank(seconds, table.steps, ranks)
+    mean = np.add.reduceat(seconds, table.steps[:-1]) / ranks
+    return Figures(
+        padded_audio=_wasted(table.own_frames, table.size * table.frames),
+        padded_tokens=_wasted(table.own_tokens, table.size * table.tokens),
+        padded_compute=1 - float(table.own_seconds.sum()) / compute if compute else 0.0,
+        mean_batch=float(table.size.mean()),
+        memory_filled=float(used.mean()) / budget.limit_bytes,
+        over=int((used > budget.limit_bytes).sum()),
+        steps=len(table.steps) - 1,
+        micro_batches=len(table.size),
+        utterances=int(table.size.sum()),
+        hours=float(slowest.sum()) / 3600,
+        waiting=float((slowest / mean).mean()),
+    )
+
+
+def _wasted(own: np.ndarray, padded: np.ndarray) -> float:
+    total = int(padded.sum())
+    return 1 - int(own.sum()) / total if total else 0.0
+
+
+def mixing_pool(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean batch of one epoch / probability that two that shared a batch in it share one in the other.
+
+    first, second: (N,) the row's micro-batch in each epoch, -1 where it is in none. Exact, by counting pairs.
+    Infinite where no pair meets again.
+    """
+    both = (first >= 0) & (second >= 0)
+    a, b = first[both], second[both]
+    if len(a) == 0:
+        return 0.0
+    sizes = np.bincount(a).astype(np.float64)
+    pairs = (sizes * (sizes - 1)).sum()
+    _, meet = np.unique(a * (int(b.max()) + 1) + b, return_counts=True)
+    again = (meet.astype(np.float64) * (meet - 1)).sum()
+    mean = len(a) / np.count_nonzero(sizes)
+    return float(mean * pairs / again) if again else float("inf")

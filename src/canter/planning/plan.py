@@ -1,0 +1,362 @@
+"""The plan: a pure function of (index, budget, strategy, seed, epoch, window, M) that gives every step its rows.
+
+A step is a list of M micro-batches, a micro-batch a list of index rows. Windows are cut one at a time and on their
+own, so any step of any epoch is at hand after cutting one window; how many steps each window has is counted in one
+pass, kept in memory and, where a folder is given, on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from canter.errors import PlanError
+from canter.planning.budget import Budget
+from canter.planning.elastic import share_out
+from canter.planning.lengths import REASONS, Index, Lengths, exclusions
+from canter.planning.metrics import BatchTable, Figures, figures
+from canter.planning.strategies import Cutter, Strategy
+from canter.planning.strategies import strategy as named
+from canter.planning.strategies.base import maxima, reorder
+from canter.planning.windows import Windows, mix
+
+POSITION = "canter-position/1"
+KEEP = 2  # cut windows held in memory
+
+
+class MicroBatch(NamedTuple):
+    """`number` is its place in the step (it, not the rank, seeds dropout); rows: (B,) int64."""
+
+    number: int
+    rows: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run is: the next step to take, and which plan it belongs to. Less than 1 KB as JSON."""
+
+    epoch: int
+    window: int
+    step: int  # in the window
+    plan: str  # fingerprint, the epoch left out
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": POSITION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Position:
+        if not isinstance(value, dict) or value.get("format") != POSITION:
+            raise PlanError(f"not a position of this version ({POSITION}): {str(value)[:80]}")
+        try:
+            epoch, window, step = (value[name] for name in ("epoch", "window", "step"))
+            if not all(isinstance(n, int) and n >= 0 for n in (epoch, window, step)):
+                raise PlanError(
+                    f"position: epoch, window and step must be whole numbers, zero or more: {value}"
+                )
+            return cls(epoch, window, step, str(value["plan"]))
+        except KeyError as error:
+            raise PlanError(f"position: {error.args[0]} is missing") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A cut window: rows in batch order, offsets of micro-batches in rows and of steps in micro-batches."""
+
+    rows: np.ndarray
+    batches: np.ndarray
+    steps: np.ndarray
+    lengths: Lengths  # of the rows, in the same order, rounded up to the grid
+
+    def __len__(self) -> int:
+        return len(self.steps) - 1
+
+    def step(self, number: int) -> list[np.ndarray]:
+        inside = range(self.steps[number], self.steps[number + 1])
+        return [self.rows[self.batches[b] : self.batches[b + 1]] for b in inside]
+
+
+class Plan:
+    """Steps of one epoch (or of an endless weighted stream).
+
+    index: lengths of N utterances; a `LengthIndex`.
+    budget: what fits; or, where it changed in the middle of a run, [(first window, budget), ...].
+    strategy: a name, or a strategy with options.
+    window: utterances that are batched together; None is the strategy's default.
+    micro_batches_per_step: M, the ranks times the accumulation of the run; fixed for the run.
+    max_tokens_per_second: utterances beyond are left out, counted and listed.
+    grid: (frames, tokens) up to multiples of which T and U are rounded, so that kernels see few shapes.
+    block: rows that are read together (see `Windows`).
+    endless: a stream in which each source has its weight, and windows go on for ever.
+    curriculum: "short_first" puts the steps of epoch 0's first window in ascending order of mean length.
+    cache: folder for the table of steps.
+
+    Raises PlanError for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        budget: Budget | Sequence[tuple[int, Budget]],
+        strategy: str | Strategy = "balanced",
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        window: int | None = None,
+        micro_batches_per_step: int = 1,
+        max_tokens_per_second: float | None = None,
+        grid: tuple[int, int] = (1, 1),
+        block: int = 1,
+        endless: bool = False,
+        curriculum: str | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
+        chosen = named(strategy) if isinstance(strategy, str) else strategy
+        budgets = [(0, budget)] if isinstance(budget, Budget) else sorted(budget, key=lambda pair: pair[0])
+        if not budgets or budgets[0][0] != 0:
+            raise PlanError("the first budget must be in force from window 0")
+        if micro_batches_per_step < 1:
+            raise PlanError(f"micro_batches_per_step is {micro_batches_per_step}; it must be at least 1")
+        if len({b.frame_seconds for _, b in budgets}) > 1:
+            raise PlanError("budgets of one run must count frames alike (frame_seconds)")
+        if curriculum not in (None, "short_first"):
+            raise PlanError(f"no curriculum named {curriculum!r}; known: short_first")
+        if min(grid) < 1:
+            raise PlanError(f"grid is {grid}; both numbers must be at least 1")
+        self.index, self.strategy, self.budgets = index, chosen, budgets
+        self.seed, self.epoch, self.endless, self.curriculum = seed, epoch, endless, curriculum
+        self.micro_batches_per_step, self.grid, self.block = micro_batches_per_step, grid, block
+        if endless and window is None and chosen.default_window is None:
+            window = min(len(index), 200_000)
+        self.window = window if window is not None else (chosen.default_window or max(1, len(index)))
+        self.windows = Windows(index, seed, epoch, self.window, endless, block)
+        self.cache = Path(cache) if cache is not None else None
+        self._max_tokens_per_second = max_tokens_per_second
+        self._cutters: dict[int, Cutter] = {}
+        self._recent: OrderedDict[int, Window] = OrderedDict()
+
+    # -- what it is a function of --
+
+    def at_epoch(self, epoch: int) -> Plan:
+        """The same plan for another epoch; what was learnt of the index is shared."""
+        other = object.__new__(Plan)
+        other.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("_fingerprint", "table_of_steps")}
+        )
+        other.epoch, other._recent = epoch, OrderedDict()
+        other.windows = Windows(self.index, self.seed, epoch, self.window, self.endless, self.block)
+        return other
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that decides the steps but the epoch."""
+        options = asdict(self.strategy) if is_dataclass(self.strategy) else {}  # type: ignore[call-overload]
+        parts = [
+            self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets], self.strategy.name, options, self.seed,
+            self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid, self.block, self.endless,
+            self.curriculum,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+    def budget_of(self, window: int) -> Budget:
+        return next(budget for first, budget in reversed(self.budgets) if first <= window)
+
+    @cached_property
+    def max_tokens_per_second(self) -> float | None:
+        """The bound in force: the one given, or the strategy's own."""
+        if self._max_tokens_per_second is not None:
+            return self._max_tokens_per_second
+        return self.strategy.tokens_per_second(self.index, self.budgets[0][1])
+
+    # -- windows --
+
+    def cut(self, window: int) -> Window:
+        """Cuts a window, or takes it from the few last cut."""
+        if window in self._recent:
+            self._recent.move_to_end(window)
+            return self._recent[window]
+        budget = self.budget_of(window)
+        if id(budget) not in self._cutters:
+            self._cutters[id(budget)] = self.strategy.prepare(self.index, budget, self.grid)
+        rows = self.windows.rows(window)
+        lengths = Lengths.of(self.index, rows, budget, self.grid)
+        out = exclusions(lengths, budget, self.max_tokens_per_second) != 0
+        if out.any():
+            usable = np.flatnonzero(~out)
+            rows, lengths = rows[usable], lengths.take(usable)
+        rng = np.random.default_rng(mix(self.seed, self.epoch, window))
+        cut = self._cutters[id(budget)](lengths, self.micro_batches_per_step, rng)
+        found = Window(rows[cut.order], cut.batches, cut.steps, lengths.take(cut.order))
+        if self.curriculum == "short_first" and self.epoch == 0 and window == 0:
+            found = _short_first(found)
+        self._recent[window] = found
+        while len(self._recent) > KEEP:
+            self._recent.popitem(last=False)
+        return found
+
+    @cached_property
+    def table_of_steps(self) -> np.ndarray:
+        """(windows + 1,) int64: steps before each window. One pass over the epoch, cached in the folder if there is one."""
+        if self.windows.count is None:
+            raise PlanError("an endless stream has no last step: address it by position, not by number")
+        path = self.cache and self.cache / f"steps-{self.fingerprint}-{self.epoch}.npy"
+        if path and path.exists():
+            table = np.load(path)
+            if table.shape == (self.windows.count + 1,):
+                return table
+        counts = [len(self.cut(window)) for window in range(self.windows.count)]
+        table = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
+            np.save(partial, table)
+            partial.replace(path)  # whole or not at all, whoever else writes it
+        return table
+
+    # -- steps --
+
+    def __len__(self) -> int:
+        """Steps in the epoch."""
+        return int(self.table_of_steps[-1])
+
+    def step(self, number: int) -> list[np.ndarray]:
+        """Rows of each micro-batch of a step: at most M arrays (B,) int64, exactly M in all but a window's last."""
+        window, inside = self._find(number)
+        return self.cut(window).step(inside)
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        for _, step in self.steps():
+            yield step
+
+    def steps(self, start: Position | None = None) -> Iterator[tuple[Position, list[np.ndarray]]]:
+        """(position after the step, its micro-batches) from a position on, without the ones before it."""
+        window, inside = (0, 0) if start is None else self._check(start)
+        while self.windows.count is None or window < self.windows.count:
+            cut = self.cut(window)
+            for number in range(inside, len(cut)):
+                yield self._position(window, number + 1), cut.step(number)
+            window, inside = window + 1, 0
+
+    def micro_batches_for(self, rank: int, ranks: int, number: int | Position) -> list[MicroBatch]:
+        """What a rank computes of a step: micro-batches shared out by predicted time. Empty where others have it all."""
+        if not 0 <= rank < ranks:
+            raise PlanError(f"rank {rank} of {ranks}: ranks count from 0")
+        window, inside = self._check(number) if isinstance(number, Position) else self._find(number)
+        cut = self.cut(window)
+        micro_batches = cut.step(inside)
+        mine = share_out(self.step_seconds(window, inside), ranks)[rank]
+        return [MicroBatch(b, micro_batches[b]) for b in mine]
+
+    def step_seconds(self, window: int, step: int) -> np.ndarray:
+        """(micro-batches,) predicted seconds of each micro-batch of a window's step."""
+        cut, budget = self.cut(window), self.budget_of(window)
+        edges = cut.batches[cut.steps[step] : cut.steps[step + 1] + 1]
+        inside = slice(edges[0], edges[-1])
+        frames = np.maximum.reduceat(cut.lengths.frames[inside], edges[:-1] - edges[0])
+        tokens = np.maximum.reduceat(cut.lengths.tokens[inside], edges[:-1] - edges[0])
+        return budget.step_seconds(np.diff(edges), frames, tokens)
+
+    # -- positions --
+
+    def position(self, number: int) -> Position:
+        """Position of the step `number`: the state of a run that has taken the steps before it."""
+        return (
+            self._position(*self._find(number))
+            if number < len(self)
+            else self._position(self.windows.count or 0, 0)
+        )
+
+    def number(self, position: Position) -> int:
+        """The step number of a position."""
+        window, inside = self._check(position)
+        return int(self.table_of_steps[window]) + inside
+
+    def _position(self, window: int, step: int) -> Position:
+        return Position(self.epoch, window, step, self.fingerprint)
+
+    def _check(self, position: Position) -> tuple[int, int]:
+        if position.plan != self.fingerprint:
+            raise PlanError(
+                f"the position belongs to another plan ({position.plan}, this one is {self.fingerprint}): index, budget, "
+                "strategy, seed, window and micro-batches per step must be those of the run"
+            )
+        if position.epoch != self.epoch:
+            raise PlanError(f"the position is in epoch {position.epoch}, this plan is of epoch {self.epoch}")
+        return position.window, position.step
+
+    def _find(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise PlanError(f"step {number} is outside the epoch's {len(self)}")
+        window = int(np.searchsorted(self.table_of_steps, number, side="right")) - 1
+        return window, number - int(self.table_of_steps[window])
+
+    # -- what it amounts to --
+
+    def batch_table(self, window: int) -> BatchTable:
+        """Sizes and lengths of a window's micro-batches."""
+        cut, budget = self.cut(window), self.budget_of(window)
+        own = Lengths.of(self.index, cut.rows, budget)
+        starts = cut.batches[:-1]
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values, starts) if len(starts) else values[:0]
+
+        return BatchTable(
+            size=np.diff(cut.batches),
+            frames=maxima(cut.lengths.frames, cut.batches),
+            tokens=maxima(cut.lengths.tokens, cut.batches),
+            own_frames=total(own.frames),
+            own_tokens=total(own.tokens),
+            own_seconds=total(budget.utterance_seconds(own.frames, own.tokens)),
+            audio_seconds=total(own.seconds.astype(np.float64)),
+            steps=cut.steps,
+        )
+
+    def table(self, windows: int | None = None) -> BatchTable:
+        """Of the epoch, or of the first `windows` windows."""
+        count = self.windows.count if windows is None else windows
+        if count is None:
+            raise PlanError("an endless stream has no last step: say how many windows to look at")
+        return BatchTable.concatenate(self.batch_table(window) for window in range(count))
+
+    def figures(self, ranks: int | None = None, windows: int | None = None) -> Figures:
+        """Figures of the epoch with its steps shared out to `ranks` (None: M)."""
+        return figures(self.table(windows), self.budgets[0][1], ranks or self.micro_batches_per_step)
+
+    def batch_of_rows(self) -> np.ndarray:
+        """(N,) int64: the micro-batch of the epoch each row is in, -1 where it is in none."""
+        owner = np.full(len(self.index), -1, np.int64)
+        before = 0
+        for window in range(self.windows.count or 0):
+            cut = self.cut(window)
+            owner[cut.rows] = before + np.repeat(np.arange(len(cut.batches) - 1), np.diff(cut.batches))
+            before += len(cut.batches) - 1
+        return owner
+
+    def left_out(self) -> list[tuple[int, str]]:
+        """(row, reason) of every utterance that the plan cannot use."""
+        budget, found = self.budgets[0][1], []
+        for begin in range(0, len(self.index), 1 << 20):
+            lengths = Lengths.of(self.index, slice(begin, begin + (1 << 20)), budget, self.grid)
+            reasons = exclusions(lengths, budget, self.max_tokens_per_second)
+            found += [(begin + int(i), REASONS[reasons[i]]) for i in np.flatnonzero(reasons)]
+        return found
+
+
+def _short_first(cut: Window) -> Window:
+    """The window with its steps in ascending order of mean frames."""
+    frames = np.add.reduceat(cut.lengths.frames, cut.batches[cut.steps[:-1]])
+    size = np.diff(cut.batches[cut.steps])
+    turn = np.argsort(frames / size, kind="stable")
+    sequence = np.concatenate([np.arange(cut.steps[s], cut.steps[s + 1]) for s in turn])
+    steps = np.concatenate([[0], np.cumsum(np.diff(cut.steps)[turn])])
+    moved = reorder(np.arange(len(cut.rows)), cut.batches, sequence, steps)
+    return Window(cut.rows[moved.order], moved.batches, moved.steps, cut.lengths.take(moved.order))

@@ -1,0 +1,75 @@
+"""One interface for all strategies: a window's lengths in, its steps out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from canter.planning.budget import Budget
+from canter.planning.lengths import Index, Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A window cut into steps: two nested ragged arrays.
+
+    order: (n,) positions in the window; micro-batch b is ``order[batches[b]:batches[b + 1]]``, step s the
+    micro-batches ``steps[s] .. steps[s + 1] - 1``, at most M of them.
+    """
+
+    order: np.ndarray
+    batches: np.ndarray
+    steps: np.ndarray
+
+    def batch(self, number: int) -> np.ndarray:
+        return self.order[self.batches[number] : self.batches[number + 1]]
+
+
+# (lengths of the window in shuffled order, M, generator of the window) -> its steps
+Cutter = Callable[[Lengths, int, np.random.Generator], Cut]
+
+
+class Strategy(Protocol):
+    """A named way to batch. Frozen dataclasses: their fields are the strategy's options."""
+
+    name: ClassVar[str]
+    default_window: ClassVar[int | None]  # utterances; None is the whole epoch
+
+    def prepare(self, index: Index, budget: Budget, grid: tuple[int, int]) -> Cutter:
+        """Looks at the index once (bins, outlier bounds) and returns what cuts a window."""
+        ...
+
+    def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
+        """The outlier bound this strategy asks for, if any."""
+        ...
+
+
+def nothing() -> Cut:
+    return Cut(np.empty(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64))
+
+
+def reorder(order: np.ndarray, batches: np.ndarray, sequence: np.ndarray, steps: np.ndarray) -> Cut:
+    """The Cut whose micro-batches are those of (order, batches) in another sequence."""
+    sizes = np.diff(batches)[sequence]
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    take = np.arange(ends[-1]) + np.repeat(batches[:-1][sequence] - ends[:-1], sizes)
+    return Cut(order[take], ends, steps)
+
+
+def in_steps(batches: int, per_step: int) -> np.ndarray:
+    """Offsets of steps of `per_step` micro-batches; the last may have fewer."""
+    return np.append(np.arange(0, batches, per_step), batches)
+
+
+def shuffled_steps(order: np.ndarray, batches: np.ndarray, per_step: int, rng: np.random.Generator) -> Cut:
+    """Micro-batches in random sequence, M to a step."""
+    count = len(batches) - 1
+    return reorder(order, batches, rng.permutation(count), in_steps(count, per_step))
+
+
+def maxima(values: np.ndarray, batches: np.ndarray) -> np.ndarray:
+    """(batches,) maximum of each segment."""
+    return np.maximum.reduceat(values, batches[:-1]) if len(batches) > 1 else values[:0]

@@ -1,0 +1,96 @@
+"""2-D bucketing with a batch size per bucket (Zelasko et al. 2025, sections 3.1-3.3): the published state of the art."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from canter.planning.bins import Bins, estimate_bins, optimal_bins, tokens_per_second_bound
+from canter.planning.budget import Budget
+from canter.planning.lengths import Index, Lengths, sample
+from canter.planning.strategies.base import Cut, Cutter, in_steps, nothing, reorder
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket2D:
+    """`buckets` bins of equal audio, each in `sub_buckets` of equal tokens; the budget gives each its batch size.
+
+    synchronised: the micro-batches of a step come from one bucket, so that ranks take equally long.
+    optimal: place the edges by dynamic programming instead of by equal sums.
+    z_score: the bound on tokens per second beyond which utterances are left out (None: leave none out).
+    """
+
+    buckets: int = 30
+    sub_buckets: int = 2
+    synchronised: bool = True
+    optimal: bool = False
+    z_score: float | None = None
+    name: ClassVar[str] = "bucket_2d"
+    default_window: ClassVar[int | None] = None
+
+    def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
+        if self.z_score is None:
+            return None
+        return tokens_per_second_bound(sample(index, budget), self.z_score)
+
+    def bins(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Bins:
+        lengths = sample(index, budget, grid)
+        if self.optimal:
+            return optimal_bins(lengths, budget, self.buckets, self.sub_buckets)
+        return estimate_bins(lengths, self.buckets, self.sub_buckets)
+
+    def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
+        bins = self.bins(index, budget, grid)
+        sizes = batch_sizes(bins, budget)
+
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+            if len(lengths) == 0:
+                return nothing()
+            bucket = bins.assign(lengths)
+            order = np.argsort(bucket, kind="stable")
+            # the last bucket of a row also takes what lies beyond its corner: such batches must still fit
+            count = np.bincount(bucket, minlength=len(bins))
+            first = np.concatenate([[0], np.cumsum(count)])
+            starts, owner = [], []
+            for b in np.flatnonzero(count):
+                inside = order[first[b] : first[b + 1]]
+                corner = int(lengths.frames[inside].max()), int(lengths.tokens[inside].max())
+                size = max(1, min(int(sizes[b]), budget.max_batch(*corner)))
+                starts.append(np.arange(first[b], first[b + 1], size))
+                owner.append(np.full(len(starts[-1]), b))
+            batches = np.append(np.concatenate(starts), len(order))
+            return deal(order, batches, np.concatenate(owner), per_step, self.synchronised, rng)
+
+        return cut
+
+
+def batch_sizes(bins: Bins, budget: Budget) -> np.ndarray:
+    """(buckets,) the largest batch of each bucket that fits when padded to its corner, at least 1."""
+    edges = np.array(bins.edges)
+    return np.maximum(1, budget.max_batch(budget.frames(edges[:, 0]), edges[:, 1].astype(np.int64)))
+
+
+def deal(
+    order: np.ndarray,
+    batches: np.ndarray,
+    owner: np.ndarray,
+    per_step: int,
+    synchronised: bool,
+    rng: np.random.Generator,
+) -> Cut:
+    """Batches to steps in random sequence; synchronised, whole steps of one bucket, then steps of neighbours' rests."""
+    shuffled = rng.permutation(len(owner))
+    if not synchronised or per_step == 1:
+        return reorder(order, batches, shuffled, in_steps(len(owner), per_step))
+    shuffled = shuffled[np.argsort(owner[shuffled], kind="stable")]
+    place = np.arange(len(owner)) - np.searchsorted(owner[shuffled], owner[shuffled])
+    total = np.bincount(owner)[owner[shuffled]]
+    whole = place < total // per_step * per_step
+    full = shuffled[whole].reshape(-1, per_step)
+    rest = shuffled[~whole]
+    tail = rest[len(rest) // per_step * per_step :]
+    full = np.concatenate([full, rest[: len(rest) - len(tail)].reshape(-1, per_step)])
+    full = full[rng.permutation(len(full))]
+    return reorder(order, batches, np.concatenate([full.ravel(), tail]), in_steps(len(owner), per_step))

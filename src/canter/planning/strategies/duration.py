@@ -1,0 +1,101 @@
+"""A cap on the padded seconds of a batch, without buckets and in 1-D buckets: the incumbents' defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from canter.errors import PlanError
+from canter.planning.bins import estimate_bins
+from canter.planning.budget import Budget
+from canter.planning.lengths import Index, Lengths, sample
+from canter.planning.strategies.base import Cut, Cutter, shuffled_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """Batches of at most `max_seconds`: their size times the longest effective duration, seconds + seconds^2 / quadratic.
+
+    The bound holds for every batch of two or more; an utterance that alone exceeds it gets a batch of its own.
+    max_seconds None takes 360, or less where the budget holds less of the costliest utterances.
+    """
+
+    max_seconds: float | None = None
+    quadratic: float | None = None
+    name: ClassVar[str] = "duration"
+    default_window: ClassVar[int | None] = None
+
+    def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
+        return None
+
+    def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
+        cap = seconds_cap(self.max_seconds, index, budget, grid)
+
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+            order = np.arange(len(lengths))
+            batches = capped(effective_seconds(lengths, self.quadratic), cap)
+            return shuffled_steps(order, batches, per_step, rng)
+
+        return cut
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket1D:
+    """`Duration` inside `buckets` bins of equal audio."""
+
+    buckets: int = 30
+    max_seconds: float | None = None
+    quadratic: float | None = 30.0
+    name: ClassVar[str] = "bucket_1d"
+    default_window: ClassVar[int | None] = None
+
+    def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
+        return None
+
+    def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
+        cap = seconds_cap(self.max_seconds, index, budget, grid)
+        bins = estimate_bins(sample(index, budget, grid), self.buckets)
+
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+            order = np.argsort(bins.assign(lengths), kind="stable")
+            bucket = bins.assign(lengths)[order]
+            effective = effective_seconds(lengths, self.quadratic)[order]
+            edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=len(bins)))
+            ends = [capped(effective[a:b], cap)[1:] + a for a, b in zip(edges[:-1], edges[1:])]
+            return shuffled_steps(order, np.concatenate([[0], *ends]).astype(np.int64), per_step, rng)
+
+        return cut
+
+
+def effective_seconds(lengths: Lengths, quadratic: float | None) -> np.ndarray:
+    seconds = lengths.seconds.astype(np.float64)
+    return seconds if quadratic is None else seconds + seconds**2 / quadratic
+
+
+def seconds_cap(cap: float | None, index: Index, budget: Budget, grid: tuple[int, int]) -> float:
+    if cap is None:
+        lengths = sample(index, budget, grid)
+        if len(lengths) == 0:
+            return 360.0
+        return float(min(360.0, (lengths.seconds * budget.max_batch(lengths.frames, lengths.tokens)).min()))
+    if not cap > 0:
+        raise PlanError(f"max_seconds is {cap}; it must be positive")
+    return cap
+
+
+def capped(effective: np.ndarray, cap: float) -> np.ndarray:
+    """Offsets of batches taken in order, each as long as its size times its longest stays within the cap."""
+    offsets, start, n = [0], 0, len(effective)
+    while start < n:
+        guess = int(cap / effective[start]) + 2
+        longest = np.maximum.accumulate(effective[start : start + guess])
+        fits = np.searchsorted(longest * np.arange(1, len(longest) + 1), cap, side="right")
+        while fits == len(longest) and start + len(longest) < n:  # all fitted: look further
+            guess *= 2
+            longest = np.maximum.accumulate(effective[start : start + guess])
+            fits = np.searchsorted(longest * np.arange(1, len(longest) + 1), cap, side="right")
+        start += max(1, int(fits))
+        offsets.append(start)
+    return np.array(offsets, np.int64)

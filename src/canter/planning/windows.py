@@ -1,0 +1,164 @@
+"""Who is in which window: a shuffle of any size that is never materialised.
+
+A window is a function of (index, seed, epoch, window size) alone. Rows are shuffled by a keyed bijection, so the
+rows of a window are computed from their positions, at one hundred million rows as at one thousand. Every source is
+spread evenly over the windows of an epoch; in an endless stream each window takes from a source by its weight, and
+each source is passed through exactly once per pass of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from canter.errors import PlanError
+from canter.planning.lengths import Index
+
+ROUNDS = 4
+
+
+def mix(*parts: int) -> int:
+    """64 well-mixed bits of some integers (splitmix64's finaliser, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (
+            state + (part & 0xFFFFFFFFFFFFFFFF) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15
+        ) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+def _hash32(values: np.ndarray, key: int) -> np.ndarray:
+    """Murmur3's 32-bit finaliser over uint32 values and a key."""
+    h = values ^ np.uint32(key)
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x85EBCA6B)
+    h ^= h >> np.uint32(13)
+    h *= np.uint32(0xC2B2AE35)
+    h ^= h >> np.uint32(16)
+    return h
+
+
+def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
+    """Where a keyed bijection of range(count) sends `positions` (int64).
+
+    A Feistel network over a near-square grid of height x width >= count (Black & Rogaway 2002, generalised Feistel),
+    walked on where it leaves the range, which few positions do.
+    """
+    if count < 2:
+        return positions.copy()
+    height = math.isqrt(count - 1) + 1
+    width = -(-count // height)
+    keys = [mix(key, number) & 0xFFFFFFFF for number in range(ROUNDS)]
+
+    def walk(values: np.ndarray) -> np.ndarray:
+        x, y = (part.astype(np.uint32) for part in np.divmod(values, width))
+        for number in range(0, ROUNDS, 2):
+            # the hash is reduced before it is added: a sum of 32 bits must not wrap
+            x = (x + _hash32(y, keys[number]) % np.uint32(height)) % np.uint32(height)
+            y = (y + _hash32(x, keys[number + 1]) % np.uint32(width)) % np.uint32(width)
+        return x.astype(np.int64) * width + y
+
+    result = walk(positions)
+    outside = np.flatnonzero(result >= count)
+    while len(outside):
+        result[outside] = walk(result[outside])
+        outside = outside[result[outside] >= count]
+    return result
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of an epoch, or of an endless weighted stream.
+
+    size: utterances in a window (the windows of an epoch are made equal, so theirs may differ from it by up to a half).
+    block: rows that stay neighbours in the shuffle; 1 for files that can be opened at random, the rows of a shard
+    for archives that are read in runs.
+    """
+
+    index: Index
+    seed: int
+    epoch: int
+    size: int
+    endless: bool = False
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.block < 1:
+            raise PlanError(f"window is {self.size} and block {self.block}; both must be at least 1")
+        if len(self.index) == 0:
+            raise PlanError("the index is empty: there is nothing to plan")
+        if self.endless and not self._weights.sum() > 0:
+            raise PlanError("every source has weight 0; give at least one a positive weight")
+
+    @cached_property
+    def count(self) -> int | None:
+        """Windows in the epoch; None for an endless stream."""
+        return None if self.endless else max(1, round(len(self.index) / self.size))
+
+    @cached_property
+    def _runs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each source (first row, rows before it in the source) of its runs of neighbouring rows, + the total."""
+        sources = max(1, len(list(self.index.sources)))
+        if sources == 1:
+            return [(np.zeros(1, np.int64), np.array([0, len(self.index)]))]
+        shards = getattr(self.index, "shards", ())
+        if shards:  # known without looking at the rows
+            first, stop, owner = np.array([(s.start, s.stop, s.source) for s in shards], np.int64).T
+        else:
+            source_of = np.asarray(self.index.source_of)
+            first = np.concatenate([[0], np.flatnonzero(source_of[1:] != source_of[:-1]) + 1])
+            stop, owner = np.append(first[1:], len(source_of)), source_of[first]
+        runs = []
+        for source in range(sources):
+            mine = np.flatnonzero((owner == source) & (stop > first))
+            runs.append((first[mine], np.concatenate([[0], np.cumsum(stop[mine] - first[mine])])))
+        return runs
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [int(before[-1]) for _, before in self._runs]
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        weights = [getattr(source, "weight", None) for source in self.index.sources] or [None]
+        values = np.array([n if w is None else w for w, n in zip(weights, self._sizes)], np.float64)
+        for source, value in enumerate(values):
+            if not math.isfinite(value) or value < 0:
+                raise PlanError(f"source {source}: weight is {value}; it must be zero or more")
+        return values * (np.array(self._sizes) > 0)
+
+    def rows(self, window: int) -> np.ndarray:
+        """Rows of a window, int64, sources one after the other, each in shuffled order."""
+        if window < 0 or (self.count is not None and window >= self.count):
+            raise PlanError(f"window {window} is outside the epoch's {self.count}")
+        parts = []
+        shares = self._weights / self._weights.sum() if self.endless else None
+        for source, size in enumerate(self._sizes):
+            if shares is not None:
+                first, last = (math.floor(w * self.size * shares[source]) for w in (window, window + 1))
+            else:
+                first, last = (w * size // (self.count or 1) for w in (window, window + 1))
+            while first < last:  # an endless stream may come to the end of a pass inside a window
+                turn = first // size
+                stop = min(last, (turn + 1) * size)
+                local = self._order(np.arange(first - turn * size, stop - turn * size), source, size, turn)
+                starts, before = self._runs[source]
+                run = np.searchsorted(before, local, side="right") - 1 if len(starts) > 1 else 0
+                parts.append(local + (starts[run] - before[run]))
+                first = stop
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def _order(self, positions: np.ndarray, source: int, size: int, turn: int) -> np.ndarray:
+        key = mix(self.seed, self.epoch, source, turn)
+        if self.block == 1:
+            return shuffled(positions, size, key)
+        blocks = size // self.block
+        whole = positions < blocks * self.block
+        moved = shuffled(positions // self.block, blocks, key) if blocks else positions
+        return np.where(whole, moved * self.block + positions % self.block, positions)
