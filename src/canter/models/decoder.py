@@ -4,7 +4,9 @@ B: utterances, T: encoder frames, U: tokens, D: width, H: heads, K: head width, 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,21 @@ class DecoderConfig:
     """The longest sequence, prompt and end token included."""
     pad: int = 0
     """Id of the padding token."""
+    learned_positions: bool = False
+    """Whether positions are learned (Whisper) or sinusoids (Canary)."""
+    embedding_norm: bool = True
+    """Whether embedded tokens are normalised (Canary)."""
+    activation: str = "relu"
+    """Of the feed-forward: 'relu' (Canary) or 'gelu' (Whisper)."""
+    key_bias: bool = True
+    """Whether attention keys have a bias; Whisper's have none."""
+    head_bias: bool = True
+    """Whether the head has a bias beside the embedding's weight; Whisper's has none."""
     dropout: float = 0.0
     dropout_attention: float = 0.0
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
@@ -38,52 +53,54 @@ def sinusoids(positions: int, width: int) -> Tensor:
 
 
 class DecoderCache:
-    """Keys and values of live rows in every layer: the encoder output's, projected once, and the tokens' so far.
+    """Keys and values of live rows in every layer: the encoder output's, projected once, and the tokens' so
+    far.
 
-    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K), ``own`` (L, 2, C, H, U, K).
-    All rows write their next token at the same ``column``, one that entered later simply starts later (``starts``),
-    so a step reads and writes slices alone, whatever the ages of its rows. ``cross_mask`` (C, T) and ``own_mask``
-    (C, U) are 0 where a row attends and -inf where it does not; they change only when rows come or go.
+    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K), ``own`` (L, 2, C,
+    H, U, K). All rows write their next token at the same ``column``, one that entered later simply starts
+    later (``starts``), so a step reads and writes slices alone, whatever the ages of its rows.
+    ``cross_mask`` (C, T) and ``own_mask`` (C, U) are 0 where a row attends and -inf where it does not; they
+    change only when rows come or go.
     """
 
-    def __init__(self, config: DecoderConfig, slots: int, frames: int, columns: int, like: Tensor):
-        size = (config.layers, 2, slots, config.heads)
-        self.cross = like.new_zeros(*size, frames, config.width // config.heads)
-        self.own = like.new_zeros(*size, columns, config.width // config.heads)
-        self.cross_mask, self.own_mask = like.new_zeros(slots, frames), like.new_zeros(slots, columns)
-        self.start = torch.zeros(slots, dtype=torch.long, device=like.device)
+    def __init__(self, config: DecoderConfig, like: Tensor):
+        """An empty cache of the type and device of ``like``; it grows as rows come."""
+        self.cross = like.new_zeros(config.layers, 2, 0, config.heads, 0, config.width // config.heads)
+        self.own = self.cross.clone()
+        self.cross_mask = self.own_mask = like.new_zeros(0, 0)
+        self.start = torch.zeros(0, dtype=torch.long, device=like.device)
         self.starts: list[int] = []  # of live rows, as ``start``, where Python can see them
         self.frames: list[int] = []  # encoder frames of live rows
         self.column = 0
 
     @property
-    def slots(self) -> int:
-        return self.cross.shape[2]
-
-    @property
     def rows(self) -> int:
         return len(self.starts)
 
-    def reserve(self, frames: int, before: int, after: int) -> None:
-        """Makes room for rows of so many encoder frames, ``before`` columns to the left of ``column``, ``after`` to
-        the right. Live rows move only where there is none."""
-        if frames > self.cross.shape[4]:
-            more = frames - self.cross.shape[4]
-            self.cross = F.pad(self.cross, (0, 0, 0, more))
-            self.cross_mask = F.pad(self.cross_mask, (0, more), value=-math.inf)
-        if before <= self.column and self.column + after <= self.own.shape[4]:
-            return
-        first = min(self.starts, default=self.column)
-        used = self.column - first
-        column = max(before, used)
-        # Twice what is needed: a queue of any length moves its rows once in many steps.
-        own = self.own
-        if 2 * (column + after) > own.shape[4]:
-            own = own.new_zeros(*own.shape[:4], 2 * (column + after), own.shape[5])
-        own[:, :, : self.rows, :, column - used : column] = self.own[
-            :, :, : self.rows, :, first : self.column
-        ].clone()
-        self.own = own
+    def reserve(self, rows: int, frames: int, before: int, after: int) -> None:
+        """Makes room for ``rows`` more rows of so many encoder frames, and for ``before`` columns to the
+        left of ``column``, ``after`` to the right."""
+        _, _, slots, _, size, _ = self.cross.shape
+        more, longer = max(0, self.rows + rows - slots), max(0, frames - size)
+        if more or longer:
+            self.cross = F.pad(self.cross, (0, 0, 0, longer, 0, 0, 0, more))
+            self.cross_mask = F.pad(self.cross_mask, (0, longer, 0, more), value=-math.inf)
+            self.own = F.pad(self.own, (0, 0, 0, 0, 0, 0, 0, more))
+            self.own_mask = F.pad(self.own_mask, (0, 0, 0, more))
+            self.start = F.pad(self.start, (0, more))
+        if before > self.column or self.column + after > self.own.shape[4]:
+            self._move_columns(before, after)
+
+    def _move_columns(self, before: int, after: int) -> None:
+        """Moves live rows to the leftmost columns possible, in longer buffers if need be."""
+        live = slice(0, self.rows)
+        used = self.own[:, :, live, :, min(self.starts, default=self.column) : self.column].clone()
+        column = max(before, used.shape[4])
+        # Twice what is needed, so that the rows of a long queue move once in many steps.
+        if 2 * (column + after) > self.own.shape[4]:
+            self.own = self.own.new_zeros(*self.own.shape[:4], 2 * (column + after), self.own.shape[5])
+            self.own_mask = self.own.new_zeros(self.own.shape[2], self.own.shape[4])
+        self.own[:, :, live, :, column - used.shape[4] : column] = used
         self.starts = [start + column - self.column for start in self.starts]
         self.column = column
         self._write_starts(0)
@@ -113,7 +130,8 @@ class DecoderCache:
             self.frames.pop()
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps these live rows (indices), in this order and as often as they are named: beams are reordered."""
+        """Keeps these live rows (indices), in this order and as often as they are named: beams are
+        reordered."""
         order = rows.tolist()
         for name in ("cross", "own"):
             setattr(self, name, getattr(self, name)[:, :, rows])
@@ -122,20 +140,18 @@ class DecoderCache:
         self.starts, self.frames = [self.starts[row] for row in order], [self.frames[row] for row in order]
 
     def _write_starts(self, first: int) -> None:
-        start = torch.tensor(self.starts[first:], dtype=torch.long, device=self.start.device)
-        self.start[first : self.rows] = start
-        if self.own_mask.shape[1] != self.own.shape[4]:
-            self.own_mask = self.own.new_zeros(self.slots, self.own.shape[4])
-        before = length_mask(start, self.own.shape[4])
-        self.own_mask[first : self.rows] = torch.where(before, -math.inf, 0.0).to(self.own.dtype)
+        rows = slice(first, self.rows)
+        self.start[rows] = torch.tensor(self.starts[first:], dtype=torch.long)
+        before = length_mask(self.start[rows], self.own.shape[4])
+        self.own_mask[rows] = torch.where(before, -math.inf, 0.0).to(self.own.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, key_bias: bool = True):
         super().__init__()
-        d = config.width
-        self.heads, self.dropout = config.heads, config.dropout_attention
-        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.heads, self.dropout = heads, dropout
+        self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
+        self.key = nn.Linear(width, width, bias=key_bias)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, K)."""
@@ -162,14 +178,16 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         d = config.width
-        self.norm_self, self.self_attention = nn.LayerNorm(d), Attention(config)
-        self.norm_cross, self.cross_attention = nn.LayerNorm(d), Attention(config)
+        attention = (d, config.heads, config.dropout_attention, config.key_bias)
+        self.norm_self, self.self_attention = nn.LayerNorm(d), Attention(*attention)
+        self.norm_cross, self.cross_attention = nn.LayerNorm(d), Attention(*attention)
         self.norm_feed_forward = nn.LayerNorm(d)
         self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
+        self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(F.relu(self.up(self.norm_feed_forward(x)))))
+        return self.down(self.dropout(self.activation(self.up(self.norm_feed_forward(x)))))
 
     def forward(self, x: Tensor, encoded: Tensor, encoded_mask: Tensor) -> Tensor:
         """Teacher forcing: x (B, U, D), encoded (B, T, D), encoded_mask (B, 1, 1, T) -> (B, U, D)."""
@@ -198,7 +216,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Tokens and encoder output to scores of the next token; the head shares the embedding's weight."""
 
-    sinusoids: Tensor
+    positions: Tensor
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -206,16 +224,20 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width, padding_idx=config.pad)
         # NeMo divides the sinusoids by sqrt(width) instead of multiplying the embedding by it.
         table = sinusoids(config.positions, config.width) / math.sqrt(config.width)
-        self.register_buffer("sinusoids", table, persistent=False)
-        self.embedding_norm = nn.LayerNorm(config.width)
+        if config.learned_positions:
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table, persistent=False)
+        self.embedding_norm = nn.LayerNorm(config.width) if config.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
+        bias = nn.Parameter(torch.zeros(config.vocabulary)) if config.head_bias else None
+        self.register_parameter("head_bias", bias)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.sinusoids[positions]
+        x = self.embedding(tokens) + self.positions[positions]
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
@@ -230,9 +252,13 @@ class Decoder(nn.Module):
             x = layer(x, encoded, mask)
         return self.head(x)
 
-    def cache(self, slots: int, frames: int, columns: int) -> DecoderCache:
-        """An empty cache with room for so many rows of so many encoder frames and columns of tokens."""
-        return DecoderCache(self.config, slots, frames, columns, like=self.head_bias)
+    @property
+    def _layers(self) -> Iterable[DecoderLayer]:
+        return cast(Iterable[DecoderLayer], self.layers)
+
+    def cache(self) -> DecoderCache:
+        """An empty cache, for ``admit`` to fill."""
+        return DecoderCache(self.config, like=self.embedding.weight)
 
     def admit(
         self,
@@ -240,18 +266,17 @@ class Decoder(nn.Module):
         encoded: Tensor,
         encoded_lengths: list[int],
         cache: DecoderCache,
-        columns: int = 1,
     ) -> Tensor:
-        """New rows enter the next free slots: the encoder output (m, T, D) is projected to every layer's keys and
-        values, once, and the prompts (of any lengths) are read. ``columns``: tokens to come, for which room is made.
+        """New rows enter the next free slots: the encoder output (m, T, D) is projected to every layer's
+        keys and values, once, and the prompts (of any lengths) are read.
 
         Returns the logits (m, V) of the first token after each prompt.
         """
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
-        cache.reserve(frames, before=size, after=columns)
+        cache.reserve(len(prompts), frames, before=size, after=1)
         cache.add([len(prompt) for prompt in prompts], encoded_lengths)
         encoded = encoded[:, :frames]
-        for layer, cross in zip(self.layers, cache.cross.unbind(0)):
+        for layer, cross in zip(self._layers, cache.cross.unbind(0)):
             keys, values = layer.cross_attention.project(encoded)
             cross[0, first : cache.rows, :, :frames] = keys
             cross[1, first : cache.rows, :, :frames] = values
@@ -261,8 +286,9 @@ class Decoder(nn.Module):
         return self.head(self._advance(tokens.to(encoded.device), cache, first)[:, -1:])[:, 0]
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows by N."""
-        cache.reserve(0, before=0, after=tokens.shape[1])
+        """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows
+        by N."""
+        cache.reserve(0, 0, before=0, after=tokens.shape[1])
         return self.head(self._advance(tokens, cache))
 
     def _advance(self, tokens: Tensor, cache: DecoderCache, first: int = 0) -> Tensor:
@@ -273,20 +299,21 @@ class Decoder(nn.Module):
         steps = torch.arange(column, column + n, device=tokens.device)
         place = steps - cache.start[rows, None]  # (B, N)
         own_mask = cross_mask = None
-        if max(starts) > oldest or n > 1:
-            own_mask = cache.own_mask[rows, None, None, oldest : column + n]
         if n > 1:
             columns = torch.arange(oldest, column + n, device=tokens.device)
-            place = place.clamp(min=0)
-            # A prompt's left padding attends to itself alone, so that no row of scores is empty.
+            own_mask = cache.own_mask[rows, None, None, oldest : column + n]
             own_mask = own_mask.masked_fill(columns > steps[:, None], -math.inf)
+            # A prompt's left padding attends to itself alone, so that no row of scores is empty.
             own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
+            place = place.clamp(min=0)
+        elif max(starts) > oldest:
+            own_mask = cache.own_mask[rows, None, None, oldest : column + 1]
         if min(frames) < size:
             cross_mask = cache.cross_mask[rows, None, None, :size]
         own = cache.own[:, :, rows, :, oldest : column + n]
         cross = cache.cross[:, :, rows, :, :size]
         x = self.embed(tokens, place)
-        for layer, layer_own, layer_cross in zip(self.layers, own.unbind(0), cross.unbind(0)):
+        for layer, layer_own, layer_cross in zip(self._layers, own.unbind(0), cross.unbind(0)):
             x = layer.step(x, layer_own, layer_cross, own_mask, cross_mask)
         cache.column += n
         return x

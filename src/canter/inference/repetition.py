@@ -1,0 +1,59 @@
+"""The guard against repetition, for models that fall into a loop on audio they were not trained for.
+
+The rule: no n-gram of 1 to N tokens may follow itself more than R times. A token that would complete one
+repeat too many is passed over for the next best one. End tokens end a row, so they are never passed over.
+
+B: live rows, V: vocabulary, N: the longest n-gram.
+"""
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+
+class RepetitionGuard:
+    """Chooses the best allowed token of each live row; rows sit in slots as in the decoder's cache."""
+
+    def __init__(self, ngram: int, repeats: int):
+        """``repeats``: R of the rule; 0 (or ``ngram`` 0) turns the guard off."""
+        self.repeats = repeats
+        self.sizes = np.arange(1, ngram + 1 if repeats else 1)  # (N,)
+        self.last = np.zeros(
+            (0, len(self.sizes)), dtype=np.int64
+        )  # (B, N) the latest tokens, the newest first
+        # (B, N) how many of a row's latest tokens equal the one n before: n x r where an n-gram
+        # followed itself r times
+        self.equal = self.last.copy()
+
+    def add(self, rows: int) -> None:
+        """New rows, in the next slots."""
+        self.last = np.pad(self.last, ((0, rows), (0, 0)), constant_values=-1)
+        self.equal = np.pad(self.equal, ((0, rows), (0, 0)))
+
+    def remove(self, slots: list[int]) -> None:
+        """Rows leave, the last ones take their slots."""
+        keep = list(range(len(self.last)))
+        for slot in sorted(slots, reverse=True):
+            keep[slot] = keep[-1]
+            keep.pop()
+        self.last, self.equal = self.last[keep], self.equal[keep]
+
+    def choose(self, logits: Tensor, first: int = 0) -> list[int]:
+        """logits (B, V) of the rows from slot ``first`` on -> their next tokens. Writes -inf where one is
+        passed over."""
+        chosen = logits.argmax(-1).cpu().numpy()
+        if not len(self.sizes):
+            return chosen.tolist()
+        last = self.last[first:]
+        equal = np.where(last == chosen[:, None], self.equal[first:] + 1, 0)
+        too_often = (self.repeats + 1) * self.sizes
+        for row in np.flatnonzero((equal >= too_often).any(1)):
+            while (equal[row] >= too_often).any():
+                logits[row, chosen[row]] = -math.inf
+                chosen[row] = int(logits[row].argmax())
+                equal[row] = np.where(last[row] == chosen[row], self.equal[first + row] + 1, 0)
+        self.equal[first:] = equal
+        self.last[first:, 1:] = last[:, :-1].copy()
+        self.last[first:, 0] = chosen
+        return chosen.tolist()

@@ -1,0 +1,115 @@
+"""Transcripts are those of plain greedy decoding, whatever the batch."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+
+from canter.inference.engine import Engine, EngineConfig, Request, ctc_greedy, encoder_batches
+
+from .conftest import END, noises, small_model
+
+UNGUARDED = {"max_repeats": 0}
+
+
+def requests(count: int = 40) -> list[Request]:
+    """Prompts of three lengths."""
+    return [Request(clip, [5] * (1 + number % 3) + [7], number) for number, clip in enumerate(noises(count))]
+
+
+@torch.inference_mode()
+def teacher_forced(model, request: Request, tokens_per_frame: float = 1.0, extra: int = 10) -> list[int]:
+    """Greedy decoding of one clip by the forward pass of training, over the whole prefix at every token."""
+    features = model.features(torch.from_numpy(request.audio)[None], torch.tensor([len(request.audio)]))
+    encoded, lengths = model.encode(*features)
+    prompt = list(request.prompt)
+    limit = math.ceil(tokens_per_frame * int(lengths)) + extra
+    tokens: list[int] = []
+    while len(tokens) < min(limit, model.config.decoder.positions - len(prompt)):
+        best = int(model.logits(encoded, lengths, torch.tensor([prompt + tokens]))[0, -1].argmax())
+        if best == END:
+            break
+        tokens.append(best)
+    return tokens
+
+
+@cache
+def expected() -> list[list[int]]:
+    model = small_model()
+    return [teacher_forced(model, request) for request in requests()]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64])
+@pytest.mark.parametrize("frames", [1, 100, 100000])
+def test_same_tokens_as_teacher_forcing_in_any_batch(model, rows, frames):
+    engine = Engine(model, END, EngineConfig(rows=rows, frames=frames, **UNGUARDED))
+    found = engine.decode(requests())
+    assert [hypothesis.tokens for hypothesis in found] == expected()
+    assert [hypothesis.key for hypothesis in found] == list(range(40))
+    lengths = {len(tokens) for tokens in expected()}
+    assert len(lengths) > 10, "the random model does not exercise rows that leave at different times"
+
+
+def test_rows_are_useful_and_slots_are_full(model):
+    engine = Engine(model, END, EngineConfig(rows=4, **UNGUARDED))
+    engine.decode(requests())
+    counters = engine.counters
+    assert counters.useful_rows == 1
+    assert counters.mean_rows > 0.8 * counters.slots
+    assert counters.utterances == 40
+    assert counters.audio_seconds == pytest.approx(sum(len(item.audio) for item in requests()) / 16000)
+
+
+def test_limit_on_tokens(model):
+    engine = Engine(model, END, EngineConfig(tokens_per_frame=0.0, extra_tokens=2, **UNGUARDED))
+    for hypothesis, tokens in zip(engine.decode(requests()), expected()):
+        assert hypothesis.tokens == tokens[:2]
+        assert hypothesis.finished == (len(tokens) < 2)
+
+
+def test_positions_end_a_row():
+    model = small_model(positions=12)
+    found = Engine(model, END, EngineConfig(**UNGUARDED)).decode(requests())
+    assert max(len(h.tokens) + len(r.prompt) for h, r in zip(found, requests())) == 12
+
+
+def test_prompt_must_fit(model):
+    with pytest.raises(ValueError, match="64 positions"):
+        Engine(model, END).decode([Request(noises(1)[0], [5] * 64)])
+
+
+def test_shortest_audio(model):
+    found = Engine(model, END).decode([Request(noises(1)[0][:1], [5])])
+    assert len(found) == 1
+
+
+def test_training_mode_is_restored(model):
+    model.train()
+    try:
+        trained = Engine(model, END, EngineConfig(**UNGUARDED)).decode(requests(4))
+        assert model.training
+    finally:
+        model.eval()
+    assert [hypothesis.tokens for hypothesis in trained] == expected()[:4]
+
+
+def test_ctc(model):
+    request = requests(1)[0]
+    with torch.inference_mode():
+        features = model.features(torch.from_numpy(request.audio)[None], torch.tensor([len(request.audio)]))
+        wanted = ctc_greedy(*model.ctc_log_probs(*model.encode(*features)))
+    assert Engine(model, END, ctc=True).decode([request])[0].ctc == wanted[0]
+    assert Engine(model, END).decode([request])[0].ctc is None
+
+
+def test_ctc_greedy_collapses_and_drops_blanks():
+    path = torch.tensor([[1, 1, 0, 1, 2, 2, 0, 3], [0, 0, 2, 2, 2, 3, 3, 3]])
+    log_probs = torch.nn.functional.one_hot(path, 4).float().log()
+    assert ctc_greedy(log_probs, torch.tensor([8, 5])) == [[1, 1, 2, 3], [2]]
+
+
+def test_encoder_batches_fill_the_budget():
+    batches = encoder_batches([5, 9, 1, 30, 4, 4], budget=20)
+    assert batches == [[3], [1, 0], [4, 5, 2]]
+    assert encoder_batches([1] * 5, budget=100, rows=2) == [[0, 1], [2, 3], [4]]
