@@ -12,42 +12,56 @@ from safetensors.torch import save_file
 from canter.errors import CheckpointError
 from canter.models.files import read_json, read_tensors, whole_folder
 from canter.models.fitting import build, check_vocabulary, fit_tensors
-from canter.models.model import ModelConfig, SpeechModel
+from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel
 from canter.models.nemo import read_nemo
 
 FORMAT = "canter-model/1"
+KINDS = {"features": FEATURES, "encoder": ENCODERS}
 
 
-def config_to_json(config: Any) -> dict[str, Any]:
-    """A frozen dataclass of numbers, strings and further dataclasses as a JSON object."""
-    return dataclasses.asdict(config)
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as a JSON object; features and encoder say of which kind they are."""
+    values = dataclasses.asdict(config)
+    for part, kinds in KINDS.items():
+        kind = next(name for name, cls in kinds.items() if cls is type(getattr(config, part)))
+        values[part] = {"kind": kind, **values[part]}
+    return values
 
 
-def config_from_json(kind: type, values: Any, source: str) -> Any:
+def config_from_json(values: Any, source: str) -> ModelConfig:
     """The inverse of ``config_to_json``; fields left out take their defaults.
 
     Raises CheckpointError naming the ``source`` and the field for unknown fields and values of another type.
     """
+    types = get_type_hints(ModelConfig)
+    values = dict(values)
+    for part, kinds in KINDS.items():
+        if isinstance(values.get(part), dict):
+            inner = dict(values[part])
+            kind = inner.pop("kind", next(iter(kinds)))
+            if kind not in kinds:
+                raise CheckpointError(f"{source}: {part} of kind {kind!r}; known: {', '.join(kinds)}")
+            types[part], values[part] = kinds[kind], inner
+    return _from_json(ModelConfig, types, values, source)
+
+
+def _from_json(cls: type, types: dict[str, Any], values: Any, source: str) -> Any:
     if not isinstance(values, dict):
         raise CheckpointError(f"{source}: {values!r} is not a JSON object")
-    types = get_type_hints(kind)
-    fields = {field.name for field in dataclasses.fields(kind)}
+    fields = {field.name for field in dataclasses.fields(cls)}
     known = {}
     for name, value in values.items():
         wanted = types.get(name)
         if name not in fields:
-            raise CheckpointError(
-                f"{source}: unknown field {name!r}; written by a newer Canter, or misspelt?"
-            )
-        if dataclasses.is_dataclass(wanted):
-            known[name] = config_from_json(wanted, value, f"{source}: {name}")  # pyright: ignore[reportArgumentType]
+            raise CheckpointError(f"{source}: unknown field {name!r}; from a newer Canter, or misspelt?")
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+            known[name] = _from_json(wanted, get_type_hints(wanted), value, f"{source}: {name}")
         elif type(value) is wanted or (wanted is float and type(value) is int):
             known[name] = value
         else:
-            raise CheckpointError(
-                f"{source}: {name} is {value!r}, which is not {getattr(wanted, '__name__', wanted)}"
-            )
-    return kind(**known)
+            wanted = getattr(wanted, "__name__", wanted)
+            raise CheckpointError(f"{source}: {name} is {value!r}; it must be {wanted}")
+    return cls(**known)
 
 
 def save_model(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> Path:
@@ -93,7 +107,7 @@ def _read_folder(folder: Path) -> SpeechModel:
     if values.pop("format", None) != FORMAT:
         raise CheckpointError(f"{config_file} is not a Canter model (its format is not {FORMAT})")
     has_tokenizer = values.pop("tokenizer", False)
-    model = build(config_from_json(ModelConfig, values, str(config_file)), config_file)
+    model = build(config_from_json(values, str(config_file)), config_file)
     fit_tensors(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     if has_tokenizer:
         from canter.text import load_tokenizer

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canter.models.encoder import Encoder
 from canter.models.features import length_mask
 from canter.models.norm import MaskedBatchNorm
 
@@ -39,6 +40,9 @@ class FastConformerConfig:
     dropout_input: float = 0.0
     """After subsampling."""
     dropout_attention: float = 0.0
+
+    def build(self) -> "FastConformer":
+        return FastConformer(self)
 
 
 def subsampled(frames):
@@ -183,7 +187,7 @@ class ConformerLayer(nn.Module):
         return self.norm_out(x)
 
 
-class FastConformer(nn.Module):
+class FastConformer(Encoder):
     """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder
     frames."""
 
@@ -195,7 +199,6 @@ class FastConformer(nn.Module):
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.layers))
 
     def frames(self, feature_frames):
-        """Encoder frames of so many feature frames (an int or a tensor)."""
         return subsampled(feature_frames)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

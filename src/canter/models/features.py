@@ -26,6 +26,9 @@ class FeatureConfig:
     dither: float = 0.0
     """Standard deviation of the noise added to samples in training."""
 
+    def build(self) -> "LogMel":
+        return LogMel(self)
+
 
 def slaney_mel_filters(sample_rate: int, n_fft: int, mels: int) -> np.ndarray:
     """Triangular mel filters (M, n_fft // 2 + 1) on Slaney's scale (linear below 1 kHz, logarithmic above),
@@ -70,8 +73,8 @@ class LogMel(nn.Module):
         self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
         self.register_buffer("taper", torch.hann_window(config.window, periodic=False), persistent=False)
 
-    def frames(self, samples: Tensor) -> Tensor:
-        """Valid feature frames of utterances of so many samples."""
+    def frames(self, samples):
+        """Valid feature frames of so many samples (an int or a tensor)."""
         return samples // self.config.hop
 
     def forward(
@@ -105,3 +108,86 @@ class LogMel(nn.Module):
             square = ((features - mean).square() * valid).sum(1, keepdim=True)
             deviation = (square / (count - 1).clamp(min=1)).sqrt() + 1e-5
             return ((features - mean) / deviation) * valid, frames
+
+
+@dataclass(frozen=True)
+class WhisperFeatureConfig:
+    """Whisper's log-mel: 25 ms windows every 10 ms, eight decades below the loudest."""
+
+    sample_rate: int = 16000
+    mels: int = 80
+    n_fft: int = 400
+    """Also the window, in samples."""
+    hop: int = 160
+    """Frame shift in samples."""
+    pad_seconds: float = 30.0
+    """Every utterance is padded with silence to so many seconds, as Whisper was trained; 0: none is padded,
+    which costs a pretrained model some accuracy and saves the time of the silence."""
+    dither: float = 0.0
+    """Standard deviation of the noise added to samples in training."""
+
+    def build(self) -> "WhisperLogMel":
+        return WhisperLogMel(self)
+
+
+class WhisperLogMel(nn.Module):
+    """Audio to Whisper's features. Unpadded, an utterance's frames are the first ones of its 30 s."""
+
+    filters: Tensor
+    taper: Tensor
+
+    def __init__(self, config: WhisperFeatureConfig):
+        super().__init__()
+        self.config = config
+        filters = slaney_mel_filters(config.sample_rate, config.n_fft, config.mels)
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
+        self.register_buffer("taper", torch.hann_window(config.n_fft), persistent=False)
+
+    def frames(self, samples):
+        """Feature frames of so many samples (an int or a tensor): those of the padded length, if there is
+        one."""
+        config = self.config
+        if config.pad_seconds:
+            return samples * 0 + round(config.pad_seconds * config.sample_rate) // config.hop
+        return (samples + config.hop - 1) // config.hop
+
+    def forward(
+        self, audio: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,)
+        in frames.
+
+        In training mode ``generator`` draws the dither. ValueError for audio longer than the padded length.
+        """
+        config = self.config
+        size = audio.shape[1]
+        if config.pad_seconds:
+            size = round(config.pad_seconds * config.sample_rate)
+            if audio.shape[1] > size and int(lengths.max()) > size:
+                seconds = int(lengths.max()) / config.sample_rate
+                raise ValueError(
+                    f"an utterance of {seconds:.2f} s is longer than Whisper's {config.pad_seconds:g} s; "
+                    "cut it first"
+                )
+        with torch.autocast(audio.device.type, enabled=False):
+            audio = audio.float()
+            if self.training and config.dither and generator is not None:
+                noise = torch.randn(audio.shape, generator=generator, device=audio.device)
+                audio = audio + config.dither * noise
+            audio = audio * length_mask(lengths, audio.shape[1])
+            pad = config.n_fft // 2
+            width = max(size, pad + 1)  # the start is mirrored, which takes that many samples
+            audio = F.pad(audio, (0, width - audio.shape[1]))
+            ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
+            audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
+            spectrum = torch.stft(
+                audio, config.n_fft, config.hop, window=self.taper, center=False, return_complex=True
+            )
+            frames = self.frames(lengths)
+            size = int(frames.max())
+            power = spectrum[:, :, :size].abs().square()
+            features = torch.matmul(self.filters, power).clamp(min=1e-10).log10().transpose(1, 2)
+            valid = length_mask(frames, size)[:, :, None]
+            loudest = features.masked_fill(~valid, -10.0).amax((1, 2), keepdim=True)
+            features = (torch.maximum(features, loudest - 8.0) + 4.0) / 4.0
+            return features * valid, frames

@@ -12,16 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.decoder import Decoder, DecoderConfig
-from canter.models.fastconformer import FastConformer, FastConformerConfig
-from canter.models.features import FeatureConfig, LogMel, length_mask
+from canter.models.encoder import EncoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig, WhisperFeatureConfig, length_mask
+from canter.models.whisper import WhisperEncoderConfig
+
+# The kinds that a checkpoint can name; a new encoder joins by one line here.
+FEATURES: dict[str, type] = {"nemo": FeatureConfig, "whisper": WhisperFeatureConfig}
+ENCODERS: dict[str, type] = {"fastconformer": FastConformerConfig, "whisper": WhisperEncoderConfig}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shapes of all parts of a model."""
 
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    encoder: FastConformerConfig = field(default_factory=FastConformerConfig)
+    features: FeatureConfig | WhisperFeatureConfig = field(default_factory=FeatureConfig)
+    encoder: EncoderConfig = field(default_factory=FastConformerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     ctc_vocabulary: int = 0
     """Outputs of the auxiliary CTC head, blank (id 0) included; 0: no head."""
@@ -68,8 +74,8 @@ class SpeechModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None
-        self.features = LogMel(config.features)
-        self.encoder = FastConformer(config.encoder)
+        self.features = config.features.build()
+        self.encoder = config.encoder.build()
         narrow, wide = config.encoder.width, config.decoder.width
         self.projection = nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
         self.decoder = Decoder(config.decoder)
@@ -82,7 +88,7 @@ class SpeechModel(nn.Module):
     def encoder_frames(self, seconds: float) -> int:
         """T of an utterance of so many seconds."""
         samples = round(seconds * self.config.features.sample_rate)
-        return int(self.encoder.frames(max(1, samples // self.config.features.hop)))
+        return int(self.encoder.frames(max(1, self.features.frames(samples))))
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, F, M), lengths (B,) in frames -> encoded (B, T, D), lengths (B,), before the

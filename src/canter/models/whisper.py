@@ -1,0 +1,99 @@
+"""Whisper's encoder (Radford et al., 2022, arXiv 2212.04356).
+
+B: utterances, F: feature frames (10 ms), M: mel bins, T: encoder frames (20 ms), D: width. The original
+always sees 30 s; this one takes any length up to that, and padding never changes a valid position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canter.models.decoder import Attention
+from canter.models.encoder import Encoder
+from canter.models.features import length_mask
+
+
+@dataclass(frozen=True)
+class WhisperEncoderConfig:
+    """Shape of the encoder; the defaults are Whisper tiny's."""
+
+    layers: int = 4
+    width: int = 384
+    heads: int = 6
+    feedforward: int = 1536
+    mels: int = 80
+    positions: int = 1500
+    """The most encoder frames: 30 s."""
+    dropout: float = 0.0
+    dropout_attention: float = 0.0
+    dropout_activation: float = 0.0
+    """Inside the feed-forward."""
+
+    def build(self) -> "WhisperEncoder":
+        return WhisperEncoder(self)
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """(positions, D): sines in the first half of the columns, cosines in the second."""
+    rate = 10000 ** -(torch.arange(width // 2) / (width // 2 - 1))
+    angle = torch.arange(positions)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class WhisperLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward, each residual."""
+
+    def __init__(self, config: WhisperEncoderConfig):
+        super().__init__()
+        d = config.width
+        self.norm_attention = nn.LayerNorm(d)
+        self.attention = Attention(d, config.heads, config.dropout_attention, key_bias=False)
+        self.norm_feed_forward = nn.LayerNorm(d)
+        self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
+        self.dropout = nn.Dropout(config.dropout)
+        self.dropout_activation = nn.Dropout(config.dropout_activation)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, T, D), mask (B, 1, 1, T) -> (B, T, D)."""
+        h = self.norm_attention(x)
+        x = x + self.dropout(self.attention(h, *self.attention.project(h), mask=mask))
+        h = self.dropout_activation(F.gelu(self.up(self.norm_feed_forward(x))))
+        return x + self.dropout(self.down(h))
+
+
+class WhisperEncoder(Encoder):
+    """Two convolutions, the second of stride 2, positions, layers, a norm."""
+
+    positions: Tensor
+
+    def __init__(self, config: WhisperEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.conv1 = nn.Conv1d(config.mels, config.width, 3, padding=1)
+        self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
+        self.register_buffer("positions", sinusoids(config.positions, config.width))
+        self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def frames(self, feature_frames):
+        return (feature_frames - 1) // 2 + 1
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        most = self.config.positions
+        if self.frames(features.shape[1]) > most:
+            raise ValueError(
+                f"{features.shape[1]} feature frames are more than the {2 * most} for which this "
+                "encoder has positions; cut it first"
+            )
+        x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
+        x = F.gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        lengths = self.frames(lengths)
+        x = self.dropout(x + self.positions[: x.shape[1]])
+        mask = length_mask(lengths, x.shape[1])[:, None, None]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x), lengths
