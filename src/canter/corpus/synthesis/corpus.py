@@ -4,20 +4,27 @@
     folder/train.jsonl, test.jsonl         NeMo manifests, written last
     folder/train/000000.flac ...           16 kHz, mono, 16 bit
 
-Utterances are spoken in batches of `BATCH`, each batch by a fresh process, because espeak remembers what it said before: so
-the audio depends on the seed only, neither on the number of workers nor on where an earlier run was interrupted.
+Utterances are spoken in batches of `BATCH`, each batch by a fresh process, because espeak remembers what it
+said before: so the audio depends on the seed only, neither on the number of workers nor on where an earlier run
+was interrupted.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from canter.corpus.synthesis.espeak import SAMPLE_RATE, espeak
 from canter.corpus.synthesis.sentences import GRAMMARS, is_test, normalised
@@ -60,7 +67,7 @@ class Corpus:
 
 
 def plan_part(part: str, utterances: int, seed: int) -> Iterator[Spoken]:
-    """What the train or test part says. The first N utterances are the same whatever their number; test texts are distinct."""
+    """What the train or test part says; test texts are distinct. A longer part begins with the shorter ones."""
     test = part == "test"
     taken: set[str] = set()
     for number in range(utterances):
@@ -87,20 +94,22 @@ def synthesise(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Makes, or completes, the corpus in `folder`; `progress` is told (utterances done, of how many).
+    """Makes, or completes, the corpus in `folder`.
 
-    Audio that is there already from the same seed stays, also when the numbers of utterances have grown since.
+    `progress` is told (utterances done, of how many); without it a bar shows on stderr if that is a terminal.
+    Audio that is there already from the same seed stays, also when the numbers of utterances have grown.
     Raises CanterError if espeak-ng is missing or the folder holds another corpus.
     """
     folder = Path(folder)
-    _claim(folder, {"format": FORMAT, "seed": seed, "espeak": espeak().version})
+    recipe = hashlib.blake2b(repr(list(plan_part("train", 256, seed))).encode(), digest_size=8).hexdigest()
+    _claim(folder, {"format": FORMAT, "seed": seed, "espeak": espeak().version, "recipe": recipe})
     parts = {
         "train": list(plan_part("train", utterances, seed)),
         "test": list(plan_part("test", test_utterances, seed)),
     }
-    seconds = _speak_all(
-        folder, list(parts.values()), workers or min(os.cpu_count() or 1, MAX_WORKERS), progress
-    )
+    workers = workers or min(os.cpu_count() or 1, MAX_WORKERS)
+    with nullcontext(progress) if progress else _bar() as report:
+        seconds = _speak_all(folder, list(parts.values()), workers, report)
     for part, spoken in parts.items():
         lines = [json.dumps(_row(one, seconds[one.file]), ensure_ascii=False) for one in spoken]
         _write(folder / f"{part}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -113,6 +122,15 @@ def synthesise(
         len({one.voice for one in parts["train"]}),
         len({one.voice for one in parts["test"] if not one.seen}),
     )
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    console = Console(stderr=True)
+    columns = [TextColumn("synthesising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _row(spoken: Spoken, seconds: float) -> dict:
@@ -133,24 +151,14 @@ def _row(spoken: Spoken, seconds: float) -> dict:
 def _claim(folder: Path, settings: dict) -> None:
     """Creates the folder, or makes sure that it holds a corpus of these settings."""
     file = folder / "corpus.json"
-    settings |= {
-        "voices": {
-            lang: [asdict(v) for u in (0, 1) for v in voices(lang, unseen=bool(u))] for lang in GRAMMARS
-        }
-    }
     if file.exists():
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             found = None
         if found != settings:
-            described = (
-                {key: found.get(key) for key in ("format", "seed", "espeak")}
-                if isinstance(found, dict)
-                else found
-            )
             raise CanterError(
-                f"{file}: the folder holds another corpus ({described}); choose another folder, or delete this one"
+                f"{file}: the folder holds another corpus than {settings}; choose another folder, or delete it"
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
@@ -159,17 +167,17 @@ def _claim(folder: Path, settings: dict) -> None:
         )
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(settings, indent=1))
+    _write(file, json.dumps(settings, indent=1) + "\n")
 
 
 def _write(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    unfinished = file.with_name(file.name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _speak_all(
-    folder: Path, parts: Sequence[list[Spoken]], workers: int, progress: Callable[[int, int], None] | None
+    folder: Path, parts: Sequence[list[Spoken]], workers: int, report: Callable[[int, int], None]
 ) -> dict[str, float]:
     """Speaks every utterance that is missing; returns the seconds of each file."""
     batches = [part[at : at + BATCH] for part in parts for at in range(0, len(part), BATCH)]
@@ -181,7 +189,6 @@ def _speak_all(
             seconds |= {one.file: soundfile.info(folder / one.file).duration for one in batch}
         except soundfile.LibsndfileError:
             missing.append(batch)
-    report = progress or (lambda done, total: None)
     report(len(seconds), total)
     if not missing:
         return seconds
@@ -189,7 +196,10 @@ def _speak_all(
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(["canter.corpus.synthesis.corpus"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
+    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=ignore_interrupt, max_tasks_per_child=1
+    )
     try:
         for future in as_completed([pool.submit(_speak, folder, batch) for batch in missing]):
             seconds |= future.result()
@@ -203,16 +213,16 @@ def _speak(folder: Path, batch: list[Spoken]) -> dict[str, float]:
     """Speaks a batch, in order, in a process that has spoken nothing before."""
     seconds = {}
     for one in batch:
+        voice = one.voice
         samples = espeak().say(
-            one.sentence,
-            one.voice.name,
-            rate=one.rate,
-            pitch=one.voice.pitch,
-            pitch_range=one.voice.pitch_range,
+            one.sentence, voice.name, rate=one.rate, pitch=voice.pitch, pitch_range=voice.pitch_range
         )
         file = folder / one.file
-        partial = file.with_suffix(".partial")
-        soundfile.write(partial, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-        partial.replace(file)  # a file that exists is whole
+        unfinished = file.with_suffix(".partial")
+        try:
+            soundfile.write(unfinished, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        except soundfile.LibsndfileError as error:
+            raise CanterError(f"{file}: cannot be written ({error}); is there room on the disk?") from error
+        unfinished.replace(file)  # a file that exists is whole
         seconds[one.file] = len(samples) / SAMPLE_RATE
     return seconds

@@ -1,8 +1,8 @@
 """espeak-ng in this process: text to 16 kHz samples, through the library that `espeakng-loader` brings along.
 
-The library is global and remembers: the flutter of a voice goes on from one utterance to the next, so that the same
-sentence after another one differs by a few samples. Whoever needs the same audio twice must therefore say the same
-sequence of utterances in a fresh process (see `corpus.py`).
+The library is global and remembers: the flutter of a voice goes on from one utterance to the next, so that a
+sentence sounds a little different after another one. Whoever needs the same audio twice must therefore say the
+same sequence of utterances in a fresh process (see `corpus.py`).
 """
 
 import ctypes
@@ -74,7 +74,9 @@ class Espeak:
         if status != 0:
             raise CanterError(f"espeak-ng failed with status {status} on '{text}' ({voice})")
         native = np.frombuffer(b"".join(self._pieces), dtype=np.int16)
-        return soxr.resample(native, self.native_rate, SAMPLE_RATE)
+        # in floating point, since soxr adds dither seeded by the clock to integers
+        samples = soxr.resample(native.astype(np.float32), self.native_rate, SAMPLE_RATE)
+        return np.rint(np.clip(samples, -32768, 32767)).astype(np.int16)
 
 
 @cache

@@ -1,9 +1,9 @@
 """The synthetic speakers: espeak-ng variants crossed with dialect, pitch and pitch range.
 
-Every variant here was understood when it read English to Whisper tiny.en; whispering, croaking, echoing and robotic ones are
-left out. The unseen speakers of the test part use *other variants* (other formants, voicing and often another synthesis method)
-than all training speakers, in the same dialects; they are still the same synthesiser with the same pronunciation rules,
-so that unseen here means far less than an unseen person does.
+Each of these variants was understood by Whisper tiny.en when it read English; whispering, croaking, echoing and
+robotic ones are left out. The unseen speakers of the test part use *other variants* than every training speaker
+(other formants and voicing, some another synthesis method), in the same dialects. They are still one synthesiser
+with one set of pronunciation rules: unseen here means far less than it does for people.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,17 @@ import numpy as np
 DIALECTS = {"en": ("en-us", "en-gb-x-rp"), "es": ("es", "es-419")}
 
 TRAINING_VARIANTS = (
-    "", "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Alex", "Annie", "Denis", "Gene", "Hugo", "Mario", "Michael", "Mike",
-    "Storm", "adam", "aunty", "benjamin", "edward", "gustave", "iven2", "iven4", "klatt", "klatt2", "klatt4", "linda", "max", "michel", "mike2",
+    "", "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Alex", "Annie", "Denis", "Gene", "Hugo", "Mario",
+    "Michael", "Mike", "Storm", "adam", "aunty", "benjamin", "edward", "gustave", "iven2", "iven4", "klatt",
+    "klatt2", "klatt4", "linda", "max", "michel", "mike2",
 )  # fmt: skip
-UNSEEN_VARIANTS = (
-    "m5", "m8", "f3", "f5", "Reed", "caleb", "david", "grandma", "grandpa", "john", "marcelo",
-)  # fmt: skip
+UNSEEN_VARIANTS = ("m5", "m8", "f3", "f5", "Reed", "caleb", "david", "grandma", "grandpa", "john", "marcelo")
 PITCHES = {"training": (38, 50, 62), "unseen": (44, 56)}
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker of one language. `pitch` and `pitch_range` are espeak's (0 to 99), `rate` its usual words a minute."""
+    """One speaker of one language; `pitch` and `pitch_range` are espeak's (0 to 99), `rate` is words a minute."""
 
     language: str
     dialect: str
