@@ -253,7 +253,8 @@ class Decoder(nn.Module):
         return self.head(x)
 
     @property
-    def _layers(self) -> Iterable[DecoderLayer]:
+    def blocks(self) -> Iterable[DecoderLayer]:
+        """The layers, by their type."""
         return cast(Iterable[DecoderLayer], self.layers)
 
     def cache(self) -> DecoderCache:
@@ -276,7 +277,7 @@ class Decoder(nn.Module):
         cache.reserve(len(prompts), frames, before=size, after=1)
         cache.add([len(prompt) for prompt in prompts], encoded_lengths)
         encoded = encoded[:, :frames]
-        for layer, cross in zip(self._layers, cache.cross.unbind(0)):
+        for layer, cross in zip(self.blocks, cache.cross.unbind(0)):
             keys, values = layer.cross_attention.project(encoded)
             cross[0, first : cache.rows, :, :frames] = keys
             cross[1, first : cache.rows, :, :frames] = values
@@ -313,7 +314,7 @@ class Decoder(nn.Module):
         own = cache.own[:, :, rows, :, oldest : column + n]
         cross = cache.cross[:, :, rows, :, :size]
         x = self.embed(tokens, place)
-        for layer, layer_own, layer_cross in zip(self._layers, own.unbind(0), cross.unbind(0)):
+        for layer, layer_own, layer_cross in zip(self.blocks, own.unbind(0), cross.unbind(0)):
             x = layer.step(x, layer_own, layer_cross, own_mask, cross_mask)
         cache.column += n
         return x
