@@ -10,14 +10,14 @@ import functools
 import io
 import os
 import re
-import tarfile
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
-from canter.errors import AudioError
+from canter.corpus.tar import Member, walk_tar
+from canter.errors import AudioError, ManifestError
 
 _MEMBER = re.compile(r"(?P<file>.+?)::(?P<name>.*?)(?:@(?P<start>\d+)\+(?P<bytes>\d+))?", re.DOTALL)
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -173,7 +173,7 @@ def _open(path: str):
         ) from None
     except IsADirectoryError:
         raise AudioError(f"{path} is a folder, not an audio file") from None
-    except (OSError, ValueError, ImportError) as error:
+    except (ManifestError, OSError, ValueError, ImportError) as error:
         if isinstance(error, AudioError):
             raise
         raise AudioError(f"{path} cannot be read: {error}") from None
@@ -182,7 +182,7 @@ def _open(path: str):
 def _read_member(path: str, match: re.Match[str]) -> bytes:
     file, name, start, size = match.group("file", "name", "start", "bytes")
     if start is None:
-        members = tar_members(file, os.stat(file).st_mtime_ns)
+        members = _tar_members(file, os.stat(file).st_mtime_ns)
         if name not in members:
             raise AudioError(f"{path}: there is no {name!r} among the {len(members)} members of {file}")
         start, size = members[name]
@@ -195,17 +195,6 @@ def _read_member(path: str, match: re.Match[str]) -> bytes:
 
 
 @functools.lru_cache(maxsize=16)
-def tar_members(path: str, mtime: int) -> dict[str, tuple[int, int]]:
-    """``{name: (first byte, bytes)}`` of a tar's regular files. ``mtime`` (ns) keeps a changed tar from
-    the cache."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return {
-                member.name.removeprefix("./"): (member.offset_data, member.size)
-                for member in tar
-                if member.isreg()
-            }
-    except tarfile.TarError as error:
-        raise AudioError(
-            f"{path} is not a plain tar ({error}); compressed tars cannot be read by byte range"
-        ) from None
+def _tar_members(path: str, mtime: int) -> dict[str, tuple[int, int]]:
+    """``{name: (first byte, bytes)}``. ``mtime`` (ns) keeps a changed tar from the cache."""
+    return {one.name: (one.start, one.size) for one in walk_tar(path) if isinstance(one, Member)}

@@ -13,7 +13,8 @@ import multiprocessing
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +23,8 @@ import numpy as np
 
 from canter.corpus.index import FORMAT, MOST_SOURCES, MOST_TOKENS, PLACE_BITS, LengthIndex, Shard, Source
 from canter.corpus.manifest import (
+    DUPLICATE,
     Problem,
-    Rows,
     Utterance,
     no_usable_row,
     open_manifest,
@@ -31,7 +32,9 @@ from canter.corpus.manifest import (
     scan_lines,
     utterance_from_line,
 )
-from canter.corpus.sources import Unit, read_unit, units_of
+from canter.corpus.mixture import Group, leaves, shares
+from canter.corpus.readers.lengths import read_lengths
+from canter.corpus.sources import LENGTHS, Unit, read_unit, units_of
 from canter.errors import CanterError, ManifestError
 
 PART_BYTES = 16 << 20
@@ -41,7 +44,8 @@ _COLUMNS = {"seconds": "f4", "tokens": "u2", "place": "u8", "identity": "u8", "l
 class Encoder(Protocol):
     """What the index asks of a tokenizer."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: str, lang: str | None = None) -> Sequence[int]: ...
 
@@ -82,7 +86,7 @@ class Part:
 
 
 def build_index(
-    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Source],
+    sources: str | os.PathLike[str] | Group | Iterable[str | os.PathLike[str] | Source],
     output: str | os.PathLike[str],
     tokenizer: Encoder | None = None,
     *,
@@ -98,8 +102,9 @@ def build_index(
     Raises `ManifestError` where a source cannot be read or has no usable row; single bad rows are listed
     in the index's ``problems`` instead.
     """
-    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    mixture = [one if isinstance(one, Source) else Source(os.fspath(one)) for one in given]
+    given = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    listed = leaves(given) if isinstance(given, Group) else given
+    mixture = [one if isinstance(one, Source) else Source(os.fspath(one)) for one in listed]
     if not mixture:
         raise ManifestError("nothing to index: name at least one source")
     if len(mixture) > MOST_SOURCES:
@@ -113,6 +118,9 @@ def build_index(
     for _ in _progress(_read_parts(waiting, counting, workers), parts, waiting, progress):
         pass
     index = _merge(mixture, parts, counting)
+    if isinstance(given, Group):
+        weights = shares(given, index.rows_of.tolist())
+        index.sources = tuple(replace(one, weight=float(w)) for one, w in zip(mixture, weights, strict=True))
     index.save(output)
     kept = {part.key for part in parts}
     for stale in folder.iterdir():
@@ -198,14 +206,18 @@ def _read_parts(parts: Sequence[Part], counting: Counting, workers: int) -> Iter
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
-        except BaseException:
+        except BrokenProcessPool:
+            raise ManifestError(
+                "a worker process died, perhaps for want of memory; what was read is kept: "
+                "run the same command again, with fewer --workers"
+            ) from None
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def read_part(part: Part, counting: Counting) -> Part:
     """Reads one part and leaves ``KEY.npz`` (and ``KEY.jsonl``, where the rows had to be written out)."""
-    columns: dict[str, list] = {name: [] for name in _COLUMNS}
+    columns: dict[str, Any] = {name: [] for name in _COLUMNS}
     problems: list[Problem] = []
     number = 0
 
@@ -229,19 +241,23 @@ def read_part(part: Part, counting: Counting) -> Part:
         base = os.path.dirname(part.unit.path)
         with open_manifest(part.unit.path) as file:
             for place, number, line in scan_lines(file, part.start, part.end):
-                row = utterance_from_line(line, base, measure_durations=counting.measure_durations)
-                take(place, number, row)
+                if line.strip():
+                    row = utterance_from_line(line, base, measure_durations=counting.measure_durations)
+                    take(place, number, row)
+    elif part.unit.kind == LENGTHS:
+        table = read_lengths(part.unit.path, prompt_tokens=counting.prompt_tokens, most_tokens=MOST_TOKENS)
+        columns["seconds"], columns["tokens"], columns["place"], problems = table
     else:
         rows = read_unit(part.unit, measure_durations=counting.measure_durations)
         with _whole(_lines_path(counting, part)) as partial, open(partial, "wb") as file:
             place = 0
-            for number, row in enumerate(_until_empty(rows, problems), 1):
+            for number, row in _until_empty(rows, part.unit.path, problems):
                 if take(place, number, row):
                     assert isinstance(row, Utterance)
                     place += file.write(
                         json.dumps(row_from_utterance(row), ensure_ascii=False).encode() + b"\n"
                     )
-    if columns["place"] and columns["place"][-1] >= 1 << PLACE_BITS:
+    if len(columns["place"]) and columns["place"][-1] >= 1 << PLACE_BITS:
         raise ManifestError(f"{part.unit.path} is larger than {1 << PLACE_BITS} bytes; cut it into shards")
     stored: dict[str, Any] = {name: np.array(columns[name], dtype) for name, dtype in _COLUMNS.items()}
     listed = json.dumps([astuple(problem) for problem in problems]).encode()
@@ -251,13 +267,15 @@ def read_part(part: Part, counting: Counting) -> Part:
     return part
 
 
-def _until_empty(rows: Rows, problems: list[Problem]) -> Rows:
+def _until_empty(
+    rows: Iterator[tuple[int, Utterance | Problem]], path: str, problems: list[Problem]
+) -> Iterator[tuple[int, Utterance | Problem]]:
     """``rows``; one shard of many without a usable row is listed, and does not end the build."""
     try:
         yield from rows
     except ManifestError as error:
         if not problems:
-            problems.append(Problem(str(error).split(" has no usable row")[0], 0, f"unusable: {error}"))
+            problems.append(Problem(path, 0, f"unusable: {error}"))
 
 
 @contextlib.contextmanager
@@ -288,7 +306,7 @@ def _merge(mixture: Sequence[Source], parts: Sequence[Part], counting: Counting)
     for number, source in enumerate(mixture):
         mine = [part for part in parts if part.source == number]
         loaded = [_load(counting, part) for part in mine]
-        keep = _first_of_each(np.concatenate([one["identity"] for one in loaded]))
+        keep = _first_of_each(loaded)
         found: list[Problem] = []
         seen = lines = 0
         before = total
@@ -301,18 +319,15 @@ def _merge(mixture: Sequence[Source], parts: Sequence[Part], counting: Counting)
                 Problem(file, line + lines, why) for file, line, why in json.loads(one["problems"].tobytes())
             ]
             again = one["line"][~kept] if not kept.all() else ()
-            why = (
-                "duplicate: the same id, or the same audio and text, as an earlier row; use weights to repeat"
-            )
-            found += [Problem(part.unit.path, int(line) + lines, why) for line in again]
+            found += [Problem(part.unit.path, int(line) + lines, DUPLICATE) for line in again]
             lines += int(one["lines"])
             rows = int(kept.sum())
-            path = part.unit.path if _in_place(part.unit) else str(_lines_path(counting, part))
+            path = _rows_path(part, counting)
             last = shards[-1] if shards else None
             if last and part.start and last.path == path and last.source == number:
                 shards[-1] = Shard(path, path, last.size + part.size, number, last.start, total + rows)
             elif rows:
-                size = os.stat(path).st_size if not _in_place(part.unit) else part.size
+                size = part.size if path in ("", part.unit.path) else os.stat(path).st_size
                 shards.append(Shard(path, part.unit.path, size, number, total, total + rows))
             if rows:
                 columns["seconds"].append(one["seconds"][kept])
@@ -336,8 +351,19 @@ def _merge(mixture: Sequence[Source], parts: Sequence[Part], counting: Counting)
     )
 
 
-def _first_of_each(identity: np.ndarray) -> np.ndarray:
-    """(N,) bool: False for what has been met before."""
+def _rows_path(part: Part, counting: Counting) -> str:
+    """The JSONL file that rows are read from again; "" for bare lengths."""
+    if part.unit.kind == LENGTHS:
+        return ""
+    return part.unit.path if _in_place(part.unit) else str(_lines_path(counting, part))
+
+
+def _first_of_each(loaded: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N,) bool over the rows of a source's parts: False for what has been met before. Bare lengths have
+    no identity."""
+    identity = np.concatenate([one["identity"] for one in loaded])
+    if len(identity) != sum(len(one["seconds"]) for one in loaded):
+        return np.ones(sum(len(one["seconds"]) for one in loaded), bool)
     ordered = np.sort(identity)
     if not (ordered[1:] == ordered[:-1]).any():  # nearly always, and half the work
         return np.ones(len(identity), bool)

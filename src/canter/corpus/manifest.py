@@ -81,6 +81,11 @@ class Problem:
 
 
 Rows = Iterator[Utterance | Problem]
+Found = Utterance | Problem | str | None  # str: why it is no utterance; None: passed over on request
+NumberedFinds = Iterator[tuple[int, Found]]  # what readers yield: the line, or the like, and what it holds
+DUPLICATE = (
+    "duplicate: the same id, or the same audio and text, as an earlier row; to repeat data use weights"
+)
 
 
 def utterance_from_row(
@@ -113,6 +118,8 @@ def utterance_from_row(
     duration = row.get("duration")
     if duration is None and measure_durations:
         duration = _measure(path, offset)
+        if isinstance(duration, str):
+            return duration
     duration = _seconds(duration, "duration")
     if isinstance(duration, str):
         return duration
@@ -170,14 +177,14 @@ def _seconds(value: object, name: str) -> float | str:
     return float(value)
 
 
-def _measure(path: str, offset: float) -> float | None:
+def _measure(path: str, offset: float) -> float | str:
     from canter.corpus.audio import audio_seconds
     from canter.errors import AudioError
 
     try:
         return max(0.0, audio_seconds(path) - offset)
-    except AudioError:
-        return None
+    except AudioError as error:
+        return f"audio cannot be read: {error}"
 
 
 def _show(value: object) -> str:
@@ -212,7 +219,7 @@ def utterance_from_line(
 
 
 def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
-    """``(byte offset, line number from 1, line)`` of the non-blank lines that begin in bytes ``[start,
+    """``(byte offset, line number from 1, line)`` of the lines, blank ones too, that begin in bytes ``[start,
     end)``.
 
     ``start`` must be the first byte of a line; lines are counted from there.
@@ -223,8 +230,7 @@ def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterat
     for number, line in enumerate(file, 1):
         if end is not None and place >= end:
             return
-        if line.strip():
-            yield place, number, line
+        yield place, number, line
         place += len(line)
 
 
@@ -241,20 +247,29 @@ def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
         raise ManifestError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Utterance | str | None]) -> Rows:
-    """Every line of a JSONL file (gzip or not) through ``parse``; a torn gzip ends in a Problem, not a
+def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Found]) -> NumberedFinds:
+    """Every line of a JSONL file (gzip or not) through ``parse``; a torn gzip is a problem, not a
     traceback."""
     number = 0
     with open_manifest(path) as file:
         try:
             for _, number, line in scan_lines(file):
-                found = parse(line)
-                if isinstance(found, str):
-                    yield Problem(str(path), number, found)
-                elif found is not None:
-                    yield found
+                if line.strip():
+                    yield number, parse(line)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            yield Problem(str(path), number + 1, f"invalid gzip: {error}")
+            yield number + 1, f"invalid gzip: {error}"
+
+
+def read_nemo(
+    path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+) -> NumberedFinds:
+    """The lines of a NeMo manifest, ``.gz`` or not, with their numbers."""
+    base = Path(path).absolute().parent
+
+    def parse(line: bytes) -> Found:
+        return utterance_from_line(line, base, require_text=require_text, measure_durations=measure_durations)
+
+    return read_json_lines(path, parse)
 
 
 def read_manifest(
@@ -266,37 +281,33 @@ def read_manifest(
     ``require_text`` rows to be transcribed, which have no text yet, are taken too; ``measure_durations``
     reads what ``duration`` is missing from the audio's header.
     """
-    base = Path(path).absolute().parent
-
-    def parse(line: bytes) -> Utterance | str | None:
-        return utterance_from_line(line, base, require_text=require_text, measure_durations=measure_durations)
-
-    return usable(read_json_lines(path, parse), str(path))
+    found = read_nemo(path, require_text=require_text, measure_durations=measure_durations)
+    return (row for _, row in usable(found, os.fspath(path)))
 
 
-def usable(rows: Rows, name: str) -> Rows:
-    """``rows``, with every utterance met before turned into a Problem; `ManifestError` if there is none
-    at all."""
+def usable(found: NumberedFinds, name: str) -> Iterator[tuple[int, Utterance | Problem]]:
+    """What a reader found, with reasons and repeated utterances turned into Problems of the file ``name``.
+
+    Raises `ManifestError` at the end if there was no utterance at all.
+    """
     seen: set[int] = set()
     problems: list[Problem] = []
-    for line, row in enumerate(rows, 1):
+    for number, row in found:
         if isinstance(row, Utterance):
             identity = row.identity
             if identity in seen:
-                row = duplicate(name, line, row)
+                row = DUPLICATE
             else:
                 seen.add(identity)
+        if isinstance(row, str):
+            row = Problem(name, number, row)
+        if row is None:
+            continue
         if isinstance(row, Problem) and len(problems) < 3:
             problems.append(row)
-        yield row
+        yield number, row
     if not seen:
         raise no_usable_row(name, problems)
-
-
-def duplicate(file: str, line: int, row: Utterance) -> Problem:
-    """The problem of a row met before."""
-    what = f"id {row.id!r}" if row.id is not None else f"{row.audio_filepath} at {row.offset:g} s, same text"
-    return Problem(file, line, f"duplicate: {what}; to repeat data give its source a weight")
 
 
 def no_usable_row(name: str, problems: Iterable[Problem]) -> ManifestError:

@@ -1,0 +1,49 @@
+"""Tars by their headers: where each member lies. Nothing is ever unpacked."""
+
+import os
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from canter.corpus.manifest import Problem
+from canter.errors import ManifestError
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: ``size`` bytes from byte ``start`` on; ``number`` counts members from 1."""
+
+    name: str
+    start: int
+    size: int
+    number: int
+
+
+def walk_tar(path: str) -> Iterator[Member | Problem]:
+    """The regular files of a tar, by their headers. Unsafe names and a torn end are Problems.
+
+    Raises `ManifestError` where the file is missing or no plain tar.
+    """
+    if not os.path.exists(path):
+        raise ManifestError(f"{path} does not exist")
+    end = os.path.getsize(path)
+    number = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for number, info in enumerate(tar, 1):
+                if not info.isreg():
+                    continue
+                name = posixpath.normpath(info.name)
+                if info.name.startswith("/") or name.split("/")[0] == "..":
+                    yield Problem(path, number, f"unsafe member name: {info.name!r} leads out of the tar")
+                elif info.offset_data + info.size > end:
+                    yield Problem(path, number, f"truncated tar: it ends within {name!r}")
+                    return
+                else:
+                    yield Member(name, info.offset_data, info.size, number)
+    except (tarfile.TarError, OSError, ValueError) as error:
+        if not number:
+            raise ManifestError(
+                f"{path} is not a plain tar ({error}); unpack compressed ones first"
+            ) from None
+        yield Problem(path, number + 1, f"damaged tar: {error}")
