@@ -1,0 +1,390 @@
+"""Every format read, on real files written by its own library; the audio compared sample by sample."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import soundfile
+
+from canter.corpus.audio import load_audio
+from canter.corpus.build import build_index
+from canter.corpus.counting import UnitCounter
+from canter.corpus.manifest import Problem, Utterance, write_manifest
+from canter.corpus.sources import open_source, units_of
+from canter.errors import ManifestError
+
+SECONDS = (1.0, 0.5, 2.0, 1.25, 0.75)
+TEXTS = ("one", "zwei", "drei vier", "cinq", "six")
+
+
+def sound(number):
+    return np.random.default_rng(number).normal(0, 0.1, round(SECONDS[number] * 16000)).astype(np.float32)
+
+
+def flac(number):
+    file = io.BytesIO()
+    soundfile.write(file, sound(number), 16000, format="FLAC")
+    return file.getvalue()
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def audio(tmp_path):
+    (tmp_path / "audio").mkdir()
+    for number in range(5):
+        (tmp_path / "audio" / f"{number}.flac").write_bytes(flac(number))
+    return tmp_path / "audio"
+
+
+def check(path, tmp_path, numbers=range(5)):
+    """What is read from `path` is the five utterances, directly and by an index; returns the problems."""
+    found = list(open_source(path))
+    rows = [row for row in found if isinstance(row, Utterance)]
+    index = build_index(path, tmp_path / "check.arrow", UnitCounter("chars"), prompt_tokens=2)
+    assert len(index) == len(rows) == len(list(numbers))
+    for place, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+        assert (row.text, row.duration) == (TEXTS[number], SECONDS[number])
+        assert index.tokens[place] == 2 + len(row.text) + 1
+        for one in (row, index.utterance(place)):
+            samples = load_audio(one.audio_filepath, offset=one.offset, duration=one.duration)
+            np.testing.assert_allclose(samples, sound(number), atol=1e-4)
+    problems = [row for row in found if isinstance(row, Problem)]
+    assert [(one.file, one.line, one.kind) for one in index.problems] == [
+        (one.file, one.line, one.kind) for one in problems
+    ]
+    return problems
+
+
+# NeMo
+
+
+def test_gzipped_manifest(audio, tmp_path):
+    rows = [
+        {"audio_filepath": f"audio/{number}.flac", "duration": SECONDS[number], "text": TEXTS[number]}
+        for number in range(5)
+    ]
+    text = "\n".join(json.dumps(row) for row in [*rows[:2], [], *rows[2:]])
+    (tmp_path / "m.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (problem,) = check(tmp_path / "m.jsonl.gz", tmp_path)
+    assert (problem.line, problem.kind) == (3, "not a JSON object")
+
+
+def nemo_row(number, **fields):
+    return {"audio_filepath": f"{number}.flac", "duration": SECONDS[number], "text": TEXTS[number], **fields}
+
+
+@pytest.fixture
+def tarred(tmp_path):
+    """Tars 0 and 1, of utterances 0-2 and 3-4."""
+    for shard, numbers in enumerate(([0, 1, 2], [3, 4])):
+        with tarfile.open(tmp_path / f"audio_{shard}.tar", "w") as tar:
+            for number in numbers:
+                add(tar, f"{number}.flac", flac(number))
+        rows = [nemo_row(number, shard_id=shard) for number in numbers]
+        (tmp_path / "sharded_manifests").mkdir(exist_ok=True)
+        write_manifest(tmp_path / "sharded_manifests" / f"manifest_{shard}.json", rows)
+    return tmp_path
+
+
+def test_sharded_tars_by_pattern(tarred, tmp_path):
+    pattern = f"{tarred}/sharded_manifests/manifest__OP_0..1_CL_.json::{tarred}/audio_{{0..1}}.tar"
+    assert check(pattern, tmp_path) == []
+
+
+def test_sharded_tars_as_a_folder_keep_their_blocks(tarred, tmp_path):
+    assert check(tarred, tmp_path) == []
+    index = build_index(tarred, tmp_path / "l.arrow", UnitCounter("chars"))
+    assert [(shard.start, shard.stop) for shard in index.shards] == [(0, 3), (3, 5)]
+
+
+def test_one_manifest_for_all_tars(tarred, tmp_path):
+    rows = [nemo_row(number, shard_id=int(number > 2)) for number in range(5)]
+    rows.insert(2, nemo_row(0, shard_id=7, text="no such shard"))
+    rows.insert(3, nemo_row(4, shard_id=0, text="no such member"))
+    rows.append(nemo_row(0, shard_id=0, offset=0.25, duration=0.5, audio_filepath="0-sub1.flac"))
+    (tarred / "sharded_manifests" / "manifest_0.json").unlink()
+    (tarred / "sharded_manifests" / "manifest_1.json").unlink()
+    write_manifest(tarred / "tarred_audio_manifest.json", rows)
+    *found, last = open_source(tarred)
+    assert [row.text for row in found if isinstance(row, Utterance)] == list(TEXTS)
+    problems = [(row.line, row.kind) for row in found if isinstance(row, Problem)]
+    assert problems == [(3, "shard_id is not one of the 2 tars"), (4, "no such member in the tar")]
+    assert isinstance(last, Utterance)
+    samples = load_audio(last.audio_filepath, offset=last.offset, duration=last.duration)
+    np.testing.assert_allclose(samples, sound(0)[4000:12000], atol=1e-4)
+
+
+def test_unsafe_members_are_told(tarred):
+    with tarfile.open(tarred / "audio_1.tar", "a") as tar:
+        add(tar, "../../evil.flac", flac(0))
+    problems = [row for row in open_source(tarred) if isinstance(row, Problem)]
+    assert [problem.kind for problem in problems] == ["unsafe member name"]
+    assert (problems[0].file, problems[0].line) == (str(tarred / "audio_1.tar"), 3)
+
+
+def test_a_lost_shard_does_not_lose_the_others(tarred, tmp_path):
+    (tarred / "sharded_manifests" / "manifest_1.json").write_text("{\n")
+    index = build_index(tarred, tmp_path / "l.arrow", UnitCounter("chars"))
+    assert len(index) == 3
+    assert index.skipped == {"invalid JSON": 1}
+    with pytest.raises(ManifestError, match="does not exist"):
+        open_source(f"{tarred}/m_{{0..1}}.json")
+    with pytest.raises(ManifestError, match=r"2 manifests .* but 3 tars"):
+        units_of("m_{0..1}.json::a_{0..2}.tar")
+
+
+# WebDataset
+
+
+def test_webdataset(tmp_path):
+    (tmp_path / "wds").mkdir()
+    for shard, numbers in enumerate(([0, 1, 2], [3, 4])):
+        with tarfile.open(tmp_path / "wds" / f"{shard}.tar", "w") as tar:
+            for number in numbers:
+                fields = {"text": TEXTS[number], "lang": "de"} | ({"duration": 1.0} if number == 0 else {})
+                add(tar, f"d/{number}.json", json.dumps(fields).encode())
+                add(tar, f"d/{number}.flac", flac(number))
+            if shard == 0:
+                add(tar, "d/x.txt", b"text alone")
+                add(tar, "d/y.flac", b"broken")
+                add(tar, "d/y.txt", b"y")
+                add(tar, "d/z.flac", flac(0))
+                add(tar, "d/z.txt", b"\xff")
+    problems = check(tmp_path / "wds", tmp_path)
+    assert [problem.kind for problem in problems] == [
+        "no audio in the sample",
+        "audio cannot be read",
+        "invalid UTF-8",
+    ]
+    assert next(iter(open_source(tmp_path / "wds"))).lang == "de"
+
+
+def test_webdataset_text_files_and_patterns(tmp_path):
+    for shard, number in enumerate(range(5)):
+        with tarfile.open(tmp_path / f"s-{shard:03d}.tar", "w") as tar:
+            add(tar, f"{number}.flac", flac(number))
+            add(tar, f"{number}.txt", TEXTS[number].encode() + b"\n")
+    assert check(f"{tmp_path}/s-{{000..004}}.tar", tmp_path) == []
+
+
+def test_compressed_and_broken_tars(tmp_path):
+    with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
+        add(tar, "0.flac", flac(0))
+    with pytest.raises(ManifestError, match="not a plain tar"):
+        list(open_source(tmp_path / "c.tar"))
+
+
+# Lhotse
+
+
+@pytest.fixture
+def cuts(audio):
+    lhotse = pytest.importorskip("lhotse", reason="the extra 'lhotse' is not installed")
+    found = []
+    for number in range(5):
+        recording = lhotse.Recording.from_file(audio / f"{number}.flac", recording_id=f"r{number}")
+        cut = recording.to_cut()
+        cut.supervisions = [
+            lhotse.SupervisionSegment(
+                id=f"s{number}",
+                recording_id=recording.id,
+                start=0,
+                duration=recording.duration,
+                text=TEXTS[number],
+                language="xx",
+            )
+        ]
+        found.append(cut)
+    return lhotse.CutSet.from_cuts(found)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_lhotse_cuts(cuts, tmp_path, suffix):
+    cuts.to_file(tmp_path / f"cuts.{suffix}")
+    assert check(tmp_path / f"cuts.{suffix}", tmp_path) == []
+    first = next(iter(open_source(tmp_path / f"cuts.{suffix}")))
+    assert (first.id, first.lang) == ("r0", "xx")
+
+
+def test_lhotse_cuts_that_are_no_utterance(cuts, tmp_path):
+    import lhotse
+
+    a, b, c, *_ = cuts
+    window = c.truncate(offset=0.5, duration=1.0)
+    window.supervisions = [lhotse.SupervisionSegment("s", "r2", 0.0, 1.0, text="inside")]
+    silent = b.with_id("silent")
+    silent.supervisions = []
+    rows = [
+        a.append(b),
+        a.pad(5),
+        a.perturb_speed(1.1),
+        c.truncate(offset=0.5, duration=1.0),
+        silent,
+        window,
+        a,
+    ]
+    path = tmp_path / "cuts.jsonl"
+    lhotse.CutSet.from_cuts(rows).to_file(path)
+    *others, last = path.read_text().splitlines()
+    path.write_text("\n".join([*others, last.replace('"type": "file"', '"type": "memory"')]))
+    *problems, found, memory = open_source(path)
+    assert [problem.kind for problem in problems] == [
+        "a MixedCut has no single audio file",
+        "a MixedCut has no single audio file",
+        "recording with transforms",
+        "text goes beyond the cut",
+        "text missing",
+    ]
+    assert memory.kind == "recording in a 'memory'"
+    assert (found.offset, found.duration, found.text) == (0.5, 1.0, "inside")
+    samples = load_audio(found.audio_filepath, offset=found.offset, duration=found.duration)
+    np.testing.assert_array_equal(samples, window.load_audio()[0])
+
+
+def test_lhotse_shar(cuts, tmp_path):
+    (tmp_path / "shar").mkdir()
+    cuts.to_shar(tmp_path / "shar", fields={"recording": "flac"}, shard_size=2)
+    assert check(tmp_path / "shar", tmp_path) == []
+    assert [unit.kind for unit in units_of(str(tmp_path / "shar"))] == ["shar"] * 3
+
+
+# Hugging Face datasets
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets", reason="the extra 'hf' is not installed")
+
+
+def test_huggingface_with_audio_inside(datasets, tmp_path):
+    blobs = [{"bytes": flac(number), "path": f"{number}.flac"} for number in range(5)]
+    rows = {"audio": blobs, "sentence": list(TEXTS), "locale": ["de"] * 5}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(16000))
+    dataset.save_to_disk(tmp_path / "one")
+    assert check(tmp_path / "one", tmp_path) == []
+    dataset.save_to_disk(tmp_path / "two", num_shards=2)
+    assert check(tmp_path / "two", tmp_path) == []
+    assert next(iter(open_source(tmp_path / "two"))).lang == "de"
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "both")
+    with pytest.raises(ManifestError, match=r"several splits \(test, train\); name one"):
+        units_of(str(tmp_path / "both"))
+    assert check(tmp_path / "both" / "train", tmp_path) == []
+
+
+def test_huggingface_with_paths(datasets, audio, tmp_path):
+    rows = {"path": [str(audio / f"{number}.flac") for number in range(5)], "text": list(TEXTS)}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "paths")
+    assert check(tmp_path / "paths", tmp_path) == []
+    datasets.Dataset.from_dict({"text": list(TEXTS)}).save_to_disk(tmp_path / "none")
+    with pytest.raises(ManifestError, match="no column of audio; it has text"):
+        list(open_source(tmp_path / "none"))
+    (tmp_path / "none" / "state.json").write_text("{}")
+    with pytest.raises(ManifestError, match="does not list"):
+        list(open_source(tmp_path / "none"))
+
+
+# Common Voice
+
+
+def test_common_voice(audio, tmp_path):
+    audio.rename(tmp_path / "clips")
+    rows = [f"client\t{number}.flac\t{TEXTS[number]}\tde" for number in range(5)]
+    rows[2:2] = ["client\tmissing.flac\tnothing there\tde", "client\tshort line"]
+    (tmp_path / "train.tsv").write_text("client_id\tpath\tsentence\tlocale\n" + "\n".join(rows) + "\n")
+    problems = check(tmp_path / "train.tsv", tmp_path)
+    assert [(one.line, one.kind) for one in problems] == [
+        (4, "audio cannot be read"),
+        (5, "wrong number of fields"),
+    ]
+    listed = "".join(f"{number}.flac\t{SECONDS[number] * 1000:.0f}\n" for number in range(5))
+    (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\nmissing.flac\t1000\n" + listed)
+    found = list(open_source(tmp_path / "train.tsv"))
+    assert [row.duration for row in found if isinstance(row, Utterance)] == [1.0, 0.5, 1.0, 2.0, 1.25, 0.75]
+    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
+    with pytest.raises(ManifestError, match="no columns path and sentence; it has a, b"):
+        list(open_source(tmp_path / "other.tsv"))
+
+
+# folders
+
+
+def test_folder_of_audio(audio, tmp_path):
+    for number in range(5):
+        (audio / f"{number}.txt").write_text(TEXTS[number] + "\n")
+    assert check(audio, tmp_path) == []
+    (audio / "3.txt").unlink()
+    (audio / "4.flac").write_bytes(b"")
+    problems = check(audio, tmp_path, range(3))
+    assert [problem.kind for problem in problems] == ["text missing", "audio cannot be read"]
+    assert problems[1].file == str(audio / "4.flac")
+    rows = list(open_source(audio, require_text=False))
+    assert [row.text for row in rows if isinstance(row, Utterance)] == [*TEXTS[:3], ""]
+
+
+def test_folders_without_data(tmp_path):
+    with pytest.raises(ManifestError, match="holds nothing that Canter reads"):
+        units_of(str(tmp_path))
+    for name in "ab":
+        write_manifest(tmp_path / f"{name}.jsonl", [nemo_row(0)])
+    with pytest.raises(ManifestError, match=r"several manifests \(a\.jsonl, b\.jsonl\); name one"):
+        units_of(str(tmp_path))
+    (tmp_path / "x.wav").write_bytes(b"")
+    with pytest.raises(ManifestError, match="is audio, not a manifest"):
+        units_of(str(tmp_path / "x.wav"))
+
+
+# lengths alone
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables_of_lengths(tmp_path, suffix):
+    table = pa.table({"duration": [1.0, 2.0, float("nan"), None, 3.0, 4.0], "tokens": [5, 0, 1, 1, None, -2]})
+    path = tmp_path / f"l.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    index = build_index(path, tmp_path / "i.arrow", prompt_tokens=3)
+    assert index.seconds.tolist() == [1.0, 2.0]
+    assert index.tokens.tolist() == [9, 4]
+    told = [(problem.file, problem.line, problem.kind) for problem in index.problems]
+    kinds = ["duration is not a positive number of seconds"] * 2 + ["tokens out of range"] * 2
+    assert told == [(str(path), line, kind) for line, kind in zip((3, 4, 5, 6), kinds, strict=True)]
+    with pytest.raises(ManifestError, match="lengths alone"):
+        index.utterance(0)
+    with pytest.raises(ManifestError, match="has no audio"):
+        open_source(path)
+
+
+def test_tables_with_num_tokens_count_as_they_stand(tmp_path):
+    pyarrow.parquet.write_table(
+        pa.table({"duration": [1.0, 1.0], "num_tokens": [5, 5]}), tmp_path / "l.parquet"
+    )
+    index = build_index(tmp_path / "l.parquet", tmp_path / "i.arrow", prompt_tokens=3)
+    assert index.tokens.tolist() == [5, 5], "and equal lengths are not taken for duplicates"
+
+
+def test_tables_without_lengths(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"duration": [1.0]}), tmp_path / "d.parquet")
+    with pytest.raises(ManifestError, match=r"needs the columns duration .* it has duration"):
+        build_index(tmp_path / "d.parquet", tmp_path / "i.arrow")
+    pyarrow.parquet.write_table(pa.table({"duration": ["a"], "tokens": [1]}), tmp_path / "s.parquet")
+    with pytest.raises(ManifestError, match="column duration is of type string"):
+        build_index(tmp_path / "s.parquet", tmp_path / "i.arrow")
+    (tmp_path / "x.parquet").write_bytes(b"words")
+    with pytest.raises(ManifestError, match="is not a Parquet file"):
+        build_index(tmp_path / "x.parquet", tmp_path / "i.arrow")
+    (tmp_path / "x.arrow").write_bytes(b"words")
+    with pytest.raises(ManifestError, match="is not an Arrow file"):
+        build_index(tmp_path / "x.arrow", tmp_path / "i.arrow")
