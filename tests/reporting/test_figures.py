@@ -1,0 +1,67 @@
+"""Figures hold the data they were given."""
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from canter.reporting import figures
+
+
+@given(
+    st.lists(st.one_of(st.floats(-100, 100), st.just(float("nan"))), min_size=1, max_size=40),
+    st.integers(1, 9),
+)
+def test_smooth_is_the_mean_of_known_neighbours(values, window):
+    smoothed = figures.smooth(values, window)
+    for place, value in enumerate(smoothed):
+        near = np.array(values[max(place - window // 2, 0) : place + window // 2 + 1])
+        known = near[np.isfinite(near)]
+        assert np.isnan(value) if not len(known) else value == pytest.approx(known.mean(), abs=1e-9)
+
+
+def test_curves_draw_every_series():
+    steps = list(range(100))
+    figure = figures.curves({"loss": (steps, steps), "CTC": (steps, steps[::-1])}, smoothed=True)
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == 4  # each faint, and its running mean
+    assert list(lines[0].get_ydata()) == steps
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["loss", "CTC"]
+
+
+def test_ladder_bars_are_time_split_into_work_and_padding():
+    figure = figures.ladder(["random", "balanced"], [2.0, 1.0], [0.5, 0.1], best="balanced")
+    bars = figure.axes[0].patches
+    assert [bar.get_width() for bar in bars] == pytest.approx([60.0, 54.0, 60.0, 6.0])
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert labels == ["120 minutes  ·  50.0% padding", "60 minutes  ·  10.0% padding"]
+
+
+def test_padding_picture_says_the_share():
+    figure = figures.padding_picture({"by chance": [1.0, 2.0, 3.0, 2.0], "alike": [2.0, 2.0]})
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "by chance: 33% padding",
+        "alike: 0% padding",
+    ]
+
+
+def test_histogram_keeps_outliers_in_the_last_bin():
+    figure = figures.histogram([1.0] * 500 + [2.0] * 500 + [1000.0, float("nan")], xlabel="seconds")
+    assert sum(bar.get_height() for bar in figure.axes[0].patches) == 1001
+    assert figure.axes[0].get_xlim()[1] < 10
+
+
+@pytest.mark.parametrize("count", [0, 1, 3000])
+def test_any_number_of_batches(count):
+    shapes = np.arange(1, count + 1)
+    figure = figures.batch_shapes(shapes, shapes, shapes)
+    figure.canvas.draw()
+    assert len(figure.axes[0].collections[0].get_offsets()) == count
+
+
+def test_settings_of_the_process_are_left_alone():
+    before = dict(matplotlib.rcParams)
+    figures.split_bars(["a", "b"], {"encoder": [1, 2], "decoder": [3, 4]}, xlabel="seconds")
+    figures.lengths([1.0, 2.0], [3.0, 4.0])
+    assert dict(matplotlib.rcParams) == before
