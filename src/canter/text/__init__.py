@@ -1,1 +1,38 @@
 """Tokenizers and prompt formats."""
+
+from pathlib import Path
+
+from canter.errors import CheckpointError
+from canter.text import sentencepiece, whisper
+from canter.text.characters import Characters
+from canter.text.nemo import read_nemo_tokenizer
+from canter.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
+from canter.text.tokenizer import Tokenizer
+from canter.text.whisper import WhisperTokenizer
+
+__all__ = [
+    "Characters",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "WhisperTokenizer",
+    "load_tokenizer",
+    "train_tokenizer",
+]
+
+
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer:
+    """The tokenizer in a folder (one of `save`, a model's, Whisper's), in a `tokenizer.json` or in a `.nemo`.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(path)
+    if path.suffix == ".nemo":
+        return read_nemo_tokenizer(path)
+    folder = path if path.is_dir() else path.parent
+    if (path.is_dir() or path.name == sentencepiece.FILE) and (folder / sentencepiece.FILE).exists():
+        return SentencePieceTokenizer.load(folder)
+    if (path.is_dir() or path.suffix == ".json") and (folder / whisper.FILE).exists():
+        return WhisperTokenizer.load(path / whisper.FILE if path.is_dir() else path)
+    raise CheckpointError(
+        f"{path}: no tokenizer; give a .nemo file or a folder with {sentencepiece.FILE} or {whisper.FILE}"
+    )

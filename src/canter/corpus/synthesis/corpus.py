@@ -5,8 +5,8 @@
     folder/train/000000.flac ...           16 kHz, mono, 16 bit
 
 Utterances are spoken in batches of `BATCH`, each batch by a fresh process, because espeak remembers what it
-said before: so the audio depends on the seed only, neither on the number of workers nor on where an earlier run
-was interrupted.
+said before: so the audio depends on the seed only, neither on the number of workers nor on where an earlier
+run was interrupted.
 """
 
 import hashlib
@@ -67,7 +67,8 @@ class Corpus:
 
 
 def plan_part(part: str, utterances: int, seed: int) -> Iterator[Spoken]:
-    """What the train or test part says; test texts are distinct. A longer part begins with the shorter ones."""
+    """What the train or test part says; test texts are distinct. A longer part begins with the shorter
+    ones."""
     test = part == "test"
     taken: set[str] = set()
     for number in range(utterances):
@@ -158,7 +159,7 @@ def _claim(folder: Path, settings: dict) -> None:
             found = None
         if found != settings:
             raise CanterError(
-                f"{file}: the folder holds another corpus than {settings}; choose another folder, or delete it"
+                f"{file}: the folder holds another corpus than {settings}; choose another, or delete it"
             )
         return
     if folder.is_dir() and any(folder.iterdir()):

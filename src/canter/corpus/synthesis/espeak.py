@@ -1,8 +1,8 @@
 """espeak-ng in this process: text to 16 kHz samples, through the library that `espeakng-loader` brings along.
 
 The library is global and remembers: the flutter of a voice goes on from one utterance to the next, so that a
-sentence sounds a little different after another one. Whoever needs the same audio twice must therefore say the
-same sequence of utterances in a fresh process (see `corpus.py`).
+sentence sounds a little different after another one. Whoever needs the same audio twice must therefore say
+the same sequence of utterances in a fresh process (see `corpus.py`).
 """
 
 import ctypes

@@ -1,8 +1,9 @@
 """A small grammar that makes up sentences in two languages, from one word to a handful of clauses.
 
-The vocabulary (about 60 words a language) is chosen so that no two words of a language sound alike and none is
-shared between the languages. A sentence belongs to the test part or to the training part by a hash of its text,
-so that a test sentence is never in training, whatever the seed, the number of utterances or the order.
+The vocabulary (about 60 words a language) is chosen so that no two words of a language sound alike and none
+is shared between the languages. A sentence belongs to the test part or to the training part by a hash of
+its text, so that a test sentence is never in training, whatever the seed, the number of utterances or the
+order.
 """
 
 import hashlib

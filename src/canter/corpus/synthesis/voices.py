@@ -1,9 +1,9 @@
 """The synthetic speakers: espeak-ng variants crossed with dialect, pitch and pitch range.
 
-Each of these variants was understood by Whisper tiny.en when it read English; whispering, croaking, echoing and
-robotic ones are left out. The unseen speakers of the test part use *other variants* than every training speaker
-(other formants and voicing, some another synthesis method), in the same dialects. They are still one synthesiser
-with one set of pronunciation rules: unseen here means far less than it does for people.
+Each of these variants was understood by Whisper tiny.en when it read English; whispering, croaking, echoing
+and robotic ones are left out. The unseen speakers of the test part use *other variants* than every training
+speaker (other formants and voicing, some another synthesis method), in the same dialects. They are still
+one synthesiser with one set of pronunciation rules: unseen here means far less than it does for people.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ PITCHES = {"training": (38, 50, 62), "unseen": (44, 56)}
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker of one language; `pitch` and `pitch_range` are espeak's (0 to 99), `rate` is words a minute."""
+    """One speaker of one language; `pitch` and `pitch_range` are espeak's (0 to 99), `rate` is words a
+    minute."""
 
     language: str
     dialect: str

@@ -1,0 +1,68 @@
+"""Characters as the targets of an auxiliary CTC: id 0 is the blank."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from canter.errors import CheckpointError
+
+FILE = "characters.json"
+BLANK = 0
+
+
+class Characters:
+    """An alphabet; `symbols[i]` has id i + 1. Other characters are left out of targets."""
+
+    def __init__(self, symbols: Sequence[str]):
+        self.symbols = tuple(symbols)
+        self._ids = {symbol: number for number, symbol in enumerate(self.symbols, 1)}
+
+    @classmethod
+    def of(cls, texts: Iterable[str], at_least: int = 1) -> "Characters":
+        """The characters that occur `at_least` so often, sorted, the space among them."""
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(text)
+        return cls(sorted({c for c, count in counts.items() if count >= at_least} | {" "}))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Characters":
+        """Reads what `save` wrote. Raises CheckpointError if it is missing or malformed."""
+        file = Path(folder) / FILE
+        try:
+            symbols = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+        if not isinstance(symbols, list) or not all(isinstance(s, str) and len(s) == 1 for s in symbols):
+            raise CheckpointError(f"{file} is not a list of characters")
+        return cls(symbols)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `characters.json` into the folder."""
+        (Path(folder) / FILE).write_text(
+            json.dumps(self.symbols, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    @property
+    def size(self) -> int:
+        """Outputs of the CTC head, the blank included."""
+        return len(self.symbols) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b("".join(self.symbols).encode(), digest_size=8).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the characters of `text` that the alphabet has."""
+        return [self._ids[character] for character in text if character in self._ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids without blanks."""
+        return "".join(self.symbols[number - 1] for number in ids)
+
+    def collapse(self, outputs: Iterable[int]) -> str:
+        """The text of one output for each frame: repetitions become one, blanks go (Graves et al., 2006)."""
+        return self.decode(number for number, _ in groupby(outputs) if number != BLANK)

@@ -1,0 +1,50 @@
+"""The tokenizer inside a NeMo archive of Canary (`.nemo`: a plain tar); nothing is extracted to disk."""
+
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import yaml
+
+from canter.errors import CheckpointError
+from canter.text.sentencepiece import SentencePieceTokenizer
+
+SPECIAL = "spl_tokens"  # NeMo's name for the vocabulary of special tokens
+
+
+def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str], bytes]) -> SentencePieceTokenizer:
+    """The tokenizer of a NeMo configuration; `read` returns a member of its archive by name (without `./`).
+
+    Raises CheckpointError if the tokenizer is not an aggregate of special tokens and languages.
+    """
+    try:
+        paths = {lang: str(entry["model_path"]) for lang, entry in config["tokenizer"]["langs"].items()}
+        if next(iter(paths)) != SPECIAL:
+            raise ValueError(f"its first vocabulary is {next(iter(paths))}, not {SPECIAL}")
+        models = {lang: read(path.removeprefix("nemo:").removeprefix("./")) for lang, path in paths.items()}
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=models.pop(SPECIAL))
+        special = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]
+        turns = config.get("prompt_defaults") or []
+        slots = next((turn["slots"] for turn in turns if turn.get("role") == "user"), {})
+        defaults = {name: str(value) for name, value in slots.items()}
+        return SentencePieceTokenizer(special, models, str(config.get("prompt_format", "canary")), defaults)
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration, RuntimeError) as error:
+        raise CheckpointError(f"not the tokenizer of a Canary ({type(error).__name__}: {error})") from None
+
+
+def read_nemo_tokenizer(path: str | Path) -> SentencePieceTokenizer:
+    """The tokenizer of the archive at `path`. Raises CheckpointError if it cannot be read."""
+    try:
+        with tarfile.open(path) as archive:
+            members = {member.name.removeprefix("./"): member for member in archive if member.isreg()}
+
+            def read(name: str) -> bytes:
+                file = archive.extractfile(members[name])
+                assert file is not None  # it is a regular file
+                return file.read()
+
+            return nemo_tokenizer(yaml.safe_load(read("model_config.yaml")), read)
+    except (tarfile.TarError, OSError, EOFError, KeyError, yaml.YAMLError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {error}") from None

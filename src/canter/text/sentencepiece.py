@@ -1,0 +1,242 @@
+"""The tokenizer of Canary models: special tokens in front, then one SentencePiece vocabulary, or one a
+language.
+
+Ids: the special tokens have 0 to S - 1, then each vocabulary follows with its own offset, in order. With a
+vocabulary for each language this is NeMo's aggregate tokenizer of canary-1b, flash and v2;
+`train_tokenizer` makes one vocabulary that all languages share.
+"""
+
+import hashlib
+import io
+import json
+import random
+import re
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from canter.corpus.manifest import Utterance
+from canter.errors import CheckpointError, ConfigError
+from canter.text.prompts import prompt_ids, utterance_slots
+
+FILE = "canter_tokenizer.json"
+FORMAT = "canter-tokenizer/1"
+SHARED = ""  # the name of a vocabulary that serves every language
+UNKNOWN_LANGUAGE = "unklang"
+BASIC_TOKENS = (
+    "<unk>", "<|nospeech|>", "<pad>", "<|endoftext|>", "<|startoftranscript|>", "<|pnc|>", "<|nopnc|>",
+    "<|transcribe|>", "<|translate|>", "<|unklang|>",
+)  # fmt: skip
+MOST_SENTENCES = 1_000_000  # a tokenizer is trained on so many, drawn at random
+_TIMESTAMP = re.compile(r"(<\|\d+\|>)")
+_LANGUAGE = re.compile(r"<\|(?!(?:pnc|itn)\|)([A-Za-z]{2,3}(?:[-_]\w+)*)\|>")
+_TOO_LARGE = re.compile(r"<= (\d+)")
+
+
+class SentencePieceTokenizer:
+    """Special tokens and SentencePiece models (`{language: serialised model}`, or one for all under "").
+
+    `defaults` are prompt slots for utterances that do not say (`source_lang`, ...).
+    """
+
+    def __init__(
+        self,
+        special: Sequence[str],
+        models: Mapping[str, bytes],
+        prompt_format: str = "canary",
+        defaults: Mapping[str, str] | None = None,
+    ):
+        self.special, self.models = tuple(special), dict(models)
+        self.prompt_format, self.defaults = prompt_format, dict(defaults or {})
+        self._special_ids = {token: number for number, token in enumerate(self.special)}
+        self._processors = {
+            lang: sentencepiece.SentencePieceProcessor(model_proto=model)
+            for lang, model in self.models.items()
+        }
+        self._starts = [len(self.special)]
+        for processor in self._processors.values():
+            self._starts.append(self._starts[-1] + processor.vocab_size())
+        self.offsets = dict(zip(self.models, self._starts))
+        self.pad, self.end = self.special_id("<pad>"), self.special_id("<|endoftext|>")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        found = (_LANGUAGE.fullmatch(token) for token in self.special)
+        return tuple(match[1] for match in found if match)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(repr((self.special, list(self.models))).encode(), digest_size=8)
+        for model in self.models.values():
+            digest.update(model)
+        return digest.hexdigest()
+
+    def encode(self, text: str, lang: str | None = None) -> list[int]:
+        """Ids of `text`; "<|endoftext|>" at its end and, where the vocabulary has them, timestamps "<|12|>"
+        are special tokens, anything else is plain text. Raises ConfigError for a language without a
+        vocabulary."""
+        if SHARED in self._processors:
+            name = SHARED
+        else:
+            name = lang or self.defaults.get("target_lang") or ""
+            if name not in self._processors:
+                raise ConfigError(
+                    f"the tokenizer has no vocabulary for language '{name}', only {', '.join(self.models)}; "
+                    "correct 'lang' in the manifest"
+                )
+        processor, offset = self._processors[name], self.offsets[name]
+        if "<|" not in text:
+            return [offset + number for number in processor.encode(text)]
+        end = text.endswith("<|endoftext|>")
+        parts = [text.removesuffix("<|endoftext|>")]
+        if "<|0|>" in self._special_ids and _TIMESTAMP.search(text):
+            parts = [part.strip() for part in _TIMESTAMP.split(parts[0])]
+        ids: list[int] = []
+        for part in parts:
+            if _TIMESTAMP.fullmatch(part) and part in self._special_ids:
+                ids.append(self._special_ids[part])
+            else:
+                ids += (offset + number for number in processor.encode(part))
+        return [*ids, self.end] if end else ids
+
+    def piece(self, number: int) -> str:
+        """The piece of an id, with "▁" for a space. Raises ValueError for an id beyond the vocabulary."""
+        if not 0 <= number < self.vocab_size:
+            raise ValueError(f"token id {number} is not in the vocabulary of {self.vocab_size}")
+        if number < len(self.special):
+            return self.special[number]
+        place = bisect_right(self._starts, number) - 1
+        return list(self._processors.values())[place].id_to_piece(number - self._starts[place])
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of ids; with `special` exactly NeMo's, where special tokens and the leading space stay."""
+        kept = ids if special else (number for number in ids if number >= len(self.special))
+        text = "".join(map(self.piece, kept)).replace("▁", " ")
+        return text if special else text.strip()
+
+    def special_id(self, token: str) -> int:
+        if token not in self._special_ids:
+            languages = (
+                f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
+            )
+            raise ConfigError(f"the tokenizer has no special token {token}{languages}")
+        return self._special_ids[token]
+
+    def prompt(self, utterance: Utterance) -> list[int]:
+        return self.prompt_ids(utterance_slots(utterance))
+
+    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
+        return prompt_ids(self, self.prompt_format, {**self.defaults, **slots})
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `canter_tokenizer.json` and a `tokenizer[.LANG].model` for each vocabulary."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {lang: f"tokenizer.{lang}.model" if lang else "tokenizer.model" for lang in self.models}
+        for lang, model in self.models.items():
+            (folder / files[lang]).write_bytes(model)
+        values = {
+            "format": FORMAT,
+            "prompt_format": self.prompt_format,
+            "defaults": self.defaults,
+            "models": files,
+            "special": self.special,
+        }
+        (folder / FILE).write_text(
+            json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
+        """Reads what `save` wrote. Raises CheckpointError if something is missing or malformed."""
+        file = Path(folder) / FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.get("format") != FORMAT:
+                raise ValueError(f"its format is {values.get('format')!r}, not {FORMAT}")
+            names = {lang: str(name) for lang, name in values["models"].items()}
+            if any(Path(name).name != name for name in names.values()):
+                raise ValueError("a model file lies outside the folder")
+            models = {lang: (Path(folder) / name).read_bytes() for lang, name in names.items()}
+            return cls(values["special"], models, values["prompt_format"], values["defaults"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self.special, self.models, self.prompt_format, self.defaults)
+
+
+def train_tokenizer(
+    texts: Iterable[str], languages: Iterable[str], vocab_size: int, folder: str | Path | None = None
+) -> SentencePieceTokenizer:
+    """Trains one BPE vocabulary on `texts`, for prompts in `languages`, and saves it to `folder`.
+
+    `vocab_size` counts the special tokens too; where the text is too small for it, it is lowered with a
+    warning. Raises ConfigError if there is no text, or `vocab_size` does not even hold every character.
+    """
+    languages = sorted(set(languages))
+    special = (*BASIC_TOKENS, *(f"<|{lang}|>" for lang in languages))
+    sentences = _sample(line for text in texts if (line := " ".join(text.split())))
+    if not sentences:
+        raise ConfigError("a tokenizer cannot be trained: there is no text")
+    size = vocab_size - len(special)
+    try:
+        model = _train(sentences, size)
+    except RuntimeError as error:
+        most = _TOO_LARGE.search(str(error))
+        if "too high" not in str(error) or most is None:
+            smallest = len(special) + len(set("".join(sentences))) + 2
+            raise ConfigError(
+                f"a tokenizer of {vocab_size} tokens cannot be trained; this text needs at least {smallest}"
+            ) from None
+        size = int(most[1])
+        model = _train(sentences, size)
+        warnings.warn(
+            f"tokenizer: the text has only {size} pieces to learn; vocabulary lowered from {vocab_size} to "
+            f"{size + len(special)}",
+            stacklevel=2,
+        )
+    language = languages[0] if len(languages) == 1 else UNKNOWN_LANGUAGE
+    defaults = {"source_lang": language, "target_lang": language}
+    tokenizer = SentencePieceTokenizer(special, {SHARED: model}, "canary", defaults)
+    if folder is not None:
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def _sample(sentences: Iterable[str]) -> list[str]:
+    """At most MOST_SENTENCES of them, each as likely as any other (Vitter's algorithm R), the same every
+    time."""
+    rng = random.Random(0)
+    kept: list[str] = []
+    for number, sentence in enumerate(sentences):
+        if number < MOST_SENTENCES:
+            kept.append(sentence)
+        elif (place := rng.randrange(number + 1)) < MOST_SENTENCES:
+            kept[place] = sentence
+    return kept
+
+
+def _train(sentences: Sequence[str], size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        character_coverage=1.0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        max_sentence_length=1 << 20,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,0 +1,101 @@
+"""Parity with NeMo 2.7.3 on its own archives."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from canter.errors import CheckpointError, ConfigError
+from canter.text import load_tokenizer
+from canter.text.prompts import prompt_ids
+
+SHARED = os.environ.get("CANTER_SHARED")
+VARIANTS = ("a", "b", "d_switches")
+needs_fixtures = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with NeMo fixtures")
+# NeMo glues the words around adjacent timestamps; here each stretch of text keeps its place
+GLUED = "<|0|>hello<|12|><|13|>big world<|40|>"
+
+
+@pytest.fixture(params=VARIANTS)
+def nemo(request):
+    folder = Path(SHARED or "") / "fixtures/nemo" / request.param
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return load_tokenizer(folder / "model.nemo"), meta
+
+
+@needs_fixtures
+def test_texts_and_ids(nemo):
+    tokenizer, meta = nemo
+    expected = meta["tokenizer"]
+    for case in expected["strings"]:
+        if case["text"] == GLUED:
+            continue
+        ids = tokenizer.encode(case["text"], case["lang"])
+        assert ids == case["ids"], case["text"]
+        assert [tokenizer.piece(number) for number in ids] == case["pieces"]
+        assert tokenizer.decode(ids, special=True) == case["decoded"]
+    assert tokenizer.vocab_size == expected["vocab_size"]
+    assert {"spl_tokens": 0} | tokenizer.offsets == expected["token_id_offset"]
+    assert (tokenizer.pad, tokenizer.end) == (expected["pad_id"], expected["eos_id"])
+    for token, number in expected["special_head"].items():
+        assert tokenizer.special_id(token) == number
+
+
+@needs_fixtures
+def test_prompts(nemo):
+    tokenizer, meta = nemo
+    assert len(meta["prompts"]) >= 6
+    for name, case in meta["prompts"].items():
+        (turn,) = case["turns"]
+        if turn["role"] == "user":
+            assert tokenizer.prompt_ids(turn["slots"]) == case["context_ids"], name
+        else:
+            assert prompt_ids(tokenizer, "canary2_partial", turn["slots"]) == case["context_ids"]
+    assert tokenizer.prompt_ids({}) == meta["prompts"]["default"]["context_ids"]
+
+
+@needs_fixtures
+def test_timestamps_stay_where_they_are():
+    tokenizer = load_tokenizer(Path(SHARED or "") / "fixtures/nemo/b/model.nemo")
+    shown = tokenizer.decode(tokenizer.encode(GLUED, "en"), special=True)
+    assert shown == "<|0|> hello<|12|><|13|> big world<|40|>"
+
+
+@needs_fixtures
+def test_saved_as_a_folder_it_is_the_same(nemo, tmp_path):
+    tokenizer, meta = nemo
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    case = meta["tokenizer"]["strings"][1]
+    assert again.encode(case["text"], case["lang"]) == case["ids"]
+
+
+def test_what_is_no_archive_is_named(tmp_path):
+    (tmp_path / "x.nemo").write_bytes(b"no tar")
+    with pytest.raises(CheckpointError, match=r"x\.nemo"):
+        load_tokenizer(tmp_path / "x.nemo")
+    with tarfile.open(tmp_path / "y.nemo", "w"):
+        pass
+    with pytest.raises(CheckpointError, match="model_config"):
+        load_tokenizer(tmp_path / "y.nemo")
+
+
+def test_unknown_slots_and_tasks_are_named(tmp_path):
+    class Vocabulary:
+        def encode(self, text, lang=None):
+            return []
+
+        def special_id(self, token):
+            return 1
+
+    for name, slots, message in (
+        ("canary3", {}, "not a prompt format"),
+        ("canary", {"sauce": "x"}, "sauce: not a slot"),
+        ("canary", {}, "needs source_lang"),
+        ("canary", {"source_lang": "en", "target_lang": "en", "task": "sing"}, "'sing' is not a task"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prompt_ids(Vocabulary(), name, slots)
