@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -111,7 +112,7 @@ def build_index(
         raise ManifestError(f"{len(mixture)} sources; an index holds {MOST_SOURCES}")
     output = Path(output)
     folder = output.with_suffix(".parts")
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_output(output, folder)
     counting = Counting(str(folder.absolute()), tokenizer, prompt_tokens, measure_durations)
     parts = [part for number, source in enumerate(mixture) for part in _parts(number, source, counting)]
     waiting = [part for part in parts if not _part_path(counting, part).exists()]
@@ -127,6 +128,21 @@ def build_index(
         if stale.name.split(".")[0] not in kept:
             stale.unlink()
     return LengthIndex.open(output)
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """Makes room for the index, and never writes over what is none."""
+    if output.exists():
+        try:
+            LengthIndex.open(output)
+        except ManifestError:
+            raise ManifestError(f"{output} exists and is not a length index; choose another name") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ManifestError(f"{folder} cannot be written ({error.strerror}); choose another output") from None
 
 
 def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
@@ -375,14 +391,14 @@ def _first_of_each(loaded: Sequence[dict[str, Any]]) -> np.ndarray:
 def _progress(
     done: Iterator[Part], parts: Sequence[Part], waiting: Sequence[Part], show: bool
 ) -> Iterator[Part]:
-    if not show or not waiting:
-        yield from done
-        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not (show and console.is_terminal)
+    ) as bar:
         task = bar.add_task("indexing", total=sum(part.size for part in parts))
         bar.advance(task, sum(part.size for part in parts) - sum(part.size for part in waiting))
         for part in done:

@@ -53,7 +53,8 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", Path(self.path).name.split(".")[0] or self.path)
+            *_, folder, file = ("", "", *Path(self.path).parts)  # data/an4/train.jsonl -> an4/train
+            object.__setattr__(self, "name", f"{folder}/{file.split('.')[0]}".strip("/") or self.path)
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ManifestError(
                 f"source {self.name}: weight {self.weight} would never be drawn; "
@@ -121,7 +122,9 @@ class LengthIndex:
                 f"row {row}: duration {self.seconds[row]} is not a positive number of seconds"
             )
         named = ["all"] if sources is None else sources
-        self.sources = tuple(Source(s, name=s) if isinstance(s, str) else s for s in named)
+        self.sources: tuple[Source, ...] = tuple(
+            Source(s, name=s) if isinstance(s, str) else s for s in named
+        )
         if source_of is None:
             if len(self.sources) != 1:
                 raise ManifestError(

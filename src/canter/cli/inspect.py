@@ -1,0 +1,154 @@
+"""Look at a length index: counts, quantiles, sources, the joint histogram and outliers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from canter.corpus.index import LengthIndex
+    from canter.corpus.statistics import Summary
+
+SHADES = " ·░▒▓█"
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH, HEIGHT = 64, 18  # of the histogram in the terminal, in cells
+
+
+@dataclass(frozen=True)
+class Options:
+    index: tyro.conf.Positional[Path]
+    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
+    z: float = 4.0
+    """Rows whose tokens per second are this many standard deviations from the mean are outliers."""
+    outliers: int = 10
+    """How many of them to list, the farthest first."""
+    figure: Path | None = None
+    """Also draw the joint histogram into this PNG (or SVG, PDF)."""
+    prompt_tokens: int = 0
+    """Added, with one for the end, to the column `tokens` of a table of lengths."""
+    json: bool = False
+    """Figures as JSON on standard output."""
+
+
+def run(options: Options) -> int | None:
+    from canter.cli.lengths import open_lengths
+    from canter.corpus.statistics import QUANTILES, summarise
+    from canter.errors import ConfigError
+
+    if not options.z > 0 or options.outliers < 0:
+        raise ConfigError(f"--z {options.z} must be above 0, and --outliers {options.outliers} at least 0")
+    index = open_lengths(options.index, options.prompt_tokens)
+    summary = summarise(index, z_bound=options.z, most_outliers=options.outliers)
+    if options.json:
+        print(json.dumps({"fingerprint": index.fingerprint, "at": QUANTILES, **asdict(summary)}, indent=2))
+    else:
+        show(index, summary, options.index.name)
+    if options.figure:
+        from canter.reporting.lengths import lengths_figure
+
+        lengths_figure(index, options.figure, summary, options.index.stem)
+
+
+def show(index: LengthIndex, summary: Summary, name: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from canter.corpus.statistics import QUANTILES
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # a table cut off at the edge of a pipe helps nobody
+        console = Console(highlight=False, soft_wrap=True, width=160)
+    console.print(
+        f"[bold]{name}[/bold]: {summary.rows:,} utterances, {summary.hours:,.2f} hours, "
+        f"{summary.tokens:,} tokens"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for quantile in QUANTILES:
+        heading = {0.0: "least", 0.5: "median", 1.0: "most"}.get(quantile, f"{100 * quantile:g} %")
+        table.add_column(heading, justify="right")
+    for column, values in summary.quantiles.items():
+        cells = [f"{value:.0f}" if column == "tokens" else f"{value:.2f}" for value in values]
+        table.add_row(column.replace("_", " "), *cells)
+    console.print(table)
+    if len(summary.sources) > 1:
+        show_sources(console, summary)
+    show_histogram(console, index)
+    show_outliers(console, index, summary)
+    for kind, count in summary.skipped.items():
+        console.print(f"left out of the index, {count:,}: {kind}", markup=False)
+
+
+def show_sources(console: Console, summary: Summary) -> None:
+    from rich.table import Table
+
+    headings = ("utterances", "hours", "share of draws", "mean seconds", "mean tokens", "tokens/s")
+    table = Table("source", *headings, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in summary.sources:
+        means = (f"{value:.2f}" for value in (one.mean_seconds, one.mean_tokens, one.tokens_per_second))
+        table.add_row(one.name, f"{one.rows:,}", f"{one.hours:,.2f}", f"{100 * one.weight:.2f} %", *means)
+    console.print(table)
+
+
+def show_histogram(console: Console, index: LengthIndex) -> None:
+    """Seconds to the right, tokens upwards, each with its own distribution along the edge; shades are
+    logarithmic."""
+    import numpy as np
+
+    from canter.corpus.statistics import joint_histogram
+
+    counts, seconds, tokens = joint_histogram(index, WIDTH, HEIGHT)
+    shade = np.ceil(np.log1p(counts) / np.log1p(counts.max()) * (len(SHADES) - 1)).astype(int)
+    top = counts.sum(axis=1)
+    bars = np.ceil(top / top.max() * (len(BARS) - 1)).astype(int)
+    right = counts.sum(axis=0)
+    console.print("\n" + " " * 9 + "".join(BARS[bar] for bar in bars), markup=False)
+    height = len(right)
+    for row in reversed(range(height)):
+        label = f"{tokens[row]:7d} │" if row in (height - 1, height // 2) else " " * 7 + " │"
+        bar = "█" * round(14 * right[row] / right.max())
+        console.print(label + "".join(SHADES[level] for level in shade[:, row]) + "│" + bar, markup=False)
+    console.print("      0 └" + "─" * WIDTH + "┘", markup=False)
+    middle = f"{seconds[WIDTH // 2]:.1f}"
+    last = f"{seconds[-1]:.1f} s and more"
+    axis = "0".ljust(WIDTH // 2 - len(middle) // 2) + middle
+    console.print("tokens   " + axis.ljust(WIDTH - len(last)) + last + "\n", markup=False)
+
+
+def show_outliers(console: Console, index: LengthIndex, summary: Summary) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    console.print(
+        f"{summary.beyond_bound:,} utterances above {summary.rate_bound:.1f} tokens a second "
+        f"(mean {summary.mean_rate:.1f} + {summary.z_bound:g} standard deviations)"
+    )
+    if not summary.outliers:
+        return
+    table = Table("row", "seconds", "tokens", "tokens/s", "z", "utterance", box=None, pad_edge=False)
+    for column in table.columns[:-1]:
+        column.justify = "right"
+    for one in summary.outliers:
+        figures = f"{one.seconds:.2f}", str(one.tokens), f"{one.tokens_per_second:.1f}", f"{one.z:+.1f}"
+        table.add_row(str(one.row), *figures, escape(describe(index, one.row)))
+    console.print(table)
+
+
+def describe(index: LengthIndex, row: int) -> str:
+    """An outlier's text and file, where the index still leads to them."""
+    from canter.errors import ManifestError
+
+    try:
+        found = index.utterance(row)
+    except ManifestError:
+        return ""
+    text = found.text if len(found.text) <= 40 else found.text[:39] + "…"
+    return f"{Path(found.audio_filepath).name}: {text}"

@@ -1,0 +1,144 @@
+"""`canter index` and `canter inspect`: what they print, and what a user can get wrong."""
+
+import json
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+
+from canter.cli.main import main
+from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import write_manifest
+from canter.corpus.statistics import QUANTILES, joint_histogram, summarise
+
+
+@pytest.fixture
+def manifests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("a", 40), ("b", 10)):
+        rows = [
+            {
+                "audio_filepath": f"{name}{number}.wav",
+                "duration": 2 + number % 5,
+                "text": "word " * (1 + number % 7),
+            }
+            for number in range(count)
+        ]
+        write_manifest(f"{name}.jsonl", rows)
+    return tmp_path
+
+
+def test_index_then_inspect(manifests, capsys):
+    with open("a.jsonl", "a") as file:
+        file.write('{\n{"audio_filepath": "c.wav", "duration": 1.0, "text": "%s"}\n' % ("fast [b]" * 60))
+    assert (
+        main(["index", "a.jsonl", "b.jsonl", "-o", "l.arrow", "--tokenizer", "chars", "--workers", "1"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "51 utterances" in out
+    assert "left out 1: invalid JSON" in out
+    assert f"{manifests}/a.jsonl:41: invalid JSON" in out
+    assert "l.skipped.jsonl" in out
+    assert main(["inspect", "l.arrow", "--figure", "l.png"]) == 0
+    out = capsys.readouterr().out
+    assert "51 utterances" in out
+    assert re.search(r"\na +41 ", out)
+    assert "c.wav: fast [b]" in out
+    assert "left out of the index, 1: invalid JSON" in out
+    assert (manifests / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_of_both(manifests, capsys):
+    assert (
+        main(["index", "a.jsonl", "b.jsonl", "--tokenizer", "bytes", "--prompt-tokens", "4", "--json"]) == 0
+    )
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"] == 50
+    assert [source["weight"] for source in facts["sources"]] == pytest.approx([0.8, 0.2])
+    assert main(["inspect", "lengths.arrow", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["fingerprint"] == facts["fingerprint"]
+    assert figures["tokens"] == facts["tokens"]
+
+
+def test_temperature_and_mixtures(manifests, capsys):
+    assert main(["index", "a.jsonl", "b.jsonl", "--tokenizer", "chars", "--temperature", "0"]) == 0
+    assert LengthIndex.open("lengths.arrow").weights == pytest.approx([0.5, 0.5])
+    (manifests / "mix.yaml").write_text(
+        "- {path: a.jsonl, weight: 1, tags: {lang: en}}\n- {path: b.jsonl, weight: 3}\n"
+    )
+    assert main(["index", "mix.yaml", "--tokenizer", "chars"]) == 0
+    index = LengthIndex.open("lengths.arrow")
+    assert index.weights == pytest.approx([0.25, 0.75])
+    assert index.utterance(0).lang == "en"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index"], "nothing to index"),
+        (["index", "none.jsonl"], "none.jsonl does not exist"),
+        (["index", "a.jsonl"], "num_tokens missing: name a tokenizer"),
+        (["index", "a.jsonl", "--tokenizer", "none"], "none"),
+        (["index", "a.jsonl", "--tokenizer", "chars", "--prompt-tokens", "-1"], "must be 0 or more"),
+        (["index", "a.jsonl", "--tokenizer", "chars", "-o", "a.jsonl"], "exists and is not a length index"),
+        (["index", "a.jsonl", "--tokenizer", "chars", "-o", "a.jsonl/l.arrow"], "cannot be written"),
+        (["index", "m.yaml", "a.jsonl"], "m.yaml is a mixture: name it alone"),
+        (["index", "m.yaml"], "m.yaml does not exist"),
+        (["index", "a.jsonl", "--temperature", "-1"], "must be 0 or more"),
+        (["inspect", "none.arrow"], "none.arrow does not exist"),
+        (["inspect", "a.jsonl"], "canter index"),
+        (["inspect", "good.arrow", "--z", "0"], "must be above 0"),
+        (["inspect", "good.arrow", "--figure", "no/such/folder.png"], "cannot be written"),
+        (["inspect", "good.arrow", "--figure", "x.words"], "cannot be written"),
+    ],
+)
+def test_one_clean_message(manifests, capsys, arguments, message):
+    LengthIndex([1.0, 2.0], [3, 4]).save("good.arrow")
+    before = (manifests / "a.jsonl").read_text()
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("canter: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert (manifests / "a.jsonl").read_text() == before
+
+
+def test_inspect_copes_with_a_single_row_and_with_equal_rows(manifests, capsys):
+    LengthIndex([1.0], [0]).save("one.arrow")
+    LengthIndex(np.full(9, 3.0), np.full(9, 7)).save("equal.arrow")
+    for name in ("one.arrow", "equal.arrow"):
+        assert main(["inspect", name, "--figure", "x.png"]) == 0
+        assert main(["inspect", name, "--json", "--outliers", "0"]) == 0
+
+
+def test_summary_is_what_numpy_computes():
+    generator = np.random.default_rng(1)
+    seconds = generator.lognormal(1.5, 0.6, 5000).astype(np.float32)
+    tokens = (seconds * generator.normal(4, 0.5, 5000)).astype(int) + 3
+    tokens[77] = 60000
+    index = LengthIndex(seconds, tokens)
+    summary = summarise(index)
+    rates = tokens / seconds.astype(float)
+    assert summary.mean_rate == pytest.approx(rates.mean(), rel=1e-5)
+    assert summary.std_rate == pytest.approx(rates.std(), rel=1e-5)
+    assert [one.row for one in summary.outliers] == [77]
+    assert summary.outliers[0].z == pytest.approx((rates[77] - rates.mean()) / rates.std(), rel=1e-4)
+    assert summary.quantiles["tokens"] == pytest.approx(np.quantile(tokens, QUANTILES))
+    counts, edges, _ = joint_histogram(index, 10, 7)
+    assert counts.sum() == 5000
+    assert counts.shape[1] <= 8
+    assert counts[:-1].sum(axis=1) == pytest.approx(np.histogram(seconds, edges)[0][:-1], abs=1)
+
+
+def test_the_index_is_not_read_anew_where_nothing_changed(manifests, capsys):
+    arguments = ["index", "a.jsonl", "--tokenizer", "chars", "--workers", "1"]
+    assert main(arguments) == 0
+    parts = {path: path.stat().st_mtime_ns for path in (manifests / "lengths.parts").iterdir()}
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in (manifests / "lengths.parts").iterdir()} == parts
+    os.utime("a.jsonl", (time.time() + 9, time.time() + 9))
+    assert main(arguments) == 0
+    assert set((manifests / "lengths.parts").iterdir()).isdisjoint(parts)
