@@ -25,8 +25,8 @@ def test_everything_is_told(folder: Path):
     page = run_report(folder)
     for told in (
         "Run an4", "60 steps", "best WER", "Loss", "Error rates in validation", "Learning rate",
-        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time", "seed: 17",
-        "step-000060", "canter-budget/1", "audio missing", "train.jsonl",
+        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time",
+        "seed: 17", "step-000060", "canter-budget/1", "audio missing", "train.jsonl",
     ):  # fmt: skip
         assert told in page, told
     assert '<div class="value">1.7%</div>' in page  # the best WER, 1/60

@@ -1,0 +1,96 @@
+"""What the README tells a newcomer to type exists: commands, their options, make targets, scripts, linked files."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from canter.cli import main as cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+]
+FENCE = re.compile(r"^```(?:bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:canter|make) [^`\n]+)`")
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+
+
+def typed(text: str) -> list[list[str]]:
+    """The command lines of a page, as words: those of its shell blocks and the inline `canter` and `make` ones."""
+    lines = [line for block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.removeprefix("$ ") for line in lines] + INLINE.findall(text)
+    commands = []
+    for line in lines:
+        for part in re.split(r"&&|\|\||[|;]", line):
+            words = shlex.split(part, comments=True)
+            if words:
+                commands.append([Path(words[0]).name, *words[1:]])
+    return commands
+
+
+def wrong(words: list[str], options: dict[str, str], targets: set[str]) -> str | None:
+    """What is not there of a command line, or None. ``options`` caches the help of each command."""
+    program, *rest = words
+    if program == "make":
+        unknown = [word for word in rest if "=" not in word and word not in targets]
+        return f"make has no target {unknown[0]}" if unknown else None
+    if program.startswith("python") and rest and rest[0].endswith(".py"):
+        return None if (ROOT / rest[0]).exists() else f"no file {rest[0]}"
+    if program != "canter" or not rest or rest[0].startswith("-") or not rest[0].islower():
+        return None
+    if rest[0] not in cli.COMMANDS:
+        return f"canter has no command {rest[0]}"
+    for word in rest[1:]:
+        flag = re.match(r"--[a-z][\w.-]*", word)
+        if flag and not re.search(rf"(?<![\w-]){re.escape(flag[0])}(?![\w-])", options[rest[0]]):
+            return f"canter {rest[0]} has no option {flag[0]}"
+    return None
+
+
+@pytest.fixture
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.fixture
+def options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Help by command, made when asked for."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    class Help(dict):
+        def __missing__(self, name: str) -> str:
+            with pytest.raises(SystemExit):
+                cli.main([name, "--help"])
+            self[name] = capsys.readouterr().out
+            return self[name]
+
+    return Help()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_tells_to_type_exists(page: Path, options, targets):
+    found = [(words, wrong(words, options, targets)) for words in typed(page.read_text())]
+    assert [(shlex.join(words), problem) for words, problem in found if problem] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page: Path):
+    assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+def test_mistakes_would_be_found(options, targets):
+    text = (
+        "```bash\nmake dmeo   # a comment\n$ canter score r.jsonl --normalise none\n"
+        ".venv/bin/canter scroe x && python examples/none.py\n```\n and `make nothing QUICK=1`, `canter score --json`"
+    )
+    problems = [wrong(words, options, targets) for words in typed(text)]
+    assert problems == [
+        "make has no target dmeo",
+        "canter score has no option --normalise",
+        "canter has no command scroe",
+        "no file examples/none.py",
+        "make has no target nothing",
+        None,
+    ]
