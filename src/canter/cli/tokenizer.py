@@ -65,7 +65,8 @@ def run(options: Options) -> None:
         print(json.dumps(summary, ensure_ascii=False))
         return
     skipped = f"; {len(problems)} rows could not be used" if problems else ""
+    languages_found = ", ".join(tokenizer.languages) or "not given"
     print(
-        f"{options.output}: {tokenizer.vocab_size} tokens, languages {', '.join(tokenizer.languages) or 'not given'}, "
+        f"{options.output}: {tokenizer.vocab_size} tokens, languages {languages_found}, "
         f"{tokens / max(words, 1):.2f} tokens a word over {len(texts)} texts{skipped}"
     )

@@ -14,9 +14,9 @@ import numpy as np
 DIALECTS = {"en": ("en-us", "en-gb-x-rp"), "es": ("es", "es-419")}
 
 TRAINING_VARIANTS = (
-    "", "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Alex", "Annie", "Denis", "Gene", "Hugo", "Mario",
-    "Michael", "Mike", "Storm", "adam", "aunty", "benjamin", "edward", "gustave", "iven2", "iven4", "klatt",
-    "klatt2", "klatt4", "linda", "max", "michel", "mike2",
+    "", "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Alex", "Annie", "Denis", "Gene", "Hugo",
+    "Mario", "Michael", "Mike", "Storm", "adam", "aunty", "benjamin", "edward", "gustave", "iven2", "iven4",
+    "klatt", "klatt2", "klatt4", "linda", "max", "michel", "mike2",
 )  # fmt: skip
 UNSEEN_VARIANTS = ("m5", "m8", "f3", "f5", "Reed", "caleb", "david", "grandma", "grandpa", "john", "marcelo")
 PITCHES = {"training": (38, 50, 62), "unseen": (44, 56)}
