@@ -13,7 +13,7 @@ END = 3
 
 
 def small_model(
-    encoder_layers: int = 2, decoder_layers: int = 2, positions: int = 64, seed: int = 0
+    encoder_layers: int = 2, decoder_layers: int = 2, positions: int = 64, vocabulary: int = 40, seed: int = 0
 ) -> SpeechModel:
     """Random weights; attention is made sharp, so that the audio and the prompt decide what is said."""
     torch.manual_seed(seed)
@@ -23,7 +23,12 @@ def small_model(
             layers=encoder_layers, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16
         ),
         decoder=DecoderConfig(
-            layers=decoder_layers, width=48, heads=4, feedforward=96, vocabulary=40, positions=positions
+            layers=decoder_layers,
+            width=48,
+            heads=4,
+            feedforward=96,
+            vocabulary=vocabulary,
+            positions=positions,
         ),
         ctc_vocabulary=12,
     )

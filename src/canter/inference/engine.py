@@ -31,7 +31,7 @@ class EngineConfig:
 
     rows: int = 64
     """Rows the decoder advances together, at most."""
-    frames: int = 4096
+    frames: int = 1024
     """Encoder frames in a batch of the encoder, padding included, at most (one utterance may have more)."""
     tokens_per_frame: float = 1.0
     """A row ends without an end token after this many tokens for each of its encoder frames ..."""
@@ -163,7 +163,8 @@ class _Live:
 
 
 class Engine:
-    """Decodes greedily with ``model``; a token of id ``end`` ends a row."""
+    """Decodes greedily with ``model``; a token of id ``end`` ends a row. Tokens that the model's
+    ``generation`` settings suppress are never chosen."""
 
     def __init__(
         self, model: SpeechModel, end: int, config: EngineConfig | None = None, *, ctc: bool = False
@@ -173,15 +174,19 @@ class Engine:
         self.ctc = ctc and model.ctc is not None
         self.counters = Counters(slots=self.config.rows)
         self.device = next(model.parameters()).device
+        never, at_first = (
+            torch.tensor(model.generation.get(name) or [], dtype=torch.long, device=self.device)
+            for name in ("suppress_tokens", "begin_suppress_tokens")
+        )
+        self.never, self.never_first = never, torch.cat([never, at_first])
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
         """Hypotheses in the order of ``requests``, which are sorted and batched here."""
         requests = list(requests)
         numbered = [Request(item.audio, item.prompt, number) for number, item in enumerate(requests)]
-        hop = self.model.config.features.hop
-        seconds = [len(item.audio) / self.model.config.features.sample_rate for item in numbered]
-        frame = max(1, self.model.encoder_frames(100.0)) / 100.0
-        batches = encoder_batches([max(hop / 16000, s) * frame for s in seconds], self.config.frames)
+        rate = self.model.config.features.sample_rate
+        frames = [len(item.audio) / rate / self.model.frame_seconds for item in numbered]
+        batches = encoder_batches(frames, self.config.frames)
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
         return [
             Hypothesis(item.key, found[number].tokens, found[number].finished, found[number].ctc)
@@ -196,7 +201,7 @@ class Engine:
         begun = time.perf_counter()
         training = self.model.training
         self.model.eval()
-        source, waiting = iter(batches), deque[_Encoded]()
+        source, waiting = filter(None, batches), deque[_Encoded]()
         live = _Live(
             self.model.decoder.cache(), RepetitionGuard(self.config.repeat_ngram, self.config.max_repeats)
         )
@@ -251,6 +256,7 @@ class Engine:
     def _advance(self, live: _Live, waiting: deque[_Encoded]) -> list[Hypothesis]:
         """One decoder step: waiting rows enter if enough slots are free, else live rows get a token each."""
         with self._timed("decoder_seconds"):
+            new, first = [], 0
             free = min(self.config.rows - len(live.rows), len(waiting))
             # Reading prompts costs about a step, so a few rows enter together; meanwhile
             # their slots cost nothing.
@@ -265,12 +271,12 @@ class Engine:
                 )
                 live.add(new)
             else:
-                first = 0
                 last = torch.tensor([[tokens[-1]] for tokens in live.tokens], device=self.device)
                 logits = self.model.decoder.step(last, live.cache)[:, 0]
                 self.counters.steps += 1
                 self.counters.row_steps += len(logits)
                 self.counters.useful_row_steps += len(live.rows)
+            logits[:, self.never_first if new else self.never] = -math.inf
             chosen = live.guard.choose(logits, first)
             self.counters.tokens += len(chosen)
             ended = []

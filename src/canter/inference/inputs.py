@@ -1,0 +1,106 @@
+"""What the user names, audio files, folders and manifests, as a list of items to transcribe."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from canter.corpus.audio import audio_seconds
+from canter.corpus.manifest import (
+    Problem,
+    Utterance,
+    open_manifest,
+    parse_line,
+    row_from_utterance,
+    scan_lines,
+    utterance_from_row,
+)
+from canter.corpus.readers.common import AUDIO_SUFFIXES
+from canter.corpus.readers.folder import audio_files
+from canter.corpus.sources import open_source, units_of
+from canter.errors import AudioError, ManifestError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One utterance to transcribe and the row it comes from."""
+
+    row: dict[str, Any]
+    """The manifest's fields as they are; of an audio file its path and duration."""
+    utterance: Utterance | None
+    problem: str | None = None
+    """Why there is no utterance."""
+
+
+def read_items(paths: Iterable[str | os.PathLike[str]], lang: str | None = None) -> list[Item]:
+    """The items of audio files, folders and manifests of any kind, in the order given; ``lang`` is that of
+    utterances that name none.
+
+    Raises ManifestError for a path that is nothing of the kind, and for a folder or manifest without a
+    single item.
+    """
+    items: list[Item] = []
+    for path in (os.fspath(path) for path in paths):
+        found = list(_items(path))
+        if not any(item.utterance for item in found) and not _is_audio(path):
+            reasons = "".join(f"\n  {item.problem}" for item in found[:3])
+            raise ManifestError(f"{path} holds nothing to transcribe" + (":" + reasons if reasons else ""))
+        items += found
+    return [_with_lang(item, lang) for item in items] if lang else items
+
+
+def _is_audio(path: str) -> bool:
+    return Path(path).suffix.lower() in AUDIO_SUFFIXES and not os.path.isdir(path)
+
+
+def _items(path: str) -> Iterator[Item]:
+    if _is_audio(path):
+        yield _audio(os.path.abspath(path))
+        return
+    if not os.path.exists(path) and "::" not in path and "{" not in path and "_OP_" not in path:
+        raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
+    units = units_of(path)
+    if [unit.kind for unit in units] == ["folder"]:
+        yield from map(_audio, audio_files(os.path.abspath(path)))
+    elif [unit.kind for unit in units] == ["nemo"]:
+        yield from _nemo(units[0].path)
+    else:
+        for found in open_source(path, require_text=False, measure_durations=True):
+            if isinstance(found, Problem):
+                yield Item({"audio_filepath": found.file}, None, str(found))
+            else:
+                yield Item(row_from_utterance(found), found)
+
+
+def _audio(path: str) -> Item:
+    try:
+        seconds = audio_seconds(path)
+    except AudioError as error:
+        return Item({"audio_filepath": path}, None, str(error))
+    return Item({"audio_filepath": path, "duration": round(seconds, 3)}, Utterance(path, seconds, text=""))
+
+
+def _nemo(path: str) -> Iterator[Item]:
+    """A NeMo manifest's rows, all their fields kept; rows with ``_skipme`` are passed over."""
+    base = Path(path).absolute().parent
+    with open_manifest(path) as file:
+        for _, number, line in scan_lines(file):
+            row = parse_line(line)
+            found = (
+                utterance_from_row(row, base, require_text=False, measure_durations=True)
+                if isinstance(row, dict)
+                else row
+            )
+            if isinstance(found, Utterance):
+                yield Item(row, found)
+            elif found is not None:
+                problem = str(Problem(path, number, str(found)))
+                yield Item(row if isinstance(row, dict) else {}, None, problem)
+
+
+def _with_lang(item: Item, lang: str) -> Item:
+    utterance = item.utterance
+    if utterance is None or utterance.lang or utterance.source_lang or utterance.target_lang:
+        return item
+    return replace(item, utterance=replace(utterance, lang=lang))
