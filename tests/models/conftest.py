@@ -8,8 +8,9 @@ import torch
 
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
-from canter.models.features import FeatureConfig
+from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.whisper import WhisperEncoderConfig
 
 
 def small_config(**changes) -> ModelConfig:
@@ -38,6 +39,28 @@ def small_model(seed: int = 0, **changes) -> SpeechModel:
             if name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)
     return model
+
+
+def small_whisper():
+    """Whisper's shape, without padding to 30 s."""
+    return small_model(
+        features=WhisperFeatureConfig(mels=32, pad_seconds=0.0),
+        encoder=WhisperEncoderConfig(layers=2, width=32, heads=2, feedforward=48, mels=32, positions=200),
+        decoder=DecoderConfig(
+            layers=2,
+            width=32,
+            heads=4,
+            feedforward=64,
+            vocabulary=50,
+            positions=64,
+            learned_positions=True,
+            embedding_norm=False,
+            activation="gelu",
+            key_bias=False,
+            head_bias=False,
+        ),
+        ctc_vocabulary=0,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Padding and batch-mates change nothing: not a valid position, not a loss, not a gradient, not a
 statistic."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -12,7 +12,10 @@ import canter
 from canter.errors import CheckpointError
 from canter.models.features import length_mask
 from canter.models.model import Batch
-from canter.models.nemo import NAMES
+from canter.models.nemo import NAMES, opened
+from canter.models.nemo_export import write_nemo
+
+from .conftest import small_model, small_whisper
 
 VARIANTS = ("a", "b", "d_switches")
 
@@ -95,18 +98,13 @@ def test_gradients(nemo):
     model.zero_grad()
     loss = model.loss(batch_of(arrays, prompt_bears_loss=True), label_smoothing=0.1)
     (loss.attention / loss.attention_count).backward()
-    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-
-    def our_name(name):
-        for their, our in NAMES:
-            name = name.replace(their, our)
-        return name
+    ours = {NAMES.name(name): parameter.grad for name, parameter in model.named_parameters()}
 
     total = meta["grad_l2_total"]
     for name, norm in meta["grad_l2"].items():
-        assert ours[our_name(name)].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6 * total), name
+        assert ours[name].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6 * total), name
     for name in (name for name in arrays if name.startswith("grad.")):
-        gradient = ours[our_name(name.removeprefix("grad."))]
+        gradient = ours[name.removeprefix("grad.")]
         assert (gradient - arrays[name]).abs().max() < 1e-3 * arrays[name].abs().max(), name
 
 
@@ -203,3 +201,40 @@ def test_missing_tensor(shared, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"missing: encoder.pre_encode.out.bias"):
         canter.load_model(weights_replaced(shared, tmp_path / "x.nemo", without_bias))
+
+
+def test_tokenizer_is_attached(nemo):
+    model, _, meta = nemo
+    assert model.tokenizer.pad == 2
+    for case in meta["prompts"]:
+        assert model.tokenizer is not None, case
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_written_archive(shared, tmp_path, variant):
+    """Names, shapes and values of the original's state dict, and the same model and tokenizer read back."""
+    original = shared / "fixtures" / "nemo" / variant / "model.nemo"
+    model = canter.load_model(original)
+    write_nemo(model, tmp_path / "x.nemo")
+    with opened(original) as old, opened(tmp_path / "x.nemo") as new:
+        theirs, ours = old.weights(), new.weights()
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.allclose(ours[name], tensor, atol=1e-6), name
+        keys = set(old.config()) - {"nemo_version"}
+        assert keys == set(new.config())
+        for part in ("preprocessor", "encoder", "transf_decoder", "head"):
+            expected, found = old.config()[part], new.config()[part]
+            assert {**found, **expected} == found
+    again = canter.load_model(tmp_path / "x.nemo")
+    assert again.config == model.config
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_nemo_lacks_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="FastConformer encoder"):
+        write_nemo(small_whisper(), tmp_path / "x.nemo")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        write_nemo(small_model(), tmp_path / "x.nemo")
+    assert not list(tmp_path.iterdir())

@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from canter.errors import CheckpointError
 from canter.models.files import read_json, read_tensors, whole_folder
 from canter.models.fitting import build, check_vocabulary, fit_tensors
+from canter.models.hf import read_hf
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel
 from canter.models.nemo import read_nemo
+from canter.text import load_tokenizer
 
 FORMAT = "canter-model/1"
+GENERATION = "generation_config.json"
 KINDS = {"features": FEATURES, "encoder": ENCODERS}
 
 
@@ -77,6 +80,9 @@ def save_model(model: SpeechModel, folder: str | Path, tokenizer: Any = None) ->
         save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(fresh)
+        if model.generation:
+            text = json.dumps(model.generation, indent=2) + "\n"
+            (fresh / GENERATION).write_text(text, encoding="utf-8")
         config = {"format": FORMAT, "tokenizer": tokenizer is not None, **config_to_json(model.config)}
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
@@ -104,13 +110,15 @@ def load_model(
 def _read_folder(folder: Path) -> SpeechModel:
     config_file = folder / "config.json"
     values = read_json(config_file)
+    if "model_type" in values:
+        return read_hf(folder)
     if values.pop("format", None) != FORMAT:
         raise CheckpointError(f"{config_file} is not a Canter model (its format is not {FORMAT})")
     has_tokenizer = values.pop("tokenizer", False)
     model = build(config_from_json(values, str(config_file)), config_file)
     fit_tensors(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     if has_tokenizer:
-        from canter.text import load_tokenizer
-
         model.tokenizer = load_tokenizer(folder)
+    if (folder / GENERATION).exists():
+        model.generation = read_json(folder / GENERATION)
     return model

@@ -39,7 +39,12 @@ class DecoderConfig:
     head_bias: bool = True
     """Whether the head has a bias beside the embedding's weight; Whisper's has none."""
     dropout: float = 0.0
+    """Of embeddings and of what each sub-layer adds."""
     dropout_attention: float = 0.0
+    dropout_activation: float = 0.0
+    """Inside the feed-forward."""
+    layer_drop: float = 0.0
+    """Probability that training leaves a layer out."""
 
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
@@ -64,7 +69,9 @@ class DecoderCache:
     """
 
     def __init__(self, config: DecoderConfig, like: Tensor):
-        """An empty cache of the type and device of ``like``; it grows as rows come."""
+        """An empty cache of the device of ``like``, and of its type or autocast's; it grows as rows come."""
+        if torch.is_autocast_enabled(like.device.type):
+            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
         self.cross = like.new_zeros(config.layers, 2, 0, config.heads, 0, config.width // config.heads)
         self.own = self.cross.clone()
         self.cross_mask = self.own_mask = like.new_zeros(0, 0)
@@ -185,9 +192,10 @@ class DecoderLayer(nn.Module):
         self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
+        self.dropout_activation = nn.Dropout(config.dropout_activation)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(self.activation(self.up(self.norm_feed_forward(x)))))
+        return self.down(self.dropout_activation(self.activation(self.up(self.norm_feed_forward(x)))))
 
     def forward(self, x: Tensor, encoded: Tensor, encoded_mask: Tensor) -> Tensor:
         """Teacher forcing: x (B, U, D), encoded (B, T, D), encoded_mask (B, 1, 1, T) -> (B, U, D)."""
@@ -217,6 +225,7 @@ class Decoder(nn.Module):
     """Tokens and encoder output to scores of the next token; the head shares the embedding's weight."""
 
     positions: Tensor
+    head_bias: Tensor | None
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

@@ -40,6 +40,8 @@ class FastConformerConfig:
     dropout_input: float = 0.0
     """After subsampling."""
     dropout_attention: float = 0.0
+    layer_drop: float = 0.0
+    """Probability that training leaves a layer out."""
 
     def build(self) -> "FastConformer":
         return FastConformer(self)

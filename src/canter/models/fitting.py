@@ -1,5 +1,6 @@
 """From a configuration and tensors of any origin to a model, with every misfit named."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,47 @@ def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> 
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
             f"{model.config.decoder.vocabulary}; they do not belong together"
         )
+
+
+def without_ctc(model: SpeechModel, target: str | Path) -> dict[str, Tensor]:
+    """The state dict for formats that have no auxiliary CTC head; warns if the model has one."""
+    tensors = model.state_dict()
+    if model.ctc is not None:
+        warnings.warn(f"{target}: the format has no auxiliary CTC head; it is left out", stacklevel=3)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ctc.")}
+    return tensors
+
+
+class Renaming:
+    """Our tensor names to another project's: pairs of substrings (ours, theirs), replaced in this order.
+
+    Theirs may be convolutions of kernel 1 where ours are linear: the last dimension is added and dropped.
+    """
+
+    def __init__(self, *pairs: tuple[str, str]):
+        self.pairs = pairs
+
+    def name(self, ours: str) -> str:
+        """Their name of our tensor."""
+        for our, their in self.pairs:
+            ours = ours.replace(our, their)
+        return ours
+
+    def ours(self, theirs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Their tensors under the names and shapes of ``model``; unknown ones keep their names."""
+        theirs = dict(theirs)
+        ours = {}
+        for name, tensor in model.state_dict().items():
+            their = theirs.pop(self.name(name), None)
+            if their is not None:
+                ours[name] = their.squeeze(-1) if their.shape == (*tensor.shape, 1) else their
+        return ours | theirs
+
+    def theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors under their names and shapes, ready to be written."""
+        theirs = {}
+        for name, tensor in ours.items():
+            kernel = ".pointwise_conv" in name and tensor.ndim == 2
+            tensor = tensor.unsqueeze(-1) if kernel else tensor
+            theirs[self.name(name)] = tensor.detach().cpu().contiguous()
+        return theirs

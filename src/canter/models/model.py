@@ -68,12 +68,14 @@ class Loss:
 class SpeechModel(nn.Module):
     """Audio to scores of text. Every method takes lengths, and padding never changes a valid position.
 
-    ``tokenizer`` is the checkpoint's (None until one is attached)."""
+    ``tokenizer`` is the checkpoint's (None until one is attached); ``generation`` is how it wants to be
+    decoded, in the words of Hugging Face's ``generation_config.json`` (token ids, suppressed tokens)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None
+        self.generation: dict[str, Any] = {}
         self.features = config.features.build()
         self.encoder = config.encoder.build()
         narrow, wide = config.encoder.width, config.decoder.width
@@ -84,6 +86,11 @@ class SpeechModel(nn.Module):
             if config.ctc_vocabulary
             else None
         )
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds of audio for each encoder frame."""
+        return round(100 / self.encoder_frames(100.0), 6)
 
     def encoder_frames(self, seconds: float) -> int:
         """T of an utterance of so many seconds."""

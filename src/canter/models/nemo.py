@@ -24,33 +24,34 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.fitting import build, fit_tensors
+from canter.models.fitting import Renaming, build, fit_tensors
 from canter.models.model import ModelConfig, SpeechModel
+from canter.text.nemo import nemo_tokenizer
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 MOST_MEMBERS = 1000
 MOST_CONFIG_BYTES = 16 * 2**20
 MOST_EXPANSION = 20  # unpacked over packed size of a compressed archive; weights hardly compress
 
-# Theirs and ours, applied as substrings in this order.
-NAMES = (
-    ("encoder_decoder_proj.", "projection."),
-    ("transf_decoder._embedding.token_embedding", "decoder.embedding"),
-    ("transf_decoder._embedding.layer_norm", "decoder.embedding_norm"),
-    ("transf_decoder._decoder.final_layer_norm", "decoder.norm"),
-    ("transf_decoder._decoder.layers", "decoder.layers"),
-    ("layer_norm_1", "norm_self"),
-    ("layer_norm_2", "norm_cross"),
-    ("layer_norm_3", "norm_feed_forward"),
-    ("first_sub_layer", "self_attention"),
-    ("second_sub_layer", "cross_attention"),
-    ("third_sub_layer.dense_in", "up"),
-    ("third_sub_layer.dense_out", "down"),
-    ("query_net", "query"),
-    ("key_net", "key"),
-    ("value_net", "value"),
-    ("out_projection", "out"),
-    ("log_softmax.mlp.layer0.bias", "decoder.head_bias"),
+# Our names to theirs, as substrings, in this order; the encoder's are the same.
+NAMES = Renaming(
+    ("projection.", "encoder_decoder_proj."),
+    ("decoder.embedding.", "transf_decoder._embedding.token_embedding."),
+    ("decoder.embedding_norm.", "transf_decoder._embedding.layer_norm."),
+    ("decoder.norm.", "transf_decoder._decoder.final_layer_norm."),
+    ("decoder.head_bias", "log_softmax.mlp.layer0.bias"),
+    ("decoder.layers.", "transf_decoder._decoder.layers."),
+    (".norm_self.", ".layer_norm_1."),
+    (".norm_cross.", ".layer_norm_2."),
+    (".norm_feed_forward.", ".layer_norm_3."),
+    ("attention.query.", "attention.query_net."),
+    ("attention.key.", "attention.key_net."),
+    ("attention.value.", "attention.value_net."),
+    ("attention.out.", "attention.out_projection."),
+    (".self_attention.", ".first_sub_layer."),
+    (".cross_attention.", ".second_sub_layer."),
+    (".up.", ".third_sub_layer.dense_in."),
+    (".down.", ".third_sub_layer.dense_out."),
 )
 HEAD_WEIGHT, EMBEDDING = "log_softmax.mlp.layer0.weight", "transf_decoder._embedding.token_embedding.weight"
 POSITIONS = "transf_decoder._embedding.position_embedding.pos_enc"
@@ -223,19 +224,6 @@ def model_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
         raise CheckpointError(f"{source}: the configuration is not a Canary's ({error})") from None
 
 
-def our_tensors(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """NeMo's state dict under our names: pointwise convolutions become matrices, tied and computed tensors
-    go."""
-    ours = {}
-    for name, tensor in theirs.items():
-        if name in COMPUTED or name == HEAD_WEIGHT:
-            continue
-        for their, our in NAMES:
-            name = name.replace(their, our)
-        ours[name] = tensor.squeeze(-1) if ".pointwise_conv" in name and tensor.ndim == 3 else tensor
-    return ours
-
-
 def read_nemo(path: str | Path) -> SpeechModel:
     """The Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
 
@@ -249,5 +237,10 @@ def read_nemo(path: str | Path) -> SpeechModel:
         head, embedding = tensors.get(HEAD_WEIGHT), tensors.get(EMBEDDING)
         if head is not None and embedding is not None and not torch.equal(head, embedding):
             raise CheckpointError(f"{path}: {HEAD_WEIGHT} differs from the embedding; the head must be tied")
-        fit_tensors(model, our_tensors(tensors), path)
+        tensors = {name: x for name, x in tensors.items() if name not in (*COMPUTED, HEAD_WEIGHT)}
+        fit_tensors(model, NAMES.ours(tensors, model), path)
+        if "langs" in _section(values, "tokenizer"):
+            model.tokenizer = nemo_tokenizer(values, lambda name: archive.open(name).read())
+        else:
+            warnings.warn(f"{path}: no aggregate tokenizer inside; none is attached", stacklevel=3)
     return model

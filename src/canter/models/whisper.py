@@ -30,6 +30,8 @@ class WhisperEncoderConfig:
     dropout_attention: float = 0.0
     dropout_activation: float = 0.0
     """Inside the feed-forward."""
+    layer_drop: float = 0.0
+    """Probability that training leaves a layer out."""
 
     def build(self) -> "WhisperEncoder":
         return WhisperEncoder(self)
