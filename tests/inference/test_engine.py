@@ -94,6 +94,23 @@ def test_training_mode_is_restored(model):
     assert [hypothesis.tokens for hypothesis in trained] == expected()[:4]
 
 
+def test_autocast_keeps_its_type_in_the_cache(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.decoder.cache().own.dtype == torch.bfloat16
+        found = Engine(model, END, EngineConfig(**UNGUARDED)).decode(requests())
+    same = sum(hypothesis.tokens == tokens for hypothesis, tokens in zip(found, expected()))
+    assert same > 20
+
+
+def test_suppressed_tokens_are_never_chosen():
+    model = small_model()
+    plain = [hypothesis.tokens for hypothesis in Engine(model, END).decode(requests())]
+    most = max(range(40), key=sum(plain, []).count)
+    model.generation = {"suppress_tokens": [most], "begin_suppress_tokens": [END]}
+    found = Engine(model, END).decode(requests())
+    assert all(most not in hypothesis.tokens and hypothesis.tokens for hypothesis in found)
+
+
 def test_ctc(model):
     request = requests(1)[0]
     with torch.inference_mode():
