@@ -20,7 +20,8 @@ from canter.planning.lengths import Index, Lengths
 from canter.planning.strategies.base import Cut, Cutter, in_steps, maxima, nothing, reorder
 
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
-TIME_CLASS = 1.004  # batches whose times differ by no more than this factor may change places between steps
+TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
+TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -53,20 +54,29 @@ class Balanced:
 
 def snake(lengths: Lengths, budget: Budget, parts: int, rng: np.random.Generator) -> np.ndarray:
     """(n,) positions such that neighbours are alike; `parts` turns through the whole range of lengths."""
-    n = len(lengths)
     by_frames = np.argsort(narrow(lengths.frames), kind="stable")
-    width = strip_width(lengths.frames[by_frames], lengths.tokens[by_frames], budget) / parts
-    strip = np.cumsum(1.0 / np.maximum(width, 1.0)) / parts
-    # a random phase, so that the edges of strips (and with them who meets whom) move from window to window
-    strip = np.floor(strip + rng.random()).astype(np.int64)
-    tokens = lengths.tokens[by_frames]
+    frames, tokens = lengths.frames[by_frames], lengths.tokens[by_frames]
+    strata = Strata.of(frames, tokens, budget)
+    # few utterances have many tokens for their length: they are sparse, and strips that suit the many would pad
+    # them badly, so they go a way of their own, from the short to the long, and the rest goes back. To end among
+    # the short is best: there batches are large and come out even
+    tail = tokens > np.repeat(strata.mean_tokens + TAIL * strata.deviation, strata.count)
+    strip = np.empty(len(frames), np.int64)
+    first = 0
+    for inside, backwards in ((np.flatnonzero(tail), False), (np.flatnonzero(~tail), True)):
+        if len(inside) == 0:
+            continue
+        here = Strata.of(frames[inside], tokens[inside], budget)
+        width = np.maximum(here.strip_width(budget) / math.sqrt(parts), here.size)  # a part is less dense
+        # a random phase, so that the edges of strips (and with them who meets whom) move from window to window
+        number = np.cumsum(np.repeat(1.0 / (width * parts), here.count)) + rng.random()
+        number = number.astype(np.int64)
+        strip[inside] = first + (int(number[-1]) - number if backwards else number)
+        first += int(number[-1]) + 1
+    if parts > 1:  # the window is in shuffled order: the residue of a position is a random part
+        strip += by_frames % parts * first
     span = int(tokens.max()) + 1
-    if parts > 1:  # the window is in shuffled order: a position's residue is a random part
-        part = by_frames % parts
-        backwards = part % 2 == 1
-        strips = int(strip[-1]) + 1
-        strip = part * strips + np.where(backwards, strips - 1 - strip, strip)
-    key = strip * span + np.where(strip % 2 == 1, span - 1 - tokens, tokens)
+    key = strip * span + np.where(strip & 1, span - 1 - tokens, tokens)
     return by_frames[np.argsort(narrow(key), kind="stable")]
 
 
@@ -75,30 +85,44 @@ def narrow(keys: np.ndarray) -> np.ndarray:
     return keys.astype(np.min_scalar_type(int(keys.max()) if len(keys) else 0))
 
 
-def strip_width(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.ndarray:
-    """(n,) utterances per strip around each utterance of a sequence sorted by frames.
+@dataclass(frozen=True, slots=True)
+class Strata:
+    """What utterances are like around each quantile of frames; arrays (groups,)."""
 
-    A strip of k batches of B utterances spans kB / density frames, of which half is padded on average; its tokens,
-    sorted and cut in k, are padded by about a spread of 4 standard deviations / 2k. The sum of the two, each
-    weighted with what a frame or a token costs, is least at k^2 = token cost x spread x density / (frame cost x B).
-    """
-    n = len(frames)
-    groups = max(1, min(GROUPS, n // 64))
-    edges = np.linspace(0, n, groups + 1).astype(np.int64)
-    count = np.diff(edges)
-    t = np.add.reduceat(frames, edges[:-1]) / count
-    u = np.add.reduceat(tokens, edges[:-1]) / count
-    spread = (
-        4
-        * np.sqrt(np.maximum(np.add.reduceat(tokens.astype(np.float64) ** 2, edges[:-1]) / count - u * u, 0))
-        + 1
-    )
-    density = count / (frames[edges[1:] - 1] - frames[edges[:-1]] + 1)
-    per_frame = budget.time(t + 1, u) - budget.time(t, u)
-    per_token = budget.time(t, u + 1) - budget.time(t, u)
-    size = (budget.limit_bytes - budget.fixed_bytes) / budget.memory(t, u)
-    strip = np.sqrt(per_token * spread * density / np.maximum(per_frame * size, 1e-30))
-    return np.repeat(np.maximum(strip, 1.0) * size, count)
+    count: np.ndarray
+    mean_frames: np.ndarray
+    mean_tokens: np.ndarray
+    deviation: np.ndarray  # of tokens
+    density: np.ndarray  # utterances per frame
+    size: np.ndarray  # utterances in a full batch
+
+    @classmethod
+    def of(cls, frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> Strata:
+        """Of a sequence sorted by frames."""
+        n = len(frames)
+        groups = max(1, min(GROUPS, n // 64))
+        edges = np.linspace(0, n, groups + 1).astype(np.int64)
+        count = np.diff(edges)
+        t = np.add.reduceat(frames, edges[:-1]) / count
+        u = np.add.reduceat(tokens, edges[:-1]) / count
+        variance = np.add.reduceat(tokens * tokens, edges[:-1]) / count - u * u
+        density = count / (frames[edges[1:] - 1] - frames[edges[:-1]] + 1)
+        size = (budget.limit_bytes - budget.fixed_bytes) / budget.memory(t, u)
+        return cls(count, t, u, np.sqrt(np.maximum(variance, 0)), density, size)
+
+    def strip_width(self, budget: Budget) -> np.ndarray:
+        """Utterances per strip that make padding least.
+
+        A strip of k batches of B utterances spans kB / density frames, of which half is padded on average; its
+        tokens, sorted and cut in k, are padded by about a spread of 4 standard deviations / 2k. The sum of the two,
+        each weighted with what a frame or a token costs, is least at
+        k^2 = token cost x spread x density / (frame cost x B).
+        """
+        t, u = self.mean_frames, self.mean_tokens
+        per_frame = budget.time(t + 1, u) - budget.time(t, u)
+        per_token = budget.time(t, u + 1) - budget.time(t, u)
+        spread = 4 * self.deviation + 1
+        return np.sqrt(per_token * spread * self.density * self.size / np.maximum(per_frame, 1e-30))
 
 
 def even_batches(frames: np.ndarray, tokens: np.ndarray, budget: Budget, multiple: int) -> np.ndarray:
@@ -107,10 +131,8 @@ def even_batches(frames: np.ndarray, tokens: np.ndarray, budget: Budget, multipl
     No batch is over the budget. Where there are fewer utterances than M, each is a batch.
     """
     n = len(frames)
-    room = budget.limit_bytes - budget.fixed_bytes
-    share = padded_work(frames, tokens, budget) / room
-    done = np.concatenate([[0.0], np.cumsum(share)])
-    count = max(1, math.ceil(done[-1] / multiple)) * multiple
+    done = np.concatenate([[0.0], np.cumsum(batch_share(frames, tokens, budget))])
+    count = max(1, math.ceil((done[-1] - 0.25) / multiple)) * multiple
     while count < n:
         batches = fill(frames, tokens, budget, done, count)
         if batches is not None:
@@ -119,8 +141,9 @@ def even_batches(frames: np.ndarray, tokens: np.ndarray, budget: Budget, multipl
     return np.arange(n + 1)
 
 
-def padded_work(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.ndarray:
-    """(n,) bytes of each utterance padded as in a batch cut about here."""
+def batch_share(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.ndarray:
+    """(n,) what part of a batch cut about here each utterance takes: padded as there, and with its share of the half
+    utterance that on average no longer fits."""
     room = budget.limit_bytes - budget.fixed_bytes
     work = budget.memory(frames, tokens).astype(np.float64)
     for _ in range(2):
@@ -128,56 +151,48 @@ def padded_work(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.nd
         count = max(1, math.ceil(done[-1] / room))
         cuts = np.searchsorted(done, done[-1] * np.arange(1, count) / count)
         batches = np.unique(np.concatenate([[0], cuts, [len(frames)]]))
-        work = np.repeat(
-            budget.memory(maxima(frames, batches), maxima(tokens, batches)).astype(np.float64),
-            np.diff(batches),
-        )
-    return work
+        padded = budget.memory(maxima(frames, batches), maxima(tokens, batches)).astype(np.float64)
+        work = np.repeat(padded, np.diff(batches))
+    return np.repeat(padded / room * (1 + 0.5 * padded / room), np.diff(batches))
 
 
-def fill(
-    frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarray, count: int
-) -> np.ndarray | None:
-    """Cuts exactly `count` batches, each as near as can be to an equal share of what is left; None if they do not fit.
+def fill(frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarray, count: int) -> np.ndarray | None:
+    """Cuts exactly `count` batches, each an equal share of what is left; None if they do not fit.
 
-    done: (n + 1,) estimated batches' worth of memory before each utterance.
+    done: (n + 1,) batches' worth before each utterance.
     """
     room, cost = budget.limit_bytes - budget.fixed_bytes, budget.memory
-    n, total = len(frames), float(done[-1])
-    largest_frames, largest_tokens = frames.max, tokens.max  # noqa: F841
-    offsets = [0]
-    start, size = 0, 1
+    longest = np.maximum.reduce
+    n, offsets, start, size = len(frames), [0], 0, 1
+    prefix, total = memoryview(done), float(done[-1])
+    a, b, c, d, e = cost.T, cost.TT, cost.U, cost.TU, cost.UU
     for left in range(count, 0, -1):
-        target = min(1.0, (total - float(done[start])) / left)
-        limit = min(room, room * target * (1 + 0.5 / size))
+        # a little more than an even share, so that where the estimate is too low the last do not overflow
+        share = (1.002 + 0.1 / left) * (total - prefix[start]) / left
+        limit = room * (min(1.0, share) if left > 1 else 1.0)
         most = n - start - (left - 1)  # leave one utterance for each batch to come
         if most < 1:
             return None
-        size = grow(frames, tokens, start, min(size, most), most, limit, cost)
+        # the largest size whose padded memory stays within the limit: sizes up to `fits` do, `over` does not
+        fits, over = 0, most + 1
+        size = min(size, most)
+        while True:
+            t, u = int(longest(frames[start : start + size])), int(longest(tokens[start : start + size]))
+            can = limit / (t * (a + b * t + d * u) + u * (c + e * u))
+            if can >= size:
+                fits = size
+                if can < size + 1:  # one more would be over even at these maxima
+                    break
+                size = int(min(can, over - 1))
+            else:
+                over = size
+                size = max(int(can), fits + 1)
+            if over - fits <= 1:
+                break
+        size = max(1, fits)
         start += size
         offsets.append(start)
     return np.array(offsets, np.int64) if start == n else None
-
-
-def grow(frames, tokens, start: int, guess: int, most: int, limit: float, cost) -> int:
-    """Largest size at `start`, at most `most` and at least 1, whose padded memory stays within the limit."""
-    fits, over = 0, most + 1
-    size = max(1, guess)
-    while True:
-        end = start + size
-        worth = cost(int(np.maximum.reduce(frames[start:end])), int(np.maximum.reduce(tokens[start:end])))
-        can = int(limit / worth) if worth > 0 else most
-        if can >= size:
-            fits = size
-            if can == size:  # one more would be over even at these maxima
-                return size
-            size = min(can, over - 1)
-        else:
-            over = size
-            size = max(can, fits + 1) if can > fits else (fits + over) // 2
-        if over - fits <= 1:
-            return max(1, fits)
-        size = min(max(size, fits + 1), over - 1)
 
 
 def deal(
