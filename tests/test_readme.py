@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type exists: commands, their options, make targets, scripts, linked files."""
+"""What the README tells to type exists: commands, their options, make targets, scripts, linked files."""
 
 import re
 import shlex
@@ -9,16 +9,14 @@ import pytest
 from canter.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(?:bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:canter|make) [^`\n]+)`")
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
 def typed(text: str) -> list[list[str]]:
-    """The command lines of a page, as words: those of its shell blocks and the inline `canter` and `make` ones."""
+    """The command lines of a page, as words: its shell blocks, and what is inline of `canter` and `make`."""
     lines = [line for block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.removeprefix("$ ") for line in lines] + INLINE.findall(text)
     commands = []
@@ -83,7 +81,8 @@ def test_linked_files_exist(page: Path):
 def test_mistakes_would_be_found(options, targets):
     text = (
         "```bash\nmake dmeo   # a comment\n$ canter score r.jsonl --normalise none\n"
-        ".venv/bin/canter scroe x && python examples/none.py\n```\n and `make nothing QUICK=1`, `canter score --json`"
+        ".venv/bin/canter scroe x && python examples/none.py\n```\n"
+        "and `make nothing QUICK=1`, `canter score --json`"
     )
     problems = [wrong(words, options, targets) for words in typed(text)]
     assert problems == [
