@@ -33,6 +33,8 @@ class Options:
     """How often the manifest is queued."""
     threads: int = 1
     """Of torch."""
+    repeats: int = 5
+    """Of the comparison of shapes and caches."""
     json: bool = False
     """Print one JSON object."""
 
@@ -83,7 +85,7 @@ def run(options: Options) -> None:
     lengths = torch.tensor([len(clip) for clip in batch])
     audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in batch], batch_first=True)
     shapes = {f"{e}/{d}": small_model(e, d, tokenizer.vocab_size) for e, d in ((4, 6), (6, 3), (7, 1))}
-    shift = measure_shift(shapes, audio, lengths, tokens_per_row=24)
+    shift = measure_shift(shapes, audio, lengths, tokens_per_row=24, repeats=options.repeats)
 
     result = {
         "manifest": str(options.manifest),

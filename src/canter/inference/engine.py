@@ -185,7 +185,7 @@ class Engine:
         requests = list(requests)
         numbered = [Request(item.audio, item.prompt, number) for number, item in enumerate(requests)]
         rate = self.model.config.features.sample_rate
-        frames = [len(item.audio) / rate / self.model.frame_seconds for item in numbered]
+        frames = [self.model.encoder_frames(len(item.audio) / rate) for item in numbered]
         batches = encoder_batches(frames, self.config.frames)
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
         return [

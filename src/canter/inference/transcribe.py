@@ -1,6 +1,7 @@
 """Utterances in, transcripts out: audio is read ahead, batched by length, and decoded by the engine."""
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError
 from canter.inference.engine import Engine, Request, encoder_batches
+from canter.models.model import SpeechModel
 from canter.text.tokenizer import Tokenizer
 
 READERS = 2  # threads that decode audio while the model works
@@ -52,8 +54,10 @@ def transcribe_stream(
     Batches follow the stated durations; only a few batches of audio are in memory at a time.
     """
     failed: deque[tuple[int, Transcription]] = deque()
-    frames = [utterance.duration / engine.model.frame_seconds for utterance in utterances]
+    frames = [engine.model.encoder_frames(utterance.duration) for utterance in utterances]
     batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
+
+    longest_seconds = min(longest_seconds, _most_seconds(engine.model))
 
     def request(index: int) -> Request:
         utterance = utterances[index]
@@ -63,7 +67,7 @@ def transcribe_stream(
         if seconds > longest_seconds:
             raise AudioError(
                 f"{utterance.audio_filepath} is {seconds:.0f} s long, over the limit of "
-                f"{longest_seconds:g} s: cut it, or raise --longest-seconds"
+                f"{longest_seconds:g} s: cut it"
             )
         return Request(audio, prompt, index)
 
@@ -94,6 +98,13 @@ def transcribe_stream(
         text = tokenizer.decode(hypothesis.tokens).strip()
         yield index, Transcription(text, tuple(hypothesis.tokens), hypothesis.finished, ctc)
     yield from failed
+
+
+def _most_seconds(model: SpeechModel) -> float:
+    """How long an utterance the model itself can take: Whisper's encoder has positions for 30 s alone."""
+    padded = getattr(model.config.features, "pad_seconds", 0.0)
+    positions = getattr(model.config.encoder, "positions", math.inf)
+    return padded or positions / model.encoder_frames(100.0) * 100.0
 
 
 def _read(utterance: Utterance, sample_rate: int) -> np.ndarray:
