@@ -1,7 +1,8 @@
 """The ``canter`` command: finds the subcommand, imports only that one, and turns user errors into one line.
 
 Each module named in COMMANDS defines a frozen dataclass ``Options`` (its fields and their docstrings are the
-command's flags and help) and ``run(options) -> int | None``.
+command's flags and help) and ``run(options) -> int | None``; one that reads a file of options first has a
+``parse(arguments) -> options`` of its own.
 """
 
 import importlib
@@ -67,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[name][0])
         import tyro
 
-        options = tyro.cli(module.Options, args=rest, prog=f"canter {name}", description=module.__doc__)
+        if hasattr(module, "parse"):
+            options = module.parse(rest)
+        else:
+            options = tyro.cli(module.Options, args=rest, prog=f"canter {name}", description=module.__doc__)
         return module.run(options) or 0
     except KeyboardInterrupt:
         return fail("interrupted; what was finished is kept", 130)

@@ -4,7 +4,7 @@ B: utterances, S: samples, F: feature frames (10 ms), M: mel bins, T: encoder fr
 V: vocabulary, C: characters.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,19 @@ class Batch:
     characters: Tensor  # (B, C) CTC targets
     character_lengths: Tensor  # (B,)
     rows: Tensor  # (B,)
+
+    def on_grid(self, samples: int, tokens: int) -> "Batch":
+        """Audio, tokens and characters padded to multiples, so that compiled code meets few shapes."""
+
+        def fill(x: Tensor, step: int) -> Tensor:
+            return F.pad(x, (0, -x.shape[1] % step))
+
+        return replace(
+            self,
+            audio=fill(self.audio, samples),
+            tokens=fill(self.tokens, tokens),
+            characters=fill(self.characters, tokens),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -91,6 +104,26 @@ class SpeechModel(nn.Module):
     def frame_seconds(self) -> float:
         """Seconds of audio for each encoder frame."""
         return round(100 / self.encoder_frames(100.0), 6)
+
+    def prompt(self, **slots: str) -> list[int]:
+        """Token ids of the prompt with these slots (``source_lang="en"``, ``pnc="yes"``, ...; see the
+        tokenizer's prompt format). ConfigError for an unknown slot or value, ValueError without a
+        tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer; set model.tokenizer, or load a model that has one")
+        return self.tokenizer.prompt_ids(slots)
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """Training computes each layer again in the backward pass: about a third slower, with far less
+        memory."""
+        self.encoder.recompute = self.decoder.recompute = on
+
+    def set_features(self, **changes: Any) -> None:
+        """Changes fields of the features' configuration, such as ``pad_seconds=0`` (Whisper at any
+        length)."""
+        features = replace(self.config.features, **changes)
+        self.config = replace(self.config, features=features)
+        self.features = features.build().to(self.features.filters.device).train(self.training)
 
     def encoder_frames(self, seconds: float) -> int:
         """T of an utterance of so many seconds."""

@@ -1,0 +1,276 @@
+"""The whole way on a synthesised corpus: speech -> index -> budget -> plan -> training -> transcripts -> report.
+
+Ten minutes on two cores. Everything is written to one folder; `report.html` there is the page to look at and
+`summary.json` has the figures. An interrupted demo continues where it was.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    output: Path = Path("demo")
+    """Folder for corpus, run, transcripts and report."""
+    quick: bool = False
+    """The same way in about a minute: a small corpus, a few steps, no useful WER."""
+    utterances: int | None = None
+    """Training utterances to synthesise (6000; quick: 300)."""
+    minutes: float | None = None
+    """Of training (6; quick: a third of a minute). The number of steps follows from the measured step time."""
+    seed: int = 0
+    """Of corpus, weights and order."""
+
+
+TEST_UTTERANCES = 200
+LONGEST_IN_MEMORY = 20  # of the longest utterances fit in the memory that the ladder is computed for
+DEEP, SHALLOW = (6, 8), (10, 2)  # encoder and decoder layers: 6 decoder layers have the weights of 4 encoder layers
+SHIFT_WIDTH = 256
+
+
+def run(options: Options) -> None:
+    from canter.cli.progress import console, say
+    from canter.reporting import html
+    from canter.reporting.demo_report import demo_report
+
+    began = time.perf_counter()
+    stages = Stages(say)
+    summary: dict[str, Any] = {"quick": options.quick}
+    output = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    with stages("synthesise"):
+        corpus = synthesise_corpus(options, summary)
+    with stages("index, budget"):
+        prepared = prepare_run(options, corpus)
+    with stages("ladder"):
+        climb_ladder(prepared, summary)
+    with stages("train"):
+        train_model(prepared.config, summary)
+    with stages("transcribe, score"):
+        transcribe_test(output, prepared, corpus, summary)
+    with stages("decoder shift"):
+        shift_decoder(options, prepared, summary)
+    summary["times"] = stages.seconds | {"total": time.perf_counter() - began}
+    summary["machine"] = machine()
+    (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    html.write(demo_report(summary), output / "report.html")
+    minutes = summary["times"]["total"] / 60
+    console.rule()
+    say(f"WER {summary['wer']:.1%} on {TEST_UTTERANCES if not options.quick else 'a few'} unseen sentences, "
+        f"{minutes:.1f} minutes in all. Look at {output / 'report.html'}")
+
+
+class Stages:
+    """Names the stages and measures them."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.seconds = say, {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.say(f"[bold]{name}[/bold]")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def synthesise_corpus(options: Options, summary: dict[str, Any]):
+    """Speaks the corpus, or finds it there."""
+    from canter.cli.progress import counting
+    from canter.corpus.manifest import Utterance, read_manifest
+    from canter.corpus.synthesis import synthesise
+
+    count = options.utterances or (300 if options.quick else 6000)
+    tests = 24 if options.quick else TEST_UTTERANCES
+    with counting("speaking", count + tests) as progress:
+        corpus = synthesise(
+            options.output / "corpus", utterances=count, test_utterances=tests, seed=options.seed, progress=progress
+        )
+    rows = [row for row in read_manifest(corpus.train_manifest) if isinstance(row, Utterance)]
+    summary |= {
+        "utterances": corpus.utterances,
+        "audio_hours": sum(row.duration for row in rows) / 3600,
+        "corpus": {
+            "utterances": corpus.utterances,
+            "test_utterances": corpus.test_utterances,
+            "audio_hours": sum(row.duration for row in rows) / 3600,
+            "voices": corpus.voices,
+            "unseen_voices": corpus.unseen_voices,
+            "words": len({word for row in rows for word in row.text.split()}),
+            "languages": sorted({row.lang for row in rows if row.lang}),
+        },
+    }
+    return corpus
+
+
+def prepare_run(options: Options, corpus):
+    """Tokenizer, index, budget and plan of the demo's run."""
+    from canter.cli.progress import say, track
+    from canter.training.config import TrainConfig
+    from canter.training.prepare import prepare
+
+    config = TrainConfig(
+        manifest=(corpus.train_manifest,),
+        valid=(corpus.test_manifest,) if options.quick else (),
+        output=options.output / "run",
+        minutes=options.minutes or (0.3 if options.quick else 6.0),
+        seed=options.seed,
+        valid_every=100_000,
+    )
+    return prepare(config, say, track)
+
+
+def climb_ladder(prepared, summary: dict[str, Any]) -> None:
+    """Prints the ladder of strategies on the corpus, with room for twenty of the longest utterances."""
+    import numpy as np
+
+    from canter.cli import compare as command
+    from canter.cli.lengths import plain
+    from canter.planning.compare import compare
+    from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
+
+    index, budget = prepared.index, prepared.budget
+    frames = budget.frames(np.asarray(index.seconds))
+    limit = float(np.max(budget.bytes(LONGEST_IN_MEMORY, frames, np.asarray(index.tokens, np.int64))))
+    strategies = [("random", Random(), None), ("duration", Duration(), None), ("bucket_1d", Bucket1D(), None)]
+    strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
+    rungs = list(compare(index, replace(budget, limit_bytes=limit), strategies, ranks=1))
+    folder = prepared.run.folder
+    command.show(rungs, len(index), command.Options(folder / "lengths.arrow", budget=folder / "budget.json", ranks=1))
+    summary["strategies"] = {}
+    for rung in rungs:
+        row = plain(rung.as_json())
+        row |= {"padding": row["padded_audio"], "epoch_hours": row["hours"], "speedup": row["speed"]}
+        summary["strategies"][row.pop("name")] = row
+    sample = np.linspace(0, len(index) - 1, min(len(index), 2000)).astype(int)
+    lengths = np.stack([index.seconds[sample], index.tokens[sample]], axis=1)
+    summary["corpus"]["lengths"] = lengths.astype(float).round(2).tolist()
+
+
+def train_model(config, summary: dict[str, Any]) -> None:
+    """Trains to the last step."""
+    from canter.cli.progress import TrainingProgress, say, track
+    from canter.training.session import train
+
+    finished = train(config, TrainingProgress, say, track)
+    metrics = finished.prepared.run.metrics.read_text(encoding="utf-8").splitlines()
+    progress = finished.progress
+    summary |= {
+        "train_seconds": progress.seconds,
+        "steps": progress.step,
+        "precision": finished.prepared.precision,
+        "trained_audio_hours": progress.audio_seconds / 3600,
+        "parameters": sum(p.numel() for p in finished.prepared.model.parameters()),
+        "training": [json.loads(line) for line in metrics],
+    }
+
+
+def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> None:
+    """Transcribes the test part by attention, with CTC's transcripts beside, and scores both."""
+    from canter.cli.progress import say
+    from canter.corpus.manifest import write_manifest
+    from canter.evaluation.wer import score
+    from canter.inference.engine import Engine
+    from canter.inference.transcribe import checkpoint_of, transcribe
+    from canter.models.checkpoint import load_model
+    from canter.corpus.manifest import Utterance, read_manifest
+
+    model = load_model(checkpoint_of(prepared.run.folder))
+    tokenizer = prepared.tokenizer
+    utterances = [row for row in read_manifest(corpus.test_manifest) if isinstance(row, Utterance)]
+    rows = [json.loads(line) for line in corpus.test_manifest.read_text(encoding="utf-8").splitlines()]
+    engine = Engine(model, tokenizer.end, ctc=True)
+    results = transcribe(engine, tokenizer, utterances)
+    texts = [result.text for result in results]
+    ctc = [prepared.characters.decode(result.ctc or ()) for result in results]
+    for row, text, other in zip(rows, texts, ctc, strict=True):
+        row |= {"pred_text": text, "pred_text_ctc": other}
+    write_manifest(output / "test.transcribed.jsonl", rows)
+
+    def scored(hypotheses: Sequence[str], kept: Callable[[dict], bool] = lambda _: True):
+        chosen = [i for i, row in enumerate(rows) if kept(row)]
+        return score([rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none").total
+
+    attention = scored(texts)
+    languages = sorted({row["lang"] for row in rows})
+    summary |= {
+        "wer": attention.wer,
+        "cer": attention.cer,
+        "wer_seen": scored(texts, lambda row: row["speaker_seen"]).wer,
+        "wer_unseen": scored(texts, lambda row: not row["speaker_seen"]).wer,
+        "wer_by_language": {lang: scored(texts, lambda row, lang=lang: row["lang"] == lang).wer for lang in languages},
+        "ctc_wer": scored(ctc).wer,
+        "rtfx": engine.counters.rtfx,
+        "useful_rows": engine.counters.useful_rows,
+        "examples": [
+            {"voice": r["speaker"], "lang": r["lang"], "text": r["text"], "pred_text": r["pred_text"]}
+            for r in rows[:: max(1, len(rows) // 8)][:8]
+        ],
+    }
+    say(
+        f"WER {summary['wer']:.1%} (voices heard in training {summary['wer_seen']:.1%}, unheard "
+        f"{summary['wer_unseen']:.1%}; CTC alone {summary['ctc_wer']:.1%}), RTFx {summary['rtfx']:.0f}"
+    )
+
+
+def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
+    """Two models of equal size, one with a deep decoder and one with a shallow one, under every cache."""
+    import torch
+
+    from canter.cli.progress import say
+    from canter.inference.shift import measure_shift
+    from canter.models.model import SpeechModel
+    from canter.training.prepare import model_config
+
+    models = {}
+    for encoder_layers, decoder_layers in (DEEP, SHALLOW):
+        shape = replace(
+            prepared.config.model, encoder_layers=encoder_layers, decoder_layers=decoder_layers, width=SHIFT_WIDTH
+        )
+        config = replace(prepared.config, model=shape)
+        torch.manual_seed(options.seed)
+        models[f"{encoder_layers}/{decoder_layers}"] = SpeechModel(
+            model_config(config, prepared.tokenizer, prepared.characters)
+        )
+    rate = prepared.data.sample_rate
+    batch, seconds, tokens = (4, 4, 12) if options.quick else (16, 8, 28)
+    audio = torch.randn(batch, seconds * rate, generator=torch.Generator().manual_seed(options.seed)) * 0.1
+    lengths = torch.full((batch,), seconds * rate)
+    rows = measure_shift(models, audio, lengths, tokens, repeats=1 if options.quick else 3)
+    summary["decoder_shift"] = {
+        f"{row.shape} {row.cache}": asdict(row) | {"seconds": row.encoder_seconds + row.decoder_seconds} for row in rows
+    }
+    for row in rows:
+        say(
+            f"{row.shape:>5} layers, cache {row.cache:<6}  encoder {row.encoder_seconds:.2f} s  "
+            f"decoder {row.decoder_seconds:.2f} s  RTFx {row.rtfx:.0f}  {row.speedup:.1f}x"
+        )
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from canter import __version__
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "canter": __version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,80 @@
+"""Progress bars on standard error: a live line for training, a plain one for anything else."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from canter.training.loop import StepReport
+
+console = Console(stderr=True)
+
+
+def track(items: list, name: str) -> Iterator:
+    """Yields ``items`` under a progress bar."""
+    with Progress(
+        TextColumn(f"{name:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        yield from bar.track(items)
+
+
+@contextmanager
+def counting(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is told (done, of how many)."""
+    with Progress(
+        TextColumn(f"{name:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    console.print(text, highlight=False)
+
+
+class TrainingProgress:
+    """Live loss, padding and speed of a run; on a terminal that cannot be redrawn, a line every 100 steps."""
+
+    WIDTH = 50  # steps that the figures shown are means of
+    EVERY = 100
+
+    def __init__(self, steps: int, done: int = 0):
+        self.recent: deque[StepReport] = deque(maxlen=self.WIDTH)
+        self.bar = Progress(
+            TextColumn("training      "),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("", total=steps, completed=done)
+
+    def __enter__(self) -> "TrainingProgress":
+        if console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, report: StepReport) -> None:
+        self.recent.append(report)
+        text = self.describe(self.recent)
+        self.bar.update(self.task, completed=report.step, description=text)
+        if not console.is_terminal and report.step % self.EVERY == 0:
+            console.print(f"step {report.step}  {text}")
+
+    @staticmethod
+    def describe(recent: Iterable[StepReport]) -> str:
+        """Means over the steps given, in a line."""
+        reports = list(recent)
+        seconds = sum(r.seconds for r in reports)
+        audio = sum(r.audio_seconds for r in reports)
+        loss = sum(r.loss for r in reports) / len(reports)
+        padding = 1 - audio / sum(r.audio_seconds / max(1e-9, 1 - r.padding) for r in reports)
+        wait = sum(r.data_wait_seconds for r in reports) / seconds
+        return f"loss {loss:.3f}  {audio / seconds:.0f} h/h  padding {padding:.1%}  data wait {wait:.1%}"

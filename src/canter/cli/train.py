@@ -1,0 +1,55 @@
+"""Train a model on a manifest, or go on with the run that the output folder holds.
+
+`canter train CONFIG.yaml [--flag value ...]`, or without a file
+`canter train --manifest train.jsonl --valid valid.jsonl --output runs/x`. Flags override the file.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from canter.training.config import TrainConfig, dump_config, load_config
+
+Options = TrainConfig
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig | None:
+    """The configuration that file and flags give; None where it was only to be printed."""
+    import tyro
+
+    rest = list(arguments)
+    printing = "--print-config" in rest
+    if printing:
+        rest.remove("--print-config")
+    file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    if file is not None and (file / "config.yaml").exists():  # a run's folder: go on with it
+        default = load_config(file / "config.yaml", relative=False)
+    else:
+        default = load_config(file) if file is not None else TrainConfig()
+    description = f"{__doc__}\n\n--print-config prints the configuration as YAML and stops."
+    config = tyro.cli(
+        TrainConfig, args=rest, default=default, prog="canter train [CONFIG.yaml]", description=description
+    )
+    if printing:
+        sys.stdout.write(dump_config(config))
+        return None
+    return config
+
+
+def run(config: TrainConfig | None) -> None:
+    if config is None:
+        return
+    from canter.cli.progress import TrainingProgress, say, track
+    from canter.training.session import train
+
+    finished = train(config, TrainingProgress, say, track)
+    progress, run_ = finished.progress, finished.prepared.run
+    hours = progress.audio_seconds / 3600
+    say(
+        f"done: {progress.step} steps, {hours:.2f} h of audio in {progress.seconds / 60:.1f} min "
+        f"({progress.audio_seconds / progress.seconds:.0f} h/h), {progress.skipped} skipped"
+    )
+    best = run_.best()
+    if best:
+        say(f"best: {run_.folder}/checkpoints/{best['checkpoint']}, validation WER {best['wer']:.1%}")
+    say(f"next: canter transcribe {run_.folder} FILES..., canter report {run_.folder}")

@@ -1,0 +1,246 @@
+"""What a training run is configured by: frozen dataclasses, filled from YAML, overridden by flags."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from canter.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shape of the model trained from scratch."""
+
+    encoder_layers: int = 6
+    """FastConformer layers."""
+    decoder_layers: int = 2
+    """Transformer decoder layers."""
+    width: int = 144
+    """Of encoder and decoder."""
+    heads: int = 4
+    """Attention heads."""
+    kernel_size: int = 9
+    """Of the encoder's depthwise convolution, in 80 ms frames."""
+    subsampling_channels: int = 32
+    """Of the 8x subsampling."""
+    mels: int = 80
+    """Mel bins of the features."""
+    dropout: float = 0.0
+    """Everywhere the recipe has one."""
+    positions: int = 512
+    """The longest token sequence, prompt and end token included."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon (orthogonalised momentum) on the matrices of the blocks, AdamW on everything else; or AdamW alone."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """Which optimiser has the matrices."""
+    learning_rate: float = 2e-3
+    """AdamW's peak learning rate."""
+    matrix_learning_rate: float = 0.01
+    """Muon's peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices only."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises linearly; then it falls as a cosine to a hundredth."""
+    clip: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy of the attention decoder and an auxiliary CTC on characters (Hori et al., 2017)."""
+
+    ctc_weight: float = 0.3
+    """Weight of CTC; the attention loss has the rest. 0 leaves the CTC head out."""
+    ctc_alone: float = 0.25
+    """Share of the steps, at the start, trained by CTC alone: the decoder cannot learn before the encoder has."""
+    label_smoothing: float = 0.1
+    """Of the cross-entropy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on a manifest, or go on with the run that OUTPUT holds."""
+
+    manifest: tuple[Path, ...] = ()
+    """Training manifests (NeMo JSONL, or any other source that 'canter index' reads)."""
+    valid: tuple[Path, ...] = ()
+    """Validation manifests; none: the last checkpoint is the best."""
+    output: Path = Path("runs/default")
+    """The run's folder. One that holds a run of the same configuration is continued."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer; none: one is trained on the transcripts."""
+    vocabulary: int = 256
+    """Size of a tokenizer trained on the way, special tokens included (lowered where the text is too small)."""
+    minutes: float | None = None
+    """Train for about so long: the number of steps is set at the start, from the measured step time."""
+    steps: int | None = None
+    """Optimiser steps; none: from --minutes, or else --epochs."""
+    epochs: float = 20.0
+    """Passes over the data, where neither --steps nor --minutes is given."""
+    budget: Path | None = None
+    """What fits and how long it takes, as 'canter tune' writes it; none: measured at the start."""
+    strategy: str = "balanced"
+    """How utterances are batched; 'canter compare' shows the choice."""
+    batch_seconds: float | None = 24.0
+    """Audio in a micro-batch, padding included; none: as much as the memory budget holds."""
+    micro_batches_per_step: int = 1
+    """Gradients of so many micro-batches make one step."""
+    window: int = 50_000
+    """Utterances sorted at a time; larger pads less, smaller mixes more."""
+    short_first: bool = True
+    """The first epoch goes from short to long utterances."""
+    seed: int = 0
+    """Of initial weights, order and dropout."""
+    workers: int = 1
+    """Processes that decode audio ahead; 0 decodes in the training process."""
+    threads: int | None = None
+    """CPU threads for computing; none: one a core."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """'auto' times one training step in each and takes the faster."""
+    device: str = "auto"
+    """'cpu', 'cuda' or 'auto'."""
+    valid_every: int = 500
+    """Steps between validations, each followed by a checkpoint."""
+    valid_utterances: int = 100
+    """Utterances transcribed at a validation, evenly spread over the manifest."""
+    keep: int = 2
+    """Checkpoints kept, besides the best."""
+    skip_limit: float = 0.1
+    """Share of utterances that may turn out unusable before the run stops."""
+    model: ModelShape = field(default_factory=ModelShape)
+    """Shape of the model."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights are updated."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("window", 1), ("micro_batches_per_step", 1), ("valid_every", 1), ("keep", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}"
+                )
+        for name in ("minutes", "steps", "batch_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if not 0 <= self.loss.ctc_weight <= 1:
+            raise ConfigError(f"--loss.ctc-weight is {self.loss.ctc_weight}; it must lie between 0 and 1")
+        if self.loss.ctc_weight == 0 and self.loss.ctc_alone > 0:
+            raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
+        if self.model.width % self.model.heads:
+            raise ConfigError(
+                f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}"
+            )
+
+
+def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
+    """Reads a YAML file of TrainConfig's fields, nested as they are; relative paths are relative to the file, or,
+    with ``relative=False``, to the working directory.
+
+    Raises ConfigError naming the file, the key and the nearest known one.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; 'canter train --print-config' prints one to start from"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        content = {}
+    return from_mapping(TrainConfig, content, str(path), path.parent if relative else None)
+
+
+def from_mapping(cls: type, content: Any, where: str, base: Path | None = None) -> Any:
+    """A mapping to the frozen dataclass ``cls``; ``base`` is what relative paths are relative to.
+
+    Raises ConfigError for unknown keys and for values of the wrong type.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected a mapping of settings, found {content!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
+            raise ConfigError(f"{where}: unknown setting '{key}'; {hint}")
+        values[key] = _coerce(value, hints[key], f"{where}: {key}", base)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _coerce(value: Any, hint: Any, where: str, base: Path | None) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(typing.cast(type, hint), value, where, base)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in arguments if a is not type(None)), where, base)
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_coerce(item, arguments[0], where, base) for item in items)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, arguments))}")
+        return value
+    if hint is Path and isinstance(value, str):
+        return base / value if base is not None else Path(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 2e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The configuration as plain values, for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The configuration as YAML."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """'name: theirs -> ours' for each setting that would change what the steps of a run compute."""
+    free = {"output", "workers", "threads", "valid_every", "valid_utterances", "keep", "skip_limit", "device"}
+
+    def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for key, item in value.items():
+            rows |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+        return rows
+
+    a, b = flat(to_mapping(ours)), flat(to_mapping(theirs))
+    return [f"{k}: {b[k]} -> {a[k]}" for k in a if a[k] != b[k] and k not in free]

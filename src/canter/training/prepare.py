@@ -1,0 +1,319 @@
+"""Everything a run needs before its first step: tokenizer, index, model, budget, plan."""
+
+import copy
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from canter.corpus.build import build_index
+from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import Utterance
+from canter.corpus.sources import open_source
+from canter.errors import ConfigError
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig
+from canter.models.model import Batch, ModelConfig, SpeechModel
+from canter.models.norm import merge_pending
+from canter.planning.budget import Budget
+from canter.planning.plan import Plan
+from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
+from canter.training.config import TrainConfig
+from canter.training.data import MicroBatches
+from canter.training.optimizers import Optimizers
+from canter.training.run import Run
+from canter.tuning.fit import measure_budget
+
+CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
+SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` made or found."""
+
+    config: TrainConfig
+    run: Run
+    tokenizer: Tokenizer
+    characters: Characters
+    index: LengthIndex
+    model: SpeechModel
+    budget: Budget
+    plan: Plan
+    data: MicroBatches
+    steps: int
+    precision: str
+    predicted_seconds: float
+    """Of all steps, by the budget."""
+
+
+def prepare(
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda _: None,
+    track: Callable[[list, str], Iterable] = lambda items, _: items,
+) -> Prepared:
+    """Makes or continues the run of ``config``; ``say`` is told what was decided, ``track`` shows progress.
+
+    Raises ConfigError where a setting cannot be, ManifestError where a manifest cannot be used.
+    """
+    if not config.manifest:
+        raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
+    run = Run.open(config)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    device = choose_device(config.device)
+    tokenizer, characters = find_tokenizer(config, run, say)
+    index = find_index(config, run, tokenizer)
+    if index.problems:
+        say(f"{len(index.problems)} rows left out, listed in {run.folder}/lengths.skipped.jsonl")
+    torch.manual_seed(config.seed)
+    model = SpeechModel(model_config(config, tokenizer, characters)).to(device)
+    model.tokenizer = tokenizer
+    settled = run.settled()
+    precision = settled.get("precision") or choose_precision(config, model, say)
+    budget = find_budget(config, run, model, index, precision, say, track)
+    plan = Plan(
+        index,
+        limited(budget, config.batch_seconds, index),
+        config.strategy,
+        seed=config.seed,
+        window=min(config.window, len(index)),
+        micro_batches_per_step=config.micro_batches_per_step,
+        curriculum="short_first" if config.short_first else None,
+        cache=run.folder / ".cache",
+    )
+    step_seconds, epoch_steps = predicted(plan)
+    steps = settled.get("steps") or choose_steps(config, step_seconds, epoch_steps)
+    run.settle({"precision": precision, "steps": steps})
+    data = MicroBatches(
+        index, tokenizer, characters if config.loss.ctc_weight else None, model.config.features.sample_rate
+    )
+    return Prepared(
+        config,
+        run,
+        tokenizer,
+        characters,
+        index,
+        model,
+        budget,
+        plan,
+        data,
+        steps,
+        precision,
+        steps * step_seconds,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto': the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: no GPU is available here; use --device cpu")
+    return torch.device(name)
+
+
+def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> ModelConfig:
+    """Shapes of a model trained from scratch: Canary's architecture at the size asked for."""
+    shape = config.model
+    return ModelConfig(
+        features=FeatureConfig(mels=shape.mels),
+        encoder=FastConformerConfig(
+            layers=shape.encoder_layers,
+            width=shape.width,
+            heads=shape.heads,
+            feedforward=4 * shape.width,
+            kernel_size=shape.kernel_size,
+            subsampling_channels=shape.subsampling_channels,
+            mels=shape.mels,
+            dropout=shape.dropout,
+            dropout_input=shape.dropout,
+            dropout_attention=shape.dropout,
+        ),
+        decoder=DecoderConfig(
+            layers=shape.decoder_layers,
+            width=shape.width,
+            heads=shape.heads,
+            feedforward=4 * shape.width,
+            vocabulary=tokenizer.vocab_size,
+            positions=shape.positions,
+            pad=tokenizer.pad,
+            dropout=shape.dropout,
+            dropout_attention=shape.dropout,
+        ),
+        ctc_vocabulary=characters.size if config.loss.ctc_weight else 0,
+    )
+
+
+def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
+    """Noise of B utterances that the encoder turns into T frames each, with U random tokens."""
+    config = model.config
+    samples = round(frames * model.frame_seconds * config.features.sample_rate)
+    outputs = max(2, config.ctc_vocabulary)
+    characters = max(1, min(int(samples / config.features.sample_rate * CHARACTERS_A_SECOND), 2 * frames))
+    return Batch(
+        audio=torch.randn(batch, samples) * 0.1,
+        audio_lengths=torch.full((batch,), samples),
+        tokens=torch.randint(0, config.decoder.vocabulary, (batch, tokens)),
+        token_lengths=torch.full((batch,), tokens),
+        prompt_lengths=torch.full((batch,), min(prompt, tokens - 1)),
+        characters=torch.randint(1, outputs, (batch, characters)),
+        character_lengths=torch.full((batch,), characters),
+        rows=torch.zeros(batch, dtype=torch.long),
+    )
+
+
+def training_step(
+    config: TrainConfig, model: SpeechModel, precision: str, prompt: int
+) -> Callable[..., None]:
+    """A whole step on a synthetic batch (B, T, U), on a copy of ``model``."""
+    model = copy.deepcopy(model).train()
+    device = next(model.parameters()).device
+    optimizers = Optimizers(model, config.optimizer, steps=1000)
+
+    def step(batch: int, frames: int, tokens: int) -> None:
+        data = synthetic_batch(model, batch, frames, tokens, prompt).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model.loss(data, label_smoothing=config.loss.label_smoothing)
+            (loss.attention / loss.attention_count + loss.ctc / loss.ctc_count.clamp(min=1)).backward()
+        merge_pending(model)
+        optimizers.step(0)
+
+    return step
+
+
+def choose_precision(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> str:
+    """'auto': whichever takes the shorter step here; bf16 has float32 weights and bf16 arithmetic."""
+    if config.precision != "auto":
+        return config.precision
+    seconds = {}
+    for precision in ("float32", "bf16"):
+        step = training_step(config, model, precision, prompt=4)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            step(4, 75, 25)
+            times.append(time.perf_counter() - start)
+        seconds[precision] = min(times)
+    chosen = min(seconds, key=seconds.__getitem__)
+    ratio = seconds["float32"] / seconds["bf16"]
+    say(f"precision {chosen}: a step in bf16 is {ratio:.1f}x as fast as in float32 here")
+    return chosen
+
+
+def find_tokenizer(config: TrainConfig, run: Run, say: Callable[[str], None]) -> tuple[Tokenizer, Characters]:
+    """The run's tokenizer and alphabet, copied from --tokenizer or made from the transcripts where it has none yet."""
+    folder = run.folder / "tokenizer"
+    if not (folder / "characters.json").exists():
+        texts: list[str] = []
+        languages: set[str] = set()
+        for path in config.manifest:
+            for row in open_source(path):
+                if isinstance(row, Utterance):
+                    texts.append(row.text)
+                    languages |= {row.lang, row.source_lang, row.target_lang} - {None}
+        folder.mkdir(exist_ok=True)
+        if config.tokenizer is not None:
+            load_tokenizer(config.tokenizer).save(folder)
+        else:
+            with warnings.catch_warnings(record=True) as notices:
+                warnings.simplefilter("always")
+                trained = train_tokenizer(texts, languages, config.vocabulary, folder)
+            for notice in notices:
+                say(str(notice.message))
+            say(f"tokenizer of {trained.vocab_size} tokens trained on {len(texts)} transcripts")
+        Characters.of(texts).save(folder)
+    return load_tokenizer(folder), Characters.load(folder)
+
+
+def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthIndex:
+    """The run's length index, built where it is not there yet."""
+    path = run.folder / "lengths.arrow"
+    if path.exists():
+        return LengthIndex.open(path)
+    first = next(row for row in open_source(config.manifest[0]) if isinstance(row, Utterance))
+    return build_index(
+        config.manifest, path, tokenizer, prompt_tokens=len(tokenizer.prompt(first)), progress=True
+    )
+
+
+def memory_limit(device: torch.device, say: Callable[[str], None]) -> float:
+    """Bytes a step may use: a GPU's free memory, or half of a CPU's."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    say(f"memory limit {SHARE_OF_MEMORY * total / 2**30:.1f} GiB, half of this machine's")
+    return SHARE_OF_MEMORY * total
+
+
+def find_budget(
+    config: TrainConfig,
+    run: Run,
+    model: SpeechModel,
+    index: LengthIndex,
+    precision: str,
+    say: Callable[[str], None],
+    track: Callable[[list, str], Iterable],
+) -> Budget:
+    """The run's budget, measured where it is not there yet."""
+    path = run.folder / "budget.json"
+    if path.exists():
+        return Budget.load(path)
+    if config.budget is not None:
+        budget = Budget.load(config.budget)
+        budget.save(path)
+        return budget
+    device = next(model.parameters()).device
+    frame_seconds = model.frame_seconds
+    frames = np.maximum(1, np.ceil(index.seconds / frame_seconds)).astype(np.int64)
+    seconds = config.batch_seconds or 120.0
+    budget = measure_budget(
+        training_step(config, model, precision, prompt=1),
+        frames,
+        np.asarray(index.tokens),
+        limit_bytes=memory_limit(device, say),
+        batch_frames=max(int(seconds / frame_seconds), int(frames.max())),
+        frame_seconds=frame_seconds,
+        measured_on={
+            "model": f"canter {config.model.encoder_layers}/{config.model.decoder_layers} x {config.model.width}",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "precision": precision,
+            "torch": torch.__version__,
+        },
+        track=lambda shapes: track(shapes, "measuring"),
+    )
+    budget.save(path)
+    return budget
+
+
+def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex) -> Budget:
+    """``budget`` with memory for ``batch_seconds`` of the median utterance only, or for the longest if it needs
+    more; as it is for None."""
+    if batch_seconds is None:
+        return budget
+    frames, tokens = budget.frames(np.asarray(index.seconds)), np.asarray(index.tokens, np.int64)
+    t, u = float(np.median(frames)), float(np.median(tokens))
+    full = budget.bytes(batch_seconds / budget.frame_seconds / t, t, u)
+    longest = float(np.max(budget.bytes(1, frames, tokens)))
+    return dataclasses.replace(budget, limit_bytes=min(budget.limit_bytes, max(full, longest)))
+
+
+def predicted(plan: Plan) -> tuple[float, int]:
+    """(mean seconds of a step by the budget, steps in an epoch)."""
+    figures = plan.figures()
+    return figures.hours * 3600 / max(1, len(plan)), len(plan)
+
+
+def choose_steps(config: TrainConfig, step_seconds: float, epoch_steps: int) -> int:
+    """From --steps, --minutes or --epochs, in this order."""
+    if config.steps is not None:
+        return config.steps
+    if config.minutes is not None:
+        return max(1, round(config.minutes * 60 / step_seconds))
+    return max(1, round(config.epochs * epoch_steps))

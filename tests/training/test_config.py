@@ -1,0 +1,69 @@
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from canter.errors import ConfigError
+from canter.training.config import (
+    LossConfig,
+    ModelShape,
+    TrainConfig,
+    differences,
+    dump_config,
+    from_mapping,
+    load_config,
+)
+
+
+def test_a_configuration_survives_yaml(tmp_path):
+    config = TrainConfig(manifest=(tmp_path / "a.jsonl",), minutes=3.0, model=ModelShape(width=64), loss=LossConfig(0.0, 0.0))
+    assert from_mapping(TrainConfig, yaml.safe_load(dump_config(config)), "x") == config
+
+
+def test_paths_are_relative_to_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("manifest: train.jsonl\noptimizer: {learning_rate: 1e-3}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.manifest == (tmp_path / "train.jsonl",)
+    assert config.optimizer.learning_rate == 1e-3  # YAML 1.1 takes 1e-3 for a string
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("stepz: 3", "did you mean 'steps'"),
+        ("model: {widht: 3}", "did you mean 'width'"),
+        ("steps: many", "expected int, found 'many'"),
+        ("steps: true", "expected int, found True"),
+        ("steps: -1", "must be positive"),
+        ("precision: fp8", "none of auto, bf16, float32"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "not readable as YAML"),
+        ("model: {width: 100, heads: 3}", "not a multiple"),
+        ("loss: {ctc_weight: 0.0}", "ctc-alone"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, says):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="c.yaml") as caught:
+        load_config(path)
+    assert says in str(caught.value)
+
+
+@given(st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(TrainConfig)]), st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.text(max_size=3), max_size=2),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2)), max_size=4))  # fmt: skip
+def test_any_mapping_gives_a_configuration_or_a_config_error(mapping):
+    try:
+        assert isinstance(from_mapping(TrainConfig, mapping, "file"), TrainConfig)
+    except ConfigError as error:
+        assert str(error).startswith("file")
+
+
+def test_differences_leave_out_what_changes_no_step():
+    config = TrainConfig(steps=5)
+    assert differences(dataclasses.replace(config, workers=4, threads=1), config) == []
+    assert differences(dataclasses.replace(config, seed=2), config) == ["seed: 0 -> 2"]
+    assert differences(dataclasses.replace(config, model=ModelShape(width=32)), config) == ["model.width: 144 -> 32"]

@@ -1,0 +1,149 @@
+"""The loop on real audio, in process: what is learnt, resumed, skipped and refused."""
+
+import dataclasses
+import json
+from contextlib import contextmanager
+
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+
+from canter.corpus.manifest import write_manifest
+from canter.errors import CanterError, ConfigError
+from canter.models.checkpoint import load_model
+from canter.training.session import train
+
+
+@contextmanager
+def unwatched(steps, done):
+    yield lambda report: None
+
+
+def metrics(config, kind="train"):
+    lines = map(json.loads, (config.output / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(config):
+    return [line["loss"] for line in metrics(config)]
+
+
+def weights(config):
+    return load_file(sorted((config.output / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def test_a_run_leaves_what_it_promises(config):
+    finished = train(config, unwatched)
+    assert finished.progress.step == 8
+    rows = metrics(config)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[0]["loss_attention"] is None  # CTC alone at first
+    assert rows[-1]["loss_attention"] > 0
+    assert rows[-1]["loss_ctc"] < rows[0]["loss_ctc"]
+    assert [row["step"] for row in metrics(config, "valid")] == [4, 8]
+    assert sum(row["utterances"] for row in rows) == finished.progress.utterances
+    best = json.loads((config.output / "checkpoints" / "best.json").read_text())
+    model = load_model(config.output / "checkpoints" / best["checkpoint"])
+    assert model.tokenizer.vocab_size == model.config.decoder.vocabulary
+
+
+def test_every_utterance_once_an_epoch(config):
+    seen = []
+    trained = train(dataclasses.replace(config, steps=None, epochs=1.0), unwatched)
+    plan = trained.prepared.plan
+    for step in plan:
+        seen += [row for micro_batch in step for row in micro_batch.tolist()]
+    assert sorted(seen) == list(range(40))
+    assert trained.progress.utterances == 40
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, micro_batches):
+    config = dataclasses.replace(
+        config, micro_batches_per_step=micro_batches, model=dataclasses.replace(config.model, dropout=0.1)
+    )
+    train(config, unwatched)
+    again = dataclasses.replace(config, output=tmp_path / "again")
+
+    @contextmanager
+    def stop_at_five(steps, done):
+        def report(step):
+            if step.step == 5:
+                raise RuntimeError("pulled the plug")  # nothing is saved: back to step 4
+
+        yield report
+
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(again, stop_at_five)
+    resumed = train(again, unwatched)
+    assert resumed.progress.step == 8
+    assert losses(again) == losses(config)
+    ours, theirs = weights(again), weights(config)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
+    """A step of two micro-batches equals one of their union, without BatchNorm's per-micro-batch statistics."""
+    from canter.training.data import Address, collate
+    from canter.training.loop import Counts, Trainer
+    from canter.training.prepare import prepare
+
+    prepared = prepare(config)
+    trainer = Trainer(
+        config, prepared.run, prepared.model, prepared.plan, prepared.data, prepared.steps, precision="float32"
+    )
+    prepared.model.eval()
+    rows = next(iter(prepared.plan))[0][:6].tolist()
+    examples = [prepared.data.example(prepared.index.utterance(row), row) for row in rows]
+    pad = prepared.tokenizer.pad
+    gradients = []
+    for parts in ([examples], [examples[:2], examples[2:]]):
+        batches = [collate(part, pad) for part in parts]
+        counts = Counts.of(batches)
+        for batch in batches:
+            trainer._backward(batch, counts, alone=False)
+        gradients.append({n: p.grad.clone() for n, p in prepared.model.named_parameters()})
+        prepared.model.zero_grad()
+    for name, one in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], one, rtol=1e-3, atol=1e-6, msg=name)
+    assert isinstance(Address(0, 0, True, rows).last, bool)
+
+
+def test_unusable_audio_is_skipped_and_named(config, spoken, tmp_path):
+    rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
+    for row in rows:
+        row["audio_filepath"] = str(spoken.train_manifest.parent / row["audio_filepath"])
+    (tmp_path / "noise.flac").write_bytes(b"this is not audio")
+    soundfile.write(tmp_path / "short.wav", [0.0] * 800, 16000)
+    for row, path in zip(rows, ("noise.flac", "missing.wav", "short.wav")):
+        row["audio_filepath"], row["duration"] = str(tmp_path / path), 2.0
+    write_manifest(tmp_path / "train.jsonl", rows)
+    config = dataclasses.replace(config, manifest=(tmp_path / "train.jsonl",), steps=None, epochs=1.0)
+    finished = train(config, unwatched)
+    assert finished.progress.utterances == 37
+    skipped = [json.loads(line) for line in (config.output / "skipped.jsonl").read_text().splitlines()]
+    assert {row["file"].split("/")[-1] for row in skipped} == {"noise.flac", "missing.wav", "short.wav"}
+    reason = next(row["reason"] for row in skipped if row["file"].endswith("short.wav"))
+    assert "2 s in the manifest" in reason
+
+
+def test_too_much_unusable_audio_ends_the_run(config, spoken, tmp_path):
+    rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
+    for row in rows:
+        row["audio_filepath"] = "nowhere.wav"
+    write_manifest(tmp_path / "train.jsonl", rows)
+    with pytest.raises(CanterError, match="could not be used"):
+        train(dataclasses.replace(config, manifest=(tmp_path / "train.jsonl",)), unwatched)
+
+
+def test_another_configuration_or_content_is_refused(config, tmp_path):
+    train(dataclasses.replace(config, steps=1), unwatched)
+    with pytest.raises(ConfigError, match="seed: 0 -> 3"):
+        train(dataclasses.replace(config, steps=1, seed=3), unwatched)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="is not a run"):
+        train(dataclasses.replace(config, output=tmp_path / "full"), unwatched)
+    with pytest.raises(ConfigError, match="no training data"):
+        train(dataclasses.replace(config, manifest=()), unwatched)
