@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -203,6 +204,7 @@ _worker: Counting
 def _start_worker(counting: Counting) -> None:
     global _worker
     _worker = counting
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; a part begun is finished and kept
 
 
 def _read_in_worker(part: Part) -> Part:
@@ -241,10 +243,11 @@ def read_part(part: Part, counting: Counting) -> Part:
         if isinstance(row, Utterance):
             count = counting.tokens(row, part.lang)
             if isinstance(count, int):
-                for name, value in zip(
-                    columns, (row.duration, count, place, row.identity, number), strict=True
-                ):
-                    columns[name].append(value)
+                columns["seconds"].append(row.duration)
+                columns["tokens"].append(count)
+                columns["place"].append(place)
+                columns["identity"].append(row.identity)
+                columns["line"].append(number)
                 return True
             row = count
         if isinstance(row, str):

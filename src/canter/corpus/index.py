@@ -223,12 +223,15 @@ class LengthIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index, whole or not at all, and beside it the list of rows that could not be used."""
         path = Path(path)
+        home = str(path.absolute().parent) + os.sep
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "sources": [asdict(source) for source in self.sources],
             "shards": [
-                [_relative(s.path, path), _relative(s.origin, path), s.size, s.source, s.start, s.stop]
+                # below the index's folder paths are kept relative to it, so that the folder can move as a
+                # whole
+                [s.path.removeprefix(home), s.origin.removeprefix(home), s.size, s.source, s.start, s.stop]
                 for s in self.shards
             ],
             "skipped": self.skipped,
@@ -260,7 +263,11 @@ class LengthIndex:
             header = json.loads((reader.schema.metadata or {})[b"canter"])
             if header["format"] != FORMAT or reader.schema.names != [name for name, _ in _SCHEMA]:
                 raise ManifestError(f"{path} is an index of format {header['format']}, not {FORMAT}; {again}")
-            batch = reader.get_batch(0)
+            # not to_numpy: its first call imports pandas, where that is installed, for 0.3 s and 40 MB
+            columns = [
+                np.frombuffer(column.buffers()[1], kind.to_pandas_dtype(), len(column))
+                for column, (_, kind) in zip(reader.get_batch(0).columns, _SCHEMA, strict=True)
+            ]
         except FileNotFoundError:
             raise ManifestError(f"{path} does not exist; {again}") from None
         except ManifestError:
@@ -268,10 +275,13 @@ class LengthIndex:
         except (pa.ArrowInvalid, OSError, KeyError, ValueError, TypeError) as error:
             raise ManifestError(f"{path} is not a length index ({error}); {again}") from None
         index = cls.__new__(cls)
-        columns = (column.to_numpy(zero_copy_only=True) for column in batch.columns)
         index.seconds, index.tokens, index.source_of, places = columns
         index.sources = tuple(Source(**source) for source in header["sources"])
-        shards = [Shard(_absolute(a, path), _absolute(b, path), *rest) for a, b, *rest in header["shards"]]
+        home = str(path.absolute().parent)
+        shards = [
+            Shard(os.path.join(home, rows) if rows else "", os.path.join(home, origin), *rest)
+            for rows, origin, *rest in header["shards"]
+        ]
         index._attach(places, shards, None, header["skipped"], header["made_with"], path.absolute())
         index.__dict__["fingerprint"] = header["fingerprint"]
         return index
@@ -290,13 +300,3 @@ def _tokens(tokens: Any) -> np.ndarray:
         row = int(np.flatnonzero((tokens < 0) | (tokens > MOST_TOKENS))[0])
         raise ManifestError(f"row {row}: {tokens[row]} tokens; an index holds 0 to {MOST_TOKENS}")
     return np.ascontiguousarray(tokens, dtype=np.uint16)
-
-
-def _relative(path: str, index: Path) -> str:
-    """Paths below the index's folder are kept relative to it, so that the folder can move as a whole."""
-    home = str(index.absolute().parent) + os.sep
-    return path.removeprefix(home) if path else ""
-
-
-def _absolute(path: str, index: Path) -> str:
-    return os.path.join(index.absolute().parent, path) if path else ""

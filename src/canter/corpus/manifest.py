@@ -144,21 +144,19 @@ def utterance_from_row(
         name = str(name)
     if name is not None and not isinstance(name, str):
         return f"id is not a string: {_show(name)}"
-    extra = []
-    for field in OPTIONAL_TEXT:
-        value = row.get(field)
+    extra = {field: row[field] for field in OPTIONAL_TEXT if field in row}
+    for field, value in extra.items():
         if isinstance(value, bool):  # "pnc": true
-            value = "yes" if value else "no"
-        if value is not None and not isinstance(value, str):
+            extra[field] = "yes" if value else "no"
+        elif value is not None and not isinstance(value, str):
             return f"{field} is not a string: {_show(value)}"
-        extra.append(value)
-    for value in (path, text, name, *extra):
+    for value in (path, text, name, *extra.values()):
         if value and not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError:
                 return f"half a surrogate pair, which is no character: {_show(value)}"
-    return Utterance(path, duration, text, offset, *extra, num_tokens=num_tokens, id=name)
+    return Utterance(path, duration, text, offset, num_tokens=num_tokens, id=name, **extra)
 
 
 def _seconds(value: object, name: str) -> float | str:
