@@ -1,6 +1,6 @@
 """Sources to a length index: every row read, checked and counted once, in parallel, resumable.
 
-The work is cut into parts (a shard, or 16 MiB of a large JSONL file). What is known of a part is kept in
+The work is cut into parts (a shard, or 8 MiB of a large JSONL file). What is known of a part is kept in
 the folder ``NAME.parts`` beside the index, under a key of everything it depends on, so that after an
 interruption, or when a source is added, only what is new is read. Formats without lines to seek to are
 written out there as JSONL.
@@ -39,7 +39,7 @@ from canter.corpus.readers.lengths import read_lengths
 from canter.corpus.sources import LENGTHS, Unit, read_unit, units_of
 from canter.errors import CanterError, ManifestError
 
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 _COLUMNS = {"seconds": "f4", "tokens": "u2", "place": "u8", "identity": "u8", "line": "u8"}
 
 
