@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.models.fastconformer import FastConformerConfig
-from canter.models.features import FeatureConfig, LogMel, length_mask
+from canter.models.features import length_mask
 from canter.models.model import Batch
 from canter.models.norm import MaskedBatchNorm, merge_pending
 
@@ -124,15 +124,3 @@ def test_running_statistics_move_once_a_step_in_order():
     assert norm.num_batches_tracked == 3
     assert not norm.pending
     assert not torch.allclose(norm.running_mean, reverse.running_mean)
-
-
-def test_dither_is_drawn_from_the_generator():
-    features = LogMel(FeatureConfig(mels=32, dither=1e-3)).train()
-    audio, sizes = 0.1 * torch.randn(1, 4000), torch.tensor([4000])
-
-    def draw(seed):
-        return features(audio, sizes, torch.Generator().manual_seed(seed))[0]
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert torch.equal(features(audio, sizes)[0], features.eval()(audio, sizes)[0])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.features import length_mask
+from canter.models.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class DecoderLayer(nn.Module):
         return x + self.feed_forward(x)
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """Tokens and encoder output to scores of the next token; the head shares the embedding's weight."""
 
     positions: Tensor
@@ -254,12 +255,14 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
         """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
-        end, where causal attention never looks."""
+        end, where causal attention never looks. ValueError for more tokens than there are positions."""
+        if tokens.shape[1] > self.config.positions:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions"
+            )
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         mask = length_mask(encoded_lengths, encoded.shape[1])[:, None, None, :]
-        for layer in self.layers:
-            x = layer(x, encoded, mask)
-        return self.head(x)
+        return self.head(self.run(x, encoded, mask, layer_drop=self.config.layer_drop))
 
     @property
     def blocks(self) -> Iterable[DecoderLayer]:

@@ -2,17 +2,17 @@
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from canter.models.stack import Stack
 
 
-class Encoder(nn.Module):
+class Encoder(Stack):
     """Features (B, F, M) and lengths (B,) in feature frames -> encoded (B, T, D) and lengths (B,) in
     encoder frames.
 
     Whatever stands past an utterance's end, in features or batch, must not change its valid positions.
     """
-
-    layers: nn.ModuleList
 
     def frames(self, feature_frames):
         """Encoder frames of so many feature frames (an int or a tensor)."""

@@ -210,6 +210,4 @@ class FastConformer(Encoder):
         x = self.dropout(x)
         positions = relative_positions(x.shape[1], self.config.width, x.device).to(x.dtype)
         valid = length_mask(lengths, x.shape[1])
-        for layer in self.layers:
-            x = layer(x, positions, valid)
-        return x, lengths
+        return self.run(x, positions, valid, layer_drop=self.config.layer_drop), lengths

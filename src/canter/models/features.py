@@ -3,12 +3,15 @@
 B: utterances, S: samples, F: feature frames (10 ms), M: mel bins.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from canter.models.augment import noise
 
 
 @dataclass(frozen=True)
@@ -78,28 +81,28 @@ class LogMel(nn.Module):
         return samples // self.config.hop
 
     def forward(
-        self, audio: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+        self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in
         frames.
 
-        In training mode ``generator`` draws the dither; without one there is none.
+        In training mode each utterance's seed draws its dither; without seeds there is none. F is that of S
+        samples, so that audio padded to a grid of sizes gives a grid of shapes.
         """
         config = self.config
         with torch.autocast(audio.device.type, enabled=False):
             audio = audio.float()
-            if self.training and config.dither and generator is not None:
-                noise = torch.randn(audio.shape, generator=generator, device=audio.device)
-                audio = audio + config.dither * noise
+            if self.training and config.dither and seeds is not None:
+                audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
             audio = torch.cat([audio[:, :1], audio[:, 1:] - config.preemphasis * audio[:, :-1]], dim=1)
             audio = audio * length_mask(lengths, audio.shape[1])
+            size = self.frames(audio.shape[1])
             pad = config.n_fft // 2
             audio = F.pad(audio, (pad, pad))
             spectrum = torch.stft(
                 audio, config.n_fft, config.hop, config.window, self.taper, center=False, return_complex=True
             )
             frames = self.frames(lengths)
-            size = int(frames.max())
             power = spectrum[:, :, :size].abs().square()
             features = torch.log(torch.matmul(self.filters, power) + 2.0**-24).transpose(1, 2)
             valid = length_mask(frames, size)[:, :, None]
@@ -152,12 +155,12 @@ class WhisperLogMel(nn.Module):
         return (samples + config.hop - 1) // config.hop
 
     def forward(
-        self, audio: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+        self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,)
         in frames.
 
-        In training mode ``generator`` draws the dither. ValueError for audio longer than the padded length.
+        As ``LogMel``, else. ValueError for audio longer than the padded length.
         """
         config = self.config
         size = audio.shape[1]
@@ -171,9 +174,8 @@ class WhisperLogMel(nn.Module):
                 )
         with torch.autocast(audio.device.type, enabled=False):
             audio = audio.float()
-            if self.training and config.dither and generator is not None:
-                noise = torch.randn(audio.shape, generator=generator, device=audio.device)
-                audio = audio + config.dither * noise
+            if self.training and config.dither and seeds is not None:
+                audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
             audio = audio * length_mask(lengths, audio.shape[1])
             pad = config.n_fft // 2
             width = max(size, pad + 1)  # the start is mirrored, which takes that many samples
@@ -183,8 +185,7 @@ class WhisperLogMel(nn.Module):
             spectrum = torch.stft(
                 audio, config.n_fft, config.hop, window=self.taper, center=False, return_complex=True
             )
-            frames = self.frames(lengths)
-            size = int(frames.max())
+            frames, size = self.frames(lengths), self.frames(size)
             power = spectrum[:, :, :size].abs().square()
             features = torch.matmul(self.filters, power).clamp(min=1e-10).log10().transpose(1, 2)
             valid = length_mask(frames, size)[:, :, None]

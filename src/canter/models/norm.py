@@ -3,7 +3,8 @@
 B: utterances, T: frames, D: width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ class MaskedBatchNorm(nn.Module):
     variance) to ``pending``, and ``merge`` folds them in, in the order given, once a step. So the running
     statistics are those of the plan's order whoever computed which micro-batch.
     """
+
+    frozen = False
 
     running_mean: Tensor
     running_var: Tensor
@@ -42,7 +45,8 @@ class MaskedBatchNorm(nn.Module):
             centred = x - mean
             variance = (centred.square() * kept).sum((0, 1)) / count
             unbiased = variance.detach() * (count / (count - 1).clamp(min=1))
-            self.pending.append((mean.detach(), unbiased))
+            if not MaskedBatchNorm.frozen:
+                self.pending.append((mean.detach(), unbiased))
         else:
             centred, variance = x - self.running_mean, self.running_var
         return (centred * (variance + self.epsilon).rsqrt() * self.weight + self.bias).to(dtype)
@@ -53,6 +57,16 @@ class MaskedBatchNorm(nn.Module):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)
             self.num_batches_tracked += 1
+
+
+@contextmanager
+def frozen_statistics() -> Iterator[None]:
+    """No MaskedBatchNorm notes statistics in this context: a layer is being computed a second time."""
+    MaskedBatchNorm.frozen = True
+    try:
+        yield
+    finally:
+        MaskedBatchNorm.frozen = False
 
 
 def merge_pending(model: nn.Module) -> None:

@@ -96,6 +96,4 @@ class WhisperEncoder(Encoder):
         lengths = self.frames(lengths)
         x = self.dropout(x + self.positions[: x.shape[1]])
         mask = length_mask(lengths, x.shape[1])[:, None, None]
-        for layer in self.layers:
-            x = layer(x, mask)
-        return self.norm(x), lengths
+        return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths

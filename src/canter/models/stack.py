@@ -1,0 +1,38 @@
+"""Running a stack of layers in training: leaving some out, keeping less for the backward pass."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from canter.models.norm import frozen_statistics
+
+
+class Stack(nn.Module):
+    """A module with ``layers`` that are run one after the other."""
+
+    layers: nn.ModuleList
+    recompute: bool = False
+    """Whether the backward pass computes each layer again instead of keeping what is inside (Chen et al.,
+    2016)."""
+
+    def run(self, x: Tensor, *context: Tensor, layer_drop: float = 0.0) -> Tensor:
+        """x through all layers, each called with ``context`` too. In training each is left out with
+        probability ``layer_drop`` (Fan et al., 2020), drawn from torch's generator."""
+        layers: Iterable[nn.Module] = self.layers
+        if layer_drop and self.training:
+            keep = (torch.rand(len(self.layers)) >= layer_drop).tolist()
+            layers = [layer for layer, kept in zip(self.layers, keep, strict=True) if kept]
+        for layer in layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *context, use_reentrant=False, context_fn=_contexts)  # pyright: ignore[reportAssignmentType]
+            else:
+                x = layer(x, *context)
+        return x
+
+
+def _contexts():
+    # the second pass over a layer must not count its batch statistics again
+    return nullcontext(), frozen_statistics()
