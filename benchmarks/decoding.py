@@ -1,5 +1,6 @@
-"""How full the decoder's slots are on real lengths, and what caches and the shift are worth. Random weights: every row
-stops at the number of tokens of its transcript, in every engine.
+"""How full the decoder's slots are on real lengths, and what caches and the shift are worth.
+
+Weights are random: every row stops at the number of tokens of its transcript.
 
     CANTER_SHARED=... python benchmarks/decoding.py [--manifest MANIFEST] [--rows 64] [--json]
 """

@@ -104,8 +104,8 @@ def test_autocast_keeps_its_type_in_the_cache(model):
 
 def test_suppressed_tokens_are_never_chosen():
     model = small_model()
-    plain = [hypothesis.tokens for hypothesis in Engine(model, END).decode(requests())]
-    most = max(range(40), key=sum(plain, []).count)
+    plain = [token for hypothesis in Engine(model, END).decode(requests()) for token in hypothesis.tokens]
+    most = max(plain, key=plain.count)
     model.generation = {"suppress_tokens": [most], "begin_suppress_tokens": [END]}
     found = Engine(model, END).decode(requests())
     assert all(most not in hypothesis.tokens and hypothesis.tokens for hypothesis in found)

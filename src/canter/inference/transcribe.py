@@ -67,7 +67,7 @@ def transcribe_stream(
         if seconds > longest_seconds:
             raise AudioError(
                 f"{utterance.audio_filepath} is {seconds:.0f} s long, over the limit of "
-                f"{longest_seconds:g} s: cut it"
+                f"{longest_seconds:g} s (--longest-seconds, or what the model can take): cut it"
             )
         return Request(audio, prompt, index)
 
