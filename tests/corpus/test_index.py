@@ -70,6 +70,7 @@ def test_from_arrays_and_back(tmp_path):
         np.uint16,
     )
     assert [source.name for source in again.sources] == ["a", "b"]
+    assert "_fingerprint" in vars(again), "it is in the header: opening must not read the columns"
     assert again.fingerprint == index.fingerprint
     np.testing.assert_allclose(again.weights, [1 / 3, 2 / 3])
     with pytest.raises(ManifestError, match="lengths alone, so row 1 has no audio"):

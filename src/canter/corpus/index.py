@@ -168,9 +168,13 @@ class LengthIndex:
         with open(skipped_path(self.path), encoding="utf-8") as file:
             return [Problem(**json.loads(line)) for line in file]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """32 hex digits over lengths, sources of rows and weights: everything that a plan depends on."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = blake2b(FORMAT.encode(), digest_size=16)
         for column in (self.seconds, self.tokens, self.source_of):
             digest.update(column.data)
@@ -283,7 +287,7 @@ class LengthIndex:
             for rows, origin, *rest in header["shards"]
         ]
         index._attach(places, shards, None, header["skipped"], header["made_with"], path.absolute())
-        index.__dict__["fingerprint"] = header["fingerprint"]
+        index.__dict__["_fingerprint"] = header["fingerprint"]
         return index
 
 
