@@ -42,7 +42,8 @@ def test_whole_page(summary):
         "3,000 utterances, 3.5 hours of speech", "7 min 1 s", 'class="value">2.0%<',
         'class="value">2.0×<', 'class="value">11.7%<', 'class="value">4.2×<',
         "What padding is", "One epoch", "English, German", "voices never heard", "16.0%", "German · f3",
-        "der &lt;hund&gt; bellt", "RTFx 25", "2.50× as fast", "7 min 41 s from nothing", "synthesis", "∞",
+        "der &lt;hund&gt; bellt", "RTFx 25",
+        "2.50×", "the baseline", "keys and values cached", "7 min 41 s from nothing", "synthesis", "∞",
     ):  # fmt: skip
         assert told in page, told
     assert '<tr class="best"><td class="text">balanced</td>' in page
@@ -70,3 +71,10 @@ def test_quick_demo_without_figures_of_merit():
     assert "From a manifest" in demo_report({})
     assert "random" in demo_report({"strategies": {"random": {"mean_batch": 3.0}}})
     assert "1 s from nothing" in demo_report({"times": {"report": 1.0}})
+    assert "2 s from nothing" in demo_report({"times": {"report": 1.0, "total": 2.0}})
+
+
+def test_decoder_shift_by_name_reads_like_rows(summary):
+    rows = summary["decoder_shift"]
+    named = summary | {"decoder_shift": {f"{row['shape']} {row['cache']}": row for row in rows}}
+    assert sections.decoder_shift(named) == sections.decoder_shift(summary)

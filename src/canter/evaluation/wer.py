@@ -1,7 +1,7 @@
 """Word and character error rates, micro-averaged, with their spread.
 
 WER = (substitutions + deletions + insertions) / reference words, summed over utterances before dividing, as
-NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spaces included. Aligned by jiwer.
+NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spaces included (by jiwer).
 """
 
 from collections.abc import Iterator, Sequence
