@@ -27,6 +27,8 @@ def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[Transcript], li
     problems: list[Problem] = []
     with open_manifest(path) as file:
         for _, number, line in scan_lines(file):
+            if not line.strip():
+                continue
             row = parse_line(line)
             if isinstance(row, dict) and row.get("_skipme"):
                 continue
