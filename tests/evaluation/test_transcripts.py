@@ -1,5 +1,6 @@
 """Result manifests, well and badly formed."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def test_fields_and_reasons(tmp_path: Path):
     assert problems[4].line == 7
     with pytest.raises(ManifestError, match="does not exist"):
         read_transcripts(tmp_path / "none.jsonl")
+
+
+def test_a_torn_gzip_is_named_and_what_came_before_is_kept(tmp_path: Path):
+    path = tmp_path / "result.jsonl.gz"
+    rows = "".join(
+        json.dumps({"text": f"{n * 7919 % 1000}", "pred_text": f"{n}"}) + "\n" for n in range(20_000)
+    )
+    whole = gzip.compress(rows.encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    transcripts, problems = read_transcripts(path)
+    assert len(transcripts) > 100
+    assert "invalid gzip" in problems[-1].reason

@@ -1,7 +1,10 @@
 """Reads result manifests: NeMo JSONL rows with a reference, ``text``, and a transcript, ``pred_text``."""
 
+import gzip
 import os
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 from canter.corpus.manifest import Problem, open_manifest, parse_line, scan_lines
 
@@ -25,29 +28,30 @@ def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[Transcript], li
     """
     transcripts: list[Transcript] = []
     problems: list[Problem] = []
+    number = 0
     with open_manifest(path) as file:
-        for _, number, line in scan_lines(file):
-            if not line.strip():
-                continue
-            row = parse_line(line)
-            if isinstance(row, dict) and row.get("_skipme"):
-                continue
-            reason = _unusable(row)
-            if reason:
-                problems.append(Problem(str(path), number, reason))
-                continue
-            offset = row.get("offset")
-            name = str(row.get("id") or row.get("audio_filepath") or f"line {number}")
-            transcripts.append(
-                Transcript(
-                    text=row["text"],
-                    pred_text=row["pred_text"],
-                    lang=row.get("target_lang") or row.get("lang"),
-                    name=f"{name} @ {offset:g} s" if offset and isinstance(offset, (int, float)) else name,
-                    line=number,
-                )
-            )
+        try:
+            for _, number, line in scan_lines(file):
+                row = parse_line(line) if line.strip() else {"_skipme": True}
+                if isinstance(row, dict) and row.get("_skipme"):
+                    continue
+                reason = _unusable(row)
+                if reason:
+                    problems.append(Problem(str(path), number, reason))
+                else:
+                    transcripts.append(_transcript(row, number))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            problems.append(Problem(str(path), number + 1, f"invalid gzip: {error}"))
     return transcripts, problems
+
+
+def _transcript(row: dict[str, Any], line: int) -> Transcript:
+    """The transcript of a row that `_unusable` found nothing wrong with."""
+    name = str(row.get("id") or row.get("audio_filepath") or f"line {line}")
+    offset = row.get("offset")
+    if offset and isinstance(offset, (int, float)):
+        name += f" @ {offset:g} s"
+    return Transcript(row["text"], row["pred_text"], row.get("target_lang") or row.get("lang"), name, line)
 
 
 def _unusable(row: object) -> str | None:
