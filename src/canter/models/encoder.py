@@ -14,6 +14,11 @@ class Encoder(Stack):
     Whatever stands past an utterance's end, in features or batch, must not change its valid positions.
     """
 
+    outputs: tuple[str, ...] = ()
+    """Modules of a layer that write to the residual stream: with all of them zero it passes x through."""
+    last_norm: str = ""
+    """The norm that a layer ends with, if it does."""
+
     def frames(self, feature_frames):
         """Encoder frames of so many feature frames (an int or a tensor)."""
         raise NotImplementedError

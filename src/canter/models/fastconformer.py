@@ -193,6 +193,14 @@ class FastConformer(Encoder):
     """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder
     frames."""
 
+    outputs = (
+        "feed_forward1.linear2",
+        "self_attn.linear_out",
+        "conv.pointwise_conv2",
+        "feed_forward2.linear2",
+    )
+    last_norm = "norm_out"
+
     def __init__(self, config: FastConformerConfig):
         super().__init__()
         self.config = config

@@ -69,6 +69,7 @@ class WhisperEncoder(Encoder):
     """Two convolutions, the second of stride 2, positions, layers, a norm."""
 
     positions: Tensor
+    outputs = ("attention.out", "down")
 
     def __init__(self, config: WhisperEncoderConfig):
         super().__init__()

@@ -1,0 +1,144 @@
+"""Moving capacity from decoder to encoder, from trained weights.
+
+A smaller decoder keeps some of its layers. A larger encoder gets new layers between its own, either such
+that they change nothing at first (LLaMA Pro's block expansion, Wu et al., 2024: a copy of the layer before
+whose outputs are zero), or as working copies (depth up-scaling, Kim et al., 2023), which changes the
+function but starts with more to learn from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from canter.errors import ConfigError
+from canter.models.cost import parameters, utterance_cost
+from canter.models.fitting import build
+from canter.models.model import ModelConfig, SpeechModel
+
+Growth = Literal["identity", "copy"]
+Kept = Literal["spread", "first", "last"]
+
+
+def kept_layers(count: int, of: int, kept: Kept = "spread") -> list[int]:
+    """Which layers a stack of ``of`` keeps: the first, the last, or spread from first to last (Gandhi et
+    al., 2023, who made Distil-Whisper so)."""
+    if kept == "first" or count == of:
+        return list(range(count))
+    if kept == "last":
+        return list(range(of - count, of))
+    if count == 1:
+        return [0]
+    return [round(place * (of - 1) / (count - 1)) for place in range(count)]
+
+
+def grown_layers(count: int, of: int) -> list[tuple[int, bool]]:
+    """The layers of a stack grown from ``of``: (the layer it comes from, whether it is new), new ones spread
+    evenly, each after the one it is a copy of."""
+    new = count - of
+    layers = []
+    for place in range(of):
+        copies = (place + 1) * new // of - place * new // of
+        layers += [(place, False)] + [(place, True)] * copies
+    return layers
+
+
+def reshape(
+    model: SpeechModel,
+    *,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
+    growth: Growth = "identity",
+    kept: Kept = "spread",
+) -> SpeechModel:
+    """A model with other numbers of layers, started from the weights of ``model``, which stays as it is.
+
+    With ``growth="identity"`` a larger encoder computes what it did. ConfigError for impossible numbers, or
+    an encoder that does not tell which of its modules write to the residual stream.
+    """
+    encoder, decoder = model.config.encoder, model.config.decoder
+    wide, deep = encoder_layers or encoder.layers, decoder_layers or decoder.layers
+    if deep > decoder.layers:
+        raise ConfigError(
+            f"--decoder-layers {deep} is more than the {decoder.layers} there are; decoders only shrink"
+        )
+    if min(wide, deep) < 1:
+        raise ConfigError("encoder and decoder need at least one layer each")
+    if wide > encoder.layers and growth == "identity" and not model.encoder.outputs:
+        raise ConfigError(
+            "this encoder does not tell how to make a layer of no effect; take the growth 'copy'"
+        )
+    config = with_layers(model.config, wide, deep)
+    fresh = build(config, "reshape")
+    tensors = {name: x for name, x in model.state_dict().items() if ".layers." not in name}
+    if wide > encoder.layers:
+        order = grown_layers(wide, encoder.layers)
+    else:
+        order = [(place, False) for place in kept_layers(wide, encoder.layers, kept)]
+    stacked = _stack(model, "encoder", order)
+    if growth == "identity":
+        _make_identities(stacked, order, model.encoder.outputs, model.encoder.last_norm)
+    tensors |= stacked
+    tensors |= _stack(model, "decoder", [(place, False) for place in kept_layers(deep, decoder.layers, kept)])
+    fresh.load_state_dict(tensors)
+    fresh.tokenizer, fresh.generation = model.tokenizer, dict(model.generation)
+    return fresh.to(model.decoder.embedding.weight.device).train(model.training)
+
+
+def with_layers(config: ModelConfig, encoder_layers: int, decoder_layers: int) -> ModelConfig:
+    """``config`` with other numbers of layers."""
+    encoder = replace(config.encoder, layers=encoder_layers)  # pyright: ignore[reportArgumentType]
+    return replace(config, encoder=encoder, decoder=replace(config.decoder, layers=decoder_layers))
+
+
+def _stack(model: SpeechModel, part: str, order: Sequence[tuple[int, bool]]) -> dict[str, Tensor]:
+    layers = [layer.state_dict() for layer in getattr(model, part).layers]
+    return {
+        f"{part}.layers.{place}.{name}": tensor.clone()
+        for place, (source, _) in enumerate(order)
+        for name, tensor in layers[source].items()
+    }
+
+
+def _make_identities(
+    tensors: dict[str, Tensor], order: Sequence[tuple[int, bool]], outputs: Sequence[str], last_norm: str
+) -> None:
+    """Zeroes what new layers add. Where a layer ends in a norm, the one before a new layer loses its scale
+    and shift, which the new one has copied: the norm of a normalised vector is the vector."""
+    for place, (_, new) in enumerate(order):
+        if not new:
+            continue
+        for name in outputs:
+            for leaf in ("weight", "bias"):
+                tensor = tensors.get(f"encoder.layers.{place}.{name}.{leaf}")
+                if tensor is not None:
+                    tensor.zero_()
+        if last_norm:
+            tensors[f"encoder.layers.{place - 1}.{last_norm}.weight"].fill_(1.0)
+            tensors[f"encoder.layers.{place - 1}.{last_norm}.bias"].zero_()
+
+
+def encoder_layers_that_keep(
+    what: Literal["parameters", "flops"],
+    config: ModelConfig,
+    decoder_layers: int,
+    seconds: float,
+    tokens: int,
+) -> int:
+    """How many encoder layers bring parameters, or operations for an utterance of so many seconds and tokens,
+    nearest to those of ``config`` once the decoder has ``decoder_layers``."""
+
+    def size(encoder: int, decoder: int) -> float:
+        shape = with_layers(config, encoder, decoder)
+        if what == "parameters":
+            with torch.device("meta"):
+                return sum(parameters(SpeechModel(shape)).values())
+        cost = utterance_cost(shape, seconds, tokens)
+        return cost.encoder_flops + cost.decoder_flops
+
+    now = config.encoder.layers
+    aim, smaller = size(now, config.decoder.layers), size(now, decoder_layers)
+    layer = size(now + 1, decoder_layers) - smaller
+    return max(1, now + round((aim - smaller) / layer))
