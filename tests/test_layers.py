@@ -1,4 +1,4 @@
-"""The architecture as a test: imports point up the list of rooms, planning has no torch, modules are small."""
+"""The architecture as a test: imports point up the list of rooms, no torch in planning, modules are small."""
 
 import ast
 import subprocess
