@@ -238,18 +238,25 @@ class Plan:
 
     def steps(self, start: Position | None = None) -> Iterator[tuple[Position, list[np.ndarray]]]:
         """(position after the step, its micro-batches) from a position on, without the ones before it."""
-        window, inside = (0, 0) if start is None else self._check(start)
+        for _, after, step in self.walk(start):
+            yield after, step
+
+    def walk(self, start: Position | None = None) -> Iterator[tuple[Position, Position, list[np.ndarray]]]:
+        """(position of the step, position after it, its micro-batches) from a position on."""
+        window, inside = (0, 0) if start is None else self.check(start)
         while self.windows.count is None or window < self.windows.count:
             cut = self.cut(window)
             for number in range(inside, len(cut)):
-                yield self._position(window, number + 1), cut.step(number)
+                last = number + 1 == len(cut)
+                after = self._position(window + 1, 0) if last else self._position(window, number + 1)
+                yield self._position(window, number), after, cut.step(number)
             window, inside = window + 1, 0
 
     def micro_batches_for(self, rank: int, ranks: int, number: int | Position) -> list[MicroBatch]:
         """What a rank computes of a step: micro-batches shared out by predicted time. Empty where others have it all."""
         if not 0 <= rank < ranks:
             raise PlanError(f"rank {rank} of {ranks}: ranks count from 0")
-        window, inside = self._check(number) if isinstance(number, Position) else self._find(number)
+        window, inside = self.check(number) if isinstance(number, Position) else self._find(number)
         cut = self.cut(window)
         micro_batches = cut.step(inside)
         mine = share_out(self.step_seconds(window, inside), ranks)[rank]
@@ -276,13 +283,14 @@ class Plan:
 
     def number(self, position: Position) -> int:
         """The step number of a position."""
-        window, inside = self._check(position)
+        window, inside = self.check(position)
         return int(self.table_of_steps[window]) + inside
 
     def _position(self, window: int, step: int) -> Position:
         return Position(self.epoch, window, step, self.fingerprint)
 
-    def _check(self, position: Position) -> tuple[int, int]:
+    def check(self, position: Position) -> tuple[int, int]:
+        """(window, step in it) of a position. Raises PlanError where it is of another plan or epoch."""
         if position.plan != self.fingerprint:
             raise PlanError(
                 f"the position belongs to another plan ({position.plan}, this one is {self.fingerprint}): index, budget, "

@@ -134,7 +134,7 @@ class Windows:
         return values * (np.array(self._sizes) > 0)
 
     def rows(self, window: int) -> np.ndarray:
-        """Rows of a window, int64, sources one after the other, each in shuffled order."""
+        """Rows of a window in random order, int64."""
         if window < 0 or (self.count is not None and window >= self.count):
             raise PlanError(f"window {window} is outside the epoch's {self.count}")
         parts = []
@@ -152,7 +152,10 @@ class Windows:
                 run = np.searchsorted(before, local, side="right") - 1 if len(starts) > 1 else 0
                 parts.append(local + (starts[run] - before[run]))
                 first = stop
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        if len(parts) == 1 and self.block == 1:
+            return parts[0]
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        return rows[shuffled(np.arange(len(rows)), len(rows), mix(self.seed, self.epoch, window, len(parts)))]
 
     def _order(self, positions: np.ndarray, source: int, size: int, turn: int) -> np.ndarray:
         key = mix(self.seed, self.epoch, source, turn)

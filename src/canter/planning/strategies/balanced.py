@@ -22,13 +22,14 @@ from canter.planning.strategies.base import Cut, Cutter, in_steps, maxima, nothi
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
+TAIL_BATCHES = 10  # that they must fill to be worth a way of their own
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Balanced:
-    """mixing: parts a window is dealt into at random before it is sorted. 1 pads least; more parts make batches
-    more random (the mixing pool grows with them, padding with their square root)."""
+    """mixing: parts a window is dealt into at random before each is sorted; need not be whole. 1 pads least; the
+    mixing pool grows with the number of parts, padding with its square root."""
 
     mixing: float = 1.0
     name: ClassVar[str] = "balanced"
@@ -44,7 +45,7 @@ class Balanced:
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
             if len(lengths) == 0:
                 return nothing()
-            order = snake(lengths, budget, round(self.mixing), rng)
+            order = snake(lengths, budget, self.mixing, rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
             batches = even_batches(frames, tokens, budget, per_step)
             return deal(order, batches, frames, tokens, budget, per_step, rng)
@@ -52,7 +53,7 @@ class Balanced:
         return cut
 
 
-def snake(lengths: Lengths, budget: Budget, parts: int, rng: np.random.Generator) -> np.ndarray:
+def snake(lengths: Lengths, budget: Budget, parts: float, rng: np.random.Generator) -> np.ndarray:
     """(n,) positions such that neighbours are alike; `parts` turns through the whole range of lengths."""
     by_frames = np.argsort(narrow(lengths.frames), kind="stable")
     frames, tokens = lengths.frames[by_frames], lengths.tokens[by_frames]
@@ -61,6 +62,8 @@ def snake(lengths: Lengths, budget: Budget, parts: int, rng: np.random.Generator
     # them badly, so they go a way of their own, from the short to the long, and the rest goes back. To end among
     # the short is best: there batches are large and come out even
     tail = tokens > np.repeat(strata.mean_tokens + TAIL * strata.deviation, strata.count)
+    if (tail / np.repeat(strata.size, strata.count)).sum() < TAIL_BATCHES * parts:
+        tail[:] = False
     strip = np.empty(len(frames), np.int64)
     first = 0
     for inside, backwards in ((np.flatnonzero(tail), False), (np.flatnonzero(~tail), True)):
@@ -73,8 +76,8 @@ def snake(lengths: Lengths, budget: Budget, parts: int, rng: np.random.Generator
         number = number.astype(np.int64)
         strip[inside] = first + (int(number[-1]) - number if backwards else number)
         first += int(number[-1]) + 1
-    if parts > 1:  # the window is in shuffled order: the residue of a position is a random part
-        strip += by_frames % parts * first
+    if parts > 1:  # the window is in shuffled order: any stretch of it is a random part
+        strip += (by_frames * (parts / len(frames))).astype(np.int64) * first
     span = int(tokens.max()) + 1
     key = strip * span + np.where(strip & 1, span - 1 - tokens, tokens)
     return by_frames[np.argsort(narrow(key), kind="stable")]

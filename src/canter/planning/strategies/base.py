@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths
 
@@ -49,6 +50,13 @@ class Strategy(Protocol):
 
 def nothing() -> Cut:
     return Cut(np.empty(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64))
+
+
+def none_usable(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+    """Cutter of an index whose sample has not one usable utterance, from which bins could be estimated."""
+    if len(lengths):
+        raise PlanError("bins cannot be estimated: hardly an utterance fits the budget; raise its limit")
+    return nothing()
 
 
 def reorder(order: np.ndarray, batches: np.ndarray, sequence: np.ndarray, steps: np.ndarray) -> Cut:

@@ -10,7 +10,7 @@ import numpy as np
 from canter.planning.bins import Bins, estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import Cut, Cutter, in_steps, nothing, reorder
+from canter.planning.strategies.base import Cut, Cutter, in_steps, none_usable, nothing, reorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Bucket2D:
         return estimate_bins(lengths, self.buckets, self.sub_buckets)
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
+        if len(sample(index, budget, grid)) == 0:
+            return none_usable
         bins = self.bins(index, budget, grid)
         sizes = batch_sizes(bins, budget)
 

@@ -11,7 +11,7 @@ from canter.errors import PlanError
 from canter.planning.bins import estimate_bins
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import Cut, Cutter, shuffled_steps
+from canter.planning.strategies.base import Cut, Cutter, none_usable, shuffled_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,15 @@ class Bucket1D:
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         cap = seconds_cap(self.max_seconds, index, budget, grid)
-        bins = estimate_bins(sample(index, budget, grid), self.buckets)
+        usable = sample(index, budget, grid)
+        if len(usable) == 0:
+            return none_usable
+        bins = estimate_bins(usable, self.buckets)
 
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
-            order = np.argsort(bins.assign(lengths), kind="stable")
-            bucket = bins.assign(lengths)[order]
+            bucket = bins.assign(lengths)
+            order = np.argsort(bucket, kind="stable")
+            bucket = bucket[order]
             effective = effective_seconds(lengths, self.quadratic)[order]
             edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=len(bins)))
             ends = [capped(effective[a:b], cap)[1:] + a for a, b in zip(edges[:-1], edges[1:])]

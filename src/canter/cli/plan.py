@@ -1,0 +1,122 @@
+"""An epoch's batches: their figures, and on request every row's place as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    index: tyro.conf.Positional[Path]
+    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
+    budget: Path | None = None
+    """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
+    model: str = "canary-1b"
+    """Shape of the analytic budget."""
+    memory: float = 80.0
+    """Gigabytes of the analytic budget's device."""
+    strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced"] = "balanced"
+    """How to batch."""
+    ranks: int = 1
+    """GPUs that share the micro-batches of a step."""
+    micro_batches_per_step: int | None = None
+    """Micro-batches of an optimiser step; the ranks unless given."""
+    window: int | None = None
+    """Utterances that are batched together; the strategy's own unless given."""
+    mixing: float = 1.0
+    """Dial of `balanced`: 1 pads least, more mixes more."""
+    max_tokens_per_second: float | None = None
+    """Utterances beyond this are left out, counted and listed."""
+    seed: int = 0
+    """Another seed, another shuffle."""
+    epoch: int = 0
+    """Which epoch."""
+    prompt_tokens: int = 0
+    """Added, with one for the end, to the column `tokens` of a table of lengths."""
+    emit: Path | None = None
+    """Write a Parquet table with the columns step, micro_batch, rank, row."""
+    bins: bool = False
+    """For `bucket_2d`: print the bins and batch sizes as NeMo's configuration wants them."""
+    json: bool = False
+    """Figures as JSON on standard output."""
+
+
+def run(options: Options) -> int | None:
+    from canter.cli.lengths import choose_budget, open_lengths, plain
+    from canter.errors import PlanError
+    from canter.planning import Plan, strategy
+    from canter.planning.strategies import Bucket2D
+
+    if options.ranks < 1:
+        raise PlanError(f"--ranks is {options.ranks}; it must be at least 1")
+    if options.mixing != 1.0 and options.strategy != "balanced":
+        raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
+    index = open_lengths(options.index, options.prompt_tokens)
+    budget = choose_budget(options.budget, options.model, options.memory)
+    chosen = strategy(options.strategy, **({"mixing": options.mixing} if options.strategy == "balanced" else {}))
+    if options.bins:
+        from canter.integrations.nemo import bucketing_config
+
+        if not isinstance(chosen, Bucket2D):
+            raise PlanError("--bins goes with --strategy bucket_2d")
+        print(bucketing_config(chosen.bins(index, budget), budget))
+        return
+    plan = Plan(
+        index,
+        budget,
+        chosen,
+        seed=options.seed,
+        epoch=options.epoch,
+        window=options.window,
+        micro_batches_per_step=options.micro_batches_per_step or options.ranks,
+        max_tokens_per_second=options.max_tokens_per_second,
+    )
+    figures = plan.figures(options.ranks)
+    left_out = plan.left_out()
+    reasons: dict[str, int] = {}
+    for _, reason in left_out:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if options.emit:
+        from canter.planning.emit import write_plan
+
+        write_plan(plan, options.emit, options.ranks)
+    if options.json:
+        value = {**asdict(figures), "left_out": reasons, "left_out_rows": [row for row, _ in left_out[:1000]]}
+        print(json.dumps(plain(value), indent=2))
+    else:
+        show(figures, left_out, reasons, options)
+
+
+def show(figures, left_out: list[tuple[int, str]], reasons: dict[str, int], options: Options) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{options.index.name}: {options.strategy}, {options.ranks} ranks", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, text in (
+        ("utterances", f"{figures.utterances:,}"),
+        ("steps", f"{figures.steps:,}"),
+        ("micro-batches", f"{figures.micro_batches:,}"),
+        ("mean batch", f"{figures.mean_batch:.1f}"),
+        ("padded audio", f"{figures.padded_audio:.2%}"),
+        ("padded tokens", f"{figures.padded_tokens:.2%}"),
+        ("padded compute", f"{figures.padded_compute:.2%}"),
+        ("memory filled", f"{figures.memory_filled:.2%}"),
+        ("batches over memory", f"{figures.over:,}"),
+        ("waiting", f"{figures.waiting:.4f}"),
+        ("epoch hours (modelled)", f"{figures.hours:.4f}"),
+        *((f"left out: {reason}", f"{count:,}") for reason, count in reasons.items()),
+    ):
+        table.add_row(name, text)
+    console = Console()
+    console.print(table)
+    for row, reason in left_out[:5]:
+        console.print(f"row {row}: {reason}", highlight=False)
+    if len(left_out) > 5:
+        console.print(f"... and {len(left_out) - 5:,} more (--json lists them)", highlight=False)

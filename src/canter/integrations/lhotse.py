@@ -1,0 +1,97 @@
+"""Lhotse cuts driven by a plan: a `CutSampler` whose batches are the plan's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from lhotse import CutSet
+from lhotse.dataset.sampling.base import CutSampler
+
+from canter.corpus.index import LengthIndex
+from canter.errors import PlanError
+from canter.planning.plan import Plan
+from canter.planning.sampler import PlanSampler
+
+
+def index_of_cuts(cuts: CutSet, tokenizer: Any = None, prompt_tokens: int = 0) -> LengthIndex:
+    """Lengths of cuts, in their order. Tokens are the cut's `num_tokens` (as Lhotse's and NeMo's token samplers set
+    it), or those of its supervisions' text with `tokenizer.encode`, the prompt and one for the end; else 0.
+    """
+    durations, tokens = [], []
+    for cut in cuts:
+        durations.append(cut.duration)
+        count = (cut.custom or {}).get("num_tokens") if getattr(cut, "custom", None) else None
+        if count is None and tokenizer is not None:
+            text = " ".join(s.text for s in cut.supervisions if s.text)
+            count = len(tokenizer.encode(text)) + prompt_tokens + 1
+        tokens.append(int(count or 0))
+    return LengthIndex(np.array(durations, np.float32), np.array(tokens, np.int64), ["cuts"])
+
+
+class PlanCutSampler(CutSampler):
+    """Yields a `CutSet` for each micro-batch of this rank, in plan order: ``DataLoader(dataset, sampler=...,
+    batch_size=None)`` as with any Lhotse sampler.
+
+    cuts: in the order of the plan's index and reachable by position (an eager CutSet, or an indexed one). Unlike
+    Lhotse's own samplers, its state continues on another number of ranks. Ranks must divide the plan's M: Lhotse
+    has no empty batch.
+    """
+
+    def __init__(self, cuts: CutSet, plan: Plan, *, world_size: int | None = None, rank: int | None = None) -> None:
+        super().__init__(shuffle=True, drop_last=False, world_size=world_size, rank=rank, seed=plan.seed)
+        if len(cuts) != len(plan.index):
+            raise PlanError(f"{len(cuts)} cuts and an index of {len(plan.index)} rows: they must be the same, in order")
+        if plan.micro_batches_per_step % self.world_size:
+            raise PlanError(
+                f"{self.world_size} ranks do not divide the plan's {plan.micro_batches_per_step} micro-batches per step"
+            )
+        self.cuts = cuts
+        self._sampler = PlanSampler(plan, self.rank, self.world_size)
+        self._rows: Iterator[list[int]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        self._sampler.set_epoch(epoch)
+        super().set_epoch(epoch)
+
+    def __iter__(self) -> PlanCutSampler:
+        self._rows = iter(self._sampler)
+        return self
+
+    def _next_batch(self) -> CutSet:
+        if self._rows is None:
+            raise StopIteration
+        rows = next(self._rows)
+        while not rows:  # a window's last step may have less than M
+            self._sampler.took()
+            rows = next(self._rows)
+        return CutSet.from_cuts(self.cuts[row] for row in rows)
+
+    def __next__(self) -> CutSet:
+        # the plan has shared the batches out already: nothing to draw for the other ranks
+        batch = self._next_batch()
+        self._sampler.took()
+        for transform in self._transforms:
+            batch = transform(batch)
+        self.diagnostics.keep(batch)
+        return batch
+
+    @property
+    def remaining_duration(self) -> float | None:
+        return None
+
+    @property
+    def remaining_cuts(self) -> int | None:
+        return None
+
+    @property
+    def num_cuts(self) -> int | None:
+        return len(self.cuts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sampler.load_state_dict(state_dict)
+        super().set_epoch(self._sampler.plan.epoch)

@@ -1,0 +1,244 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canter.corpus.index import LengthIndex, Source
+from canter.errors import PlanError
+from canter.planning import Budget, Plan, Polynomial, Position
+from canter.planning.emit import write_plan
+from canter.planning.metrics import mixing_pool
+from canter.planning.testing import assert_plan_resumes, assert_same
+
+from .conftest import lengths
+
+
+@pytest.mark.parametrize("name", ["random", "duration", "bucket_1d", "bucket_2d", "balanced"])
+def test_resumes_at_every_step(name, budget):
+    index = lengths(900)
+    assert_plan_resumes(lambda: Plan(index, budget, name, seed=3, window=250, micro_batches_per_step=2))
+
+
+def test_the_helper_finds_a_plan_that_does_not_resume(budget, index):
+    class Forgetful(Plan):
+        def walk(self, start=None):
+            return super().walk(None)
+
+    with pytest.raises(AssertionError, match="resumed at step 1"):
+        assert_plan_resumes(lambda: Forgetful(index, budget, window=1000))
+
+
+def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
+    def members(**options):
+        plan = Plan(index, **({"budget": budget, "seed": 1, "window": 500} | options))
+        return [set(plan.cut(w).rows.tolist()) for w in range(plan.windows.count)]
+
+    same = members()
+    from dataclasses import replace
+
+    assert members(budget=replace(budget, limit_bytes=5e9)) == same
+    assert members(micro_batches_per_step=7) == same
+    assert members(strategy="bucket_2d") == same
+    assert members(seed=2) != same
+    assert members(epoch=1) != same
+
+
+def test_epochs_and_seeds_differ(index, budget):
+    plan = Plan(index, budget)
+    other = plan.at_epoch(1)
+    assert_same(list(other), list(Plan(index, budget, epoch=1)))
+    assert mixing_pool(plan.batch_of_rows(), other.batch_of_rows()) < float("inf")
+    with pytest.raises(AssertionError):
+        assert_same(list(plan), list(other))
+    with pytest.raises(AssertionError):
+        assert_same(list(plan), list(Plan(index, budget, seed=1)))
+
+
+def test_len_and_step_numbers(index, budget, tmp_path):
+    plan = Plan(index, budget, window=700, micro_batches_per_step=2, cache=tmp_path)
+    steps = list(plan)
+    assert len(plan) == len(steps)
+    for number in (0, len(plan) // 2, len(plan) - 1):
+        assert_same(steps[number], plan.step(number))
+        assert plan.number(plan.position(number)) == number
+    with pytest.raises(PlanError, match="outside"):
+        plan.step(len(plan))
+    # the table is taken from the folder, whole
+    again = Plan(index, budget, window=700, micro_batches_per_step=2, cache=tmp_path)
+    again.cut = None  # type: ignore[assignment]
+    assert len(again) == len(plan)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 11), min_size=1, max_size=6), st.integers(1, 12), st.data())
+def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
+    """However often the number of ranks changes in mid-epoch, the same steps go on."""
+    index = lengths(400, seed=5)
+    budget = Budget.from_batch_seconds(60)
+    plan = Plan(index, budget, window=150, micro_batches_per_step=per_step)
+    seen, number = [], 0
+    for ranks in world_sizes:
+        until = len(plan) if ranks is world_sizes[-1] else data.draw(st.integers(number, len(plan)))
+        for step in range(number, until):
+            shares = [plan.micro_batches_for(rank, ranks, step) for rank in range(ranks)]
+            taken = sorted((b.number, b.rows.tolist()) for share in shares for b in share)
+            assert taken == [(i, rows.tolist()) for i, rows in enumerate(plan.step(step))]
+            seen += [row for _, rows in taken for row in rows]
+        number = until
+    if number == len(plan):
+        assert sorted(seen) == list(range(len(index)))
+
+
+def test_a_budget_that_changes_in_mid_run_leaves_earlier_windows_alone(index, budget):
+    from dataclasses import replace
+
+    smaller = replace(budget, limit_bytes=4e9)
+    before, after = Plan(index, budget, window=500), Plan(index, [(0, budget), (3, smaller)], window=500)
+    alone = Plan(index, smaller, window=500)
+    for window in range(6):
+        expected = before if window < 3 else alone
+        assert_same(expected.cut(window).step(0), after.cut(window).step(0))
+
+
+def test_curriculum_orders_the_first_windows_steps_of_epoch_0_by_length():
+    index = lengths(2000)
+    make = lambda epoch=0: Plan(index, Budget.from_batch_seconds(24), epoch=epoch, curriculum="short_first")  # noqa: E731
+    frames = np.ceil(index.seconds.astype(float) / 0.08)
+    means = [np.mean(frames[np.concatenate(step)]) for step in make()]
+    assert means == sorted(means)
+    assert sorted(row for step in make() for batch in step for row in batch) == list(range(2000))
+    later = [np.mean(frames[np.concatenate(step)]) for step in make(1)]
+    assert later != sorted(later)
+    few = lengths(120)
+    assert_plan_resumes(lambda: Plan(few, Budget.from_batch_seconds(24), curriculum="short_first"))
+
+
+def test_small_sets_and_small_batches_work_well():
+    plan = Plan(lengths(300), Budget.from_batch_seconds(24))
+    figures = plan.figures()
+    assert figures.utterances == 300
+    assert figures.over == 0
+    assert figures.memory_filled > 0.9
+    assert figures.padded_audio < 0.06
+
+
+def test_more_ranks_than_utterances_is_reported_as_waiting():
+    plan = Plan(lengths(3), Budget.from_batch_seconds(60), micro_batches_per_step=8)
+    assert len(plan) == 1
+    assert [len(b) for b in plan.step(0)] == [1, 1, 1]
+    assert sum(bool(plan.micro_batches_for(rank, 8, 0)) for rank in range(8)) == 3
+    assert plan.figures(8).waiting > 2
+
+
+def test_rounding_to_a_grid_gives_few_shapes_and_counts_as_padding(index, budget):
+    plain, rounded = Plan(index, budget), Plan(index, budget, grid=(32, 16))
+    table = rounded.table()
+    assert not (table.frames % 32).any()
+    assert not (table.tokens % 16).any()
+    assert rounded.figures().padded_audio > plain.figures().padded_audio
+    assert rounded.figures().over == 0
+
+
+def test_endless_mixture_resumes_without_a_length(budget):
+    sources = [Source("a", weight=1.0), Source("b", weight=3.0)]
+    index = LengthIndex(*(lengths(800).seconds, lengths(800).tokens), sources, np.repeat([0, 1], 400))
+    plan = Plan(index, budget, endless=True, window=300)
+    stream = plan.steps()
+    head = [next(stream) for _ in range(40)]
+    resumed = Plan(index, budget, endless=True, window=300).steps(head[24][0])
+    for _, step in head[25:]:
+        assert_same(step, next(resumed)[1])
+    assert head[-1][0].window > 3
+    with pytest.raises(PlanError, match="endless"):
+        len(plan)
+
+
+def test_positions_of_other_plans_are_refused(index, budget):
+    plan = Plan(index, budget, seed=1)
+    position = plan.position(3)
+    with pytest.raises(PlanError, match="another plan"):
+        next(Plan(index, budget, seed=2).steps(position))
+    with pytest.raises(PlanError, match="epoch 0"):
+        next(plan.at_epoch(1).steps(position))
+    for value in ({}, [], {"format": "canter-position/1"}, position.as_json() | {"step": -1}):
+        with pytest.raises(PlanError):
+            Position.from_json(value)
+    assert Position.from_json(json.loads(json.dumps(position.as_json()))) == position
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"micro_batches_per_step": 0},
+        {"window": 0},
+        {"grid": (0, 1)},
+        {"curriculum": "long_first"},
+        {"strategy": "magic"},
+    ],
+)
+def test_impossible_settings(index, budget, options):
+    with pytest.raises(PlanError):
+        Plan(index, budget, **options)
+
+
+def test_a_window_in_which_nothing_fits():
+    plan = Plan(lengths(50), Budget(1.0, Polynomial(T=1.0)), window=20)
+    assert list(plan) == []
+    assert len(plan.left_out()) == 50
+    assert plan.figures().steps == 0
+
+
+@pytest.mark.parametrize("name", ["bucket_2d", "balanced"])
+def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, budget, tmp_path):
+    """Figures from plan.parquet, the lengths and the budget's JSON alone, in plain Python."""
+    ranks, per_step = 3, 4
+    plan = Plan(index, budget, name, window=1000, micro_batches_per_step=per_step)
+    write_plan(plan, tmp_path / "plan.parquet", ranks)
+    table = pq.read_table(tmp_path / "plan.parquet")
+    assert table.schema.names == ["step", "micro_batch", "rank", "row"]
+    values = budget.as_json()
+    memory, time = values["memory"], values["time"]
+
+    def poly(c, t, u):
+        return c["T"] * t + c["TT"] * t * t + c["U"] * u + c["TU"] * t * u + c["UU"] * u * u
+
+    lengths_of = {
+        row: (int(np.ceil(float(index.seconds[row]) / values["frame_seconds"])), int(index.tokens[row]))
+        for row in range(len(index))
+    }
+    batches: dict = {}
+    for step, number, rank, row in zip(*(table[c].to_pylist() for c in table.schema.names)):
+        batches.setdefault((step, number, rank), []).append(lengths_of[row])
+    own = padded = own_u = padded_u = own_c = padded_c = filled = over = 0
+    loads: dict = {}
+    for (step, _, rank), rows in batches.items():
+        b, t, u = len(rows), max(t for t, _ in rows), max(u for _, u in rows)
+        own, padded = own + sum(t for t, _ in rows), padded + b * t
+        own_u, padded_u = own_u + sum(u for _, u in rows), padded_u + b * u
+        own_c += sum(poly(time["per_utterance_seconds"], *row) for row in rows)
+        padded_c += b * poly(time["per_utterance_seconds"], t, u)
+        used = memory["fixed_bytes"] + b * poly(memory["per_utterance_bytes"], t, u)
+        filled, over = filled + used / memory["limit_bytes"], over + (used > memory["limit_bytes"])
+        load = loads.setdefault(step, [0.0] * ranks)
+        load[rank] += time["fixed_seconds"] + b * poly(time["per_utterance_seconds"], t, u)
+    f = plan.figures(ranks)
+    assert f.padded_audio == pytest.approx(1 - own / padded)
+    assert f.padded_tokens == pytest.approx(1 - own_u / padded_u)
+    assert f.padded_compute == pytest.approx(1 - own_c / padded_c)
+    assert f.mean_batch == pytest.approx(len(index) / len(batches))
+    assert f.memory_filled == pytest.approx(filled / len(batches))
+    assert f.over == over == 0
+    assert f.steps == len(loads)
+    assert f.hours == pytest.approx(sum(max(load) for load in loads.values()) / 3600)
+    assert f.waiting == pytest.approx(np.mean([max(load) / (sum(load) / ranks) for load in loads.values()]))
+
+
+def test_mixing_pool_counts_pairs():
+    first, second = np.array([0, 0, 0, 1, 1, -1]), np.array([0, 0, 1, 1, 1, 0])
+    # pairs of the first epoch: 3 + 1, of which (0, 1) and (3, 4) meet again; mean batch 5 / 2
+    assert mixing_pool(first, second) == pytest.approx(2.5 / (2 / 4))
+    assert mixing_pool(np.array([0, 0]), np.array([0, 1])) == float("inf")

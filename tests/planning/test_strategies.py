@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canter.corpus.index import LengthIndex
+from canter.errors import PlanError
+from canter.planning import STRATEGIES, Budget, Plan, Polynomial, strategy
+from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_bound
+from canter.planning.lengths import Lengths, sample
+from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
+
+from .conftest import lengths
+
+KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(4, 2, synchronised=False),
+         Bucket2D(4, 3, optimal=True), Balanced(), Balanced(2.5)]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(st.floats(0.05, 40), st.integers(0, 400)), min_size=1, max_size=120),
+    st.sampled_from(KINDS),
+    st.integers(1, 9),
+    st.integers(1, 200),
+    st.integers(100, 3000),
+    st.booleans(),
+)
+def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(rows, kind, per_step, window, limit, gridded):
+    index = LengthIndex(*np.array(rows).T[:1], np.array([u for _, u in rows]))
+    budget = Budget(float(limit), Polynomial(T=1.0, TT=1e-4, U=0.3, TU=1e-3), fixed_bytes=50.0)
+    plan = Plan(index, budget, kind, window=window, micro_batches_per_step=per_step, grid=(8, 4) if gridded else (1, 1))
+    steps = list(plan)
+    used = [row for step in steps for batch in step for row in batch]
+    out = dict(plan.left_out())
+    assert sorted([*used, *out]) == list(range(len(index)))
+    assert all(1 <= len(step) <= per_step for step in steps)
+    assert all(len(batch) for step in steps for batch in step)
+    table = plan.table()
+    if not isinstance(kind, Random) or kind.batch_size is None:
+        assert not (budget.bytes(table.size, table.frames, table.tokens) > budget.limit_bytes).any()
+    for row, reason in out.items():
+        lone = Lengths.of(index, np.array([row]), budget, plan.grid)
+        assert reason == "over the budget by itself"
+        assert budget.bytes(1, lone.frames, lone.tokens)[0] > budget.limit_bytes
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 8])
+@pytest.mark.parametrize("mixing", [1.0, 3.0])
+def test_balanced_gives_each_window_whole_steps_full_and_even(budget, per_step, mixing):
+    plan = Plan(lengths(24_000), budget, Balanced(mixing), window=8000, micro_batches_per_step=per_step)
+    for window in range(3):
+        assert np.all(np.diff(plan.cut(window).steps) == per_step)
+        table = plan.batch_table(window)
+        used = budget.bytes(table.size, table.frames, table.tokens) / budget.limit_bytes
+        assert used.mean() > 0.93
+        assert np.quantile(used, 0.02) > 0.85
+    figures = plan.figures()
+    assert figures.waiting < 1.02
+    assert figures.over == 0
+
+
+def test_the_ladder_descends(budget):
+    """Each rung pads less than the one before, and balanced least at a good share of the mixing."""
+    index = lengths(20_000)
+    kinds = [Random(), Bucket1D(), Bucket2D(30, 2), Bucket2D(30, 5), Balanced()]
+    padded = [Plan(index, budget, kind).figures().padded_compute for kind in kinds]
+    assert padded == sorted(padded, reverse=True)
+    assert padded[-1] < 0.6 * padded[2]
+
+
+def test_more_mixing_pads_more_and_mixes_more(budget):
+    from canter.planning.metrics import mixing_pool
+
+    index = lengths(12_000)
+    plans = [Plan(index, budget, Balanced(mixing)) for mixing in (1, 2, 4, 8)]
+    pools = [mixing_pool(p.batch_of_rows(), p.at_epoch(1).batch_of_rows()) for p in plans]
+    assert pools == sorted(pools)
+    padded = [p.figures().padded_compute for p in plans]
+    assert padded == sorted(padded)
+    assert pools[3] > 4 * pools[0]
+
+
+def test_length_does_not_drift_over_the_epoch(budget):
+    plan = Plan(lengths(40_000), budget, Balanced(), window=10_000, micro_batches_per_step=2)
+    table = plan.table()
+    per_step = np.add.reduceat(table.audio_seconds, table.steps[:-1]) / np.add.reduceat(table.size, table.steps[:-1])
+    part = len(per_step) // 10
+    for end in (per_step[:part], per_step[-part:]):
+        assert abs(end.mean() / per_step.mean() - 1) < 0.08
+
+
+@given(st.lists(st.floats(0.1, 50), min_size=1, max_size=60), st.floats(1, 100))
+def test_duration_bounds_every_batch(seconds, cap):
+    index = LengthIndex(np.array(seconds), np.ones(len(seconds), int))
+    plan = Plan(index, Budget(1e12, Polynomial(T=1.0)), Duration(cap, quadratic=20.0))
+    effective = index.seconds.astype(float) + index.seconds.astype(float) ** 2 / 20
+    for step in plan:
+        for batch in step:
+            assert len(batch) == 1 or len(batch) * effective[batch].max() <= cap
+
+
+def test_the_default_cap_fits_the_budget():
+    small = Budget.from_batch_seconds(30)
+    assert Plan(lengths(500), small, Duration()).figures().over == 0
+
+
+def test_synchronised_ranks_draw_from_one_bucket(budget):
+    index = lengths(20_000)
+    kind = Bucket2D(6, 2)
+    plan = Plan(index, budget, kind, micro_batches_per_step=4)
+    bins = kind.bins(index, budget)
+    same = sum(
+        len({int(b) for batch in step for b in bins.assign(Lengths.of(index, batch, budget))}) == 1 for step in plan
+    )
+    assert same >= len(plan) - 12  # but for the buckets' rests
+    waits = [Plan(index, budget, Bucket2D(6, 2, sync), micro_batches_per_step=4).figures().waiting for sync in (True, False)]
+    assert waits[0] < waits[1]
+
+
+def test_outliers_in_tokens_per_second_are_left_out_and_listed(budget):
+    index = LengthIndex(np.full(1000, 5.0), np.r_[np.full(990, 20), np.full(10, 200)])
+    bound = tokens_per_second_bound(sample(index, budget), 3.0)
+    assert 4 < bound < 40
+    for plan in (Plan(index, budget, Bucket2D(2, 2, z_score=3.0)), Plan(index, budget, max_tokens_per_second=30)):
+        assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in range(990, 1000)]
+        assert plan.figures().utterances == 990
+
+
+def test_bins_hold_equal_audio_and_equal_tokens(index, budget):
+    usable = sample(index, budget)
+    bins = estimate_bins(usable, 5, 2)
+    row = np.searchsorted(bins.seconds, usable.seconds)
+    audio = np.bincount(row, usable.seconds)
+    assert len(audio) == 5
+    assert audio.max() / audio.min() < 1.1
+    tokens = np.bincount(bins.assign(usable), usable.tokens)
+    assert len(tokens) == 10
+    for pair in tokens.reshape(5, 2):
+        assert pair.max() / pair.min() < 1.15
+
+
+def test_optimal_bins_cost_no_more_than_any_others(budget):
+    rng = np.random.default_rng(0)
+    usable = sample(LengthIndex(rng.integers(1, 30, 300) * 0.5, np.full(300, 10)), budget)
+
+    def cost(edges):
+        bucket = np.searchsorted(edges, usable.seconds)
+        return sum(
+            (bucket == b).sum() * budget.utterance_seconds(budget.frames(edge), 10) for b, edge in enumerate(edges)
+        )
+
+    found = cost(optimal_bins(usable, budget, 3).seconds)
+    values = np.unique(usable.seconds)
+    others = [cost(np.array([a, b, values[-1]])) for a in values[:-2] for b in values[:-1] if a < b]
+    assert found == pytest.approx(min(others))
+
+
+def test_strategies_by_name():
+    assert strategy("balanced", mixing=2.0) == Balanced(2.0)
+    assert set(STRATEGIES) == {"random", "duration", "bucket_1d", "bucket_2d", "balanced"}
+    with pytest.raises(PlanError, match="did you mean 'balanced'"):
+        strategy("balance")
+    with pytest.raises(PlanError, match="its options: mixing"):
+        strategy("balanced", window=3)
+
+
+@pytest.mark.parametrize("kind", [Random(0), Duration(0.0), Balanced(0.5), Bucket2D(0, 1)])
+def test_impossible_options(kind, index, budget):
+    with pytest.raises(PlanError):
+        Plan(index, budget, kind).step(0)
