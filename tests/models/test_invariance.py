@@ -105,7 +105,15 @@ def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
     if valid.sum() < 2:
         return  # torch refuses a single position
     ours, theirs = MaskedBatchNorm(6), torch.nn.BatchNorm1d(6)
-    assert torch.allclose(ours(x, valid)[valid], theirs(x[valid]), atol=1e-5)
+    gradients = []
+    for norm, run in ((ours, lambda x: ours(x, valid)[valid]), (theirs, lambda x: theirs(x[valid]))):
+        norm.weight.data += torch.linspace(-0.5, 0.5, 6)
+        inputs = x.clone().requires_grad_()
+        outputs = run(inputs)
+        (outputs * torch.linspace(-1, 2, outputs.numel()).view_as(outputs)).sum().backward()
+        gradients.append((outputs, inputs.grad, norm.weight.grad, norm.bias.grad))
+    for mine, expected in zip(*gradients, strict=True):
+        assert torch.allclose(mine, expected, atol=1e-4)
     merge_pending(ours)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5), name

@@ -75,7 +75,7 @@ def utterance_cost(config: ModelConfig, seconds: float = 10.0, tokens: int = 40)
         tokens=tokens,
         encoder_flops=_flops(lambda: model.encode(inputs, lengths)),
         decoder_flops=_flops(lambda: model.logits(encoded, lengths, ids)),
-        training_bytes=_kept_for_backward(train),
+        training_bytes=_kept_for_backward(model, train),
         cache_values=2 * decoder.layers * decoder.width * (frames + tokens),
     )
 
@@ -86,12 +86,13 @@ def _flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _kept_for_backward(run: Callable[[], object]) -> int:
+def _kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
             storages[storage._cdata] = storage  # kept, so that no other takes its address
         return tensor
 

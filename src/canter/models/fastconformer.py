@@ -75,14 +75,15 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(c * subsampled(config.mels), config.width)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        x = features[:, None]
+        x = (features * length_mask(lengths, features.shape[1])[:, :, None])[:, None]
         for layer in self.conv:
             if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2:
-                x = x * length_mask(lengths, x.shape[2])[:, None, :, None]
                 lengths = (lengths - 1) // 2 + 1
+            if isinstance(layer, nn.ReLU):
+                # before, not after it: the backward pass then keeps one tensor of this size, not two
+                x = x * length_mask(lengths, x.shape[2])[:, None, :, None]
             x = layer(x)
-        x = x.transpose(1, 2).flatten(2)
-        return self.out(x * length_mask(lengths, x.shape[1])[:, :, None]), lengths
+        return self.out(x.transpose(1, 2).flatten(2)), lengths
 
 
 def relative_positions(size: int, width: int, device: torch.device) -> Tensor:

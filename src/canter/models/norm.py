@@ -10,6 +10,34 @@ import torch
 from torch import Tensor, nn
 
 
+class _Normalise(torch.autograd.Function):
+    """Normalisation by the statistics of the valid positions. Written out so that only its input is kept for the
+    backward pass, where the composed operations keep five tensors of that size."""
+
+    @staticmethod
+    def forward(ctx, x, valid, weight, bias, epsilon):
+        kept = valid[:, :, None].to(torch.float32)
+        count = kept.sum()
+        values = x.float()
+        mean = (values * kept).sum((0, 1)) / count
+        centred = values - mean
+        variance = (centred.square() * kept).sum((0, 1)) / count
+        rate = (variance + epsilon).rsqrt()
+        ctx.save_for_backward(x, valid, weight, mean, rate)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return (centred * (rate * weight) + bias).to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        x, valid, weight, mean, rate = ctx.saved_tensors
+        gradient = gradient.float()
+        normal = (x.float() - mean) * rate
+        share = valid[:, :, None].to(torch.float32) / valid.sum()
+        for_bias, for_weight = gradient.sum((0, 1)), (gradient * normal).sum((0, 1))
+        for_x = (gradient - share * (for_bias + normal * for_weight)) * (rate * weight)
+        return for_x.to(x.dtype), None, for_weight, for_bias, None
+
+
 class MaskedBatchNorm(nn.Module):
     """Normalises (B, T, D) over the valid positions of the micro-batch.
 
@@ -36,20 +64,13 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x (B, T, D), valid (B, T) boolean -> (B, T, D)."""
-        dtype = x.dtype
-        x = x.float()
-        if self.training:
-            kept = valid[:, :, None].to(x.dtype)
-            count = kept.sum()
-            mean = (x * kept).sum((0, 1)) / count
-            centred = x - mean
-            variance = (centred.square() * kept).sum((0, 1)) / count
-            unbiased = variance.detach() * (count / (count - 1).clamp(min=1))
-            if not MaskedBatchNorm.frozen:
-                self.pending.append((mean.detach(), unbiased))
-        else:
-            centred, variance = x - self.running_mean, self.running_var
-        return (centred * (variance + self.epsilon).rsqrt() * self.weight + self.bias).to(dtype)
+        if not self.training:
+            scale = (self.running_var + self.epsilon).rsqrt() * self.weight
+            return ((x.float() - self.running_mean) * scale + self.bias).to(x.dtype)
+        y, mean, variance, count = _Normalise.apply(x, valid, self.weight, self.bias, self.epsilon)
+        if not MaskedBatchNorm.frozen:
+            self.pending.append((mean, variance * (count / (count - 1).clamp(min=1))))
+        return y
 
     def merge(self, statistics: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Folds the (mean, variance) of micro-batches, in plan order, into the running statistics."""

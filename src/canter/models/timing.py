@@ -1,6 +1,5 @@
 """How long encoding and decoding take on this machine, and what other numbers of layers would take."""
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ class DecodingTime:
 
 
 @torch.no_grad()
-def measure(model: SpeechModel, seconds: float = 10.0, tokens: int = 40, batch: int = 8) -> DecodingTime:
+def measure(model: SpeechModel, seconds: float = 10.0, tokens: int = 40, batch: int = 4) -> DecodingTime:
     """Times ``model`` as it is and with one layer left, on a batch of silence of so many seconds and
     tokens."""
     was_training = model.training
@@ -75,8 +74,8 @@ def _by_depth(part: nn.Module, run: Callable[[], object]) -> StackTime:
     return StackTime(max(0.0, whole - len(layers) * layer), layer)
 
 
-def seconds_of(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median over ``repeats``, after one run to warm up."""
+def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
+    """The least of ``repeats``, after one run to warm up: what else runs on the machine only adds."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -84,4 +83,4 @@ def seconds_of(run: Callable[[], object], repeats: int = 5) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
