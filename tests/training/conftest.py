@@ -28,6 +28,8 @@ def config(spoken, tmp_path):
         precision="float32",
         valid_every=4,
         valid_utterances=3,
-        model=ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40),
+        model=ModelShape(
+            encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40
+        ),
         loss=LossConfig(ctc_alone=0.25),
     )

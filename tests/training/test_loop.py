@@ -91,7 +91,13 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
 
     prepared = prepare(config)
     trainer = Trainer(
-        config, prepared.run, prepared.model, prepared.plan, prepared.data, prepared.steps, precision="float32"
+        config,
+        prepared.run,
+        prepared.model,
+        prepared.plan,
+        prepared.data,
+        prepared.steps,
+        precision="float32",
     )
     prepared.model.eval()
     rows = next(iter(prepared.plan))[0][:6].tolist()

@@ -57,6 +57,8 @@ def test_measuring_covers_the_lengths():
         seen.append((b, t, u))
         (torch.randn(b * t, 8) @ x).square().sum().backward()
 
-    budget = measure_budget(step, frames, tokens, limit_bytes=1e9, batch_frames=300, frame_seconds=0.08, measured_on={})
+    budget = measure_budget(
+        step, frames, tokens, limit_bytes=1e9, batch_frames=300, frame_seconds=0.08, measured_on={}
+    )
     assert set(shapes) <= set(seen)
     assert budget.frame_seconds == 0.08

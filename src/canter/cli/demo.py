@@ -31,7 +31,10 @@ class Options:
 
 TEST_UTTERANCES = 200
 LONGEST_IN_MEMORY = 20  # of the longest utterances fit in the memory that the ladder is computed for
-DEEP, SHALLOW = (6, 8), (10, 2)  # encoder and decoder layers: 6 decoder layers have the weights of 4 encoder layers
+DEEP, SHALLOW = (
+    (6, 8),
+    (10, 2),
+)  # encoder and decoder layers: 6 decoder layers have the weights of 4 encoder layers
 SHIFT_WIDTH = 256
 
 
@@ -59,12 +62,16 @@ def run(options: Options) -> None:
         shift_decoder(options, prepared, summary)
     summary["times"] = stages.seconds | {"total": time.perf_counter() - began}
     summary["machine"] = machine()
-    (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "summary.json").write_text(
+        json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     html.write(demo_report(summary), output / "report.html")
     minutes = summary["times"]["total"] / 60
     console.rule()
-    say(f"WER {summary['wer']:.1%} on {TEST_UTTERANCES if not options.quick else 'a few'} unseen sentences, "
-        f"{minutes:.1f} minutes in all. Look at {output / 'report.html'}")
+    say(
+        f"WER {summary['wer']:.1%} on {TEST_UTTERANCES if not options.quick else 'a few'} unseen sentences, "
+        f"{minutes:.1f} minutes in all. Look at {output / 'report.html'}"
+    )
 
 
 class Stages:
@@ -91,7 +98,11 @@ def synthesise_corpus(options: Options, summary: dict[str, Any]):
     tests = 24 if options.quick else TEST_UTTERANCES
     with counting("speaking", count + tests) as progress:
         corpus = synthesise(
-            options.output / "corpus", utterances=count, test_utterances=tests, seed=options.seed, progress=progress
+            options.output / "corpus",
+            utterances=count,
+            test_utterances=tests,
+            seed=options.seed,
+            progress=progress,
         )
     rows = [row for row in read_manifest(corpus.train_manifest) if isinstance(row, Utterance)]
     summary |= {
@@ -143,12 +154,14 @@ def climb_ladder(prepared, summary: dict[str, Any]) -> None:
     strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
     rungs = list(compare(index, replace(budget, limit_bytes=limit), strategies, ranks=1))
     folder = prepared.run.folder
-    command.show(rungs, len(index), command.Options(folder / "lengths.arrow", budget=folder / "budget.json", ranks=1))
-    summary["strategies"] = {}
-    for rung in rungs:
-        row = plain(rung.as_json())
-        row |= {"padding": row["padded_audio"], "epoch_hours": row["hours"], "speedup": row["speed"]}
-        summary["strategies"][row.pop("name")] = row
+    command.show(
+        rungs, len(index), command.Options(folder / "lengths.arrow", budget=folder / "budget.json", ranks=1)
+    )
+    summary["strategies"] = {
+        rung.name: plain(rung.as_json())
+        | {"padding": rung.figures.padded_audio, "epoch_hours": rung.figures.hours, "speedup": rung.speed}
+        for rung in rungs
+    }
     sample = np.linspace(0, len(index) - 1, min(len(index), 2000)).astype(int)
     lengths = np.stack([index.seconds[sample], index.tokens[sample]], axis=1)
     summary["corpus"]["lengths"] = lengths.astype(float).round(2).tolist()
@@ -175,12 +188,11 @@ def train_model(config, summary: dict[str, Any]) -> None:
 def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> None:
     """Transcribes the test part by attention, with CTC's transcripts beside, and scores both."""
     from canter.cli.progress import say
-    from canter.corpus.manifest import write_manifest
+    from canter.corpus.manifest import Utterance, read_manifest, write_manifest
     from canter.evaluation.wer import score
     from canter.inference.engine import Engine
     from canter.inference.transcribe import checkpoint_of, transcribe
     from canter.models.checkpoint import load_model
-    from canter.corpus.manifest import Utterance, read_manifest
 
     model = load_model(checkpoint_of(prepared.run.folder))
     tokenizer = prepared.tokenizer
@@ -196,7 +208,9 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
 
     def scored(hypotheses: Sequence[str], kept: Callable[[dict], bool] = lambda _: True):
         chosen = [i for i, row in enumerate(rows) if kept(row)]
-        return score([rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none").total
+        return score(
+            [rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none"
+        ).total
 
     attention = scored(texts)
     languages = sorted({row["lang"] for row in rows})
@@ -205,7 +219,9 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
         "cer": attention.cer,
         "wer_seen": scored(texts, lambda row: row["speaker_seen"]).wer,
         "wer_unseen": scored(texts, lambda row: not row["speaker_seen"]).wer,
-        "wer_by_language": {lang: scored(texts, lambda row, lang=lang: row["lang"] == lang).wer for lang in languages},
+        "wer_by_language": {
+            lang: scored(texts, lambda row, lang=lang: row["lang"] == lang).wer for lang in languages
+        },
         "ctc_wer": scored(ctc).wer,
         "rtfx": engine.counters.rtfx,
         "useful_rows": engine.counters.useful_rows,
@@ -232,7 +248,10 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
     models = {}
     for encoder_layers, decoder_layers in (DEEP, SHALLOW):
         shape = replace(
-            prepared.config.model, encoder_layers=encoder_layers, decoder_layers=decoder_layers, width=SHIFT_WIDTH
+            prepared.config.model,
+            encoder_layers=encoder_layers,
+            decoder_layers=decoder_layers,
+            width=SHIFT_WIDTH,
         )
         config = replace(prepared.config, model=shape)
         torch.manual_seed(options.seed)
@@ -245,7 +264,8 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
     lengths = torch.full((batch,), seconds * rate)
     rows = measure_shift(models, audio, lengths, tokens, repeats=1 if options.quick else 3)
     summary["decoder_shift"] = {
-        f"{row.shape} {row.cache}": asdict(row) | {"seconds": row.encoder_seconds + row.decoder_seconds} for row in rows
+        f"{row.shape} {row.cache}": asdict(row) | {"seconds": row.encoder_seconds + row.decoder_seconds}
+        for row in rows
     }
     for row in rows:
         say(

@@ -20,10 +20,13 @@ COMMANDS = {
     "compare": ("canter.cli.compare", "the ladder of batching strategies on your lengths"),
     "plan": ("canter.cli.plan", "an epoch's batches, with their figures"),
     "tune": ("canter.cli.tune", "measure what fits and how long it takes -> budget"),
+    "tokenizer": ("canter.cli.tokenizer", "train a tokenizer on transcripts"),
     "train": ("canter.cli.train", "train, or continue, a model"),
     "transcribe": ("canter.cli.transcribe", "audio -> transcripts"),
     "score": ("canter.cli.score", "WER and CER of transcripts"),
     "report": ("canter.cli.report", "a run as one HTML page"),
+    "info": ("canter.cli.info", "a model's shape, parameters and cost"),
+    "convert": ("canter.cli.convert", "a model from one format to another"),
 }
 
 
@@ -57,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"canter {__version__}")
         return 0
+    # Threads that wait for each other by spinning take the processor from whoever they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *rest = argv
     if name not in COMMANDS:
         import difflib

@@ -36,7 +36,7 @@ class Options:
     """The utterance that operations and times are told for."""
     tokens: int = 40
     """Its tokens."""
-    batch: int = 8
+    batch: int = 4
     """Utterances decoded together, for the times."""
     json: bool = False
     """Figures as JSON on standard output."""

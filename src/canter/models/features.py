@@ -103,7 +103,7 @@ class LogMel(nn.Module):
                 audio, config.n_fft, config.hop, config.window, self.taper, center=False, return_complex=True
             )
             frames = self.frames(lengths)
-            power = spectrum[:, :, :size].abs().square()
+            power = torch.view_as_real(spectrum[:, :, :size]).square().sum(-1)
             features = torch.log(torch.matmul(self.filters, power) + 2.0**-24).transpose(1, 2)
             valid = length_mask(frames, size)[:, :, None]
             count = frames[:, None, None].clamp(min=1)

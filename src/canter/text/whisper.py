@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -36,7 +35,7 @@ class WhisperTokenizer:
     def vocab_size(self) -> int:
         return self._first_timestamp + TIMESTAMPS
 
-    @cached_property
+    @property
     def languages(self) -> tuple[str, ...]:
         if not self.multilingual:
             return ("en",)

@@ -104,9 +104,9 @@ class TrainConfig:
     workers: int = 1
     """Processes that decode audio ahead; 0 decodes in the training process."""
     threads: int | None = None
-    """CPU threads for computing; none: one a core."""
+    """CPU threads for computing; none: one, or one a core, whichever is measured to be faster."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """'auto' times one training step in each and takes the faster."""
+    """'auto' times a few training steps in each and takes the faster."""
     device: str = "auto"
     """'cpu', 'cuda' or 'auto'."""
     valid_every: int = 500

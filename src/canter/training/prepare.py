@@ -31,6 +31,7 @@ from canter.training.run import Run
 from canter.tuning.fit import measure_budget
 
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
+TIMED_STEPS = 5
 SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
 
 
@@ -65,7 +66,6 @@ def prepare(
     if not config.manifest:
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
     run = Run.open(config)
-    torch.set_num_threads(config.threads or torch.get_num_threads())
     device = choose_device(config.device)
     tokenizer, characters = find_tokenizer(config, run, say)
     index = find_index(config, run, tokenizer)
@@ -75,7 +75,10 @@ def prepare(
     model = SpeechModel(model_config(config, tokenizer, characters)).to(device)
     model.tokenizer = tokenizer
     settled = run.settled()
-    precision = settled.get("precision") or choose_precision(config, model, say)
+    precision, threads = settled.get("precision"), settled.get("threads")
+    if precision is None or threads is None:
+        precision, threads = choose_speed(config, model, say)
+    torch.set_num_threads(config.threads or threads)
     budget = find_budget(config, run, model, index, precision, say, track)
     plan = Plan(
         index,
@@ -89,7 +92,7 @@ def prepare(
     )
     step_seconds, epoch_steps = predicted(plan)
     steps = settled.get("steps") or choose_steps(config, step_seconds, epoch_steps)
-    run.settle({"precision": precision, "steps": steps})
+    run.settle({"precision": precision, "threads": threads, "steps": steps})
     data = MicroBatches(
         index, tokenizer, characters if config.loss.ctc_weight else None, model.config.features.sample_rate
     )
@@ -187,22 +190,31 @@ def training_step(
     return step
 
 
-def choose_precision(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> str:
-    """'auto': whichever takes the shorter step here; bf16 has float32 weights and bf16 arithmetic."""
-    if config.precision != "auto":
-        return config.precision
-    seconds = {}
-    for precision in ("float32", "bf16"):
-        step = training_step(config, model, precision, prompt=4)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            step(4, 75, 25)
-            times.append(time.perf_counter() - start)
-        seconds[precision] = min(times)
+def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> tuple[str, int]:
+    """(precision, threads) of the shortest training step among those the configuration leaves open.
+
+    bf16 has float32 weights and bf16 arithmetic. All cores are not always fastest: on a machine that others use
+    too, threads wait for one another.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    precisions = ("float32", "bf16") if config.precision == "auto" else (config.precision,)
+    cores = torch.get_num_threads()
+    threads = {config.threads} if config.threads else {1, cores} if on_cpu else {cores}
+    seconds: dict[tuple[str, int], float] = {}
+    for precision in precisions:
+        for count in sorted(threads):
+            torch.set_num_threads(count)
+            step = training_step(config, model, precision, prompt=4)
+            times = []
+            for _ in range(TIMED_STEPS):
+                start = time.perf_counter()
+                step(4, 75, 25)
+                times.append(time.perf_counter() - start)
+            seconds[precision, count] = sorted(times[1:])[len(times) // 2 - 1]
     chosen = min(seconds, key=seconds.__getitem__)
-    ratio = seconds["float32"] / seconds["bf16"]
-    say(f"precision {chosen}: a step in bf16 is {ratio:.1f}x as fast as in float32 here")
+    if len(seconds) > 1:
+        told = ", ".join(f"{p} on {n} threads {1000 * s:.0f} ms" for (p, n), s in seconds.items())
+        say(f"{chosen[0]} on {chosen[1]} threads: a step takes {told}")
     return chosen
 
 
@@ -216,7 +228,7 @@ def find_tokenizer(config: TrainConfig, run: Run, say: Callable[[str], None]) ->
             for row in open_source(path):
                 if isinstance(row, Utterance):
                     texts.append(row.text)
-                    languages |= {row.lang, row.source_lang, row.target_lang} - {None}
+                    languages |= {lang for lang in (row.lang, row.source_lang, row.target_lang) if lang}
         folder.mkdir(exist_ok=True)
         if config.tokenizer is not None:
             load_tokenizer(config.tokenizer).save(folder)
