@@ -162,6 +162,8 @@ class Windows:
         if self.block == 1:
             return shuffled(positions, size, key)
         blocks = size // self.block
-        whole = positions < blocks * self.block
-        moved = shuffled(positions // self.block, blocks, key) if blocks else positions
-        return np.where(whole, moved * self.block + positions % self.block, positions)
+        whole = positions < blocks * self.block  # the rest, less than a block, stays at the end
+        moved = positions.copy()
+        inside = positions[whole]
+        moved[whole] = shuffled(inside // self.block, blocks, key) * self.block + inside % self.block
+        return moved
