@@ -25,10 +25,19 @@ KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(
     st.integers(100, 3000),
     st.booleans(),
 )
-def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(rows, kind, per_step, window, limit, gridded):
+def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(
+    rows, kind, per_step, window, limit, gridded
+):
     index = LengthIndex(*np.array(rows).T[:1], np.array([u for _, u in rows]))
     budget = Budget(float(limit), Polynomial(T=1.0, TT=1e-4, U=0.3, TU=1e-3), fixed_bytes=50.0)
-    plan = Plan(index, budget, kind, window=window, micro_batches_per_step=per_step, grid=(8, 4) if gridded else (1, 1))
+    plan = Plan(
+        index,
+        budget,
+        kind,
+        window=window,
+        micro_batches_per_step=per_step,
+        grid=(8, 4) if gridded else (1, 1),
+    )
     steps = list(plan)
     used = [row for step in steps for batch in step for row in batch]
     out = dict(plan.left_out())
@@ -83,7 +92,9 @@ def test_more_mixing_pads_more_and_mixes_more(budget):
 def test_length_does_not_drift_over_the_epoch(budget):
     plan = Plan(lengths(40_000), budget, Balanced(), window=10_000, micro_batches_per_step=2)
     table = plan.table()
-    per_step = np.add.reduceat(table.audio_seconds, table.steps[:-1]) / np.add.reduceat(table.size, table.steps[:-1])
+    per_step = np.add.reduceat(table.audio_seconds, table.steps[:-1]) / np.add.reduceat(
+        table.size, table.steps[:-1]
+    )
     part = len(per_step) // 10
     for end in (per_step[:part], per_step[-part:]):
         assert abs(end.mean() / per_step.mean() - 1) < 0.08
@@ -110,10 +121,14 @@ def test_synchronised_ranks_draw_from_one_bucket(budget):
     plan = Plan(index, budget, kind, micro_batches_per_step=4)
     bins = kind.bins(index, budget)
     same = sum(
-        len({int(b) for batch in step for b in bins.assign(Lengths.of(index, batch, budget))}) == 1 for step in plan
+        len({int(b) for batch in step for b in bins.assign(Lengths.of(index, batch, budget))}) == 1
+        for step in plan
     )
     assert same >= len(plan) - 12  # but for the buckets' rests
-    waits = [Plan(index, budget, Bucket2D(6, 2, sync), micro_batches_per_step=4).figures().waiting for sync in (True, False)]
+    waits = [
+        Plan(index, budget, Bucket2D(6, 2, sync), micro_batches_per_step=4).figures().waiting
+        for sync in (True, False)
+    ]
     assert waits[0] < waits[1]
 
 
@@ -121,7 +136,10 @@ def test_outliers_in_tokens_per_second_are_left_out_and_listed(budget):
     index = LengthIndex(np.full(1000, 5.0), np.r_[np.full(990, 20), np.full(10, 200)])
     bound = tokens_per_second_bound(sample(index, budget), 3.0)
     assert 4 < bound < 40
-    for plan in (Plan(index, budget, Bucket2D(2, 2, z_score=3.0)), Plan(index, budget, max_tokens_per_second=30)):
+    for plan in (
+        Plan(index, budget, Bucket2D(2, 2, z_score=3.0)),
+        Plan(index, budget, max_tokens_per_second=30),
+    ):
         assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in range(990, 1000)]
         assert plan.figures().utterances == 990
 
@@ -146,7 +164,8 @@ def test_optimal_bins_cost_no_more_than_any_others(budget):
     def cost(edges):
         bucket = np.searchsorted(edges, usable.seconds)
         return sum(
-            (bucket == b).sum() * budget.utterance_seconds(budget.frames(edge), 10) for b, edge in enumerate(edges)
+            (bucket == b).sum() * budget.utterance_seconds(budget.frames(edge), 10)
+            for b, edge in enumerate(edges)
         )
 
     found = cost(optimal_bins(usable, budget, 3).seconds)

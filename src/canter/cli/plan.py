@@ -58,7 +58,9 @@ def run(options: Options) -> int | None:
         raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
     index = open_lengths(options.index, options.prompt_tokens)
     budget = choose_budget(options.budget, options.model, options.memory)
-    chosen = strategy(options.strategy, **({"mixing": options.mixing} if options.strategy == "balanced" else {}))
+    chosen = strategy(
+        options.strategy, **({"mixing": options.mixing} if options.strategy == "balanced" else {})
+    )
     if options.bins:
         from canter.integrations.nemo import bucketing_config
 

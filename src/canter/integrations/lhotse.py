@@ -20,9 +20,9 @@ def index_of_cuts(cuts: CutSet, tokenizer: Any = None, prompt_tokens: int = 0) -
     it), or those of its supervisions' text with `tokenizer.encode`, the prompt and one for the end; else 0.
     """
     durations, tokens = [], []
-    for cut in cuts:
+    for cut in iter(cuts):  # type: ignore[call-overload]
         durations.append(cut.duration)
-        count = (cut.custom or {}).get("num_tokens") if getattr(cut, "custom", None) else None
+        count = (getattr(cut, "custom", None) or {}).get("num_tokens")
         if count is None and tokenizer is not None:
             text = " ".join(s.text for s in cut.supervisions if s.text)
             count = len(tokenizer.encode(text)) + prompt_tokens + 1
@@ -39,10 +39,14 @@ class PlanCutSampler(CutSampler):
     has no empty batch.
     """
 
-    def __init__(self, cuts: CutSet, plan: Plan, *, world_size: int | None = None, rank: int | None = None) -> None:
+    def __init__(
+        self, cuts: CutSet, plan: Plan, *, world_size: int | None = None, rank: int | None = None
+    ) -> None:
         super().__init__(shuffle=True, drop_last=False, world_size=world_size, rank=rank, seed=plan.seed)
         if len(cuts) != len(plan.index):
-            raise PlanError(f"{len(cuts)} cuts and an index of {len(plan.index)} rows: they must be the same, in order")
+            raise PlanError(
+                f"{len(cuts)} cuts and an index of {len(plan.index)} rows: they must be the same, in order"
+            )
         if plan.micro_batches_per_step % self.world_size:
             raise PlanError(
                 f"{self.world_size} ranks do not divide the plan's {plan.micro_batches_per_step} micro-batches per step"

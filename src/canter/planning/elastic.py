@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from itertools import pairwise
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def slowest_rank(seconds: np.ndarray, steps: np.ndarray, ranks: int) -> np.ndarr
     if np.all(sizes <= ranks):  # a micro-batch a rank at most: the slowest is the longest
         return np.maximum.reduceat(seconds, steps[:-1]) if len(sizes) else np.empty(0)
     slowest = np.empty(len(sizes))
-    for step, (begin, end) in enumerate(zip(steps[:-1], steps[1:])):
+    for step, (begin, end) in enumerate(pairwise(steps)):
         inside = seconds[begin:end]
         slowest[step] = max(float(inside[share].sum()) for share in share_out(inside, ranks))
     return slowest

@@ -17,7 +17,7 @@ Rounding T and U up to a grid counts as padding.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -46,8 +46,12 @@ class BatchTable:
         tables = list(tables)
         before = np.cumsum([0] + [len(t.size) for t in tables])
         steps = [t.steps[1:] + start for t, start in zip(tables, before)]
-        columns = (np.concatenate([getattr(t, name) for t in tables]) for name in cls.__slots__[:-1])
-        return cls(*columns, np.concatenate([[0], *steps]).astype(np.int64))
+        columns = {
+            f.name: np.concatenate([getattr(t, f.name) for t in tables])
+            for f in fields(cls)
+            if f.name != "steps"
+        }
+        return cls(**columns, steps=np.concatenate([[0], *steps]).astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,9 +160,9 @@ class Plan:
         """Changes with anything that decides the steps but the epoch."""
         options = asdict(self.strategy) if is_dataclass(self.strategy) else {}  # type: ignore[call-overload]
         parts = [
-            self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets], self.strategy.name, options, self.seed,
-            self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid, self.block, self.endless,
-            self.curriculum,
+            self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets], self.strategy.name, options,
+            self.seed, self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid, self.block,
+            self.endless, self.curriculum,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
@@ -204,7 +204,7 @@ class Plan:
 
     @cached_property
     def table_of_steps(self) -> np.ndarray:
-        """(windows + 1,) int64: steps before each window. One pass over the epoch, cached in the folder if there is one."""
+        """(windows + 1,) int64: steps before each window. One pass over the epoch, kept in the cache folder."""
         if self.windows.count is None:
             raise PlanError("an endless stream has no last step: address it by position, not by number")
         path = self.cache and self.cache / f"steps-{self.fingerprint}-{self.epoch}.npy"
@@ -253,7 +253,7 @@ class Plan:
             window, inside = window + 1, 0
 
     def micro_batches_for(self, rank: int, ranks: int, number: int | Position) -> list[MicroBatch]:
-        """What a rank computes of a step: micro-batches shared out by predicted time. Empty where others have it all."""
+        """A rank's part of a step: micro-batches shared out by predicted time; empty where others have it all."""
         if not 0 <= rank < ranks:
             raise PlanError(f"rank {rank} of {ranks}: ranks count from 0")
         window, inside = self.check(number) if isinstance(number, Position) else self._find(number)
@@ -293,8 +293,8 @@ class Plan:
         """(window, step in it) of a position. Raises PlanError where it is of another plan or epoch."""
         if position.plan != self.fingerprint:
             raise PlanError(
-                f"the position belongs to another plan ({position.plan}, this one is {self.fingerprint}): index, budget, "
-                "strategy, seed, window and micro-batches per step must be those of the run"
+                f"the position belongs to another plan ({position.plan}, this one is {self.fingerprint}): index, "
+                "budget, strategy, seed, window and micro-batches per step must be those of the run"
             )
         if position.epoch != self.epoch:
             raise PlanError(f"the position is in epoch {position.epoch}, this plan is of epoch {self.epoch}")
@@ -364,7 +364,7 @@ def _short_first(cut: Window) -> Window:
     frames = np.add.reduceat(cut.lengths.frames, cut.batches[cut.steps[:-1]])
     size = np.diff(cut.batches[cut.steps])
     turn = np.argsort(frames / size, kind="stable")
-    sequence = np.concatenate([np.arange(cut.steps[s], cut.steps[s + 1]) for s in turn])
+    sequence = np.concatenate([np.arange(int(cut.steps[s]), int(cut.steps[s + 1])) for s in turn])
     steps = np.concatenate([[0], np.cumsum(np.diff(cut.steps)[turn])])
     moved = reorder(np.arange(len(cut.rows)), cut.batches, sequence, steps)
     return Window(cut.rows[moved.order], moved.batches, moved.steps, cut.lengths.take(moved.order))

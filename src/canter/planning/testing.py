@@ -24,7 +24,8 @@ def assert_same(expected: Any, found: Any, where: str = "") -> None:
         for number, (one, other) in enumerate(zip(expected, found)):
             assert_same(one, other, f"{where}[{number}]")
     elif isinstance(expected, dict):
-        assert isinstance(found, dict) and expected.keys() == found.keys(), f"{where}: other keys"
+        assert isinstance(found, dict), f"{where}: {type(found).__name__} is not a dict"
+        assert expected.keys() == found.keys(), f"{where}: other keys"
         for key, one in expected.items():
             assert_same(one, found[key], f"{where}[{key!r}]")
     elif isinstance(expected, str) or expected is None:

@@ -159,7 +159,9 @@ def batch_share(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.nd
     return np.repeat(padded / room * (1 + 0.5 * padded / room), np.diff(batches))
 
 
-def fill(frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarray, count: int) -> np.ndarray | None:
+def fill(
+    frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarray, count: int
+) -> np.ndarray | None:
     """Cuts exactly `count` batches, each an equal share of what is left; None if they do not fit.
 
     done: (n + 1,) batches' worth before each utterance.
@@ -167,7 +169,7 @@ def fill(frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarra
     room, cost = budget.limit_bytes - budget.fixed_bytes, budget.memory
     longest = np.maximum.reduce
     n, offsets, start, size = len(frames), [0], 0, 1
-    prefix, total = memoryview(done), float(done[-1])
+    prefix, total = done.data, float(done[-1])
     a, b, c, d, e = cost.T, cost.TT, cost.U, cost.TU, cost.UU
     for left in range(count, 0, -1):
         # a little more than an even share, so that where the estimate is too low the last do not overflow

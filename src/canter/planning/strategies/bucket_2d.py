@@ -1,4 +1,4 @@
-"""2-D bucketing with a batch size per bucket (Zelasko et al. 2025, sections 3.1-3.3): the published state of the art."""
+"""2-D bucketing with a batch size per bucket (Zelasko et al. 2025): the published state of the art."""
 
 from __future__ import annotations
 

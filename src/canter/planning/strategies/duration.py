@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +17,8 @@ from canter.planning.strategies.base import Cut, Cutter, none_usable, shuffled_s
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """Batches of at most `max_seconds`: their size times the longest effective duration, seconds + seconds^2 / quadratic.
+    """Batches of at most `max_seconds`: their size times the longest
+    effective duration, seconds + seconds^2 / quadratic.
 
     The bound holds for every batch of two or more; an utterance that alone exceeds it gets a batch of its own.
     max_seconds None takes 360, or less where the budget holds less of the costliest utterances.
@@ -67,7 +69,7 @@ class Bucket1D:
             bucket = bucket[order]
             effective = effective_seconds(lengths, self.quadratic)[order]
             edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=len(bins)))
-            ends = [capped(effective[a:b], cap)[1:] + a for a, b in zip(edges[:-1], edges[1:])]
+            ends = [capped(effective[a:b], cap)[1:] + a for a, b in pairwise(edges)]
             return shuffled_steps(order, np.concatenate([[0], *ends]).astype(np.int64), per_step, rng)
 
         return cut
