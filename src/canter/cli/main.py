@@ -27,6 +27,7 @@ COMMANDS = {
     "report": ("canter.cli.report", "a run as one HTML page"),
     "info": ("canter.cli.info", "a model's shape, parameters and cost"),
     "convert": ("canter.cli.convert", "a model from one format to another"),
+    "reshape": ("canter.cli.reshape", "move layers from decoder to encoder"),
 }
 
 
