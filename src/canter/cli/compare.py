@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from canter.planning.compare import Rung
 
 
 @dataclass(frozen=True)
@@ -85,26 +92,62 @@ def run(options: Options) -> int | None:
     elif options.markdown:
         sys.stdout.write(markdown(rows))
     else:
-        show(rows, len(index), options)
+        shape = (
+            options.budget.name if options.budget else f"{options.model} on {options.memory:g} GB (analytic)"
+        )
+        show(rows, f"{options.index.name}: {len(index):,} utterances, {shape}, {options.ranks} ranks")
 
 
-def show(rows: list, utterances: int, options: Options) -> None:
+CAPTION = "speed at equal GPUs and GPUs at equal wall time are against the first row"
+# what a narrow terminal loses first; a column of zeros before all
+EXPENDABLE = (
+    "steps", "epoch hours", "padded audio", "padded tokens", "left out", "over", "GPUs", "waiting", "mean batch",
+    "mixing pool", "memory filled",
+)  # fmt: skip
+
+
+def show(rows: Sequence[Rung], title: str, caption: str | None = CAPTION) -> None:
+    """Prints the ladder. A row is a line: a terminal too narrow for all columns gets fewer; a pipe gets all."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.measure import Measurement
 
     from canter.planning.compare import COLUMNS, cells
 
-    budget = options.budget.name if options.budget else f"{options.model} on {options.memory:g} GB (analytic)"
-    table = Table(
-        title=f"{options.index.name}: {utterances:,} utterances, {budget}, {options.ranks} ranks",
-        caption="speed at equal GPUs and GPUs at equal wall time are against the first row",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "strategy" else "right")
-    for row in rows:
-        table.add_row(*cells(row), style="bold" if row is rows[-1] else "")
     console = Console()
-    # a table cut off at the edge of a pipe or a narrow terminal helps nobody
-    Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
+    wide = console.options.update(max_width=1000)
+    values = [dict(zip(COLUMNS, cells(row))) for row in rows]
+    idle = [name for name in ("over", "left out") if all(value[name] == "0" for value in values)]
+    expendable = [*idle, *(name for name in EXPENDABLE if name not in idle)]
+    shown = list(COLUMNS)
+    table = ladder_table(values, shown)
+    while (needs := Measurement.get(console, wide, table).maximum) > console.width and expendable:
+        if not console.is_terminal:
+            console = Console(width=needs)
+            break
+        shown.remove(expendable.pop(0))
+        table = ladder_table(values, shown)
+    console.print(title, style="bold", highlight=False)
+    console.print(table)
+    missing = [name for name in COLUMNS if name not in shown]
+    if missing:
+        console.print(f"no room for {', '.join(missing)}: --markdown and --json have all", highlight=False)
+    if caption:
+        console.print(caption, style="dim", highlight=False)
+
+
+def ladder_table(values: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Table:
+    """The last row stands out; header words one below the other."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    for name in columns:
+        table.add_column(
+            name.replace(" ", "\n"),
+            justify="left" if name == "strategy" else "right",
+            vertical="bottom",
+            no_wrap=True,
+        )
+    for value in values:
+        table.add_row(*(value[name] for name in columns), style="bold" if value is values[-1] else "")
+    return table

@@ -34,17 +34,22 @@ class Rung:
 def ladder(window: int | None = None, mixing: float = 1.0) -> list[tuple[str, Strategy, int | None]]:
     """(label, strategy, window) of the rows that `canter compare` shows."""
     balanced = Balanced(mixing)
-    window = window or balanced.default_window
+    window = window or balanced.default_window or 50_000
     return [
-        ("random, fixed size", Random(), None),
-        ("duration, 360 s", Duration(), None),
-        ("1-D buckets, 30, quadratic", Bucket1D(), None),
-        ("2-D buckets, 30x2", Bucket2D(synchronised=False), None),
-        ("2-D buckets, 30x2, ranks in step", Bucket2D(), None),
-        ("2-D buckets, 30x5, ranks in step", Bucket2D(30, 5), None),
-        ("60 best buckets, ranks in step", Bucket2D(20, 3, optimal=True), None),
-        (f"balanced, window {window:,}", balanced, window),
+        ("random", Random(), None),
+        ("duration 360 s", Duration(), None),
+        ("bucket_1d 30", Bucket1D(), None),
+        ("bucket_2d 30x2", Bucket2D(synchronised=False), None),
+        ("bucket_2d 30x2 in step", Bucket2D(), None),
+        ("bucket_2d 30x5 in step", Bucket2D(30, 5), None),
+        ("bucket_2d 60 optimal", Bucket2D(20, 3, optimal=True), None),
+        (f"balanced W={short(window)}", balanced, window),
     ]
+
+
+def short(count: int) -> str:
+    """50000 as 50k."""
+    return f"{count // 1000}k" if count and count % 1000 == 0 else f"{count:,}"
 
 
 def rung(name: str, plan: Plan, ranks: int) -> Rung:
