@@ -1,5 +1,6 @@
 """`canter plan` and `canter compare`: what they print, what they keep, and what a user can get wrong."""
 
+import json
 import re
 
 import numpy as np
@@ -8,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from canter.cli import compare as command
-from canter.planning import analytic_budget
+from canter.cli.main import main
+from canter.corpus.index import LengthIndex
+from canter.planning import Plan, analytic_budget
 from canter.planning.compare import COLUMNS, compare, ladder
 
 
@@ -28,8 +31,6 @@ def table(tmp_path):
 
 @pytest.fixture(scope="module")
 def rungs():
-    from canter.corpus.index import LengthIndex
-
     rng = np.random.default_rng(0)
     index = LengthIndex(rng.uniform(1, 20, 1500), rng.integers(5, 80, 1500))
     return list(compare(index, analytic_budget(), ranks=2))
@@ -64,3 +65,18 @@ def test_a_pipe_gets_all_columns(rungs, monkeypatch, capsys):
     assert all(word in " ".join(lines) for name in COLUMNS for word in name.split())
     row = next(line for line in lines if line.startswith(" balanced"))
     assert len(row.split()) == len(COLUMNS) + 1
+
+
+def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    index = LengthIndex(rng.uniform(1, 20, 3000), rng.integers(5, 80, 3000))
+    index.save(tmp_path / "lengths.arrow")
+    arguments = ["plan", str(tmp_path / "lengths.arrow"), "--window", "1000", "--ranks", "2", "--json"]
+    assert main(arguments) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    (kept,) = (tmp_path / "lengths.steps").iterdir()
+    assert np.load(kept).tolist()[-1] == steps
+    plan = Plan(LengthIndex.open(tmp_path / "lengths.arrow"), analytic_budget(), window=1000,
+                micro_batches_per_step=2, cache=tmp_path / "lengths.steps")  # fmt: skip
+    plan.cut = None  # type: ignore[assignment]
+    assert len(plan) == steps

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canter.corpus.index import LengthIndex, Source
+from canter.corpus.index import LengthIndex, Shard, Source
 from canter.errors import PlanError
 from canter.planning import Budget, Plan, Polynomial, Position
 from canter.planning.emit import write_plan
@@ -70,7 +70,25 @@ def test_len_and_step_numbers(index, budget, tmp_path):
     again = Plan(index, budget, window=700, micro_batches_per_step=2, cache=tmp_path)
     again.cut = None  # type: ignore[assignment]
     assert len(again) == len(plan)
-    assert len(list(tmp_path.iterdir())) == 1
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(b"torn")  # made again
+    assert len(Plan(index, budget, window=700, micro_batches_per_step=2, cache=tmp_path)) == len(plan)
+    # figures cut every window: their table is kept too
+    figures = Plan(index, budget, window=700, seed=5, cache=tmp_path).figures()
+    known = Plan(index, budget, window=700, seed=5, cache=tmp_path)
+    known.cut = None  # type: ignore[assignment]
+    assert len(known) == figures.steps
+
+
+def test_a_sharded_index_is_drawn_in_blocks_and_another_sharding_is_another_plan(budget):
+    some = lengths(4000)
+    shards = [Shard(f"{i}.jsonl", f"{i}.tar", 1, 0, i * 500, (i + 1) * 500) for i in range(8)]
+    sharded = LengthIndex(some.seconds, some.tokens, ["a"], shards=shards)
+    plan = Plan(sharded, budget, window=1000)
+    assert plan.windows.blocks == [3]
+    assert plan.fingerprint != Plan(some, budget, window=1000).fingerprint
+    assert plan.at_epoch(1).windows.blocks == [3]
+    assert sorted(row for step in plan for batch in step for row in batch) == list(range(4000))
 
 
 @settings(deadline=None, max_examples=25)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canter.corpus.index import LengthIndex, Source
+from canter.corpus.index import LengthIndex, Shard, Source
 from canter.errors import PlanError
 from canter.planning.windows import Windows, shuffled
 
@@ -95,3 +95,56 @@ def test_no_window_outside_and_no_empty_stream():
     index.sources = (Unweighted(),)
     with pytest.raises(PlanError, match="weight 0"):
         Windows(index, 0, 0, 5, endless=True)
+
+
+def sharded(shards: int, rows: int, sources: int = 1, origin: str = "{}.tar") -> LengthIndex:
+    """`shards` archives of `rows` rows for each source."""
+    count = shards * rows * sources
+    table = [
+        Shard(f"part{i}.jsonl", origin.format(i), 1, i // shards, i * rows, (i + 1) * rows)
+        for i in range(shards * sources)
+    ]
+    owner = np.arange(count) // (shards * rows)
+    named = [f"s{i}" for i in range(sources)]
+    return LengthIndex(np.ones(count), np.ones(count, int), named, owner, shards=table)
+
+
+def test_blocks_follow_the_shards():
+    # 200 rows a shard, 60 of which are a 256th of a window
+    assert Windows(sharded(300, 200), 0, 0, 15_360).blocks == [58]  # of 4 windows of 15,000
+    assert Windows(sharded(300, 200), 0, 0, 60_000).blocks == [200]  # no more than a shard
+    assert Windows(sharded(300, 200, origin="part{}.jsonl"), 0, 0, 60_000).blocks == [
+        200
+    ]  # shards of a manifest
+    assert Windows(sharded(1, 60_000, origin="part{}.jsonl"), 0, 0, 60_000).blocks == [1]  # one manifest
+    assert Windows(sharded(1, 60_000), 0, 0, 60_000).blocks == [234]  # one tar
+    assert Windows(sharded(300, 200), 0, 0, 60_000, block=7).blocks == [7]  # what was asked for
+    assert Windows(LengthIndex(np.ones(9), np.ones(9, int)), 0, 0, 9).blocks == [1]
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+def test_windows_of_an_epoch_are_read_in_whole_blocks(sources):
+    index = sharded(100, 120, sources)
+    windows = Windows(index, 0, 0, 4000 * sources)
+    size = len(index) // sources
+    drawn = [windows.rows(w) for w in range(windows.count)]
+    assert np.array_equal(np.sort(np.concatenate(drawn)), np.arange(len(index)))
+    for source, block in enumerate(windows.blocks):
+        assert block == 15
+        for rows in drawn:
+            local = rows[index.source_of[rows] == source] - source * size
+            _, together = np.unique(local // block, return_counts=True)
+            assert np.all(together == block)
+            assert len(together) >= 256
+    first, second = (Windows(index, 0, epoch, 4000 * sources).rows(0) for epoch in (0, 1))
+    assert len(np.intersect1d(first, second)) < 0.6 * len(first)
+    assert (np.diff(first) == 1).mean() < 0.01  # shuffled inside
+
+
+def test_a_sharded_stream_keeps_its_mixture():
+    index = sharded(40, 100, 2)
+    index.sources = (Source("a", weight=3.0), Source("b", weight=1.0))
+    windows = Windows(index, 0, 0, 2000, endless=True)
+    assert windows.blocks == [5, 1]
+    for window in range(4):
+        assert np.count_nonzero(windows.rows(window) < 4000) == 1500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,13 @@ def open_lengths(path: Path, prompt_tokens: int = 0) -> LengthIndex:
     if not len(seconds):
         raise ManifestError(f"{path}: not one row can be used{f'; {problems[0].reason}' if problems else ''}")
     return LengthIndex(seconds, tokens, [path.stem], problems=problems)
+
+
+def steps_folder(index: LengthIndex) -> Path | None:
+    """Beside the index, where its plans keep their tables of steps; None where it cannot be written or is in memory."""
+    if index.path is None or not os.access(index.path.parent, os.W_OK):
+        return None
+    return index.path.with_suffix(".steps")
 
 
 def is_index(path: Path) -> bool:

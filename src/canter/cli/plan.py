@@ -47,7 +47,7 @@ class Options:
 
 
 def run(options: Options) -> int | None:
-    from canter.cli.lengths import choose_budget, open_lengths, plain
+    from canter.cli.lengths import choose_budget, open_lengths, plain, steps_folder
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
     from canter.planning.strategies import Bucket2D
@@ -77,6 +77,7 @@ def run(options: Options) -> int | None:
         window=options.window,
         micro_batches_per_step=options.micro_batches_per_step or options.ranks,
         max_tokens_per_second=options.max_tokens_per_second,
+        cache=steps_folder(index),
     )
     figures = plan.figures(options.ranks)
     left_out = plan.left_out()

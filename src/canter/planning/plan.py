@@ -30,6 +30,9 @@ from canter.planning.strategies.base import maxima, reorder
 from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
+VERSION = (
+    1  # to be raised when the same settings come to give other steps: positions and tables are then refused
+)
 KEEP = 2  # cut windows held in memory
 
 
@@ -94,7 +97,7 @@ class Plan:
     micro_batches_per_step: M, the ranks times the accumulation of the run; fixed for the run.
     max_tokens_per_second: utterances beyond are left out, counted and listed.
     grid: (frames, tokens) up to multiples of which T and U are rounded, so that kernels see few shapes.
-    block: rows that are read together (see `Windows`).
+    block: rows that are read together; None follows the index's shards (see `Windows`).
     endless: a stream in which each source has its weight, and windows go on for ever.
     curriculum: "short_first" puts the steps of epoch 0's first window in ascending order of mean length.
     cache: folder for the table of steps.
@@ -114,7 +117,7 @@ class Plan:
         micro_batches_per_step: int = 1,
         max_tokens_per_second: float | None = None,
         grid: tuple[int, int] = (1, 1),
-        block: int = 1,
+        block: int | None = None,
         endless: bool = False,
         curriculum: str | None = None,
         cache: str | Path | None = None,
@@ -160,9 +163,9 @@ class Plan:
         """Changes with anything that decides the steps but the epoch."""
         options = asdict(self.strategy) if is_dataclass(self.strategy) else {}  # type: ignore[call-overload]
         parts = [
-            self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets], self.strategy.name, options,
-            self.seed, self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid, self.block,
-            self.endless, self.curriculum,
+            VERSION, self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets], self.strategy.name, options,
+            self.seed, self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid,
+            self.windows.blocks, self.endless, self.curriculum,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
@@ -207,14 +210,24 @@ class Plan:
         """(windows + 1,) int64: steps before each window. One pass over the epoch, kept in the cache folder."""
         if self.windows.count is None:
             raise PlanError("an endless stream has no last step: address it by position, not by number")
-        path = self.cache and self.cache / f"steps-{self.fingerprint}-{self.epoch}.npy"
+        path = self._table_path
         if path and path.exists():
-            table = np.load(path)
+            try:
+                table = np.load(path)
+            except (OSError, ValueError, EOFError):  # damaged: made again
+                table = np.empty(0)
             if table.shape == (self.windows.count + 1,):
                 return table
-        counts = [len(self.cut(window)) for window in range(self.windows.count)]
+        return self._keep([len(self.cut(window)) for window in range(self.windows.count)])
+
+    @property
+    def _table_path(self) -> Path | None:
+        return self.cache and self.cache / f"steps-{self.fingerprint}-{self.epoch}.npy"
+
+    def _keep(self, counts: list[int]) -> np.ndarray:
+        """The table of the steps in each window, written to the cache folder."""
         table = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        if path:
+        if path := self._table_path:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
             np.save(partial, table)
@@ -333,7 +346,10 @@ class Plan:
         count = self.windows.count if windows is None else windows
         if count is None:
             raise PlanError("an endless stream has no last step: say how many windows to look at")
-        return BatchTable.concatenate(self.batch_table(window) for window in range(count))
+        tables = [self.batch_table(window) for window in range(count)]
+        if count == self.windows.count and "table_of_steps" not in self.__dict__:  # no need of another pass
+            self.__dict__["table_of_steps"] = self._keep([len(table.steps) - 1 for table in tables])
+        return BatchTable.concatenate(tables)
 
     def figures(self, ranks: int | None = None, windows: int | None = None) -> Figures:
         """Figures of the epoch with its steps shared out to `ranks` (None: M)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from canter.errors import PlanError
 from canter.planning.lengths import Index
 
 ROUNDS = 4
+BLOCKS = 256  # that a window takes of each source that is read in runs
+FEWEST_BLOCKS = 4  # however large the block that was asked for
 
 
 def mix(*parts: int) -> int:
@@ -77,8 +80,10 @@ class Windows:
     """The windows of an epoch, or of an endless weighted stream.
 
     size: utterances in a window (the windows of an epoch are made equal, so theirs may differ from it by up to a half).
-    block: rows that stay neighbours in the shuffle; 1 for files that can be opened at random, the rows of a shard
-    for archives that are read in runs.
+    block: rows that are drawn together, at most, so that archives are read in runs. None: the rows of a shard where a
+    source has several shards or is a tar, but so few that a window takes 256 blocks of it; 1 for files that can be
+    opened at random. The windows of an epoch hold whole blocks (the last takes the rest); an endless stream keeps its
+    mixture exact and may go on with a block in the next window. A block may reach over the end of a shard.
     """
 
     index: Index
@@ -86,10 +91,10 @@ class Windows:
     epoch: int
     size: int
     endless: bool = False
-    block: int = 1
+    block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.block < 1:
+        if self.size < 1 or (self.block is not None and self.block < 1):
             raise PlanError(f"window is {self.size} and block {self.block}; both must be at least 1")
         if len(self.index) == 0:
             raise PlanError("the index is empty: there is nothing to plan")
@@ -133,6 +138,32 @@ class Windows:
                 raise PlanError(f"source {source}: weight is {value}; it must be zero or more")
         return values * (np.array(self._sizes) > 0)
 
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Rows of each source that stay neighbours in the shuffle."""
+        shares = self._weights / self._weights.sum() if self.endless else None
+        natural = [1] * len(self._sizes) if self.block is None else [self.block] * len(self._sizes)
+        if self.block is None:
+            for source, shards in self._shards.items():
+                given = getattr(list(self.index.sources)[source], "audio", "")
+                if len(shards) > 1 or given or shards[0].origin.endswith(".tar"):
+                    natural[source] = int(np.median([shard.stop - shard.start for shard in shards]))
+        least = BLOCKS if self.block is None else FEWEST_BLOCKS
+        drawn = [
+            size / (self.count or 1) if shares is None else self.size * shares[source]
+            for source, size in enumerate(self._sizes)
+        ]
+        return [max(1, min(rows, int(n / least))) for rows, n in zip(natural, drawn)]
+
+    @cached_property
+    def _shards(self) -> dict[int, list[Any]]:
+        """The shards of each source that have audio."""
+        found: dict[int, list[Any]] = {}
+        for shard in getattr(self.index, "shards", ()):
+            if shard.path:
+                found.setdefault(shard.source, []).append(shard)
+        return found
+
     def rows(self, window: int) -> np.ndarray:
         """Rows of a window in random order, int64."""
         if window < 0 or (self.count is not None and window >= self.count):
@@ -143,7 +174,7 @@ class Windows:
             if shares is not None:
                 first, last = (math.floor(w * self.size * shares[source]) for w in (window, window + 1))
             else:
-                first, last = (w * size // (self.count or 1) for w in (window, window + 1))
+                first, last = (self._before(source, w) for w in (window, window + 1))
             while first < last:  # an endless stream may come to the end of a pass inside a window
                 turn = first // size
                 stop = min(last, (turn + 1) * size)
@@ -152,18 +183,24 @@ class Windows:
                 run = np.searchsorted(before, local, side="right") - 1 if len(starts) > 1 else 0
                 parts.append(local + (starts[run] - before[run]))
                 first = stop
-        if len(parts) == 1 and self.block == 1:
+        if len(parts) == 1 and max(self.blocks) == 1:
             return parts[0]
         rows = np.concatenate([np.empty(0, np.int64), *parts])
         return rows[shuffled(np.arange(len(rows)), len(rows), mix(self.seed, self.epoch, window, len(parts)))]
 
+    def _before(self, source: int, window: int) -> int:
+        """Rows of a source before a window of an epoch: whole blocks."""
+        count, block = self.count or 1, self.blocks[source]
+        size = self._sizes[source]
+        return size if window == count else window * (size // block) // count * block
+
     def _order(self, positions: np.ndarray, source: int, size: int, turn: int) -> np.ndarray:
-        key = mix(self.seed, self.epoch, source, turn)
-        if self.block == 1:
+        key, block = mix(self.seed, self.epoch, source, turn), self.blocks[source]
+        if block == 1:
             return shuffled(positions, size, key)
-        blocks = size // self.block
-        whole = positions < blocks * self.block  # the rest, less than a block, stays at the end
+        blocks = size // block
+        whole = positions < blocks * block  # the rest, less than a block, stays at the end
         moved = positions.copy()
         inside = positions[whole]
-        moved[whole] = shuffled(inside // self.block, blocks, key) * self.block + inside % self.block
+        moved[whole] = shuffled(inside // block, blocks, key) * block + inside % block
         return moved
