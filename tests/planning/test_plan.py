@@ -11,15 +11,31 @@ from canter.errors import PlanError
 from canter.planning import Budget, Plan, Polynomial, Position
 from canter.planning.emit import write_plan
 from canter.planning.metrics import mixing_pool
+from canter.planning.strategies import STRATEGIES, Balanced, Bucket1D, Bucket2D, Random
 from canter.planning.testing import assert_plan_resumes, assert_same
 
 from .conftest import lengths
 
+KINDS = [
+    *(kind() for kind in STRATEGIES.values()), Random(7), Bucket1D(5), Bucket2D(5, 2),
+    Bucket2D(4, 2, synchronised=False),
+    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(2.5),
+]  # fmt: skip
 
-@pytest.mark.parametrize("name", ["random", "duration", "bucket_1d", "bucket_2d", "balanced"])
-def test_resumes_at_every_step(name, budget):
-    index = lengths(900)
-    assert_plan_resumes(lambda: Plan(index, budget, name, seed=3, window=250, micro_batches_per_step=2))
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_strategy_resumes_at_every_step(kind, budget):
+    index = lengths(450, sources=2)
+    assert_plan_resumes(lambda: Plan(index, budget, kind, seed=3, window=150, micro_batches_per_step=2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}], ids=str
+)
+def test_resumes_whatever_the_settings(options, budget):
+    index = lengths(700)
+    settings = {"window": 200, "micro_batches_per_step": 3} | options
+    assert_plan_resumes(lambda: Plan(index, budget, **settings))
 
 
 def test_the_helper_finds_a_plan_that_does_not_resume(budget, index):

@@ -12,6 +12,9 @@ from canter.planning.testing import assert_resumes_everywhere
 
 from .conftest import lengths
 
+# more workers than this machine has cores is what is tested
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
 
 class Rows(Dataset):
     def __getitem__(self, row):
@@ -56,8 +59,9 @@ def _steps(sampler, loader, count):
         yield step
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 4, 8])
 def test_prefetched_batches_are_not_lost(workers):
+    """Whatever the number of workers before and after, what the loop has not finished comes again."""
     expected = [rows.tolist() for step in small_plan() for rows in step]
     sampler, loader = loader_of(small_plan(), workers=workers)
     batches, got = sampler.follow(loader), []
@@ -66,9 +70,31 @@ def test_prefetched_batches_are_not_lost(workers):
     # the sixth is still in the loop's hands: a state taken now gives it again
     state = json.loads(json.dumps(sampler.state_dict()))
     batches.close()
-    resumed, loader = loader_of(small_plan(), workers=workers)
+    resumed, loader = loader_of(small_plan(), workers=8 - workers)
     resumed.load_state_dict(state)
     assert got[:5] + [batch.tolist() for batch in resumed.follow(loader)] == expected
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_resumes_at_the_last_step_of_an_epoch_and_after_it(workers):
+    per_step = 2
+    plan = small_plan(micro_batches_per_step=per_step)
+    epoch, following = ([[rows.tolist() for rows in step] for step in p] for p in (plan, plan.at_epoch(1)))
+    sampler, loader = loader_of(plan, workers=workers)
+    batches = _taken(sampler, loader)
+    states = [sampler.state_dict()]
+    for step in epoch:
+        for expected in step:
+            assert next(batches).tolist() == expected
+        states.append(json.loads(json.dumps(sampler.state_dict())))
+    assert next(batches, None) is None
+    for state, wanted in ((states[-2], epoch[-1:]), (states[-1], following)):
+        resumed, loader = loader_of(small_plan(micro_batches_per_step=per_step), workers=workers)
+        resumed.load_state_dict(state)
+        assert [batch.tolist() for batch in resumed.follow(loader)] == [
+            rows for step in wanted for rows in step
+        ]
+    assert resumed.state_dict()["epoch"] == 2
 
 
 def test_ranks_divide_an_epoch_and_may_change_in_the_middle():
