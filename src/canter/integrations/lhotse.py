@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,17 @@ class PlanCutSampler(CutSampler):
     """Yields a `CutSet` for each micro-batch of this rank, in plan order: ``DataLoader(dataset, sampler=...,
     batch_size=None)`` as with any Lhotse sampler.
 
+    A loader with workers draws batches long before the loop takes them. Pass it through ``follow``, and a state counts
+    what the loop is done with, so that nothing read ahead is skipped on resuming::
+
+        for batch in sampler.follow(loader):
+            ...
+            state = sampler.state_dict()  # this batch comes again
+
+    Without ``follow``, a batch counts as taken once it is drawn, which is right where nothing reads ahead.
+    (Lhotse's `IterableDatasetWrapper` moves the sampler into a worker, out of reach of a state: use a map-style
+    dataset.)
+
     cuts: in the order of the plan's index and reachable by position (an eager CutSet, or an indexed one). Unlike
     Lhotse's own samplers, its state continues on another number of ranks. Ranks must divide the plan's M: Lhotse
     has no empty batch.
@@ -54,6 +66,10 @@ class PlanCutSampler(CutSampler):
         self.cuts = cuts
         self._sampler = PlanSampler(plan, self.rank, self.world_size)
         self._rows: Iterator[list[int]] | None = None
+        self._followed = False
+        self._owed: deque[int] = (
+            deque()
+        )  # for each batch drawn and not yet taken: the plan's batches it stands for
 
     def set_epoch(self, epoch: int) -> None:
         self._sampler.set_epoch(epoch)
@@ -61,25 +77,48 @@ class PlanCutSampler(CutSampler):
 
     def __iter__(self) -> PlanCutSampler:
         self._rows = iter(self._sampler)
+        self._owed.clear()
         return self
 
     def _next_batch(self) -> CutSet:
         if self._rows is None:
             raise StopIteration
-        rows = next(self._rows)
-        while not rows:  # a window's last step may have less than M
-            self._sampler.took()
+        self._owed.append(0)
+        while True:
             rows = next(self._rows)
-        return CutSet.from_cuts(self.cuts[row] for row in rows)
+            self._owed[-1] += 1
+            if rows:  # a window's last step may have less than M, and nothing for this rank
+                return CutSet.from_cuts(self.cuts[row] for row in rows)
 
     def __next__(self) -> CutSet:
         # the plan has shared the batches out already: nothing to draw for the other ranks
-        batch = self._next_batch()
-        self._sampler.took()
+        try:
+            batch = self._next_batch()
+        except StopIteration:
+            if not self._followed:
+                self._took()
+            raise
+        if not self._followed:
+            self._took()
         for transform in self._transforms:
             batch = transform(batch)
         self.diagnostics.keep(batch)
         return batch
+
+    def _took(self) -> None:
+        for _ in range(self._owed.popleft() if self._owed else 0):
+            self._sampler.took()
+
+    def follow(self, loader: Any) -> Iterator[Any]:
+        """The loader's batches, each counted as taken when the next one is asked for (so: when it is done with)."""
+        self._followed = True
+        try:
+            for batch in loader:
+                yield batch
+                self._took()
+            self._took()  # empty batches at the end
+        finally:
+            self._followed = False
 
     @property
     def remaining_duration(self) -> float | None:
