@@ -78,6 +78,22 @@ class Loss:
     ctc_count: Tensor
 
 
+def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """logits (B, U - 1, V) of the tokens after the first -> (sum of cross-entropy over text and end tokens, their
+    count); prompt and padding bear none. Label smoothing as NeMo's SmoothedCrossEntropyLoss."""
+    targets = batch.tokens[:, 1:]
+    size, v = targets.shape[1], logits.shape[-1]
+    bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        torch.where(bears, targets, -100).flatten(),
+        ignore_index=-100,
+        reduction="sum",
+        label_smoothing=label_smoothing * v / (v - 1),
+    )
+    return total, bears.sum()
+
+
 class SpeechModel(nn.Module):
     """Audio to scores of text. Every method takes lengths, and padding never changes a valid position.
 
@@ -161,26 +177,15 @@ class SpeechModel(nn.Module):
         """Sums of cross-entropy over text and end tokens (the prompt bears none) and of CTC over characters.
 
         ``attention=False`` leaves the decoder out (a phase of CTC alone); ``features`` (B, F, M) and lengths
-        may be given already computed and augmented. Label smoothing as NeMo's SmoothedCrossEntropyLoss.
+        may be given already computed and augmented.
         """
         inputs, lengths = features or self.features(batch.audio, batch.audio_lengths)
         encoded, encoded_lengths = self.encode(inputs, lengths)
         zero = encoded.new_zeros((), dtype=torch.float32)
         attention_sum, attention_count, ctc_sum, ctc_count = zero, zero, zero, zero
         if attention:
-            logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1]).float()
-            targets = batch.tokens[:, 1:]
-            size = targets.shape[1]
-            bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)
-            v = logits.shape[-1]
-            attention_sum = F.cross_entropy(
-                logits.flatten(0, 1),
-                torch.where(bears, targets, -100).flatten(),
-                ignore_index=-100,
-                reduction="sum",
-                label_smoothing=label_smoothing * v / (v - 1),
-            )
-            attention_count = bears.sum()
+            logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1])
+            attention_sum, attention_count = attention_loss(logits, batch, label_smoothing)
         if self.ctc is not None:
             log_probs, ctc_lengths = self.ctc_log_probs(encoded, encoded_lengths)
             ctc_sum = F.ctc_loss(

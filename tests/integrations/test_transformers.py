@@ -1,0 +1,283 @@
+"""Small random models of each family: planned for, tuned, trained and transcribed through the adapter."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from canter.corpus.index import LengthIndex
+from canter.planning.budget import Budget
+from canter.planning.plan import Plan
+from canter.training.data import Example, collate
+from canter.tuning.fit import measure_budget
+
+transformers = pytest.importorskip("transformers")
+
+from canter.integrations.transformers import TransformersModel, TransformersTokenizer  # noqa: E402
+
+VOCABULARY, START, END, PAD = 60, 1, 2, 0
+COMMON = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+SPECIAL = {**COMMON, "decoder_start_token_id": START}
+FAMILIES = ("whisper", "speech_to_text", "moonshine", "seamless", "canary")
+UNPADDED = ("speech_to_text", "moonshine", "seamless", "canary")
+# the others read padding (Moonshine's GroupNorm, Speech2Text's and SeamlessM4T's convolutions)
+PADDING_CHANGES_NOTHING = ("whisper", "canary")
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        **SPECIAL, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=20,
+        max_source_positions=200, max_target_positions=40, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config), transformers.WhisperFeatureExtractor(
+        20, chunk_length=4
+    )
+
+
+def speech_to_text():
+    config = transformers.Speech2TextConfig(
+        **SPECIAL, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, input_feat_per_channel=20,
+        conv_channels=16, max_target_positions=40,
+    )  # fmt: skip
+    extractor = transformers.Speech2TextFeatureExtractor(feature_size=20, num_mel_bins=20)
+    return transformers.Speech2TextForConditionalGeneration(config), extractor
+
+
+def moonshine():
+    config = transformers.MoonshineConfig(
+        **SPECIAL, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2, encoder_num_attention_heads=2, decoder_num_attention_heads=2,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    return transformers.MoonshineForConditionalGeneration(config), extractor
+
+
+def seamless():
+    config = transformers.SeamlessM4Tv2Config(
+        **SPECIAL, hidden_size=16, speech_encoder_layers=2, speech_encoder_attention_heads=2,
+        speech_encoder_intermediate_size=32, feature_projection_input_dim=40, decoder_layers=2,
+        decoder_attention_heads=2, decoder_ffn_dim=32, encoder_layers=1, encoder_attention_heads=2,
+        encoder_ffn_dim=32, t2u_encoder_layers=1, t2u_decoder_layers=1, max_position_embeddings=40,
+        conv_depthwise_kernel_size=5,
+    )  # fmt: skip
+    extractor = transformers.SeamlessM4TFeatureExtractor(feature_size=20, num_mel_bins=20)
+    return transformers.SeamlessM4Tv2ForSpeechToText(config), extractor
+
+
+def canary():
+    config = transformers.CanaryConfig(
+        encoder_config={
+            "model_type": "parakeet_encoder", "hidden_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "intermediate_size": 32, "num_mel_bins": 32,
+            "subsampling_conv_channels": 8, "max_position_embeddings": 500,
+        },
+        decoder_config={
+            **COMMON, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40,
+        },
+        **SPECIAL,
+    )  # fmt: skip
+    extractor = transformers.ParakeetFeatureExtractor(feature_size=32)
+    return transformers.CanaryForConditionalGeneration(config), extractor
+
+
+@cache
+def built(family: str) -> TransformersModel:
+    torch.manual_seed(0)
+    model, extractor = globals()[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return TransformersModel(model.eval(), extractor)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def adapted(family):
+    return built(family)
+
+
+def clips(seconds, seed=0):
+    """Modulated noise, of so many seconds each."""
+    random = np.random.default_rng(seed)
+    found = []
+    for length in seconds:
+        samples = round(16000 * length)
+        rise = np.sin(np.arange(samples) / random.uniform(300, 3000)) + 1.1
+        found.append((random.normal(size=samples) * rise * 0.1).astype(np.float32))
+    return found
+
+
+def batch_of(audio, tokens, prompt=1):
+    return collate([Example(a, t, prompt, [], row) for row, (a, t) in enumerate(zip(audio, tokens))], PAD)
+
+
+TOKENS = [[START, 7, 8, 9, END], [START, 7, 12, 13, 14, 15, END], [START, 7, 20, END]]
+SECONDS = (1.3, 2.0, 0.6)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 3.21])
+def test_frames_are_those_of_the_encoder(adapted, seconds):
+    inputs = adapted.inputs(clips([seconds]))
+    with torch.no_grad():
+        encoded = adapted.model.get_encoder()(**inputs).last_hidden_state
+    assert adapted.encoder_frames(seconds) == encoded.shape[1]
+
+
+def test_frame_seconds(family, adapted):
+    expected = {"whisper": 0.02, "speech_to_text": 0.04, "moonshine": 0.024, "seamless": 0.16, "canary": 0.08}
+    assert adapted.frame_seconds == pytest.approx(expected[family], rel=1e-2)
+    seconds = np.array([1.0, 4.0], np.float32)
+    planned = adapted.planned_seconds(seconds)
+    assert planned.tolist() == ([4.0, 4.0] if family == "whisper" else [1.0, 4.0])
+
+
+def test_loss_is_that_of_transformers(adapted):
+    """Prompt and padding masked by hand with -100."""
+    audio = clips([1.0] * 3)
+    loss = adapted.loss(batch_of(audio, TOKENS, prompt=2))
+    labels = torch.full((3, 6), -100)
+    for row, tokens in enumerate(TOKENS):
+        labels[row, 1 : len(tokens) - 1] = torch.tensor(tokens[2:])
+    inputs = batch_of(audio, TOKENS).tokens[:, :-1]
+    expected = adapted.model(**adapted.inputs(audio), decoder_input_ids=inputs, labels=labels).loss
+    assert int(loss.attention_count) == 3 + 5 + 2
+    assert (loss.attention / loss.attention_count).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert int(loss.ctc_count) == 0
+    smoothed = adapted.loss(batch_of(audio, TOKENS, prompt=2), label_smoothing=0.1)
+    assert smoothed.attention != loss.attention
+
+
+@pytest.mark.parametrize("name", PADDING_CHANGES_NOTHING)
+def test_losses_of_micro_batches_add_up(name):
+    adapted, audio = built(name), clips(SECONDS)
+    together = adapted.loss(batch_of(audio, TOKENS)).attention
+    apart = sum(adapted.loss(batch_of([a], [t])).attention for a, t in zip(audio, TOKENS))
+    assert together.item() == pytest.approx(apart.item(), rel=1e-4)
+
+
+def test_trains(family):
+    torch.manual_seed(0)
+    adapted = TransformersModel(*globals()[family]()).train()
+    batch = batch_of(clips(SECONDS), TOKENS)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss = adapted.loss(batch)
+        (loss.attention / loss.attention_count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss.attention / loss.attention_count).item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_tuned_and_planned(family, adapted):
+    before = {name: x.clone() for name, x in adapted.state_dict().items()}
+    batch = adapted.synthetic_batch(2, 30, 5)
+    assert batch.tokens.shape == (2, 5)
+    if family in UNPADDED:
+        seconds = batch.audio.shape[1] / adapted.sample_rate
+        assert abs(adapted.encoder_frames(seconds) - 30) <= 2
+    seconds, tokens = np.linspace(0.5, 1.5, 30).astype(np.float32), np.arange(30) % 8 + 3
+    seconds = adapted.planned_seconds(seconds)
+    frames = Budget.from_batch_seconds(1.0, frame_seconds=adapted.frame_seconds).frames(seconds)
+    budget = measure_budget(
+        adapted.training_step(),
+        frames,
+        tokens,
+        limit_bytes=2e9,
+        batch_frames=2 * int(frames.max()),
+        frame_seconds=adapted.frame_seconds,
+        measured_on={"model": family},
+    )
+    assert all(torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
+    assert budget.step_seconds(2, int(frames.max()), 10) > 0
+    plan = Plan(
+        LengthIndex(seconds, tokens, ["x"]), replace(budget, limit_bytes=budget.bytes(4, frames.max(), 11))
+    )
+    rows = [row for step in plan for micro_batch in step for row in micro_batch.tolist()]
+    assert sorted(rows) == list(range(30))
+
+
+def alone(adapted, audio, prompt, limit, **settings):
+    """What the family's own ``generate`` makes of one clip."""
+    sequences = transformers.generation.GenerationMixin.generate(
+        adapted.model,
+        **adapted.inputs([audio]),
+        decoder_input_ids=torch.tensor([prompt]),
+        max_new_tokens=limit,
+        do_sample=False,
+        **settings,
+    )
+    row = sequences[0, len(prompt) :].tolist()
+    return row[: row.index(END)] if END in row else row
+
+
+def test_transcripts_are_those_of_generate_in_input_order(adapted):
+    audio = clips([0.6, 2.0, 1.1, 1.7])
+    prompts = [[START], [START, 5], [START, 6], [START, 5]]
+    expected = [alone(adapted, a, p, 12) for a, p in zip(audio, prompts)]
+    limits = {"tokens_per_second": 0.0, "extra_tokens": 12}
+    assert adapted.transcribe(audio, prompts, batch_seconds=0.1, **limits) == expected
+    assert any(tokens != expected[0] for tokens in expected)
+
+
+@pytest.mark.parametrize("name", PADDING_CHANGES_NOTHING)
+def test_transcripts_do_not_depend_on_the_batch(name):
+    adapted, audio = built(name), clips([0.6, 2.0, 1.1, 1.7, 1.0], seed=3)
+    alone = adapted.transcribe(audio, batch_seconds=0.1)
+    assert adapted.transcribe(audio, batch_seconds=1000.0) == alone
+    assert all(len(tokens) <= np.ceil(12.5 * len(a) / 16000) + 10 for tokens, a in zip(alone, audio))
+
+
+def test_beams(adapted):
+    audio = clips([0.8])
+    found = adapted.transcribe(audio, tokens_per_second=0.0, extra_tokens=8, num_beams=3)
+    assert found == [alone(adapted, audio[0], [START], 8, num_beams=3)]
+
+
+def test_audio_that_would_be_cut_is_refused():
+    with pytest.raises(ValueError, match=r"5.00 s is longer than the model's 4 s"):
+        built("whisper").transcribe(clips([5.0]))
+
+
+def word_tokenizer(**special):
+    words = {"<pad>": PAD, "<s>": START, "</s>": END} | {f"w{n}": n for n in range(3, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    with pytest.raises(ValueError, match="no end token"):
+        TransformersTokenizer(word_tokenizer(), [START])
+
+
+def test_from_a_folder(tmp_path):
+    tokenizer = word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    model = built("moonshine")
+    for part in (model.model, model.extractor, tokenizer):
+        part.save_pretrained(tmp_path)
+    again = TransformersModel.from_pretrained(tmp_path, prompt=[START, 5])
+    assert again.tokenizer.encode("w7 w9") == [7, 9]
+    assert again.tokenizer.decode([7, 9, END]) == "w7 w9"
+    assert (again.tokenizer.end, again.tokenizer.pad) == (END, PAD)
+    audio = clips([1.0])
+    assert again.transcribe(audio) == model.transcribe(audio, [[START, 5]])
+
+
+def test_what_decoding_starts_with_must_be_known():
+    model, extractor = canary()
+    model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="give a prompt"):
+        TransformersModel(model, extractor)
