@@ -5,13 +5,16 @@ from functools import cache
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from canter.corpus.build import build_index
 from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import write_manifest
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
-from canter.training.data import Example, collate
+from canter.training.data import Address, Example, MicroBatches, collate
 from canter.tuning.fit import measure_budget
 
 transformers = pytest.importorskip("transformers")
@@ -281,3 +284,21 @@ def test_what_decoding_starts_with_must_be_known():
     model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="give a prompt"):
         TransformersModel(model, extractor)
+
+
+def test_index_and_micro_batches_of_a_manifest(tmp_path):
+    texts = ["w7 w9", "w5", "w8 w8 w8"]
+    rows = []
+    for number, (audio, text) in enumerate(zip(clips(SECONDS), texts)):
+        soundfile.write(tmp_path / f"{number}.wav", audio, 16000)
+        rows.append({"audio_filepath": f"{number}.wav", "duration": SECONDS[number], "text": text})
+    write_manifest(tmp_path / "train.jsonl", rows)
+    tokenizer = TransformersTokenizer(word_tokenizer(pad_token="<pad>", eos_token="</s>"), [START, 5])
+    index = build_index(
+        [tmp_path / "train.jsonl"], tmp_path / "lengths.arrow", tokenizer, prompt_tokens=2, progress=False
+    )
+    assert index.tokens.tolist() == [5, 4, 6]
+    data = MicroBatches(index, tokenizer, None, 16000)
+    batch = data[Address(0, 0, True, np.arange(3))].batch
+    assert batch.tokens[0, :5].tolist() == [START, 5, 7, 9, END]
+    assert int(built("canary").loss(batch).attention_count) == 3 + 2 + 4

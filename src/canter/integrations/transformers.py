@@ -76,7 +76,7 @@ class TransformersModel(nn.Module):
         """Raises ValueError where neither ``prompt`` nor the model's settings tell with what decoding starts."""
         super().__init__()
         self.model: Any = model
-        self.extractor = extractor
+        self.extractor: Any = extractor
         start = self._setting("decoder_start_token_id")
         if prompt is None and start is None:
             raise ValueError(f"{type(model).__name__} has no decoder_start_token_id; give a prompt")
@@ -113,7 +113,7 @@ class TransformersModel(nn.Module):
         return round(10.0 / (self.encoder_frames(20.0) - self.encoder_frames(10.0)), 6)
 
     @cached_property
-    def _shapes(self) -> nn.Module:
+    def _shapes(self) -> Any:
         """The model without storage: what it returns has the right shape, and costs nothing."""
         with torch.device("meta"):
             return type(self.model)(self.model.config).eval()
@@ -124,7 +124,8 @@ class TransformersModel(nn.Module):
         inputs = self.inputs([noise.astype(np.float32)])
         features = inputs[self.model.main_input_name].to("meta")
         with torch.no_grad():
-            return self._shapes.get_encoder()(features).last_hidden_state.shape[1]
+            encoded = self._shapes.get_encoder()(features)
+        return encoded.last_hidden_state.shape[1]
 
     def planned_seconds(self, seconds: np.ndarray) -> np.ndarray:
         """Lengths (N,) as planning must see them: where every utterance is padded to 30 s, all are 30 s."""
@@ -261,7 +262,7 @@ class TransformersModel(nn.Module):
         """Sequences without prompt, end and what follows it. The mixin's own ``generate``: what some families put
         around it (languages, tasks, chunks of 30 s) is in the prompts already."""
         settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit, **generation}
-        sequences = GenerationMixin.generate(
+        sequences = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
             self.model,
             **self.inputs(audio),
             decoder_input_ids=torch.tensor([list(prompt) for prompt in prompts], device=self.model.device),
