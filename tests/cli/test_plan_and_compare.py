@@ -80,3 +80,114 @@ def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
                 micro_batches_per_step=2, cache=tmp_path / "lengths.steps")  # fmt: skip
     plan.cut = None  # type: ignore[assignment]
     assert len(plan) == steps
+
+
+def refused(arguments, capsys):
+    """The one line of standard error with which a command refuses."""
+    assert main([str(argument) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("canter: ")
+    assert captured.out == ""
+    return line
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "2000"], "--ranks is 2000 and there are only 1500 utterances"),
+        (["--ranks", "0"], "--ranks is 0"),
+        (["--micro-batches-per-step", "0"], "micro_batches_per_step is 0"),
+        (["--window", "0"], "window is 0"),
+        (["--mixing", "nan"], "mixing is nan"),
+        (["--prompt-tokens", "-1"], "--prompt-tokens is -1"),
+        (["--memory", "nan"], "memory.limit_bytes is nan"),
+        (["--memory", "10"], "10 GB leave no room for a batch"),
+        (["--budget", "none.json"], "none.json: no such budget; make one with 'canter tune'"),
+    ],
+)
+def test_settings_that_cannot_be(table, command, arguments, message, capsys):
+    assert message in refused([command, table, *arguments], capsys)
+
+
+def test_a_plan_for_more_ranks_than_batches(table, capsys):
+    line = refused(["plan", table, "--strategy", "random", "--ranks", "200"], capsys)
+    assert re.search(r"--ranks is 200 and there are only \d+ micro-batches: the others would only wait", line)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+def test_a_budget_of_another_model_is_refused(table, command, tmp_path, capsys):
+    budget = tmp_path / "budget.json"
+    analytic_budget("canary-180m-flash", 16).save(budget)
+    arguments = [command, table, "--budget", budget]
+    line = refused([*arguments, "--model", "canary-1b"], capsys)
+    assert f"{budget}: the budget is of canary-180m-flash, not of canary-1b" in line
+    assert "--memory is for the analytic budget" in refused([*arguments, "--memory", "16"], capsys)
+    assert main([str(a) for a in [*arguments, "--model", "canary-180m-flash", "--json"]]) == 0
+    capsys.readouterr()
+    text = json.loads(budget.read_text())
+    text["measured_on"] = {"model": "canter 17/4 x 512"}
+    budget.write_text(json.dumps(text))
+    line = refused([*arguments, "--model", "whisper-base"], capsys)
+    assert "counts frames of 0.08 s and whisper-base has frames of 0.02 s" in line
+
+
+def test_an_utterance_over_the_budget_by_itself_is_listed(tmp_path, capsys):
+    path = write_lengths(tmp_path / "set.parquet", [5.0] * 40 + [9000.0, 8000.0], [20] * 42)
+    assert main(["plan", str(path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"left out: over the budget by itself\W+2\b", out)
+    assert "row 40: over the budget by itself row 41: over the budget by itself" in out
+    assert main(["plan", str(path), "--json", "--emit", str(tmp_path / "plan.parquet")]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["left_out"] == {"over the budget by itself": 2}
+    assert value["left_out_rows"] == [40, 41]
+    assert sorted(pq.read_table(tmp_path / "plan.parquet")["row"].to_pylist()) == list(range(40))
+    assert main(["compare", str(path), "--ranks", "1", "--json"]) == 0
+    assert {row["left_out"] for row in json.loads(capsys.readouterr().out)["rows"]} == {2}
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+def test_nothing_fits(tmp_path, command, capsys):
+    path = write_lengths(tmp_path / "set.parquet", [9000.0] * 3, [20] * 3)
+    line = refused([command, path, "--ranks", "1"], capsys)
+    assert "not one of the 3 utterances can be used with this budget" in line
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+def test_impossible_lengths_are_counted_and_listed(tmp_path, command, capsys):
+    seconds = [5.0, float("nan"), -1.0, 0.0, float("inf"), *[4.0] * 20]
+    path = write_lengths(tmp_path / "set.parquet", seconds, [20] * 25)
+    assert main([command, str(path), "--ranks", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    value = json.loads(captured.out)
+    assert (value["rows"][-1] if command == "compare" else value)["utterances"] == 21
+    assert "left out of the table, 4: duration is not a positive number of seconds" in captured.err
+    assert f"{path}:2: duration is not a positive number of seconds: nan" in captured.err
+    assert f"{path}:3: duration is not a positive number of seconds: -1.0" in captured.err
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+def test_tables_without_a_usable_row(tmp_path, command, capsys):
+    empty = write_lengths(tmp_path / "empty.parquet", [], np.array([], int))
+    assert "not one row can be used" in refused([command, empty], capsys)
+    bad = write_lengths(tmp_path / "bad.parquet", [-1.0, float("nan")], [3, 3])
+    line = refused([command, bad], capsys)
+    assert "not one row can be used" in line
+    assert "duration is not a positive number of seconds: -1.0" in line
+    pq.write_table(pa.table({"duration": [1.0]}), tmp_path / "half.parquet")
+    assert "needs the columns duration (seconds) and num_tokens" in refused(
+        [command, tmp_path / "half.parquet"], capsys
+    )
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", ".nan"])
+def test_a_source_of_weight_0(tmp_path, table, weight, capsys):
+    (tmp_path / "mix.yaml").write_text(
+        f"- {{path: set.parquet, weight: 1}}\n- {{path: set.parquet, name: again, weight: {weight}}}\n"
+    )
+    line = refused(["index", tmp_path / "mix.yaml", "-o", tmp_path / "l.arrow"], capsys)
+    assert "again" in line
+    assert "weight" in line
+    assert not (tmp_path / "l.arrow").exists()

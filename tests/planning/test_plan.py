@@ -213,6 +213,8 @@ def test_positions_of_other_plans_are_refused(index, budget):
         {"grid": (0, 1)},
         {"curriculum": "long_first"},
         {"strategy": "magic"},
+        {"epoch": -1},
+        {"max_tokens_per_second": float("nan")},
     ],
 )
 def test_impossible_settings(index, budget, options):

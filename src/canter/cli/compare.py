@@ -23,10 +23,10 @@ class Options:
     """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
     budget: Path | None = None
     """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
-    model: str = "canary-1b"
-    """Shape of the analytic budget."""
-    memory: float = 80.0
-    """Gigabytes of the analytic budget's device."""
+    model: str | None = None
+    """Shape of the analytic budget, canary-1b unless given. With --budget, the file is checked against it."""
+    memory: float | None = None
+    """Gigabytes of the analytic budget's device, 80 unless given."""
     ranks: int = 8
     """GPUs that share the micro-batches of a step."""
     micro_batches_per_step: int | None = None
@@ -50,13 +50,18 @@ class Options:
 def run(options: Options) -> int | None:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from canter.cli.lengths import choose_budget, open_lengths, progress_console
-    from canter.errors import PlanError
+    from canter.cli.lengths import (
+        check_ranks,
+        choose_budget,
+        none_fits,
+        open_lengths,
+        progress_console,
+        tell_skipped,
+    )
     from canter.planning.compare import compare, ladder, markdown
 
-    if options.ranks < 1:
-        raise PlanError(f"--ranks is {options.ranks}; it must be at least 1")
     index = open_lengths(options.index, options.prompt_tokens)
+    check_ranks(options.ranks, len(index), "utterances")
     budget = choose_budget(options.budget, options.model, options.memory)
     strategies = ladder(options.window, options.mixing)
     rows = []
@@ -77,8 +82,11 @@ def run(options: Options) -> int | None:
             seed=options.seed,
         )
         for row, following in zip(found, [*(name for name, _, _ in strategies[1:]), "done"]):
+            if not row.figures.utterances:
+                raise none_fits(index, budget)
             rows.append(row)
             progress.update(task, advance=1, description=following)
+    tell_skipped(index)
     if options.figure:
         from canter.reporting.ladder import ladder_figure
 
@@ -100,7 +108,7 @@ def run(options: Options) -> int | None:
 
 CAPTION = "speed at equal GPUs and GPUs at equal wall time are against the first row"
 # what a narrow terminal loses first; a column of zeros before all
-EXPENDABLE = (
+EXPENDABLE: tuple[str, ...] = (
     "steps", "epoch hours", "padded audio", "padded tokens", "left out", "over", "GPUs", "waiting", "mean batch",
     "mixing pool", "memory filled",
 )  # fmt: skip

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from canter.errors import ManifestError
+from canter.errors import ManifestError, PlanError
 
 if TYPE_CHECKING:
     from canter.corpus.index import LengthIndex
@@ -18,6 +19,8 @@ def open_lengths(path: Path, prompt_tokens: int = 0) -> LengthIndex:
     from canter.corpus.index import LengthIndex
     from canter.corpus.readers.lengths import read_lengths
 
+    if prompt_tokens < 0:
+        raise PlanError(f"--prompt-tokens is {prompt_tokens}; it must be 0 or more")
     if not path.exists():
         raise ManifestError(f"{path} does not exist; make it with: canter index MANIFEST -o {path.name}")
     if path.suffix != ".parquet" and is_index(path):
@@ -50,11 +53,52 @@ def is_index(path: Path) -> bool:
         return False
 
 
-def choose_budget(budget: Path | None, model: str, memory: float) -> Budget:
-    """The budget in a file, or an analytic one for a model's name."""
+def choose_budget(path: Path | None, model: str | None, memory: float | None) -> Budget:
+    """The budget in a file, checked against `model` where that is named too, or an analytic one for a model's name."""
+    from canter.errors import BudgetError
     from canter.planning import Budget, analytic_budget
+    from canter.planning.shapes import check_shape
 
-    return Budget.load(budget) if budget is not None else analytic_budget(model, memory)
+    if path is None:
+        return analytic_budget(model or "canary-1b", 80.0 if memory is None else memory)
+    if memory is not None:
+        raise BudgetError(
+            f"--memory is for the analytic budget; {path} has a limit of its own (memory.limit_bytes)"
+        )
+    budget = Budget.load(path)
+    if model is not None:
+        try:
+            check_shape(budget, model)
+        except BudgetError as error:
+            raise BudgetError(f"{path}: {error}") from None
+    return budget
+
+
+def check_ranks(ranks: int, micro_batches: int, what: str = "micro-batches") -> None:
+    """Raises PlanError where ranks are too many to have work."""
+    if ranks < 1:
+        raise PlanError(f"--ranks is {ranks}; it must be at least 1")
+    if 0 < micro_batches < ranks:
+        raise PlanError(
+            f"--ranks is {ranks} and there are only {micro_batches} {what}: the others would only wait; "
+            f"use {micro_batches} at most"
+        )
+
+
+def none_fits(index: LengthIndex, budget: Budget) -> PlanError:
+    room = (budget.limit_bytes - budget.fixed_bytes) / 1e9
+    return PlanError(
+        f"not one of the {len(index):,} utterances can be used with this budget ({room:.3g} GB above what is fixed): "
+        "raise its limit, or cut the utterances"
+    )
+
+
+def tell_skipped(index: LengthIndex) -> None:
+    """Says on standard error which rows of the sources are not in the index, if any."""
+    for kind, count in index.skipped.items():
+        print(f"left out of {index.path or 'the table'}, {count:,}: {kind}", file=sys.stderr)
+    for problem in index.problems[:3] if index.skipped else ():
+        print(f"  {problem.file}:{problem.line}: {problem.reason}", file=sys.stderr)
 
 
 def progress_console():

@@ -16,10 +16,10 @@ class Options:
     """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
     budget: Path | None = None
     """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
-    model: str = "canary-1b"
-    """Shape of the analytic budget."""
-    memory: float = 80.0
-    """Gigabytes of the analytic budget's device."""
+    model: str | None = None
+    """Shape of the analytic budget, canary-1b unless given. With --budget, the file is checked against it."""
+    memory: float | None = None
+    """Gigabytes of the analytic budget's device, 80 unless given."""
     strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced"] = "balanced"
     """How to batch."""
     ranks: int = 1
@@ -47,17 +47,24 @@ class Options:
 
 
 def run(options: Options) -> int | None:
-    from canter.cli.lengths import choose_budget, open_lengths, plain, steps_folder
+    from canter.cli.lengths import (
+        check_ranks,
+        choose_budget,
+        none_fits,
+        open_lengths,
+        plain,
+        steps_folder,
+        tell_skipped,
+    )
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
     from canter.planning.strategies import Bucket2D
 
-    if options.ranks < 1:
-        raise PlanError(f"--ranks is {options.ranks}; it must be at least 1")
     if options.mixing != 1.0 and options.strategy != "balanced":
         raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
     index = open_lengths(options.index, options.prompt_tokens)
     budget = choose_budget(options.budget, options.model, options.memory)
+    check_ranks(options.ranks, len(index), "utterances")
     chosen = strategy(
         options.strategy, **({"mixing": options.mixing} if options.strategy == "balanced" else {})
     )
@@ -75,12 +82,18 @@ def run(options: Options) -> int | None:
         seed=options.seed,
         epoch=options.epoch,
         window=options.window,
-        micro_batches_per_step=options.micro_batches_per_step or options.ranks,
+        micro_batches_per_step=(
+            options.ranks if options.micro_batches_per_step is None else options.micro_batches_per_step
+        ),
         max_tokens_per_second=options.max_tokens_per_second,
         cache=steps_folder(index),
     )
     figures = plan.figures(options.ranks)
+    if not figures.utterances:
+        raise none_fits(index, budget)
+    check_ranks(options.ranks, figures.micro_batches)
     left_out = plan.left_out()
+    tell_skipped(index)
     reasons: dict[str, int] = {}
     for _, reason in left_out:
         reasons[reason] = reasons.get(reason, 0) + 1

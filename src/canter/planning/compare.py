@@ -34,7 +34,7 @@ class Rung:
 def ladder(window: int | None = None, mixing: float = 1.0) -> list[tuple[str, Strategy, int | None]]:
     """(label, strategy, window) of the rows that `canter compare` shows."""
     balanced = Balanced(mixing)
-    window = window or balanced.default_window or 50_000
+    window = balanced.default_window if window is None else window
     return [
         ("random", Random(), None),
         ("duration 360 s", Duration(), None),
@@ -47,9 +47,11 @@ def ladder(window: int | None = None, mixing: float = 1.0) -> list[tuple[str, St
     ]
 
 
-def short(count: int) -> str:
+def short(count: int | None) -> str:
     """50000 as 50k."""
-    return f"{count // 1000}k" if count and count % 1000 == 0 else f"{count:,}"
+    if count is None:
+        return "all"
+    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else f"{count}"
 
 
 def rung(name: str, plan: Plan, ranks: int) -> Rung:
@@ -77,7 +79,7 @@ def compare(
             strategy,
             seed=seed,
             window=window,
-            micro_batches_per_step=micro_batches_per_step or ranks,
+            micro_batches_per_step=ranks if micro_batches_per_step is None else micro_batches_per_step,
         )
         row = rung(name, plan, ranks)
         first = first or row
@@ -93,7 +95,7 @@ def against(row: Rung, first: Rung) -> Rung:
     return replace(row, speed=1 / ratio, gpus=max(1, math.ceil(first.ranks * ratio - 1e-9)))
 
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "strategy", "padded audio", "padded tokens", "padded compute", "mean batch", "memory filled", "over", "steps",
     "epoch hours", "waiting", "mixing pool", "left out", "speed", "GPUs",
 )  # fmt: skip

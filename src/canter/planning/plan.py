@@ -132,6 +132,10 @@ class Plan:
             raise PlanError("budgets of one run must count frames alike (frame_seconds)")
         if curriculum not in (None, "short_first"):
             raise PlanError(f"no curriculum named {curriculum!r}; known: short_first")
+        if epoch < 0:
+            raise PlanError(f"epoch is {epoch}; epochs count from 0")
+        if max_tokens_per_second is not None and not max_tokens_per_second > 0:
+            raise PlanError(f"max_tokens_per_second is {max_tokens_per_second}; it must be positive")
         if min(grid) < 1:
             raise PlanError(f"grid is {grid}; both numbers must be at least 1")
         self.index, self.strategy, self.budgets = index, chosen, budgets

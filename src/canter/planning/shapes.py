@@ -47,13 +47,33 @@ FLOPS = 250e12  # reached by a current data-centre GPU in bf16; scales every tim
 RESERVE = 0.08  # of the device, for the context, buffers and fragmentation
 
 
-def analytic_budget(model: str = "canary-1b", gigabytes: float = 80.0) -> Budget:
-    """Budget of a named shape on a device of `gigabytes` (10^9 bytes). Raises BudgetError for an unknown name."""
+def known_shape(model: str) -> Shape:
+    """The shape of that name. Raises BudgetError with the nearest name."""
     if model not in SHAPES:
         near = difflib.get_close_matches(model, SHAPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise BudgetError(f"no shape named {model!r}; {hint}known: {', '.join(SHAPES)}")
-    shape = SHAPES[model]
+    return SHAPES[model]
+
+
+def check_shape(budget: Budget, model: str) -> None:
+    """Raises BudgetError where the budget shows that it was made for another shape than the one named."""
+    shape = known_shape(model)
+    named = str(budget.measured_on.get("model", "")).removeprefix("analytic ")
+    if named in SHAPES and named != model:
+        raise BudgetError(
+            f"the budget is of {named}, not of {model}: name that model, or none, or another budget"
+        )
+    if budget.frame_seconds != shape.frame_seconds:
+        raise BudgetError(
+            f"the budget counts frames of {budget.frame_seconds:g} s and {model} has frames of "
+            f"{shape.frame_seconds:g} s: it was measured on another model; run 'canter tune' for this one"
+        )
+
+
+def analytic_budget(model: str = "canary-1b", gigabytes: float = 80.0) -> Budget:
+    """Budget of a named shape on a device of `gigabytes` (10^9 bytes). Raises BudgetError for an unknown name."""
+    shape = known_shape(model)
     state = shape.parameters * STATE_BYTES
     limit = gigabytes * 1e9 * (1 - RESERVE)
     if limit <= state:
