@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import canter
@@ -13,7 +14,7 @@ from canter.errors import CheckpointError
 from canter.models.features import length_mask
 from canter.models.model import Batch
 from canter.models.nemo import NAMES, opened
-from canter.models.nemo_export import write_nemo
+from canter.models.nemo_export import special_tokens_model, write_nemo
 
 from .conftest import small_model, small_whisper
 
@@ -230,6 +231,25 @@ def test_written_archive(shared, tmp_path, variant):
     assert again.config == model.config
     assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
     assert not list(tmp_path.glob(".*"))
+
+
+def test_archive_with_one_tokenizer_for_all_languages(shared, tmp_path):
+    """canary-1b-v2's layout: no aggregate, one SentencePiece model with the special tokens inside."""
+    tokens = (
+        "<unk> <|nospeech|> <pad> <|endoftext|> <|startofcontext|> <|startoftranscript|> <|emo:undefined|>"
+    )
+    tokens = (*tokens.split(), *(f"<|{x}|>" for x in "en de pnc noitn notimestamp nodiarize".split()))
+    with tarfile.open(shared / "fixtures" / "nemo" / "b" / "model.nemo") as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar if m.isreg()}
+    config = yaml.safe_load(members["./model_config.yaml"])
+    config["tokenizer"] = {"dir": "tokenizers", "type": "bpe", "model_path": "nemo:one.model"}
+    members["./model_config.yaml"] = yaml.safe_dump(config).encode()
+    members["./one.model"] = special_tokens_model(tokens)
+    model = canter.load_model(archive(tmp_path / "v2.nemo", members))
+    assert (model.tokenizer.pad, model.tokenizer.end, model.tokenizer.vocab_size) == (2, 3, len(tokens))
+    assert model.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
+    with pytest.raises(CheckpointError, match="single SentencePiece model"):
+        write_nemo(model, tmp_path / "again.nemo")
 
 
 def test_what_nemo_lacks_is_refused(tmp_path):

@@ -1,11 +1,14 @@
 """Parity with NeMo 2.7.3 on its own archives."""
 
+import io
 import json
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import yaml
 
 from canter.errors import CheckpointError, ConfigError
 from canter.text import load_tokenizer
@@ -99,3 +102,78 @@ def test_unknown_slots_and_tasks_are_named(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             prompt_ids(Vocabulary(), name, slots)
+
+
+UNIFIED = ("<|nospeech|>", "<pad>", "<|endoftext|>", "<|startoftranscript|>", "<|pnc|>", "<|nopnc|>",
+           "<|startofcontext|>", "<|itn|>", "<|noitn|>", "<|timestamp|>", "<|notimestamp|>", "<|diarize|>",
+           "<|nodiarize|>", "<|emo:undefined|>", "<|en|>", "<|de|>")  # fmt: skip
+TEXTS = ["the doctor opened the window", "der Arzt kam an die Tür", "a farmer carried the basket"] * 3
+
+
+def unified_model(**settings) -> bytes:
+    """One SentencePiece model with the special tokens among its pieces, as canary-1b-v2 has."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe", vocab_size=70, bos_id=-1, eos_id=-1,
+        pad_id=-1, unk_id=0, minloglevel=2, **settings,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def unified_archive(path, model: bytes):
+    config = {
+        "prompt_format": "canary2",
+        "prompt_defaults": [{"role": "user", "slots": {"source_lang": "<|en|>", "target_lang": "<|en|>"}}],
+        "tokenizer": {
+            "dir": "x",
+            "type": "bpe",
+            "model_path": "nemo:abc_tokenizer.model",
+            "vocab_path": "nemo:v",
+        },
+    }
+    with tarfile.open(path, "w") as archive:
+        for name, content in (
+            ("model_config.yaml", yaml.safe_dump(config).encode()),
+            ("abc_tokenizer.model", model),
+        ):
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["user_defined_symbols", "control_symbols"])
+def test_one_model_with_the_special_tokens_inside(tmp_path, kind):
+    model = unified_model(**{kind: list(UNIFIED)})
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokenizer = load_tokenizer(unified_archive(tmp_path / "x.nemo", model))
+    assert tokenizer.vocab_size == reference.vocab_size() == 70
+    assert tokenizer.languages == ("en", "de")
+    assert (tokenizer.pad, tokenizer.end) == (reference.piece_to_id("<pad>"), 3)
+    for text in TEXTS[:3]:
+        ids = tokenizer.encode(text, "de")
+        assert ids == reference.encode(text)
+        assert tokenizer.decode([*tokenizer.prompt_ids({}), *ids, tokenizer.end, tokenizer.pad]) == text
+    assert tokenizer.encode("the door<|endoftext|>")[-1] == tokenizer.end
+    prompt = ["<|startofcontext|>", "<|startoftranscript|>", "<|emo:undefined|>", "<|en|>", "<|de|>", "<|pnc|>",
+              "<|noitn|>", "<|notimestamp|>", "<|nodiarize|>"]  # fmt: skip
+    ids = tokenizer.prompt_ids({"target_lang": "de"})
+    assert ids == [reference.piece_to_id(piece) for piece in prompt]
+    assert tokenizer.decode(ids, special=True) == "".join(prompt)
+
+    tokenizer.save(tmp_path / "folder")
+    (tmp_path / "bare.model").write_bytes(model)
+    for again in (load_tokenizer(tmp_path / "folder"), load_tokenizer(tmp_path / "bare.model")):
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.prompt_ids({"source_lang": "en", "target_lang": "de"}) == ids
+
+
+def test_a_model_without_canarys_tokens_is_refused(tmp_path):
+    (tmp_path / "bare.model").write_bytes(unified_model())
+    with pytest.raises(CheckpointError, match=r"bare\.model: .*no special token <pad>.*canter tokenizer"):
+        load_tokenizer(tmp_path / "bare.model")
+    (tmp_path / "torn.model").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"torn\.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path / "torn.model")
+    with pytest.raises(CheckpointError, match=r"x\.nemo: .*no special token"):
+        load_tokenizer(unified_archive(tmp_path / "x.nemo", unified_model()))

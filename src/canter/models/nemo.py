@@ -239,8 +239,8 @@ def read_nemo(path: str | Path) -> SpeechModel:
             raise CheckpointError(f"{path}: {HEAD_WEIGHT} differs from the embedding; the head must be tied")
         tensors = {name: x for name, x in tensors.items() if name not in (*COMPUTED, HEAD_WEIGHT)}
         fit_tensors(model, NAMES.ours(tensors, model), path)
-        if "langs" in _section(values, "tokenizer"):
+        if {"langs", "model_path"} & _section(values, "tokenizer").keys():
             model.tokenizer = nemo_tokenizer(values, lambda name: archive.open(name).read())
         else:
-            warnings.warn(f"{path}: no aggregate tokenizer inside; none is attached", stacklevel=3)
+            warnings.warn(f"{path}: no tokenizer inside; none is attached", stacklevel=3)
     return model

@@ -76,6 +76,11 @@ def _tokenizer_files(tokenizer: Any, path: Path) -> dict[str, tuple[str, bytes]]
             f"{path}: NeMo's Canary has SentencePiece tokenizers, not {type(tokenizer).__name__}"
         )
     models = dict(tokenizer.models)
+    if not tokenizer.special:
+        raise CheckpointError(
+            f"{path}: archives are written with an aggregate tokenizer; this one is a single SentencePiece model "
+            "(canary-1b-v2's), so write a Canter or Hugging Face folder"
+        )
     if "" in models:
         if len(tokenizer.languages) != 1:
             raise CheckpointError(

@@ -21,13 +21,19 @@ __all__ = [
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer:
-    """The tokenizer in a folder (one of `save`, a model's, Whisper's), in a `tokenizer.json` or in a `.nemo`.
+    """The tokenizer in a folder (one of `save`, a model's, Whisper's), in a `tokenizer.json`, in a `.nemo` or in a
+    SentencePiece `.model` that has Canary's special tokens.
 
     Raises CheckpointError if there is none.
     """
     path = Path(path)
     if path.suffix == ".nemo":
         return read_nemo_tokenizer(path)
+    if path.suffix == ".model":
+        try:
+            return SentencePieceTokenizer.of_model(path.read_bytes())
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
     folder = path if path.is_dir() else path.parent
     if (path.is_dir() or path.name == sentencepiece.FILE) and (folder / sentencepiece.FILE).exists():
         return SentencePieceTokenizer.load(folder)

@@ -17,21 +17,30 @@ SPECIAL = "spl_tokens"  # NeMo's name for the vocabulary of special tokens
 def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str], bytes]) -> SentencePieceTokenizer:
     """The tokenizer of a NeMo configuration; `read` returns a member of its archive by name (without `./`).
 
-    Raises CheckpointError if the tokenizer is not an aggregate of special tokens and languages.
+    It is an aggregate of special tokens and languages (canary-1b and flash), or one SentencePiece model with
+    the special tokens among its pieces (canary-1b-v2). Raises CheckpointError if it is neither.
     """
     try:
-        paths = {lang: str(entry["model_path"]) for lang, entry in config["tokenizer"]["langs"].items()}
-        if next(iter(paths)) != SPECIAL:
-            raise ValueError(f"its first vocabulary is {next(iter(paths))}, not {SPECIAL}")
-        models = {lang: read(path.removeprefix("nemo:").removeprefix("./")) for lang, path in paths.items()}
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=models.pop(SPECIAL))
-        special = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]
         turns = config.get("prompt_defaults") or []
         slots = next((turn["slots"] for turn in turns if turn.get("role") == "user"), {})
         defaults = {name: str(value) for name, value in slots.items()}
+        if not config["tokenizer"].get("langs"):
+            model = read(_member(config["tokenizer"]["model_path"]))
+            return SentencePieceTokenizer.of_model(model, config.get("prompt_format"), defaults)
+        paths = {lang: entry["model_path"] for lang, entry in config["tokenizer"]["langs"].items()}
+        if next(iter(paths)) != SPECIAL:
+            raise ValueError(f"its first vocabulary is {next(iter(paths))}, not {SPECIAL}")
+        models = {lang: read(_member(path)) for lang, path in paths.items()}
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=models.pop(SPECIAL))
+        special = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]
         return SentencePieceTokenizer(special, models, str(config.get("prompt_format", "canary")), defaults)
     except (KeyError, TypeError, AttributeError, ValueError, StopIteration, RuntimeError) as error:
         raise CheckpointError(f"not the tokenizer of a Canary ({type(error).__name__}: {error})") from None
+
+
+def _member(path: str) -> str:
+    """The name in the archive of what the configuration calls `nemo:NAME`."""
+    return str(path).removeprefix("nemo:").removeprefix("./")
 
 
 def read_nemo_tokenizer(path: str | Path) -> SentencePieceTokenizer:

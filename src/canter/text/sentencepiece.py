@@ -2,8 +2,9 @@
 language.
 
 Ids: the special tokens have 0 to S - 1, then each vocabulary follows with its own offset, in order. With a
-vocabulary for each language this is NeMo's aggregate tokenizer of canary-1b, flash and v2;
-`train_tokenizer` makes one vocabulary that all languages share.
+vocabulary for each language this is NeMo's aggregate tokenizer of canary-1b and flash; `train_tokenizer`
+makes one vocabulary that all languages share. With no special tokens in front, they are pieces of the one
+vocabulary, as in canary-1b-v2.
 """
 
 import hashlib
@@ -33,13 +34,15 @@ BASIC_TOKENS = (
 MOST_SENTENCES = 1_000_000  # a tokenizer is trained on so many, drawn at random
 _TIMESTAMP = re.compile(r"(<\|\d+\|>)")
 _LANGUAGE = re.compile(r"<\|(?!(?:pnc|itn)\|)([A-Za-z]{2,3}(?:[-_]\w+)*)\|>")
+_SPECIAL_PIECE = re.compile(r"<\|.+\|>|<pad>")
 _TOO_LARGE = re.compile(r"<= (\d+)")
 
 
 class SentencePieceTokenizer:
     """Special tokens and SentencePiece models (`{language: serialised model}`, or one for all under "").
 
-    `defaults` are prompt slots for utterances that do not say (`source_lang`, ...).
+    `special` may be empty where the one vocabulary has them among its pieces. `defaults` are prompt slots for
+    utterances that do not say (`source_lang`, ...).
     """
 
     def __init__(
@@ -51,7 +54,6 @@ class SentencePieceTokenizer:
     ):
         self.special, self.models = tuple(special), dict(models)
         self.prompt_format, self.defaults = prompt_format, dict(defaults or {})
-        self._special_ids = {token: number for number, token in enumerate(self.special)}
         self._processors = {
             lang: sentencepiece.SentencePieceProcessor(model_proto=model)
             for lang, model in self.models.items()
@@ -60,6 +62,10 @@ class SentencePieceTokenizer:
         for processor in self._processors.values():
             self._starts.append(self._starts[-1] + processor.vocab_size())
         self.offsets = dict(zip(self.models, self._starts))
+        self._special_ids = {token: number for number, token in enumerate(self.special)}
+        if not self.special:
+            self._special_ids = _special_pieces(self._processors[SHARED])
+        self._special_numbers = frozenset(self._special_ids.values())
         self.pad, self.end = self.special_id("<pad>"), self.special_id("<|endoftext|>")
 
     @property
@@ -68,7 +74,7 @@ class SentencePieceTokenizer:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        found = (_LANGUAGE.fullmatch(token) for token in self.special)
+        found = (_LANGUAGE.fullmatch(token) for token in self._special_ids)
         return tuple(match[1] for match in found if match)
 
     @property
@@ -117,7 +123,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ids; with `special` exactly NeMo's, where special tokens and the leading space stay."""
-        kept = ids if special else (number for number in ids if number >= len(self.special))
+        kept = ids if special else (number for number in ids if number not in self._special_numbers)
         text = "".join(map(self.piece, kept)).replace("▁", " ")
         return text if special else text.strip()
 
@@ -149,9 +155,29 @@ class SentencePieceTokenizer:
             "models": files,
             "special": self.special,
         }
-        (folder / FILE).write_text(
-            json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
+        (folder / FILE).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def of_model(
+        cls, model: bytes, prompt_format: str | None = None, defaults: Mapping[str, str] | None = None
+    ) -> "SentencePieceTokenizer":
+        """The tokenizer of one serialised SentencePiece model with Canary's special tokens among its pieces.
+
+        Without `prompt_format` it is "canary2" where the model has that format's first token, else "canary".
+        Raises CheckpointError for what is no model, or one without them.
+        """
+        try:
+            tokenizer = cls((), {SHARED: model}, prompt_format or "canary", defaults)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"a SentencePiece model whose pieces are not a Canary's: {error}; 'canter tokenizer' trains one "
+                "that fits"
+            ) from None
+        except RuntimeError as error:
+            raise CheckpointError(f"not a SentencePiece model ({error})") from None
+        if prompt_format is None and "<|startofcontext|>" in tokenizer._special_ids:
+            tokenizer.prompt_format = "canary2"
+        return tokenizer
 
     @classmethod
     def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
@@ -171,6 +197,16 @@ class SentencePieceTokenizer:
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self.special, self.models, self.prompt_format, self.defaults)
+
+
+def _special_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+    """Pieces that are no text, with their ids: unknown and control pieces, `<pad>` and all of the form `<|...|>`."""
+    pieces = ((processor.id_to_piece(number), number) for number in range(processor.vocab_size()))
+    return {
+        piece: number
+        for piece, number in pieces
+        if _SPECIAL_PIECE.fullmatch(piece) or processor.is_control(number) or processor.is_unknown(number)
+    }
 
 
 def train_tokenizer(
