@@ -1,5 +1,6 @@
 """Small random models of each family: planned for, tuned, trained and transcribed through the adapter."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -135,6 +136,14 @@ def test_frames_are_those_of_the_encoder(adapted, seconds):
     with torch.no_grad():
         encoded = adapted.model.get_encoder()(**inputs).last_hidden_state
     assert adapted.encoder_frames(seconds) == encoded.shape[1]
+
+
+def test_half_precision(family):
+    adapted = TransformersModel(copy.deepcopy(built(family).model).bfloat16(), built(family).extractor)
+    assert adapted.frame_seconds == built(family).frame_seconds
+    loss = adapted.loss(batch_of(clips(SECONDS), TOKENS))
+    assert loss.attention.dtype == torch.float32
+    assert torch.isfinite(loss.attention)
 
 
 def test_frame_seconds(family, adapted):

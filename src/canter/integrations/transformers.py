@@ -122,7 +122,7 @@ class TransformersModel(nn.Module):
         """T of an utterance of so many seconds: the length of what the encoder returns."""
         noise = np.random.default_rng(0).standard_normal(max(1, round(seconds * self.sample_rate)))
         inputs = self.inputs([noise.astype(np.float32)])
-        features = inputs[self.model.main_input_name].to("meta")
+        features = inputs[self.model.main_input_name].to("meta", self._shapes.dtype)
         with torch.no_grad():
             encoded = self._shapes.get_encoder()(features)
         return encoded.last_hidden_state.shape[1]
