@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +85,23 @@ def test_keeping_parameters_and_operations():
     assert encoder_layers_that_keep("flops", model.config, 2, 2.0, 10) == 2
 
 
+@torch.no_grad()
+def test_real_whisper_grown_by_identities(shared):
+    """Four layers to six: one clip padded to 30 s gives the same encoder output and log-probabilities."""
+    model = canter.load_model(shared / "models" / "whisper-tiny.en")
+    file = min((shared / "data" / "speech" / "an4" / "flac").glob("*.flac"))
+    audio = torch.from_numpy(soundfile.read(file, dtype="float32")[0])[None]
+    features = model.features(audio, torch.tensor([audio.shape[1]]))
+    tokens = torch.tensor([[*model.prompt(), *model.tokenizer.encode(" one two three")]])
+    outputs = []
+    for one in (model, reshape(model, encoder_layers=6)):
+        encoded, lengths = one.encode(*features)
+        outputs.append((encoded, one.log_probs(encoded, lengths, tokens)))
+    (before, log_probs), (after, log_probs_after) = outputs
+    assert (after - before).abs().max() < 1e-5
+    assert (log_probs_after - log_probs).abs().max() < 1e-5
+
+
 def test_refusals():
     with pytest.raises(ConfigError, match="decoders only shrink"):
         reshape(small_model(), decoder_layers=3)
@@ -107,6 +125,12 @@ def test_command(tmp_path, capsys):
     assert figures["after"]["decoder_seconds"] <= figures["before"]["decoder_seconds"]
     command.run(command.Options(tmp_path / "model", tmp_path / "b", **options))
     assert "decoder, predicted ms" in capsys.readouterr().out
+    command.run(command.Options(tmp_path / "model", tmp_path / "k", keep_flops=True, **options))
+    told = capsys.readouterr().out
+    assert "encoder keeps its 2 layers: the decoder gave up less than half a layer's operations" in told
+    assert "train it on" in told
+    command.run(command.Options(tmp_path / "model", tmp_path / "e", encoder_layers=3, seconds=1.0, tokens=4))
+    assert "train it on" not in capsys.readouterr().out  # nothing was lost
     with pytest.raises(ConfigError, match="exclude each other"):
         command.run(command.Options(tmp_path / "model", tmp_path / "c", keep_flops=True, encoder_layers=3))
     with pytest.raises(ConfigError, match="exists"):

@@ -71,8 +71,13 @@ def run(options: Options) -> int | None:
     }
     if options.json:
         print(json.dumps(figures, indent=2))
-    else:
-        _show(figures)
+        return
+    _show(figures)
+    if (options.keep_parameters or options.keep_flops) and encoder == model.config.encoder.layers:
+        what = "parameters" if options.keep_parameters else "operations"
+        print(f"the encoder keeps its {encoder} layers: the decoder gave up less than half a layer's {what}")
+    if decoder < model.config.decoder.layers:
+        print("train it on: the decoder lost what its layers knew")
 
 
 def _figures(model: SpeechModel, times: DecodingTime, options: Options) -> dict[str, Any]:
@@ -113,4 +118,4 @@ def _show(figures: dict[str, Any]) -> None:
         old, new = figures["before"][key] * scale, figures["after"][key] * scale
         table.add_row(name, format(old, form), format(new, form), f"{new / old:.2f}" if old else "")
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"written to {figures['output']}; train it on: the decoder lost what its layers knew")
+    print(f"written to {figures['output']}")
