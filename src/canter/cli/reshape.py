@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A Canter or Hugging Face folder, or a .nemo file."""
+    """A Canter or Hugging Face folder, a .nemo file, or a run's folder (its best checkpoint)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the new model."""
     decoder_layers: int | None = None
@@ -44,16 +44,20 @@ class Options:
 
 def run(options: Options) -> int | None:
     from canter.errors import ConfigError
+    from canter.inference.transcribe import checkpoint_of
     from canter.models.checkpoint import load_model, save_model
     from canter.models.reshape import encoder_layers_that_keep, reshape
     from canter.models.timing import measure
+    from canter.text.characters import FILE as ALPHABET
+    from canter.text.characters import Characters
 
     asked = (options.encoder_layers is not None, options.keep_parameters, options.keep_flops)
     if sum(asked) > 1:
         raise ConfigError("--encoder-layers, --keep-parameters and --keep-flops exclude each other")
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
-    model = load_model(options.model)
+    source = checkpoint_of(options.model)
+    model = load_model(source)
     decoder = options.decoder_layers or model.config.decoder.layers
     encoder = options.encoder_layers or model.config.encoder.layers
     if options.keep_parameters or options.keep_flops:
@@ -63,6 +67,8 @@ def run(options: Options) -> int | None:
         model, encoder_layers=encoder, decoder_layers=decoder, growth=options.growth, kept=options.kept
     )
     save_model(reshaped, options.output)
+    if (source / ALPHABET).exists():  # of the CTC head
+        Characters.load(source).save(options.output)
     times = measure(model, options.seconds, options.tokens, options.batch)
     figures = {
         "before": _figures(model, times, options),

@@ -77,6 +77,8 @@ class TrainConfig:
     """Validation manifests; none: the last checkpoint is the best."""
     output: Path = Path("runs/default")
     """The run's folder. One that holds a run of the same configuration is continued."""
+    init: Path | None = None
+    """Checkpoint to start from: its weights, shape and tokenizer; none: from scratch."""
     tokenizer: Path | None = None
     """Folder of a tokenizer; none: one is trained on the transcripts."""
     vocabulary: int = 256
@@ -138,6 +140,16 @@ class TrainConfig:
             raise ConfigError(f"--loss.ctc-weight is {self.loss.ctc_weight}; it must lie between 0 and 1")
         if self.loss.ctc_weight == 0 and self.loss.ctc_alone > 0:
             raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
+        if self.init is not None:
+            shape = dataclasses.fields(ModelShape)
+            changed = [f.name for f in shape if getattr(self.model, f.name) != f.default]
+            given = [f"--model.{name.replace('_', '-')}" for name in changed]
+            given += ["--tokenizer"] if self.tokenizer is not None else []
+            if given:
+                raise ConfigError(
+                    f"{', '.join(given)} cannot go with --init: shape and tokenizer are those of the checkpoint; leave "
+                    "them out, or change its layers with 'canter reshape' first"
+                )
         if self.model.width % self.model.heads:
             raise ConfigError(
                 f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}"

@@ -16,6 +16,8 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
+from canter.inference.transcribe import checkpoint_of
+from canter.models.checkpoint import load_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
@@ -67,13 +69,14 @@ def prepare(
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
     run = Run.open(config)
     device = choose_device(config.device)
-    tokenizer, characters = find_tokenizer(config, run, say)
+    initial = load_initial(config, run)
+    tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
         say(f"{len(index.problems)} rows left out, listed in {run.folder}/lengths.skipped.jsonl")
     torch.manual_seed(config.seed)
-    model = SpeechModel(model_config(config, tokenizer, characters)).to(device)
-    model.tokenizer = tokenizer
+    model = initial or SpeechModel(model_config(config, tokenizer, characters))
+    model.to(device).tokenizer = tokenizer
     settled = run.settled()
     precision, threads = settled.get("precision"), settled.get("threads")
     if precision is None or threads is None:
@@ -218,9 +221,41 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
     return chosen
 
 
-def find_tokenizer(config: TrainConfig, run: Run, say: Callable[[str], None]) -> tuple[Tokenizer, Characters]:
-    """The run's tokenizer and alphabet, copied from --tokenizer or made from the transcripts where it has none yet."""
+def load_initial(config: TrainConfig, run: Run) -> SpeechModel | None:
+    """The model of --init; once the run has a checkpoint, that one's, for the other may be gone by then."""
+    if config.init is None:
+        return None
+    model = load_model(run.checkpoints[-1] if run.checkpoints else checkpoint_of(config.init))
+    if model.tokenizer is None:
+        raise ConfigError(
+            f"--init {config.init}: the checkpoint has no tokenizer, without which it cannot be trained"
+        )
+    if config.loss.ctc_weight == 0:
+        model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
+    elif model.ctc is None:
+        raise ConfigError(
+            f"--init {config.init}: the checkpoint has no CTC head; set --loss.ctc-weight 0 --loss.ctc-alone 0"
+        )
+    return model
+
+
+def find_tokenizer(
+    config: TrainConfig, run: Run, initial: SpeechModel | None, say: Callable[[str], None]
+) -> tuple[Tokenizer, Characters]:
+    """The run's tokenizer and alphabet: those of --init or --tokenizer, or made from the transcripts, once."""
     folder = run.folder / "tokenizer"
+    if config.init is not None and initial is not None and not (folder / "characters.json").exists():
+        alphabet = Characters("")  # without a CTC head nothing is written in characters
+        if initial.ctc is not None:
+            alphabet = Characters.load(checkpoint_of(config.init))
+        if initial.ctc is not None and alphabet.size != initial.config.ctc_vocabulary:
+            raise ConfigError(
+                f"--init {config.init}: its CTC head has {initial.config.ctc_vocabulary} outputs, but its alphabet "
+                f"{alphabet.size}; set --loss.ctc-weight 0 --loss.ctc-alone 0 to leave the head out"
+            )
+        folder.mkdir(exist_ok=True)
+        initial.tokenizer.save(folder)
+        alphabet.save(folder)
     if not (folder / "characters.json").exists():
         texts: list[str] = []
         languages: set[str] = set()
@@ -281,7 +316,7 @@ def find_budget(
         budget.save(path)
         return budget
     device = next(model.parameters()).device
-    frame_seconds = model.frame_seconds
+    frame_seconds, shape = model.frame_seconds, model.config
     frames = np.maximum(1, np.ceil(index.seconds / frame_seconds)).astype(np.int64)
     seconds = config.batch_seconds or 120.0
     budget = measure_budget(
@@ -292,7 +327,7 @@ def find_budget(
         batch_frames=max(int(seconds / frame_seconds), int(frames.max())),
         frame_seconds=frame_seconds,
         measured_on={
-            "model": f"canter {config.model.encoder_layers}/{config.model.decoder_layers} x {config.model.width}",
+            "model": f"canter {shape.encoder.layers}/{shape.decoder.layers} x {shape.encoder.width}",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "precision": precision,
