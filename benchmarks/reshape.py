@@ -1,0 +1,179 @@
+"""What a trained run becomes with a smaller decoder and a larger encoder: WER after the same further training of both
+shapes, and decoding times, predicted from the trained shape and measured on the new one.
+
+    python benchmarks/reshape.py RUN -o FOLDER [--decoder-layers 1] [--steps 500] [--json FILE]
+
+Both shapes take the same steps on the same batches (the run's budget, precision and seed), at a share of the run's
+learning rates. FOLDER keeps the reshaped model and both runs; started again, it goes on where it was.
+"""
+
+import json
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from canter.cli.progress import TrainingProgress, say, track
+from canter.corpus.manifest import Utterance
+from canter.corpus.sources import open_source
+from canter.errors import ConfigError
+from canter.inference.transcribe import checkpoint_of
+from canter.models.checkpoint import load_model, save_model
+from canter.models.cost import parameters
+from canter.models.model import SpeechModel
+from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, reshape
+from canter.models.timing import measure
+from canter.text import Characters
+from canter.training.config import ModelShape, TrainConfig, load_config
+from canter.training.session import train
+from canter.training.validation import spread_over, validator
+
+
+@dataclass(frozen=True)
+class Options:
+    run: tyro.conf.Positional[Path]
+    """A finished run's folder."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the reshaped model and the two further runs."""
+    decoder_layers: int = 1
+    """Layers that the decoder keeps; the encoder grows to keep the number of parameters."""
+    growth: Growth = "identity"
+    """How new encoder layers start."""
+    kept: Kept = "spread"
+    """Which decoder layers stay."""
+    steps: int = 500
+    """Further steps, of both shapes."""
+    rate: float = 0.3
+    """Share of the run's learning rates."""
+    utterances: int = 200
+    """Transcribed for WER, evenly spread over the run's validation manifest."""
+    seconds: float = 5.0
+    """Of an utterance whose decoding is timed."""
+    tokens: int = 30
+    """Of the same."""
+    batch: int = 8
+    """Utterances decoded together, for the times."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> TrainConfig:
+    """The further run of one shape."""
+    rates = config.optimizer
+    settled = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
+    return replace(
+        config,
+        init=init,
+        tokenizer=None,
+        model=ModelShape(),
+        output=options.output / name,
+        steps=options.steps,
+        minutes=None,
+        budget=options.run / "budget.json",
+        precision=settled["precision"],
+        threads=settled["threads"],
+        short_first=False,
+        valid_every=options.steps,
+        valid_utterances=options.utterances,
+        optimizer=replace(
+            rates,
+            learning_rate=options.rate * rates.learning_rate,
+            matrix_learning_rate=options.rate * rates.matrix_learning_rate,
+        ),
+        loss=replace(config.loss, ctc_alone=0.0),
+    )
+
+
+def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str, Any]:
+    """Shape and WER of one shape, whose further training starts here."""
+    finished = train(config, TrainingProgress, say, track)
+    lines = map(json.loads, finished.prepared.run.metrics.read_text(encoding="utf-8").splitlines())
+    rows = list(lines)
+    valid = [row for row in rows if row["kind"] == "valid"][-1]
+    return {
+        "encoder_layers": model.config.encoder.layers,
+        "decoder_layers": model.config.decoder.layers,
+        "parameters": sum(parameters(model).values()),
+        "wer_before": before,
+        "wer_after": valid["wer"],
+        "cer_after": valid["cer"],
+        "rtfx": valid["rtfx"],
+        "training_seconds": sum(row["seconds"] for row in rows if row["kind"] == "train"),
+    }
+
+
+def run(options: Options) -> dict[str, Any]:
+    config = load_config(options.run / "config.yaml", relative=False)
+    if not config.valid:
+        raise ConfigError(f"{options.run} has no validation manifest to measure WER on")
+    source = checkpoint_of(options.run)
+    model = load_model(source)
+    layers = encoder_layers_that_keep(
+        "parameters", model.config, options.decoder_layers, options.seconds, options.tokens
+    )
+    reshaped = reshape(
+        model,
+        encoder_layers=layers,
+        decoder_layers=options.decoder_layers,
+        growth=options.growth,
+        kept=options.kept,
+    )
+    start = save_model(reshaped, options.output / "start")
+    if model.ctc is not None:
+        Characters.load(source).save(start)
+
+    rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
+    rate = model.config.features.sample_rate
+    validate = validator(spread_over(rows, options.utterances), model.tokenizer, rate, "float32")
+    shapes = {}
+    for name, one, init in (("trained", model, source), ("reshaped", reshaped, start)):
+        with torch.inference_mode():
+            before = validate(one.eval(), 0)["wer"]
+        shapes[name] = figures(one, before, onwards(options, config, init, name))
+
+    size = (options.seconds, options.tokens, options.batch)
+    old, new = measure(model, *size), measure(reshaped, *size)
+    times = {
+        part: {
+            "trained": getattr(old, part).of(getattr(model.config, part).layers),
+            "reshaped_predicted": getattr(old, part).of(getattr(reshaped.config, part).layers),
+            "reshaped_measured": getattr(new, part).of(getattr(reshaped.config, part).layers),
+        }
+        for part in ("encoder", "decoder")
+    }
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "steps": options.steps,
+        "growth": options.growth,
+        "kept": options.kept,
+        "seconds": options.seconds,
+        "tokens": options.tokens,
+        "batch": options.batch,
+        "shapes": shapes,
+        "decoding_seconds": times,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, row in result["shapes"].items():
+        print(
+            f"{name:9} {row['encoder_layers']}/{row['decoder_layers']}  {row['parameters'] / 1e6:.2f} M  "
+            f"WER {row['wer_before']:.1%} -> {row['wer_after']:.1%} after {result['steps']} steps "
+            f"({row['training_seconds']:.0f} s)  RTFx {row['rtfx']:.0f}"
+        )
+    for part, row in result["decoding_seconds"].items():
+        told = ", ".join(f"{name.replace('_', ' ')} {1000 * value:.1f} ms" for name, value in row.items())
+        print(f"{part}: {told}")
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__)
+    result = run(options)
+    show(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
