@@ -52,6 +52,11 @@ def extracted(folder, speech):
     return extractor(speech, sampling_rate=16000, return_tensors="pt").input_features
 
 
+def test_a_frame_is_20_ms_padded_or_not(ours):
+    assert ours.frame_seconds == 0.02
+    assert small_whisper().frame_seconds == 0.02
+
+
 def test_features(ours, speech, extracted):
     features, lengths = ours.features(*padded(speech))
     assert lengths.tolist() == [3000] * 2

@@ -119,7 +119,8 @@ class SpeechModel(nn.Module):
     @property
     def frame_seconds(self) -> float:
         """Seconds of audio for each encoder frame."""
-        return round(100 / self.encoder_frames(100.0), 6)
+        seconds = getattr(self.config.features, "pad_seconds", 0.0) or 100.0
+        return round(seconds / self.encoder_frames(seconds), 6)
 
     def prompt(self, **slots: str) -> list[int]:
         """Token ids of the prompt with these slots (``source_lang="en"``, ``pnc="yes"``, ...; see the
