@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def split(manifest: Path, folder: Path, share: float = 0.15) -> tuple[int, int]:
-    """About ``share`` of the speakers, chosen by a hash of their name, go to valid.jsonl; returns (train, valid) rows."""
+    """About ``share`` of the speakers, chosen by a hash of their name, go to valid.jsonl; returns the rows of each."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "valid": 0}
     with (folder / "train.jsonl").open("w") as train, (folder / "valid.jsonl").open("w") as valid:
@@ -26,4 +26,5 @@ def split(manifest: Path, folder: Path, share: float = 0.15) -> tuple[int, int]:
 
 if __name__ == "__main__":
     rest = sys.argv[1:]
-    print("%d train, %d valid" % split(Path(rest[0]), Path(rest[1]), *map(float, rest[2:])))
+    train, valid = split(Path(rest[0]), Path(rest[1]), *map(float, rest[2:]))
+    print(f"{train} train, {valid} valid")

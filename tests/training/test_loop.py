@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
+from canter.training.config import AugmentConfig
 from canter.training.session import train
 
 
@@ -61,7 +62,10 @@ def test_every_utterance_once_an_epoch(config):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, micro_batches):
     config = dataclasses.replace(
-        config, micro_batches_per_step=micro_batches, model=dataclasses.replace(config.model, dropout=0.1)
+        config,
+        micro_batches_per_step=micro_batches,
+        model=dataclasses.replace(config.model, dropout=0.1),
+        augment=AugmentConfig(frequency_masks=1, frequency_width=8, time_masks=2),
     )
     train(config, unwatched)
     again = dataclasses.replace(config, output=tmp_path / "again")
@@ -108,12 +112,30 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
         batches = [collate(part, pad) for part in parts]
         counts = Counts.of(batches)
         for batch in batches:
-            trainer._backward(batch, counts, alone=False)
+            trainer._backward(batch, counts, alone=False, epoch=0)
         gradients.append({n: p.grad.clone() for n, p in prepared.model.named_parameters()})
         prepared.model.zero_grad()
     for name, one in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], one, rtol=1e-3, atol=1e-6, msg=name)
     assert isinstance(Address(0, 0, True, rows).last, bool)
+
+
+def test_augmentation_is_the_utterance_s_own(config):
+    """Drawn from (seed, epoch, row): the same beside other batch-mates, another in the next epoch."""
+    from canter.training.data import collate
+    from canter.training.loop import Trainer
+    from canter.training.prepare import prepare
+
+    config = dataclasses.replace(config, augment=AugmentConfig(frequency_masks=1, frequency_width=20))
+    made = prepare(config)
+    trainer = Trainer(config, made.run, made.model, made.plan, made.data, made.steps, precision="float32")
+    one, two = (made.data.example(made.index.utterance(row), row) for row in (3, 4))
+    alone, frames = trainer._features(collate([one], made.tokenizer.pad), epoch=0)
+    together, _ = trainer._features(collate([two, one], made.tokenizer.pad), epoch=0)
+    later, _ = trainer._features(collate([one], made.tokenizer.pad), epoch=1)
+    size = int(frames[0])
+    torch.testing.assert_close(together[1, :size], alone[0, :size], rtol=0, atol=1e-4)
+    assert not torch.equal(later, alone)
 
 
 def test_unusable_audio_is_skipped_and_named(config, spoken, tmp_path):

@@ -61,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"canter {__version__}")
         return 0
-    # Threads that wait for each other by spinning take the processor from whoever they wait for.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *rest = argv
     if name not in COMMANDS:
         import difflib

@@ -322,7 +322,8 @@ def _two_batches(seconds: Sequence[float], size: int = 12) -> dict[str, list[flo
 
 
 def _shift_rows(summary: Summary) -> list[Summary]:
-    rows = summary.get("decoder_shift") or []
+    shift = summary.get("decoder_shift") or []
+    rows = list(shift.values()) if isinstance(shift, Mapping) else shift
     return list(rows.values() if isinstance(rows, Mapping) else rows)
 
 

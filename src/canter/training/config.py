@@ -61,10 +61,24 @@ class LossConfig:
 
     ctc_weight: float = 0.3
     """Weight of CTC; the attention loss has the rest. 0 leaves the CTC head out."""
-    ctc_alone: float = 0.25
+    ctc_alone: float = 0.2
     """Share of the steps, at the start, trained by CTC alone: the decoder cannot learn before the encoder has."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """SpecAugment (Park et al., 2019), drawn from (seed, epoch, row); helps where the data is small."""
+
+    frequency_masks: int = 0
+    """Bands of mel bins that are blanked (Canary's recipe: 2)."""
+    frequency_width: int = 27
+    """The widest of them, in mel bins."""
+    time_masks: int = 0
+    """Stretches of frames that are blanked (Canary's recipe: 10)."""
+    time_width: float = 0.05
+    """The widest of them, as a share of the utterance."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class TrainConfig:
     """Checkpoint to start from: its weights, shape and tokenizer; none: from scratch."""
     tokenizer: Path | None = None
     """Folder of a tokenizer; none: one is trained on the transcripts."""
-    vocabulary: int = 256
+    vocabulary: int = 512
     """Size of a tokenizer trained on the way, special tokens included (lowered where the text is too small)."""
     minutes: float | None = None
     """Train for about so long: the number of steps is set at the start, from the measured step time."""
@@ -125,6 +139,8 @@ class TrainConfig:
     """How weights are updated."""
     loss: LossConfig = field(default_factory=LossConfig)
     """What is minimised."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What is done to the features."""
 
     def __post_init__(self) -> None:
         for name, low in (("window", 1), ("micro_batches_per_step", 1), ("valid_every", 1), ("keep", 1)):

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from canter.errors import CanterError
+from canter.models.augment import SpecAugmentConfig, spec_augment
 from canter.models.files import read_tensors
 from canter.models.fitting import fit_tensors
 from canter.models.model import Batch, SpeechModel
@@ -91,6 +93,7 @@ class Trainer:
         self.steps, self.precision, self.validate, self.report = steps, precision, validate, report
         self.device = next(model.parameters()).device
         self.optimizers = Optimizers(model, config.optimizer, steps)
+        self.augment = SpecAugmentConfig(**vars(config.augment))
         self.progress = Progress()
         self.losses: deque[float] = deque(maxlen=50)
         self.after: dict[int, tuple[int, Position]] = {}  # step -> epoch and position once it is done
@@ -176,7 +179,8 @@ class Trainer:
         for one in loaded:
             if one.batch is not None:
                 torch.manual_seed(_seed(self.config.seed, step, one.address.number))
-                sums.add(self._backward(one.batch.to(self.device), counts, alone))
+                batch = one.batch.to(self.device)
+                sums.add(self._backward(batch, counts, alone, self.after[step][0]))
         merge_pending(self.model)
         rate, norm = self.optimizers.step(step)
         ctc = sums.ctc / max(1, counts.characters)
@@ -212,16 +216,28 @@ class Trainer:
         self._advance(report, skipped)
         return report
 
-    def _backward(self, batch: Batch, counts: "Counts", alone: bool) -> "Sums":
+    def _backward(self, batch: Batch, counts: "Counts", alone: bool, epoch: int) -> "Sums":
         device = self.device.type
+        features = self._features(batch, epoch)
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
             loss = self.model.loss(
-                batch, attention=not alone, label_smoothing=self.config.loss.label_smoothing
+                batch,
+                attention=not alone,
+                label_smoothing=self.config.loss.label_smoothing,
+                features=features,
             )
             ctc = loss.ctc / max(1, counts.characters)
             attention = None if alone else loss.attention / max(1, counts.tokens)
             _weighted(self.config.loss, ctc, attention).backward()
         return Sums(float(loss.attention.detach()), float(loss.ctc.detach()))
+
+    def _features(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Features (B, F, M), augmented, and their lengths (B,)."""
+        features, lengths = self.model.features(batch.audio, batch.audio_lengths)
+        if self.augment.frequency_masks or self.augment.time_masks:
+            seeds = [_seed(self.config.seed, epoch, row) for row in batch.rows.tolist()]
+            features = spec_augment(features, lengths, seeds, self.augment)
+        return features, lengths
 
     def _advance(self, report: StepReport, skipped: int) -> None:
         progress = self.progress

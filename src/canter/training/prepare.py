@@ -23,7 +23,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import Batch, ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
-from canter.planning.budget import Budget
+from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
 from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
 from canter.training.config import TrainConfig
@@ -340,15 +340,23 @@ def find_budget(
 
 
 def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex) -> Budget:
-    """``budget`` with memory for ``batch_seconds`` of the median utterance only, or for the longest if it needs
-    more; as it is for None."""
+    """``budget`` with a micro-batch held to ``batch_seconds`` of audio, padding included, or to what the memory
+    holds where that is less; the longest utterance may always go alone. As it is for None.
+
+    Counting frames instead of bytes keeps batches of long utterances from being cut for their quadratic part.
+    """
     if batch_seconds is None:
         return budget
     frames, tokens = budget.frames(np.asarray(index.seconds)), np.asarray(index.tokens, np.int64)
-    t, u = float(np.median(frames)), float(np.median(tokens))
-    full = budget.bytes(batch_seconds / budget.frame_seconds / t, t, u)
-    longest = float(np.max(budget.bytes(1, frames, tokens)))
-    return dataclasses.replace(budget, limit_bytes=min(budget.limit_bytes, max(full, longest)))
+    fits = budget.max_batch(frames, tokens) >= 1
+    if not fits.any():
+        return budget
+    most = float(np.max(budget.utterance_bytes(frames[fits], tokens[fits]) / frames[fits]))
+    in_memory = (budget.limit_bytes - budget.fixed_bytes) / most
+    limit = max(min(batch_seconds / budget.frame_seconds, in_memory), float(frames[fits].max()))
+    return dataclasses.replace(
+        budget, limit_bytes=float(int(limit + 1e-6)), fixed_bytes=0.0, memory=Polynomial(T=1.0)
+    )
 
 
 def predicted(plan: Plan) -> tuple[float, int]:

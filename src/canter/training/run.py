@@ -30,6 +30,8 @@ from canter.text import Characters
 from canter.training.config import TrainConfig, differences, dump_config, from_mapping
 
 BEST = "best.json"
+SETTLED = "run.json"
+LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.parts", "budget.json", ".cache")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Run:
         """
         folder = config.output
         held = folder / "config.yaml"
-        if held.exists():
+        if (folder / SETTLED).exists():
             before = from_mapping(TrainConfig, yaml.safe_load(held.read_text(encoding="utf-8")), str(held))
             changed = differences(config, before)
             if changed:
@@ -54,6 +56,10 @@ class Run:
                     f"{folder} holds a run of another configuration ({'; '.join(changed)}); choose another --output, "
                     "remove the folder, or set these as they were"
                 )
+        elif held.exists():  # of an attempt that got no further: its leftovers may be of other data
+            for name in LEFTOVERS:
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not a run; choose another --output")
         try:
@@ -78,11 +84,11 @@ class Run:
 
     def settled(self) -> dict[str, Any]:
         """What an earlier start settled; empty for a new run."""
-        path = self.folder / "run.json"
+        path = self.folder / SETTLED
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def settle(self, values: dict[str, Any]) -> None:
-        write_whole(self.folder / "run.json", json.dumps(values, indent=2) + "\n")
+        write_whole(self.folder / SETTLED, json.dumps(values, indent=2) + "\n")
 
     def log(self, **values: Any) -> None:
         """Appends a line to the metrics."""
