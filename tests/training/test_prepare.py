@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from canter.corpus.index import LengthIndex
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
-from canter.training.prepare import choose_steps, limited, prepare, synthetic_batch
+from canter.training.measure import synthetic_batch
+from canter.training.prepare import choose_steps, limited, prepare
 
 BYTES = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
 

@@ -1,0 +1,91 @@
+"""What is measured before a run: a training step's speed in each precision, and what it may use."""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from canter.models.model import Batch, SpeechModel
+from canter.models.norm import merge_pending
+from canter.training.config import TrainConfig
+from canter.training.optimizers import Optimizers
+
+CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
+TIMED_STEPS = 5
+SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
+
+
+def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
+    """Noise of B utterances that the encoder turns into T frames each, with U random tokens."""
+    config = model.config
+    samples = round(frames * model.frame_seconds * config.features.sample_rate)
+    outputs = max(2, config.ctc_vocabulary)
+    characters = max(1, min(int(samples / config.features.sample_rate * CHARACTERS_A_SECOND), 2 * frames))
+    return Batch(
+        audio=torch.randn(batch, samples) * 0.1,
+        audio_lengths=torch.full((batch,), samples),
+        tokens=torch.randint(0, config.decoder.vocabulary, (batch, tokens)),
+        token_lengths=torch.full((batch,), tokens),
+        prompt_lengths=torch.full((batch,), min(prompt, tokens - 1)),
+        characters=torch.randint(1, outputs, (batch, characters)),
+        character_lengths=torch.full((batch,), characters),
+        rows=torch.zeros(batch, dtype=torch.long),
+    )
+
+
+def training_step(
+    config: TrainConfig, model: SpeechModel, precision: str, prompt: int
+) -> Callable[..., None]:
+    """A whole step on a synthetic batch (B, T, U), on a copy of ``model``."""
+    model = copy.deepcopy(model).train()
+    device = next(model.parameters()).device
+    optimizers = Optimizers(model, config.optimizer, steps=1000)
+
+    def step(batch: int, frames: int, tokens: int) -> None:
+        data = synthetic_batch(model, batch, frames, tokens, prompt).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model.loss(data, label_smoothing=config.loss.label_smoothing)
+            (loss.attention / loss.attention_count + loss.ctc / loss.ctc_count.clamp(min=1)).backward()
+        merge_pending(model)
+        optimizers.step(0)
+
+    return step
+
+
+def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> tuple[str, int]:
+    """(precision, threads) of the shortest training step among those the configuration leaves open.
+
+    bf16 has float32 weights and bf16 arithmetic. All cores are not always fastest: on a machine that others use
+    too, threads wait for one another.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    precisions = ("float32", "bf16") if config.precision == "auto" else (config.precision,)
+    cores = torch.get_num_threads()
+    threads = {config.threads} if config.threads else {1, cores} if on_cpu else {cores}
+    seconds: dict[tuple[str, int], float] = {}
+    for precision in precisions:
+        for count in sorted(threads):
+            torch.set_num_threads(count)
+            step = training_step(config, model, precision, prompt=4)
+            times = []
+            for _ in range(TIMED_STEPS):
+                start = time.perf_counter()
+                step(4, 75, 25)
+                times.append(time.perf_counter() - start)
+            seconds[precision, count] = sorted(times[1:])[len(times) // 2 - 1]
+    chosen = min(seconds, key=seconds.__getitem__)
+    if len(seconds) > 1:
+        told = ", ".join(f"{p} on {n} threads {1000 * s:.0f} ms" for (p, n), s in seconds.items())
+        say(f"{chosen[0]} on {chosen[1]} threads: a step takes {told}")
+    return chosen
+
+
+def memory_limit(device: torch.device, say: Callable[[str], None]) -> float:
+    """Bytes a step may use: a GPU's free memory, or half of a CPU's."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    say(f"memory limit {SHARE_OF_MEMORY * total / 2**30:.1f} GiB, half of this machine's")
+    return SHARE_OF_MEMORY * total
