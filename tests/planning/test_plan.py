@@ -19,7 +19,7 @@ from .conftest import lengths
 KINDS = [
     *(kind() for kind in STRATEGIES.values()), Random(7), Bucket1D(5), Bucket2D(5, 2),
     Bucket2D(4, 2, synchronised=False),
-    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(2.5),
+    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(0), Balanced(2.5),
 ]  # fmt: skip
 
 

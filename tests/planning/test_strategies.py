@@ -9,11 +9,13 @@ from canter.planning import STRATEGIES, Budget, Plan, Polynomial, strategy
 from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.lengths import Lengths, sample
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
+from canter.planning.strategies.base import maxima
+from canter.planning.strategies.recut import recut
 
 from .conftest import lengths
 
 KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(4, 2, synchronised=False),
-         Bucket2D(4, 3, optimal=True), Balanced(), Balanced(2.5)]  # fmt: skip
+         Bucket2D(4, 3, optimal=True), Balanced(), Balanced(0), Balanced(2.5)]  # fmt: skip
 
 
 @settings(deadline=None, max_examples=150)
@@ -87,6 +89,44 @@ def test_more_mixing_pads_more_and_mixes_more(budget):
     padded = [p.figures().padded_compute for p in plans]
     assert padded == sorted(padded)
     assert pools[3] > 4 * pools[0]
+
+
+def test_the_tightest_dial_pads_much_less(budget):
+    """The local search pads less, with as many batches, none over memory."""
+    index = lengths(2500)
+    plans = [Plan(index, budget, Balanced(mixing)) for mixing in (1, 0)]
+    loose, tight = (plan.figures() for plan in plans)
+    assert tight.padded_compute < 0.75 * loose.padded_compute
+    assert tight.micro_batches == loose.micro_batches
+    assert tight.over == 0
+    assert tight.memory_filled > 0.92
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=2, max_size=60),
+    st.integers(60, 400),
+    st.data(),
+)
+def test_cutting_anew_keeps_every_utterance_and_never_costs_more(rows, limit, data):
+    budget = Budget(float(limit), Polynomial(T=1.0, U=0.3), time=Polynomial(T=1.0, TU=0.01, U=0.5))
+    frames, tokens = np.array(rows).T
+    inner = data.draw(st.sets(st.integers(1, len(rows) - 1)))
+    batches = np.array([0, *sorted(inner), len(rows)])
+
+    def cost(order, batches):
+        f, u = maxima(frames[order], batches), maxima(tokens[order], batches)
+        size = np.diff(batches)
+        return (size * budget.time(f, u)).sum(), size * budget.memory(f, u)
+
+    order, cut = recut(batches, frames, tokens, budget)
+    assert sorted(order.tolist()) == list(range(len(rows)))
+    assert len(cut) == len(batches)
+    assert np.all(np.diff(cut) > 0)
+    before, after = cost(np.arange(len(rows)), batches), cost(order, cut)
+    assert after[0] <= before[0] * (1 + 1e-9)
+    if (before[1] <= limit).all():
+        assert (after[1] <= limit).all()
 
 
 def test_length_does_not_drift_over_the_epoch(budget):

@@ -34,7 +34,7 @@ class Options:
     window: int | None = None
     """Utterances that `balanced` sorts together (50,000 unless given)."""
     mixing: float = 1.0
-    """Dial of `balanced`: 1 pads least, more mixes more."""
+    """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
     seed: int = 0
     """Another seed, another shuffle."""
     prompt_tokens: int = 0

@@ -29,7 +29,7 @@ class Options:
     window: int | None = None
     """Utterances that are batched together; the strategy's own unless given."""
     mixing: float = 1.0
-    """Dial of `balanced`: 1 pads least, more mixes more."""
+    """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
     max_tokens_per_second: float | None = None
     """Utterances beyond this are left out, counted and listed."""
     seed: int = 0

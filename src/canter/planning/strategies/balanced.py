@@ -18,6 +18,7 @@ from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths
 from canter.planning.strategies.base import Cut, Cutter, in_steps, maxima, nothing, reorder
+from canter.planning.strategies.recut import recut
 
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
@@ -28,8 +29,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True, slots=True)
 class Balanced:
-    """mixing: parts a window is dealt into at random before each is sorted; need not be whole. 1 pads least; the
-    mixing pool grows with the number of parts, padding with its square root."""
+    """mixing: parts a window is dealt into at random before each is sorted; need not be whole. The mixing pool grows
+    with the number of parts, padding with its square root. 0 is 1 with a local search after it (see `recut`): the
+    least padding, at 10,000 utterances a second instead of millions; worth it for sets of up to some ten thousand."""
 
     mixing: float = 1.0
     name: ClassVar[str] = "balanced"
@@ -39,15 +41,18 @@ class Balanced:
         return None
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
-        if not self.mixing >= 1:
-            raise PlanError(f"balanced: mixing is {self.mixing}; it must be 1 (least padding) or more")
+        if not (self.mixing >= 1 or self.mixing == 0):
+            raise PlanError(f"balanced: mixing is {self.mixing}; it must be 0 (least padding), or 1 or more")
 
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
             if len(lengths) == 0:
                 return nothing()
-            order = snake(lengths, budget, self.mixing, rng)
+            order = snake(lengths, budget, max(1.0, self.mixing), rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
             batches = even_batches(frames, tokens, budget, per_step)
+            if self.mixing == 0:
+                moved, batches = recut(batches, frames, tokens, budget)
+                order, frames, tokens = order[moved], frames[moved], tokens[moved]
             return deal(order, batches, frames, tokens, budget, per_step, rng)
 
         return cut
