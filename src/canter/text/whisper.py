@@ -13,9 +13,7 @@ from canter.text.prompts import prompt_ids, utterance_slots
 FILE = "tokenizer.json"
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, every 20 ms, after <|notimestamps|>; many files leave them out
 TIMESTAMP_SECONDS = 0.02
-ENGLISH_END = (
-    50256  # English-only models use GPT-2's vocabulary, one token smaller than the multilingual one
-)
+ENGLISH_END = 50256  # English-only models use GPT-2's vocabulary, one token smaller than the multilingual one
 
 
 class WhisperTokenizer:
