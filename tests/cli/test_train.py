@@ -17,7 +17,7 @@ from canter.planning.budget import Budget
 
 SMALL = shlex.split("""
     --model.encoder-layers 1 --model.decoder-layers 1 --model.width 32 --model.heads 2 --model.subsampling-channels 8
-    --model.mels 40 --batch-seconds 12 --workers 0 --threads 1 --precision float32 --vocabulary 100
+    --model.mels 40 --batch-seconds 12 --threads 1 --precision float32 --vocabulary 100
 """)
 
 
@@ -30,7 +30,7 @@ def arguments(spoken, output: Path, *more: str) -> list[str]:
     budget = output.parent / "budget.json"
     Budget.from_batch_seconds(60.0).save(budget)
     files = ["--manifest", str(spoken.train_manifest), "--output", str(output), "--budget", str(budget)]
-    return ["train", *files, *SMALL, *more]
+    return ["train", *files, *SMALL, "--workers", "0", *more]
 
 
 def test_train_transcribe_score_report(spoken, tmp_path, capsys):
@@ -95,17 +95,19 @@ def test_a_mistake_does_not_hold_the_folder(spoken, tmp_path, capsys):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(spoken, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "canter", *arguments(spoken, run, "--steps", "400")]
+    command = [sys.executable, "-m", "canter", *arguments(spoken, run, "--steps", "400", "--workers", "1")]
     metrics = run / "metrics.jsonl"
 
     def interrupted(number: int, after: int) -> str:
         """What the command says when it is sent a signal once ``after`` steps are logged."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
             deadline = time.monotonic() + 120
             while process.poll() is None and time.monotonic() < deadline:
                 if metrics.exists() and len(metrics.read_text().splitlines()) >= after:
-                    process.send_signal(number)
+                    os.killpg(process.pid, number)  # as a terminal does: the data worker gets it too
                     break
                 time.sleep(0.05)
             said = process.communicate(timeout=60)[1]

@@ -1,5 +1,6 @@
 """Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,13 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     )
 
 
+def _leave_interrupts_to_the_loop(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still
+    needs its data. Workers end with the loop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Stream(torch.utils.data.Sampler):
     """An iterator of addresses, as DataLoader wants it."""
 
@@ -126,7 +134,13 @@ def load_ahead(
     dataset: MicroBatches, addresses: Iterator[Address], workers: int, pin: bool = False
 ) -> Iterator[Loaded]:
     """Micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: this one)."""
-    context = {"multiprocessing_context": "forkserver", "prefetch_factor": 8} if workers else {}
+    context: dict[str, Any] = {}
+    if workers:
+        context = {
+            "multiprocessing_context": "forkserver",
+            "prefetch_factor": 8,
+            "worker_init_fn": _leave_interrupts_to_the_loop,
+        }
     loader = torch.utils.data.DataLoader(
         dataset,
         sampler=_Stream(addresses),

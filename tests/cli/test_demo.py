@@ -1,0 +1,35 @@
+"""The whole way, as small as it goes."""
+
+import json
+import re
+
+from canter.cli.main import main
+
+
+def test_the_demo_leaves_a_summary_and_a_page_that_needs_nothing_else(tmp_path):
+    output = tmp_path / "demo"
+    assert main(["demo", "--quick", "--utterances", "60", "--minutes", "0.02", "--output", str(output)]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["utterances"] == 60
+    assert 0 < summary["audio_hours"] < 1
+    assert summary["train_seconds"] > 0
+    assert summary["rtfx"] > 0
+    assert summary["cer"] >= 0
+    assert summary["wer"] > 0.3  # nothing can be learnt in a second
+    assert list(summary["strategies"]) == ["random", "duration", "bucket_1d", "bucket_2d", "balanced"]
+    for row in summary["strategies"].values():
+        assert 0 <= row["padding"] < 1
+        assert row["mean_batch"] >= 1
+    shift = summary["decoder_shift"]
+    assert {row["cache"] for row in shift.values()} == {"none", "hidden", "full"}
+    parameters = {row["shape"]: row["parameters"] for row in shift.values()}
+    deep, shallow = parameters.values()
+    assert abs(deep / shallow - 1) < 0.05
+    rows = [json.loads(line) for line in (output / "test.transcribed.jsonl").read_text().splitlines()]
+    train = {
+        json.loads(line)["text"] for line in (output / "corpus" / "train.jsonl").read_text().splitlines()
+    }
+    assert all("pred_text" in row and row["text"] not in train for row in rows)
+    page = (output / "report.html").read_text()
+    assert "<svg" in page
+    assert not re.search(r"""(?:src|href)=["']https?:""", page)
