@@ -9,6 +9,7 @@ from canter.planning import STRATEGIES, Budget, Plan, Polynomial, strategy
 from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.lengths import Lengths, sample
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
+from canter.planning.strategies.balanced import without_drift
 from canter.planning.strategies.base import maxima
 from canter.planning.strategies.recut import recut
 
@@ -138,6 +139,23 @@ def test_length_does_not_drift_over_the_epoch(budget):
     part = len(per_step) // 10
     for end in (per_step[:part], per_step[-part:]):
         assert abs(end.mean() / per_step.mean() - 1) < 0.08
+
+
+@pytest.mark.parametrize(("count", "within"), [(16, 0.2), (36, 0.08), (300, 0.03)])
+def test_first_and_last_steps_are_as_long_as_the_rest(count, within):
+    """Even where few steps hold most utterances, as those of the shortest do."""
+    rng = np.random.default_rng(count)
+    starts = set()
+    for _ in range(12):
+        mean = np.sort(np.where(np.arange(count) < count // 12, 3.0, rng.uniform(12, 35, count)))
+        size = np.round(80_000 / mean).astype(int)
+        sequence = without_drift(size * mean, size, rng)
+        assert sorted(sequence.tolist()) == list(range(count))
+        starts.add(int(sequence[0]))
+        for end in (sequence[: count // 4], sequence[-(count // 4) :]):
+            assert abs(mean[end].mean() / mean.mean() - 1) < within
+    assert len(starts) > 1
+    assert without_drift(np.ones(1), np.ones(1), rng).tolist() == [0]
 
 
 @given(st.lists(st.floats(0.1, 50), min_size=1, max_size=60), st.floats(1, 100))

@@ -24,6 +24,7 @@ GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
 TAIL_BATCHES = 10  # that they must fill to be worth a way of their own
+STARTS = 64  # of the sequence of steps, among which the best is taken
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -232,9 +233,30 @@ def deal(
         begin = end
     chosen[steps * per_step :] = by_time[steps * per_step :]
     if steps:
-        # steps in a low-discrepancy sequence over their mean length: every stretch has its share of long and short
         table = chosen[: steps * per_step].reshape(steps, per_step)
-        rank = np.argsort(longest[table].mean(axis=1), kind="stable")
-        table = table[rank][np.argsort((np.arange(steps) * GOLDEN + rng.random()) % 1.0)]
+        size = np.diff(batches)[table].sum(axis=1)
+        total = np.add.reduceat(frames, batches[:-1])[table].sum(axis=1)
+        table = table[without_drift(total, size, rng)]
         chosen[: steps * per_step] = table.ravel()
     return reorder(order, batches, chosen, in_steps(count, per_step))
+
+
+def without_drift(total: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(S,) a sequence of steps in which every stretch has its share of long and short ones.
+
+    total, size: (S,) frames and utterances of each step. A low-discrepancy sequence over the steps' mean length, by
+    the golden ratio. Where there are few steps, it is that of some random starts in which the steps so far, and next
+    to that their utterances, are never far from the mean.
+    """
+    mean = total / size
+    by_length = np.argsort(mean, kind="stable")
+    starts = rng.random((max(1, min(STARTS, 4096 // len(mean))), 1))
+    sequences = by_length[np.argsort((np.arange(len(mean)) * GOLDEN + starts) % 1.0, axis=1)]
+    if len(sequences) == 1:
+        return sequences[0]
+    excess = total - size * (total.sum() / size.sum())
+    tips = [
+        np.cumsum(values[sequences], axis=1) / max(float(values.std()), 1e-9)
+        for values in (mean - mean.mean(), excess)
+    ]
+    return sequences[np.argmin((tips[0] ** 2 + 0.1 * tips[1] ** 2).sum(axis=1))]
