@@ -109,10 +109,11 @@ def run(options: Options) -> int | None:
 
 
 def show(figures, left_out: list[tuple[int, str]], reasons: dict[str, int], options: Options) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{options.index.name}: {options.strategy}, {options.ranks} ranks", show_header=False)
+    table = Table(box=box.SIMPLE, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, text in (
@@ -131,6 +132,9 @@ def show(figures, left_out: list[tuple[int, str]], reasons: dict[str, int], opti
     ):
         table.add_row(name, text)
     console = Console()
+    console.print(
+        f"{options.index.name}: {options.strategy}, {options.ranks} ranks", style="bold", highlight=False
+    )
     console.print(table)
     for row, reason in left_out[:5]:
         console.print(f"row {row}: {reason}", highlight=False)
