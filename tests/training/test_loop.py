@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
+from canter.planning.budget import Budget, Polynomial
 from canter.training.config import AugmentConfig
 from canter.training.session import train
 
@@ -47,6 +48,18 @@ def test_a_run_leaves_what_it_promises(config):
     best = json.loads((config.output / "checkpoints" / "best.json").read_text())
     model = load_model(config.output / "checkpoints" / best["checkpoint"])
     assert model.tokenizer.vocab_size == model.config.decoder.vocabulary
+
+
+def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):
+    hasty = Budget(limit_bytes=1e9, memory=Polynomial(T=1.0), time=Polynomial(T=1e-6), fixed_seconds=1e-4)
+    hasty.save(tmp_path / "hasty.json")
+    config = dataclasses.replace(config, budget=tmp_path / "hasty.json", steps=None, minutes=0.02, valid=())
+    finished = train(config, unwatched)
+    settled = json.loads((config.output / "run.json").read_text())
+    assert settled["timed"]
+    assert finished.prepared.steps > 1000  # as the budget has it
+    assert finished.progress.step == settled["steps"] < 1000
+    assert metrics(config)[-1]["steps"] == settled["steps"]
 
 
 def test_every_utterance_once_an_epoch(config):

@@ -24,7 +24,7 @@ class Options:
     utterances: int | None = None
     """Training utterances to synthesise (6000; quick: 300)."""
     minutes: float | None = None
-    """Of training (6.5; quick: a third of a minute). The number of steps follows from the measured step time."""
+    """Of training (6.25; quick: a third of a minute). The number of steps follows from the measured step time."""
     seed: int = 0
     """Of corpus, weights and order."""
 
@@ -132,7 +132,7 @@ def prepare_run(options: Options, corpus):
         manifest=(corpus.train_manifest,),
         output=options.output / "run",
         vocabulary=VOCABULARY,
-        minutes=options.minutes or (0.3 if options.quick else 6.5),
+        minutes=options.minutes or (0.3 if options.quick else 6.25),
         seed=options.seed,
         valid_every=100_000,
     )
@@ -260,7 +260,7 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
     batch, seconds, tokens = (4, 4, 12) if options.quick else (16, 8, 28)
     audio = torch.randn(batch, seconds * rate, generator=torch.Generator().manual_seed(options.seed)) * 0.1
     lengths = torch.full((batch,), seconds * rate)
-    rows = measure_shift(models, audio, lengths, tokens, repeats=1 if options.quick else 3)
+    rows = measure_shift(models, audio, lengths, tokens, repeats=1 if options.quick else 2)
     summary["decoder_shift"] = {
         f"{row.shape} {row.cache}": asdict(row) | {"seconds": row.encoder_seconds + row.decoder_seconds}
         for row in rows

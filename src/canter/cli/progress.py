@@ -64,9 +64,9 @@ class TrainingProgress:
     def __call__(self, report: StepReport) -> None:
         self.recent.append(report)
         text = self.describe(self.recent)
-        self.bar.update(self.task, completed=report.step, description=text)
+        self.bar.update(self.task, completed=report.step, total=report.steps, description=text)
         if not console.is_terminal and report.step % self.EVERY == 0:
-            console.print(f"step {report.step}  {text}")
+            console.print(f"step {report.step} of {report.steps}  {text}", highlight=False)
 
     @staticmethod
     def describe(recent: Iterable[StepReport]) -> str:

@@ -27,12 +27,16 @@ from canter.training.data import Address, Loaded, MicroBatches, load_ahead
 from canter.training.optimizers import Optimizers
 from canter.training.run import Run
 
+UNTIMED = 10  # first steps, which wait for workers to start
+
 
 @dataclass(frozen=True)
 class StepReport:
     """One optimiser step, as it goes to metrics.jsonl and to the progress bar."""
 
     step: int
+    steps: int
+    """Of the run."""
     epoch: int
     loss: float
     loss_ctc: float
@@ -86,17 +90,22 @@ class Trainer:
         steps: int,
         *,
         precision: str,
+        predicted_seconds: float = 0.0,
         validate: Callable[[SpeechModel, int], dict[str, Any]] | None = None,
         report: Callable[[StepReport], None] = lambda _: None,
     ):
         self.config, self.run, self.model, self.plan, self.data = config, run, model, plan, data
         self.steps, self.precision, self.validate, self.report = steps, precision, validate, report
+        self.predicted_seconds = predicted_seconds
         self.device = next(model.parameters()).device
         self.optimizers = Optimizers(model, config.optimizer, steps)
         self.augment = SpecAugmentConfig(**vars(config.augment))
         self.progress = Progress()
         self.losses: deque[float] = deque(maxlen=50)
         self.after: dict[int, tuple[int, Position]] = {}  # step -> epoch and position once it is done
+        self.timed: list[tuple[float, float]] = []  # seconds of each step, as predicted and as taken
+        by_time = config.minutes is not None and config.steps is None and not run.settled().get("timed")
+        self.settle_at = max(2 * UNTIMED, steps // 50) if by_time else None
 
     def restore(self) -> bool:
         """Goes back to the newest checkpoint of the run; false where there is none."""
@@ -138,6 +147,8 @@ class Trainer:
             while self.progress.step < self.steps and not stopping.is_set():
                 self.report(self._step(loader))
                 done = self.progress.step
+                if done == self.settle_at:
+                    self._settle_steps()
                 if done % self.config.valid_every == 0 and done < self.steps:
                     self.checkpoint()
             if self.progress.step > 0:
@@ -195,6 +206,7 @@ class Trainer:
         room = sum(b.audio.numel() for b in batches)
         report = StepReport(
             step=step + 1,
+            steps=self.steps,
             epoch=self.after[step][0],
             loss=loss,
             loss_ctc=ctc,
@@ -213,8 +225,23 @@ class Trainer:
             tokens_max=max((b.tokens.shape[1] for b in batches), default=0),
             padding=1 - samples / room if room else 0.0,
         )
+        budget = self.plan.budgets[0][1]
+        shapes = [
+            (len(b.rows), budget.frames(b.audio.shape[1] / self.data.sample_rate), b.tokens.shape[1])
+            for b in batches
+        ]
+        self.timed.append((sum(budget.step_seconds(*shape) for shape in shapes), report.seconds))
         self._advance(report, skipped)
         return report
+
+    def _settle_steps(self) -> None:
+        """Sets the number of steps anew, once, where it follows from --minutes: with data decoded beside it and other
+        work on the machine, a step takes longer than in a probe."""
+        predicted, taken = map(sum, zip(*self.timed[UNTIMED:], strict=True))
+        left = (self.config.minutes or 0) * 60 - self.progress.seconds
+        mean = self.predicted_seconds / self.steps * taken / max(predicted, 1e-9)
+        self.steps = self.optimizers.steps = self.progress.step + max(1, round(left / mean))
+        self.run.settle(self.run.settled() | {"steps": self.steps, "timed": True})
 
     def _backward(self, batch: Batch, counts: "Counts", alone: bool, epoch: int) -> "Sums":
         device = self.device.type

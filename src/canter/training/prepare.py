@@ -87,7 +87,7 @@ def prepare(
     )
     step_seconds, epoch_steps = predicted(plan)
     steps = settled.get("steps") or choose_steps(config, step_seconds, epoch_steps)
-    run.settle({"precision": precision, "threads": threads, "steps": steps})
+    run.settle(settled | {"precision": precision, "threads": threads, "steps": steps})
     data = MicroBatches(
         index, tokenizer, characters if config.loss.ctc_weight else None, model.config.features.sample_rate
     )

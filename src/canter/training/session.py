@@ -48,6 +48,7 @@ def train(
         prepared.data,
         prepared.steps,
         precision=prepared.precision,
+        predicted_seconds=prepared.predicted_seconds,
         validate=validate,
     )
     if trainer.restore():
