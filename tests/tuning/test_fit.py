@@ -32,6 +32,13 @@ def test_a_budget_explains_its_probes():
     assert budget.measured_on["memory_error"] < 0.01
 
 
+def test_probes_that_show_no_growth_still_give_a_budget():
+    probes = [Probe(b, t, u, 1000, 0.01 / b) for b, t, u in ((1, 10, 5), (2, 20, 5), (4, 40, 9), (8, 50, 9))]
+    budget = fit(probes, 1e9, 0.08, {})
+    assert budget.fixed_seconds == budget.fixed_bytes == 0
+    assert budget.step_seconds(8, 50, 9) > budget.step_seconds(1, 10, 5) > 0
+
+
 def test_saved_bytes_grow_with_the_batch_and_leave_parameters_out():
     linear = torch.nn.Linear(64, 64)
 
