@@ -96,7 +96,6 @@ class Trainer:
     ):
         self.config, self.run, self.model, self.plan, self.data = config, run, model, plan, data
         self.steps, self.precision, self.validate, self.report = steps, precision, validate, report
-        self.predicted_seconds = predicted_seconds
         self.device = next(model.parameters()).device
         self.optimizers = Optimizers(model, config.optimizer, steps)
         self.augment = SpecAugmentConfig(**vars(config.augment))
@@ -104,8 +103,8 @@ class Trainer:
         self.losses: deque[float] = deque(maxlen=50)
         self.after: dict[int, tuple[int, Position]] = {}  # step -> epoch and position once it is done
         self.timed: list[tuple[float, float]] = []  # seconds of each step, as predicted and as taken
-        by_time = config.minutes is not None and config.steps is None and not run.settled().get("timed")
-        self.settle_at = max(2 * UNTIMED, steps // 50) if by_time else None
+        self.mean_seconds = predicted_seconds / steps
+        self.settle_at = self._next_settling()
 
     def restore(self) -> bool:
         """Goes back to the newest checkpoint of the run; false where there is none."""
@@ -118,6 +117,7 @@ class Trainer:
         self.optimizers.load_state_dict(optimizers)
         self.progress = Progress(**state)
         self.run.forget_after(self.progress.step)
+        self.settle_at = self._next_settling()
         return True
 
     def addresses(self) -> Iterator[Address]:
@@ -234,14 +234,26 @@ class Trainer:
         self._advance(report, skipped)
         return report
 
+    def _next_settling(self) -> int | None:
+        """The step after which the number of steps is set anew, where it follows from --minutes: early, and once the
+        decoder is trained too. None where it stands."""
+        shares = (0.02, self.config.loss.ctc_alone + 0.08)
+        settled = self.run.settled().get("timed", 0)
+        if self.config.minutes is None or self.config.steps is not None or settled >= len(shares):
+            return None
+        return max(self.progress.step + 2 * UNTIMED, round(shares[settled] * self.steps))
+
     def _settle_steps(self) -> None:
-        """Sets the number of steps anew, once, where it follows from --minutes: with data decoded beside it and other
-        work on the machine, a step takes longer than in a probe."""
-        predicted, taken = map(sum, zip(*self.timed[UNTIMED:], strict=True))
+        """Sets the number of steps anew by the steps last timed: with data decoded beside it and other work on the
+        machine, a step takes longer than in a probe."""
+        recent = self.timed[UNTIMED:][-max(UNTIMED, self.steps // 20) :]
+        predicted, taken = map(sum, zip(*recent, strict=True))
         left = (self.config.minutes or 0) * 60 - self.progress.seconds
-        mean = self.predicted_seconds / self.steps * taken / max(predicted, 1e-9)
+        mean = self.mean_seconds * taken / max(predicted, 1e-9)
         self.steps = self.optimizers.steps = self.progress.step + max(1, round(left / mean))
-        self.run.settle(self.run.settled() | {"steps": self.steps, "timed": True})
+        settled = self.run.settled()
+        self.run.settle(settled | {"steps": self.steps, "timed": settled.get("timed", 0) + 1})
+        self.settle_at = self._next_settling()
 
     def _backward(self, batch: Batch, counts: "Counts", alone: bool, epoch: int) -> "Sums":
         device = self.device.type
