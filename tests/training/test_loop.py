@@ -56,7 +56,7 @@ def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):
     config = dataclasses.replace(config, budget=tmp_path / "hasty.json", steps=None, minutes=0.02, valid=())
     finished = train(config, unwatched)
     settled = json.loads((config.output / "run.json").read_text())
-    assert settled["timed"] == 2
+    assert settled["timed"] >= 1
     assert finished.prepared.steps > 1000  # as the budget has it
     assert finished.progress.step == settled["steps"] < 1000
     assert metrics(config)[-1]["steps"] == settled["steps"]
