@@ -154,7 +154,7 @@ def climb_ladder(prepared, longest: int, summary: dict[str, Any]) -> None:
     strategies = [("random", Random(), None), ("duration", Duration(), None), ("bucket_1d", Bucket1D(), None)]
     strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
     rungs = list(compare(index, replace(budget, limit_bytes=limit), strategies, ranks=1))
-    command.show(rungs, f"{len(index):,} utterances of the demo, room for {LONGEST_IN_MEMORY} of the longest")
+    command.show(rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest")
     summary["strategies"] = {
         rung.name: plain(rung.as_json())
         | {"padding": rung.figures.padded_audio, "epoch_hours": rung.figures.hours, "speedup": rung.speed}

@@ -12,20 +12,22 @@ from canter.training.loop import StepReport
 console = Console(stderr=True)
 
 
+def _bar(name: str) -> Progress:
+    return Progress(
+        TextColumn(f"{name:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
 def track(items: list, name: str) -> Iterator:
     """Yields ``items`` under a progress bar."""
-    with Progress(
-        TextColumn(f"{name:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
+    with _bar(name) as bar:
         yield from bar.track(items)
 
 
 @contextmanager
 def counting(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that is told (done, of how many)."""
-    with Progress(
-        TextColumn(f"{name:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
+    with _bar(name) as bar:
         task = bar.add_task("", total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -10,7 +10,7 @@ import functools
 import io
 import os
 import re
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import soundfile
@@ -18,6 +18,9 @@ import soxr
 
 from canter.corpus.tar import Member, walk_tar
 from canter.errors import AudioError, ManifestError
+
+if TYPE_CHECKING:
+    from canter.corpus.manifest import Utterance
 
 _MEMBER = re.compile(r"(?P<file>.+?)::(?P<name>.*?)(?:@(?P<start>\d+)\+(?P<bytes>\d+))?", re.DOTALL)
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -77,6 +80,14 @@ def load_audio(
     if rate != sample_rate:
         samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
     return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def load_utterance(utterance: "Utterance", sample_rate: int = 16000) -> np.ndarray:
+    """The utterance's samples (S,), as `load_audio` gives them: the whole file, unless it starts within one."""
+    duration = utterance.duration if utterance.offset else None
+    return load_audio(
+        utterance.audio_filepath, offset=utterance.offset, duration=duration, sample_rate=sample_rate
+    )
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float:

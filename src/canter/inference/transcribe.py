@@ -8,9 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from canter.corpus.audio import load_audio
+from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError
 from canter.inference.engine import Engine, Request, encoder_batches
@@ -62,7 +60,7 @@ def transcribe_stream(
     def request(index: int) -> Request:
         utterance = utterances[index]
         prompt = tokenizer.prompt(utterance)
-        audio = _read(utterance, engine.model.config.features.sample_rate)
+        audio = load_utterance(utterance, engine.model.config.features.sample_rate)
         seconds = len(audio) / engine.model.config.features.sample_rate
         if seconds > longest_seconds:
             raise AudioError(
@@ -105,14 +103,6 @@ def _most_seconds(model: SpeechModel) -> float:
     padded = getattr(model.config.features, "pad_seconds", 0.0)
     positions = getattr(model.config.encoder, "positions", math.inf)
     return padded or positions / model.encoder_frames(100.0) * 100.0
-
-
-def _read(utterance: Utterance, sample_rate: int) -> np.ndarray:
-    """The utterance's samples: the whole file, unless it starts within one."""
-    duration = utterance.duration if utterance.offset else None
-    return load_audio(
-        utterance.audio_filepath, offset=utterance.offset, duration=duration, sample_rate=sample_rate
-    )
 
 
 def checkpoint_of(path: str | Path) -> Path:

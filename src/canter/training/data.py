@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from canter.corpus.audio import load_audio
+from canter.corpus.audio import load_utterance
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem, Utterance
 from canter.errors import AudioError, CanterError
@@ -71,12 +71,7 @@ class MicroBatches(torch.utils.data.Dataset):
     def example(self, utterance: Utterance, row: int = -1) -> Example:
         """Audio and targets of one utterance. Raises AudioError where the file is unusable, or is longer or
         shorter than the manifest says by over a tenth and 0.25 s: the plan was made for the stated length."""
-        audio = load_audio(
-            utterance.audio_filepath,
-            offset=utterance.offset,
-            duration=utterance.duration if utterance.offset else None,
-            sample_rate=self.sample_rate,
-        )
+        audio = load_utterance(utterance, self.sample_rate)
         seconds = len(audio) / self.sample_rate
         if abs(seconds - utterance.duration) > max(SECONDS_TOLERANCE, SHARE_TOLERANCE * utterance.duration):
             raise AudioError(

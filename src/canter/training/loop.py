@@ -5,10 +5,9 @@ import math
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,6 @@ class Trainer:
         self.optimizers = Optimizers(model, config.optimizer, steps)
         self.augment = SpecAugmentConfig(**vars(config.augment))
         self.progress = Progress()
-        self.losses: deque[float] = deque(maxlen=50)
         self.after: dict[int, tuple[int, Position]] = {}  # step -> epoch and position once it is done
         self.timed: list[tuple[float, float]] = []  # seconds of each step, as predicted and as taken
         self.mean_seconds = predicted_seconds / steps
@@ -162,7 +160,7 @@ class Trainer:
         done = self.progress.step
         state, optimizers = self.progress.state(), self.optimizers.state_dict()
         folder = self.run.save(self.model, self.data.characters, state, optimizers, self.config.keep)
-        if self.validate is None or not (final or done % self.config.valid_every == 0):
+        if self.validate is None or not final:
             return
         self.model.eval()
         with torch.inference_mode():
@@ -225,14 +223,16 @@ class Trainer:
             tokens_max=max((b.tokens.shape[1] for b in batches), default=0),
             padding=1 - samples / room if room else 0.0,
         )
-        budget = self.plan.budgets[0][1]
-        shapes = [
-            (len(b.rows), budget.frames(b.audio.shape[1] / self.data.sample_rate), b.tokens.shape[1])
-            for b in batches
-        ]
-        self.timed.append((sum(budget.step_seconds(*shape) for shape in shapes), report.seconds))
+        if self.settle_at is not None:
+            self.timed.append((self._predicted_seconds(batches), report.seconds))
         self._advance(report, skipped)
         return report
+
+    def _predicted_seconds(self, batches: list[Batch]) -> float:
+        """Of a step of these micro-batches, by the budget."""
+        budget, rate = self.plan.budgets[0][1], self.data.sample_rate
+        shapes = [(len(b.rows), budget.frames(b.audio.shape[1] / rate), b.tokens.shape[1]) for b in batches]
+        return sum(budget.step_seconds(*shape) for shape in shapes)
 
     def _next_settling(self) -> int | None:
         """The step after which the number of steps is set anew, where it follows from --minutes: early, and once the
@@ -314,12 +314,10 @@ class Sums:
 
     attention: float = 0.0
     ctc: float = 0.0
-    micro_batches: int = field(default=0, compare=False)
 
     def add(self, other: "Sums") -> None:
         self.attention += other.attention
         self.ctc += other.ctc
-        self.micro_batches += 1
 
 
 def _weighted(config: LossConfig, ctc: Any, attention: Any) -> Any:

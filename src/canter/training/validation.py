@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from canter.corpus.audio import load_audio
+from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError
 from canter.evaluation.wer import score
@@ -25,10 +25,7 @@ def validator(
     requests: list[Request] = []
     for utterance in utterances:
         try:
-            duration = utterance.duration if utterance.offset else None
-            audio = load_audio(
-                utterance.audio_filepath, offset=utterance.offset, duration=duration, sample_rate=sample_rate
-            )
+            audio = load_utterance(utterance, sample_rate)
         except AudioError:
             continue
         kept.append(utterance)
