@@ -12,6 +12,7 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError
 from canter.inference.engine import Engine, Request, encoder_batches
+from canter.inference.segments import Segment
 from canter.models.model import SpeechModel
 from canter.text.tokenizer import Tokenizer
 
@@ -31,6 +32,10 @@ class Transcription:
     ctc: tuple[int, ...] | None = None
     """The CTC head's greedy outputs, where the engine was told to give them."""
     error: str | None = None
+    segments: tuple[Segment, ...] = ()
+    """Stretches of the utterance with their times, in order; their texts joined are ``text``."""
+    language: str | None = None
+    """What the utterance's prompt said, or what was detected."""
 
 
 def transcribe(

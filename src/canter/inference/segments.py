@@ -1,0 +1,40 @@
+"""Segments and words of a transcript, with their times."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word. Times are seconds from the start of the utterance's audio."""
+
+    start: float
+    end: float
+    text: str
+    """As it stands in the text: with its punctuation, without space around."""
+    probability: float
+    """Mean probability of its tokens."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of speech that the model, or a cut of long audio, set apart."""
+
+    start: float
+    """Seconds from the start of the utterance's audio."""
+    end: float
+    text: str
+    tokens: tuple[int, ...] = ()
+    """Timestamps included, where the model wrote them."""
+    words: tuple[Word, ...] = ()
+    """Empty unless times of words were asked for."""
+    avg_logprob: float = 0.0
+    """Mean natural-log probability of the tokens of the window that it was decoded in, end token included."""
+    no_speech_prob: float = 0.0
+    """Probability of Whisper's no-speech token at the start of that window; 0 for models without one."""
+
+    def shifted(self, seconds: float) -> "Segment":
+        """The same, so many seconds later."""
+        words = tuple(
+            replace(word, start=word.start + seconds, end=word.end + seconds) for word in self.words
+        )
+        return replace(self, start=self.start + seconds, end=self.end + seconds, words=words)
