@@ -29,6 +29,8 @@ class Segment:
     """Empty unless times of words were asked for."""
     avg_logprob: float = 0.0
     """Mean natural-log probability of the tokens of the window that it was decoded in, end token included."""
+    temperature: float = 0.0
+    """Of sampling, in the attempt at that window that was kept; 0: greedy or beam search."""
     no_speech_prob: float = 0.0
     """Probability of Whisper's no-speech token at the start of that window; 0 for models without one."""
 
