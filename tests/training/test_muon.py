@@ -28,3 +28,10 @@ def test_equals_torch_muon(shape):
     moved = (theirs[0] - start[0]).abs().max()
     for a, b in zip(ours, theirs):
         assert (a - b).abs().max() < 0.05 * moved  # the iteration runs in bfloat16
+
+
+def test_wide_matrices_take_the_same_iteration_on_their_gram_matrices():
+    torch.manual_seed(0)
+    wide = torch.randn(3, 24, 64)
+    narrow = torch.cat([wide, torch.zeros(3, 20, 64)], dim=1)  # 44 rows: the plain iteration
+    assert torch.allclose(orthogonalise(wide), orthogonalise(narrow)[:, :24], atol=1e-4)

