@@ -48,8 +48,10 @@ class Options:
     """Further steps, of both shapes."""
     rate: float = 0.3
     """Share of the run's learning rates."""
+    valid: tuple[Path, ...] = ()
+    """Manifests to measure WER on, in place of the run's validation manifests."""
     utterances: int = 200
-    """Transcribed for WER, evenly spread over the run's validation manifest."""
+    """Transcribed for WER, evenly spread over the manifests."""
     seconds: float = 5.0
     """Of an utterance whose decoding is timed."""
     tokens: int = 30
@@ -67,6 +69,7 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
     return replace(
         config,
         init=init,
+        valid=options.valid or config.valid,
         tokenizer=None,
         model=ModelShape(),
         output=options.output / name,
@@ -107,8 +110,11 @@ def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str,
 
 def run(options: Options) -> dict[str, Any]:
     config = load_config(options.run / "config.yaml", relative=False)
-    if not config.valid:
-        raise ConfigError(f"{options.run} has no validation manifest to measure WER on")
+    manifests = options.valid or config.valid
+    if not manifests:
+        raise ConfigError(
+            f"{options.run} has no validation manifest to measure WER on; name one with --valid"
+        )
     source = checkpoint_of(options.run)
     model = load_model(source)
     layers = encoder_layers_that_keep(
@@ -125,7 +131,7 @@ def run(options: Options) -> dict[str, Any]:
     if model.ctc is not None:
         Characters.load(source).save(start)
 
-    rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
+    rows = [row for path in manifests for row in open_source(path) if isinstance(row, Utterance)]
     rate = model.config.features.sample_rate
     validate = validator(spread_over(rows, options.utterances), model.tokenizer, rate, "float32")
     shapes = {}
