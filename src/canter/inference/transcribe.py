@@ -60,7 +60,7 @@ def transcribe_stream(
     frames = [engine.model.encoder_frames(utterance.duration) for utterance in utterances]
     batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
 
-    longest_seconds = min(longest_seconds, _most_seconds(engine.model))
+    longest_seconds = min(longest_seconds, most_seconds(engine.model))
 
     def request(index: int) -> Request:
         utterance = utterances[index]
@@ -103,7 +103,7 @@ def transcribe_stream(
     yield from failed
 
 
-def _most_seconds(model: SpeechModel) -> float:
+def most_seconds(model: SpeechModel) -> float:
     """How long an utterance the model itself can take: Whisper's encoder has positions for 30 s alone."""
     padded = getattr(model.config.features, "pad_seconds", 0.0)
     positions = getattr(model.config.encoder, "positions", math.inf)
