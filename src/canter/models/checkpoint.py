@@ -3,11 +3,13 @@ files."""
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.models.files import read_json, read_tensors, whole_folder
@@ -67,16 +69,25 @@ def _from_json(cls: type, types: dict[str, Any], values: Any, source: str) -> An
     return cls(**known)
 
 
-def save_model(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> Path:
+def save_model(
+    model: SpeechModel,
+    folder: str | Path,
+    tokenizer: Any = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Writes ``model`` and ``tokenizer`` (by default the model's own) to ``folder``, which appears only when
-    whole and replaces a model folder of that name. Returns the folder.
+    whole and replaces a model folder of that name. ``weights`` may stand in for the model's state dict: a copy of
+    it from an earlier step, or an average. Returns the folder.
 
     Raises CheckpointError if the folder holds something else or the tokenizer has more ids than the model.
     """
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, folder)
     with whole_folder(folder) as fresh:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in (weights or model.state_dict()).items()
+        }
         save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(fresh)

@@ -61,6 +61,17 @@ class Batch:
             characters=fill(self.characters, tokens),
         )
 
+    def take(self, rows: Tensor) -> "Batch":
+        """The utterances at ``rows`` (n,) alone, without the padding that only the others needed."""
+        part = {name: getattr(self, name)[rows] for name in self.__dataclass_fields__}
+        for padded, lengths in (
+            ("audio", "audio_lengths"),
+            ("tokens", "token_lengths"),
+            ("characters", "character_lengths"),
+        ):
+            part[padded] = part[padded][:, : int(part[lengths].max())]
+        return Batch(**part)
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(
             *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
@@ -180,8 +191,20 @@ class SpeechModel(nn.Module):
         ``attention=False`` leaves the decoder out (a phase of CTC alone); ``features`` (B, F, M) and lengths
         may be given already computed and augmented.
         """
-        inputs, lengths = features or self.features(batch.audio, batch.audio_lengths)
-        encoded, encoded_lengths = self.encode(inputs, lengths)
+        encoded = self.encode(*(features or self.features(batch.audio, batch.audio_lengths)))
+        return self.loss_of(*encoded, batch, attention=attention, label_smoothing=label_smoothing)
+
+    def loss_of(
+        self,
+        encoded: Tensor,
+        encoded_lengths: Tensor,
+        batch: Batch,
+        *,
+        attention: bool = True,
+        label_smoothing: float = 0.0,
+    ) -> Loss:
+        """As ``loss``, of audio that is already encoded (B, T, D), lengths (B,); of ``batch`` only the targets
+        count."""
         zero = encoded.new_zeros((), dtype=torch.float32)
         attention_sum, attention_count, ctc_sum, ctc_count = zero, zero, zero, zero
         if attention:
