@@ -43,6 +43,39 @@ def test_json(tmp_path, capsys):
     assert summary["worst"][0]["utterance"] == "a.wav"
 
 
+def test_translations_have_bleu_and_chrf_too(tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason="the extra bleu is not installed")
+    rows = [
+        {"text": "Der Hund bellt sehr laut.", "pred_text": "Der Hund bellt sehr laut.", "target_lang": "de"},
+        {
+            "text": "The dog barks loudly.",
+            "pred_text": "A dog barks.",
+            "source_lang": "de",
+            "target_lang": "en",
+        },
+    ]
+    path = write(tmp_path / "r.jsonl", rows)
+    assert main(["score", path, "--bleu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["translation"]
+    assert found["de"]["bleu"] == pytest.approx(100)
+    assert 0 < found["en"]["chrf"] < 100
+    assert main(["score", path, "--bleu"]) == 0
+    assert "into de: BLEU 100.00, chrF 100.00" in capsys.readouterr().out
+
+
+def test_page_shows_the_worst_and_escapes_what_it_shows(tmp_path, capsys):
+    rows = [*ROWS, {"text": "one two", "pred_text": "<script> two", "id": "<b>"}]
+    page = tmp_path / "new" / "page.html"
+    path = write(tmp_path / "r.jsonl", rows)
+    assert main(["score", path, "--html", str(page), "--normalize", "none"]) == 0
+    text = page.read_text()
+    assert '<mark title="for: one">&lt;script&gt;</mark> two' in text
+    assert "<script>" not in text
+    assert "<del>" in text
+    assert "&lt;b&gt;" in text
+    assert f"written: {page}" in capsys.readouterr().err
+
+
 def test_words_where_none_were_said_are_null_in_json(tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", [{"text": "", "pred_text": "noise"}])
     assert main(["score", path, "--json", "--normalize", "none"]) == 0

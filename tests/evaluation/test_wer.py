@@ -77,6 +77,14 @@ def test_languages_choose_their_normaliser():
         normalizer("strict")  # type: ignore[arg-type]
 
 
+def test_initials_are_one_word_as_on_the_leaderboard():
+    rule = normalizer("leaderboard", "en")
+    assert " ".join(rule("The U.S. and the U.S.A. at 5 p.m.").split()) == "the us and the usa at 5 pm"
+    assert " ".join(rule("Mr. A. Bc v.big 3.5").split()) == "mister a bc v big 3.5"
+    result = score(["ignore_time_segment_in_scoring", "a"], ["b", "a"])
+    assert (result.wer, result.empty_references) == (0.0, 1)
+
+
 def test_empty_texts():
     result = score(["hmm", "yes"], ["so", ""])
     assert result.empty_references == 1

@@ -8,16 +8,16 @@ import pytest
 import soundfile
 
 from canter.cli.main import main
-from canter.errors import CheckpointError, ConfigError, ManifestError
+from canter.errors import CheckpointError, ManifestError
 from canter.inference.engine import Engine, EngineConfig
 from canter.inference.inputs import read_items
-from canter.inference.transcribe import Transcription, checkpoint_of, transcribe, transcribe_stream
-from canter.inference.writers import Partial
+from canter.inference.transcribe import checkpoint_of, transcribe, transcribe_stream
 from canter.models.checkpoint import save_model
 from canter.text import train_tokenizer
 
 from .conftest import noises, small_model
 
+FILES = ("txt", "srt", "vtt", "tsv", "json")
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
 
@@ -111,7 +111,7 @@ def test_folder_and_formats(folder, tmp_path, capsys):
     assert main(["transcribe", str(folder / "run"), clips, "--lang", "en", "-o", str(tmp_path / "all"),
                  "--format", "all"]) == 0  # fmt: skip
     names = {path.name for path in (tmp_path / "all").iterdir()}
-    assert names == {f"{n:02d}.{kind}" for n in range(12) for kind in ("txt", "json")} | {"transcripts.jsonl"}
+    assert names == {f"{n:02d}.{kind}" for n in range(12) for kind in FILES} | {"transcripts.jsonl"}
     rows = rows_of(tmp_path / "all" / "transcripts.jsonl")
     value = json.loads((tmp_path / "all" / "03.json").read_text())
     assert value["text"] == rows[3]["pred_text"] == (tmp_path / "all" / "03.txt").read_text().strip()
@@ -180,26 +180,6 @@ def test_stopped_transcription_goes_on(folder, tmp_path, monkeypatch, capsys):
     assert summary["counters"]["utterances"] == 7
     assert out.read_text() == whole.read_text()
     assert not partial.exists()
-
-
-def test_partial_of_another_input_is_not_continued(tmp_path):
-    Partial(tmp_path / "p", {"model": "a"}).close(remove=False)
-    with pytest.raises(ConfigError, match="another model"):
-        Partial(tmp_path / "p", {"model": "b"})
-    (tmp_path / "p").write_text("anything\n")
-    with pytest.raises(ConfigError, match="remove it"):
-        Partial(tmp_path / "p", {"model": "b"})
-
-
-def test_failures_are_tried_again(tmp_path):
-    first = Partial(tmp_path / "p", {})
-    first.add(0, Transcription("a", (1, 2)))
-    first.add(1, Transcription("", error="gone"))
-    first.close(remove=False)
-    second = Partial(tmp_path / "p", {})
-    assert second.done == {0: Transcription("a", (1, 2))}
-    second.close(remove=True)
-    assert not list(tmp_path.iterdir())
 
 
 def test_run_folder_stands_for_its_best_checkpoint(folder, tmp_path):

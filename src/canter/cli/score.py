@@ -1,4 +1,4 @@
-"""WER and CER of a result manifest: JSON lines with `text` and `pred_text`, as `canter transcribe` writes."""
+"""WER and CER, BLEU and chrF of a result manifest: `text` and `pred_text`, as `canter transcribe` writes."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from canter.corpus.manifest import Problem
 from canter.errors import ManifestError
 from canter.evaluation.normalize import Normalization
 from canter.evaluation.transcripts import Transcript, read_transcripts
+from canter.evaluation.translation import TranslationScore, score_translations
 from canter.evaluation.wer import Counts, Score, ScoredUtterance, paired_difference, score, wer_interval
 
 
@@ -25,6 +26,10 @@ class Options:
     English, its basic ones elsewhere), `basic` for all, or `none` to compare them as they are."""
     worst: int = 5
     """How many of the worst utterances to show, aligned word by word."""
+    bleu: bool = False
+    """Also BLEU and chrF by sacrebleu, for translations: of the texts as they are, by target language."""
+    html: Path | None = None
+    """Write a page with the figures, the most frequent errors and the worst utterances."""
     skip_bad: bool = False
     """Score the other rows where some lack a field, instead of stopping."""
     json: bool = False
@@ -45,7 +50,22 @@ def run(options: Options) -> None:
             )
         difference = paired_difference(result, scored(others, options))
 
+    translations: dict[str, TranslationScore] = {}
+    if options.bleu:
+        translations = score_translations(
+            [row.text for row in transcripts],
+            [row.pred_text for row in transcripts],
+            [row.lang for row in transcripts],
+        )
     worst = result.worst(options.worst)
+    if options.html:
+        from canter.reporting.html import write
+        from canter.reporting.score_report import score_page
+
+        write(
+            score_page(options.result.name, result, transcripts, worst, interval, translations), options.html
+        )
+        print(f"written: {options.html}", file=sys.stderr)
     if options.json:
         summary = {
             **summarize(result.total),
@@ -67,6 +87,8 @@ def run(options: Options) -> None:
         }
         if difference:
             summary["difference"] = asdict(difference)
+        if translations:
+            summary["translation"] = {name: asdict(one) for name, one in translations.items()}
         print(json.dumps(finite(summary), ensure_ascii=False, indent=2, allow_nan=False))
         return
 
@@ -75,6 +97,8 @@ def run(options: Options) -> None:
     console = Console(highlight=False)
     console.print(table(result))
     low, high = interval
+    for lang, one in translations.items():
+        console.print(f"into {lang}: BLEU {one.bleu:.2f}, chrF {one.chrf:.2f}  ({one.bleu_signature})")
     console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
     if difference:
         console.print(
@@ -84,7 +108,9 @@ def run(options: Options) -> None:
     for item in worst:
         console.print(aligned(item, transcripts[item.index], console.width))
     if result.empty_references:
-        console.print(f"{result.empty_references} utterances left out: their references normalise to nothing")
+        console.print(
+            f"{result.empty_references} utterances left out: their references normalise to nothing to score"
+        )
     if problems:
         print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
 

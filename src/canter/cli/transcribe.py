@@ -3,13 +3,23 @@
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from canter.errors import ConfigError
+
+EVERY_SECONDS = 30.0  # between lines of progress in a log
+
+if TYPE_CHECKING:
+    from canter.corpus.manifest import Utterance
+    from canter.inference.engine import Engine
+    from canter.inference.inputs import Item
+    from canter.inference.ranks import Ranks
+    from canter.inference.transcribe import Transcription
 
 
 @dataclass(frozen=True)
@@ -21,14 +31,19 @@ class Options:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """A file, or a folder (one that exists, or a name without suffix). A stopped transcription goes on where
     it was when started again with the same output. Without it, transcripts go to stdout."""
-    format: Literal["nemo", "txt", "json", "all"] | None = None
-    """`nemo`: the manifest with `pred_text`, in its order; `txt`: text; `json`: as Whisper's; `all` needs a
-    folder. By default the output's suffix decides (.txt, .json, else nemo), on stdout txt."""
+    format: Literal["txt", "srt", "vtt", "tsv", "json", "nemo", "all"] | None = None
+    """`txt`, `srt`, `vtt`, `tsv`, `json`: as Whisper's command line writes them, in a folder one file an
+    utterance; `nemo`: the manifest with `pred_text`, in its order; `all` needs a folder. By default the output's
+    suffix decides (else nemo), on stdout txt."""
     batch_size: int | None = None
     """Utterances decoded together; by default 64, in encoder batches of at most 1,024 frames (16,384 on a
     GPU)."""
-    lang: str | None = None
-    """Language of utterances that name none."""
+    language: Annotated[str | None, tyro.conf.arg(aliases=["--lang"])] = None
+    """Language spoken in utterances that name none."""
+    task: Literal["transcribe", "translate"] | None = None
+    """Of utterances that name none: by default those whose two languages differ are translated."""
+    target_language: str = "en"
+    """Language that `--task translate` writes, where the manifest names none."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -46,12 +61,72 @@ def run(options: Options) -> int:
         raise ConfigError("nothing to transcribe: name audio files, folders or manifests")
     folder, kinds = destination(options)
 
+    from canter.inference.ranks import Ranks
+
+    ranks = Ranks()
+    try:
+        return transcribe_inputs(options, folder, kinds, ranks)
+    finally:
+        ranks.close()
+
+
+def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "Ranks") -> int:
+    from canter.inference.inputs import Defaults, read_items
+    from canter.inference.resume import partial_files, remove
+    from canter.inference.transcribe import Transcription, checkpoint_of
+    from canter.inference.writers import check_renderable, render, write_results
+
+    checkpoint = checkpoint_of(options.model)
+    engine = load_engine(options, checkpoint, ranks)
+    languages = engine.model.tokenizer.languages
+    language = options.language or (languages[0] if len(languages) == 1 else None)
+    items = read_items(options.inputs, defaults=Defaults(language, options.task, options.target_language))
+    if not folder:
+        check_renderable(len(items), kinds[0])
+    results = [Transcription("", error=item.problem) for item in items]
+    first = partial_files(options.output, folder) if options.output else None
+    begun = time.perf_counter()
+    resumed, audio_seconds = work_through(engine, items, results, options, checkpoint, first, ranks)
+    shares = ranks.gather((asdict(engine.counters), audio_seconds))
+    seconds = time.perf_counter() - begun
+
+    failed = [(item, result) for item, result in zip(items, results) if result.error is not None]
+    if ranks.rank == 0:
+        written: list[Path] = []
+        if options.output:
+            written = write_results(items, results, options.output, kinds, folder)
+        else:
+            sys.stdout.writelines(render(items, results, kinds[0]))
+        counters = {name: sum(share[0][name] for share in shares) for name in shares[0][0]}
+        audio_seconds = sum(share[1] for share in shares)
+        summary = {
+            "model": str(checkpoint),
+            "ranks": ranks.size,
+            "utterances": len(items),
+            "transcribed": len(items) - len(failed),
+            "resumed": resumed,
+            "failed": [{"audio_filepath": i.row.get("audio_filepath"), "error": r.error} for i, r in failed],
+            "audio_seconds": audio_seconds,
+            "seconds": seconds,
+            "rtfx": audio_seconds / seconds,
+            "useful_rows": counters["useful_row_steps"] / max(1, counters["row_steps"]),
+            "mean_rows": counters["useful_row_steps"] / max(1, counters["steps"]),
+            "counters": counters,
+            "output": [str(path) for path in written],
+        }
+        if options.json:
+            print(json.dumps(summary, ensure_ascii=False, indent=2))
+        say(summary)
+    problems = ranks.all_gather(len(failed))[0]  # once rank 0, which knows all of them, has written
+    if first:
+        remove(first)  # every rank does: their disks may differ
+    return 1 if problems else 0
+
+
+def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     import torch
 
     from canter.inference.engine import Engine, EngineConfig
-    from canter.inference.inputs import read_items
-    from canter.inference.transcribe import Transcription, checkpoint_of, transcribe_stream
-    from canter.inference.writers import Partial, render, write_results
     from canter.models.checkpoint import load_model
 
     device = options.device
@@ -59,86 +134,75 @@ def run(options: Options) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
-    checkpoint = checkpoint_of(options.model)
+    if device == "cuda" and ranks.size > 1:
+        device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
     model = load_model(
         checkpoint, device=device, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32
     )
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    if model.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
-    languages = tokenizer.languages
-    items = read_items(options.inputs, options.lang or (languages[0] if len(languages) == 1 else None))
-    results = [Transcription("", error=item.problem) for item in items]
-
     frames = 16384 if device.startswith("cuda") else 1024
     config = EngineConfig(rows=options.batch_size or 64, frames=frames, max_repeats=options.max_repeats)
-    engine = Engine(model, tokenizer.end, config)
+    return Engine(model, model.tokenizer.end, config)
+
+
+def work_through(
+    engine: "Engine",
+    items: "Sequence[Item]",
+    results: "list[Transcription]",
+    options: Options,
+    checkpoint: Path,
+    first: Path | None,
+    ranks: "Ranks",
+) -> tuple[int, float]:
+    """Fills in the ``results`` of all items that an earlier start has not, each rank its share; in the end rank 0
+    has them all. Returns how many were there, and the seconds of audio that this rank transcribed."""
+    from canter.inference.ranks import share
+    from canter.inference.resume import Partial, read_done, row_key
+    from canter.inference.transcribe import transcribe_stream
+
+    agree_on_items(items, ranks)
+    known: set[int] = set()
+    if first:
+        done = read_done(first, identity(checkpoint, options))
+        for index, item in enumerate(items) if done else ():
+            if item.utterance and (result := done.get(row_key(item.utterance))):
+                results[index] = result
+                known.add(index)
+    others = ranks.all_gather(known)
+    everywhere = set().union(*others)
+    wanted = [index for index, item in enumerate(items) if item.utterance and index not in everywhere]
+    utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
+    mine = share(engine.model, utterances, ranks.size)[ranks.rank]
+    if ranks.size > 1:
+        wanted, utterances = [wanted[place] for place in mine], [utterances[place] for place in mine]
+
     partial = None
-    if options.output:
-        beside = options.output / "transcripts" if folder else options.output
-        partial = Partial(beside.with_name(beside.name + ".partial"), identity(checkpoint, items, options))
-        for index, transcription in partial.done.items():
-            results[index] = transcription
-    resumed = len(partial.done) if partial else 0
-    wanted = [
-        index
-        for index, item in enumerate(items)
-        if item.utterance and not (partial and index in partial.done)
-    ]
-    wanted_utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
-    begun = time.perf_counter()
+    if first:
+        path = first.with_name(f"{first.name}-{ranks.rank}") if ranks.rank else first
+        partial = Partial(path, identity(checkpoint, options))
     audio_seconds = 0.0
     try:
-        with progress_bar() as progress:
-            task = progress.add_task(
-                "transcribing", total=sum(u.duration for u in wanted_utterances), rtfx=""
-            )
-            stream = transcribe_stream(engine, tokenizer, wanted_utterances, options.longest_seconds)
-            for number, transcription in stream:
-                results[wanted[number]] = transcription
-                if partial:
-                    partial.add(wanted[number], transcription)
-                seconds = wanted_utterances[number].duration
-                audio_seconds += seconds if transcription.error is None else 0.0
-                rtfx = audio_seconds / (time.perf_counter() - begun)
-                progress.update(task, advance=seconds, rtfx=f"RTFx {rtfx:,.0f}")
-    except BaseException:
+        stream = transcribe_stream(engine, engine.model.tokenizer, utterances, options.longest_seconds)
+        for number, result in watched(stream, utterances, ranks):
+            results[wanted[number]] = result
+            if result.error is None:
+                audio_seconds += utterances[number].duration
+            if partial:
+                partial.add(utterances[number], result)
+    finally:
         if partial:
-            partial.close(remove=False)
-        raise
-    seconds = time.perf_counter() - begun
-    failed = [(item, result) for item, result in zip(items, results) if result.error is not None]
-
-    if options.output:
-        written = write_results(items, results, options.output, kinds, folder)
-        assert partial is not None
-        partial.close(remove=True)
-    else:
-        written = []
-        sys.stdout.write(render(items, results, kinds[0]))
-    counters = engine.counters
-    summary = {
-        "model": str(checkpoint),
-        "utterances": len(items),
-        "transcribed": len(items) - len(failed),
-        "resumed": resumed,
-        "failed": [{"audio_filepath": i.row.get("audio_filepath"), "error": r.error} for i, r in failed],
-        "audio_seconds": audio_seconds,
-        "seconds": seconds,
-        "rtfx": audio_seconds / seconds,
-        "useful_rows": counters.useful_rows,
-        "mean_rows": counters.mean_rows,
-        "counters": asdict(counters),
-        "output": [str(path) for path in written],
-    }
-    if options.json:
-        print(json.dumps(summary, ensure_ascii=False, indent=2))
-    say(summary)
-    return 1 if failed else 0
+            partial.close()
+    for found in ranks.gather({index: results[index] for index in {*wanted, *(known - others[0])}}):
+        for index, result in found.items():
+            results[index] = result
+    return len(everywhere), audio_seconds
 
 
 def destination(options: Options) -> tuple[bool, list[str]]:
     """Whether the output is a folder, and the formats. Raises ConfigError for what does not go together."""
+    from canter.inference.formats import FORMATS, SUFFIXES
+
     kind, output = options.format, options.output
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: at least 1")
@@ -152,40 +216,73 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     if kind == "all":
         if not folder:
             raise ConfigError(f"--format all writes several files, but {output} is one: name a folder")
-        return True, ["nemo", "txt", "json"]
-    return folder, [kind or {".txt": "txt", ".json": "json"}.get(output.suffix, "nemo")]
+        return True, [*FORMATS]
+    suffixes = {suffix: name for name, suffix in SUFFIXES.items()}
+    return folder, [kind or suffixes.get(output.suffix, "nemo")]
 
 
-def identity(checkpoint: Path, items: list[Any], options: Options) -> dict[str, Any]:
-    """What makes an unfinished result that of the same transcription."""
-    from hashlib import blake2b
-
-    rows = blake2b(digest_size=8)
-    for item in items:
-        rows.update(json.dumps(item.row, sort_keys=True, ensure_ascii=False).encode())
-    weights = checkpoint / "model.safetensors"
+def identity(checkpoint: Path, options: Options) -> dict[str, Any]:
+    """What an unfinished result must have been made by, to go on with it."""
+    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     return {
         "model": str(checkpoint.resolve()),
         "weights": int(weights.stat().st_mtime) if weights.exists() else None,
-        "items": rows.hexdigest(),
-        "lang": options.lang,
         "precision": options.precision,
         "max_repeats": options.max_repeats,
     }
 
 
-def progress_bar():
+def agree_on_items(items: "Sequence[Item]", ranks: "Ranks") -> None:
+    """ConfigError where the ranks were not given the same rows."""
+    from hashlib import blake2b
+
+    if ranks.size == 1:
+        return
+    rows = blake2b(digest_size=8)
+    for item in items:
+        rows.update(json.dumps(item.row, sort_keys=True, ensure_ascii=False).encode())
+    if len(set(ranks.all_gather(rows.hexdigest()))) > 1:
+        raise ConfigError(
+            "the ranks found different rows: every machine needs the same files at the same paths"
+        )
+
+
+def watched(
+    stream: "Iterator[tuple[int, Transcription]]", utterances: "Sequence[Utterance]", ranks: "Ranks"
+) -> "Iterator[tuple[int, Transcription]]":
+    """The stream, under a bar with the RTFx so far; where nothing can be redrawn, a line every half minute."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    return Progress(
+    total = sum(utterance.duration for utterance in utterances)
+    console = Console(stderr=True)
+    label = f"rank 0 of {ranks.size}" if ranks.size > 1 else "transcribing"
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} s of audio  {task.fields[rtfx]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
+        disable=ranks.rank > 0 or not console.is_terminal,
     )
+    task = bar.add_task(label, total=total, rtfx="")
+    heard = passed = failed = 0.0
+    begun = said = time.perf_counter()
+    with bar:
+        for count, (number, result) in enumerate(stream, 1):
+            yield number, result
+            seconds = utterances[number].duration
+            passed += seconds
+            heard += seconds if result.error is None else 0.0
+            failed += result.error is not None
+            now = time.perf_counter()
+            rtfx = f"RTFx {heard / (now - begun):,.1f}" + (f"  {failed:.0f} failed" if failed else "")
+            bar.update(task, advance=seconds, rtfx=rtfx)
+            if not console.is_terminal and not ranks.rank and now - said >= EVERY_SECONDS:
+                said = now
+                line = f"{count:,} of {len(utterances):,} utterances, {passed:,.0f} of {total:,.0f} s  {rtfx}"
+                print(f"{label}: {line}", file=sys.stderr, flush=True)
 
 
 def say(summary: dict[str, Any]) -> None:
@@ -197,11 +294,12 @@ def say(summary: dict[str, Any]) -> None:
         print(f"canter: ... and {len(failed) - 20} more", file=sys.stderr)
     resumed = f", {summary['resumed']} of them from an earlier start" if summary["resumed"] else ""
     unread = f"; {len(failed)} failed" if failed else ""
+    ranks = f" on {summary['ranks']} ranks" if summary["ranks"] > 1 else ""
     counters = summary["counters"]
     print(
         f"{summary['transcribed']} of {summary['utterances']} transcribed{resumed}{unread}; "
-        f"{summary['audio_seconds']:,.0f} s of audio in {summary['seconds']:.1f} s, "
-        f"RTFx {summary['rtfx']:,.0f} (features {counters['feature_seconds']:.1f} s, "
+        f"{summary['audio_seconds']:,.0f} s of audio in {summary['seconds']:.1f} s{ranks}, "
+        f"RTFx {summary['rtfx']:,.1f} (features {counters['feature_seconds']:.1f} s, "
         f"encoder {counters['encoder_seconds']:.1f} s, "
         f"decoder {counters['decoder_seconds']:.1f} s at {summary['mean_rows']:.0f} rows)",
         file=sys.stderr,

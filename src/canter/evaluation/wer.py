@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from canter.evaluation.normalize import Normalization, language, normalizer
+from canter.evaluation.normalize import UNSCORED, Normalization, language, normalizer
 
 Operation = Literal["equal", "substitute", "delete", "insert"]
 
@@ -63,7 +63,7 @@ class Score:
     """By language code, the most frequent first; ``und`` holds those without one."""
     utterances: list[ScoredUtterance]
     empty_references: int
-    """Utterances left out because normalisation left no reference words, as the leaderboard does."""
+    """Utterances left out as the leaderboard does: normalisation left no reference words, or TED-LIUM's mark."""
 
     @property
     def wer(self) -> float:
@@ -94,7 +94,8 @@ def score(
 ) -> Score:
     """Scores hypotheses against references, (N,) texts each; ``langs`` chooses normalisers and groups.
 
-    With ``normalize="leaderboard"`` an utterance whose reference becomes empty is left out and counted.
+    With ``normalize="leaderboard"`` an utterance whose reference becomes empty, or TED-LIUM's mark for what is not
+    to be scored, is left out and counted.
     Raises ValueError where the sequences differ in length.
     """
     import jiwer
@@ -108,7 +109,7 @@ def score(
     prepare = [normalizer(normalize, lang) for lang in langs]
     left = [" ".join(clean(text).split()) for clean, text in zip(prepare, references)]
     right = [" ".join(clean(text).split()) for clean, text in zip(prepare, hypotheses)]
-    kept = [row for row, text in enumerate(left) if text or normalize != "leaderboard"]
+    kept = [row for row, text in enumerate(left) if text not in ("", UNSCORED) or normalize != "leaderboard"]
     if not kept:
         return Score(Counts(), {}, [], len(left))
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from canter.corpus.audio import audio_seconds
 from canter.corpus.manifest import (
@@ -33,21 +33,44 @@ class Item:
     """Why there is no utterance."""
 
 
-def read_items(paths: Iterable[str | os.PathLike[str]], lang: str | None = None) -> list[Item]:
-    """The items of audio files, folders and manifests of any kind, in the order given; ``lang`` is that of
-    utterances that name none.
+@dataclass(frozen=True)
+class Defaults:
+    """What rows are taken to say that say nothing of it."""
 
-    Raises ManifestError for a path that is nothing of the kind, and for a folder or manifest without a
-    single item.
+    language: str | None = None
+    """Spoken."""
+    task: Literal["transcribe", "translate"] | None = None
+    target_language: str = "en"
+    """Written, where the task is to translate."""
+
+
+def read_items(
+    paths: Iterable[str | os.PathLike[str]], lang: str | None = None, defaults: Defaults | None = None
+) -> list[Item]:
+    """The items of audio files, folders and manifests of any kind, in the order given; ``lang`` is short for
+    defaults with that language.
+
+    A path that is nothing of the kind, or a folder or manifest without a single item, is an item with a problem;
+    ManifestError where that holds for all of them.
     """
     items: list[Item] = []
-    for path in (os.fspath(path) for path in paths):
-        found = list(_items(path))
+    failures: list[str] = []
+    names = [os.fspath(path) for path in paths]
+    for path in names:
+        problem = f"{path} holds nothing to transcribe"
+        try:
+            found = list(_items(path))
+        except ManifestError as error:
+            found, problem = [], str(error)
         if not any(item.utterance for item in found) and not _is_audio(path):
             reasons = "".join(f"\n  {item.problem}" for item in found[:3])
-            raise ManifestError(f"{path} holds nothing to transcribe" + (":" + reasons if reasons else ""))
+            failures.append(problem + (":" + reasons if reasons else ""))
+            found = found or [Item({"audio_filepath": path}, None, problem)]
         items += found
-    return [_with_lang(item, lang) for item in items] if lang else items
+    if failures and len(failures) == len(names):
+        raise ManifestError("\n".join(failures))
+    defaults = defaults or Defaults(lang)
+    return [_completed(item, defaults) for item in items]
 
 
 def _is_audio(path: str) -> bool:
@@ -99,8 +122,18 @@ def _nemo(path: str) -> Iterator[Item]:
                 yield Item(row if isinstance(row, dict) else {}, None, problem)
 
 
-def _with_lang(item: Item, lang: str) -> Item:
+def _completed(item: Item, defaults: Defaults) -> Item:
+    """The item with what its row leaves open taken from ``defaults``."""
     utterance = item.utterance
-    if utterance is None or utterance.lang or utterance.source_lang or utterance.target_lang:
+    if utterance is None:
         return item
-    return replace(item, utterance=replace(utterance, lang=lang))
+    changes: dict[str, str] = {}
+    if defaults.language and not (utterance.lang or utterance.source_lang or utterance.target_lang):
+        changes["lang"] = defaults.language
+    if defaults.task and not utterance.taskname:
+        changes["taskname"] = defaults.task
+        if defaults.task == "translate" and not utterance.target_lang:
+            source = utterance.source_lang or utterance.lang or defaults.language
+            changes |= {"source_lang": source} if source else {}
+            changes["target_lang"] = defaults.target_language
+    return replace(item, utterance=replace(utterance, **changes)) if changes else item

@@ -1,40 +1,99 @@
-"""Transcripts to disk, whole or not at all, and the file that lets a stopped transcription go on.
+"""Transcripts to disk, whole or not at all, in the formats of the Whisper command line and of NeMo.
 
-Formats: ``nemo``, the manifest's rows with ``pred_text`` added, one JSON object a line; ``txt``, the text
-alone; ``json``, as the Whisper command line writes it. A row that could not be transcribed has ``error`` and
-no ``pred_text``.
+Whisper's (`canter.inference.formats`) are one file an utterance; ``nemo`` is the manifest, in its order, with
+``pred_text`` added to every row, or ``error`` to one that could not be transcribed.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from canter.errors import ConfigError
+from canter.inference.formats import SUFFIXES, render_segments, whisper_json
 from canter.inference.inputs import Item
+from canter.inference.segments import Segment
 from canter.inference.transcribe import Transcription
 
-FORMATS = ("nemo", "txt", "json")
-SUFFIXES = {"nemo": ".jsonl", "txt": ".txt", "json": ".json"}
+
+def segments_of(item: Item, transcription: Transcription) -> list[Segment]:
+    """The transcription's segments, in seconds of the audio file; without any, one from start to end."""
+    offset = item.utterance.offset if item.utterance else 0.0
+    segments = transcription.segments
+    if not segments and transcription.text:
+        duration = round(item.utterance.duration, 3) if item.utterance else 0.0
+        segments = (Segment(0.0, duration, transcription.text, transcription.tokens),)
+    return [segment.shifted(offset) if offset else segment for segment in segments]
 
 
 def result_row(item: Item, transcription: Transcription) -> dict[str, Any]:
-    """The item's own fields, then ``pred_text``; or ``error``."""
-    row = {key: value for key, value in item.row.items() if key not in ("pred_text", "error")}
+    """The item's own fields, then ``pred_text`` and, where times were asked for, ``segments`` in seconds of the
+    audio file; or ``error``."""
+    row = {key: value for key, value in item.row.items() if key not in ("pred_text", "error", "segments")}
     if transcription.error is not None:
         return row | {"error": transcription.error}
-    return row | {"pred_text": transcription.text}
+    row |= {"pred_text": transcription.text}
+    if transcription.segments:
+        row["segments"] = [_nemo_segment(segment) for segment in segments_of(item, transcription)]
+    return row
 
 
-def render(items: Sequence[Item], transcriptions: Sequence[Transcription], kind: str) -> str:
-    """All transcripts as one file of that format; ``txt`` is one line an item."""
+def _nemo_segment(segment: Segment) -> dict[str, Any]:
+    value: dict[str, Any] = {"start": segment.start, "end": segment.end, "text": segment.text}
+    if segment.words:
+        value["words"] = [{"start": word.start, "end": word.end, "text": word.text} for word in segment.words]
+    return value
+
+
+def render_one(item: Item, transcription: Transcription, kind: str) -> str:
+    """One utterance's file of any format but ``nemo``."""
+    segments = segments_of(item, transcription)
+    return render_segments(kind, transcription.text, segments, _language(item, transcription))
+
+
+def render(items: Sequence[Item], transcriptions: Sequence[Transcription], kind: str) -> Iterator[str]:
+    """All transcripts as one file, in pieces: of several utterances ``txt`` has a line and ``json`` a list entry
+    each. Raises ConfigError for several in a format of one utterance alone."""
     pairs = list(zip(items, transcriptions))
     if kind == "nemo":
-        return "".join(_line(result_row(*pair)) for pair in pairs)
-    if kind == "txt":
-        return "".join(transcription.text.replace("\n", " ") + "\n" for transcription in transcriptions)
-    return json.dumps([_whisper_json(*pair) for pair in pairs], ensure_ascii=False, indent=2) + "\n"
+        yield from (_line(result_row(*pair)) for pair in pairs)
+    elif len(pairs) == 1:
+        if pairs[0][1].error is None:
+            yield render_one(*pairs[0], kind)
+    elif kind == "txt":
+        yield from (" ".join(transcription.text.split()) + "\n" for transcription in transcriptions)
+    elif kind == "json":
+        yield "["
+        yield from (f"{',' if number else ''}\n{_entry(*pair)}" for number, pair in enumerate(pairs))
+        yield "\n]\n"
+    else:
+        check_renderable(len(pairs), kind)
+
+
+def check_renderable(utterances: int, kind: str) -> None:
+    """ConfigError for more utterances than a file of that format can hold."""
+    if utterances > 1 and kind not in ("nemo", "txt", "json"):
+        raise ConfigError(
+            f"--format {kind} holds one utterance a file, and there are {utterances}: name a folder as --output"
+        )
+
+
+def _entry(item: Item, transcription: Transcription) -> str:
+    """An utterance among others in one JSON file: as Whisper's, and whose it is."""
+    value: dict[str, Any] = {"audio_filepath": item.row.get("audio_filepath")}
+    if transcription.error is not None:
+        return json.dumps(value | {"error": transcription.error}, ensure_ascii=False)
+    segments = segments_of(item, transcription)
+    value |= whisper_json(transcription.text, segments, _language(item, transcription))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _language(item: Item, transcription: Transcription) -> str | None:
+    utterance = item.utterance
+    stated = (utterance.target_lang or utterance.lang) if utterance else None
+    return transcription.language or stated
 
 
 def write_results(
@@ -50,55 +109,36 @@ def write_results(
     """
     if not folder:
         (kind,) = kinds
-        _write(target, render(items, transcriptions, kind))
+        if kind != "nemo" and all(transcription.error is not None for transcription in transcriptions):
+            return []
+        write_whole(target, render(items, transcriptions, kind))
         return [target]
     written: list[Path] = []
-    names = _names(items)
+    names = file_names(items)
     for kind in kinds:
         if kind == "nemo":
             written.append(target / "transcripts.jsonl")
-            _write(written[-1], render(items, transcriptions, kind))
+            write_whole(written[-1], render(items, transcriptions, kind))
             continue
         for name, item, transcription in zip(names, items, transcriptions):
             if transcription.error is None:
-                text = transcription.text + "\n"
-                if kind == "json":
-                    value = _whisper_json(item, transcription)
-                    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-                _write(target / f"{name}{SUFFIXES[kind]}", text)
+                write_whole(target / f"{name}{SUFFIXES[kind]}", [render_one(item, transcription, kind)])
     return written or [target]
 
 
-def _whisper_json(item: Item, transcription: Transcription) -> dict[str, Any]:
-    row = item.row
-    value: dict[str, Any] = {"audio_filepath": row.get("audio_filepath")}
-    if transcription.error is not None:
-        return value | {"error": transcription.error}
-    duration = row.get("duration")
-    start = row.get("offset") or 0.0
-    end = start + duration if isinstance(duration, (int, float)) else None
-    utterance = item.utterance
-    language = (utterance.target_lang or utterance.lang) if utterance else None
-    segment = {
-        "id": 0,
-        "start": start,
-        "end": end,
-        "text": transcription.text,
-        "tokens": [*transcription.tokens],
-    }
-    return value | {"text": transcription.text, "language": language, "segments": [segment]}
-
-
-def _names(items: Sequence[Item]) -> list[str]:
+def file_names(items: Sequence[Item]) -> list[str]:
     """A file name for each item: the stem of its audio, numbered where it occurs again."""
+    stems = [Path(str(item.row.get("audio_filepath") or "row").rpartition("::")[2]).stem for item in items]
+    taken, seen = set(stems), Counter[str]()
     names: list[str] = []
-    taken: set[str] = set()
-    for item in items:
-        stem = name = Path(str(item.row.get("audio_filepath") or "row").rpartition("::")[2]).stem
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
+    for stem in stems:
+        seen[stem] += 1
+        name = stem
+        while name != stem or seen[stem] > 1:
+            name = f"{stem}-{seen[stem]}"
+            if name not in taken:
+                break
+            seen[stem] += 1
         taken.add(name)
         names.append(name)
     return names
@@ -108,71 +148,17 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Writes a file whole or not at all. Raises ConfigError where it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(pieces)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --output") from None
-
-
-class Partial:
-    """Transcriptions as they finish, appended to a file: a transcription that was stopped goes on from
-    there."""
-
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
-        """``identity`` says what is transcribed by what. Raises ConfigError if the file is of something
-        else."""
-        self.path = path
-        self.done: dict[int, Transcription] = {}
-        self.identity = dict(identity)
-        self._file: TextIO | None = None
-        kept = self._read() if path.exists() else 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}); choose another --output"
-            ) from None
-        if not kept:
-            self._file.write(_line(self.identity))
-
-    def _read(self) -> int:
-        """Reads what is there, drops a line torn by the stop, returns the bytes kept."""
-        kept = 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    row = json.loads(line)
-                    if number:
-                        done = Transcription(row["text"], tuple(row["tokens"]), row["finished"])
-                        self.done[row["item"]] = done
-                except (ValueError, KeyError, TypeError):
-                    row = None
-                if row is None or (number == 0 and row != self.identity):
-                    raise ConfigError(
-                        f"{self.path} is the unfinished result of another model, input or setting; "
-                        "remove it, or choose another --output"
-                    )
-                kept += len(line)
-        os.truncate(self.path, kept)
-        return kept
-
-    def add(self, index: int, transcription: Transcription) -> None:
-        """Remembers a transcription; failures are not kept, so that they are tried again."""
-        if transcription.error is None and self._file:
-            row = {"item": index, "text": transcription.text, "tokens": transcription.tokens}
-            self._file.write(_line(row | {"finished": transcription.finished}))
-            self._file.flush()
-
-    def close(self, remove: bool) -> None:
-        if self._file:
-            self._file.close()
-        if remove:
-            self.path.unlink(missing_ok=True)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,105 @@
+"""A result's error rates and its worst utterances, word by word, as one page."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from canter.evaluation.transcripts import Transcript
+from canter.evaluation.translation import TranslationScore
+from canter.evaluation.wer import Counts, Score, ScoredUtterance
+from canter.reporting import html
+from canter.reporting.html import Html
+
+FREQUENT = 20  # errors listed
+
+
+def score_page(
+    name: str,
+    result: Score,
+    transcripts: Sequence[Transcript],
+    worst: Sequence[ScoredUtterance],
+    interval: tuple[float, float],
+    translations: dict[str, TranslationScore],
+) -> Html:
+    """The whole document; ``transcripts`` are what was scored, ``worst`` those of it to show."""
+    total = result.total
+    left_out = f", {result.empty_references:,} left out" if result.empty_references else ""
+    low, high = interval
+    blocks = [
+        html.cards(
+            [
+                ("WER", f"{total.wer:.2%}", f"95 % interval {low:.2%} to {high:.2%}"),
+                ("CER", f"{total.cer:.2%}", "spaces included"),
+                ("utterances", f"{total.utterances:,}", f"{total.words:,} words{left_out}"),
+            ]
+        ),
+        html.section("Error rates", "", _rates(result)),
+    ]
+    if translations:
+        header = ("language", "utterances", "BLEU", "chrF", "sacrebleu's signature of BLEU")
+        rows = [
+            (lang, f"{one.utterances:,}", f"{one.bleu:.2f}", f"{one.chrf:.2f}", one.bleu_signature)
+            for lang, one in translations.items()
+        ]
+        blocks.append(html.section("Translation", "Texts as they are.", html.table(header, rows)))
+    frequent = _frequent(result)
+    if frequent:
+        header = ("in the reference", "heard", "times")
+        lead = "The word errors that occur most often."
+        blocks.append(html.section("Frequent errors", lead, html.table(header, frequent, text_columns=2)))
+    if worst:
+        lead = Html(
+            f"The {len(worst)} utterances with most word errors, normalised: <mark>wrong or extra</mark> and "
+            "<del>missing</del> words."
+        )
+        shown = [_utterance(item, transcripts[item.index]) for item in worst]
+        blocks.append(
+            html.section("Worst utterances", lead, html.element("div", *shown, class_="transcripts"))
+        )
+    return html.page(name, "Word and character error rates.", *blocks, eyebrow="canter score")
+
+
+def _rates(result: Score) -> Html:
+    header = ("language", "utterances", "words", "WER", "CER", "substituted", "deleted", "inserted")
+    rows = [*result.languages.items()] if len(result.languages) > 1 else []
+    rows.append(("all", result.total))
+    return html.table(header, [_rate(name, counts) for name, counts in rows], best=len(rows) - 1)
+
+
+def _rate(name: str, counts: Counts) -> tuple[str, ...]:
+    numbers = (counts.substitutions, counts.deletions, counts.insertions)
+    sizes = (f"{counts.utterances:,}", f"{counts.words:,}", f"{counts.wer:.2%}", f"{counts.cer:.2%}")
+    return name, *sizes, *(f"{number:,}" for number in numbers)
+
+
+def _frequent(result: Score) -> list[tuple[str, str, str]]:
+    """Reference word, what was heard instead, how often; "-" for no word."""
+    errors = Counter(
+        (word or "-", guess or "-")
+        for item in result.utterances
+        for operation, word, guess in item.alignment
+        if operation != "equal"
+    )
+    return [(word, guess, f"{count:,}") for (word, guess), count in errors.most_common(FREQUENT)]
+
+
+def _utterance(item: ScoredUtterance, transcript: Transcript) -> Html:
+    words = []
+    for operation, word, guess in item.alignment:
+        if operation == "equal":
+            words.append(html.escape(guess))
+        elif operation == "delete":
+            words.append(html.element("del", word))
+        else:
+            words.append(
+                html.element("mark", guess, title=f"for: {word}" if word else "not in the reference")
+            )
+    reference = " ".join(word for _, word, _ in item.alignment if word)
+    label = f"{transcript.name}, line {transcript.line}"
+    wer = html.element("span", f"WER {item.counts.wer:.0%}", class_="wer")
+    return html.element(
+        "div",
+        html.element("div", html.element("span", label), wer, class_="label"),
+        html.element("p", reference, class_="reference"),
+        html.element("p", Html(" ".join(words)), class_="hypothesis"),
+        class_="transcript",
+    )

@@ -1,0 +1,87 @@
+"""What rows leave open is filled in, what is no input is an item with a problem, and nothing ends the rest."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from canter.errors import ManifestError
+from canter.inference.inputs import Defaults, Item, read_items
+from canter.inference.segments import Segment
+from canter.inference.transcribe import Transcription
+from canter.inference.writers import file_names, render, result_row, segments_of
+
+
+@pytest.fixture
+def clip(tmp_path):
+    soundfile.write(tmp_path / "clip.wav", np.zeros(800), 16000)
+    return tmp_path / "clip.wav"
+
+
+def test_paths_that_are_nothing_are_items_among_others(tmp_path, clip):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "notes.txt").write_text("no audio")
+    (tmp_path / "m.jsonl").write_text("")
+    names = [tmp_path / "absent", tmp_path / "empty", clip, tmp_path / "texts", tmp_path / "m.jsonl"]
+    items = read_items(names)
+    assert [item.utterance is not None for item in items] == [False, False, True, False, False]
+    assert [item.row["audio_filepath"] for item in items] == [str(name) for name in names]
+    for number, reason in [(0, "does not exist"), (1, "holds nothing"), (3, "holds nothing"), (4, "m.jsonl")]:
+        assert reason in str(items[number].problem)
+    with pytest.raises(ManifestError, match=r"(?s)absent.*empty"):
+        read_items(names[:2])
+
+
+def utterance_of(tmp_path, row: dict, defaults: Defaults):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio_filepath": "clip.wav", "duration": 0.05, **row}))
+    (item,) = read_items([tmp_path / "m.jsonl"], defaults=defaults)
+    assert item.utterance
+    return item.utterance
+
+
+@pytest.mark.parametrize(
+    ("row", "defaults", "expected"),
+    [
+        ({}, Defaults("de"), ("de", None, None, None)),
+        ({"lang": "fr"}, Defaults("de"), ("fr", None, None, None)),
+        ({"source_lang": "fr"}, Defaults("de"), (None, "fr", None, None)),
+        ({}, Defaults("de", "translate"), ("de", "de", "en", "translate")),
+        ({"lang": "fr"}, Defaults("de", "translate", "es"), ("fr", "fr", "es", "translate")),
+        ({"target_lang": "it"}, Defaults("de", "translate"), (None, None, "it", "translate")),
+        ({"taskname": "asr"}, Defaults("de", "translate"), ("de", None, None, "asr")),
+        ({}, Defaults(None, "transcribe"), (None, None, None, "transcribe")),
+    ],
+)
+def test_defaults_fill_what_a_row_leaves_open(tmp_path, clip, row, defaults, expected):
+    found = utterance_of(tmp_path, row, defaults)
+    assert (found.lang, found.source_lang, found.target_lang, found.taskname) == expected
+
+
+def test_names_are_never_the_same():
+    stems = ["a", "a", "a-2", "b", "a", "b", "a-2"]
+    names = file_names([Item({"audio_filepath": f"/x/{stem}.wav"}, None) for stem in stems])
+    assert len(set(names)) == len(names)
+    assert [names[0], names[2], names[3]] == ["a", "a-2", "b"]
+
+
+def test_times_are_those_of_the_file(tmp_path, clip):
+    row = {"audio_filepath": str(clip), "duration": 2.0, "offset": 10.0}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    (item,) = read_items([tmp_path / "m.jsonl"])
+    told = Transcription("a", segments=(Segment(0.5, 1.0, "a"),), language="en")
+    assert [(one.start, one.end) for one in segments_of(item, told)] == [(10.5, 11.0)]
+    assert result_row(item, told)["segments"] == [{"start": 10.5, "end": 11.0, "text": "a"}]
+    untold = Transcription("a")
+    assert [(one.start, one.end) for one in segments_of(item, untold)] == [(10.0, 12.0)]
+    assert result_row(item, untold) == row | {"pred_text": "a"}
+
+
+def test_several_utterances_in_one_file():
+    items = [Item({"audio_filepath": name}, None) for name in ("a", "b")]
+    results = [Transcription("one\ntwo", language="en"), Transcription("", error="gone")]
+    assert "".join(render(items, results, "txt")) == "one two\n\n"
+    first, second = json.loads("".join(render(items, results, "json")))
+    assert (first["audio_filepath"], first["text"], first["language"]) == ("a", "one\ntwo", "en")
+    assert second == {"audio_filepath": "b", "error": "gone"}
