@@ -17,6 +17,7 @@ from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.data import Address, Example, MicroBatches, collate
 from canter.tuning.fit import measure_budget
+from canter.tuning.probe import Prober
 
 transformers = pytest.importorskip("transformers")
 
@@ -204,13 +205,11 @@ def test_tuned_and_planned(family, adapted):
     seconds = adapted.planned_seconds(seconds)
     frames = Budget.from_batch_seconds(1.0, frame_seconds=adapted.frame_seconds).frames(seconds)
     budget = measure_budget(
-        adapted.training_step(),
-        frames,
-        tokens,
-        limit_bytes=2e9,
-        batch_frames=2 * int(frames.max()),
-        frame_seconds=adapted.frame_seconds,
-        measured_on={"model": family},
+        Prober(adapted.training_step(), 2e9, {"model": family}),
+        LengthIndex(seconds, tokens, ["x"]),
+        adapted.frame_seconds,
+        most_probes=8,
+        most_frames=2 * int(frames.max()),
     )
     assert all(torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
     assert budget.step_seconds(2, int(frames.max()), 10) > 0

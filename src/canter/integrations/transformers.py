@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerationMixin
 from canter.corpus.manifest import Utterance
 from canter.inference.engine import encoder_batches
 from canter.models.model import Batch, Loss, attention_loss
-from canter.tuning.probe import Step
+from canter.tuning.probe import TrainingStep
 
 POSITIONS = ("max_target_positions", "max_position_embeddings")  # a decoder's, by architecture
 
@@ -171,19 +171,23 @@ class TransformersModel(nn.Module):
         zero = total.new_zeros(())
         return Loss(total, count, zero, zero)
 
-    def training_step(self, learning_rate: float = 1e-5) -> Step:
-        """A whole step with AdamW on a synthetic batch (B, T, U), on a copy of the model: what
-        `canter.tuning.fit.measure_budget` probes."""
-        model = copy.deepcopy(self).train()
+    def training_step(
+        self, learning_rate: float = 1e-5, precision: str = "float32", *, copied: bool = True
+    ) -> TrainingStep:
+        """A whole step with AdamW on a synthetic batch (B, T, U), on a copy of the model unless ``copied`` is false:
+        what `canter tune` probes. ``precision`` 'bf16' has float32 weights and bf16 arithmetic."""
+        model = (copy.deepcopy(self) if copied else self).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        device = model.model.device.type
 
         def step(batch: int, frames: int, tokens: int) -> None:
-            loss = model.loss(model.synthetic_batch(batch, frames, tokens))
-            (loss.attention / loss.attention_count).backward()
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                loss = model.loss(model.synthetic_batch(batch, frames, tokens))
+                (loss.attention / loss.attention_count).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        return step
+        return TrainingStep(model, [optimizer], step)
 
     def synthetic_batch(self, batch: int, frames: int, tokens: int) -> Batch:
         """Noise of B utterances that the encoder turns into about T frames each, with U random tokens."""

@@ -4,23 +4,29 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from canter.errors import BudgetError
 from canter.models.model import Batch, SpeechModel
 from canter.models.norm import merge_pending
+from canter.planning.budget import Budget
 from canter.training.config import TrainConfig
 from canter.training.optimizers import Optimizers
+from canter.tuning.probe import TrainingStep
 
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
 TIMED_STEPS = 5
 SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
+SHARE_OF_GPU = 0.95  # of what is free on a GPU
+DECIDING = ("model_shape", "device", "precision", "optimizer")  # what a budget must have been measured on
 
 
 def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
     """Noise of B utterances that the encoder turns into T frames each, with U random tokens."""
     config = model.config
-    samples = round(frames * model.frame_seconds * config.features.sample_rate)
+    samples = round(frames * planned_frame_seconds(model) * config.features.sample_rate)
     outputs = max(2, config.ctc_vocabulary)
     characters = max(1, min(int(samples / config.features.sample_rate * CHARACTERS_A_SECOND), 2 * frames))
     return Batch(
@@ -36,10 +42,10 @@ def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, pr
 
 
 def training_step(
-    config: TrainConfig, model: SpeechModel, precision: str, prompt: int
-) -> Callable[..., None]:
-    """A whole step on a synthetic batch (B, T, U), on a copy of ``model``."""
-    model = copy.deepcopy(model).train()
+    config: TrainConfig, model: SpeechModel, precision: str, prompt: int, *, copied: bool = True
+) -> TrainingStep:
+    """A whole step on a synthetic batch (B, T, U), on a copy of ``model`` unless ``copied`` is false."""
+    model = (copy.deepcopy(model) if copied else model).train()
     device = next(model.parameters()).device
     optimizers = Optimizers(model, config.optimizer, steps=1000)
 
@@ -51,7 +57,7 @@ def training_step(
         merge_pending(model)
         optimizers.step(0)
 
-    return step
+    return TrainingStep(model, [part for part, _ in optimizers.parts], step)
 
 
 def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> tuple[str, int]:
@@ -62,6 +68,9 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     precisions = ("float32", "bf16") if config.precision == "auto" else (config.precision,)
+    if config.precision == "auto" and config.budget is not None:  # what the budget was measured in
+        given = Budget.load(config.budget).measured_on.get("precision")
+        precisions = tuple(p for p in precisions if p == given) or precisions
     cores = torch.get_num_threads()
     threads = {config.threads} if config.threads else {1, cores} if on_cpu else {cores}
     seconds: dict[tuple[str, int], float] = {}
@@ -82,10 +91,53 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
     return chosen
 
 
-def memory_limit(device: torch.device, say: Callable[[str], None]) -> float:
-    """Bytes a step may use: a GPU's free memory, or half of a CPU's."""
+def memory_limit(
+    device: torch.device, say: Callable[[str], None], limit: float | None = None, reserve: float = 0.0
+) -> float:
+    """Bytes a step may use, weights included: ``limit``, or a GPU's free memory, or half of a CPU's; less ``reserve``.
+
+    Raises BudgetError for a limit that the machine does not have.
+    """
     if device.type == "cuda":
-        return 0.9 * torch.cuda.mem_get_info(device)[0]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    say(f"memory limit {SHARE_OF_MEMORY * total / 2**30:.1f} GiB, half of this machine's")
-    return SHARE_OF_MEMORY * total
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        default, what = SHARE_OF_GPU * room, f"{SHARE_OF_GPU:.0%} of what is free on this GPU"
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        default, what = SHARE_OF_MEMORY * room, "half of this machine's"
+    if limit is None:
+        limit = default
+        say(f"memory limit {limit / 2**30:.1f} GiB, {what}")
+    if limit > room:
+        raise BudgetError(
+            f"the limit of {limit / 2**30:.1f} GiB is more than the {room / 2**30:.1f} GiB there are; lower it, or "
+            "estimate for another device with --simulate"
+        )
+    if limit <= reserve:
+        raise BudgetError(
+            f"a reserve of {reserve / 2**30:.1f} GiB leaves nothing of {limit / 2**30:.1f} GiB; lower it"
+        )
+    return limit - reserve
+
+
+def planned_frame_seconds(model: SpeechModel) -> float:
+    """Seconds of an encoder frame as plans count them. Where a model pads every utterance to one length, that length:
+    all cost the same, and T is 1."""
+    return getattr(model.config.features, "pad_seconds", 0.0) or model.frame_seconds
+
+
+def measured_on(config: TrainConfig, model: SpeechModel, precision: str) -> dict[str, Any]:
+    """What a budget of this model belongs to; of these, DECIDING must agree where it is used."""
+    shape, device = model.config, next(model.parameters()).device
+    layers = f"{shape.encoder.layers}/{shape.decoder.layers} x {shape.encoder.width}"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    recompute = ", recomputed" if getattr(model.encoder, "recompute", False) else ""
+    return {
+        "model": f"canter {layers}",
+        "model_shape": f"{type(model.encoder).__name__} {layers}, vocabulary {shape.decoder.vocabulary}, "
+        f"{count:,} parameters{recompute}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": precision,
+        "optimizer": config.optimizer.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

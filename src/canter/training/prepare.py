@@ -12,7 +12,7 @@ from canter.corpus.build import build_index
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
-from canter.errors import ConfigError
+from canter.errors import BudgetError, ConfigError
 from canter.inference.transcribe import checkpoint_of
 from canter.models.checkpoint import load_model
 from canter.models.decoder import DecoderConfig
@@ -24,9 +24,19 @@ from canter.planning.plan import Plan
 from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
 from canter.training.config import TrainConfig
 from canter.training.data import MicroBatches
-from canter.training.measure import choose_speed, memory_limit, training_step
+from canter.training.measure import (
+    DECIDING,
+    choose_speed,
+    measured_on,
+    memory_limit,
+    planned_frame_seconds,
+    training_step,
+)
 from canter.training.run import Run
 from canter.tuning.fit import measure_budget
+from canter.tuning.probe import Prober
+
+PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
 
 
 @dataclass(frozen=True)
@@ -229,30 +239,36 @@ def find_budget(
     path = run.folder / "budget.json"
     if path.exists():
         return Budget.load(path)
+    here = measured_on(config, model, precision)
     if config.budget is not None:
         budget = Budget.load(config.budget)
+        try:
+            budget.require(**{name: here[name] for name in DECIDING})
+        except BudgetError as error:
+            raise BudgetError(f"{config.budget}: {error}") from None
         budget.save(path)
         return budget
     device = next(model.parameters()).device
-    frame_seconds, shape = model.frame_seconds, model.config
-    frames = np.maximum(1, np.ceil(index.seconds / frame_seconds)).astype(np.int64)
+    frame_seconds = planned_frame_seconds(model)
     seconds = config.batch_seconds or 120.0
-    budget = measure_budget(
+    progress = iter(track(list(range(PROBES)), "measuring"))
+    prober = Prober(
         training_step(config, model, precision, prompt=1),
-        frames,
-        np.asarray(index.tokens),
-        limit_bytes=memory_limit(device, say),
-        batch_frames=max(int(seconds / frame_seconds), int(frames.max())),
-        frame_seconds=frame_seconds,
-        measured_on={
-            "model": f"canter {shape.encoder.layers}/{shape.decoder.layers} x {shape.encoder.width}",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "precision": precision,
-            "torch": torch.__version__,
-        },
-        track=lambda shapes: track(shapes, "measuring"),
+        memory_limit(device, say),
+        here,
+        journal=run.folder / "budget.probes.jsonl",
+        told=lambda _: next(progress, None),
     )
+    budget = measure_budget(
+        prober,
+        index,
+        frame_seconds,
+        most_probes=PROBES,
+        most_frames=max(int(seconds / frame_seconds), int(np.ceil(np.max(index.seconds) / frame_seconds))),
+        say=say,
+    )
+    for _ in progress:  # fewer may have been enough
+        pass
     budget.save(path)
     return budget
 

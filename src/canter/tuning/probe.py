@@ -1,14 +1,83 @@
-"""Measuring a training step of a given shape: peak memory and time."""
+"""Measuring a training step of a given shape: peak memory and time, under a cap.
 
+B: utterances, T: encoder frames, U: tokens, prompt and end token included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
+
+from canter.errors import BudgetError
+from canter.models.norm import merge_pending
+from canter.tuning.memory import OutOfMemory, give_back, is_out_of_memory, peak_of, tensor_bytes
 
 Step = Callable[[int, int, int], None]
 """Runs one whole training step (forward, loss, backward, update) on a synthetic batch of B utterances, T encoder
 frames and U tokens each."""
+
+FORMAT = "canter-probes/1"
+GUARDED = 0.7  # of the limit: a probe expected above it, or about which nothing is known, runs under a cap
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A step with what it keeps from one to the next."""
+
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    run: Step
+
+    def __call__(self, batch: int, frames: int, tokens: int) -> None:
+        self.run(batch, frames, tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, buffers and optimiser state; gradients come and go and are part of a step's peak."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        return tensor_bytes(tensors)
+
+    def clear(self) -> None:
+        """Drops what a step that broke off has left."""
+        self.model.zero_grad(set_to_none=True)
+        merge_pending(self.model)
+
+
+class Tunable(Protocol):
+    """What `canter tune` asks of a model."""
+
+    @property
+    def frame_seconds(self) -> float: ...
+
+    def encoder_frames(self, seconds: float) -> int:
+        """T of an utterance of so many seconds."""
+        ...
+
+    def training_step(self) -> TrainingStep: ...
+
+
+class Shape(NamedTuple):
+    """Of a padded batch: B utterances of T frames and U tokens."""
+
+    batch: int
+    frames: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -18,46 +87,177 @@ class Probe:
     batch: int
     frames: int
     tokens: int
-    bytes: int
-    """Peak memory above what was in use before the step."""
+    bytes: float
+    """Peak, weights and optimiser state included; of a step that did not fit, what it had asked for by then."""
     seconds: float
+    """Not a number where the step ran under a cap, which slows it down, or did not fit."""
+    fits: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.batch, self.frames, self.tokens)
 
 
-def probe(step: Step, batch: int, frames: int, tokens: int, repeats: int = 2) -> Probe:
-    """Runs ``step`` once to measure memory and ``repeats`` times to measure time, of which the least counts.
+@dataclass
+class Prober:
+    """Runs steps, each shape once, and keeps count.
 
-    On CUDA the peak is the allocator's; elsewhere it is the storage that autograd keeps for the backward pass,
-    which is what grows with the batch.
+    ``limit_bytes`` is what a step may take, weights and optimiser state included. ``journal``, a JSON-lines file,
+    keeps every probe as it is made; probes in it that were made on the same thing (``measured_on``) and under the same
+    limit are not made again.
     """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(batch, frames, tokens)
-        torch.cuda.synchronize()
-        size = torch.cuda.max_memory_allocated() - before
-    else:
-        size = _saved_bytes(lambda: step(batch, frames, tokens))
-    times = []
-    for _ in range(repeats):
+
+    step: TrainingStep
+    limit_bytes: float
+    measured_on: Mapping[str, Any] = field(default_factory=dict)
+    journal: Path | None = None
+    told: Callable[[Probe], None] = lambda _: None
+    steps: int = 0
+    """Training steps run."""
+    out_of_memory: int = 0
+    """Steps that did not fit."""
+    known: dict[Shape, Probe] = field(default_factory=dict)
+    _warm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.journal is not None:
+            self._read()
+
+    @property
+    def probes(self) -> list[Probe]:
+        """In the order made."""
+        return list(self.known.values())
+
+    @property
+    def fitting(self) -> list[Probe]:
+        return [probe for probe in self.known.values() if probe.fits]
+
+    def warm_up(self, batch: int, frames: int, tokens: int) -> None:
+        """A step that is not measured: the first one pays for optimiser state, kernels and threads.
+
+        Raises BudgetError where it does not fit.
+        """
+        if self._warm:
+            return
+        self._warm = True
+        try:
+            self._peak(Shape(batch, frames, tokens), self.limit_bytes)
+        except OutOfMemory as error:
+            raise BudgetError(
+                f"not even one utterance of {frames} frames and {tokens} tokens fits: it asked for "
+                f"{gib(error.wanted)} of {gib(self.limit_bytes)}; raise the limit, or use a smaller model, a smaller "
+                "optimiser, or activation checkpointing"
+            ) from None
+        if self.step.state_bytes >= self.limit_bytes:
+            raise BudgetError(
+                f"weights and optimiser state alone take {gib(self.step.state_bytes)} of "
+                f"{gib(self.limit_bytes)}; raise the limit, or use a smaller model"
+            )
+
+    def __call__(self, batch: int, frames: int, tokens: int, expected: float | None = None) -> Probe:
+        """Measures a step of this shape, or returns what is known of it. ``expected`` bytes well under the limit
+        let it run without a cap, which is needed for its time to mean anything on a CPU."""
+        shape = Shape(batch, frames, tokens)
+        if shape not in self.known:
+            self.warm_up(1, frames, tokens)
+            self.known[shape] = self._measure(shape, expected)
+            self._write(self.known[shape])
+            self.told(self.known[shape])
+        return self.known[shape]
+
+    def _measure(self, shape: Shape, expected: float | None) -> Probe:
+        state, device = self.step.state_bytes, self.step.device
+        free = self.limit_bytes - state
+        guarded = device.type == "cuda" or expected is None or expected > GUARDED * self.limit_bytes
+        try:
+            peak, seconds = self._peak(shape, free if guarded else None)
+        except OutOfMemory as error:
+            self.out_of_memory += 1
+            return Probe(*shape, max(state + error.wanted, self.limit_bytes), math.nan, False)
+        if (
+            device.type == "cuda"
+        ):  # the first step of a shape finds its kernels and asks the driver for memory
+            seconds = self._run(shape)
+        elif guarded:
+            seconds = math.nan
+        fits = peak <= free
+        self.out_of_memory += not fits
+        return Probe(*shape, state + peak, seconds, fits)
+
+    def _peak(self, shape: Shape, cap: float | None) -> tuple[int, float]:
+        seconds = math.nan
+
+        def run() -> None:
+            nonlocal seconds
+            seconds = self._run(shape, cap)
+
+        return peak_of(run, self.step.device, cap), seconds
+
+    def _run(self, shape: Shape, cap: float | None = None) -> float:
+        """Seconds of one step. OutOfMemory where it did not fit."""
+        device, self.steps = self.step.device, self.steps + 1
         start = time.perf_counter()
-        step(batch, frames, tokens)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return Probe(batch, frames, tokens, size, min(times))
+        failed = 0
+        with _capped(device, self.step, cap):
+            try:
+                self.step(*shape)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = error.wanted if isinstance(error, OutOfMemory) else int(self.limit_bytes)
+        seconds = time.perf_counter() - start
+        if failed:  # outside the handler: the traceback holds the step's tensors
+            self.step.clear()
+            give_back()
+            raise OutOfMemory(failed)
+        return seconds
+
+    def _read(self) -> None:
+        assert self.journal is not None
+        if not self.journal.exists():
+            return
+        for number, line in enumerate(self.journal.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                value = json.loads(line)
+                if value.pop("format") == FORMAT and value.pop("measured_on") == self._key():
+                    value["seconds"] = math.nan if value["seconds"] is None else value["seconds"]
+                    probe = Probe(**value)
+                    self.known[probe.shape] = probe
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise BudgetError(
+                    f"{self.journal}:{number}: not a probe; remove the line, or the file"
+                ) from None
+
+    def _write(self, probe: Probe) -> None:
+        if self.journal is None:
+            return
+        value = asdict(probe) | {"seconds": None if math.isnan(probe.seconds) else probe.seconds}
+        line = json.dumps({"format": FORMAT, "measured_on": self._key(), **value})
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _key(self) -> dict[str, Any]:
+        return {**self.measured_on, "limit_bytes": float(self.limit_bytes)}
 
 
-def _saved_bytes(run: Callable[[], None]) -> int:
-    """Bytes of distinct storages that autograd saved for backward while ``run`` ran, parameters left out."""
-    storages: dict[int, int] = {}
+@contextlib.contextmanager
+def _capped(device: torch.device, step: TrainingStep, cap: float | None):
+    """On CUDA the allocator refuses more than ``cap`` bytes above what is in use; elsewhere nothing is done here."""
+    if device.type != "cuda" or cap is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, (cap + torch.cuda.memory_reserved(device)) / total), device
+    )
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"

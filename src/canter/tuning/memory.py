@@ -1,0 +1,144 @@
+"""Peak memory of a piece of code, in three ways: the CUDA allocator's, the process's resident memory on Linux, and a
+count of the tensors alive, which needs no device and works on tensors without storage too."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ALLOCATION_FAILED = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE
+)
+
+
+class OutOfMemory(RuntimeError):
+    """A step asked for more than the cap; ``wanted`` bytes at least, above what there was before it."""
+
+    def __init__(self, wanted: int):
+        super().__init__(f"out of memory: {wanted} bytes wanted")
+        self.wanted = wanted
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is an allocation that failed, on whatever device."""
+    if isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ALLOCATION_FAILED.search(str(error)) is not None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensor storages made inside it and still alive; ``peak`` is the most there were.
+
+    With a ``cap``, the operation that would exceed it raises OutOfMemory. What operations use inside themselves
+    and give back before they return is not seen. ``number`` stands for the value of tensors without storage where
+    Python asks for one.
+    """
+
+    def __init__(self, cap: float | None = None, number: float = 1.0):
+        super().__init__()
+        self.live = self.peak = 0
+        self.cap, self.number = cap, number
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and not _has_values(inputs[0]):
+            return self.number if inputs[0].is_floating_point() else int(self.number)
+        self._see(inputs, new=False)  # what was there before is free
+        result = func(*args, **kwargs)
+        self._see(tree_leaves(result), new=True)
+        return result
+
+    def _see(self, leaves: Iterable[Any], *, new: bool) -> None:
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key in self.sizes:
+                continue
+            self.sizes[key] = storage.nbytes() if new else 0
+            weakref.finalize(storage, self._freed, key).atexit = False
+            self.live += self.sizes[key]
+            self.peak = max(self.peak, self.live)
+            if self.cap is not None and self.live > self.cap:
+                raise OutOfMemory(self.live)
+
+    def _freed(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def measures_resident() -> bool:
+    """Whether the kernel tells, and lets us reset, the peak of this process's resident memory (Linux does)."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+        return "VmHWM" in STATUS.read_text()
+    return False
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in physical memory; with ``VmHWM`` the most there have been."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{STATUS} has no {field}")
+
+
+def give_back() -> None:
+    """Returns freed memory to the device or to the system, so that it is not counted as in use."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_of(run: Callable[[], None], device: torch.device, cap: float | None = None) -> int:
+    """Peak bytes above what was in use before while ``run`` runs.
+
+    On CUDA what the allocator reserved; on a CPU the resident memory, or where the system does not tell, the tensors
+    alive. On a CPU, ``cap`` ends a run whose tensors grow above it with OutOfMemory (and slows it down).
+    """
+    give_back()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_reserved(device) - before
+    told = measures_resident()
+    if cap is None and told:
+        before = resident()
+        CLEAR.write_text("5")
+        run()
+        return max(0, resident("VmHWM") - before)
+    before = resident() if told else 0
+    with LiveBytes(cap) as count:
+        run()
+    return max(count.peak, resident("VmHWM") - before if told else 0)
