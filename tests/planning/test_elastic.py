@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from canter.errors import PlanError
 from canter.planning import Plan
 from canter.planning.elastic import share_out, slowest_rank
 from canter.planning.sampler import PlanSampler
@@ -46,3 +47,13 @@ def test_eight_ranks_become_six_then_five_in_mid_epoch(budget, per_step):
         assert len(set(states)) == 1  # any rank's state serves all
         state, begin = states[0], end
     assert np.array_equal(np.sort(seen), np.arange(len(index)))
+
+
+@given(st.lists(st.floats(0.1, 1), min_size=1, max_size=40), st.integers(1, 12))
+def test_a_rank_gets_no_more_than_it_may(seconds, ranks):
+    most = -(-len(seconds) // ranks)
+    shares = share_out(np.array(seconds), ranks, most)
+    assert sorted(b for share in shares for b in share) == list(range(len(seconds)))
+    assert max(map(len, shares)) <= most
+    with pytest.raises(PlanError, match="cannot take"):
+        share_out(np.ones(most * ranks + 1), ranks, most)

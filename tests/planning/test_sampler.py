@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from canter.errors import PlanError
 from canter.planning import Budget, Plan
-from canter.planning.sampler import PlanSampler
+from canter.planning.sampler import PlanSampler, StepSampler
 from canter.planning.testing import assert_resumes_everywhere
 
 from .conftest import lengths
@@ -144,3 +144,27 @@ def test_misuse():
         PlanSampler(small_plan()).took()
     with pytest.raises(PlanError, match="another plan"):
         PlanSampler(small_plan()).load_state_dict(PlanSampler(small_plan(seed=9)).state_dict())
+
+
+@pytest.mark.parametrize("strategy", ["balanced", "duration"])  # duration's epochs differ in length
+def test_steps_for_trainers_that_accumulate_a_fixed_number(strategy):
+    plan = Plan(lengths(150), Budget.from_batch_seconds(60), strategy, window=60, micro_batches_per_step=4)
+    epochs = [plan.at_epoch(epoch) for epoch in range(3)]
+    seen: dict[int, list[list[int]]] = {}
+    for ranks, per_step in ((1, 4), (3, 2), (4, 1), (6, 1)):
+        steps: dict[int, list[list[int]]] = {}
+        for rank in range(ranks):
+            for number in range(3):
+                sampler = StepSampler(plan, rank, ranks, first=lambda: number * len(plan))  # noqa: B023
+                batches = list(sampler)
+                assert (sampler.accumulation, len(sampler)) == (per_step, len(plan) * per_step)
+                assert len(batches) == len(sampler)
+                for place, rows in enumerate(batches):
+                    if rows:
+                        steps.setdefault(number * len(plan) + place // per_step, []).append(rows)
+        for step in steps.values():
+            step.sort()
+        seen = seen or steps
+        assert steps == seen
+    wanted = [sorted(rows.tolist() for rows in step) for epoch in epochs for step in epoch]
+    assert [seen[step] for step in sorted(seen)] == wanted[: 3 * len(plan)]

@@ -10,20 +10,24 @@ import numpy as np
 from canter.errors import PlanError
 
 
-def share_out(seconds: np.ndarray, ranks: int) -> list[list[int]]:
+def share_out(seconds: np.ndarray, ranks: int, most: int | None = None) -> list[list[int]]:
     """Micro-batches for each rank, longest first to the rank with the least so far (Graham 1969).
 
-    seconds: (M,) predicted time of each micro-batch. Every rank computes the same result. A rank may get none where
-    there are more ranks than micro-batches; it then runs an empty batch of weight zero.
+    seconds: (M,) predicted time of each micro-batch. most: what a rank may get at most, for loops that accumulate a
+    fixed number. Every rank computes the same result. A rank may get none where there are more ranks than
+    micro-batches; it then runs an empty batch of weight zero.
     """
     if ranks < 1:
         raise PlanError(f"ranks is {ranks}; it must be at least 1")
+    if most is not None and most * ranks < len(seconds):
+        raise PlanError(f"{ranks} ranks of at most {most} cannot take {len(seconds)} micro-batches")
     loads = [(0.0, 0, rank) for rank in range(ranks)]  # on a tie, the rank with fewer micro-batches
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for number in np.argsort(-np.asarray(seconds), kind="stable"):
         load, taken, rank = heapq.heappop(loads)
         shares[rank].append(int(number))
-        heapq.heappush(loads, (load + float(seconds[number]), taken + 1, rank))
+        if most is None or taken + 1 < most:
+            heapq.heappush(loads, (load + float(seconds[number]), taken + 1, rank))
     return [sorted(share) for share in shares]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from canter.errors import PlanError
-from canter.planning.plan import Plan, Position
+from canter.planning.elastic import share_out
+from canter.planning.plan import MicroBatch, Plan, Position
 
 
 class PlanSampler:
@@ -83,3 +84,50 @@ class PlanSampler:
         """The start of an epoch, unless a state of that epoch has just been loaded."""
         if epoch != self.plan.epoch:
             self.plan, self._start = self.plan.at_epoch(epoch), None
+
+
+class StepSampler:
+    """A batch sampler for trainers that know of nothing but a number of updates and a fixed accumulation.
+
+    Steps are counted over the whole run: those of the plan's epoch, then those of the next, and so on. Each gives
+    every rank exactly ``accumulation`` batches, ``[]`` where there is nothing left. A pass is ``len(plan)`` steps
+    from ``first()`` on: as epochs of a plan may differ by a few steps, so may the end of a pass and of an epoch, and
+    the next pass goes on there. Every utterance still comes exactly once an epoch.
+    """
+
+    def __init__(
+        self, plan: Plan, rank: int = 0, ranks: int = 1, first: Callable[[], int] = lambda: 0
+    ) -> None:
+        if not 0 <= rank < ranks:
+            raise PlanError(f"rank {rank} of {ranks}: ranks count from 0")
+        self.rank, self.ranks, self.first = rank, ranks, first
+        self.accumulation = -(-plan.micro_batches_per_step // ranks)
+        self.steps = len(plan)
+        self._epochs = [plan]
+        if not self.steps:
+            raise PlanError("the plan has no step: every utterance is too long or otherwise left out")
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's part of a step of the run, at most ``accumulation``."""
+        epoch = 0
+        while step >= len(self._epochs[epoch]):
+            step -= len(self._epochs[epoch])
+            epoch += 1
+            if epoch == len(self._epochs):
+                self._epochs.append(self._epochs[-1].at_epoch(self._epochs[-1].epoch + 1))
+        plan = self._epochs[epoch]
+        window, inside = plan.check(plan.position(step))
+        rows = plan.cut(window).step(inside)
+        mine = share_out(plan.step_seconds(window, inside), self.ranks, self.accumulation)[self.rank]
+        return [MicroBatch(number, rows[number]) for number in mine]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.first()
+        for step in range(first, first + self.steps):
+            mine = self.micro_batches(step)
+            yield from (batch.rows.tolist() for batch in mine)
+            yield from ([] for _ in range(self.accumulation - len(mine)))
+
+    def __len__(self) -> int:
+        """Batches of a pass."""
+        return self.steps * self.accumulation
