@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,16 +71,19 @@ def run(options: Options) -> int:
 
 
 def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "Ranks") -> int:
-    from canter.inference.inputs import Defaults, read_items
+    from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
     from canter.inference.writers import check_renderable, render, write_results
+    from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)
     engine = load_engine(options, checkpoint, ranks)
     languages = engine.model.tokenizer.languages
     language = options.language or (languages[0] if len(languages) == 1 else None)
     items = read_items(options.inputs, defaults=Defaults(language, options.task, options.target_language))
+    if len(languages) > 1 and not isinstance(engine.model.tokenizer, WhisperTokenizer):  # which detects it
+        items = require_language(items, languages)
     if not folder:
         check_renderable(len(items), kinds[0])
     results = [Transcription("", error=item.problem) for item in items]
@@ -185,6 +188,9 @@ def work_through(
     try:
         stream = transcribe_stream(engine, engine.model.tokenizer, utterances, options.longest_seconds)
         for number, result in watched(stream, utterances, ranks):
+            path = utterances[number].audio_filepath
+            if result.error is not None and path not in result.error:
+                result = replace(result, error=f"{path}: {result.error}")
             results[wanted[number]] = result
             if result.error is None:
                 audio_seconds += utterances[number].duration

@@ -1,7 +1,7 @@
 """What the user names, audio files, folders and manifests, as a list of items to transcribe."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,22 @@ def read_items(
         raise ManifestError("\n".join(failures))
     defaults = defaults or Defaults(lang)
     return [_completed(item, defaults) for item in items]
+
+
+def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[Item]:
+    """The items; those that name no language have a problem instead of an utterance."""
+    return [
+        replace(
+            item,
+            utterance=None,
+            problem=f"{utterance.audio_filepath} names no language, and the model "
+            f"knows {', '.join(languages)}: give 'lang' in the manifest, or --language",
+        )
+        if (utterance := item.utterance)
+        and not (utterance.lang or utterance.source_lang or utterance.target_lang)
+        else item
+        for item in items
+    ]
 
 
 def _is_audio(path: str) -> bool:

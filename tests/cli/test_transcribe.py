@@ -1,0 +1,205 @@
+"""`canter transcribe` as a user meets it: broken inputs among good ones, several ranks, what goes where."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from canter.cli.main import main
+from canter.inference.transcribe import Transcription
+from canter.models.checkpoint import save_model
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
+from canter.text import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a model of a Canary's kind, which needs to be told the language."""
+    tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en", "de"], vocab_size=40)
+    config = ModelConfig(
+        features=FeatureConfig(mels=16),
+        encoder=FastConformerConfig(
+            layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
+        ),
+        decoder=DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=48),
+    )
+    return str(save_model(SpeechModel(config), tmp_path_factory.mktemp("model") / "m", tokenizer))
+
+
+def sound(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=max(1, round(seconds * rate))) * 0.1
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Every kind of file that a user may have, by name; ``bad-`` ones are not to be transcribed."""
+    root = tmp_path_factory.mktemp("clips")
+    soundfile.write(root / "good.wav", sound(1.0), 16000)
+    soundfile.write(root / "stereo.wav", np.stack([sound(1.0), sound(1.0, seed=1)], 1), 16000)
+    soundfile.write(root / "8khz.wav", sound(1.0, 8000), 8000)
+    soundfile.write(root / "96khz.flac", sound(0.5, 96000), 96000)
+    soundfile.write(root / "one-sample.wav", sound(0), 16000)
+    soundfile.write(root / "silence.wav", np.zeros(8000), 16000)
+    (root / "bad-text.wav").write_text("this is no audio at all")
+    (root / "bad-empty.wav").write_bytes(b"")
+    (root / "bad-header.wav").write_bytes((root / "good.wav").read_bytes()[:44])
+    (root / "bad-truncated.wav").write_bytes((root / "good.wav").read_bytes()[:20000])
+    soundfile.write(root / "bad-truncated.flac", sound(3.0), 16000)
+    os.truncate(root / "bad-truncated.flac", 30000)
+    nan = sound(0.5)
+    nan[4000:4100] = np.nan
+    soundfile.write(root / "bad-nan.wav", nan, 16000, subtype="FLOAT")
+    return root
+
+
+def rows_of(path: Path) -> dict[str, dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {Path(row["audio_filepath"]).name: row for row in rows}
+
+
+def test_broken_files_are_named_and_the_rest_goes_on(model, clips, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "nothing").mkdir()
+    inputs = [str(tmp_path / "nothing"), str(clips), str(clips / "absent.wav")]
+    assert main(["transcribe", model, *inputs, "--lang", "en", "-o", str(out), "--json"]) == 1
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    rows = rows_of(out)
+    bad = {name for name, row in rows.items() if "error" in row}
+    expected = {path.name for path in clips.iterdir() if path.name.startswith("bad-")}
+    assert bad == expected | {"nothing", "absent.wav"}
+    assert all(isinstance(row["pred_text"], str) for name, row in rows.items() if name not in bad)
+    assert summary["transcribed"] == len(rows) - len(bad)
+    assert f"{len(bad)} failed" in captured.err
+    assert "Traceback" not in captured.err
+    for name in bad:
+        assert name in rows[name]["error"]
+        assert rows[name]["error"].splitlines()[0] in captured.err
+    for name, reason in [
+        ("bad-text.wav", "not audio"),
+        ("bad-empty.wav", "empty"),
+        ("bad-truncated.wav", "truncated"),
+        ("bad-nan.wav", "not a finite number"),
+        ("nothing", "holds nothing"),
+        ("absent.wav", "does not exist"),
+    ]:
+        assert reason in rows[name]["error"], name
+
+
+def test_without_a_language_each_item_says_so(model, clips, tmp_path):
+    out = tmp_path / "out.jsonl"
+    manifest = tmp_path / "m.jsonl"
+    lines = [{"audio_filepath": str(clips / "good.wav"), "lang": lang} for lang in ("en", None, "xx")]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["transcribe", model, str(manifest), "-o", str(out)]) == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["error" in row for row in rows] == [False, True, True]
+    assert "good.wav names no language, and the model knows de, en" in rows[1]["error"]
+    assert "xx" in rows[2]["error"]
+    assert "good.wav" in rows[2]["error"]
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".srt", "1\n00:00:00,000 --> 00:00:01,000\n"),
+                                               (".vtt", "WEBVTT\n\n00:00.000 --> 00:01.000\n"),
+                                               (".tsv", "start\tend\ttext\n0\t1000\t")])  # fmt: skip
+def test_the_suffix_decides(model, clips, tmp_path, monkeypatch, suffix, start):
+    import canter.inference.transcribe as module
+
+    def heard(engine, tokenizer, utterances, *given, **named):
+        yield from ((number, Transcription("hello")) for number, _ in enumerate(utterances))
+
+    monkeypatch.setattr(module, "transcribe_stream", heard)
+    out = tmp_path / f"x{suffix}"
+    assert main(["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]) == 0
+    assert out.read_text().startswith(start + "hello\n")
+
+
+def test_a_file_of_one_utterance_refuses_two_before_any_work(model, clips, tmp_path, capsys):
+    files = [str(clips / "good.wav"), str(clips / "silence.wav")]
+    assert main(["transcribe", model, *files, "--lang", "en", "-o", str(tmp_path / "x.srt")]) == 1
+    assert "there are 2: name a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
+    bad = str(clips / "bad-empty.wav")
+    assert main(["transcribe", model, bad, "-o", str(tmp_path / "x.txt"), "--lang", "en"]) == 1
+    folder = tmp_path / "all"
+    good = str(clips / "good.wav")
+    assert main(["transcribe", model, bad, good, "--lang", "en", "-o", str(folder), "--format", "all"]) == 1
+    stems = {path.stem for path in folder.iterdir()}
+    assert stems == {"good", "transcripts"}
+    assert [path.name for path in tmp_path.iterdir()] == ["all"]
+
+
+def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
+    """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
+    lines = [
+        {
+            "audio_filepath": str(clips / name),
+            "lang": "en",
+            "id": f"{name}{offset}",
+            "offset": offset,
+            "duration": 0.1,
+        }
+        for name in ("good.wav", "stereo.wav", "silence.wav")
+        for offset in (0.0, 0.1, 0.2, 0.3)
+    ]
+    lines.append({"audio_filepath": str(clips / "bad-nan.wav"), "duration": 0.5, "lang": "en"})
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone, out = tmp_path / "alone.jsonl", tmp_path / "out.jsonl"
+    arguments = ["transcribe", model, str(manifest), "--batch-size", "4", "-o"]
+    assert main([*arguments, str(alone)]) == 1
+
+    from canter.inference.inputs import read_items
+    from canter.inference.resume import Partial
+
+    done = [item.utterance for item in read_items([manifest])][:3]
+    from canter.cli.transcribe import Options, identity
+
+    partial = Partial(tmp_path / "out.jsonl.partial", identity(Path(model), Options(Path(model), ())))
+    for utterance in done:
+        assert utterance
+        partial.add(utterance, Transcription("kept"))
+    partial.close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
+            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    (said, errors), (silent, other) = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], errors + other
+    assert silent == ""
+    summary = json.loads(said)
+    assert (summary["ranks"], summary["resumed"], summary["transcribed"]) == (2, 3, 12)
+    assert summary["counters"]["utterances"] == 9
+    assert "bad-nan.wav" in summary["failed"][0]["audio_filepath"]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = [json.loads(line) for line in alone.read_text().splitlines()]
+    assert [row.get("pred_text") for row in rows[:3]] == ["kept"] * 3
+    assert rows[3:] == expected[3:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.jsonl", "m.jsonl", "out.jsonl"]
