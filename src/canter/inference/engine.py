@@ -5,29 +5,32 @@ has a free slot; there its cross-attention keys and values are projected once an
 every step all live rows advance by one token. A row that ends leaves at once and the next one enters, so
 the decoder works on live rows alone and no row waits for the longest of its batch.
 
-B: rows, S: samples, T: encoder frames, V: vocabulary.
+B: rows, N: beams, S: samples, T: encoder frames, V: vocabulary.
 """
 
 import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from canter.inference.alignment import Alignment, align
+from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
-from canter.models.decoder import DecoderCache
+from canter.inference.rules import Rules
+from canter.inference.search import BeamSearch, Greedy, Row, Search, swap_out
 from canter.models.model import SpeechModel
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine works; none of it but the limits on tokens and repeats changes a transcript."""
+    """How the engine works. ``rows``, ``frames`` and ``graphs`` change no transcript."""
 
     rows: int = 64
     """Rows the decoder advances together, at most."""
@@ -39,9 +42,18 @@ class EngineConfig:
     """... and this many more (and in any case where the decoder's positions end)."""
     max_repeats: int = 3
     """No n-gram of tokens may follow itself more often than this, the next best token is taken; 0: no
-    guard."""
+    guard. Beam search has no such guard."""
     repeat_ngram: int = 8
     """The longest n-gram that the guard against repetition looks at."""
+    beams: int = 1
+    """Hypotheses that are kept for each row; 1: greedy."""
+    length_penalty: float | None = None
+    """Exponent of the length that a beam's score is divided by; None: 1 as `transformers` for Whisper, 0 as
+    NeMo for others."""
+    early_stopping: bool = False
+    """Ends a row's beams as soon as there are as many finished ones (Whisper's search; see BeamSearch)."""
+    graphs: bool = True
+    """On a GPU, whether decoder steps are captured as CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,17 @@ class Request:
     """The decoder's first tokens; at least one."""
     key: Hashable = None
     """Comes back with the hypothesis."""
+    temperature: float = 0.0
+    """0: the best tokens; else drawn from softmax(logits / temperature)."""
+    retry: "Callable[[Hypothesis], float | None] | None" = None
+    """Looks at a hypothesis; a number is the temperature to decode the same audio at once more."""
+    languages: tuple[int, ...] = ()
+    """Tokens among which the language is detected; the likeliest stands in the prompt at once after the
+    first token, in place of what is there."""
+    scored: bool = False
+    """Whether log probabilities and the probability of no speech are wanted."""
+    aligned: bool = False
+    """Whether the times of tokens are wanted."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +90,27 @@ class Hypothesis:
     """Whether the model ended it, not the limit on tokens."""
     ctc: list[int] | None = None
     """The CTC head's greedy outputs, collapsed, where they were asked for."""
+    logprob: float = 0.0
+    """Sum of natural-log probabilities, end token included; of beams and scored requests."""
+    no_speech: float = 0.0
+    """Probability of Whisper's no-speech token after its first token; of scored requests."""
+    temperature: float = 0.0
+    prompt: tuple[int, ...] = ()
+    """With the language that was detected."""
+    alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
+    """Of beams: tokens and sums of log probabilities, best first."""
+    alignment: Alignment | None = None
+
+    @property
+    def avg_logprob(self) -> float:
+        """A token, the end token counted, as Whisper counts it."""
+        return self.logprob / (len(self.tokens) + 1)
 
 
 @dataclass
 class Counters:
-    """What the engine did and where the time went; seconds are wall-clock."""
+    """What the engine did and where the time went; seconds are wall-clock, on a GPU the encoder's are the
+    device's own, which may overlap with the decoder's."""
 
     utterances: int = 0
     audio_seconds: float = 0.0
@@ -86,6 +125,8 @@ class Counters:
     """Rows computed, summed over decoder steps."""
     useful_row_steps: int = 0
     """Those among them that had not ended."""
+    retries: int = 0
+    """Rows that were decoded once more."""
     slots: int = 0
     """Rows the decoder had room for."""
 
@@ -131,40 +172,43 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A row that the encoder is done with."""
+    """A row that the encoder is done with, or, on a GPU, will be at ``ready``."""
 
     request: Request
     states: Tensor  # (T, D), projected to the decoder's width
     ctc: list[int] | None
     limit: int  # tokens
+    prompt: list[int]
+    temperature: float = 0.0
+    attempt: int = 0
+    no_speech: float = 0.0
+    ready: "torch.cuda.Event | None" = None
 
 
 class _Live:
     """The decoder's live rows, in the order of their slots."""
 
-    def __init__(self, cache: DecoderCache, guard: RepetitionGuard):
-        self.cache, self.guard = cache, guard
+    def __init__(self, cache, search: Search):
+        self.cache, self.search = cache, search
         self.rows: list[_Encoded] = []
-        self.tokens: list[list[int]] = []
+        self.drawn: list[Row] = []  # the same rows, as the search sees them
 
-    def add(self, rows: list[_Encoded]) -> None:
+    def add(self, rows: list[_Encoded], drawn: list[Row]) -> None:
         self.rows += rows
-        self.tokens += [[] for _ in rows]
-        self.guard.add(len(rows))
+        self.drawn += drawn
+        self.search.add(drawn)
 
     def remove(self, slots: list[int]) -> None:
         """Rows leave; the last ones take their slots, as in the cache."""
         self.cache.remove(slots)
-        self.guard.remove(slots)
-        for slot in sorted(slots, reverse=True):
-            self.rows[slot], self.tokens[slot] = self.rows[-1], self.tokens[-1]
-            self.rows.pop()
-            self.tokens.pop()
+        self.search.remove(slots)
+        swap_out(self.rows, slots)
+        swap_out(self.drawn, slots)
 
 
 class Engine:
-    """Decodes greedily with ``model``; a token of id ``end`` ends a row. Tokens that the model's
-    ``generation`` settings suppress are never chosen."""
+    """Decodes with ``model``; a token of id ``end`` ends a row. Tokens that the model's ``generation``
+    settings suppress are never chosen."""
 
     def __init__(
         self, model: SpeechModel, end: int, config: EngineConfig | None = None, *, ctc: bool = False
@@ -174,73 +218,117 @@ class Engine:
         self.ctc = ctc and model.ctc is not None
         self.counters = Counters(slots=self.config.rows)
         self.device = next(model.parameters()).device
-        never, at_first = (
-            torch.tensor(model.generation.get(name) or [], dtype=torch.long, device=self.device)
-            for name in ("suppress_tokens", "begin_suppress_tokens")
-        )
-        self.never, self.never_first = never, torch.cat([never, at_first])
+        self.gpu = self.device.type == "cuda"
+        self.rules = Rules(model.generation, end, self.device)
+        self.side = torch.cuda.Stream(self.device) if self.gpu else None
+        self.spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
         """Hypotheses in the order of ``requests``, which are sorted and batched here."""
         requests = list(requests)
-        numbered = [Request(item.audio, item.prompt, number) for number, item in enumerate(requests)]
+        numbered = [replace(item, key=number) for number, item in enumerate(requests)]
         rate = self.model.config.features.sample_rate
         frames = [self.model.encoder_frames(len(item.audio) / rate) for item in numbered]
         batches = encoder_batches(frames, self.config.frames)
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
-        return [
-            Hypothesis(item.key, found[number].tokens, found[number].finished, found[number].ctc)
-            for number, item in enumerate(requests)
-        ]
+        return [replace(found[number], key=item.key) for number, item in enumerate(requests)]
 
-    def run(self, batches: Iterable[list[Request]]) -> Iterator[Hypothesis]:
+    def run(
+        self,
+        batches: Iterable[list[Request]],
+        cancelled: Callable[[Hashable], bool] | None = None,
+    ) -> Iterator[Hypothesis]:
         """Encodes one batch after another, as rows become free, and gives hypotheses as they finish.
 
         Batches should be sorted by length, longest first: neighbours share slots, and buffers are made once.
+        The next one is asked for whenever there is room; an empty one means that there is nothing yet, and
+        live rows go on. Without live rows ``batches`` is asked again and again, so it should wait then.
+        ``cancelled(key)`` is asked for every row before every step; one of which it is true leaves without
+        a hypothesis.
         """
         begun = time.perf_counter()
         training = self.model.training
         self.model.eval()
-        source, waiting = filter(None, batches), deque[_Encoded]()
-        live = _Live(
-            self.model.decoder.cache(), RepetitionGuard(self.config.repeat_ngram, self.config.max_repeats)
-        )
+        source, waiting, more = iter(batches), deque[_Encoded](), True
+        search = self._search()
+        live = _Live(self.model.decoder.cache(search.beams), search)
+        steps = FixedSteps(self.model.decoder) if self.gpu and self.config.graphs else None
+        # On a GPU the next batch is encoded beside the decoder's steps.
+        enough = self.config.rows + (self.config.rows + 1) // 2 if self.gpu else self.config.rows
         try:
             while True:
-                while len(live.rows) + len(waiting) < self.config.rows and (batch := next(source, None)):
+                while more and len(live.rows) + len(waiting) < enough:
+                    batch = next(source, None)
+                    more = batch is not None
+                    if not batch:
+                        break
                     waiting += self._encode(batch)
+                if cancelled:
+                    self._drop(live, waiting, cancelled)
                 if not live.rows and not waiting:
-                    return
-                finished = self._advance(live, waiting)
+                    if not more:
+                        return
+                    continue
+                finished = self._advance(live, waiting, steps)
                 self.counters.seconds += time.perf_counter() - begun
                 yield from finished
                 begun = time.perf_counter()
         finally:
             self.model.train(training)
+            self._count_spans(wait=True)
+
+    def _search(self) -> Search:
+        config = self.config
+        if config.beams == 1:
+            guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
+            return Greedy(self.rules, guard)
+        whisper = self.rules.no_timestamps is not None
+        penalty = config.length_penalty
+        return BeamSearch(
+            self.rules,
+            config.beams,
+            (1.0 if whisper else 0.0) if penalty is None else penalty,
+            config.early_stopping,
+            in_place=not whisper,
+            pad=self.model.config.decoder.pad,
+        )
 
     @torch.inference_mode()
     def _encode(self, batch: list[Request]) -> list[_Encoded]:
-        """Features, encoder and projection to the decoder's width."""
-        with self._timed("feature_seconds"):
-            shortest = self.model.config.features.hop  # of which comes one frame
-            lengths = torch.tensor([max(shortest, len(item.audio)) for item in batch])
-            audio = torch.zeros(len(batch), int(lengths.max()))
-            for row, item in zip(audio, batch):
-                row[: len(item.audio)] = torch.from_numpy(item.audio)
-            features, frames = self.model.features(audio.to(self.device), lengths.to(self.device))
-        with self._timed("encoder_seconds"):
-            encoded, encoded_lengths = self.model.encode(features, frames)
-            ctc: Sequence[list[int] | None] = [None] * len(batch)
-            if self.ctc:
-                ctc = ctc_greedy(*self.model.ctc_log_probs(encoded, encoded_lengths))
-            encoded = self.model.projection(encoded)
-            sizes = encoded_lengths.tolist()
+        """Features, encoder and projection to the decoder's width; on a GPU in a stream of its own."""
+        model = self.model
+        shortest = model.config.features.hop  # of which comes one frame
+        lengths = [max(shortest, len(item.audio)) for item in batch]
+        ready = None
+        with torch.cuda.stream(self.side) if self.side else contextlib.nullcontext():
+            with self._timed("feature_seconds"):
+                audio = torch.zeros(len(batch), max(lengths), pin_memory=self.gpu)
+                for row, item in zip(audio, batch):
+                    row[: len(item.audio)] = torch.from_numpy(item.audio)
+                samples = torch.tensor(lengths, pin_memory=self.gpu)
+                features, frames = model.features(
+                    audio.to(self.device, non_blocking=True), samples.to(self.device, non_blocking=True)
+                )
+            with self._timed("encoder_seconds"):
+                encoded, encoded_lengths = model.encode(features, frames)
+                ctc: Sequence[list[int] | None] = [None] * len(batch)
+                if self.ctc:
+                    ctc = ctc_greedy(*model.ctc_log_probs(encoded, encoded_lengths))
+                encoded = model.projection(encoded)
+                if self.gpu:  # without waiting for the device
+                    sizes = [int(model.encoder.frames(model.features.frames(size))) for size in lengths]
+                else:
+                    sizes = encoded_lengths.tolist()
+            if self.side:
+                ready = torch.cuda.Event()
+                ready.record(self.side)
         self.counters.utterances += len(batch)
-        self.counters.audio_seconds += int(lengths.sum()) / self.model.config.features.sample_rate
+        self.counters.audio_seconds += sum(lengths) / model.config.features.sample_rate
         return [
-            _Encoded(item, states[:size], outputs, self._limit(item, size))
+            _Encoded(item, states[:size], outputs, self._limit(item, size), list(item.prompt),
+                     item.temperature, ready=ready)
             for item, states, size, outputs in zip(batch, encoded, sizes, ctc)
-        ]
+        ]  # fmt: skip
 
     def _limit(self, request: Request, frames: int) -> int:
         """Tokens that a row may have after its prompt."""
@@ -252,54 +340,156 @@ class Engine:
         wanted = math.ceil(self.config.tokens_per_frame * frames) + self.config.extra_tokens
         return min(positions - len(request.prompt), wanted)
 
+    def _drop(self, live: _Live, waiting: deque[_Encoded], cancelled: Callable[[Hashable], bool]) -> None:
+        """What nobody waits for any more leaves."""
+        slots = [slot for slot, row in enumerate(live.rows) if cancelled(row.request.key)]
+        if slots:
+            live.remove(slots)
+        kept = [row for row in waiting if not cancelled(row.request.key)]
+        if len(kept) < len(waiting):
+            waiting.clear()
+            waiting.extend(kept)
+
     @torch.inference_mode()
-    def _advance(self, live: _Live, waiting: deque[_Encoded]) -> list[Hypothesis]:
+    def _advance(self, live: _Live, waiting: deque[_Encoded], steps: FixedSteps | None) -> list[Hypothesis]:
         """One decoder step: waiting rows enter if enough slots are free, else live rows get a token each."""
-        with self._timed("decoder_seconds"):
-            new, first = [], 0
-            free = min(self.config.rows - len(live.rows), len(waiting))
-            # Reading prompts costs about a step, so a few rows enter together; meanwhile
-            # their slots cost nothing.
-            if free and (not live.rows or free >= min(len(waiting), max(1, self.config.rows // 8))):
-                new = [waiting.popleft() for _ in range(free)]
-                first = len(live.rows)
-                logits = self.model.decoder.admit(
-                    [list(row.request.prompt) for row in new],
-                    pad_sequence([row.states for row in new], batch_first=True),
-                    [len(row.states) for row in new],
-                    live.cache,
-                )
-                live.add(new)
+        begun = time.perf_counter()
+        free = min(self.config.rows - len(live.rows), len(waiting))
+        # Reading prompts costs about a step, so a few rows enter together; meanwhile
+        # their slots cost nothing.
+        enter = free and (not live.rows or free >= min(len(waiting), max(1, self.config.rows // 8)))
+        if enter and live.rows and (ready := waiting[0].ready) is not None and not ready.query():
+            enter = False  # the encoder is still at it
+        first = len(live.rows) if enter else 0
+        if enter:
+            logits = self._enter(live, [waiting.popleft() for _ in range(free)])
+        else:
+            tokens = torch.tensor(live.search.inputs(), device=self.device)
+            step = steps.step if steps else self.model.decoder.step
+            logits = step(tokens, live.cache)
+            self.counters.steps += 1
+            self.counters.row_steps += steps.rows(len(tokens)) if steps else len(tokens)
+            self.counters.useful_row_steps += len(live.rows)
+        ended, parents = live.search.choose(logits, first, opening=bool(enter))
+        if parents is not None:
+            live.cache.choose(parents, first)
+        self.counters.tokens += len(live.rows) - first
+        finished: list[Hypothesis] = []
+        for slot in ended:
+            row, hypothesis = live.rows[slot], self._hypothesis(live, slot)
+            temperature = row.request.retry(hypothesis) if row.request.retry else None
+            if temperature is None:
+                finished.append(hypothesis)
             else:
-                last = torch.tensor([[tokens[-1]] for tokens in live.tokens], device=self.device)
-                logits = self.model.decoder.step(last, live.cache)[:, 0]
-                self.counters.steps += 1
-                self.counters.row_steps += len(logits)
-                self.counters.useful_row_steps += len(live.rows)
-            logits[:, self.never_first if new else self.never] = -math.inf
-            chosen = live.guard.choose(logits, first)
-            self.counters.tokens += len(chosen)
-            ended = []
-            for slot, token in enumerate(chosen, first):
-                tokens = live.tokens[slot]
-                if token == self.end:
-                    ended.append((slot, True))
-                    continue
-                tokens.append(token)
-                if len(tokens) >= live.rows[slot].limit:
-                    ended.append((slot, False))
-            finished = [
-                Hypothesis(live.rows[slot].request.key, live.tokens[slot], by_end, live.rows[slot].ctc)
-                for slot, by_end in ended
-            ]
-            if ended:
-                live.remove([slot for slot, _ in ended])
+                waiting.appendleft(replace(row, temperature=temperature, attempt=row.attempt + 1))
+                self.counters.retries += 1
+        if ended:
+            live.remove(ended)
+        self.counters.decoder_seconds += time.perf_counter() - begun
+        self._count_spans()
         return finished
+
+    def _enter(self, live: _Live, new: list[_Encoded]) -> Tensor:
+        """New rows take the next free slots and read their prompts -> logits (m, 1, V)."""
+        decoder = self.model.decoder
+        if self.side:
+            stream = torch.cuda.current_stream(self.device)
+            for row in new:
+                assert row.ready is not None
+                stream.wait_event(row.ready)
+                row.states.record_stream(stream)
+        new = self._with_languages(new)
+        prompts = [row.prompt for row in new]
+        states = pad_sequence([row.states for row in new], batch_first=True)
+        hidden = decoder.read(prompts, states, [len(row.states) for row in new], live.cache)
+        new = self._with_no_speech(new, hidden)
+        drawn = [
+            Row(
+                row.limit,
+                row.temperature,
+                stamped=self.rules.has_timestamps(row.prompt),
+                seed=row.attempt,
+                prompt=len(row.prompt),
+                scored=row.request.scored,
+            )
+            for row in new
+        ]
+        live.add(new, drawn)
+        return decoder.head(hidden[:, -1:])
+
+    def _with_languages(self, new: list[_Encoded]) -> list[_Encoded]:
+        """Fills in the language of rows that ask for it: what Whisper says after its first token."""
+        asking = [index for index, row in enumerate(new) if row.request.languages and not row.attempt]
+        if not asking:
+            return new
+        rows, new = [new[index] for index in asking], list(new)
+        logits = self.model.decoder.admit(
+            [[row.prompt[0]] for row in rows],
+            pad_sequence([row.states for row in rows], batch_first=True),
+            [len(row.states) for row in rows],
+            self.model.decoder.cache(),
+        )
+        for index, row, scores in zip(asking, rows, logits):
+            languages = row.request.languages
+            language = languages[int(scores[list(languages)].argmax())]
+            new[index] = replace(row, prompt=[row.prompt[0], language, *row.prompt[2:]])
+        return new
+
+    def _with_no_speech(self, new: list[_Encoded], hidden: Tensor) -> list[_Encoded]:
+        """Of scored rows of a Whisper the probability that nobody speaks, from what is predicted after
+        <|startoftranscript|>; hidden (m, P, D) of the prompts, right-aligned."""
+        token, begin = self.rules.no_speech, int(self.model.generation.get("decoder_start_token_id", -1))
+        wanted = [
+            index
+            for index, row in enumerate(new)
+            if token is not None and row.request.scored and begin in row.prompt
+        ]
+        if not wanted:
+            return new
+        places = [hidden.shape[1] - len(new[i].prompt) + new[i].prompt.index(begin) for i in wanted]
+        shares = self.model.decoder.head(hidden[wanted, places]).float().softmax(-1)[:, token]
+        new = list(new)
+        for index, share in zip(wanted, shares.tolist()):
+            new[index] = replace(new[index], no_speech=share)
+        return new
+
+    def _hypothesis(self, live: _Live, slot: int) -> Hypothesis:
+        row, drawn = live.rows[slot], live.drawn[slot]
+        alignment = None
+        if row.request.aligned:
+            cross = live.cache.cross[:, :, slot, :, : len(row.states)]
+            alignment = align(self.model, cross, row.prompt, drawn.tokens, self.end, len(row.request.audio))
+        return Hypothesis(
+            row.request.key,
+            drawn.tokens,
+            drawn.finished,
+            row.ctc,
+            drawn.logprob,
+            row.no_speech,
+            row.temperature,
+            tuple(row.prompt),
+            tuple((tuple(tokens), total) for tokens, total, _ in drawn.alternatives),
+            alignment,
+        )
 
     @contextlib.contextmanager
     def _timed(self, counter: str) -> Iterator[None]:
+        """Adds the seconds to a counter; on a GPU once the device is done."""
+        if self.gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self.spans.append((counter, start, end))
+            return
         begun = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         setattr(self.counters, counter, getattr(self.counters, counter) + time.perf_counter() - begun)
+
+    def _count_spans(self, wait: bool = False) -> None:
+        """Adds up what the device has finished."""
+        while self.spans and (wait or self.spans[0][2].query()):
+            counter, start, end = self.spans.popleft()
+            end.synchronize()
+            seconds = start.elapsed_time(end) / 1000
+            setattr(self.counters, counter, getattr(self.counters, counter) + seconds)

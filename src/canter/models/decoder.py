@@ -1,4 +1,4 @@
-"""The Transformer decoder and its key/value cache.
+"""The Transformer decoder.
 
 B: utterances, T: encoder frames, U: tokens, D: width, H: heads, K: head width, V: vocabulary, L: layers.
 """
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.features import length_mask
+from canter.models.cache import DecoderCache
+from canter.models.features import attention_mask, length_mask
 from canter.models.stack import Stack
 
 
@@ -56,102 +57,6 @@ def sinusoids(positions: int, width: int) -> Tensor:
     rate = torch.exp(torch.arange(0, width, 2) * -(math.log(10000.0) / width))
     angle = torch.arange(positions)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
-
-
-class DecoderCache:
-    """Keys and values of live rows in every layer: the encoder output's, projected once, and the tokens' so
-    far.
-
-    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K), ``own`` (L, 2, C,
-    H, U, K). All rows write their next token at the same ``column``, one that entered later simply starts
-    later (``starts``), so a step reads and writes slices alone, whatever the ages of its rows.
-    ``cross_mask`` (C, T) and ``own_mask`` (C, U) are 0 where a row attends and -inf where it does not; they
-    change only when rows come or go.
-    """
-
-    def __init__(self, config: DecoderConfig, like: Tensor):
-        """An empty cache of the device of ``like``, and of its type or autocast's; it grows as rows come."""
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        self.cross = like.new_zeros(config.layers, 2, 0, config.heads, 0, config.width // config.heads)
-        self.own = self.cross.clone()
-        self.cross_mask = self.own_mask = like.new_zeros(0, 0)
-        self.start = torch.zeros(0, dtype=torch.long, device=like.device)
-        self.starts: list[int] = []  # of live rows, as ``start``, where Python can see them
-        self.frames: list[int] = []  # encoder frames of live rows
-        self.column = 0
-
-    @property
-    def rows(self) -> int:
-        return len(self.starts)
-
-    def reserve(self, rows: int, frames: int, before: int, after: int) -> None:
-        """Makes room for ``rows`` more rows of so many encoder frames, and for ``before`` columns to the
-        left of ``column``, ``after`` to the right."""
-        _, _, slots, _, size, _ = self.cross.shape
-        more, longer = max(0, self.rows + rows - slots), max(0, frames - size)
-        if more or longer:
-            self.cross = F.pad(self.cross, (0, 0, 0, longer, 0, 0, 0, more))
-            self.cross_mask = F.pad(self.cross_mask, (0, longer, 0, more), value=-math.inf)
-            self.own = F.pad(self.own, (0, 0, 0, 0, 0, 0, 0, more))
-            self.own_mask = F.pad(self.own_mask, (0, 0, 0, more))
-            self.start = F.pad(self.start, (0, more))
-        if before > self.column or self.column + after > self.own.shape[4]:
-            self._move_columns(before, after)
-
-    def _move_columns(self, before: int, after: int) -> None:
-        """Moves live rows to the leftmost columns possible, in longer buffers if need be."""
-        live = slice(0, self.rows)
-        used = self.own[:, :, live, :, min(self.starts, default=self.column) : self.column].clone()
-        column = max(before, used.shape[4])
-        # Twice what is needed, so that the rows of a long queue move once in many steps.
-        if 2 * (column + after) > self.own.shape[4]:
-            self.own = self.own.new_zeros(*self.own.shape[:4], 2 * (column + after), self.own.shape[5])
-            self.own_mask = self.own.new_zeros(self.own.shape[2], self.own.shape[4])
-        self.own[:, :, live, :, column - used.shape[4] : column] = used
-        self.starts = [start + column - self.column for start in self.starts]
-        self.column = column
-        self._write_starts(0)
-
-    def add(self, prompt_lengths: list[int], frames: list[int]) -> None:
-        """New live rows, whose prompts are about to end at ``column``."""
-        first = self.rows
-        self.starts += [self.column - length for length in prompt_lengths]
-        self.frames += frames
-        self._write_starts(first)
-        lengths = torch.tensor(frames, device=self.start.device)
-        attended = length_mask(lengths, self.cross.shape[4])
-        self.cross_mask[first : self.rows] = torch.where(attended, 0.0, -math.inf).to(self.cross.dtype)
-
-    def remove(self, slots: list[int]) -> None:
-        """Rows leave; the last ones move into their slots, so that live rows stay together."""
-        for slot in sorted(slots, reverse=True):
-            last = self.rows - 1
-            if slot != last:
-                used, frames = slice(self.starts[last], self.column), slice(0, self.frames[last])
-                self.cross[:, :, slot, :, frames] = self.cross[:, :, last, :, frames]
-                self.own[:, :, slot, :, used] = self.own[:, :, last, :, used]
-                for table in (self.start, self.cross_mask, self.own_mask):
-                    table[slot] = table[last]
-                self.starts[slot], self.frames[slot] = self.starts[last], self.frames[last]
-            self.starts.pop()
-            self.frames.pop()
-
-    def keep(self, rows: Tensor) -> None:
-        """Keeps these live rows (indices), in this order and as often as they are named: beams are
-        reordered."""
-        order = rows.tolist()
-        for name in ("cross", "own"):
-            setattr(self, name, getattr(self, name)[:, :, rows])
-        for name in ("start", "cross_mask", "own_mask"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.starts, self.frames = [self.starts[row] for row in order], [self.frames[row] for row in order]
-
-    def _write_starts(self, first: int) -> None:
-        rows = slice(first, self.rows)
-        self.start[rows] = torch.tensor(self.starts[first:], dtype=torch.long)
-        before = length_mask(self.start[rows], self.own.shape[4])
-        self.own_mask[rows] = torch.where(before, -math.inf, 0.0).to(self.own.dtype)
 
 
 class Attention(nn.Module):
@@ -198,8 +103,8 @@ class DecoderLayer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout_activation(self.activation(self.up(self.norm_feed_forward(x)))))
 
-    def forward(self, x: Tensor, encoded: Tensor, encoded_mask: Tensor) -> Tensor:
-        """Teacher forcing: x (B, U, D), encoded (B, T, D), encoded_mask (B, 1, 1, T) -> (B, U, D)."""
+    def forward(self, x: Tensor, encoded: Tensor, encoded_mask: Tensor | None) -> Tensor:
+        """Teacher forcing: x (B, U, D), encoded (B, T, D), encoded_mask (B, 1, 1, T) or None -> (B, U, D)."""
         h = self.norm_self(x)
         x = x + self.dropout(self.self_attention(h, *self.self_attention.project(h), causal=True))
         h = self.norm_cross(x)
@@ -261,7 +166,7 @@ class Decoder(Stack):
                 f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions"
             )
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
-        mask = length_mask(encoded_lengths, encoded.shape[1])[:, None, None, :]
+        mask = attention_mask(encoded_lengths, encoded.shape[1])
         return self.head(self.run(x, encoded, mask, layer_drop=self.config.layer_drop))
 
     @property
@@ -269,9 +174,9 @@ class Decoder(Stack):
         """The layers, by their type."""
         return cast(Iterable[DecoderLayer], self.layers)
 
-    def cache(self) -> DecoderCache:
-        """An empty cache, for ``admit`` to fill."""
-        return DecoderCache(self.config, like=self.embedding.weight)
+    def cache(self, beams: int = 1) -> DecoderCache:
+        """An empty cache, for ``admit`` to fill, of rows with so many beams."""
+        return DecoderCache(self.config, like=self.embedding.weight, beams=beams)
 
     def admit(
         self,
@@ -285,8 +190,18 @@ class Decoder(Stack):
 
         Returns the logits (m, V) of the first token after each prompt.
         """
+        return self.head(self.read(prompts, encoded, encoded_lengths, cache)[:, -1])
+
+    def read(
+        self,
+        prompts: list[list[int]],
+        encoded: Tensor,
+        encoded_lengths: list[int],
+        cache: DecoderCache,
+    ) -> Tensor:
+        """As ``admit``, but returns hidden states (m, P, D) of the prompts, which end at the last of P."""
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
-        cache.reserve(len(prompts), frames, before=size, after=1)
+        cache.reserve(len(prompts), frames, before=size, after=cache.beams)
         cache.add([len(prompt) for prompt in prompts], encoded_lengths)
         encoded = encoded[:, :frames]
         for layer, cross in zip(self.blocks, cache.cross.unbind(0)):
@@ -296,31 +211,39 @@ class Decoder(Stack):
         padding = self.config.pad
         tokens = torch.tensor([[padding] * (size - len(prompt)) + prompt for prompt in prompts])
         cache.column -= size
-        return self.head(self._advance(tokens.to(encoded.device), cache, first)[:, -1:])[:, 0]
+        return self._advance(tokens.to(encoded.device), cache, first)
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows
-        by N."""
+        by N. N tokens follow one another; in a cache of N beams they are one token of each beam."""
         cache.reserve(0, 0, before=0, after=tokens.shape[1])
+        cache.branch()
         return self.head(self._advance(tokens, cache))
 
-    def _advance(self, tokens: Tensor, cache: DecoderCache, first: int = 0) -> Tensor:
-        """tokens (B, N) of live rows ``first`` on -> hidden states (B, N, D)."""
-        rows, column, n = slice(first, cache.rows), cache.column, tokens.shape[1]
-        starts, frames = cache.starts[first:], cache.frames[first:]
+    def _advance(self, tokens: Tensor, cache: DecoderCache, first: int | None = None) -> Tensor:
+        """tokens (B, N) of all live rows, or the prompts of those from slot ``first`` on -> hidden states
+        (B, N, D)."""
+        rows, column, n = slice(first or 0, cache.rows), cache.column, tokens.shape[1]
+        starts, frames = cache.starts[rows], cache.frames[rows]
         oldest, size = min(starts), max(frames)
-        steps = torch.arange(column, column + n, device=tokens.device)
-        place = steps - cache.start[rows, None]  # (B, N)
+        beams = cache.beams > 1 and first is None
         own_mask = cross_mask = None
-        if n > 1:
-            columns = torch.arange(oldest, column + n, device=tokens.device)
-            own_mask = cache.own_mask[rows, None, None, oldest : column + n]
-            own_mask = own_mask.masked_fill(columns > steps[:, None], -math.inf)
-            # A prompt's left padding attends to itself alone, so that no row of scores is empty.
-            own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
-            place = place.clamp(min=0)
-        elif max(starts) > oldest:
-            own_mask = cache.own_mask[rows, None, None, oldest : column + 1]
+        if beams:
+            place = cache.prompt[rows, None]
+            place = place + (column - cache.start[rows, None] - place) // n
+            own_mask = cache.own_mask[rows, None, :, oldest : column + n]
+        else:
+            steps = torch.arange(column, column + n, device=tokens.device)
+            place = steps - cache.start[rows, None]  # (B, N)
+            if n > 1:
+                columns = torch.arange(oldest, column + n, device=tokens.device)
+                own_mask = cache.own_mask[rows, None, :1, oldest : column + n]
+                own_mask = own_mask.masked_fill(columns > steps[:, None], -math.inf)
+                # A prompt's left padding attends to itself alone, so that no row of scores is empty.
+                own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
+                place = place.clamp(min=0)
+            elif max(starts) > oldest:
+                own_mask = cache.own_mask[rows, None, :1, oldest : column + 1]
         if min(frames) < size:
             cross_mask = cache.cross_mask[rows, None, None, :size]
         own = cache.own[:, :, rows, :, oldest : column + n]
@@ -330,3 +253,52 @@ class Decoder(Stack):
             x = layer.step(x, layer_own, layer_cross, own_mask, cross_mask)
         cache.column += n
         return x
+
+    def cross_weights(
+        self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where the tokens (U,) of one row look: ``cross`` (L, 2, H, T, K) of its cache, ``heads`` pairs of
+        layer and head -> weights (heads, U, T), float32, and logits (U, V)."""
+        x = self.embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
+        found: dict[tuple[int, int], Tensor] = {}
+        for number, (layer, (keys, values)) in enumerate(zip(self.blocks, cross.unbind(0))):
+            h = layer.norm_self(x)
+            x = x + layer.self_attention(h, *layer.self_attention.project(h), causal=True)
+            h = layer.norm_cross(x)
+            for head in (head for one, head in heads if one == number):
+                query = layer.cross_attention.split(layer.cross_attention.query(h))[0, head].float()
+                scores = query @ keys[head].float().T / math.sqrt(query.shape[-1])
+                found[number, head] = scores.softmax(-1)
+            x = x + layer.cross_attention(h, keys[None], values[None])
+            x = x + layer.feed_forward(x)
+        return torch.stack([found[pair] for pair in heads]), self.head(x)[0]
+
+    def fixed_step(
+        self, tokens: Tensor, column: Tensor, cache: DecoderCache, columns: int, frames: int
+    ) -> Tensor:
+        """As ``step``, of shapes and addresses that do not change from step to step, for CUDA graphs.
+
+        tokens (R, N) of the first R slots, live or not; ``column`` (1,) is the cache's, on the device, below
+        ``columns`` - N; ``frames``: of cross-attention that are looked at. The caller has made room, has
+        called ``cache.branch`` and moves ``cache.column`` on. -> logits (R, N, V).
+        """
+        r, n = tokens.shape
+        own, cross = cache.own[:, :, :r, :, :columns], cache.cross[:, :, :r, :, :frames]
+        prompt, start = cache.prompt[:r, None], cache.start[:r, None]
+        place = (prompt + (column - start - prompt) // n).clamp(0, self.config.positions - 1)
+        written = column + torch.arange(n, device=tokens.device)
+        index = torch.arange(columns, device=tokens.device)
+        own_mask = cache.own_mask[:r, None, :, :columns].masked_fill(index > written[-1], -math.inf)
+        if n == 1:  # slots without a row attend to something, else they would become NaN
+            own_mask = own_mask.masked_fill(index == column, 0.0)
+        cross_mask = cache.cross_mask[:r, None, None, :frames]
+        x = self.embed(tokens, place)
+        for layer, (keys, values), layer_cross in zip(self.blocks, own.unbind(0), cross.unbind(0)):
+            h = layer.norm_self(x)
+            new_keys, new_values = layer.self_attention.project(h)
+            keys.index_copy_(2, written, new_keys.to(keys.dtype))
+            values.index_copy_(2, written, new_values.to(values.dtype))
+            x = x + layer.self_attention(h, keys, values, mask=own_mask)
+            x = x + layer.cross_attention(layer.norm_cross(x), *layer_cross.unbind(0), mask=cross_mask)
+            x = x + layer.feed_forward(x)
+        return self.head(x)

@@ -1,0 +1,154 @@
+"""Keys and values of the decoder's live rows.
+
+L: layers, C: slots, H: heads, T: encoder frames, U: columns, K: head width, N: beams.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from canter.models.features import length_mask
+
+ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
+
+
+class CacheShape(Protocol):
+    """What a cache needs to know of a decoder's configuration."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+
+def rounded(size: int) -> int:
+    """The next multiple of ROUND."""
+    return -(-size // ROUND) * ROUND
+
+
+class DecoderCache:
+    """Keys and values of live rows in every layer: the encoder output's, projected once, and the tokens' so
+    far.
+
+    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K), ``own`` (L, 2, C,
+    H, U, K). All rows write their next token at the same ``column``, one that entered later simply starts
+    later (``starts``), so a step reads and writes slices alone, whatever the ages of its rows.
+    ``cross_mask`` (C, T) and ``own_mask`` (C, N, U) are 0 where a row attends and -inf where it does not.
+
+    The N beams of a row share its slot: a step gives each of them a column, next to each other, and
+    ``own_mask`` says which of the row's columns are a beam's own past (a tree in one row of keys). Choosing
+    among beams rewrites that mask; keys and values, cross-attention's above all, are never copied.
+    """
+
+    def __init__(self, config: CacheShape, like: Tensor, beams: int = 1):
+        """An empty cache of the device of ``like``, and of its type or autocast's; it grows as rows come."""
+        if torch.is_autocast_enabled(like.device.type):
+            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
+        self.beams = beams
+        self.cross = like.new_zeros(config.layers, 2, 0, config.heads, 0, config.width // config.heads)
+        self.own = self.cross.clone()
+        self.cross_mask = like.new_zeros(0, 0)
+        self.own_mask = like.new_zeros(0, beams, 0)
+        self.start, self.prompt = (torch.zeros(0, dtype=torch.long, device=like.device) for _ in range(2))
+        self.starts: list[int] = []  # of live rows, as ``start``, where Python can see them
+        self.prompts: list[int] = []  # tokens of their prompts
+        self.frames: list[int] = []  # encoder frames of live rows
+        self.column = 0
+        self.version = 0  # counts the times that buffers moved in memory
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts)
+
+    @property
+    def slots(self) -> int:
+        """C: rows that the buffers have room for."""
+        return self.own.shape[2]
+
+    def reserve(self, rows: int, frames: int, before: int, after: int) -> None:
+        """Makes room for ``rows`` more rows of so many encoder frames, and for ``before`` columns to the
+        left of ``column``, ``after`` to the right."""
+        _, _, slots, _, size, _ = self.cross.shape
+        more, longer = max(0, self.rows + rows - slots), max(0, rounded(frames) - size)
+        if more or longer:
+            self.cross = F.pad(self.cross, (0, 0, 0, longer, 0, 0, 0, more))
+            # A slot that never had a row attends, for fixed shapes compute it too and a NaN would stay in there.
+            self.cross_mask = F.pad(F.pad(self.cross_mask, (0, longer), value=-math.inf), (0, 0, 0, more))
+            self.own = F.pad(self.own, (0, 0, 0, 0, 0, 0, 0, more))
+            self.own_mask = F.pad(self.own_mask, (0, 0, 0, 0, 0, more))
+            self.start, self.prompt = (F.pad(table, (0, more)) for table in (self.start, self.prompt))
+            self.version += 1
+        if before > self.column or self.column + after > self.own.shape[4]:
+            self._move_columns(before, after)
+
+    def _move_columns(self, before: int, after: int) -> None:
+        """Moves live rows to the leftmost columns possible, in longer buffers if need be."""
+        live = slice(0, self.rows)
+        past = slice(min(self.starts, default=self.column), self.column)
+        used, mask = self.own[:, :, live, :, past].clone(), self.own_mask[live, :, past].clone()
+        column = max(before, used.shape[4])
+        # Twice what is needed, so that the rows of a long queue move once in many steps.
+        if 2 * (column + after) > self.own.shape[4]:
+            size = rounded(2 * (column + after))
+            self.own = self.own.new_zeros(*self.own.shape[:4], size, self.own.shape[5])
+            self.own_mask = self.own_mask.new_zeros(*self.own_mask.shape[:2], size)
+            self.version += 1
+        self.own[:, :, live, :, column - used.shape[4] : column] = used
+        self.starts = [start + column - self.column for start in self.starts]
+        self.column = column
+        self._write_starts(0)
+        if self.beams > 1:  # in every row's past stand other beams too
+            self.own_mask[live, :, column - used.shape[4] : column] = mask
+
+    def add(self, prompt_lengths: list[int], frames: list[int]) -> None:
+        """New live rows, whose prompts are about to end at ``column``."""
+        first = self.rows
+        self.starts += [self.column - length for length in prompt_lengths]
+        self.prompts += prompt_lengths
+        self.frames += frames
+        self._write_starts(first)
+        self.prompt[first : self.rows] = torch.tensor(prompt_lengths)
+        lengths = torch.tensor(frames, device=self.start.device)
+        attended = length_mask(lengths, self.cross.shape[4])
+        self.cross_mask[first : self.rows] = torch.where(attended, 0.0, -math.inf).to(self.cross.dtype)
+
+    def remove(self, slots: list[int]) -> None:
+        """Rows leave; the last ones move into their slots, so that live rows stay together."""
+        for slot in sorted(slots, reverse=True):
+            last = self.rows - 1
+            if slot != last:
+                used, frames = slice(self.starts[last], self.column), slice(0, self.frames[last])
+                self.cross[:, :, slot, :, frames] = self.cross[:, :, last, :, frames]
+                self.own[:, :, slot, :, used] = self.own[:, :, last, :, used]
+                for table in (self.start, self.prompt, self.cross_mask, self.own_mask):
+                    table[slot] = table[last]
+                for values in (self.starts, self.prompts, self.frames):
+                    values[slot] = values[last]
+            for values in (self.starts, self.prompts, self.frames):
+                values.pop()
+
+    def branch(self) -> None:
+        """The columns of the next step: each beam sees its own alone."""
+        if self.beams > 1:
+            apart = torch.full((self.beams, self.beams), -math.inf, device=self.own_mask.device)
+            apart = apart.fill_diagonal_(0.0).to(self.own_mask.dtype)
+            self.own_mask[:, :, self.column : self.column + self.beams] = apart
+
+    def choose(self, parents: Tensor, first: int = 0) -> None:
+        """Beam n of a row goes on from what beam ``parents[row, n]`` has read; parents (rows, N) of the rows
+        from slot ``first`` on."""
+        mask = self.own_mask[first : first + len(parents), :, : self.column]
+        mask.copy_(mask.gather(1, parents[:, :, None].expand(-1, -1, self.column)))
+
+    def _write_starts(self, first: int) -> None:
+        rows = slice(first, self.rows)
+        self.start[rows] = torch.tensor(self.starts[first:], dtype=torch.long)
+        before = length_mask(self.start[rows], self.own.shape[4])
+        self.own_mask[rows] = torch.where(before, -math.inf, 0.0).to(self.own.dtype)[:, None]
