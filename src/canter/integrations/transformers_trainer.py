@@ -1,0 +1,296 @@
+"""transformers' Trainer under a plan: the plan's micro-batches, its steps, and a resume that is exact.
+
+B: utterances, S: samples, F: feature frames (10 ms), M: mel bins, T: encoder frames, U: tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.trainer_utils import get_last_checkpoint
+
+from canter.corpus.audio import load_utterance
+from canter.corpus.index import LengthIndex
+from canter.errors import ConfigError, PlanError
+from canter.planning.plan import Plan
+from canter.planning.sampler import StepSampler
+from canter.planning.windows import mix
+
+STATE = "canter_plan.json"  # in a checkpoint, beside trainer_state.json
+IGNORED = -100  # a label that bears no loss
+
+
+class PlanTrainerMixin:
+    """Mixed in before a Trainer, makes it train by a plan: ``class Mine(PlanTrainerMixin, Seq2SeqTrainer)``.
+
+    ``plan`` is of an index whose rows are those of ``train_dataset``, in order; dataset, collator (which must give
+    ``labels``), callbacks and everything else are the Trainer's as ever. What changes:
+
+    - A step is one of the plan: its M micro-batches are shared out over the processes by predicted time, and
+      ``gradient_accumulation_steps`` follows. A process with nothing left runs a batch that bears no loss.
+      ``per_device_train_batch_size`` has no meaning.
+    - Batches do not pass through Accelerate, which would share them out a second time.
+    - The loss is the cross-entropy summed over the step and divided by the step's labels over all processes (some
+      models of transformers, Whisper among them, divide by each micro-batch's own), label smoothing included.
+    - Dropout and what the model masks are drawn from (seed, step, micro-batch). So a run resumed with
+      ``train(resume_from_checkpoint=...)`` takes the same steps as one never stopped, also on another number of
+      processes, where losses agree up to the order of float additions. A checkpoint of another plan is refused.
+
+    An epoch of the Trainer is as many steps as the plan's first; ``StepSampler`` says what follows from that.
+
+    Raises PlanError where dataset and plan do not fit, or one process drives several GPUs.
+    """
+
+    args: Any
+    state: Any
+    accelerator: Any
+
+    def __init__(self, *args: Any, plan: Plan, **kwargs: Any):
+        settings = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if settings is None:
+            raise PlanError("give the Trainer its TrainingArguments (args=...)")
+        if settings.n_gpu > 1:
+            raise PlanError(
+                f"one process drives {settings.n_gpu} GPUs; start one for each with torchrun --nproc-per-node"
+            )
+        ranks, rank = settings.world_size, settings.process_index
+        self._steps = StepSampler(plan, rank, ranks, first=self._first_step)
+        _follow_the_plan(settings, self._steps.accumulation)
+        kwargs.setdefault("compute_loss_func", self._summed_loss)
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+        if len(self.train_dataset) != len(plan.index):  # type: ignore[attr-defined]
+            raise PlanError(
+                f"train_dataset has {len(self.train_dataset)} rows and the plan's index {len(plan.index)}: "  # type: ignore[attr-defined]
+                "they must be the same, in order"
+            )
+        self._drawn = (-1, 0)  # the step being taken, and how many of its micro-batches have been
+        self.add_callback(_KeepPlan(plan.fingerprint))  # type: ignore[attr-defined]
+
+    def _first_step(self) -> int:
+        """Of the pass over the data that begins or is resumed now."""
+        return self.state.global_step // self._steps.steps * self._steps.steps
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. Raises PlanError for a checkpoint of another plan."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder and (held := Path(folder) / STATE).exists():
+            before = json.loads(held.read_text(encoding="utf-8"))["plan"]
+            if before != self.plan.fingerprint:
+                raise PlanError(
+                    f"{folder} was trained by another plan ({before}, this one is {self.plan.fingerprint}): index, "
+                    "budget, strategy, seed, window and micro-batches per step must be those of the run"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's micro-batches; not prepared by Accelerate."""
+        args = self.args
+        dataset: Any = self.train_dataset  # type: ignore[attr-defined]
+        if isinstance(dataset, datasets.Dataset) and args.remove_unused_columns:
+            dataset = self._remove_unused_columns(dataset, description="training")  # type: ignore[attr-defined]
+        lengths = np.asarray(self.plan.index.seconds)
+        return DataLoader(
+            dataset,  # pyright: ignore[reportArgumentType]
+            batch_sampler=self._steps,
+            collate_fn=_OrNothing(self.data_collator, dataset, int(lengths.argmin())),  # type: ignore[attr-defined]
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(
+                self.plan.seed
+            ),  # leaves the model's own randomness alone
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        step, place = self._drawn
+        if step != self.state.global_step:
+            step, place = self.state.global_step, 0
+        self._drawn = (step, place + 1)
+        mine = self._steps.micro_batches(step)
+        number = mine[place].number if place < len(mine) else self.plan.micro_batches_per_step
+        set_seed(mix(self.args.seed, step, number) % 2**32)
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "decoder_input_ids" not in inputs and "labels" in inputs:
+            inputs = {**inputs, "decoder_input_ids": self._shifted(inputs["labels"])}
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """Labels (B, U) as the decoder reads them: behind the start token, the last one left out."""
+        model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        start = model.config.decoder_start_token_id
+        if start is None:
+            raise PlanError(
+                f"{type(model).__name__} has no decoder_start_token_id; let the collator give decoder_input_ids"
+            )
+        pad = model.config.pad_token_id
+        shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
+
+    def _summed_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """Sum of cross-entropy over labels (B, U), divided by the whole step's number of them."""
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        total = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class PlannedSeq2SeqTrainer(PlanTrainerMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with ``plan=``."""
+
+
+def _follow_the_plan(settings: Any, accumulation: int) -> None:
+    """Sets what the plan decides, and warns of settings that it leaves without effect."""
+    ignored = []
+    if settings.gradient_accumulation_steps not in (1, accumulation):
+        ignored.append(f"gradient_accumulation_steps={settings.gradient_accumulation_steps}")
+    sampling = getattr(settings, "train_sampling_strategy", "random")
+    if sampling != "random":
+        ignored.append(f"train_sampling_strategy={sampling}")
+    if settings.auto_find_batch_size:
+        ignored.append("auto_find_batch_size")
+        settings.auto_find_batch_size = False
+    if ignored:
+        warnings.warn(
+            f"{', '.join(ignored)}: has no effect, the plan says what a step is", UserWarning, stacklevel=4
+        )
+    settings.gradient_accumulation_steps = accumulation
+    settings.average_tokens_across_devices = True
+
+
+class _KeepPlan(TrainerCallback):
+    """Writes into each checkpoint which plan it belongs to."""
+
+    def __init__(self, fingerprint: str):
+        self.fingerprint = fingerprint
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / STATE).write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
+
+
+@dataclass
+class _OrNothing:
+    """A collator for which a batch of no rows is the shortest one's, bearing no loss."""
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+    dataset: Any
+    shortest: int
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        if examples:
+            return self.collate(examples)
+        batch = self.collate([self.dataset[self.shortest]])
+        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch
+
+
+class SpeechDataset(Dataset):
+    """Rows of an index as ``{"audio": (S,) float32, "labels": token ids}``, for `SpeechCollator`.
+
+    tokenizer: of transformers; labels are what it makes of the text, its special tokens included.
+    """
+
+    def __init__(self, index: LengthIndex, tokenizer: Any, sample_rate: int = 16000):
+        self.index, self.tokenizer, self.sample_rate = index, tokenizer, sample_rate
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Raises AudioError naming a file that cannot be used."""
+        utterance = self.index.utterance(row)
+        return {
+            "audio": load_utterance(utterance, self.sample_rate),
+            "labels": self.tokenizer(utterance.text).input_ids,
+        }
+
+
+@dataclass(frozen=True)
+class SpeechCollator:
+    """Examples of `SpeechDataset` to a batch: ``input_features`` (B, M, F) and ``labels`` (B, U).
+
+    extractor: Whisper's. start: the token that decoding starts with, dropped from the labels because the model puts
+    it in front. padded: whether all are padded to the extractor's 30 s, or to the longest of the batch, which takes
+    `accept_short_audio`.
+    """
+
+    extractor: Any
+    start: int
+    padded: bool = True
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        most = self.extractor.n_samples
+        longest = max(len(example["audio"]) for example in examples)
+        if longest > most:
+            rate = self.extractor.sampling_rate
+            raise ConfigError(
+                f"an utterance of {longest / rate:.2f} s is longer than the model's {most / rate:g} s; cut it first, "
+                "or leave it out of the plan"
+            )
+        features = self.extractor(
+            [example["audio"] for example in examples],
+            sampling_rate=self.extractor.sampling_rate,
+            return_tensors="pt",
+            padding="max_length" if self.padded else "longest",
+            pad_to_multiple_of=None if self.padded else 2 * self.extractor.hop_length,
+        ).input_features
+        labels = [
+            torch.tensor(example["labels"][example["labels"][0] == self.start :]) for example in examples
+        ]
+        padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        return {"input_features": features, "labels": padded}
+
+
+class AnyLengthWhisperEncoder(WhisperEncoder):
+    """transformers' Whisper encoder for features (B, M, F) of any even F up to 3,000; see `accept_short_audio`."""
+
+    def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole, config = self.embed_positions, self.config
+        frames = input_features.shape[-1] // 2
+        self.config = copy.copy(config)
+        self.config.max_source_positions = frames
+        self.embed_positions = nn.Embedding.from_pretrained(whole.weight[:frames])
+        try:
+            return super().forward(input_features, *args, **kwargs)
+        finally:
+            self.embed_positions, self.config = whole, config
+
+
+def accept_short_audio(model: Any) -> Any:
+    """Lets a Whisper of transformers, which insists on 30 s, encode what is shorter at its length; returns it.
+
+    Training then costs what the utterances last, not 30 s each. A pretrained model must be trained so before it
+    transcribes so (see docs/models.md). In a batch it hears silence up to the longest, as it heard silence up to
+    30 s; `canter train` masks that silence instead.
+    """
+    encoder = model.get_encoder()
+    if not isinstance(encoder, WhisperEncoder):
+        raise ConfigError(f"{type(model).__name__} is no Whisper of transformers")
+    encoder.__class__ = AnyLengthWhisperEncoder
+    return model
