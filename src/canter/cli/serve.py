@@ -1,0 +1,133 @@
+"""An OpenAI-compatible transcription service, with a page to try it; bound to this machine unless told otherwise."""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from canter.errors import ConfigError
+
+KEYS = "CANTER_API_KEYS"
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A run folder, which stands for its best checkpoint, or a model folder."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is all of this machine's."""
+    port: int = 8000
+    """0: any free one."""
+    name: str | None = None
+    """What clients call the model; by default its folder's name."""
+    alias: tuple[str, ...] = ("whisper-1",)
+    """Other names that stand for it."""
+    api_keys: Path | None = None
+    """A file with one API key a line, of which a request must have one. CANTER_API_KEYS, keys separated by
+    commas, does the same."""
+    lang: str | None = None
+    """Language of requests that name none."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 is faster on a GPU; transcripts may then depend on who else asks."""
+    batch_size: int | None = None
+    """Pieces of audio decoded together, at most; by default 64."""
+    max_megabytes: float = 100.0
+    """Of a request's body."""
+    longest_seconds: float = 300.0
+    """Of audio in a request."""
+    queue: int = 256
+    """Requests inside at once, waiting ones included; more are turned away with 503."""
+    queue_minutes: float = 120.0
+    """Minutes of audio inside at once."""
+    timeout: float = 120.0
+    """Seconds a request may take once its body has arrived."""
+    upload_timeout: float = 60.0
+    """Seconds that a body may take to arrive."""
+
+
+def run(options: Options) -> int:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; pip install 'canter[serve]'") from None
+
+    import torch
+
+    from canter.inference.engine import Engine, EngineConfig
+    from canter.inference.transcribe import checkpoint_of
+    from canter.models.checkpoint import load_model
+    from canter.serving.app import create_app
+    from canter.serving.config import ServiceConfig
+    from canter.serving.server import bind, is_loopback, make_server
+    from canter.serving.service import Service
+
+    keys = read_keys(options.api_keys)
+    local = is_loopback(options.host)
+    checkpoint = checkpoint_of(options.model)
+    config = ServiceConfig(
+        names=(options.name or options.model.resolve().name, *options.alias),
+        keys=keys,
+        hosts=frozenset({options.host, "localhost", "127.0.0.1", "[::1]"}) if local else None,
+        lang=options.lang,
+        max_bytes=int(options.max_megabytes * 2**20),
+        longest_seconds=options.longest_seconds,
+        queue=options.queue,
+        queue_seconds=60 * options.queue_minutes,
+        timeout=options.timeout,
+        upload_timeout=options.upload_timeout,
+    )
+    listening = bind(options.host, options.port)
+    try:
+        device = options.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        model = load_model(checkpoint, device=device, dtype=dtype)
+        frames = 16384 if device.startswith("cuda") else 1024
+        engine = Engine(
+            model, model.tokenizer.end, EngineConfig(rows=options.batch_size or 64, frames=frames)
+        )
+        service = Service(engine, config)
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"{config.names[0]} on http://{shown}:{port}/ (API: /v1, Ctrl-C ends it)",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not local and not keys:
+            print(
+                "canter: everybody who reaches this address may use it; --api-keys FILE asks for a key",
+                file=sys.stderr,
+            )
+        # Ctrl-C is how one ends it
+        with contextlib.suppress(KeyboardInterrupt):
+            make_server(create_app(service), options.upload_timeout).run(sockets=[listening])
+    finally:
+        listening.close()
+    return 0
+
+
+def read_keys(file: Path | None) -> frozenset[str]:
+    """The API keys of a file and of the environment. Raises ConfigError for a file without any."""
+    keys = {key.strip() for key in os.environ.get(KEYS, "").split(",")}
+    if file is not None:
+        try:
+            found = {line.strip() for line in file.read_text(encoding="utf-8").splitlines()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys {file} cannot be read: {error}") from None
+        if not any(found):
+            raise ConfigError(f"--api-keys {file} holds no key; write one a line, or leave the option out")
+        keys |= found
+    return frozenset(keys - {""})

@@ -1,0 +1,106 @@
+"""`canter serve` as a program: what it says, how it ends, and what it refuses to start with."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+
+import torch
+
+from canter.cli.main import main
+from canter.models.checkpoint import save_model
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
+from canter.text import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    tokenizer = train_tokenizer(["one two three", "four five"] * 20, languages=["en"], vocab_size=30)
+    torch.manual_seed(0)
+    encoder = FastConformerConfig(
+        layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
+    )
+    decoder = DecoderConfig(
+        layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=64
+    )
+    model = SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder))
+    return save_model(model, tmp_path_factory.mktemp("serve") / "little", tokenizer)
+
+
+def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
+    """The process, its address, and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "canter", "serve", str(folder), "--port", "0", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    found = re.search(r"http://\S+:\d+/", line)
+    assert found, line + process.stderr.read()
+    return process, found[0], line
+
+
+@pytest.mark.parametrize(
+    ("host", "how", "code"), [("127.0.0.1", signal.SIGINT, 0), ("0.0.0.0", signal.SIGTERM, -signal.SIGTERM)]
+)
+def test_serves_until_told_to_stop(folder, host, how, code):
+    """On this machine alone by default; else it is said that anybody may use it."""
+    process, url, line = started(folder, *([] if host == "127.0.0.1" else ["--host", host]))
+    try:
+        assert line.startswith(f"little on http://{host}:")
+        health = {}
+        for _ in range(100):
+            try:
+                health = json.load(urlopen(f"{url}health", timeout=10))
+                break
+            except OSError:
+                continue
+        assert health["model"] == "little"
+    finally:
+        process.send_signal(how)
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert ("everybody who reaches this address may use it" in said) == (host == "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "absent does not exist"),
+        (["MODEL", "--port", "TAKEN"], "choose another --host or --port"),
+        (["MODEL", "--port", "70000"], "choose another --host or --port"),
+        (["MODEL", "--host", "no.such.host.invalid"], "choose another --host"),
+        (["MODEL", "--lang", "xx"], "--lang xx: the model knows en"),
+        (["MODEL", "--queue", "0"], "queue is 0"),
+        (["MODEL", "--device", "cuda"], "no usable GPU"),
+        (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
+        (["MODEL", "--api-keys", "empty.txt"], "holds no key"),
+    ],
+)
+def test_misuse_is_one_line(folder, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"MODEL": str(folder), "TAKEN": str(taken.getsockname()[1])}
+        if "--port" not in arguments:
+            arguments = [*arguments, "--port", "0"]
+        assert main(["serve", *(names.get(argument, argument) for argument in arguments)]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("canter: ")
+    assert errors.count("\n") == 1

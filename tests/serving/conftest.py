@@ -1,0 +1,129 @@
+"""A service on a real socket with a small random model, which needs nothing from outside."""
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+
+import torch
+
+from canter.inference.engine import Engine, EngineConfig
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
+from canter.serving.app import create_app
+from canter.serving.config import ServiceConfig
+from canter.serving.server import bind, make_server
+from canter.serving.service import Service
+from canter.text import train_tokenizer
+
+SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
+
+
+def small_model(end_bias: float = 1.0) -> SpeechModel:
+    """A random Canary in English and German, whose text differs with the audio; a low ``end_bias`` makes it
+    go on to the limit."""
+    tokenizer = train_tokenizer(SENTENCES * 20, languages=["en", "de"], vocab_size=40)
+    torch.manual_seed(0)
+    encoder = FastConformerConfig(
+        layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16
+    )
+    decoder = DecoderConfig(
+        layers=2, width=48, heads=4, feedforward=96, vocabulary=tokenizer.vocab_size, positions=512
+    )
+    model = SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+        for layer in model.decoder.layers:
+            layer.cross_attention.query.weight *= 8
+            layer.cross_attention.value.weight *= 4
+        model.decoder.head_bias[tokenizer.end] = end_bias
+    model.tokenizer = tokenizer
+    return model
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """(S,) modulated noise at 16 kHz."""
+    random = np.random.default_rng(seed)
+    rise = np.sin(np.arange(round(16000 * seconds)) / random.uniform(300, 3000)) + 1.1
+    return (random.normal(size=len(rise)) * rise * 0.1).astype(np.float32)
+
+
+def wav(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> bytes:
+    """The samples (S,) or (S, channels) as a WAV file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
+    return file.getvalue()
+
+
+@dataclass
+class Running:
+    """A service that runs."""
+
+    service: Service
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def quiet(self, seconds: float = 5.0) -> bool:
+        """Waits until nobody is inside any more; whether that came about."""
+        end = time.monotonic() + seconds
+        service = self.service
+        while time.monotonic() < end:
+            if not (service.requests or service.scheduler.waiting or service.scheduler.inside):
+                return True
+            time.sleep(0.01)
+        return False
+
+
+@contextlib.contextmanager
+def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
+    """Serves ``model`` on a free port while the block runs."""
+    config = replace(ServiceConfig(names=("small", "whisper-1")), **settings)
+    service = Service(Engine(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
+    listening = bind("127.0.0.1", 0)
+    server = make_server(create_app(service), config.upload_timeout)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        end = time.monotonic() + 30
+        while not server.started and thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert server.started, "the service did not come up"
+        yield Running(service, listening.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def model() -> SpeechModel:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def endless() -> SpeechModel:
+    """Decodes a token for each frame of 80 ms and ten more."""
+    return small_model(end_bias=-1000.0)
+
+
+@pytest.fixture(scope="session")
+def live(model) -> Iterator[Running]:
+    with running(model) as found:
+        yield found

@@ -1,0 +1,203 @@
+"""The interface as clients see it: the openai package, and requests by hand."""
+
+import json
+import os
+from pathlib import Path
+
+import openai
+import pytest
+
+from canter.corpus.manifest import Utterance
+from canter.inference.engine import Engine, EngineConfig
+from canter.inference.transcribe import transcribe
+from canter.models.checkpoint import load_model
+
+from .conftest import Running, noise, running, wav
+
+SHARED = os.environ.get("CANTER_SHARED")
+
+
+def client_of(live: Running, key: str = "any", **settings) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0, **settings)
+
+
+@pytest.fixture(scope="module")
+def client(live):
+    with client_of(live) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory) -> dict[int, str]:
+    """By seed, what the engine alone makes of clips."""
+    root = tmp_path_factory.mktemp("clips")
+    utterances = []
+    for seed in range(6):
+        (root / f"{seed}.wav").write_bytes(wav(noise(0.5 + seed / 2, seed)))
+        utterances.append(Utterance(str(root / f"{seed}.wav"), 0.5 + seed / 2, text="", lang="en"))
+    found = transcribe(Engine(model, model.tokenizer.end, EngineConfig()), model.tokenizer, utterances)
+    assert len({item.text for item in found}) > 3
+    return {seed: item.text for seed, item in enumerate(found)}
+
+
+def clip(seed: int) -> tuple[str, bytes]:
+    return f"{seed}.wav", wav(noise(0.5 + seed / 2, seed))
+
+
+def test_json_is_what_the_engine_says(client, expected):
+    for seed, text in expected.items():
+        found = client.audio.transcriptions.create(model="small", file=clip(seed), language="en")
+        assert found.text == text
+    assert found.usage.seconds == 3
+
+
+@pytest.mark.parametrize("form", ["text", "srt", "vtt"])
+def test_text_formats(client, expected, form):
+    found = client.audio.transcriptions.create(
+        model="whisper-1", file=clip(4), language="en", response_format=form
+    )
+    wanted = {
+        "text": expected[4] + "\n",
+        "srt": f"1\n00:00:00,000 --> 00:00:02,500\n{expected[4]}\n\n",
+        "vtt": f"WEBVTT\n\n00:00.000 --> 00:02.500\n{expected[4]}\n\n",
+    }
+    assert found == wanted[form]
+
+
+def test_verbose_json(client, expected):
+    found = client.audio.transcriptions.create(
+        model="small", file=clip(4), language="en", response_format="verbose_json"
+    )
+    assert (found.text, found.language, found.duration) == (expected[4], "en", 2.5)
+    (segment,) = found.segments
+    assert (segment.start, segment.end, segment.text) == (0.0, 2.5, expected[4])
+    assert segment.tokens
+
+
+def test_stream_gives_segments_then_the_whole(client, expected):
+    events = list(client.audio.transcriptions.create(model="small", file=clip(3), language="en", stream=True))
+    assert [event.type for event in events] == ["transcript.text.delta", "transcript.text.done"]
+    assert events[0].delta == events[-1].text == expected[3]
+    assert {"encoder", "decoder", "features", "queue", "audio", "upload"} == set(events[-1].timing)
+    assert events[-1].timing["decoder"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's, of translations
+def test_translation_and_prompt(client, expected):
+    found = client.audio.translations.create(model="small", file=clip(4), extra_body={"language": "de"})
+    assert isinstance(found.text, str)
+    with pytest.raises(openai.BadRequestError, match="takes no 'prompt'"):
+        client.audio.transcriptions.create(model="small", file=clip(1), language="en", prompt="before")
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["small"]
+    assert client.models.retrieve("whisper-1").id == "small"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
+        client.models.retrieve("x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message", "param"),
+    [
+        ({"model": "large"}, openai.NotFoundError, "there is no model 'large'", "model"),
+        ({"language": "xx"}, openai.BadRequestError, "'xx' is not one of the model's: de, en", "language"),
+        ({"language": "English!"}, openai.BadRequestError, "not a language code", "language"),
+        ({"language": ""}, openai.BadRequestError, "must be told the language", "language"),
+        ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
+        ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
+        ({"temperature": 0.5}, openai.BadRequestError, "temperature 0.5", "temperature"),
+        ({"stream": True, "response_format": "srt"}, openai.BadRequestError, "use json or text", None),
+        ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "'colour' is not a field", "colour"),
+        ({"extra_body": {"to_language": "de"}}, openai.BadRequestError, "translations", "to_language"),
+        ({"chunking_strategy": {"type": "server_vad"}}, openai.BadRequestError, "not a field", None),
+        (
+            {"timestamp_granularities": ["word"]},
+            openai.BadRequestError,
+            "need response_format verbose_json",
+            None,
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said(client, live, changes, error, message, param):
+    wishes = {"model": "small", "file": clip(1), "language": "en", **changes}
+    with pytest.raises(error, match=message) as raised:
+        client.audio.transcriptions.create(**wishes)
+    assert param is None or raised.value.body["param"] == param
+    assert live.quiet()
+
+
+def test_health_metrics_and_unknown_paths(client, live):
+    get = client._client.get
+    health = get(f"{live.url}/health").json()
+    assert health["status"] == "ok"
+    assert health["languages"] == health["targets"] == ["de", "en"]
+    client.audio.transcriptions.create(model="small", file=clip(1), language="en")
+    text = get(f"{live.url}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['canter_requests_total{endpoint="/v1/audio/transcriptions",status="200"}']) >= 1
+    assert float(values["canter_audio_seconds_total"]) >= 1.0
+    assert float(values['canter_stage_seconds_total{stage="decoder"}']) > 0
+    assert float(values["canter_requests_inside"]) == float(values["canter_pieces_waiting"]) == 0
+    assert "process_resident_memory_bytes" in values
+    nothing = get(f"{live.url}/v2/x")
+    assert (nothing.status_code, "nothing at /v2/x" in nothing.json()["error"]["message"]) == (404, True)
+    assert get(f"{live.url}/v1/audio/transcriptions").status_code == 405
+    schema = get(f"{live.url}/openapi.json").json()
+    form = schema["paths"]["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
+    assert "multipart/form-data" in form
+
+
+def test_server_timing_tells_where_the_time_went(client, live):
+    files = {"file": clip(2), "language": (None, "en")}
+    answer = client._client.post(f"{live.url}/v1/audio/transcriptions", files=files)
+    parts = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert [*parts] == ["upload", "audio", "queue", "features", "encoder", "decoder"]
+    assert sum(map(float, parts.values())) <= answer.elapsed.total_seconds() * 1000
+
+
+def test_api_keys(model):
+    with running(model, keys=frozenset({"sesame", "open"})) as live:
+        with client_of(live, "sesame") as client:
+            assert client.audio.transcriptions.create(model="small", file=clip(1), language="en").text
+            get = client._client.get
+            assert get(f"{live.url}/health").status_code == get(f"{live.url}/").status_code == 200
+            assert get(f"{live.url}/metrics").status_code == 401
+            assert get(f"{live.url}/metrics", headers={"authorization": "Bearer open"}).status_code == 200
+        with client_of(live, "sesam") as client, pytest.raises(openai.AuthenticationError, match="API key"):
+            client.audio.transcriptions.create(model="small", file=clip(1), language="en")
+
+
+def test_other_sites_and_names_are_refused(model):
+    with running(model, hosts=frozenset({"127.0.0.1", "localhost"})) as live, client_of(live) as client:
+        get = client._client.get
+        assert get(f"{live.url}/health").status_code == 200
+        assert get(f"{live.url}/health", headers={"host": "evil.example"}).status_code == 403
+        assert get(f"{live.url}/health", headers={"origin": "http://evil.example"}).status_code == 403
+        assert get(f"{live.url}/health", headers={"origin": live.url}).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's, of translations
+@pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with Whisper and speech")
+def test_whisper_with_the_openai_client():
+    """Two clips at once: what the engine alone hears in them, and what an English model cannot do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder = Path(str(SHARED))
+    lines = (folder / "data/speech/librivox_mini/manifest.jsonl").read_text().splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: row["duration"])[:2]
+    paths = [folder / "data/speech/librivox_mini" / row["audio_filepath"] for row in rows]
+    whisper = load_model(folder / "models/whisper-tiny.en")
+    utterances = [Utterance(str(path), row["duration"], text="", lang="en") for path, row in zip(paths, rows)]
+    engine = Engine(whisper, whisper.tokenizer.end, EngineConfig())
+    expected = [found.text for found in transcribe(engine, whisper.tokenizer, utterances)]
+    with running(whisper) as live, client_of(live) as client, ThreadPoolExecutor(2) as pool:
+
+        def ask(path: Path) -> str:
+            return client.audio.transcriptions.create(model="whisper-1", file=path).text
+
+        assert list(pool.map(ask, paths)) == expected
+        with pytest.raises(openai.BadRequestError, match="does not translate"):
+            client.audio.translations.create(model="whisper-1", file=paths[0])
+        with pytest.raises(openai.BadRequestError, match="'de' is not one of the model's: en"):
+            client.audio.transcriptions.create(model="whisper-1", file=paths[0], language="de")

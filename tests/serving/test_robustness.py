@@ -1,0 +1,318 @@
+"""Bad audio, bad clients, too many of them, and an engine that fails: refused in time, and the rest goes on."""
+
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+import soundfile
+
+from canter.inference.engine import Engine
+
+from .conftest import Running, noise, running, wav
+
+BOUNDARY = "x-canter-boundary"
+
+
+def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
+    """A multipart body."""
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
+        for key, value in {"language": "en", **fields}.items()
+    ]
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+    parts += [head.encode(), b"Content-Type: audio/wav\r\n\r\n", file, f"\r\n--{BOUNDARY}--\r\n".encode()]
+    return b"".join(parts)
+
+
+def post(live: Running, body: bytes, **headers: str) -> tuple[int, Any]:
+    """Status and JSON of a transcription."""
+    kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    request = Request(f"{live.url}/v1/audio/transcriptions", body, {**kind, **headers})
+    try:
+        with urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        with error:
+            return error.code, json.load(error)["error"]
+
+
+def ask(live: Running, file: bytes, name: str = "a.wav", **fields: str) -> tuple[int, Any]:
+    return post(live, form(file, name, **fields))
+
+
+def connection(live: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", live.port), timeout=30)
+
+
+def head(length: int | str, extra: str = "") -> bytes:
+    return (
+        f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n{extra}"
+        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        + (f"Content-Length: {length}\r\n\r\n" if length else "Transfer-Encoding: chunked\r\n\r\n")
+    ).encode()
+
+
+def broken(kind: str) -> bytes:
+    good = wav(noise(1.0))
+    not_finite = noise(1.0)
+    not_finite[100] = np.nan
+    return {
+        "not audio": b"\x89PNG\r\n\x1a\n" + bytes(1000),
+        "no bytes": b"",
+        "header only": wav(np.zeros(0, np.float32)),
+        "truncated": good[: len(good) // 2],
+        "not finite": wav(not_finite, subtype="FLOAT"),
+        "too long": wav(np.zeros(16000 * 400, np.float32)),
+        "too long for its size": flac(400),
+        "absurd rate": good[:24] + (1).to_bytes(4, "little") + good[28:],
+    }[kind]
+
+
+def flac(seconds: int) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16000 * seconds, np.float32), 16000, format="FLAC")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("not audio", "song.wav is not audio"),
+        ("no bytes", "song.wav is empty"),
+        ("header only", "holds no sample"),
+        ("truncated", "truncated"),
+        ("not finite", "sample 100 is not a finite number"),
+        ("too long", "400 s long, over the limit of 300 s"),
+        ("too long for its size", "400 s long"),
+        ("absurd rate", "16,000 s long"),
+    ],
+)
+def test_bad_audio_is_named(live, kind, message):
+    status, error = ask(live, broken(kind), "song.wav")
+    assert (status, error["param"], error["type"]) == (400, "file", "invalid_request_error")
+    assert message in error["message"]
+    assert "/tmp" not in error["message"]
+    assert "row" not in error["message"]
+    assert live.quiet()
+
+
+def test_unusual_audio_is_taken(live):
+    mono = noise(1.0)
+    for samples, rate in [
+        (np.stack([mono, mono], 1), 16000),
+        (mono, 8000),
+        (mono, 96000),
+        (mono[:1], 16000),
+    ]:
+        assert ask(live, wav(samples, rate))[0] == 200
+    lied = ask(live, wav(mono), "speech.mp3")
+    assert lied == ask(live, wav(mono), "speech.wav")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "message"),
+    [
+        (b"{}", "application/json", 415, "application/json"),
+        (b"", "multipart/form-data", 400, "boundary"),
+        (b"no form at all", f"multipart/form-data; boundary={BOUNDARY}", 400, "form"),
+        (form(b"x").replace(b'filename="a.wav"', b""), f"multipart/form-data; boundary={BOUNDARY}", 400, "'file'"),
+        (form(b"x", **{f"f{n}": "" for n in range(100)}), f"multipart/form-data; boundary={BOUNDARY}", 400, "Too many"),
+        (form(b"x", prompt="y" * 2**21), f"multipart/form-data; boundary={BOUNDARY}", 400, "exceeded"),
+    ],
+)  # fmt: skip
+def test_bad_forms(live, body, kind, status, message):
+    found, error = post(live, body, **{"Content-Type": kind})
+    assert found == status
+    assert message in error["message"]
+    assert live.quiet()
+
+
+@pytest.fixture(scope="module")
+def strict(model):
+    """Small limits."""
+    with running(model, max_bytes=200_000, upload_timeout=0.5, timeout=20.0) as found:
+        yield found
+
+
+def answer_of(client: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    found = b""
+    while data := client.recv(1 << 16):
+        found += data
+    return found
+
+
+def test_ten_gigabytes_are_refused_unread(strict):
+    begun = time.monotonic()
+    with connection(strict) as client:
+        client.sendall(head(10 * 2**30) + bytes(100_000))
+        found = answer_of(client)
+    assert found.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in found.lower()
+    assert time.monotonic() - begun < 5
+    assert strict.quiet()
+
+
+def test_a_body_without_length_is_cut_off(strict):
+    with connection(strict) as client:
+        client.sendall(head(0))
+        start = b"".join(form(b"").partition(b"audio/wav\r\n\r\n")[:2])
+        client.sendall(b"%x\r\n%b\r\n" % (len(start), start))
+        for _ in range(30):
+            client.sendall(b"2710\r\n" + bytes(10_000) + b"\r\n")
+        assert answer_of(client).startswith(b"HTTP/1.1 413 ")
+    assert strict.quiet()
+
+
+def test_a_body_that_hangs(strict):
+    with connection(strict) as client:
+        client.sendall(head(1000) + b"--")
+        found = answer_of(client)
+    assert found.startswith(b"HTTP/1.1 408 ")
+    assert b"did not arrive within 0.5 s" in found
+    assert strict.quiet()
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /v1/audio", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
+def test_a_header_that_hangs(strict, start):
+    begun = time.monotonic()
+    with connection(strict) as client:
+        client.sendall(start)
+        assert answer_of(client) == b""
+    assert time.monotonic() - begun < 5
+
+
+def test_a_client_that_drips_its_header(strict):
+    with connection(strict) as client:
+        begun = time.monotonic()
+        with contextlib.suppress(OSError):  # reset, or a broken pipe
+            for letter in b"GET /health HTTP/1.1\r\nX: " + b"y" * 1000:
+                client.sendall(bytes([letter]))
+                time.sleep(0.02)
+        assert time.monotonic() - begun < 5
+
+
+def test_leaving_during_the_upload(strict):
+    with connection(strict) as client:
+        client.sendall(head(100_000) + b"--")
+    assert strict.quiet()
+    assert ask(strict, wav(noise(1.0)))[0] == 200
+
+
+def test_leaving_takes_the_row_out_of_the_engine(endless):
+    """A client that leaves: its rows go, those of the others are decoded as ever, waiting ones are forgotten."""
+    with running(endless, rows=2) as live, ThreadPoolExecutor(1) as pool:
+        _, alone = ask(live, wav(noise(3.0)))
+        steps = live.service.engine.counters.steps
+        assert steps >= 40
+        gone = [connection(live) for _ in range(4)]
+        for number, client in enumerate(gone):
+            body = form(wav(noise(30.0, number)))
+            client.sendall(head(len(body)) + body)
+        while live.service.scheduler.inside < 2 or live.service.requests < 4:
+            time.sleep(0.005)
+        other = pool.submit(ask, live, wav(noise(3.0)))
+        for client in gone:
+            client.close()
+        assert other.result(30) == (200, alone)
+        assert live.quiet()
+        counters = live.service.engine.counters
+        assert counters.steps - steps < 400, "the rows of those who left were decoded to their end"
+        text = urlopen(f"{live.url}/metrics").read().decode()
+        assert "canter_cancelled_total 4.0" in text
+
+
+def test_leaving_a_stream(endless):
+    with running(endless) as live:
+        body = form(wav(noise(30.0)), stream="true")
+        with connection(live) as client:
+            client.sendall(head(len(body)) + body)
+            while not live.service.scheduler.inside:
+                time.sleep(0.005)
+        assert live.quiet()
+
+
+def test_a_full_service_says_so(endless):
+    with running(endless, queue=2) as live:
+        body = form(wav(noise(30.0)))
+        with connection(live) as first, connection(live) as second:
+            for client in (first, second):
+                client.sendall(head(len(body)) + body)
+            while live.service.requests < 2:
+                time.sleep(0.005)
+            status, error = ask(live, wav(noise(1.0)))
+            assert (status, error["code"], error["type"]) == (503, "overloaded", "server_error")
+        assert live.quiet()
+        assert ask(live, wav(noise(1.0)))[0] == 200
+
+
+def test_audio_inside_is_limited(endless):
+    with running(endless, queue_seconds=40.0) as live:
+        body = form(wav(noise(30.0)))
+        with connection(live) as client:
+            client.sendall(head(len(body)) + body)
+            while not live.service.scheduler.inside:
+                time.sleep(0.005)
+            assert ask(live, wav(noise(20.0)))[0] == 503
+            assert ask(live, wav(noise(1.0)))[0] == 200
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_time_that_is_over(endless, stream):
+    with running(endless, timeout=0.2) as live:
+        body = form(wav(noise(60.0)), stream=stream)
+        with connection(live) as client:
+            client.sendall(head(len(body), "Connection: close\r\n") + body)
+            found = answer_of(client)
+        assert b"not finished in time" in found
+        assert found.startswith(b"HTTP/1.1 200 " if stream == "true" else b"HTTP/1.1 504 ")
+        assert live.quiet()
+
+
+class Failing(Engine):
+    """Fails on audio whose first sample is 0.5."""
+
+    def _encode(self, batch):
+        if any(abs(item.audio[0] - 0.5) < 1e-3 for item in batch):
+            raise RuntimeError("no memory is left")
+        time.sleep(0.05)  # so that others wait, and share the next batch
+        return super()._encode(batch)
+
+
+def test_an_engine_that_fails_fails_nobody_else(model):
+    """Whoever shared a batch with the audio that the engine fails on is decoded all the same."""
+    poison = noise(1.0, 9)
+    poison[0] = 0.5
+    with running(model) as live:
+        clips = [noise(1.0, seed) for seed in range(8)]
+        expected = [ask(live, wav(samples)) for samples in clips]
+        live.service.engine.__class__ = Failing
+        with ThreadPoolExecutor(9) as pool:
+            bad = pool.submit(ask, live, wav(poison))
+            good = list(pool.map(lambda samples: ask(live, wav(samples)), clips))
+        assert good == expected
+        status, error = bad.result()
+        assert (status, error["type"]) == (500, "server_error")
+        assert "no memory is left" in error["message"]
+        assert live.service.scheduler.alive
+        assert live.quiet()
+
+
+def test_shutting_down_answers_who_waits(endless):
+    answers: list[Any] = []
+    with running(endless) as live:
+        asking = threading.Thread(target=lambda: answers.append(ask(live, wav(noise(3.0)))))
+        asking.start()
+        while not live.service.scheduler.inside and not answers:
+            time.sleep(0.001)
+    asking.join()
+    assert answers[0][0] == 200

@@ -1,0 +1,133 @@
+"""The queue in front of the engine, without HTTP."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from canter.inference.engine import Engine, EngineConfig, Request
+from canter.serving.scheduler import EngineFailure, Outcome, Scheduler
+
+from .conftest import noise
+
+
+class Recorder(Engine):
+    """Remembers the lengths of the batches that it encodes; waits at the door until it is let in."""
+
+    def __init__(self, model, **settings):
+        super().__init__(model, model.tokenizer.end, EngineConfig(**settings))
+        self.batches: list[list[int]] = []
+        self.door = threading.Event()
+
+    def _encode(self, batch):
+        self.batches.append([len(request.audio) for request in batch])
+        self.door.wait(10)
+        return super()._encode(batch)
+
+
+class Collected:
+    """Outcomes of tickets, by piece, and when all are there."""
+
+    def __init__(self, pieces: int):
+        self.outcomes: dict[int, Outcome] = {}
+        self.all, self._pieces = threading.Event(), pieces
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.piece] = outcome
+        if len(self.outcomes) == self._pieces:
+            self.all.set()
+
+
+@pytest.fixture
+def scheduler_of(model) -> Iterator:
+    made: list[Scheduler] = []
+
+    def make(**settings) -> Scheduler:
+        made.append(Scheduler(Recorder(model, **settings)))
+        return made[-1]
+
+    yield make
+    for scheduler in made:
+        scheduler.engine.door.set()
+        scheduler.close()
+
+
+def requests(model, seconds: list[float]) -> list[Request]:
+    prompt = model.prompt(source_lang="en", target_lang="en")
+    return [Request(noise(length, seed), prompt) for seed, length in enumerate(seconds)]
+
+
+def test_hypotheses_are_the_engines(model, scheduler_of):
+    wanted = Engine(model, model.tokenizer.end).decode(requests(model, [1.0, 0.5, 2.0, 3.0]))
+    scheduler, got = scheduler_of(), Collected(4)
+    scheduler.engine.door.set()
+    scheduler.submit(requests(model, [1.0, 0.5, 2.0, 3.0]), got)
+    assert got.all.wait(10)
+    assert [got.outcomes[piece].hypothesis.tokens for piece in range(4)] == [found.tokens for found in wanted]
+    timings = [got.outcomes[piece].timing for piece in range(4)]
+    assert all(timing.decoder > 0 and timing.encoder > 0 and timing.queue >= 0 for timing in timings)
+
+
+def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, scheduler_of):
+    """While the engine is busy ten pieces come; with a budget of 40 frames the oldest's batch is the first."""
+    scheduler = scheduler_of(frames=40, rows=16)
+    first, rest = Collected(1), Collected(10)
+    scheduler.submit(requests(model, [0.3]), first)
+    while not scheduler.engine.batches:
+        pass
+    lengths = [1.0, 3.0, 1.1, 3.1, 0.9, 3.2, 1.05, 0.2, 0.25, 0.3]
+    scheduler.submit(requests(model, lengths), rest)
+    scheduler.engine.door.set()
+    assert rest.all.wait(10)
+    batches = [[round(samples / 16000, 2) for samples in batch] for batch in scheduler.engine.batches]
+    assert batches[0] == [0.3]
+    assert 1.0 in batches[1]
+    assert sorted(length for batch in batches[1:] for length in batch) == sorted(lengths)
+    frames = [model.encoder_frames(max(batch)) * len(batch) for batch in batches]
+    assert max(frames) <= 40 or all(len(batch) == 1 for batch in batches if frames[batches.index(batch)] > 40)
+    assert len(batches) < 9
+
+
+def test_cancelled_before_and_in_the_engine(model, scheduler_of):
+    scheduler = scheduler_of(rows=1)
+    gone, waiting, kept = Collected(1), Collected(2), Collected(1)
+    tickets = [
+        scheduler.submit(requests(model, [2.0]), gone),
+        scheduler.submit(requests(model, [2.0, 1.0]), waiting),
+    ]
+    scheduler.submit(requests(model, [1.0]), kept)
+    while not scheduler.inside:
+        pass
+    for ticket in tickets:
+        scheduler.cancel(ticket)
+    assert scheduler.waiting == 1
+    assert not scheduler.inside
+    scheduler.engine.door.set()
+    assert kept.all.wait(10)
+    assert not gone.outcomes
+    assert not waiting.outcomes
+    assert [len(batch) for batch in scheduler.engine.batches] == [1, 1]
+    assert scheduler.waiting == scheduler.inside == 0
+
+
+def test_idle_costs_nothing(scheduler_of):
+    """An engine without work waits, it does not spin."""
+    scheduler = scheduler_of()
+    scheduler.engine.door.set()
+    before = scheduler.engine.counters.steps
+    with scheduler._changed:
+        notified = scheduler._changed.wait(0.2)
+    assert not notified
+    assert scheduler.engine.counters.steps == before
+
+
+def test_closing_fails_what_is_left(model, scheduler_of):
+    scheduler, got = scheduler_of(rows=1), Collected(3)
+    scheduler.submit(requests(model, [1.0, 1.0, 1.0]), got)
+    threading.Timer(0.1, scheduler.engine.door.set).start()
+    scheduler.close()
+    assert got.all.wait(10)
+    assert all(isinstance(outcome.error, EngineFailure) for outcome in got.outcomes.values())
+    assert not scheduler.alive
+    with pytest.raises(EngineFailure, match="shutting down"):
+        scheduler.submit(requests(model, [1.0]), got)
