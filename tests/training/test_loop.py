@@ -103,7 +103,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, micro_batches)
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     """A step of two micro-batches equals one of their union, without BatchNorm's per-micro-batch statistics."""
     from canter.training.data import Address, collate
-    from canter.training.loop import Counts, Trainer
+    from canter.training.gradient import Counts
+    from canter.training.loop import Trainer
     from canter.training.prepare import prepare
 
     prepared = prepare(config)
@@ -125,7 +126,7 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
         batches = [collate(part, pad) for part in parts]
         counts = Counts.of(batches)
         for batch in batches:
-            trainer._backward(batch, counts, alone=False, epoch=0)
+            trainer.gradient.backward(batch, counts, alone=False, epoch=0)
         gradients.append({n: p.grad.clone() for n, p in prepared.model.named_parameters()})
         prepared.model.zero_grad()
     for name, one in gradients[0].items():
@@ -143,9 +144,9 @@ def test_augmentation_is_the_utterance_s_own(config):
     made = prepare(config)
     trainer = Trainer(config, made.run, made.model, made.plan, made.data, made.steps, precision="float32")
     one, two = (made.data.example(made.index.utterance(row), row) for row in (3, 4))
-    alone, frames = trainer._features(collate([one], made.tokenizer.pad), epoch=0)
-    together, _ = trainer._features(collate([two, one], made.tokenizer.pad), epoch=0)
-    later, _ = trainer._features(collate([one], made.tokenizer.pad), epoch=1)
+    alone, frames = trainer.gradient.features(collate([one], made.tokenizer.pad), epoch=0)
+    together, _ = trainer.gradient.features(collate([two, one], made.tokenizer.pad), epoch=0)
+    later, _ = trainer.gradient.features(collate([one], made.tokenizer.pad), epoch=1)
     size = int(frames[0])
     torch.testing.assert_close(together[1, :size], alone[0, :size], rtol=0, atol=1e-4)
     assert not torch.equal(later, alone)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from canter.training.loop import StepReport
+from canter.training.reports import StepReport
 
 console = Console(stderr=True)
 

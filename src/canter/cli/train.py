@@ -40,6 +40,7 @@ def run(config: TrainConfig | None) -> None:
     if config is None:
         return
     from canter.cli.progress import TrainingProgress, say, track
+    from canter.training.checkpoints import Checkpoints
     from canter.training.session import train
 
     finished = train(config, TrainingProgress, say, track)
@@ -49,7 +50,7 @@ def run(config: TrainConfig | None) -> None:
         f"done: {progress.step} steps, {hours:.2f} h of audio in {progress.seconds / 60:.1f} min "
         f"({progress.audio_seconds / progress.seconds:.0f} h/h), {progress.skipped} skipped"
     )
-    best = run_.best()
+    best = Checkpoints(run_.folder / "checkpoints", 1).best()
     if best:
         say(f"best: {run_.folder}/checkpoints/{best['checkpoint']}, validation WER {best['wer']:.1%}")
     say(f"next: canter transcribe {run_.folder} FILES..., canter report {run_.folder}")

@@ -12,6 +12,14 @@ import yaml
 
 from canter.errors import ConfigError
 
+# Settings that may differ between the starts of a run: its steps compute the same.
+# fmt: off
+FREE = frozenset((
+    "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
+    "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "track", "log_utterances", "allow_changes",
+))
+# fmt: on
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -49,10 +57,17 @@ class OptimizerConfig:
     """Muon's peak learning rate."""
     weight_decay: float = 0.01
     """Decoupled, on matrices only."""
+    schedule: Literal["cosine", "inverse_sqrt", "noam", "constant"] = "cosine"
+    """What the learning rate does after its linear rise: falls as a cosine to --floor, or by 1/sqrt(step), or stays.
+    'noam' is inverse_sqrt with both peaks multiplied by (width x warm-up steps)^-0.5 (Vaswani et al., 2017)."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises linearly; then it falls as a cosine to a hundredth."""
+    """Share of the steps over which the learning rate rises; from 1 on, a number of steps."""
+    floor: float = 0.01
+    """Where a cosine ends, as a share of the peak."""
     clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights that is validated and saved, such as 0.999; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,8 @@ class AugmentConfig:
     """Stretches of frames that are blanked (Canary's recipe: 10)."""
     time_width: float = 0.05
     """The widest of them, as a share of the utterance."""
+    speed: tuple[float, ...] = ()
+    """Speeds of which an utterance gets one in each epoch (Ko et al., 2015), such as 0.9 1.0 1.1; none: as it is."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +126,8 @@ class TrainConfig:
     """How utterances are batched; 'canter compare' shows the choice."""
     batch_seconds: float | None = 24.0
     """Audio in a micro-batch, padding included; none: as much as the memory budget holds."""
-    micro_batches_per_step: int = 1
-    """Gradients of so many micro-batches make one step."""
+    micro_batches_per_step: int | None = None
+    """Gradients of so many micro-batches make one step; none: one for each rank of the run's first start."""
     window: int = 50_000
     """Utterances sorted at a time; larger pads less, smaller mixes more."""
     short_first: bool = True
@@ -124,15 +141,33 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """'auto' times a few training steps in each and takes the faster."""
     device: str = "auto"
-    """'cpu', 'cuda' or 'auto'."""
+    """'cpu', 'cuda' or 'auto'; each rank takes the GPU of its number."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """What several ranks hold: all of the training state each, or (FSDP2) their part of it."""
+    compile: bool = False
+    """Compile the layers of encoder and decoder (torch.compile): a slow start, then faster steps on a GPU."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by pattern, such as 'encoder.*'; BatchNorm among them stops counting too."""
     valid_every: int = 500
-    """Steps between validations, each followed by a checkpoint."""
+    """Steps between validations, each with a checkpoint."""
+    save_every: int | None = None
+    """Steps between checkpoints; none: as --valid-every."""
     valid_utterances: int = 100
     """Utterances transcribed at a validation, evenly spread over the manifest."""
     keep: int = 2
     """Checkpoints kept, besides the best."""
     skip_limit: float = 0.1
     """Share of utterances that may turn out unusable before the run stops."""
+    bad_steps: int = 10
+    """Steps in a row without a finite loss and gradient, each left out, after which the run stops."""
+    rank_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank is taken for dead, and the others end."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl; wandb and trackio need the extra 'log'."""
+    log_utterances: bool = True
+    """Write which rows each step was made of to utterances.jsonl."""
+    allow_changes: bool = False
+    """Go on with a run although settings differ from its own; they hold from there on."""
     model: ModelShape = field(default_factory=ModelShape)
     """Shape of the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -143,12 +178,11 @@ class TrainConfig:
     """What is done to the features."""
 
     def __post_init__(self) -> None:
-        for name, low in (("window", 1), ("micro_batches_per_step", 1), ("valid_every", 1), ("keep", 1)):
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}"
-                )
-        for name in ("minutes", "steps", "batch_seconds"):
+        for name in ("window", "micro_batches_per_step", "valid_every", "save_every", "keep", "bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in ("minutes", "steps", "batch_seconds", "rank_timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
@@ -156,6 +190,16 @@ class TrainConfig:
             raise ConfigError(f"--loss.ctc-weight is {self.loss.ctc_weight}; it must lie between 0 and 1")
         if self.loss.ctc_weight == 0 and self.loss.ctc_alone > 0:
             raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
+        if not all(0.3 <= speed <= 3 for speed in self.augment.speed):
+            raise ConfigError(f"--augment.speed {self.augment.speed}: speeds must lie between 0.3 and 3")
+        if not 0 <= self.optimizer.ema < 1:
+            raise ConfigError(f"--optimizer.ema is {self.optimizer.ema}; it must be at least 0 and below 1")
+        if self.optimizer.warmup < 0:
+            raise ConfigError(f"--optimizer.warmup is {self.optimizer.warmup}; it must be 0 or more")
+        if self.parallel == "shard" and self.optimizer.name == "muon":
+            raise ConfigError(
+                "--parallel shard cannot go with Muon, which needs whole matrices; use --optimizer.name adamw"
+            )
         if self.init is not None:
             shape = dataclasses.fields(ModelShape)
             changed = [f.name for f in shape if getattr(self.model, f.name) != f.default]
@@ -262,7 +306,11 @@ def dump_config(config: TrainConfig) -> str:
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
     """'name: theirs -> ours' for each setting that would change what the steps of a run compute."""
-    free = {"output", "workers", "threads", "valid_every", "valid_utterances", "keep", "skip_limit", "device"}
+    return [f"{name}: {before} -> {now}" for name, before, now in changes(ours, theirs)]
+
+
+def changes(ours: TrainConfig, theirs: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(name, theirs, ours) of each such setting."""
 
     def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         rows: dict[str, Any] = {}
@@ -271,4 +319,4 @@ def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
         return rows
 
     a, b = flat(to_mapping(ours)), flat(to_mapping(theirs))
-    return [f"{k}: {b[k]} -> {a[k]}" for k in a if a[k] != b[k] and k not in free]
+    return [(k, b.get(k), a[k]) for k in a if a[k] != b.get(k) and k not in FREE]

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import soxr
 import torch
 from torch import Tensor
 
 from canter.corpus.audio import load_utterance
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem, Utterance
-from canter.errors import AudioError, CanterError
+from canter.errors import AudioError, CanterError, ManifestError
 from canter.models.model import Batch
 from canter.text import Characters, Tokenizer
+from canter.training.speed import speeds_of
 
 SECONDS_TOLERANCE = 0.25
 SHARE_TOLERANCE = 0.1
@@ -22,13 +24,15 @@ SHARE_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Address:
-    """Which micro-batch of the run: its optimiser step, its place in the step and its rows (B,)."""
+    """Which micro-batch of the run: its optimiser step, its place in the step and its rows (B,), none where the rank
+    has nothing to do in the step."""
 
     step: int
     number: int
     last: bool
-    """Whether it is the step's last."""
+    """Whether it is the last of this rank's in the step."""
     rows: np.ndarray
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Loaded:
     address: Address
     batch: Batch | None
     skipped: list[Problem]
+    fatal: CanterError | None = None
+    """What the run cannot go on with; raised in the training process, where it reads better than in a worker."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +59,37 @@ class MicroBatches(torch.utils.data.Dataset):
     """Reads the micro-batch at an address. A file that cannot be used is skipped and named, never fatal."""
 
     def __init__(
-        self, index: LengthIndex, tokenizer: Tokenizer, characters: Characters | None, sample_rate: int
+        self,
+        index: LengthIndex,
+        tokenizer: Tokenizer,
+        characters: Characters | None,
+        sample_rate: int,
+        speeds: tuple[float, ...] = (),
+        seed: int = 0,
     ):
         self.index, self.tokenizer, self.characters = index, tokenizer, characters
-        self.sample_rate = sample_rate
+        self.sample_rate, self.speeds, self.seed = sample_rate, speeds, seed
 
     def __getitem__(self, address: Address) -> Loaded:
         examples, skipped = [], []
-        for row in address.rows.tolist():
-            utterance = self.index.utterance(row)
+        speeds = np.ones(len(address.rows))
+        if self.speeds:
+            speeds = speeds_of(address.rows, self.seed, address.epoch, self.speeds)
+        for row, speed in zip(address.rows.tolist(), speeds.tolist()):
             try:
-                examples.append(self.example(utterance, row))
+                utterance = self.index.utterance(row)
+            except ManifestError as error:  # not one bad file: the whole plan is of another manifest
+                return Loaded(address, None, skipped, error)
+            try:
+                examples.append(self.example(utterance, row, speed))
             except AudioError as error:
                 skipped.append(Problem(utterance.audio_filepath, row, str(error)))
         return Loaded(address, collate(examples, self.tokenizer.pad) if examples else None, skipped)
 
-    def example(self, utterance: Utterance, row: int = -1) -> Example:
-        """Audio and targets of one utterance. Raises AudioError where the file is unusable, or is longer or
-        shorter than the manifest says by over a tenth and 0.25 s: the plan was made for the stated length."""
+    def example(self, utterance: Utterance, row: int = -1, speed: float = 1.0) -> Example:
+        """Audio and targets of one utterance, spoken ``speed`` times as fast. Raises AudioError where the file is
+        unusable, silent throughout, or longer or shorter than the manifest says by over a tenth and 0.25 s: the plan
+        was made for the stated length."""
         audio = load_utterance(utterance, self.sample_rate)
         seconds = len(audio) / self.sample_rate
         if abs(seconds - utterance.duration) > max(SECONDS_TOLERANCE, SHARE_TOLERANCE * utterance.duration):
@@ -78,6 +97,10 @@ class MicroBatches(torch.utils.data.Dataset):
                 f"{utterance.audio_filepath}: duration is {utterance.duration:g} s in the manifest, but the audio "
                 f"has {seconds:.2f} s; correct the manifest"
             )
+        if not audio.any():
+            raise AudioError(f"{utterance.audio_filepath} is silent: every sample is 0; remove the row")
+        if speed != 1:
+            audio = soxr.resample(audio, self.sample_rate * speed, self.sample_rate, quality="HQ")
         prompt = self.tokenizer.prompt(utterance)
         tokens = [*prompt, *self.tokenizer.encode(utterance.text, utterance.lang), self.tokenizer.end]
         characters = self.characters.encode(utterance.text) if self.characters else []
@@ -145,7 +168,10 @@ def load_ahead(
         **context,
     )
     try:
-        yield from loader
+        for one in loader:
+            if one.fatal is not None:
+                raise one.fatal
+            yield one
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise CanterError(

@@ -1,82 +1,39 @@
-"""The training loop: the plan's steps, one after another, on one process."""
+"""The training loop: the plan's steps, one after another, shared out to the ranks there are."""
 
-import hashlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from canter.errors import CanterError
-from canter.models.augment import SpecAugmentConfig, spec_augment
-from canter.models.files import read_tensors
-from canter.models.fitting import fit_tensors
+from canter.corpus.manifest import Problem
+from canter.errors import CanterError, CheckpointError
 from canter.models.model import Batch, SpeechModel
-from canter.models.norm import merge_pending
-from canter.planning.plan import Plan, Position
-from canter.training.config import LossConfig, TrainConfig
-from canter.training.data import Address, Loaded, MicroBatches, load_ahead
+from canter.planning.elastic import share_out
+from canter.planning.plan import Plan
+from canter.training.checkpoints import Checkpoints, read_snapshot
+from canter.training.config import TrainConfig
+from canter.training.data import Loaded, MicroBatches, load_ahead
+from canter.training.gradient import Computed, Counts, Gradient, weighted
 from canter.training.optimizers import Optimizers
+from canter.training.pace import Pace
+from canter.training.ranks import ALONE, Ranks
+from canter.training.reports import Part, Parts, Progress, StepReport
 from canter.training.run import Run
-
-UNTIMED = 10  # first steps, which wait for workers to start
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimiser step, as it goes to metrics.jsonl and to the progress bar."""
-
-    step: int
-    steps: int
-    """Of the run."""
-    epoch: int
-    loss: float
-    loss_ctc: float
-    loss_attention: float | None
-    learning_rate: float
-    gradient_norm: float
-    seconds: float
-    data_wait_seconds: float
-    audio_seconds: float
-    utterances: int
-    batch: int
-    frames_max: int
-    tokens_max: int
-    padding: float
-    """Share of the step's samples that is padding."""
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    step: int = 0
-    """Steps taken."""
-    epoch: int = 0
-    position: dict[str, Any] | None = None
-    """Of the plan, within the epoch; none: at its start."""
-    seconds: float = 0.0
-    """Spent in training steps, over all starts."""
-    audio_seconds: float = 0.0
-    utterances: int = 0
-    skipped: int = 0
-
-    def state(self) -> dict[str, Any]:
-        return dict(vars(self))
+from canter.training.signals import finish_step_on_signals
+from canter.training.skipped import check_share
+from canter.training.state import put_back, take_snapshot
+from canter.training.steps import PlannedStep, Steps
+from canter.training.weights import Average, compile_layers, freeze, to_training
 
 
 class Trainer:
     """Takes a model through the steps of a plan, and can stop and go on anywhere.
 
-    ``validate(model) -> metrics`` is called after every ``valid_every`` steps and at the end; ``report`` is told each
-    step. Randomness of a micro-batch comes from (seed, step, its place in the step).
+    ``validate(model, step) -> metrics`` is called after every ``valid_every`` steps and at the end, by all ranks;
+    ``report`` is told each step, ``track`` the metrics of steps and validations, ``say`` anything unusual. Randomness
+    of a micro-batch comes from (seed, step, its place in the step), never from the rank.
     """
 
     def __init__(
@@ -90,264 +47,323 @@ class Trainer:
         *,
         precision: str,
         predicted_seconds: float = 0.0,
+        ranks: Ranks = ALONE,
         validate: Callable[[SpeechModel, int], dict[str, Any]] | None = None,
         report: Callable[[StepReport], None] = lambda _: None,
+        track: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
+        say: Callable[[str], None] = lambda _: None,
     ):
-        self.config, self.run, self.model, self.plan, self.data = config, run, model, plan, data
-        self.steps, self.precision, self.validate, self.report = steps, precision, validate, report
+        self.config, self.run, self.model, self.data, self.steps = config, run, model, data, steps
+        self.ranks, self.validate, self.report, self.track, self.say = ranks, validate, report, track, say
         self.device = next(model.parameters()).device
+        self.precision = precision
+        if config.freeze:
+            say(f"{freeze(model, config.freeze):,} parameters stay as they are")
+        ranks.same([*model.parameters(), *model.buffers()])
+        self.shards = None
+        if ranks.size > 1 and config.parallel == "shard":
+            from canter.training.shards import Shards
+
+            self.shards = Shards(model, self.device)
+        if config.compile:
+            compile_layers(model)
         self.optimizers = Optimizers(model, config.optimizer, steps)
-        self.augment = SpecAugmentConfig(**vars(config.augment))
-        self.progress = Progress()
-        self.after: dict[int, tuple[int, Position]] = {}  # step -> epoch and position once it is done
-        self.timed: list[tuple[float, float]] = []  # seconds of each step, as predicted and as taken
-        self.mean_seconds = predicted_seconds / steps
-        self.settle_at = self._next_settling()
+        self.average = Average(model, config.optimizer.ema) if config.optimizer.ema else None
+        self.gradient = Gradient(config, model, precision, ranks)
+        self.upcoming = Steps(plan, ranks)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", config.keep, run.logs)
+        self.progress = Progress(plan=plan.fingerprint)
+        self.saved = -1  # the step of the last checkpoint
+        self.reopen = False  # data is to be loaded anew, by a smaller budget, from the next window on
+        self.pace = Pace(config, predicted_seconds / steps, run.settled().get("timed", 0))
+        self.pace.plan(0, steps)
 
     def restore(self) -> bool:
         """Goes back to the newest checkpoint of the run; false where there is none."""
-        if not self.run.checkpoints:
+        newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
+        if newest is None:
             return False
-        newest = self.run.checkpoints[-1]
-        state, optimizers = self.run.restore(newest)
-        weights = newest / "model.safetensors"
-        fit_tensors(self.model, read_tensors(weights), weights)
-        self.optimizers.load_state_dict(optimizers)
-        self.progress = Progress(**state)
-        self.run.forget_after(self.progress.step)
-        self.settle_at = self._next_settling()
+        snapshot = read_snapshot(newest)
+        self.progress = Progress(**snapshot.state)
+        if self.progress.plan not in ("", self.upcoming.plan.fingerprint):
+            if not self.config.allow_changes:
+                raise CheckpointError(
+                    f"{newest} was made with another plan ({self.progress.plan}, this one is "
+                    f"{self.upcoming.plan.fingerprint}): was lengths.arrow or budget.json of the run changed? "
+                    "Put them back, or take the epoch in hand from its start with --allow-changes"
+                )
+            self.progress.position, self.progress.tightenings = None, []
+        self.progress.plan = self.upcoming.plan.fingerprint
+        put_back(snapshot, self.model, self.optimizers, self.average, newest / "model.safetensors")
+        self.upcoming.tightenings = self.progress.tightenings
+        self.saved = self.progress.step
+        if self.ranks.first:
+            self.run.forget_after(self.progress.step)
+            if self.run.changed:
+                self._event("changed", settings=self.run.changed)
+        self.pace.plan(self.progress.step, self.steps)
         return True
-
-    def addresses(self) -> Iterator[Address]:
-        """The micro-batches still to come."""
-        progress = self.progress
-        step, epoch = progress.step, progress.epoch
-        start = Position.from_json(progress.position) if progress.position else None
-        while step < self.steps:
-            plan = self.plan.at_epoch(epoch)
-            began = step
-            for position, micro_batches in plan.steps(start):
-                if step >= self.steps:
-                    return
-                self.after[step] = (epoch, position)
-                for number, rows in enumerate(micro_batches):
-                    yield Address(step, number, number == len(micro_batches) - 1, rows)
-                step += 1
-            if step == began and start is None:
-                raise CanterError("the plan has no step: every utterance is too long or otherwise left out")
-            epoch, start = epoch + 1, None
 
     def train(self) -> Progress:
         """Runs to the last step, or until interrupted; either way the last step is saved."""
-        loader = load_ahead(self.data, self.addresses(), self.config.workers, pin=self.device.type == "cuda")
-        self.model.train()
-        with _finish_step_on_signals() as stopping:
-            while self.progress.step < self.steps and not stopping.is_set():
-                self.report(self._step(loader))
-                done = self.progress.step
-                if done == self.settle_at:
-                    self._settle_steps()
-                if done % self.config.valid_every == 0 and done < self.steps:
-                    self.checkpoint()
-            if self.progress.step > 0:
-                self.checkpoint(final=not stopping.is_set())
-        if stopping.is_set():
+        config, progress = self.config, self.progress
+        to_training(self.model)
+        try:
+            with finish_step_on_signals() as stopping:
+                if progress.step and self._validates(progress.step) and not self._validated():
+                    self._validate()  # the run was killed before it was through
+                loader, stopped = self._open(), False
+                while progress.step < self.steps and not stopped:
+                    planned, stopped = self._step(loader, stopping.is_set)
+                    done = progress.step
+                    if done == self.pace.at:
+                        self._settle_steps()
+                    if self.reopen and planned.after.window != planned.window:
+                        loader, self.reopen = self._open(), False
+                    if done < self.steps and not stopped:
+                        if done % (config.save_every or config.valid_every) == 0 or self._validates(done):
+                            self._save()
+                        if self._validates(done):
+                            self._validate()
+                if progress.step > self.saved and progress.step > 0:
+                    self._save()
+                if not stopped and not self._validated():
+                    self._validate()
+        finally:
+            self.checkpoints.wait()
+        if stopped:
             raise KeyboardInterrupt
-        return self.progress
+        return progress
 
-    def checkpoint(self, final: bool = True) -> None:
-        """Saves, and validates unless the run is being interrupted."""
-        done = self.progress.step
-        state, optimizers = self.progress.state(), self.optimizers.state_dict()
-        folder = self.run.save(self.model, self.data.characters, state, optimizers, self.config.keep)
-        if self.validate is None or not final:
-            return
-        self.model.eval()
-        with torch.inference_mode():
-            metrics = self.validate(self.model, done)
-        self.model.train()
-        self.run.log(kind="valid", step=done, **metrics)
-        best = self.run.best()
-        if best is None or metrics["wer"] <= best["wer"]:
-            self.run.set_best(folder, metrics["wer"])
+    # -- one step --
 
-    def _step(self, loader: Iterator[Loaded]) -> StepReport:
-        began = time.perf_counter()
-        step, wait, skipped = self.progress.step, 0.0, 0
+    def _open(self) -> Iterator[Loaded]:
+        """Micro-batches from the next step on, loaded ahead."""
+        progress = self.progress
+        addresses = self.upcoming.addresses(progress.position, progress.epoch, progress.step)
+        pin = self.device.type == "cuda"
+        return load_ahead(self.data, self._until_the_end(addresses), self.config.workers, pin=pin)
+
+    def _until_the_end(self, addresses: Iterator[Any]) -> Iterator[Any]:
+        for address in addresses:
+            if address.step >= self.steps:
+                return
+            yield address
+
+    def _step(self, loader: Iterator[Loaded], stopping: Callable[[], bool]) -> tuple[PlannedStep, bool]:
+        """Takes a step; returns it, and whether a rank was asked to stop."""
+        began, step = time.perf_counter(), self.progress.step
         loaded: list[Loaded] = []
         while not loaded or not loaded[-1].address.last:
-            waited = time.perf_counter()
             loaded.append(next(loader))
-            wait += time.perf_counter() - waited
-            self.run.skip(loaded[-1].skipped)
-            skipped += len(loaded[-1].skipped)
+        wait = time.perf_counter() - began
         batches = [one.batch for one in loaded if one.batch is not None]
+        planned = self.upcoming.taken(step)
+        counts = Counts.of(batches, self.ranks)
         alone = step < self.config.loss.ctc_alone * self.steps
-        sums = Sums()
-        counts = Counts.of(batches)
-        for one in loaded:
-            if one.batch is not None:
-                torch.manual_seed(_seed(self.config.seed, step, one.address.number))
-                batch = one.batch.to(self.device)
-                sums.add(self._backward(batch, counts, alone, self.after[step][0]))
-        merge_pending(self.model)
-        rate, norm = self.optimizers.step(step)
-        ctc = sums.ctc / max(1, counts.characters)
-        attention = None if alone else sums.attention / max(1, counts.tokens)
-        loss = _weighted(self.config.loss, ctc, attention)
-        if not math.isfinite(loss):
-            raise CanterError(
-                f"step {step + 1}: the loss is {loss}; lower --optimizer.learning-rate, or look at the audio of rows "
-                f"{loaded[0].address.rows[:5].tolist()} ... of lengths.arrow"
-            )
-        samples = sum(int(b.audio_lengths.sum()) for b in batches)
-        room = sum(b.audio.numel() for b in batches)
+        if self.shards:
+            self.shards.gather()
+        computed = self.gradient.compute(loaded, counts, step, alone)
+        problems = [problem for one in loaded for problem in one.skipped]
+        problems += self._unfit(loaded, computed)
+        part = Part.of(
+            batches,
+            attention=computed.attention,
+            ctc=computed.ctc,
+            seconds=computed.seconds,
+            wait=wait,
+            frames=max((self._frames(b) for b in batches), default=0),
+            skipped=len(problems),
+            cuts=len(computed.cuts) + len(computed.unfit),
+            memory_peak=self._memory_peak(),
+            stopping=float(stopping()),
+        )
+        parts = Parts(self.ranks.table(part.values()))
+        loss, ctc, attention = self._losses(parts, counts, alone)
+        rate, norm, finite = self._update(step, math.isfinite(loss), computed, planned)
+        predicted = [float(planned.seconds[s].sum()) for s in share_out(planned.seconds, self.ranks.size)]
         report = StepReport(
             step=step + 1,
             steps=self.steps,
-            epoch=self.after[step][0],
+            epoch=planned.epoch,
             loss=loss,
             loss_ctc=ctc,
             loss_attention=attention,
             learning_rate=rate,
             gradient_norm=norm,
             seconds=time.perf_counter() - began,
-            data_wait_seconds=wait,
-            audio_seconds=samples / self.data.sample_rate,
-            utterances=sum(len(b.rows) for b in batches),
-            batch=max((len(b.rows) for b in batches), default=0),
-            frames_max=max(
-                (self.model.encoder_frames(b.audio.shape[1] / self.data.sample_rate) for b in batches),
-                default=0,
-            ),
-            tokens_max=max((b.tokens.shape[1] for b in batches), default=0),
-            padding=1 - samples / room if room else 0.0,
+            data_wait_seconds=float(parts.wait.mean()),
+            audio_seconds=float(parts.samples.sum()) / self.data.sample_rate,
+            utterances=int(parts.utterances.sum()),
+            batch=int(parts.batch.max()),
+            frames_max=int(parts.frames.max()),
+            tokens_max=int(parts.tokens.max()),
+            padding=float(1 - parts.samples.sum() / parts.room.sum()) if parts.room.sum() else 0.0,
+            memory_filled=planned.filled,
+            memory_peak=float(parts.memory_peak.max()),
+            waiting=float(parts.seconds.max() / max(1e-9, parts.seconds.mean())),
+            rank_seconds=tuple(round(float(s), 5) for s in parts.seconds),
+            wer=self.progress.wer,
         )
-        if self.settle_at is not None:
-            self.timed.append((self._predicted_seconds(batches), report.seconds))
-        self._advance(report, skipped)
-        return report
+        self.pace.took(max(predicted), report.seconds)
+        self._account(report, planned, finite)
+        self._skip(step + 1, problems, int(parts.skipped.sum()))
+        if parts.cuts.any():
+            self._tighten(step, planned, computed)
+        self.report(report)
+        return planned, bool(parts.stopping.any())
 
-    def _predicted_seconds(self, batches: list[Batch]) -> float:
-        """Of a step of these micro-batches, by the budget."""
-        budget, rate = self.plan.budgets[0][1], self.data.sample_rate
-        shapes = [(len(b.rows), budget.frames(b.audio.shape[1] / rate), b.tokens.shape[1]) for b in batches]
-        return sum(budget.step_seconds(*shape) for shape in shapes)
+    def _losses(self, parts: Any, counts: Counts, alone: bool) -> tuple[float, float, float | None]:
+        """(loss, CTC, attention) of the step, over all ranks."""
+        ctc = float(parts.ctc.sum()) / max(1, counts.characters)
+        attention = None if alone else float(parts.attention.sum()) / max(1, counts.tokens)
+        return weighted(self.config.loss, ctc, attention), ctc, attention
 
-    def _next_settling(self) -> int | None:
-        """The step after which the number of steps is set anew, where it follows from --minutes: early, and once the
-        decoder is trained too. None where it stands."""
-        shares = (0.02, self.config.loss.ctc_alone + 0.08)
-        settled = self.run.settled().get("timed", 0)
-        if self.config.minutes is None or self.config.steps is not None or settled >= len(shares):
-            return None
-        return max(self.progress.step + 2 * UNTIMED, round(shares[settled] * self.steps))
+    def _update(
+        self, step: int, finite: bool, computed: Computed, planned: PlannedStep
+    ) -> tuple[float, float, bool]:
+        """Updates the weights by all ranks' gradients; returns (learning rate, gradient norm, whether both loss and
+        gradient were finite). A step that is not changes nothing: neither weights nor statistics."""
+        if self.shards:
+            self.shards.sum_gradients()
+        elif finite:
+            self.ranks.sum_gradients(self.optimizers.parameters)
+        if not finite:
+            self.gradient.discard()
+            return self.config.optimizer.learning_rate * self.optimizers.factor(step), math.nan, False
+        rate, norm = self.optimizers.step(step)
+        if not math.isfinite(norm):
+            self.gradient.discard()
+            return rate, norm, False
+        self.gradient.merge_statistics(computed.numbers, len(planned.rows))
+        if self.average:
+            self.average.update(self.model, step)
+        return rate, norm, True
 
-    def _settle_steps(self) -> None:
-        """Sets the number of steps anew by the steps last timed: with data decoded beside it and other work on the
-        machine, a step takes longer than in a probe."""
-        recent = self.timed[UNTIMED:][-max(UNTIMED, self.steps // 20) :]
-        predicted, taken = map(sum, zip(*recent, strict=True))
-        left = (self.config.minutes or 0) * 60 - self.progress.seconds
-        mean = self.mean_seconds * taken / max(predicted, 1e-9)
-        self.steps = self.optimizers.steps = self.progress.step + max(1, round(left / mean))
-        settled = self.run.settled()
-        self.run.settle(settled | {"steps": self.steps, "timed": settled.get("timed", 0) + 1})
-        self.settle_at = self._next_settling()
-
-    def _backward(self, batch: Batch, counts: "Counts", alone: bool, epoch: int) -> "Sums":
-        device = self.device.type
-        features = self._features(batch, epoch)
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = self.model.loss(
-                batch,
-                attention=not alone,
-                label_smoothing=self.config.loss.label_smoothing,
-                features=features,
-            )
-            ctc = loss.ctc / max(1, counts.characters)
-            attention = None if alone else loss.attention / max(1, counts.tokens)
-            _weighted(self.config.loss, ctc, attention).backward()
-        return Sums(float(loss.attention.detach()), float(loss.ctc.detach()))
-
-    def _features(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        """Features (B, F, M), augmented, and their lengths (B,)."""
-        features, lengths = self.model.features(batch.audio, batch.audio_lengths)
-        if self.augment.frequency_masks or self.augment.time_masks:
-            seeds = [_seed(self.config.seed, epoch, row) for row in batch.rows.tolist()]
-            features = spec_augment(features, lengths, seeds, self.augment)
-        return features, lengths
-
-    def _advance(self, report: StepReport, skipped: int) -> None:
+    def _account(self, report: StepReport, planned: PlannedStep, finite: bool) -> None:
+        """Moves the progress on and logs the step. Raises CanterError after too many steps that are not finite."""
         progress = self.progress
-        epoch, position = self.after.pop(progress.step)
-        progress.step, progress.epoch, progress.position = report.step, epoch, position.as_json()
+        progress.step, progress.epoch = report.step, planned.epoch
+        progress.position = planned.after.as_json()
         progress.seconds += report.seconds
         progress.audio_seconds += report.audio_seconds
         progress.utterances += report.utterances
-        progress.skipped += skipped
         self.run.log(kind="train", **vars(report))
-        seen = progress.utterances + progress.skipped
-        if progress.skipped > max(20, self.config.skip_limit * seen):
+        if self.config.log_utterances:
+            self.run.log_utterances(report.step, planned.epoch, planned.rows)
+        self.track(report.step, vars(report))
+        if finite:
+            progress.bad = 0
+            return
+        progress.bad += 1
+        rows = [int(row) for some in planned.rows for row in some]
+        self._event("not finite", loss=report.loss, gradient_norm=report.gradient_norm, rows=rows)
+        self.say(f"step {report.step}: loss {report.loss}, gradient {report.gradient_norm}: left out")
+        if progress.bad >= self.config.bad_steps:
             raise CanterError(
-                f"{progress.skipped} of {seen} utterances could not be used (see {self.run.folder}/skipped.jsonl); "
-                "mend the manifest, or allow more with --skip-limit"
+                f"step {report.step}: the loss is {report.loss}, its gradient {report.gradient_norm}, and the "
+                f"{progress.bad} steps up to here (--bad-steps) were left out for that; lower "
+                f"--optimizer.learning-rate, or look at the audio of rows {rows[:5]} ... of lengths.arrow"
             )
 
+    def _frames(self, batch: Batch) -> int:
+        return self.model.encoder_frames(batch.audio.shape[1] / self.data.sample_rate)
 
-@dataclass(frozen=True)
-class Counts:
-    """Targets of a step that bear loss, known before any of it is computed."""
+    def _memory_peak(self) -> float:
+        if self.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_reserved(self.device)
+        return peak / torch.cuda.get_device_properties(self.device).total_memory
 
-    tokens: int
-    characters: int
+    # -- what goes wrong --
 
-    @classmethod
-    def of(cls, batches: list[Batch]) -> "Counts":
-        tokens = sum(int((b.token_lengths - b.prompt_lengths).sum()) for b in batches)
-        return cls(tokens, sum(int(b.character_lengths.sum()) for b in batches))
+    def _unfit(self, loaded: list[Loaded], computed: Computed) -> list[Problem]:
+        """Utterances that do not fit in memory even alone."""
+        batches = [one.batch for one in loaded if one.batch is not None] if computed.unfit else []
+        seconds = {
+            row: samples / self.data.sample_rate
+            for batch in batches
+            for row, samples in zip(batch.rows.tolist(), batch.audio_lengths.tolist())
+        }
+        return [
+            Problem(
+                self.data.index.utterance(row).audio_filepath,
+                row,
+                f"{seconds[row]:.1f} s do not fit in memory even alone; cut the audio, or use a larger device",
+            )
+            for row in computed.unfit
+        ]
 
+    def _skip(self, step: int, problems: list[Problem], count: int) -> None:
+        """Lists all ranks' unusable utterances. Raises CanterError past the share that is allowed."""
+        if not count:
+            return
+        self.progress.skipped += count
+        self.run.skip(step, [problem for some in self.ranks.objects(problems) for problem in some])
+        check_share(self.run.folder / "skipped.jsonl", self.progress, self.config.skip_limit, self.ranks)
 
-@dataclass
-class Sums:
-    """Losses of a step, summed over its micro-batches."""
+    def _tighten(self, step: int, planned: PlannedStep, computed: Computed) -> None:
+        """Logs micro-batches that did not fit, and makes the budget smaller from the next window on."""
+        cuts = [cut for some in self.ranks.objects(computed.cuts) for cut in some]
+        for cut in sorted(cuts, key=lambda cut: cut.number):
+            limit = self.upcoming.tighten(planned, cut.number)
+            self._event("out of memory", **cut.as_json(), size=len(planned.rows[cut.number]), limit=limit)
+            self.say(
+                f"step {step + 1}: micro-batch {cut.number} of {len(planned.rows[cut.number])} utterances did not fit "
+                f"in memory and was cut in {max(cut.parts, cut.decoder_parts)}; smaller ones from the next window on"
+            )
+        self.progress.tightenings = self.upcoming.tightenings
+        self.reopen = True
 
-    attention: float = 0.0
-    ctc: float = 0.0
+    def _event(self, what: str, **values: Any) -> None:
+        self.run.log(kind="event", step=self.progress.step, what=what, **values)
 
-    def add(self, other: "Sums") -> None:
-        self.attention += other.attention
-        self.ctc += other.ctc
+    # -- between steps --
 
+    def _settle_steps(self) -> None:
+        progress = self.progress
+        steps = self.pace.steps(progress.step, self.steps, progress.seconds)
+        self.steps = self.optimizers.steps = self.ranks.agreed(steps)
+        self.run.settle(self.run.settled() | {"steps": self.steps, "timed": self.pace.settled})
+        self.pace.plan(progress.step, self.steps)
 
-def _weighted(config: LossConfig, ctc: Any, attention: Any) -> Any:
-    if attention is None:
-        return ctc
-    return config.ctc_weight * ctc + (1 - config.ctc_weight) * attention if config.ctc_weight else attention
+    def _validates(self, step: int) -> bool:
+        return self.validate is not None and step % self.config.valid_every == 0
 
+    def _validated(self) -> bool:
+        """Whether the step reached has its validation already, or there is none to be had."""
+        if self.validate is None or self.progress.step == 0:
+            return True
+        return self.ranks.agreed(self.ranks.first and self.run.validated(self.progress.step))
 
-def _seed(*parts: int) -> int:
-    """A seed from numbers, the same on every machine."""
-    digest = hashlib.blake2b(np.array(parts, np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+    def _save(self) -> None:
+        """Copies everything and has it written while the run goes on."""
+        self.saved = self.progress.step
+        state = self.progress.state()
+        snapshot = take_snapshot(state, self.model, self.optimizers, self.average, self.ranks)
+        if snapshot is not None:
+            self.checkpoints.save(snapshot, self.model, self.data.characters)
 
-
-@contextmanager
-def _finish_step_on_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM let the step in hand finish; a second one stops at once."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _validate(self) -> None:
+        """WER of the model as it is, or of its average; the best checkpoint is the one of the lowest."""
+        assert self.validate is not None
+        done = self.progress.step
+        if self.shards:
+            self.shards.gather()
+        self.model.eval()
+        with torch.inference_mode():
+            if self.average:
+                with self.average.in_place_of(self.model):
+                    metrics = self.validate(self.model, done)
+            else:
+                metrics = self.validate(self.model, done)
+        to_training(self.model)
+        self.progress.wer = metrics["wer"]
+        if not self.ranks.first:
+            return
+        self.run.log(kind="valid", step=done, **metrics)
+        self.track(done, {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
+        self.checkpoints.wait()
+        best = self.checkpoints.best()
+        if best is None or metrics["wer"] <= best["wer"]:
+            self.checkpoints.set_best(done, metrics["wer"])

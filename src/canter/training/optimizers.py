@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from canter.training.config import OptimizerConfig
 from canter.training.muon import Muon
@@ -18,6 +19,8 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps = config, max(1, steps)
+        shapes = getattr(model, "config", None)
+        self.width = shapes.encoder.width if shapes is not None else 512
         matrices, others, flat = [], [], []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -42,26 +45,38 @@ class Optimizers:
             self.parts.append((muon, config.matrix_learning_rate))
 
     def factor(self, step: int) -> float:
-        """The schedule at a step (from 0): linear warm-up, then a cosine down to a hundredth."""
-        done = (step + 1) / self.steps
-        if done < self.config.warmup:
-            return done / self.config.warmup
-        progress = (done - self.config.warmup) / max(1e-9, 1 - self.config.warmup)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        """The schedule at a step (from 0), as a share of the peak."""
+        config = self.config
+        warmup = config.warmup * (self.steps if config.warmup < 1 else 1)
+        done = step + 1
+        if config.schedule in ("noam", "inverse_sqrt"):
+            warmup = max(1.0, warmup)
+            share = min(done / warmup, math.sqrt(warmup / done))
+            return share * (self.width * warmup) ** -0.5 if config.schedule == "noam" else share
+        if done < warmup:
+            return done / warmup
+        if config.schedule == "constant":
+            return 1.0
+        progress = (done - warmup) / max(1e-9, self.steps - warmup)
+        return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, step: int) -> tuple[float, float]:
-        """Clips, updates the weights, clears the gradients; returns (learning rate, gradient norm)."""
-        norm = self.clip()
+        """Clips, updates the weights, clears the gradients; returns (learning rate, gradient norm). A gradient that is
+        not finite changes nothing."""
+        norm = float(self.clip())
         factor = self.factor(step)
         for optimizer, peak in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-            optimizer.step()
+            if math.isfinite(norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return self.config.learning_rate * factor, float(norm)
+        return self.config.learning_rate * factor, norm
 
     def clip(self) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
+        """Scales the gradient down to the largest norm allowed; returns the norm before."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def state_dict(self) -> list[dict]:
         return [optimizer.state_dict() for optimizer, _ in self.parts]

@@ -22,18 +22,22 @@ from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
 from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
+from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
 from canter.training.data import MicroBatches
 from canter.training.measure import (
     DECIDING,
     choose_speed,
+    longest_seconds,
     measured_on,
     memory_limit,
     planned_frame_seconds,
     training_step,
 )
+from canter.training.ranks import ALONE, Ranks
 from canter.training.run import Run
-from canter.tuning.fit import measure_budget
+from canter.training.speed import AtSpeed
+from canter.tuning.fit import measure_budget, within
 from canter.tuning.probe import Prober
 
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
@@ -62,14 +66,18 @@ def prepare(
     config: TrainConfig,
     say: Callable[[str], None] = lambda _: None,
     track: Callable[[list, str], Iterable] = lambda items, _: items,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
-    """Makes or continues the run of ``config``; ``say`` is told what was decided, ``track`` shows progress.
+    """Makes or continues the run of ``config``; ``say`` is told what was decided, ``track`` shows progress. On ranks
+    other than the first, call it once the first is through: everything is there then, and nothing is written.
 
     Raises ConfigError where a setting cannot be, ManifestError where a manifest cannot be used.
     """
     if not config.manifest:
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
-    run = Run.open(config)
+    run = Run.open(config, writes=ranks.first)
+    if ranks.first:
+        Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
     device = choose_device(config.device)
     initial = load_initial(config, run)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
@@ -85,21 +93,34 @@ def prepare(
         precision, threads = choose_speed(config, model, say)
     torch.set_num_threads(config.threads or threads)
     budget = find_budget(config, run, model, index, precision, say, track)
+    micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
+    planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
     plan = Plan(
-        index,
-        limited(budget, config.batch_seconds, index),
+        planned,
+        limited(budget, config.batch_seconds, planned),
         config.strategy,
         seed=config.seed,
         window=min(config.window, len(index)),
-        micro_batches_per_step=config.micro_batches_per_step,
+        micro_batches_per_step=micro_batches,
         curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
     )
     step_seconds, epoch_steps = predicted(plan)
     steps = settled.get("steps") or choose_steps(config, step_seconds, epoch_steps)
-    run.settle(settled | {"precision": precision, "threads": threads, "steps": steps})
+    chosen = {
+        "precision": precision,
+        "threads": threads,
+        "steps": steps,
+        "micro_batches_per_step": micro_batches,
+    }
+    run.settle(settled | chosen)
     data = MicroBatches(
-        index, tokenizer, characters if config.loss.ctc_weight else None, model.config.features.sample_rate
+        index,
+        tokenizer,
+        characters if config.loss.ctc_weight else None,
+        model.config.features.sample_rate,
+        config.augment.speed,
+        config.seed,
     )
     return Prepared(
         config,
@@ -251,6 +272,7 @@ def find_budget(
     device = next(model.parameters()).device
     frame_seconds = planned_frame_seconds(model)
     seconds = config.batch_seconds or 120.0
+    known = within(index, longest_seconds(model), model.config.decoder.positions)
     progress = iter(track(list(range(PROBES)), "measuring"))
     prober = Prober(
         training_step(config, model, precision, prompt=1),
@@ -261,10 +283,10 @@ def find_budget(
     )
     budget = measure_budget(
         prober,
-        index,
+        known,
         frame_seconds,
         most_probes=PROBES,
-        most_frames=max(int(seconds / frame_seconds), int(np.ceil(np.max(index.seconds) / frame_seconds))),
+        most_frames=max(int(seconds / frame_seconds), int(np.ceil(np.max(known.seconds) / frame_seconds))),
         say=say,
     )
     for _ in progress:  # fewer may have been enough
@@ -273,7 +295,7 @@ def find_budget(
     return budget
 
 
-def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex) -> Budget:
+def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex | AtSpeed) -> Budget:
     """``budget`` with a micro-batch held to ``batch_seconds`` of audio, padding included, or to what the memory
     holds where that is less; the longest utterance may always go alone. As it is for None.
 

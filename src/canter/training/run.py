@@ -1,65 +1,78 @@
 """The folder of a training run.
 
-config.yaml      the configuration in force
-run.json         what was settled at the start: steps, precision
-lengths.arrow    the length index of the training data
-budget.json      measured memory and time of a step
-tokenizer/       where one was trained on the way
-metrics.jsonl    a line a training step ("kind": "train") and a validation ("kind": "valid")
-skipped.jsonl    utterances that could not be used, with the reason
-checkpoints/     step-000500/ (a model folder with training/ beside the weights), best.json
-report.html      by 'canter report'
+config.yaml       the configuration in force
+run.json          what was settled at the start: steps, precision, micro-batches a step
+lengths.arrow     the length index of the training data
+budget.json       measured memory and time of a step
+tokenizer/        where one was trained on the way
+metrics.jsonl     a line a training step ("kind": "train"), a validation ("valid") and anything unusual ("event")
+utterances.jsonl  the rows that each step was made of
+skipped.jsonl     utterances that could not be used, with the reason
+checkpoints/      step-000500/ (a model folder with training/ beside the weights), best.json
+tensorboard/      the metrics once more
+report.html       by 'canter report'
 """
 
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import yaml
 
 from canter.corpus.manifest import Problem
-from canter.errors import CheckpointError, ConfigError
-from canter.models.checkpoint import save_model
-from canter.models.model import SpeechModel
-from canter.text import Characters
-from canter.training.config import TrainConfig, differences, dump_config, from_mapping
+from canter.errors import ConfigError
+from canter.training.checkpoints import Checkpoints, write_whole
+from canter.training.config import TrainConfig, changes, dump_config, from_mapping
 
-BEST = "best.json"
 SETTLED = "run.json"
 LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.parts", "budget.json", ".cache")
+# What an allowed change makes void: settled values by their key, files by their name.
+VOID = {
+    "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.parts", ".cache", "steps"),
+    "budget": ("budget.json", "steps"),
+    "steps": ("steps", "timed"),
+    "minutes": ("steps", "timed"),
+    "epochs": ("steps",),
+    "precision": ("precision",),
+    "micro_batches_per_step": ("micro_batches_per_step",),
+}
+FIXED = ("tokenizer", "vocabulary", "init", "model.")  # what the weights were made for
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder; ``open`` makes or continues one."""
+    """A run's folder; ``open`` makes or continues one. With ``writes`` false (any rank but the first) nothing is
+    written."""
 
     folder: Path
+    writes: bool = True
+    changed: tuple[str, ...] = ()
+    """Settings that differ from those that the run had, where that is allowed: 'name: before -> now'."""
 
     @classmethod
-    def open(cls, config: TrainConfig) -> "Run":
+    def open(cls, config: TrainConfig, writes: bool = True) -> "Run":
         """Claims ``config.output``, or continues the run that is there.
 
         Raises ConfigError if the folder cannot be written, holds something else, or a run of another configuration.
         """
         folder = config.output
+        if not writes:
+            return cls(folder, writes=False)
         held = folder / "config.yaml"
+        changed: list[tuple[str, Any, Any]] = []
         if (folder / SETTLED).exists():
             before = from_mapping(TrainConfig, yaml.safe_load(held.read_text(encoding="utf-8")), str(held))
-            changed = differences(config, before)
-            if changed:
-                raise ConfigError(
-                    f"{folder} holds a run of another configuration ({'; '.join(changed)}); choose another --output, "
-                    "remove the folder, or set these as they were"
-                )
+            changed = changes(config, before)
+            _refuse(folder, changed, config.allow_changes)
+            _void(folder, [name for name, _, _ in changed])
         elif held.exists():  # of an attempt that got no further: its leftovers may be of other data
-            for name in LEFTOVERS:
-                path = folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(folder, LEFTOVERS)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not a run; choose another --output")
         try:
@@ -69,18 +82,21 @@ class Run:
             raise ConfigError(
                 f"{folder}: cannot write there ({error.strerror}); choose another --output"
             ) from None
-        return cls(folder)
+        return cls(folder, changed=tuple(f"{name}: {before} -> {now}" for name, before, now in changed))
 
     @property
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(
-            path.parent.parent for path in self.folder.glob("checkpoints/step-*/training/state.json")
-        )
+        return Checkpoints(self.folder / "checkpoints", 1).whole()
 
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def logs(self) -> tuple[Path, ...]:
+        """Files with a line for steps, in their order."""
+        return (self.metrics, self.folder / "utterances.jsonl", self.folder / "skipped.jsonl")
 
     def settled(self) -> dict[str, Any]:
         """What an earlier start settled; empty for a new run."""
@@ -88,84 +104,85 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def settle(self, values: dict[str, Any]) -> None:
-        write_whole(self.folder / SETTLED, json.dumps(values, indent=2) + "\n")
+        if self.writes:
+            write_whole(self.folder / SETTLED, json.dumps(values, indent=2) + "\n")
 
     def log(self, **values: Any) -> None:
         """Appends a line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values | {"time": time.time()}, ensure_ascii=False) + "\n")
+        self._append(self.metrics, [values | {"time": time.time()}])
 
-    def skip(self, problems: list[Problem]) -> None:
-        """Appends unusable utterances to skipped.jsonl."""
-        if problems:
-            with (self.folder / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                for p in problems:
-                    line = {"file": p.file, "line": p.line, "reason": p.reason}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def log_utterances(self, step: int, epoch: int, micro_batches: Sequence[np.ndarray]) -> None:
+        """Appends the rows of the length index that a step was made of, micro-batch by micro-batch."""
+        rows = [rows.tolist() for rows in micro_batches]
+        self._append(self.folder / "utterances.jsonl", [{"step": step, "epoch": epoch, "rows": rows}])
+
+    def skip(self, step: int, problems: Iterable[Problem]) -> None:
+        """Appends unusable utterances of a step to skipped.jsonl; ``line`` is the row of the length index."""
+        lines = [{"file": p.file, "line": p.line, "reason": p.reason, "step": step} for p in problems]
+        self._append(self.folder / "skipped.jsonl", lines)
+
+    def _append(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
+        if lines and self.writes:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
     def forget_after(self, step: int) -> None:
-        """Drops what was logged after ``step``: those steps are taken again."""
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-            write_whole(self.metrics, "".join(kept))
+        """Drops what was logged after ``step``, and a line that was torn: those steps are taken again."""
+        for path in self.logs if self.writes else ():
+            if path.exists():
+                os.truncate(path, _bytes_up_to(path, step))
 
-    def save(
-        self,
-        model: SpeechModel,
-        characters: Characters | None,
-        state: dict[str, Any],
-        optimizers: list[dict],
-        keep: int,
-    ) -> Path:
-        """Writes the checkpoint of ``state["step"]`` whole or not at all, and removes the oldest beyond ``keep``."""
-        final = self.folder / "checkpoints" / f"step-{state['step']:06d}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_model(model, partial)
-        if characters is not None:
-            characters.save(partial)
-        (partial / "training").mkdir()
-        with (partial / "training" / "optimizers.pt").open("wb") as file:
-            torch.save(optimizers, file)
-            file.flush()
-            os.fsync(file.fileno())
-        write_whole(partial / "training" / "state.json", json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        best = self.best()
-        for old in self.checkpoints[:-keep]:
-            if best is None or old.name != best["checkpoint"]:
-                shutil.rmtree(old, ignore_errors=True)
-        return final
-
-    def best(self) -> dict[str, Any] | None:
-        """{"checkpoint", "wer"} of the best validation so far."""
-        path = self.folder / "checkpoints" / BEST
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def set_best(self, checkpoint: Path, wer: float) -> None:
-        content = json.dumps({"checkpoint": checkpoint.name, "wer": wer}) + "\n"
-        write_whole(self.folder / "checkpoints" / BEST, content)
-
-    def restore(self, checkpoint: Path) -> tuple[dict[str, Any], list[dict]]:
-        """State and optimisers of a checkpoint. Raises CheckpointError where they are damaged."""
-        folder = checkpoint / "training"
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError, EOFError) as error:
-            raise CheckpointError(
-                f"{folder}: training state is damaged ({error}); remove {checkpoint} to go on from the one before it"
-            ) from None
-        return state, optimizers
+    def validated(self, step: int) -> bool:
+        """Whether the metrics have a validation at this step."""
+        if not self.metrics.exists():
+            return False
+        with self.metrics.open(encoding="utf-8") as file:
+            return any(f'"kind": "valid", "step": {step},' in line for line in file)
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Writes a text file so that it is there whole or as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _refuse(folder: Path, changed: list[tuple[str, Any, Any]], allowed: bool) -> None:
+    """Raises ConfigError where settings differ that may not."""
+    told = [f"{name}: {before} -> {now}" for name, before, now in changed]
+    fixed = [line for (name, _, _), line in zip(changed, told) if name.startswith(FIXED)]
+    if fixed:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration ({'; '.join(told)}), and {'; '.join(fixed)} would leave "
+            "its weights without use; choose another --output, or set these as they were"
+        )
+    if told and not allowed:
+        raise ConfigError(
+            f"{folder} holds a run of another configuration ({'; '.join(told)}); choose another --output, "
+            "remove the folder, set these as they were, or go on with the new ones by --allow-changes"
+        )
+
+
+def _void(folder: Path, changed: Sequence[str]) -> None:
+    """Takes back what followed from settings that have changed."""
+    void = {name for setting in changed for name in VOID.get(setting, ())}
+    settled = json.loads((folder / SETTLED).read_text(encoding="utf-8"))
+    if void & settled.keys():
+        kept = {key: value for key, value in settled.items() if key not in void}
+        write_whole(folder / SETTLED, json.dumps(kept, indent=2) + "\n")
+    _remove(folder, sorted(void - settled.keys()))
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _bytes_up_to(path: Path, step: int) -> int:
+    """How much of a log is of steps up to ``step``: lines are in their order."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                later = json.loads(line).get("step", 0) > step
+            except (ValueError, AttributeError):
+                return size
+            if later or not line.endswith(b"\n"):
+                return size
+            size += len(line)
+    return size

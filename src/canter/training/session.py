@@ -1,14 +1,17 @@
-"""From a configuration to a finished run: prepare, restore, train."""
+"""From a configuration to a finished run: prepare, restore, train; on one process or on as many as there are."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.training.config import TrainConfig
-from canter.training.loop import Progress, StepReport, Trainer
+from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
+from canter.training.ranks import joined
+from canter.training.reports import Progress, StepReport
+from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
 
 Watch = Callable[[int, int], AbstractContextManager[Callable[[StepReport], None]]]
@@ -28,34 +31,47 @@ def train(
     say: Callable[[str], None] = lambda _: None,
     track: Callable[[list, str], Iterable] = lambda items, _: items,
 ) -> Finished:
-    """Trains, or goes on with, the run of ``config``.
+    """Trains, or goes on with, the run of ``config``; under ``torchrun`` or ``srun`` together with the other ranks.
 
-    ``watch(steps, done)`` is entered around the steps and told each; ``say`` gets lines, ``track`` short loops.
-    Raises KeyboardInterrupt, once all is saved, where the run was asked to stop.
+    ``watch(steps, done)`` is entered around the steps and told each; ``say`` gets lines, ``track`` short loops; all of
+    it on the first rank alone. Raises KeyboardInterrupt, once all is saved, where the run was asked to stop.
     """
-    prepared = prepare(config, say, track)
-    validate = None
-    if config.valid:
-        rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
-        rate = prepared.data.sample_rate
-        chosen = spread_over(rows, config.valid_utterances)
-        validate = validator(chosen, prepared.tokenizer, rate, prepared.precision)
-    trainer = Trainer(
-        config,
-        prepared.run,
-        prepared.model,
-        prepared.plan,
-        prepared.data,
-        prepared.steps,
-        precision=prepared.precision,
-        predicted_seconds=prepared.predicted_seconds,
-        validate=validate,
-    )
-    if trainer.restore():
-        say(f"continuing at step {trainer.progress.step} of {prepared.steps}")
-    else:
-        say(f"{prepared.steps} steps, about {prepared.predicted_seconds / 60:.1f} minutes by the budget")
-    with watch(prepared.steps, trainer.progress.step) as report:
-        trainer.report = report
-        progress = trainer.train()
-    return Finished(prepared, progress)
+    with joined(config.device, config.rank_timeout) as ranks:
+        if not ranks.first:
+            watch, say, track = _unwatched, lambda _: None, lambda items, _: items
+        prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks))
+        validate = None
+        if config.valid:
+            rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
+            rate = prepared.data.sample_rate
+            chosen = spread_over(rows, config.valid_utterances)
+            validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks)
+        trainer = Trainer(
+            config,
+            prepared.run,
+            prepared.model,
+            prepared.plan,
+            prepared.data,
+            prepared.steps,
+            precision=prepared.precision,
+            predicted_seconds=prepared.predicted_seconds,
+            ranks=ranks,
+            validate=validate,
+            say=say,
+        )
+        if trainer.restore():
+            say(f"continuing at step {trainer.progress.step} of {prepared.steps}")
+            for change in prepared.run.changed:
+                say(f"changed from here on: {change}")
+        else:
+            minutes = prepared.predicted_seconds / 60 / min(ranks.size, prepared.plan.micro_batches_per_step)
+            say(f"{prepared.steps} steps, about {minutes:.1f} minutes by the budget")
+        done = trainer.progress.step
+        trackers = tracked(config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
+        with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
+            progress = trainer.train()
+        return Finished(prepared, progress)
+
+
+def _unwatched(steps: int, done: int) -> AbstractContextManager[Callable[[StepReport], None]]:
+    return nullcontext(lambda _: None)

@@ -1,6 +1,7 @@
 """WER of a model in training, by the decoding engine."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -8,22 +9,29 @@ import torch
 from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError
+from canter.evaluation.translation import score_translations
 from canter.evaluation.wer import score
 from canter.inference.engine import Engine, EngineConfig, Request
 from canter.models.model import SpeechModel
 from canter.text import Tokenizer
+from canter.training.ranks import ALONE, Ranks
 
 EXAMPLES = 5
 
 
 def validator(
-    utterances: Sequence[Utterance], tokenizer: Tokenizer, sample_rate: int, precision: str
+    utterances: Sequence[Utterance],
+    tokenizer: Tokenizer,
+    sample_rate: int,
+    precision: str,
+    ranks: Ranks = ALONE,
 ) -> Callable[[SpeechModel, int], dict[str, Any]]:
     """``validate(model, step) -> metrics`` over ``utterances``, whose audio is read once; unreadable ones are left
-    out. WER and CER are of the texts as they are."""
+    out. WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those that are translations.
+    Each rank decodes its part, and all have the result."""
     kept: list[Utterance] = []
     requests: list[Request] = []
-    for utterance in utterances:
+    for utterance in utterances[ranks.rank :: ranks.size]:
         try:
             audio = load_utterance(utterance, sample_rate)
         except AudioError:
@@ -37,17 +45,35 @@ def validator(
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             hypotheses = engine.decode(requests)
         texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-        scored = score([u.text for u in kept], texts, [u.lang for u in kept], normalize="none")
-        spread = range(0, len(kept), max(1, len(kept) // EXAMPLES))
+        pairs = [
+            pair for part in ranks.objects(list(zip(kept, texts))) for pair in part
+        ]  # in the ranks' order, the same at every validation
+        done, texts = [u for u, _ in pairs], [text for _, text in pairs]
+        scored = score([u.text for u in done], texts, [u.lang for u in done], normalize="none")
+        spread = range(0, len(done), max(1, len(done) // EXAMPLES))
         return {
             "wer": scored.total.wer,
             "cer": scored.total.cer,
-            "rtfx": engine.counters.rtfx,
-            "utterances": len(kept),
-            "examples": [{"text": kept[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
+            "rtfx": float(ranks.table([engine.counters.rtfx]).sum()),
+            "utterances": len(done),
+            **translations(pairs),
+            "examples": [{"text": done[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
         }
 
     return validate
+
+
+def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
+    """BLEU by target language of those utterances that are translated; empty without any, or without sacrebleu."""
+    rows = [
+        (u, text) for u, text in pairs if u.target_lang and u.source_lang and u.target_lang != u.source_lang
+    ]
+    if not rows or not find_spec("sacrebleu"):
+        return {}
+    scores = score_translations(
+        [u.text for u, _ in rows], [t for _, t in rows], [u.target_lang for u, _ in rows]
+    )
+    return {f"bleu_{lang}": score.bleu for lang, score in scores.items()}
 
 
 def spread_over(utterances: Sequence[Utterance], most: int) -> list[Utterance]:

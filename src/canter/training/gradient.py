@@ -1,0 +1,246 @@
+"""The gradient of a step: this rank's micro-batches, each by its own seed, summed with those of the other ranks.
+
+B: utterances, F: feature frames, M: mel bins, N: micro-batches of the step, S: statistics of all BatchNorms.
+"""
+
+import gc
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from canter.models.augment import SpecAugmentConfig, spec_augment
+from canter.models.model import Batch, Loss, SpeechModel
+from canter.models.norm import MaskedBatchNorm
+from canter.training.config import LossConfig, TrainConfig
+from canter.training.data import Loaded
+from canter.training.ranks import ALONE, Ranks
+from canter.training.recovery import Cut, cut_more, out_of_memory
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Targets of a step that bear loss, over all ranks, known before any of it is computed."""
+
+    tokens: int
+    characters: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> "Counts":
+        tokens = sum(int((b.token_lengths - b.prompt_lengths).sum()) for b in batches)
+        characters = sum(int(b.character_lengths.sum()) for b in batches)
+        tokens, characters = ranks.table([tokens, characters]).sum(0).astype(int).tolist()
+        return cls(tokens, characters)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What this rank computed of a step; the gradient is in the parameters, not yet summed over ranks."""
+
+    attention: float
+    """Sum of cross-entropy."""
+    ctc: float
+    seconds: float
+    cuts: list[Cut] = field(default_factory=list)
+    """Micro-batches that did not fit in memory."""
+    unfit: list[int] = field(default_factory=list)
+    """Rows that do not fit even alone, and were left out."""
+    numbers: list[int] = field(default_factory=list)
+    """Places in the step of the micro-batches that were computed, in the order of their statistics."""
+
+
+class Gradient:
+    """Computes, cuts where memory runs out, and sums over ranks."""
+
+    def __init__(self, config: TrainConfig, model: SpeechModel, precision: str, ranks: Ranks = ALONE):
+        self.config, self.model, self.precision, self.ranks = config, model, precision, ranks
+        self.device = next(model.parameters()).device
+        masks = {k: v for k, v in vars(config.augment).items() if k != "speed"}
+        self.augment = SpecAugmentConfig(**masks)
+        self.norms = [m for m in model.modules() if isinstance(m, MaskedBatchNorm)]
+
+    def compute(self, loaded: Sequence[Loaded], counts: Counts, step: int, alone: bool) -> Computed:
+        """Forward and backward of each micro-batch; ``alone``: CTC only.
+
+        A micro-batch that runs out of memory is cut (see ``recovery``), and the step started anew, as the backward
+        pass may have added half of a gradient. Ranks exchange nothing meanwhile, so none waits for a cut but at the
+        end of its step.
+        """
+        began = time.perf_counter()
+        cuts: dict[int, Cut] = {}
+        unfit: list[int] = []
+        while True:
+            sums: list[Tensor] = []
+            numbers: list[int] = []
+            failed: Loaded | None = None
+            for one in loaded:
+                if one.batch is None:
+                    continue
+                try:
+                    found = self._micro_batch(one, counts, step, alone, cuts.get(one.address.number), unfit)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    failed = one
+                    break
+                sums += found
+                numbers += [one.address.number] if found else []
+            if failed is None:
+                break
+            self.discard()  # outside of the handler: the exception holds on to tensors
+            _next_cut(self.model, failed, cuts, unfit)
+        # one synchronisation a step
+        attention, ctc = torch.stack(sums).double().sum(0).tolist() if sums else (0.0, 0.0)
+        return Computed(attention, ctc, time.perf_counter() - began, list(cuts.values()), unfit, numbers)
+
+    def discard(self) -> None:
+        """Forgets gradients and statistics computed so far."""
+        self.model.zero_grad(set_to_none=True)
+        for norm in self.norms:
+            norm.pending.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def merge_statistics(self, numbers: Sequence[int], count: int) -> None:
+        """Folds the BatchNorm statistics of the step's ``count`` micro-batches into the running ones, in plan order;
+        ``numbers`` are the places of those computed here."""
+        norms = [norm for norm in self.norms if norm.training]
+        if self.ranks.size == 1 or not norms:
+            for norm in norms:
+                norm.merge(norm.pending)
+                norm.pending.clear()
+            return
+        table = torch.zeros(count, 1 + 2 * sum(norm.running_mean.numel() for norm in norms))  # (N, 1 + S)
+        for place, number in enumerate(numbers):
+            parts = [part.flatten().float().cpu() for norm in norms for part in norm.pending[place]]
+            table[number] = torch.cat([torch.ones(1), *parts])
+        for norm in norms:
+            norm.pending.clear()
+        for row in self.ranks.sum(table):  # all ranks but one gave zeros: the sum is exact
+            if not row[0]:
+                continue
+            at = 1
+            for norm in norms:
+                size = norm.running_mean.numel()
+                mean, variance = row[at : at + 2 * size].to(self.device).split(size)
+                norm.merge([(mean, variance)])
+                at += 2 * size
+
+    # -- one micro-batch --
+
+    def _micro_batch(
+        self, one: Loaded, counts: Counts, step: int, alone: bool, cut: Cut | None, unfit: Sequence[int]
+    ) -> list[Tensor]:
+        """Backward; returns sums of (cross-entropy, CTC) (2,)."""
+        batch = one.batch
+        assert batch is not None
+        torch.manual_seed(seed_of(self.config.seed, step, one.address.number))
+        keep = torch.tensor([row not in unfit for row in batch.rows.tolist()])
+        if not keep.all():
+            if not keep.any():
+                return []
+            batch = batch.take(keep.nonzero()[:, 0])
+        batch = batch.to(self.device)
+        epoch = one.address.epoch
+        if cut is None:
+            return [self.backward(batch, counts, alone, epoch)]
+        before = [len(norm.pending) for norm in self.norms]
+        sums = []
+        with self._recomputing(cut.recompute):
+            for rows in torch.arange(len(batch.rows)).tensor_split(min(cut.parts, len(batch.rows))):
+                piece = batch if cut.parts == 1 else batch.take(rows.to(self.device))
+                sums.append(self._backward_in_parts(piece, counts, alone, epoch, cut.decoder_parts))
+        for norm, size in zip(self.norms, before):  # one entry a micro-batch, whatever its pieces
+            pieces = norm.pending[size:]
+            if len(pieces) > 1:
+                means, variances = zip(*pieces)
+                norm.pending[size:] = [(torch.stack(means).mean(0), torch.stack(variances).mean(0))]
+        return sums
+
+    def backward(self, batch: Batch, counts: Counts, alone: bool, epoch: int) -> Tensor:
+        """Adds the batch's part of the step's gradient; returns (cross-entropy, CTC) sums (2,)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.model.loss(
+                batch,
+                attention=not alone,
+                label_smoothing=self.config.loss.label_smoothing,
+                features=self.features(batch, epoch),
+            )
+            self._objective(loss, counts, alone).backward()
+        return torch.stack([loss.attention.detach(), loss.ctc.detach()])
+
+    def _backward_in_parts(self, batch: Batch, counts: Counts, alone: bool, epoch: int, parts: int) -> Tensor:
+        """As ``backward``, with decoder and heads taking ``parts`` pieces of the encoded batch one by one."""
+        if parts == 1:
+            return self.backward(batch, counts, alone, epoch)
+        total = torch.zeros(2, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            encoded, lengths = self.model.encode(*self.features(batch, epoch))
+            leaf = encoded.detach().requires_grad_()
+            for rows in torch.arange(len(lengths), device=self.device).tensor_split(min(parts, len(lengths))):
+                loss = self.model.loss_of(
+                    leaf[rows],
+                    lengths[rows],
+                    batch.take(rows),
+                    attention=not alone,
+                    label_smoothing=self.config.loss.label_smoothing,
+                )
+                self._objective(loss, counts, alone).backward()
+                total += torch.stack([loss.attention.detach(), loss.ctc.detach()])
+            if encoded.requires_grad:
+                encoded.backward(leaf.grad)
+        return total
+
+    def _objective(self, loss: Loss, counts: Counts, alone: bool) -> Tensor:
+        ctc = loss.ctc / max(1, counts.characters)
+        return weighted(self.config.loss, ctc, None if alone else loss.attention / max(1, counts.tokens))
+
+    def features(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Features (B, F, M), augmented, and their lengths (B,)."""
+        features, lengths = self.model.features(batch.audio, batch.audio_lengths)
+        if self.augment.frequency_masks or self.augment.time_masks:
+            seeds = [seed_of(self.config.seed, epoch, row) for row in batch.rows.tolist()]
+            features = spec_augment(features, lengths, seeds, self.augment)
+        return features, lengths
+
+    @contextmanager
+    def _recomputing(self, on: bool):
+        before = self.model.encoder.recompute
+        self.model.recompute_activations(on or before)
+        try:
+            yield
+        finally:
+            self.model.recompute_activations(before)
+
+
+def _next_cut(model: SpeechModel, failed: Loaded, cuts: dict[int, Cut], unfit: list[int]) -> None:
+    """Notes how the failed micro-batch is to be computed; where single utterances do not fit, leaves out the one
+    that costs most."""
+    assert failed.batch is not None
+    number, before = failed.address.number, cuts.get(failed.address.number)
+    left = [row for row in failed.batch.rows.tolist() if row not in unfit]
+    if before is not None and before.parts >= len(left):
+        lengths = dict(zip(failed.batch.rows.tolist(), failed.batch.audio_lengths.tolist()))
+        unfit.append(max(left, key=lengths.__getitem__))
+    else:
+        cuts[number] = cut_more(model, number, before)
+
+
+def weighted(config: LossConfig, ctc: Any, attention: Any) -> Any:
+    """Both losses by their weights; ``attention`` None stands for CTC alone."""
+    if attention is None:
+        return ctc
+    return config.ctc_weight * ctc + (1 - config.ctc_weight) * attention if config.ctc_weight else attention
+
+
+def seed_of(*parts: int) -> int:
+    """A seed from numbers, the same on every machine."""
+    digest = hashlib.blake2b(np.array(parts, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

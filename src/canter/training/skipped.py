@@ -1,0 +1,40 @@
+"""When too much of the data turns out unusable."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from canter.errors import CanterError
+from canter.training.ranks import Ranks
+from canter.training.reports import Progress
+
+FEWEST = 20  # unusable utterances are allowed, whatever their share
+
+
+def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) -> None:
+    """Raises CanterError, with what was wrong how often, where over ``limit`` of the utterances seen were unusable."""
+    seen = progress.utterances + progress.skipped
+    if progress.skipped <= max(FEWEST, limit * seen):
+        return
+    told = ranks.agreed(summary(listed) if ranks.first else "")
+    raise CanterError(
+        f"{progress.skipped} of {seen} utterances could not be used (see {listed}): {told}; mend the manifest, or "
+        "allow more with --skip-limit"
+    )
+
+
+def summary(listed: Path, most: int = 4) -> str:
+    """The most frequent reasons of a skipped.jsonl, with how often each."""
+    with listed.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    kinds = Counter(kind_of(row["reason"], row["file"]) for row in rows)
+    parts = [f"{count} x {kind}" for kind, count in kinds.most_common(most)]
+    more = len(kinds) - most
+    return ", ".join(parts) + (f" and {more} other reasons" if more > 0 else "")
+
+
+def kind_of(reason: str, file: str) -> str:
+    """A reason without its file and numbers, the advice after it left out: 'is empty (N bytes)'."""
+    bare = reason.replace(file, "").lstrip(": ").split(";")[0]
+    return re.sub(r"\d+(\.\d+)?", "N", bare)[:80].strip()
