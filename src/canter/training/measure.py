@@ -125,6 +125,11 @@ def planned_frame_seconds(model: SpeechModel) -> float:
     return getattr(model.config.features, "pad_seconds", 0.0) or model.frame_seconds
 
 
+def longest_seconds(model: SpeechModel) -> float:
+    """Of the utterances that a model can take."""
+    return getattr(model.config.features, "pad_seconds", 0.0) or float("inf")
+
+
 def measured_on(config: TrainConfig, model: SpeechModel, precision: str) -> dict[str, Any]:
     """What a budget of this model belongs to; of these, DECIDING must agree where it is used."""
     shape, device = model.config, next(model.parameters()).device

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from canter.corpus.index import LengthIndex
 from canter.errors import BudgetError
 from canter.planning.budget import TERMS, Budget, Polynomial
 from canter.planning.lengths import Index
@@ -194,6 +195,18 @@ def measure_budget(
             "predicted before they were run"
         )
     return budget
+
+
+def within(index: LengthIndex, seconds: float, tokens: int) -> LengthIndex:
+    """The rows that a model can take at all: up to so many seconds and tokens."""
+    keep = (np.asarray(index.seconds) <= seconds) & (np.asarray(index.tokens) <= tokens)
+    if keep.all():
+        return index
+    if not keep.any():
+        raise BudgetError(
+            f"not one of {len(index):,} utterances is within the model's {seconds:g} s and {tokens} tokens"
+        )
+    return LengthIndex(np.asarray(index.seconds)[keep], np.asarray(index.tokens)[keep])
 
 
 class _Search:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -103,8 +103,7 @@ class Prober:
     """Runs steps, each shape once, and keeps count.
 
     ``limit_bytes`` is what a step may take, weights and optimiser state included. ``journal``, a JSON-lines file,
-    keeps every probe as it is made; probes in it that were made on the same thing (``measured_on``) and under the same
-    limit are not made again.
+    keeps every probe as it is made; probes in it that were made on the same thing (``measured_on``) are not made again.
     """
 
     step: TrainingStep
@@ -221,10 +220,13 @@ class Prober:
         for number, line in enumerate(self.journal.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 value = json.loads(line)
-                if value.pop("format") == FORMAT and value.pop("measured_on") == self._key():
-                    value["seconds"] = math.nan if value["seconds"] is None else value["seconds"]
-                    probe = Probe(**value)
-                    self.known[probe.shape] = probe
+                if value.pop("format") != FORMAT or value.pop("measured_on") != dict(self.measured_on):
+                    continue
+                value["seconds"] = math.nan if value["seconds"] is None else value["seconds"]
+                probe = Probe(**value)
+                fits = probe.bytes <= self.limit_bytes
+                if probe.fits or not fits:  # what broke a lower limit may fit this one
+                    self.known[probe.shape] = replace(probe, fits=fits)
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise BudgetError(
                     f"{self.journal}:{number}: not a probe; remove the line, or the file"
@@ -234,12 +236,9 @@ class Prober:
         if self.journal is None:
             return
         value = asdict(probe) | {"seconds": None if math.isnan(probe.seconds) else probe.seconds}
-        line = json.dumps({"format": FORMAT, "measured_on": self._key(), **value})
+        line = json.dumps({"format": FORMAT, "measured_on": dict(self.measured_on), **value})
         with self.journal.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-    def _key(self) -> dict[str, Any]:
-        return {**self.measured_on, "limit_bytes": float(self.limit_bytes)}
 
 
 @contextlib.contextmanager
