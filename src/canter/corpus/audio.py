@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -74,9 +75,7 @@ def load_audio(
         samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if not np.isfinite(samples).all():
         bad = int(np.flatnonzero(~np.isfinite(samples))[0])
-        raise AudioError(
-            f"{path}: sample {bad} is not a finite number; write the file anew as 16-bit PCM or FLAC"
-        )
+        raise AudioError(_not_finite(path, bad))
     if rate != sample_rate:
         samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
     return np.ascontiguousarray(samples, dtype=np.float32)
@@ -88,6 +87,67 @@ def load_utterance(utterance: "Utterance", sample_rate: int = 16000) -> np.ndarr
     return load_audio(
         utterance.audio_filepath, offset=utterance.offset, duration=duration, sample_rate=sample_rate
     )
+
+
+def audio_blocks(
+    utterance: "Utterance", sample_rate: int = 16000, seconds: float = 30.0
+) -> Iterator[np.ndarray]:
+    """The utterance's samples in runs of about so many seconds, mono, at ``sample_rate``, so that audio of any
+    length needs the memory of one run alone (what only FFmpeg can read is decoded as a whole).
+
+    Raises `AudioError` as `load_audio` does, once it comes to what is damaged.
+    """
+    path = utterance.audio_filepath
+    with _open(path) as file:
+        try:
+            sound = soundfile.SoundFile(file)
+        except soundfile.LibsndfileError:
+            yield load_utterance(utterance, sample_rate)
+            return
+        with sound:
+            _refuse_truncated(path, sound)
+            rate, empty = sound.samplerate, True
+            resample = soxr.ResampleStream(rate, sample_rate, 1, "float32", "HQ")
+            start = min(round(utterance.offset * rate), sound.frames)
+            left = round(utterance.duration * rate) if utterance.offset else sound.frames - start
+            while left > 0:
+                samples = _read(path, sound, start, min(left, round(seconds * rate))).mean(axis=1)
+                if not np.isfinite(samples).all():
+                    bad = start + int(np.flatnonzero(~np.isfinite(samples))[0])
+                    raise AudioError(_not_finite(path, bad))
+                start, left = start + len(samples), left - len(samples) if len(samples) else 0
+                if rate != sample_rate:
+                    samples = resample.resample_chunk(samples, last=left <= 0)
+                if len(samples):
+                    empty = False
+                    yield np.ascontiguousarray(samples, dtype=np.float32)
+        if empty:
+            raise AudioError(f"{path} holds no sample; remove the row")
+
+
+def _refuse_truncated(path: str, sound: soundfile.SoundFile) -> None:
+    short = _WAV_LENGTH.search(sound.extra_info)
+    if short and int(short[2]) < int(short[1]) < _STREAMED:
+        raise AudioError(
+            f"{path} is truncated: its header promises {short[1]} bytes of samples, {short[2]} are "
+            "there; copy the file again or remove the row"
+        )
+
+
+def _read(path: str, sound: soundfile.SoundFile, start: int, size: int) -> np.ndarray:
+    """``size`` samples (S, channels) from ``start`` on."""
+    try:
+        if start != sound.tell():
+            sound.seek(start)
+        return sound.read(size, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(
+            f"{path} is damaged or truncated ({_reason(error)}); copy the file again or remove the row"
+        ) from None
+
+
+def _not_finite(path: str, sample: int) -> str:
+    return f"{path}: sample {sample} is not a finite number; write the file anew as 16-bit PCM or FLAC"
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float:
@@ -105,22 +165,10 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
 def _decode(path: str, file: BinaryIO, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
     with soundfile.SoundFile(file) as sound:
         rate = sound.samplerate
-        short = _WAV_LENGTH.search(sound.extra_info)
-        if short and int(short[2]) < int(short[1]) < _STREAMED:
-            raise AudioError(
-                f"{path} is truncated: its header promises {short[1]} bytes of samples, {short[2]} are "
-                "there; copy the file again or remove the row"
-            )
+        _refuse_truncated(path, sound)
         start = min(round(offset * rate), sound.frames)
         wanted = sound.frames - start if duration is None else round(duration * rate)
-        try:
-            if start:
-                sound.seek(start)
-            return sound.read(wanted, dtype="float32", always_2d=True), rate
-        except soundfile.LibsndfileError as error:
-            raise AudioError(
-                f"{path} is damaged or truncated ({_reason(error)}); copy the file again or remove the row"
-            ) from None
+        return _read(path, sound, start, wanted), rate
 
 
 def _decode_with_av(
