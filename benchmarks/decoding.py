@@ -16,8 +16,8 @@ import tyro
 
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.inference.engine import Engine, EngineConfig, Request
-from canter.inference.shift import measure_shift
+from canter.inference.engine import EngineConfig, Request
+from canter.inference.shift import ForcedLengths, measure_shift
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -38,14 +38,6 @@ class Options:
     """Of the comparison of shapes and caches."""
     json: bool = False
     """Print one JSON object."""
-
-
-class ForcedLengths(Engine):
-    """Rows end at the length that their key holds."""
-
-    def _limit(self, request: Request, frames: int) -> int:
-        assert isinstance(request.key, int)
-        return request.key
 
 
 def small_model(encoder_layers: int, decoder_layers: int, vocabulary: int) -> SpeechModel:
@@ -75,10 +67,10 @@ def run(options: Options) -> None:
     queue = [(count, clip) for count, clip in zip(counts, clips)] * options.copies
 
     model = small_model(6, 2, tokenizer.vocab_size)
-    engine = ForcedLengths(model, end=-1, config=EngineConfig(rows=options.rows, max_repeats=0))
+    engine = ForcedLengths(model, EngineConfig(rows=options.rows, max_repeats=0))
     by_length = sorted(queue, key=lambda pair: -len(pair[1]))
     groups = [by_length[start : start + 32] for start in range(0, len(by_length), 32)]
-    requests = ([Request(clip, prompt, count) for count, clip in group] for group in groups)
+    requests = ([Request(clip, prompt, (0, count)) for count, clip in group] for group in groups)
     assert sum(len(hypothesis.tokens) for hypothesis in engine.run(requests)) == sum(counts) * options.copies
     counters = engine.counters
 
