@@ -39,7 +39,13 @@ def test_features(nemo):
     model, arrays, _ = nemo
     features, lengths = model.features(arrays["audio"], arrays["audio_len"])
     assert torch.equal(lengths, arrays["features_len"])
-    assert_equal_where_valid(features, arrays["features"].transpose(1, 2), lengths, 1e-4)
+    # In silent bins the logarithm shows the rounding of the transform, which differs from processor to processor:
+    # there NeMo's own values are 3.5e-4 from those in float64.
+    theirs = arrays["features"].transpose(1, 2)
+    assert_equal_where_valid(features, theirs, lengths, 1e-3)
+    valid = length_mask(lengths, features.shape[1])
+    apart = (features - theirs[:, : features.shape[1]])[valid].abs() > 1e-4
+    assert apart.float().mean() < 1e-3
 
 
 @torch.no_grad()
@@ -221,7 +227,9 @@ def test_written_archive(shared, tmp_path, variant):
         theirs, ours = old.weights(), new.weights()
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
-            assert torch.allclose(ours[name], tensor, atol=1e-6), name
+            # the sine of an angle of hundreds has its last digits from the processor
+            atol = 1e-5 if name.endswith("pos_enc") else 1e-6
+            assert torch.allclose(ours[name], tensor, atol=atol), name
         keys = set(old.config()) - {"nemo_version"}
         assert keys == set(new.config())
         for part in ("preprocessor", "encoder", "transf_decoder", "head"):

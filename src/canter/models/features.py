@@ -59,6 +59,15 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
 
 
+def attention_mask(lengths: Tensor, size: int) -> Tensor | None:
+    """(B,) lengths -> (B, 1, 1, size) boolean, true where keys are attended; on a CPU None where all are, with which
+    attention takes a faster way (a GPU would have to be waited for to know)."""
+    known = type(lengths) is Tensor and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and bool((lengths >= size).all()):
+        return None
+    return length_mask(lengths, size)[:, None, None, :]
+
+
 class LogMel(nn.Module):
     """Audio to normalised log-mel features, equal to NeMo's preprocessor.
 

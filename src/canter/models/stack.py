@@ -18,7 +18,7 @@ class Stack(nn.Module):
     """Whether the backward pass computes each layer again instead of keeping what is inside (Chen et al.,
     2016)."""
 
-    def run(self, x: Tensor, *context: Tensor, layer_drop: float = 0.0) -> Tensor:
+    def run(self, x: Tensor, *context: Tensor | None, layer_drop: float = 0.0) -> Tensor:
         """x through all layers, each called with ``context`` too. In training each is left out with
         probability ``layer_drop`` (Fan et al., 2020), drawn from torch's generator."""
         layers: Iterable[nn.Module] = self.layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from canter.models.decoder import Attention
 from canter.models.encoder import Encoder
-from canter.models.features import length_mask
+from canter.models.features import attention_mask, length_mask
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class WhisperLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.dropout_activation = nn.Dropout(config.dropout_activation)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, D), mask (B, 1, 1, T) -> (B, T, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, T, D), mask (B, 1, 1, T), None where all is attended -> (B, T, D)."""
         h = self.norm_attention(x)
         x = x + self.dropout(self.attention(h, *self.attention.project(h), mask=mask))
         h = self.dropout_activation(F.gelu(self.up(self.norm_feed_forward(x))))
@@ -96,5 +96,5 @@ class WhisperEncoder(Encoder):
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         lengths = self.frames(lengths)
         x = self.dropout(x + self.positions[: x.shape[1]])
-        mask = length_mask(lengths, x.shape[1])[:, None, None]
+        mask = attention_mask(lengths, x.shape[1])
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths
