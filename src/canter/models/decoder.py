@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.cache import DecoderCache
-from canter.models.features import attention_mask, length_mask
+from canter.models.features import attention_mask
 from canter.models.stack import Stack
 
 
