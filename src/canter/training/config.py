@@ -110,6 +110,9 @@ class TrainConfig:
     """The run's folder. One that holds a run of the same configuration is continued."""
     init: Path | None = None
     """Checkpoint to start from: its weights, shape and tokenizer; none: from scratch."""
+    pad_seconds: float | None = None
+    """With --init and a Whisper: seconds to which every utterance is padded; 0: each keeps its length, which is several
+    times as fast; none: as the checkpoint says, 30 for a pretrained one."""
     tokenizer: Path | None = None
     """Folder of a tokenizer; none: one is trained on the transcripts."""
     vocabulary: int = 512
@@ -130,8 +133,8 @@ class TrainConfig:
     """Gradients of so many micro-batches make one step; none: one for each rank of the run's first start."""
     window: int = 50_000
     """Utterances sorted at a time; larger pads less, smaller mixes more."""
-    short_first: bool = True
-    """The first epoch goes from short to long utterances."""
+    short_first: bool = False
+    """The first window of the first epoch goes from short to long utterances; on the demo's corpus that costs steps."""
     seed: int = 0
     """Of initial weights, order and dropout."""
     workers: int = 1
@@ -199,6 +202,10 @@ class TrainConfig:
         if self.parallel == "shard" and self.optimizer.name == "muon":
             raise ConfigError(
                 "--parallel shard cannot go with Muon, which needs whole matrices; use --optimizer.name adamw"
+            )
+        if self.pad_seconds is not None and (self.init is None or self.pad_seconds < 0):
+            raise ConfigError(
+                f"--pad-seconds {self.pad_seconds:g} needs --init with a Whisper, and to be 0 or more"
             )
         if self.init is not None:
             shape = dataclasses.fields(ModelShape)
