@@ -18,6 +18,7 @@ from canter.tuning.probe import TrainingStep
 
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
 TIMED_STEPS = 5
+TIMED_SECONDS = 6.0  # of each of its utterances
 SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
 SHARE_OF_GPU = 0.95  # of what is free on a GPU
 DECIDING = ("model_shape", "device", "precision", "optimizer")  # what a budget must have been measured on
@@ -73,6 +74,9 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
         precisions = tuple(p for p in precisions if p == given) or precisions
     cores = torch.get_num_threads()
     threads = {config.threads} if config.threads else {1, cores} if on_cpu else {cores}
+    if len(precisions) == len(threads) == 1:
+        return precisions[0], next(iter(threads))
+    frames = max(1, round(TIMED_SECONDS / planned_frame_seconds(model)))
     seconds: dict[tuple[str, int], float] = {}
     for precision in precisions:
         for count in sorted(threads):
@@ -81,7 +85,7 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
             times = []
             for _ in range(TIMED_STEPS):
                 start = time.perf_counter()
-                step(4, 75, 25)
+                step(4, frames, 25)
                 times.append(time.perf_counter() - start)
             seconds[precision, count] = sorted(times[1:])[len(times) // 2 - 1]
     chosen = min(seconds, key=seconds.__getitem__)
