@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -188,6 +189,8 @@ def load_initial(config: TrainConfig, run: Run) -> SpeechModel | None:
         raise ConfigError(
             f"--init {config.init}: the checkpoint has no tokenizer, without which it cannot be trained"
         )
+    if config.pad_seconds is not None:
+        pad_to(model, config.pad_seconds, config.init)
     if config.loss.ctc_weight == 0:
         model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
     elif model.ctc is None:
@@ -195,6 +198,18 @@ def load_initial(config: TrainConfig, run: Run) -> SpeechModel | None:
             f"--init {config.init}: the checkpoint has no CTC head; set --loss.ctc-weight 0 --loss.ctc-alone 0"
         )
     return model
+
+
+def pad_to(model: SpeechModel, seconds: float, source: Path) -> None:
+    """Sets the length to which the model pads utterances. Raises ConfigError where it cannot be."""
+    if not hasattr(model.config.features, "pad_seconds"):
+        raise ConfigError(f"--pad-seconds: {source} is no Whisper, and pads to no length; leave it out")
+    positions = getattr(model.config.encoder, "positions", None)
+    model.set_features(pad_seconds=0.0)
+    if positions and seconds and model.encoder_frames(seconds) > positions:
+        most = positions * model.frame_seconds
+        raise ConfigError(f"--pad-seconds {seconds:g}: {source} takes {most:g} s at most")
+    model.set_features(pad_seconds=seconds)
 
 
 def find_tokenizer(
