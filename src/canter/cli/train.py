@@ -44,6 +44,8 @@ def run(config: TrainConfig | None) -> None:
     from canter.training.session import train
 
     finished = train(config, TrainingProgress, say, track)
+    if not finished.first:
+        return
     progress, run_ = finished.progress, finished.prepared.run
     hours = progress.audio_seconds / 3600
     say(

@@ -198,6 +198,11 @@ class Gradient:
                 encoded.backward(leaf.grad)
         return total
 
+    def objective(self, batch: Batch, alone: bool) -> Tensor:
+        """What is minimised, of one batch by itself."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._objective(self.model.loss(batch, attention=not alone), Counts.of([batch]), alone)
+
     def _objective(self, loss: Loss, counts: Counts, alone: bool) -> Tensor:
         ctc = loss.ctc / max(1, counts.characters)
         return weighted(self.config.loss, ctc, None if alone else loss.attention / max(1, counts.tokens))

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Trainer:
         if ranks.size > 1 and config.parallel == "shard":
             from canter.training.shards import Shards
 
-            self.shards = Shards(model, self.device)
+            self.shards = Shards(model, self.device, ranks)
         if config.compile:
             compile_layers(model)
         self.optimizers = Optimizers(model, config.optimizer, steps)
@@ -180,7 +181,7 @@ class Trainer:
         )
         parts = Parts(self.ranks.table(part.values()))
         loss, ctc, attention = self._losses(parts, counts, alone)
-        rate, norm, finite = self._update(step, math.isfinite(loss), computed, planned)
+        rate, norm, finite = self._update(step, alone, math.isfinite(loss), computed, planned)
         predicted = [float(planned.seconds[s].sum()) for s in share_out(planned.seconds, self.ranks.size)]
         report = StepReport(
             step=step + 1,
@@ -220,12 +221,12 @@ class Trainer:
         return weighted(self.config.loss, ctc, attention), ctc, attention
 
     def _update(
-        self, step: int, finite: bool, computed: Computed, planned: PlannedStep
+        self, step: int, alone: bool, finite: bool, computed: Computed, planned: PlannedStep
     ) -> tuple[float, float, bool]:
         """Updates the weights by all ranks' gradients; returns (learning rate, gradient norm, whether both loss and
         gradient were finite). A step that is not changes nothing: neither weights nor statistics."""
         if self.shards:
-            self.shards.sum_gradients()
+            self.shards.sum_gradients(lambda batch: self.gradient.objective(batch, alone))
         elif finite:
             self.ranks.sum_gradients(self.optimizers.parameters)
         if not finite:
@@ -348,15 +349,14 @@ class Trainer:
         """WER of the model as it is, or of its average; the best checkpoint is the one of the lowest."""
         assert self.validate is not None
         done = self.progress.step
-        if self.shards:
-            self.shards.gather()
         self.model.eval()
-        with torch.inference_mode():
-            if self.average:
-                with self.average.in_place_of(self.model):
-                    metrics = self.validate(self.model, done)
-            else:
-                metrics = self.validate(self.model, done)
+        weights = self.average.in_place_of(self.model) if self.average else nullcontext()
+        with weights, torch.inference_mode():
+            if self.shards:
+                self.shards.gather()
+            metrics = self.validate(self.model, done)
+            if self.shards:
+                self.shards.scatter()
         to_training(self.model)
         self.progress.wer = metrics["wer"]
         if not self.ranks.first:

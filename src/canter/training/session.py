@@ -23,6 +23,8 @@ class Finished:
 
     prepared: Prepared
     progress: Progress
+    first: bool = True
+    """Whether this is the first rank, the one that tells of it."""
 
 
 def train(
@@ -70,7 +72,7 @@ def train(
         trackers = tracked(config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
             progress = trainer.train()
-        return Finished(prepared, progress)
+        return Finished(prepared, progress, ranks.first)
 
 
 def _unwatched(steps: int, done: int) -> AbstractContextManager[Callable[[StepReport], None]]:
