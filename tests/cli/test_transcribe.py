@@ -123,6 +123,18 @@ def test_the_suffix_decides(model, clips, tmp_path, monkeypatch, suffix, start):
     assert out.read_text().startswith(start + "hello\n")
 
 
+def test_a_log_gets_lines_with_the_speed_so_far(model, clips, monkeypatch, capsys):
+    monkeypatch.setattr("canter.cli.transcribe.EVERY_SECONDS", 0.0)
+    files = [str(clips / name) for name in ("good.wav", "silence.wav", "bad-nan.wav")]
+    assert main(["transcribe", model, *files, "--lang", "en"]) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("transcribing: ")]
+    assert len(lines) == 3
+    assert lines[-1].startswith("transcribing: 3 of 3 utterances, 2 of 2 s  RTFx ")
+    assert lines[-1].endswith("1 failed")
+    assert len(captured.out.splitlines()) == 3
+
+
 def test_a_file_of_one_utterance_refuses_two_before_any_work(model, clips, tmp_path, capsys):
     files = [str(clips / "good.wav"), str(clips / "silence.wav")]
     assert main(["transcribe", model, *files, "--lang", "en", "-o", str(tmp_path / "x.srt")]) == 1
