@@ -1,10 +1,14 @@
 import numpy as np
-import torch
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canter.tuning.fit import fit, least_squares, measure_budget, probe_shapes
-from canter.tuning.probe import Probe, probe
+from canter.errors import BudgetError
+from canter.planning import Plan
+from canter.tuning.fit import anchors, corners, fit, least_squares, measure_budget, within
+from canter.tuning.probe import Probe, Prober
+
+from .conftest import small_step
 
 numbers = st.floats(0.0, 10.0)
 
@@ -25,7 +29,10 @@ def test_a_budget_explains_its_probes():
     for b, t, u in zip(rng.integers(1, 20, 30), rng.integers(5, 200, 30), rng.integers(5, 80, 30)):
         size = 1e6 + b * (1000 * t + 3 * t * t + 500 * u)
         probes.append(Probe(int(b), int(t), int(u), int(size), 0.01 + b * (1e-4 * t + 1e-6 * t * u)))
-    budget = fit(probes, 1e12, 0.08, {"model": "x"})
+    held_up = Probe(5, 50, 20, probes[0].bytes, 9.0)  # by something else on the machine
+    budget = fit(
+        [*probes, Probe(*held_up.shape, 1e6 + 5 * (50e3 + 7500 + 1e4), 9.0)], 1e12, 0.08, {"model": "x"}
+    )
     for p in probes:
         assert abs(budget.bytes(p.batch, p.frames, p.tokens) / p.bytes - 1) < 0.01
         assert abs(budget.step_seconds(p.batch, p.frames, p.tokens) / p.seconds - 1) < 0.01
@@ -39,33 +46,92 @@ def test_probes_that_show_no_growth_still_give_a_budget():
     assert budget.step_seconds(8, 50, 9) > budget.step_seconds(1, 10, 5) > 0
 
 
-def test_saved_bytes_grow_with_the_batch_and_leave_parameters_out():
-    linear = torch.nn.Linear(64, 64)
-
-    def step(batch, frames, tokens):
-        linear(torch.relu(torch.randn(batch * frames, 64))).relu().sum().backward()
-
-    one, four = probe(step, 1, 10, 1), probe(step, 4, 10, 1)
-    assert 0 < one.bytes < 64 * 64 * 4 + 4 * 10 * 64 * 4
-    assert abs(four.bytes / one.bytes - 4) < 0.2
-    assert one.seconds > 0
-
-
-def test_measuring_covers_the_lengths():
+def test_anchors_cover_the_lengths():
     frames, tokens = np.arange(10, 200), np.arange(10, 200) // 3 + 5
-    shapes = probe_shapes(frames, tokens, 300)
-    assert max(t for _, t, _ in shapes) == 199
-    assert min(t for _, t, _ in shapes) < 25
-    assert all(b * t <= 300 or b == 1 for b, t, _ in shapes)
-    seen = []
-    x = torch.randn(8, 8, requires_grad=True)
+    points = anchors(frames, tokens, (0.05, 0.5, 1.0))
+    assert max(t for t, _ in points) == 199
+    assert min(t for t, _ in points) < 25
+    assert max(u for _, u in points) == tokens.max()
+    assert points == sorted(points)
 
-    def step(b, t, u):
-        seen.append((b, t, u))
-        (torch.randn(b * t, 8) @ x).square().sum().backward()
 
-    budget = measure_budget(
-        step, frames, tokens, limit_bytes=1e9, batch_frames=300, frame_seconds=0.08, measured_on={}
-    )
-    assert set(shapes) <= set(seen)
-    assert budget.frame_seconds == 0.08
+@pytest.mark.parametrize("most", [12, 40])
+def test_few_steps_find_the_costs_and_nothing_breaks(known_costs, formula, index, most):
+    limit = formula.bytes(30, 100, 40)
+    prober = Prober(known_costs, limit)
+    budget = measure_budget(prober, index, 0.08, most_probes=most)
+    assert len(prober.known) <= most
+    assert prober.steps <= most + 1
+    assert prober.out_of_memory <= 5
+    for shape in ((3, 20, 10), (10, 60, 30), (30, 100, 40)):
+        real = formula.bytes(*shape) + prober.step.state_bytes
+        assert abs(budget.bytes(*shape) / real - 1) < 0.02
+        assert abs(budget.step_seconds(*shape) / formula.seconds(*shape) - 1) < 0.05
+    assert 0.97 * limit < budget.limit_bytes <= limit
+    for step in Plan(index, budget):
+        for rows in step:
+            shape = len(rows), int(budget.frames(index.seconds[rows]).max()), int(index.tokens[rows].max())
+            assert formula.bytes(*shape) <= limit
+
+
+def test_the_extremes_of_the_plan_are_among_the_probes(known_costs, formula, index):
+    prober = Prober(known_costs, formula.bytes(30, 100, 40))
+    budget = measure_budget(prober, index, 0.08)
+    wanted = corners(index, budget)
+    assert len(wanted) >= 3
+    size = [budget.bytes(*shape) for shape in wanted]
+    assert max(size) > 0.9 * budget.limit_bytes
+    assert max(p.bytes for p in prober.probes) > 0.9 * budget.limit_bytes
+    assert max(p.batch for p in prober.probes) >= max(shape.batch for shape in wanted) / 1.1
+
+
+def test_where_the_formula_is_wrong_the_margin_grows(known_costs, formula, index):
+    honest = Prober(known_costs, formula.bytes(30, 100, 40))
+    measure_budget(honest, index, 0.08)
+    plain = formula.bytes
+    formula.bytes = lambda b, t, u: int(plain(b, t, u) * (1.15 if b * t > 1500 else 1.0))
+    prober = Prober(known_costs, plain(30, 100, 40))
+    budget = measure_budget(prober, index, 0.08)
+    assert budget.measured_on["margin"] > 0.03
+    for p in prober.fitting:
+        if p.bytes > 0.5 * prober.limit_bytes:
+            assert p.bytes <= budget.bytes(*p.shape) * (1 + budget.measured_on["margin"]) * 1.0001
+
+
+def test_what_does_not_fit_alone_is_told(known_costs, formula, index):
+    said = []
+    prober = Prober(known_costs, formula.bytes(1, 80, 20))
+    budget = measure_budget(prober, index, 0.08, say=said.append)
+    assert any("one utterance of" in line and "left out of plans" in line for line in said)
+    assert budget.max_batch(100, 40) == 0
+    assert budget.max_batch(30, 10) >= 1
+
+
+def test_a_second_run_makes_no_step_again(known_costs, formula, index, tmp_path):
+    limit, path = formula.bytes(30, 100, 40), tmp_path / "b.probes.jsonl"
+    first = measure_budget(Prober(known_costs, limit, {}, path), index, 0.08)
+    ran = len(formula.ran)
+    lines = path.read_text().splitlines()
+    assert measure_budget(Prober(known_costs, limit, {}, path), index, 0.08) == first
+    assert len(formula.ran) <= ran + 1  # the warm-up
+    path.write_text("\n".join(lines[:9]) + "\n")  # interrupted after nine
+    formula.ran.clear()
+    assert measure_budget(Prober(known_costs, limit, {}, path), index, 0.08) == first
+    assert len(formula.ran) <= len(lines) - 9 + 1
+
+
+def test_a_small_model_measured_for_real(model, index):
+    prober = Prober(small_step(model), 1e9)
+    budget = measure_budget(prober, index, 0.08, most_probes=12, most_frames=200)
+    assert max(p.batch * p.frames for p in prober.probes) <= 220
+    assert budget.bytes(4, 50, 20) > budget.bytes(1, 50, 20) > prober.step.state_bytes
+    assert budget.step_seconds(4, 50, 20) > 0
+
+
+def test_rows_a_model_cannot_take(index):
+    assert within(index, 100.0, 1000) is index
+    some = within(index, 5.0, 1000)
+    assert some.seconds.max() <= 5.0
+    assert 0 < len(some) < len(index)
+    with pytest.raises(BudgetError, match="not one of 200 utterances is within"):
+        within(index, 0.1, 10)

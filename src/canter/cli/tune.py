@@ -160,6 +160,7 @@ def measure(
 
 def make_prober(options: Options, subject: Subject, say: Callable[[str], None]) -> Prober:
     from canter.training.measure import memory_limit
+    from canter.tuning.memory import MMAP_THRESHOLD, steady_heap
     from canter.tuning.probe import Prober
     from canter.tuning.simulate import OVERHEAD, Simulator, parse_bytes
 
@@ -175,9 +176,11 @@ def make_prober(options: Options, subject: Subject, say: Callable[[str], None]) 
     journal = options.output.with_suffix(".probes.jsonl")
     journal.parent.mkdir(parents=True, exist_ok=True)
     told = subject.measured_on | ({"reserve_bytes": reserve} if reserve else {})
+    if step.device.type == "cpu" and steady_heap():
+        told["mmap_threshold"] = MMAP_THRESHOLD
     prober = Prober(step, memory_limit(step.device, say, limit, reserve), told, journal)
-    if prober.known:
-        say(f"{len(prober.known)} probes of an earlier run are taken from {journal}")
+    if prober.kept:
+        say(f"{len(prober.kept)} probes of an earlier run are taken from {journal}")
     return prober
 
 

@@ -23,6 +23,7 @@ MOST_EVENTS = 5  # out of memory, after which nothing is run that is not expecte
 FILLED = 0.65  # of the limit, the most that exploring batches are expected to take
 LEAST_MARGIN = 0.01
 OUTLIER = 3.0  # times the median residual of times: a step that something else on the machine held up
+ROUNDS = 3  # of running the plan's extreme batches; a plan from a better budget has others
 WINDOW = 50_000  # utterances of the plan whose extreme batches are run
 
 
@@ -180,8 +181,8 @@ def measure_budget(
         for point in points:
             search.fill(point, share)
     budget, unseen = search.fitted(), []
-    while fresh := [s for s in search.extremes(budget) if s not in prober.known][: search.left]:
-        for shape in fresh:
+    for _ in range(ROUNDS):
+        for shape in [s for s in search.extremes(budget) if s not in prober.known]:
             if search.left and prober.out_of_memory < MOST_EVENTS:
                 expected = float(budget.bytes(*shape))
                 unseen.append(prober(*shape, expected=expected).bytes / expected - 1)
@@ -225,13 +226,8 @@ class _Search:
         self.most_probes, self.most_frames, self.probe_seconds = most_probes, most_frames, probe_seconds
         lengths = np.asarray(index.seconds, np.float64)
         stride = slice(None, None, max(1, len(lengths) // 200_000))
-        usable = (lengths[stride] > 0) & np.isfinite(lengths[stride])
-        if not usable.any():
-            raise BudgetError(
-                "the index has no utterance with a duration, so there is nothing to measure for"
-            )
-        self.frames = np.maximum(1, np.ceil(lengths[stride][usable] / frame_seconds)).astype(np.int64)
-        self.tokens = np.maximum(2, np.asarray(index.tokens[stride]).astype(np.int64)[usable])
+        self.frames = np.maximum(1, np.ceil(lengths[stride] / frame_seconds)).astype(np.int64)
+        self.tokens = np.maximum(2, np.asarray(index.tokens[stride]).astype(np.int64))
 
     @property
     def left(self) -> int:

@@ -113,9 +113,10 @@ class Prober:
     told: Callable[[Probe], None] = lambda _: None
     steps: int = 0
     """Training steps run."""
-    out_of_memory: int = 0
-    """Steps that did not fit."""
     known: dict[Shape, Probe] = field(default_factory=dict)
+    """Probes asked for, in that order."""
+    kept: dict[Shape, Probe] = field(default_factory=dict)
+    """Probes of an earlier run, to be asked for."""
     _warm: bool = False
 
     def __post_init__(self) -> None:
@@ -126,6 +127,11 @@ class Prober:
     def probes(self) -> list[Probe]:
         """In the order made."""
         return list(self.known.values())
+
+    @property
+    def out_of_memory(self) -> int:
+        """Probes that did not fit."""
+        return sum(not probe.fits for probe in self.known.values())
 
     @property
     def fitting(self) -> list[Probe]:
@@ -158,9 +164,12 @@ class Prober:
         let it run without a cap, which is needed for its time to mean anything on a CPU."""
         shape = Shape(batch, frames, tokens)
         if shape not in self.known:
-            self.warm_up(1, frames, tokens)
-            self.known[shape] = self._measure(shape, expected)
-            self._write(self.known[shape])
+            if shape in self.kept:
+                self.known[shape] = self.kept[shape]
+            else:
+                self.warm_up(1, frames, tokens)
+                self.known[shape] = self._measure(shape, expected)
+                self._write(self.known[shape])
             self.told(self.known[shape])
         return self.known[shape]
 
@@ -171,7 +180,6 @@ class Prober:
         try:
             peak, seconds = self._peak(shape, free if guarded else None)
         except OutOfMemory as error:
-            self.out_of_memory += 1
             return Probe(*shape, max(state + error.wanted, self.limit_bytes), math.nan, False)
         if (
             device.type == "cuda"
@@ -179,9 +187,7 @@ class Prober:
             seconds = self._run(shape)
         elif guarded:
             seconds = math.nan
-        fits = peak <= free
-        self.out_of_memory += not fits
-        return Probe(*shape, state + peak, seconds, fits)
+        return Probe(*shape, state + peak, seconds, peak <= free)
 
     def _peak(self, shape: Shape, cap: float | None) -> tuple[int, float]:
         seconds = math.nan
@@ -226,7 +232,7 @@ class Prober:
                 probe = Probe(**value)
                 fits = probe.bytes <= self.limit_bytes
                 if probe.fits or not fits:  # what broke a lower limit may fit this one
-                    self.known[probe.shape] = replace(probe, fits=fits)
+                    self.kept[probe.shape] = replace(probe, fits=fits)
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise BudgetError(
                     f"{self.journal}:{number}: not a probe; remove the line, or the file"

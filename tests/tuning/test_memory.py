@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch import nn
+
+from canter.tuning.memory import LiveBytes, OutOfMemory, is_out_of_memory, peak_of, tensor_bytes
+
+MIB = 2**20
+
+
+def test_live_bytes_count_what_is_alive_at_a_time():
+    inputs = torch.ones(MIB // 4)
+    with LiveBytes() as count:
+        a = inputs * 2
+        b = a + 1
+        a.view(2, -1).mul_(3)  # a view, and in place: nothing new
+        del a
+        c = b * 2
+        del b, c
+        inputs.add_(1)
+    assert count.peak == 2 * MIB
+    assert count.live == 0
+
+
+def test_live_bytes_see_the_backward_pass():
+    weight = nn.Parameter(torch.randn(256, 256))
+    with LiveBytes() as count:
+        (torch.randn(1024, 256) @ weight).relu().square().sum().backward()
+    activations = 1024 * 256 * 4
+    assert 4 * activations <= count.peak <= 6 * activations + weight.nbytes
+    assert count.live == weight.nbytes  # its gradient stays
+
+
+def test_a_cap_ends_what_grows_above_it():
+    with pytest.raises(OutOfMemory) as caught, LiveBytes(cap=3 * MIB):
+        kept = [torch.zeros(MIB // 4) for _ in range(10)]
+    assert caught.value.wanted == 4 * MIB
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert "kept" not in locals()
+
+
+def test_the_peak_of_a_process_is_what_it_held():
+    def run():
+        held = [torch.ones(8 * MIB) for _ in range(3)]
+        del held
+
+    size = peak_of(run, torch.device("cpu"))
+    assert abs(size / (96 * MIB) - 1) < 0.1
+    assert peak_of(lambda: None, torch.device("cpu")) < 8 * MIB
+
+
+def test_shared_storage_counts_once():
+    x = torch.zeros(100)
+    assert tensor_bytes([x, x.view(10, 10), torch.zeros(10)]) == 440
