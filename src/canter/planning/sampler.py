@@ -101,6 +101,7 @@ class StepSampler:
         if not 0 <= rank < ranks:
             raise PlanError(f"rank {rank} of {ranks}: ranks count from 0")
         self.rank, self.ranks, self.first = rank, ranks, first
+        self.micro_batches_per_step = plan.micro_batches_per_step
         self.accumulation = -(-plan.micro_batches_per_step // ranks)
         self.steps = len(plan)
         self._epochs = [plan]

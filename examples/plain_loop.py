@@ -1,0 +1,53 @@
+"""A plain PyTorch loop under a plan: python examples/plain_loop.py MODEL MANIFEST FOLDER STEPS
+
+MODEL is whatever canter.load_model reads. Run it again with more STEPS, and it goes on where it stopped."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import canter
+from canter.corpus.build import build_index
+from canter.models.checkpoint import save_model
+from canter.planning import Budget, Plan
+from canter.planning.sampler import PlanSampler
+from canter.training.data import MicroBatches, collate
+
+
+class Clips(MicroBatches):
+    def __getitem__(self, row):
+        return self.example(self.index.utterance(row), row)
+
+
+start, manifest, folder, steps = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+saved = torch.load(folder / "state.pt", weights_only=True) if (folder / "state.pt").exists() else None
+model = canter.load_model(folder / "model" if saved else start).train()
+if getattr(model.config.features, "pad_seconds", 0):
+    model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
+index = build_index([manifest], folder / "lengths.arrow", model.tokenizer, prompt_tokens=10, progress=False)
+sampler = PlanSampler(Plan(index, Budget.from_batch_seconds(30.0, frame_seconds=model.frame_seconds)))
+clips = Clips(index, model.tokenizer, None, model.config.features.sample_rate)
+padded = lambda examples: collate(examples, model.tokenizer.pad)  # noqa: E731
+loader = torch.utils.data.DataLoader(clips, batch_sampler=sampler, collate_fn=padded)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+step = 0
+if saved:
+    step = saved["step"]
+    optimizer.load_state_dict(saved["optimizer"])
+    sampler.load_state_dict(saved["sampler"])
+while step < steps:  # a pass over the loader is an epoch, or the rest of one
+    for batch in sampler.follow(loader):
+        if step == steps:
+            break
+        torch.manual_seed(step)
+        sums = model.loss(batch)
+        loss = sums.attention / sums.attention_count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        print(f"step {step}: {len(batch.rows)} utterances, loss {loss.item():.4f}", flush=True)
+save_model(model, folder / "model")
+state = {"step": step, "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
+torch.save(state, folder / "state.pt")
