@@ -1,0 +1,96 @@
+
+import numpy as np
+import pytest
+
+from canter.cli.main import main
+from canter.corpus.index import LengthIndex
+from canter.planning import Budget
+from canter.training.config import ModelShape, TrainConfig, dump_config
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A configuration of a small model, and the lengths of 100 utterances."""
+    shape = ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40)
+    config = TrainConfig(vocabulary=60, precision="float32", threads=1, model=shape)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    rng = np.random.default_rng(0)
+    seconds = rng.uniform(1, 5, 100).astype(np.float32)
+    LengthIndex(seconds, (4 * seconds + 3).astype(np.int64)).save(tmp_path / "lengths.arrow")
+    return tmp_path
+
+
+def tune(folder, *options):
+    return main(
+        ["tune", str(folder / "config.yaml"), "--index", str(folder / "lengths.arrow"), "-o",
+         str(folder / "budget.json"), "--threads", "1", *options]
+    )  # fmt: skip
+
+
+def test_a_configuration_is_measured_and_read_by_plan(files, capsys):
+    assert (
+        tune(
+            files,
+            "--limit",
+            "400MiB",
+            "--probes",
+            "8",
+            "--nemo",
+            "--buckets",
+            "2",
+            "--figures",
+            str(files / "b.png"),
+        )
+        == 0
+    )
+    told = capsys.readouterr()
+    assert "bucket_batch_size: [" in told.out
+    assert "memory explained within" in told.err
+    budget = Budget.load(files / "budget.json")
+    assert budget.limit_bytes < 400 * 2**20
+    assert budget.measured_on["precision"] == "float32"
+    assert (files / "b.png").exists()
+    assert len((files / "budget.probes.jsonl").read_text().splitlines()) == budget.measured_on["probes"]
+    assert main(["plan", str(files / "lengths.arrow"), "--budget", str(files / "budget.json"), "--json"]) == 0
+    assert tune(files, "--limit", "400MiB", "--probes", "8") == 0
+    assert "1 steps" in " ".join(capsys.readouterr().err.split())  # the warm-up alone: probes are kept
+
+
+def test_simulated(files, capsys):
+    assert (
+        tune(
+            files,
+            "--simulate",
+            "2GiB",
+            "--reserve",
+            "1GiB",
+            "--probes",
+            "6",
+            "--sharding",
+            "ddp",
+            "--ranks",
+            "2",
+        )
+        == 0
+    )
+    budget = Budget.load(files / "budget.json")
+    assert budget.limit_bytes < 2**30
+    assert budget.measured_on["device"] == "simulated 2GiB"
+    assert budget.measured_on["ranks"] == 2
+    assert "simulated: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--limit", "many"), "'many' is no amount of memory"),
+        (("--limit", "900TB"), "is more than the"),
+        (("--limit", "100MiB", "--reserve", "200MiB"), "leaves nothing of"),
+        (("--limit", "1MiB"), "not even one utterance"),
+        (("--sharding", "fsdp"), "--ranks is 1; FSDP needs 2"),
+    ],
+)
+def test_what_cannot_be(files, capsys, options, message):
+    assert tune(files, *options) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (files / "budget.json").exists()
