@@ -251,6 +251,13 @@ class _Search:
                 )
                 continue
             last, fit_ = probe, [*fit_, (t, u)]
+        if not fit_:
+            t, u = points[0]
+            raise BudgetError(
+                f"not even one utterance of {t * self.frame_seconds:.1f} s and {u} tokens fits in "
+                f"{gib(self.prober.limit_bytes)}, {gib(state)} of which are weights and optimiser state; raise the "
+                "limit, or use a smaller model"
+            )
         return fit_
 
     def fill(self, point: tuple[int, int], share: float) -> None:
