@@ -386,8 +386,8 @@ def summary(options: Options, data: Path, index: LengthIndex) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     unknown = set(options.arms) - set(ARMS)
-    if unknown or options.steps <= UNTIMED:
-        raise SystemExit(f"no arm {', '.join(unknown)}" if unknown else f"--steps must be over {UNTIMED}")
+    if unknown or options.steps <= UNTIMED + 1:
+        raise SystemExit(f"no arm {', '.join(unknown)}" if unknown else f"--steps must be over {UNTIMED + 1}")
     with tempfile.TemporaryDirectory() as held:
         data = Path(held)
         index = write_data(options, data)

@@ -102,7 +102,7 @@ def test_steps_are_the_plans_and_the_loss_is_the_whole_steps(tmp_path, caplog):
             loaded = Clips()[Address(0, 0, True, np.array([row]))]
             if loaded.batch is not None:
                 found = model.loss(loaded.batch)
-                total, count = total + float(found.attention), count + int(found.attention_count)
+                total, count = total + found.attention.item(), count + int(found.attention_count)
     assert losses[0] == pytest.approx(total / count, rel=1e-5)
 
 
