@@ -252,7 +252,7 @@ class Engine:
         source, waiting, more = iter(batches), deque[_Encoded](), True
         search = self._search()
         live = _Live(self.model.decoder.cache(search.beams), search)
-        steps = FixedSteps(self.model.decoder) if self.gpu and self.config.graphs else None
+        steps = self._fixed_steps()
         # On a GPU the next batch is encoded beside the decoder's steps.
         enough = self.config.rows + (self.config.rows + 1) // 2 if self.gpu else self.config.rows
         try:
@@ -276,6 +276,10 @@ class Engine:
         finally:
             self.model.train(training)
             self._count_spans(wait=True)
+
+    def _fixed_steps(self) -> FixedSteps | None:
+        """How the decoder steps, if not as it comes."""
+        return FixedSteps(self.model.decoder) if self.gpu and self.config.graphs else None
 
     def _search(self) -> Search:
         config = self.config

@@ -3,18 +3,27 @@
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Literal, TypeVar
 
-from canter.corpus.audio import load_utterance
+import numpy as np
+
+from canter.corpus.audio import audio_blocks, load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError
-from canter.inference.engine import Engine, Request, encoder_batches
+from canter.inference.engine import Engine, Hypothesis, Request, encoder_batches
+from canter.inference.pieces import Piece, cut
+from canter.inference.reading import Assembly, Fallback, segments_of
 from canter.inference.segments import Segment
+from canter.inference.vad import DETECTORS, RATE
 from canter.models.model import SpeechModel
+from canter.text.prompts import FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
+from canter.text.whisper import WhisperTokenizer
 
 READERS = 2  # threads that decode audio while the model works
 AHEAD = 2  # batches read ahead
@@ -38,69 +47,262 @@ class Transcription:
     """What the utterance's prompt said, or what was detected."""
 
 
+@dataclass(frozen=True)
+class TranscribeConfig:
+    """What is asked of a transcription."""
+
+    timestamps: Literal["none", "segment", "word"] = "none"
+    """`segment`: the model is asked for timestamps, where its prompt format has them; `word`: words get times
+    from cross-attention, or Canary's timestamps."""
+    window_seconds: float | None = None
+    """Longer audio is cut; by default 30 for Whisper, 40 for other models."""
+    overlap_seconds: float = 3.0
+    """What two pieces have in common where speech leaves no pause to cut in."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """What finds the pauses of long audio; `silero` needs the extra `vad`, `none` cuts every window."""
+    fallback: Fallback | None = field(default_factory=Fallback)
+    """When a Whisper's hypothesis is not believed; other models have none."""
+
+
+class Listener:
+    """Prompts and requests for one engine, and what comes back as segments; the tokens are ``tokenizer``'s."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: TranscribeConfig | None = None):
+        """Raises ConfigError where ``vad`` needs an extra that is not there."""
+        self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
+        self.whisper = isinstance(tokenizer, WhisperTokenizer)
+        self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
+        longest = most_seconds(engine.model)
+        self.window = min(self.config.window_seconds or (30.0 if self.whisper else 40.0), longest)
+        self.rate = engine.model.config.features.sample_rate
+        self.detector = DETECTORS[self.config.vad] if self.config.vad != "none" else None
+        if self.config.vad == "silero":
+            DETECTORS["silero"](np.zeros(1, np.float32))
+
+    def slots(self, utterance: Utterance) -> dict[str, str]:
+        """The utterance's prompt slots, with timestamps if they are asked for."""
+        slots = utterance_slots(utterance)
+        formats = getattr(self.tokenizer, "prompt_format", "whisper" if self.whisper else "")
+        if self.config.timestamps != "none" and "timestamp" in FORMATS.get(formats, ()):
+            slots["timestamp"] = "yes"
+        return slots
+
+    def request(self, slots: Mapping[str, str]) -> Request:
+        """What all pieces of an utterance have in common. A Whisper of many languages detects the source
+        language of slots that name none."""
+        languages: tuple[int, ...] = ()
+        names = self.tokenizer.languages
+        if self.whisper and len(names) > 1 and "source_lang" not in slots:
+            languages = tuple(self.tokenizer.special_id(f"<|{name}|>") for name in names)
+            slots = {**slots, "source_lang": names[0]}
+        fallback, decode = self.config.fallback if self.whisper else None, self.tokenizer.decode
+        return Request(
+            np.zeros(0, np.float32),
+            self.tokenizer.prompt_ids(slots),
+            retry=(lambda found: fallback.retry(found, decode(found.tokens))) if fallback else None,
+            languages=languages,
+            scored=fallback is not None,
+            aligned=self.config.timestamps == "word",
+        )
+
+    def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
+        """Audio in blocks, at the model's rate, in pieces that fit the model."""
+        return cut(blocks, self.detector, self.window, self.config.overlap_seconds)
+
+    def segments(self, hypothesis: Hypothesis, seconds: float) -> list[Segment]:
+        """Of a piece of so many seconds; none where Whisper heard nobody speak."""
+        if self.whisper and self.config.fallback and self.config.fallback.silent(hypothesis):
+            return []
+        return segments_of(hypothesis, self.tokenizer, seconds, self.first_timestamp)
+
+    def language(self, hypothesis: Hypothesis) -> str | None:
+        """The language in a Whisper's prompt, detected or not."""
+        if not self.whisper:
+            return None
+        shown = self.tokenizer.decode(hypothesis.prompt, special=True)
+        return next((name for name in self.tokenizer.languages if f"<|{name}|>" in shown), None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The key of one piece's request."""
+
+    utterance: int
+    number: int
+    start: float
+    seconds: float
+    overlap: float
+
+
 def transcribe(
-    engine: Engine, tokenizer: Tokenizer, utterances: Sequence[Utterance], longest_seconds: float = 300.0
+    engine: Engine,
+    tokenizer: Tokenizer,
+    utterances: Sequence[Utterance],
+    longest_seconds: float = math.inf,
+    config: TranscribeConfig | None = None,
 ) -> list[Transcription]:
     """The transcriptions of ``utterances``, in their order. What cannot be read is a transcription with an
     ``error``."""
     results: list[Transcription] = [Transcription("")] * len(utterances)
-    for index, transcription in transcribe_stream(engine, tokenizer, utterances, longest_seconds):
+    for index, transcription in transcribe_stream(engine, tokenizer, utterances, longest_seconds, config):
         results[index] = transcription
     return results
 
 
 def transcribe_stream(
-    engine: Engine, tokenizer: Tokenizer, utterances: Sequence[Utterance], longest_seconds: float = 300.0
+    engine: Engine,
+    tokenizer: Tokenizer,
+    utterances: Sequence[Utterance],
+    longest_seconds: float = math.inf,
+    config: TranscribeConfig | None = None,
 ) -> Iterator[tuple[int, Transcription]]:
     """As ``transcribe``, but each (index, transcription) as soon as it is finished, long utterances first.
 
-    Batches follow the stated durations; only a few batches of audio are in memory at a time.
+    Batches follow the stated durations; only a few batches of audio are in memory at a time, of an utterance
+    longer than the window never more than a few windows. ``longest_seconds``: what is longer is refused.
     """
-    failed: deque[tuple[int, Transcription]] = deque()
-    frames = [engine.model.encoder_frames(utterance.duration) for utterance in utterances]
-    batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
+    listener = Listener(engine, tokenizer, config)
+    queue = _Queue(listener, utterances, longest_seconds)
+    for hypothesis in engine.run(queue.batches()):
+        part = hypothesis.key
+        assert isinstance(part, _Part)
+        if part.utterance in queue.open:
+            assembly = queue.open[part.utterance]
+            assembly.hypotheses[part.number] = hypothesis
+            segments = listener.segments(hypothesis, part.seconds)
+            assembly.add(part.number, segments, part.start, part.overlap)
+        yield from queue.finished()
+    yield from queue.finished()
 
-    longest_seconds = min(longest_seconds, most_seconds(engine.model))
 
-    def request(index: int) -> Request:
-        utterance = utterances[index]
-        prompt = tokenizer.prompt(utterance)
-        audio = load_utterance(utterance, engine.model.config.features.sample_rate)
-        seconds = len(audio) / engine.model.config.features.sample_rate
-        if seconds > longest_seconds:
-            raise AudioError(
-                f"{utterance.audio_filepath} is {seconds:.0f} s long, over the limit of "
-                f"{longest_seconds:g} s (--longest-seconds, or what the model can take): cut it"
-            )
-        return Request(audio, prompt, index)
+class _Queue:
+    """What waits for the engine, read ahead in threads, and what has not come back whole."""
 
-    def requests() -> Iterator[list[Request]]:
+    def __init__(self, listener: Listener, utterances: Sequence[Utterance], longest_seconds: float):
+        self.listener, self.utterances, self.longest = listener, utterances, longest_seconds
+        self.open: dict[int, Assembly] = {}
+        self.failed: deque[tuple[int, Transcription]] = deque()
+        self.settled: deque[int] = deque()  # whose number of pieces has become known
+
+    def batches(self) -> Iterator[list[Request]]:
+        """Long utterances piece by piece, then the others, longest first."""
+        engine, listener = self.listener.engine, self.listener
+        long = [i for i, one in enumerate(self.utterances) if one.duration > listener.window]
+        short = [i for i, one in enumerate(self.utterances) if one.duration <= listener.window]
+        size = max(1, int(engine.config.frames // engine.model.encoder_frames(listener.window)))
+        yield from _ahead(_grouped(self._long(long), size))
+        frames = [engine.model.encoder_frames(self.utterances[index].duration) for index in short]
+        batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
         with ThreadPoolExecutor(READERS) as pool:
-            ahead: deque[list[tuple[int, Future[Request]]]] = deque()
+            ahead: deque[list[Future[list[Request]]]] = deque()
             try:
                 for batch in [*batches, *[[]] * AHEAD]:  # empty ones push the last out
-                    ahead.append([(index, pool.submit(request, index)) for index in batch])
-                    if len(ahead) <= AHEAD:
-                        continue
-                    ready: list[Request] = []
-                    for index, future in ahead.popleft():
-                        try:
-                            ready.append(future.result())
-                        except CanterError as error:
-                            failed.append((index, Transcription("", error=str(error))))
-                    yield ready
+                    ahead.append([pool.submit(self._short, short[index]) for index in batch])
+                    if len(ahead) > AHEAD:
+                        yield [request for future in ahead.popleft() for request in future.result()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    for hypothesis in engine.run(requests()):
-        while failed:
-            yield failed.popleft()
-        index = hypothesis.key
-        assert isinstance(index, int)
-        ctc = None if hypothesis.ctc is None else tuple(hypothesis.ctc)
-        text = tokenizer.decode(hypothesis.tokens).strip()
-        yield index, Transcription(text, tuple(hypothesis.tokens), hypothesis.finished, ctc)
-    yield from failed
+    def _begin(self, index: int) -> Request:
+        """What the requests of an utterance have in common. Raises AudioError if it is too long."""
+        utterance = self.utterances[index]
+        self.open[index] = Assembly()
+        if utterance.duration > self.longest:
+            raise AudioError(
+                f"{utterance.audio_filepath} is {utterance.duration:.0f} s long, over the limit of "
+                f"{self.longest:g} s (--longest-seconds): cut it"
+            )
+        return self.listener.request(self.listener.slots(utterance))
+
+    def _short(self, index: int) -> list[Request]:
+        try:
+            request = self._begin(index)
+            audio = load_utterance(self.utterances[index], self.listener.rate)
+            seconds = len(audio) / self.listener.rate
+            if seconds > self.longest:
+                raise AudioError(f"{self.utterances[index].audio_filepath} is {seconds:.0f} s long: cut it")
+            if seconds <= self.listener.window:
+                found = [replace(request, audio=audio, key=_Part(index, 0, 0.0, seconds, 0.0))]
+            else:
+                pieces = self.listener.pieces([audio])
+                found = [_request(request, index, n, piece) for n, piece in enumerate(pieces)]
+        except CanterError as error:
+            self._fail(index, error)
+            return []
+        self._settle(index, len(found))
+        return found
+
+    def _long(self, indices: Sequence[int]) -> Iterator[Request]:
+        for index in indices:
+            number = 0
+            try:
+                request = self._begin(index)
+                blocks = audio_blocks(self.utterances[index], self.listener.rate)
+                for number, piece in enumerate(self.listener.pieces(blocks), 1):
+                    yield _request(request, index, number - 1, piece)
+            except CanterError as error:
+                self._fail(index, error)
+            else:
+                self._settle(index, number)
+
+    def _settle(self, index: int, pieces: int) -> None:
+        self.open[index].total = pieces
+        self.settled.append(index)
+
+    def _fail(self, index: int, error: CanterError) -> None:
+        self.failed.append((index, Transcription("", error=str(error))))
+
+    def finished(self) -> Iterator[tuple[int, Transcription]]:
+        """What has become whole or has failed since."""
+        while self.failed:
+            index, transcription = self.failed.popleft()
+            del self.open[index]
+            yield index, transcription
+        for _ in range(len(self.settled)):
+            index = self.settled.popleft()
+            if not self.open[index].complete:
+                self.settled.append(index)
+                continue
+            yield index, self._whole(self.open.pop(index), self.utterances[index])
+
+    def _whole(self, assembly: Assembly, utterance: Utterance) -> Transcription:
+        text, segments = assembly.finished()
+        found = [assembly.hypotheses[number] for number in range(assembly.total or 0)]
+        ctc = [one.ctc for one in found]
+        if len(found) == 1 and segments:
+            text = self.listener.tokenizer.decode(found[0].tokens).strip()
+        return Transcription(
+            text,
+            tuple(token for one in found for token in one.tokens),
+            all(one.finished for one in found),
+            tuple(x for one in ctc for x in one or ()) if any(one is not None for one in ctc) else None,
+            segments=segments,
+            language=self.listener.language(found[0]) if found and self.listener.whisper
+            else utterance.target_lang or utterance.lang,
+        )  # fmt: skip
+
+
+def _request(request: Request, index: int, number: int, piece: Piece) -> Request:
+    key = _Part(index, number, piece.start, len(piece.samples) / RATE, piece.overlap)
+    aligned = request.aligned or piece.overlap > 0 or piece.goes_on
+    return replace(request, audio=piece.samples, key=key, aligned=aligned)
+
+
+T = TypeVar("T")
+
+
+def _grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while group := list(islice(items, size)):
+        yield group
+
+
+def _ahead(items: Iterator[list[T]]) -> Iterator[list[T]]:
+    """The same, with AHEAD of them made in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        futures = deque(pool.submit(next, items, None) for _ in range(AHEAD))
+        while (item := futures.popleft().result()) is not None:
+            futures.append(pool.submit(next, items, None))
+            yield item
 
 
 def most_seconds(model: SpeechModel) -> float:

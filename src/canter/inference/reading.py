@@ -1,0 +1,274 @@
+"""From hypotheses to segments and words: timestamps that the model wrote, times of words, joints of pieces."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+
+from canter.inference.alignment import Alignment
+from canter.inference.engine import Hypothesis
+from canter.inference.segments import Segment, Word
+from canter.text.sentencepiece import SentencePieceTokenizer
+from canter.text.tokenizer import Tokenizer
+from canter.text.whisper import TIMESTAMP_SECONDS
+
+OPENING = "\"'“¿([{-"  # punctuation that belongs to the word after it (openai-whisper's lists)
+CLOSING = "\"'.。,，!！?？:：”)]}、"
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+_CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
+CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
+NEAR = 1.0  # seconds beyond an overlap in which its words may still have been put
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of the text for each byte of its zlib compression, as Whisper tells repetition by."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """When a Whisper's hypothesis is not believed and the audio is decoded once more, hotter (Radford et al.,
+    2022, section 4.5)."""
+
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    """Of the attempts; the last is kept whatever it gives."""
+    compression_ratio: float | None = 2.4
+    """More repetitive than this is not believed."""
+    logprob: float | None = -1.0
+    """Less likely a token than this, on average, is not believed ..."""
+    no_speech: float | None = 0.6
+    """... unless no speech is likelier than this: then the audio is taken for silence."""
+
+    def silent(self, hypothesis: Hypothesis) -> bool:
+        """Whether the hypothesis is of silence."""
+        unlikely = self.logprob is None or hypothesis.avg_logprob < self.logprob
+        return self.no_speech is not None and hypothesis.no_speech > self.no_speech and unlikely
+
+    def retry(self, hypothesis: Hypothesis, text: str) -> float | None:
+        """The temperature of the next attempt, None where the hypothesis is kept."""
+        doubtful = (
+            self.compression_ratio is not None and compression_ratio(text) > self.compression_ratio
+        ) or (self.logprob is not None and hypothesis.avg_logprob < self.logprob)
+        if not doubtful or self.silent(hypothesis):
+            return None
+        return next((one for one in self.temperatures if one > hypothesis.temperature), None)
+
+
+def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
+    """The words of an alignment; in scripts without spaces every character that is whole is one. Their texts
+    keep the space before them, so that they join to the text."""
+    found: list[Word] = []
+    begin = 0
+    for end in range(1, len(alignment.tokens) + 1):
+        text = _raw(tokenizer, alignment.tokens[begin:end])
+        if "\ufffd" in text:  # a character is not whole yet
+            continue
+        shares = alignment.probabilities[begin:end]
+        word = Word(alignment.starts[begin], alignment.starts[end], text, sum(shares) / len(shares))
+        begin = end
+        last = found[-1] if found else None
+        if last is None or _begins_word(last.text, text):
+            found.append(word)
+        else:
+            found[-1] = _merged(last, word)
+    return found
+
+
+def _raw(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text with its space in front, which ``decode`` takes away."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return "".join(map(tokenizer.piece, tokens)).replace("▁", " ")
+    return tokenizer.decode(tokens, special=True)
+
+
+def _begins_word(before: str, text: str) -> bool:
+    if before.strip() and all(mark in OPENING for mark in before.strip()) and before.startswith(" "):
+        return False
+    if text.strip() and all(mark in CLOSING for mark in text.strip()):
+        return False
+    return text.startswith(" ") or bool(UNSPACED.match(text)) or bool(UNSPACED.search(before[-1:]))
+
+
+def _merged(one: Word, other: Word) -> Word:
+    longer = max(len(one.text) + len(other.text), 1)
+    share = (one.probability * len(one.text) + other.probability * len(other.text)) / longer
+    return Word(one.start, other.end, one.text + other.text, share)
+
+
+def segments_of(
+    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int | None = None
+) -> list[Segment]:
+    """The segments of one piece of audio of so many seconds, times from its start.
+
+    Where the model wrote timestamps they are the segments' bounds: Whisper's, whose first has the id
+    ``first_timestamp`` (an unfinished last segment ends with the audio), or Canary's, which stand around
+    every word and make words. Else the piece is one segment, with the words of the alignment, if there is
+    one.
+    """
+    tokens = hypothesis.tokens
+    spans: list[tuple[float, float, list[int]]] = []
+    words: list[Word] = []
+    if first_timestamp is not None and any(token >= first_timestamp for token in tokens):
+        spans = _whisper_spans(tokens, first_timestamp, seconds)
+    else:
+        words = _canary_words(tokenizer.decode(tokens, special=True))
+        begin, end = (words[0].start, words[-1].end) if words else (0.0, seconds)
+        spans = [(begin, min(end, seconds), list(tokens))]
+    if hypothesis.alignment and not words:
+        words = words_of(hypothesis.alignment, tokenizer)
+    found = []
+    for begin, end, part in spans:
+        text = tokenizer.decode(part).strip()
+        if text:
+            found.append(
+                Segment(
+                    begin,
+                    end,
+                    text,
+                    tuple(part),
+                    avg_logprob=hypothesis.avg_logprob,
+                    temperature=hypothesis.temperature,
+                    no_speech_prob=hypothesis.no_speech,
+                )
+            )
+    return _with_words(found, words) if words else found
+
+
+def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tuple[float, float, list[int]]]:
+    spans: list[tuple[float, float, list[int]]] = []
+    begin, part = 0.0, list[int]()
+    for token in tokens:
+        if token < first:
+            part.append(token)
+            continue
+        time = min((token - first) * TIMESTAMP_SECONDS, seconds)
+        if any(one < first for one in part):
+            spans.append((begin, time, [*part, token]))
+            part = []
+            begin = time
+        else:
+            begin, part = time, [token]
+    if any(one < first for one in part):
+        spans.append((begin, seconds, part))
+    return spans
+
+
+def _canary_words(text: str) -> list[Word]:
+    """The words between pairs of Canary's timestamps, ``<|3|> word<|7|>``, in frames of 80 ms."""
+    parts = _CANARY_STAMP.split(text)  # text, number, text, number, ...
+    stamps = [int(number) * CANARY_FRAME for number in parts[1::2]]
+    found = []
+    for index, spoken in enumerate(parts[2::2]):
+        if spoken.strip():
+            end = stamps[index + 1] if index + 1 < len(stamps) else stamps[index]
+            found.append(Word(stamps[index], max(end, stamps[index]), " " + spoken.strip(), 1.0))
+    return found
+
+
+def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
+    """Words go to segments in order, as many characters as each segment's text has."""
+    found, place = [], 0
+    for number, segment in enumerate(segments):
+        length, taken = sum(not one.isspace() for one in segment.text), 0
+        begin = place
+        while place < len(words) and (taken < length or number == len(segments) - 1):
+            taken += sum(not one.isspace() for one in words[place].text)
+            place += 1
+        found.append(replace(segment, words=tuple(words[begin:place])))
+    return found
+
+
+def joined(before: list[Word], after: list[Word], start: float, end: float) -> tuple[int, int]:
+    """Two pieces both have the audio from ``start`` to ``end``: how many words of ``before`` are kept, and
+    the first of ``after`` that is.
+
+    They part within the longest run of words that both heard there (its middle: words at the very end of a
+    piece are heard worst); where they heard nothing alike, in the middle of the overlap.
+    """
+    low = next((i for i, word in enumerate(before) if word.end > start - NEAR), len(before))
+    high = next((i for i, word in enumerate(after) if word.start > end + NEAR), len(after))
+    heard = [_plain(word.text) for word in before[low:]]
+    again = [_plain(word.text) for word in after[:high]]
+    match = SequenceMatcher(None, heard, again, autojunk=False).find_longest_match()
+    if match.size and any(heard[match.a : match.a + match.size]):
+        half = (match.size + 1) // 2
+        return low + match.a + half, match.b + half
+    middle = (start + end) / 2
+    kept = sum((word.start + word.end) / 2 < middle for word in before)
+    return kept, sum((word.start + word.end) / 2 < middle for word in after)
+
+
+class Assembly:
+    """The segments of one utterance, from hypotheses of its pieces in any order."""
+
+    def __init__(self):
+        self.total: int | None = None
+        """How many pieces there are, once that is known."""
+        self.segments: list[Segment] = []
+        """In order; the words' texts have the space before them."""
+        self.hypotheses: dict[int, Hypothesis] = {}
+        self._waiting: dict[int, tuple[list[Segment], float, float]] = {}
+        self._next = 0
+        self._last_begins = 0  # in ``segments``: of the latest piece, which the next may still shorten
+
+    @property
+    def complete(self) -> bool:
+        return self._next == self.total
+
+    def add(self, number: int, segments: list[Segment], start: float, overlap: float) -> list[Segment]:
+        """The segments of piece ``number``, times from its own start, which is at ``start`` seconds; of the
+        first ``overlap`` the piece before has the words too. Returns segments that nothing will change any
+        more."""
+        self._waiting[number] = ([one.shifted(start) for one in segments], start, overlap)
+        settled = self._last_begins
+        while self._next in self._waiting:
+            new, start, overlap = self._waiting.pop(self._next)
+            if overlap:
+                last = self.segments[self._last_begins :]
+                kept, first = joined(_all_words(last), _all_words(new), start, start + overlap)
+                self.segments[self._last_begins :] = _sliced(last, 0, kept)
+                new = _sliced(new, first, None)
+            self._last_begins = len(self.segments)
+            self.segments += new
+            self._next += 1
+        if self.complete:
+            self._last_begins = len(self.segments)
+        return [_stripped(one) for one in self.segments[settled : self._last_begins]]
+
+    def finished(self) -> tuple[str, tuple[Segment, ...]]:
+        """The text and the segments."""
+        text = ""
+        for segment in self.segments:
+            close = UNSPACED.match(segment.text) and UNSPACED.search(text[-1:])
+            text += segment.text if close or not text else " " + segment.text
+        return text, tuple(map(_stripped, self.segments))
+
+
+def _all_words(segments: list[Segment]) -> list[Word]:
+    return [word for segment in segments for word in segment.words]
+
+
+def _sliced(segments: list[Segment], first: int, end: int | None) -> list[Segment]:
+    """The words from ``first`` to ``end`` of all; a segment that loses some has no tokens any more."""
+    found, place = [], 0
+    for segment in segments:
+        words = segment.words[max(0, first - place) : None if end is None else max(0, end - place)]
+        place += len(segment.words)
+        if words == segment.words:
+            found.append(segment)
+        elif words:
+            text = "".join(word.text for word in words).strip()
+            start = words[0].start if words[0] != segment.words[0] else segment.start
+            stop = words[-1].end if words[-1] != segment.words[-1] else segment.end
+            found.append(replace(segment, start=start, end=stop, text=text, tokens=(), words=words))
+    return found
+
+
+def _stripped(segment: Segment) -> Segment:
+    return replace(segment, words=tuple(replace(word, text=word.text.strip()) for word in segment.words))
+
+
+def _plain(text: str) -> str:
+    return "".join(one for one in text.casefold() if one.isalnum())

@@ -1,0 +1,85 @@
+"""Where somebody speaks: by energy, or by silero-vad's network (extra ``vad``).
+
+F: frames of FRAME seconds.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from canter.errors import ConfigError
+
+RATE = 16000
+FRAME = 0.02  # seconds
+QUIET = 1e-10  # added to power, so that silence has a logarithm
+CONTRAST = 10.0  # dB between the quietest and the loudest, below which energy says nothing
+Detector = Callable[[np.ndarray], np.ndarray]
+"""Samples (S,) at RATE -> (F,) how likely somebody speaks, 0 to 1, above 0.5 taken for speech."""
+
+
+def loudness(samples: np.ndarray) -> np.ndarray:
+    """samples (S,) -> (F,) dB of full scale, smoothed over 5 frames; the last frame may be cut short."""
+    size = round(FRAME * RATE)
+    frames = -(-len(samples) // size)
+    padded = np.zeros(frames * size, dtype=np.float32)
+    padded[: len(samples)] = samples
+    power = np.square(padded.reshape(frames, size)).mean(1)
+    smooth = np.convolve(np.pad(power, 2, mode="edge"), np.full(5, 0.2), mode="valid") if frames else power
+    return 10 * np.log10(smooth + QUIET)
+
+
+def energy(samples: np.ndarray) -> np.ndarray:
+    """A ``Detector``: speech is what stands out from the quietest tenth by a quarter of what the loudest do.
+
+    Careful rather than keen: where there is little contrast (noise, music) all is taken for speech, and
+    nothing at all where all is silent to the last bit.
+    """
+    level = loudness(samples)
+    if not len(level):
+        return level
+    floor, top = np.percentile(level, 10), np.percentile(level, 95)
+    if top < -80:
+        return np.zeros(len(level))
+    if top - floor < CONTRAST:
+        return np.ones(len(level))
+    return np.clip((level - floor) / (top - floor) / 0.5, 0, 1)
+
+
+@functools.cache
+def _silero_session():
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+        import silero_vad  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            "--vad silero needs the extra: pip install 'canter[vad]'; or use --vad energy"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.inter_op_num_threads = options.intra_op_num_threads = 1
+    file = Path(str(silero_vad.__file__)).parent / "data" / "silero_vad.onnx"
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def silero(samples: np.ndarray) -> np.ndarray:
+    """A ``Detector``: silero-vad's network, which looks at 32 ms after 4 ms of what was before.
+
+    Raises ConfigError without the extra ``vad``.
+    """
+    session, size, before = _silero_session(), 512, 64
+    windows = -(-len(samples) // size)
+    padded = np.zeros(before + windows * size, dtype=np.float32)
+    padded[before : before + len(samples)] = samples
+    state = np.zeros((2, 1, 128), dtype=np.float32)
+    found = np.zeros(windows)
+    rate = np.array(RATE, dtype=np.int64)
+    for index in range(windows):
+        part = padded[None, index * size : index * size + size + before]
+        share, state = session.run(None, {"input": part, "state": state, "sr": rate})
+        found[index] = share[0, 0]
+    frames = -(-len(samples) // round(FRAME * RATE))
+    return found[(np.arange(frames) * round(FRAME * RATE)) // size]
+
+
+DETECTORS: dict[str, Detector] = {"energy": energy, "silero": silero}

@@ -1,0 +1,114 @@
+"""Long audio in pieces: all speech is in some piece, none is longer than the window, memory is bounded."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from canter.inference.pieces import cut
+from canter.inference.vad import FRAME, RATE, energy, loudness
+
+
+def speech(spans: list[tuple[float, float]]) -> np.ndarray:
+    """Stretches of modulated noise, (pause before, length) in seconds each, in faint noise."""
+    random = np.random.default_rng(0)
+    parts = []
+    for pause, length in spans:
+        parts.append(1e-4 * random.normal(size=round(pause * RATE)))
+        parts.append(0.1 * random.normal(size=round(length * RATE)))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def blocks(samples: np.ndarray, size: int):
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
+
+
+def oracle(samples: np.ndarray) -> np.ndarray:
+    """A detector that knows: the faint noise is 1e-4, speech a thousand times as loud."""
+    return (loudness(samples) > -50).astype(float)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.0, 8.0), st.floats(0.3, 14.0)), min_size=1, max_size=6),
+    st.sampled_from([1234, 16000, 10**7]),
+    st.sampled_from([None, oracle, energy]),
+)
+def test_nothing_is_lost(spans, size, detector):
+    samples = speech(spans)
+    pieces = list(cut(blocks(samples, size), detector, window=5.0, overlap=1.0))
+    seen = np.zeros(len(samples), dtype=int)
+    for piece in pieces:
+        start = round(piece.start * RATE)
+        assert len(piece.samples) <= 5.0 * RATE
+        assert np.array_equal(piece.samples, samples[start : start + len(piece.samples)])
+        seen[start : start + len(piece.samples)] += 1
+    loud = np.abs(samples) > 0.02
+    assert seen[loud].min() >= 1
+    assert seen.max() <= 2
+    for before, after in pairwise(pieces):
+        assert max(0.0, before.end - after.start) == pytest.approx(after.overlap, abs=1e-6)
+        assert after.overlap <= 1.0
+    if detector is oracle:
+        assert (seen > 0).mean() <= min(1.0, loud.mean() * 1.6 + 0.5)
+
+
+def test_blocks_do_not_matter_and_pauses_are_where_it_is_cut():
+    samples = speech([(1.0, 3.0), (1.5, 2.5), (20.0, 1.0), (0.0, 0.2)])
+    pieces = [list(cut(blocks(samples, size), oracle, window=6.0)) for size in (1600, 10**7)]
+    assert [(p.start, p.end) for p in pieces[0]] == [(p.start, p.end) for p in pieces[1]]
+    assert all(piece.overlap == 0 for piece in pieces[0])
+    assert [round(piece.start, 1) for piece in pieces[0]] == [0.7, 5.2, 27.7]
+    assert [round(piece.end, 1) for piece in pieces[0]] == [4.3, 8.3, 29.2]
+
+
+def test_uninterrupted_speech_is_cut_with_an_overlap():
+    samples = speech([(0.0, 60.0)])
+    pieces = list(cut(blocks(samples, 16000), energy, window=20.0, overlap=3.0))
+    assert [(round(p.start, 2), round(p.end, 2), p.overlap) for p in pieces] == [
+        (0.0, 20.0, 0.0),
+        (17.0, 37.0, 3.0),
+        (34.0, 54.0, 3.0),
+        (51.0, 60.0, 3.0),
+    ]
+
+
+def test_a_breath_is_enough():
+    samples = speech([(0.0, 17.0), (0.2, 30.0)])
+    pieces = list(cut(blocks(samples, 16000), oracle, window=20.0))
+    assert pieces[0].end == pytest.approx(17.1, abs=0.1)
+    assert pieces[1].overlap == 0
+
+
+def test_silence_gives_nothing():
+    assert list(cut([np.zeros(RATE * 50, np.float32)], energy, window=5.0)) == []
+    assert list(cut([], energy)) == []
+    assert len(list(cut([np.zeros(RATE * 12, np.float32)], None, window=5.0, overlap=1.0))) == 3
+
+
+def test_memory_is_bounded():
+    """An hour in blocks: what the cutter has asked for is never far ahead of what it has given."""
+    asked = 0
+
+    def hour():
+        nonlocal asked
+        block = speech([(0.5, 4.5)])
+        for _ in range(720):
+            asked += len(block)
+            yield block
+
+    for piece in cut(hour(), oracle, window=30.0):
+        assert asked / RATE - piece.end < 2 * 30 + 10
+    assert asked == 3600 * RATE
+
+
+def test_energy_follows_the_voice():
+    samples = speech([(2.0, 1.0), (2.0, 1.0)])
+    found = energy(samples) > 0.5
+    expected = np.zeros(len(found), bool)
+    for start in (2.0, 5.0):
+        expected[round(start / FRAME) : round((start + 1) / FRAME)] = True
+    assert (found != expected).mean() < 0.03
