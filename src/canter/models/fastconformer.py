@@ -61,6 +61,30 @@ def subsampled(frames):
     return frames
 
 
+class _StridedConvolution(torch.autograd.Function):
+    """A 3x3 convolution of stride 2 of one channel as a matrix product, zero where it is not valid. Its columns are
+    made again in the backward pass, which is cheaper than to keep them."""
+
+    @staticmethod
+    def columns(x: Tensor, valid: Tensor, mels: int) -> Tensor:
+        """x (B, 1, F, M), valid (B, F') -> (B F' M', 10): each window's nine values, and 1 for the bias."""
+        mask = valid[:, None, :, None].expand(-1, 1, -1, mels).flatten(2).to(x.dtype)
+        return torch.cat([F.unfold(x, 3, padding=1, stride=2) * mask, mask], dim=1).mT.flatten(0, 1)
+
+    @staticmethod
+    def forward(ctx, x, valid, mels, weight):
+        """weight (C, 10), the bias last -> (B F' M', C)."""
+        ctx.save_for_backward(x, valid)
+        ctx.mels = mels
+        return torch.mm(_StridedConvolution.columns(x, valid, mels).to(weight.dtype), weight.mT)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, valid = ctx.saved_tensors
+        columns = _StridedConvolution.columns(x, valid, ctx.mels)
+        return None, None, None, torch.mm(gradient.mT, columns.to(gradient.dtype))
+
+
 class Subsampling(nn.Module):
     """(B, F, M) -> (B, T, D): one strided convolution, two depthwise-separable ones, 8x in time and
     frequency."""
@@ -96,12 +120,10 @@ class Subsampling(nn.Module):
         conv = cast(nn.Conv2d, self.conv[0])
         frames, mels = map(subsampled_once, x.shape[2:])
         valid = length_mask(lengths, frames)
-        if x.is_cuda:
+        if x.is_cuda or x.requires_grad:
             return F.relu_(conv(x).mul_(valid[:, None, :, None]))
-        mask = valid[:, None, :, None].expand(-1, 1, -1, mels).flatten(2).to(x.dtype)
-        columns = torch.cat([F.unfold(x, 3, padding=1, stride=2) * mask, mask], dim=1)
         weight = torch.cat([conv.weight.flatten(1), cast(Tensor, conv.bias)[:, None]], dim=1)
-        y = F.relu_(torch.mm(columns.mT.flatten(0, 1), weight.mT))
+        y = F.relu_(cast(Tensor, _StridedConvolution.apply(x, valid, mels, weight)))
         return y.view(len(x), frames, mels, -1).permute(0, 3, 1, 2)
 
     def _pointwise(self, conv: nn.Conv2d, x: Tensor, lengths: Tensor) -> Tensor:
