@@ -120,7 +120,7 @@ class Subsampling(nn.Module):
         conv = cast(nn.Conv2d, self.conv[0])
         frames, mels = map(subsampled_once, x.shape[2:])
         valid = length_mask(lengths, frames)
-        if x.is_cuda or x.requires_grad:
+        if x.is_cuda or x.requires_grad or torch.compiler.is_compiling():
             return F.relu_(conv(x).mul_(valid[:, None, :, None]))
         weight = torch.cat([conv.weight.flatten(1), cast(Tensor, conv.bias)[:, None]], dim=1)
         y = F.relu_(cast(Tensor, _StridedConvolution.apply(x, valid, mels, weight)))
