@@ -154,6 +154,13 @@ def test_nothing_alike_parts_in_the_middle():
     assert joined(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
 
 
+def test_one_that_fell_silent_loses_nothing():
+    """What the first piece did not hear of the overlap comes from the second, though a word is alike in both."""
+    before = [Word(n, n + 0.5, f" {text}", 1.0) for n, text in enumerate(["as", "he", "was"])]
+    after = [Word(3 + n, 3.5 + n, f" {text}", 1.0) for n, text in enumerate(["he", "might", "even"])]
+    assert joined(before, after, 2.5, 5.5) == (3, 0)
+
+
 def test_segments_are_given_once_they_are_settled():
     assembly = Assembly()
     one = Segment(0.0, 1.0, "a", (1,), tuple(spoken(["a"])))

@@ -173,9 +173,8 @@ def test_shapes():
 def test_timestamps_are_in_order(draws):
     """Whatever the model wants, what the rules leave of it is well-formed."""
     end, first, size = 50, 60, 60 + 101
-    rules = Rules(
-        {"no_timestamps_token_id": first - 1, "max_initial_timestamp_index": 10}, end, torch.device("cpu")
-    )
+    settings = {"no_timestamps_token_id": first - 1, "max_initial_timestamp_index": 10}
+    rules = Rules({**settings, "suppress_tokens": [*range(end + 1, first - 1)]}, end, torch.device("cpu"))
     tokens: list[int] = []
     for seed in draws:
         logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * 4

@@ -4,7 +4,6 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 
 from canter.inference.alignment import Alignment
 from canter.inference.engine import Hypothesis
@@ -18,7 +17,7 @@ CLOSING = "\"'.。,，!！?？:：”)]}、"
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
 CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
-NEAR = 1.0  # seconds beyond an overlap in which its words may still have been put
+NEAR = 1.0  # seconds by which two pieces may differ about when a word was said
 
 
 def compression_ratio(text: str) -> float:
@@ -184,18 +183,35 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
     """Two pieces both have the audio from ``start`` to ``end``: how many words of ``before`` are kept, and
     the first of ``after`` that is.
 
-    They part within the longest run of words that both heard there (its middle: words at the very end of a
-    piece are heard worst); where they heard nothing alike, in the middle of the overlap.
+    They part within the longest run of words that both heard there at about the same time (its middle: words
+    at the very edge of a piece are heard worst); where they heard nothing alike, in the middle of the
+    overlap, or where one of them fell silent before it.
     """
+    heard, again = ([_plain(word.text) for word in words] for words in (before, after))
     low = next((i for i, word in enumerate(before) if word.end > start - NEAR), len(before))
-    high = next((i for i, word in enumerate(after) if word.start > end + NEAR), len(after))
-    heard = [_plain(word.text) for word in before[low:]]
-    again = [_plain(word.text) for word in after[:high]]
-    match = SequenceMatcher(None, heard, again, autojunk=False).find_longest_match()
-    if match.size and any(heard[match.a : match.a + match.size]):
-        half = (match.size + 1) // 2
-        return low + match.a + half, match.b + half
+    longest = (0, 0, 0)
+    for one in range(low, len(before)):
+        for other, word in enumerate(after):
+            size = 0
+            while (
+                one + size < len(before)
+                and other + size < len(after)
+                and heard[one + size] == again[other + size] != ""
+                and abs(before[one + size].start - after[other + size].start) < NEAR
+            ):
+                size += 1
+            longest = max(longest, (size, one, other))
+            if word.start > end + NEAR:
+                break
+    size, one, other = longest
+    if size:
+        half = (size + 1) // 2
+        return one + half, other + half
     middle = (start + end) / 2
+    if before:
+        middle = min(middle, before[-1].end)
+    if after:
+        middle = max(middle, after[0].start)
     kept = sum((word.start + word.end) / 2 < middle for word in before)
     return kept, sum((word.start + word.end) / 2 < middle for word in after)
 

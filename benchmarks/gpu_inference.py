@@ -1,0 +1,310 @@
+"""What one GPU gives: RTFx beside `transformers`, a decoder step beside the memory's bandwidth, and the 2 x 2.
+
+Shapes are those of canary-1b-flash and whisper-large-v3-turbo, weights random, audio noise of real lengths: every
+row is made to stop at the same given length in both engines. Both read the same weights in bf16; runs are
+interleaved, after one that warms up.
+
+    CANTER_SHARED=... python benchmarks/gpu_inference.py --json benchmarks/results/gpu-inference-DATE.json
+    python benchmarks/gpu_inference.py --smoke          # small shapes on a processor, to see that it runs
+
+On one H200 it takes under nine minutes; `--seconds` bounds it, and what is left out is said in the result.
+"""
+
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import tyro
+
+from canter.inference.engine import EngineConfig, Request, encoder_batches
+from canter.inference.graphs import FixedSteps
+from canter.inference.shift import ForcedLengths, canary_config, measure_ways
+from canter.models.decoder import DecoderConfig
+from canter.models.features import WhisperFeatureConfig
+from canter.models.hf import write_hf
+from canter.models.model import ModelConfig, SpeechModel
+from canter.models.whisper import WhisperEncoderConfig
+
+LENGTHS = "data/lengths/librispeech_devtest_en.parquet"
+PROMPT = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Options:
+    clips: int = 1024
+    """Utterances, drawn from real lengths up to 30 s."""
+    batch: int = 128
+    """Of `transformers`, and slots of our decoder."""
+    repeats: int = 2
+    """Timed runs of each engine; the median counts."""
+    seconds: float = 500.0
+    """No new measurement begins after so many."""
+    smoke: bool = False
+    """Small shapes, few clips, on whatever device there is."""
+    json: Path | None = None
+    """Write the result to this file."""
+
+
+def whisper_config(layers: int, width: int) -> ModelConfig:
+    """whisper-large-v3-turbo with 32 layers of width 1280."""
+    heads = max(1, width // 64)
+    return ModelConfig(
+        features=WhisperFeatureConfig(mels=128),
+        encoder=WhisperEncoderConfig(layers=layers, width=width, heads=heads, feedforward=4 * width, mels=128),
+        decoder=DecoderConfig(
+            layers=4, width=width, heads=heads, feedforward=4 * width, vocabulary=51866, positions=448, pad=50257,
+            learned_positions=True, embedding_norm=False, activation="gelu", key_bias=False, head_bias=False,
+        ),
+    )  # fmt: skip
+
+
+def draw_lengths(count: int) -> list[tuple[float, int]]:
+    """(seconds, tokens) of so many utterances: LibriSpeech's where they are, else drawn alike."""
+    random = np.random.default_rng(0)
+    shared = os.environ.get("CANTER_SHARED")
+    if shared and (Path(shared) / LENGTHS).exists():
+        import pyarrow.parquet as parquet
+
+        table = parquet.read_table(Path(shared) / LENGTHS, columns=["duration", "tokens"]).to_pydict()
+        pairs = [(s, t) for s, t in zip(table["duration"], table["tokens"]) if 0.5 < s <= 30 and 0 < t < 400]
+        return [pairs[index] for index in random.integers(len(pairs), size=count)]
+    seconds = np.clip(random.gamma(2.0, 3.7, count), 1.0, 29.0)
+    return [(float(s), max(1, int(s * random.uniform(2.4, 3.6)))) for s in seconds]
+
+
+def ours(model: SpeechModel, clips, tokens, options: Options) -> dict[str, float]:
+    engine = ForcedLengths(model, EngineConfig(rows=options.batch, frames=16384, max_repeats=0))
+    rate = model.config.features.sample_rate
+    frames = [model.encoder_frames(len(clip) / rate) for clip in clips]
+    batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
+    begun = time.perf_counter()
+    done = sum(
+        len(found.tokens)
+        for found in engine.run(
+            [Request(clips[i], PROMPT, (i, tokens[i])) for i in batch] for batch in batches
+        )
+    )
+    synchronize()
+    seconds = time.perf_counter() - begun
+    assert done == sum(tokens)
+    counters = engine.counters
+    return {
+        "seconds": seconds,
+        "encoder_seconds": counters.feature_seconds + counters.encoder_seconds,
+        "decoder_seconds": counters.decoder_seconds,
+        "useful_rows": counters.useful_rows,
+        "mean_rows_share": counters.mean_rows / options.batch,
+        "steps": counters.steps,
+    }
+
+
+def theirs(model: SpeechModel, hf, clips, tokens, options: Options) -> dict[str, float]:
+    """`transformers` on batches sorted by length, its own generate, the same features."""
+    from transformers import GenerationConfig, LogitsProcessor
+    from transformers.generation.utils import GenerationMixin
+
+    end, device = 0, next(hf.parameters()).device
+
+    class Forced(LogitsProcessor):
+        def __init__(self, counts: torch.Tensor):
+            self.counts = counts
+
+        def __call__(self, input_ids, scores):
+            step = input_ids.shape[1] - len(PROMPT) + 1
+            scores[:, end] = torch.where(self.counts == step, torch.inf, -torch.inf).to(scores.dtype)
+            return scores
+
+    begun = time.perf_counter()
+    order = sorted(range(len(clips)), key=lambda index: -len(clips[index]))
+    for start in range(0, len(order), options.batch):
+        part = order[start : start + options.batch]
+        lengths = torch.tensor([len(clips[i]) for i in part])
+        audio = torch.zeros(len(part), int(lengths.max()))
+        for row, i in zip(audio, part):
+            row[: len(clips[i])] = torch.from_numpy(clips[i])
+        with torch.inference_mode():
+            features, frames = model.features(audio.to(device), lengths.to(device))
+        whisper = isinstance(model.config.features, WhisperFeatureConfig)
+        mask = torch.arange(features.shape[1], device=device)[None] < frames[:, None]
+        counts = torch.tensor([tokens[i] for i in part], device=device)
+        inputs = {"input_features": (features.transpose(1, 2) if whisper else features).to(hf.dtype)}
+        GenerationMixin.generate(
+            hf,
+            **inputs,
+            attention_mask=None if whisper else mask,
+            decoder_input_ids=torch.tensor([PROMPT] * len(part), device=device),
+            generation_config=GenerationConfig(
+                max_new_tokens=int(counts.max()), eos_token_id=end, pad_token_id=end, bos_token_id=1,
+                decoder_start_token_id=1, do_sample=False, num_beams=1,
+            ),
+            logits_processor=[Forced(counts)],
+        ).tolist()  # fmt: skip
+    synchronize()
+    return {"seconds": time.perf_counter() - begun}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    one = torch.empty(size, dtype=torch.uint8, device=device)
+    other = torch.empty_like(one)
+    times = []
+    for _ in range(6):
+        synchronize()
+        begun = time.perf_counter()
+        other.copy_(one)
+        synchronize()
+        times.append(time.perf_counter() - begun)
+    return 2 * size / min(times)
+
+
+@torch.inference_mode()
+def step_time(
+    model: SpeechModel, rows: int, frames: int, past: int, bytes_a_second: float
+) -> dict[str, float]:
+    """One decoder step of so many rows beside what reading weights, keys and values takes."""
+    decoder, config = model.decoder.eval(), model.config.decoder
+    weight = decoder.embedding.weight
+    cache = decoder.cache()
+    encoded = torch.randn(rows, frames, config.width, device=weight.device, dtype=weight.dtype)
+    decoder.admit([[1] * past] * rows, encoded, [frames] * rows, cache)
+    steps = FixedSteps(decoder, capture=weight.is_cuda)
+    tokens = torch.ones(rows, 1, dtype=torch.long, device=weight.device)
+    times = []
+    for repeat in range(40):
+        synchronize()
+        begun = time.perf_counter()
+        steps.step(tokens, cache)
+        synchronize()
+        if repeat >= 20:
+            times.append(time.perf_counter() - begun)
+    size = weight.element_size()
+    weights = sum(p.numel() for p in decoder.parameters()) * size
+    cached = 2 * config.layers * rows * (frames + past + 30) * config.width * size
+    floor = (weights + cached) / bytes_a_second
+    return {"rows": rows, "frames": frames, "seconds": median(times), "floor_seconds": floor,
+            "of_floor": median(times) / floor}  # fmt: skip
+
+
+def run(options: Options) -> None:
+    begun = time.perf_counter()
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    if options.smoke:
+        options = replace(options, clips=12, batch=4, repeats=1)
+    size = (2, 64) if options.smoke else None
+    canary = canary_config(size[0], 1, size[1]) if size else canary_config(32, 4)
+    whisper = whisper_config(*(size or (32, 1280)))
+    random = np.random.default_rng(1)
+    lengths = draw_lengths(options.clips)
+    clips = [(0.1 * random.normal(size=round(16000 * s))).astype(np.float32) for s, _ in lengths]
+    tokens = [min(t, 12) if options.smoke else t for _, t in lengths]
+    audio_seconds = sum(map(len, clips)) / 16000
+    result: dict = {
+        "date": str(date.today()),
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "clips": len(clips),
+        "audio_seconds": audio_seconds,
+        "tokens": sum(tokens),
+        "batch": options.batch,
+        "bandwidth": bandwidth(device),
+        "engines": [],
+        "steps": [],
+        "left_out": [],
+    }
+
+    def late(what: str) -> bool:
+        if time.perf_counter() - begun > options.seconds:
+            result["left_out"].append(what)
+            return True
+        return False
+
+    for name, config in (("canary-1b-flash", canary), ("whisper-large-v3-turbo", whisper)):
+        if late(name):
+            continue
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = SpeechModel(config)
+        model = model.to(device, dtype).eval()
+        model.features.float()
+        for rows in (1, 16, 128) if gpu else (4,):
+            frames = model.encoder_frames(10.0)
+            result["steps"].append({"model": name, **step_time(model, rows, frames, 20, result["bandwidth"])})
+        hf, version = load_theirs(model, dtype, device)
+        result["transformers"] = version
+        runs: dict[str, list[dict]] = {"canter": [], "transformers": []}
+        for repeat in range(options.repeats + 1):
+            for way in runs:
+                if repeat and late(f"{name} {way} {repeat}"):
+                    continue
+                found = (
+                    ours(model, clips, tokens, options)
+                    if way == "canter"
+                    else theirs(model, hf, clips, tokens, options)
+                )
+                if repeat:
+                    runs[way].append(found)
+        for way, timed in runs.items():
+            if timed:
+                middle = sorted(timed, key=lambda one: one["seconds"])[len(timed) // 2]
+                row = {"model": name, "engine": way, "rtfx": audio_seconds / middle["seconds"], **middle}
+                result["engines"].append(row)
+                print(row)
+        del model, hf
+        if gpu:
+            torch.cuda.empty_cache()
+    if not late("2 x 2"):
+        shapes = {"2/2": (2, 2), "3/1": (3, 1)} if options.smoke else {"24/24": (24, 24), "32/4": (32, 4)}
+        width = 64 if options.smoke else 1024
+        with torch.device(device):
+            models = {
+                shape: SpeechModel(canary_config(*layers, width)).to(dtype)
+                for shape, layers in shapes.items()
+            }
+        for model in models.values():
+            model.features.float()
+        some = slice(None, 12 if options.smoke else 256)
+        ways = measure_ways(
+            models,
+            clips[some],
+            tokens[some],
+            repeats=1,
+            rows=options.batch,
+            frames=16384,
+            batch=options.batch,
+        )
+        result["ways"] = [asdict(row) for row in ways]
+    result["seconds"] = time.perf_counter() - begun
+    for part in ("steps", "engines", "ways"):
+        for row in result.get(part, ()):
+            print(row)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def load_theirs(model: SpeechModel, dtype: torch.dtype, device: torch.device):
+    """The same weights in `transformers`, and its version."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_hf(model, Path(folder) / "model")
+        hf = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(Path(folder) / "model", dtype=dtype)
+    return hf.to(device).eval(), transformers.__version__
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Options, description=__doc__))
