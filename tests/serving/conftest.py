@@ -15,18 +15,21 @@ import soundfile
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 from canter.inference.engine import Engine, EngineConfig
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
-from canter.models.features import FeatureConfig
+from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.whisper import WhisperEncoderConfig
 from canter.serving.app import create_app
 from canter.serving.config import ServiceConfig
 from canter.serving.server import bind, make_server
 from canter.serving.service import Service
-from canter.text import train_tokenizer
+from canter.text import WhisperTokenizer, train_tokenizer
 
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
@@ -49,6 +52,7 @@ def small_model(end_bias: float = 1.0) -> SpeechModel:
         for layer in model.decoder.layers:
             layer.cross_attention.query.weight *= 8
             layer.cross_attention.value.weight *= 4
+        model.decoder.head_bias[[tokenizer.special_id(token) for token in tokenizer.special]] = -1000.0
         model.decoder.head_bias[tokenizer.end] = end_bias
     model.tokenizer = tokenizer
     return model
@@ -79,7 +83,7 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def quiet(self, seconds: float = 5.0) -> bool:
+    def quiet(self, seconds: float = 30.0) -> bool:
         """Waits until nobody is inside any more; whether that came about."""
         end = time.monotonic() + seconds
         service = self.service
@@ -93,7 +97,7 @@ class Running:
 @contextlib.contextmanager
 def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
     """Serves ``model`` on a free port while the block runs."""
-    config = replace(ServiceConfig(names=("small", "whisper-1")), **settings)
+    config = replace(ServiceConfig(names=("small", "whisper-1"), longest_seconds=300.0), **settings)
     service = Service(Engine(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
     listening = bind("127.0.0.1", 0)
     server = make_server(create_app(service), config.upload_timeout)
@@ -115,6 +119,28 @@ def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **setting
 @pytest.fixture(scope="session")
 def model() -> SpeechModel:
     return small_model()
+
+
+@pytest.fixture(scope="session")
+def whisper() -> SpeechModel:
+    """A random Whisper that knows bytes and two languages."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = "endoftext startoftranscript en es translate transcribe startofprev nospeech notimestamps"
+    backend.add_special_tokens([f"<|{name}|>" for name in names.split()])
+    tokenizer = WhisperTokenizer(backend.to_str())
+    torch.manual_seed(0)
+    encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
+    decoder = DecoderConfig(
+        layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=128
+    )
+    features = WhisperFeatureConfig(mels=16, pad_seconds=0.0)
+    model = SpeechModel(ModelConfig(features, encoder, decoder)).eval()
+    model.generation = {"no_timestamps_token_id": tokenizer.special_id("<|notimestamps|>")}
+    model.tokenizer = tokenizer
+    return model
 
 
 @pytest.fixture(scope="session")

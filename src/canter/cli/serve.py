@@ -39,13 +39,13 @@ class Options:
     """Pieces of audio decoded together, at most; by default 64."""
     max_megabytes: float = 100.0
     """Of a request's body."""
-    longest_seconds: float = 300.0
-    """Of audio in a request."""
+    longest_seconds: float = 3600.0
+    """Of audio in a request; what is longer than the model takes is cut where nobody speaks."""
     queue: int = 256
     """Requests inside at once, waiting ones included; more are turned away with 503."""
     queue_minutes: float = 120.0
     """Minutes of audio inside at once."""
-    timeout: float = 120.0
+    timeout: float = 300.0
     """Seconds a request may take once its body has arrived."""
     upload_timeout: float = 60.0
     """Seconds that a body may take to arrive."""

@@ -19,10 +19,9 @@ from starlette.exceptions import HTTPException
 
 from canter import __version__
 from canter.inference.formats import srt, vtt, whisper_json
-from canter.inference.segments import Segment
 from canter.serving.protocol import ApiError, Asked, read_asked, read_form
 from canter.serving.scheduler import Timing
-from canter.serving.service import Audio, Service
+from canter.serving.service import Audio, Heard, Service, joint
 
 log = logging.getLogger("canter.serving")
 OPEN = ("/", "/health")  # without an API key
@@ -86,7 +85,7 @@ def create_app(service: Service) -> FastAPI:
                 "targets": service.targets,
                 "keys": bool(service.config.keys),
                 "max_bytes": service.config.max_bytes,
-                "longest_seconds": service.longest,
+                "longest_seconds": service.config.longest_seconds,
                 "requests": service.requests,
                 "waiting": service.scheduler.waiting,
             },
@@ -207,14 +206,14 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         client = _Client(request, time.monotonic() + service.config.timeout)
         try:
             file, asked = read_asked(form, task, service.config)
-            service.prompt(asked)
+            service.request(asked)  # what does not fit the model is said before its audio is read
             audio = replace(await client.wait_for(_read(service, file)), upload=upload)
         finally:
             await form.close()
         if asked.stream:
             return _Stream(_events(service, client, audio, asked), stack.pop_all())
-        segments, timing = await client.wait_for(_all(service, audio, asked))
-        return _rendered(service, segments, timing, audio, asked)
+        heard = await client.wait_for(_all(service, audio, asked))
+        return _rendered(service, heard, audio, asked)
 
 
 class _Stream(StreamingResponse):
@@ -233,12 +232,9 @@ async def _read(service: Service, file: UploadFile) -> Audio:
     return await service.read(file.file, file.filename or "the upload")
 
 
-async def _all(service: Service, audio: Audio, asked: Asked) -> tuple[list[Segment], Timing]:
-    segments, timing = [], Timing()
+async def _all(service: Service, audio: Audio, asked: Asked) -> list[Heard]:
     async with contextlib.aclosing(service.segments(audio, asked)) as found:
-        async for segment, timing in found:  # noqa: B007 (the last one's timing is the whole's)
-            segments.append(segment)
-    return segments, timing
+        return [heard async for heard in found]
 
 
 class _Client:
@@ -276,12 +272,14 @@ async def _events(service: Service, client: _Client, audio: Audio, asked: Asked)
     try:
         async with contextlib.aclosing(service.segments(audio, asked)) as found:
             while True:
-                segment, timing = await client.wait_for(anext(found))
-                delta = " " * bool(text and segment.text) + segment.text
-                text += delta
-                times = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
-                number += 1
-                yield _event({"type": "transcript.text.delta", "delta": delta, "segment": times})
+                heard = await client.wait_for(anext(found))
+                timing = heard.timing
+                for segment in heard.segments:
+                    delta = joint(text, segment.text) + segment.text
+                    text += delta
+                    times = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
+                    number += 1
+                    yield _event({"type": "transcript.text.delta", "delta": delta, "segment": times})
     except StopAsyncIteration:
         done = {"type": "transcript.text.done", "text": text, "usage": _usage(audio)}
         yield _event(done | {"timing": _milliseconds(audio, timing)})
@@ -308,13 +306,14 @@ def _milliseconds(audio: Audio, timing: Timing) -> dict[str, float]:
     return {name: round(seconds * 1000, 2) for name, seconds in stages.items()}
 
 
-def _rendered(
-    service: Service, segments: list[Segment], timing: Timing, audio: Audio, asked: Asked
-) -> Response:
+def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) -> Response:
     """The answer in the format asked for; where the time went is in its ``Server-Timing``."""
-    milliseconds = _milliseconds(audio, timing)
+    segments = [segment for one in heard for segment in one.segments]
+    milliseconds = _milliseconds(audio, heard[-1].timing if heard else Timing())
     headers = {"Server-Timing": ", ".join(f"{name};dur={value}" for name, value in milliseconds.items())}
-    text = " ".join(segment.text for segment in segments if segment.text)
+    text = ""
+    for segment in segments:
+        text += joint(text, segment.text) + segment.text
     if asked.response_format == "text":
         return PlainTextResponse(text + "\n", headers=headers)
     if asked.response_format in ("srt", "vtt"):
@@ -322,7 +321,7 @@ def _rendered(
         return PlainTextResponse(write(segments), headers=headers)
     if asked.response_format == "json":
         return JSONResponse({"text": text, "usage": _usage(audio)}, headers=headers)
-    language = asked.language or service.tokenizer.languages[0]
+    language = heard[0].language if heard else asked.language or service.tokenizer.languages[0]
     value = {
         "task": asked.task,
         "duration": round(audio.seconds, 3),

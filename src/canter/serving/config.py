@@ -19,13 +19,13 @@ class ServiceConfig:
     """Language of requests that name none."""
     max_bytes: int = 100 * 2**20
     """Of a request's body."""
-    longest_seconds: float = 300.0
+    longest_seconds: float = 3600.0
     """Of audio in a request."""
     queue: int = 256
     """Requests inside at once, waiting ones included."""
     queue_seconds: float = 7200.0
     """Seconds of audio inside at once (64 kB of memory each)."""
-    timeout: float = 120.0
+    timeout: float = 300.0
     """Seconds that a request may take once its body is there."""
     upload_timeout: float = 60.0
     """Seconds that a request's header, and then its body, may take to arrive."""

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from canter.serving.config import ServiceConfig
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
+TIMESTAMPS: tuple[Literal["none", "segment", "word"], ...] = ("none", "segment", "word")
 FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
@@ -54,6 +55,13 @@ class Asked:
     temperature: float = 0.0
     stream: bool = False
     granularities: tuple[str, ...] = ("segment",)
+
+    @property
+    def timestamps(self) -> Literal["none", "segment", "word"]:
+        """What of the times the answer needs."""
+        if "word" in self.granularities:
+            return "word"
+        return "segment" if self.stream or self.response_format in ("srt", "vtt", "verbose_json") else "none"
 
 
 async def read_form(request: Request, config: ServiceConfig) -> FormData:

@@ -9,21 +9,25 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
 
-from canter.corpus.audio import audio_seconds, load_audio
+from canter.corpus.audio import audio_blocks, audio_seconds, load_utterance
+from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine, Request
+from canter.inference.pieces import Piece
+from canter.inference.reading import UNSPACED, Assembly
 from canter.inference.segments import Segment
-from canter.inference.transcribe import most_seconds
+from canter.inference.transcribe import Listener, TranscribeConfig
 from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
-from canter.serving.protocol import ApiError, Asked
+from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
 from canter.serving.scheduler import Outcome, Scheduler, Timing
 from canter.text.prompts import CONTEXTS, FORMATS
+from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 
@@ -32,12 +36,25 @@ _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 class Audio:
     """An upload, decoded."""
 
-    samples: np.ndarray  # (S,) float32 at the model's rate
+    pieces: list[Piece]
+    """What the model takes at once, of long audio where somebody speaks."""
     seconds: float
     reading: float
-    """Seconds that decoding took."""
+    """Seconds that decoding and cutting took."""
     upload: float = 0.0
     """Seconds that it took to arrive."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What has become known by one more piece."""
+
+    segments: list[Segment]
+    """Which nothing will change any more; the next ones in order."""
+    language: str
+    """Of the audio: as it was asked for, or detected."""
+    timing: Timing
+    """Of the request, so far."""
 
 
 class Service:
@@ -51,7 +68,10 @@ class Service:
             raise ConfigError(f"--lang {config.lang}: the model knows {', '.join(tokenizer.languages)}")
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.config.features.sample_rate
-        self.longest = min(config.longest_seconds, most_seconds(engine.model))
+        self.listeners = {
+            timestamps: Listener(engine, tokenizer, TranscribeConfig(timestamps=timestamps))
+            for timestamps in TIMESTAMPS
+        }
         self.requests = 0
         self.seconds = 0.0
         self.started = int(time.time())
@@ -67,6 +87,11 @@ class Service:
         return self.tokenizer.languages if "target_lang" in self._slots else ("en",)
 
     @property
+    def detects(self) -> bool:
+        """Whether the model can tell the language: Whisper's prompt names it at once after its first token."""
+        return isinstance(self.tokenizer, WhisperTokenizer) and len(self.tokenizer.languages) > 1
+
+    @property
     def _slots(self) -> tuple[str, ...]:
         return FORMATS[getattr(self.tokenizer, "prompt_format", "whisper")]
 
@@ -77,7 +102,7 @@ class Service:
     async def warm_up(self) -> None:
         """Decodes a second of silence, so that the first request finds everything in place."""
         asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
-        audio = Audio(np.zeros(self.rate, np.float32), 1.0, 0.0)
+        audio = Audio([Piece(0.0, np.zeros(self.rate, np.float32))], 1.0, 0.0)
         async for _ in self.segments(audio, asked):
             pass
 
@@ -108,64 +133,68 @@ class Service:
                 file.seek(0)
                 shutil.copyfileobj(file, target, 2**20)
             try:
-                self._check_length(audio_seconds(path), name)
-                samples = load_audio(path, sample_rate=self.rate)
+                seconds = audio_seconds(path)
+                self._check_length(seconds, name)
+                upload, listener = Utterance(path, seconds, text=""), self.listeners["none"]
+                if seconds <= listener.window:
+                    samples = load_utterance(upload, self.rate)
+                    pieces = [Piece(0.0, samples)]
+                else:
+                    samples = np.concatenate([*audio_blocks(upload, self.rate)])
+                    pieces = [*listener.pieces([samples])]
             except AudioError as error:
                 text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
                 raise ApiError(400, text, "file", "invalid_audio") from None
         self._check_length(len(samples) / self.rate, name)
-        return Audio(samples, len(samples) / self.rate, time.perf_counter() - begun)
+        return Audio(pieces, len(samples) / self.rate, time.perf_counter() - begun)
 
     def _check_length(self, seconds: float, name: str) -> None:
-        if seconds > self.longest:
+        if seconds > self.config.longest_seconds:
             raise ApiError(
                 400,
-                f"{name} is {seconds:,.0f} s long, over the limit of {self.longest:g} s: cut it",
+                f"{name} is {seconds:,.0f} s long, over the limit of {self.config.longest_seconds:g} s: cut it",
                 "file",
                 "audio_too_long",
             )
 
-    def prompt(self, asked: Asked) -> list[int]:
-        """The decoder's first tokens. Raises ApiError naming the field that does not fit the model."""
-        if asked.temperature:
-            raise ApiError(
-                400,
-                f"temperature {asked.temperature:g}: this service decodes the likeliest tokens; leave it at 0",
-                "temperature",
-            )
+    def request(self, asked: Asked) -> Request:
+        """What the engine is asked, the audio apart. Raises ApiError naming the field that does not fit the
+        model."""
         languages = self.tokenizer.languages
+        known = ", ".join(languages)
         source = asked.language or (languages[0] if len(languages) == 1 else None)
-        target = source if asked.task == "transcribe" else asked.to_language or "en"
         if asked.task == "translate" and not self.targets:
             raise ApiError(400, f"this model knows {languages[0]} alone and does not translate", "model")
-        known = ", ".join(languages)
-        if source is None:
-            raise ApiError(
-                400,
-                f"this model must be told the language of the audio: {known}",
-                "language",
-                "missing_language",
-            )
-        if source not in languages:
+        if source is None and not self.detects:
+            text = f"this model must be told the language of the audio: {known}"
+            raise ApiError(400, text, "language", "missing_language")
+        if source is None and asked.prompt:
+            raise ApiError(400, "with a 'prompt' the language must be told too", "language")
+        if source and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
+        target = source if asked.task == "transcribe" else asked.to_language or "en"
         if asked.task == "translate" and target not in self.targets:
             raise ApiError(
                 400,
                 f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}",
                 "to_language",
             )
-        slots = {
-            "source_lang": source,
-            "target_lang": str(target),
-            "task": "asr" if asked.task == "transcribe" else "ast",
-        }
-        return self._with_context(slots, asked.prompt)
+        given = {"source_lang": source, "target_lang": target}
+        slots = {name: value for name, value in given.items() if value}
+        slots["task"] = "asr" if asked.task == "transcribe" else "ast"
+        listener = self.listeners[asked.timestamps]
+        if asked.timestamps != "none" and "timestamp" in self._slots:
+            slots["timestamp"] = "yes"
+        request = listener.request(slots)
+        if asked.prompt:
+            request = replace(request, prompt=self._with_context(slots, asked.prompt))
+        if asked.temperature:
+            request = replace(request, temperature=asked.temperature, retry=None)
+        return request
 
     def _with_context(self, slots: dict[str, str], context: str) -> list[int]:
         """The prompt, with as much of the text before as leaves half of the decoder's positions free."""
         slot = next((part for part in self._slots if part in CONTEXTS), None)
-        if not context:
-            return self.tokenizer.prompt_ids(slots)
         if slot is None:
             raise ApiError(400, "this model takes no 'prompt'", "prompt")
         words = context.split()
@@ -174,13 +203,12 @@ class Service:
             words = words[max(1, len(words) // 8) :]
         return ids
 
-    async def segments(self, audio: Audio, asked: Asked) -> AsyncGenerator[tuple[Segment, Timing]]:
-        """The segments as they are decoded, in order, each with the time that its part took. Leaving the
-        iteration early takes the rest out of the engine."""
+    async def segments(self, audio: Audio, asked: Asked) -> AsyncGenerator[Heard]:
+        """What is heard, piece by piece in order, as soon as it is decoded. Leaving the iteration early takes
+        the rest out of the engine."""
         if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
             raise self._busy()
-        pieces = [(0.0, audio.samples)]
-        prompt = self.prompt(asked)
+        request, listener = self.request(asked), self.listeners[asked.timestamps]
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -188,24 +216,36 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
+        requests = [
+            replace(
+                request,
+                audio=piece.samples,
+                aligned=request.aligned or piece.overlap > 0 or piece.goes_on,
+            )
+            for piece in audio.pieces
+        ]
+        assembly = Assembly()
+        assembly.total = len(requests)
         self.seconds += audio.seconds
-        ticket = self.scheduler.submit([Request(samples, prompt) for _, samples in pieces], deliver)
+        ticket = self.scheduler.submit(requests, deliver)
         try:
-            done: dict[int, Outcome] = {}
-            for number, (offset, samples) in enumerate(pieces):
-                while number not in done:
-                    outcome = await outcomes.get()
-                    done[outcome.piece] = outcome
-                outcome = done.pop(number)
-                if outcome.error or outcome.hypothesis is None:
+            for _ in requests:
+                outcome = await outcomes.get()
+                found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
+                if found is None:
                     raise ApiError(500, str(outcome.error))
-                tokens = outcome.hypothesis.tokens
-                text = self.tokenizer.decode(tokens).strip()
-                end = offset + len(samples) / self.rate
-                yield Segment(offset, end, text, tuple(tokens)), outcome.timing
+                segments = listener.segments(found, len(piece.samples) / self.rate)
+                settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
+                language = asked.language or listener.language(found) or self.tokenizer.languages[0]
+                yield Heard(settled, language, outcome.timing)
             self.metrics.audio.inc(audio.seconds)
         finally:
             self.seconds -= audio.seconds
             if ticket.left:
                 self.metrics.cancelled.inc()
                 self.scheduler.cancel(ticket)
+
+
+def joint(text: str, more: str) -> str:
+    """What stands between two stretches of a transcript: nothing in scripts without spaces."""
+    return " " if text and more and not (UNSPACED.match(more) and UNSPACED.search(text[-1:])) else ""
