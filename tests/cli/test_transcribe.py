@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from canter.cli.main import main
+from canter.cli.transcribe import Options, identity, timestamps_of
 from canter.inference.transcribe import Transcription
 from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
@@ -142,6 +143,34 @@ def test_a_file_of_one_utterance_refuses_two_before_any_work(model, clips, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_asked_for_reaches_the_engine(model, clips, tmp_path, monkeypatch):
+    import canter.inference.transcribe as module
+
+    seen = []
+
+    def heard(engine, tokenizer, utterances, longest, asked):
+        seen.append((engine.config, utterances, longest, asked))
+        yield from ((number, Transcription("hello")) for number, _ in enumerate(utterances))
+
+    monkeypatch.setattr(module, "transcribe_stream", heard)
+    given = ["--lang", "de", "--beam", "3", "--length-penalty", "0.5", "--timestamps", "word", "--vad", "none",
+             "--task", "translate", "--no-fallback", "--batch-size", "7", "--window-seconds", "9"]  # fmt: skip
+    out = tmp_path / "x.jsonl"
+    assert main(["transcribe", model, str(clips / "good.wav"), *given, "-o", str(out)]) == 0
+    ((config, (utterance,), longest, asked),) = seen
+    assert (config.beams, config.length_penalty, config.rows) == (3, 0.5, 7)
+    assert (utterance.source_lang, utterance.target_lang, utterance.taskname) == ("de", "en", "translate")
+    assert longest == float("inf")
+    assert (asked.timestamps, asked.vad, asked.window_seconds, asked.fallback) == ("word", "none", 9.0, None)
+    assert json.loads(out.read_text())["segments"] == [{"start": 0.0, "end": 1.0, "text": "hello"}]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("srt", "segment"), ("txt", "none"), ("all", "segment")])
+def test_formats_with_times_ask_for_them(tmp_path, kind, expected):
+    assert timestamps_of(Options(Path("m"), (), output=tmp_path, format=kind)) == expected
+    assert timestamps_of(Options(Path("m"), (), output=tmp_path, format=kind, timestamps="word")) == "word"
+
+
 def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
     bad = str(clips / "bad-empty.wav")
     assert main(["transcribe", model, bad, "-o", str(tmp_path / "x.txt"), "--lang", "en"]) == 1
@@ -177,8 +206,6 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
     from canter.inference.resume import Partial
 
     done = [item.utterance for item in read_items([manifest])][:3]
-    from canter.cli.transcribe import Options, identity
-
     partial = Partial(tmp_path / "out.jsonl.partial", identity(Path(model), Options(Path(model), ())))
     for utterance in done:
         assert utterance

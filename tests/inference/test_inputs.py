@@ -72,7 +72,8 @@ def test_times_are_those_of_the_file(tmp_path, clip):
     (item,) = read_items([tmp_path / "m.jsonl"])
     told = Transcription("a", segments=(Segment(0.5, 1.0, "a"),), language="en")
     assert [(one.start, one.end) for one in segments_of(item, told)] == [(10.5, 11.0)]
-    assert result_row(item, told)["segments"] == [{"start": 10.5, "end": 11.0, "text": "a"}]
+    assert result_row(item, told) == row | {"pred_text": "a"}
+    assert result_row(item, told, timed=True)["segments"] == [{"start": 10.5, "end": 11.0, "text": "a"}]
     untold = Transcription("a")
     assert [(one.start, one.end) for one in segments_of(item, untold)] == [(10.0, 12.0)]
     assert result_row(item, untold) == row | {"pred_text": "a"}

@@ -1,6 +1,7 @@
 """Audio to transcripts: files, folders and manifests through one queue, in the order they were given."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ import tyro
 from canter.errors import ConfigError
 
 EVERY_SECONDS = 30.0  # between lines of progress in a log
+# Options that a transcript depends on, beside the model and what is in a row.
+DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "vad", "window_seconds", "fallback")
 
 if TYPE_CHECKING:
     from canter.corpus.manifest import Utterance
@@ -44,14 +47,28 @@ class Options:
     """Of utterances that name none: by default those whose two languages differ are translated."""
     target_language: str = "en"
     """Language that `--task translate` writes, where the manifest names none."""
+    timestamps: Literal["auto", "none", "segment", "word"] = "auto"
+    """`segment`: times of segments, by the model's timestamp tokens where it has them; `word`: of words too, by
+    cross-attention; `auto`: `segment` for srt, vtt, tsv and json, else `none`."""
+    beam: int = 1
+    """Hypotheses kept for each utterance; 1: greedy."""
+    length_penalty: float | None = None
+    """Exponent of the length that a beam's score is divided by; by default 1 for Whisper, 0 for others."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """What finds the pauses in which long audio is cut; `silero` needs the extra `vad`, `none` cuts windows that
+    overlap."""
+    window_seconds: float | None = None
+    """Longer audio is cut; by default 30 for Whisper, 40 for other models."""
+    fallback: bool = True
+    """Whisper alone: what repeats itself or is unlikely is decoded again at higher temperatures."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16 is faster on a GPU; transcripts may then depend on the batch."""
     max_repeats: int = 3
-    """No n-gram of up to 8 tokens may follow itself more often than this; 0: no such guard."""
-    longest_seconds: float = 300.0
-    """Longer audio is refused (it needs memory by the square of its length)."""
+    """No n-gram of up to 8 tokens may follow itself more often than this; 0: no such guard. Beam search has none."""
+    longest_seconds: float | None = None
+    """Longer audio is refused; by default none is."""
     json: bool = False
     """Print a summary as one JSON object on stdout; needs --output."""
 
@@ -94,12 +111,13 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     seconds = time.perf_counter() - begun
 
     failed = [(item, result) for item, result in zip(items, results) if result.error is not None]
+    timed = options.timestamps in ("segment", "word")
     if ranks.rank == 0:
         written: list[Path] = []
         if options.output:
-            written = write_results(items, results, options.output, kinds, folder)
+            written = write_results(items, results, options.output, kinds, folder, timed)
         else:
-            sys.stdout.writelines(render(items, results, kinds[0]))
+            sys.stdout.writelines(render(items, results, kinds[0], timed))
         counters = {name: sum(share[0][name] for share in shares) for name in shares[0][0]}
         audio_seconds = sum(share[1] for share in shares)
         summary = {
@@ -145,7 +163,13 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     if model.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
     frames = 16384 if device.startswith("cuda") else 1024
-    config = EngineConfig(rows=options.batch_size or 64, frames=frames, max_repeats=options.max_repeats)
+    config = EngineConfig(
+        rows=options.batch_size or 64,
+        frames=frames,
+        max_repeats=options.max_repeats,
+        beams=options.beam,
+        length_penalty=options.length_penalty,
+    )
     return Engine(model, model.tokenizer.end, config)
 
 
@@ -162,8 +186,13 @@ def work_through(
     has them all. Returns how many were there, and the seconds of audio that this rank transcribed."""
     from canter.inference.ranks import share
     from canter.inference.resume import Partial, read_done, row_key
-    from canter.inference.transcribe import transcribe_stream
+    from canter.inference.transcribe import TranscribeConfig, transcribe_stream
 
+    asked = TranscribeConfig(
+        timestamps=timestamps_of(options), window_seconds=options.window_seconds, vad=options.vad
+    )
+    if not options.fallback:
+        asked = replace(asked, fallback=None)
     agree_on_items(items, ranks)
     known: set[int] = set()
     if first:
@@ -186,7 +215,8 @@ def work_through(
         partial = Partial(path, identity(checkpoint, options))
     audio_seconds = 0.0
     try:
-        stream = transcribe_stream(engine, engine.model.tokenizer, utterances, options.longest_seconds)
+        longest = math.inf if options.longest_seconds is None else options.longest_seconds
+        stream = transcribe_stream(engine, engine.model.tokenizer, utterances, longest, asked)
         for number, result in watched(stream, utterances, ranks):
             path = utterances[number].audio_filepath
             if result.error is not None and path not in result.error:
@@ -210,8 +240,11 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     from canter.inference.formats import FORMATS, SUFFIXES
 
     kind, output = options.format, options.output
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ConfigError(f"--batch-size {options.batch_size}: at least 1")
+    for name, value in (("batch-size", options.batch_size), ("beam", options.beam)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: at least 1")
+    if options.window_seconds is not None and options.window_seconds < 1:
+        raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
     if output is None:
         if options.json:
             raise ConfigError("--json prints the summary where the transcripts would go: name an --output")
@@ -227,14 +260,20 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     return folder, [kind or suffixes.get(output.suffix, "nemo")]
 
 
+def timestamps_of(options: Options) -> Literal["none", "segment", "word"]:
+    if options.timestamps != "auto":
+        return options.timestamps
+    return "segment" if {"srt", "vtt", "tsv", "json"} & {*destination(options)[1]} else "none"
+
+
 def identity(checkpoint: Path, options: Options) -> dict[str, Any]:
     """What an unfinished result must have been made by, to go on with it."""
     weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     return {
         "model": str(checkpoint.resolve()),
         "weights": int(weights.stat().st_mtime) if weights.exists() else None,
-        "precision": options.precision,
-        "max_repeats": options.max_repeats,
+        "timestamps": timestamps_of(options),
+        **{name: getattr(options, name) for name in DECIDING},
     }
 
 

@@ -92,7 +92,7 @@ def _spaced(text: str, parts: Sequence[str]) -> list[str]:
     but for the first, where it does not occur."""
     found: list[str] = []
     place = 0
-    for number, part in enumerate(parts):
+    for number, part in enumerate(map(str.strip, parts)):
         start = text.find(part, place)
         if start < 0 or text[place:start].strip():
             found.append(f" {part}" if number else part)

@@ -80,7 +80,13 @@ def _transcription(row: dict[str, Any]) -> Transcription:
     for segment in row.pop("segments", ()):
         words = tuple(Word(**word) for word in segment.pop("words"))
         segments.append(Segment(**segment | {"tokens": tuple(segment["tokens"])}, words=words))
-    return Transcription(tokens=tuple(row.pop("tokens")), segments=tuple(segments), **row)
+    ctc = row.pop("ctc", None)
+    return Transcription(
+        tokens=tuple(row.pop("tokens")),
+        segments=tuple(segments),
+        ctc=None if ctc is None else tuple(ctc),
+        **row,
+    )
 
 
 class Partial:

@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,29 @@ from canter.inference.transcribe import Transcription
 
 
 def segments_of(item: Item, transcription: Transcription) -> list[Segment]:
-    """The transcription's segments, in seconds of the audio file; without any, one from start to end."""
-    offset = item.utterance.offset if item.utterance else 0.0
+    """The transcription's segments, in seconds of the audio file, to the millisecond; without any, one from start
+    to end."""
+    utterance = item.utterance
+    offset, duration = (utterance.offset, utterance.duration) if utterance else (0.0, 0.0)
     segments = transcription.segments
     if not segments and transcription.text:
-        duration = round(item.utterance.duration, 3) if item.utterance else 0.0
         segments = (Segment(0.0, duration, transcription.text, transcription.tokens),)
-    return [segment.shifted(offset) if offset else segment for segment in segments]
+    return [_to_milliseconds(segment.shifted(offset)) for segment in segments]
 
 
-def result_row(item: Item, transcription: Transcription) -> dict[str, Any]:
-    """The item's own fields, then ``pred_text`` and, where times were asked for, ``segments`` in seconds of the
+def _to_milliseconds(segment: Segment) -> Segment:
+    words = tuple(replace(word, start=round(word.start, 3), end=round(word.end, 3)) for word in segment.words)
+    return replace(segment, start=round(segment.start, 3), end=round(segment.end, 3), words=words)
+
+
+def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, Any]:
+    """The item's own fields, then ``pred_text`` and, where it is to be ``timed``, ``segments`` in seconds of the
     audio file; or ``error``."""
     row = {key: value for key, value in item.row.items() if key not in ("pred_text", "error", "segments")}
     if transcription.error is not None:
         return row | {"error": transcription.error}
     row |= {"pred_text": transcription.text}
-    if transcription.segments:
+    if timed:
         row["segments"] = [_nemo_segment(segment) for segment in segments_of(item, transcription)]
     return row
 
@@ -43,7 +50,9 @@ def result_row(item: Item, transcription: Transcription) -> dict[str, Any]:
 def _nemo_segment(segment: Segment) -> dict[str, Any]:
     value: dict[str, Any] = {"start": segment.start, "end": segment.end, "text": segment.text}
     if segment.words:
-        value["words"] = [{"start": word.start, "end": word.end, "text": word.text} for word in segment.words]
+        value["words"] = [
+            {"start": word.start, "end": word.end, "text": word.text.strip()} for word in segment.words
+        ]
     return value
 
 
@@ -53,12 +62,15 @@ def render_one(item: Item, transcription: Transcription, kind: str) -> str:
     return render_segments(kind, transcription.text, segments, _language(item, transcription))
 
 
-def render(items: Sequence[Item], transcriptions: Sequence[Transcription], kind: str) -> Iterator[str]:
+def render(
+    items: Sequence[Item], transcriptions: Sequence[Transcription], kind: str, timed: bool = False
+) -> Iterator[str]:
     """All transcripts as one file, in pieces: of several utterances ``txt`` has a line and ``json`` a list entry
-    each. Raises ConfigError for several in a format of one utterance alone."""
+    each, ``nemo`` has ``segments`` where it is to be ``timed``. Raises ConfigError for several in a format of one
+    utterance alone."""
     pairs = list(zip(items, transcriptions))
     if kind == "nemo":
-        yield from (_line(result_row(*pair)) for pair in pairs)
+        yield from (_line(result_row(*pair, timed)) for pair in pairs)
     elif len(pairs) == 1:
         if pairs[0][1].error is None:
             yield render_one(*pairs[0], kind)
@@ -102,6 +114,7 @@ def write_results(
     target: Path,
     kinds: Iterable[str],
     folder: bool,
+    timed: bool = False,
 ) -> list[Path]:
     """Writes to the file ``target``, or into the folder: ``transcripts.jsonl`` for ``nemo``, for the other
     formats one file an utterance, named after its audio. Returns what was written, of the many files of a
@@ -111,14 +124,14 @@ def write_results(
         (kind,) = kinds
         if kind != "nemo" and all(transcription.error is not None for transcription in transcriptions):
             return []
-        write_whole(target, render(items, transcriptions, kind))
+        write_whole(target, render(items, transcriptions, kind, timed))
         return [target]
     written: list[Path] = []
     names = file_names(items)
     for kind in kinds:
         if kind == "nemo":
             written.append(target / "transcripts.jsonl")
-            write_whole(written[-1], render(items, transcriptions, kind))
+            write_whole(written[-1], render(items, transcriptions, kind, timed))
             continue
         for name, item, transcription in zip(names, items, transcriptions):
             if transcription.error is None:
