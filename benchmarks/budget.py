@@ -6,8 +6,9 @@
 
 MODEL is a checkpoint, or `small`: Canter's model of the size that `canter train` makes unless told otherwise. Whisper
 is measured at its utterances' lengths (no padding to 30 s). Memory is a fresh process's: it makes model and optimiser
-state, rests, runs the shape twice, and tells its peak resident memory (VmHWM) above what it was before the model; the
-bytes of the tensors alive are shown beside it, and what glibc takes where its heap is left as it is.
+state, takes a small step, rests, runs the shape twice, and tells its peak resident memory (VmHWM) above its resting level,
+weights and optimiser state added. Beside it: the bytes of the tensors alive, and what glibc takes where its heap is left
+as it is.
 """
 
 from __future__ import annotations
@@ -84,11 +85,14 @@ def child(name: str, shapes: list[list[int]], cap: float, heap: bool) -> None:
     if heap:
         steady_heap()
     torch.set_num_threads(1)
-    rest = resident()
     step = make_step(make_model(name))
-    step(1, *shapes[0][1:])  # optimiser state
+    step(
+        1, *shapes[0][1:]
+    )  # makes the optimiser's state, and loads about 100 MB of libraries that are no tensors
+    give_back()
+    rest = resident() - step.state_bytes
     if cap:
-        held = resident("VmData") - (resident() - rest)
+        held = resident("VmData") - step.state_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (int(held + cap), resource.RLIM_INFINITY))
     for shape in shapes:
         give_back()

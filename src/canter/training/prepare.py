@@ -39,6 +39,7 @@ from canter.training.ranks import ALONE, Ranks
 from canter.training.run import Run
 from canter.training.speed import AtSpeed
 from canter.tuning.fit import measure_budget, within
+from canter.tuning.memory import steady_heap
 from canter.tuning.probe import Prober
 
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
@@ -282,6 +283,8 @@ def find_budget(
             budget.require(**{name: here[name] for name in DECIDING})
         except BudgetError as error:
             raise BudgetError(f"{config.budget}: {error}") from None
+        if here["device"] == "cpu" and "mmap_threshold" in budget.measured_on:
+            steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
         budget.save(path)
         return budget
     device = next(model.parameters()).device
