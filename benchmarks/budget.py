@@ -4,11 +4,11 @@
     python benchmarks/budget.py methods MODEL LENGTHS [--limit 1GiB] [--json FILE]
     python benchmarks/budget.py epoch   MODEL LENGTHS [--limit 2GiB] [--count 200] [--json FILE]
 
-MODEL is a checkpoint, or `small`: Canter's model of the size that `canter train` makes unless told otherwise. Whisper
-is measured at its utterances' lengths (no padding to 30 s). Memory is a fresh process's: it makes model and optimiser
-state, takes a small step, rests, runs the shape twice, and tells its peak resident memory (VmHWM) above its resting level,
-weights and optimiser state added. Beside it: the bytes of the tensors alive, and what glibc takes where its heap is left
-as it is.
+MODEL is a checkpoint, or `small`: Canter's model of the size that `canter train` makes unless told otherwise.
+Whisper is measured at its utterances' lengths (no padding to 30 s). Memory is a fresh process's: it makes model and
+optimiser state, takes a small step, rests, runs the shape twice, and tells its peak resident memory (VmHWM) above its
+resting level, weights and optimiser state added. Beside it: the bytes of the tensors alive, and what glibc takes where
+its heap is left as it is.
 """
 
 from __future__ import annotations
