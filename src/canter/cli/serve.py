@@ -33,8 +33,8 @@ class Options:
     """Language of requests that name none."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is faster on a GPU; transcripts may then depend on who else asks."""
+    precision: Literal["float32", "bf16", "int8"] = "float32"
+    """bf16 is faster on a GPU, int8 on a CPU; transcripts may then depend on who else asks."""
     batch_size: int | None = None
     """Pieces of audio decoded together, at most; by default 64."""
     max_megabytes: float = 100.0
@@ -63,8 +63,8 @@ def run(options: Options) -> int:
     import torch
 
     from canter.inference.engine import Engine, EngineConfig
+    from canter.inference.int8 import load_in
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.checkpoint import load_model
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, is_loopback, make_server
@@ -92,8 +92,7 @@ def run(options: Options) -> int:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
-        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        model = load_model(checkpoint, device=device, dtype=dtype)
+        model = load_in(options.precision, checkpoint, device)
         frames = 16384 if device.startswith("cuda") else 1024
         engine = Engine(
             model, model.tokenizer.end, EngineConfig(rows=options.batch_size or 64, frames=frames)

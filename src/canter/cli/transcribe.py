@@ -63,8 +63,8 @@ class Options:
     """Whisper alone: what repeats itself or is unlikely is decoded again at higher temperatures."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is faster on a GPU; transcripts may then depend on the batch."""
+    precision: Literal["float32", "bf16", "int8"] = "float32"
+    """bf16 is for GPUs; transcripts may then depend on the batch. int8 is for processors: the decoder's matrices."""
     max_repeats: int = 3
     """No n-gram of up to 8 tokens may follow itself more often than this; 0: no such guard. Beam search has none."""
     longest_seconds: float | None = None
@@ -148,7 +148,7 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     import torch
 
     from canter.inference.engine import Engine, EngineConfig
-    from canter.models.checkpoint import load_model
+    from canter.inference.int8 import load_in
 
     device = options.device
     if device == "auto":
@@ -157,9 +157,7 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    model = load_model(
-        checkpoint, device=device, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32
-    )
+    model = load_in(options.precision, checkpoint, device)
     if model.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
     frames = 16384 if device.startswith("cuda") else 1024

@@ -6,10 +6,17 @@ output, rounding activations costs as much as the multiplication saves (measured
 stay as they are. N: outputs, K: inputs.
 """
 
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from canter.errors import ConfigError
+from canter.models.checkpoint import load_model
 from canter.models.model import SpeechModel
+
+Precision = Literal["float32", "bf16", "int8"]
 
 
 class Int8Matrix(nn.Module):
@@ -49,3 +56,12 @@ def quantize(model: SpeechModel) -> SpeechModel:
                     setattr(parent, name, Int8Matrix(child.weight, child.bias))
     model.decoder.out = Int8Matrix(model.decoder.embedding.weight, model.decoder.head_bias)
     return model
+
+
+def load_in(precision: Precision, path: str | Path, device: str) -> SpeechModel:
+    """The model at ``path`` for inference. Raises ConfigError for int8 anywhere but on a CPU, CheckpointError as
+    ``load_model``."""
+    if precision == "int8" and device != "cpu":
+        raise ConfigError(f"--precision int8 runs on a CPU alone, not on {device}: use bf16 there")
+    model = load_model(path, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return quantize(model) if precision == "int8" else model
