@@ -52,9 +52,12 @@ def test_figures_of_a_folder_with_a_bad_file(model, tmp_path, capsys):
     assert value["machine"]["threads"] >= 1
 
 
-def test_noise_without_audio(model, capsys):
-    assert main(["bench", "inference", model, "--clips", "2", "--repeats", "1", "--latency-clips", "1"]) == 0
-    assert "2 clips" in capsys.readouterr().out
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_noise_without_audio(model, capsys, precision):
+    arguments = ["--clips", "2", "--repeats", "1", "--latency-clips", "1", "--precision", precision]
+    assert main(["bench", "inference", model, *arguments]) == 0
+    assert "2 clips" in (out := capsys.readouterr().out)
+    assert precision in out
 
 
 @pytest.mark.parametrize(

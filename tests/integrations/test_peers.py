@@ -59,5 +59,8 @@ def test_a_type_of_its_own(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: name == "ctranslate2")
     assert parse_peer("ctranslate2:int8", "float32") == ("ctranslate2", "int8")
     assert parse_peer("ctranslate2", "bfloat16") == ("ctranslate2", "bfloat16")
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    assert parse_peer("transformers", "int8") == ("transformers", "float32")
+    monkeypatch.setattr(module, "find_spec", lambda name: False)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'canter\[hf\]'"):
         parse_peer("transformers", "float32")

@@ -45,8 +45,9 @@ class Options:
     """Threads of every system; by default torch's choice."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """Of Canter, and of the others where they name no type."""
+    precision: Literal["float32", "bf16", "int8"] = "float32"
+    """Of Canter, and of the others where they name no type (transformers has no int8: float32). int8 is for
+    processors: the decoder's matrices."""
     json: Path | None = None
     """Write everything that was measured to this file."""
 
@@ -61,12 +62,13 @@ def run(options: Options) -> None:
 
     from canter.evaluation.speed import CanterSystem, System, measure
     from canter.inference.engine import Engine, EngineConfig
+    from canter.inference.int8 import quantize
     from canter.inference.transcribe import checkpoint_of
     from canter.integrations.peers import load_peer, parse_peer, working_folder
     from canter.models.checkpoint import load_model
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    default = str(dtype).removeprefix("torch.")
+    default = {"bf16": "bfloat16"}.get(options.precision, options.precision)
     peers = [parse_peer(spec.strip(), default) for spec in options.against.split(",") if spec.strip()]
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -79,13 +81,17 @@ def run(options: Options) -> None:
     model = load_model(checkpoint, device=device, dtype=dtype)
     clips, left_out = load_clips(options, model)
     frames = 16384 if device.startswith("cuda") else 1024
-    engine = Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size, frames=frames))
-    systems: dict[str, System] = {f"canter {default}": CanterSystem(engine)}
+    if options.precision == "int8" and device != "cpu":
+        raise ConfigError(f"--precision int8 runs on a CPU, and the device is {device}: use bf16 there")
     with working_folder() as work:
-        for package, kind in peers:
-            systems[f"{package} {kind}"] = load_peer(
-                model, package, kind, options.peer_batch_size, Path(work)
-            )
+        others: dict[str, System] = {
+            f"{package} {kind}": load_peer(model, package, kind, options.peer_batch_size, Path(work))
+            for package, kind in peers
+        }
+        if options.precision == "int8":
+            quantize(model)
+        engine = Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size, frames=frames))
+        systems: dict[str, System] = {f"canter {default}": CanterSystem(engine), **others}
         speeds = measure(systems, clips, repeats=options.repeats, latency_clips=options.latency_clips)
     show(speeds, clips)
     for reason in left_out[:5]:

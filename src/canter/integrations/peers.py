@@ -29,6 +29,8 @@ def parse_peer(spec: str, default: str) -> tuple[str, str]:
     package, _, kind = spec.partition(":")
     if package not in PACKAGES:
         raise ConfigError(f"--against {spec}: there are {', '.join(PACKAGES)}, as in ctranslate2:int8")
+    if not kind and package == "transformers" and default == "int8":
+        default = "float32"
     if (kind or default) not in TYPES[package]:
         raise ConfigError(f"--against {spec}: {package} has {', '.join(TYPES[package])}")
     if not find_spec(package):
