@@ -344,6 +344,7 @@ class Engine:
         wanted = math.ceil(self.config.tokens_per_frame * frames) + self.config.extra_tokens
         return min(positions - len(request.prompt), wanted)
 
+    @torch.inference_mode()
     def _drop(self, live: _Live, waiting: deque[_Encoded], cancelled: Callable[[Hashable], bool]) -> None:
         """What nobody waits for any more leaves."""
         slots = [slot for slot, row in enumerate(live.rows) if cancelled(row.request.key)]
