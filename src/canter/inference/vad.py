@@ -4,6 +4,7 @@ F: frames of FRAME seconds.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,16 +50,16 @@ def energy(samples: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _silero_session():
+    found = importlib.util.find_spec("silero_vad")  # not imported: it would import torchaudio, of no use here
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports]
-        import silero_vad  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ConfigError(
-            "--vad silero needs the extra: pip install 'canter[vad]'; or use --vad energy"
-        ) from None
+        found = None
+    if found is None or found.origin is None:
+        raise ConfigError("--vad silero needs the extra: pip install 'canter[vad]'; or use --vad energy")
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = options.intra_op_num_threads = 1
-    file = Path(str(silero_vad.__file__)).parent / "data" / "silero_vad.onnx"
+    file = Path(found.origin).parent / "data" / "silero_vad.onnx"
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
