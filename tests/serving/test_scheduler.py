@@ -131,3 +131,25 @@ def test_closing_fails_what_is_left(model, scheduler_of):
     assert not scheduler.alive
     with pytest.raises(EngineFailure, match="shutting down"):
         scheduler.submit(requests(model, [1.0]), got)
+
+
+def test_one_of_several_live_rows_leaves(endless, caplog):
+    """The others move up in the engine's caches and go on as if nothing had been."""
+    clips = requests(endless, [2.0, 3.0, 4.0])
+    wanted = Engine(endless, endless.tokenizer.end).decode(clips)
+    scheduler = Scheduler(Engine(endless, endless.tokenizer.end))
+    try:
+        gone, kept = Collected(1), Collected(2)
+        ticket = scheduler.submit(clips[:1], gone)
+        scheduler.submit(clips[1:], kept)
+        while scheduler.engine.counters.steps < 3:
+            pass
+        scheduler.cancel(ticket)
+        assert kept.all.wait(20)
+        assert [kept.outcomes[piece].hypothesis.tokens for piece in range(2)] == [
+            found.tokens for found in wanted[1:]
+        ]
+        assert not gone.outcomes
+        assert "the engine failed" not in caplog.text
+    finally:
+        scheduler.close()
