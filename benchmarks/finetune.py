@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -364,7 +364,7 @@ def summary(options: Options, data: Path, index: LengthIndex) -> dict[str, Any]:
             "loss_first_ten": statistics.mean(loss for _, loss in taken[arm][:10]),
             "loss_last_ten": statistics.mean(loss for _, loss in taken[arm][-10:]),
             "wer": scores[arm].total.wer,
-            "wer_difference": vars(difference) if hasattr(difference, "__dict__") else str(difference),
+            "wer_difference": asdict(difference),
             "losses": [loss for _, loss in taken[arm]],
             "seconds": seconds,
         }
@@ -402,7 +402,7 @@ def main(options: Options) -> None:
             f"{arm['loss_last_ten']:.2f} | {arm['wer']:.1%} |"
         )
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A small model trained by Lightning under a plan."""
 
+import json
 import logging
 
 import numpy as np
@@ -59,7 +60,17 @@ def model_of(dropout=0.1):
         ModelConfig(
             WhisperFeatureConfig(mels=20, pad_seconds=0.0),
             WhisperEncoderConfig(1, 16, 2, 32, 20, 100, dropout=dropout),
-            DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=20, pad=0),
+            # a key's bias has no gradient but rounding, which Adam would make steps of
+            DecoderConfig(
+                layers=1,
+                width=16,
+                heads=2,
+                feedforward=32,
+                vocabulary=40,
+                positions=20,
+                pad=0,
+                key_bias=False,
+            ),
         )
     )
 
@@ -71,17 +82,24 @@ class Losses(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.seen.append(float(trainer.callback_metrics["loss"]))
 
+    def on_train_end(self, trainer, module):
+        if trainer.is_global_zero:
+            self.keep.write_text(json.dumps(self.seen))
 
-def fit(folder, steps, resume=None, plan=None, dropout=0.1):
-    """Trains; returns the losses, the module and the clips."""
+
+def fit(folder, steps, resume=None, plan=None, dropout=0.1, devices=1):
+    """Trains; returns the losses, the module and the clips, which several processes keep to themselves."""
     clips, losses = Clips(), Losses()
     module = PlanModule(
         model_of(dropout), optimizer=lambda p: torch.optim.AdamW(p, 3e-3), schedule=lambda s: 0.9**s
     )
+    strategy = "auto" if devices == 1 else "ddp_fork"
     trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        max_steps=steps, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
+        enable_progress_bar=False,
         enable_model_summary=False, callbacks=[losses], default_root_dir=folder, enable_checkpointing=False,
     )  # fmt: skip
+    losses.keep = folder / f"losses-{steps}.json"
     trainer.fit(module, datamodule=PlanDataModule(plan or plan_of(clips), clips), ckpt_path=resume)
     trainer.save_checkpoint(folder / f"{steps}.ckpt")
     return losses.seen, module, clips
@@ -122,3 +140,15 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
     fit(tmp_path, 1)
     with pytest.raises(PlanError, match="another plan"):
         fit(tmp_path, 2, resume=tmp_path / "1.ckpt", plan=plan_of(Clips(), seed=6))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process that has threads
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True")
+@pytest.mark.parametrize("devices", [2, 3])  # which divide the four micro-batches of a step, and do not
+def test_several_processes_take_the_same_steps(tmp_path, devices):
+    alone, module, _ = fit(tmp_path, 4)
+    (tmp_path / "more").mkdir()
+    _, shared, _ = fit(tmp_path / "more", 4, devices=devices)
+    assert json.loads((tmp_path / "more" / "losses-4.json").read_text()) == pytest.approx(alone, rel=1e-5)
+    for (name, a), b in zip(module.named_parameters(), shared.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
