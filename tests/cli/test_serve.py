@@ -84,7 +84,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         (["absent"], "absent does not exist"),
         (["MODEL", "--port", "TAKEN"], "choose another --host or --port"),
         (["MODEL", "--port", "70000"], "choose another --host or --port"),
-        (["MODEL", "--host", "no.such.host.invalid"], "choose another --host"),
+        (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
         (["MODEL", "--lang", "xx"], "--lang xx: the model knows en"),
         (["MODEL", "--queue", "0"], "queue is 0"),
         (["MODEL", "--device", "cuda"], "no usable GPU"),

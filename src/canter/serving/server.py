@@ -23,6 +23,8 @@ def is_loopback(host: str) -> bool:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any free one. Raises ConfigError naming what is taken or not ours."""
+    if not 0 <= port < 2**16:  # the C library would take its last 16 bits
+        raise ConfigError(f"{port} is not a port (0 to 65535); choose another --host or --port")
     with contextlib.ExitStack() as undo:
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
