@@ -16,7 +16,7 @@ import tyro
 
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.inference.engine import EngineConfig, Request
+from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import ForcedLengths, measure_shift
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig

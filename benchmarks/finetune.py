@@ -39,7 +39,8 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.evaluation.wer import Score, paired_difference, score
-from canter.inference.engine import Engine, Request
+from canter.inference.engine import Engine
+from canter.inference.requests import Request
 from canter.models.checkpoint import load_model
 from canter.planning import Budget, Plan
 

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import tyro
 
-from canter.inference.engine import EngineConfig, Request, encoder_batches
+from canter.inference.engine import encoder_batches
 from canter.inference.graphs import FixedSteps
+from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import ForcedLengths, canary_config, measure_ways
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig

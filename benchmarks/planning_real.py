@@ -38,8 +38,8 @@ def row_of(path: Path, budget: Budget) -> str:
     before, at_equal, at_best = (row.figures.padded_compute for row in (two, equal, tightest))
     return (
         f"| {path.stem} | {len(index):,} | {two.figures.micro_batches:,} | {before:.2%}, {two.mixing_pool:,.0f} "
-        f"| {float(equal.name):g}, {at_equal:.2%}, {equal.mixing_pool:,.0f} | {1 - at_equal / before:.0%} | {at_best:.2%} "
-        f"| {1 - at_best / before:.0%} | {tightest.figures.memory_filled:.1%} |"
+        f"| {float(equal.name):g}, {at_equal:.2%}, {equal.mixing_pool:,.0f} | {1 - at_equal / before:.0%} "
+        f"| {at_best:.2%} | {1 - at_best / before:.0%} | {tightest.figures.memory_filled:.1%} |"
     )
 
 

@@ -3,7 +3,7 @@ shapes, and decoding times, predicted from the trained shape and measured on the
 
     python benchmarks/reshape.py RUN -o FOLDER [--decoder-layers 1] [--steps 500] [--json FILE]
 
-Both shapes take the same steps on the same batches (the run's budget, precision and seed), at a share of the run's
+Both shapes take the same steps on the same batches (the run's seconds of audio, precision and seed), at a share of its
 learning rates. FOLDER keeps the reshaped model and both runs; started again, it goes on where it was.
 """
 
@@ -75,7 +75,7 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
         output=options.output / name,
         steps=options.steps,
         minutes=None,
-        budget=options.run / "budget.json",
+        budget=None,  # each shape has its own; the batches are the same, for seconds of audio bound them
         precision=settled["precision"],
         threads=settled["threads"],
         short_first=False,

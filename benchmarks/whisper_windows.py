@@ -20,8 +20,9 @@ import canter
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.evaluation.wer import score
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
 from canter.inference.reading import words_of
+from canter.inference.requests import EngineConfig, Request
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
 WINDOW = 30.0

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.inference.alignment import Alignment, path_starts
-from canter.inference.engine import Hypothesis
 from canter.inference.reading import Assembly, Fallback, compression_ratio, joined, segments_of, words_of
+from canter.inference.requests import Hypothesis
 from canter.inference.segments import Segment, Word
 from canter.text import Characters
 

@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from canter.inference.engine import Engine, EngineConfig, Request, ctc_greedy, encoder_batches
+from canter.inference.engine import Engine, ctc_greedy, encoder_batches
+from canter.inference.requests import EngineConfig, Request
 
 from .conftest import END, noises, small_model
 

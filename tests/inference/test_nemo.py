@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 import canter
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
+from canter.inference.requests import EngineConfig, Request
 
 SHARED = os.environ.get("CANTER_SHARED")
 pytestmark = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with NeMo fixtures")

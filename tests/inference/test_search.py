@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
 from canter.inference.graphs import FixedSteps, next_shape, power_of_two
+from canter.inference.requests import EngineConfig, Request
 from canter.inference.rules import Rules
 from canter.inference.search import best
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
 from canter.inference.naive import CACHES, generate
+from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import (
     WAYS,
     canary_config,

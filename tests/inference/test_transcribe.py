@@ -9,8 +9,9 @@ import soundfile
 
 from canter.cli.main import main
 from canter.errors import CheckpointError, ManifestError
-from canter.inference.engine import Engine, EngineConfig
+from canter.inference.engine import Engine
 from canter.inference.inputs import read_items
+from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe, transcribe_stream
 from canter.models.checkpoint import save_model
 from canter.text import train_tokenizer

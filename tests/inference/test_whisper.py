@@ -14,9 +14,10 @@ import torch
 import canter
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
 from canter.inference.int8 import quantize
 from canter.inference.pieces import cut
+from canter.inference.requests import EngineConfig, Request
 from canter.inference.transcribe import TranscribeConfig, transcribe
 
 SHARED = os.environ.get("CANTER_SHARED")

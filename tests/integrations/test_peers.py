@@ -10,7 +10,8 @@ from canter import load_model
 from canter.corpus.audio import load_audio
 from canter.errors import ConfigError
 from canter.evaluation.speed import CanterSystem, Clip
-from canter.inference.engine import Engine, EngineConfig
+from canter.inference.engine import Engine
+from canter.inference.requests import EngineConfig
 from canter.integrations.peers import load_peer, parse_peer
 
 SHARED = Path(os.environ.get("CANTER_SHARED", ""))

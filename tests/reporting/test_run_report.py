@@ -107,3 +107,23 @@ def test_duration():
         "2 min 5 s",
         "3 h 12 min",
     ]
+
+
+def test_ranks_memory_and_events_are_shown(folder: Path, metrics):
+    rows = [
+        row | {"rank_seconds": [0.4, 0.3], "memory_filled": 0.97, "memory_peak": 0.0}
+        for row in metrics
+        if row["kind"] == "train"
+    ]
+    rows += [{"kind": "event", "step": 7, "what": "out of memory", "number": 1, "parts": 2, "limit": 5.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = run_report(folder)
+    for told in (
+        "Ranks",
+        "waiting for the slowest rank in grey",
+        "Memory filled",
+        "Events",
+        "out of memory",
+        "parts 2",
+    ):
+        assert told in page, told

@@ -19,7 +19,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from canter.inference.engine import Engine, EngineConfig
+from canter.inference.engine import Engine
+from canter.inference.requests import EngineConfig
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig

@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from canter.corpus.manifest import Utterance
-from canter.inference.engine import Engine, EngineConfig
+from canter.inference.engine import Engine
+from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import transcribe
 from canter.models.checkpoint import load_model
 

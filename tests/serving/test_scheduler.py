@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
+from canter.inference.requests import EngineConfig, Request
 from canter.serving.scheduler import EngineFailure, Outcome, Scheduler
 
 from .conftest import noise

@@ -1,4 +1,11 @@
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import socket
+from contextlib import contextmanager
+
 import pytest
+import torch
 
 from canter.corpus.synthesis import synthesise
 from canter.planning.budget import Budget
@@ -33,3 +40,90 @@ def config(spoken, tmp_path):
         ),
         loss=LossConfig(ctc_alone=0.25),
     )
+
+
+@contextmanager
+def unwatched(steps, done):
+    yield lambda report: None
+
+
+def stopping_after(step):
+    """A watch under which the process that shows progress falls over once ``step`` is taken."""
+
+    @contextmanager
+    def watch(steps, done):
+        def report(taken):
+            if taken.step == step:
+                raise RuntimeError(f"pulled the plug after step {step}")
+
+        yield report
+
+    return watch
+
+
+@contextmanager
+def memory_cap(bytes_kept):
+    """Out of memory where autograd keeps more than so many bytes for a backward pass, as a full device would be."""
+    kept = [0, 0]  # now, at most
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()  # itself it may hold the graph that holds it
+            kept[0] += tensor.nbytes
+            kept[1] = max(kept)
+            if kept[0] > bytes_kept:
+                raise torch.OutOfMemoryError("out of memory (the test's cap)")
+
+        def __del__(self):
+            kept[0] -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        yield kept
+
+
+def as_rank(rank, ranks, port, answers, work, *arguments):
+    """Runs ``work`` as torchrun would start it, and answers with what it returned or said."""
+    server = (
+        multiprocessing.forkserver._forkserver
+    )  # of the process that this one was forked from: not ours to use
+    server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        answers.put((rank, work(rank, *arguments), ""))
+    except BaseException as error:
+        answers.put((rank, None, f"{type(error).__name__}: {error}"))
+
+
+@pytest.fixture
+def on_ranks():
+    """``on_ranks(ranks, work, *arguments)``: the (result, error) of ``work(rank, *arguments)`` on each of so many
+    processes, None for one that was killed."""
+    context = multiprocessing.get_context("fork")  # all is imported here: a rank starts at once
+
+    def run(ranks, work, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        answers = context.Queue()
+        processes = [
+            context.Process(target=as_rank, args=(rank, ranks, port, answers, work, *arguments))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode is not None, "a rank hangs"
+        found = [None] * ranks
+        while not answers.empty():
+            rank, result, error = answers.get()
+            found[rank] = (result, error)
+        return found
+
+    return run

@@ -61,8 +61,9 @@ def run(options: Options) -> None:
     import torch
 
     from canter.evaluation.speed import CanterSystem, System, measure
-    from canter.inference.engine import Engine, EngineConfig
+    from canter.inference.engine import Engine
     from canter.inference.int8 import quantize
+    from canter.inference.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of
     from canter.integrations.peers import load_peer, parse_peer, working_folder
     from canter.models.checkpoint import load_model

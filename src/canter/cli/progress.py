@@ -38,7 +38,8 @@ def say(text: str) -> None:
 
 
 class TrainingProgress:
-    """Live loss, padding and speed of a run; on a terminal that cannot be redrawn, a line every 100 steps."""
+    """Live loss, WER, speed, padding, memory, waiting and time left of a run; on a terminal that cannot be redrawn, a
+    line every 100 steps."""
 
     WIDTH = 50  # steps that the figures shown are means of
     EVERY = 100
@@ -79,4 +80,12 @@ class TrainingProgress:
         loss = sum(r.loss for r in reports) / len(reports)
         padding = 1 - audio / sum(r.audio_seconds / max(1e-9, 1 - r.padding) for r in reports)
         wait = sum(r.data_wait_seconds for r in reports) / seconds
-        return f"loss {loss:.3f}  {audio / seconds:.0f} h/h  padding {padding:.1%}  data wait {wait:.1%}"
+        last = reports[-1]
+        parts = [f"loss {loss:.3f}"]
+        parts += [f"WER {last.wer:.1%}"] if last.wer is not None else []
+        parts += [f"{audio / seconds:.0f} h/h", f"padding {padding:.1%}"]
+        filled = sum(r.memory_filled for r in reports) / len(reports)
+        parts.append(f"memory {last.memory_peak or filled:.0%}")
+        if len(last.rank_seconds) > 1:  # the slowest rank over the mean
+            parts.append(f"waiting {sum(r.waiting for r in reports) / len(reports):.2f}")
+        return "  ".join([*parts, f"data wait {wait:.1%}"])

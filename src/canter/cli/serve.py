@@ -62,8 +62,9 @@ def run(options: Options) -> int:
 
     import torch
 
-    from canter.inference.engine import Engine, EngineConfig
+    from canter.inference.engine import Engine
     from canter.inference.int8 import load_in
+    from canter.inference.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig

@@ -147,8 +147,9 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
 def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     import torch
 
-    from canter.inference.engine import Engine, EngineConfig
+    from canter.inference.engine import Engine
     from canter.inference.int8 import load_in
+    from canter.inference.requests import EngineConfig
 
     device = options.device
     if device == "auto":

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from canter.evaluation.wer import rtfx
-from canter.inference.engine import Counters, Engine, Request
+from canter.inference.engine import Engine
+from canter.inference.requests import Counters, Request
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -15,135 +15,17 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from canter.inference.alignment import Alignment, align
+from canter.inference.alignment import align
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
+from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
 from canter.inference.rules import Rules
 from canter.inference.search import BeamSearch, Greedy, Row, Search, swap_out
 from canter.models.model import SpeechModel
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How the engine works. ``rows``, ``frames`` and ``graphs`` change no transcript."""
-
-    rows: int = 64
-    """Rows the decoder advances together, at most."""
-    frames: int = 1024
-    """Encoder frames in a batch of the encoder, padding included, at most (one utterance may have more)."""
-    tokens_per_frame: float = 1.0
-    """A row ends without an end token after this many tokens for each of its encoder frames ..."""
-    extra_tokens: int = 10
-    """... and this many more (and in any case where the decoder's positions end)."""
-    max_repeats: int = 3
-    """No n-gram of tokens may follow itself more often than this, the next best token is taken; 0: no
-    guard. Beam search has no such guard."""
-    repeat_ngram: int = 8
-    """The longest n-gram that the guard against repetition looks at."""
-    beams: int = 1
-    """Hypotheses that are kept for each row; 1: greedy."""
-    length_penalty: float | None = None
-    """Exponent of the length that a beam's score is divided by; None: 1 as `transformers` for Whisper, 0 as
-    NeMo for others."""
-    early_stopping: bool = False
-    """Ends a row's beams as soon as there are as many finished ones (Whisper's search; see BeamSearch)."""
-    graphs: bool = True
-    """On a GPU, whether decoder steps are captured as CUDA graphs."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One utterance to decode."""
-
-    audio: np.ndarray
-    """(S,) float32 at the model's rate."""
-    prompt: Sequence[int]
-    """The decoder's first tokens; at least one."""
-    key: Hashable = None
-    """Comes back with the hypothesis."""
-    temperature: float = 0.0
-    """0: the best tokens; else drawn from softmax(logits / temperature)."""
-    retry: "Callable[[Hypothesis], float | None] | None" = None
-    """Looks at a hypothesis; a number is the temperature to decode the same audio at once more."""
-    languages: tuple[int, ...] = ()
-    """Tokens among which the language is detected; the likeliest stands in the prompt at once after the
-    first token, in place of what is there."""
-    scored: bool = False
-    """Whether log probabilities and the probability of no speech are wanted."""
-    aligned: bool = False
-    """Whether the times of tokens are wanted."""
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """What was decoded for one request."""
-
-    key: Hashable
-    tokens: list[int]
-    """Without the prompt and the end token."""
-    finished: bool
-    """Whether the model ended it, not the limit on tokens."""
-    ctc: list[int] | None = None
-    """The CTC head's greedy outputs, collapsed, where they were asked for."""
-    logprob: float = 0.0
-    """Sum of natural-log probabilities, end token included; of beams and scored requests."""
-    no_speech: float = 0.0
-    """Probability of Whisper's no-speech token after its first token; of scored requests."""
-    temperature: float = 0.0
-    prompt: tuple[int, ...] = ()
-    """With the language that was detected."""
-    alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
-    """Of beams: tokens and sums of log probabilities, best first."""
-    alignment: Alignment | None = None
-
-    @property
-    def avg_logprob(self) -> float:
-        """A token, the end token counted, as Whisper counts it."""
-        return self.logprob / (len(self.tokens) + 1)
-
-
-@dataclass
-class Counters:
-    """What the engine did and where the time went; seconds are wall-clock, on a GPU the encoder's are the
-    device's own, which may overlap with the decoder's."""
-
-    utterances: int = 0
-    audio_seconds: float = 0.0
-    feature_seconds: float = 0.0
-    encoder_seconds: float = 0.0
-    decoder_seconds: float = 0.0
-    seconds: float = 0.0
-    """From the first request taken to the last hypothesis given, all else included."""
-    tokens: int = 0
-    steps: int = 0
-    row_steps: int = 0
-    """Rows computed, summed over decoder steps."""
-    useful_row_steps: int = 0
-    """Those among them that had not ended."""
-    retries: int = 0
-    """Rows that were decoded once more."""
-    slots: int = 0
-    """Rows the decoder had room for."""
-
-    @property
-    def rtfx(self) -> float:
-        """Seconds of audio for each second of work."""
-        return self.audio_seconds / max(self.seconds, 1e-9)
-
-    @property
-    def useful_rows(self) -> float:
-        """Share of the rows computed that were useful."""
-        return self.useful_row_steps / max(self.row_steps, 1)
-
-    @property
-    def mean_rows(self) -> float:
-        """Useful rows a step."""
-        return self.useful_row_steps / max(self.steps, 1)
 
 
 def encoder_batches(lengths: Sequence[float], budget: float, rows: int | None = None) -> list[list[int]]:

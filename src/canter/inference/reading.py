@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from canter.inference.alignment import Alignment
-from canter.inference.engine import Hypothesis
+from canter.inference.requests import Hypothesis
 from canter.inference.segments import Segment, Word
 from canter.text.sentencepiece import SentencePieceTokenizer
 from canter.text.tokenizer import Tokenizer

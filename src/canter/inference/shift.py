@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from canter.inference.engine import Engine, EngineConfig, Request, encoder_batches
+from canter.inference.engine import Engine, encoder_batches
 from canter.inference.naive import CACHES, generate
+from canter.inference.requests import EngineConfig, Request
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig

@@ -15,9 +15,10 @@ import numpy as np
 from canter.corpus.audio import audio_blocks, load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError
-from canter.inference.engine import Engine, Hypothesis, Request, encoder_batches
+from canter.inference.engine import Engine, encoder_batches
 from canter.inference.pieces import Piece, cut
 from canter.inference.reading import Assembly, Fallback, segments_of
+from canter.inference.requests import Hypothesis, Request
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS, RATE
 from canter.models.model import SpeechModel

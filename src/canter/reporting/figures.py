@@ -182,6 +182,34 @@ def histogram(values: Values, *, xlabel: str, bins: int = 40, size: tuple[float,
 
 
 @styled
+def rank_timeline(seconds: Sequence[Sequence[float]], *, size: tuple[float, float] | None = None) -> Figure:
+    """Steps as they follow one another on every rank: (steps, ranks) seconds of computing, then waiting in grey for
+    the slowest."""
+    table = np.asarray(seconds, dtype=float)
+    ranks = table.shape[1]
+    figure, axes = _axes(size or (11.0, min(7.0, 1.1 + 0.28 * ranks)), "seconds")
+    slowest = table.max(axis=1)
+    starts = np.concatenate([[0.0], np.cumsum(slowest)[:-1]])
+    for rank in range(ranks):
+        axes.broken_barh(
+            list(zip(starts, slowest)), (rank - 0.4, 0.8), facecolors=GRID, rasterized=table.size > 5000
+        )
+        colors = [(BLUE, SKY)[step % 2] for step in range(len(table))]
+        axes.broken_barh(
+            list(zip(starts, table[:, rank])),
+            (rank - 0.4, 0.8),
+            facecolors=colors,
+            rasterized=table.size > 5000,
+        )
+    axes.set_ylabel("rank")
+    axes.set_xlim(0, float(slowest.sum()))
+    axes.set_ylim(ranks - 0.5, -0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.grid(visible=False)
+    return figure
+
+
+@styled
 def lengths(seconds: Values, tokens: Values, *, size: tuple[float, float] = HALF) -> Figure:
     """The corpus as points: duration against target length, with the histogram of durations on top."""
     figure = Figure(figsize=size, layout="constrained")

@@ -20,6 +20,7 @@ from canter.reporting import figures, html
 from canter.reporting.html import Html
 
 Row = dict[str, Any]
+TIMELINE = 40  # steps of the ranks' timeline
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Run:
     """``train`` rows by step; of a step done twice, after a resume, the last."""
     valid: list[Row]
     skipped: list[Row]
+    events: list[Row]
+    """What was unusual: micro-batches out of memory, steps without a finite loss, settings that changed."""
     config: str
     budget: Row
     checkpoints: list[str]
@@ -73,6 +76,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         train=[train[step] for step in sorted(train)],
         valid=[valid[step] for step in sorted(valid)],
         skipped=skipped,
+        events=[row for row in metrics if row.get("kind") == "event"],
         config=_text(folder / "config.yaml", missing),
         budget=_json(folder / "budget.json", missing),
         checkpoints=checkpoints,
@@ -91,6 +95,7 @@ def run_report(folder: str | os.PathLike[str]) -> Html:
     blocks += [
         *progress(run),
         *efficiency(run),
+        *happened(run.events),
         *speech(run.valid),
         *skipped(run.skipped),
         *setup(run),
@@ -178,6 +183,18 @@ def efficiency(run: Run) -> list[Html]:
         drawing = figures.batch_shapes(frames[known], tokens[known], batch[known])
         caption = "Short utterances travel in large batches, long ones in small: each fills the same memory."
         drawings.append(html.figure(drawing, "Batch shapes", caption))
+    if points := _points(run.train, "memory_filled"):
+        series = {"of the budget, predicted": points}
+        if (peak := _points(run.train, "memory_peak")) and max(peak[1]) > 0:
+            series["of the device, peak"] = peak
+        drawing = figures.curves(series, percent=True, smoothed=True)
+        drawings.append(html.figure(drawing, "Memory filled", "What micro-batches use of what there is."))
+    ranks = [row["rank_seconds"] for row in run.train if isinstance(row.get("rank_seconds"), list)]
+    if ranks and len(ranks[-1]) > 1:
+        last = [row for row in ranks if len(row) == len(ranks[-1])][-TIMELINE:]
+        drawing = figures.rank_timeline(last)
+        caption = f"The last {len(last)} steps: computing in colour, waiting for the slowest rank in grey."
+        drawings.append(html.figure(drawing, "Ranks", caption, wide=True))
     if np.isfinite(seconds).any():
         drawing = figures.histogram(seconds, xlabel="seconds")
         drawings.append(html.figure(drawing, "Step time", "Even steps mean that no rank waits long."))
@@ -185,6 +202,21 @@ def efficiency(run: Run) -> list[Html]:
         return []
     lead = "Where the time went: on speech, on padding, or waiting."
     return [html.section("Efficiency", lead, html.grid(*drawings))]
+
+
+def happened(events: Sequence[Row], count: int = 50) -> list[Html]:
+    """What was unusual, step by step."""
+    if not events:
+        return []
+    rows = []
+    for row in events[:count]:
+        rest = {k: v for k, v in row.items() if k not in ("kind", "step", "what", "time", "rows")}
+        rows.append(
+            (row.get("step", ""), row.get("what", ""), ", ".join(f"{k} {v}" for k, v in rest.items()))
+        )
+    more = f" The first {count} of {len(events):,}." if len(events) > count else ""
+    table = html.table(["step", "what", "details"], rows, text_columns=3)
+    return [html.section("Events", f"What was unusual; the run went on.{more}", table)]
 
 
 def speech(valid: Sequence[Row], count: int = 8) -> list[Html]:

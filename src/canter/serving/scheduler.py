@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from canter.errors import CanterError
-from canter.inference.engine import Engine, Hypothesis, Request, encoder_batches
+from canter.inference.engine import Engine, encoder_batches
+from canter.inference.requests import Hypothesis, Request
 
 log = logging.getLogger("canter.serving")
 Spent = tuple[float, float, float]  # seconds in features, encoder and decoder

@@ -17,9 +17,10 @@ import numpy as np
 from canter.corpus.audio import audio_blocks, audio_seconds, load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
-from canter.inference.engine import Engine, Request
+from canter.inference.engine import Engine
 from canter.inference.pieces import Piece
 from canter.inference.reading import UNSPACED, Assembly
+from canter.inference.requests import Request
 from canter.inference.segments import Segment
 from canter.inference.transcribe import Listener, TranscribeConfig
 from canter.serving.config import ServiceConfig

@@ -4,6 +4,7 @@ verified by their checksums before a run goes on from them."""
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,7 +59,12 @@ class Checkpoints:
     def set_best(self, step: int, wer: float) -> None:
         """Marks the checkpoint of ``step``, once it is written, as the best so far."""
         content = json.dumps({"checkpoint": self.path(step).name, "wer": wer}) + "\n"
-        self.pending.append(self.thread.submit(lambda: write_whole(self.folder / BEST, content)))
+
+        def write() -> None:
+            write_whole(self.folder / BEST, content)
+            self._prune()  # the one that was best
+
+        self.pending.append(self.thread.submit(write))
 
     def wait(self) -> None:
         """Until all is on disk."""
@@ -143,9 +149,9 @@ def read_snapshot(folder: Path) -> Snapshot:
     try:
         state = json.loads((beside / STATE).read_text(encoding="utf-8"))
         optimizers = torch.load(beside / OPTIMIZERS, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{beside}: training state is damaged ({error}); remove {folder} to go on from the one before it"
+            f"{beside}: training state is damaged ({str(error)[:200]}); remove {folder} to go on from the one before it"
         ) from None
     model = read_tensors(folder / "model.safetensors")
     if (beside / WEIGHTS).exists():

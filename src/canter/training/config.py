@@ -127,6 +127,8 @@ class TrainConfig:
     """What fits and how long it takes, as 'canter tune' writes it; none: measured at the start."""
     strategy: str = "balanced"
     """How utterances are batched; 'canter compare' shows the choice."""
+    mixing: float | None = None
+    """Dial of 'balanced': 0 pads least, larger numbers mix more; none: its default."""
     batch_seconds: float | None = 24.0
     """Audio in a micro-batch, padding included; none: as much as the memory budget holds."""
     micro_batches_per_step: int | None = None

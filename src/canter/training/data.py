@@ -1,6 +1,7 @@
 """Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
 
 import signal
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,16 +160,21 @@ def load_ahead(
             "prefetch_factor": 8,
             "worker_init_fn": _leave_interrupts_to_the_loop,
         }
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        sampler=_Stream(addresses),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        **context,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create"
+        )  # more workers than cores is the user's choice
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            sampler=_Stream(addresses),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin,
+            **context,
+        )
+        micro_batches = iter(loader)
     try:
-        for one in loader:
+        for one in micro_batches:
             if one.fatal is not None:
                 raise one.fatal
             yield one

@@ -22,6 +22,7 @@ from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
+from canter.planning.strategies import strategy
 from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
@@ -100,7 +101,7 @@ def prepare(
     plan = Plan(
         planned,
         limited(budget, config.batch_seconds, planned),
-        config.strategy,
+        strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing})),
         seed=config.seed,
         window=min(config.window, len(index)),
         micro_batches_per_step=micro_batches,

@@ -40,6 +40,8 @@ class Ranks:
     local: int = 0
     """Rank on this machine: the number of its GPU."""
     store: Any = field(default=None, repr=False)
+    heard: list[str] = field(default_factory=list, repr=False)
+    """Why another rank failed, where it said so."""
 
     @property
     def first(self) -> bool:
@@ -85,7 +87,7 @@ class Ranks:
             result = work()
             self.store.set(key, "1")
             return result
-        while not self.store.check([key]):
+        while not self._known(key):
             self._raise_if_one_failed()
             time.sleep(0.1)
         return work()
@@ -151,12 +153,15 @@ class Ranks:
             raise CanterError(self._lost(" ".join(str(error).split())[:200])) from None
 
     def _raise_if_one_failed(self) -> None:
+        if reason := self.heard[0] if self.heard else self._known(FAILED):
+            raise CanterError(reason)
+
+    def _known(self, key: str) -> str:
+        """What was said under ``key``; empty where nothing was."""
         try:
-            reason = self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
+            return self.store.get(key).decode() if self.store.check([key]) else ""
         except RuntimeError:
             raise CanterError(self._lost("the process that held the ranks together is gone")) from None
-        if reason:
-            raise CanterError(reason)
 
     def _lost(self, what: str) -> str:
         return (
@@ -219,6 +224,8 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
         with suppress(RuntimeError):  # without a connection there is nobody to tell
             if not store.check([FAILED]) and not isinstance(error, KeyboardInterrupt):
                 store.set(FAILED, said)
+                if rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+                    time.sleep(2 * BEAT)  # the store ends with this process: the others read it before
         raise
     finally:
         pulse.stop()
@@ -304,6 +311,7 @@ class _Pulse(threading.Thread):
 
     def _end(self, reason: str) -> None:
         """Leaves the main thread a moment to end in order, then ends the process."""
+        self.ranks.heard.append(reason)
         if self.over.wait(GRACE):
             return
         print(f"canter: {reason}", file=sys.stderr, flush=True)

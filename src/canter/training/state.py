@@ -11,7 +11,7 @@ from canter.models.fitting import fit_tensors
 from canter.training.checkpoints import Snapshot
 from canter.training.optimizers import Optimizers
 from canter.training.ranks import Ranks
-from canter.training.weights import Average
+from canter.training.weights import Average, copy_into
 
 
 def take_snapshot(
@@ -37,7 +37,7 @@ def put_back(
         targets = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad():
             for name, tensor in snapshot.weights.items():
-                _copy(targets[name], tensor)
+                copy_into(targets[name], tensor)
     else:
         fit_tensors(model, snapshot.weights, source)
     optimizers.load_state_dict(_as_parameters(snapshot.optimizers, optimizers, source))
@@ -56,12 +56,6 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(item) for item in value]
     return value
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    if isinstance(target, DTensor):
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
-    target.copy_(source)
 
 
 def _as_parameters(states: list[dict], optimizers: Optimizers, source: Any) -> list[dict]:

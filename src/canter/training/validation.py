@@ -11,7 +11,8 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError
 from canter.evaluation.translation import score_translations
 from canter.evaluation.wer import score
-from canter.inference.engine import Engine, EngineConfig, Request
+from canter.inference.engine import Engine
+from canter.inference.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 from canter.text import Tokenizer
 from canter.training.ranks import ALONE, Ranks

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from canter.errors import ConfigError
 from canter.models.model import SpeechModel
@@ -45,6 +46,13 @@ def compile_layers(model: SpeechModel, backend: str = "inductor") -> None:
             layer.compile(dynamic=True, backend=backend)
 
 
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Overwrites ``target``, which may be sharded, by a whole tensor."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
 class Average:
     """The exponential moving average of a model's weights, buffers included as they are.
 
@@ -65,7 +73,7 @@ class Average:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, shadow in self.shadow.items():
-            shadow.copy_(tensors[name])
+            copy_into(shadow, tensors[name])
 
     @contextmanager
     def in_place_of(self, model: nn.Module):

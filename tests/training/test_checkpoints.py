@@ -1,0 +1,149 @@
+"""Checkpoints that are whole or not there, verified, and settings that may change between starts."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from canter.errors import ConfigError
+from canter.models.checkpoint import load_model
+from canter.training.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
+from canter.training.session import train
+
+from .conftest import stopping_after, unwatched
+
+
+def log(config, name="metrics.jsonl"):
+    return [json.loads(line) for line in (config.output / name).read_text().splitlines()]
+
+
+def losses(config):
+    return [row["loss"] for row in log(config) if row["kind"] == "train"]
+
+
+@pytest.fixture
+def quiet(config):
+    return dataclasses.replace(config, valid=(), save_every=2, keep=3, track=())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training/optimizers.pt", "training/state.json"])
+@pytest.mark.parametrize("harm", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(quiet, tmp_path, file, harm):
+    train(quiet, unwatched)
+    again = dataclasses.replace(quiet, output=tmp_path / "again")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(again, stopping_after(7))
+    path = again.output / "checkpoints" / "step-000006" / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes(content[:middle] if harm == "cut" else flipped)
+    said = []
+    train(again, unwatched, said.append)
+    assert any("step-000006 is damaged" in line and "going on from step-000004" in line for line in said)
+    assert any(line == "continuing at step 4 of 8" for line in said)
+    assert losses(again) == losses(quiet)
+    steps = [row["step"] for row in log(again, "utterances.jsonl")]
+    assert steps == list(range(1, 9))
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint(quiet):
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(quiet, stopping_after(5))
+    folder = quiet.output / "checkpoints"
+    half = folder / ".step-000006.partial"
+    shutil.copytree(folder / "step-000004", half)
+    (half / "training" / "state.json").unlink()
+    with (quiet.output / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # torn
+    said = []
+    train(quiet, unwatched, said.append)
+    assert "continuing at step 4 of 8" in said
+    assert not half.exists()
+    assert len(losses(quiet)) == 8
+
+
+def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, monkeypatch):
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(quiet, stopping_after(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_write", full)
+        with pytest.raises(Exception, match="could not be written \\(No space left on device\\)"):
+            train(quiet, unwatched)
+    assert train(quiet, unwatched).progress.step == 8
+
+
+def test_checkpoints_are_kept_by_count_and_the_best_besides(config):
+    train(dataclasses.replace(config, save_every=1, keep=2, track=()), unwatched)
+    best = json.loads((config.output / "checkpoints" / "best.json").read_text())["checkpoint"]
+    names = {path.name for path in (config.output / "checkpoints").glob("step-*")}
+    assert {"step-000007", "step-000008", best} == names
+    assert all(damage(config.output / "checkpoints" / name) is None for name in names)
+
+
+def test_a_moving_average_is_what_is_saved_and_the_weights_lie_beside(quiet, tmp_path):
+    averaged = dataclasses.replace(quiet, optimizer=dataclasses.replace(quiet.optimizer, ema=0.9))
+    train(averaged, unwatched)
+    folder = averaged.output / "checkpoints" / "step-000008"
+    snapshot = read_snapshot(folder)
+    model = load_model(folder).state_dict()
+    assert snapshot.average is not None
+    moved = {name for name, tensor in snapshot.weights.items() if not torch.equal(tensor, model[name])}
+    assert any("encoder.layers" in name for name in moved)
+    assert not any("running_mean" in name for name in moved)
+    again = dataclasses.replace(averaged, output=tmp_path / "again")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(again, stopping_after(5))
+    train(again, unwatched)
+    other = load_model(again.output / "checkpoints" / "step-000008").state_dict()
+    assert all(torch.equal(other[name], tensor) for name, tensor in model.items())
+
+
+def test_changes_are_refused_unless_allowed_and_then_said(quiet):
+    train(dataclasses.replace(quiet, steps=4), unwatched)
+    hotter = dataclasses.replace(quiet.optimizer, learning_rate=1e-2)
+    changed = dataclasses.replace(quiet, steps=6, optimizer=hotter)
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.\d+ -> 0.01.*--allow-changes"):
+        train(changed, unwatched)
+    said = []
+    finished = train(dataclasses.replace(changed, allow_changes=True), unwatched, said.append)
+    assert finished.progress.step == 6
+    assert any(line.startswith("changed from here on: optimizer.learning_rate") for line in said)
+    assert [row["what"] for row in log(quiet) if row["kind"] == "event"] == ["changed"]
+
+
+def test_another_plan_takes_the_epoch_from_its_start(quiet):
+    train(dataclasses.replace(quiet, steps=2), unwatched)
+    changed = dataclasses.replace(quiet, steps=4, batch_seconds=8.0, allow_changes=True)
+    assert train(changed, unwatched).progress.step == 4
+
+
+def test_weights_of_another_shape_are_never_gone_on_with(quiet):
+    train(dataclasses.replace(quiet, steps=2), unwatched)
+    other = dataclasses.replace(quiet, model=dataclasses.replace(quiet.model, width=64), allow_changes=True)
+    with pytest.raises(ConfigError, match=r"model.width: 32 -> 64 would leave its weights without use"):
+        train(other, unwatched)
+
+
+def test_a_validation_that_was_cut_short_is_made_up_for(config):
+    config = dataclasses.replace(config, track=())
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(config, stopping_after(5))
+    lines = (config.output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"valid"' not in line]
+    (config.output / "metrics.jsonl").write_text("".join(kept))
+    train(config, unwatched)
+    assert [row["step"] for row in log(config) if row["kind"] == "valid"] == [4, 8]
+
+
+def test_nothing_is_unpickled(quiet):
+    train(dataclasses.replace(quiet, steps=2), unwatched)
+    folder = quiet.output / "checkpoints" / "step-000002"
+    torch.save([Snapshot({}, {}, [])], folder / "training" / "optimizers.pt")
+    with pytest.raises(Exception, match="training state is damaged"):
+        read_snapshot(folder)
