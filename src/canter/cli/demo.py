@@ -130,7 +130,7 @@ def prepare_run(options: Options, corpus):
 
     config = TrainConfig(
         manifest=(corpus.train_manifest,),
-        output=options.output / "run",
+        output=options.output / ("run-quick" if options.quick else "run"),
         vocabulary=VOCABULARY,
         minutes=options.minutes or (0.3 if options.quick else 6.75),
         seed=options.seed,

@@ -124,7 +124,7 @@ def steady_heap(threshold: int = MMAP_THRESHOLD) -> bool:
     """Has glibc map every block from ``threshold`` bytes on for itself, and return it at once when it is freed.
 
     Left alone, glibc raises that threshold up to 32 MiB as blocks are freed, keeps what is below on a heap that
-    fragments, and a CPU process comes to hold up to 60 % more than its tensors, the more the longer it runs. Returns
+    fragments, and a CPU process comes to hold up to twice what its tensors take, the more the longer it runs. Returns
     whether it could be set (Linux with glibc).
     """
     with contextlib.suppress(OSError, AttributeError):
