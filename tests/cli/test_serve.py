@@ -60,6 +60,7 @@ def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
 def test_serves_until_told_to_stop(folder, host, how, code):
     """On this machine alone by default; else it is said that anybody may use it."""
     process, url, line = started(folder, *([] if host == "127.0.0.1" else ["--host", host]))
+    assert process.stderr is not None
     try:
         assert line.startswith(f"little on http://{host}:")
         health = {}
@@ -72,8 +73,9 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         assert health["model"] == "little"
     finally:
         process.send_signal(how)
-        said = process.communicate(timeout=20)[1]
-    assert process.returncode == code
+        # not communicate(): it would lose what came together with the first line
+        said = process.stderr.read()
+    assert process.wait(timeout=20) == code
     assert "Traceback" not in said
     assert ("everybody who reaches this address may use it" in said) == (host == "0.0.0.0")
 
