@@ -1,6 +1,8 @@
 """Beams are those of a search that recomputes everything; the rules of timestamps hold; draws are the row's own."""
 
+import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.inference.engine import Engine
-from canter.inference.graphs import FixedSteps, next_shape, power_of_two
+from canter.inference.graphs import FixedSteps, _Captured, next_shape, power_of_two
 from canter.inference.requests import EngineConfig, Request
 from canter.inference.rules import Rules
 from canter.inference.search import best
@@ -162,6 +164,33 @@ def test_fixed_shapes_give_the_same(model, beams, monkeypatch):
     monkeypatch.setattr(engine, "_fixed_steps", lambda: steps)
     assert [h.tokens for h in engine.decode(requests(20))] == [h.tokens for h in expected]
     assert engine.counters.useful_rows < 1
+
+
+class Replayed(FixedSteps):
+    """As CUDA graphs are: a step runs on the buffers that were there when its shape was first seen."""
+
+    def _capture(self, key, cache, tokens):
+        assert self.captured or self.pool is None  # one whose graphs are all gone cannot be captured into
+        self.pool = self.pool or object()
+        (rows, n, columns, frames), then = key, copy.copy(cache)
+        buffer, column = tokens.new_zeros(rows, n), torch.tensor([cache.column])
+        logits = self.decoder.fixed_step(buffer, column, then, columns, frames)
+
+        def replay():
+            logits.copy_(self.decoder.fixed_step(buffer, column, then, columns, frames))
+
+        self.captured[key] = step = _Captured(SimpleNamespace(replay=replay), buffer, column, logits)
+        return step
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_graphs_read_and_write_what_is_there(model, beams, monkeypatch):
+    expected = Engine(model, END, EngineConfig(rows=5, beams=beams)).decode(requests(20))
+    steps = Replayed(model.decoder, shapes=(1, 2, 4, 8))
+    engine = Engine(model, END, EngineConfig(rows=5, beams=beams))
+    monkeypatch.setattr(engine, "_fixed_steps", lambda: steps)
+    assert [h.tokens for h in engine.decode(requests(20))] == [h.tokens for h in expected]
+    assert steps.version > 1  # buffers have moved on the way
 
 
 def test_shapes():

@@ -44,7 +44,8 @@ class FixedSteps:
         self.decoder, self.shapes, self.capture = decoder, shapes, capture
         self.captured: dict[tuple[int, int, int, int], _Captured] = {}
         self.version = -1  # of the cache that the graphs know
-        self.pool = None
+        self.pool = None  # of memory, which all graphs share: one runs at a time
+        self.warming: torch.cuda.Stream | None = None
 
     def rows(self, live: int) -> int:
         """Rows that a step of ``live`` ones computes."""
@@ -58,6 +59,7 @@ class FixedSteps:
         cache.branch()
         if cache.version != self.version:
             self.captured.clear()  # the buffers that they were captured with are gone
+            self.pool = None  # which went with the last of them
             self.version = cache.version
         columns = power_of_two(cache.column + n, cache.own.shape[4])
         frames = power_of_two(max(cache.frames), cache.cross.shape[4])
@@ -82,7 +84,7 @@ class FixedSteps:
         column = torch.full((1,), cache.column, device=tokens.device)
         # Kernels choose their workspaces when first run, which must not happen inside a capture. What these
         # runs write stands in columns that the captured step writes anew.
-        side = torch.cuda.Stream(tokens.device)
+        self.warming = side = self.warming or torch.cuda.Stream(tokens.device)
         side.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(side):
             for _ in range(2):
