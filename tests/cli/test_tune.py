@@ -86,7 +86,7 @@ def test_simulated(files, capsys):
         (("--limit", "900TB"), "is more than the"),
         (("--limit", "100MiB", "--reserve", "200MiB"), "leaves nothing of"),
         (("--limit", "1MiB"), "not even one utterance"),
-        (("--sharding", "fsdp"), "--ranks is 1; FSDP needs 2"),
+        (("--sharding", "fsdp"), "--ranks is 1; sharding needs 2"),
     ],
 )
 def test_what_cannot_be(files, capsys, options, message):

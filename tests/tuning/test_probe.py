@@ -1,11 +1,14 @@
 import json
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from canter.errors import BudgetError
+from canter.training import measure
+from canter.training.config import OptimizerConfig, TrainConfig
 from canter.tuning.probe import Prober, TrainingStep
 
 from .conftest import small_step
@@ -43,6 +46,30 @@ def test_a_step_over_the_limit_is_an_event_and_leaves_nothing_behind():
     assert prober.out_of_memory == 1
     assert step.model.weight.grad is None
     assert prober(10, 100, 1).fits
+
+
+def test_a_step_that_compiles_is_measured_once_it_has():
+    ran = []
+
+    def run(batch, frames, tokens):
+        ran.append((batch, frames, tokens))
+        time.sleep(0.2 if ran.count(ran[-1]) == 1 else 0.0)
+
+    prober = Prober(TrainingStep(nn.Linear(1, 1), [], run, compiled=True), 1e9)
+    prober.warm_up(1, 5, 5)
+    assert prober(2, 5, 5, expected=0).seconds < 0.2
+    assert ran == [(1, 5, 5), (2, 5, 5), (2, 5, 5)]
+
+
+def test_layers_are_compiled_where_training_compiles_them(model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(measure, "compile_layers", compiled.append)
+    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), compile=True)
+    step = measure.training_step(config, model, "float32", 1)
+    assert compiled == [step.model]
+    assert step.compiled
+    assert measure.measured_on(config, model, "float32")["compile"]
+    assert "compile" in measure.DECIDING
 
 
 def test_an_error_that_is_not_memory_is_not_hidden():

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from canter.errors import BudgetError
+from canter.training import ranks
 from canter.tuning.fit import measure_budget
 from canter.tuning.memory import LiveBytes
-from canter.tuning.sharding import Sharding, largest_unit, with_sharding
+from canter.tuning.sharding import IN_FLIGHT_BYTES, Sharding, largest_unit, with_sharding
 from canter.tuning.simulate import Simulator, parse_bytes
 
 from .conftest import small_step
@@ -62,8 +63,16 @@ def test_what_ranks_add(model):
     saved = [Sharding("fsdp", ranks).extra_bytes(model, state) for ranks in (2, 8, 1024)]
     assert saved == sorted(saved, reverse=True)
     assert saved[-1] == pytest.approx(3 * largest_unit(model) - 4 * weights * (1 - 1 / 1024), rel=1e-6)
-    with pytest.raises(BudgetError, match="--ranks is 1; FSDP needs 2"):
-        Sharding("fsdp", 1)
+    state += sum(b.nbytes for b in model.buffers())
+    assert Sharding("replicate", 8).extra_bytes(model, state) == weights < IN_FLIGHT_BYTES
+    assert Sharding("shard", 4).extra_bytes(model, state) == pytest.approx(weights / 4 - 2 * weights * 3 / 4)
+    for kind in ("shard", "fsdp"):
+        with pytest.raises(BudgetError, match="--ranks is 1; sharding needs 2"):
+            Sharding(kind, 1)
+
+
+def test_flat_copies_are_those_of_training():
+    assert IN_FLIGHT_BYTES == ranks.IN_FLIGHT * ranks.BUCKET_BYTES
 
 
 def test_ranks_are_in_the_budget(model, index):

@@ -62,8 +62,11 @@ class Options:
     """None: the configuration's."""
     recompute: bool = False
     """Activation checkpointing: layers are computed again in the backward pass."""
-    sharding: Literal["none", "ddp", "fsdp"] = "none"
-    """How --ranks share the model: DDP's gradient buckets or FSDP's gathered layers are added to the budget."""
+    compile: bool = False
+    """Compile the layers of encoder and decoder, as a configuration's `compile` does."""
+    sharding: Literal["none", "replicate", "shard", "ddp", "fsdp"] = "none"
+    """How --ranks share the model: 'replicate' or 'shard' as `canter train --parallel`, 'ddp' or 'fsdp' as elsewhere in
+    PyTorch. What that adds is computed, and added to the budget."""
     ranks: int = 1
     """Of the training that is planned."""
     flops: float = 250e12
@@ -251,7 +254,14 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
         optimizer = dataclasses.replace(optimizer, name=options.optimizer)
     precision = config.precision if options.precision == "auto" else options.precision
     device = config.device if options.device == "auto" else options.device
-    return dataclasses.replace(config, optimizer=optimizer, precision=precision, device=device, budget=None)
+    return dataclasses.replace(
+        config,
+        optimizer=optimizer,
+        precision=precision,
+        device=device,
+        budget=None,
+        compile=(config.compile or options.compile) and options.simulate is None,  # it needs values
+    )
 
 
 def of_config(config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
@@ -327,8 +337,10 @@ def of_transformers(path: Path, options: Options) -> Subject:
     from canter.integrations.transformers import TransformersModel
     from canter.training.prepare import choose_device
 
-    if options.optimizer == "muon" or options.simulate or options.recompute:
-        raise CheckpointError(f"{path}: --optimizer muon, --simulate and --recompute need Canter's own model")
+    if options.optimizer == "muon" or options.simulate or options.recompute or options.compile:
+        raise CheckpointError(
+            f"{path}: --optimizer muon, --simulate, --recompute and --compile need Canter's own model"
+        )
     device = choose_device(options.device)
     model = TransformersModel.from_pretrained(path).to(device)
     precision = (

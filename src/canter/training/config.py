@@ -17,6 +17,7 @@ from canter.errors import ConfigError
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
     "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "track", "log_utterances", "allow_changes",
+    "largest_first",
 ))
 # fmt: on
 
@@ -135,6 +136,9 @@ class TrainConfig:
     """Gradients of so many micro-batches make one step; none: one for each rank of the run's first start."""
     window: int = 50_000
     """Utterances sorted at a time; larger pads less, smaller mixes more."""
+    largest_first: bool = True
+    """Compute the largest micro-batch once before the first step, so that what does not fit in memory is told at once;
+    the steps stay the same."""
     short_first: bool = False
     """The first window of the first epoch goes from short to long utterances; on the demo's corpus that costs steps."""
     seed: int = 0

@@ -14,6 +14,7 @@ from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
 from canter.training.config import TrainConfig
 from canter.training.optimizers import Optimizers
+from canter.training.weights import compile_layers
 from canter.tuning.probe import TrainingStep
 
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
@@ -21,7 +22,7 @@ TIMED_STEPS = 5
 TIMED_SECONDS = 6.0  # of each of its utterances
 SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
 SHARE_OF_GPU = 0.95  # of what is free on a GPU
-DECIDING = ("model_shape", "device", "precision", "optimizer")  # what a budget must have been measured on
+DECIDING = ("model_shape", "device", "precision", "optimizer", "compile")  # what a budget must have been measured on
 
 
 def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
@@ -47,6 +48,8 @@ def training_step(
 ) -> TrainingStep:
     """A whole step on a synthetic batch (B, T, U), on a copy of ``model`` unless ``copied`` is false."""
     model = (copy.deepcopy(model) if copied else model).train()
+    if config.compile:
+        compile_layers(model)
     device = next(model.parameters()).device
     optimizers = Optimizers(model, config.optimizer, steps=1000)
 
@@ -58,7 +61,7 @@ def training_step(
         merge_pending(model)
         optimizers.step(0)
 
-    return TrainingStep(model, [part for part, _ in optimizers.parts], step)
+    return TrainingStep(model, [part for part, _ in optimizers.parts], step, config.compile)
 
 
 def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> tuple[str, int]:
@@ -147,6 +150,7 @@ def measured_on(config: TrainConfig, model: SpeechModel, precision: str) -> dict
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "optimizer": config.optimizer.name,
+        "compile": config.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -10,6 +10,7 @@ from canter.training.config import TrainConfig
 from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
 from canter.training.ranks import joined
+from canter.training.rehearsal import rehearse
 from canter.training.reports import Progress, StepReport
 from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
@@ -69,6 +70,8 @@ def train(
             minutes = prepared.predicted_seconds / 60 / min(ranks.size, prepared.plan.micro_batches_per_step)
             say(f"{prepared.steps} steps, about {minutes:.1f} minutes by the budget")
         done = trainer.progress.step
+        if config.largest_first and done < prepared.steps:
+            rehearse(trainer, prepared.budget, say)
         trackers = tracked(config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
             progress = trainer.train()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ class TrainingStep:
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     run: Step
+    compiled: bool = False
+    """Whether the first step of a shape may compile, which is no part of what later ones take."""
 
     def __call__(self, batch: int, frames: int, tokens: int) -> None:
         self.run(batch, frames, tokens)
@@ -57,19 +59,6 @@ class TrainingStep:
         """Drops what a step that broke off has left."""
         self.model.zero_grad(set_to_none=True)
         merge_pending(self.model)
-
-
-class Tunable(Protocol):
-    """What `canter tune` asks of a model."""
-
-    @property
-    def frame_seconds(self) -> float: ...
-
-    def encoder_frames(self, seconds: float) -> int:
-        """T of an utterance of so many seconds."""
-        ...
-
-    def training_step(self) -> TrainingStep: ...
 
 
 class Shape(NamedTuple):
@@ -178,6 +167,8 @@ class Prober:
         free = self.limit_bytes - state
         guarded = device.type == "cuda" or expected is None or expected > GUARDED * self.limit_bytes
         try:
+            if self.step.compiled:
+                self._peak(shape, free if guarded else None)
             peak, seconds = self._peak(shape, free if guarded else None)
         except OutOfMemory as error:
             return Probe(*shape, max(state + error.wanted, self.limit_bytes), math.nan, False)
@@ -221,22 +212,12 @@ class Prober:
 
     def _read(self) -> None:
         assert self.journal is not None
-        if not self.journal.exists():
-            return
-        for number, line in enumerate(self.journal.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                value = json.loads(line)
-                if value.pop("format") != FORMAT or value.pop("measured_on") != dict(self.measured_on):
-                    continue
-                value["seconds"] = math.nan if value["seconds"] is None else value["seconds"]
-                probe = Probe(**value)
-                fits = probe.bytes <= self.limit_bytes
-                if probe.fits or not fits:  # what broke a lower limit may fit this one
-                    self.kept[probe.shape] = replace(probe, fits=fits)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise BudgetError(
-                    f"{self.journal}:{number}: not a probe; remove the line, or the file"
-                ) from None
+        for measured_on, probe in read_probes(self.journal) if self.journal.exists() else ():
+            fits = probe.bytes <= self.limit_bytes
+            if measured_on == dict(self.measured_on) and (probe.fits or not fits):
+                self.kept[probe.shape] = replace(
+                    probe, fits=fits
+                )  # what broke a lower limit may fit this one
 
     def _write(self, probe: Probe) -> None:
         if self.journal is None:
@@ -245,6 +226,22 @@ class Prober:
         line = json.dumps({"format": FORMAT, "measured_on": dict(self.measured_on), **value})
         with self.journal.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def read_probes(journal: Path) -> list[tuple[dict[str, Any], Probe]]:
+    """(what it was measured on, probe) of each line of a journal. Raises BudgetError naming a line that is no probe."""
+    found = []
+    for number, line in enumerate(journal.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            value = json.loads(line)
+            if value.pop("format") != FORMAT:
+                continue
+            measured_on = value.pop("measured_on")
+            value["seconds"] = math.nan if value["seconds"] is None else value["seconds"]
+            found.append((measured_on, Probe(**value)))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise BudgetError(f"{journal}:{number}: not a probe; remove the line, or the file") from None
+    return found
 
 
 @contextlib.contextmanager

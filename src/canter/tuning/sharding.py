@@ -1,8 +1,9 @@
 """What training on several ranks adds to a step's memory, from the model's shape.
 
-DDP keeps a second copy of the gradients in its buckets, unless they are views of them. FSDP (fully sharded) keeps a
-rank's share of weights, gradients and optimiser state, and gathers the weights of the unit at work and of the next
-one; the gradients of a unit are whole until they are scattered.
+`canter train` sums gradients in flat copies, few at a time ('replicate'), or keeps a share of the optimiser state,
+with weights and gradients whole during a step ('shard'). Elsewhere, DDP keeps a second copy of the gradients in its
+buckets, unless they are views of them, and FSDP a share of weights, gradients and optimiser state: it gathers the
+weights of the unit at work and of the next one, and a unit's gradients are whole until they are scattered.
 """
 
 from __future__ import annotations
@@ -15,31 +16,39 @@ from torch import nn
 
 from canter.errors import BudgetError
 from canter.planning.budget import Budget
+from canter.tuning.memory import tensor_bytes
 
 GATHERED = 2  # units whose weights are whole at a time: the one at work and the one fetched ahead
+IN_FLIGHT_BYTES = 2 * 64 * 2**20  # of gradients that `canter train` has flat copies of at a time
 
 
 @dataclass(frozen=True)
 class Sharding:
     """How ranks share a model."""
 
-    kind: Literal["none", "ddp", "fsdp"] = "none"
+    kind: Literal["none", "replicate", "shard", "ddp", "fsdp"] = "none"
     ranks: int = 1
     bucket_views: bool = False
     """DDP's gradients are views of its buckets (gradient_as_bucket_view)."""
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or (self.kind == "fsdp" and self.ranks < 2):
-            raise BudgetError(f"--ranks is {self.ranks}; FSDP needs 2 at least, everything else 1")
+        if self.ranks < 1 or (self.kind in ("shard", "fsdp") and self.ranks < 2):
+            raise BudgetError(f"--ranks is {self.ranks}; sharding needs 2 at least, everything else 1")
 
     def extra_bytes(self, model: nn.Module, state_bytes: float) -> float:
         """Bytes that a rank's step takes beyond those of a single process; negative where sharding saves.
 
         ``state_bytes`` are weights, buffers and optimiser state of the single process.
         """
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        gradients = tensor_bytes(p for p in model.parameters() if p.requires_grad)
+        if self.kind == "replicate" and self.ranks > 1:
+            return float(min(gradients, IN_FLIGHT_BYTES))
         if self.kind == "ddp" and self.ranks > 1:
             return 0.0 if self.bucket_views else float(gradients)
+        if self.kind == "shard":
+            weights = tensor_bytes(model.parameters())
+            optimizer = state_bytes - weights - tensor_bytes(model.buffers())
+            return weights / self.ranks - optimizer * (1 - 1 / self.ranks)
         if self.kind == "fsdp":
             unit = largest_unit(model)
             kept = (state_bytes + gradients) / self.ranks
@@ -56,9 +65,9 @@ def largest_unit(model: nn.Module) -> int:
         for layer in stack
         if len(stack) > 1
     ]
-    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    sizes = [tensor_bytes(layer.parameters()) for layer in layers]
     inside = {id(p) for layer in layers for p in layer.parameters()}
-    rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
+    rest = tensor_bytes(p for p in model.parameters() if id(p) not in inside)
     return max([rest, *sizes])
 
 
