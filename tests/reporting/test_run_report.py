@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from canter.corpus.index import LengthIndex
 from canter.errors import ConfigError
+from canter.planning.budget import Budget, Polynomial
 from canter.reporting.run_report import duration, read_run, run_report, weighted_padding
 
 
@@ -91,6 +94,25 @@ def test_padding_is_weighted_by_audio(folder: Path):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert weighted_padding(read_run(folder)) == pytest.approx(50 / 400)
+
+
+def test_the_budget_is_drawn_with_the_lengths_it_is_for(folder: Path):
+    assert "Largest batch" not in run_report(folder)  # neither lengths nor a whole budget
+    budget = Budget(1e9, Polynomial(T=1e5, U=1e4), Polynomial(T=1e-4), 1e7, measured_on={"device": "cpu"})
+    budget.save(folder / "budget.json")
+    LengthIndex(np.linspace(1, 9, 50, dtype=np.float32), np.arange(3, 53)).save(folder / "lengths.arrow")
+    page = run_report(folder)
+    assert "Largest batch" in page
+    assert "measured before the run" not in page
+    row = {"format": "canter-probes/1", "measured_on": {"device": "cpu"}, "frames": 50, "tokens": 20}
+    rows = [row | {"batch": b, "bytes": 2e7 * b, "seconds": 0.1 * b} for b in (1, 4, 16)]
+    rows += [row | {"batch": 999, "bytes": 2e9, "seconds": None, "fits": False}]
+    rows += [row | {"measured_on": {"device": "H100"}, "batch": 9, "bytes": 1e8, "seconds": 0.1}]
+    (folder / "budget.probes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    page = run_report(folder)
+    assert "Left, 3 steps measured before the run" in page
+    (folder / "budget.probes.jsonl").write_text("{")
+    assert "Largest batch" not in run_report(folder)
 
 
 def test_what_is_no_run_folder(tmp_path: Path):

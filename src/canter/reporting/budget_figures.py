@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,8 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from canter.planning.budget import Budget
-from canter.reporting.figures import BATCH_COLORS, BLUE, INK, MUTED, VERMILLION, Values, styled
-from canter.tuning.probe import Probe
+from canter.reporting.figures import BATCH_COLORS, BLUE, HALF, INK, MUTED, VERMILLION, Values, styled
+
+if TYPE_CHECKING:
+    from canter.tuning.probe import Probe
 
 SHOWN = 5_000  # utterances drawn as points
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -43,15 +46,17 @@ def budget_figure(
     _against(
         middle, [budget.step_seconds(*p.shape) for p in timed], [p.seconds for p in timed], "a step, seconds"
     )
-    _largest(right, budget, np.asarray(seconds, float), np.asarray(tokens, float))
-    points = right.collections[0]
-    bar = figure.colorbar(points, ax=right, pad=0.02, aspect=30)
-    bar.set_label("largest batch", color=MUTED)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.tick_params(length=0)
+    _largest(figure, right, budget, np.asarray(seconds, float), np.asarray(tokens, float))
+    return figure
+
+
+@styled
+def largest_batches(
+    budget: Budget, seconds: Values, tokens: Values, *, size: tuple[float, float] = HALF
+) -> Figure:
+    """The largest batch over duration and tokens, with the utterances (N,) on top."""
+    figure = Figure(figsize=size, layout="constrained")
+    _largest(figure, figure.subplots(), budget, np.asarray(seconds, float), np.asarray(tokens, float))
     return figure
 
 
@@ -72,14 +77,14 @@ def _against(axes: Axes, predicted: Values, measured: Values, what: str) -> None
     axes.scatter(x, y, s=22, color=BLUE, alpha=0.85, linewidths=0)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
     error = float(np.median(np.abs(x / y - 1)))
     axes.set_title(f"median error {error:.1%}; grey: within 10 %", color=INK)
 
 
-def _largest(axes: Axes, budget: Budget, seconds: np.ndarray, tokens: np.ndarray) -> None:
+def _largest(figure: Figure, axes: Axes, budget: Budget, seconds: np.ndarray, tokens: np.ndarray) -> None:
     """The largest batch as colour and contours; utterances as points."""
     known = np.isfinite(seconds) & (seconds > 0)
     seconds, tokens = seconds[known], tokens[known]
@@ -87,9 +92,8 @@ def _largest(axes: Axes, budget: Budget, seconds: np.ndarray, tokens: np.ndarray
     top = float(tokens.max()) * 1.06 if len(tokens) else 200.0
     x, y = np.linspace(right / 200, right, 200), np.linspace(1, max(top, 2.0), 160)
     grid = np.maximum(1, budget.max_batch(*np.meshgrid(budget.frames(x), y.astype(np.int64))))
-    axes.pcolormesh(
-        x, y, grid, norm=LogNorm(1, max(2, int(grid.max()))), cmap=BATCH_COLORS, rasterized=True, alpha=0.85
-    )
+    norm = LogNorm(1, max(2, int(grid.max())))
+    colors = axes.pcolormesh(x, y, grid, norm=norm, cmap=BATCH_COLORS, rasterized=True, alpha=0.85)
     levels = [level for level in LEVELS if grid.min() < level < grid.max()]
     if levels:
         lines = axes.contour(x, y, grid, levels=levels, colors="white", linewidths=0.8)
@@ -103,3 +107,10 @@ def _largest(axes: Axes, budget: Budget, seconds: np.ndarray, tokens: np.ndarray
     axes.set(xlabel="seconds", ylabel="tokens", xlim=(0, right), ylim=(0, top))
     axes.grid(visible=False)
     axes.tick_params(length=0)
+    bar = figure.colorbar(colors, ax=axes, pad=0.02, aspect=30)
+    bar.set_label("largest batch", color=MUTED)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.tick_params(length=0)

@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from canter.errors import ConfigError
+from canter.corpus.index import LengthIndex
+from canter.errors import BudgetError, ConfigError, ManifestError
+from canter.planning.budget import Budget
 from canter.reporting import figures, html
+from canter.reporting.budget_figures import budget_figure, largest_batches
 from canter.reporting.html import Html
 
 Row = dict[str, Any]
@@ -95,6 +98,7 @@ def run_report(folder: str | os.PathLike[str]) -> Html:
     blocks += [
         *progress(run),
         *efficiency(run),
+        *budgeted(run),
         *happened(run.events),
         *speech(run.valid),
         *skipped(run.skipped),
@@ -202,6 +206,34 @@ def efficiency(run: Run) -> list[Html]:
         return []
     lead = "Where the time went: on speech, on padding, or waiting."
     return [html.section("Efficiency", lead, html.grid(*drawings))]
+
+
+def budgeted(run: Run) -> list[Html]:
+    """The largest batch for every length, and where the probes are there, how well they are explained."""
+    try:
+        budget = Budget.from_json(run.budget)
+        index = LengthIndex.open(run.folder / "lengths.arrow")
+        fitting = _probes(run.folder / "budget.probes.jsonl", budget)
+    except (BudgetError, ManifestError):  # an unfinished folder; the budget itself is shown as it is
+        return []
+    caption = "The batch that memory holds, by duration and tokens; points are utterances, red ones do not fit alone."
+    if fitting:
+        drawing = budget_figure(budget, fitting, index.seconds, index.tokens)
+        caption = f"Left, {len(fitting)} steps measured before the run, against the budget made from them. {caption}"
+    else:
+        drawing = largest_batches(budget, index.seconds, index.tokens)
+    lead = "What fits on the device, and how long it takes."
+    return [html.section("Budget", lead, html.figure(drawing, "Largest batch", caption, wide=bool(fitting)))]
+
+
+def _probes(journal: Path, budget: Budget) -> list:
+    """The steps that a budget was made from, where the run measured it itself."""
+    if not journal.exists():
+        return []
+    from canter.tuning.probe import read_probes  # imports torch
+
+    found = read_probes(journal)
+    return [probe for on, probe in found if on.items() <= budget.measured_on.items() and probe.fits]
 
 
 def happened(events: Sequence[Row], count: int = 50) -> list[Html]:
