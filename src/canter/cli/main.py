@@ -72,12 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"'{name}' is not a command; {hint}", 2)
     try:
         module = importlib.import_module(COMMANDS[name][0])
-        import tyro
-
         if hasattr(module, "parse"):
             options = module.parse(rest)
         else:
-            options = tyro.cli(module.Options, args=rest, prog=f"canter {name}", description=module.__doc__)
+            from canter.cli.options import parse
+
+            options = parse(module.Options, rest, f"canter {name}", module.__doc__)
         return module.run(options) or 0
     except KeyboardInterrupt:
         return fail("interrupted; what was finished is kept", 130)

@@ -1,7 +1,7 @@
 """Train a model on a manifest, or go on with the run that the output folder holds.
 
-`canter train CONFIG.yaml [--flag value ...]`, or without a file
-`canter train --manifest train.jsonl --valid valid.jsonl --output runs/x`. Flags override the file.
+With a file, `canter train CONFIG.yaml [--flag value ...]`, whose settings flags override; without one, `canter train
+--manifest train.jsonl --valid valid.jsonl --output runs/x`.
 """
 
 import sys
@@ -15,7 +15,7 @@ Options = TrainConfig
 
 def parse(arguments: Sequence[str]) -> TrainConfig | None:
     """The configuration that file and flags give; None where it was only to be printed."""
-    import tyro
+    from canter.cli.options import parse as fill
 
     rest = list(arguments)
     printing = "--print-config" in rest
@@ -26,10 +26,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
         default = load_config(file / "config.yaml", relative=False)
     else:
         default = load_config(file) if file is not None else TrainConfig()
-    description = f"{__doc__}\n\n--print-config prints the configuration as YAML and stops."
-    config = tyro.cli(
-        TrainConfig, args=rest, default=default, prog="canter train [CONFIG.yaml]", description=description
-    )
+    description = f"{__doc__}\n\nWith --print-config, prints the configuration as YAML and stops."
+    config = fill(TrainConfig, rest, "canter train [CONFIG.yaml]", description, default)
     if printing:
         sys.stdout.write(dump_config(config))
         return None
