@@ -38,7 +38,7 @@ def cost_of(cost: np.ndarray, starts: np.ndarray) -> float:
     return total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 999))
 def test_path_is_the_cheapest(rows, columns, seed):
     cost = np.random.default_rng(seed).uniform(0.1, 1, size=(rows, columns))

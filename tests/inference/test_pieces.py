@@ -31,7 +31,7 @@ def oracle(samples: np.ndarray) -> np.ndarray:
     return (loudness(samples) > -50).astype(float)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.floats(0.0, 8.0), st.floats(0.3, 14.0)), min_size=1, max_size=6),
     st.sampled_from([1234, 16000, 10**7]),

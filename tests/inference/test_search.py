@@ -198,7 +198,7 @@ def test_shapes():
     assert [power_of_two(n, 1000) for n in (1, 64, 65, 900, 1000)] == [64, 64, 128, 1000, 1000]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=40))
 def test_timestamps_are_in_order(draws):
     """Whatever the model wants, what the rules leave of it is well-formed."""

@@ -11,7 +11,7 @@ MODELS = {"canary": small_model().decoder, "whisper": small_whisper().decoder}
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 30)), min_size=1, max_size=4),
     st.integers(1, 8),

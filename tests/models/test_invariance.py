@@ -49,7 +49,7 @@ def model():
     return small_model()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths, paddings, seeds)
 @torch.no_grad()
 def test_alone_or_in_company(model, sizes, padding, seed):
@@ -65,7 +65,7 @@ def test_alone_or_in_company(model, sizes, padding, seed):
         assert (log_probs[row, :u] - alone_log_probs[0, :u]).abs().max() < 1e-4
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths, paddings, seeds, st.sampled_from(["batch", "layer"]), st.booleans())
 def test_gradients_of_padded_and_unpadded(sizes, padding, seed, norm, xscaling):
     """Training mode, BatchNorm over the batch's own statistics: loss, gradients and statistics of a batch
@@ -95,7 +95,7 @@ def test_gradients_of_padded_and_unpadded(sizes, padding, seed, norm, xscaling):
         assert torch.allclose(ours, theirs, atol=1e-4), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=5), seeds)
 def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
     """Against torch.nn.BatchNorm1d on the valid positions put one after the other."""

@@ -36,7 +36,7 @@ def test_spec_augment_depends_on_the_seed_alone():
     assert torch.equal(again[1:], augmented[1:])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 300), st.integers(0, 10**9), st.integers(0, 40), st.integers(0, 5), st.floats(0, 1))
 def test_spec_augment_masks_no_more_than_configured(size, seed, width, count, share):
     config = SpecAugmentConfig(count, width, count, share)

@@ -118,7 +118,7 @@ def test_greedy(ours, theirs, speech, extracted):
         assert 3 < len(found) < 20
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(100, 12000), min_size=1, max_size=4), st.integers(0, 9000), st.integers(0, 9))
 @torch.no_grad()
 def test_any_length_alone_or_in_company(sizes, padding, seed):

@@ -107,7 +107,7 @@ def test_a_sharded_index_is_drawn_in_blocks_and_another_sharding_is_another_plan
     assert sorted(row for step in plan for batch in step for row in batch) == list(range(4000))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 11), min_size=1, max_size=6), st.integers(1, 12), st.data())
 def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
     """However often the number of ranks changes in mid-epoch, the same steps go on."""

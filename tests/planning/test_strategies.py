@@ -19,7 +19,7 @@ KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(
          Bucket2D(4, 3, optimal=True), Balanced(), Balanced(0), Balanced(2.5)]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.floats(0.05, 40), st.integers(0, 400)), min_size=1, max_size=120),
     st.sampled_from(KINDS),
@@ -103,7 +103,7 @@ def test_the_tightest_dial_pads_much_less(budget):
     assert tight.memory_filled > 0.92
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=2, max_size=60),
     st.integers(60, 400),

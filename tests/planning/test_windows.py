@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from canter.corpus.index import LengthIndex, Shard, Source
@@ -28,7 +28,6 @@ def test_one_position_of_a_hundred_million():
     assert 0 <= rows.min() <= rows.max() < 100_000_000
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 500),
     st.integers(20, 300),

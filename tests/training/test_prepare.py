@@ -13,7 +13,7 @@ from canter.training.prepare import choose_steps, limited, prepare
 BYTES = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.floats(0.1, 60.0), st.integers(3, 200)), min_size=1, max_size=60),
     st.floats(1.0, 100.0),

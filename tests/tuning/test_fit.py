@@ -13,7 +13,7 @@ from .conftest import small_step
 numbers = st.floats(0.0, 10.0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(numbers, min_size=6, max_size=6).filter(lambda v: max(v) > 0.1), st.integers(0, 100))
 def test_non_negative_coefficients_are_found_again(true, seed):
     columns = np.random.default_rng(seed).uniform(0.1, 1.0, (30, 6))
