@@ -1,6 +1,7 @@
 """`canter score`: figures, difference, and what a user can get wrong."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_page_shows_the_worst_and_escapes_what_it_shows(tmp_path, capsys):
     assert "<script>" not in text
     assert "<del>" in text
     assert "&lt;b&gt;" in text
+    assert re.search(r"value.>[\d.]+%</div><div class=.name.>WER<", text)  # the figure large, its name below
     assert f"written: {page}" in capsys.readouterr().err
 
 

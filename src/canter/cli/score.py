@@ -184,7 +184,7 @@ def aligned(item: ScoredUtterance, transcript: Transcript, width: int):
     counts = item.counts
     text = Text()
     text.append(f"{transcript.name}", style="bold")
-    text.append(f"  line {transcript.line}, WER {counts.wer:.0%}: {counts.substitutions} sub, ")
+    text.append(f", line {transcript.line}\n  WER {counts.wer:.0%}: {counts.substitutions} sub, ")
     text.append(f"{counts.deletions} del, {counts.insertions} ins\n")
     lines = (Text("  ref  "), Text("  hyp  "))
     for operation, word, guess in item.alignment:

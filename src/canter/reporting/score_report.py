@@ -10,6 +10,7 @@ from canter.reporting import html
 from canter.reporting.html import Html
 
 FREQUENT = 20  # errors listed
+NOTHING = "∅"
 
 
 def score_page(
@@ -27,9 +28,9 @@ def score_page(
     blocks = [
         html.cards(
             [
-                ("WER", f"{total.wer:.2%}", f"95 % interval {low:.2%} to {high:.2%}"),
-                ("CER", f"{total.cer:.2%}", "spaces included"),
-                ("utterances", f"{total.utterances:,}", f"{total.words:,} words{left_out}"),
+                (f"{total.wer:.2%}", "WER", f"95 % interval {low:.2%} to {high:.2%}"),
+                (f"{total.cer:.2%}", "CER", "spaces included"),
+                (f"{total.utterances:,}", "utterances", f"{total.words:,} words{left_out}"),
             ]
         ),
         html.section("Error rates", "", _rates(result)),
@@ -44,7 +45,7 @@ def score_page(
     frequent = _frequent(result)
     if frequent:
         header = ("in the reference", "heard", "times")
-        lead = "The word errors that occur most often."
+        lead = f"The word errors that occur most often; {NOTHING}: no word."
         blocks.append(html.section("Frequent errors", lead, html.table(header, frequent, text_columns=2)))
     if worst:
         lead = Html(
@@ -72,9 +73,9 @@ def _rate(name: str, counts: Counts) -> tuple[str, ...]:
 
 
 def _frequent(result: Score) -> list[tuple[str, str, str]]:
-    """Reference word, what was heard instead, how often; "-" for no word."""
+    """Reference word, what was heard instead, how often."""
     errors = Counter(
-        (word or "-", guess or "-")
+        (word or NOTHING, guess or NOTHING)
         for item in result.utterances
         for operation, word, guess in item.alignment
         if operation != "equal"
