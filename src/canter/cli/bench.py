@@ -122,7 +122,6 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
     from canter.corpus.manifest import Utterance
     from canter.evaluation.speed import Clip
     from canter.inference.inputs import Defaults, read_items
-    from canter.inference.transcribe import most_seconds
 
     tokenizer, rate = model.tokenizer, model.config.features.sample_rate
     if tokenizer is None:
@@ -146,7 +145,7 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
         try:
             audio = load_utterance(utterance, rate)
             seconds = len(audio) / rate
-            if seconds > (most := most_seconds(model)):
+            if seconds > (most := model.longest_seconds):
                 raise ConfigError(
                     f"{utterance.audio_filepath} is {seconds:.1f} s long; at most {most:g} s fit"
                 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 if TYPE_CHECKING:
+    from canter.integrations.transformers import TransformersModel
     from canter.models.model import SpeechModel
 
 OPTIMIZER_BYTES = 16  # a parameter in training: weight, gradient and two moments, float32
@@ -32,26 +33,33 @@ def run(options: Options) -> int | None:
 
     if options.seconds <= 0 or options.tokens_per_second <= 0:
         raise ConfigError("--seconds and --tokens-per-second must be above 0")
-    from canter.models.checkpoint import load_model
+    from canter.cli.models import load_any
 
-    figures = describe(load_model(options.model), options.seconds, options.tokens_per_second)
+    figures = describe(load_any(options.model), options.seconds, options.tokens_per_second)
     if options.json:
         print(json.dumps(figures, indent=2))
     else:
         show(figures, str(options.model))
 
 
-def describe(model: SpeechModel, seconds: float, tokens_per_second: float) -> dict[str, Any]:
+def describe(
+    model: SpeechModel | TransformersModel, seconds: float, tokens_per_second: float
+) -> dict[str, Any]:
     """Everything that is shown, in numbers: operations, bytes, seconds, frames, tokens."""
     from canter.models.checkpoint import config_to_json
     from canter.models.cost import parameters, utterance_cost
+    from canter.models.model import SpeechModel
 
-    tokens = max(1, min(model.config.decoder.positions, round(seconds * tokens_per_second)))
-    parts = parameters(model)
+    tokens = max(1, min(model.positions, round(seconds * tokens_per_second)))
+    if isinstance(model, SpeechModel):
+        config, parts, cost = (
+            config_to_json(model.config), parameters(model), utterance_cost(model.config, seconds, tokens)
+        )  # fmt: skip
+    else:
+        config, parts, cost = model.layers(), model.parts(), model.cost(seconds, tokens)
     total = sum(parts.values())
-    cost = utterance_cost(model.config, seconds, tokens)
     return {
-        "config": config_to_json(model.config),
+        "config": config,
         "parameters": {**parts, "total": total},
         "utterance": asdict(cost),
         "flops_per_second_of_audio": {
@@ -83,7 +91,7 @@ def show(figures: dict[str, Any], name: str) -> None:
     if tokenizer is not None:
         names = tokenizer["languages"]
         languages = ", ".join(names) if len(names) <= 8 else f"{len(names)} languages"
-        described = f"{tokenizer['ids']} ids, {languages}"
+        described = f"{tokenizer['ids']} ids" + (f", {languages}" if names else "")
     console.print(f"  vocabulary: {decoder['vocabulary']}; tokenizer: {described}")
 
     table = Table("parameters", "", "", show_edge=False, pad_edge=False)

@@ -37,11 +37,12 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
 def run(config: TrainConfig | None) -> None:
     if config is None:
         return
+    from canter.cli.models import load_any
     from canter.cli.progress import TrainingProgress, say, track
     from canter.training.checkpoints import Checkpoints
     from canter.training.session import train
 
-    finished = train(config, TrainingProgress, say, track)
+    finished = train(config, TrainingProgress, say, track, load_any)
     if not finished.first:
         return
     progress, run_ = finished.progress, finished.prepared.run

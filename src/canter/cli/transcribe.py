@@ -147,9 +147,11 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
 def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     import torch
 
-    from canter.inference.engine import Engine
+    from canter.cli.models import load_any
+    from canter.inference.engine import engine_for
     from canter.inference.int8 import load_in
     from canter.inference.requests import EngineConfig
+    from canter.models.hf import foreign_type
 
     device = options.device
     if device == "auto":
@@ -158,7 +160,11 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    model = load_in(options.precision, checkpoint, device)
+    if foreign_type(checkpoint):
+        refuse_ours(options, checkpoint)
+        model = load_any(checkpoint, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    else:
+        model = load_in(options.precision, checkpoint, device)
     if model.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
     frames = 16384 if device.startswith("cuda") else 1024
@@ -169,7 +175,19 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         beams=options.beam,
         length_penalty=options.length_penalty,
     )
-    return Engine(model, model.tokenizer.end, config)
+    return engine_for(model, model.tokenizer.end, config)
+
+
+def refuse_ours(options: Options, checkpoint: Path) -> None:
+    """ConfigError for options that transformers' ``generate`` has nothing for."""
+    asked = {
+        "--timestamps word": options.timestamps == "word",
+        "--precision int8": options.precision == "int8",
+        "--max-repeats": options.max_repeats != Options.max_repeats,
+    }
+    told = [name for name, value in asked.items() if value]
+    if told:
+        raise ConfigError(f"{', '.join(told)}: {checkpoint} runs through transformers, which has no such thing")
 
 
 def work_through(

@@ -55,7 +55,7 @@ class Options:
     figures: Path | None = None
     """Write a PNG: predicted against measured, and the largest batch for every length."""
     backend: Literal["auto", "canter", "transformers"] = "auto"
-    """What trains a checkpoint; 'auto': Canter where it reads the checkpoint, else transformers."""
+    """What trains a checkpoint; 'auto': Canter where it has the architecture, else transformers."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Of a checkpoint's steps; 'auto': bf16 on a GPU, float32 on a CPU, and a configuration's own."""
     optimizer: Literal["muon", "adamw"] | None = None
@@ -225,9 +225,10 @@ def choose_index(options: Options, subject: Subject, say: Callable[[str], None])
 
 def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
     """The model to measure. Raises ConfigError or CheckpointError for what is neither checkpoint nor configuration."""
-    from canter.errors import CheckpointError
+    from canter.cli.models import load_any
+    from canter.errors import ConfigError
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.checkpoint import load_model
+    from canter.models.model import SpeechModel
     from canter.training.config import TrainConfig, load_config
 
     path = options.model
@@ -236,15 +237,10 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
         if options.manifest:
             config = dataclasses.replace(config, manifest=options.manifest)
         return of_config(adjusted(config, options), options, say)
-    if options.backend != "transformers":
-        try:
-            model = load_model(checkpoint_of(path))
-            return of_speech_model(model, adjusted(TrainConfig(), options), options, say)
-        except CheckpointError as error:
-            if options.backend == "canter" or not (path / "config.json").exists():
-                raise
-            say(f"{error}; with transformers, then")
-    return of_transformers(path, options)
+    model = load_any(checkpoint_of(path), backend=options.backend)
+    if not isinstance(model, SpeechModel) and (options.simulate or options.compile):
+        raise ConfigError(f"{path}: --simulate and --compile need a model of Canter's own")
+    return of_speech_model(model, adjusted(TrainConfig(), options), options, say)
 
 
 def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
@@ -299,7 +295,6 @@ def of_speech_model(model: Any, config: TrainConfig, options: Options, say: Call
 
     from canter.training.measure import (
         choose_speed,
-        longest_seconds,
         measured_on,
         planned_frame_seconds,
         training_step,
@@ -323,50 +318,7 @@ def of_speech_model(model: Any, config: TrainConfig, options: Options, say: Call
         model=model,
         make=lambda m, copied: training_step(config, m, precision, prompt=1, copied=copied),
         frame_seconds=planned_frame_seconds(model),
-        longest_seconds=longest_seconds(model),
-        most_tokens=model.config.decoder.positions,
+        longest_seconds=model.longest_seconds,
+        most_tokens=model.positions,
         measured_on=measured_on(config, model, precision),
-    )
-
-
-def of_transformers(path: Path, options: Options) -> Subject:
-    """A checkpoint under the adapter, trained with AdamW."""
-    import torch
-
-    from canter.errors import CheckpointError
-    from canter.integrations.transformers import TransformersModel
-    from canter.training.prepare import choose_device
-
-    if options.optimizer == "muon" or options.simulate or options.recompute or options.compile:
-        raise CheckpointError(
-            f"{path}: --optimizer muon, --simulate, --recompute and --compile need Canter's own model"
-        )
-    device = choose_device(options.device)
-    model = TransformersModel.from_pretrained(path).to(device)
-    precision = (
-        ("bf16" if device.type == "cuda" else "float32") if options.precision == "auto" else options.precision
-    )
-    unit = model.padded_seconds or model.frame_seconds
-    frames = round(unit / model.frame_seconds)  # of a plan's T
-
-    def make(m: TransformersModel, copied: bool) -> TrainingStep:
-        step = m.training_step(precision=precision, copied=copied)
-        return dataclasses.replace(step, run=lambda b, t, u: step.run(b, t * frames, u))
-
-    config = model.model.config
-    return Subject(
-        model=model,
-        make=make,
-        frame_seconds=unit,
-        longest_seconds=model.padded_seconds or float("inf"),
-        most_tokens=model._positions(),
-        measured_on={
-            "model": f"transformers {config.model_type}",
-            "model_shape": f"{type(model.model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "precision": precision,
-            "optimizer": "adamw",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
     )

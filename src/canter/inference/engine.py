@@ -92,6 +92,9 @@ class Engine:
     """Decodes with ``model``; a token of id ``end`` ends a row. Tokens that the model's ``generation``
     settings suppress are never chosen."""
 
+    aligns = True
+    """Whether it can tell when a token was said."""
+
     def __init__(
         self, model: SpeechModel, end: int, config: EngineConfig | None = None, *, ctc: bool = False
     ):
@@ -109,7 +112,7 @@ class Engine:
         """Hypotheses in the order of ``requests``, which are sorted and batched here."""
         requests = list(requests)
         numbered = [replace(item, key=number) for number, item in enumerate(requests)]
-        rate = self.model.config.features.sample_rate
+        rate = self.model.sample_rate
         frames = [self.model.encoder_frames(len(item.audio) / rate) for item in numbered]
         batches = encoder_batches(frames, self.config.frames)
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
@@ -380,3 +383,8 @@ class Engine:
             end.synchronize()
             seconds = start.elapsed_time(end) / 1000
             setattr(self.counters, counter, getattr(self.counters, counter) + seconds)
+
+
+def engine_for(model: SpeechModel, end: int, config: EngineConfig) -> Engine:
+    """What decodes ``model``: another library's model brings an engine of its own."""
+    return Engine(model, end, config) if isinstance(model, SpeechModel) else model.engine(end, config)

@@ -59,10 +59,13 @@ def work(model: SpeechModel, utterances: Sequence[Utterance]) -> np.ndarray:
     """(N,) float64: the multiplications that each utterance is expected to take, which stand for time.
 
     Encoder: its parameters at every frame, and attention by the square. Decoder: its parameters at every token, and
-    attention to all frames. Audio beyond what the model takes at once counts as so many full windows.
+    attention to all frames. Audio beyond what the model takes at once counts as so many full windows. Of another
+    library's model only seconds are known.
     """
-    config = model.config
     seconds = np.array([utterance.duration for utterance in utterances], dtype=np.float64)
+    if not isinstance(model, SpeechModel):
+        return seconds
+    config = model.config
     padded = getattr(config.features, "pad_seconds", 0.0)
     if padded:
         windows = np.maximum(1.0, np.ceil(seconds / padded))

@@ -21,7 +21,6 @@ from canter.inference.reading import Assembly, Fallback, segments_of
 from canter.inference.requests import Hypothesis, Request
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS, RATE
-from canter.models.model import SpeechModel
 from canter.text.prompts import FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -73,9 +72,9 @@ class Listener:
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
         self.whisper = isinstance(tokenizer, WhisperTokenizer)
         self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
-        longest = most_seconds(engine.model)
+        longest = engine.model.longest_seconds
         self.window = min(self.config.window_seconds or (30.0 if self.whisper else 40.0), longest)
-        self.rate = engine.model.config.features.sample_rate
+        self.rate = engine.model.sample_rate
         self.detector = DETECTORS[self.config.vad] if self.config.vad != "none" else None
         if self.config.vad == "silero":
             DETECTORS["silero"](np.zeros(1, np.float32))
@@ -108,7 +107,8 @@ class Listener:
 
     def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Audio in blocks, at the model's rate, in pieces that fit the model."""
-        return cut(blocks, self.detector, self.window, self.config.overlap_seconds)
+        overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # nothing could join them
+        return cut(blocks, self.detector, self.window, overlap)
 
     def segments(self, hypothesis: Hypothesis, seconds: float) -> list[Segment]:
         """Of a piece of so many seconds; none where Whisper heard nobody speak."""
@@ -304,13 +304,6 @@ def _ahead(items: Iterator[list[T]]) -> Iterator[list[T]]:
         while (item := futures.popleft().result()) is not None:
             futures.append(pool.submit(next, items, None))
             yield item
-
-
-def most_seconds(model: SpeechModel) -> float:
-    """How long an utterance the model itself can take: Whisper's encoder has positions for 30 s alone."""
-    padded = getattr(model.config.features, "pad_seconds", 0.0)
-    positions = getattr(model.config.encoder, "positions", math.inf)
-    return padded or positions / model.encoder_frames(100.0) * 100.0
 
 
 def checkpoint_of(path: str | Path) -> Path:

@@ -73,7 +73,8 @@ class TransformersPeer:
             [clip.audio for clip in clips],
             [clip.prompt for clip in clips],
             batch_seconds=self.batch * longest + 1e-3,
-            tokens_per_second=1e6,  # up to the decoder's last position
+        positions = self.model.positions
+            limits=[positions - len(clip.prompt) for clip in clips],
         )
 
     def details(self) -> dict[str, Any]:

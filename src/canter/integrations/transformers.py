@@ -1,70 +1,51 @@
-"""Any of transformers' speech encoder-decoders under Canter's planning, tuning, training and batched decoding.
+"""Any of transformers' speech encoder-decoders under Canter's planning, tuning, training and decoding.
 
 B: utterances, S: samples, T: encoder frames, U: tokens, V: vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
 from transformers.generation.utils import GenerationMixin
+from transformers.utils import logging
 
-from canter.corpus.manifest import Utterance
+from canter.errors import CheckpointError
 from canter.inference.engine import encoder_batches
+from canter.inference.requests import EngineConfig
+from canter.integrations.transformers_engine import GenerateEngine
+from canter.integrations.transformers_tokenizer import TransformersTokenizer
+from canter.models.cost import UtteranceCost, flops, kept_for_backward
+from canter.models.files import read_tensors, whole_folder
 from canter.models.model import Batch, Loss, attention_loss
-from canter.tuning.probe import TrainingStep
 
+__all__ = ["TransformersModel", "TransformersTokenizer"]
 POSITIONS = ("max_target_positions", "max_position_embeddings")  # a decoder's, by architecture
-
-
-class TransformersTokenizer:
-    """A tokenizer of transformers with what the length index and `MicroBatches` ask of one.
-
-    ``prompt_tokens`` are the decoder's first ones, the same for every utterance.
-    """
-
-    def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int]):
-        self.tokenizer, self.prompt_tokens = tokenizer, list(prompt_tokens)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
-        self.end = int(tokenizer.eos_token_id)
-        self.pad = self.end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokenizer)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.tokenizer.name_or_path}:{len(self.tokenizer)}"
-
-    def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Ids of ``text``, without the special tokens that the tokenizer would put around it."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=not special).strip()
-
-    def prompt(self, utterance: Utterance) -> list[int]:
-        return list(self.prompt_tokens)
+TOKENS_PER_SECOND, EXTRA_TOKENS = 12.5, 10  # what a clip may be transcribed in
+PREFIX = "model."  # of our names of their tensors
 
 
 class TransformersModel(nn.Module):
-    """A model of transformers and its feature extractor.
+    """A model of transformers and its feature extractor, with what Canter asks of a model.
 
     ``prompt`` are the decoder's first tokens where an utterance brings none: the model's start token, and after
-    it languages and tasks as its family writes them.
+    it languages and tasks as its family writes them. Without it they are the start token and, where the model's
+    settings or the tokenizer list languages (SeamlessM4T, Speech2Text of several languages), the utterance's.
     """
+
+    ctc = None
+    generation: Mapping[str, Any] = {}  # what an engine of ours would heed; their generate has its own
 
     def __init__(
         self,
@@ -77,19 +58,51 @@ class TransformersModel(nn.Module):
         super().__init__()
         self.model: Any = model
         self.extractor: Any = extractor
+        self.recomputes = False
         start = self._setting("decoder_start_token_id")
         if prompt is None and start is None:
             raise ValueError(f"{type(model).__name__} has no decoder_start_token_id; give a prompt")
         self.prompt = list(prompt) if prompt is not None else [start]
-        self.tokenizer = None if tokenizer is None else TransformersTokenizer(tokenizer, self.prompt)
+        self.tokenizer: Any = None
+        if tokenizer is not None:
+            languages = {} if prompt is not None else self._languages(tokenizer)
+            self.tokenizer = TransformersTokenizer(tokenizer, self.prompt, languages)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: Any):
         """Model, feature extractor and tokenizer of a folder or a name on the hub; ``kwargs`` (dtype, ...) are the
-        model's."""
-        model = AutoModelForSpeechSeq2Seq.from_pretrained(name, **kwargs)
-        extractor = AutoFeatureExtractor.from_pretrained(name)
-        return cls(model, extractor, AutoTokenizer.from_pretrained(name), prompt)
+        model's. Only safetensors are read.
+
+        Raises CheckpointError where transformers cannot load it, or tensors are missing or misshapen.
+        """
+        if Path(name).is_dir():
+            kwargs["local_files_only"] = True
+        silent, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            model, loading = AutoModelForSpeechSeq2Seq.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+            )
+            extractor = AutoFeatureExtractor.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            told = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{name}: transformers cannot load it: {told}") from None
+        finally:
+            logging.set_verbosity(level)
+            if silent:
+                logging.enable_progress_bar()
+        faults = {what: sorted(map(str, loading[f"{what}_keys"])) for what in ("missing", "mismatched")}
+        told = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in faults.items() if names]
+        if told:
+            raise CheckpointError(f"{name}: tensors do not fit the configuration. {'; '.join(told)}")
+        return cls(model.eval(), extractor, tokenizer, prompt)
+
+    def _languages(self, tokenizer: Any) -> dict[str, int]:
+        """Token ids of the languages that may stand after the start token; none where the model has but one way."""
+        found = self._setting("text_decoder_lang_to_code_id") or getattr(tokenizer, "lang_code_to_id", None)
+        return {str(name): int(number) for name, number in (found or {}).items()}
 
     def _setting(self, name: str) -> Any:
         value = getattr(self.model.generation_config, name, None)
@@ -105,12 +118,44 @@ class TransformersModel(nn.Module):
         """To how many seconds every utterance is padded; 0: to the longest of its batch."""
         return self.extractor.n_samples / self.sample_rate if self._pads_to_length() else 0.0
 
+    @property
+    def longest_seconds(self) -> float:
+        """Of the utterances that the model can take."""
+        return self.padded_seconds or math.inf
+
     @cached_property
     def frame_seconds(self) -> float:
         """Seconds of audio for each encoder frame."""
         if self.padded_seconds:
-            return self.padded_seconds / self.encoder_frames(self.padded_seconds)
-        return round(10.0 / (self.encoder_frames(20.0) - self.encoder_frames(10.0)), 6)
+            return self.padded_seconds / self.exact_frames(self.padded_seconds)
+        return round(10.0 / (self.exact_frames(20.0) - self.exact_frames(10.0)), 6)
+
+    @property
+    def positions(self) -> int:
+        """The most tokens, prompt and end token included."""
+        config = self.model.get_decoder().config
+        found = (getattr(config, name, None) for name in POSITIONS)
+        return next((value for value in found if value is not None), 10**9)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D of the encoder."""
+        return self.model.get_encoder().config.hidden_size
+
+    @property
+    def shape(self) -> str:
+        return f"transformers {type(self.model).__name__}"
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """Layers are computed again in the backward pass, where the architecture can."""
+        self.recomputes = on and self.model.supports_gradient_checkpointing
+        if self.model.supports_gradient_checkpointing:
+            what = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+            getattr(self.model, f"{what}_checkpointing_{'enable' if on else 'disable'}")()
 
     @cached_property
     def _shapes(self) -> Any:
@@ -118,18 +163,27 @@ class TransformersModel(nn.Module):
         with torch.device("meta"):
             return type(self.model)(self.model.config).eval()
 
-    def encoder_frames(self, seconds: float) -> int:
-        """T of an utterance of so many seconds: the length of what the encoder returns."""
+    def _noise(self, seconds: float) -> Tensor:
+        """The encoder's input for noise of so many seconds, without storage."""
         noise = np.random.default_rng(0).standard_normal(max(1, round(seconds * self.sample_rate)))
         inputs = self.inputs([noise.astype(np.float32)])
-        features = inputs[self.model.main_input_name].to("meta", self._shapes.dtype)
-        with torch.no_grad():
-            encoded = self._shapes.get_encoder()(features)
-        return encoded.last_hidden_state.shape[1]
+        return inputs[self.model.main_input_name].to("meta", self._shapes.dtype)
 
-    def planned_seconds(self, seconds: np.ndarray) -> np.ndarray:
-        """Lengths (N,) as planning must see them: where every utterance is padded to 30 s, all are 30 s."""
-        return np.full_like(seconds, self.padded_seconds) if self.padded_seconds else seconds
+    def exact_frames(self, seconds: float) -> int:
+        """T of an utterance of so many seconds: the length of what the encoder returns."""
+        with torch.no_grad():
+            return self._shapes.get_encoder()(self._noise(seconds)).last_hidden_state.shape[1]
+
+    @cached_property
+    def _first_frames(self) -> float:
+        """What frames have more than seconds by ``frame_seconds``."""
+        return self.exact_frames(10.0) - 10.0 / self.frame_seconds
+
+    def encoder_frames(self, seconds: float) -> int:
+        """As ``exact_frames`` within one frame, and at no cost."""
+        if self.padded_seconds:
+            return round(self.padded_seconds / self.frame_seconds)
+        return max(1, round(seconds / self.frame_seconds + self._first_frames))
 
     def _pads_to_length(self) -> bool:
         return inspect.signature(self.extractor.__call__).parameters["padding"].default == "max_length"
@@ -157,53 +211,142 @@ class TransformersModel(nn.Module):
         inputs[self.model.main_input_name] = inputs[self.model.main_input_name].to(self.model.dtype)
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, U - 1, V): of every token after the first."""
-        rows = batch.audio.cpu().numpy()
-        audio = [row[:size] for row, size in zip(rows, batch.audio_lengths.tolist(), strict=True)]
-        tokens = batch.tokens[:, :-1].to(self.model.device)
-        return self.model(**self.inputs(audio), decoder_input_ids=tokens, use_cache=False).logits
+    def features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """audio (B, S), lengths (B,) -> what the encoder takes, and its attention mask."""
+        rows = audio.cpu().numpy()
+        inputs = self.inputs([row[:size] for row, size in zip(rows, lengths.tolist(), strict=True)])
+        return inputs[self.model.main_input_name], inputs["attention_mask"]
 
-    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> Loss:
+    def loss(
+        self,
+        batch: Batch,
+        *,
+        attention: bool = True,
+        label_smoothing: float = 0.0,
+        features: tuple[Tensor, Tensor] | None = None,
+    ) -> Loss:
         """Sums of cross-entropy over text and end tokens and their count; prompt and padding bear none, and there
-        is no CTC."""
-        total, count = attention_loss(self.logits(batch), batch.to(self.model.device), label_smoothing)
+        is no CTC. What the model masks in training follows torch's seed."""
+        assert attention, "there is no CTC to train alone"
+        inputs, mask = features or self.features(batch.audio, batch.audio_lengths)
+        if self.training:
+            np.random.seed(int(torch.randint(2**32, ())))  # SpecAugment of transformers draws from NumPy
+        logits = self.model(
+            **{self.model.main_input_name: inputs},
+            attention_mask=mask,
+            decoder_input_ids=batch.tokens[:, :-1].to(self.model.device),
+            use_cache=False,
+        ).logits
+        total, count = attention_loss(logits, batch.to(self.model.device), label_smoothing)
         zero = total.new_zeros(())
         return Loss(total, count, zero, zero)
 
-    def training_step(
-        self, learning_rate: float = 1e-5, precision: str = "float32", *, copied: bool = True
-    ) -> TrainingStep:
-        """A whole step with AdamW on a synthetic batch (B, T, U), on a copy of the model unless ``copied`` is false:
-        what `canter tune` probes. ``precision`` 'bf16' has float32 weights and bf16 arithmetic."""
-        model = (copy.deepcopy(self) if copied else self).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-        device = model.model.device.type
+    # -- on disk --
 
-        def step(batch: int, frames: int, tokens: int) -> None:
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                loss = model.loss(model.synthetic_batch(batch, frames, tokens))
-                (loss.attention / loss.attention_count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Writes a folder that ``from_pretrained`` reads, which appears only when whole; ``weights`` may stand in for
+        the state dict. Returns the folder."""
+        tied = self._tied()
+        tensors = {
+            name.removeprefix(PREFIX): tensor.detach().cpu().contiguous()
+            for name, tensor in (weights or self.state_dict()).items()
+            if name not in tied
+        }
+        with whole_folder(folder) as fresh:
+            save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+            parts = (self.model.config, self.model.generation_config, self.extractor)
+            for part in (*parts, *([self.tokenizer.tokenizer] if self.tokenizer else [])):
+                part.save_pretrained(fresh)
+        return Path(folder)
 
-        return TrainingStep(model, [optimizer], step)
+    def read_weights(self, folder: Path) -> dict[str, Tensor]:
+        """What ``save`` wrote, by the names of the state dict."""
+        tensors = {PREFIX + name: x for name, x in read_tensors(folder / "model.safetensors").items()}
+        return tensors | {name: tensors[first] for name, first in self._tied().items() if first in tensors}
 
-    def synthetic_batch(self, batch: int, frames: int, tokens: int) -> Batch:
-        """Noise of B utterances that the encoder turns into about T frames each, with U random tokens."""
-        samples = max(1, round(frames * self.frame_seconds * self.sample_rate))
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        none = torch.zeros(batch, dtype=torch.long)
-        return Batch(
-            audio=torch.randn(batch, samples) * 0.1,
-            audio_lengths=torch.full((batch,), samples),
-            tokens=torch.randint(0, vocabulary, (batch, tokens)),
-            token_lengths=torch.full((batch,), tokens),
-            prompt_lengths=torch.ones(batch, dtype=torch.long),
-            characters=none[:, None],
-            character_lengths=none,
-            rows=none,
+    def _tied(self) -> dict[str, str]:
+        """Names of tensors that are others', and whose."""
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(x), name) for name, x in self.state_dict(keep_vars=True).items()}
+        return {name: other for name, other in names.items() if name != other}
+
+    # -- what it costs --
+
+    def parts(self) -> dict[str, int]:
+        """Parameters by part, each counted once, where it comes first."""
+        inputs, heads = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        parts = {
+            "embedding": inputs if isinstance(inputs, nn.Embedding) else heads,
+            "encoder": self.model.get_encoder(),
+            "decoder": self.model.get_decoder(),
+            "others": self,
+        }
+        seen: set[int] = set()
+        counts = {}
+        for name, part in parts.items():
+            new = {id(p): p.numel() for p in part.parameters() if id(p) not in seen}
+            seen |= new.keys()
+            counts[name] = sum(new.values())
+        return {name: count for name, count in counts.items() if count}
+
+    def layers(self) -> dict[str, dict[str, Any]]:
+        """Kind, layers and width of encoder and decoder; of the latter the vocabulary too."""
+        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        inner = encoder if hasattr(encoder, "layers") else getattr(encoder, "encoder", encoder)
+        return {
+            "encoder": {
+                "kind": type(encoder).__name__,
+                "layers": len(inner.layers),
+                "width": self.width,
+            },
+            "decoder": {
+                "kind": type(decoder).__name__,
+                "layers": len(decoder.layers),
+                "width": decoder.config.hidden_size,
+                "vocabulary": self.vocabulary,
+            },
+        }
+
+    def cost(self, seconds: float, tokens: int) -> UtteranceCost:
+        """Of an utterance of so many seconds and tokens, measured on noise."""
+        noise = np.random.default_rng(0).standard_normal(round(seconds * self.sample_rate))
+        inputs = self.inputs([noise.astype(np.float32)])
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.model.device)
+        decoder = self.model.get_decoder()
+
+        def encode() -> Any:
+            return self.model.get_encoder()(**inputs)
+
+        with torch.no_grad():
+            encoded = encode()
+
+        def decode(states: Any = encoded) -> Tensor:
+            return self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits
+
+        frames = encoded.last_hidden_state.shape[1]
+        config = decoder.config
+        heads = getattr(config, "num_key_value_heads", None)
+        kept = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
+        return UtteranceCost(
+            seconds=seconds,
+            frames=frames,
+            tokens=tokens,
+            encoder_flops=flops(encode),
+            decoder_flops=flops(decode),
+            training_bytes=kept_for_backward(self, lambda: decode(encode()).float().log_softmax(-1).sum()),
+            cache_values=2 * len(decoder.layers) * kept * (frames + tokens),
         )
+
+    # -- decoding --
+
+    def engine(self, end: int, config: EngineConfig) -> GenerateEngine:
+        """What decodes this model in the place of Canter's engine."""
+        return GenerateEngine(self, end, config)
+
+    def limit(self, audio: np.ndarray, prompt: Sequence[int]) -> int:
+        """Tokens that a clip (S,) may be transcribed in."""
+        most = math.ceil(TOKENS_PER_SECOND * len(audio) / self.sample_rate) + EXTRA_TOKENS
+        return min(self.positions - len(prompt), most)
 
     @torch.inference_mode()
     def transcribe(
@@ -212,8 +355,7 @@ class TransformersModel(nn.Module):
         prompts: Sequence[Sequence[int]] | None = None,
         *,
         batch_seconds: float = 120.0,
-        tokens_per_second: float = 12.5,
-        extra_tokens: int = 10,
+        limits: Sequence[int] | None = None,
         **generation: Any,
     ) -> list[list[int]]:
         """Token ids of each clip (S,), in the order given, without prompt and end; greedy, unless ``generation``
@@ -221,9 +363,11 @@ class TransformersModel(nn.Module):
 
         Clips of like length are decoded together, up to ``batch_seconds`` of padded audio; those in a batch have
         prompts of one length, because transformers has no place for padding on a prompt's left. A clip gets at most
-        ``tokens_per_second`` for each of its seconds and ``extra_tokens`` more, whatever the batch.
+        its ``limits`` in tokens, by default 12.5 for each of its seconds and 10 more, whatever the batch.
         """
         prompts = [self.prompt] * len(audio) if prompts is None else prompts
+        if limits is None:
+            limits = [self.limit(clip, prompt) for clip, prompt in zip(audio, prompts, strict=True)]
         results: list[list[int]] = [[] for _ in audio]
         training = self.model.training
         self.model.eval()
@@ -232,29 +376,16 @@ class TransformersModel(nn.Module):
             seconds = [self.padded_seconds or len(audio[place]) / self.sample_rate for place in chosen]
             for batch in encoder_batches(seconds, batch_seconds):
                 places = [chosen[number] for number in batch]
-                room = self._positions() - size
-                limits = [
-                    min(
-                        room,
-                        math.ceil(tokens_per_second * len(audio[place]) / self.sample_rate) + extra_tokens,
-                    )
-                    for place in places
-                ]
                 found = self._generate(
                     [audio[place] for place in places],
                     [prompts[place] for place in places],
-                    max(limits),
+                    max(limits[place] for place in places),
                     generation,
                 )
-                for place, limit, tokens in zip(places, limits, found, strict=True):
-                    results[place] = tokens[:limit]
+                for place, tokens in zip(places, found, strict=True):
+                    results[place] = tokens[: limits[place]]
         self.model.train(training)
         return results
-
-    def _positions(self) -> int:
-        config = self.model.get_decoder().config
-        found = (getattr(config, name, None) for name in POSITIONS)
-        return next((value for value in found if value is not None), 10**9)
 
     def _generate(
         self,

@@ -79,8 +79,11 @@ def save_model(
     whole and replaces a model folder of that name. ``weights`` may stand in for the model's state dict: a copy of
     it from an earlier step, or an average. Returns the folder.
 
-    Raises CheckpointError if the folder holds something else or the tokenizer has more ids than the model.
+    A model of another library writes itself. Raises CheckpointError if the folder holds something else or the
+    tokenizer has more ids than the model.
     """
+    if not isinstance(model, SpeechModel):
+        return model.save(folder, weights)
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, folder)
     with whole_folder(folder) as fresh:
@@ -97,6 +100,13 @@ def save_model(
         config = {"format": FORMAT, "tokenizer": tokenizer is not None, **config_to_json(model.config)}
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def read_weights(folder: Path, model: Any = None) -> dict[str, Tensor]:
+    """The tensors that ``save_model`` wrote, by their names in the state dict of ``model``, by default one of ours."""
+    if model is not None and not isinstance(model, SpeechModel):
+        return model.read_weights(folder)
+    return read_tensors(folder / "model.safetensors")
 
 
 def load_model(

@@ -73,20 +73,20 @@ def utterance_cost(config: ModelConfig, seconds: float = 10.0, tokens: int = 40)
         seconds=seconds,
         frames=frames,
         tokens=tokens,
-        encoder_flops=_flops(lambda: model.encode(inputs, lengths)),
-        decoder_flops=_flops(lambda: model.logits(encoded, lengths, ids)),
-        training_bytes=_kept_for_backward(model, train),
+        encoder_flops=flops(lambda: model.encode(inputs, lengths)),
+        decoder_flops=flops(lambda: model.logits(encoded, lengths, ids)),
+        training_bytes=kept_for_backward(model, train),
         cache_values=2 * decoder.layers * decoder.width * (frames + tokens),
     )
 
 
-def _flops(run: Callable[[], object]) -> int:
+def flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops()
 
 
-def _kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
+def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 

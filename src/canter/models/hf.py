@@ -222,6 +222,13 @@ WHISPER = Layout(
 LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
 
 
+def foreign_type(folder: str | Path) -> str | None:
+    """The ``model_type`` of a Hugging Face folder of an architecture that is not read here; None of anything else."""
+    source = Path(folder) / "config.json"
+    kind = read_json(source).get("model_type") if source.is_file() else None
+    return None if kind in LAYOUTS else kind
+
+
 def read_hf(folder: str | Path) -> SpeechModel:
     """The Canary or Whisper in a folder that transformers wrote (safetensors only).
 
@@ -234,7 +241,8 @@ def read_hf(folder: str | Path) -> SpeechModel:
     kind = values.get("model_type")
     if kind not in LAYOUTS:
         raise CheckpointError(
-            f"{source}: model_type is {kind!r}; read are {' and '.join(map(repr, LAYOUTS))}"
+            f"{source}: model_type is {kind!r}; read are {' and '.join(map(repr, LAYOUTS))}. Others run through "
+            "transformers, in canter tune, train, transcribe and info alone"
         )
     layout = LAYOUTS[kind]
     features_file = folder / "preprocessor_config.json"

@@ -4,6 +4,7 @@ B: utterances, S: samples, F: feature frames (10 ms), M: mel bins, T: encoder fr
 V: vocabulary, C: characters.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,11 +128,54 @@ class SpeechModel(nn.Module):
             else None
         )
 
+    # What training, tuning and decoding ask of any model, ours or another library's (docs/models.md).
+
     @property
     def frame_seconds(self) -> float:
         """Seconds of audio for each encoder frame."""
-        seconds = getattr(self.config.features, "pad_seconds", 0.0) or 100.0
+        seconds = self.padded_seconds or 100.0
         return round(seconds / self.encoder_frames(seconds), 6)
+
+    @property
+    def padded_seconds(self) -> float:
+        """To how many seconds every utterance is padded; 0: to the longest of its batch."""
+        return getattr(self.config.features, "pad_seconds", 0.0)
+
+    @property
+    def longest_seconds(self) -> float:
+        """Of the utterances that the model can take at once: Whisper's encoder has positions for 30 s alone."""
+        positions = getattr(self.config.encoder, "positions", math.inf)
+        return self.padded_seconds or positions / self.encoder_frames(100.0) * 100.0
+
+    @property
+    def sample_rate(self) -> int:
+        return self.config.features.sample_rate
+
+    @property
+    def positions(self) -> int:
+        """The most tokens, prompt and end token included."""
+        return self.config.decoder.positions
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.config.decoder.vocabulary
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.config.encoder.width
+
+    @property
+    def shape(self) -> str:
+        """What two models have in common that take the same memory and time."""
+        layers = f"{self.config.encoder.layers}/{self.config.decoder.layers} x {self.width}"
+        return f"{type(self.encoder).__name__} {layers}, vocabulary {self.vocabulary}"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether ``recompute_activations`` is on."""
+        return self.encoder.recompute
 
     def prompt(self, **slots: str) -> list[int]:
         """Token ids of the prompt with these slots (``source_lang="en"``, ``pnc="yes"``, ...; see the

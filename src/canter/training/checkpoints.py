@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from canter.errors import CanterError, CheckpointError
-from canter.models.checkpoint import save_model
+from canter.models.checkpoint import read_weights, save_model
 from canter.models.files import read_tensors
 from canter.models.model import SpeechModel
 from canter.text import Characters
@@ -142,9 +142,10 @@ class Checkpoints:
             say(f"{folder} is damaged ({problem}), put aside as {aside.name}; {onward}")
 
 
-def read_snapshot(folder: Path) -> Snapshot:
-    """A checkpoint's training state. Raises CheckpointError where it is damaged; nothing is unpickled but plain
-    tensors and numbers."""
+def read_snapshot(folder: Path, model: Any = None) -> Snapshot:
+    """A checkpoint's training state; ``model`` is what it belongs to, by default one of ours. Raises CheckpointError
+    where it is damaged; nothing is unpickled but plain tensors and numbers.
+    """
     beside = folder / "training"
     try:
         state = json.loads((beside / STATE).read_text(encoding="utf-8"))
@@ -153,10 +154,10 @@ def read_snapshot(folder: Path) -> Snapshot:
         raise CheckpointError(
             f"{beside}: training state is damaged ({str(error)[:200]}); remove {folder} to go on from the one before it"
         ) from None
-    model = read_tensors(folder / "model.safetensors")
+    weights = read_weights(folder, model)
     if (beside / WEIGHTS).exists():
-        return Snapshot(state, read_tensors(beside / WEIGHTS), optimizers, model)
-    return Snapshot(state, model, optimizers)
+        return Snapshot(state, read_tensors(beside / WEIGHTS), optimizers, weights)
+    return Snapshot(state, weights, optimizers)
 
 
 def damage(folder: Path) -> str | None:

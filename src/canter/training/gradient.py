@@ -217,7 +217,7 @@ class Gradient:
 
     @contextmanager
     def _recomputing(self, on: bool):
-        before = self.model.encoder.recompute
+        before = self.model.recomputes
         self.model.recompute_activations(on or before)
         try:
             yield

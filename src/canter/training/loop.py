@@ -84,7 +84,7 @@ class Trainer:
         newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
         if newest is None:
             return False
-        snapshot = read_snapshot(newest)
+        snapshot = read_snapshot(newest, self.model)
         self.progress = Progress(**snapshot.state)
         if self.progress.plan not in ("", self.upcoming.plan.fingerprint):
             if not self.config.allow_changes:

@@ -27,14 +27,13 @@ DECIDING = ("model_shape", "device", "precision", "optimizer", "compile")  # wha
 
 def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
     """Noise of B utterances that the encoder turns into T frames each, with U random tokens."""
-    config = model.config
-    samples = round(frames * planned_frame_seconds(model) * config.features.sample_rate)
-    outputs = max(2, config.ctc_vocabulary)
-    characters = max(1, min(int(samples / config.features.sample_rate * CHARACTERS_A_SECOND), 2 * frames))
+    samples = max(1, round(frames * planned_frame_seconds(model) * model.sample_rate))
+    outputs = 2 if model.ctc is None else max(2, model.config.ctc_vocabulary)
+    characters = max(1, min(int(samples / model.sample_rate * CHARACTERS_A_SECOND), 2 * frames))
     return Batch(
         audio=torch.randn(batch, samples) * 0.1,
         audio_lengths=torch.full((batch,), samples),
-        tokens=torch.randint(0, config.decoder.vocabulary, (batch, tokens)),
+        tokens=torch.randint(0, model.vocabulary, (batch, tokens)),
         token_lengths=torch.full((batch,), tokens),
         prompt_lengths=torch.full((batch,), min(prompt, tokens - 1)),
         characters=torch.randint(1, outputs, (batch, characters)),
@@ -129,24 +128,17 @@ def memory_limit(
 def planned_frame_seconds(model: SpeechModel) -> float:
     """Seconds of an encoder frame as plans count them. Where a model pads every utterance to one length, that length:
     all cost the same, and T is 1."""
-    return getattr(model.config.features, "pad_seconds", 0.0) or model.frame_seconds
-
-
-def longest_seconds(model: SpeechModel) -> float:
-    """Of the utterances that a model can take."""
-    return getattr(model.config.features, "pad_seconds", 0.0) or float("inf")
+    return model.padded_seconds or model.frame_seconds
 
 
 def measured_on(config: TrainConfig, model: SpeechModel, precision: str) -> dict[str, Any]:
     """What a budget of this model belongs to; of these, DECIDING must agree where it is used."""
-    shape, device = model.config, next(model.parameters()).device
-    layers = f"{shape.encoder.layers}/{shape.decoder.layers} x {shape.encoder.width}"
+    device = next(model.parameters()).device
     count = sum(parameter.numel() for parameter in model.parameters())
-    recompute = ", recomputed" if getattr(model.encoder, "recompute", False) else ""
+    recompute = ", recomputed" if model.recomputes else ""
     return {
-        "model": f"canter {layers}",
-        "model_shape": f"{type(model.encoder).__name__} {layers}, vocabulary {shape.decoder.vocabulary}, "
-        f"{count:,} parameters{recompute}",
+        "model": model.shape,
+        "model_shape": f"{model.shape}, {count:,} parameters{recompute}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "optimizer": config.optimizer.name,

@@ -19,8 +19,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps = config, max(1, steps)
-        shapes = getattr(model, "config", None)
-        self.width = shapes.encoder.width if shapes is not None else 512
+        self.width = getattr(model, "width", 512)
         matrices, others, flat = [], [], []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from canter.training.data import MicroBatches
 from canter.training.measure import (
     DECIDING,
     choose_speed,
-    longest_seconds,
     measured_on,
     memory_limit,
     planned_frame_seconds,
@@ -70,9 +70,12 @@ def prepare(
     say: Callable[[str], None] = lambda _: None,
     track: Callable[[list, str], Iterable] = lambda items, _: items,
     ranks: Ranks = ALONE,
+    load: Callable[[Path], Any] = load_model,
 ) -> Prepared:
     """Makes or continues the run of ``config``; ``say`` is told what was decided, ``track`` shows progress. On ranks
     other than the first, call it once the first is through: everything is there then, and nothing is written.
+    ``load`` reads --init and the checkpoints that follow from it: another library's model, with what a `SpeechModel`
+    has for training, will do.
 
     Raises ConfigError where a setting cannot be, ManifestError where a manifest cannot be used.
     """
@@ -82,7 +85,7 @@ def prepare(
     if ranks.first:
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
     device = choose_device(config.device)
-    initial = load_initial(config, run)
+    initial = load_initial(config, run, load)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
@@ -121,7 +124,7 @@ def prepare(
         index,
         tokenizer,
         characters if config.loss.ctc_weight else None,
-        model.config.features.sample_rate,
+        model.sample_rate,
         config.augment.speed,
         config.seed,
     )
@@ -182,24 +185,44 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characte
     )
 
 
-def load_initial(config: TrainConfig, run: Run) -> SpeechModel | None:
+def load_initial(
+    config: TrainConfig, run: Run, load: Callable[[Path], Any] = load_model
+) -> SpeechModel | None:
     """The model of --init; once the run has a checkpoint, that one's, for the other may be gone by then."""
     if config.init is None:
         return None
-    model = load_model(run.checkpoints[-1] if run.checkpoints else checkpoint_of(config.init))
+    model = load(run.checkpoints[-1] if run.checkpoints else checkpoint_of(config.init))
+    if not isinstance(model, SpeechModel):
+        refuse_ours(config)
     if model.tokenizer is None:
         raise ConfigError(
             f"--init {config.init}: the checkpoint has no tokenizer, without which it cannot be trained"
         )
     if config.pad_seconds is not None:
         pad_to(model, config.pad_seconds, config.init)
-    if config.loss.ctc_weight == 0:
+    if config.loss.ctc_weight == 0 and model.ctc is not None:
         model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
-    elif model.ctc is None:
+    elif config.loss.ctc_weight and model.ctc is None:
         raise ConfigError(
             f"--init {config.init}: the checkpoint has no CTC head; set --loss.ctc-weight 0 --loss.ctc-alone 0"
         )
     return model
+
+
+def refuse_ours(config: TrainConfig) -> None:
+    """Raises ConfigError for settings that only Canter's own models have a meaning for."""
+    asked = {
+        "--pad-seconds": config.pad_seconds is not None,
+        "--compile": config.compile,
+        "--parallel shard": config.parallel == "shard",
+        "--augment masks": config.augment.frequency_masks or config.augment.time_masks,
+    }
+    told = [name for name, value in asked.items() if value]
+    if told:
+        raise ConfigError(
+            f"{', '.join(told)}: needs a model of Canter's own, and --init {config.init} is another library's; leave "
+            "it out"
+        )
 
 
 def pad_to(model: SpeechModel, seconds: float, source: Path) -> None:
@@ -218,6 +241,8 @@ def find_tokenizer(
     config: TrainConfig, run: Run, initial: SpeechModel | None, say: Callable[[str], None]
 ) -> tuple[Tokenizer, Characters]:
     """The run's tokenizer and alphabet: those of --init or --tokenizer, or made from the transcripts, once."""
+    if initial is not None and not isinstance(initial, SpeechModel):
+        return initial.tokenizer, Characters("")  # another library's, which its checkpoints bring along
     folder = run.folder / "tokenizer"
     if config.init is not None and initial is not None and not (folder / "characters.json").exists():
         alphabet = Characters("")  # without a CTC head nothing is written in characters
@@ -291,7 +316,7 @@ def find_budget(
     device = next(model.parameters()).device
     frame_seconds = planned_frame_seconds(model)
     seconds = config.batch_seconds or 120.0
-    known = within(index, longest_seconds(model), model.config.decoder.positions)
+    known = within(index, model.longest_seconds, model.positions)
     progress = iter(track(list(range(PROBES)), "measuring"))
     prober = Prober(
         training_step(config, model, precision, prompt=1),

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
+from canter.models.checkpoint import load_model
 from canter.training.config import TrainConfig
 from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
@@ -33,16 +36,18 @@ def train(
     watch: Watch,
     say: Callable[[str], None] = lambda _: None,
     track: Callable[[list, str], Iterable] = lambda items, _: items,
+    load: Callable[[Path], Any] = load_model,
 ) -> Finished:
     """Trains, or goes on with, the run of ``config``; under ``torchrun`` or ``srun`` together with the other ranks.
 
     ``watch(steps, done)`` is entered around the steps and told each; ``say`` gets lines, ``track`` short loops; all of
-    it on the first rank alone. Raises KeyboardInterrupt, once all is saved, where the run was asked to stop.
+    it on the first rank alone. ``load`` reads --init (see ``prepare``). Raises KeyboardInterrupt, once all is
+    saved, where the run was asked to stop.
     """
     with joined(config.device, config.rank_timeout) as ranks:
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
-        prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks))
+        prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
         validate = None
         if config.valid:
             rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]

@@ -11,7 +11,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError
 from canter.evaluation.translation import score_translations
 from canter.evaluation.wer import score
-from canter.inference.engine import Engine
+from canter.inference.engine import engine_for
 from canter.inference.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 from canter.text import Tokenizer
@@ -41,7 +41,7 @@ def validator(
         requests.append(Request(audio, tokenizer.prompt(utterance)))
 
     def validate(model: SpeechModel, step: int) -> dict[str, Any]:
-        engine = Engine(model, tokenizer.end, EngineConfig())
+        engine = engine_for(model, tokenizer.end, EngineConfig())
         device = next(model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             hypotheses = engine.decode(requests)

@@ -1,0 +1,283 @@
+"""Models of transformers' architectures through the command line: tuned, trained, resumed, transcribed, told of."""
+
+import copy
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+from canter.cli import models
+from canter.cli.main import main
+from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import write_manifest
+from canter.planning.budget import Budget
+
+transformers = pytest.importorskip("transformers")
+
+from canter.integrations.transformers import TransformersModel  # noqa: E402
+
+from .small_transformers import START, built, clips, make, word_tokenizer  # noqa: E402
+
+SECONDS = (1.3, 2.0, 0.6, 1.1, 0.9, 1.7)
+LANGUAGES = {"eng": 4, "deu": 5}
+
+
+def saved(family, folder):
+    """A folder as transformers writes it, of random weights."""
+    model, extractor = copy.deepcopy(built(family).model), built(family).extractor
+    if family == "seamless":
+        model.generation_config.text_decoder_lang_to_code_id = LANGUAGES
+        model.generation_config._from_model_config = False  # as in their released folder: it is read as it is
+    tokenizer = word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    for part in (model, extractor, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A manifest of six clips, and a budget."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for number, audio in enumerate(clips(SECONDS)):
+        soundfile.write(folder / f"{number}.wav", audio, 16000)
+        text = " ".join(f"w{7 + (number + place) % 20}" for place in range(2 + number % 3))
+        rows.append(
+            {
+                "audio_filepath": f"{number}.wav",
+                "duration": SECONDS[number],
+                "text": text,
+                "lang": "deu" if number % 2 else "eng",
+            }
+        )
+    write_manifest(folder / "train.jsonl", rows)
+    Budget.from_batch_seconds(60.0).save(folder / "budget.json")
+    return folder
+
+
+def command(corpus, init, output, *more):
+    data = str(corpus / "train.jsonl")
+    return main(
+        ["train", "--manifest", data, "--valid", data, "--init", str(init), "--output", str(output), "--budget",
+         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-alone", "0", "--optimizer.name", "adamw",
+         "--batch-seconds", "3", "--steps", "6", "--valid-every", "3", "--workers", "0", "--threads", "1",
+         "--precision", "float32", "--no-largest-first", *more]
+    )  # fmt: skip
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", ["moonshine", "speech_to_text", "seamless"])
+def test_trained_resumed_and_transcribed(family, corpus, tmp_path, capsys):
+    """Speech2Text has dropout, SeamlessM4T masks that NumPy draws: both follow the run's seed."""
+    init, run = saved(family, tmp_path / "init"), tmp_path / "run"
+    assert command(corpus, init, run, "--augment.speed", "0.9", "1.1", "--optimizer.ema", "0.5") == 0
+    newest = run / "checkpoints" / "step-000006"
+    first, weights = losses(run), load_file(newest / "model.safetensors")
+    assert [step for step, _ in first] == [1, 2, 3, 4, 5, 6]
+    before = load_file(init / "model.safetensors")
+    assert weights.keys() == before.keys()
+    assert any(not torch.equal(x, before[name]) for name, x in weights.items())
+
+    shutil.rmtree(newest)  # as if the run had been killed before it was written
+    (run / "checkpoints" / "best.json").unlink()
+    shutil.rmtree(init)
+    assert command(corpus, init, run, "--augment.speed", "0.9", "1.1", "--optimizer.ema", "0.5") == 0
+    assert "continuing at step 3 of 6" in " ".join(capsys.readouterr().err.split())
+    assert losses(run) == first
+    again = load_file(newest / "model.safetensors")
+    assert all(torch.equal(x, again[name]) for name, x in weights.items())
+
+    ours = TransformersModel.from_pretrained(newest)
+    theirs = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(newest)
+    assert all(torch.equal(x, ours.model.state_dict()[name]) for name, x in theirs.state_dict().items())
+    data = str(corpus / "train.jsonl")
+    assert main(["transcribe", str(run), data, "--output", str(tmp_path / "x.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    best = json.loads((run / "checkpoints" / "best.json").read_text())["checkpoint"]
+    ours = TransformersModel.from_pretrained(run / "checkpoints" / best)
+    audio = [soundfile.read(corpus / f"{number}.wav", dtype="float32")[0] for number in range(6)]
+    prompts = [[START, LANGUAGES[row["lang"]]] if family == "seamless" else [START] for row in rows]
+    expected = [ours.tokenizer.decode(tokens) for tokens in ours.transcribe(audio, prompts)]
+    assert [row["pred_text"] for row in rows] == expected
+    assert len({*expected}) > 1
+
+
+@pytest.fixture(scope="module")
+def moonshine(tmp_path_factory):
+    return saved("moonshine", tmp_path_factory.mktemp("models") / "moonshine")
+
+
+def test_long_audio_is_cut_and_timed(moonshine, tmp_path):
+    audio = np.concatenate([np.concatenate([clip, np.zeros(8000, np.float32)]) for clip in clips(SECONDS)])
+    soundfile.write(tmp_path / "long.wav", audio, 16000)
+    arguments = ["transcribe", str(moonshine), str(tmp_path / "long.wav"), "--window-seconds", "3"]
+    assert main([*arguments, "--output", str(tmp_path / "x.json")]) == 0
+    segments = json.loads((tmp_path / "x.json").read_text())["segments"]
+    assert len(segments) >= 3
+    bounds = [(segment["start"], segment["end"]) for segment in segments]
+    assert all(0 < end - start <= 3.01 for start, end in bounds)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(bounds))
+    # without pauses to cut in, windows follow one another: nothing could join what overlaps
+    assert main([*arguments, "--vad", "none", "--output", str(tmp_path / "y.json")]) == 0
+    starts = [segment["start"] for segment in json.loads((tmp_path / "y.json").read_text())["segments"]]
+    assert starts == pytest.approx([3.0 * number for number in range(len(starts))], abs=0.02)
+    assert len(starts) == -(-len(audio) // 48000)
+
+
+def test_beams(moonshine, corpus, tmp_path, capsys):
+    assert main(["transcribe", str(moonshine), str(corpus / "2.wav"), "--beam", "3"]) == 0
+    model = TransformersModel.from_pretrained(moonshine)
+    audio = soundfile.read(corpus / "2.wav", dtype="float32")[0]
+    expected = model.transcribe([audio], num_beams=3, length_penalty=0.0)[0]
+    assert capsys.readouterr().out.strip() == model.tokenizer.decode(expected)
+
+
+def test_tuned_and_told_of(moonshine, corpus, tmp_path, capsys):
+    budget, lengths = tmp_path / "budget.json", tmp_path / "lengths.arrow"
+    LengthIndex(np.linspace(0.5, 2, 40).astype(np.float32), np.arange(40) % 8 + 3).save(lengths)
+    options = ["--index", str(lengths), "--probes", "6", "--threads", "1", "--limit", "500MB"]
+    assert main(["tune", str(moonshine), *options, "-o", str(budget)]) == 0
+    measured = Budget.load(budget).measured_on
+    assert measured["model_shape"].startswith("transformers MoonshineForConditionalGeneration, ")
+    assert Budget.load(budget).frame_seconds == pytest.approx(0.024, rel=1e-2)
+    assert main(["info", str(moonshine), "--seconds", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    model = TransformersModel.from_pretrained(moonshine)
+    parts = told["parameters"]
+    assert (
+        parts["total"] == sum(p.numel() for p in model.parameters()) == sum(parts.values()) - parts["total"]
+    )
+    assert told["config"]["encoder"] == {"kind": "MoonshineEncoder", "layers": 2, "width": 16}
+    assert told["utterance"]["frames"] == model.exact_frames(2.0)
+    assert told["utterance"]["encoder_flops"] > told["utterance"]["decoder_flops"] > 0
+    assert told["utterance"]["training_bytes"] > 0
+    assert told["utterance"]["cache_values"] == 2 * 2 * 16 * (model.exact_frames(2.0) + 8)
+    assert main(["info", str(moonshine)]) == 0
+    assert "MoonshineDecoder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--loss.ctc-weight", "0.3"], "no CTC head"),
+        (["--augment.time-masks", "2"], "--augment masks: needs a model of Canter's own"),
+        (["--compile"], "--compile: needs a model of Canter's own"),
+        (["--pad-seconds", "0"], "--pad-seconds: needs a model of Canter's own"),
+        (["--parallel", "shard"], "--parallel shard: needs a model of Canter's own"),
+    ],
+)
+def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_path, capsys, more, says):
+    assert command(corpus, moonshine, tmp_path / "run", *more) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["transcribe", "{model}", "{clip}", "--timestamps", "word"], "--timestamps word"),
+        (["transcribe", "{model}", "{clip}", "--precision", "int8"], "--precision int8"),
+        (["reshape", "{model}", "-o", "{tmp}/x", "--decoder-layers", "1"], "model_type is 'moonshine'"),
+        (["convert", "{model}", "{tmp}/x"], "model_type is 'moonshine'"),
+        (["tune", "{model}", "--simulate", "8GiB", "-o", "{tmp}/b.json"], "--simulate and --compile"),
+    ],
+)
+def test_what_other_commands_have_nothing_for_takes_one_line(
+    moonshine, corpus, tmp_path, capsys, arguments, says
+):
+    filled = [part.format(model=moonshine, clip=corpus / "0.wav", tmp=tmp_path) for part in arguments]
+    assert main(filled) == 1
+    assert says in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_languages_must_be_the_models(corpus, tmp_path, capsys):
+    init = saved("seamless", tmp_path / "init")
+    assert main(["transcribe", str(init), str(corpus / "0.wav")]) == 1
+    assert "names no language, and the model knows deu, eng" in capsys.readouterr().err
+    assert main(["transcribe", str(init), str(corpus / "0.wav"), "--language", "fra"]) == 1
+    assert "names the language 'fra', and the model writes deu, eng" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
+    silent = [{**row, "audio_filepath": str(corpus / row["audio_filepath"])} for row in rows]
+    for row in silent:
+        del row["lang"]
+    write_manifest(tmp_path / "train.jsonl", silent)
+    more = ["--manifest", str(tmp_path / "train.jsonl")]
+    assert command(corpus, init, tmp_path / "run", *more) == 1
+    assert "names no language, and the model writes deu, eng" in capsys.readouterr().err
+
+
+def test_without_transformers(moonshine, monkeypatch, capsys):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    assert main(["info", str(moonshine)]) == 1
+    assert "transformers, which is not installed; pip install 'canter[hf]'" in capsys.readouterr().err
+
+
+def test_damaged_folders(moonshine, tmp_path):
+    from canter.errors import CheckpointError
+
+    def copy(name):
+        return shutil.copytree(moonshine, tmp_path / name)
+
+    without = copy("without")
+    weights = load_file(without / "model.safetensors")
+    del weights["model.encoder.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, without / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 missing: model.encoder.layers.0.self_attn.q_proj.weight"):
+        TransformersModel.from_pretrained(without)
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        TransformersModel.from_pretrained(cut)
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        TransformersModel.from_pretrained(pickled)
+
+
+def test_a_save_that_fails_leaves_nothing(moonshine, tmp_path, monkeypatch):
+    model = TransformersModel.from_pretrained(moonshine)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(model.extractor), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save(tmp_path / "x")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["moonshine", "speech_to_text", "seamless", "canary", "whisper"])
+def test_activations_recomputed_give_the_same_gradient(family):
+    model = TransformersModel(*make(family)).train()
+    audio = torch.from_numpy(np.stack(clips([1.0, 1.0])))
+
+    def gradient():
+        torch.manual_seed(0)
+        features = model.features(audio, torch.tensor([16000, 16000]))
+        logits = model.model(
+            **dict(zip((model.model.main_input_name, "attention_mask"), features)),
+            decoder_input_ids=torch.full((2, 4), 7),
+            use_cache=False,
+        ).logits
+        model.zero_grad()
+        logits.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradient()
+    model.recompute_activations()
+    assert model.recomputes == model.model.supports_gradient_checkpointing
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradient(), plain, strict=True))
+    model.recompute_activations(False)
+    assert not model.recomputes
