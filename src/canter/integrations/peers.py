@@ -73,8 +73,7 @@ class TransformersPeer:
             [clip.audio for clip in clips],
             [clip.prompt for clip in clips],
             batch_seconds=self.batch * longest + 1e-3,
-        positions = self.model.positions
-            limits=[positions - len(clip.prompt) for clip in clips],
+            limits=[self.model.positions - len(clip.prompt) for clip in clips],
         )
 
     def details(self) -> dict[str, Any]:
