@@ -60,6 +60,15 @@ def test_noise_without_audio(model, capsys, precision):
     assert precision in out
 
 
+def test_precisions_and_beams_side_by_side(model, tmp_path, capsys):
+    arguments = ["--clips", "2", "--repeats", "1", "--latency-clips", "1", "--json", str(tmp_path / "x")]
+    assert main(["bench", "inference", model, *arguments, "--against", "canter:int8", "--beam", "2"]) == 0
+    assert "2 beams: " in capsys.readouterr().out
+    systems = json.loads((tmp_path / "x").read_text())["systems"]
+    assert list(systems) == ["canter float32", "canter int8", "canter float32, 2 beams"]
+    assert all(speed["tokens"] > 0 for speed in systems.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,10 +27,12 @@ class Options:
     """A manifest, or a folder of audio. Without it modulated noise is decoded: good for a look alone, since a model
     says other things to noise than to speech."""
     against: str = ""
-    """Others on the same weights and clips, separated by commas: `transformers`, `ctranslate2`, each with a type if
-    it is to be another than --precision, as in `ctranslate2:int8`."""
+    """Others on the same weights and clips, separated by commas: `transformers`, `ctranslate2`, `canter` itself, each
+    with a type if it is to be another than --precision, as in `ctranslate2:int8`."""
     batch_size: int = 64
     """Rows that Canter decodes together at most."""
+    beam: int = 1
+    """Above 1, Canter also decodes with so many hypotheses for each clip, to be set beside its greedy search."""
     peer_batch_size: int = 16
     """Clips that the others decode together, sorted by length."""
     language: str | None = None
@@ -47,13 +49,13 @@ class Options:
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """Of Canter, and of the others where they name no type (transformers has no int8: float32). int8 is for
-    processors: the decoder's matrices."""
+    processors."""
     json: Path | None = None
     """Write everything that was measured to this file."""
 
 
 def run(options: Options) -> None:
-    for name in ("batch_size", "peer_batch_size", "repeats", "latency_clips", "clips", "threads"):
+    for name in ("batch_size", "beam", "peer_batch_size", "repeats", "latency_clips", "clips", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
@@ -84,15 +86,26 @@ def run(options: Options) -> None:
     frames = 16384 if device.startswith("cuda") else 1024
     if options.precision == "int8" and device != "cpu":
         raise ConfigError(f"--precision int8 runs on a CPU, and the device is {device}: use bf16 there")
+    config = EngineConfig(rows=options.batch_size, frames=frames)
+
+    def canter(model: "SpeechModel", kind: str, config: EngineConfig) -> CanterSystem:
+        model = quantize(model) if kind == "int8" else model
+        return CanterSystem(Engine(model, model.tokenizer.end, config))
+
     with working_folder() as work:
-        others: dict[str, System] = {
-            f"{package} {kind}": load_peer(model, package, kind, options.peer_batch_size, Path(work))
-            for package, kind in peers
-        }
-        if options.precision == "int8":
-            quantize(model)
-        engine = Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size, frames=frames))
-        systems: dict[str, System] = {f"canter {default}": CanterSystem(engine), **others}
+        others: dict[str, System] = {}
+        for package, kind in peers:
+            if package == "canter":
+                dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+                system = canter(load_model(checkpoint, device=device, dtype=dtype), kind, config)
+            else:
+                system = load_peer(model, package, kind, options.peer_batch_size, Path(work))
+            others[f"{package} {kind}"] = system
+        first = canter(model, default, config)
+        systems: dict[str, System] = {f"canter {default}": first, **others}
+        if options.beam > 1:
+            beams = Engine(first.engine.model, first.engine.end, replace(config, beams=options.beam))
+            systems[f"canter {default}, {options.beam} beams"] = CanterSystem(beams)
         speeds = measure(systems, clips, repeats=options.repeats, latency_clips=options.latency_clips)
     show(speeds, clips)
     for reason in left_out[:5]:
@@ -158,7 +171,7 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
 
 
 def asdict_of_options(options: Options) -> dict[str, Any]:
-    names = ("batch_size", "peer_batch_size", "repeats", "latency_clips", "precision")
+    names = ("batch_size", "beam", "peer_batch_size", "repeats", "latency_clips", "precision")
     return {name: getattr(options, name) for name in names}
 
 
@@ -210,3 +223,7 @@ def show(speeds: "dict[str, Speed]", clips: "list[Clip]") -> None:
         f"Canter's time: {shares}; {first.details['useful_rows']:.1%} of the decoder's rows useful, "
         f"{first.details['mean_rows']:.1f} rows a step"
     )
+    for name, speed in speeds.items():
+        if name.endswith("beams"):
+            decoder, greedy = (one.details["counters"]["decoder_seconds"] for one in (speed, first))
+            console.print(f"{name}: {decoder / greedy:.2f} times the decoder's time of greedy search")

@@ -64,7 +64,7 @@ class Options:
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
-    """bf16 is for GPUs; transcripts may then depend on the batch. int8 is for processors: the decoder's matrices."""
+    """bf16 is for GPUs; transcripts may then depend on the batch. int8 is for processors."""
     max_repeats: int = 3
     """No n-gram of up to 8 tokens may follow itself more often than this; 0: no such guard. Beam search has none."""
     longest_seconds: float | None = None

@@ -19,8 +19,12 @@ from canter.models.features import WhisperFeatureConfig
 from canter.models.hf import write_hf
 from canter.models.model import SpeechModel
 
-PACKAGES = {"transformers": "pip install 'canter[hf]'", "ctranslate2": "pip install ctranslate2"}
-TYPES = {"transformers": ("float32", "bfloat16", "float16"),
+PACKAGES = {
+    "transformers": "pip install 'canter[hf]'",
+    "ctranslate2": "pip install ctranslate2",
+    "canter": "",
+}
+TYPES = {"transformers": ("float32", "bfloat16", "float16"), "canter": ("float32", "bfloat16", "int8"),
          "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float16", "int8_bfloat16")}  # fmt: skip
 
 
