@@ -1,46 +1,53 @@
-"""How full the decoder's slots are on real lengths, and what caches and the shift are worth.
+"""How full the decoder's slots are on queues of real lengths, and what caches and the shift are worth.
 
-Weights are random: every row stops at the number of tokens of its transcript.
+Weights are random and audio is noise: every row stops at the number of tokens of a real utterance, as tables of
+`duration` and `tokens` give them.
 
-    CANTER_SHARED=... python benchmarks/decoding.py [--manifest MANIFEST] [--rows 64] [--json]
+    CANTER_SHARED=... python benchmarks/decoding.py [--lengths TABLE.parquet ...] [--rows 128] [--json FILE]
 """
 
 import json
 import os
-import sys
+import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as parquet
 import torch
 import tyro
 
-from canter.corpus.audio import load_audio
-from canter.corpus.manifest import Utterance, read_manifest
+from canter.inference.engine import encoder_batches
 from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import ForcedLengths, measure_shift
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.model import ModelConfig, SpeechModel
-from canter.text import train_tokenizer
+
+TABLES = Path(os.environ.get("CANTER_SHARED", ".")) / "data/lengths"
+PROMPT = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
 class Options:
-    manifest: Path = Path(os.environ.get("CANTER_SHARED", ".")) / "data/speech/an4/manifest.jsonl"
-    """Whose audio and transcripts' lengths to use."""
-    rows: int = 64
+    lengths: tuple[Path, ...] = (TABLES / "an4_en.parquet", TABLES / "librispeech_devtest_en.parquet")
+    """Parquets with `duration` (seconds) and `tokens`."""
+    utterances: int = 1024
+    """Of a queue, drawn from a table's rows up to 40 s, each at most once."""
+    rows: tuple[int, ...] = (64, 128)
     """Slots of the decoder."""
-    copies: int = 1
-    """How often the manifest is queued."""
     threads: int = 1
     """Of torch."""
     repeats: int = 5
-    """Of the comparison of shapes and caches."""
-    json: bool = False
-    """Print one JSON object."""
+    """Of the comparison of shapes and caches; 0 leaves it out."""
+    json: Path | None = None
+    """Write the figures there."""
 
 
-def small_model(encoder_layers: int, decoder_layers: int, vocabulary: int) -> SpeechModel:
+def small_model(encoder_layers: int, decoder_layers: int, vocabulary: int = 304) -> SpeechModel:
     torch.manual_seed(0)
     return SpeechModel(
         ModelConfig(
@@ -50,70 +57,89 @@ def small_model(encoder_layers: int, decoder_layers: int, vocabulary: int) -> Sp
     ).eval()
 
 
-def static_batches(lengths: list[int], rows: int) -> float:
-    """Useful share of rows where batches sorted by token count wait for their longest row."""
-    lengths = sorted(lengths)
-    batches = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
-    return sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+def draw(table: Path, count: int) -> list[tuple[float, int]]:
+    """(seconds, tokens with the end token) of so many utterances, the longest first."""
+    columns = parquet.read_table(table, columns=["duration", "tokens"]).to_pydict()
+    rows = [(s, t + 1) for s, t in zip(columns["duration"], columns["tokens"]) if 0.1 <= s <= 40 and t]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+    return sorted((rows[place] for place in chosen), reverse=True)
+
+
+def noise(seconds: float) -> np.ndarray:
+    samples = round(16000 * seconds)
+    return (0.1 * np.random.default_rng(samples).standard_normal(samples)).astype(np.float32)
+
+
+def batches_useful(counts: Sequence[int], rows: int) -> float:
+    """Useful share of rows where batches of neighbours wait for their longest row."""
+    batches = [counts[start : start + rows] for start in range(0, len(counts), rows)]
+    return sum(counts) / sum(len(batch) * max(batch) for batch in batches)
+
+
+def queue(model: SpeechModel, utterances: list[tuple[float, int]], rows: int) -> dict[str, Any]:
+    """The utterances through the engine, beside batches of ``rows``."""
+    engine = ForcedLengths(model, EngineConfig(rows=rows, max_repeats=0))
+    frames = [model.encoder_frames(seconds) for seconds, _ in utterances]
+    batches = encoder_batches(frames, engine.config.frames, rows)
+    requests = (
+        [Request(noise(utterances[i][0]), PROMPT, (i, utterances[i][1])) for i in batch] for batch in batches
+    )
+    counts = [tokens for _, tokens in utterances]
+    assert sum(len(found.tokens) for found in engine.run(requests)) == sum(counts)
+    counters = engine.counters
+    return {
+        "rows": rows,
+        "utterances": len(counts),
+        "audio_seconds": counters.audio_seconds,
+        "tokens": counters.tokens,
+        "useful_rows": counters.useful_rows,
+        "mean_live_share": counters.mean_rows / rows,
+        "steps": counters.steps,
+        "batches_by_audio_useful_rows": batches_useful(counts, rows),
+        "batches_by_true_tokens_useful_rows": batches_useful(sorted(counts), rows),
+    }
 
 
 def run(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    utterances = [row for row in read_manifest(options.manifest) if isinstance(row, Utterance)]
-    tokenizer = train_tokenizer((u.text for u in utterances), languages=["en"], vocab_size=300)
-    counts = [len(tokenizer.encode(u.text)) + 1 for u in utterances]  # the end token too
-    clips = [load_audio(u.audio_filepath) for u in utterances]
-    prompt = tokenizer.prompt_ids({"source_lang": "en", "target_lang": "en"})
-    queue = [(count, clip) for count, clip in zip(counts, clips)] * options.copies
-
-    model = small_model(6, 2, tokenizer.vocab_size)
-    engine = ForcedLengths(model, EngineConfig(rows=options.rows, max_repeats=0))
-    by_length = sorted(queue, key=lambda pair: -len(pair[1]))
-    groups = [by_length[start : start + 32] for start in range(0, len(by_length), 32)]
-    requests = ([Request(clip, prompt, (0, count)) for count, clip in group] for group in groups)
-    assert sum(len(hypothesis.tokens) for hypothesis in engine.run(requests)) == sum(counts) * options.copies
-    counters = engine.counters
-
-    batch = [clip for _, clip in by_length[len(by_length) // 2 :][:32]]
-    lengths = torch.tensor([len(clip) for clip in batch])
-    audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in batch], batch_first=True)
-    shapes = {f"{e}/{d}": small_model(e, d, tokenizer.vocab_size) for e, d in ((4, 6), (6, 3), (7, 1))}
-    shift = measure_shift(shapes, audio, lengths, tokens_per_row=24, repeats=options.repeats)
-
-    result = {
-        "manifest": str(options.manifest),
-        "utterances": counters.utterances,
-        "tokens": counters.tokens,
-        "rows": options.rows,
-        "useful_rows": counters.useful_rows,
-        "mean_rows": counters.mean_rows,
-        "mean_rows_share": counters.mean_rows / options.rows,
-        "useful_rows_static_batches_in_order": static_batches_in_order(by_length, options.rows),
-        "useful_rows_static_batches_by_true_tokens": static_batches([c for c, _ in queue], options.rows),
-        "rtfx": counters.rtfx,
-        "counters": asdict(counters),
-        "shift": [asdict(row) for row in shift],
+    tiny = FastConformerConfig(layers=1, width=32, heads=2, feedforward=64, subsampling_channels=8)
+    decoder = DecoderConfig(layers=1, width=32, heads=2, feedforward=64, vocabulary=304)
+    model = SpeechModel(ModelConfig(encoder=tiny, decoder=decoder)).eval()  # slots are as full in any
+    queues = []
+    for table in options.lengths:
+        utterances = draw(table, options.utterances)
+        for rows in options.rows:
+            queues.append({"lengths": table.stem, **queue(model, utterances, rows)})
+            print(
+                {name: round(v, 3) if isinstance(v, float) else v for name, v in queues[-1].items()},
+                flush=True,
+            )
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": options.threads,
+        "queues": queues,
     }
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    for name, value in result.items():
-        if name not in ("shift", "counters"):
-            print(f"{name:42} {value}")
-    print({name: round(value, 2) for name, value in asdict(counters).items()}, file=sys.stderr)
-    for row in shift:
-        print(
-            f"{row.shape} {row.cache:7} {row.parameters / 1e6:.2f} M  encoder {row.encoder_seconds:.3f} s  "
-            f"decoder {row.decoder_seconds:.3f} s  RTFx {row.rtfx:5.0f}  {row.speedup:.2f}x"
+    if options.repeats:
+        clips = [torch.from_numpy(noise(seconds)) for seconds, _ in draw(options.lengths[0], 64)[32:]]
+        audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        shapes = {f"{e}/{d}": small_model(e, d) for e, d in ((4, 6), (6, 3), (7, 1))}
+        shift = measure_shift(
+            shapes,
+            audio,
+            torch.tensor([len(clip) for clip in clips]),
+            tokens_per_row=24,
+            repeats=options.repeats,
         )
-
-
-def static_batches_in_order(queue: list, rows: int) -> float:
-    """As ``static_batches``, sorted by audio length, which is what is known before decoding."""
-    batches = [[count for count, _ in queue[start : start + rows]] for start in range(0, len(queue), rows)]
-    return sum(count for count, _ in queue) / sum(len(batch) * max(batch) for batch in batches)
+        result["shift"] = [asdict(row) for row in shift]
+        for row in shift:
+            print(
+                f"{row.shape} {row.cache:7} {row.parameters / 1e6:.2f} M  encoder {row.encoder_seconds:.3f} s  "
+                f"decoder {row.decoder_seconds:.3f} s  RTFx {row.rtfx:5.0f}  {row.speedup:.2f}x"
+            )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ row is made to stop at the same given length in both engines. Both read the same
 interleaved, after one that warms up.
 
     CANTER_SHARED=... python benchmarks/gpu_inference.py --json benchmarks/results/gpu-inference-DATE.json
+    python benchmarks/gpu_inference.py --models canary --canary 17 4 256 --clips 48 --batch 16 --no-ways   # a processor
     python benchmarks/gpu_inference.py --smoke          # small shapes on a processor, to see that it runs
 
 On one H200 it takes under nine minutes; `--seconds` bounds it, and what is left out is said in the result.
 """
 
+import copy
 import json
 import os
 import platform
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ import tyro
 
 from canter.inference.engine import encoder_batches
 from canter.inference.graphs import FixedSteps
+from canter.inference.int8 import quantize
 from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import ForcedLengths, canary_config, measure_ways
 from canter.models.decoder import DecoderConfig
@@ -44,6 +48,13 @@ class Options:
     """Utterances, drawn from real lengths up to 30 s."""
     batch: int = 128
     """Of `transformers`, and slots of our decoder."""
+    models: tuple[Literal["canary", "whisper"], ...] = ("canary", "whisper")
+    canary: tuple[int, int, int] = (32, 4, 1024)
+    """Encoder layers, decoder layers and width; canary-1b-flash's by default."""
+    ways: bool = True
+    """Whether the 2 x 2 is measured too."""
+    threads: int | None = None
+    """Of torch, on a processor."""
     repeats: int = 2
     """Timed runs of each engine; the median counts."""
     seconds: float = 500.0
@@ -82,7 +93,7 @@ def draw_lengths(count: int) -> list[tuple[float, int]]:
 
 
 def ours(model: SpeechModel, clips, tokens, options: Options) -> dict[str, float]:
-    engine = ForcedLengths(model, EngineConfig(rows=options.batch, frames=16384, max_repeats=0))
+    engine = ForcedLengths(model, EngineConfig(rows=options.batch, frames=frames_of_a_batch(), max_repeats=0))
     rate = model.config.features.sample_rate
     frames = [model.encoder_frames(len(clip) / rate) for clip in clips]
     batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
@@ -152,6 +163,11 @@ def theirs(model: SpeechModel, hf, clips, tokens, options: Options) -> dict[str,
     return {"seconds": time.perf_counter() - begun}
 
 
+def frames_of_a_batch() -> int:
+    """Of the encoder, as `canter transcribe` takes them."""
+    return 16384 if torch.cuda.is_available() else 1024
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -205,10 +221,14 @@ def run(options: Options) -> None:
     gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
     if options.smoke:
-        options = replace(options, clips=12, batch=4, repeats=1)
-    size = (2, 64) if options.smoke else None
-    canary = canary_config(size[0], 1, size[1]) if size else canary_config(32, 4)
-    whisper = whisper_config(*(size or (32, 1280)))
+        options = replace(options, clips=4, batch=2, repeats=1)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    deep, shallow, width = (2, 1, 64) if options.smoke else options.canary
+    configs = {
+        "canary": (f"canary {deep}/{shallow} x {width}", canary_config(deep, shallow, width)),
+        "whisper": ("whisper-large-v3-turbo", whisper_config(*((1, 64) if options.smoke else (32, 1280)))),
+    }
     random = np.random.default_rng(1)
     lengths = draw_lengths(options.clips)
     clips = [(0.1 * random.normal(size=round(16000 * s))).astype(np.float32) for s, _ in lengths]
@@ -218,6 +238,7 @@ def run(options: Options) -> None:
         "date": str(date.today()),
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "clips": len(clips),
         "audio_seconds": audio_seconds,
         "tokens": sum(tokens),
@@ -234,29 +255,25 @@ def run(options: Options) -> None:
             return True
         return False
 
-    for name, config in (("canary-1b-flash", canary), ("whisper-large-v3-turbo", whisper)):
+    for name, config in (configs[model] for model in options.models):
         if late(name):
             continue
         torch.manual_seed(0)
-        with torch.device(device):
-            model = SpeechModel(config)
-        model = model.to(device, dtype).eval()
-        model.features.float()
-        for rows in (1, 16, 128) if gpu else (4,):
+        model = build(config, device, dtype)
+        for rows in (1, 16, 128) if gpu else (1, options.batch):
             frames = model.encoder_frames(10.0)
             result["steps"].append({"model": name, **step_time(model, rows, frames, 20, result["bandwidth"])})
         hf, version = load_theirs(model, dtype, device)
         result["transformers"] = version
-        runs: dict[str, list[dict]] = {"canter": [], "transformers": []}
+        engines = {"canter": (ours, model), "transformers": (theirs, model, hf)}
+        if not gpu:
+            engines["canter int8"] = (ours, quantize(copy.deepcopy(model)))
+        runs: dict[str, list[dict]] = {way: [] for way in engines}
         for repeat in range(options.repeats + 1):
-            for way in runs:
+            for way, (decode, *given) in engines.items():
                 if repeat and late(f"{name} {way} {repeat}"):
                     continue
-                found = (
-                    ours(model, clips, tokens, options)
-                    if way == "canter"
-                    else theirs(model, hf, clips, tokens, options)
-                )
+                found = decode(*given, clips, tokens, options)
                 if repeat:
                     runs[way].append(found)
         for way, timed in runs.items():
@@ -265,27 +282,23 @@ def run(options: Options) -> None:
                 row = {"model": name, "engine": way, "rtfx": audio_seconds / middle["seconds"], **middle}
                 result["engines"].append(row)
                 print(row)
-        del model, hf
+        del model, hf, engines, given
         if gpu:
             torch.cuda.empty_cache()
-    if not late("2 x 2"):
+    if options.ways and not late("2 x 2"):
         shapes = {"2/2": (2, 2), "3/1": (3, 1)} if options.smoke else {"24/24": (24, 24), "32/4": (32, 4)}
         width = 64 if options.smoke else 1024
-        with torch.device(device):
-            models = {
-                shape: SpeechModel(canary_config(*layers, width)).to(dtype)
-                for shape, layers in shapes.items()
-            }
-        for model in models.values():
-            model.features.float()
-        some = slice(None, 12 if options.smoke else 256)
+        models = {
+            shape: build(canary_config(*layers, width), device, dtype) for shape, layers in shapes.items()
+        }
+        some = slice(None, 256)
         ways = measure_ways(
             models,
             clips[some],
             tokens[some],
             repeats=1,
             rows=options.batch,
-            frames=16384,
+            frames=frames_of_a_batch(),
             batch=options.batch,
         )
         result["ways"] = [asdict(row) for row in ways]
@@ -295,6 +308,16 @@ def run(options: Options) -> None:
             print(row)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SpeechModel:
+    """Random weights in ``dtype``; features stay float32."""
+    with torch.device(device):
+        model = SpeechModel(config).eval().requires_grad_(False)
+    for part in model.children():
+        if part is not model.features:
+            part.to(dtype)
+    return model
 
 
 def load_theirs(model: SpeechModel, dtype: torch.dtype, device: torch.device):

@@ -3,14 +3,17 @@
 Speed and WER of each, greedy with timestamps off, on the same utterances, runs one after the other. Of a shared window
 the words are given back to utterances by their times (cross-attention alignment).
 
-    CANTER_SHARED=... python benchmarks/whisper_windows.py [--manifest MANIFEST] [--limit 100] [--json FILE]
+    CANTER_SHARED=... python benchmarks/whisper_windows.py [--manifests MANIFEST ...] [--limit 100] [--json FILE]
 """
 
 import json
 import os
+import platform
 import time
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from canter.evaluation.wer import score
 from canter.inference.engine import Engine
 from canter.inference.reading import words_of
 from canter.inference.requests import EngineConfig, Request
+from canter.models.model import SpeechModel
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
 WINDOW = 30.0
@@ -31,15 +35,19 @@ WINDOW = 30.0
 @dataclass(frozen=True)
 class Options:
     model: Path = SHARED / "models/whisper-tiny.en"
-    manifest: Path = SHARED / "data/speech/librivox_mini/manifest.jsonl"
+    manifests: tuple[Path, ...] = tuple(
+        SHARED / "data/speech" / name / "manifest.jsonl"
+        for name in ("librivox_mini", "commonvoice61_sample", "an4")
+    )
+    """One table each."""
     limit: int = 60
-    """Utterances, evenly spread over the manifest."""
+    """English utterances of each, evenly spread."""
     pads: tuple[float, ...] = (30.0, 20.0, 15.0, 0.0)
     """Seconds that audio is padded to; 0: not at all. What is longer than a pad has its own length."""
     gap: float = 1.0
     """Seconds of silence between utterances that share a window."""
     rows: int = 16
-    threads: int = 2
+    threads: int = 1
     json: Path | None = None
 
 
@@ -57,12 +65,13 @@ def shared_windows(clips: list[np.ndarray], gap: int, size: int) -> list[list[in
     return [members for _, members in windows]
 
 
-def run(options: Options) -> None:
-    torch.set_num_threads(options.threads)
-    model = canter.load_model(options.model)
+def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> dict[str, Any]:
+    """Speed and WER of every way on a manifest's utterances."""
     tokenizer = model.tokenizer
     rows = [
-        row for row in read_manifest(options.manifest) if isinstance(row, Utterance) and row.duration < 28
+        row
+        for row in read_manifest(manifest)
+        if isinstance(row, Utterance) and row.duration < 28 and row.lang == "en"
     ]
     rows = rows[:: max(1, len(rows) // options.limit)][: options.limit]
     clips = [load_audio(row.audio_filepath) for row in rows]
@@ -115,9 +124,25 @@ def run(options: Options) -> None:
         measure(f"padded to {pad:g} s" if pad else "not padded", alone)
     model.set_features(pad_seconds=WINDOW)
     measure("windows shared", together)
+    return {
+        "manifest": manifest.parent.name,
+        "utterances": len(rows),
+        "audio_seconds": seconds,
+        "ways": found,
+    }
+
+
+def run(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    model = canter.load_model(options.model)
+    tables = []
+    for manifest in options.manifests:
+        print(manifest.parent.name)
+        tables.append(measure_manifest(model, manifest, options))
     if options.json:
-        result = {"model": options.model.name, "manifest": options.manifest.parent.name, "utterances": len(rows),
-                  "audio_seconds": seconds, "torch": torch.__version__, "ways": found}  # fmt: skip
+        result = {"date": date.today().isoformat(), "model": options.model.name, "threads": options.threads,
+                  "device": platform.processor() or platform.machine(), "torch": torch.__version__,
+                  "tables": tables}  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

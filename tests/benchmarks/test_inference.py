@@ -1,0 +1,90 @@
+"""The benchmarks of decoding, run small."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a benchmark by name, as when it is run."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def lengths(tmp_path) -> Path:
+    """A table of 40 utterances."""
+    rng = np.random.default_rng(0)
+    seconds = rng.uniform(0.5, 3, 40).astype(np.float32)
+    table = pa.table({"duration": seconds, "tokens": rng.integers(1, 20, 40)})
+    parquet.write_table(table, tmp_path / "some.parquet")
+    return tmp_path / "some.parquet"
+
+
+def test_gpu_inference_runs_small_without_a_gpu(script, tmp_path):
+    pytest.importorskip("transformers")
+    gpu_inference = script("gpu_inference")
+    gpu_inference.run(gpu_inference.Options(smoke=True, json=tmp_path / "x"))
+    result = json.loads((tmp_path / "x").read_text())
+    assert not result["left_out"]
+    engines = {(row["model"], row["engine"]): row for row in result["engines"]}
+    assert {engine for _, engine in engines} >= {"canter", "transformers"}
+    assert len({model for model, _ in engines}) == 2
+    for row in engines.values():
+        assert row["rtfx"] > 0
+        assert row.get("useful_rows", 1.0) > 0.5
+    assert all(row["of_floor"] > 0 for row in result["steps"])
+    assert [(row["shape"], row["way"]) for row in result["ways"]] == [
+        (shape, way) for shape in ("2/2", "3/1") for way in ("released", "engine")
+    ]
+
+
+def test_slots_stay_full(script, lengths, tmp_path):
+    decoding = script("decoding")
+    decoding.run(decoding.Options((lengths,), rows=(4,), repeats=1, json=tmp_path / "x"))
+    result = json.loads((tmp_path / "x").read_text())
+    row = result["queues"][0]
+    table = parquet.read_table(lengths)
+    assert row["utterances"] == 40
+    assert row["tokens"] == sum(table["tokens"].to_pylist()) + 40
+    assert row["useful_rows"] == 1.0
+    assert row["mean_live_share"] > 0.8
+    assert row["batches_by_audio_useful_rows"] < row["batches_by_true_tokens_useful_rows"] < 1
+    assert len(result["shift"]) == 9
+
+
+def test_the_2_x_2(script, lengths, tmp_path):
+    decoder_shift = script("decoder_shift")
+    options = decoder_shift.Options(
+        ("2/2", "3/1"), 16, lengths, clips=4, rows=2, batch=2, repeats=1, threads=1, json=tmp_path / "x"
+    )
+    decoder_shift.run(options)
+    result = json.loads((tmp_path / "x").read_text())
+    assert [(row["shape"], row["way"]) for row in result["rows"]] == [
+        (shape, way) for shape in ("2/2", "3/1") for way in ("released", "engine")
+    ]
+    assert result["lengths"] == "some.parquet"
+
+
+@pytest.mark.skipif(not os.environ.get("CANTER_SHARED"), reason="CANTER_SHARED names no folder with speech")
+def test_identity_of_a_few_clips(script, tmp_path):
+    pytest.importorskip("transformers")
+    identity = script("identity")
+    manifest = Path(os.environ["CANTER_SHARED"]) / "data/speech/an4/manifest.jsonl"
+    options = identity.Options(
+        manifests=(manifest,), every=300, batches=(1, 2), precisions=(), slow_every=2, json=tmp_path / "x"
+    )
+    assert identity.run(options) == 0
+    result = json.loads((tmp_path / "x").read_text())
+    assert result["clips"] == 2
+    assert result["float32"]["batch_2"]["differing"] == result["float32"]["transformers"]["differing"] == 0
+    assert result["beam_5"]["largest_difference_of_scores"] < 1e-4
