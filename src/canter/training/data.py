@@ -1,5 +1,6 @@
 """Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
 
+import math
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,9 +68,13 @@ class MicroBatches(torch.utils.data.Dataset):
         sample_rate: int,
         speeds: tuple[float, ...] = (),
         seed: int = 0,
+        longest_seconds: float = math.inf,
+        most_tokens: float = math.inf,
     ):
+        """``longest_seconds`` and ``most_tokens``, prompt and end token included, are the model's."""
         self.index, self.tokenizer, self.characters = index, tokenizer, characters
         self.sample_rate, self.speeds, self.seed = sample_rate, speeds, seed
+        self.longest_seconds, self.most_tokens = longest_seconds, most_tokens
 
     def __getitem__(self, address: Address) -> Loaded:
         examples, skipped = [], []
@@ -90,7 +95,7 @@ class MicroBatches(torch.utils.data.Dataset):
     def example(self, utterance: Utterance, row: int = -1, speed: float = 1.0) -> Example:
         """Audio and targets of one utterance, spoken ``speed`` times as fast. Raises AudioError where the file is
         unusable, silent throughout, or longer or shorter than the manifest says by over a tenth and 0.25 s: the plan
-        was made for the stated length."""
+        was made for the stated length; and where audio or text are longer than the model takes."""
         audio = load_utterance(utterance, self.sample_rate)
         seconds = len(audio) / self.sample_rate
         if abs(seconds - utterance.duration) > max(SECONDS_TOLERANCE, SHARE_TOLERANCE * utterance.duration):
@@ -102,8 +107,18 @@ class MicroBatches(torch.utils.data.Dataset):
             raise AudioError(f"{utterance.audio_filepath} is silent: every sample is 0; remove the row")
         if speed != 1:
             audio = soxr.resample(audio, self.sample_rate * speed, self.sample_rate, quality="HQ")
+        if len(audio) > self.longest_seconds * self.sample_rate:
+            raise AudioError(
+                f"{utterance.audio_filepath}: {len(audio) / self.sample_rate:.2f} s are more than the "
+                f"{self.longest_seconds:g} s that the model takes; cut it"
+            )
         prompt = self.tokenizer.prompt(utterance)
         tokens = [*prompt, *self.tokenizer.encode(utterance.text, utterance.lang), self.tokenizer.end]
+        if len(tokens) > self.most_tokens:
+            raise AudioError(
+                f"{utterance.audio_filepath}: its text has {len(tokens)} tokens with prompt and end, more than the "
+                f"{self.most_tokens} that the model has positions for; cut it"
+            )
         characters = self.characters.encode(utterance.text) if self.characters else []
         return Example(audio, tokens, len(prompt), characters, row)
 

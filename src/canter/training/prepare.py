@@ -127,6 +127,8 @@ def prepare(
         model.sample_rate,
         config.augment.speed,
         config.seed,
+        model.longest_seconds,
+        model.positions,
     )
     return Prepared(
         config,

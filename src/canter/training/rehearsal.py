@@ -59,11 +59,13 @@ def fits(
     """Whether forward and backward of noise in ``shape`` (B, T, U) fit in memory beside the optimisers' state, made or
     still to be made. T counts ``frame_seconds``. Weights, statistics and the run's random numbers stay as they are."""
     (batch, frames, tokens), model, device = shape, gradient.model, gradient.device
-    frames = max(1, int(np.ceil(frames * frame_seconds / planned_frame_seconds(model))))
+    unit = planned_frame_seconds(model)
+    seconds = min(frames * frame_seconds, model.longest_seconds)  # what is longer will be skipped
+    frames, tokens = max(1, int(np.ceil(seconds / unit - 1e-6))), min(max(2, tokens), model.positions)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             state = torch.empty(missing_state(optimizers), dtype=torch.uint8, device=device)
-            data = synthetic_batch(model, batch, frames, max(2, tokens), prompt=1).to(device)
+            data = synthetic_batch(model, batch, frames, tokens, prompt=1).to(device)
             gradient.backward(data, Counts.of([data]), alone=False, epoch=0)
             fitted = True
             del state
