@@ -1,5 +1,7 @@
-"""What the README tells to type exists: commands, their options, make targets, scripts, linked files."""
+"""What the README tells to type exists: commands, their options, make targets, scripts, imports, linked files."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +13,7 @@ from canter.cli import main as cli
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(?:bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:canter|make) [^`\n]+)`")
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
@@ -76,6 +79,21 @@ def test_what_a_page_tells_to_type_exists(page: Path, options, targets):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_exist(page: Path):
     assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_imports_exists(page: Path):
+    nodes = [node for block in PYTHON.findall(page.read_text()) for node in ast.walk(ast.parse(block))]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "canter":
+            module = importlib.import_module(node.module or "")
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_readme_lists_every_command():
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"`canter (\w+)`", text[text.index("## Commands") : text.index("Every option")])
+    assert sorted(listed) == sorted(cli.COMMANDS)
 
 
 def test_mistakes_would_be_found(options, targets):
