@@ -128,6 +128,14 @@ def test_user_errors_are_one_line(command, error, code, capsys: pytest.CaptureFi
     assert captured.err.count("\n") == 1
 
 
+def test_a_system_error_names_the_file(command, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.delenv("CANTER_DEBUG", raising=False)
+    assert cli.main(command(PermissionError(13, "Permission denied", "out/x.json"))) == 1
+    assert capsys.readouterr().err == "canter: out/x.json: permission denied\n"
+    cli.main(command(ValueError()))
+    assert capsys.readouterr().err == "canter: ValueError\n"
+
+
 def test_debug_shows_the_traceback(command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CANTER_DEBUG", "1")
     with pytest.raises(ManifestError):

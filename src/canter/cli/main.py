@@ -87,4 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     except (CanterError, ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CANTER_DEBUG"):
             raise
-        return fail(str(error))
+        return fail(told(error))
+
+
+def told(error: Exception) -> str:
+    """The message; of the system's own, the file and what is wrong with it, without its number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error) or type(error).__name__
