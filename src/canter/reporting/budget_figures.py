@@ -77,11 +77,11 @@ def _against(axes: Axes, predicted: Values, measured: Values, what: str) -> None
     axes.scatter(x, y, s=22, color=BLUE, alpha=0.85, linewidths=0)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
     error = float(np.median(np.abs(x / y - 1)))
-    axes.set_title(f"median error {error:.1%}; grey: within 10 %", color=INK)
+    axes.set_title(f"median error {error:.1%} (grey: ±10 %)", color=INK)
 
 
 def _largest(figure: Figure, axes: Axes, budget: Budget, seconds: np.ndarray, tokens: np.ndarray) -> None:
@@ -92,7 +92,8 @@ def _largest(figure: Figure, axes: Axes, budget: Budget, seconds: np.ndarray, to
     top = float(tokens.max()) * 1.06 if len(tokens) else 200.0
     x, y = np.linspace(right / 200, right, 200), np.linspace(1, max(top, 2.0), 160)
     grid = np.maximum(1, budget.max_batch(*np.meshgrid(budget.frames(x), y.astype(np.int64))))
-    norm = LogNorm(1, max(2, int(grid.max())))
+    low = int(grid.min())
+    norm = LogNorm(low, max(low + 1, int(grid.max())))
     colors = axes.pcolormesh(x, y, grid, norm=norm, cmap=BATCH_COLORS, rasterized=True, alpha=0.85)
     levels = [level for level in LEVELS if grid.min() < level < grid.max()]
     if levels:
@@ -110,7 +111,7 @@ def _largest(figure: Figure, axes: Axes, budget: Budget, seconds: np.ndarray, to
     bar = figure.colorbar(colors, ax=axes, pad=0.02, aspect=30)
     bar.set_label("largest batch", color=MUTED)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if grid.max() < 300 * low else (1,)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.tick_params(length=0)
