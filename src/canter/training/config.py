@@ -56,6 +56,8 @@ class OptimizerConfig:
     """AdamW's peak learning rate."""
     matrix_learning_rate: float = 0.01
     """Muon's peak learning rate."""
+    matrix_every: int = 2
+    """Muon orthogonalises a matrix at every so many steps; between, it moves in its last direction."""
     weight_decay: float = 0.01
     """Decoupled, on matrices only."""
     schedule: Literal["cosine", "inverse_sqrt", "noam", "constant"] = "cosine"
@@ -203,6 +205,10 @@ class TrainConfig:
             raise ConfigError(f"--augment.speed {self.augment.speed}: speeds must lie between 0.3 and 3")
         if not 0 <= self.optimizer.ema < 1:
             raise ConfigError(f"--optimizer.ema is {self.optimizer.ema}; it must be at least 0 and below 1")
+        if self.optimizer.matrix_every < 1:
+            raise ConfigError(
+                f"--optimizer.matrix-every is {self.optimizer.matrix_every}; it must be at least 1"
+            )
         if self.optimizer.warmup < 0:
             raise ConfigError(f"--optimizer.warmup is {self.optimizer.warmup}; it must be 0 or more")
         if self.parallel == "shard" and self.optimizer.name == "muon":

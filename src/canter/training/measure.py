@@ -20,9 +20,16 @@ from canter.tuning.probe import TrainingStep
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
 TIMED_STEPS = 5
 TIMED_SECONDS = 6.0  # of each of its utterances
+WORTH_THREADS = 1.2  # how much faster several threads must be than one
 SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
 SHARE_OF_GPU = 0.95  # of what is free on a GPU
-DECIDING = ("model_shape", "device", "precision", "optimizer", "compile")  # what a budget must have been measured on
+DECIDING = (
+    "model_shape",
+    "device",
+    "precision",
+    "optimizer",
+    "compile",
+)  # what a budget must have been measured on
 
 
 def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
@@ -90,7 +97,8 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
                 step(4, frames, 25)
                 times.append(time.perf_counter() - start)
             seconds[precision, count] = sorted(times[1:])[len(times) // 2 - 1]
-    chosen = min(seconds, key=seconds.__getitem__)
+    # threads wait for one another whenever something else runs, so several must be worth it
+    chosen = min(seconds, key=lambda way: seconds[way] * (1.0 if way[1] == 1 else WORTH_THREADS))
     if len(seconds) > 1:
         told = ", ".join(f"{p} on {n} threads {1000 * s:.0f} ms" for (p, n), s in seconds.items())
         say(f"{chosen[0]} on {chosen[1]} threads: a step takes {told}")

@@ -43,7 +43,9 @@ class Muon(torch.optim.Optimizer):
     """Equal to ``torch.optim.Muon``, but matrices of one shape are orthogonalised in one batched call: its loop
     takes 1.1 s a step for a 3.8 M-parameter model on two CPU cores, this 0.04 s.
 
-    ``parameters`` must be matrices. Weight decay is decoupled.
+    ``parameters`` must be matrices. Weight decay is decoupled. ``every``: a matrix is orthogonalised at every so
+    many steps, the matrices of a shape in turns, and moves in its last direction between. Of a momentum that
+    remembers 20 steps little changes in one, and on a CPU the iteration takes as long as a small batch's gradient.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.01,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        every: int = 1,
     ):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every, "turn": 0}
+        super().__init__(parameters, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,16 +71,37 @@ class Muon(torch.optim.Optimizer):
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 buffers = [self._buffer(p) for p in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                update = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov
-                tall = rows > columns
-                update = orthogonalise(update.mT if tall else update)
-                update = update.mT if tall else update
+                updates = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov
+                directions = self._directions(parameters, updates, group["every"], group["turn"])
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate)
+                torch._foreach_add_(parameters, directions, alpha=-rate)
+            group["turn"] = (group["turn"] + 1) % group["every"]
+
+    def _directions(
+        self, parameters: list[Tensor], updates: list[Tensor], every: int, turn: int
+    ) -> list[Tensor]:
+        """Where ``parameters``, all of one shape, move: orthogonalised updates of those whose turn it is, and the
+        last directions of the others."""
+        if every == 1:
+            return _orthogonalised(updates)
+        states = [self.state[parameter] for parameter in parameters]
+        due = [n for n, state in enumerate(states) if n % every == turn or "direction" not in state]
+        if due:
+            for n, direction in zip(due, _orthogonalised([updates[n] for n in due])):
+                states[n]["direction"] = direction.clone(memory_format=torch.contiguous_format)
+        return [state["direction"] for state in states]
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]
+
+
+def _orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
+    """Each of them, all of one shape."""
+    stacked = torch.stack(matrices)  # (N, R, C)
+    tall = stacked.shape[1] > stacked.shape[2]
+    found = orthogonalise(stacked.mT if tall else stacked)
+    return list((found.mT if tall else found).unbind())

@@ -40,7 +40,12 @@ class Optimizers:
             )
         ]
         if matrices:
-            muon = Muon(matrices, config.matrix_learning_rate, weight_decay=config.weight_decay)
+            muon = Muon(
+                matrices,
+                config.matrix_learning_rate,
+                weight_decay=config.weight_decay,
+                every=config.matrix_every,
+            )
             self.parts.append((muon, config.matrix_learning_rate))
 
     def factor(self, step: int) -> float:
