@@ -46,6 +46,11 @@ def test_probes_that_show_no_growth_still_give_a_budget():
     assert budget.step_seconds(8, 50, 9) > budget.step_seconds(1, 10, 5) > 0
 
 
+def test_anchors_are_lengths_of_utterances_however_few():
+    frames, tokens = np.array([10, 100, 1000]), np.array([3, 30, 300])
+    assert set(anchors(frames, tokens, (0.1, 0.3, 0.7, 1.0))) <= {(10, 3), (100, 30), (1000, 300)}
+
+
 def test_anchors_cover_the_lengths():
     frames, tokens = np.arange(10, 200), np.arange(10, 200) // 3 + 5
     points = anchors(frames, tokens, (0.05, 0.5, 1.0))
