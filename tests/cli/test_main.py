@@ -54,8 +54,9 @@ def test_help_documents_every_option(name: str, capsys: pytest.CaptureFixture[st
     assert module.__doc__
     for options in nested_dataclasses(module.Options):
         assert options.__dataclass_params__.frozen  # type: ignore[attr-defined]
-        own = set(inspect.get_annotations(options))
-        assert own <= documented_fields(options), f"{options.__qualname__}: undocumented fields"
+        documented = {name for kind in options.__mro__[:-1] for name in documented_fields(kind)}
+        own = {field.name for field in dataclasses.fields(options)}
+        assert own <= documented, f"{options.__qualname__}: undocumented fields"
     with pytest.raises(SystemExit) as exit_:
         cli.main([name, "--help"])
     assert exit_.value.code == 0

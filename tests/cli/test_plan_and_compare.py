@@ -67,6 +67,15 @@ def test_a_pipe_gets_all_columns(rungs, monkeypatch, capsys):
     assert len(row.split()) == len(COLUMNS) + 1
 
 
+def test_compare_needs_nothing_but_lengths(table, tmp_path, capsys):
+    """The table says which budget was taken: an analytic one, or a file."""
+    assert main(["compare", str(table), "--ranks", "1"]) == 0
+    assert "set.parquet: 1,500 utterances, analytic canary-1b on 80 GB, 1 ranks" in capsys.readouterr().out
+    analytic_budget("canary-180m-flash", 16).save(tmp_path / "budget.json")
+    assert main(["compare", str(table), "--ranks", "1", "--budget", str(tmp_path / "budget.json")]) == 0
+    assert "1,500 utterances, budget.json, 1 ranks" in capsys.readouterr().out
+
+
 def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
     rng = np.random.default_rng(1)
     index = LengthIndex(rng.uniform(1, 20, 3000), rng.integers(5, 80, 3000))

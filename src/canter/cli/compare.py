@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
+from canter.cli.lengths import PlanOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,27 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
-    index: tyro.conf.Positional[Path]
-    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
-    budget: Path | None = None
-    """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
-    model: str | None = None
-    """Shape of the analytic budget, canary-1b unless given. With --budget, the file is checked against it."""
-    memory: float | None = None
-    """Gigabytes of the analytic budget's device, 80 unless given."""
+class Options(PlanOptions):
     ranks: int = 8
     """GPUs that share the micro-batches of a step."""
-    micro_batches_per_step: int | None = None
-    """Micro-batches of an optimiser step; the ranks unless given."""
-    window: int | None = None
-    """Utterances that `balanced` sorts together (50,000 unless given)."""
-    mixing: float = 1.0
-    """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
-    seed: int = 0
-    """Another seed, another shuffle."""
-    prompt_tokens: int = 0
-    """Added, with one for the end, to the column `tokens` of a table of lengths."""
     json: bool = False
     """Rows as JSON on standard output."""
     markdown: bool = False
@@ -100,10 +82,9 @@ def run(options: Options) -> int | None:
     elif options.markdown:
         sys.stdout.write(markdown(rows))
     else:
-        shape = (
-            options.budget.name if options.budget else f"{options.model} on {options.memory:g} GB (analytic)"
-        )
-        show(rows, f"{options.index.name}: {len(index):,} utterances, {shape}, {options.ranks} ranks")
+        made = budget.measured_on
+        named = options.budget.name if options.budget else f"{made['model']} on {made['device']}"
+        show(rows, f"{options.index.name}: {len(index):,} utterances, {named}, {options.ranks} ranks")
 
 
 CAPTION = "speed at equal GPUs and GPUs at equal wall time are against the first row"

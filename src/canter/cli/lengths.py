@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import tyro
 
 from canter.errors import ManifestError, PlanError
 
 if TYPE_CHECKING:
     from canter.corpus.index import LengthIndex
     from canter.planning import Budget
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `compare` and `plan` have in common."""
+
+    index: tyro.conf.Positional[Path]
+    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
+    budget: Path | None = None
+    """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
+    model: str | None = None
+    """Shape of the analytic budget, canary-1b unless given. With --budget, the file is checked against it."""
+    memory: float | None = None
+    """Gigabytes of the analytic budget's device, 80 unless given."""
+    ranks: int = 1
+    """GPUs that share the micro-batches of a step."""
+    micro_batches_per_step: int | None = None
+    """Micro-batches of an optimiser step; the ranks unless given."""
+    window: int | None = None
+    """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
+    mixing: float = 1.0
+    """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
+    seed: int = 0
+    """Another seed, another shuffle."""
+    prompt_tokens: int = 0
+    """Added, with one for the end, to the column `tokens` of a table of lengths."""
 
 
 def open_lengths(path: Path, prompt_tokens: int = 0) -> LengthIndex:

@@ -7,37 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from canter.cli.lengths import PlanOptions
 
 
 @dataclass(frozen=True)
-class Options:
-    index: tyro.conf.Positional[Path]
-    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
-    budget: Path | None = None
-    """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
-    model: str | None = None
-    """Shape of the analytic budget, canary-1b unless given. With --budget, the file is checked against it."""
-    memory: float | None = None
-    """Gigabytes of the analytic budget's device, 80 unless given."""
+class Options(PlanOptions):
     strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced"] = "balanced"
     """How to batch."""
-    ranks: int = 1
-    """GPUs that share the micro-batches of a step."""
-    micro_batches_per_step: int | None = None
-    """Micro-batches of an optimiser step; the ranks unless given."""
-    window: int | None = None
-    """Utterances that are batched together; the strategy's own unless given."""
-    mixing: float = 1.0
-    """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
     max_tokens_per_second: float | None = None
     """Utterances beyond this are left out, counted and listed."""
-    seed: int = 0
-    """Another seed, another shuffle."""
     epoch: int = 0
     """Which epoch."""
-    prompt_tokens: int = 0
-    """Added, with one for the end, to the column `tokens` of a table of lengths."""
     emit: Path | None = None
     """Write a Parquet table with the columns step, micro_batch, rank, row."""
     bins: bool = False
