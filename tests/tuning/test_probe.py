@@ -9,6 +9,7 @@ from torch import nn
 from canter.errors import BudgetError
 from canter.training import measure
 from canter.training.config import OptimizerConfig, TrainConfig
+from canter.tuning.memory import steady_heap
 from canter.tuning.probe import Prober, TrainingStep
 
 from .conftest import small_step
@@ -26,6 +27,7 @@ def growing(width=64):
 
 
 def test_memory_grows_with_the_batch_and_counts_what_is_always_there():
+    steady_heap()
     prober = Prober(growing(), 4e9)
     one, two = prober(1000, 50, 1, expected=0), prober(2000, 50, 1, expected=0)
     assert one.bytes > 2 * 1000 * 50 * 64 * 4

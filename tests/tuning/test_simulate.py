@@ -65,7 +65,8 @@ def test_what_ranks_add(model):
     assert saved[-1] == pytest.approx(3 * largest_unit(model) - 4 * weights * (1 - 1 / 1024), rel=1e-6)
     state += sum(b.nbytes for b in model.buffers())
     assert Sharding("replicate", 8).extra_bytes(model, state) == weights < IN_FLIGHT_BYTES
-    assert Sharding("shard", 4).extra_bytes(model, state) == pytest.approx(weights / 4 - 2 * weights * 3 / 4)
+    own = weights / 4 + largest_unit(model)
+    assert Sharding("shard", 4).extra_bytes(model, state) == pytest.approx(own - 2 * weights * 3 / 4)
     for kind in ("shard", "fsdp"):
         with pytest.raises(BudgetError, match="--ranks is 1; sharding needs 2"):
             Sharding(kind, 1)

@@ -20,37 +20,40 @@ from canter.tuning.probe import Probe, Prober, Shape, gib
 
 MOST_PROBES = 40
 MOST_EVENTS = 5  # out of memory, after which nothing is run that is not expected to fit easily
-FILLED = 0.65  # of the limit, the most that exploring batches are expected to take
+FILLED = 0.65  # of what the limit leaves for a batch, the most that exploring ones are expected to take
+LARGE = 0.25  # power of a step's bytes by which its error counts more
 LEAST_MARGIN = 0.01
 OUTLIER = 3.0  # times the median residual of times: a step that something else on the machine held up
 ROUNDS = 3  # of running the plan's extreme batches; a plan from a better budget has others
 WINDOW = 50_000  # utterances of the plan whose extreme batches are run
 
 
-def least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Non-negative coefficients (K,) that minimise the relative squared error of ``columns`` (N, K) against
-    ``values`` (N,). Exact: with so few columns every choice of those above zero can be tried."""
-    scaled, ones = columns / values[:, None], np.ones(len(values))
+def least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Non-negative coefficients (K,) that minimise the squared errors of ``columns`` (N, K) against ``values`` (N,),
+    each times its weight (N,); none: relative errors. Exact: with so few columns every choice of those above zero can
+    be tried."""
+    weights = 1 / values if weights is None else weights
+    scaled, wanted = columns * weights[:, None], values * weights
     norms = np.linalg.norm(scaled, axis=0)
     norms[norms == 0] = 1.0
     scaled = scaled / norms
     best, least = np.zeros(columns.shape[1]), np.inf
     for size in range(1, columns.shape[1] + 1):
         for chosen in map(list, itertools.combinations(range(columns.shape[1]), size)):
-            solution = np.linalg.lstsq(scaled[:, chosen], ones, rcond=None)[0]
-            error = np.square(scaled[:, chosen] @ solution - 1).sum()
+            solution = np.linalg.lstsq(scaled[:, chosen], wanted, rcond=None)[0]
+            error = np.square(scaled[:, chosen] @ solution - wanted).sum()
             if (solution >= 0).all() and error < least:
                 best, least = np.zeros(columns.shape[1]), error
                 best[chosen] = solution
     return best / norms
 
 
-def _with_a_slope(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _with_a_slope(columns: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Least squares in which something grows with the batch: of steps so small that noise hides it, a budget without
     a fixed part is the careful reading."""
-    found = least_squares(columns, values)
+    found = least_squares(columns, values, weights)
     if not found[1:].any():
-        found[0], found[1:] = 0.0, least_squares(columns[:, 1:], values)
+        found[0], found[1:] = 0.0, least_squares(columns[:, 1:], values, weights)
     return found
 
 
@@ -80,7 +83,9 @@ def fit(
         raise BudgetError("no step could be timed: every one came too close to the limit; raise the limit")
     size, seconds = np.array([p.bytes for p in used]), np.array([p.seconds for p in timed])
     columns = _columns(used)
-    memory = _with_a_slope(columns, np.maximum(size - state_bytes, 1.0))
+    # errors count as shares of the whole, and more of large steps, which are those that must fit
+    weight = (size / size.max()) ** LARGE / size
+    memory = _with_a_slope(columns, np.maximum(size - state_bytes, 1.0), weight)
     memory[0] += state_bytes
     time = _without_outliers(_columns(timed), seconds)
     errors = {
@@ -108,7 +113,7 @@ def anchors(frames: np.ndarray, tokens: np.ndarray, shares: Sequence[float]) -> 
     and with many tokens for that T; ascending."""
     found = set()
     for share in shares:
-        t = int(np.quantile(frames, share, method="lower"))  # of an utterance: between two there may be none near
+        t = int(np.quantile(frames, share))
         near = tokens[(frames >= 0.8 * t) & (frames <= 1.2 * t + 1)]
         found |= {(t, max(1, int(np.quantile(near, q)))) for q in (0.05, 1.0)}
     return sorted(found)
@@ -239,10 +244,11 @@ class _Search:
         points = anchors(self.frames, self.tokens, shares)
         self.prober.warm_up(1, *points[0])
         state, last, fit_ = self.prober.step.state_bytes, None, []
+        always = state + self.prober.step.gradient_bytes
         for t, u in points:
             expected = 0.0  # the warm-up has shown that the shortest fits
             if last is not None:
-                expected = state + (last.bytes - state) * max(t / last.frames, u / last.tokens, 1.0) ** 2
+                expected = always + (last.bytes - always) * max(t / last.frames, u / last.tokens, 1.0)
             probe = self.prober(1, t, u, expected=expected)
             if not probe.fits:
                 say(
@@ -261,7 +267,7 @@ class _Search:
         return fit_
 
     def fill(self, point: tuple[int, int], share: float) -> None:
-        """Runs as many utterances of an anchor as are expected to take ``share`` of the limit."""
+        """Runs as many utterances of an anchor as are expected to take ``share`` of the room for a batch."""
         budget, (t, u) = self.fitted(), point
         known = [p for p in self.prober.fitting if (p.frames, p.tokens) == point]
         if self.prober.out_of_memory >= MOST_EVENTS:
@@ -273,9 +279,9 @@ class _Search:
             self.prober(*shape, expected=float(budget.bytes(*shape)))
 
     def bounded(self, budget: Budget, frames: int, tokens: int, share: float) -> int:
-        """The largest B that takes a share of the memory and stays within the bounds on a probe."""
-        room = share * budget.limit_bytes - budget.fixed_bytes
-        batch = max(room, 0.0) / float(budget.utterance_bytes(frames, tokens))
+        """The largest B that takes a share of the room and stays within the bounds on a probe."""
+        room = share * (budget.limit_bytes - budget.fixed_bytes)
+        batch = room / float(budget.utterance_bytes(frames, tokens))
         if self.most_frames is not None:
             batch = min(batch, share / FILLED * self.most_frames / frames)
         if self.probe_seconds is not None:

@@ -48,7 +48,8 @@ class Sharding:
         if self.kind == "shard":
             weights = tensor_bytes(model.parameters())
             optimizer = state_bytes - weights - tensor_bytes(model.buffers())
-            return weights / self.ranks - optimizer * (1 - 1 / self.ranks)
+            # its own part of the weights beside them whole, and a unit's gradients copied flat to be scattered
+            return weights / self.ranks + largest_unit(model) - optimizer * (1 - 1 / self.ranks)
         if self.kind == "fsdp":
             unit = largest_unit(model)
             kept = (state_bytes + gradients) / self.ranks
