@@ -75,7 +75,7 @@ def test_precisions_and_beams_side_by_side(model, tmp_path, capsys):
         (["--against", "nothing"], "--against nothing: there are"),
         (["--repeats", "0"], "--repeats 0: at least 1"),
         (["--audio", "absent"], "absent does not exist"),
-        (["--device", "cuda"], "no usable GPU"),
+        (["--device", "cuda"], "no GPU is available"),
         (["--against", "ctranslate2", "--clips", "1"], "ctranslate2"),
     ],
 )

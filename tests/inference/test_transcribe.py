@@ -141,7 +141,8 @@ def test_same_stems_get_numbers(folder, tmp_path):
         (["RUN", "CLIP", "--format", "all", "-o", "a.txt"], "name a folder"),
         (["RUN", "CLIP", "--json"], "--output"),
         (["RUN", "CLIP", "--batch-size", "0"], "at least 1"),
-        (["RUN", "CLIP", "--device", "cuda"], "no usable GPU"),
+        (["RUN", "CLIP", "--max-repeats", "-1"], "0, no guard, or more"),
+        (["RUN", "CLIP", "--device", "cuda"], "no GPU is available"),
     ],
 )
 def test_misuse_is_one_line(folder, capsys, monkeypatch, arguments, message):

@@ -69,17 +69,14 @@ def run(options: Options) -> None:
     from canter.inference.transcribe import checkpoint_of
     from canter.integrations.peers import load_peer, parse_peer, working_folder
     from canter.models.checkpoint import load_model
+    from canter.models.device import choose_device
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     default = {"bf16": "bfloat16"}.get(options.precision, options.precision)
     peers = [parse_peer(spec.strip(), default) for spec in options.against.split(",") if spec.strip()]
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
+    device = str(choose_device(options.device))
     checkpoint = checkpoint_of(options.model)
     model = load_model(checkpoint, device=device, dtype=dtype)
     clips, left_out = load_clips(options, model)

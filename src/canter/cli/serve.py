@@ -60,12 +60,11 @@ def run(options: Options) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; pip install 'canter[serve]'") from None
 
-    import torch
-
     from canter.inference.engine import Engine
     from canter.inference.int8 import load_in
     from canter.inference.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of
+    from canter.models.device import choose_device
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, is_loopback, make_server
@@ -88,11 +87,7 @@ def run(options: Options) -> int:
     )
     listening = bind(options.host, options.port)
     try:
-        device = options.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
+        device = str(choose_device(options.device))
         model = load_in(options.precision, checkpoint, device)
         frames = 16384 if device.startswith("cuda") else 1024
         engine = Engine(

@@ -151,13 +151,10 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     from canter.inference.engine import engine_for
     from canter.inference.int8 import load_in
     from canter.inference.requests import EngineConfig
+    from canter.models.device import choose_device
     from canter.models.hf import foreign_type
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: this machine has no usable GPU; use --device cpu")
+    device = str(choose_device(options.device))
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
     if foreign_type(checkpoint):
@@ -187,7 +184,9 @@ def refuse_ours(options: Options, checkpoint: Path) -> None:
     }
     told = [name for name, value in asked.items() if value]
     if told:
-        raise ConfigError(f"{', '.join(told)}: {checkpoint} runs through transformers, which has no such thing")
+        raise ConfigError(
+            f"{', '.join(told)}: {checkpoint} runs through transformers, which has no such thing"
+        )
 
 
 def work_through(
@@ -262,6 +261,8 @@ def destination(options: Options) -> tuple[bool, list[str]]:
             raise ConfigError(f"--{name} {value}: at least 1")
     if options.window_seconds is not None and options.window_seconds < 1:
         raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
+    if options.max_repeats < 0:
+        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no guard, or more")
     if output is None:
         if options.json:
             raise ConfigError("--json prints the summary where the transcripts would go: name an --output")

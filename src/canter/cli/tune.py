@@ -293,13 +293,13 @@ def in_memory(index: LengthIndex) -> LengthIndex:
 def of_speech_model(model: Any, config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
     import torch
 
+    from canter.models.device import choose_device
     from canter.training.measure import (
         choose_speed,
         measured_on,
         planned_frame_seconds,
         training_step,
     )
-    from canter.training.prepare import choose_device
 
     device = choose_device(config.device)
     if options.recompute:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,22 @@ FREE = frozenset((
     "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "track", "log_utterances", "allow_changes",
     "largest_first",
 ))
+# fmt: on
+
+# What settings must be.
+# fmt: off
+LIMITS = (
+    ("window micro_batches_per_step valid_every save_every valid_utterances keep bad_steps threads "
+     "model.encoder_layers model.decoder_layers model.width model.heads model.kernel_size model.subsampling_channels "
+     "model.mels model.positions optimizer.matrix_every", lambda value: value >= 1, "at least 1"),
+    ("minutes steps epochs batch_seconds rank_timeout optimizer.learning_rate optimizer.matrix_learning_rate "
+     "optimizer.clip", lambda value: value > 0, "positive"),
+    ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
+     "augment.time_masks", lambda value: value >= 0, "0 or more"),
+    ("skip_limit loss.ctc_weight loss.ctc_alone optimizer.floor augment.time_width",
+     lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ("model.dropout loss.label_smoothing optimizer.ema", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+)
 # fmt: on
 
 
@@ -189,28 +206,15 @@ class TrainConfig:
     """What is done to the features."""
 
     def __post_init__(self) -> None:
-        for name in ("window", "micro_batches_per_step", "valid_every", "save_every", "keep", "bad_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        for name in ("minutes", "steps", "batch_seconds", "rank_timeout"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-        if not 0 <= self.loss.ctc_weight <= 1:
-            raise ConfigError(f"--loss.ctc-weight is {self.loss.ctc_weight}; it must lie between 0 and 1")
+        for names, fits, must in LIMITS:
+            for name in names.split():
+                value = functools.reduce(getattr, name.split("."), self)
+                if value is not None and not fits(value):
+                    raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be {must}")
         if self.loss.ctc_weight == 0 and self.loss.ctc_alone > 0:
             raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
         if not all(0.3 <= speed <= 3 for speed in self.augment.speed):
             raise ConfigError(f"--augment.speed {self.augment.speed}: speeds must lie between 0.3 and 3")
-        if not 0 <= self.optimizer.ema < 1:
-            raise ConfigError(f"--optimizer.ema is {self.optimizer.ema}; it must be at least 0 and below 1")
-        if self.optimizer.matrix_every < 1:
-            raise ConfigError(
-                f"--optimizer.matrix-every is {self.optimizer.matrix_every}; it must be at least 1"
-            )
-        if self.optimizer.warmup < 0:
-            raise ConfigError(f"--optimizer.warmup is {self.optimizer.warmup}; it must be 0 or more")
         if self.parallel == "shard" and self.optimizer.name == "muon":
             raise ConfigError(
                 "--parallel shard cannot go with Muon, which needs whole matrices; use --optimizer.name adamw"

@@ -18,6 +18,7 @@ from canter.errors import BudgetError, ConfigError
 from canter.inference.transcribe import checkpoint_of
 from canter.models.checkpoint import load_model
 from canter.models.decoder import DecoderConfig
+from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -25,6 +26,7 @@ from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
 from canter.planning.strategies import strategy
 from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
+from canter.training import trackers
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
 from canter.training.data import MicroBatches
@@ -81,10 +83,12 @@ def prepare(
     """
     if not config.manifest:
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
+    chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
+    trackers.check(config.track)
+    device = choose_device(config.device)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
-    device = choose_device(config.device)
     initial = load_initial(config, run, load)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
@@ -104,7 +108,7 @@ def prepare(
     plan = Plan(
         planned,
         limited(budget, config.batch_seconds, planned),
-        strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing})),
+        chosen,
         seed=config.seed,
         window=min(config.window, len(index)),
         micro_batches_per_step=micro_batches,
@@ -144,15 +148,6 @@ def prepare(
         precision,
         steps * step_seconds,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """'auto': the GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: no GPU is available here; use --device cpu")
-    return torch.device(name)
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> ModelConfig:

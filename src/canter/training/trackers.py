@@ -1,8 +1,10 @@
 """Metrics where people look at them: TensorBoard, Weights & Biases, trackio. metrics.jsonl has them in any case."""
 
 import hashlib
+import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -80,6 +82,13 @@ def _trackio(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
         yield lambda step, numbers: trackio.log(dict(numbers), step=step)
     finally:
         trackio.finish()
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises ConfigError for a tracker that is not installed."""
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise _missing(name)
 
 
 def _missing(name: str) -> ConfigError:
