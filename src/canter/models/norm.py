@@ -60,7 +60,7 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("running_var", torch.ones(width))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.pending: list[tuple[Tensor, Tensor] | None] = []
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         """x (B, T, D), valid (B, T) boolean -> (B, T, D)."""
@@ -72,9 +72,10 @@ class MaskedBatchNorm(nn.Module):
             self.pending.append((mean, variance * (count / (count - 1).clamp(min=1))))
         return y
 
-    def merge(self, statistics: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Folds the (mean, variance) of micro-batches, in plan order, into the running statistics."""
-        for mean, variance in statistics:
+    def merge(self, statistics: Iterable[tuple[Tensor, Tensor] | None]) -> None:
+        """Folds the (mean, variance) of micro-batches, in plan order, into the running statistics; None stands for
+        one that left the layer out."""
+        for mean, variance in filter(None, statistics):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)
             self.num_batches_tracked += 1

@@ -91,6 +91,9 @@ class Gradient:
                     break
                 sums += found
                 numbers += [one.address.number] if found else []
+                for norm in self.norms:
+                    if norm.training:  # a layer that was dropped has none of this micro-batch
+                        norm.pending += [None] * (len(numbers) - len(norm.pending))
             if failed is None:
                 break
             self.discard()  # outside of the handler: the exception holds on to tensors
@@ -117,21 +120,21 @@ class Gradient:
                 norm.merge(norm.pending)
                 norm.pending.clear()
             return
-        table = torch.zeros(count, 1 + 2 * sum(norm.running_mean.numel() for norm in norms))  # (N, 1 + S)
+        sizes = [1 + 2 * norm.running_mean.numel() for norm in norms]
+        table = torch.zeros(
+            count, sum(sizes)
+        )  # (N, S): of each norm whether it has statistics, mean, variance
         for place, number in enumerate(numbers):
-            parts = [part.flatten().float().cpu() for norm in norms for part in norm.pending[place]]
-            table[number] = torch.cat([torch.ones(1), *parts])
+            for norm, room in zip(norms, table[number].split(sizes)):
+                if (found := norm.pending[place]) is not None:
+                    room.copy_(torch.cat([torch.ones(1), *(part.flatten().float().cpu() for part in found)]))
         for norm in norms:
             norm.pending.clear()
         for row in self.ranks.sum(table):  # all ranks but one gave zeros: the sum is exact
-            if not row[0]:
-                continue
-            at = 1
-            for norm in norms:
-                size = norm.running_mean.numel()
-                mean, variance = row[at : at + 2 * size].to(self.device).split(size)
-                norm.merge([(mean, variance)])
-                at += 2 * size
+            for norm, part in zip(norms, row.split(sizes)):
+                if part[0]:
+                    mean, variance = part[1:].to(self.device).chunk(2)
+                    norm.merge([(mean, variance)])
 
     # -- one micro-batch --
 
@@ -158,7 +161,7 @@ class Gradient:
                 piece = batch if cut.parts == 1 else batch.take(rows.to(self.device))
                 sums.append(self._backward_in_parts(piece, counts, alone, epoch, cut.decoder_parts))
         for norm, size in zip(self.norms, before):  # one entry a micro-batch, whatever its pieces
-            pieces = norm.pending[size:]
+            pieces = [piece for piece in norm.pending[size:] if piece is not None]
             if len(pieces) > 1:
                 means, variances = zip(*pieces)
                 norm.pending[size:] = [(torch.stack(means).mean(0), torch.stack(variances).mean(0))]
