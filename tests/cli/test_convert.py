@@ -9,6 +9,7 @@ import torch
 
 import canter
 from canter.cli import convert, info
+from canter.cli.main import main
 from canter.errors import CheckpointError, ConfigError
 from canter.models.checkpoint import save_model
 from canter.models.cost import parameters, utterance_cost
@@ -38,6 +39,20 @@ def test_there_and_back(folder, tmp_path, capsys):
     assert "parameters, without a tokenizer" in capsys.readouterr().out
     ours, again = canter.load_model(folder), canter.load_model(tmp_path / "back")
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(folder, tmp_path, capsys):
+    save_model(canter.load_model(folder), tmp_path / "run" / "checkpoints" / "step-000001")
+    convert.run(convert.Options(tmp_path / "run", tmp_path / "copy"))
+    info.run(info.Options(tmp_path / "run"))
+    assert str(tmp_path / "run") in capsys.readouterr().out
+    assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+def test_what_is_no_archive_takes_one_line(tmp_path, capsys):
+    (tmp_path / "a.wav").write_bytes(b"not an archive")
+    assert main(["info", str(tmp_path / "a.wav")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_dtype(folder, tmp_path):

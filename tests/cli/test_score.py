@@ -90,6 +90,8 @@ def test_words_where_none_were_said_are_null_in_json(tmp_path, capsys):
         ([ROWS[0], {"text": "a"}, {"text": "b"}], [], ":2: pred_text missing, and 1 more such rows"),
         ([{"text": "a"}], ["--skip-bad"], ":1: pred_text missing"),
         ([], [], "holds no rows"),
+        (ROWS, ["--worst", "-1"], "--worst is -1"),
+        (ROWS, ["--html", "/"], "the page cannot be written to /"),
         (ROWS, ["--against", "{other}"], "do not hold the same utterances"),
     ],
 )

@@ -12,7 +12,7 @@ import tyro
 @dataclass(frozen=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """A model: a Canter or Hugging Face folder, or a .nemo file."""
+    """A model: a Canter or Hugging Face folder, a .nemo file, or a run's folder (its best checkpoint)."""
     destination: tyro.conf.Positional[Path]
     """What to write; a name that ends in .nemo asks for an archive."""
     to: Literal["auto", "canter", "huggingface", "nemo"] = "auto"
@@ -34,6 +34,7 @@ def run(options: Options) -> int | None:
 
     import torch
 
+    from canter.inference.transcribe import checkpoint_of
     from canter.models.checkpoint import load_model, save_model
     from canter.models.hf import write_hf
     from canter.models.nemo_export import write_nemo
@@ -42,7 +43,7 @@ def run(options: Options) -> int | None:
     if kind == "auto":
         kind = "nemo" if destination.suffix == ".nemo" else "canter"
     write = {"canter": save_model, "huggingface": write_hf, "nemo": write_nemo}[kind]
-    model = load_model(source, dtype=getattr(torch, options.dtype))
+    model = load_model(checkpoint_of(source), dtype=getattr(torch, options.dtype))
     write(model, destination)
     tokenizer = "with its tokenizer" if model.tokenizer is not None else "without a tokenizer"
     print(f"{destination}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer}")

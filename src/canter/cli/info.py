@@ -19,7 +19,7 @@ OPTIMIZER_BYTES = 16  # a parameter in training: weight, gradient and two moment
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A Canter or Hugging Face folder, or a .nemo file."""
+    """A Canter or Hugging Face folder, a .nemo file, or a run's folder (its best checkpoint)."""
     seconds: float = 10.0
     """Length of the utterance that operations and memory are told for."""
     tokens_per_second: float = 4.0
@@ -34,8 +34,9 @@ def run(options: Options) -> int | None:
     if options.seconds <= 0 or options.tokens_per_second <= 0:
         raise ConfigError("--seconds and --tokens-per-second must be above 0")
     from canter.cli.models import load_any
+    from canter.inference.transcribe import checkpoint_of
 
-    figures = describe(load_any(options.model), options.seconds, options.tokens_per_second)
+    figures = describe(load_any(checkpoint_of(options.model)), options.seconds, options.tokens_per_second)
     if options.json:
         print(json.dumps(figures, indent=2))
     else:

@@ -37,7 +37,9 @@ def _polish(options: type) -> None:
 
     told = {
         one.arg_name: one.description
-        for kind in reversed(options.__mro__[:-1])  # inherited fields have their docstrings where they are declared
+        for kind in reversed(
+            options.__mro__[:-1]
+        )  # inherited fields have their docstrings where they are declared
         for one in docstring_parser.parse_from_object(kind).params
     }
     hints = typing.get_type_hints(options, include_extras=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from canter.corpus.manifest import Problem
-from canter.errors import ManifestError
+from canter.errors import ConfigError, ManifestError
 from canter.evaluation.normalize import Normalization
 from canter.evaluation.transcripts import Transcript, read_transcripts
 from canter.evaluation.translation import TranslationScore, score_translations
@@ -37,6 +37,8 @@ class Options:
 
 
 def run(options: Options) -> None:
+    if options.worst < 0:
+        raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
     transcripts, problems = load(options.result, options.skip_bad)
     result = scored(transcripts, options)
     interval = wer_interval(result)

@@ -155,7 +155,10 @@ def opened(path: Path) -> Iterator[Archive]:
         with tarfile.open(path) as tar:
             yield Archive(tar, path)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not a .nemo archive ({error})") from None
+        reason, *_ = str(error).splitlines() or [
+            type(error).__name__
+        ]  # below it: what each way to unpack said
+        raise CheckpointError(f"{path} is truncated or not a .nemo archive ({reason.rstrip(':')})") from None
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from canter import __version__
+from canter.errors import ConfigError
 from canter.evaluation.wer import score
 from canter.reporting.figures import GRID, INK, MUTED, STYLE
 
@@ -175,13 +176,19 @@ def page(title: str, lead: str | Html, *content: Html, eyebrow: str = "") -> Htm
 
 
 def write(document: Html, path: str | os.PathLike[str]) -> Path:
-    """Writes the page, whole or not at all; makes its folder where it is missing."""
+    """Writes the page, whole or not at all; makes its folder where it is missing. Raises ConfigError where it cannot
+    be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
-        partial.write_text(document, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(document, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the page cannot be written to {path} ({error.strerror}); name another file"
+        ) from None
     return path
