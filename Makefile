@@ -36,10 +36,9 @@ lint: setup
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright
 
-# every benchmark that needs no GPU; one of them: make bench BENCH=benchmarks/planner.py
-BENCH ?= $(filter-out benchmarks/gpu_%.py,$(wildcard benchmarks/*.py))
+# every benchmark that needs no GPU, at a small size; some of them: make bench BENCH="index models"
 bench: setup
-	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
+	@$(BIN)/python benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .hypothesis

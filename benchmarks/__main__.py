@@ -1,0 +1,85 @@
+"""Runs the benchmarks that need no GPU, each at a small size: `make bench`, or `make bench BENCH="index models"`.
+
+    CANTER_SHARED=... python benchmarks [NAME ...] [--list]
+
+A script that takes data from CANTER_SHARED is passed over, with a line, where that is not set. Full sizes: README.md.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# name -> its command lines; $shared is CANTER_SHARED, $scratch a folder that is removed
+RUNS: dict[str, tuple[str, ...]] = {
+    "planning": (
+        "$shared/reference/million.py $scratch/million.parquet",
+        "planning.py $scratch/million.parquet $shared/reference/canary-1b.budget.json --scratch $scratch",
+    ),
+    "planning_real": (
+        "planning_real.py $shared/reference/canary-1b.budget.json $shared/data/lengths/css10_es.parquet "
+        "$shared/data/lengths/ljspeech_en.parquet",
+    ),
+    "index": ("index.py --rows 10000000 --build-rows 200000",),
+    "budget": ("budget.py predict small $shared/data/lengths/librispeech_devtest_en.parquet --count 10",),
+    "ranks_memory": ("ranks_memory.py",),
+    "training": ("training.py $shared/data/lengths/librispeech_devtest_en.parquet",),
+    "convergence": ("convergence.py -o $scratch/convergence --updates 100 --seeds 1",),
+    "finetune": (
+        "finetune.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
+        "--valid $shared/data/speech/an4/manifest.jsonl --split train --steps 20",
+    ),
+    "resilience": (
+        "resilience.py kills -o $scratch/kills --trials 5",
+        "resilience.py broken -o $scratch/broken --files 200",
+        "resilience.py fuzz -o $scratch/fuzz --manifests 1000",
+    ),
+    "elastic": ("elastic.py ranks -o $scratch/ranks", "elastic.py cuts -o $scratch/cuts"),
+    "models": ("models.py",),
+    "decoder_shift": ("decoder_shift.py --clips 64",),
+    "decoding": ("decoding.py",),
+    "identity": ("identity.py --most 60",),
+    "whisper_windows": ("whisper_windows.py",),
+    "serving": ("serving.py --seconds 30",),
+}
+SHARED = {"decoding", "identity", "whisper_windows", "serving"}  # whose defaults are below CANTER_SHARED
+
+
+def main(names: list[str]) -> int:
+    """Exit status: 1 where a benchmark failed, 2 where there is none of a name."""
+    if names == ["--list"]:
+        for name, lines in RUNS.items():
+            print("\n".join(f"{name}: {line}" for line in lines))
+        return 0
+    if unknown := [name for name in names if name not in RUNS]:
+        print(f"no benchmark named {unknown[0]!r}; there are {', '.join(RUNS)}", file=sys.stderr)
+        return 2
+    failed = [name for name in names or RUNS if not run(name)]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def run(name: str) -> bool:
+    """Whether all went well; a benchmark without its data is passed over."""
+    print(f"== {name}", flush=True)
+    shared = os.environ.get("CANTER_SHARED")
+    if not shared and (name in SHARED or any("$shared" in line for line in RUNS[name])):
+        print("passed over: it takes real lengths or speech from the folder that CANTER_SHARED names; "
+              f"or give your own: python benchmarks/{name}.py --help", flush=True)  # fmt: skip
+        return True
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in RUNS[name]:
+            words = [
+                w.replace("$shared", shared or "").replace("$scratch", scratch) for w in shlex.split(line)
+            ]
+            if subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode:
+                return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
