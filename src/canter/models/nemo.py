@@ -155,9 +155,8 @@ def opened(path: Path) -> Iterator[Archive]:
         with tarfile.open(path) as tar:
             yield Archive(tar, path)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        reason, *_ = str(error).splitlines() or [
-            type(error).__name__
-        ]  # below it: what each way to unpack said
+        # on further lines: what each way to unpack said
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} is truncated or not a .nemo archive ({reason.rstrip(':')})") from None
 
 
