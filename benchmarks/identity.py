@@ -5,7 +5,7 @@
 2. Other precisions: how many rows are those of float32, how many do not depend on the batch, and the WER.
 3. Beams of 5: scores beside `transformers`'.
 
-    CANTER_SHARED=... python benchmarks/identity.py [--every 4] [--json FILE]
+    CANTER_SHARED=... python benchmarks/identity.py [--most 30] [--json FILE]
 
 Fails if a row that is no near tie differs in 1, or a score by more than 1e-4 in 3.
 """
@@ -47,8 +47,8 @@ class Options:
         for name in ("librivox_mini", "commonvoice61_sample", "an4")
     )
     """Whose English clips to decode."""
-    every: int = 1
-    """Takes one in so many of a manifest of over 100 clips."""
+    most: int = 1000
+    """Clips of each manifest, evenly spread."""
     batches: tuple[int, ...] = (1, 8, 64)
     precisions: tuple[Literal["bf16", "int8"], ...] = ("int8", "bf16")
     slow_every: int = 4
@@ -103,8 +103,8 @@ def read_clips(options: Options) -> list[Clip]:
     clips: list[Clip] = []
     for manifest in options.manifests:
         rows = [row for row in read_manifest(manifest) if isinstance(row, Utterance) and row.lang == "en"]
-        rows = rows[:: options.every] if len(rows) > 100 else rows
-        clips += [Clip(load_audio(row.audio_filepath), row.text) for row in rows]
+        chosen = np.linspace(0, len(rows) - 1, min(options.most, len(rows))).astype(int)
+        clips += [Clip(load_audio(rows[place].audio_filepath), rows[place].text) for place in chosen]
     return clips
 
 

@@ -45,8 +45,11 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_the_whole_model():
     model = quantize(small_model())
-    left = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    assert not [name for name in left if ".layers." in name]
+    small = {name for name, part in model.named_modules() if isinstance(part, Int8Linear)}
+    assert len([name for name in small if name.startswith("encoder.layers.")]) == 2 * 11
+    assert {name for name in small if name.startswith("decoder")} == {
+        f"decoder.layers.{layer}.cross_attention.{part}" for layer in (0, 1) for part in ("key", "value")
+    }
     requests = [Request(clip, [5, 7], n) for n, clip in enumerate(noises(12))]
     alone, together = (
         [h.tokens for h in Engine(model, END, EngineConfig(rows=rows)).decode(requests)] for rows in (1, 8)

@@ -1,8 +1,10 @@
-"""A model's linear layers in int8 on a CPU: weights are stored so, activations are rounded row by row.
+"""The linear layers that see many rows at once in int8, on a CPU: those of the encoder, and those that project its
+output to the decoder's keys and values.
 
-Where many rows come at once, int8 multiplies about twice as fast as float32, even with no more than AVX2; a decoder
-step on a few rows spends its time reading weights, of which a quarter of the bytes is left. Rows are rounded apart
-and sums are of whole numbers, so a row's result does not depend on the others. N: outputs, K: inputs.
+Weights are stored in int8 and activations rounded row by row: there int8 multiplies about twice as fast as float32,
+even with no more than AVX2. A decoder step on a few rows gains nothing without VNNI, so its layers stay as they are.
+Rows are rounded apart and sums are of whole numbers, so a row's result does not depend on the others. N: outputs,
+K: inputs.
 """
 
 from pathlib import Path
@@ -64,20 +66,22 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: SpeechModel) -> SpeechModel:
-    """Replaces, in place, the linear layers of encoder and decoder, its head included, by int8 ones; convolutions,
-    norms, embeddings and attention stay as they are. For inference on a CPU alone: the model can no longer be
-    trained or saved. Raises ConfigError for a model on another device, and where torch comes without oneDNN."""
+    """Replaces, in place, the linear layers of the encoder and the projections to cross-attention's keys and values
+    by int8 ones. For inference on a CPU alone: the model can no longer be trained or saved. Raises ConfigError for a
+    model on another device, and where torch comes without oneDNN."""
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ConfigError(f"int8 runs on a CPU; this model is on {device}: use bf16 there")
     if not torch.backends.mkldnn.is_available():
         raise ConfigError("int8 needs a torch that was built with oneDNN (MKLDNN): use float32")
-    for layer in (*model.encoder.layers, *model.decoder.blocks):
-        for parent in [*layer.modules()]:
-            for name, child in [*parent.named_children()]:
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, Int8Linear(child.weight, child.bias))
-    model.decoder.out = Int8Linear(model.decoder.embedding.weight, model.decoder.head_bias)
+    for parent in [*model.encoder.layers.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child.weight, child.bias))
+    for layer in model.decoder.blocks:
+        for name in ("key", "value"):
+            child = getattr(layer.cross_attention, name)
+            setattr(layer.cross_attention, name, Int8Linear(child.weight, child.bias))
     return model
 
 

@@ -132,8 +132,6 @@ class Decoder(Stack):
 
     positions: Tensor
     head_bias: Tensor | None
-    out: nn.Module | None
-    """Takes the place of the head's weight, which is the embedding's, where inference has one of its own."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -150,7 +148,6 @@ class Decoder(Stack):
         self.norm = nn.LayerNorm(config.width)
         bias = nn.Parameter(torch.zeros(config.vocabulary)) if config.head_bias else None
         self.register_parameter("head_bias", bias)
-        self.register_module("out", None)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
 
@@ -159,8 +156,6 @@ class Decoder(Stack):
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
-        if self.out is not None:
-            return self.out(self.norm(x))
         return F.linear(self.norm(x), self.embedding.weight, self.head_bias)
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
