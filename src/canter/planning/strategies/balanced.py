@@ -22,6 +22,7 @@ from canter.planning.strategies.recut import recut
 
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
+SPARE = 1.005  # times the batches that are needed, where a search is to follow: with none empty it gets stuck
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
 TAIL_BATCHES = 10  # that they must fill to be worth a way of their own
 STARTS = 64  # of the sequence of steps, among which the best is taken
@@ -32,7 +33,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Balanced:
     """mixing: parts a window is dealt into at random before each is sorted; need not be whole. The mixing pool grows
     with the number of parts, padding with its square root. 0 is 1 with a local search after it (see `recut`): the
-    least padding, at 10,000 utterances a second instead of millions; worth it for sets of up to some ten thousand."""
+    least padding, at some thousand utterances a second instead of millions; for sets of up to some ten thousand."""
 
     mixing: float = 1.0
     name: ClassVar[str] = "balanced"
@@ -50,9 +51,9 @@ class Balanced:
                 return nothing()
             order = snake(lengths, budget, max(1.0, self.mixing), rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
-            batches = even_batches(frames, tokens, budget, per_step)
+            batches = even_batches(frames, tokens, budget, per_step, SPARE if self.mixing == 0 else 1.0)
             if self.mixing == 0:
-                moved, batches = recut(batches, frames, tokens, budget)
+                moved, batches = recut(batches, frames, tokens, budget, rng)
                 order, frames, tokens = order[moved], frames[moved], tokens[moved]
             return deal(order, batches, frames, tokens, budget, per_step, rng)
 
@@ -134,14 +135,17 @@ class Strata:
         return np.sqrt(per_token * spread * self.density * self.size / np.maximum(per_frame, 1e-30))
 
 
-def even_batches(frames: np.ndarray, tokens: np.ndarray, budget: Budget, multiple: int) -> np.ndarray:
+def even_batches(
+    frames: np.ndarray, tokens: np.ndarray, budget: Budget, multiple: int, spare: float = 1.0
+) -> np.ndarray:
     """Offsets of batches of about equal memory over a sequence of alike neighbours; their number a multiple of M.
 
-    No batch is over the budget. Where there are fewer utterances than M, each is a batch.
+    No batch is over the budget. Where there are fewer utterances than M, each is a batch. spare: how many times the
+    batches that are needed there are to be.
     """
     n = len(frames)
     done = np.concatenate([[0.0], np.cumsum(batch_share(frames, tokens, budget))])
-    count = max(1, math.ceil((done[-1] - 0.25) / multiple)) * multiple
+    count = max(1, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple
     while count < n:
         batches = fill(frames, tokens, budget, done, count)
         if batches is not None:
