@@ -1,14 +1,17 @@
 """What a budget is worth on a CPU: predictions against fresh processes, `search` against `fit`, an epoch under a cap.
 
-    python benchmarks/budget.py predict MODEL LENGTHS [--count 50] [--limit 2GiB] [--json FILE]
-    python benchmarks/budget.py methods MODEL LENGTHS [--limit 1GiB] [--json FILE]
-    python benchmarks/budget.py epoch   MODEL LENGTHS [--limit 2GiB] [--count 200] [--json FILE]
+    python benchmarks/budget.py predict MODEL LENGTHS [--count 50] [--limit 512MiB] [--json FILE]
+    python benchmarks/budget.py methods MODEL LENGTHS [--limit 192MiB] [--json FILE]
+    python benchmarks/budget.py epoch   MODEL LENGTHS [--limit 256MiB] [--count 200] [--json FILE]
+    python benchmarks/budget.py resting MODEL LENGTHS [--json FILE]
 
 MODEL is a checkpoint, or `small`: Canter's model of the size that `canter train` makes unless told otherwise.
-Whisper is measured at its utterances' lengths (no padding to 30 s). Memory is a fresh process's: it makes model and
-optimiser state, takes a small step, rests, runs the shape twice, and tells its peak resident memory (VmHWM) above its
-resting level, weights and optimiser state added. Beside it: the bytes of the tensors alive, and what glibc takes where
-its heap is left as it is.
+Whisper is measured at its utterances' lengths (no padding to 30 s). Memory is a fresh process's, forked before anything
+was computed: it makes model and optimiser state, takes a small step, rests, runs the shape (twice, if it is short), and
+tells its peak resident memory (VmHWM) above its resting level, weights and optimiser state added. `resting` shows what
+that level is made of: libraries and code that a first step loads, whatever the model. Time is the CPU time of the one
+thread that computes, so that others on the machine do not count. Of some shapes, the bytes of the tensors alive and
+what glibc takes where its heap is left as it is are told too.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
+import multiprocessing
+import os
+import re
 import statistics
-import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +44,16 @@ from canter.planning.strategies.bucket_2d import batch_sizes
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import training_step
 from canter.training.prepare import model_config
-from canter.tuning.fit import measure_budget, within
+from canter.tuning.fit import MOST_PROBES, measure_budget, within
 from canter.tuning.memory import LiveBytes, give_back, is_out_of_memory, resident, steady_heap
-from canter.tuning.probe import Prober, TrainingStep
+from canter.tuning.probe import Probe, Prober, TrainingStep
 from canter.tuning.search import search
 from canter.tuning.simulate import Simulator, parse_bytes
+
+LIMITS = {"predict": "512MiB", "methods": "192MiB", "epoch": "256MiB", "resting": "1GiB"}
+LONG = 2.0  # seconds of a step that is not run twice
+GROUPS = Path("/sys/fs/cgroup/memory")  # control groups; `epoch` makes one, and needs root
+A_PROCESS = 20  # batches that one process of `epoch` runs
 
 
 def make_model(name: str) -> SpeechModel:
@@ -61,69 +72,105 @@ def make_step(model: Any, copied: bool = False) -> TrainingStep:
     return training_step(config, model, "float32", 1, copied=copied)
 
 
-def limits_of(name: str) -> tuple[float, int]:
-    return (30.0, 448) if name != "small" else (40.0, 512)
-
-
 def lengths(args: argparse.Namespace) -> LengthIndex:
-    return within(open_lengths(args.lengths), *limits_of(args.model))
+    longest, most = (30.0, 448) if args.model != "small" else (40.0, 512)
+    return within(open_lengths(args.lengths), longest, most)
 
 
-def fitted(args: argparse.Namespace, index: LengthIndex) -> tuple[Budget, Prober, float]:
+# -- fresh processes --
+
+
+def forked(work: Callable, *arguments: Any) -> list:
+    """What ``work(tell, *arguments)`` tells from a process of its own; less, where it dies on the way."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(theirs.send, *arguments))
+    process.start()
+    theirs.close()
+    told = []
+    try:
+        while True:
+            told.append(ours.recv())
+    except EOFError:
+        process.join()
+    group = GROUPS / f"canter-{process.pid}"
+    if group.exists():
+        group.rmdir()
+    return told
+
+
+def fitting(tell: Callable, args: argparse.Namespace, journal: Path | None) -> None:
+    """Tells budget, probes, steps, events and seconds of `fit`."""
     steady_heap()
-    prober = Prober(make_step(make_model(args.model)), parse_bytes(args.limit))
+    step = make_step(make_model(args.model))
+    prober = Prober(step, parse_bytes(args.limit), journal=journal, clock=time.process_time)
     began = time.perf_counter()
-    budget = measure_budget(prober, index, make_model(args.model).frame_seconds, say=print)
-    return budget, prober, time.perf_counter() - began
+    frame_seconds = make_model(args.model).frame_seconds
+    budget = measure_budget(prober, lengths(args), frame_seconds, most_probes=args.probes, say=print)
+    seconds = time.perf_counter() - began
+    tell((budget.as_json(), prober.probes, prober.steps, prober.out_of_memory, seconds))
 
 
-# -- a fresh process --
+def fitted(args: argparse.Namespace) -> tuple[Budget, list[Probe], dict]:
+    [[value, probes, steps, events, seconds]] = forked(fitting, args, args.journal)
+    budget = Budget.from_json(value)
+    told = {name: budget.measured_on.get(name) for name in ("memory_error", "time_error", "margin")}
+    return budget, probes, {"steps": steps, "out_of_memory": events, "seconds": round(seconds, 1), **told}
 
 
-def child(name: str, shapes: list[list[int]], cap: float, heap: bool) -> None:
-    """Prints a line for each shape: peak resident bytes, seconds, the tensors' bytes. Runs in a process of its own."""
+def running(
+    tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: float, heap: bool, count: bool
+) -> None:
+    """Tells of each shape: peak resident bytes, seconds, and with ``count`` the tensors' bytes; None where it did not
+    fit. Above ``cap``, weights included, the kernel ends the process. (RLIMIT_DATA would count address space that glibc
+    keeps and holds nothing in.)"""
     if heap:
         steady_heap()
-    torch.set_num_threads(1)
+    group = GROUPS / f"canter-{os.getpid()}"
+    if cap:
+        group.mkdir()
+        (group / "cgroup.procs").write_text(str(os.getpid()))
     step = make_step(make_model(name))
-    step(
-        1, *shapes[0][1:]
-    )  # makes the optimiser's state, and loads about 100 MB of libraries that are no tensors
+    step(1, *shapes[0][1:])  # makes the optimiser's state, and loads what is no tensor
     give_back()
     rest = resident() - step.state_bytes
     if cap:
-        held = resident("VmData") - step.state_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (int(held + cap), resource.RLIM_INFINITY))
+        held = int((group / "memory.usage_in_bytes").read_text()) - step.state_bytes
+        (group / "memory.limit_in_bytes").write_text(str(int(held + cap)))
     for shape in shapes:
         give_back()
         Path("/proc/self/clear_refs").write_text("5")
         try:
             times = []
-            for _ in range(1 if cap else 2):
-                began = time.perf_counter()
+            while len(times) < (1 if cap or sum(times) > LONG else 2):
+                began = time.process_time()
                 step(*shape)
-                times.append(time.perf_counter() - began)
-            peak = resident("VmHWM") - rest
-            tensors = 0
-            if not cap:
-                with LiveBytes() as count:
+                times.append(time.process_time() - began)
+            peak, tensors = resident("VmHWM") - rest, None
+            if count:
+                with LiveBytes() as live:
                     step(*shape)
-                tensors = step.state_bytes + count.peak
-            print(json.dumps([peak, min(times), tensors]), flush=True)
+                tensors = step.state_bytes + live.peak
+            tell([peak, min(times), tensors])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             step.clear()
-            print(json.dumps([None, None, None]), flush=True)
+            tell([None, None, None])
 
 
-def fresh(name: str, shapes: list[list[int]], cap: float = 0.0, heap: bool = True) -> list[list]:
-    command = [sys.executable, __file__, "child", name, json.dumps(shapes), str(cap), str(int(heap))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    if len(lines) < len(shapes) and not cap:
-        raise RuntimeError(done.stderr[-2000:])
-    return lines + [[None, None, None]] * (len(shapes) - len(lines))
+def fresh(
+    name: str, shapes: Sequence[Sequence[int]], cap: float = 0.0, heap: bool = True, count: bool = False
+) -> list[list]:
+    told = forked(running, name, shapes, cap, heap, count)
+    if len(told) < len(shapes) and not cap:
+        raise RuntimeError(f"{shapes}: the process ended")
+    return told + [[None, None, None]] * (len(shapes) - len(told))
+
+
+def simulating(tell: Callable, name: str, shapes: Sequence[Sequence[int]]) -> None:
+    simulator = Simulator(make_model(name), make_step, 1e15)
+    tell([simulator(*shape).bytes for shape in shapes])
 
 
 # -- what is shown --
@@ -132,137 +179,204 @@ def fresh(name: str, shapes: list[list[int]], cap: float = 0.0, heap: bool = Tru
 def predict(args: argparse.Namespace) -> dict:
     """Unseen shapes: T and U of random utterances, B at random up to what fits; a process for each."""
     index = lengths(args)
-    budget, prober, seconds = fitted(args, index)
+    budget, probes, told = fitted(args)
+    known = {tuple(probe.shape) for probe in probes}
     rng = np.random.default_rng(1)
-    shapes: list[list[int]] = []
+    shapes: list[tuple[int, int, int]] = []
     while len(shapes) < args.count:
         row = int(rng.integers(len(index)))
         t, u = int(budget.frames(index.seconds[row])), max(2, int(index.tokens[row]))
         most = budget.max_batch(t, u)
-        shape = [max(1, int(most ** rng.uniform(0.0, 1.0))), t, u]
-        if most and tuple(shape) not in prober.known:
+        shape = (max(1, int(most ** rng.uniform(0.0, 1.0))), t, u)
+        if most and shape not in known:
             shapes.append(shape)
     rows = []
-    for shape in shapes:  # interleaved in time: one process after another, shapes in random order
-        [[peak, took, tensors]] = fresh(args.model, [shape])
-        [[loose, _, _]] = fresh(args.model, [shape], heap=False)
-        rows.append(
-            {
-                "shape": shape,
-                "predicted": budget.bytes(*shape),
-                "measured": peak,
-                "measured_glibc_default": loose,
-                "tensors": tensors,
-                "predicted_seconds": budget.step_seconds(*shape),
-                "seconds": took,
-            }
+    for shape in shapes:  # one process after another, shapes in random order
+        [[peak, took, _]] = fresh(args.model, [shape])
+        row = {"shape": shape, "predicted": round(float(budget.bytes(*shape))), "measured": peak}
+        rows.append(row | {"predicted_seconds": float(budget.step_seconds(*shape)), "seconds": took})
+    for row in rows[: args.compared]:
+        [[row["glibc_default"], _, row["tensors"]]] = fresh(
+            args.model, [row["shape"]], heap=False, count=True
         )
-    simulator = Simulator(make_model(args.model), make_step, prober.limit_bytes)
-    simulated = [simulator(*row["shape"]).bytes / row["tensors"] - 1 for row in rows[:10]]
-    memory = [abs(row["predicted"] / row["measured"] - 1) for row in rows]
-    loose = [row["measured_glibc_default"] / row["measured"] - 1 for row in rows]
-    times = [abs(row["predicted_seconds"] / row["seconds"] - 1) for row in rows]
+    [simulated] = forked(simulating, args.model, shapes[: args.compared])
+
+    def off(one: str, other: str, some: list[dict]) -> list[float]:
+        return [abs(row[one] / row[other] - 1) for row in some]
+
+    memory, times = off("predicted", "measured", rows), off("predicted_seconds", "seconds", rows)
+    more = [row["glibc_default"] / row["measured"] - 1 for row in rows[: args.compared]]
     return {
-        "fit_steps": prober.steps,
-        "fit_seconds": seconds,
+        "fit": told,
         "memory_error_median": statistics.median(memory),
         "memory_error_worst": max(memory),
         "time_error_median": statistics.median(times),
         "time_error_worst": max(times),
-        "glibc_default_takes_more_median": statistics.median(loose),
-        "glibc_default_takes_more_worst": max(loose),
-        "simulated_tensors_error_worst": max(map(abs, simulated)),
+        "glibc_default_takes_more_median": statistics.median(more),
+        "glibc_default_takes_more_worst": max(more),
+        "tensors_of_measured": statistics.median(
+            row["tensors"] / row["measured"] for row in rows[: args.compared]
+        ),
+        "simulated_tensors_error_worst": max(abs(s / r["tensors"] - 1) for s, r in zip(simulated, rows)),
+        "budget": budget.as_json(),
+        "probes": [[*p.shape, round(p.bytes), round(p.seconds, 4), p.fits] for p in probes],
         "rows": rows,
     }
 
 
+def searching(tell: Callable, args: argparse.Namespace, bins: Any, frame_seconds: float) -> None:
+    steady_heap()
+    prober = Prober(make_step(make_model(args.model)), parse_bytes(args.limit))
+    began = time.perf_counter()
+    found = search(prober, bins, frame_seconds)
+    seconds = time.perf_counter() - began
+    tell((found.sizes, [round(p.bytes) for p in prober.probes], found.steps, found.out_of_memory, seconds))
+
+
 def methods(args: argparse.Namespace) -> dict:
-    """`search` and `fit` on the same 60 buckets, under the same limit."""
+    """`search` and `fit` on the same 60 buckets under the same limit; the batches that they found, run for real."""
     index = lengths(args)
-    budget, prober, seconds = fitted(args, index)
+    budget, _, told = fitted(args)
     bins = Bucket2D(30, 2).bins(index, budget)
     corners = [(int(budget.frames(s)), max(2, u)) for s, u in bins.edges]
-    searching = Prober(make_step(make_model(args.model)), parse_bytes(args.limit))
-    began = time.perf_counter()
-    found = search(
-        searching, bins, budget.frame_seconds, told=lambda d, n: print(f"bucket {d} of {n}", file=sys.stderr)
-    )
-    spent = time.perf_counter() - began
-    bucket = bins.assign(Lengths.of(index, slice(None), budget))
-    counts = np.bincount(bucket, minlength=len(bins))
+    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins, budget.frame_seconds)
+    counts = np.bincount(bins.assign(Lengths.of(index, slice(None), budget)), minlength=len(bins))
+    limit = parse_bytes(args.limit)
 
     def row(name: str, sizes: np.ndarray, steps: int, events: int, wall: float) -> dict:
+        shapes = [(max(1, int(size)), *corner) for size, corner in zip(sizes, corners)]
+        filled = np.array([peak for peak, _, _ in fresh(args.model, shapes)]) / limit
         batches = counts / np.maximum(1, sizes)
-        filled = np.array([budget.bytes(int(b), *c) for b, c in zip(sizes, corners)]) / parse_bytes(
-            args.limit
-        )
         return {
             "method": name,
             "steps": steps,
             "out_of_memory": events,
-            "seconds": wall,
+            "seconds": round(wall, 1),
             "mean_batch": float(counts.sum() / batches.sum()),
             "memory_filled": float((filled * batches).sum() / batches.sum()),
+            "fullest": float(filled.max()),
             "over_limit": int((filled > 1).sum()),
+            "sizes": [int(size) for size in sizes],
         }
 
+    fit = row("fit", batch_sizes(bins, budget), told["steps"], told["out_of_memory"], told["seconds"])
     return {
         "buckets": len(bins),
-        "rows": [
-            row("search", found.sizes, found.steps, found.out_of_memory, spent),
-            row("fit", batch_sizes(bins, budget), prober.steps, prober.out_of_memory, seconds),
-        ],
+        "margin": told["margin"],
+        "rows": [row("search", sizes, steps, events, seconds), fit],
     }
 
 
 def epoch(args: argparse.Namespace) -> dict:
     """The largest batches of an epoch planned with the budget, in processes whose memory is capped at the limit."""
     index = lengths(args)
-    budget, _, _ = fitted(args, index)
-    shapes = []
-    for step in Plan(index, budget):
-        for rows in step:
-            t, u = int(budget.frames(index.seconds[rows].max())), int(index.tokens[rows].max())
-            shapes.append([len(rows), t, max(2, u)])
-    shapes.sort(key=lambda shape: -float(budget.bytes(*shape)))
-    shapes = shapes[: args.count]
+    budget, _, told = fitted(args)
+    table = Plan(index, budget).table()
+    size = budget.bytes(table.size, table.frames, table.tokens)
+    largest = np.argsort(-size)[: args.count]
+    shapes = [(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
+    limit = parse_bytes(args.limit)
     results = []
-    for start in range(0, len(shapes), 20):
-        results += fresh(args.model, shapes[start : start + 20], cap=parse_bytes(args.limit))
-    peaks = [peak for peak, _, _ in results if peak]
+    for start in range(0, len(shapes), A_PROCESS):
+        results += fresh(args.model, shapes[start : start + A_PROCESS], cap=limit)
+    peaks = [peak or math.nan for peak, _, _ in results]
     return {
+        "fit": told,
         "batches": len(shapes),
         "out_of_memory": sum(peak is None for peak, _, _ in results),
-        "largest_peak_of_limit": max(peaks, default=math.nan) / parse_bytes(args.limit),
-        "predicted_filled": float(np.mean([budget.bytes(*s) for s in shapes])) / parse_bytes(args.limit),
+        "largest_peak_of_limit": float(np.nanmax(peaks)) / limit,
+        "mean_peak_of_limit": float(np.nanmean(peaks)) / limit,
+        "predicted_filled": float(size[largest].mean()) / limit,
+        "rows": [{"shape": s, "measured": r[0]} for s, r in zip(shapes, results)],
     }
 
 
+def resting(args: argparse.Namespace) -> dict:
+    """What a process comes to hold that is no tensor, from an empty one to its resting level."""
+    return {"rows": forked(coming_to_rest, args.model)}
+
+
+def coming_to_rest(tell: Callable, name: str) -> None:
+    steady_heap()
+    held: dict[str, Any] = {}
+
+    def look(what: str, tensors: int) -> None:
+        give_back()
+        now = {"anonymous": resident("RssAnon"), "file": resident("RssFile"), "tensors": tensors}
+        files, modules = mapped(), set(sys.modules)
+        if held:
+            more = {key: round((now[key] - held[key]) / 2**20, 1) for key in now}
+            grown = Counter({name: files[name] - held["files"][name] for name in files})
+            new = Counter(".".join(module.split(".")[:2]) for module in modules - held["modules"])
+            tell(
+                {
+                    "stage": what,
+                    **more,
+                    "not_tensors": round(more["anonymous"] + more["file"] - more["tensors"], 1),
+                    "files": {name: round(size / 2**20, 1) for name, size in grown.most_common(3)},
+                    "modules": dict(new.most_common(4)),
+                }
+            )
+        held.update(now, files=files, modules=modules)
+
+    look("", 0)
+    model = make_model(name)
+    look("model", sum(x.nbytes for x in [*model.parameters(), *model.buffers()]))
+    step = make_step(model)
+    look("optimiser", step.state_bytes)
+    for what, shape in (("first step", (1, 30, 10)), ("second step", (1, 30, 10)), ("large", (8, 200, 50))):
+        step(*shape)
+        look(what, step.state_bytes)
+
+
+def mapped() -> Counter:
+    """Resident bytes by mapped file."""
+    sizes, name = Counter(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)", line):
+            name = found[1].rsplit("/", 1)[-1] or "anonymous"
+        elif line.startswith("Rss:"):
+            sizes[name] += int(line.split()[1]) * 1024
+    return sizes
+
+
+def written(result: dict) -> str:
+    """JSON with one line a row."""
+    rest = {key: value for key, value in result.items() if key not in ("rows", "probes")}
+    text = json.dumps(rest, indent=1)[:-2]
+    for key in ("probes", "rows"):
+        if key in result:
+            text += f',\n "{key}": [\n  ' + ",\n  ".join(json.dumps(row) for row in result[key]) + "\n ]"
+    return text + "\n}\n"
+
+
 def main() -> None:
-    if sys.argv[1] == "child":
-        child(sys.argv[2], json.loads(sys.argv[3]), float(sys.argv[4]), sys.argv[5] == "1")
-        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("predict", "methods", "epoch"))
+    parser.add_argument("what", choices=tuple(LIMITS))
     parser.add_argument("model")
     parser.add_argument("lengths", type=Path)
     parser.add_argument("--count", type=int)
-    parser.add_argument("--limit", default="2GiB")
+    parser.add_argument("--limit")
+    parser.add_argument("--probes", type=int, default=MOST_PROBES)
+    parser.add_argument("--compared", type=int, default=5, help="shapes of which more is told")
+    parser.add_argument("--journal", type=Path, help="keeps the probes of `fit`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.limit = args.limit or LIMITS[args.what]
     args.count = args.count or (200 if args.what == "epoch" else 50)
     torch.set_num_threads(1)
-    result = {"what": args.what, "model": args.model, "limit": args.limit, "torch": torch.__version__}
-    result |= {"predict": predict, "methods": methods, "epoch": epoch}[args.what](args)
-    print(
-        json.dumps(
-            {key: value for key, value in result.items() if key != "rows" or args.what == "methods"}, indent=2
-        )
-    )
+    began = time.perf_counter()
+    name = args.model if args.model == "small" else Path(args.model).name
+    result = {"what": args.what, "model": name, "lengths": args.lengths.name, "limit": args.limit}
+    result |= {"torch": torch.__version__}
+    shown = {"predict": predict, "methods": methods, "epoch": epoch, "resting": resting}[args.what](args)
+    result |= {"wall_seconds": round(time.perf_counter() - began)} | shown
+    brief = ("rows", "probes", "budget") if args.what in ("predict", "epoch") else ()
+    print(json.dumps({key: value for key, value in result.items() if key not in brief}, indent=1))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(written(result))
 
 
 if __name__ == "__main__":
