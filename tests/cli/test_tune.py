@@ -83,6 +83,8 @@ def test_simulated(files, capsys):
     ("options", "message"),
     [
         (("--limit", "many"), "'many' is no amount of memory"),
+        (("--probes", "0"), "--probes is 0; it must be at least 1"),
+        (("--simulate", "80foo"), "'80foo' is no amount of memory"),
         (("--limit", "900TB"), "is more than the"),
         (("--limit", "100MiB", "--reserve", "200MiB"), "leaves nothing of"),
         (("--limit", "1MiB"), "not even one utterance"),

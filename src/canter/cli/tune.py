@@ -94,11 +94,20 @@ def run(options: Options) -> None:
     import torch
 
     from canter.cli.progress import counting, say
+    from canter.errors import ConfigError
     from canter.tuning.fit import within
     from canter.tuning.sharding import Sharding, with_sharding
+    from canter.tuning.simulate import parse_bytes
 
     began = time.perf_counter()
     sharding = Sharding(options.sharding, options.ranks)
+    for amount in (options.simulate, options.limit, options.reserve):  # before anything is loaded
+        _ = amount and parse_bytes(amount)
+    for name in ("probes", "buckets", "sub_buckets"):
+        if getattr(options, name) < 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
+            )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     subject = choose_subject(options, say)
