@@ -1,6 +1,7 @@
 """The architecture as a test: imports point up the list of rooms, no torch in planning, modules are small."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,18 @@ def test_module_keeps_to_its_place(path: Path):
     assert len(package) == 1 or package[1] in ROOMS, f"{package[1]} is not a room of the design"
     assert not broken_arrows(source, package)
     assert source.count("\n") <= LARGEST_MODULE, "split this module: it has outgrown one sitting"
+
+
+def test_modules_do_not_import_in_a_circle():
+    """Inside a room too, and through imports in functions."""
+    names = {".".join(dotted(path)): path for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for name, path in names.items():
+        package = dotted(path) if path.name == "__init__.py" else dotted(path)[:-1]
+        found = {one for _, one in imports(path.read_text(), package)}
+        found |= {one.rpartition(".")[0] for one in found - names.keys()}  # a name in a module
+        graph[name] = (found & names.keys()) - {name, "canter"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which shows the circle
 
 
 def test_arrows_are_really_checked():

@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-import canter.corpus.build
+import canter.corpus.parts
 from canter.corpus.build import build_index
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex, Source, skipped_path
@@ -244,7 +244,7 @@ def test_a_large_file_is_read_in_parts_with_the_same_result(tmp_path, monkeypatc
     lines += ["\n", lines[3]]
     path.write_text("".join(lines))
     whole = build_index(path, tmp_path / "whole.arrow", Letters())
-    monkeypatch.setattr(canter.corpus.build, "PART_BYTES", 500)
+    monkeypatch.setattr(canter.corpus.parts, "PART_BYTES", 500)
     parts = build_index(path, tmp_path / "parts.arrow", Letters())
     assert len(list((tmp_path / "parts.parts").glob("*.npz"))) > 10
     for name in ("seconds", "tokens", "places", "problems", "skipped", "shards", "fingerprint"):
@@ -367,3 +367,16 @@ def test_durations_can_be_measured(tmp_path):
     assert index.seconds.tolist() == [1.5]
     assert index.skipped == {"audio cannot be read": 1}
     assert index.utterance(0).duration == 1.5
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/data/an4/train.jsonl", "an4/train"),
+        ("/data/an4/train_{0..3}.jsonl", "an4/train"),
+        ("/data/m__OP_0..2_CL_.json::/data/a__OP_0..2_CL_.tar", "data/m"),
+        ("train.jsonl.gz", "train"),
+    ],
+)
+def test_a_source_is_named_after_its_path(path, name):
+    assert Source(path).name == name

@@ -127,9 +127,13 @@ def test_one_manifest_for_all_tars(tarred, tmp_path):
 def test_unsafe_members_are_told(tarred):
     with tarfile.open(tarred / "audio_1.tar", "a") as tar:
         add(tar, "../../evil.flac", flac(0))
+        link = tarfile.TarInfo("link.flac")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
     problems = [row for row in open_source(tarred) if isinstance(row, Problem)]
-    assert [problem.kind for problem in problems] == ["unsafe member name"]
-    assert (problems[0].file, problems[0].line) == (str(tarred / "audio_1.tar"), 3)
+    assert [problem.kind for problem in problems] == ["unsafe member name", "not a regular file"]
+    assert [problem.line for problem in problems] == [3, 4]
+    assert {problem.file for problem in problems} == {str(tarred / "audio_1.tar")}
 
 
 def test_a_lost_shard_does_not_lose_the_others(tarred, tmp_path):
@@ -310,6 +314,7 @@ def test_common_voice(audio, tmp_path):
     (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\nmissing.flac\t1000\n" + listed)
     found = list(open_source(tmp_path / "train.tsv"))
     assert [row.duration for row in found if isinstance(row, Utterance)] == [1.0, 0.5, 1.0, 2.0, 1.25, 0.75]
+    assert [unit.path for unit in units_of(str(tmp_path))] == [str(tmp_path / "train.tsv")]
     (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
     with pytest.raises(ManifestError, match="no columns path and sentence; it has a, b"):
         list(open_source(tmp_path / "other.tsv"))
@@ -382,6 +387,10 @@ def test_tables_without_lengths(tmp_path):
     pyarrow.parquet.write_table(pa.table({"duration": ["a"], "tokens": [1]}), tmp_path / "s.parquet")
     with pytest.raises(ManifestError, match="column duration is of type string"):
         build_index(tmp_path / "s.parquet", tmp_path / "i.arrow")
+    audio = pa.table({"audio": [{"bytes": b"RIFF", "path": "a.wav"}], "text": ["a"]})
+    pyarrow.parquet.write_table(audio, tmp_path / "hub.parquet")
+    with pytest.raises(ManifestError, match=r"holds audio inside Parquet; save it as Arrow: .*save_to_disk"):
+        build_index(tmp_path / "hub.parquet", tmp_path / "i.arrow")
     (tmp_path / "x.parquet").write_bytes(b"words")
     with pytest.raises(ManifestError, match="is not a Parquet file"):
         build_index(tmp_path / "x.parquet", tmp_path / "i.arrow")

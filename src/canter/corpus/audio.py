@@ -11,17 +11,15 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
 from canter.corpus.tar import Member, walk_tar
+from canter.corpus.utterance import Utterance
 from canter.errors import AudioError, ManifestError
-
-if TYPE_CHECKING:
-    from canter.corpus.manifest import Utterance
 
 _MEMBER = re.compile(r"(?P<file>.+?)::(?P<name>.*?)(?:@(?P<start>\d+)\+(?P<bytes>\d+))?", re.DOTALL)
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -81,7 +79,7 @@ def load_audio(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def load_utterance(utterance: "Utterance", sample_rate: int = 16000) -> np.ndarray:
+def load_utterance(utterance: Utterance, sample_rate: int = 16000) -> np.ndarray:
     """The utterance's samples (S,), as `load_audio` gives them: the whole file, unless it starts within one."""
     duration = utterance.duration if utterance.offset else None
     return load_audio(
@@ -90,7 +88,7 @@ def load_utterance(utterance: "Utterance", sample_rate: int = 16000) -> np.ndarr
 
 
 def audio_blocks(
-    utterance: "Utterance", sample_rate: int = 16000, seconds: float = 30.0
+    utterance: Utterance, sample_rate: int = 16000, seconds: float = 30.0
 ) -> Iterator[np.ndarray]:
     """The utterance's samples in runs of about so many seconds, mono, at ``sample_rate``, so that audio of any
     length needs the memory of one run alone (what only FFmpeg can read is decoded as a whole).

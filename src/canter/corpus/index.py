@@ -11,6 +11,7 @@ as JSONL beside the index by `canter.corpus.build`.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -21,11 +22,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from canter.corpus.manifest import OPTIONAL_TEXT, Problem, Utterance, count_problems, utterance_from_line
+from canter.corpus.manifest import count_problems, utterance_from_line
+from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
 from canter.errors import ManifestError
 
 FORMAT = "canter-index/1"
 PLACE_BITS = 40
+RANGE = re.compile(r"[_-]*(\{\d+\.\.\d+\}|_OP_\d+\.\.\d+_CL_)")  # of shards, in the name of a source
 MOST_TOKENS = np.iinfo(np.uint16).max
 MOST_SOURCES = np.iinfo(np.uint16).max + 1
 _SCHEMA = [
@@ -53,7 +56,8 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.name:
-            *_, folder, file = ("", "", *Path(self.path).parts)  # data/an4/train.jsonl -> an4/train
+            # data/an4/train.jsonl -> an4/train, and so train_{0..3}.jsonl
+            *_, folder, file = ("", "", *Path(RANGE.sub("", self.path.partition("::")[0])).parts)
             object.__setattr__(self, "name", f"{folder}/{file.split('.')[0]}".strip("/") or self.path)
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ManifestError(

@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from canter.corpus.manifest import (
-    NumberedFinds,
-    Problem,
-    Rows,
-    Utterance,
     expand_shards,
     open_manifest,
     read_nemo,
@@ -26,6 +22,7 @@ from canter.corpus.readers.huggingface import audio_column, dataset_files, read_
 from canter.corpus.readers.lengths import table_schema
 from canter.corpus.readers.lhotse import read_lhotse, read_shar, shar_tar
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
+from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
 READERS: dict[str, Callable[..., NumberedFinds]] = {
@@ -133,7 +130,16 @@ def _of_file(path: str) -> Unit:
         schema = table_schema(path)
         if b"canter" in (schema.metadata or {}):
             raise ManifestError(f"{path} is a length index already; name what it was made from")
-        return Unit("huggingface" if suffix != ".parquet" and audio_column(schema) else LENGTHS, path)
+        if suffix != ".parquet":
+            return Unit("huggingface" if audio_column(schema) else LENGTHS, path)
+        if (
+            audio_column(schema) and "duration" not in schema.names
+        ):  # compressed: no byte range of it is a file
+            raise ManifestError(
+                f"{path} holds audio inside Parquet; save it as Arrow: "
+                f"datasets.Dataset.from_parquet({path!r}).save_to_disk(FOLDER), and name the folder"
+            )
+        return Unit(LENGTHS, path)
     return Unit("lhotse" if _holds_cuts(path) else "nemo", path)
 
 
@@ -167,11 +173,17 @@ def _in_folder(folder: str) -> list[Unit]:
     tars = found("*.tar")
     if tars:
         return list(_tarred(folder, tars, found))
-    manifests = found("*.jsonl") or found("*.jsonl.gz")
+    manifests = [  # not what an index has left beside itself
+        one for one in found("*.jsonl") or found("*.jsonl.gz") if not one.endswith(".skipped.jsonl")
+    ]
     if len(manifests) == 1:
         return [_of_file(manifests[0])]
-    tables = found("*.tsv")
-    if manifests or (tables and os.path.isdir(os.path.join(folder, "clips"))):
+    tables = [one for one in found("*.tsv") if os.path.basename(one) != "clip_durations.tsv"]
+    if not os.path.isdir(os.path.join(folder, "clips")):
+        tables = []
+    if len(tables) == 1 and not manifests:
+        return [_of_file(tables[0])]
+    if manifests or tables:
         names = ", ".join(os.path.basename(one) for one in manifests or tables)
         raise ManifestError(f"{folder} holds several manifests ({names}); name one")
     if found("*.parquet"):

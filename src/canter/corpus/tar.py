@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from canter.corpus.manifest import Problem
+from canter.corpus.utterance import Problem
 from canter.errors import ManifestError
 
 
@@ -20,7 +20,7 @@ class Member(NamedTuple):
 
 
 def walk_tar(path: str) -> Iterator[Member | Problem]:
-    """The regular files of a tar, by their headers. Unsafe names and a torn end are Problems.
+    """The regular files of a tar, by their headers. Unsafe names, links and a torn end are Problems.
 
     Raises `ManifestError` where the file is missing or no plain tar.
     """
@@ -31,11 +31,13 @@ def walk_tar(path: str) -> Iterator[Member | Problem]:
     try:
         with tarfile.open(path, "r:") as tar:
             for number, info in enumerate(tar, 1):
-                if not info.isreg():
+                if info.isdir():
                     continue
                 name = posixpath.normpath(info.name)
                 if info.name.startswith("/") or name.split("/")[0] == "..":
                     yield Problem(path, number, f"unsafe member name: {info.name!r} leads out of the tar")
+                elif not info.isreg():
+                    yield Problem(path, number, f"not a regular file: {info.name!r} is a link or a device")
                 elif info.offset_data + info.size > end:
                     yield Problem(path, number, f"truncated tar: it ends within {name!r}")
                     return

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from canter.corpus.manifest import OPTIONAL_TEXT
+from canter.corpus.utterance import OPTIONAL_TEXT
 
 AUDIO_SUFFIXES = frozenset(
     [

@@ -4,7 +4,8 @@ there."""
 import os
 from pathlib import Path
 
-from canter.corpus.manifest import NumberedFinds, open_manifest, utterance_from_row
+from canter.corpus.manifest import open_manifest, utterance_from_row
+from canter.corpus.utterance import NumberedFinds
 from canter.errors import ManifestError
 
 

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from canter.corpus.manifest import NumberedFinds, Problem, utterance_from_row
+from canter.corpus.manifest import utterance_from_row
 from canter.corpus.readers.common import AUDIO_SUFFIXES
+from canter.corpus.utterance import NumberedFinds, Problem
 from canter.errors import ManifestError
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from canter.corpus.audio import member_ref
-from canter.corpus.manifest import NumberedFinds, utterance_from_row
+from canter.corpus.manifest import utterance_from_row
 from canter.corpus.readers.common import common_fields
+from canter.corpus.utterance import NumberedFinds
 from canter.errors import ManifestError
 
 PATH_NAMES = ("audio", "audio_filepath", "path", "file", "audio_path")

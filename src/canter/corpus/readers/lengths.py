@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from canter.corpus.manifest import LONGEST_SECONDS, Problem
+from canter.corpus.manifest import LONGEST_SECONDS
 from canter.corpus.readers.huggingface import open_arrow
+from canter.corpus.utterance import Problem
 from canter.errors import ManifestError
 
 

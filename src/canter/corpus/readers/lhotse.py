@@ -12,15 +12,12 @@ from typing import Any
 
 from canter.corpus.audio import member_ref
 from canter.corpus.manifest import (
-    OPTIONAL_TEXT,
-    Found,
-    NumberedFinds,
-    Problem,
     parse_line,
     read_json_lines,
     utterance_from_row,
 )
 from canter.corpus.tar import Member, walk_tar
+from canter.corpus.utterance import OPTIONAL_TEXT, Found, NumberedFinds, Problem
 
 TOLERANCE = 0.1  # seconds that a supervision may reach out of its cut
 

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 from canter.corpus.audio import member_ref
 from canter.corpus.manifest import (
-    Found,
-    NumberedFinds,
-    Problem,
     expand_shards,
     open_manifest,
     parse_line,
@@ -18,6 +15,7 @@ from canter.corpus.manifest import (
 )
 from canter.corpus.readers.common import AUDIO_SUFFIXES, common_fields
 from canter.corpus.tar import Member, walk_tar
+from canter.corpus.utterance import Found, NumberedFinds, Problem
 
 
 def read_nemo_tarred(

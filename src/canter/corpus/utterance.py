@@ -1,0 +1,66 @@
+"""An utterance, and a row that is none: what every reader yields and every later stage takes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+OPTIONAL_TEXT = ("lang", "source_lang", "target_lang", "taskname", "pnc")
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One stretch of speech and what was said in it.
+
+    ``audio_filepath`` is an absolute path, a URL, or a member of a container,
+    ``shard.tar::name.flac@START+BYTES`` (see `canter.corpus.audio`). ``duration`` and ``offset`` are
+    seconds. ``num_tokens`` is the length of the target, prompt and end token included, where the manifest
+    already knows it.
+    """
+
+    audio_filepath: str
+    duration: float
+    text: str
+    offset: float = 0.0
+    lang: str | None = None
+    source_lang: str | None = None
+    target_lang: str | None = None
+    taskname: str | None = None
+    pnc: str | None = None
+    num_tokens: int | None = None
+    id: str | None = None
+
+    @property
+    def identity(self) -> int:
+        """64 bits that two rows share when they are the same utterance: the same ``id``, or the same
+        everything."""
+        key = ("id", self.id) if self.id is not None else (
+            self.audio_filepath, self.offset, self.duration, self.text, self.source_lang, self.target_lang,
+            self.taskname, self.pnc,
+        )  # fmt: skip
+        return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that cannot be used. ``line`` counts from 1; in a container it is the number of the member or
+    row."""
+
+    file: str
+    line: int
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """What problems are counted by: the reason up to its first colon."""
+        return self.reason.partition(":")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+Rows = Iterator[Utterance | Problem]
+Found = Utterance | Problem | str | None  # str: why it is no utterance; None: passed over on request
+NumberedFinds = Iterator[tuple[int, Found]]  # what readers yield: the line, or the like, and what it holds
+DUPLICATE = (
+    "duplicate: the same id, or the same audio and text, as an earlier row; to repeat data use weights"
+)
