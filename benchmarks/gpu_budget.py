@@ -1,17 +1,22 @@
 """A budget on a GPU: a Canary of 1 B parameters in bf16, `fit` and `search`, then the plan's most extreme batches.
 
-    python benchmarks/gpu_budget.py [LENGTHS] [--json FILE] [--search-buckets 6] [--steps 200] [--small]
+    python benchmarks/gpu_budget.py [LENGTHS] [--json FILE] [--search-buckets 4] [--steps 200]
+    python benchmarks/gpu_budget.py --device cpu --tiny              # the same path on a tiny model
 
 LENGTHS has `duration` and `num_tokens`; without it, lengths are drawn (log-normal, 1 to 40 s). `search` is given few
-buckets, so that all fits in eight minutes. `--small` runs the same path on a tiny model, on whatever device there is.
+buckets, so that all fits in eight minutes. A prediction is of what the
+allocator reserves for a shape from an empty cache; beside it stands what the shape needed among others.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +27,20 @@ from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
-from canter.planning import Plan
+from canter.planning import Budget, Plan
+from canter.planning.bins import Bins
+from canter.planning.budget import Polynomial
 from canter.planning.strategies import Bucket2D
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
-from canter.tuning.fit import corners, measure_budget, within
-from canter.tuning.memory import OutOfMemory
-from canter.tuning.probe import Prober, Shape
+from canter.training.prepare import choose_device
+from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
+from canter.tuning.memory import give_back, is_out_of_memory, peak_of, steady_heap
+from canter.tuning.probe import Prober, Shape, TrainingStep
 from canter.tuning.search import search
 
 ERRORS = ("memory_error", "time_error", "margin", "error_unseen")
+TINY_LIMIT = 60e6
 PEAK_FLOPS = 989e12  # of an H100 or H200 in bf16, dense, as its maker states
 
 
@@ -43,7 +52,7 @@ def canary(small: bool) -> ModelConfig:
         heads=8,
         feedforward=4 * width,
         kernel_size=9,
-        subsampling_channels=256,
+        subsampling_channels=16 if small else 256,
         mels=128,
     )
     decoder = DecoderConfig(
@@ -62,132 +71,177 @@ def lengths(path: Path | None, small: bool) -> LengthIndex:
     return LengthIndex(seconds, np.clip(seconds * rng.normal(4.0, 1.2, count), 8, 512).astype(np.int64))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("lengths", type=Path, nargs="?")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--search-buckets", type=int, default=6)
+    parser.add_argument("--probes", type=int, default=MOST_PROBES)
+    parser.add_argument("--search-buckets", type=int, default=4, help="rows of two buckets each")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=150.0, help="for the steps, at most")
-    parser.add_argument("--small", action="store_true")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(arguments)
+    began = time.perf_counter()
+    device = choose_device(args.device)
     torch.manual_seed(0)
-    config = canary(args.small)
+    if device.type == "cpu":
+        steady_heap()
+    config = canary(args.tiny)
     model = SpeechModel(config).to(device)
-    index = lengths(args.lengths, args.small)
+    index = lengths(args.lengths, args.tiny)
     settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
-    step = training_step(settings, model, "bf16", 1, copied=False)
-    limit = 1e9 if args.small else memory_limit(device, print)
+    precision = "float32" if device.type == "cpu" else "bf16"
+    step = training_step(settings, model, precision, 1, copied=False)
+    limit = TINY_LIMIT if args.tiny else memory_limit(device, print)
 
-    began = time.perf_counter()
-    fitting = Prober(step, limit)
-    budget = measure_budget(fitting, index, model.frame_seconds, say=print)
-    fit_seconds = time.perf_counter() - began
-    print(
-        f"fit: {fitting.steps} steps, {fitting.out_of_memory} out of memory, {fit_seconds:.0f} s", flush=True
-    )
-
-    began = time.perf_counter()
-    searching = Prober(step, limit)
+    budget, fit = fitted(Prober(step, limit), index, model.frame_seconds, args.probes)
     bins = Bucket2D(args.search_buckets, 2).bins(index, budget)
-    found = search(searching, bins, budget.frame_seconds)
-    search_seconds = time.perf_counter() - began
-    ours = [budget.max_batch(budget.frames(s), u) for s, u in bins.edges]
-    print(
-        f"search: {found.steps} steps, {found.out_of_memory} out of memory, {search_seconds:.0f} s",
-        flush=True,
-    )
-
-    plan = Plan(index, budget)
-    cut = plan.cut(0)
-    b = np.diff(cut.batches)
-    t = np.maximum.reduceat(cut.lengths.frames, cut.batches[:-1])
-    u = np.maximum.reduceat(cut.lengths.tokens, cut.batches[:-1])
-    largest = np.argsort(-budget.bytes(b, t, u))[: args.steps]
-    shapes = [tuple(shape) for shape in corners(index, budget)]
-    shapes += [(int(b[i]), int(t[i]), int(u[i])) for i in largest]
-    shapes = shapes[: args.steps]
-    np.random.default_rng(0).shuffle(shapes)
-    rows, events, began = [], 0, time.perf_counter()
-    running = Prober(step, limit)
-    for shape in shapes:  # one after another without emptying the cache, as training does
-        if time.perf_counter() - began > args.seconds:
-            break
-        shape = tuple(int(n) for n in shape)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            seconds = running._run(Shape(*shape), limit - step.state_bytes)
-        except OutOfMemory:
-            events += 1
-            continue
-        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-        allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        flops = training_flops(config, shape, model.frame_seconds)
-        rows.append(
-            {
-                "shape": shape,
-                "predicted": float(budget.bytes(*shape)),
-                "reserved": peak,
-                "allocated": allocated,
-                "predicted_seconds": float(budget.step_seconds(*shape)),
-                "seconds": seconds,
-                "mfu": flops / seconds / PEAK_FLOPS,
-            }
-        )
+    fit["sizes"] = [int(budget.max_batch(budget.frames(s), u)) for s, u in bins.edges]
+    found = searched(Prober(step, limit), bins, budget.frame_seconds)
+    flops = training_flops(config, model.frame_seconds)
+    rows, events = run_extremes(step, index, budget, limit, args.steps, args.seconds)
+    for row in rows:
+        b, t, u = row["shape"]
+        row["mfu"] = b * float(flops(t, u)) / row["seconds"] / PEAK_FLOPS
     late = rows[len(rows) // 4 :]  # kernels found, memory laid out
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "precision": precision,
         "limit_bytes": limit,
-        "fit": {
-            "steps": fitting.steps,
-            "out_of_memory": fitting.out_of_memory,
-            "seconds": fit_seconds,
-            **{name: budget.measured_on.get(name) for name in ERRORS},
-            "sizes": [int(n) for n in ours],
-        },
-        "search": {
-            "buckets": len(bins),
-            "steps": found.steps,
-            "out_of_memory": found.out_of_memory,
-            "seconds": search_seconds,
-            "sizes": found.sizes.tolist(),
-        },
+        "wall_seconds": round(time.perf_counter() - began),
+        "fit": fit,
+        "search": found,
         "extreme_batches": {
             "steps": len(rows),
             "out_of_memory": events,
-            "allocated_over_predicted_worst": max(
-                (r["allocated"] / r["predicted"] for r in rows), default=0.0
-            ),
-            "reserved_over_limit": max((r["reserved"] / limit for r in rows), default=0.0),
-            "time_error_median": float(
-                np.median([abs(r["predicted_seconds"] / r["seconds"] - 1) for r in late])
-            ),
-            "mfu_mean": float(np.mean([r["mfu"] for r in late])),
+            "memory_error_median": median(abs(r["predicted"] / r["needed"] - 1) for r in rows),
+            "needed_over_predicted_worst": max((r["needed"] / r["predicted"] for r in rows), default=None),
+            "reserved_over_limit": max((r["reserved"] / limit for r in rows), default=None),
+            "time_error_median": median(abs(r["predicted_seconds"] / r["seconds"] - 1) for r in late),
+            "mfu_mean": float(np.mean([r["mfu"] for r in late])) if late else None,
         },
-        "rows": rows,
     }
-    print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=2))
+    print(json.dumps(result, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1)[:-2]
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        args.json.write_text(f'{text},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
-_COSTS: dict[tuple[int, int], int] = {}
+def median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return float(np.median(values)) if values else None
 
 
-def training_flops(config: ModelConfig, shape: tuple[int, ...], frame_seconds: float) -> float:
-    """Operations of a step: three times the forward pass, counted on shapes without storage."""
-    batch, frames, tokens = shape
-    key = (-(-frames // 10) * 10, -(-tokens // 10) * 10)  # few shapes are counted, to 10 frames and tokens
-    if key not in _COSTS:
-        cost = utterance_cost(config, key[0] * frame_seconds, key[1])
-        _COSTS[key] = 3 * (cost.encoder_flops + cost.decoder_flops)
-    return float(batch * _COSTS[key])
+def fitted(
+    prober: Prober, index: LengthIndex, frame_seconds: float, probes: int
+) -> tuple[Budget, dict[str, Any]]:
+    began = time.perf_counter()
+    budget = measure_budget(prober, index, frame_seconds, most_probes=probes, say=print)
+    told = {
+        "steps": prober.steps,
+        "out_of_memory": prober.out_of_memory,
+        "seconds": round(time.perf_counter() - began, 1),
+        **{name: budget.measured_on.get(name) for name in ERRORS},
+    }
+    print(f"fit: {told}", flush=True)
+    return budget, told
+
+
+def searched(prober: Prober, bins: Bins, frame_seconds: float) -> dict[str, Any]:
+    began = time.perf_counter()
+    found = search(prober, bins, frame_seconds)
+    told = {
+        "buckets": len(bins),
+        "steps": found.steps,
+        "out_of_memory": found.out_of_memory,
+        "seconds": round(time.perf_counter() - began, 1),
+        "sizes": found.sizes.tolist(),
+    }
+    print(f"search: {told}", flush=True)
+    return told
+
+
+def run_extremes(
+    step: TrainingStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
+) -> tuple[list[dict[str, Any]], int]:
+    """Runs the corners and the largest micro-batches of the balanced plan in random order, one after another without
+    emptying the cache, as training does, where the process may have ``limit`` bytes. Returns a row of each that fitted,
+    and how many did not."""
+    device, table = step.device, Plan(index, budget).batch_table(0)
+    largest = np.argsort(-budget.bytes(table.size, table.frames, table.tokens))[:most]
+    shapes = list(corners(index, budget))
+    shapes += [Shape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
+    shapes = shapes[:most]
+    random.Random(0).shuffle(shapes)
+    give_back()
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    rows, events, began = [], 0, time.perf_counter()
+    for shape in shapes:
+        if time.perf_counter() - began > seconds:
+            break
+        needed, spent = 0, 0.0
+        try:
+            needed, spent = taken(step, shape)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if not needed:  # outside of the handler: the traceback holds the step's tensors
+            step.clear()
+            give_back()
+            events += 1
+            continue
+        rows.append(
+            {
+                "shape": shape,
+                "predicted": round(float(budget.bytes(*shape))),
+                "needed": needed,
+                "reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else needed,
+                "predicted_seconds": float(budget.step_seconds(*shape)),
+                "seconds": spent,
+            }
+        )
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return rows, events
+
+
+def taken(step: TrainingStep, shape: Shape) -> tuple[int, float]:
+    """(peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a CPU."""
+    device, seconds = step.device, 0.0
+
+    def run() -> None:
+        nonlocal seconds
+        began = time.perf_counter()
+        step(*shape)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+
+    if device.type != "cuda":
+        return step.state_bytes + peak_of(run, device), seconds
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device), seconds
+
+
+def training_flops(config: ModelConfig, frame_seconds: float) -> Callable[[Any, Any], Any]:
+    """Operations of a training step for each utterance padded to (T, U), as a function of both: three times the
+    forward pass, whose cost is a polynomial of T and U, counted at a few lengths on shapes without storage."""
+    shapes = [(25, 8), (100, 60), (250, 8), (250, 200), (500, 60), (500, 200)]
+    costs = [utterance_cost(config, t * frame_seconds, u) for t, u in shapes]
+    t, u = np.array([(cost.frames, cost.tokens) for cost in costs], float).T
+    flops = np.array([3.0 * (cost.encoder_flops + cost.decoder_flops) for cost in costs])
+    terms = np.stack([t, t * t, u, t * u, u * u], 1) / flops[:, None]
+    return Polynomial(*np.linalg.lstsq(terms, np.ones(len(t)), rcond=None)[0].tolist())
 
 
 if __name__ == "__main__":

@@ -240,7 +240,9 @@ class _Search:
 
     def alone(self, say: Callable[[str], None]) -> list[tuple[int, int]]:
         """Runs one utterance of each anchor, from short to long; the anchors that fit."""
-        shares = (0.02, 0.5, 0.9, 1.0) if self.most_probes >= 30 else (0.05, 0.5, 1.0)
+        shares = (0.05, 1.0)  # few probes: batches of several are what tells the parts of a step apart
+        if self.most_probes >= 12:
+            shares = (0.02, 0.5, 0.9, 1.0) if self.most_probes >= 30 else (0.05, 0.5, 1.0)
         points = anchors(self.frames, self.tokens, shares)
         self.prober.warm_up(1, *points[0])
         state, last, fit_ = self.prober.step.state_bytes, None, []
