@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 
 import pytest
 import torch
 
-from canter.errors import ConfigError
+from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
 from canter.training.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
 from canter.training.session import train
@@ -65,17 +66,52 @@ def test_what_a_killed_writer_left_is_no_checkpoint(quiet):
     assert len(losses(quiet)) == 8
 
 
-def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, monkeypatch):
-    def full(self, *_):
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize(
+    "more", [-1000, 1000]
+)  # than the model's file takes: the optimisers' takes twice as much
+def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, more):
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(quiet, stopping_after(3))
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "_write", full)
-        with pytest.raises(Exception, match="could not be written \\(No space left on device\\)"):
+    most = (quiet.output / "checkpoints" / "step-000002" / "model.safetensors").stat().st_size + more
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(CanterError, match=r"could not be written .* the one before is whole"):
             train(quiet, unwatched)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert train(quiet, unwatched).progress.step == 8
+
+
+def test_a_log_that_cannot_be_written_is_named(quiet):
+    (quiet.output / "metrics.jsonl").mkdir(parents=True)
+    (quiet.output / "config.yaml").write_text("")
+    with pytest.raises(CanterError, match=r"metrics.jsonl: cannot write there \(Is a directory\)"):
+        train(quiet, unwatched)
+
+
+def test_the_newest_is_the_one_of_the_most_steps(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-1000000.copy"):
+        (tmp_path / name / "training").mkdir(parents=True)
+        (tmp_path / name / "training" / "state.json").touch()
+    assert [path.name for path in Checkpoints(tmp_path, 1).whole()] == ["step-999999", "step-1000000"]
+
+
+def test_a_run_killed_before_its_best_was_marked_marks_it(config, monkeypatch):
+    config = dataclasses.replace(config, track=())
+
+    def killed(self, step, wer):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "set_best", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, unwatched)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(config, stopping_after(5))
+    best = json.loads((config.output / "checkpoints" / "best.json").read_text())
+    assert best["checkpoint"] == "step-000004"
+    assert [row["step"] for row in log(config) if row["kind"] == "valid"] == [4]
 
 
 def test_checkpoints_are_kept_by_count_and_the_best_besides(config):

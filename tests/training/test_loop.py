@@ -14,6 +14,7 @@ from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
 from canter.planning.budget import Budget, Polynomial
 from canter.training.config import AugmentConfig
+from canter.training.pace import Pace
 from canter.training.session import train
 
 
@@ -60,6 +61,15 @@ def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):
     assert finished.prepared.steps > 1000  # as the budget has it
     assert finished.progress.step == settled["steps"] < 1000
     assert metrics(config)[-1]["steps"] == settled["steps"]
+
+
+def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monkeypatch):
+    monkeypatch.setattr("canter.training.prepare.choose_steps", lambda *_: 22)  # timed after the 20th
+    monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
+    more = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), workers=1, track=())
+    finished = train(more, unwatched)
+    assert finished.progress.step == 25
+    assert [row["step"] for row in metrics(config)] == list(range(1, 26))
 
 
 def test_every_utterance_once_an_epoch(config):

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+from datetime import timedelta
 
 import pytest
 
-from canter.errors import ConfigError
+from canter.errors import CanterError, ConfigError
 from canter.training import gradient
 from canter.training.config import OptimizerConfig
 from canter.training.ranks import _place, joined
@@ -124,6 +126,25 @@ def test_a_rank_out_of_memory_cuts_and_none_hangs(shared, tmp_path, on_ranks, pa
     assert cuts
     assert {row["what"] for row in cuts} == {"out of memory"}
     assert_same_steps(steps(short), steps(shared))
+
+
+def test_ranks_that_do_not_meet_say_where(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        place = {
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("canter.training.ranks.MEETING", timedelta(seconds=1))
+        says = pytest.raises(CanterError, match=rf"rank 1 of 2 did not meet the others at 127.0.0.1:{port}")
+        with says, joined("cpu"):
+            pass
 
 
 def test_the_launcher_s_environment(monkeypatch):

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from canter.errors import CanterError
+from canter.corpus.manifest import write_manifest
+from canter.errors import CanterError, ManifestError
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.gradient import Gradient
+from canter.training.optimizers import Optimizers
 from canter.training.recovery import out_of_memory
 from canter.training.session import train
 
@@ -98,6 +100,17 @@ def test_what_counts_as_out_of_memory(error, is_one):
     assert out_of_memory(error) is is_one
 
 
+def test_memory_that_runs_out_elsewhere_ends_the_run_with_a_message(quiet, monkeypatch):
+    def full(self, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Optimizers, "step", full)
+    with pytest.raises(
+        CanterError, match=r"step 1: memory ran out outside of a micro-batch .*Tried to allocate 2 GiB"
+    ):
+        train(quiet, unwatched)
+
+
 def spoiled(monkeypatch, steps):
     """The loss of these steps is not a number."""
     compute = Gradient.compute
@@ -127,3 +140,24 @@ def test_too_many_of_them_in_a_row_end_the_run(quiet, monkeypatch):
         CanterError, match=r"step 5: .* 3 steps up to here .* lower --optimizer.learning-rate"
     ):
         train(dataclasses.replace(quiet, bad_steps=3), unwatched)
+
+
+def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path):
+    rows = [json.loads(line) for line in spoken.test_manifest.read_text().splitlines()]
+    for row in rows:
+        row["audio_filepath"] = str(spoken.test_manifest.parent / row["audio_filepath"])
+    rows[0]["audio_filepath"] = "gone.wav"
+    write_manifest(tmp_path / "valid.jsonl", rows)
+    one = dataclasses.replace(quiet, valid=(tmp_path / "valid.jsonl",), valid_utterances=6, steps=1)
+    said = []
+    train(one, unwatched, said.append)
+    assert any(
+        "1 of 6 validation utterances cannot be read: " in line and "gone.wav" in line for line in said
+    )
+    write_manifest(tmp_path / "valid.jsonl", [row | {"audio_filepath": "gone.wav"} for row in rows])
+    with pytest.raises(ManifestError, match=r"6 of 6 validation utterances cannot be read: .*gone.wav"):
+        train(one, unwatched)
+    with pytest.raises(ManifestError, match=r"nowhere.jsonl does not exist"):
+        train(
+            dataclasses.replace(one, valid=(tmp_path / "nowhere.jsonl",), output=tmp_path / "new"), unwatched
+        )

@@ -86,7 +86,7 @@ def _file(path: Path, tags: Mapping[str, str], depth: int) -> Group:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with NUL, bytes that are no UTF-8, a date that is none
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None

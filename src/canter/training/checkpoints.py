@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +28,7 @@ STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors
 CHECKSUMS = "checksums.json"
 BEST = "best.json"
 DAMAGED = ".damaged-"
+NAME = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Checkpoints:
         self.pending.append(self.thread.submit(self._write, snapshot, model, characters))
 
     def set_best(self, step: int, wer: float) -> None:
-        """Marks the checkpoint of ``step``, once it is written, as the best so far."""
+        """Marks the checkpoint of ``step``, once it is written, as the best so far; returns when that is on disk."""
         content = json.dumps({"checkpoint": self.path(step).name, "wer": wer}) + "\n"
 
         def write() -> None:
@@ -65,6 +68,7 @@ class Checkpoints:
             self._prune()  # the one that was best
 
         self.pending.append(self.thread.submit(write))
+        self.wait()
 
     def wait(self) -> None:
         """Until all is on disk."""
@@ -72,11 +76,12 @@ class Checkpoints:
         for one in pending:
             try:
                 one.result()
-            except OSError as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+                told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
                 raise CanterError(
-                    f"{self.folder}: the checkpoint could not be written ({error.strerror or error}); the one before "
-                    "is whole: make room there, and the same command goes on from it"
-                ) from None
+                    f"{self.folder}: the checkpoint could not be written ({told}); the one before is whole: make room "
+                    "there, and the same command goes on from it"
+                ) from error
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -112,13 +117,18 @@ class Checkpoints:
         best = self.best()
         for old in self.whole()[: -self.keep]:
             if best is None or old.name != best["checkpoint"]:
-                shutil.rmtree(old, ignore_errors=True)
+                gone = old.with_name(f".{old.name}.gone")  # so that a half of it is never taken for one
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     # -- reading --
 
     def whole(self) -> list[Path]:
         """Checkpoints that were written to their end, oldest first."""
-        return sorted(path.parent.parent for path in self.folder.glob(f"step-*/training/{STATE}"))
+        found = [path.parent.parent for path in self.folder.glob(f"step-*/training/{STATE}")]
+        return sorted(
+            (path for path in found if NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
+        )
 
     def best(self) -> dict[str, Any] | None:
         """{"checkpoint", "wer"} of the best validation so far."""
@@ -189,6 +199,7 @@ def write_whole(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    to_disk(path.parent)
 
 
 def to_disk(path: Path) -> None:

@@ -1,10 +1,14 @@
 """Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
 
 import math
+import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -147,11 +151,31 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     )
 
 
-def _leave_interrupts_to_the_loop(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still
-    needs its data. Workers end with the loop."""
+def start_worker(_: int) -> None:
+    """Has a data worker end with the process that it works for, however that ends, and not before: Ctrl-C reaches
+    every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still needs its data."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """DataLoader's own watchdog looks at the fork server, which waits for the workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _start_server() -> None:
+    """Starts the process that workers are forked from with SIGTERM blocked: it would end by what reaches all processes
+    of a job, and the workers after it."""
+    resource_tracker.ensure_running()  # it sets the mask for itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Stream(torch.utils.data.Sampler):
@@ -170,10 +194,11 @@ def load_ahead(
     """Micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: this one)."""
     context: dict[str, Any] = {}
     if workers:
+        _start_server()
         context = {
             "multiprocessing_context": "forkserver",
             "prefetch_factor": 8,
-            "worker_init_fn": _leave_interrupts_to_the_loop,
+            "worker_init_fn": start_worker,
         }
     with warnings.catch_warnings():
         warnings.filterwarnings(

@@ -20,6 +20,7 @@ from canter.training.gradient import Computed, Counts, Gradient, weighted
 from canter.training.optimizers import Optimizers
 from canter.training.pace import Pace
 from canter.training.ranks import ALONE, Ranks
+from canter.training.recovery import out_of_memory
 from canter.training.reports import Part, Parts, Progress, StepReport
 from canter.training.run import Run
 from canter.training.signals import finish_step_on_signals
@@ -76,6 +77,7 @@ class Trainer:
         self.progress = Progress(plan=plan.fingerprint)
         self.saved = -1  # the step of the last checkpoint
         self.reopen = False  # data is to be loaded anew, by a smaller budget, from the next window on
+        self.drawn = False  # all that was to be loaded has been asked for
         self.pace = Pace(config, predicted_seconds / steps, run.settled().get("timed", 0))
         self.pace.plan(0, steps)
 
@@ -119,6 +121,8 @@ class Trainer:
                     done = progress.step
                     if done == self.pace.at:
                         self._settle_steps()
+                        if self.drawn:  # up to what was the last step then
+                            loader = self._open()
                     if self.reopen and planned.after.window != planned.window:
                         loader, self.reopen = self._open(), False
                     if done < self.steps and not stopped:
@@ -126,10 +130,21 @@ class Trainer:
                             self._save()
                         if self._validates(done):
                             self._validate()
+                if stopped:
+                    self.say(f"asked to stop: step {progress.step} is the last, and saved")
                 if progress.step > self.saved and progress.step > 0:
                     self._save()
                 if not stopped and not self._validated():
                     self._validate()
+                self.checkpoints.wait()
+                self.ranks.table([0.0])  # a launcher ends those that are left once one has gone
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise CanterError(
+                f"step {progress.step + 1}: memory ran out outside of a micro-batch ({str(error)[:200]}), where "
+                "nothing can be cut; lower limit_bytes in the run's budget.json, or take a smaller model"
+            ) from error
         finally:
             self.checkpoints.wait()
         if stopped:
@@ -140,7 +155,7 @@ class Trainer:
 
     def _open(self) -> Iterator[Loaded]:
         """Micro-batches from the next step on, loaded ahead."""
-        progress = self.progress
+        progress, self.drawn = self.progress, False
         addresses = self.upcoming.addresses(progress.position, progress.epoch, progress.step)
         pin = self.device.type == "cuda"
         return load_ahead(self.data, self._until_the_end(addresses), self.config.workers, pin=pin)
@@ -148,6 +163,7 @@ class Trainer:
     def _until_the_end(self, addresses: Iterator[Any]) -> Iterator[Any]:
         for address in addresses:
             if address.step >= self.steps:
+                self.drawn = True
                 return
             yield address
 
@@ -361,9 +377,9 @@ class Trainer:
         self.progress.wer = metrics["wer"]
         if not self.ranks.first:
             return
-        self.run.log(kind="valid", step=done, **metrics)
-        self.track(done, {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
         self.checkpoints.wait()
         best = self.checkpoints.best()
         if best is None or metrics["wer"] <= best["wer"]:
             self.checkpoints.set_best(done, metrics["wer"])
+        self.run.log(kind="valid", step=done, **metrics)  # the last of it: without this line it is done again
+        self.track(done, {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, int | float)})

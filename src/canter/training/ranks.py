@@ -28,6 +28,7 @@ IN_FLIGHT = 2  # buckets being reduced at a time
 BEAT = 1.0  # seconds between signs of life
 GRACE = 5.0  # seconds that a rank has to end by itself once another has failed
 FAILED = "failed"
+MEETING = timedelta(minutes=10)  # for all ranks to start
 T = TypeVar("T")
 
 
@@ -202,16 +203,23 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local)
-    base, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"canter/{attempt}", base)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("groups", store),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(minutes=30),
-    )
+    try:
+        base, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"canter/{attempt}", base)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=30),
+        )
+    except RuntimeError as error:  # of the store, the network or the time
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise CanterError(
+            f"rank {rank} of {size} did not meet the others at {where} ({' '.join(str(error).split())[:200]}); were "
+            "all of them started, and is the port free and reachable?"
+        ) from None
     ranks = Ranks(rank, size, local, store)
     pulse = _Pulse(ranks, timeout)
     pulse.start()
@@ -224,7 +232,7 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
         with suppress(RuntimeError):  # without a connection there is nobody to tell
             if not store.check([FAILED]) and not isinstance(error, KeyboardInterrupt):
                 store.set(FAILED, said)
-                if rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+                if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     time.sleep(2 * BEAT)  # the store ends with this process: the others read it before
         raise
     finally:

@@ -13,11 +13,14 @@ tensorboard/      the metrics once more
 report.html       by 'canter report'
 """
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,11 @@ import yaml
 
 from canter.corpus.manifest import Problem
 from canter.errors import ConfigError
-from canter.training.checkpoints import Checkpoints, write_whole
+from canter.training.checkpoints import Checkpoints, to_disk, write_whole
 from canter.training.config import TrainConfig, changes, dump_config, from_mapping
 
 SETTLED = "run.json"
+LOCK = ".lock"
 LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.parts", "budget.json", ".cache")
 # What an allowed change makes void: settled values by their key, files by their name.
 VOID = {
@@ -73,15 +77,12 @@ class Run:
             _void(folder, [name for name, _, _ in changed])
         elif held.exists():  # of an attempt that got no further: its leftovers may be of other data
             _remove(folder, LEFTOVERS)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists and is not a run; choose another --output")
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        else:
+            _refuse_other_content(folder)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             write_whole(held, dump_config(config))
-        except OSError as error:
-            raise ConfigError(
-                f"{folder}: cannot write there ({error.strerror}); choose another --output"
-            ) from None
+            (folder / "checkpoints").mkdir(exist_ok=True)
         return cls(folder, changed=tuple(f"{name}: {before} -> {now}" for name, before, now in changed))
 
     @property
@@ -104,8 +105,12 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def settle(self, values: dict[str, Any]) -> None:
-        if self.writes:
-            write_whole(self.folder / SETTLED, json.dumps(values, indent=2) + "\n")
+        if not self.writes:
+            return
+        for name in LEFTOVERS:  # what they rest on outlives a power cut too
+            for path in (self.folder / name, *(self.folder / name).glob("**/*")):
+                to_disk(path)
+        write_whole(self.folder / SETTLED, json.dumps(values, indent=2) + "\n")
 
     def log(self, **values: Any) -> None:
         """Appends a line to the metrics."""
@@ -124,7 +129,7 @@ class Run:
     def _append(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
         if lines and self.writes:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            with path.open("a", encoding="utf-8") as file:
+            with _writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(text)
 
     def forget_after(self, step: int) -> None:
@@ -139,6 +144,62 @@ class Run:
             return False
         with self.metrics.open(encoding="utf-8") as file:
             return any(f'"kind": "valid", "step": {step},' in line for line in file)
+
+
+@contextmanager
+def claimed(folder: Path, seconds: float = 10.0) -> Iterator[None]:
+    """Keeps other processes from training in ``folder``, which is made, in this context. Waits for one that has the
+    folder for as many seconds: what a killed launcher leaves needs a moment to notice.
+
+    Raises ConfigError where one still has it, or the folder cannot be written.
+    """
+    if not (folder / "config.yaml").exists():
+        _refuse_other_content(folder)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        end = time.monotonic() + seconds
+        while not _locked(handle):
+            if time.monotonic() > end:
+                holder = os.pread(handle, 100, 0).decode(errors="replace").strip()
+                raise ConfigError(
+                    f"{folder}: another process ({holder}) trains there; wait for it or stop it, or choose another "
+                    "--output"
+                )
+            time.sleep(0.1)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        # else a file system without locks, which has none to wait for
+    return True
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says which file or folder it is that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot write there ({error.strerror}); make room or choose another --output"
+        ) from None
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Raises ConfigError where a folder without config.yaml is not empty, hidden files aside."""
+    if folder.exists() and (not folder.is_dir() or any(not n.startswith(".") for n in os.listdir(folder))):
+        raise ConfigError(f"{folder} exists and is not a run; choose another --output")
 
 
 def _refuse(folder: Path, changed: list[tuple[str, Any, Any]], allowed: bool) -> None:

@@ -15,6 +15,7 @@ from canter.training.prepare import Prepared, prepare
 from canter.training.ranks import joined
 from canter.training.rehearsal import rehearse
 from canter.training.reports import Progress, StepReport
+from canter.training.run import claimed
 from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
 
@@ -44,16 +45,19 @@ def train(
     it on the first rank alone. ``load`` reads --init (see ``prepare``). Raises KeyboardInterrupt, once all is
     saved, where the run was asked to stop.
     """
-    with joined(config.device, config.rank_timeout) as ranks:
+    with (
+        joined(config.device, config.rank_timeout) as ranks,
+        claimed(config.output) if ranks.first else nullcontext(),
+    ):
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
+        rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
         validate = None
         if config.valid:
-            rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
             rate = prepared.data.sample_rate
             chosen = spread_over(rows, config.valid_utterances)
-            validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks)
+            validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say)
         trainer = Trainer(
             config,
             prepared.run,

@@ -8,7 +8,7 @@ import torch
 
 from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
-from canter.errors import AudioError
+from canter.errors import AudioError, ManifestError
 from canter.evaluation.translation import score_translations
 from canter.evaluation.wer import score
 from canter.inference.engine import engine_for
@@ -26,19 +26,30 @@ def validator(
     sample_rate: int,
     precision: str,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Callable[[SpeechModel, int], dict[str, Any]]:
     """``validate(model, step) -> metrics`` over ``utterances``, whose audio is read once; unreadable ones are left
-    out. WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those that are translations.
-    Each rank decodes its part, and all have the result."""
+    out, and ``say`` is told. WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those
+    that are translations. Each rank decodes its part, and all have the result.
+
+    Raises ManifestError where none can be read.
+    """
     kept: list[Utterance] = []
     requests: list[Request] = []
+    problems: list[str] = []
     for utterance in utterances[ranks.rank :: ranks.size]:
         try:
             audio = load_utterance(utterance, sample_rate)
-        except AudioError:
+        except AudioError as error:
+            problems.append(str(error))
             continue
         kept.append(utterance)
         requests.append(Request(audio, tokenizer.prompt(utterance)))
+    if left_out := [problem for some in ranks.objects(problems) for problem in some]:
+        told = f"{len(left_out)} of {len(utterances)} validation utterances cannot be read: {left_out[0]}"
+        if len(left_out) == len(utterances):
+            raise ManifestError(told)
+        say(told)
 
     def validate(model: SpeechModel, step: int) -> dict[str, Any]:
         engine = engine_for(model, tokenizer.end, EngineConfig())
