@@ -1,15 +1,18 @@
 """Training that is hard to kill, at full size: SIGKILL at random points, broken audio, fuzzed manifests.
 
-    python benchmarks/resilience.py kills  -o FOLDER [--trials 50] [--ranks 1] [--json FILE]
+    python benchmarks/resilience.py kills  -o FOLDER [--trials 50] [--ranks 1] [--minutes 10] [--json FILE]
     python benchmarks/resilience.py broken -o FOLDER [--files 1000] [--json FILE]
     python benchmarks/resilience.py fuzz   -o FOLDER [--manifests 10000] [--json FILE]
 
-kills: a run is killed again and again, at least a fifth of the times while a checkpoint is being written, and started
-anew until it is through; its losses, rows and weights must be those of an undisturbed run to the last bit. broken: one
-file in twenty is broken, in eight ways; the run must complete and name each. fuzz: manifests mutated at random go
-through the reader that 'canter index' and 'canter train' share; anything but rows, problems or a CanterError fails.
+kills: a run is killed again and again, every other time while a checkpoint is being written, one time in ten while it
+starts, and started anew until it is through; its losses, rows and weights, and every checkpoint that is there after a
+kill, must be those of an undisturbed run to the last bit. With several ranks one of them is killed, and the others must
+end by themselves. Past --minutes it stops, and the same command goes on. broken: one file in twenty is broken, in eight
+ways; the run must complete and name each. fuzz: see fuzzing.py. --json FILE gets the figures under the part's name;
+those of other parts stay.
 """
 
+import itertools
 import json
 import os
 import random
@@ -19,27 +22,27 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import soundfile
-import torch
 import tyro
-from safetensors.torch import load_file
+from fuzzing import fuzz
 
 from canter.corpus.manifest import write_manifest
-from canter.corpus.sources import open_source
 from canter.corpus.synthesis import synthesise
-from canter.errors import CanterError
 from canter.planning.budget import Budget
 
 MODEL = shlex.split("""
     --model.encoder-layers 2 --model.decoder-layers 1 --model.width 64 --model.heads 4 --model.mels 40
     --model.subsampling-channels 8 --vocabulary 200 --precision float32 --threads 1 --batch-seconds 16
 """)
+SAME = ("model.safetensors", "training/optimizers.pt")  # of a checkpoint; state.json has the time spent
+STARTING = 8.0  # seconds from its start in which a run is killed that is to be killed while it starts
+WRITING = 0.03  # seconds, about, that a checkpoint takes to be written
+INTERVAL = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Options:
     """Kills."""
     ranks: int = 1
     """Processes of the killed run."""
-    steps: int = 400
+    steps: int = 500
     """Of the killed run."""
+    minutes: float = 10.0
+    """After which no other kill is begun in this call."""
     files: int = 1000
     """Of which one in twenty is broken."""
     manifests: int = 10_000
@@ -65,111 +70,152 @@ class Options:
 # -- kills --
 
 
-def command(options: Options, corpus: Any, folder: Path, ranks: int, *more: str) -> list[str]:
-    budget = options.output / "budget.json"
+def command(ranks: int, manifest: Path, folder: Path, *more: str) -> list[str]:
+    """Of a training run of MODEL, under torchrun where there are several ranks."""
+    start = [sys.executable, "-m"]
+    start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    budget = folder.parent / "budget.json"
     if not budget.exists():
         Budget.from_batch_seconds(60.0).save(budget)
-    start = [sys.executable, "-m", "canter"]
-    if ranks > 1:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(ranks),
-            "-m",
-            "canter",
-        ]
-    files = ["--manifest", str(corpus.train_manifest), "--output", str(folder), "--budget", str(budget)]
-    return [*start, "train", *files, *MODEL, *more]
+    files = ["--manifest", str(manifest), "--output", str(folder), "--budget", str(budget)]
+    return [*start, "canter", "train", *files, *MODEL, *more]
 
 
-def in_the_middle_of_a_checkpoint(folder: Path) -> bool:
-    return any(folder.glob("checkpoints/.step-*"))
-
-
-def kills(options: Options) -> dict[str, Any]:
-    corpus = synthesise(options.output / "corpus", utterances=200, test_utterances=6)
-    every = 10
-    more = [
-        "--steps",
-        str(options.steps),
-        "--valid-every",
-        str(every),
-        "--workers",
-        "1",
-        "--track",
-        "tensorboard",
-    ]
+def kills(options: Options) -> dict[str, Any] | None:
+    began = time.monotonic()
+    corpus = synthesise(options.output / "corpus", utterances=200, test_utterances=6, workers=1)
+    straight, killed, journal = (options.output / name for name in ("straight", "killed", "kills.jsonl"))
+    more = ["--steps", str(options.steps), "--save-every", str(INTERVAL), "--workers", "1"]
     more += ["--micro-batches-per-step", str(options.ranks)]
-    straight, killed = options.output / "straight", options.output / "killed"
-    for folder in (straight, killed):
-        shutil.rmtree(folder, ignore_errors=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        command(options, corpus, straight, options.ranks, *more),
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    if not journal.exists():
+        for folder in (straight, killed):
+            shutil.rmtree(folder, ignore_errors=True)
+        through = command(options.ranks, corpus.train_manifest, straight, *more, "--keep", "100000")
+        subprocess.run(through, check=True, capture_output=True)
+        journal.touch()
     draw = random.Random(options.seed)
-    taken, redone, writing, outputs = 0, [], 0, []
-    trial = 0
-    while True:
-        last = last_step(killed)
-        with subprocess.Popen(
-            command(options, corpus, killed, options.ranks, *more),
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            if trial < options.trials:
-                # where a run stands when it is killed decides how much is left for the other trials
-                goal = options.steps * (trial + 1) // (options.trials + 1)
-                aim_at_writing = trial % 4 == 0
-                while process.poll() is None:
-                    there = last_step(killed) >= goal
-                    if there and (not aim_at_writing or in_the_middle_of_a_checkpoint(killed)):
-                        break
-                    time.sleep(0.0005 if there else 0.01)
-                if not aim_at_writing:
-                    time.sleep(draw.random() * 0.2)
-                writing += in_the_middle_of_a_checkpoint(killed)
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    taken += 1
-            said = process.communicate()[1]
-        if trial and last:
-            redone.append(last - (resumed_at(said) or 0))
-        outputs.append(said)
-        trial += 1
-        if process.returncode == 0:
-            break
-        if trial > options.trials + 5:
-            raise SystemExit(f"the run does not come to its end:\n{said}")
+    goals = sorted(draw.sample(range(1, options.steps), options.trials))
+    while (trial := len(lines(journal))) < options.trials:
+        if time.monotonic() - began > 60 * options.minutes:
+            print(f"{trial} of {options.trials} kills; the same command goes on")
+            return None
+        way = "starting" if trial % 10 == 4 else "writing" if trial % 2 else "training"
+        draw = random.Random(options.seed + trial)
+        found = one_kill(
+            command(options.ranks, corpus.train_manifest, killed, *more), killed, goals[trial], way, draw
+        )
+        found["differing"] = differing(killed, straight)
+        with journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        if found["traceback"]:
+            raise SystemExit(found["said"])
+    done = subprocess.run(
+        command(options.ranks, corpus.train_manifest, killed, *more), capture_output=True, text=True
+    )
+    rows = [*lines(journal), {"resumed": resumed_at(done.stderr)}]
+    redone = [a["last"] - b["resumed"] for a, b in itertools.pairwise(rows) if b["resumed"] is not None]
     a, b = (steps_of(folder) for folder in (straight, killed))
-    ours, theirs = (load_file(newest(folder) / "model.safetensors") for folder in (killed, straight))
     return {
-        "kills": taken,
-        "while_a_checkpoint_was_written": writing,
+        "kills": len(rows) - 1,
+        "ranks": options.ranks,
+        "while_a_checkpoint_was_written": sum(row["writing"] for row in rows[:-1]),
+        "while_starting": sum(row["way"] == "starting" for row in rows[:-1]),
         "steps": options.steps,
-        "interval": every,
+        "interval": INTERVAL,
+        "completed": done.returncode == 0 and len(a) == options.steps,
         "losses_identical": [row[1] for row in a] == [row[1] for row in b],
         "utterances_identical": [row[0] for row in a] == [row[0] for row in b],
-        "weights_identical": all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()),
-        "torn_checkpoints_loaded": sum("is damaged" in said or "Traceback" in said for said in outputs),
-        "steps_redone_at_most": max(redone, default=0),
+        "weights_identical": newest(killed).name == newest(straight).name and not differing(killed, straight),
+        "checkpoints_after_kills_that_differ": sum(len(row["differing"]) for row in rows[:-1]),
+        "checkpoints_found_damaged": sum("is damaged" in row["said"] for row in rows[:-1]),
+        "steps_redone_at_most": max(redone),
+        "steps_redone": sum(redone),
+        **({} if options.ranks == 1 else ends_of_others(rows[:-1])),
     }
 
 
+def ends_of_others(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "seconds_until_the_others_ended": [round(row["seconds_to_end"], 1) for row in rows],
+        "others_said_why": sum(
+            "another rank was lost" in row["said"] or "sign of life" in row["said"] for row in rows
+        ),
+    }
+
+
+def one_kill(run: list[str], folder: Path, goal: int, way: str, draw: random.Random) -> dict[str, Any]:
+    """Starts the run, kills it ``way`` it is ("training": at a random moment once it has come to step ``goal``), and
+    tells what became of it."""
+    since = time.time()
+    with subprocess.Popen(
+        run, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        if way == "starting":
+            time.sleep(draw.random() * STARTING)
+        else:
+            while process.poll() is None and reached(folder, since) < goal:
+                time.sleep(0.01)
+            while way == "writing" and process.poll() is None and not half_written(folder):
+                time.sleep(0.0005)
+            time.sleep(draw.random() * (WRITING if way == "writing" else 0.5))
+        ranks = children(process.pid) if "--nproc-per-node" in run else []
+        victim = draw.choice(ranks) if ranks and way != "writing" else min(ranks, default=process.pid)
+        os.kill(victim, signal.SIGKILL)
+        at = time.monotonic()
+        said = process.communicate()[1]
+    return {
+        "way": way,
+        "last": last_step(folder),
+        "resumed": resumed_at(said),
+        "writing": half_written(folder),
+        "seconds_to_end": time.monotonic() - at,
+        "traceback": "Traceback" in said and not ranks,  # torchrun itself ends by one
+        "said": said[-3000:],
+    }
+
+
+def children(pid: int) -> list[int]:
+    """Ids of the processes that ``pid`` has started, oldest first: torchrun's are the ranks."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def half_written(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/.step-*.partial"))
+
+
+def reached(folder: Path, since: float) -> int:
+    """The last step logged since then."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 3000))
+        tail = file.read().splitlines()
+    for line in reversed(tail):
+        try:
+            row = json.loads(line)
+            return row["step"] if row["time"] > since else 0
+        except ValueError:  # torn, or begun before the tail
+            continue
+    return 0
+
+
 def last_step(folder: Path) -> int:
-    rows = lines(folder / "metrics.jsonl")
-    return max((row["step"] for row in rows), default=0)
+    return max((row["step"] for row in lines(folder / "metrics.jsonl")), default=0)
+
+
+def differing(folder: Path, other: Path) -> list[str]:
+    """Files of checkpoints that are not as those of the undisturbed run."""
+    return [
+        f"{checkpoint.name}/{name}"
+        for checkpoint in folder.glob("checkpoints/step-*")
+        for name in SAME
+        if (checkpoint / name).read_bytes() != (other / "checkpoints" / checkpoint.name / name).read_bytes()
+    ]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
+    """Of a log, up to one that is torn."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -180,11 +226,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def resumed_at(said: str) -> int | None:
+    """The step that a run said it went on at; 0 for one that began, None for one that did not come to it."""
     found = [line.split() for line in said.splitlines() if line.startswith("continuing at step")]
-    return int(found[-1][3]) if found else None
+    if found:
+        return int(found[-1][3])
+    return 0 if "minutes by the budget" in said else None
 
 
 def steps_of(folder: Path) -> list[tuple[Any, float]]:
+    """(rows, loss) of each step."""
     used = {row["step"]: row["rows"] for row in lines(folder / "utterances.jsonl")}
     return [(used[r["step"]], r["loss"]) for r in lines(folder / "metrics.jsonl") if r["kind"] == "train"]
 
@@ -241,7 +291,7 @@ def harms(folder: Path) -> dict[str, Any]:
 
 
 def broken(options: Options) -> dict[str, Any]:
-    corpus = synthesise(options.output / "corpus", utterances=options.files, test_utterances=6)
+    corpus = synthesise(options.output / "corpus", utterances=options.files, test_utterances=6, workers=1)
     folder = options.output / "broken"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -258,21 +308,8 @@ def broken(options: Options) -> dict[str, Any]:
             told[row["audio_filepath"]] = name
     write_manifest(folder / "train.jsonl", rows)
     run = folder / "run"
-    arguments = [
-        "--manifest",
-        str(folder / "train.jsonl"),
-        "--epochs",
-        "1",
-        "--workers",
-        "1",
-        "--valid-every",
-        "1000",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "canter", "train", "--output", str(run), *MODEL, *arguments],
-        capture_output=True,
-        text=True,
-    )
+    more = ["--epochs", "1", "--workers", "1", "--valid-every", "1000"]
+    done = subprocess.run(command(1, folder / "train.jsonl", run, *more), capture_output=True, text=True)
     named = {row["file"]: row["reason"] for row in lines(run / "skipped.jsonl")}
     named |= {row["file"]: row["reason"] for row in lines(run / "lengths.skipped.jsonl")}
     found = {name: 0 for name, _ in ways}
@@ -294,98 +331,31 @@ def broken(options: Options) -> dict[str, Any]:
     }
 
 
-# -- fuzzed manifests --
-
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x" * 5000,
-    "é\u0000",
-    [],
-    {},
-    [1],
-    "1.5",
-]
-KEYS = [
-    "audio_filepath",
-    "duration",
-    "text",
-    "offset",
-    "lang",
-    "source_lang",
-    "target_lang",
-    "taskname",
-    "pnc",
-    "_skipme",
-]
+# -- figures --
 
 
-def mutated(draw: random.Random, row: dict[str, Any]) -> bytes:
-    """A manifest of a few lines, spoilt in its values, its keys or its bytes."""
-    written = []
-    for _ in range(draw.randint(1, 4)):
-        one = dict(row)
-        for _ in range(draw.randint(0, 3)):
-            how = draw.random()
-            key = draw.choice(KEYS)
-            if how < 0.6:
-                one[key] = draw.choice(VALUES)
-            elif how < 0.8:
-                one.pop(key, None)
-            else:
-                one[draw.choice(["", "Text", "audio", "\ud800"])] = draw.choice(VALUES)
-        written.append(json.dumps(one).encode())
-    content = bytearray(b"\n".join(written))
-    for _ in range(draw.choice([0, 0, 0, 1, 5, 50])):
-        place = draw.randrange(len(content))
-        harm = draw.random()
-        if harm < 0.5:
-            content[place] = draw.randrange(256)
-        elif harm < 0.8:
-            del content[place : place + draw.randint(1, 20)]
-        else:
-            content[place:place] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 8)))
-        if not content:
-            break
-    return bytes(content)
-
-
-def fuzz(options: Options) -> dict[str, Any]:
-    corpus = synthesise(options.output / "corpus", utterances=40, test_utterances=6)
-    row = json.loads(corpus.train_manifest.read_text(encoding="utf-8").splitlines()[0])
-    row["audio_filepath"] = str(corpus.train_manifest.parent / row["audio_filepath"])
-    draw = random.Random(options.seed)
-    path = options.output / "fuzzed.jsonl"
-    counts = {"manifests": options.manifests, "rows": 0, "problems": 0, "refused": 0}
-    failures: list[str] = []
-    for _ in range(options.manifests):
-        content = mutated(draw, row)
-        path.write_bytes(content)
-        try:
-            for found in open_source(path):
-                counts["problems" if hasattr(found, "reason") else "rows"] += 1
-        except CanterError:
-            counts["refused"] += 1
-        except Exception:
-            failures.append(f"{content[:300]!r}\n{traceback.format_exc(limit=-3)}")
-    return counts | {"tracebacks": len(failures), "first": failures[:3]}
+def keep(result: dict[str, Any], name: str, file: Path | None) -> None:
+    """Prints the figures, and puts them beside those of other parts."""
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+    if file:
+        parts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        parts[name] = result
+        file.write_text(json.dumps(parts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     options.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    result = {"kills": kills, "broken": broken, "fuzz": fuzz}[options.what](options)
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    print(json.dumps(result, indent=2, ensure_ascii=False))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.what == "kills":
+        result = kills(options)
+    else:
+        fuzzing = options.what == "fuzz"
+        result = fuzz(options.output, options.manifests, options.seed) if fuzzing else broken(options)
+        result["seconds"] = round(time.perf_counter() - start, 1)
+    if result is not None:
+        name = f"kills, ranks: {options.ranks}" if options.what == "kills" else options.what
+        keep(result, name, options.json)
 
 
 if __name__ == "__main__":
