@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import canter
 from canter.errors import CheckpointError
+from canter.models import files
 from canter.models.features import length_mask
 from canter.models.model import Batch
 from canter.models.nemo import NAMES, opened
@@ -269,3 +270,19 @@ def test_what_nemo_lacks_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no tokenizer"):
         write_nemo(small_model(), tmp_path / "x.nemo")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_what_was_there(shared, tmp_path, monkeypatch):
+    model = canter.load_model(shared / "fixtures" / "nemo" / "b" / "model.nemo")
+    write_nemo(model, tmp_path / "x.nemo")
+    before = (tmp_path / "x.nemo").read_bytes()
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files, "_to_disk", full)
+    for target in ("x.nemo", "new.nemo"):
+        with pytest.raises(OSError, match="No space left"):
+            write_nemo(model, tmp_path / target)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.nemo"]
+    assert (tmp_path / "x.nemo").read_bytes() == before

@@ -74,6 +74,15 @@ def test_orders(a, b):
     assert max(counts) - min(counts) <= 1
 
 
+def test_layers_kept():
+    assert kept_layers(2, 4) == [0, 3]
+    assert kept_layers(2, 4, "even") == [0, 2]
+    assert kept_layers(4, 24, "even") == [0, 6, 12, 18]
+    assert kept_layers(2, 4, "first") == [0, 1]
+    assert kept_layers(2, 4, "last") == [2, 3]
+    assert kept_layers(1, 4) == kept_layers(1, 4, "even") == [0]
+
+
 def test_keeping_parameters_and_operations():
     model = small_whisper()
     total = sum(parameters(model).values())

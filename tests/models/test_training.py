@@ -16,7 +16,7 @@ from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.norm import MaskedBatchNorm
 from canter.text import train_tokenizer
 
-from .conftest import small_config, small_model, small_whisper
+from .conftest import small_model, small_whisper
 from .test_invariance import make_batch
 
 
@@ -87,28 +87,35 @@ def test_speed_moves_a_tone():
 
 
 @pytest.mark.parametrize(
-    ("part", "rate"),
+    ("make", "part", "rate"),
     [
-        ("encoder", "dropout"),
-        ("encoder", "dropout_input"),
-        ("encoder", "dropout_attention"),
-        ("encoder", "layer_drop"),
-        ("decoder", "dropout"),
-        ("decoder", "dropout_attention"),
-        ("decoder", "dropout_activation"),
-        ("decoder", "layer_drop"),
+        (small_model, "encoder", "dropout"),
+        (small_model, "encoder", "dropout_input"),
+        (small_model, "encoder", "dropout_attention"),
+        (small_model, "encoder", "layer_drop"),
+        (small_model, "decoder", "dropout"),
+        (small_model, "decoder", "dropout_attention"),
+        (small_model, "decoder", "dropout_activation"),
+        (small_model, "decoder", "layer_drop"),
+        (small_whisper, "encoder", "dropout"),
+        (small_whisper, "encoder", "dropout_attention"),
+        (small_whisper, "encoder", "dropout_activation"),
+        (small_whisper, "encoder", "layer_drop"),
+        (small_whisper, "decoder", "dropout"),
     ],
 )
-def test_each_dropout_acts_in_training_only(part, rate):
-    config = small_config()
-    model = small_model(**{part: replace(getattr(config, part), **{rate: 0.5})})
+def test_each_dropout_acts_in_training_only(make, part, rate):
+    plain = make()
+    model = type(plain)(replace(plain.config, **{part: replace(getattr(plain.config, part), **{rate: 0.5})}))
+    model.load_state_dict(plain.state_dict())
+    model.eval()
     batch = make_batch([8000, 6000], 0, seed=3)
 
     def loss(seed):
         torch.manual_seed(seed)
         return model.loss(batch).attention.item()
 
-    assert loss(0) == loss(1) == pytest.approx(small_model().loss(batch).attention.item())
+    assert loss(0) == loss(1) == pytest.approx(plain.loss(batch).attention.item())
     model.train()
     assert loss(0) == loss(0)
     assert len({loss(seed) for seed in range(8)}) > 1

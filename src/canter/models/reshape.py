@@ -19,18 +19,18 @@ from canter.models.fitting import build
 from canter.models.model import ModelConfig, SpeechModel
 
 Growth = Literal["identity", "copy"]
-Kept = Literal["spread", "first", "last"]
+Kept = Literal["spread", "even", "first", "last"]
 
 
 def kept_layers(count: int, of: int, kept: Kept = "spread") -> list[int]:
-    """Which layers a stack of ``of`` keeps: the first, the last, or spread from first to last (Gandhi et
-    al., 2023, who made Distil-Whisper so)."""
+    """Which layers a stack of ``of`` keeps: the first, the last, spread from first to last (Gandhi et
+    al., 2023, who made Distil-Whisper so), or at even steps from the first on."""
     if kept == "first" or count == of:
         return list(range(count))
     if kept == "last":
         return list(range(of - count, of))
-    if count == 1:
-        return [0]
+    if count == 1 or kept == "even":
+        return [place * of // count for place in range(count)]
     return [round(place * (of - 1) / (count - 1)) for place in range(count)]
 
 
