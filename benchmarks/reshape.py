@@ -10,13 +10,16 @@ learning rates. FOLDER keeps the reshaped model and both runs; started again, it
 import json
 import platform
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 
 from canter.cli.progress import TrainingProgress, say, track
+from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
@@ -26,8 +29,10 @@ from canter.models.cost import parameters
 from canter.models.model import SpeechModel
 from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, reshape
 from canter.models.timing import measure
+from canter.planning.budget import Budget
 from canter.text import Characters
 from canter.training.config import ModelShape, TrainConfig, load_config
+from canter.training.data import MicroBatches, collate
 from canter.training.session import train
 from canter.training.validation import spread_over, validator
 
@@ -58,6 +63,8 @@ class Options:
     """Of the same."""
     batch: int = 8
     """Utterances decoded together, for the times."""
+    cuts: bool = False
+    """Train nothing: tell the loss right after the cut, for every choice of --decoder-layers layers."""
     json: Path | None = None
     """File for the figures."""
 
@@ -75,7 +82,7 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
         output=options.output / name,
         steps=options.steps,
         minutes=None,
-        budget=None,  # each shape has its own; the batches are the same, for seconds of audio bound them
+        budget=options.output / "budget.json",
         precision=settled["precision"],
         threads=settled["threads"],
         short_first=False,
@@ -108,6 +115,28 @@ def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str,
     }
 
 
+@torch.no_grad()
+def cut_losses(model: SpeechModel, rows: list[Utterance], layers: int) -> dict[str, float]:
+    """Cross-entropy a token, teacher-forced, of the whole decoder and of every ``layers`` of its layers."""
+    index = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
+    data = MicroBatches(index, model.tokenizer, None, model.sample_rate)
+    examples = sorted((data.example(row) for row in rows), key=lambda example: len(example.audio))
+    batches = [collate(examples[at : at + 8], model.tokenizer.pad) for at in range(0, len(examples), 8)]
+
+    def loss(one: SpeechModel) -> float:
+        sums = [one.eval().loss(batch) for batch in batches]
+        return float(sum(x.attention for x in sums) / sum(x.attention_count for x in sums))
+
+    losses = {"all": loss(model)}
+    for kept in combinations(range(model.config.decoder.layers), layers):
+        cut = reshape(model, decoder_layers=layers)
+        for place, source in enumerate(kept):
+            cut.decoder.layers[place].load_state_dict(model.decoder.layers[source].state_dict())
+        losses[", ".join(map(str, kept))] = loss(cut)
+        print(f"layers {', '.join(map(str, kept))}: {losses[', '.join(map(str, kept))]:.3f}")
+    return losses
+
+
 def run(options: Options) -> dict[str, Any]:
     config = load_config(options.run / "config.yaml", relative=False)
     manifests = options.valid or config.valid
@@ -117,6 +146,11 @@ def run(options: Options) -> dict[str, Any]:
         )
     source = checkpoint_of(options.run)
     model = load_model(source)
+    rows = [row for path in manifests for row in open_source(path) if isinstance(row, Utterance)]
+    rows = spread_over(rows, options.utterances)
+    if options.cuts:
+        losses = cut_losses(model, rows, options.decoder_layers)
+        return {"torch": torch.__version__, "utterances": len(rows), "loss_a_token": losses}
     layers = encoder_layers_that_keep(
         "parameters", model.config, options.decoder_layers, options.seconds, options.tokens
     )
@@ -131,9 +165,11 @@ def run(options: Options) -> dict[str, Any]:
     if model.ctc is not None:
         Characters.load(source).save(start)
 
-    rows = [row for path in manifests for row in open_source(path) if isinstance(row, Utterance)]
-    rate = model.config.features.sample_rate
-    validate = validator(spread_over(rows, options.utterances), model.tokenizer, rate, "float32")
+    validate = validator(rows, model.tokenizer, model.sample_rate, "float32")
+    seconds = 2 * (
+        config.batch_seconds or 24.0
+    )  # the run's own setting is what bounds the batches of both shapes
+    Budget.from_batch_seconds(seconds, frame_seconds=model.frame_seconds).save(options.output / "budget.json")
     shapes = {}
     for name, one, init in (("trained", model, source), ("reshaped", reshaped, start)):
         with torch.inference_mode():
@@ -180,6 +216,7 @@ def show(result: dict[str, Any]) -> None:
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
     result = run(options)
-    show(result)
+    if not options.cuts:
+        show(result)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

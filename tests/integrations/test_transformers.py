@@ -66,6 +66,17 @@ def test_frames_are_those_of_the_encoder(adapted, seconds):
     assert abs(adapted.encoder_frames(seconds) - encoded.shape[1]) <= 1
 
 
+def test_told_of(family, adapted):
+    layers, cost = adapted.layers(), adapted.cost(1.0, 5)
+    assert layers["encoder"]["layers"] == layers["decoder"]["layers"] == 2
+    assert layers["encoder"]["width"] == layers["decoder"]["width"] == 16
+    assert sum(adapted.parts().values()) == sum(p.numel() for p in adapted.parameters())
+    assert cost.frames == adapted.exact_frames(1.0)
+    assert cost.encoder_flops > 0
+    assert cost.decoder_flops > 0
+    assert cost.cache_values == 2 * 2 * 16 * (cost.frames + 5)
+
+
 def test_half_precision(family):
     adapted = TransformersModel(copy.deepcopy(built(family).model).bfloat16(), built(family).extractor)
     assert adapted.frame_seconds == built(family).frame_seconds

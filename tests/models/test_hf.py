@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 import canter
 from canter.errors import CheckpointError
+from canter.models import files
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.hf import write_hf
+from canter.models.hf import foreign_type, write_hf
 from canter.models.model import Batch
 
 from .conftest import small_model, small_whisper
@@ -214,3 +215,26 @@ def test_nemo_to_transformers(shared, tmp_path):
     with torch.no_grad():
         logits = theirs(features, attention_mask=mask, decoder_input_ids=arrays["tf_random.input_ids"]).logits
     assert (logits.log_softmax(-1) - arrays["tf_random.log_probs"]).abs().max() < 2e-4
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    write_hf(small_canary(), tmp_path / "model")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files, "_to_disk", full)
+    for target in ("model", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            write_hf(small_canary(layers=3), tmp_path / target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert load_file(tmp_path / "model" / "model.safetensors").keys() == before.keys()
+
+
+def test_whose_architecture_a_folder_is(tmp_path):
+    write_hf(small_canary(), tmp_path / "ours")
+    assert foreign_type(tmp_path / "ours") is None
+    (tmp_path / "config.json").write_text('{"model_type": "moonshine"}')
+    assert foreign_type(tmp_path) == "moonshine"
+    assert foreign_type(tmp_path / "nothing.nemo") is None
