@@ -1,128 +1,202 @@
 """What a strategy's mixing costs in accuracy: WER of `random`, `bucket_2d` and `balanced` at two mixing dials on the
 demo corpus, after equal updates and after equal time.
 
-    python benchmarks/convergence.py -o FOLDER [--updates 1500] [--minutes 6] [--seeds 3] [--json FILE]
+    python benchmarks/convergence.py -o FOLDER [--updates 2000] [--seeds 3] [--json FILE]
 
-Every run is a `canter train` of the demo's recipe, without its short-first epoch so that strategies alone differ; all
-share tokenizer size, measured budget, precision and threads, settled once. Equal updates: the same number of steps, so
-that strategies differ in the audio of a step. Equal time: as many steps as fit the minutes by each strategy's own
-measured step. WER is of unheard sentences, attention decoding. Started again, it goes on where it was.
+Every run is a `canter train` of the demo's recipe with a smaller model; all share tokenizer, measured budget, threads
+and the most audio a step may hold, padding included, and differ in seed and strategy alone. Equal updates: the same
+number of steps; strategies differ in how much audio a step brings, and so in its time. Equal time: each takes the steps
+that fit the time of `random`'s updates, by step times measured beforehand, strategies in turns. The learning rate falls
+to its end in every run. WER is of unheard sentences, attention decoding. Started again, it goes on where it was.
 """
 
 import json
 import statistics
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from ladder import Rig
 from rich.console import Console
 from rich.table import Table
 
+from canter.cli.demo import machine
 from canter.cli.progress import TrainingProgress, say, track
 from canter.corpus.synthesis import synthesise
-from canter.training.config import TrainConfig
+from canter.training.config import ModelShape, TrainConfig
 from canter.training.prepare import prepare
 from canter.training.session import train
+from canter.training.steps import Steps
 
 
 @dataclass(frozen=True)
 class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
-    updates: int = 1500
-    """Steps of the runs of equal updates; 0: none of them."""
-    minutes: float = 6.0
-    """Of the runs of equal time; 0: none of them."""
+    updates: int = 2000
+    """Steps of the runs of equal updates."""
     seeds: int = 3
-    utterances: int = 6000
+    utterances: int = 3000
     """Of the corpus."""
     dials: tuple[float, float] = (1.0, 4.0)
     """Mixing of `balanced`."""
+    longest: float = 8.0
+    """Longer utterances are left out, of training and of testing."""
+    batch_seconds: float = 16.0
+    """The most audio of a step, padding included: `random` has as many utterances as hold if all are the longest."""
+    width: int = 96
+    layers: tuple[int, int] = (4, 2)
+    """Of encoder and decoder."""
+    threads: int = 1
+    timed: int = 60
+    """Steps of each strategy that are timed beforehand."""
     json: Path | None = None
     """File for the figures."""
 
 
-def arms(options: Options) -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings)."""
-    dialled = [(f"balanced {dial:g}", {"strategy": "balanced", "mixing": dial}) for dial in options.dials]
-    return [("random", {"strategy": "random"}), ("bucket_2d", {"strategy": "bucket_2d"}), *dialled]
+def arms_of(options: Options) -> dict[str, dict[str, Any]]:
+    """Settings by name; the first is what time is held against."""
+    dialled = {f"balanced, dial {dial:g}": {"strategy": "balanced", "mixing": dial} for dial in options.dials}
+    return {"random": {"strategy": "random"}, "bucket_2d": {"strategy": "bucket_2d"}, **dialled}
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+def up_to(longest: float, manifest: Path) -> Path:
+    """A manifest of the utterances that are not longer, beside the whole one."""
+    rows = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = manifest.with_name(f"{manifest.stem}-{longest:g}.jsonl")
+    kept.write_text("".join(row for row in rows if json.loads(row)["duration"] <= longest), encoding="utf-8")
+    return kept
+
+
+def shared(options: Options) -> TrainConfig:
+    """What all runs have in common; corpus, tokenizer and budget are made once."""
     corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=200)
-    base = TrainConfig(
-        manifest=(corpus.train_manifest,),
-        valid=(corpus.test_manifest,),
+    config = TrainConfig(
+        manifest=(up_to(options.longest, corpus.train_manifest),),
+        valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "shared",
         vocabulary=600,
-        short_first=False,
+        batch_seconds=options.batch_seconds,
         valid_every=1_000_000,
         valid_utterances=200,
         steps=1,
+        threads=options.threads,
+        precision="float32",
+        workers=0,
         track=(),
+        model=ModelShape(
+            width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]
+        ),
     )
-    shared = prepare(base, say, track)
-    settled = shared.run.settled()
-    base = replace(
-        base,
-        budget=shared.run.folder / "budget.json",
-        precision=settled["precision"],
-        threads=settled["threads"],
-    )
-    goals = {"updates": {"steps": options.updates}} if options.updates else {}
-    goals |= {"time": {"steps": None, "minutes": options.minutes}} if options.minutes else {}
-    rows: list[dict[str, Any]] = []
+    folder = prepare(config, say, track).run.folder
+    return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains, unless the run is through; its figures."""
+    metrics = config.output / "metrics.jsonl"
+    last = _logged(metrics)[-1] if metrics.exists() else {}
+    if (last.get("kind"), last.get("step")) != ("valid", config.steps):
+        train(config, TrainingProgress, say, track)
+    lines = _logged(metrics)
+    steps = [line for line in lines if line["kind"] == "train"]
+    valid = next(line for line in reversed(lines) if line["kind"] == "valid")
+    audio = sum(line["audio_seconds"] for line in steps)
+    return {
+        "steps": len(steps),
+        "audio_hours": audio / 3600,
+        "audio_a_step": audio / len(steps),
+        "padding": 1 - audio / sum(line["audio_seconds"] / (1 - line["padding"]) for line in steps),
+        "wer": valid["wer"],
+        "cer": valid["cer"],
+    }
+
+
+def _logged(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Options) -> dict[str, float]:
+    """Mean seconds of a strategy's steps, each on a model of its own, in turns; measured once."""
+    kept = options.output / "step_seconds.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    taken: dict[str, list[float]] = {name: [] for name in arms}
+    runs = {}
+    for name, settings in arms.items():
+        prepared = prepare(
+            replace(base, output=options.output / f"timed-{label(name)}", **settings), say, track
+        )
+        addresses = Steps(prepared.plan).addresses(None, 0, 0)
+        runs[name] = Rig(base, prepared.model, prepared.precision), prepared.data, addresses
+    for number in range(options.timed + 1):
+        for name, (rig, data, addresses) in runs.items():
+            start = time.perf_counter()
+            rig.step([data[next(addresses)]], number)
+            taken[name].append(time.perf_counter() - start)
+    found = {name: statistics.mean(seconds[1:]) for name, seconds in taken.items()}
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def label(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "")
+
+
+def runs_of(options: Options) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
+    """(what it is, configuration) of every run, seed by seed."""
+    base, arms = shared(options), arms_of(options)
+    seconds = step_seconds(base, arms, options)
+    first, *others = arms
     for seed in range(options.seeds):
-        for goal, settings in goals.items():
-            for name, chosen in arms(options):
-                folder = options.output / f"{goal}-{name.replace(' ', '-')}-{seed}"
-                config = replace(base, output=folder, seed=seed, **chosen, **settings)
-                say(f"{name}, equal {goal}, seed {seed}")
-                finished = train(config, TrainingProgress, say, track)
-                lines = map(
-                    json.loads, finished.prepared.run.metrics.read_text(encoding="utf-8").splitlines()
-                )
-                logged = list(lines)
-                valid = [line for line in logged if line["kind"] == "valid"][-1]
-                progress = finished.progress
-                padded = [x["audio_seconds"] / (1 - x["padding"]) for x in logged if x["kind"] == "train"]
-                rows.append(
-                    {
-                        "arm": name,
-                        "equal": goal,
-                        "seed": seed,
-                        "wer": valid["wer"],
-                        "cer": valid["cer"],
-                        "steps": progress.step,
-                        "seconds": progress.seconds,
-                        "audio_hours": progress.audio_seconds / 3600,
-                        "padding": 1 - progress.audio_seconds / sum(padded),
-                    }
-                )
-                if options.json:
-                    options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    table = Table("equal", "strategy", "WER, mean", "spread", "of each seed", "steps", "minutes", "padding")
-    for goal in goals:
-        for name, _ in arms(options):
-            found = [row for row in rows if row["arm"] == name and row["equal"] == goal]
-            rates = [row["wer"] for row in found]
-            mean = {
-                key: statistics.mean(row[key] for row in found) for key in ("steps", "seconds", "padding")
-            }
+        for equal in ("updates", "time"):
+            for name in arms if equal == "updates" else others:
+                steps = round(options.updates * (seconds[first] / seconds[name] if equal == "time" else 1))
+                folder = options.output / f"{equal}-{label(name)}-{seed}"
+                about = {"equal": equal, "arm": name, "seed": seed, "seconds": steps * seconds[name]}
+                yield about, replace(base, output=folder, seed=seed, steps=steps, **arms[name])
+
+
+def main(options: Options) -> None:
+    rows: list[dict[str, Any]] = []
+    for about, config in runs_of(options):
+        say(f"{about['arm']}, equal {about['equal']}, seed {about['seed']}, {config.steps} steps")
+        rows.append(about | run(config))
+    first = next(iter(arms_of(options)))
+    rows += [row | {"equal": "time"} for row in rows if row["arm"] == first]  # the same runs, by definition
+    show(rows, list(arms_of(options)))
+    if options.json:
+        figures = {"options": {k: v for k, v in vars(options).items() if k not in ("output", "json")}}
+        figures |= {"machine": machine(), "runs": rows}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def mean(rows: list[dict[str, Any]], equal: str, arm: str, key: str) -> float:
+    return statistics.mean(row[key] for row in rows if (row["equal"], row["arm"]) == (equal, arm))
+
+
+def show(rows: list[dict[str, Any]], arms: list[str]) -> None:
+    table = Table(
+        "equal", "strategy", "steps", "minutes", "audio, s a step", "padding", "WER, each seed", "mean"
+    )
+    for equal in ("updates", "time"):
+        for name in arms:
+            rates = [row["wer"] for row in rows if (row["equal"], row["arm"]) == (equal, name)]
             table.add_row(
-                goal,
+                equal,
                 name,
-                f"{statistics.mean(rates):.1%}",
-                f"{max(rates) - min(rates):.1%}",
+                f"{mean(rows, equal, name, 'steps'):.0f}",
+                f"{mean(rows, equal, name, 'seconds') / 60:.1f}",
+                f"{mean(rows, equal, name, 'audio_a_step'):.1f}",
+                f"{mean(rows, equal, name, 'padding'):.1%}",
                 " ".join(f"{rate:.1%}" for rate in rates),
-                f"{mean['steps']:.0f}",
-                f"{mean['seconds'] / 60:.1f}",
-                f"{mean['padding']:.1%}",
+                f"{statistics.mean(rates):.1%}",
             )
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -73,6 +73,8 @@ class Options:
     """Utterances of other languages are left out."""
     split: str | None = None
     """Where rows say their 'split', train on this one alone, and measure on the others."""
+    held_out: int = 4
+    """Of a manifest that is in both and does not say, one row in so many is for measuring."""
     seed: int = 0
     json: Path | None = None
     """Where to write the figures."""
@@ -278,14 +280,18 @@ def work(arm: str, options: Options, data: Path, folder: Path, pipe: Connection)
 
 
 def utterances_of(manifests: tuple[Path, ...], options: Options, training: bool) -> list[dict[str, Any]]:
-    """Manifest rows of the language and split, of at most 30 s, their paths absolute."""
+    """Manifest rows of the language, of at most 30 s, for training or for measuring; their paths absolute."""
     found = []
     for manifest in manifests:
-        for line in manifest.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("lang", options.lang) != options.lang or row["duration"] > LONGEST:
-                continue
-            if options.split and "split" in row and (row["split"] == options.split) != training:
+        rows = map(json.loads, manifest.read_text(encoding="utf-8").splitlines())
+        ours = (row for row in rows if row.get("lang", options.lang) == options.lang)
+        for number, row in enumerate(ours):
+            if options.split and "split" in row:
+                trains = row["split"] == options.split
+            else:
+                both = manifest in options.train and manifest in options.valid
+                trains = number % options.held_out > 0 if both else training
+            if trains != training or row["duration"] > LONGEST:
                 continue
             found.append(row | {"audio_filepath": str((manifest.parent / row["audio_filepath"]).resolve())})
     return found

@@ -1,0 +1,173 @@
+"""Training a Canary of 1 B parameters in bf16 on one GPU, strategy by strategy on real lengths: audio hours per hour,
+share of the device's matrix rate, memory filled, batches that ran out of memory.
+
+    python benchmarks/gpu_training.py [LENGTHS] [--json FILE]            # under nine minutes on an H200
+    python benchmarks/gpu_training.py --device cpu --tiny                # the same path on a tiny model, in float32
+
+LENGTHS is an index or a table with 'duration' and 'tokens'; without it, lengths are drawn (log-normal, 1 to 40 s).
+Audio is noise of those lengths. The budget is measured first, for the memory that the device has; every strategy fills
+it as it can. The matrix rate is measured here: products of square matrices. MFU is three times the operations of a
+forward pass, per second and matrix rate: once with padding counted as work, once without. A batch that does not fit is
+cut in two as in `canter train`, counted, and its time counted with it.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from gpu_budget import canary, lengths, training_flops
+from ladder import STRATEGIES, Arm, Rig
+from rich.console import Console
+from rich.table import Table
+
+from canter.models.model import SpeechModel
+from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
+from canter.training.measure import memory_limit, training_step
+from canter.training.prepare import choose_device
+from canter.training.weights import compile_layers
+from canter.tuning.fit import measure_budget
+from canter.tuning.memory import give_back, steady_heap
+from canter.tuning.probe import Prober
+
+MATRIX = 8192  # width of the matrices whose product is timed
+WARM_UP = 3  # steps of a strategy before those that count
+TINY_LIMIT = 80e6  # bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    lengths: tyro.conf.Positional[Path | None] = None
+    strategies: tuple[str, ...] = STRATEGIES
+    seconds: float = 55.0
+    """Of training for each strategy."""
+    probes: int = 30
+    """For the budget."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    tiny: bool = False
+    """A model of two layers of width 64, 400 utterances, little memory."""
+    compile: bool = False
+    """Compile the layers first."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, repeats: int = 20) -> float:
+    """Operations a second of products of square matrices."""
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+
+    def timed(count: int) -> float:
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        synchronise(device)
+        return time.perf_counter() - start
+
+    timed(3)
+    return 2 * width**3 * repeats / min(timed(repeats) for _ in range(3))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(options: Options) -> None:
+    began = time.perf_counter()
+    device = choose_device(options.device)
+    cuda = device.type == "cuda"
+    if not cuda:
+        steady_heap()
+    precision = "bf16" if cuda else "float32"
+    rate = matrix_rate(device, torch.bfloat16 if cuda else torch.float32, 256 if options.tiny else MATRIX)
+    torch.manual_seed(0)
+    config = canary(options.tiny)
+    model = SpeechModel(config).to(device)
+    if options.compile:
+        compile_layers(model)
+    index = lengths(options.lengths, options.tiny)
+    settings = TrainConfig(
+        optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)
+    )
+    limit = TINY_LIMIT if options.tiny else memory_limit(device, print)
+    prober = Prober(training_step(settings, model, precision, 4, copied=False), limit)
+    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    tuned, events = time.perf_counter() - began, prober.out_of_memory
+    print(f"budget: {prober.steps} steps, {events} out of memory, {tuned:.0f} s", flush=True)
+    del prober  # and with it the optimiser of the probes
+    rig = Rig(settings, model, precision)
+    flops = training_flops(config, model.frame_seconds)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "lengths": options.lengths.name if options.lengths else "drawn",
+        "matrix_rate": rate,
+        "limit_bytes": limit,
+        "compiled": options.compile,
+        "budget": budget.as_json(),
+        "budget_seconds": tuned,
+        "strategies": {},
+    }
+    for name in options.strategies:
+        give_back()
+        arm = Arm(name, rig, index, budget)
+        for _ in range(WARM_UP):
+            arm.step(timed=False)
+        while arm.seconds < options.seconds:
+            arm.step()
+        result["strategies"][name] = arm.figures() | work_of(arm, flops, rate) | memory_of(arm, limit)
+        print(json.dumps({name: result["strategies"][name]}), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result)
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+def work_of(arm: Arm, flops: Callable[[Any, Any], Any], rate: float) -> dict[str, float]:
+    """MFU, padding counted as work and not."""
+    batch, frames, tokens = np.array(arm.shapes).T
+    rows = np.concatenate(arm.rows)
+    useful = flops(arm.budget.frames(arm.index.seconds[rows]), arm.index.tokens[rows].astype(np.int64)).sum()
+    return {
+        "mfu": float((batch * flops(frames, tokens)).sum() / arm.seconds / rate),
+        "mfu_without_padding": float(useful / arm.seconds / rate),
+    }
+
+
+def memory_of(arm: Arm, limit: float) -> dict[str, float]:
+    """Shares of the limit: what tensors took at the peak of a step, on average, and all that was taken from the device.
+    0 on a CPU."""
+    reserved = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+    return {"memory_filled": float(np.mean(arm.peaks)) / limit, "memory_reserved": reserved / limit}
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table("strategy", "audio h/h", "predicted", "against random", "MFU", "without padding", "memory filled",
+                  "reserved", "out of memory", "mean batch", "padded audio")  # fmt: skip
+    base = next(iter(result["strategies"].values()))["audio_hours_per_hour"]
+    for name, row in result["strategies"].items():
+        table.add_row(
+            name,
+            f"{row['audio_hours_per_hour']:.0f}",
+            f"{row['predicted']:.0f}",
+            f"{row['audio_hours_per_hour'] / base:.2f}x",
+            f"{row['mfu']:.1%}",
+            f"{row['mfu_without_padding']:.1%}",
+            f"{row['memory_filled']:.1%}",
+            f"{row['memory_reserved']:.1%}",
+            str(row["out_of_memory"]),
+            f"{row['mean_batch']:.1f}",
+            f"{row['padded_audio']:.1%}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,139 @@
+"""A strategy as training speed: the steps of its plan, taken by a model on made-up audio of real lengths. What
+`training.py` and `gpu_training.py` share."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from canter.cli.lengths import open_lengths
+from canter.corpus.index import LengthIndex
+from canter.models.model import Batch, SpeechModel
+from canter.planning import Budget, Plan
+from canter.training.config import TrainConfig
+from canter.training.data import Loaded
+from canter.training.gradient import Counts, Gradient
+from canter.training.optimizers import Optimizers
+from canter.training.steps import Steps
+
+STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")
+RATE = 16000
+PROMPT = 4  # tokens; an end token follows the text
+
+
+def lengths_of(path: Path, longest: float, most_tokens: int, most: int = 10**9) -> LengthIndex:
+    """Lengths of a file's utterances of up to so many seconds and tokens; of more than ``most``, evenly spread."""
+    whole = open_lengths(path, prompt_tokens=PROMPT + 1)
+    seconds, tokens = np.asarray(whole.seconds), np.asarray(whole.tokens)
+    rows = np.flatnonzero((seconds <= longest) & (tokens >= 2) & (tokens <= most_tokens))
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
+    return LengthIndex(seconds[rows], tokens[rows])
+
+
+def batch_of(index: LengthIndex, rows: np.ndarray, vocabulary: int, noise: Tensor) -> Batch:
+    """Audio cut from ``noise`` (S,), as long as the longest utterance, and random tokens."""
+    samples = torch.tensor(np.round(index.seconds[rows] * RATE).astype(np.int64))
+    tokens = torch.tensor(index.tokens[rows].astype(np.int64))
+    size = len(rows)
+    audio = noise[: int(samples.max())].repeat(size, 1)
+    one = torch.ones(size, dtype=torch.long)
+    return Batch(
+        audio=audio * (torch.arange(audio.shape[1]) < samples[:, None]),
+        audio_lengths=samples,
+        tokens=torch.randint(3, vocabulary, (size, int(tokens.max()))),
+        token_lengths=tokens,
+        prompt_lengths=PROMPT * one,
+        characters=one[:, None],
+        character_lengths=one,
+        rows=torch.from_numpy(rows),
+    )
+
+
+class Rig:
+    """A model with its optimiser, which all strategies share: what is timed does not depend on the weights."""
+
+    def __init__(self, config: TrainConfig, model: SpeechModel, precision: str):
+        self.model = model.train()
+        self.device = next(model.parameters()).device
+        self.optimizers = Optimizers(model, config.optimizer, 100_000)
+        self.gradient = Gradient(config, model, precision)
+
+    def step(self, loaded: list[Loaded], number: int) -> tuple[int, int]:
+        """Gradient and update; how many micro-batches ran out of memory and were cut, and on a GPU the peak bytes."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        counts = Counts.of([one.batch for one in loaded if one.batch is not None])
+        computed = self.gradient.compute(loaded, counts, number, alone=False)
+        self.optimizers.step(number)
+        self.gradient.merge_statistics(computed.numbers, len(loaded))
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
+        return len(computed.cuts) + len(computed.unfit), peak
+
+
+class Arm:
+    """A strategy going through its plan, and what its timed steps came to."""
+
+    def __init__(self, name: str, rig: Rig, index: LengthIndex, budget: Budget, seed: int = 0):
+        self.name, self.rig, self.index, self.budget = name, rig, index, budget
+        self.noise = 0.1 * torch.randn(round(float(np.max(index.seconds)) * RATE) + 1)
+        self.plan = Plan(index, budget, name, seed=seed)
+        self.steps = Steps(self.plan)
+        self.addresses = self.steps.addresses(None, 0, 0)
+        self.number = 0
+        self.predicted: list[float] = []
+        self.taken: list[float] = []
+        self.filled: list[float] = []
+        self.peaks: list[int] = []
+        self.shapes: list[tuple[int, int, int]] = []
+        self.rows: list[np.ndarray] = []
+        self.cuts = 0
+
+    def step(self, timed: bool = True) -> None:
+        """One step of the plan. Its batches are made beforehand; from moving them to the device on, all is timed."""
+        loaded: list[Loaded] = []
+        while not loaded or not loaded[-1].address.last:
+            address = next(self.addresses)
+            batch = batch_of(self.index, address.rows, self.rig.model.config.decoder.vocabulary, self.noise)
+            loaded.append(Loaded(address, batch, []))
+        start = time.perf_counter()
+        cuts, peak = self.rig.step(loaded, self.number)
+        taken = time.perf_counter() - start
+        planned = self.steps.taken(self.number)
+        self.number += 1
+        if not timed:
+            return
+        self.taken.append(taken)
+        self.predicted.append(float(planned.seconds.sum()))
+        self.filled.append(planned.filled)
+        self.peaks.append(peak)
+        self.cuts += cuts
+        for rows in planned.rows:
+            frames = int(self.budget.frames(self.index.seconds[rows]).max())
+            self.shapes.append((len(rows), frames, int(self.index.tokens[rows].max())))
+            self.rows.append(rows)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.taken)
+
+    def figures(self) -> dict[str, Any]:
+        shapes, rows = np.array(self.shapes), np.concatenate(self.rows)
+        frames = self.budget.frames(self.index.seconds[rows])
+        audio = float(self.index.seconds[rows].sum())
+        return {
+            "audio_hours_per_hour": audio / self.seconds,
+            "predicted": audio / sum(self.predicted),
+            "padded_audio": 1 - float(frames.sum() / (shapes[:, 0] * shapes[:, 1]).sum()),
+            "mean_batch": float(shapes[:, 0].mean()),
+            "memory_filled_by_plan": float(np.mean(self.filled)),
+            "out_of_memory": self.cuts,
+            "steps": len(self.taken),
+            "seconds": self.seconds,
+            "left_out": len(self.plan.left_out()),
+        }
