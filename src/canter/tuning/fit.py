@@ -113,7 +113,8 @@ def anchors(frames: np.ndarray, tokens: np.ndarray, shares: Sequence[float]) -> 
     and with many tokens for that T; ascending."""
     found = set()
     for share in shares:
-        t = int(np.quantile(frames, share, method="lower"))  # of an utterance: between two there may be none near
+        # of an utterance: between two there may be none near
+        t = int(np.quantile(frames, share, method="lower"))
         near = tokens[(frames >= 0.8 * t) & (frames <= 1.2 * t + 1)]
         found |= {(t, max(1, int(np.quantile(near, q)))) for q in (0.05, 1.0)}
     return sorted(found)
