@@ -23,7 +23,7 @@ def parse(
     import tyro
 
     _polish(options)
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     description = "\n\n".join(" ".join(part.split()) for part in (description or "").split("\n\n"))
     return tyro.cli(options, args=list(arguments), prog=prog, description=description, **given)
 
