@@ -74,7 +74,8 @@ def test_serves_until_told_to_stop(folder, host, how, code):
     finally:
         process.send_signal(how)
         # not communicate(): it would lose what came together with the first line
-        said = process.stderr.read()
+        with process.stderr:
+            said = process.stderr.read()
     assert process.wait(timeout=20) == code
     assert "Traceback" not in said
     assert ("everybody who reaches this address may use it" in said) == (host == "0.0.0.0")

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from canter.inference.pieces import cut
@@ -37,6 +37,7 @@ def oracle(samples: np.ndarray) -> np.ndarray:
     st.sampled_from([1234, 16000, 10**7]),
     st.sampled_from([None, oracle, energy]),
 )
+@example([(2.0, 0.375), (8.0, 1.0)], 1234, energy)  # a piece that goes on into a long silence
 def test_nothing_is_lost(spans, size, detector):
     samples = speech(spans)
     pieces = list(cut(blocks(samples, size), detector, window=5.0, overlap=1.0))

@@ -138,7 +138,7 @@ def test_tuned_and_planned(family, adapted):
     assert seconds == 4.0 if family == "whisper" else abs(adapted.encoder_frames(seconds) - 30) <= 2
     seconds, tokens = np.linspace(0.5, 1.5, 30).astype(np.float32), np.arange(30) % 8 + 3
     unit = planned_frame_seconds(adapted)
-    frames = Budget.from_batch_seconds(1.0, frame_seconds=unit).frames(seconds)
+    frames = Budget.from_batch_seconds(unit, frame_seconds=unit).frames(seconds)
     step = training_step(TrainConfig(optimizer=OptimizerConfig(name="adamw")), adapted, "float32", prompt=1)
     budget = measure_budget(
         Prober(step, 2e9, {"model": family}),

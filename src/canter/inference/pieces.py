@@ -60,7 +60,10 @@ def cut(
         raw = np.ones(frames, bool) if detector is None else detector(seen) > 0.5
         speech = np.convolve(raw, np.ones(2 * margin + 1))[margin : margin + frames] > 0.5 if frames else raw
         voiced = np.flatnonzero(speech)
-        begin = 0 if carried else int(voiced[0]) if len(voiced) else frames
+        begin = int(voiced[0]) if len(voiced) else frames
+        if carried and begin * FRAME < SILENCE:  # the piece before went on without a pause
+            begin = 0
+        carried = max(0, carried - begin)
         end, again = _end(speech, raw, begin, most, lap, further) if begin < frames else (begin, 0)
         if end > begin:
             samples = seen[begin * size : end * size]

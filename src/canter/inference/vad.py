@@ -34,14 +34,14 @@ def loudness(samples: np.ndarray) -> np.ndarray:
 def energy(samples: np.ndarray) -> np.ndarray:
     """A ``Detector``: speech is what stands out from the quietest tenth by a quarter of what the loudest do.
 
-    Careful rather than keen: where there is little contrast (noise, music) all is taken for speech, and
-    nothing at all where all is silent to the last bit.
+    Careful rather than keen: where there is little contrast (noise, music, a word in long silence) all is taken for
+    speech, and nothing at all where all is silent to the last bit.
     """
     level = loudness(samples)
     if not len(level):
         return level
     floor, top = np.percentile(level, 10), np.percentile(level, 95)
-    if top < -80:
+    if level.max() < -80:
         return np.zeros(len(level))
     if top - floor < CONTRAST:
         return np.ones(len(level))

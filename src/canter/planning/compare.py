@@ -114,7 +114,7 @@ def cells(row: Rung) -> tuple[str, ...]:
         f"{f.memory_filled:.1%}",
         f"{f.over:,}",
         f"{f.steps:,}",
-        f"{f.hours:.3f}" if f.hours >= 0.1 else f"{f.hours:.2g}",
+        f"{f.hours:.3f}" if f.hours >= 0.001 else f"{f.hours:.0e}",
         f"{f.waiting:.3f}",
         pool,
         f"{row.left_out:,}",

@@ -30,9 +30,8 @@ from canter.planning.strategies.base import maxima, reorder
 from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
-VERSION = (
-    1  # to be raised when the same settings come to give other steps: positions and tables are then refused
-)
+# to be raised when the same settings come to give other steps: positions and tables are then refused
+VERSION = 2
 KEEP = 2  # cut windows held in memory
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
@@ -19,7 +18,10 @@ from canter.training.recovery import out_of_memory
 
 def rehearse(trainer: Trainer, budget: Budget, say: Callable[[str], None]) -> None:
     """Computes the largest micro-batch of the window that ``trainer`` is about to begin, and says so where it does not
-    fit. Nothing of the run changes."""
+    fit. Nothing of the run changes. Not where ranks share the state: a pass that ends half-way on one of them leaves
+    FSDP's ranks at odds over what they exchange next."""
+    if trainer.shards:
+        return
     progress, steps = trainer.progress, trainer.upcoming
     plan = steps.plan_of(progress.epoch)
     place = steps.position(progress.position, plan)
@@ -29,11 +31,7 @@ def rehearse(trainer: Trainer, budget: Budget, say: Callable[[str], None]) -> No
     shape = largest(plan, window, budget)
     if not shape[0]:
         return
-    if trainer.shards:
-        trainer.shards.gather()
     fitted = fits(trainer.gradient, trainer.optimizers, shape, budget.frame_seconds)
-    if trainer.shards:
-        trainer.shards.scatter()
     if not fitted:
         seconds = shape[1] * budget.frame_seconds
         say(
@@ -78,10 +76,10 @@ def fits(
 
 
 def missing_state(optimizers: Optimizers) -> int:
-    """Bytes of optimiser state that the first step will make: AdamW keeps two moments of a weight, Muon one."""
+    """Bytes of optimiser state that the first step will make: AdamW keeps two moments of a weight, Muon one, and its
+    last direction where matrices take turns."""
     return sum(
-        (1 if isinstance(part, Muon) else 2)
-        * (weight.to_local() if isinstance(weight, DTensor) else weight).nbytes
+        (2 if not isinstance(part, Muon) or group["every"] > 1 else 1) * weight.nbytes
         for part, _ in optimizers.parts
         for group in part.param_groups
         for weight in group["params"]
