@@ -12,8 +12,8 @@ from canter.errors import CanterError, ManifestError
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.gradient import Gradient
 from canter.training.optimizers import Optimizers
-from canter.training.recovery import out_of_memory
 from canter.training.session import train
+from canter.tuning.memory import is_out_of_memory
 
 from .conftest import memory_cap, unwatched
 
@@ -97,7 +97,7 @@ def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
     ],
 )
 def test_what_counts_as_out_of_memory(error, is_one):
-    assert out_of_memory(error) is is_one
+    assert is_out_of_memory(error) is is_one
 
 
 def test_memory_that_runs_out_elsewhere_ends_the_run_with_a_message(quiet, monkeypatch):

@@ -21,7 +21,8 @@ from canter.models.norm import MaskedBatchNorm
 from canter.training.config import LossConfig, TrainConfig
 from canter.training.data import Loaded
 from canter.training.ranks import ALONE, Ranks
-from canter.training.recovery import Cut, cut_more, out_of_memory
+from canter.training.recovery import Cut, cut_more
+from canter.tuning.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Gradient:
                 try:
                     found = self._micro_batch(one, counts, step, alone, cuts.get(one.address.number), unfit)
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     failed = one
                     break
@@ -121,9 +122,8 @@ class Gradient:
                 norm.pending.clear()
             return
         sizes = [1 + 2 * norm.running_mean.numel() for norm in norms]
-        table = torch.zeros(
-            count, sum(sizes)
-        )  # (N, S): of each norm whether it has statistics, mean, variance
+        # (N, S): of each norm whether it has statistics, mean, variance
+        table = torch.zeros(count, sum(sizes))
         for place, number in enumerate(numbers):
             for norm, room in zip(norms, table[number].split(sizes)):
                 if (found := norm.pending[place]) is not None:

@@ -20,7 +20,6 @@ from canter.training.gradient import Computed, Counts, Gradient, weighted
 from canter.training.optimizers import Optimizers
 from canter.training.pace import Pace
 from canter.training.ranks import ALONE, Ranks
-from canter.training.recovery import out_of_memory
 from canter.training.reports import Part, Parts, Progress, StepReport
 from canter.training.run import Run
 from canter.training.signals import finish_step_on_signals
@@ -28,6 +27,7 @@ from canter.training.skipped import check_share
 from canter.training.state import put_back, take_snapshot
 from canter.training.steps import PlannedStep, Steps
 from canter.training.weights import Average, compile_layers, freeze, to_training
+from canter.tuning.memory import is_out_of_memory
 
 
 class Trainer:
@@ -139,7 +139,7 @@ class Trainer:
                 self.checkpoints.wait()
                 self.ranks.table([0.0])  # a launcher ends those that are left once one has gone
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise CanterError(
                 f"step {progress.step + 1}: memory ran out outside of a micro-batch ({str(error)[:200]}), where "

@@ -23,13 +23,8 @@ TIMED_SECONDS = 6.0  # of each of its utterances
 WORTH_THREADS = 1.2  # how much faster several threads must be than one
 SHARE_OF_MEMORY = 0.5  # of a CPU's memory, where nothing else is said
 SHARE_OF_GPU = 0.95  # of what is free on a GPU
-DECIDING = (
-    "model_shape",
-    "device",
-    "precision",
-    "optimizer",
-    "compile",
-)  # what a budget must have been measured on
+# what a budget must have been measured on
+DECIDING = ("model_shape", "device", "precision", "optimizer", "compile")
 
 
 def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:

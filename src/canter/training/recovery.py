@@ -12,21 +12,6 @@ from canter.planning.lengths import Index, exclusions
 from canter.planning.lengths import Lengths as PlanLengths
 
 TIGHTER = 0.9  # of what a micro-batch would have used, the limit of those to come
-CPU_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "could not allocate memory",
-    "bad_alloc",
-    "cannot allocate memory",
-    "out of memory",
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: on a GPU, or under a cap on a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in CPU_MESSAGES)
 
 
 @dataclass(frozen=True)

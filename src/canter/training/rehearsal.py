@@ -13,7 +13,7 @@ from canter.training.loop import Trainer
 from canter.training.measure import planned_frame_seconds, synthetic_batch
 from canter.training.muon import Muon
 from canter.training.optimizers import Optimizers
-from canter.training.recovery import out_of_memory
+from canter.tuning.memory import is_out_of_memory
 
 
 def rehearse(trainer: Trainer, budget: Budget, say: Callable[[str], None]) -> None:
@@ -31,8 +31,7 @@ def rehearse(trainer: Trainer, budget: Budget, say: Callable[[str], None]) -> No
     shape = largest(plan, window, budget)
     if not shape[0]:
         return
-    fitted = fits(trainer.gradient, trainer.optimizers, shape, budget.frame_seconds)
-    if not fitted:
+    if not fits(trainer.gradient, trainer.optimizers, shape, budget.frame_seconds):
         seconds = shape[1] * budget.frame_seconds
         say(
             f"the largest micro-batch, {shape[0]} utterances of {seconds:.1f} s and {shape[2]} tokens, does not fit in "
@@ -68,7 +67,7 @@ def fits(
             fitted = True
             del state
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             fitted = False
     gradient.discard()  # outside of the handler: the exception holds on to tensors
