@@ -326,7 +326,10 @@ def broken(options: Options) -> dict[str, Any]:
         "named_though_sound": len(named.keys() - told.keys()),
         "trained_on": used,
         "examples": {
-            name: next((named[p] for p in told if told[p] == name and p in named), "") for name, _ in ways
+            name: next((named[p] for p in told if told[p] == name and p in named), "").replace(
+                f"{folder}/", ""
+            )
+            for name, _ in ways
         },
     }
 

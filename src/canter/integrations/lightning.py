@@ -20,7 +20,7 @@ from canter.models.norm import merge_pending
 from canter.planning.plan import MicroBatch, Plan
 from canter.planning.sampler import StepSampler
 from canter.planning.windows import mix
-from canter.training.data import Address, MicroBatches
+from canter.training.data import Address, MicroBatches, start_worker
 
 logger = logging.getLogger(__name__)
 Step = list[tuple[int, Batch | None]]
@@ -55,6 +55,7 @@ class PlanDataModule(pl.LightningDataModule):
                 self.plan.seed
             ),  # leaves the model's own randomness alone
             multiprocessing_context="forkserver" if self.workers else None,
+            worker_init_fn=start_worker,
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -156,15 +157,26 @@ def start_worker(_: int) -> None:
     every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still needs its data."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """DataLoader's own watchdog looks at the fork server, which waits for the workers."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    if parent is None:
+        return
+
+    def complain(*what: Any) -> None:
+        """A thread that was handing over a batch when the other process ended has nothing to say."""
+        parent.join(timeout=1.0)
+        if parent.is_alive():
+            sys.__excepthook__(*what)
+        else:
+            os._exit(1)
+
+    sys.excepthook = complain
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """DataLoader's own watchdog looks at the fork server, which waits for the workers."""
+    parent.join()
+    os._exit(1)
 
 
 def _start_server() -> None:

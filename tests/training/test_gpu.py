@@ -1,0 +1,75 @@
+"""A run on a GPU: what it writes, how it resumes, what it does when memory runs out."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from canter.training.config import LossConfig
+from canter.training.session import train
+
+from .conftest import unwatched
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def rows(config, kind="train"):
+    lines = map(json.loads, (config.output / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(config):
+    return [row["loss"] for row in rows(config)]
+
+
+@pytest.fixture
+def quiet(config):
+    return dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), device="cuda")
+
+
+def test_a_run_takes_the_steps_of_one_on_a_cpu(quiet, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    train(quiet, unwatched)
+    other = dataclasses.replace(quiet, device="cpu", output=tmp_path / "cpu")
+    train(other, unwatched)
+    assert [row["utterances"] for row in rows(quiet)] == [row["utterances"] for row in rows(other)]
+    assert losses(quiet)[:3] == pytest.approx(losses(other)[:3], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_stopped_run_goes_on(quiet, tmp_path, precision):
+    whole = dataclasses.replace(quiet, precision=precision, workers=1)
+    train(whole, unwatched)
+    parts = dataclasses.replace(whole, output=tmp_path / "parts", allow_changes=True)
+    for stop in (3, 8):
+        train(dataclasses.replace(parts, steps=stop), unwatched)
+    logs = [(one.output / "utterances.jsonl").read_text() for one in (whole, parts)]
+    assert logs[0] == logs[1]
+    assert losses(parts) == pytest.approx(losses(whole), rel=0.02)
+    states = [load_file(one.output / "checkpoints/step-000008/model.safetensors") for one in (whole, parts)]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_what_does_not_fit_is_cut_to_the_same_losses(quiet, tmp_path):
+    """The allocator is kept to less than the micro-batches of the budget take."""
+    model = dataclasses.replace(quiet.model, subsampling_channels=64, mels=80)
+    short = dataclasses.replace(quiet, steps=4, batch_seconds=60.0, model=model)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train(short, unwatched)
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    capped = dataclasses.replace(short, output=tmp_path / "capped")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * peak) / total)
+    try:
+        train(capped, unwatched)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    events = rows(capped, "event")
+    assert events
+    assert {event["what"] for event in events} == {"out of memory"}
+    assert losses(capped) == pytest.approx(losses(short), rel=1e-2)
