@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cpu":
         steady_heap()
     config = canary(args.tiny)
-    model = SpeechModel(config).to(device)
+    with device:
+        model = SpeechModel(config).to(device)
     index = lengths(args.lengths, args.tiny)
     settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
     precision = "float32" if device.type == "cpu" else "bf16"

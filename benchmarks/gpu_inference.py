@@ -33,6 +33,7 @@ from canter.inference.int8 import quantize
 from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import ForcedLengths, canary_config, measure_ways
 from canter.models.decoder import DecoderConfig
+from canter.models.device import choose_device
 from canter.models.features import WhisperFeatureConfig
 from canter.models.hf import write_hf
 from canter.models.model import ModelConfig, SpeechModel
@@ -219,7 +220,7 @@ def step_time(
 def run(options: Options) -> None:
     begun = time.perf_counter()
     gpu = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    device, dtype = choose_device("auto"), torch.bfloat16 if gpu else torch.float32
     if options.smoke:
         options = replace(options, clips=4, batch=2, repeats=1)
     if options.threads:
@@ -313,7 +314,7 @@ def run(options: Options) -> None:
 def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SpeechModel:
     """Random weights in ``dtype``; features stay float32."""
     with torch.device(device):
-        model = SpeechModel(config).eval().requires_grad_(False)
+        model = SpeechModel(config).to(device).eval().requires_grad_(False)
     for part in model.children():
         if part is not model.features:
             part.to(dtype)

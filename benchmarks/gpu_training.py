@@ -88,7 +88,8 @@ def main(options: Options) -> None:
     rate = matrix_rate(device, torch.bfloat16 if cuda else torch.float32, 256 if options.tiny else MATRIX)
     torch.manual_seed(0)
     config = canary(options.tiny)
-    model = SpeechModel(config).to(device)
+    with device:
+        model = SpeechModel(config).to(device)
     if options.compile:
         compile_layers(model)
     index = lengths(options.lengths, options.tiny)

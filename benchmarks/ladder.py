@@ -100,6 +100,8 @@ class Arm:
         while not loaded or not loaded[-1].address.last:
             address = next(self.addresses)
             batch = batch_of(self.index, address.rows, self.rig.model.config.decoder.vocabulary, self.noise)
+            if self.rig.device.type == "cuda":
+                batch = batch.pin_memory()
             loaded.append(Loaded(address, batch, []))
         start = time.perf_counter()
         cuts, peak = self.rig.step(loaded, self.number)

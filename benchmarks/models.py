@@ -23,6 +23,7 @@ import transformers
 import tyro
 
 from canter.models.decoder import DecoderConfig
+from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig, length_mask
 from canter.models.hf import write_hf
@@ -166,7 +167,7 @@ def race(config: ModelConfig, options: Options, device: torch.device) -> list[Ro
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     rows = []
     for name, config in (("canary", canary(options)), ("whisper", whisper(options))):
         if options.family in (name, "both"):

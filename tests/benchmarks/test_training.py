@@ -55,7 +55,7 @@ def test_operations_are_counted_between_the_lengths_that_were_counted(script):
     flops = gpu_budget.training_flops(config, 0.08)
     cost = gpu_budget.utterance_cost(config, 12.0, 33)
     assert float(flops(cost.frames, cost.tokens)) == pytest.approx(
-        3 * (cost.encoder_flops + cost.decoder_flops), rel=1e-3
+        3 * (cost.encoder_flops + cost.decoder_flops), rel=5e-3
     )
 
 

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from canter.models.model import Batch
 from canter.training.config import LossConfig
+from canter.training.data import Address, Loaded
 from canter.training.session import train
 
 from .conftest import unwatched
@@ -73,3 +76,14 @@ def test_what_does_not_fit_is_cut_to_the_same_losses(quiet, tmp_path):
     assert events
     assert {event["what"] for event in events} == {"out of memory"}
     assert losses(capped) == pytest.approx(losses(short), rel=1e-2)
+
+
+def test_what_workers_load_is_pinned():
+    ones = torch.ones(2, dtype=torch.long)
+    batch = Batch(
+        torch.zeros(2, 9), 9 * ones, torch.ones(2, 4).long(), 4 * ones, ones, ones[:, None], ones, ones
+    )
+    loaded = Loaded(Address(0, 0, True, np.arange(2)), batch, []).pin_memory()
+    assert loaded.batch.audio.is_pinned()
+    assert loaded.batch.tokens.is_pinned()
+    assert Loaded(loaded.address, None, []).pin_memory().batch is None

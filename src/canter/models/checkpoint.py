@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from canter.errors import CheckpointError
+from canter.models.device import choose_device
 from canter.models.files import read_json, read_tensors, whole_folder
 from canter.models.fitting import build, check_vocabulary, fit_tensors
 from canter.models.hf import read_hf
@@ -115,7 +116,8 @@ def load_model(
     """Reads the model at ``path``, in evaluation mode, its weights as ``dtype`` on ``device``; the features
     stay float32. ``model.tokenizer`` is the folder's, or None if it has none.
 
-    Raises CheckpointError for what is no model, is truncated, or whose tensors do not fit its configuration.
+    Raises CheckpointError for what is no model, is truncated, or whose tensors do not fit its configuration, and
+    ConfigError for a device that is not here.
     """
     path = Path(path)
     if not path.exists():
@@ -125,7 +127,7 @@ def load_model(
     for part in model.children():
         if part is not model.features:
             part.to(dtype)
-    return model.to(device).eval()
+    return model.to(choose_device(str(device))).eval()
 
 
 def _read_folder(folder: Path) -> SpeechModel:

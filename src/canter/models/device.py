@@ -1,5 +1,8 @@
 """Where a model computes."""
 
+import os
+import warnings
+
 import torch
 
 from canter.errors import ConfigError
@@ -19,4 +22,17 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(
             f"--device {name}: there are only {torch.cuda.device_count()} GPUs here, cuda:0 the first"
         )
+    if device.type == "cuda":
+        _suit_changing_shapes()
     return device
+
+
+def _suit_changing_shapes() -> None:
+    """Two settings of PyTorch that assume shapes which repeat, where ours change from batch to batch: cuDNN's attention
+    makes a plan for every new shape, milliseconds each, and the allocator's blocks of fixed size fragment (what the
+    user's environment says of it goes first)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        with warnings.catch_warnings():  # its name is about to change
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")

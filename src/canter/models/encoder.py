@@ -16,6 +16,8 @@ class Encoder(Stack):
 
     outputs: tuple[str, ...] = ()
     """Modules of a layer that write to the residual stream: with all of them zero it passes x through."""
+    same_lengths: bool = False
+    """Whether every utterance fills its batch, as those do that are padded to one length; the model says so."""
     last_norm: str = ""
     """The norm that a layer ends with, if it does."""
 

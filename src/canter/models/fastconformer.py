@@ -137,9 +137,10 @@ class Subsampling(nn.Module):
 
 
 def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
-    """(2 * size - 1, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al.,
-    2019)."""
-    distance = torch.arange(size - 1, -size, -1, dtype=torch.float32, device=device)
+    """(N, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al., 2019) and a few beyond, for
+    N is a multiple of 8: a GPU's matrix units want rows of scores that are."""
+    count = -(-(2 * size - 1) // 8) * 8
+    distance = torch.arange(size - 1, size - 1 - count, -1, dtype=torch.float32, device=device)
     rate = torch.exp(
         torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width)
     )
@@ -163,16 +164,16 @@ class RelativeAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(torch.zeros(config.heads, d // config.heads))
 
     def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """x (B, T, D), positions (2T-1, D), valid (B, T) -> (B, T, D)."""
+        """x (B, T, D), positions (N, D), N at least 2T-1, valid (B, T) -> (B, T, D)."""
         b, t, d = x.shape
         q = self.linear_q(x).view(b, t, self.heads, -1)
         k = self.linear_k(x).view(b, t, self.heads, -1).transpose(1, 2)
         v = self.linear_v(x).view(b, t, self.heads, -1).transpose(1, 2)
-        p = self.linear_pos(positions).view(2 * t - 1, self.heads, -1).permute(1, 2, 0)  # (H, K, 2T-1)
+        p = self.linear_pos(positions) * (d // self.heads) ** -0.5
+        p = p.view(len(positions), self.heads, -1).permute(1, 2, 0)  # (H, K, N)
         by_content = (q + self.pos_bias_u).transpose(1, 2)
         by_position = (q + self.pos_bias_v).transpose(1, 2)
-        scale = (d // self.heads) ** -0.5
-        bias = _shift(torch.matmul(by_position, p)) * scale
+        bias = _shift(torch.matmul(by_position, p))
         bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(by_content.to(v.dtype), k, v, attn_mask=bias, dropout_p=dropout)
@@ -180,10 +181,11 @@ class RelativeAttention(nn.Module):
 
 
 def _shift(scores: Tensor) -> Tensor:
-    """(B, H, T, 2T-1) by distance -> (B, H, T, T) by key: row i starts at distance i."""
+    """(B, H, T, N) by distance -> (B, H, T, T) by key, a view: row i starts at place T-1-i, so that of all rows read as
+    one line, from place T-1 on, rows one shorter begin where they should."""
     b, h, t, n = scores.shape
-    scores = F.pad(scores, (1, 0)).view(b, h, n + 1, t)
-    return scores[:, :, 1:].reshape(b, h, t, n)[..., :t]
+    line = scores.flatten(2)[..., t - 1 : t - 1 + t * (n - 1)]
+    return line.view(b, h, t, n - 1)[..., :t]
 
 
 class Convolution(nn.Module):
@@ -268,5 +270,7 @@ class FastConformer(Encoder):
             x = x * math.sqrt(self.config.width)
         x = self.dropout(x)
         positions = relative_positions(x.shape[1], self.config.width, x.device).to(x.dtype)
+        # as the norm at the end of every layer leaves it under autocast: so all layers are compiled as one
+        x = x.to(self.pre_encode.out.weight.dtype)
         valid = length_mask(lengths, x.shape[1])
         return self.run(x, positions, valid, layer_drop=self.config.layer_drop), lengths

@@ -78,6 +78,10 @@ class Batch:
             *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
         )
 
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU reads from by itself; DataLoader asks for it by this name."""
+        return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -119,6 +123,7 @@ class SpeechModel(nn.Module):
         self.generation: dict[str, Any] = {}
         self.features = config.features.build()
         self.encoder = config.encoder.build()
+        self.encoder.same_lengths = self.padded_seconds > 0
         narrow, wide = config.encoder.width, config.decoder.width
         self.projection = nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
         self.decoder = Decoder(config.decoder)
@@ -196,6 +201,7 @@ class SpeechModel(nn.Module):
         features = replace(self.config.features, **changes)
         self.config = replace(self.config, features=features)
         self.features = features.build().to(self.features.filters.device).train(self.training)
+        self.encoder.same_lengths = self.padded_seconds > 0
 
     def encoder_frames(self, seconds: float) -> int:
         """T of an utterance of so many seconds."""

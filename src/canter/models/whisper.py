@@ -96,5 +96,5 @@ class WhisperEncoder(Encoder):
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         lengths = self.frames(lengths)
         x = self.dropout(x + self.positions[: x.shape[1]])
-        mask = attention_mask(lengths, x.shape[1])
+        mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths

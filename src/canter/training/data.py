@@ -8,8 +8,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,10 @@ class Loaded:
     skipped: list[Problem]
     fatal: CanterError | None = None
     """What the run cannot go on with; raised in the training process, where it reads better than in a worker."""
+
+    def pin_memory(self) -> "Loaded":
+        """DataLoader asks for it where the device is a GPU."""
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ def start_worker(_: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+def _end_with(parent: BaseProcess) -> None:
     """DataLoader's own watchdog looks at the fork server, which waits for the workers."""
     parent.join()
     os._exit(1)
