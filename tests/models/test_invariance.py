@@ -106,7 +106,10 @@ def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
         return  # torch refuses a single position
     ours, theirs = MaskedBatchNorm(6), torch.nn.BatchNorm1d(6)
     gradients = []
-    for norm, run in ((ours, lambda x: ours(x, valid)[valid]), (theirs, lambda x: theirs(x[valid]))):
+    for norm, run in (
+        (ours, lambda x: ours(x, valid, valid.sum())[valid]),
+        (theirs, lambda x: theirs(x[valid])),
+    ):
         norm.weight.data += torch.linspace(-0.5, 0.5, 6)
         inputs = x.clone().requires_grad_()
         outputs = run(inputs)
@@ -124,7 +127,7 @@ def test_running_statistics_move_once_a_step_in_order():
     norm = MaskedBatchNorm(3)
     inputs = [torch.randn(2, 5, 3) + shift for shift in range(3)]
     for x in inputs:
-        norm(x, torch.ones(2, 5, dtype=torch.bool))
+        norm(x, torch.ones(2, 5, dtype=torch.bool), torch.tensor(10))
     assert torch.equal(norm.running_mean, torch.zeros(3))
     reverse = MaskedBatchNorm(3)
     reverse.merge(reversed(norm.pending))

@@ -48,6 +48,9 @@ class FastConformerConfig:
         return FastConformer(self)
 
 
+ALIGNED = 8  # numbers of two bytes that are read at a time
+
+
 def subsampled_once(frames):
     """What one convolution of stride 2 leaves of so many frames (an int or a tensor)."""
     return (frames - 1) // 2 + 1
@@ -138,8 +141,8 @@ class Subsampling(nn.Module):
 
 def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
     """(N, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al., 2019) and a few beyond, for
-    N is a multiple of 8: a GPU's matrix units want rows of scores that are."""
-    count = -(-(2 * size - 1) // 8) * 8
+    N is a multiple of ALIGNED: a GPU's matrix units want rows of scores that are."""
+    count = -(-(2 * size - 1) // ALIGNED) * ALIGNED
     distance = torch.arange(size - 1, size - 1 - count, -1, dtype=torch.float32, device=device)
     rate = torch.exp(
         torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width)
@@ -199,10 +202,11 @@ class Convolution(nn.Module):
         self.batch_norm = MaskedBatchNorm(d) if config.norm == "batch" else nn.LayerNorm(d)
         self.pointwise_conv2 = nn.Linear(d, d, bias=config.bias)
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
         x = F.glu(self.pointwise_conv1(x), dim=-1) * valid[:, :, None]
         x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
-        x = self.batch_norm(x, valid) if isinstance(self.batch_norm, MaskedBatchNorm) else self.batch_norm(x)
+        norm = self.batch_norm
+        x = norm(x, valid, count) if isinstance(norm, MaskedBatchNorm) else norm(x)
         return self.pointwise_conv2(F.silu(x))
 
 
@@ -234,17 +238,19 @@ class ConformerLayer(nn.Module):
         self.norm_out = nn.LayerNorm(d)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+        """``count`` () of valid frames: one for all layers, and a sum over (B, T) is a kernel for each range of sizes
+        where layers are compiled."""
         x = x + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
         x = x + self.dropout(self.self_attn(self.norm_self_att(x), positions, valid))
-        x = x + self.dropout(self.conv(self.norm_conv(x), valid))
+        x = x + self.dropout(self.conv(self.norm_conv(x), valid, count))
         x = x + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x)))
         return self.norm_out(x)
 
 
 class FastConformer(Encoder):
     """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder
-    frames."""
+    frames. On a GPU T is a multiple of ALIGNED, and so up to 7 more than the longest has."""
 
     outputs = (
         "feed_forward1.linear2",
@@ -266,6 +272,8 @@ class FastConformer(Encoder):
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         x, lengths = self.pre_encode(features, lengths)
+        if x.is_cuda:  # fused attention wants the rows of its bias aligned, and would pad them in every layer
+            x = F.pad(x, (0, 0, 0, -x.shape[1] % ALIGNED))
         if self.config.xscaling:
             x = x * math.sqrt(self.config.width)
         x = self.dropout(x)
@@ -273,4 +281,4 @@ class FastConformer(Encoder):
         # as the norm at the end of every layer leaves it under autocast: so all layers are compiled as one
         x = x.to(self.pre_encode.out.weight.dtype)
         valid = length_mask(lengths, x.shape[1])
-        return self.run(x, positions, valid, layer_drop=self.config.layer_drop), lengths
+        return self.run(x, positions, valid, lengths.sum(), layer_drop=self.config.layer_drop), lengths

@@ -15,27 +15,26 @@ class _Normalise(torch.autograd.Function):
     backward pass, where the composed operations keep five tensors of that size."""
 
     @staticmethod
-    def forward(ctx, x, valid, weight, bias, epsilon):
+    def forward(ctx, x, valid, count, weight, bias, epsilon):
         kept = valid[:, :, None].to(torch.float32)
-        count = kept.sum()
         values = x.float()
         mean = (values * kept).sum((0, 1)) / count
         centred = values - mean
         variance = (centred.square() * kept).sum((0, 1)) / count
         rate = (variance + epsilon).rsqrt()
-        ctx.save_for_backward(x, valid, weight, mean, rate)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return (centred * (rate * weight) + bias).to(x.dtype), mean, variance, count
+        ctx.save_for_backward(x, valid, count, weight, mean, rate)
+        ctx.mark_non_differentiable(mean, variance)
+        return (centred * (rate * weight) + bias).to(x.dtype), mean, variance
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        x, valid, weight, mean, rate = ctx.saved_tensors
+        x, valid, count, weight, mean, rate = ctx.saved_tensors
         gradient = gradient.float()
         normal = (x.float() - mean) * rate
-        share = valid[:, :, None].to(torch.float32) / valid.sum()
+        share = valid[:, :, None].to(torch.float32) / count
         for_bias, for_weight = gradient.sum((0, 1)), (gradient * normal).sum((0, 1))
         for_x = (gradient - share * (for_bias + normal * for_weight)) * (rate * weight)
-        return for_x.to(x.dtype), None, for_weight, for_bias, None
+        return for_x.to(x.dtype), None, None, for_weight, for_bias, None
 
 
 class MaskedBatchNorm(nn.Module):
@@ -62,12 +61,12 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.pending: list[tuple[Tensor, Tensor] | None] = []
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """x (B, T, D), valid (B, T) boolean -> (B, T, D)."""
+    def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+        """x (B, T, D), valid (B, T) boolean, of which ``count`` () are true -> (B, T, D)."""
         if not self.training:
             scale = (self.running_var + self.epsilon).rsqrt() * self.weight
             return ((x.float() - self.running_mean) * scale + self.bias).to(x.dtype)
-        y, mean, variance, count = _Normalise.apply(x, valid, self.weight, self.bias, self.epsilon)
+        y, mean, variance = _Normalise.apply(x, valid, count, self.weight, self.bias, self.epsilon)
         if not MaskedBatchNorm.frozen:
             self.pending.append((mean, variance * (count / (count - 1).clamp(min=1))))
         return y
