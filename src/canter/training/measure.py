@@ -28,20 +28,23 @@ DECIDING = ("model_shape", "device", "precision", "optimizer", "compile")
 
 
 def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
-    """Noise of B utterances that the encoder turns into T frames each, with U random tokens."""
+    """Noise of B utterances that the encoder turns into T frames each, with U random tokens, made where the model is:
+    a step's time should not be that of moving its audio."""
+    device = next(model.parameters()).device
     samples = max(1, round(frames * planned_frame_seconds(model) * model.sample_rate))
     outputs = 2 if model.ctc is None else max(2, model.config.ctc_vocabulary)
     characters = max(1, min(int(samples / model.sample_rate * CHARACTERS_A_SECOND), 2 * frames))
-    return Batch(
-        audio=torch.randn(batch, samples) * 0.1,
-        audio_lengths=torch.full((batch,), samples),
-        tokens=torch.randint(0, model.vocabulary, (batch, tokens)),
-        token_lengths=torch.full((batch,), tokens),
-        prompt_lengths=torch.full((batch,), min(prompt, tokens - 1)),
-        characters=torch.randint(1, outputs, (batch, characters)),
-        character_lengths=torch.full((batch,), characters),
-        rows=torch.zeros(batch, dtype=torch.long),
-    )
+    with device:
+        return Batch(
+            audio=(torch.randn(samples) * 0.1).repeat(batch, 1),
+            audio_lengths=torch.full((batch,), samples),
+            tokens=torch.randint(0, model.vocabulary, (batch, tokens)),
+            token_lengths=torch.full((batch,), tokens),
+            prompt_lengths=torch.full((batch,), min(prompt, tokens - 1)),
+            characters=torch.randint(1, outputs, (batch, characters)),
+            character_lengths=torch.full((batch,), characters),
+            rows=torch.zeros(batch, dtype=torch.long),
+        )
 
 
 def training_step(
@@ -55,7 +58,7 @@ def training_step(
     optimizers = Optimizers(model, config.optimizer, steps=1000)
 
     def step(batch: int, frames: int, tokens: int) -> None:
-        data = synthetic_batch(model, batch, frames, tokens, prompt).to(device)
+        data = synthetic_batch(model, batch, frames, tokens, prompt)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model.loss(data, label_smoothing=config.loss.label_smoothing)
             (loss.attention / loss.attention_count + loss.ctc / loss.ctc_count.clamp(min=1)).backward()

@@ -62,7 +62,7 @@ def fits(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             state = torch.empty(missing_state(optimizers), dtype=torch.uint8, device=device)
-            data = synthetic_batch(model, batch, frames, tokens, prompt=1).to(device)
+            data = synthetic_batch(model, batch, frames, tokens, prompt=1)
             gradient.backward(data, Counts.of([data]), alone=False, epoch=0)
             fitted = True
             del state
