@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import soundfile
+import torch
 import tyro
 from fuzzing import fuzz
 
@@ -169,7 +170,8 @@ def one_kill(run: list[str], folder: Path, goal: int, way: str, draw: random.Ran
         "resumed": resumed_at(said),
         "writing": half_written(folder),
         "seconds_to_end": time.monotonic() - at,
-        "traceback": "Traceback" in said and not ranks,  # torchrun itself ends by one
+        # torchrun itself ends by one, and so does Python's fork server whose order for a worker breaks off
+        "traceback": "Traceback" in said and "in _serve_one" not in said and not ranks,
         "said": said[-3000:],
     }
 
@@ -205,13 +207,30 @@ def last_step(folder: Path) -> int:
 
 
 def differing(folder: Path, other: Path) -> list[str]:
-    """Files of checkpoints that are not as those of the undisturbed run."""
+    """Files of checkpoints whose tensors are not those of the undisturbed run, to the last bit."""
     return [
         f"{checkpoint.name}/{name}"
         for checkpoint in folder.glob("checkpoints/step-*")
         for name in SAME
-        if (checkpoint / name).read_bytes() != (other / "checkpoints" / checkpoint.name / name).read_bytes()
+        if not same(checkpoint / name, other / "checkpoints" / checkpoint.name / name)
     ]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same; archives of the same tensors may differ in what else they hold."""
+    if one.read_bytes() == other.read_bytes():
+        return True
+    return one.suffix == ".pt" and equal(torch.load(one), torch.load(other))
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
