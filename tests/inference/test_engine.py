@@ -69,6 +69,16 @@ def test_limit_on_tokens(model):
         assert hypothesis.finished == (len(tokens) < 2)
 
 
+def test_a_model_knows_how_fast_people_speak():
+    model = small_model()
+    model.generation = {"tokens_per_frame": 0.0}
+    config = EngineConfig(extra_tokens=2, **UNGUARDED)
+    found = Engine(model, END, config).decode(requests())
+    assert [hypothesis.tokens for hypothesis in found] == [tokens[:2] for tokens in expected()]
+    asked = EngineConfig(tokens_per_frame=1.0, **UNGUARDED)
+    assert [hypothesis.tokens for hypothesis in Engine(model, END, asked).decode(requests())] == expected()
+
+
 def test_positions_end_a_row():
     model = small_model(positions=12)
     found = Engine(model, END, EngineConfig(**UNGUARDED)).decode(requests())

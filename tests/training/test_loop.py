@@ -49,6 +49,9 @@ def test_a_run_leaves_what_it_promises(config):
     best = json.loads((config.output / "checkpoints" / "best.json").read_text())
     model = load_model(config.output / "checkpoints" / best["checkpoint"])
     assert model.tokenizer.vocab_size == model.config.decoder.vocabulary
+    tokens, seconds = finished.prepared.index.tokens, finished.prepared.index.seconds
+    rate = model.generation["tokens_per_frame"]  # at which transcription ends what goes round in circles
+    assert max((u - 10) / (s / 0.08 + 1) for u, s in zip(tokens, seconds)) < rate < 2
 
 
 def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):

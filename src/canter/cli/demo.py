@@ -189,7 +189,6 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     from canter.corpus.manifest import Utterance, read_manifest, write_manifest
     from canter.evaluation.wer import score
     from canter.inference.engine import Engine
-    from canter.inference.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of, transcribe
     from canter.models.checkpoint import load_model
 
@@ -197,7 +196,7 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     tokenizer = prepared.tokenizer
     utterances = [row for row in read_manifest(corpus.test_manifest) if isinstance(row, Utterance)]
     rows = [json.loads(line) for line in corpus.test_manifest.read_text(encoding="utf-8").splitlines()]
-    engine = Engine(model, tokenizer.end, EngineConfig(tokens_per_frame=fastest(prepared)), ctc=True)
+    engine = Engine(model, tokenizer.end, ctc=True)
     results = transcribe(engine, tokenizer, utterances)
     texts = [result.text for result in results]
     ctc = [prepared.characters.decode(result.ctc or ()) for result in results]
@@ -233,18 +232,6 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
         f"WER {summary['wer']:.1%} (voices heard in training {summary['wer_seen']:.1%}, unheard "
         f"{summary['wer_unseen']:.1%}; CTC alone {summary['ctc_wer']:.1%}), RTFx {summary['rtfx']:.0f}"
     )
-
-
-def fastest(prepared) -> float:
-    """Tokens an encoder frame of the fastest utterance trained on: nobody speaks faster, so a decoder that goes round
-    in circles ends there. The first few tokens are not counted, which the engine grants every utterance."""
-    import numpy as np
-
-    from canter.inference.requests import EngineConfig
-
-    index = prepared.index
-    tokens = np.asarray(index.tokens, np.int64) - EngineConfig().extra_tokens
-    return max(0.1, float(np.max(tokens / prepared.budget.frames(np.asarray(index.seconds)))))
 
 
 def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:

@@ -226,7 +226,10 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens: the decoder has {positions} positions"
             )
-        wanted = math.ceil(self.config.tokens_per_frame * frames) + self.config.extra_tokens
+        rate = self.config.tokens_per_frame
+        if rate is None:
+            rate = self.model.generation.get("tokens_per_frame", 1.0)
+        wanted = math.ceil(rate * frames) + self.config.extra_tokens
         return min(positions - len(request.prompt), wanted)
 
     @torch.inference_mode()

@@ -16,8 +16,9 @@ class EngineConfig:
     """Rows the decoder advances together, at most."""
     frames: int = 1024
     """Encoder frames in a batch of the encoder, padding included, at most (one utterance may have more)."""
-    tokens_per_frame: float = 1.0
-    """A row ends without an end token after this many tokens for each of its encoder frames ..."""
+    tokens_per_frame: float | None = None
+    """A row ends without an end token after this many tokens for each of its encoder frames (None: what the model's
+    generation settings say, of the fastest speech that it was trained on; else 1) ..."""
     extra_tokens: int = 10
     """... and this many more (and in any case where the decoder's positions end)."""
     max_repeats: int = 3

@@ -15,6 +15,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import BudgetError, ConfigError
+from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
 from canter.models.checkpoint import load_model
 from canter.models.decoder import DecoderConfig
@@ -45,6 +46,8 @@ from canter.tuning.fit import measure_budget, within
 from canter.tuning.memory import steady_heap
 from canter.tuning.probe import Prober
 
+MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
+LEAST_SPEED = 0.1  # tokens a frame
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
 
 
@@ -105,6 +108,9 @@ def prepare(
     budget = find_budget(config, run, model, index, precision, say, track)
     micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
+    told = model.generation.get("tokens_per_frame")
+    if told or initial is None:  # what others have trained may have heard faster speech
+        model.generation["tokens_per_frame"] = max(told or 0.0, fastest(index, budget))
     plan = Plan(
         planned,
         limited(budget, config.batch_seconds, planned),
@@ -148,6 +154,14 @@ def prepare(
         precision,
         steps * step_seconds,
     )
+
+
+def fastest(index: LengthIndex, budget: Budget) -> float:
+    """Tokens an encoder frame of the fastest utterance, less those that an engine grants every utterance, and a little
+    more. Hardly anybody will speak faster, so a decoder that goes round in circles ends there."""
+    tokens = np.asarray(index.tokens, np.int64) - EngineConfig().extra_tokens
+    rate = float(np.max(tokens / budget.frames(np.asarray(index.seconds))))
+    return round(max(LEAST_SPEED, MORE_SPEED * rate), 3)
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> ModelConfig:
