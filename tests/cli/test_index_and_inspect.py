@@ -85,6 +85,7 @@ def test_temperature_and_mixtures(manifests, capsys):
         (["index", "a.jsonl", "--tokenizer", "chars", "--prompt-tokens", "-1"], "must be 0 or more"),
         (["index", "a.jsonl", "--tokenizer", "chars", "-o", "a.jsonl"], "exists and is not a length index"),
         (["index", "a.jsonl", "--tokenizer", "chars", "-o", "a.jsonl/l.arrow"], "cannot be written"),
+        (["index", "a.jsonl", "--tokenizer", "chars", "--workers", "-3"], "--workers is -3"),
         (["index", "m.yaml", "a.jsonl"], "m.yaml is a mixture: name it alone"),
         (["index", "m.yaml"], "m.yaml does not exist"),
         (["index", "a.jsonl", "--temperature", "-1"], "must be 0 or more"),

@@ -120,6 +120,10 @@ def test_settings_that_cannot_be(table, command, arguments, message, capsys):
     assert message in refused([command, table, *arguments], capsys)
 
 
+def test_a_plan_that_has_nowhere_to_go(table, capsys):
+    assert "there is no folder nowhere" in refused(["plan", table, "--emit", "nowhere/plan.parquet"], capsys)
+
+
 def test_a_plan_for_more_ranks_than_batches(table, capsys):
     line = refused(["plan", table, "--strategy", "random", "--ranks", "200"], capsys)
     assert re.search(r"--ranks is 200 and there are only \d+ micro-batches: the others would only wait", line)

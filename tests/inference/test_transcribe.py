@@ -107,6 +107,18 @@ def test_a_whole_batch_of_bad_files(folder, tmp_path):
     assert ["error" in row for row in rows_of(out)] == [True] * 30 + [False]
 
 
+def test_a_language_that_rows_have_of_their_own_is_told_of(folder, tmp_path, capsys):
+    clip = str(folder / "clips" / "03.wav")
+    manifest = tmp_path / "one.jsonl"
+    rows = [{"audio_filepath": clip, "lang": "en"}, {"audio_filepath": clip}]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = str(tmp_path / "out.jsonl")
+    assert main(["transcribe", str(folder / "run"), str(manifest), "--language", "de", "-o", out]) == 0
+    assert "--language de is for rows that name none; 1 name their own (en)" in capsys.readouterr().err
+    assert main(["transcribe", str(folder / "run"), str(manifest), "--language", "en", "-o", out]) == 0
+    assert "name their own" not in capsys.readouterr().err
+
+
 def test_folder_and_formats(folder, tmp_path, capsys):
     clips = str(folder / "clips")
     assert main(["transcribe", str(folder / "run"), clips, "--lang", "en", "-o", str(tmp_path / "all"),

@@ -54,6 +54,8 @@ def run(options: Options) -> int | None:
         )
     if options.prompt_tokens < 0:
         raise ConfigError(f"--prompt-tokens is {options.prompt_tokens}; it must be 0 or more")
+    if options.workers < 1:
+        raise ConfigError(f"--workers is {options.workers}; it must be 1 or more")
     mixtures = [path for path in options.sources if path.endswith((".yaml", ".yml"))]
     if mixtures and len(options.sources) > 1:
         raise ConfigError(f"{mixtures[0]} is a mixture: name it alone, and further sources inside it")

@@ -42,6 +42,8 @@ def run(options: Options) -> int | None:
 
     if options.mixing != 1.0 and options.strategy != "balanced":
         raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
+    if options.emit and not options.emit.parent.is_dir():
+        raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
     index = open_lengths(options.index, options.prompt_tokens)
     budget = choose_budget(options.budget, options.model, options.memory)
     check_ranks(options.ranks, len(index), "utterances")

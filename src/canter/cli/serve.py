@@ -121,7 +121,8 @@ def read_keys(file: Path | None) -> frozenset[str]:
         try:
             found = {line.strip() for line in file.read_text(encoding="utf-8").splitlines()}
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys {file} cannot be read: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--api-keys {file} cannot be read: {reason}") from None
         if not any(found):
             raise ConfigError(f"--api-keys {file} holds no key; write one a line, or leave the option out")
         keys |= found

@@ -99,6 +99,8 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     languages = engine.model.tokenizer.languages
     language = options.language or (languages[0] if len(languages) == 1 else None)
     items = read_items(options.inputs, defaults=Defaults(language, options.task, options.target_language))
+    if options.language and ranks.rank == 0:
+        warn_of_other_languages(items, options.language)
     if len(languages) > 1 and not isinstance(engine.model.tokenizer, WhisperTokenizer):  # which detects it
         items = require_language(items, languages)
     if not folder:
@@ -142,6 +144,18 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     if first:
         remove(first)  # every rank does: their disks may differ
     return 1 if problems else 0
+
+
+def warn_of_other_languages(items: "Sequence[Item]", asked: str) -> None:
+    """A row's own language goes before --language; where they differ, that should be no surprise."""
+    own = [u.source_lang or u.lang for item in items if (u := item.utterance)]
+    others = sorted({language for language in own if language and language != asked})
+    if others:
+        count = sum(language in others for language in own)
+        print(
+            f"canter: --language {asked} is for rows that name none; {count:,} name their own ({', '.join(others)})",
+            file=sys.stderr,
+        )
 
 
 def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":

@@ -22,7 +22,8 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 M_MMAP_THRESHOLD = -3  # malloc.h
 MMAP_THRESHOLD = 2**17  # bytes; where glibc starts
 ALLOCATION_FAILED = re.compile(
-    r"out of memory|(can't|could not|cannot) allocate memory|not enough memory|bad_alloc|alloc_failed",
+    r"out of memory|(can't|could not|cannot) allocate memory|not enough memory|bad_alloc|alloc_failed"
+    r"|could not (create|execute) a (primitive|memory)",  # oneDNN's, which does not say why
     re.IGNORECASE,
 )
 
