@@ -10,7 +10,9 @@ from canter.errors import ConfigError
 from canter.training.config import (
     LossConfig,
     ModelShape,
+    OptimizerConfig,
     TrainConfig,
+    decided,
     differences,
     dump_config,
     from_mapping,
@@ -23,6 +25,18 @@ def test_a_configuration_survives_yaml(tmp_path):
         manifest=(tmp_path / "a.jsonl",), minutes=3.0, model=ModelShape(width=64), loss=LossConfig(0.0, 0.0)
     )
     assert from_mapping(TrainConfig, yaml.safe_load(dump_config(config)), "x") == config
+
+
+def test_trained_weights_get_other_settings_than_random_ones(tmp_path):
+    scratch, tuned = decided(TrainConfig()), decided(TrainConfig(init=tmp_path))
+    assert (scratch.optimizer.name, scratch.optimizer.learning_rate) == ("muon", 2e-3)
+    assert (tuned.optimizer.name, tuned.optimizer.learning_rate) == ("adamw", 3e-5)
+    assert (scratch.loss.ctc_weight, scratch.loss.ctc_alone) == (0.3, 0.2)
+    assert (tuned.loss.ctc_weight, tuned.loss.ctc_alone) == (0.0, 0.0)
+    assert decided(TrainConfig(loss=LossConfig(ctc_weight=0.0))).loss.ctc_alone == 0
+    own = TrainConfig(init=tmp_path, optimizer=OptimizerConfig(name="muon", learning_rate=1e-3))
+    asked = decided(own).optimizer
+    assert (asked.name, asked.learning_rate) == ("muon", 1e-3)
 
 
 def test_paths_are_relative_to_the_file(tmp_path):
@@ -49,7 +63,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("- 1", "expected a mapping"),
         ("a: [", "not readable as YAML"),
         ("model: {width: 100, heads: 3}", "not a multiple"),
-        ("loss: {ctc_weight: 0.0}", "ctc-alone"),
+        ("loss: {ctc_weight: 0.0, ctc_alone: 0.1}", "ctc-alone"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, says):

@@ -12,7 +12,7 @@ from canter.cli import reshape
 from canter.errors import ConfigError
 from canter.models.checkpoint import load_model, save_model
 from canter.text import Characters
-from canter.training.config import LossConfig, ModelShape, OptimizerConfig, TrainConfig
+from canter.training.config import LossConfig, ModelShape, TrainConfig
 from canter.training.prepare import prepare
 from canter.training.session import train
 
@@ -40,7 +40,7 @@ def onwards(config, trained, tmp_path):
         steps=4,
         model=ModelShape(),
         vocabulary=TrainConfig.vocabulary,
-        loss=LossConfig(ctc_alone=0.0),
+        loss=LossConfig(ctc_weight=0.3),
     )
 
 
@@ -83,7 +83,7 @@ def test_a_reshaped_checkpoint(onwards, trained, tmp_path):
 
 
 def test_without_ctc_the_head_is_left_out(onwards):
-    prepared = prepare(dataclasses.replace(onwards, loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)))
+    prepared = prepare(dataclasses.replace(onwards, loss=LossConfig()))
     assert prepared.model.ctc is None
     assert prepared.model.config.ctc_vocabulary == 0
 
@@ -93,9 +93,9 @@ def test_a_checkpoint_without_a_ctc_head_wants_its_weight_at_zero(onwards, train
     model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
     save_model(model, tmp_path / "attention")
     config = dataclasses.replace(onwards, init=tmp_path / "attention")
-    with pytest.raises(ConfigError, match=r"no CTC head; set --loss.ctc-weight 0"):
+    with pytest.raises(ConfigError, match=r"no CTC head; leave --loss.ctc-weight out"):
         prepare(config)
-    config = dataclasses.replace(config, loss=LossConfig(0.0, 0.0), optimizer=OptimizerConfig(name="adamw"))
+    config = dataclasses.replace(config, loss=LossConfig())
     assert train(config, unwatched).progress.step == 4
 
 

@@ -122,7 +122,7 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
 
     prepared = prepare(config)
     trainer = Trainer(
-        config,
+        prepared.config,
         prepared.run,
         prepared.model,
         prepared.plan,

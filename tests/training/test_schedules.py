@@ -27,7 +27,9 @@ from .conftest import unwatched
 
 
 def factors(steps=100, **settings):
-    optimizers = Optimizers(nn.Linear(4, 4), OptimizerConfig(name="adamw", **settings), steps)
+    optimizers = Optimizers(
+        nn.Linear(4, 4), OptimizerConfig(name="adamw", learning_rate=2e-3, **settings), steps
+    )
     return np.array([optimizers.factor(step) for step in range(steps)])
 
 
@@ -54,7 +56,7 @@ def test_a_constant_rate_stays():
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     layer = nn.Linear(4, 4)
     before = [p.clone() for p in layer.parameters()]
-    optimizers = Optimizers(layer, OptimizerConfig(name="adamw"), 10)
+    optimizers = Optimizers(layer, OptimizerConfig(name="adamw", learning_rate=2e-3), 10)
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
     assert not math.isfinite(optimizers.step(3)[1])

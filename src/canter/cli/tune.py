@@ -249,17 +249,19 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
     model = load_any(checkpoint_of(path), backend=options.backend)
     if not isinstance(model, SpeechModel) and (options.simulate or options.compile):
         raise ConfigError(f"{path}: --simulate and --compile need a model of Canter's own")
-    return of_speech_model(model, adjusted(TrainConfig(), options), options, say)
+    return of_speech_model(model, adjusted(TrainConfig(init=path), options), options, say)
 
 
 def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
     """The configuration with the flags that speak of training."""
+    from canter.training.config import decided
+
     optimizer = config.optimizer
     if options.optimizer is not None:
         optimizer = dataclasses.replace(optimizer, name=options.optimizer)
     precision = config.precision if options.precision == "auto" else options.precision
     device = config.device if options.device == "auto" else options.device
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         optimizer=optimizer,
         precision=precision,
@@ -267,6 +269,7 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
         budget=None,
         compile=(config.compile or options.compile) and options.simulate is None,  # it needs values
     )
+    return decided(config)
 
 
 def of_config(config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
@@ -277,7 +280,7 @@ def of_config(config: TrainConfig, options: Options, say: Callable[[str], None])
 
     with tempfile.TemporaryDirectory() as folder:
         inside = Run.open(dataclasses.replace(config, output=Path(folder) / "run"))
-        initial = load_initial(config, inside)
+        initial = load_initial(config, inside, say)
         index, tokenizer = None, SimpleNamespace(vocab_size=config.vocabulary, pad=0)
         characters = SimpleNamespace(size=40)
         if config.manifest:

@@ -67,10 +67,11 @@ class ModelShape:
 class OptimizerConfig:
     """Muon (orthogonalised momentum) on the matrices of the blocks, AdamW on everything else; or AdamW alone."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    """Which optimiser has the matrices."""
-    learning_rate: float = 2e-3
-    """AdamW's peak learning rate."""
+    name: Literal["auto", "muon", "adamw"] = "auto"
+    """Which optimiser has the matrices; by default Muon, and AdamW with --init: at a rate for random weights Muon soon
+    overwrites trained ones."""
+    learning_rate: float | None = None
+    """AdamW's peak learning rate; by default 2e-3, and 3e-5 with --init."""
     matrix_learning_rate: float = 0.01
     """Muon's peak learning rate."""
     matrix_every: int = 2
@@ -94,10 +95,11 @@ class OptimizerConfig:
 class LossConfig:
     """Cross-entropy of the attention decoder and an auxiliary CTC on characters (Hori et al., 2017)."""
 
-    ctc_weight: float = 0.3
-    """Weight of CTC; the attention loss has the rest. 0 leaves the CTC head out."""
-    ctc_alone: float = 0.2
-    """Share of the steps, at the start, trained by CTC alone: the decoder cannot learn before the encoder has."""
+    ctc_weight: float | None = None
+    """Weight of CTC; the attention loss has the rest. 0 leaves the CTC head out. By default 0.3, and 0 with --init."""
+    ctc_alone: float | None = None
+    """Share of the steps, at the start, trained by CTC alone: the decoder cannot learn before the encoder has. By
+    default 0.2, and 0 with --init or without CTC."""
     label_smoothing: float = 0.1
     """Of the cross-entropy."""
 
@@ -211,7 +213,7 @@ class TrainConfig:
                 value = functools.reduce(getattr, name.split("."), self)
                 if value is not None and not fits(value):
                     raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be {must}")
-        if self.loss.ctc_weight == 0 and self.loss.ctc_alone > 0:
+        if self.loss.ctc_weight == 0 and self.loss.ctc_alone:
             raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
         if not all(0.3 <= speed <= 3 for speed in self.augment.speed):
             raise ConfigError(f"--augment.speed {self.augment.speed}: speeds must lie between 0.3 and 3")
@@ -237,6 +239,20 @@ class TrainConfig:
             raise ConfigError(
                 f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}"
             )
+
+
+def decided(config: TrainConfig) -> TrainConfig:
+    """With what is left open decided: trained weights want other settings than random ones."""
+    scratch, optimizer, loss = config.init is None, config.optimizer, config.loss
+    name = ("muon" if scratch else "adamw") if optimizer.name == "auto" else optimizer.name
+    rate = (2e-3 if scratch else 3e-5) if optimizer.learning_rate is None else optimizer.learning_rate
+    weight = (0.3 if scratch else 0.0) if loss.ctc_weight is None else loss.ctc_weight
+    alone = (0.2 if scratch and weight else 0.0) if loss.ctc_alone is None else loss.ctc_alone
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(optimizer, name=name, learning_rate=rate),
+        loss=dataclasses.replace(loss, ctc_weight=weight, ctc_alone=alone),
+    )
 
 
 def load_config(path: Path, *, relative: bool = True) -> TrainConfig:

@@ -245,7 +245,8 @@ def weighted(config: LossConfig, ctc: Any, attention: Any) -> Any:
     """Both losses by their weights; ``attention`` None stands for CTC alone."""
     if attention is None:
         return ctc
-    return config.ctc_weight * ctc + (1 - config.ctc_weight) * attention if config.ctc_weight else attention
+    weight = config.ctc_weight
+    return weight * ctc + (1 - weight) * attention if weight else attention
 
 
 def seed_of(*parts: int) -> int:

@@ -177,7 +177,7 @@ class Trainer:
         batches = [one.batch for one in loaded if one.batch is not None]
         planned = self.upcoming.taken(step)
         counts = Counts.of(batches, self.ranks)
-        alone = step < self.config.loss.ctc_alone * self.steps
+        alone = step < (self.config.loss.ctc_alone or 0.0) * self.steps
         if self.shards:
             self.shards.gather()
         computed = self.gradient.compute(loaded, counts, step, alone)
@@ -247,7 +247,7 @@ class Trainer:
             self.ranks.sum_gradients(self.optimizers.parameters)
         if not finite:
             self.gradient.discard()
-            return self.config.optimizer.learning_rate * self.optimizers.factor(step), math.nan, False
+            return self.optimizers.peak * self.optimizers.factor(step), math.nan, False
         rate, norm = self.optimizers.step(step)
         if not math.isfinite(norm):
             self.gradient.discard()

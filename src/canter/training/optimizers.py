@@ -19,12 +19,13 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps = config, max(1, steps)
+        self.peak = config.learning_rate or 0.0
         self.width = getattr(model, "width", 512)
         matrices, others, flat = [], [], []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if parameter.ndim == 2 and ".layers." in name and config.name == "muon":
+            if parameter.ndim == 2 and ".layers." in name and config.name != "adamw":
                 matrices.append(parameter)
             else:
                 (others if parameter.ndim >= 2 else flat).append(parameter)
@@ -35,8 +36,8 @@ class Optimizers:
         self.parameters = matrices + others + flat
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (
-                torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.98), fused=True),
-                config.learning_rate,
+                torch.optim.AdamW(groups, self.peak, betas=(0.9, 0.98), fused=True),
+                self.peak,
             )
         ]
         if matrices:
@@ -75,7 +76,7 @@ class Optimizers:
             if math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return self.config.learning_rate * factor, norm
+        return self.peak * factor, norm
 
     def clip(self) -> Tensor:
         """Scales the gradient down to the largest norm allowed; returns the norm before."""

@@ -18,7 +18,7 @@ class Pace:
 
     def plan(self, step: int, steps: int) -> None:
         """Chooses when to settle next, for a run at ``step`` of ``steps``."""
-        shares = (0.02, self.config.loss.ctc_alone + 0.08)
+        shares = (0.02, (self.config.loss.ctc_alone or 0.0) + 0.08)
         if self.config.minutes is None or self.config.steps is not None or self.settled >= len(shares):
             self.at = None
         else:

@@ -29,7 +29,7 @@ from canter.planning.strategies import strategy
 from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
 from canter.training import trackers
 from canter.training.checkpoints import Checkpoints
-from canter.training.config import TrainConfig
+from canter.training.config import TrainConfig, decided
 from canter.training.data import MicroBatches
 from canter.training.measure import (
     DECIDING,
@@ -86,13 +86,14 @@ def prepare(
     """
     if not config.manifest:
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
+    config = decided(config)
     chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
     trackers.check(config.track)
     device = choose_device(config.device)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
-    initial = load_initial(config, run, load)
+    initial = load_initial(config, run, say, load)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
@@ -197,12 +198,13 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characte
 
 
 def load_initial(
-    config: TrainConfig, run: Run, load: Callable[[Path], Any] = load_model
+    config: TrainConfig, run: Run, say: Callable[[str], None], load: Callable[[Path], Any] = load_model
 ) -> SpeechModel | None:
     """The model of --init; once the run has a checkpoint, that one's, for the other may be gone by then."""
     if config.init is None:
         return None
-    model = load(run.checkpoints[-1] if run.checkpoints else checkpoint_of(config.init))
+    goes_on = bool(run.checkpoints)
+    model = load(run.checkpoints[-1] if goes_on else checkpoint_of(config.init))
     if not isinstance(model, SpeechModel):
         refuse_ours(config)
     if model.tokenizer is None:
@@ -211,11 +213,13 @@ def load_initial(
         )
     if config.pad_seconds is not None:
         pad_to(model, config.pad_seconds, config.init)
-    if config.loss.ctc_weight == 0 and model.ctc is not None:
+    if not config.loss.ctc_weight and model.ctc is not None:
+        if not goes_on:
+            say("the checkpoint's CTC head is left out; --loss.ctc-weight 0.3 trains it on")
         model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
     elif config.loss.ctc_weight and model.ctc is None:
         raise ConfigError(
-            f"--init {config.init}: the checkpoint has no CTC head; set --loss.ctc-weight 0 --loss.ctc-alone 0"
+            f"--init {config.init}: the checkpoint has no CTC head; leave --loss.ctc-weight out"
         )
     return model
 
