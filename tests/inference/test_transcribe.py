@@ -155,6 +155,7 @@ def test_same_stems_get_numbers(folder, tmp_path):
         (["RUN", "CLIP", "--batch-size", "0"], "at least 1"),
         (["RUN", "CLIP", "--max-repeats", "-1"], "0, no guard, or more"),
         (["RUN", "CLIP", "--device", "cuda"], "no GPU is available"),
+        (["RUN", "CLIP", "--lang", "en", "--initial-prompt", "Dr. Quilter"], "takes no text before"),
     ],
 )
 def test_misuse_is_one_line(folder, capsys, monkeypatch, arguments, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import canter
@@ -18,7 +19,7 @@ from canter.inference.engine import Engine
 from canter.inference.int8 import quantize
 from canter.inference.pieces import cut
 from canter.inference.requests import EngineConfig, Request
-from canter.inference.transcribe import TranscribeConfig, transcribe
+from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
 
 SHARED = os.environ.get("CANTER_SHARED")
 pytestmark = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with a Whisper model")
@@ -106,8 +107,6 @@ def errors(expected: str, heard: str) -> float:
 
 def test_long_audio_loses_and_doubles_nothing(model, spoken, tmp_path):
     """The clips in one file, cut with an overlap in mid-speech: the words are those of the clips."""
-    import soundfile
-
     audio = np.concatenate([np.concatenate([clip, np.zeros(3200, np.float32)]) for clip, _ in spoken])
     soundfile.write(tmp_path / "long.wav", audio, 16000)
     utterances = [Utterance(str(tmp_path / "long.wav"), len(audio) / 16000, "")]
@@ -126,8 +125,6 @@ def test_long_audio_loses_and_doubles_nothing(model, spoken, tmp_path):
 
 def test_word_times_follow_the_audio(model, spoken, tmp_path):
     """The same clip after two seconds of silence: every word is two seconds later."""
-    import soundfile
-
     clip = spoken[0][0]
     for name, audio in (("a", clip), ("b", np.concatenate([np.zeros(32000, np.float32), clip]))):
         soundfile.write(tmp_path / f"{name}.wav", audio, 16000)
@@ -141,6 +138,24 @@ def test_word_times_follow_the_audio(model, spoken, tmp_path):
     assert [word.text.strip(",.") for word in early] == [word.text.strip(",.") for word in late]
     shifts = [after.start - before.start for before, after in zip(early[1:], late[1:])]
     assert np.median(shifts) == pytest.approx(2.0, abs=0.15)
+
+
+def test_text_that_comes_before(model, spoken, tmp_path):
+    """It stands in the prompt, cut to its end where it is long, and decides how words are written."""
+    clip = spoken[0][0]
+    soundfile.write(tmp_path / "a.wav", clip, 16000)
+    utterance = Utterance(str(tmp_path / "a.wav"), len(clip) / 16000, "")
+    engine, tokenizer = Engine(model, model.tokenizer.end), model.tokenizer
+    listener = Listener(engine, tokenizer, TranscribeConfig(context="so they said"))
+    assert list(listener.request({}).prompt) == tokenizer.prompt_ids({"prevtext": "so they said"})
+    many = listener.prompt({}, "one two three " * 300)
+    assert 100 < len(many) <= model.config.decoder.positions // 2
+    loud = transcribe(
+        engine, tokenizer, [utterance], config=TranscribeConfig(context="HE SAID: NO! SHE SAID: YES!")
+    )
+    plain = transcribe(engine, tokenizer, [utterance])
+    assert plain[0].text.casefold().strip(".") in loud[0].text.casefold()
+    assert loud[0].text != plain[0].text
 
 
 def test_int8(folder, model, spoken):

@@ -15,7 +15,9 @@ from canter.errors import ConfigError
 
 EVERY_SECONDS = 30.0  # between lines of progress in a log
 # Options that a transcript depends on, beside the model and what is in a row.
-DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "vad", "window_seconds", "fallback")
+# fmt: off
+DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "vad", "window_seconds", "fallback", "initial_prompt")
+# fmt: on
 
 if TYPE_CHECKING:
     from canter.corpus.manifest import Utterance
@@ -47,6 +49,9 @@ class Options:
     """Of utterances that name none: by default those whose two languages differ are translated."""
     target_language: str = "en"
     """Language that `--task translate` writes, where the manifest names none."""
+    initial_prompt: str = ""
+    """Text that is taken to come before every utterance: names and words to expect, a style of writing. Whisper's and
+    Canary-flash's prompts have room for it; a Whisper of many languages then needs --language."""
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, by the model's timestamp tokens where it has them; `word`: of words too, by
     cross-attention; `auto`: `segment` for srt, vtt, tsv and json, else `none`."""
@@ -219,7 +224,10 @@ def work_through(
     from canter.inference.transcribe import TranscribeConfig, transcribe_stream
 
     asked = TranscribeConfig(
-        timestamps=timestamps_of(options), window_seconds=options.window_seconds, vad=options.vad
+        timestamps=timestamps_of(options),
+        window_seconds=options.window_seconds,
+        vad=options.vad,
+        context=options.initial_prompt,
     )
     if not options.fallback:
         asked = replace(asked, fallback=None)

@@ -14,14 +14,14 @@ import numpy as np
 
 from canter.corpus.audio import audio_blocks, load_utterance
 from canter.corpus.manifest import Utterance
-from canter.errors import AudioError, CanterError, CheckpointError
+from canter.errors import AudioError, CanterError, CheckpointError, ConfigError
 from canter.inference.engine import Engine, encoder_batches
 from canter.inference.pieces import Piece, cut
 from canter.inference.reading import Assembly, Fallback, segments_of
 from canter.inference.requests import Hypothesis, Request
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS, RATE
-from canter.text.prompts import FORMATS, utterance_slots
+from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
 
@@ -62,6 +62,8 @@ class TranscribeConfig:
     """What finds the pauses of long audio; `silero` needs the extra `vad`, `none` cuts every window."""
     fallback: Fallback | None = field(default_factory=Fallback)
     """When a Whisper's hypothesis is not believed; other models have none."""
+    context: str = ""
+    """Text that is taken to come before: names and words to expect, a style of writing."""
 
 
 class Listener:
@@ -82,10 +84,27 @@ class Listener:
     def slots(self, utterance: Utterance) -> dict[str, str]:
         """The utterance's prompt slots, with timestamps if they are asked for."""
         slots = utterance_slots(utterance)
-        formats = getattr(self.tokenizer, "prompt_format", "whisper" if self.whisper else "")
-        if self.config.timestamps != "none" and "timestamp" in FORMATS.get(formats, ()):
+        if self.config.timestamps != "none" and "timestamp" in self.format:
             slots["timestamp"] = "yes"
         return slots
+
+    @property
+    def format(self) -> tuple[str, ...]:
+        """Tokens and slots of the model's prompt."""
+        return FORMATS.get(getattr(self.tokenizer, "prompt_format", "whisper" if self.whisper else ""), ())
+
+    def prompt(self, slots: Mapping[str, str], context: str) -> list[int]:
+        """Token ids of the prompt, with as much of the text before, its end, as leaves half of the decoder's positions
+        free. Raises ConfigError where the prompt has no place for any."""
+        if not context:
+            return self.tokenizer.prompt_ids(slots)
+        slot = next((part for part in self.format if part in CONTEXTS), None)
+        if slot is None:
+            raise ConfigError("this model takes no text before what it transcribes")
+        words, most = context.split(), self.engine.model.config.decoder.positions // 2
+        while len(ids := self.tokenizer.prompt_ids({**slots, slot: " ".join(words)})) > most and words:
+            words = words[max(1, len(words) // 8) :]
+        return ids
 
     def request(self, slots: Mapping[str, str]) -> Request:
         """What all pieces of an utterance have in common. A Whisper of many languages detects the source
@@ -93,12 +112,14 @@ class Listener:
         languages: tuple[int, ...] = ()
         names = self.tokenizer.languages
         if self.whisper and len(names) > 1 and "source_lang" not in slots:
+            if self.config.context:
+                raise ConfigError("with text before it the language of an utterance must be told")
             languages = tuple(self.tokenizer.special_id(f"<|{name}|>") for name in names)
             slots = {**slots, "source_lang": names[0]}
         fallback, decode = self.config.fallback if self.whisper else None, self.tokenizer.decode
         return Request(
             np.zeros(0, np.float32),
-            self.tokenizer.prompt_ids(slots),
+            self.prompt(slots, self.config.context),
             retry=(lambda found: fallback.retry(found, decode(found.tokens))) if fallback else None,
             languages=languages,
             scored=fallback is not None,

@@ -27,7 +27,7 @@ from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
 from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
 from canter.serving.scheduler import Outcome, Scheduler, Timing
-from canter.text.prompts import CONTEXTS, FORMATS
+from canter.text.prompts import FORMATS
 from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
@@ -188,21 +188,13 @@ class Service:
             slots["timestamp"] = "yes"
         request = listener.request(slots)
         if asked.prompt:
-            request = replace(request, prompt=self._with_context(slots, asked.prompt))
+            try:
+                request = replace(request, prompt=listener.prompt(slots, asked.prompt))
+            except ConfigError:
+                raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
         if asked.temperature:
             request = replace(request, temperature=asked.temperature, retry=None)
         return request
-
-    def _with_context(self, slots: dict[str, str], context: str) -> list[int]:
-        """The prompt, with as much of the text before as leaves half of the decoder's positions free."""
-        slot = next((part for part in self._slots if part in CONTEXTS), None)
-        if slot is None:
-            raise ApiError(400, "this model takes no 'prompt'", "prompt")
-        words = context.split()
-        most = self.engine.model.config.decoder.positions // 2
-        while len(ids := self.tokenizer.prompt_ids({**slots, slot: " ".join(words)})) > most and words:
-            words = words[max(1, len(words) // 8) :]
-        return ids
 
     async def segments(self, audio: Audio, asked: Asked) -> AsyncGenerator[Heard]:
         """What is heard, piece by piece in order, as soon as it is decoded. Leaving the iteration early takes
