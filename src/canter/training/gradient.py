@@ -3,7 +3,6 @@
 B: utterances, F: feature frames, M: mel bins, N: micro-batches of the step, S: statistics of all BatchNorms.
 """
 
-import gc
 import hashlib
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from canter.training.config import LossConfig, TrainConfig
 from canter.training.data import Loaded
 from canter.training.ranks import ALONE, Ranks
 from canter.training.recovery import Cut, cut_more
-from canter.tuning.memory import is_out_of_memory
+from canter.tuning.memory import give_back, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ class Gradient:
         self.model.zero_grad(set_to_none=True)
         for norm in self.norms:
             norm.pending.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
 
     def merge_statistics(self, numbers: Sequence[int], count: int) -> None:
         """Folds the BatchNorm statistics of the step's ``count`` micro-batches into the running ones, in plan order;
