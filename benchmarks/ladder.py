@@ -13,7 +13,7 @@ from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
 from canter.models.model import Batch, SpeechModel
 from canter.planning import Budget, Plan
-from canter.training.config import TrainConfig
+from canter.training.config import TrainConfig, decided
 from canter.training.data import Loaded
 from canter.training.gradient import Counts, Gradient
 from canter.training.optimizers import Optimizers
@@ -56,7 +56,7 @@ class Rig:
     """A model with its optimiser, which all strategies share: what is timed does not depend on the weights."""
 
     def __init__(self, config: TrainConfig, model: SpeechModel, precision: str):
-        self.model = model.train()
+        self.model, config = model.train(), decided(config)
         self.device = next(model.parameters()).device
         self.optimizers = Optimizers(model, config.optimizer, 100_000)
         self.gradient = Gradient(config, model, precision)

@@ -31,7 +31,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import Batch, ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
-from canter.training.config import OptimizerConfig, TrainConfig
+from canter.training.config import OptimizerConfig, TrainConfig, decided
 from canter.training.gradient import Counts, Gradient
 from canter.training.measure import synthetic_batch
 from canter.training.optimizers import Optimizers
@@ -75,7 +75,7 @@ def make_model(layers: int, width: int) -> SpeechModel:
 
 def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], None]:
     """A whole step on a batch, the model shared in this way."""
-    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
+    config = decided(TrainConfig(optimizer=OptimizerConfig(name="adamw")))
     shards = Shards(model, torch.device("cpu"), ranks) if way == "shard" else None
     whole: Any = Whole(model)
     if way == "fsdp":

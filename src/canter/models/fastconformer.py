@@ -18,6 +18,8 @@ from canter.models.encoder import Encoder
 from canter.models.features import length_mask
 from canter.models.norm import MaskedBatchNorm
 
+ALIGNED = 8  # numbers of two bytes that a GPU reads at a time
+
 
 @dataclass(frozen=True)
 class FastConformerConfig:
@@ -46,9 +48,6 @@ class FastConformerConfig:
 
     def build(self) -> "FastConformer":
         return FastConformer(self)
-
-
-ALIGNED = 8  # numbers of two bytes that are read at a time
 
 
 def subsampled_once(frames):

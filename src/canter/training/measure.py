@@ -12,7 +12,7 @@ from canter.errors import BudgetError
 from canter.models.model import Batch, SpeechModel
 from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
-from canter.training.config import TrainConfig
+from canter.training.config import TrainConfig, decided
 from canter.training.optimizers import Optimizers
 from canter.training.weights import compile_layers
 from canter.tuning.probe import TrainingStep
@@ -51,7 +51,7 @@ def training_step(
     config: TrainConfig, model: SpeechModel, precision: str, prompt: int, *, copied: bool = True
 ) -> TrainingStep:
     """A whole step on a synthetic batch (B, T, U), on a copy of ``model`` unless ``copied`` is false."""
-    model = (copy.deepcopy(model) if copied else model).train()
+    model, config = (copy.deepcopy(model) if copied else model).train(), decided(config)
     if config.compile:
         compile_layers(model)
     device = next(model.parameters()).device

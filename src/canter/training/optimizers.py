@@ -19,7 +19,9 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps = config, max(1, steps)
-        self.peak = config.learning_rate or 0.0
+        if config.learning_rate is None:
+            raise ValueError("no learning rate: `decided` settles what a configuration leaves open")
+        self.peak = config.learning_rate
         self.width = getattr(model, "width", 512)
         matrices, others, flat = [], [], []
         for name, parameter in model.named_parameters():
