@@ -63,7 +63,7 @@ def test_state_still_to_be_made_is_counted(config):
     from canter.training.optimizers import Optimizers
 
     model = finished.prepared.model
-    optimizers = Optimizers(model, config.optimizer, 1)
+    optimizers = Optimizers(model, finished.prepared.config.optimizer, 1)
     wanted = missing_state(optimizers)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
