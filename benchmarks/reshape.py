@@ -47,7 +47,7 @@ class Options:
     """Layers that the decoder keeps; the encoder grows to keep the number of parameters."""
     growth: Growth = "identity"
     """How new encoder layers start."""
-    kept: Kept = "spread"
+    kept: Kept = "even"
     """Which decoder layers stay."""
     steps: int = 500
     """Further steps, of both shapes."""

@@ -62,10 +62,12 @@ def test_decoder_keeps_its_layers():
 @given(st.integers(1, 48), st.integers(1, 48))
 def test_orders(a, b):
     small, large = sorted((a, b))
-    kept = kept_layers(small, large)
-    assert len(set(kept)) == small
-    assert kept == sorted(kept)
-    assert small == 1 or (kept[0], kept[-1]) == (0, large - 1)
+    for way in ("even", "spread"):
+        kept = kept_layers(small, large, way)
+        assert len(set(kept)) == small
+        assert kept == sorted(kept)
+        assert kept[0] == 0
+        assert small == 1 or way == "even" or kept[-1] == large - 1
     grown = grown_layers(large, small)
     assert len(grown) == large
     assert [source for source, new in grown if not new] == list(range(small))
@@ -75,8 +77,8 @@ def test_orders(a, b):
 
 
 def test_layers_kept():
-    assert kept_layers(2, 4) == [0, 3]
-    assert kept_layers(2, 4, "even") == [0, 2]
+    assert kept_layers(2, 4, "spread") == [0, 3]
+    assert kept_layers(2, 4) == [0, 2]
     assert kept_layers(4, 24, "even") == [0, 6, 12, 18]
     assert kept_layers(2, 4, "first") == [0, 1]
     assert kept_layers(2, 4, "last") == [2, 3]

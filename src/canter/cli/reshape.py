@@ -30,7 +30,7 @@ class Options:
     """As many encoder layers as keep the operations of an utterance."""
     growth: Literal["identity", "copy"] = "identity"
     """New encoder layers that change nothing at first, or copies of their neighbours."""
-    kept: Literal["spread", "even", "first", "last"] = "spread"
+    kept: Literal["even", "spread", "first", "last"] = "even"
     """Which layers stay where a stack shrinks: `spread` from the first to the last, at `even` steps from the first on,
     or the `first` or `last` ones."""
     seconds: float = 10.0

@@ -19,10 +19,10 @@ from canter.models.fitting import build
 from canter.models.model import ModelConfig, SpeechModel
 
 Growth = Literal["identity", "copy"]
-Kept = Literal["spread", "even", "first", "last"]
+Kept = Literal["even", "spread", "first", "last"]
 
 
-def kept_layers(count: int, of: int, kept: Kept = "spread") -> list[int]:
+def kept_layers(count: int, of: int, kept: Kept = "even") -> list[int]:
     """Which layers a stack of ``of`` keeps: the first, the last, spread from first to last (Gandhi et
     al., 2023, who made Distil-Whisper so), or at even steps from the first on."""
     if kept == "first" or count == of:
@@ -51,7 +51,7 @@ def reshape(
     encoder_layers: int | None = None,
     decoder_layers: int | None = None,
     growth: Growth = "identity",
-    kept: Kept = "spread",
+    kept: Kept = "even",
 ) -> SpeechModel:
     """A model with other numbers of layers, started from the weights of ``model``, which stays as it is.
 
