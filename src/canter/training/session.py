@@ -53,14 +53,13 @@ def train(
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
         rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
-        settled = prepared.config
         validate = None
         if config.valid:
             rate = prepared.data.sample_rate
             chosen = spread_over(rows, config.valid_utterances)
             validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say)
         trainer = Trainer(
-            settled,
+            config,
             prepared.run,
             prepared.model,
             prepared.plan,
@@ -80,9 +79,9 @@ def train(
             minutes = prepared.predicted_seconds / 60 / min(ranks.size, prepared.plan.micro_batches_per_step)
             say(f"{prepared.steps} steps, about {minutes:.1f} minutes by the budget")
         done = trainer.progress.step
-        if settled.largest_first and done < prepared.steps:
+        if config.largest_first and done < prepared.steps:
             rehearse(trainer, prepared.budget, say)
-        trackers = tracked(settled, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
+        trackers = tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
             progress = trainer.train()
         return Finished(prepared, progress, ranks.first)
