@@ -24,7 +24,7 @@ class Options:
     utterances: int | None = None
     """Training utterances to synthesise (6000; quick: 300)."""
     minutes: float | None = None
-    """Of training (7.75; quick: a third of a minute). The number of steps follows from the measured step time."""
+    """Of training (7.25; quick: a third of a minute). The number of steps follows from the measured step time."""
     seed: int = 0
     """Of corpus, weights and order."""
 
@@ -132,7 +132,7 @@ def prepare_run(options: Options, corpus):
         manifest=(corpus.train_manifest,),
         output=options.output / ("run-quick" if options.quick else "run"),
         vocabulary=VOCABULARY,
-        minutes=options.minutes or (0.3 if options.quick else 7.75),
+        minutes=options.minutes or (0.3 if options.quick else 7.25),
         seed=options.seed,
         valid_every=100_000,
     )
