@@ -81,7 +81,9 @@ def train(
         done = trainer.progress.step
         if config.largest_first and done < prepared.steps:
             rehearse(trainer, prepared.budget, say)
-        trackers = tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
+        trackers = (
+            tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
+        )
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
             progress = trainer.train()
         return Finished(prepared, progress, ranks.first)
