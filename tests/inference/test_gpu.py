@@ -11,17 +11,15 @@ from canter.inference.requests import EngineConfig
 from .conftest import END, small_model
 from .test_engine import UNGUARDED, expected, requests
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.usefixtures("without_tf32"),
+]
 
 
 @pytest.fixture(scope="module")
 def model():
     return copy.deepcopy(small_model()).cuda()
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("graphs", [True, False])

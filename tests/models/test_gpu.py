@@ -13,13 +13,10 @@ from .test_invariance import make_batch
 
 SIZES = [16000, 12345, 4000]  # samples
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """Convolutions round to TF32 unless told otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.usefixtures("without_tf32"),
+]
 
 
 def loss_of(model, batch):

@@ -1,7 +1,6 @@
 """A run on a GPU: what it writes, how it resumes, what it does when memory runs out."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -14,17 +13,9 @@ from canter.training.data import Address, Loaded
 from canter.training.session import train
 
 from .conftest import unwatched
+from .test_recovery import losses, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-
-def rows(config, kind="train"):
-    lines = map(json.loads, (config.output / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
-
-
-def losses(config):
-    return [row["loss"] for row in rows(config)]
 
 
 @pytest.fixture
@@ -32,12 +23,14 @@ def quiet(config):
     return dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), device="cuda")
 
 
-def test_a_run_takes_the_steps_of_one_on_a_cpu(quiet, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+@pytest.mark.usefixtures("without_tf32")
+def test_a_run_takes_the_steps_of_one_on_a_cpu(quiet, tmp_path):
     train(quiet, unwatched)
     other = dataclasses.replace(quiet, device="cpu", output=tmp_path / "cpu")
     train(other, unwatched)
-    assert [row["utterances"] for row in rows(quiet)] == [row["utterances"] for row in rows(other)]
+    assert [row["utterances"] for row in rows(quiet, "train")] == [
+        row["utterances"] for row in rows(other, "train")
+    ]
     assert losses(quiet)[:3] == pytest.approx(losses(other)[:3], rel=1e-3)
 
 

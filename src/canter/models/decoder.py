@@ -226,9 +226,8 @@ class Decoder(Stack):
         rows, column, n = slice(first or 0, cache.rows), cache.column, tokens.shape[1]
         starts, frames = cache.starts[rows], cache.frames[rows]
         oldest, size = min(starts), max(frames)
-        if (
-            tokens.is_cuda
-        ):  # its kernels read a mask in aligned pieces; what is before a row's start is masked
+        # a GPU's kernels read a mask in aligned pieces; what is before a row's start is masked
+        if tokens.is_cuda:
             oldest -= oldest % ROUND
         beams = cache.beams > 1 and first is None
         own_mask = cross_mask = None

@@ -27,7 +27,6 @@ from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
 from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
 from canter.serving.scheduler import Outcome, Scheduler, Timing
-from canter.text.prompts import FORMATS
 from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
@@ -94,7 +93,7 @@ class Service:
 
     @property
     def _slots(self) -> tuple[str, ...]:
-        return FORMATS[getattr(self.tokenizer, "prompt_format", "whisper")]
+        return self.listeners["none"].format
 
     def close(self) -> None:
         self.scheduler.close()
