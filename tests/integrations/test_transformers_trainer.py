@@ -153,6 +153,7 @@ def take_part(folder, rank, ranks, address, steps, resume):
 
     AcceleratorState._reset_state(True)
     os.environ |= {
+        "OMP_NUM_THREADS": "1",  # accelerate warns where it is not set
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address),
     }  # fmt: skip
