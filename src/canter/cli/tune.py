@@ -157,7 +157,7 @@ def measure(
         found = search(prober, bins, subject.frame_seconds, told=lambda done, _: told(done))
         text = bucketing_config(bins, everything, found.sizes.tolist())
         return budget_of(prober, found, subject.frame_seconds), text
-    prober.told = lambda _: told(len(prober.known))
+    prober.told = lambda _: told(prober.spent)
     slow = prober.step.device.type == "cpu" and options.simulate is None
     budget = measure_budget(
         prober,

@@ -237,7 +237,8 @@ class _Search:
 
     @property
     def left(self) -> int:
-        return self.most_probes - len(self.prober.known)
+        """Probes that may still be asked for, of which the last may have to run twice."""
+        return self.most_probes - 1 - self.prober.spent
 
     def alone(self, say: Callable[[str], None]) -> list[tuple[int, int]]:
         """Runs one utterance of each anchor, from short to long; the anchors that fit."""

@@ -129,6 +129,13 @@ class Prober:
         return sum(not probe.fits for probe in self.known.values())
 
     @property
+    def spent(self) -> int:
+        """Of the steps that a caller allows: all of them, warming up and repeating included. On a GPU, where every
+        shape runs once more to be timed, the shapes."""
+        shapes = len(self.known)
+        return shapes if self.step.device.type == "cuda" else max(shapes, self.steps)
+
+    @property
     def fitting(self) -> list[Probe]:
         return [probe for probe in self.known.values() if probe.fits]
 
