@@ -13,6 +13,7 @@ from torch import Tensor
 from canter.models.features import length_mask
 
 ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
+SPARE = 128  # columns more than the next rows need, at most: moving live rows costs about as much as a step
 
 
 class CacheShape(Protocol):
@@ -94,9 +95,10 @@ class DecoderCache:
         past = slice(min(self.starts, default=self.column), self.column)
         used, mask = self.own[:, :, live, :, past].clone(), self.own_mask[live, :, past].clone()
         column = max(before, used.shape[4])
-        # Twice what is needed, so that the rows of a long queue move once in many steps.
-        if 2 * (column + after) > self.own.shape[4]:
-            size = rounded(2 * (column + after))
+        # More than is needed, so that the rows of a long queue move, and buffers grow, once in many steps.
+        needed, spare = column + after, min(column + after, SPARE)
+        if needed + spare // 2 > self.own.shape[4]:
+            size = rounded(needed + spare)
             self.own = self.own.new_zeros(*self.own.shape[:4], size, self.own.shape[5])
             self.own_mask = self.own_mask.new_zeros(*self.own_mask.shape[:2], size)
             self.version += 1

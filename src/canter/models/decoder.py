@@ -49,7 +49,13 @@ class DecoderConfig:
     """Probability that training leaves a layer out."""
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+def gelu(x: Tensor) -> Tensor:
+    """In place where no gradient is asked for: the widest tensor of a layer need not exist twice."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": gelu}
+FEW = 5  # rows, up to which a product with a vocabulary's matrix is faster the other way round
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
@@ -156,7 +162,14 @@ class Decoder(Stack):
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embedding.weight, self.head_bias)
+        """x (B, U, D) -> logits (B, U, V)."""
+        x, weight = self.norm(x), self.embedding.weight
+        rows = x.shape[0] * x.shape[1]
+        if 1 < rows <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # MKL copies the right-hand matrix, 80 MB in Whisper, before it multiplies; so that is to be the small one.
+            logits = (weight @ x.flatten(0, 1).T).T.contiguous().unflatten(0, x.shape[:2])
+            return logits if self.head_bias is None else logits + self.head_bias
+        return F.linear(x, weight, self.head_bias)
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
         """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the

@@ -217,7 +217,8 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(config.feedforward, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.silu(self.linear1(x))))
+        h = F.silu(self.linear1(x), inplace=not torch.is_grad_enabled())
+        return self.linear2(self.dropout(h))
 
 
 class ConformerLayer(nn.Module):

@@ -7,10 +7,9 @@ always sees 30 s; this one takes any length up to that, and padding never change
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.decoder import Attention
+from canter.models.decoder import Attention, gelu
 from canter.models.encoder import Encoder
 from canter.models.features import attention_mask, length_mask
 
@@ -61,7 +60,7 @@ class WhisperLayer(nn.Module):
         """x (B, T, D), mask (B, 1, 1, T), None where all is attended -> (B, T, D)."""
         h = self.norm_attention(x)
         x = x + self.dropout(self.attention(h, *self.attention.project(h), mask=mask))
-        h = self.dropout_activation(F.gelu(self.up(self.norm_feed_forward(x))))
+        h = self.dropout_activation(gelu(self.up(self.norm_feed_forward(x))))
         return x + self.dropout(self.down(h))
 
 
@@ -92,8 +91,8 @@ class WhisperEncoder(Encoder):
                 "encoder has positions; cut it first"
             )
         x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
-        x = F.gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        x = gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
+        x = gelu(self.conv2(x)).transpose(1, 2)
         lengths = self.frames(lengths)
         x = self.dropout(x + self.positions[: x.shape[1]])
         mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
