@@ -12,7 +12,13 @@ from canter.errors import CheckpointError, ManifestError
 from canter.inference.engine import Engine
 from canter.inference.inputs import read_items
 from canter.inference.requests import EngineConfig
-from canter.inference.transcribe import checkpoint_of, transcribe, transcribe_stream
+from canter.inference.transcribe import (
+    Listener,
+    TranscribeConfig,
+    checkpoint_of,
+    transcribe,
+    transcribe_stream,
+)
 from canter.models.checkpoint import save_model
 from canter.text import train_tokenizer
 
@@ -224,3 +230,19 @@ def test_too_long_and_empty_folder(folder, tmp_path):
     found = transcribe(Engine(model, model.tokenizer.end, EngineConfig()), model.tokenizer, utterances, 1.0)
     for utterance, transcription in zip(utterances, found):
         assert (transcription.error is not None) == (utterance.duration > 1.0)
+
+
+def test_a_model_says_what_long_audio_is_cut_into(folder, tmp_path):
+    """Its own windows where it tells, unless asked for others."""
+    from canter import load_model
+
+    model = load_model(checkpoint_of(folder / "run"))
+    windows = {}
+    for told, asked in ((None, None), (12.0, None), (12.0, 20.0)):
+        model.generation = {} if told is None else {"window_seconds": told}
+        save_model(model, tmp_path / f"{told}", model.tokenizer)
+        engine = Engine(load_model(tmp_path / f"{told}"), model.tokenizer.end)
+        listener = Listener(engine, model.tokenizer, TranscribeConfig(window_seconds=asked, vad="none"))
+        pieces = list(listener.pieces([np.zeros(16000 * 50, np.float32)]))
+        windows[told, asked] = max(len(piece.samples) for piece in pieces) / 16000
+    assert windows == {(None, None): 40.0, (12.0, None): 12.0, (12.0, 20.0): 20.0}

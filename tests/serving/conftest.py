@@ -113,7 +113,9 @@ def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **setting
     thread.start()
     try:
         came_about(lambda: server.started or not thread.is_alive(), 120)
-        assert server.started, f"the service did not come up; its thread {'waits' if thread.is_alive() else 'ended'}"
+        assert server.started, (
+            f"the service did not come up; its thread {'waits' if thread.is_alive() else 'ended'}"
+        )
         yield Running(service, listening.getsockname()[1])
     finally:
         server.should_exit = True

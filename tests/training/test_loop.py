@@ -52,6 +52,7 @@ def test_a_run_leaves_what_it_promises(config):
     tokens, seconds = finished.prepared.index.tokens, finished.prepared.index.seconds
     rate = model.generation["tokens_per_frame"]  # at which transcription ends what goes round in circles
     assert max((u - 10) / (s / 0.08 + 1) for u, s in zip(tokens, seconds)) < rate < 2
+    assert max(seconds) < model.generation["window_seconds"] <= max(10, 1.1 * max(seconds) + 1)
 
 
 def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):

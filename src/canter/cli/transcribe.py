@@ -63,7 +63,8 @@ class Options:
     """What finds the pauses in which long audio is cut; `silero` needs the extra `vad`, `none` cuts windows that
     overlap."""
     window_seconds: float | None = None
-    """Longer audio is cut; by default 30 for Whisper, 40 for other models."""
+    """Longer audio is cut; by default a little more than what the model was trained on where it tells, else 30 for
+    Whisper, 40 for others."""
     fallback: bool = True
     """Whisper alone: what repeats itself or is unlikely is decoded again at higher temperatures."""
     device: str = "auto"

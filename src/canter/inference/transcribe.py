@@ -55,7 +55,8 @@ class TranscribeConfig:
     """`segment`: the model is asked for timestamps, where its prompt format has them; `word`: words get times
     from cross-attention, or Canary's timestamps."""
     window_seconds: float | None = None
-    """Longer audio is cut; by default 30 for Whisper, 40 for other models."""
+    """Longer audio is cut; by default a little more than what the model was trained on where it tells, else 30 for
+    Whisper, 40 for others."""
     overlap_seconds: float = 3.0
     """What two pieces have in common where speech leaves no pause to cut in."""
     vad: Literal["energy", "silero", "none"] = "energy"
@@ -75,7 +76,8 @@ class Listener:
         self.whisper = isinstance(tokenizer, WhisperTokenizer)
         self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
         longest = engine.model.longest_seconds
-        self.window = min(self.config.window_seconds or (30.0 if self.whisper else 40.0), longest)
+        usual = engine.model.generation.get("window_seconds", 30.0 if self.whisper else 40.0)
+        self.window = min(self.config.window_seconds or usual, longest)
         self.rate = engine.model.sample_rate
         self.detector = DETECTORS[self.config.vad] if self.config.vad != "none" else None
         if self.config.vad == "silero":

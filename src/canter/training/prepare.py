@@ -1,6 +1,7 @@
 """Everything a run needs before its first step: tokenizer, index, model, budget, plan."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from canter.tuning.probe import Prober
 
 MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
 LEAST_SPEED = 0.1  # tokens a frame
+LEAST_WINDOW = 10  # seconds
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
 
 
@@ -109,9 +111,10 @@ def prepare(
     budget = find_budget(config, run, model, index, precision, say, track)
     micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
-    told = model.generation.get("tokens_per_frame")
-    if told or initial is None:  # what others have trained may have heard faster speech
-        model.generation["tokens_per_frame"] = max(told or 0.0, fastest(index, budget))
+    for name, value in (("tokens_per_frame", fastest(index, budget)), ("window_seconds", longest(index))):
+        told = model.generation.get(name)
+        if told or initial is None:  # what others have trained may have heard faster and longer speech
+            model.generation[name] = max(told or 0.0, value)
     plan = Plan(
         planned,
         limited(budget, config.batch_seconds, planned),
@@ -163,6 +166,12 @@ def fastest(index: LengthIndex, budget: Budget) -> float:
     tokens = np.asarray(index.tokens, np.int64) - EngineConfig().extra_tokens
     rate = float(np.max(tokens / budget.frames(np.asarray(index.seconds))))
     return round(max(LEAST_SPEED, MORE_SPEED * rate), 3)
+
+
+def longest(index: LengthIndex) -> float:
+    """Seconds of the windows in which long audio is transcribed: little more than the longest utterance, for on longer
+    ones nothing was learnt."""
+    return max(LEAST_WINDOW, math.ceil(1.1 * float(np.max(np.asarray(index.seconds)))))
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> ModelConfig:
