@@ -122,6 +122,23 @@ def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
         assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5), name
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_does_what_the_norm_after_it_would(bias):
+    """Against torch.nn.Conv1d and BatchNorm1d in evaluation, one after the other."""
+    torch.manual_seed(0)
+    conv, theirs, ours = (
+        torch.nn.Conv1d(6, 6, 5, groups=6, bias=bias),
+        torch.nn.BatchNorm1d(6),
+        MaskedBatchNorm(6),
+    )
+    for tensor in (theirs.weight.data, theirs.bias.data, theirs.running_mean, theirs.running_var):
+        tensor.uniform_(0.5, 2.0)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 20)
+    found = torch.nn.functional.conv1d(x, *ours.folded(conv.weight, conv.bias), groups=6)
+    assert torch.allclose(found, theirs.eval()(conv(x)), atol=1e-5)
+
+
 def test_running_statistics_move_once_a_step_in_order():
     """A forward pass moves nothing; merging in another order gives other statistics, so the order is kept."""
     norm = MaskedBatchNorm(3)

@@ -62,14 +62,20 @@ class MaskedBatchNorm(nn.Module):
         self.pending: list[tuple[Tensor, Tensor] | None] = []
 
     def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        """x (B, T, D), valid (B, T) boolean, of which ``count`` () are true -> (B, T, D)."""
-        if not self.training:
-            scale = (self.running_var + self.epsilon).rsqrt() * self.weight
-            return ((x.float() - self.running_mean) * scale + self.bias).to(x.dtype)
+        """x (B, T, D), valid (B, T) boolean, of which ``count`` () are true -> (B, T, D), by their statistics."""
         y, mean, variance = _Normalise.apply(x, valid, count, self.weight, self.bias, self.epsilon)
         if not MaskedBatchNorm.frozen:
             self.pending.append((mean, variance * (count / (count - 1).clamp(min=1))))
         return y
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight (D, 1, k) and bias (D,) of a depthwise convolution that does what the given one and then this norm, by
+        its running statistics, would do."""
+        scale = (self.running_var.float() + self.epsilon).rsqrt() * self.weight
+        shift = self.bias - self.running_mean * scale
+        if bias is not None:
+            shift = shift + bias * scale
+        return (weight * scale[:, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
     def merge(self, statistics: Iterable[tuple[Tensor, Tensor] | None]) -> None:
         """Folds the (mean, variance) of micro-batches, in plan order, into the running statistics; None stands for
