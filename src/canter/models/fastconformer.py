@@ -216,7 +216,7 @@ class Convolution(nn.Module):
     def _depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, T, D), weight (D, 1, k) -> (B, T, D). On a CPU in two dimensions, of which one is empty: those have
         kernels for channels that are last in memory, as they are here, and take half the time."""
-        x, (padding,), groups = x.transpose(1, 2), self.depthwise_conv.padding, len(weight)
+        x, padding, groups = x.transpose(1, 2), weight.shape[2] // 2, len(weight)
         if x.is_cuda:
             return F.conv1d(x, weight, bias, padding=padding, groups=groups).transpose(1, 2)
         y = F.conv2d(x[:, :, None], weight[:, :, None], bias, padding=(0, padding), groups=groups)

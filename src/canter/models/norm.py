@@ -62,7 +62,8 @@ class MaskedBatchNorm(nn.Module):
         self.pending: list[tuple[Tensor, Tensor] | None] = []
 
     def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        """x (B, T, D), valid (B, T) boolean, of which ``count`` () are true -> (B, T, D), by their statistics."""
+        """In training: x (B, T, D), valid (B, T) boolean, of which ``count`` () are true -> (B, T, D), by the
+        statistics of these. In evaluation the convolution before it does its work (``folded``)."""
         y, mean, variance = _Normalise.apply(x, valid, count, self.weight, self.bias, self.epsilon)
         if not MaskedBatchNorm.frozen:
             self.pending.append((mean, variance * (count / (count - 1).clamp(min=1))))
