@@ -13,6 +13,8 @@ from canter.errors import ConfigError
 
 KEYS = "CANTER_API_KEYS"
 
+LARGE = 2**20  # bytes of a block that goes back to the system when it is freed, so that a service's memory stays as it is
+
 
 @dataclass(frozen=True)
 class Options:
@@ -69,6 +71,7 @@ def run(options: Options) -> int:
     from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, is_loopback, make_server
     from canter.serving.service import Service
+    from canter.tuning.memory import steady_heap
 
     keys = read_keys(options.api_keys)
     local = is_loopback(options.host)
@@ -88,6 +91,8 @@ def run(options: Options) -> int:
     listening = bind(options.host, options.port)
     try:
         device = str(choose_device(options.device))
+        if device == "cpu":
+            steady_heap(LARGE)
         model = load_in(options.precision, checkpoint, device)
         frames = 16384 if device.startswith("cuda") else 1024
         engine = Engine(
