@@ -12,8 +12,7 @@ import tyro
 from canter.errors import ConfigError
 
 KEYS = "CANTER_API_KEYS"
-
-LARGE = 2**20  # bytes of a block that goes back to the system when it is freed, so that a service's memory stays as it is
+LARGE = 2**20  # bytes of a block that goes back to the system when it is freed, so that memory stays as it is
 
 
 @dataclass(frozen=True)
