@@ -91,7 +91,10 @@ def fit(folder, steps, resume=None, plan=None, dropout=0.1, devices=1):
     """Trains; returns the losses, the module and the clips, which several processes keep to themselves."""
     clips, losses = Clips(), Losses()
     module = PlanModule(
-        model_of(dropout), optimizer=lambda p: torch.optim.AdamW(p, 3e-3), schedule=lambda s: 0.9**s
+        model_of(dropout),
+        # its epsilon above the rounding of gradients, which Adam would make steps of where there is nothing else
+        optimizer=lambda p: torch.optim.AdamW(p, 3e-3, eps=1e-5),
+        schedule=lambda s: 0.9**s,
     )
     strategy = "auto" if devices == 1 else "ddp_fork"
     trainer = pl.Trainer(
