@@ -156,7 +156,9 @@ def test_augmentation_is_the_utterance_s_own(config):
 
     config = dataclasses.replace(config, augment=AugmentConfig(frequency_masks=1, frequency_width=20))
     made = prepare(config)
-    trainer = Trainer(config, made.run, made.model, made.plan, made.data, made.steps, precision="float32")
+    trainer = Trainer(
+        made.config, made.run, made.model, made.plan, made.data, made.steps, precision="float32"
+    )
     one, two = (made.data.example(made.index.utterance(row), row) for row in (3, 4))
     alone, frames = trainer.gradient.features(collate([one], made.tokenizer.pad), epoch=0)
     together, _ = trainer.gradient.features(collate([two, one], made.tokenizer.pad), epoch=0)

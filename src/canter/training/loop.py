@@ -14,7 +14,7 @@ from canter.models.model import Batch, SpeechModel
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.training.checkpoints import Checkpoints, read_snapshot
-from canter.training.config import TrainConfig, decided
+from canter.training.config import TrainConfig
 from canter.training.data import Loaded, MicroBatches, load_ahead
 from canter.training.gradient import Computed, Counts, Gradient, weighted
 from canter.training.optimizers import Optimizers
@@ -55,7 +55,6 @@ class Trainer:
         track: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
         say: Callable[[str], None] = lambda _: None,
     ):
-        config = decided(config)
         self.config, self.run, self.model, self.data, self.steps = config, run, model, data, steps
         self.ranks, self.validate, self.report, self.track, self.say = ranks, validate, report, track, say
         self.device = next(model.parameters()).device

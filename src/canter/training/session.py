@@ -59,7 +59,7 @@ def train(
             chosen = spread_over(rows, config.valid_utterances)
             validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say)
         trainer = Trainer(
-            config,
+            prepared.config,
             prepared.run,
             prepared.model,
             prepared.plan,
