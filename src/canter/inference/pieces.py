@@ -64,13 +64,14 @@ def cut(
         if carried and begin * FRAME < SILENCE:  # the piece before went on without a pause
             begin = 0
         carried = max(0, carried - begin)
-        end, again = _end(speech, raw, begin, most, lap, further) if begin < frames else (begin, 0)
+        late = further and begin + most > frames  # a whole window from there on is not known yet
+        end, again = (begin, 0) if late or begin == frames else _end(speech, raw, begin, most, lap, further)
         if end > begin:
             samples = seen[begin * size : end * size]
             shared = min(carried * FRAME, len(samples) / RATE)
             yield Piece((done + begin) * FRAME, samples, shared, again > 0)
         # The start of a word may lie within the margin at the end of what is known.
-        settled = end - again if end > begin else max(0, frames - margin) if further else frames
+        settled = end - again if begin < frames else max(0, frames - margin) if further else frames
         rest, done, carried = rest[settled * size :], done + settled, again
 
 
@@ -91,7 +92,9 @@ def _end(speech: np.ndarray, raw: np.ndarray, begin: int, most: int, lap: int, m
     breath = max(1, round(BREATH / FRAME))
     quiet = ~raw[enough:limit]
     still = (
-        np.convolve(quiet, np.ones(breath), mode="valid") > breath - 0.5 if len(quiet) >= breath else quiet
+        np.convolve(quiet, np.ones(breath), mode="valid") > breath - 0.5
+        if len(quiet) >= breath
+        else quiet[:0]
     )
     if still.any():
         return enough + int(np.flatnonzero(still)[-1]) + breath // 2, 0
