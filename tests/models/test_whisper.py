@@ -76,6 +76,50 @@ def test_longer_than_thirty_seconds_is_refused(ours):
         ours.features(torch.zeros(1, 31 * 16000), torch.tensor([31 * 16000]))
 
 
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(1, 40000), min_size=1, max_size=3),
+    st.sampled_from([2.5, 2.501, 2.51, 2.515]),
+    st.integers(0, 9),
+)
+def test_silence_is_computed_once(sizes, seconds, seed):
+    """Features of the samples alone are those of all of them; convolutions, their gradient too, of what sounds and a
+    little silence are those of the whole window, whether it has an even or an odd number of frames."""
+    model = small_whisper()
+    model.set_features(pad_seconds=seconds)
+    generator = torch.Generator().manual_seed(seed)
+    audio = torch.zeros(len(sizes), max(sizes))
+    for row, size in enumerate(sizes):
+        audio[row, :size] = 0.1 * torch.randn(size, generator=generator)
+    whole = torch.zeros(len(sizes), round(seconds * 16000))
+    whole[:, : audio.shape[1]] = audio
+    lengths = torch.tensor(sizes)
+    features, frames = model.features(audio, lengths)
+    assert (features - model.features(whole, lengths)[0]).abs().max() < 1e-5
+    encoder = model.encoder
+    found, expected = [], []
+    for results, shortens in ((found, True), (expected, False)):
+        encoder.same_lengths = shortens  # without it, masks say that all is valid
+        encoded, _ = encoder(features, frames)
+        encoder.zero_grad()
+        encoded.square().sum().backward()
+        results += [encoded.detach(), encoder.conv1.weight.grad.clone(), encoder.conv2.bias.grad.clone()]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def test_the_convolutions_run_over_what_sounds(ours, speech):
+    seen = []
+    hook = ours.encoder.conv2.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[2])
+    )
+    features, frames = ours.features(*padded(speech))
+    ours.encode(features, frames)
+    ours.encode(features + torch.rand(3000, 1), frames)
+    hook.remove()
+    assert seen[0] < max(map(len, speech)) / 160 + 12 < 3000 == seen[1]
+
+
 @torch.no_grad()
 def test_encoder_and_logits(ours, theirs, speech, extracted):
     tokens = torch.tensor([[50257, 50362, 383, 2068, 7586, 21831]] * 2)

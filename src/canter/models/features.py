@@ -191,18 +191,20 @@ class WhisperLogMel(nn.Module):
             if self.training and config.dither and seeds is not None:
                 audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
             audio = audio * length_mask(lengths, audio.shape[1])
-            pad = config.n_fft // 2
-            width = max(size, pad + 1)  # the start is mirrored, which takes that many samples
+            frames, total, pad = self.frames(lengths), self.frames(size), config.n_fft // 2
+            heard = min(total, (audio.shape[1] + pad) // config.hop + 1)  # later windows see silence alone
+            width = size if heard == total else heard * config.hop
+            width = max(width, pad + 1)  # the start is mirrored, which takes that many samples
             audio = F.pad(audio, (0, width - audio.shape[1]))
             ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
             audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
             spectrum = torch.stft(
                 audio, config.n_fft, config.hop, window=self.taper, center=False, return_complex=True
             )
-            frames, size = self.frames(lengths), self.frames(size)
-            power = power_of(spectrum[:, :, :size])
+            power = power_of(spectrum[:, :, :heard])
             features = torch.matmul(self.filters, power).clamp(min=1e-10).log10().transpose(1, 2)
-            valid = length_mask(frames, size)[:, :, None]
+            features = F.pad(features, (0, 0, 0, total - heard), value=-10.0)
+            valid = length_mask(frames, total)[:, :, None]
             loudest = features.masked_fill(~valid, -10.0).amax((1, 2), keepdim=True)
             features = (torch.maximum(features, loudest - 8.0) + 4.0) / 4.0
             return features * valid, frames

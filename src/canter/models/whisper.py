@@ -90,10 +90,30 @@ class WhisperEncoder(Encoder):
                 f"{features.shape[1]} feature frames are more than the {2 * most} for which this "
                 "encoder has positions; cut it first"
             )
-        x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
-        x = gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
-        x = gelu(self.conv2(x)).transpose(1, 2)
+        if kept := self._without_silence(features):
+            short = self._convolved(features[:, :kept], lengths)
+            silence = short[:, -2:-1].expand(-1, self.frames(features.shape[1]) - short.shape[1], -1)
+            x = torch.cat([short[:, :-1], silence, short[:, -1:]], dim=1)
+        else:
+            x = self._convolved(features, lengths)
         lengths = self.frames(lengths)
         x = self.dropout(x + self.positions[: x.shape[1]])
         mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths
+
+    def _convolved(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """(B, F, M) and (B,) in feature frames -> (B, T, D)."""
+        x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
+        x = gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
+        return gelu(self.conv2(x)).transpose(1, 2)
+
+    def _without_silence(self, features: Tensor) -> int:
+        """How many frames of ``features`` (B, F, M) tell what the convolutions make of all, where the others only
+        repeat the last: what they make of silence is the same anywhere but at the end. 0: all of them, as on a
+        GPU, which would have to be waited for to know."""
+        if not self.same_lengths or features.device.type != "cpu" or torch.compiler.is_compiling():
+            return 0
+        sounding = (features != features[:, -1:]).any(2).any(0).nonzero()
+        kept = (int(sounding[-1]) + 1 if len(sounding) else 0) + 6
+        kept += (features.shape[1] - kept) % 2  # so that the second convolution ends on the same foot
+        return kept if kept < features.shape[1] else 0
