@@ -80,7 +80,7 @@ def queue(model: SpeechModel, utterances: list[tuple[float, int]], rows: int) ->
     """The utterances through the engine, beside batches of ``rows``."""
     engine = ForcedLengths(model, EngineConfig(rows=rows, max_repeats=0))
     frames = [model.encoder_frames(seconds) for seconds, _ in utterances]
-    batches = encoder_batches(frames, engine.config.frames, rows)
+    batches = encoder_batches(frames, engine.frames, rows)
     requests = (
         [Request(noise(utterances[i][0]), PROMPT, (i, utterances[i][1])) for i in batch] for batch in batches
     )

@@ -94,10 +94,10 @@ def draw_lengths(count: int) -> list[tuple[float, int]]:
 
 
 def ours(model: SpeechModel, clips, tokens, options: Options) -> dict[str, float]:
-    engine = ForcedLengths(model, EngineConfig(rows=options.batch, frames=frames_of_a_batch(), max_repeats=0))
+    engine = ForcedLengths(model, EngineConfig(rows=options.batch, max_repeats=0))
     rate = model.config.features.sample_rate
     frames = [model.encoder_frames(len(clip) / rate) for clip in clips]
-    batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
+    batches = encoder_batches(frames, engine.frames, engine.rows)
     begun = time.perf_counter()
     done = sum(
         len(found.tokens)
@@ -162,11 +162,6 @@ def theirs(model: SpeechModel, hf, clips, tokens, options: Options) -> dict[str,
         ).tolist()  # fmt: skip
     synchronize()
     return {"seconds": time.perf_counter() - begun}
-
-
-def frames_of_a_batch() -> int:
-    """Of the encoder, as `canter transcribe` takes them."""
-    return 16384 if torch.cuda.is_available() else 1024
 
 
 def synchronize() -> None:
@@ -299,7 +294,6 @@ def run(options: Options) -> None:
             tokens[some],
             repeats=1,
             rows=options.batch,
-            frames=frames_of_a_batch(),
             batch=options.batch,
         )
         result["ways"] = [asdict(row) for row in ways]

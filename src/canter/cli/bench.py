@@ -29,8 +29,8 @@ class Options:
     against: str = ""
     """Others on the same weights and clips, separated by commas: `transformers`, `ctranslate2`, `canter` itself, each
     with a type if it is to be another than --precision, as in `ctranslate2:int8`."""
-    batch_size: int = 64
-    """Rows that Canter decodes together at most."""
+    batch_size: int | None = None
+    """Rows that Canter decodes together at most; by default what suits model and device."""
     beam: int = 1
     """Above 1, Canter also decodes with so many hypotheses for each clip, to be set beside its greedy search."""
     peer_batch_size: int = 16
@@ -80,10 +80,9 @@ def run(options: Options) -> None:
     checkpoint = checkpoint_of(options.model)
     model = load_model(checkpoint, device=device, dtype=dtype)
     clips, left_out = load_clips(options, model)
-    frames = 16384 if device.startswith("cuda") else 1024
     if options.precision == "int8" and device != "cpu":
         raise ConfigError(f"--precision int8 runs on a CPU, and the device is {device}: use bf16 there")
-    config = EngineConfig(rows=options.batch_size, frames=frames)
+    config = EngineConfig(rows=options.batch_size)
 
     def canter(model: "SpeechModel", kind: str, config: EngineConfig) -> CanterSystem:
         model = quantize(model) if kind == "int8" else model
@@ -117,6 +116,7 @@ def run(options: Options) -> None:
             "left_out": len(left_out),
             "audio_seconds": sum(clip.seconds for clip in clips),
             **asdict_of_options(options),
+            "batch_size": first.engine.rows,
             "machine": machine(device, [package for package, _ in peers]),
             "systems": {name: asdict(speed) for name, speed in speeds.items()},
         }
@@ -168,7 +168,7 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
 
 
 def asdict_of_options(options: Options) -> dict[str, Any]:
-    names = ("batch_size", "beam", "peer_batch_size", "repeats", "latency_clips", "precision")
+    names = ("beam", "peer_batch_size", "repeats", "latency_clips", "precision")
     return {name: getattr(options, name) for name in names}
 
 

@@ -37,7 +37,7 @@ class Options:
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is faster on a GPU, int8 on a CPU; transcripts may then depend on who else asks."""
     batch_size: int | None = None
-    """Pieces of audio decoded together, at most; by default 64."""
+    """Pieces of audio decoded together, at most; by default what suits model and device, 8 to 128."""
     max_megabytes: float = 100.0
     """Of a request's body."""
     longest_seconds: float = 3600.0
@@ -93,10 +93,7 @@ def run(options: Options) -> int:
         if device == "cpu":
             steady_heap(LARGE)
         model = load_in(options.precision, checkpoint, device)
-        frames = 16384 if device.startswith("cuda") else 1024
-        engine = Engine(
-            model, model.tokenizer.end, EngineConfig(rows=options.batch_size or 64, frames=frames)
-        )
+        engine = Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size))
         service = Service(engine, config)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -41,8 +41,8 @@ class Options:
     utterance; `nemo`: the manifest with `pred_text`, in its order; `all` needs a folder. By default the output's
     suffix decides (else nemo), on stdout txt."""
     batch_size: int | None = None
-    """Utterances decoded together; by default 64, in encoder batches of at most 1,024 frames (16,384 on a
-    GPU)."""
+    """Utterances decoded together; by default what suits model and device, 8 to 128, in encoder batches of at most
+    1,024 frames (16,384 on a GPU)."""
     language: Annotated[str | None, tyro.conf.arg(aliases=["--lang"])] = None
     """Language spoken in utterances that name none."""
     task: Literal["transcribe", "translate"] | None = None
@@ -184,10 +184,8 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         model = load_in(options.precision, checkpoint, device)
     if model.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
-    frames = 16384 if device.startswith("cuda") else 1024
     config = EngineConfig(
-        rows=options.batch_size or 64,
-        frames=frames,
+        rows=options.batch_size,
         max_repeats=options.max_repeats,
         beams=options.beam,
         length_penalty=options.length_penalty,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from canter.inference.alignment import align
+from canter.inference.capacity import decoder_rows, encoder_frames
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
@@ -101,8 +102,10 @@ class Engine:
         """``ctc`` also gives the CTC head's greedy outputs, if the model has one."""
         self.model, self.end, self.config = model, end, config or EngineConfig()
         self.ctc = ctc and model.ctc is not None
-        self.counters = Counters(slots=self.config.rows)
         self.device = next(model.parameters()).device
+        self.rows = self.config.rows or decoder_rows(model, self.device)
+        self.frames = self.config.frames or encoder_frames(self.device)
+        self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
         self.rules = Rules(model.generation, end, self.device)
         self.side = torch.cuda.Stream(self.device) if self.gpu else None
@@ -114,7 +117,7 @@ class Engine:
         numbered = [replace(item, key=number) for number, item in enumerate(requests)]
         rate = self.model.sample_rate
         frames = [self.model.encoder_frames(len(item.audio) / rate) for item in numbered]
-        batches = encoder_batches(frames, self.config.frames)
+        batches = encoder_batches(frames, self.frames)
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
         return [replace(found[number], key=item.key) for number, item in enumerate(requests)]
 
@@ -139,7 +142,7 @@ class Engine:
         live = _Live(self.model.decoder.cache(search.beams), search)
         steps = self._fixed_steps()
         # On a GPU the next batch is encoded beside the decoder's steps.
-        enough = self.config.rows + (self.config.rows + 1) // 2 if self.gpu else self.config.rows
+        enough = self.rows + (self.rows + 1) // 2 if self.gpu else self.rows
         try:
             while True:
                 while more and len(live.rows) + len(waiting) < enough:
@@ -247,10 +250,10 @@ class Engine:
     def _advance(self, live: _Live, waiting: deque[_Encoded], steps: FixedSteps | None) -> list[Hypothesis]:
         """One decoder step: waiting rows enter if enough slots are free, else live rows get a token each."""
         begun = time.perf_counter()
-        free = min(self.config.rows - len(live.rows), len(waiting))
+        free = min(self.rows - len(live.rows), len(waiting))
         # Reading prompts costs about a step, so a few rows enter together; meanwhile
         # their slots cost nothing.
-        enter = free and (not live.rows or free >= min(len(waiting), max(1, self.config.rows // 8)))
+        enter = free and (not live.rows or free >= min(len(waiting), max(1, self.rows // 8)))
         if enter and live.rows and (ready := waiting[0].ready) is not None and not ready.query():
             enter = False  # the encoder is still at it
         first = len(live.rows) if enter else 0

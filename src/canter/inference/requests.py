@@ -12,10 +12,11 @@ from canter.inference.alignment import Alignment
 class EngineConfig:
     """How the engine works. ``rows``, ``frames`` and ``graphs`` change no transcript."""
 
-    rows: int = 64
-    """Rows the decoder advances together, at most."""
-    frames: int = 1024
-    """Encoder frames in a batch of the encoder, padding included, at most (one utterance may have more)."""
+    rows: int | None = None
+    """Rows the decoder advances together, at most (None: what suits model and device)."""
+    frames: int | None = None
+    """Encoder frames in a batch of the encoder, padding included, at most (one utterance may have more; None: what
+    suits the device)."""
     tokens_per_frame: float | None = None
     """A row ends without an end token after this many tokens for each of its encoder frames (None: what the model's
     generation settings say, of the fastest speech that it was trained on; else 1) ..."""

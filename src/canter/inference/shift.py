@@ -161,8 +161,8 @@ def measure_ways(
     tokens: Sequence[int],
     *,
     repeats: int = 3,
-    rows: int = 64,
-    frames: int = 1024,
+    rows: int | None = None,
+    frames: int | None = None,
     batch: int = 32,
     prompt: Sequence[int] = (1, 2, 3, 4),
 ) -> list[WayRow]:
@@ -199,7 +199,7 @@ def _engine_way(
     engine = ForcedLengths(model, config)
     rate = model.config.features.sample_rate
     lengths = [model.encoder_frames(len(clip) / rate) for clip in clips]
-    batches = encoder_batches(lengths, config.frames, config.rows)
+    batches = encoder_batches(lengths, engine.frames, engine.rows)
     begun = _now()
     requests = ([Request(clips[i], prompt, (i, tokens[i])) for i in batch] for batch in batches)
     done = sum(len(hypothesis.tokens) for hypothesis in engine.run(requests))

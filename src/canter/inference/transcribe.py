@@ -15,6 +15,7 @@ import numpy as np
 from canter.corpus.audio import audio_blocks, load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError, ConfigError
+from canter.inference.capacity import usual_window
 from canter.inference.engine import Engine, encoder_batches
 from canter.inference.pieces import Piece, cut
 from canter.inference.reading import Assembly, Fallback, segments_of
@@ -55,8 +56,7 @@ class TranscribeConfig:
     """`segment`: the model is asked for timestamps, where its prompt format has them; `word`: words get times
     from cross-attention, or Canary's timestamps."""
     window_seconds: float | None = None
-    """Longer audio is cut; by default a little more than what the model was trained on where it tells, else 30 for
-    Whisper, 40 for others."""
+    """Longer audio is cut; by default what the model takes in one piece (``usual_window``)."""
     overlap_seconds: float = 3.0
     """What two pieces have in common where speech leaves no pause to cut in."""
     vad: Literal["energy", "silero", "none"] = "energy"
@@ -75,9 +75,8 @@ class Listener:
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
         self.whisper = isinstance(tokenizer, WhisperTokenizer)
         self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
-        longest = engine.model.longest_seconds
-        usual = engine.model.generation.get("window_seconds", 30.0 if self.whisper else 40.0)
-        self.window = min(self.config.window_seconds or usual, longest)
+        asked = self.config.window_seconds or usual_window(engine.model)
+        self.window = min(asked, engine.model.longest_seconds)
         self.rate = engine.model.sample_rate
         self.detector = DETECTORS[self.config.vad] if self.config.vad != "none" else None
         if self.config.vad == "silero":
@@ -213,10 +212,10 @@ class _Queue:
         engine, listener = self.listener.engine, self.listener
         long = [i for i, one in enumerate(self.utterances) if one.duration > listener.window]
         short = [i for i, one in enumerate(self.utterances) if one.duration <= listener.window]
-        size = max(1, int(engine.config.frames // engine.model.encoder_frames(listener.window)))
+        size = max(1, int(engine.frames // engine.model.encoder_frames(listener.window)))
         yield from _ahead(_grouped(self._long(long), size))
         frames = [engine.model.encoder_frames(self.utterances[index].duration) for index in short]
-        batches = encoder_batches(frames, engine.config.frames, engine.config.rows)
+        batches = encoder_batches(frames, engine.frames, engine.rows)
         with ThreadPoolExecutor(READERS) as pool:
             ahead: deque[list[Future[list[Request]]]] = deque()
             try:

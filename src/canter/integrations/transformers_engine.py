@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from canter.inference.engine import Engine
@@ -24,8 +23,8 @@ class GenerateEngine(Engine):
         self.generation: dict[str, Any] = {}
         if config.beams > 1:
             self.generation = {"num_beams": config.beams, "length_penalty": config.length_penalty or 0.0}
-        frames = round(config.frames * FRAME_SECONDS / model.frame_seconds)
-        super().__init__(model, end, replace(config, frames=frames))
+        super().__init__(model, end, config)
+        self.frames = round(self.frames * FRAME_SECONDS / model.frame_seconds)
 
     def run(
         self,

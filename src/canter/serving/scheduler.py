@@ -170,8 +170,8 @@ class Scheduler:
             return [self._alone]
         if not self._waiting:
             return []
-        config = self.engine.config
-        batches = encoder_batches([entry.frames for entry in self._waiting], config.frames, config.rows)
+        lengths = [entry.frames for entry in self._waiting]
+        batches = encoder_batches(lengths, self.engine.frames, self.engine.rows)
         chosen = next(batch for batch in batches if 0 in batch)
         batch = [self._waiting[index] for index in chosen]
         kept = {*chosen}
