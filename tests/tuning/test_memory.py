@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -53,3 +56,37 @@ def test_the_peak_of_a_process_is_what_it_held():
 def test_shared_storage_counts_once():
     x = torch.zeros(100)
     assert tensor_bytes([x, x.view(10, 10), torch.zeros(10)]) == 440
+
+
+HEAP = """
+import resource, sys
+import torch
+from canter.tuning import memory
+
+getattr(memory, sys.argv[1])(*map(int, sys.argv[2:]))
+
+def step():  # 80 blocks of a megabyte, as many as the end of the heap may be large
+    return len([torch.ones(2**18) for _ in range(80)])
+
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+held, before = memory.resident(), faults()
+for _ in range(5):
+    step()
+print((faults() - before) / 5, held)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_what_is_freed_stays_for_the_next_step_or_goes_back_at_once():
+    def run(*how: str) -> tuple[float, float]:
+        command = [sys.executable, "-c", HEAP, *how]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return float(found[0]), float(found[1])
+
+    pages = 80 * 2**20 / 4096
+    lasting, steady = run("lasting_heap"), run("steady_heap")
+    assert lasting[0] < 0.02 * pages
+    assert steady[0] > 0.9 * pages
+    assert steady[1] < lasting[1] - 60 * 2**20

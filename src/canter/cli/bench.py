@@ -70,6 +70,7 @@ def run(options: Options) -> None:
     from canter.integrations.peers import load_peer, parse_peer, working_folder
     from canter.models.checkpoint import load_model
     from canter.models.device import choose_device
+    from canter.tuning.memory import lasting_heap
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     default = {"bf16": "bfloat16"}.get(options.precision, options.precision)
@@ -77,6 +78,8 @@ def run(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = str(choose_device(options.device))
+    if device == "cpu":  # for all systems: they share the process
+        lasting_heap()
     checkpoint = checkpoint_of(options.model)
     model = load_model(checkpoint, device=device, dtype=dtype)
     clips, left_out = load_clips(options, model)

@@ -12,7 +12,6 @@ import tyro
 from canter.errors import ConfigError
 
 KEYS = "CANTER_API_KEYS"
-LARGE = 2**20  # bytes of a block that goes back to the system when it is freed, so that memory stays as it is
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def run(options: Options) -> int:
     from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, is_loopback, make_server
     from canter.serving.service import Service
-    from canter.tuning.memory import steady_heap
+    from canter.tuning.memory import LARGEST_THRESHOLD, steady_heap
 
     keys = read_keys(options.api_keys)
     local = is_loopback(options.host)
@@ -91,7 +90,7 @@ def run(options: Options) -> int:
     try:
         device = str(choose_device(options.device))
         if device == "cpu":
-            steady_heap(LARGE)
+            steady_heap(LARGEST_THRESHOLD)
         model = load_in(options.precision, checkpoint, device)
         engine = Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size))
         service = Service(engine, config)

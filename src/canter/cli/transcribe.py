@@ -173,8 +173,11 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     from canter.inference.requests import EngineConfig
     from canter.models.device import choose_device
     from canter.models.hf import foreign_type
+    from canter.tuning.memory import lasting_heap
 
     device = str(choose_device(options.device))
+    if device == "cpu":
+        lasting_heap()
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
     if foreign_type(checkpoint):

@@ -44,7 +44,7 @@ from canter.training.ranks import ALONE, Ranks
 from canter.training.run import Run
 from canter.training.speed import AtSpeed
 from canter.tuning.fit import measure_budget, within
-from canter.tuning.memory import steady_heap
+from canter.tuning.memory import lasting_heap, steady_heap
 from canter.tuning.probe import Prober
 
 MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
@@ -103,12 +103,16 @@ def prepare(
     torch.manual_seed(config.seed)
     model = initial or SpeechModel(model_config(config, tokenizer, characters))
     model.to(device).tokenizer = tokenizer
+    if device.type == "cpu":
+        lasting_heap()
     settled = run.settled()
     precision, threads = settled.get("precision"), settled.get("threads")
     if precision is None or threads is None:
         precision, threads = choose_speed(config, model, say)
     torch.set_num_threads(config.threads or threads)
     budget = find_budget(config, run, model, index, precision, say, track)
+    if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
+        steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
     micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
     for name, value in (("tokens_per_frame", fastest(index, budget)), ("window_seconds", longest(index))):
@@ -333,8 +337,6 @@ def find_budget(
             budget.require(**{name: here[name] for name in DECIDING})
         except BudgetError as error:
             raise BudgetError(f"{config.budget}: {error}") from None
-        if here["device"] == "cpu" and "mmap_threshold" in budget.measured_on:
-            steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
         budget.save(path)
         return budget
     device = next(model.parameters()).device
