@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from canter.cli.progress import TrainingProgress
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
@@ -184,6 +186,60 @@ def test_unusable_audio_is_skipped_and_named(config, spoken, tmp_path):
     assert {row["file"].split("/")[-1] for row in skipped} == {"noise.flac", "missing.wav", "short.wav"}
     reason = next(row["reason"] for row in skipped if row["file"].endswith("short.wav"))
     assert "2 s in the manifest" in reason
+
+
+def test_a_first_step_without_usable_audio_is_a_step(config, spoken, tmp_path):
+    """Progress is shown of it too."""
+    rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()[:4]]
+    rows = [row | {"audio_filepath": str(tmp_path / "missing.wav")} for row in rows]
+    write_manifest(tmp_path / "missing.jsonl", [{**row, "id": str(n)} for n, row in enumerate(rows)])
+    lines = []
+
+    @contextmanager
+    def watch(steps, done):
+        yield lambda report: lines.append(TrainingProgress.describe([report]))
+
+    config = dataclasses.replace(config, manifest=(tmp_path / "missing.jsonl",), valid=(), steps=1)
+    assert train(config, watch).progress.skipped > 0
+    assert "padding 0.0%" in lines[0]
+
+
+def test_steps_of_a_run_that_was_killed_before_it_saved_are_forgotten(config, tmp_path):
+    quiet = dataclasses.replace(config, valid=(), steps=3)
+    train(quiet, unwatched)
+    killed = dataclasses.replace(quiet, output=tmp_path / "killed")
+    train(killed, unwatched)
+    shutil.rmtree(killed.output / "checkpoints" / "step-000003")
+    with (killed.output / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    train(killed, unwatched)
+    assert losses(killed) == losses(quiet)
+    for one in ("utterances.jsonl", "skipped.jsonl"):
+        files = [run.output / one for run in (killed, quiet)]
+        assert len({file.read_text() if file.exists() else "" for file in files}) == 1
+
+
+def test_what_the_plan_leaves_out_is_told_and_listed(config, tmp_path):
+    Budget.from_batch_seconds(3.0).save(tmp_path / "small.json")
+    config = dataclasses.replace(
+        config, budget=tmp_path / "small.json", batch_seconds=None, valid=(), steps=2
+    )
+    said = []
+    finished = train(config, unwatched, said.append)
+    listed = [json.loads(line) for line in (config.output / "left_out.jsonl").read_text().splitlines()]
+    seconds = finished.prepared.index.seconds
+    assert [row["line"] for row in listed] == [n for n, s in enumerate(seconds) if s > 3]
+    assert 0 < len(listed) < len(seconds)
+    assert all(row["reason"].startswith("over the budget by itself: ") for row in listed)
+    assert any(f"{len(listed)} of {len(seconds)} utterances are in no batch" in line for line in said)
+
+
+def test_memory_filled_is_a_share_of_the_memory_there_is(config, tmp_path):
+    """Though the plan fills twelve seconds."""
+    Budget.from_batch_seconds(1200.0).save(tmp_path / "large.json")
+    train(dataclasses.replace(config, budget=tmp_path / "large.json", valid=(), steps=2), unwatched)
+    for row in metrics(config):
+        assert row["memory_filled"] == pytest.approx(row["batch"] * row["frames_max"] * 0.08 / 1200, rel=0.05)
 
 
 def test_too_much_unusable_audio_ends_the_run(config, spoken, tmp_path):

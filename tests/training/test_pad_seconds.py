@@ -17,6 +17,8 @@ from canter.text import train_tokenizer
 from canter.training.config import LossConfig, ModelShape, OptimizerConfig, TrainConfig
 from canter.training.session import train
 
+from .conftest import unwatched
+
 SHARED = os.environ.get("CANTER_SHARED")
 needs_model = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with whisper-tiny.en")
 
@@ -61,6 +63,14 @@ def test_at_their_own_lengths(whisper):
     assert finished.prepared.plan.budgets[0][1].frame_seconds == 0.02
     saved = load_model(next((whisper.output / "checkpoints").glob("step-*")))
     assert saved.config.features.pad_seconds == 0.0
+
+
+@needs_model
+def test_what_the_model_pads_to_is_padding(whisper):
+    finished = train(dataclasses.replace(whisper, steps=1), unwatched)
+    row = json.loads((whisper.output / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["padding"] == pytest.approx(1 - row["audio_seconds"] / (30 * row["utterances"]))
+    assert finished.progress.utterances == row["utterances"]
 
 
 @needs_model

@@ -4,14 +4,17 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ManifestError
 from canter.training.config import LossConfig, OptimizerConfig
-from canter.training.gradient import Gradient
+from canter.training.data import Address
+from canter.training.gradient import Counts, Gradient
 from canter.training.optimizers import Optimizers
+from canter.training.prepare import prepare
 from canter.training.session import train
 from canter.tuning.memory import is_out_of_memory
 
@@ -80,6 +83,42 @@ def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
         finished = train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
     assert finished.progress.step == 2
     assert any("do not fit in memory even alone" in row["reason"] for row in skipped(quiet))
+
+
+def test_the_gradient_is_a_mean_over_what_is_left(quiet):
+    """One utterance of four does not fit even alone: its targets do not count either."""
+    prepared = prepare(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)))
+    model, true = prepared.model, prepared.model.loss_of
+    lengths = np.asarray(prepared.index.seconds)
+    four = np.argsort(lengths)[-4:]
+
+    def gradient_of(rows, too_large=None):
+        def loss_of(encoded, encoded_lengths, batch, **settings):
+            if too_large in batch.rows.tolist():
+                raise torch.OutOfMemoryError("out of memory")
+            return true(encoded, encoded_lengths, batch, **settings)
+
+        model.loss_of = loss_of
+        one = prepared.data[Address(0, 0, True, rows, 0)]
+        gradient, counts = Gradient(prepared.config, model, "float32"), Counts.of([one.batch])
+        computed = gradient.compute([one], counts, 0, alone=False)
+        assert computed.unfit == ([] if too_large is None else [too_large])
+        gradient.correct(counts, Counts.of([one.batch.without(computed.unfit)]), alone=False)
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        gradient.discard()
+        return torch.cat([part.flatten() for part in found])
+
+    with_it, without_it = gradient_of(four, int(four[-1])), gradient_of(four[:-1])
+    assert with_it.norm() == pytest.approx(float(without_it.norm()), rel=0.05)
+
+
+def test_what_does_not_fit_alone_counts_in_no_figure_of_its_step(quiet):
+    with memory_cap(300_000):
+        train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
+    lost = [row["step"] for row in skipped(quiet)]
+    planned = [json.loads(line) for line in (quiet.output / "utterances.jsonl").read_text().splitlines()]
+    for row, plan in zip(rows(quiet, "train"), planned, strict=True):
+        assert row["utterances"] == sum(map(len, plan["rows"])) - lost.count(row["step"])
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class TrainingProgress:
         seconds = sum(r.seconds for r in reports)
         audio = sum(r.audio_seconds for r in reports)
         loss = sum(r.loss for r in reports) / len(reports)
-        padding = 1 - audio / sum(r.audio_seconds / max(1e-9, 1 - r.padding) for r in reports)
+        room = sum(r.audio_seconds / max(1e-9, 1 - r.padding) for r in reports)
+        padding = 1 - audio / room if room else 0.0  # nothing that the steps were to have could be used
         wait = sum(r.data_wait_seconds for r in reports) / seconds
         last = reports[-1]
         parts = [f"loss {loss:.3f}"]

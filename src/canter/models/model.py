@@ -5,6 +5,7 @@ V: vocabulary, C: characters.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,6 +73,11 @@ class Batch:
         ):
             part[padded] = part[padded][:, : int(part[lengths].max())]
         return Batch(**part)
+
+    def without(self, rows: Collection[int]) -> "Batch | None":
+        """The utterances that are not of these rows of the index; None where there are no others."""
+        keep = torch.tensor([row not in rows for row in self.rows.tolist()], device=self.rows.device)
+        return self if keep.all() else self.take(keep.nonzero()[:, 0]) if keep.any() else None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(

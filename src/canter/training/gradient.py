@@ -38,6 +38,9 @@ class Counts:
         tokens, characters = ranks.table([tokens, characters]).sum(0).astype(int).tolist()
         return cls(tokens, characters)
 
+    def less(self, tokens: float, characters: float) -> "Counts":
+        return Counts(self.tokens - int(tokens), self.characters - int(characters))
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -109,6 +112,15 @@ class Gradient:
             norm.pending.clear()
         give_back()
 
+    def correct(self, before: Counts, after: Counts, alone: bool) -> None:
+        """Makes the gradient, a mean over the step's targets, one over those that are left where utterances did not
+        fit: by tokens, or characters where there is CTC alone."""
+        if after != before:
+            had, left = (before.characters, after.characters) if alone else (before.tokens, after.tokens)
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(had / max(1, left))
+
     def merge_statistics(self, numbers: Sequence[int], count: int) -> None:
         """Folds the BatchNorm statistics of the step's ``count`` micro-batches into the running ones, in plan order;
         ``numbers`` are the places of those computed here."""
@@ -142,11 +154,8 @@ class Gradient:
         batch = one.batch
         assert batch is not None
         torch.manual_seed(seed_of(self.config.seed, step, one.address.number))
-        keep = torch.tensor([row not in unfit for row in batch.rows.tolist()])
-        if not keep.all():
-            if not keep.any():
-                return []
-            batch = batch.take(keep.nonzero()[:, 0])
+        if (batch := batch.without(unfit)) is None:
+            return []
         batch = batch.to(self.device)
         epoch = one.address.epoch
         if cut is None:

@@ -11,6 +11,7 @@ import torch
 from canter.corpus.manifest import Problem
 from canter.errors import CanterError, CheckpointError
 from canter.models.model import Batch, SpeechModel
+from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.training.checkpoints import Checkpoints, read_snapshot
@@ -35,7 +36,8 @@ class Trainer:
 
     ``validate(model, step) -> metrics`` is called after every ``valid_every`` steps and at the end, by all ranks;
     ``report`` is told each step, ``track`` the metrics of steps and validations, ``say`` anything unusual. Randomness
-    of a micro-batch comes from (seed, step, its place in the step), never from the rank.
+    of a micro-batch comes from (seed, step, its place in the step), never from the rank. ``budget`` is that of the
+    memory there is, where the plan's is another (``limited``).
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trainer:
         *,
         precision: str,
         predicted_seconds: float = 0.0,
+        budget: Budget | None = None,
         ranks: Ranks = ALONE,
         validate: Callable[[SpeechModel, int], dict[str, Any]] | None = None,
         report: Callable[[StepReport], None] = lambda _: None,
@@ -72,7 +75,7 @@ class Trainer:
         self.optimizers = Optimizers(model, config.optimizer, steps)
         self.average = Average(model, config.optimizer.ema) if config.optimizer.ema else None
         self.gradient = Gradient(config, model, precision, ranks)
-        self.upcoming = Steps(plan, ranks)
+        self.upcoming = Steps(plan, ranks, budget)
         self.checkpoints = Checkpoints(run.folder / "checkpoints", config.keep, run.logs)
         self.progress = Progress(plan=plan.fingerprint)
         self.saved = -1  # the step of the last checkpoint
@@ -85,6 +88,8 @@ class Trainer:
         """Goes back to the newest checkpoint of the run; false where there is none."""
         newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
         if newest is None:
+            if self.ranks.first:
+                self.run.forget_after(0)  # steps that a run logged which ended before it saved any
             return False
         snapshot = read_snapshot(newest, self.model)
         self.progress = Progress(**snapshot.state)
@@ -183,20 +188,27 @@ class Trainer:
         computed = self.gradient.compute(loaded, counts, step, alone)
         problems = [problem for one in loaded for problem in one.skipped]
         problems += self._unfit(loaded, computed)
+        used = [left for batch in batches if (left := batch.without(computed.unfit)) is not None]
+        own, left = Counts.of(batches), Counts.of(used)
         part = Part.of(
-            batches,
+            used,
+            lost_tokens=own.tokens - left.tokens,
+            lost_characters=own.characters - left.characters,
             attention=computed.attention,
             ctc=computed.ctc,
             seconds=computed.seconds,
             wait=wait,
             frames=max((self._frames(b) for b in batches), default=0),
+            padded=round(self.model.padded_seconds * self.data.sample_rate),
             skipped=len(problems),
             cuts=len(computed.cuts) + len(computed.unfit),
             memory_peak=self._memory_peak(),
             stopping=float(stopping()),
         )
         parts = Parts(self.ranks.table(part.values()))
-        loss, ctc, attention = self._losses(parts, counts, alone)
+        left = counts.less(parts.lost_tokens.sum(), parts.lost_characters.sum())
+        loss, ctc, attention = self._losses(parts, left, alone)
+        self.gradient.correct(counts, left, alone)
         rate, norm, finite = self._update(step, alone, math.isfinite(loss), computed, planned)
         predicted = [float(planned.seconds[s].sum()) for s in share_out(planned.seconds, self.ranks.size)]
         report = StepReport(

@@ -121,7 +121,7 @@ def prepare(
             model.generation[name] = max(told or 0.0, value)
     plan = Plan(
         planned,
-        limited(budget, config.batch_seconds, planned),
+        limited(budget, config.batch_seconds, index, slowest=min(config.augment.speed, default=1.0)),
         chosen,
         seed=config.seed,
         window=min(config.window, len(index)),
@@ -129,7 +129,7 @@ def prepare(
         curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
     )
-    step_seconds, epoch_steps = predicted(plan)
+    step_seconds, epoch_steps = predicted(plan, ranks.size)
     steps = settled.get("steps") or choose_steps(config, step_seconds, epoch_steps)
     chosen = {
         "precision": precision,
@@ -365,15 +365,16 @@ def find_budget(
     return budget
 
 
-def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex | AtSpeed) -> Budget:
+def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex, slowest: float = 1.0) -> Budget:
     """``budget`` with a micro-batch held to ``batch_seconds`` of audio, padding included, or to what the memory
-    holds where that is less; the longest utterance may always go alone. As it is for None.
+    holds where that is less; the longest utterance, at its ``slowest`` speed too, may always go alone. As it is for
+    None.
 
     Counting frames instead of bytes keeps batches of long utterances from being cut for their quadratic part.
     """
     if batch_seconds is None:
         return budget
-    frames, tokens = budget.frames(np.asarray(index.seconds)), np.asarray(index.tokens, np.int64)
+    frames, tokens = budget.frames(np.asarray(index.seconds) / slowest), np.asarray(index.tokens, np.int64)
     fits = budget.max_batch(frames, tokens) >= 1
     if not fits.any():
         return budget
@@ -385,9 +386,9 @@ def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex | At
     )
 
 
-def predicted(plan: Plan) -> tuple[float, int]:
-    """(mean seconds of a step by the budget, steps in an epoch)."""
-    figures = plan.figures()
+def predicted(plan: Plan, ranks: int) -> tuple[float, int]:
+    """(mean seconds of a step by the budget, its micro-batches shared out to so many ranks; steps in an epoch)."""
+    figures = plan.figures(ranks)
     return figures.hours * 3600 / max(1, len(plan)), len(plan)
 
 

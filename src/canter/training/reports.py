@@ -31,7 +31,7 @@ class StepReport:
     frames_max: int
     tokens_max: int
     padding: float
-    """Share of the step's samples that is padding."""
+    """Share of the step's samples, what the model pads to included, that is padding."""
     memory_filled: float
     """Predicted bytes of a micro-batch as a share of the budget's limit, on average."""
     memory_peak: float
@@ -60,16 +60,19 @@ class Part:
     tokens: float
     skipped: float
     cuts: float
+    lost_tokens: float
+    """Targets of utterances that did not fit in memory even alone, of each loss."""
+    lost_characters: float
     memory_peak: float
     stopping: float
     """Whether it was asked to stop."""
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], **values: float) -> "Part":
-        """Of the micro-batches that could be loaded."""
+    def of(cls, batches: Sequence[Batch], padded: int = 0, **values: float) -> "Part":
+        """Of the micro-batches that could be loaded; ``padded``: samples to which the model pads every utterance."""
         return cls(
             samples=sum(int(b.audio_lengths.sum()) for b in batches),
-            room=sum(b.audio.numel() for b in batches),
+            room=sum(len(b.rows) * max(padded, b.audio.shape[1]) for b in batches),
             utterances=sum(len(b.rows) for b in batches),
             batch=max((len(b.rows) for b in batches), default=0),
             tokens=max((b.tokens.shape[1] for b in batches), default=0),

@@ -3,6 +3,7 @@
 config.yaml       the configuration in force
 run.json          what was settled at the start: steps, precision, micro-batches a step
 lengths.arrow     the length index of the training data
+left_out.jsonl    utterances that are in no batch, with the reason
 budget.json       measured memory and time of a step
 tokenizer/        where one was trained on the way
 metrics.jsonl     a line a training step ("kind": "train"), a validation ("valid") and anything unusual ("event")

@@ -16,6 +16,7 @@ from canter.training.ranks import joined
 from canter.training.rehearsal import rehearse
 from canter.training.reports import Progress, StepReport
 from canter.training.run import claimed
+from canter.training.skipped import list_left_out
 from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
 
@@ -53,6 +54,11 @@ def train(
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
         rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
+        listed = prepared.run.folder / "left_out.jsonl"
+        if ranks.first and (prepared.run.changed or not listed.exists()):
+            count = list_left_out(listed, prepared.index, prepared.plan)
+            if count:
+                say(f"{count} of {len(prepared.index)} utterances are in no batch, listed in {listed}")
         validate = None
         if config.valid:
             rate = prepared.data.sample_rate
@@ -67,6 +73,7 @@ def train(
             prepared.steps,
             precision=prepared.precision,
             predicted_seconds=prepared.predicted_seconds,
+            budget=prepared.budget,
             ranks=ranks,
             validate=validate,
             say=say,
@@ -76,7 +83,7 @@ def train(
             for change in prepared.run.changed:
                 say(f"changed from here on: {change}")
         else:
-            minutes = prepared.predicted_seconds / 60 / min(ranks.size, prepared.plan.micro_batches_per_step)
+            minutes = prepared.predicted_seconds / 60
             say(f"{prepared.steps} steps, about {minutes:.1f} minutes by the budget")
         done = trainer.progress.step
         if config.largest_first and done < prepared.steps:

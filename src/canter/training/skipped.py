@@ -5,11 +5,25 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from canter.corpus.index import LengthIndex
 from canter.errors import CanterError
+from canter.planning.plan import Plan
+from canter.training.checkpoints import write_whole
 from canter.training.ranks import Ranks
 from canter.training.reports import Progress
 
 FEWEST = 20  # unusable utterances are allowed, whatever their share
+
+
+def list_left_out(path: Path, index: LengthIndex, plan: Plan) -> int:
+    """Writes a line for each utterance that the plan cannot use, with its row and the reason; returns how many."""
+    lines = []
+    for row, reason in plan.left_out():
+        lengths = f"{index.seconds[row]:.2f} s, {index.tokens[row]} tokens"
+        reason = f"{reason}: {lengths}"
+        lines.append({"file": index.utterance(row).audio_filepath, "line": row, "reason": reason})
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return len(lines)
 
 
 def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) -> None:

@@ -38,6 +38,8 @@ class Steps:
 
     plan: Plan
     ranks: Ranks = ALONE
+    memory: Budget | None = None
+    """Of the memory there is; none: the plan's."""
     tightenings: list[list[float]] = field(default_factory=list)
     """[epoch, first window, limit in bytes] where a micro-batch that did not fit made the budget smaller."""
     planned: dict[int, PlannedStep] = field(default_factory=dict, repr=False)
@@ -118,9 +120,8 @@ class Steps:
     def taken(self, step: int) -> PlannedStep:
         return self.planned.pop(step)
 
-    @staticmethod
-    def _filled(plan: Plan, window: int, rows: Sequence[np.ndarray]) -> float:
-        budget = plan.budget_of(window)
+    def _filled(self, plan: Plan, window: int, rows: Sequence[np.ndarray]) -> float:
+        budget = self.memory or plan.budget_of(window)
         return float(np.mean([_bytes(plan, budget, some) / budget.limit_bytes for some in rows]))
 
 
