@@ -19,6 +19,8 @@ from canter.training.config import AugmentConfig
 from canter.training.pace import Pace
 from canter.training.session import train
 
+from .conftest import stopping_after
+
 
 @contextmanager
 def unwatched(steps, done):
@@ -76,6 +78,42 @@ def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monke
     finished = train(more, unwatched)
     assert finished.progress.step == 25
     assert [row["step"] for row in metrics(config)] == list(range(1, 26))
+
+
+def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spoken, tmp_path):
+    """Two sources of very unequal size, drawn equally often; rows take their source's tags."""
+    rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
+    for row in rows:
+        row |= {"audio_filepath": str(spoken.train_manifest.parent / row["audio_filepath"])}
+    rows.sort(key=lambda row: row["duration"])
+    write_manifest(
+        tmp_path / "few.jsonl", [{k: v for k, v in row.items() if k != "lang"} for row in rows[:5]]
+    )
+    write_manifest(tmp_path / "many.jsonl", rows[5:])
+    (tmp_path / "mix.yaml").write_text(
+        "- {path: few.jsonl, weight: 0.5, tags: {lang: en}}\n- {path: many.jsonl, weight: 0.5}\n"
+    )
+    config = dataclasses.replace(
+        config, manifest=(tmp_path / "mix.yaml",), valid=(), steps=None, epochs=2.0, window=20, save_every=1
+    )
+    finished = train(config, unwatched)
+    steps = [json.loads(line) for line in (config.output / "utterances.jsonl").read_text().splitlines()]
+    drawn = [row for step in steps for batch in step["rows"] for row in batch]
+    index = finished.prepared.index
+    assert 0.4 < sum(index.source_of[row] == 0 for row in drawn) / len(drawn) < 0.6
+    assert len(drawn) == pytest.approx(2 * len(index), rel=0.3)
+    assert {index.utterance(row).lang for row in range(len(index)) if index.source_of[row] == 0} == {"en"}
+    resumed = dataclasses.replace(config, output=tmp_path / "resumed")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(resumed, stopping_after(3))
+    train(resumed, unwatched)
+    assert (resumed.output / "utterances.jsonl").read_text() == (
+        config.output / "utterances.jsonl"
+    ).read_text()
+    assert losses(resumed) == losses(config)
+    fast = dataclasses.replace(config, output=tmp_path / "fast", augment=AugmentConfig(speed=(0.9, 1.1)))
+    with pytest.raises(ConfigError, match=r"mix\.yaml, whose sources have weights"):
+        train(fast, unwatched)
 
 
 def test_every_utterance_once_an_epoch(config):

@@ -275,7 +275,8 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
 def of_config(config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
     """The model that a configuration describes; without data, with a vocabulary of the size it asks for."""
     from canter.models.model import SpeechModel
-    from canter.training.prepare import find_index, find_tokenizer, load_initial, model_config
+    from canter.training.corpus import find_index, find_tokenizer
+    from canter.training.prepare import load_initial, model_config
     from canter.training.run import Run
 
     with tempfile.TemporaryDirectory() as folder:

@@ -70,6 +70,11 @@ class Source:
                 f"source {self.name}: tag {min(unknown)!r} is none of {', '.join(OPTIONAL_TEXT)}"
             )
 
+    def tagged(self, row: Utterance) -> Utterance:
+        """A row of this source, with the tags that it has no fields of its own for."""
+        missing = {key: value for key, value in self.tags.items() if getattr(row, key) is None}
+        return replace(row, **missing) if missing else row
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -224,9 +229,7 @@ class LengthIndex:
         found = utterance_from_line(line, os.path.dirname(shard.path), measure_durations=True)
         if not isinstance(found, Utterance) or np.float32(found.duration) != self.seconds[row]:
             raise ManifestError(f"{shard.path} has changed since it was indexed (row {row}); {stale}")
-        tags = self.sources[int(self.source_of[row])].tags
-        missing = {key: value for key, value in tags.items() if getattr(found, key) is None}
-        return replace(found, **missing) if missing else found
+        return self.sources[int(self.source_of[row])].tagged(found)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index, whole or not at all, and beside it the list of rows that could not be used."""

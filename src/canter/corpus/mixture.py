@@ -61,6 +61,21 @@ def leaves(group: Group) -> Iterator[Source]:
             yield member
 
 
+def is_weighted(group: Group) -> bool:
+    """Whether anything in it has a weight or a temperature, so that its rows are not drawn equally often."""
+    inside = [member for member in group.members if isinstance(member, Group)]
+    told = group.temperature is not None or any(member.weight is not None for member in group.members)
+    return told or any(map(is_weighted, inside))
+
+
+def mixture_of(paths: Sequence[str | os.PathLike[str]]) -> Group | None:
+    """The mixture that ``paths`` name, if they do. Raises `ConfigError` for one among others."""
+    mixtures = [os.fspath(path) for path in paths if os.fspath(path).endswith((".yaml", ".yml"))]
+    if mixtures and len(paths) > 1:
+        raise ConfigError(f"{mixtures[0]} is a mixture: name it alone, and further sources inside it")
+    return read_mixture(mixtures[0]) if mixtures else None
+
+
 def shares(group: Group, rows: Sequence[int], temperature: float = 1.0) -> np.ndarray:
     """(sources,) float64 summing to 1: each leaf's share of the draws, ``rows`` being how many each has."""
     temperature = temperature if group.temperature is None else group.temperature

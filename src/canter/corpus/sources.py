@@ -85,14 +85,18 @@ def read_unit(
 
 
 def open_source(
-    path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+    path: str | os.PathLike[str],
+    *,
+    audio: str = "",
+    require_text: bool = True,
+    measure_durations: bool = False,
 ) -> Rows:
     """The utterances and problems of whatever ``path`` holds: a manifest of any kind, shards, a folder of
-    audio.
+    audio. ``audio`` names a tarred manifest's tars.
 
     Raises `ManifestError` where that is nothing Canter reads, or has no usable row.
     """
-    units = units_of(os.fspath(path))
+    units = units_of(os.fspath(path), audio)
     if len(units) == 1:
         rows = read_unit(units[0], require_text=require_text, measure_durations=measure_durations)
         return (row for _, row in rows)

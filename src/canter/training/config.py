@@ -125,7 +125,8 @@ class TrainConfig:
     """Train a model on a manifest, or go on with the run that OUTPUT holds."""
 
     manifest: tuple[Path, ...] = ()
-    """Training manifests (NeMo JSONL, or any other source that 'canter index' reads)."""
+    """Training manifests (NeMo JSONL, or any other source that 'canter index' reads), or one mixture of such with
+    weights (YAML, docs/corpus.md)."""
     valid: tuple[Path, ...] = ()
     """Validation manifests; none: the last checkpoint is the best."""
     output: Path = Path("runs/default")

@@ -41,6 +41,7 @@ class Address:
     """Whether it is the last of this rank's in the step."""
     rows: np.ndarray
     epoch: int = 0
+    """By which speeds and masks are drawn."""
 
 
 @dataclass(frozen=True)

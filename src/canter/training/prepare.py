@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from canter.corpus.build import build_index
 from canter.corpus.index import LengthIndex
-from canter.corpus.manifest import Utterance
-from canter.corpus.sources import open_source
+from canter.corpus.mixture import is_weighted, mixture_of
 from canter.errors import BudgetError, ConfigError
 from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
@@ -27,10 +24,11 @@ from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
 from canter.planning.strategies import strategy
-from canter.text import Characters, Tokenizer, load_tokenizer, train_tokenizer
+from canter.text import Characters, Tokenizer
 from canter.training import trackers
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig, decided
+from canter.training.corpus import find_index, find_tokenizer
 from canter.training.data import MicroBatches
 from canter.training.measure import (
     DECIDING,
@@ -50,6 +48,7 @@ from canter.tuning.probe import Prober
 MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
 LEAST_SPEED = 0.1  # tokens a frame
 LEAST_WINDOW = 10  # seconds
+SEEN_WINDOWS = 4  # of an endless plan, from which the mean of its steps is taken
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
 
 
@@ -119,6 +118,13 @@ def prepare(
         told = model.generation.get(name)
         if told or initial is None:  # what others have trained may have heard faster and longer speech
             model.generation[name] = max(told or 0.0, value)
+    mixture = mixture_of(config.manifest)
+    weighted = mixture is not None and is_weighted(mixture)
+    if weighted and config.augment.speed:
+        raise ConfigError(
+            f"--augment.speed: a speed is drawn for each epoch, and {config.manifest[0]}, whose sources have weights, "
+            "has none; leave one of them out"
+        )
     plan = Plan(
         planned,
         limited(budget, config.batch_seconds, index, slowest=min(config.augment.speed, default=1.0)),
@@ -126,6 +132,7 @@ def prepare(
         seed=config.seed,
         window=min(config.window, len(index)),
         micro_batches_per_step=micro_batches,
+        endless=weighted,
         curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
     )
@@ -265,58 +272,6 @@ def pad_to(model: SpeechModel, seconds: float, source: Path) -> None:
     model.set_features(pad_seconds=seconds)
 
 
-def find_tokenizer(
-    config: TrainConfig, run: Run, initial: SpeechModel | None, say: Callable[[str], None]
-) -> tuple[Tokenizer, Characters]:
-    """The run's tokenizer and alphabet: those of --init or --tokenizer, or made from the transcripts, once."""
-    if initial is not None and not isinstance(initial, SpeechModel):
-        return initial.tokenizer, Characters("")  # another library's, which its checkpoints bring along
-    folder = run.folder / "tokenizer"
-    if config.init is not None and initial is not None and not (folder / "characters.json").exists():
-        alphabet = Characters("")  # without a CTC head nothing is written in characters
-        if initial.ctc is not None:
-            alphabet = Characters.load(checkpoint_of(config.init))
-        if initial.ctc is not None and alphabet.size != initial.config.ctc_vocabulary:
-            raise ConfigError(
-                f"--init {config.init}: its CTC head has {initial.config.ctc_vocabulary} outputs, but its alphabet "
-                f"{alphabet.size}; set --loss.ctc-weight 0 --loss.ctc-alone 0 to leave the head out"
-            )
-        folder.mkdir(exist_ok=True)
-        initial.tokenizer.save(folder)
-        alphabet.save(folder)
-    if not (folder / "characters.json").exists():
-        texts: list[str] = []
-        languages: set[str] = set()
-        for path in config.manifest:
-            for row in open_source(path):
-                if isinstance(row, Utterance):
-                    texts.append(row.text)
-                    languages |= {lang for lang in (row.lang, row.source_lang, row.target_lang) if lang}
-        folder.mkdir(exist_ok=True)
-        if config.tokenizer is not None:
-            load_tokenizer(config.tokenizer).save(folder)
-        else:
-            with warnings.catch_warnings(record=True) as notices:
-                warnings.simplefilter("always")
-                trained = train_tokenizer(texts, languages, config.vocabulary, folder)
-            for notice in notices:
-                say(str(notice.message))
-            say(f"tokenizer of {trained.vocab_size} tokens trained on {len(texts)} transcripts")
-        Characters.of(texts).save(folder)
-    return load_tokenizer(folder), Characters.load(folder)
-
-
-def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthIndex:
-    """The run's length index, built where it is not there yet."""
-    path = run.folder / "lengths.arrow"
-    if path.exists():
-        return LengthIndex.open(path)
-    first = next(row for row in open_source(config.manifest[0]) if isinstance(row, Utterance))
-    return build_index(
-        config.manifest, path, tokenizer, prompt_tokens=len(tokenizer.prompt(first)), progress=True
-    )
-
-
 def find_budget(
     config: TrainConfig,
     run: Run,
@@ -387,9 +342,13 @@ def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex, slo
 
 
 def predicted(plan: Plan, ranks: int) -> tuple[float, int]:
-    """(mean seconds of a step by the budget, its micro-batches shared out to so many ranks; steps in an epoch)."""
-    figures = plan.figures(ranks)
-    return figures.hours * 3600 / max(1, len(plan)), len(plan)
+    """(mean seconds of a step by the budget, its micro-batches shared out to so many ranks; steps in an epoch,
+    where sources have weights in as many utterances as there are)."""
+    figures = plan.figures(ranks, windows=SEEN_WINDOWS if plan.endless else None)
+    steps = figures.steps
+    if plan.endless:
+        steps = round(steps * len(plan.index) / max(1, figures.utterances))
+    return figures.hours * 3600 / max(1, figures.steps), steps
 
 
 def choose_steps(config: TrainConfig, step_seconds: float, epoch_steps: int) -> int:

@@ -68,6 +68,7 @@ class Steps:
                     max_tokens_per_second=base.max_tokens_per_second,
                     grid=base.grid,
                     block=base.block,
+                    endless=base.endless,
                     curriculum=base.curriculum,
                     cache=base.cache,
                 )
@@ -100,10 +101,12 @@ class Steps:
                 filled = self._filled(plan, before.window, rows)
                 self.planned[step] = PlannedStep(epoch, before.window, after, rows, seconds, filled)
                 mine = share_out(seconds, self.ranks.size)[self.ranks.rank]
+                # what is drawn for an utterance anew each epoch is so each window where there are no epochs
+                draw = before.window if plan.endless else epoch
                 for number in mine:
-                    yield Address(step, number, number == mine[-1], rows[number], epoch)
+                    yield Address(step, number, number == mine[-1], rows[number], draw)
                 if not mine:
-                    yield Address(step, -1, True, rows[0][:0], epoch)
+                    yield Address(step, -1, True, rows[0][:0], draw)
                 step += 1
             if step == began and start is None:
                 raise CanterError("the plan has no step: every utterance is too long or otherwise left out")
