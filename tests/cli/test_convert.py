@@ -66,6 +66,13 @@ def test_refusals(folder, tmp_path):
         convert.run(convert.Options(folder, folder))
     with pytest.raises(ConfigError, match="the source itself"):
         convert.run(convert.Options(folder, folder, overwrite=True))
+    inside = save_model(canter.load_model(folder), tmp_path / "run" / "checkpoints" / "step-000001")
+    with pytest.raises(ConfigError, match="the source itself"):
+        convert.run(convert.Options(tmp_path / "run", inside, overwrite=True))
+    for target in (inside.parent, tmp_path):
+        with pytest.raises(ConfigError, match="holds the source"):
+            convert.run(convert.Options(inside, target, overwrite=True))
+    assert (inside / "model.safetensors").exists()
     with pytest.raises(CheckpointError, match="no tokenizer"):
         convert.run(convert.Options(folder, tmp_path / "x.nemo"))
     with pytest.raises(CheckpointError, match="does not exist"):

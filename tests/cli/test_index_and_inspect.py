@@ -137,9 +137,9 @@ def test_summary_is_what_numpy_computes():
 def test_the_index_is_not_read_anew_where_nothing_changed(manifests, capsys):
     arguments = ["index", "a.jsonl", "--tokenizer", "chars", "--workers", "1"]
     assert main(arguments) == 0
-    parts = {path: path.stat().st_mtime_ns for path in (manifests / "lengths.parts").iterdir()}
+    parts = {path: path.stat().st_mtime_ns for path in (manifests / "lengths.arrow.parts").iterdir()}
     assert main(arguments) == 0
-    assert {path: path.stat().st_mtime_ns for path in (manifests / "lengths.parts").iterdir()} == parts
+    assert {path: path.stat().st_mtime_ns for path in (manifests / "lengths.arrow.parts").iterdir()} == parts
     os.utime("a.jsonl", (time.time() + 9, time.time() + 9))
     assert main(arguments) == 0
-    assert set((manifests / "lengths.parts").iterdir()).isdisjoint(parts)
+    assert set((manifests / "lengths.arrow.parts").iterdir()).isdisjoint(parts)

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from canter.corpus.audio import audio_seconds, container_of, load_audio, member_ref
+import canter.corpus.audio
+from canter.corpus.audio import (
+    audio_blocks,
+    audio_seconds,
+    container_of,
+    load_audio,
+    load_utterance,
+    member_ref,
+)
 from canter.corpus.tar import Member, walk_tar
+from canter.corpus.utterance import Utterance
 from canter.errors import AudioError
 
 
@@ -57,6 +66,51 @@ def test_rounded_durations_are_forgiven_and_wrong_ones_not(wav):
         load_audio(wav, offset=5.0)
 
 
+def both(utterance, **options):
+    """What the two ways to read an utterance give, which must be the same."""
+    whole, *blocks = load_utterance(utterance, **options), *audio_blocks(utterance, seconds=0.3, **options)
+    return whole, np.concatenate(blocks)
+
+
+@pytest.mark.parametrize(
+    ("offset", "duration", "start", "stop"),
+    [
+        (0.0, 0.5, 0, 8000),
+        (0.25, 0.5, 4000, 12000),
+        (0.0, 0.9, 0, 16000),  # the end of the file, rounded down
+        (0.0, 1.1, 0, 16000),
+        (None, 0.5, 0, 16000),  # no segment: its duration is wrong
+    ],
+)
+def test_a_row_with_an_offset_is_cut_to_its_duration(wav, offset, duration, start, stop):
+    for found in both(Utterance(str(wav), duration, "", offset)):
+        np.testing.assert_array_equal(found, load_audio(wav)[start:stop])
+
+
+@pytest.mark.parametrize(("offset", "duration"), [(0.0, 2.0), (0.5, 1.0), (None, 2.0)])
+def test_rows_whose_file_ends_early(wav, offset, duration):
+    for read in (load_utterance, lambda row: [*audio_blocks(row)]):
+        with pytest.raises(AudioError, match=r"manifest.*: the file is truncated or the duration wrong"):
+            read(Utterance(str(wav), duration, "", offset))
+
+
+def test_blocks_are_resampled_as_one(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(2.0, 44100), 44100)
+    whole, blocks = both(Utterance(str(tmp_path / "a.wav"), 2.0, ""))
+    assert whole.shape == blocks.shape == (32000,)
+    np.testing.assert_allclose(blocks, whole, atol=1e-4)
+
+
+def test_one_channel_or_the_average(tmp_path):
+    path = str(tmp_path / "s.wav")
+    soundfile.write(path, np.stack([tone(), np.zeros(16000)], 1), 16000)
+    for channel, gain in ((0, 1.0), (1, 0.0), (None, 0.5)):
+        for found in both(Utterance(path, 1.0, "", channel_selector=channel)):
+            np.testing.assert_allclose(found, gain * tone(), atol=1e-4)
+    with pytest.raises(AudioError, match="has no channel 2: it has 2, counted from 0"):
+        load_audio(path, channel=2)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -91,6 +145,74 @@ def test_truncated_files_are_found_out(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AudioError, match=r"truncated|no sample"):
         load_audio(path)
+
+
+def test_an_mp3_that_ends_before_its_header_says(tmp_path, capfd):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 160_000), 16000)
+    assert load_audio(path).shape == (160_000,)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 6 // 10])
+    row = Utterance(str(path), audio_seconds(path), "")
+    for read in (load_audio, lambda _: load_utterance(row), lambda _: [*audio_blocks(row)]):
+        with pytest.raises(AudioError, match=r"its header promises 10\.00 s, \d\.\d\d s are there"):
+            read(path)
+
+
+def test_an_mp3_whose_header_counts_nothing_may_end_where_it_does(tmp_path, capfd):
+    loud, still = np.random.default_rng(0).normal(0, 0.2, 160_000), np.zeros(320_000)
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, np.concatenate([still, loud]), 16000)
+    data = path.read_bytes()
+    first = data.index(data[:2], 4)  # without the frame that counts, the length is guessed from the next
+    path.write_bytes(data[first:])
+    stated = audio_seconds(path)
+    assert stated > 35
+    for found in both(Utterance(str(path), stated, "")):
+        assert 29 < len(found) / 16000 < 31
+
+
+def unstated(path):
+    """FLAC as written to a pipe: no number of samples in its header."""
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_flac_of_unstated_length(tmp_path):
+    soundfile.write(tmp_path / "a.flac", tone(2.0), 16000)
+    whole = load_audio(tmp_path / "a.flac")
+    path = unstated(tmp_path / "a.flac")
+    assert audio_seconds(path) == 2.0
+    for offset, duration, start, stop in (
+        (None, 2.0, 0, 32000),
+        (0.0, 0.5, 0, 8000),
+        (0.75, 0.5, 12000, 20000),
+    ):
+        for found in both(Utterance(path, duration, "", offset)):
+            np.testing.assert_array_equal(found, whole[start:stop])
+    np.testing.assert_array_equal(load_audio(path, offset=1.5), whole[24000:])
+    with pytest.raises(AudioError, match="holds no sample from 3 s on"):
+        load_audio(path, offset=3.0)
+    with pytest.raises(AudioError, match=r"gives 1\.00 s from 1 s on"):
+        load_audio(path, offset=1.0, duration=2.0)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(1_000_000, 1), (16000, 33)])
+def test_rates_and_channels_that_no_recording_has(tmp_path, rate, channels):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros((100, channels)), rate)
+    for read in (load_audio, audio_seconds, lambda path: [*audio_blocks(Utterance(str(path), 1.0, ""))]):
+        with pytest.raises(AudioError, match="which no recording has"):
+            read(path)
+
+
+def test_a_block_holds_so_many_samples_of_all_channels(wav, monkeypatch):
+    monkeypatch.setattr(canter.corpus.audio, "BLOCK_SAMPLES", 1000)
+    blocks = [*audio_blocks(Utterance(str(wav), 1.0, ""))]
+    assert [len(block) for block in blocks] == [1000] * 16
 
 
 def test_wav_of_unknown_length_as_pipes_write_it(wav):

@@ -1,5 +1,6 @@
 """The length index: from arrays, saved, mapped, read again; and built from manifests."""
 
+import gzip
 import json
 import pickle
 from dataclasses import replace
@@ -246,7 +247,7 @@ def test_a_large_file_is_read_in_parts_with_the_same_result(tmp_path, monkeypatc
     whole = build_index(path, tmp_path / "whole.arrow", Letters())
     monkeypatch.setattr(canter.corpus.parts, "PART_BYTES", 500)
     parts = build_index(path, tmp_path / "parts.arrow", Letters())
-    assert len(list((tmp_path / "parts.parts").glob("*.npz"))) > 10
+    assert len(list((tmp_path / "parts.arrow.parts").glob("*.npz"))) > 10
     for name in ("seconds", "tokens", "places", "problems", "skipped", "shards", "fingerprint"):
         np.testing.assert_equal(getattr(parts, name), getattr(whole, name))
     assert [problem.line for problem in parts.problems] == [52, 205]
@@ -268,7 +269,18 @@ def test_parts_already_read_are_not_read_again(tmp_path):
     write_manifest(paths[0], rows(6))
     build_index(paths, tmp_path / "l.arrow", tokenizer, prompt_tokens=1)
     assert tokenizer.calls == 36, "a changed file is read again"
-    assert len(list((tmp_path / "l.parts").iterdir())) == 3, "parts of no further use are removed"
+    assert len(list((tmp_path / "l.arrow.parts").iterdir())) == 3, "parts of no further use are removed"
+
+
+def test_nothing_but_parts_is_removed_and_no_other_index_has_them(tmp_path, manifest):
+    write_manifest(tmp_path / "n.jsonl.gz", rows(3))
+    (tmp_path / "n.jsonl.gz").write_bytes(gzip.compress((tmp_path / "n.jsonl.gz").read_bytes()))
+    first = build_index(tmp_path / "n.jsonl.gz", tmp_path / "x", Letters())
+    (tmp_path / "x.arrow.parts").mkdir()
+    (tmp_path / "x.arrow.parts" / "notes.txt").write_text("not ours")
+    build_index(manifest, tmp_path / "x.arrow", Letters())
+    assert (tmp_path / "x.arrow.parts" / "notes.txt").exists()
+    assert first.utterance(2).audio_filepath == f"{tmp_path}/2.wav"
 
 
 def test_an_interrupted_build_goes_on(tmp_path):

@@ -42,11 +42,22 @@ def test_paths_are_relative_to_the_manifest(tmp_path):
 def test_every_field_is_read(tmp_path):
     row = GOOD | {
         "offset": 2, "lang": "en", "source_lang": "en", "target_lang": "de", "taskname": "s2t", "pnc": True,
-        "num_tokens": 9, "id": 7, "speaker": "ignored",
+        "num_tokens": 9, "id": 7, "channel_selector": 1, "speaker": "ignored",
     }  # fmt: skip
     (found,) = read_manifest(lines(tmp_path / "m.jsonl", row))
     assert found == Utterance(
-        f"{tmp_path}/a.wav", 1.5, "hello", 2.0, "en", "en", "de", "s2t", "yes", num_tokens=9, id="7"
+        f"{tmp_path}/a.wav",
+        1.5,
+        "hello",
+        2.0,
+        "en",
+        "en",
+        "de",
+        "s2t",
+        "yes",
+        num_tokens=9,
+        id="7",
+        channel_selector=1,
     )
 
 
@@ -76,6 +87,7 @@ BAD = [
     ({**GOOD, "duration": "1.5"}, "duration is not a number"),
     ({**GOOD, "duration": True}, "duration is not a number"),
     ({**GOOD, "offset": -0.5}, "offset is negative"),
+    ({**GOOD, "channel_selector": [0, 1]}, "channel_selector is not the number of one channel"),
     ({**GOOD, "text": None}, "text missing"),
     ({**GOOD, "text": "  "}, "text is empty"),
     ({**GOOD, "text": ["x"]}, "text is not a string"),
@@ -101,7 +113,9 @@ def test_a_bad_row_is_listed_with_file_and_line(tmp_path, row, kind):
 
 
 def test_duplicates_are_listed(tmp_path):
-    rows = [{**GOOD, "id": "a"}, {**GOOD, "id": "a", "text": "x"}, GOOD, GOOD, {**GOOD, "target_lang": "de"}]
+    named = {**GOOD, "id": "a"}
+    others = [{**named, "audio_filepath": "b.wav"}, {**named, "offset": 1}, {**named, "duration": 2}]
+    rows = [named, named, GOOD, GOOD, {**GOOD, "target_lang": "de"}, {**GOOD, "channel_selector": 1}, *others]
     found = list(read_manifest(lines(tmp_path / "m.jsonl", *rows)))
     assert [one.line for one in found if isinstance(one, Problem)] == [2, 4]
     assert count_problems(one for one in found if isinstance(one, Problem)) == {"duplicate": 2}
@@ -156,8 +170,9 @@ def test_written_manifests_read_back(tmp_path):
     given = [
         Utterance("/x/a.wav", 1.25, "Grüße\u2028 \U0001f40e"),
         Utterance("/x/b.wav", 2.0, "b", 0.5, lang="de", id="7"),
+        Utterance("/x/b.wav", 2.0, "b", 0.0, channel_selector=0),
     ]
-    assert write_manifest(tmp_path / "m.jsonl", given) == 2
+    assert write_manifest(tmp_path / "m.jsonl", given) == 3
     assert list(read_manifest(tmp_path / "m.jsonl")) == given
     with pytest.raises(TypeError):
         write_manifest(tmp_path / "m.jsonl", [{"text": object()}])
@@ -170,7 +185,18 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ["audio_filepath", "duration", "text", "offset", "lang", "pnc", "num_tokens", "id", "_skipme"]
+FIELDS = [
+    "audio_filepath",
+    "duration",
+    "text",
+    "offset",
+    "lang",
+    "pnc",
+    "num_tokens",
+    "id",
+    "_skipme",
+    "channel_selector",
+]
 
 
 @given(st.binary(max_size=200))
@@ -183,7 +209,7 @@ def test_no_json_raises_and_what_is_taken_is_sound(row):
     found = utterance_from_row(row, "/base")
     if isinstance(found, Utterance):
         assert 0 < found.duration < 1e7
-        assert found.offset >= 0
+        assert found.offset is None or found.offset >= 0
         assert found.text.strip()
         assert found.audio_filepath.startswith("/") or "://" in found.audio_filepath
         assert isinstance(found.identity, int)

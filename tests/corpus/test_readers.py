@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from canter.corpus.audio import load_audio
+from canter.corpus.audio import load_utterance
 from canter.corpus.build import build_index
 from canter.corpus.counting import UnitCounter
 from canter.corpus.manifest import Problem, Utterance, write_manifest
@@ -56,7 +56,7 @@ def check(path, tmp_path, numbers=range(5)):
         assert (row.text, row.duration) == (TEXTS[number], SECONDS[number])
         assert index.tokens[place] == 2 + len(row.text) + 1
         for one in (row, index.utterance(place)):
-            samples = load_audio(one.audio_filepath, offset=one.offset, duration=one.duration)
+            samples = load_utterance(one)
             np.testing.assert_allclose(samples, sound(number), atol=1e-4)
     problems = [row for row in found if isinstance(row, Problem)]
     assert [(one.file, one.line, one.kind) for one in index.problems] == [
@@ -120,8 +120,25 @@ def test_one_manifest_for_all_tars(tarred, tmp_path):
     problems = [(row.line, row.kind) for row in found if isinstance(row, Problem)]
     assert problems == [(3, "shard_id is not one of the 2 tars"), (4, "no such member in the tar")]
     assert isinstance(last, Utterance)
-    samples = load_audio(last.audio_filepath, offset=last.offset, duration=last.duration)
+    samples = load_utterance(last)
     np.testing.assert_allclose(samples, sound(0)[4000:12000], atol=1e-4)
+
+
+def test_one_manifest_over_several_tars_is_indexed_and_follows_each(tarred, tmp_path):
+    for name in ("0", "1"):
+        (tarred / "sharded_manifests" / f"manifest_{name}.json").unlink()
+    manifest = tarred / "tarred_audio_manifest.json"
+    write_manifest(manifest, [nemo_row(number, shard_id=int(number > 2)) for number in range(5)])
+    for source in (tarred, f"{manifest}::{tarred}/audio__OP_0..1_CL_.tar"):
+        assert check(source, tmp_path) == []
+    index = build_index(tarred, tmp_path / "l.arrow", UnitCounter("chars"))
+    before = index.utterance(4).audio_filepath
+    with tarfile.open(tarred / "audio_1.tar", "w") as tar:
+        for number in (4, 3):
+            add(tar, f"{number}.flac", flac(number))
+    index = build_index(tarred, tmp_path / "l.arrow", UnitCounter("chars"))
+    assert index.utterance(4).audio_filepath != before
+    np.testing.assert_allclose(load_utterance(index.utterance(4)), sound(4), atol=1e-4)
 
 
 def test_unsafe_members_are_told(tarred):
@@ -171,6 +188,14 @@ def test_webdataset(tmp_path):
         "invalid UTF-8",
     ]
     assert next(iter(open_source(tmp_path / "wds"))).lang == "de"
+
+
+def test_webdataset_segments(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        add(tar, "0.flac", flac(0))
+        add(tar, "0.json", json.dumps({"text": "x", "offset": 0.25, "duration": 0.5}).encode())
+    (row,) = open_source(tmp_path / "s.tar")
+    np.testing.assert_allclose(load_utterance(row), sound(0)[4000:12000], atol=1e-4)
 
 
 def test_webdataset_text_files_and_patterns(tmp_path):
@@ -251,14 +276,54 @@ def test_lhotse_cuts_that_are_no_utterance(cuts, tmp_path):
     ]
     assert memory.kind == "recording in a 'memory'"
     assert (found.offset, found.duration, found.text) == (0.5, 1.0, "inside")
-    samples = load_audio(found.audio_filepath, offset=found.offset, duration=found.duration)
+    samples = load_utterance(found)
     np.testing.assert_array_equal(samples, window.load_audio()[0])
+
+
+def test_lhotse_cuts_of_one_channel(tmp_path):
+    lhotse = pytest.importorskip("lhotse", reason="the extra 'lhotse' is not installed")
+    soundfile.write(tmp_path / "call.wav", np.stack([sound(0), -sound(0), 0 * sound(0)], 1), 16000)
+    recording = lhotse.Recording.from_file(tmp_path / "call.wav")
+    kinds = (0, lhotse.MonoCut), (1, lhotse.MonoCut), ([0, 1, 2], lhotse.MultiCut), ([0, 2], lhotse.MultiCut)
+    cuts = lhotse.CutSet.from_cuts(
+        kind(f"c{number}", 0, recording.duration, channel, recording=recording, supervisions=[
+            lhotse.SupervisionSegment("s", recording.id, 0, 1.0, channel, text="same text")
+        ])
+        for number, (channel, kind) in enumerate(kinds)
+    )  # fmt: skip
+    cuts.to_file(tmp_path / "cuts.jsonl")
+    *rows, problem = open_source(tmp_path / "cuts.jsonl")
+    for row, gain in zip(rows, (1, -1, 0), strict=True):
+        np.testing.assert_allclose(load_utterance(row), gain * sound(0), atol=1e-4)
+    assert problem.kind == "channels [0, 2] of a file with [0, 1, 2]"
+    (tmp_path / "shar").mkdir()
+    cuts.to_shar(tmp_path / "shar", fields={"recording": "wav"})
+    for row, gain in zip(open_source(tmp_path / "shar"), (1, -1, 0, 0.5), strict=True):
+        np.testing.assert_allclose(load_utterance(row), gain * sound(0), atol=1e-4)
+
+
+def test_lhotse_windows_that_begin_with_their_file(cuts, tmp_path):
+    window = next(iter(cuts)).truncate(duration=0.5)
+    window.supervisions[0].duration = 0.5
+    type(cuts).from_cuts([window]).to_file(tmp_path / "cuts.jsonl")
+    (row,) = open_source(tmp_path / "cuts.jsonl")
+    np.testing.assert_array_equal(load_utterance(row), window.load_audio()[0])
 
 
 def test_lhotse_shar(cuts, tmp_path):
     (tmp_path / "shar").mkdir()
     cuts.to_shar(tmp_path / "shar", fields={"recording": "flac"}, shard_size=2)
     assert check(tmp_path / "shar", tmp_path) == []
+    before = build_index(tmp_path / "shar", tmp_path / "l.arrow", UnitCounter("chars")).utterance(0)
+    tar = tmp_path / "shar" / "recording.000000.tar"
+    with tarfile.open(tar) as old:
+        members = [(one.name, old.extractfile(one).read()) for one in reversed(old.getmembers())]
+    with tarfile.open(tar, "w") as new:
+        for name, data in members:
+            add(new, name, data)
+    after = build_index(tmp_path / "shar", tmp_path / "l.arrow", UnitCounter("chars")).utterance(0)
+    assert after.audio_filepath != before.audio_filepath
+    np.testing.assert_allclose(load_utterance(after), sound(0), atol=1e-4)
     assert [unit.kind for unit in units_of(str(tmp_path / "shar"))] == ["shar"] * 3
 
 
@@ -283,6 +348,19 @@ def test_huggingface_with_audio_inside(datasets, tmp_path):
     with pytest.raises(ManifestError, match=r"several splits \(test, train\); name one"):
         units_of(str(tmp_path / "both"))
     assert check(tmp_path / "both" / "train", tmp_path) == []
+
+
+def test_huggingface_segments_and_ids_that_speakers_share(datasets, audio, tmp_path):
+    rows = {
+        "path": [str(audio / "0.flac"), str(audio / "0.flac"), str(audio / "4.flac")],
+        "id": [903] * 3,
+        "text": ["same sentence"] * 3,
+        "offset": [0.0, 0.5, 0.0],
+        "duration": [0.5, 0.5, SECONDS[4]],
+    }
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "fleurs")
+    found = list(open_source(tmp_path / "fleurs"))
+    assert [len(load_utterance(row)) for row in found] == [8000, 8000, round(SECONDS[4] * 16000)]
 
 
 def test_huggingface_with_paths(datasets, audio, tmp_path):

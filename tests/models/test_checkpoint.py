@@ -59,7 +59,14 @@ def test_replaces_a_model_and_nothing_else(folder, tmp_path):
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="not a model folder"):
         save_model(small_model(), tmp_path / "thesis")
+    (tmp_path / "thesis" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a model folder"):
+        save_model(small_model(), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
+    save_model(small_model(), folder / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"holds more than a model \(checkpoint-1\)"):
+        save_model(small_model(), folder)
+    assert (folder / "checkpoint-1" / "model.safetensors").exists()
 
 
 def test_failure_while_writing_leaves_what_was_there(folder, tmp_path):

@@ -29,8 +29,6 @@ def run(options: Options) -> int | None:
     source, destination = options.source, options.destination
     if destination.exists() and not options.overwrite:
         raise ConfigError(f"{destination} exists; choose another name, or --overwrite")
-    if destination.resolve() == source.resolve():
-        raise ConfigError(f"{destination} is the source itself; choose another name")
 
     import torch
 
@@ -39,11 +37,17 @@ def run(options: Options) -> int | None:
     from canter.models.hf import write_hf
     from canter.models.nemo_export import write_nemo
 
+    checkpoint = checkpoint_of(source)
+    for path in (source.resolve(), checkpoint.resolve()):
+        if path == destination.resolve():
+            raise ConfigError(f"{destination} is the source itself; choose another name")
+        if destination.resolve() in path.parents:
+            raise ConfigError(f"{destination} holds the source, {path}; choose another name")
     kind = options.to
     if kind == "auto":
         kind = "nemo" if destination.suffix == ".nemo" else "canter"
     write = {"canter": save_model, "huggingface": write_hf, "nemo": write_nemo}[kind]
-    model = load_model(checkpoint_of(source), dtype=getattr(torch, options.dtype))
+    model = load_model(checkpoint, dtype=getattr(torch, options.dtype))
     write(model, destination)
     tokenizer = "with its tokenizer" if model.tokenizer is not None else "without a tokenizer"
     print(f"{destination}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer}")

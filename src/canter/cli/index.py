@@ -23,7 +23,7 @@ class Options:
     Hugging Face datasets, Common Voice TSV, WebDataset tars, folders of audio, tables of lengths; or one
     YAML of weighted groups."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("lengths.arrow")
-    """The index to write. Beside it: .skipped.jsonl, the rows that could not be used, and .parts, what
+    """The index to write. Beside it: .skipped.jsonl, the rows that could not be used, and INDEX.parts, what
     was read."""
     tokenizer: str | None = None
     """Folder, SentencePiece model or tokenizer.json that counts tokens; or `chars` or `bytes`. Not needed

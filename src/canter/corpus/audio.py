@@ -8,9 +8,11 @@ writes the second form, so a shard is read in runs and never searched.
 import contextlib
 import functools
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -24,7 +26,11 @@ from canter.errors import AudioError, ManifestError
 _MEMBER = re.compile(r"(?P<file>.+?)::(?P<name>.*?)(?:@(?P<start>\d+)\+(?P<bytes>\d+))?", re.DOTALL)
 _WAV_LENGTH = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
 _STREAMED = 0x7FFF0000  # data sizes from here on are what writers to a pipe leave in the header
-SHORT_SECONDS, SHORT_SHARE = 0.2, 0.02  # how much less than the manifest's duration still is rounding
+_UNSTATED = 2**63 - 1  # frames that libsndfile makes of a length that the header leaves open
+SHORT_SECONDS, SHORT_SHARE = 0.2, 0.02  # how much less than the duration asked for still is rounding
+WHOLE_SECONDS, WHOLE_SHARE = 0.25, 0.1  # and than the manifest's, of a whole file: what training forgives too
+MOST_RATE, MOST_CHANNELS = 768_000, 32
+BLOCK_SAMPLES = 1 << 24  # in memory at once, all channels together
 
 
 def member_ref(file: str | os.PathLike[str], name: str, start: int, size: int) -> str:
@@ -38,53 +44,49 @@ def container_of(path: str) -> str:
     return match["file"] if match else path
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """What is wanted of a file, in seconds."""
+
+    offset: float = 0.0
+    duration: float | None = None
+    """None: to the end of the file."""
+    channel: int | None = None
+    """None: the average of all."""
+    stated: float = 0.0
+    """How long the manifest says that a file read to its end is."""
+    rounded: bool = False
+    """Up to `SHORT_SECONDS` that follow the duration, and end the file, belong to it."""
+
+    def samples(self, rate: int, rest: int) -> int:
+        """How many to read where the file has ``rest`` from the offset on."""
+        if self.duration is None:
+            return rest
+        wanted = round(self.duration * rate)
+        return rest if self.rounded and rest - wanted <= SHORT_SECONDS * rate else min(wanted, rest)
+
+
 def load_audio(
     path: str | os.PathLike[str],
     *,
     offset: float = 0.0,
     duration: float | None = None,
     sample_rate: int = 16000,
+    channel: int | None = None,
 ) -> np.ndarray:
     """``(S,)`` float32 samples, mono, at ``sample_rate``: ``duration`` seconds from ``offset`` on, read
     by seeking.
 
-    Channels are averaged and other rates resampled (soxr, HQ). Raises `AudioError`, naming the file and
-    the way out, where it is missing, not audio, empty, truncated, shorter than asked (by more than 0.2 s
-    and 2 %), or holds samples that are not finite.
+    Channels are averaged, unless one is named (from 0), and other rates resampled (soxr, HQ). Raises
+    `AudioError`, naming the file and the way out, where it is missing, not audio, empty, truncated, shorter
+    than asked or than its header says (by more than 0.2 s and 2 %), or holds samples that are not finite.
     """
-    path = os.fspath(path)
-    with _open(path) as file:
-        try:
-            samples, rate = _decode(path, file, offset, duration)
-        except soundfile.LibsndfileError as error:
-            samples, rate = _decode_with_av(path, file, offset, duration, error)
-    if samples.size == 0:
-        raise AudioError(
-            f"{path} holds no sample" + (f" from {offset:g} s on" if offset else "") + "; remove the row"
-        )
-    if duration is not None:
-        got = len(samples) / rate
-        if duration - got > max(SHORT_SECONDS, SHORT_SHARE * duration):
-            raise AudioError(
-                f"{path} gives {got:.2f} s from {offset:g} s on where the manifest says {duration:.2f} s: "
-                "the file is truncated or the duration wrong"
-            )
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
-    if not np.isfinite(samples).all():
-        bad = int(np.flatnonzero(~np.isfinite(samples))[0])
-        raise AudioError(_not_finite(path, bad))
-    if rate != sample_rate:
-        samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
-    return np.ascontiguousarray(samples, dtype=np.float32)
+    return _load(os.fspath(path), _Stretch(offset, duration, channel), sample_rate)
 
 
 def load_utterance(utterance: Utterance, sample_rate: int = 16000) -> np.ndarray:
-    """The utterance's samples (S,), as `load_audio` gives them: the whole file, unless it starts within one."""
-    duration = utterance.duration if utterance.offset else None
-    return load_audio(
-        utterance.audio_filepath, offset=utterance.offset, duration=duration, sample_rate=sample_rate
-    )
+    """The utterance's samples (S,), as `load_audio` gives them: the whole file, unless its row has an offset."""
+    return _load(utterance.audio_filepath, _stretch_of(utterance), sample_rate)
 
 
 def audio_blocks(
@@ -93,34 +95,163 @@ def audio_blocks(
     """The utterance's samples in runs of about so many seconds, mono, at ``sample_rate``, so that audio of any
     length needs the memory of one run alone (what only FFmpeg can read is decoded as a whole).
 
-    Raises `AudioError` as `load_audio` does, once it comes to what is damaged.
+    Raises `AudioError` as `load_utterance` does, once it comes to what is damaged or missing.
     """
-    path = utterance.audio_filepath
+    path, empty = utterance.audio_filepath, True
     with _open(path) as file:
         try:
-            sound = soundfile.SoundFile(file)
+            sound = _Sound(file)
         except soundfile.LibsndfileError:
             yield load_utterance(utterance, sample_rate)
             return
         with sound:
-            _refuse_truncated(path, sound)
-            rate, empty = sound.samplerate, True
-            resample = soxr.ResampleStream(rate, sample_rate, 1, "float32", "HQ")
-            start = min(round(utterance.offset * rate), sound.frames)
-            left = round(utterance.duration * rate) if utterance.offset else sound.frames - start
-            while left > 0:
-                samples = _read(path, sound, start, min(left, round(seconds * rate))).mean(axis=1)
-                if not np.isfinite(samples).all():
-                    bad = start + int(np.flatnonzero(~np.isfinite(samples))[0])
-                    raise AudioError(_not_finite(path, bad))
-                start, left = start + len(samples), left - len(samples) if len(samples) else 0
-                if rate != sample_rate:
-                    samples = resample.resample_chunk(samples, last=left <= 0)
+            resample = soxr.ResampleStream(sound.samplerate, sample_rate, 1, "float32", "HQ")
+            blocks = _blocks(path, file, sound, _stretch_of(utterance), seconds)
+            if sound.samplerate != sample_rate:
+                ended = itertools.chain(((one, False) for one in blocks), [(np.zeros(0, np.float32), True)])
+                blocks = (resample.resample_chunk(one, last=last) for one, last in ended)
+            for samples in blocks:
                 if len(samples):
                     empty = False
                     yield np.ascontiguousarray(samples, dtype=np.float32)
-        if empty:
-            raise AudioError(f"{path} holds no sample; remove the row")
+    if empty:
+        raise AudioError(f"{path} holds no sample; remove the row")
+
+
+def audio_seconds(path: str | os.PathLike[str]) -> float:
+    """The length in seconds from the header alone; FLAC that leaves it open, as written to a pipe, is decoded.
+    Raises `AudioError` as `load_audio` does."""
+    path = os.fspath(path)
+    with _open(path) as file:
+        try:
+            sound = _Sound(file)
+        except soundfile.LibsndfileError as error:
+            samples, rate = _decode_with_av(path, file, _Stretch(), error)
+            return len(samples) / rate
+        with sound:
+            _refuse_unlikely(path, sound.samplerate, sound.channels)
+            if sound.frames != _UNSTATED:
+                return sound.frames / sound.samplerate
+            return sum(map(len, _blocks(path, file, sound, _Stretch()))) / sound.samplerate
+
+
+def _stretch_of(utterance: Utterance) -> _Stretch:
+    """A row with an offset, 0 too, is a segment. One without is the whole file, whatever duration it states: a
+    duration that was rounded or is wrong must not cut speech off."""
+    offset, duration = utterance.offset, utterance.duration
+    if offset is None:
+        return _Stretch(channel=utterance.channel_selector, stated=duration)
+    return _Stretch(offset, duration, utterance.channel_selector, rounded=offset == 0)
+
+
+class _Sound(soundfile.SoundFile):
+    """Read from front to back. soundfile seeks after every read, to where it is already, in what can be sought in;
+    at the end of FLAC of unstated length that fails, and what was read is lost."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _load(path: str, stretch: _Stretch, sample_rate: int) -> np.ndarray:
+    with _open(path) as file:
+        try:
+            sound = _Sound(file)
+        except soundfile.LibsndfileError as error:
+            samples, rate = _decode_with_av(path, file, stretch, error)
+        else:
+            with sound:
+                rate = sound.samplerate
+                blocks = list(_blocks(path, file, sound, stretch))
+            samples = blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)])
+    if samples.size and rate != sample_rate:
+        samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
+    if not samples.size:
+        where = f" from {stretch.offset:g} s on" if stretch.offset else ""
+        raise AudioError(f"{path} holds no sample{where}; remove the row")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _blocks(
+    path: str, file: BinaryIO, sound: _Sound, stretch: _Stretch, seconds: float = 30.0
+) -> Iterator[np.ndarray]:
+    """The stretch in runs, mono. Raises `AudioError` at the end if less came than header or manifest promise."""
+    rate, channels = sound.samplerate, sound.channels
+    _refuse_unlikely(path, rate, channels)
+    _refuse_truncated(path, sound)
+    if stretch.channel is not None and stretch.channel >= channels:
+        raise AudioError(_no_channel(path, stretch.channel, channels))
+    size = max(1, min(round(seconds * rate), BLOCK_SAMPLES // channels))
+    start = round(stretch.offset * rate)
+    with _damage_told(path):
+        if sound.frames == _UNSTATED:  # nor can be sought in
+            for skipped in range(0, start, size):
+                sound.read(min(size, start - skipped))
+        elif start:
+            start = sound.seek(min(start, sound.frames))
+    rest = sound.frames - start
+    left, got = stretch.samples(rate, rest), 0
+    while left > 0:
+        with _damage_told(path):
+            samples = sound.read(min(left, size), dtype="float32", always_2d=True)
+        if not len(samples):
+            break
+        if channels == 1 or stretch.channel is not None:
+            samples = samples[:, stretch.channel or 0]
+        else:
+            samples = samples.mean(axis=1)
+        if not np.isfinite(samples).all():
+            bad = start + got + int(np.flatnonzero(~np.isfinite(samples))[0])
+            raise AudioError(_not_finite(path, bad))
+        left, got = left - len(samples), got + len(samples)
+        yield samples
+    guessed = _length_is_guessed(file, sound)
+    promised = 0.0 if guessed or sound.frames == _UNSTATED else rest / rate
+    if stretch.duration is None and promised - got / rate > _rounding(promised):
+        raise AudioError(
+            f"{path} is truncated: its header promises {promised:.2f} s, {got / rate:.2f} s are there; copy the "
+            "file again or remove the row"
+        )
+    _refuse_short(path, replace(stretch, stated=0.0) if guessed else stretch, got / rate)
+
+
+def _rounding(seconds: float) -> float:
+    return max(SHORT_SECONDS, SHORT_SHARE * seconds)
+
+
+def _refuse_short(path: str, stretch: _Stretch, got: float) -> None:
+    wanted, stated = stretch.duration, stretch.stated
+    if wanted is not None and wanted - got > _rounding(wanted):
+        raise AudioError(
+            f"{path} gives {got:.2f} s from {stretch.offset:g} s on where the manifest says {wanted:.2f} s: "
+            "the file is truncated or the duration wrong"
+        )
+    if stated - got > max(WHOLE_SECONDS, WHOLE_SHARE * stated):
+        raise AudioError(
+            f"{path}: duration is {stated:g} s in the manifest, but the audio has {got:.2f} s: the file is truncated "
+            "or the duration wrong"
+        )
+
+
+def _length_is_guessed(file: BinaryIO, sound: soundfile.SoundFile) -> bool:
+    """Whether the length is reckoned from the bit rate: of an MP3 whose first frame has none of the tags that
+    count frames."""
+    if sound.format != "MP3":
+        return False
+    file.seek(0)
+    head = file.read(10)
+    size = sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=False))
+    file.seek(10 + size if head.startswith(b"ID3") else 0)
+    frame = file.read(2048)
+    return not any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
+
+
+def _refuse_unlikely(path: str, rate: int, channels: int) -> None:
+    """A few bytes may claim a rate or channels of which one second fills the memory."""
+    if rate > MOST_RATE or channels > MOST_CHANNELS:
+        raise AudioError(
+            f"{path} claims {rate:,} samples a second in {channels} channels, which no recording has (at most "
+            f"{MOST_RATE:,} and {MOST_CHANNELS} are read); remove the row"
+        )
 
 
 def _refuse_truncated(path: str, sound: soundfile.SoundFile) -> None:
@@ -132,45 +263,26 @@ def _refuse_truncated(path: str, sound: soundfile.SoundFile) -> None:
         )
 
 
-def _read(path: str, sound: soundfile.SoundFile, start: int, size: int) -> np.ndarray:
-    """``size`` samples (S, channels) from ``start`` on."""
+@contextlib.contextmanager
+def _damage_told(path: str) -> Iterator[None]:
     try:
-        if start != sound.tell():
-            sound.seek(start)
-        return sound.read(size, dtype="float32", always_2d=True)
+        yield
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{path} is damaged or truncated ({_reason(error)}); copy the file again or remove the row"
         ) from None
 
 
+def _no_channel(path: str, channel: int, channels: int) -> str:
+    return f"{path} has no channel {channel}: it has {channels}, counted from 0; correct the manifest"
+
+
 def _not_finite(path: str, sample: int) -> str:
     return f"{path}: sample {sample} is not a finite number; write the file anew as 16-bit PCM or FLAC"
 
 
-def audio_seconds(path: str | os.PathLike[str]) -> float:
-    """The length in seconds from the header alone. Raises `AudioError` as `load_audio` does."""
-    path = os.fspath(path)
-    with _open(path) as file:
-        try:
-            with soundfile.SoundFile(file) as sound:
-                return sound.frames / sound.samplerate
-        except soundfile.LibsndfileError as error:
-            samples, rate = _decode_with_av(path, file, 0.0, None, error)
-            return len(samples) / rate
-
-
-def _decode(path: str, file: BinaryIO, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
-    with soundfile.SoundFile(file) as sound:
-        rate = sound.samplerate
-        _refuse_truncated(path, sound)
-        start = min(round(offset * rate), sound.frames)
-        wanted = sound.frames - start if duration is None else round(duration * rate)
-        return _read(path, sound, start, wanted), rate
-
-
 def _decode_with_av(
-    path: str, file: BinaryIO, offset: float, duration: float | None, error: soundfile.LibsndfileError
+    path: str, file: BinaryIO, stretch: _Stretch, error: soundfile.LibsndfileError
 ) -> tuple[np.ndarray, int]:
     """What libsndfile does not know (AAC, M4A, WMA, WebM) through FFmpeg, where the extra ``av`` is
     installed."""
@@ -186,19 +298,26 @@ def _decode_with_av(
     try:
         with av.open(file, metadata_errors="ignore") as container:
             stream = container.streams.audio[0]
-            rate = stream.rate
-            resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
+            rate, channels, channel = stream.rate, stream.layout.nb_channels, stretch.channel
+            _refuse_unlikely(path, rate, channels)
+            if channel is not None and channel >= channels:
+                raise AudioError(_no_channel(path, channel, channels))
+            layout = "mono" if channel is None else stream.layout
+            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
             for frame in container.decode(stream):
-                pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+                pieces += [piece.to_ndarray()[channel or 0] for piece in resampler.resample(frame)]
     except (av.FFmpegError, IndexError) as other:
         raise AudioError(
             f"{path} is not audio: {_reason(error)}; FFmpeg says: {other}; remove the row"
         ) from None
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    start = round(
-        offset * rate
-    )  # compressed streams are cut after decoding: seeking there is not sample-exact
-    return samples[start : None if duration is None else start + round(duration * rate)], rate
+    # compressed streams are cut after decoding: seeking there is not sample-exact
+    start = round(stretch.offset * rate)
+    samples = samples[start:][: stretch.samples(rate, max(0, len(samples) - start))]
+    _refuse_short(path, stretch, len(samples) / rate)
+    if not np.isfinite(samples).all():
+        raise AudioError(_not_finite(path, start + int(np.flatnonzero(~np.isfinite(samples))[0])))
+    return samples, rate
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:

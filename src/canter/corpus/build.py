@@ -1,7 +1,7 @@
 """Sources to a length index: every row read, checked and counted once, in parallel, resumable.
 
 The work is cut into parts (a shard, or 8 MiB of a large JSONL file). What is known of a part is kept in
-the folder ``NAME.parts`` beside the index, under a key of everything it depends on, so that after an
+the folder ``INDEX.parts`` beside the index, under a key of everything it depends on, so that after an
 interruption, or when a source is added, only what is new is read. Formats without lines to seek to are
 written out there as JSONL.
 """
@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 
 from canter.corpus.index import FORMAT, MOST_SOURCES, PLACE_BITS, LengthIndex, Shard, Source
-from canter.corpus.manifest import (
-    no_usable_row,
-)
+from canter.corpus.manifest import no_usable_row
 from canter.corpus.mixture import Group, leaves, shares
 from canter.corpus.parts import (
+    KEPT,
     Counting,
     Encoder,
     Part,
@@ -36,9 +35,11 @@ from canter.corpus.parts import (
     read_part,
     rows_path,
 )
-from canter.corpus.sources import units_of
+from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
+
+READERS = 2  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
 
 
 def build_index(
@@ -66,7 +67,7 @@ def build_index(
     if len(mixture) > MOST_SOURCES:
         raise ManifestError(f"{len(mixture)} sources; an index holds {MOST_SOURCES}")
     output = Path(output)
-    folder = output.with_suffix(".parts")
+    folder = output.with_name(output.name + ".parts")
     _check_output(output, folder)
     counting = Counting(str(folder.absolute()), tokenizer, prompt_tokens, measure_durations)
     parts = [part for number, source in enumerate(mixture) for part in _parts(number, source, counting)]
@@ -80,7 +81,7 @@ def build_index(
     index.save(output)
     kept = {part.key for part in parts}
     for stale in folder.iterdir():
-        if stale.name.split(".")[0] not in kept:
+        if KEPT.fullmatch(stale.name) and stale.name.split(".")[0] not in kept:
             stale.unlink()
     return LengthIndex.open(output)
 
@@ -105,8 +106,8 @@ def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
     for unit in units_of(source.path, source.audio):
         for start, end, size in ranges(unit):
             tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
-            facts = [FORMAT, astuple(unit), start, end, lang, tokenizer, counting.prompt_tokens]
-            facts += [counting.measure_durations, _stamp(unit.path), unit.audio and _stamp(unit.audio)]
+            facts = [FORMAT, READERS, astuple(unit), start, end, lang, tokenizer, counting.prompt_tokens]
+            facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
             yield Part(unit, number, start, end, size, lang, key)
 

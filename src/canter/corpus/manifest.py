@@ -5,7 +5,8 @@ them through `utterance_from_row`, so what makes a row unusable is decided, and 
 
 Format: NVIDIA NeMo's ASR manifests (``audio_filepath``, ``duration``, ``text``, optional ``offset``,
 ``lang``, ``source_lang``, ``target_lang``, ``taskname``, ``pnc``, ``_skipme``). Canter also reads
-``num_tokens`` (the target's length, prompt and end token included) and ``id``.
+``num_tokens`` (the target's length, prompt and end token included), ``id`` and ``channel_selector`` (a channel's
+number, as in NeMo's settings).
 """
 
 import gzip
@@ -60,12 +61,12 @@ def utterance_from_row(
         path = os.path.normpath(os.path.join(base, path))
 
     offset = row.get("offset")
-    offset = _seconds(offset, "offset") if offset is not None else 0.0
+    offset = _seconds(offset, "offset") if offset is not None else None
     if isinstance(offset, str):
         return offset
     duration = row.get("duration")
     if duration is None and measure_durations:
-        duration = _measure(path, offset)
+        duration = _measure(path, offset or 0.0)
         if isinstance(duration, str):
             return duration
     duration = _seconds(duration, "duration")
@@ -92,6 +93,11 @@ def utterance_from_row(
         name = str(name)
     if name is not None and not isinstance(name, str):
         return f"id is not a string: {_show(name)}"
+    channel = row.get("channel_selector")
+    if channel == "average":
+        channel = None
+    if channel is not None and (type(channel) is not int or not 0 <= channel < 2**15):
+        return f"channel_selector is not the number of one channel: {_show(channel)}"
     extra = {field: row[field] for field in OPTIONAL_TEXT if field in row}
     for field, value in extra.items():
         if isinstance(value, bool):  # "pnc": true
@@ -104,7 +110,9 @@ def utterance_from_row(
                 value.encode()
             except UnicodeEncodeError:
                 return f"half a surrogate pair, which is no character: {_show(value)}"
-    return Utterance(path, duration, text, offset, num_tokens=num_tokens, id=name, **extra)
+    return Utterance(
+        path, duration, text, offset, num_tokens=num_tokens, id=name, channel_selector=channel, **extra
+    )
 
 
 def _seconds(value: object, name: str) -> float | str:
@@ -269,10 +277,7 @@ def count_problems(problems: Iterable[Problem]) -> dict[str, int]:
 
 def row_from_utterance(utterance: Utterance) -> dict[str, Any]:
     """The manifest row of an utterance, fields at their defaults left out."""
-    row = {key: value for key, value in asdict(utterance).items() if value is not None}
-    if not utterance.offset:
-        del row["offset"]
-    return row
+    return {key: value for key, value in asdict(utterance).items() if value is not None}
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | Utterance]) -> int:

@@ -7,6 +7,7 @@ written out as ``KEY.jsonl`` beside it, and read from there again.
 import contextlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -23,6 +24,7 @@ from canter.corpus.utterance import Problem, Utterance
 from canter.errors import CanterError, ManifestError
 
 PART_BYTES = 8 << 20
+KEPT = re.compile(r"[0-9a-f]{24}\.(npz|jsonl)(\.\d+)?")  # the names of parts, whole and begun
 _COLUMNS = {"seconds": "f4", "tokens": "u2", "place": "u8", "identity": "u8", "line": "u8"}
 
 

@@ -71,6 +71,13 @@ def units_of(path: str, audio: str = "") -> list[Unit]:
     return [unit for one in paths for unit in (_in_folder(one) if os.path.isdir(one) else [_of_file(one)])]
 
 
+def tars_of(unit: Unit) -> list[str]:
+    """The tars that a unit's rows name members of."""
+    if unit.kind == "shar":
+        return [shar_tar(unit.path)]
+    return expand_shards(unit.audio) if unit.audio else []
+
+
 def read_unit(
     unit: Unit, *, require_text: bool = True, measure_durations: bool = False
 ) -> Iterator[tuple[int, Utterance | Problem]]:

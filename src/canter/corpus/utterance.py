@@ -13,14 +13,16 @@ class Utterance:
 
     ``audio_filepath`` is an absolute path, a URL, or a member of a container,
     ``shard.tar::name.flac@START+BYTES`` (see `canter.corpus.audio`). ``duration`` and ``offset`` are
-    seconds. ``num_tokens`` is the length of the target, prompt and end token included, where the manifest
-    already knows it.
+    seconds; with an ``offset``, 0 too, the utterance is that stretch of the file, without one (None) the whole
+    file. ``channel_selector`` is the one channel to be heard, from 0; None stands for the average of all.
+    ``num_tokens`` is the length of the target, prompt and end token included, where the manifest already knows
+    it.
     """
 
     audio_filepath: str
     duration: float
     text: str
-    offset: float = 0.0
+    offset: float | None = None
     lang: str | None = None
     source_lang: str | None = None
     target_lang: str | None = None
@@ -28,14 +30,15 @@ class Utterance:
     pnc: str | None = None
     num_tokens: int | None = None
     id: str | None = None
+    channel_selector: int | None = None
 
     @property
     def identity(self) -> int:
-        """64 bits that two rows share when they are the same utterance: the same ``id``, or the same
-        everything."""
-        key = ("id", self.id) if self.id is not None else (
-            self.audio_filepath, self.offset, self.duration, self.text, self.source_lang, self.target_lang,
-            self.taskname, self.pnc,
+        """64 bits that two rows share when they are the same utterance: the same audio, text and ``id``. An id
+        alone is not enough: many corpora's is the sentence's or the speaker's."""
+        key = (
+            self.id, self.audio_filepath, self.offset or 0.0, self.duration, self.channel_selector, self.text,
+            self.source_lang, self.target_lang, self.taskname, self.pnc,
         )  # fmt: skip
         return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
@@ -61,6 +64,4 @@ class Problem:
 Rows = Iterator[Utterance | Problem]
 Found = Utterance | Problem | str | None  # str: why it is no utterance; None: passed over on request
 NumberedFinds = Iterator[tuple[int, Found]]  # what readers yield: the line, or the like, and what it holds
-DUPLICATE = (
-    "duplicate: the same id, or the same audio and text, as an earlier row; to repeat data use weights"
-)
+DUPLICATE = "duplicate: the same audio, text and id as an earlier row; to repeat data use weights"

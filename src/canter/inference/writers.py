@@ -23,7 +23,7 @@ def segments_of(item: Item, transcription: Transcription) -> list[Segment]:
     """The transcription's segments, in seconds of the audio file, to the millisecond; without any, one from start
     to end."""
     utterance = item.utterance
-    offset, duration = (utterance.offset, utterance.duration) if utterance else (0.0, 0.0)
+    offset, duration = (utterance.offset or 0.0, utterance.duration) if utterance else (0.0, 0.0)
     segments = transcription.segments
     if not segments and transcription.text:
         segments = (Segment(0.0, duration, transcription.text, transcription.tokens),)

@@ -21,14 +21,20 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """Yields a new folder beside ``target`` that takes its name once the block is through, in place of a
     model folder that had it; if the block fails it is removed and ``target`` is as before.
 
-    Raises CheckpointError where ``target`` is a file or a folder of something else: that is not ours to
-    replace.
+    Raises CheckpointError where ``target`` is a file, a folder of something else, or a model folder with folders
+    in it, which no model has: that is not ours to replace.
     """
     target = Path(target).absolute()
     if target.exists():
-        ours = target.is_dir() and ((target / "config.json").is_file() or not any(target.iterdir()))
-        if not ours:
+        inside = list(target.iterdir()) if target.is_dir() else [target]
+        weights = any(path.suffix in (".safetensors", ".bin") for path in inside)
+        if inside and not (weights and (target / "config.json").is_file()):
             raise CheckpointError(f"{target} exists and is not a model folder; choose another name")
+        folders = ", ".join(sorted(path.name for path in inside if path.is_dir()))
+        if folders:
+            raise CheckpointError(
+                f"{target} holds more than a model ({folders}) and is not replaced; choose another name"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:

@@ -36,10 +36,17 @@ from canter.training.config import TrainConfig, changes, dump_config, from_mappi
 
 SETTLED = "run.json"
 LOCK = ".lock"
-LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.parts", "budget.json", ".cache")
+LEFTOVERS = (
+    "tokenizer",
+    "lengths.arrow",
+    "lengths.skipped.jsonl",
+    "lengths.arrow.parts",
+    "budget.json",
+    ".cache",
+)
 # What an allowed change makes void: settled values by their key, files by their name.
 VOID = {
-    "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.parts", ".cache", "steps"),
+    "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", "steps"),
     "budget": ("budget.json", "steps"),
     "steps": ("steps", "timed"),
     "minutes": ("steps", "timed"),

@@ -37,6 +37,6 @@ def common_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field, names in (("text", TEXT_NAMES), ("lang", LANG_NAMES), ("id", ID_NAMES)):
         found[field] = next((row[name] for name in names if row.get(name) is not None), None)
-    for field in ("duration", "num_tokens", "_skipme", *OPTIONAL_TEXT[1:]):
+    for field in ("duration", "offset", "channel_selector", "num_tokens", "_skipme", *OPTIONAL_TEXT[1:]):
         found[field] = row.get(field)
     return found

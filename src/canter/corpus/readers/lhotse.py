@@ -89,6 +89,9 @@ def _row_from_cut(cut: Any) -> dict[str, Any] | str:
     kind, source = sources[0].get("type"), sources[0].get("source")
     if kind not in ("file", "url", "shar"):
         return f"recording in a {kind!r}: only files, URLs and Shar can be read again; save the audio first"
+    channel = _channel(cut.get("channel"), sources[0].get("channels"))
+    if isinstance(channel, str):
+        return channel
     custom = cut.get("custom")
     custom = custom if isinstance(custom, dict) else {}
     texts, lang = [], None
@@ -113,5 +116,18 @@ def _row_from_cut(cut: Any) -> dict[str, Any] | str:
         "audio_filepath": source,
         "offset": cut.get("start"),
         "duration": cut.get("duration"),
+        "channel_selector": channel,
         "text": " ".join(texts) if texts else None,
     }
+
+
+def _channel(wanted: Any, there: Any) -> int | str | None:
+    """Where in the file the cut's channel is; None where the cut is of all that the file has."""
+    if not isinstance(there, list):
+        return None
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    if wanted == [None] or len(there) < 2 or set(wanted) == set(there):
+        return None
+    if len(wanted) != 1 or wanted[0] not in there:
+        return f"channels {wanted} of a file with {there}: one or all can be read; save the audio first"
+    return there.index(wanted[0])
