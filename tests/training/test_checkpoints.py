@@ -11,6 +11,7 @@ import torch
 from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
 from canter.training.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
+from canter.training.config import OptimizerConfig
 from canter.training.session import train
 
 from .conftest import stopping_after, unwatched
@@ -183,3 +184,64 @@ def test_nothing_is_unpickled(quiet):
     torch.save([Snapshot({}, {}, [])], folder / "training" / "optimizers.pt")
     with pytest.raises(Exception, match="training state is damaged"):
         read_snapshot(folder)
+
+
+def newest(config):
+    return read_snapshot(Checkpoints(config.output / "checkpoints", 1).whole()[-1])
+
+
+def test_changed_options_hold_and_the_next_change_is_asked_for_again(quiet):
+    train(dataclasses.replace(quiet, steps=2), unwatched)
+    optimizer = dataclasses.replace(quiet.optimizer, weight_decay=0.5, matrix_every=1)
+    changed = dataclasses.replace(quiet, steps=3, optimizer=optimizer)
+    train(dataclasses.replace(changed, allow_changes=True), unwatched)
+    adamw, muon = newest(quiet).optimizers
+    assert [group["weight_decay"] for group in adamw["param_groups"]] == [0.5, 0.0]
+    assert (muon["param_groups"][0]["weight_decay"], muon["param_groups"][0]["every"]) == (0.5, 1)
+    with pytest.raises(ConfigError, match=r"steps: 3 -> 4.*--allow-changes"):
+        train(dataclasses.replace(changed, steps=4), unwatched)
+
+
+def test_what_is_trained_may_become_less_and_more(quiet):
+    quiet = dataclasses.replace(quiet, allow_changes=True, optimizer=OptimizerConfig(ema=0.9))
+    snapshots = []
+    for steps, freeze in ((2, ()), (4, ("encoder.*",)), (6, ())):
+        train(dataclasses.replace(quiet, steps=steps, freeze=freeze), unwatched)
+        snapshots.append(newest(quiet))
+    weights = [snapshot.weights for snapshot in snapshots]
+    for name in ("encoder.layers.0.norm_out.bias", "encoder.layers.0.feed_forward1.linear1.weight"):
+        assert torch.equal(weights[0][name], weights[1][name])
+        assert not torch.equal(weights[1][name], weights[2][name])
+    adamw, muon = snapshots[2].optimizers
+    assert adamw["state"]["encoder.layers.0.norm_out.bias"]["step"] == 2
+    assert adamw["state"]["ctc.bias"]["step"] == 6
+    assert "encoder.layers.0.feed_forward1.linear1.weight" in muon["state"]
+
+
+def test_another_optimizer_may_have_the_matrices(quiet):
+    for steps, name in ((2, "muon"), (3, "adamw"), (4, "muon")):
+        optimizer = OptimizerConfig(name=name)
+        train(dataclasses.replace(quiet, steps=steps, allow_changes=True, optimizer=optimizer), unwatched)
+    assert len(newest(quiet).optimizers) == 2
+
+
+def test_training_state_that_numbers_its_parameters_is_read_or_refused(quiet, tmp_path):
+    """As it was written once."""
+    train(quiet, unwatched)
+    again = dataclasses.replace(quiet, output=tmp_path / "again")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(again, stopping_after(5))
+    beside = again.output / "checkpoints" / "step-000004" / "training"
+    (beside / "checksums.json").unlink()
+    states = torch.load(beside / "optimizers.pt")
+    for state in states:
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        state["state"] = {names.index(name): values for name, values in state["state"].items()}
+        for group in state["param_groups"]:
+            group["params"] = [names.index(name) for name in group["params"]]
+    torch.save(states, beside / "optimizers.pt")
+    fewer = dataclasses.replace(again, freeze=("encoder.*",), allow_changes=True)
+    with pytest.raises(CanterError, match="does not say which parameters it is of, and others are trained"):
+        train(fewer, unwatched)
+    train(dataclasses.replace(again, allow_changes=True), unwatched)
+    assert losses(again) == losses(quiet)

@@ -24,9 +24,11 @@ class Optimizers:
         self.peak = config.learning_rate
         self.width = getattr(model, "width", 512)
         matrices, others, flat = [], [], []
+        self.names: dict[nn.Parameter, str] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
+            self.names[parameter] = name
             if parameter.ndim == 2 and ".layers." in name and config.name != "adamw":
                 matrices.append(parameter)
             else:
@@ -86,8 +88,33 @@ class Optimizers:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def state_dict(self) -> list[dict]:
-        return [optimizer.state_dict() for optimizer, _ in self.parts]
+        """Of each torch optimiser, with parameters' names for their numbers: others may be trained when it is
+        loaded."""
+        found = []
+        for (optimizer, _), names in zip(self.parts, self.numbered()):
+            held = optimizer.state_dict()
+            state = {names[number]: values for number, values in held["state"].items()}
+            groups = [
+                group | {"params": [names[number] for number in group["params"]]}
+                for group in held["param_groups"]
+            ]
+            found.append({"state": state, "param_groups": groups})
+        return found
 
     def load_state_dict(self, states: list[dict]) -> None:
-        for (optimizer, _), state in zip(self.parts, states, strict=True):
-            optimizer.load_state_dict(state)
+        """Takes the state of what is trained now; what was not trained then starts without. Options (decay, betas)
+        stay the configuration's."""
+        for (optimizer, _), names, saved in zip(self.parts, self.numbered(), states):  # one may have none
+            state = {n: saved["state"][name] for n, name in enumerate(names) if name in saved["state"]}
+            groups = optimizer.state_dict()["param_groups"]
+            for group, before in zip(groups, saved["param_groups"]):
+                if "turn" in group:  # where Muon is, no option
+                    group["turn"] = before["turn"] % group["every"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def numbered(self) -> list[list[str]]:
+        """The parameters' names, of each torch optimiser in the order of its numbers."""
+        return [
+            [self.names[p] for group in optimizer.param_groups for p in group["params"]]
+            for optimizer, _ in self.parts
+        ]

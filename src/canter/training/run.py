@@ -14,6 +14,7 @@ tensorboard/      the metrics once more
 report.html       by 'canter report'
 """
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -89,7 +90,8 @@ class Run:
             _refuse_other_content(folder)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(held, dump_config(config))
+            # what is allowed to this start is not to the next
+            write_whole(held, dump_config(dataclasses.replace(config, allow_changes=False)))
             (folder / "checkpoints").mkdir(exist_ok=True)
         return cls(folder, changed=tuple(f"{name}: {before} -> {now}" for name, before, now in changed))
 

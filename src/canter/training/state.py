@@ -60,23 +60,47 @@ def _whole(value: Any) -> Any:
 
 def _as_parameters(states: list[dict], optimizers: Optimizers, source: Any) -> list[dict]:
     """Optimiser states whose tensors are sharded as the parameters that they belong to."""
-    if len(states) != len(optimizers.parts):
-        raise CheckpointError(
-            f"{source}: training state is of {len(states)} optimisers, not {len(optimizers.parts)}"
-        )
-    spread = []
-    for state, (optimizer, _) in zip(states, optimizers.parts):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {}
-        for number, values in state["state"].items():
-            parameter = parameters[number]
-            moments[number] = {
-                name: distribute_tensor(
-                    value.to(parameter.device), parameter.device_mesh, parameter.placements
-                )
-                if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim
-                else value
-                for name, value in values.items()
+    parameters = {name: parameter for parameter, name in optimizers.names.items()}
+    if any(isinstance(number, int) for state in states for number in state["state"]):
+        states = _by_name(states, optimizers, source)
+
+    def shared(value: Any, parameter: Tensor | None) -> Any:
+        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim:
+            return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        return value
+
+    return [
+        state
+        | {
+            "state": {
+                name: {key: shared(value, parameters.get(name)) for key, value in values.items()}
+                for name, values in state["state"].items()
             }
-        spread.append(state | {"state": moments})
-    return spread
+        }
+        for state in states
+    ]
+
+
+def _by_name(states: list[dict], optimizers: Optimizers, source: Any) -> list[dict]:
+    """States of a checkpoint that had numbers for names, where they can only be those of what is trained now."""
+    parameters = {name: parameter for parameter, name in optimizers.names.items()}
+    found, numbered = [], optimizers.numbered()
+    for state, (optimizer, _), names in zip(states, optimizers.parts, numbered):
+        sizes = [
+            [len(group["params"]) for group in of] for of in (state["param_groups"], optimizer.param_groups)
+        ]
+        shapes = [
+            value.shape == parameters[names[number]].shape
+            for number, values in state["state"].items()
+            if number < len(names)
+            for value in values.values()
+            if isinstance(value, Tensor) and value.ndim
+        ]
+        if len(states) != len(numbered) or sizes[0] != sizes[1] or not all(shapes):
+            raise CheckpointError(
+                f"{source}: the training state, of an older Canter, does not say which parameters it is of, and others "
+                "are trained now; go on with --freeze and --optimizer.name as they were, and change them after the "
+                "next checkpoint"
+            )
+        found.append(state | {"state": {names[n]: values for n, values in state["state"].items()}})
+    return found
