@@ -45,7 +45,7 @@ def run(options: Options) -> int | None:
     from canter.corpus.build import build_index
     from canter.corpus.counting import UNITS, UnitCounter
     from canter.corpus.index import Source
-    from canter.corpus.mixture import Group, read_mixture
+    from canter.corpus.mixture import Group, mixture_of
     from canter.errors import ConfigError
 
     if not options.sources:
@@ -56,10 +56,7 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--prompt-tokens is {options.prompt_tokens}; it must be 0 or more")
     if options.workers < 1:
         raise ConfigError(f"--workers is {options.workers}; it must be 1 or more")
-    mixtures = [path for path in options.sources if path.endswith((".yaml", ".yml"))]
-    if mixtures and len(options.sources) > 1:
-        raise ConfigError(f"{mixtures[0]} is a mixture: name it alone, and further sources inside it")
-    group = read_mixture(mixtures[0]) if mixtures else Group([Source(path) for path in options.sources])
+    group = mixture_of(options.sources) or Group([Source(path) for path in options.sources])
     if options.temperature is not None:
         group = Group(group.members, temperature=options.temperature)
     tokenizer = None

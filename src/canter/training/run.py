@@ -146,7 +146,8 @@ class Run:
         """Drops what was logged after ``step``, and a line that was torn: those steps are taken again."""
         for path in self.logs if self.writes else ():
             if path.exists():
-                os.truncate(path, _bytes_up_to(path, step))
+                with _writing(path):
+                    os.truncate(path, _bytes_up_to(path, step))
 
     def validated(self, step: int) -> bool:
         """Whether the metrics have a validation at this step."""
