@@ -11,7 +11,7 @@ import pytest
 from canter.corpus.manifest import Utterance
 from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig
-from canter.inference.transcribe import transcribe
+from canter.inference.transcribe import Listener, transcribe
 from canter.models.checkpoint import load_model
 
 from .conftest import Running, noise, running, wav
@@ -144,6 +144,24 @@ def test_whisper_detects_the_language(whisper):
             ask(prompt="before")
         assert ask(language="en", prompt="before " * 400).language == "en"
         assert client._client.get(f"{live.url}/health").json()["targets"] == ["en"]
+
+
+@pytest.mark.parametrize("text", ["one two three ", "日本語"])
+def test_of_a_long_prompt_the_end_counts(whisper, monkeypatch, text):
+    """With or without spaces; it is tokenised once, and no more of it than could fit."""
+    seen, tokenizer = [], whisper.tokenizer
+    listener, encode = Listener(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda given: seen.append(len(given)) or encode(given))
+    slots = {"source_lang": "en", "target_lang": "en"}
+    bare, found = listener.prompt(slots, ""), listener.prompt(slots, text * 10_000)
+    assert len(seen) == 1
+    assert seen[0] < 2000
+    assert len(found) == 64  # half of the positions
+    assert found[0] == tokenizer.special_id("<|startofprev|>")
+    assert found[-len(bare) :] == bare
+    assert found[1 : -len(bare)] == encode((text * 100).strip())[-(63 - len(bare)) :]
+    whole = listener.prompt(slots, "one two")
+    assert whole == [found[0], *encode(" one two"), *bare]
 
 
 def test_models(client):

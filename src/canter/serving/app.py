@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from canter import __version__
 from canter.inference.formats import srt, vtt, whisper_json
+from canter.inference.requests import Request as Wanted
 from canter.serving.protocol import ApiError, Asked, read_asked, read_form
 from canter.serving.scheduler import Timing
 from canter.serving.service import Audio, Heard, Service, joint
@@ -206,13 +207,13 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         client = _Client(request, time.monotonic() + service.config.timeout)
         try:
             file, asked = read_asked(form, task, service.config)
-            service.request(asked)  # what does not fit the model is said before its audio is read
+            wanted = service.request(asked)  # what does not fit the model is said before its audio is read
             audio = replace(await client.wait_for(_read(service, file)), upload=upload)
         finally:
             await form.close()
         if asked.stream:
-            return _Stream(_events(service, client, audio, asked), stack.pop_all())
-        heard = await client.wait_for(_all(service, audio, asked))
+            return _Stream(_events(service, client, audio, asked, wanted), stack.pop_all())
+        heard = await client.wait_for(_all(service, audio, asked, wanted))
         return _rendered(service, heard, audio, asked)
 
 
@@ -232,8 +233,8 @@ async def _read(service: Service, file: UploadFile) -> Audio:
     return await service.read(file.file, file.filename or "the upload")
 
 
-async def _all(service: Service, audio: Audio, asked: Asked) -> list[Heard]:
-    async with contextlib.aclosing(service.segments(audio, asked)) as found:
+async def _all(service: Service, audio: Audio, asked: Asked, wanted: Wanted) -> list[Heard]:
+    async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
         return [heard async for heard in found]
 
 
@@ -265,12 +266,14 @@ class _Client:
             pass
 
 
-async def _events(service: Service, client: _Client, audio: Audio, asked: Asked) -> AsyncIterator[str]:
+async def _events(
+    service: Service, client: _Client, audio: Audio, asked: Asked, wanted: Wanted
+) -> AsyncIterator[str]:
     """Events as OpenAI's: a ``transcript.text.delta`` for each segment as soon as it is decoded (with the
     ``segment`` beside it), and a ``transcript.text.done`` with the whole."""
     text, timing, number = "", Timing(), 0
     try:
-        async with contextlib.aclosing(service.segments(audio, asked)) as found:
+        async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
             while True:
                 heard = await client.wait_for(anext(found))
                 timing = heard.timing

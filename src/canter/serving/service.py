@@ -112,7 +112,7 @@ class Service:
         """Decodes a second of silence, so that the first request finds everything in place."""
         asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
         audio = Audio([Piece(0.0, np.zeros(self.rate, np.float32))], 1.0, 0.0)
-        async for _ in self.segments(audio, asked):
+        async for _ in self.segments(audio, asked, self.request(asked)):
             pass
 
     @contextmanager
@@ -244,12 +244,12 @@ class Service:
             request = replace(request, temperature=asked.temperature, retry=None)
         return request
 
-    async def segments(self, audio: Audio, asked: Asked) -> AsyncGenerator[Heard]:
-        """What is heard, piece by piece in order, as soon as it is decoded. Leaving the iteration early takes
-        the rest out of the engine."""
+    async def segments(self, audio: Audio, asked: Asked, request: Request) -> AsyncGenerator[Heard]:
+        """What is heard, piece by piece in order, as soon as it is decoded; ``request`` is what ``request``
+        made of ``asked``. Leaving the iteration early takes the rest out of the engine."""
         if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
             raise self._busy()
-        request, listener = self.request(asked), self.listeners[asked.timestamps]
+        listener = self.listeners[asked.timestamps]
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
