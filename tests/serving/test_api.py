@@ -3,10 +3,12 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
+from starlette.requests import Request
 
 from canter.corpus.manifest import Utterance
 from canter.inference.engine import Engine
@@ -229,6 +231,23 @@ def test_server_timing_tells_where_the_time_went(client, live):
     assert sum(map(float, parts.values())) <= answer.elapsed.total_seconds() * 1000
 
 
+def test_paths_that_clients_think_of_are_counted_together(model):
+    with running(model, keys=frozenset({"sesame"})) as live, client_of(live) as client:
+        for number in range(3):
+            answer = client._client.post(f"{live.url}/v1/audio/{number}")
+            assert answer.status_code == 401
+        text = live.service.metrics.text().decode()
+        assert 'canter_requests_total{endpoint="other",status="401"} 3.0' in text
+        assert "/v1/audio/" not in text
+
+
+def test_the_path_that_is_asked_for_decides_on_the_key(model, monkeypatch):
+    """And not the URL, which some versions of Starlette make of a Host header such as ``localhost:/health?``."""
+    monkeypatch.setattr(Request, "url", property(lambda self: SimpleNamespace(path="/health")))
+    with running(model, keys=frozenset({"sesame"})) as live, client_of(live) as client:
+        assert client._client.get(f"{live.url}/metrics").status_code == 401
+
+
 def test_api_keys(model):
     with running(model, keys=frozenset({"sesame", "open"})) as live:
         with client_of(live, "sesame") as client:
@@ -247,6 +266,7 @@ def test_other_sites_and_names_are_refused(model):
         assert get(f"{live.url}/health").status_code == 200
         assert get(f"{live.url}/health", headers={"host": "evil.example"}).status_code == 403
         assert get(f"{live.url}/health", headers={"origin": "http://evil.example"}).status_code == 403
+        assert get(f"{live.url}/health", headers={"origin": "http://["}).status_code == 403
         assert get(f"{live.url}/health", headers={"origin": live.url}).status_code == 200
 
 
