@@ -335,6 +335,8 @@ def test_audio_inside_is_limited(endless):
             while not live.service.scheduler.inside:
                 time.sleep(0.005)
             assert ask(live, wav(noise(20.0)))[0] == 503
+            status, error = ask(live, wav(noise(20.0)), stream="true")
+            assert (status, error["code"]) == (503, "overloaded")
             assert ask(live, wav(noise(1.0)))[0] == 200
 
 

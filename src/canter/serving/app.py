@@ -222,6 +222,7 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
             audio = replace(await client.wait_for(_read(service, file)), upload=upload)
         finally:
             await form.close()
+        stack.enter_context(service.room_for(audio))  # before a stream begins, whose status is 200
         if asked.stream:
             return _Stream(_events(service, client, audio, asked, wanted), stack.pop_all())
         heard = await client.wait_for(_all(service, audio, asked, wanted))

@@ -126,6 +126,17 @@ class Service:
         finally:
             self.requests -= 1
 
+    @contextmanager
+    def room_for(self, audio: Audio) -> Iterator[None]:
+        """Room inside for a request's audio. Raises ApiError (503) where there is none."""
+        if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
+            raise self._busy()
+        self.seconds += audio.seconds
+        try:
+            yield
+        finally:
+            self.seconds -= audio.seconds
+
     def _busy(self) -> ApiError:
         self.metrics.refused.labels("busy").inc()
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
@@ -247,8 +258,6 @@ class Service:
     async def segments(self, audio: Audio, asked: Asked, request: Request) -> AsyncGenerator[Heard]:
         """What is heard, piece by piece in order, as soon as it is decoded; ``request`` is what ``request``
         made of ``asked``. Leaving the iteration early takes the rest out of the engine."""
-        if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
-            raise self._busy()
         listener = self.listeners[asked.timestamps]
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -267,7 +276,6 @@ class Service:
         ]
         assembly = Assembly()
         assembly.total = len(requests)
-        self.seconds += audio.seconds
         ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
@@ -281,7 +289,6 @@ class Service:
                 yield Heard(settled, language, outcome.timing)
             self.metrics.audio.inc(audio.seconds)
         finally:
-            self.seconds -= audio.seconds
             if ticket.left:
                 self.metrics.cancelled.inc()
                 self.scheduler.cancel(ticket)
