@@ -3,15 +3,17 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
+from starlette.requests import Request
 
 from canter.corpus.manifest import Utterance
 from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig
-from canter.inference.transcribe import transcribe
+from canter.inference.transcribe import Listener, transcribe
 from canter.models.checkpoint import load_model
 
 from .conftest import Running, noise, running, wav
@@ -146,6 +148,24 @@ def test_whisper_detects_the_language(whisper):
         assert client._client.get(f"{live.url}/health").json()["targets"] == ["en"]
 
 
+@pytest.mark.parametrize("text", ["one two three ", "日本語"])
+def test_of_a_long_prompt_the_end_counts(whisper, monkeypatch, text):
+    """With or without spaces; it is tokenised once, and no more of it than could fit."""
+    seen, tokenizer = [], whisper.tokenizer
+    listener, encode = Listener(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda given: seen.append(len(given)) or encode(given))
+    slots = {"source_lang": "en", "target_lang": "en"}
+    bare, found = listener.prompt(slots, ""), listener.prompt(slots, text * 10_000)
+    assert len(seen) == 1
+    assert seen[0] < 2000
+    assert len(found) == 64  # half of the positions
+    assert found[0] == tokenizer.special_id("<|startofprev|>")
+    assert found[-len(bare) :] == bare
+    assert found[1 : -len(bare)] == encode((text * 100).strip())[-(63 - len(bare)) :]
+    whole = listener.prompt(slots, "one two")
+    assert whole == [found[0], *encode(" one two"), *bare]
+
+
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["small"]
     assert client.models.retrieve("whisper-1").id == "small"
@@ -211,6 +231,23 @@ def test_server_timing_tells_where_the_time_went(client, live):
     assert sum(map(float, parts.values())) <= answer.elapsed.total_seconds() * 1000
 
 
+def test_paths_that_clients_think_of_are_counted_together(model):
+    with running(model, keys=frozenset({"sesame"})) as live, client_of(live) as client:
+        for number in range(3):
+            answer = client._client.post(f"{live.url}/v1/audio/{number}")
+            assert answer.status_code == 401
+        text = live.service.metrics.text().decode()
+        assert 'canter_requests_total{endpoint="other",status="401"} 3.0' in text
+        assert "/v1/audio/" not in text
+
+
+def test_the_path_that_is_asked_for_decides_on_the_key(model, monkeypatch):
+    """And not the URL, which some versions of Starlette make of a Host header such as ``localhost:/health?``."""
+    monkeypatch.setattr(Request, "url", property(lambda self: SimpleNamespace(path="/health")))
+    with running(model, keys=frozenset({"sesame"})) as live, client_of(live) as client:
+        assert client._client.get(f"{live.url}/metrics").status_code == 401
+
+
 def test_api_keys(model):
     with running(model, keys=frozenset({"sesame", "open"})) as live:
         with client_of(live, "sesame") as client:
@@ -229,6 +266,7 @@ def test_other_sites_and_names_are_refused(model):
         assert get(f"{live.url}/health").status_code == 200
         assert get(f"{live.url}/health", headers={"host": "evil.example"}).status_code == 403
         assert get(f"{live.url}/health", headers={"origin": "http://evil.example"}).status_code == 403
+        assert get(f"{live.url}/health", headers={"origin": "http://["}).status_code == 403
         assert get(f"{live.url}/health", headers={"origin": live.url}).status_code == 200
 
 

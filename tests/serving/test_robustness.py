@@ -1,11 +1,14 @@
 """Bad audio, bad clients, too many of them, and an engine that fails: refused in time, and the rest goes on."""
 
+import asyncio
 import contextlib
 import io
 import json
 import socket
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.error import HTTPError
@@ -15,7 +18,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from canter.corpus.audio import audio_blocks
 from canter.inference.engine import Engine
+from canter.serving import service
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ApiError
+from canter.serving.service import Service
 
 from .conftest import Running, noise, running, wav
 
@@ -74,6 +82,9 @@ def broken(kind: str) -> bytes:
         "too long": wav(np.zeros(16000 * 400, np.float32)),
         "too long for its size": flac(400),
         "absurd rate": good[:24] + (1).to_bytes(4, "little") + good[28:],
+        "a megahertz": wav(noise(1.0), 1_000_000),
+        "many channels": wav(np.zeros((100, 64), np.float32)),
+        "too much in its seconds": dense_flac(200),
     }[kind]
 
 
@@ -81,6 +92,12 @@ def flac(seconds: int) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16000 * seconds, np.float32), 16000, format="FLAC")
     return file.getvalue()
+
+
+def dense_flac(seconds: int) -> bytes:
+    """A short file that promises so many seconds of eight channels at the highest rate that FLAC has."""
+    promise = 655_350 << 44 | 7 << 41 | 15 << 36 | 655_350 * seconds
+    return (short := flac(1))[:18] + promise.to_bytes(8, "big") + short[26:]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,9 @@ def flac(seconds: int) -> bytes:
         ("too long", "400 s long, over the limit of 300 s"),
         ("too long for its size", "400 s long"),
         ("absurd rate", "16,000 s long"),
+        ("a megahertz", "1 channels at 1,000,000 Hz, over the limit of 32 at 768,000"),
+        ("many channels", "64 channels at 16,000 Hz"),
+        ("too much in its seconds", "200 s of 5,242,800 samples a second"),
     ],
 )
 def test_bad_audio_is_named(live, kind, message):
@@ -116,6 +136,58 @@ def test_unusual_audio_is_taken(live):
         assert ask(live, wav(samples, rate))[0] == 200
     lied = ask(live, wav(mono), "speech.mp3")
     assert lied == ask(live, wav(mono), "speech.wav")
+
+
+class Gate:
+    """In place of ``audio_blocks``: gives its blocks, each once the service has told a reader to stop."""
+
+    def __init__(self, service: Service):
+        self.service, self.blocks = service, 0
+        self.reached = threading.Event()
+
+    def __call__(self, *asked: Any) -> Iterator[np.ndarray]:
+        for block in audio_blocks(*asked):
+            self.blocks += 1
+            stops = [*self.service._reading]
+            self.reached.set()
+            for stop in stops:
+                stop.wait(10)
+            yield block
+
+
+def test_leaving_ends_the_reading(model, monkeypatch):
+    """The thread is free again after a block, of nine, and not after the file."""
+    with running(model, readers=1) as live:
+        gate = Gate(live.service)
+        monkeypatch.setattr(service, "audio_blocks", gate)
+        body = form(flac(250))
+        with connection(live) as client:
+            client.sendall(head(len(body)) + body)
+            assert gate.reached.wait(10)
+        assert live.quiet()
+        monkeypatch.undo()
+        assert ask(live, wav(noise(1.0)))[0] == 200
+        assert gate.blocks == 1
+
+
+def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
+    """Which takes its files with it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    closing = Service(Engine(model, model.tokenizer.end), ServiceConfig())
+    gate = Gate(closing)
+    monkeypatch.setattr(service, "audio_blocks", gate)
+
+    async def read_and_close() -> None:
+        reading = asyncio.create_task(closing.read(io.BytesIO(flac(250)), "a.flac"))
+        await asyncio.to_thread(gate.reached.wait, 10)
+        assert [*tmp_path.iterdir()]
+        closing.close()
+        assert not [*tmp_path.iterdir()]
+        with pytest.raises(ApiError, match="shutting down"):
+            await reading
+
+    asyncio.run(read_and_close())
+    assert gate.blocks == 1
 
 
 @pytest.mark.parametrize(
@@ -263,6 +335,8 @@ def test_audio_inside_is_limited(endless):
             while not live.service.scheduler.inside:
                 time.sleep(0.005)
             assert ask(live, wav(noise(20.0)))[0] == 503
+            status, error = ask(live, wav(noise(20.0)), stream="true")
+            assert (status, error["code"]) == (503, "overloaded")
             assert ask(live, wav(noise(1.0)))[0] == 200
 
 

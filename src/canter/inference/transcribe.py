@@ -102,10 +102,13 @@ class Listener:
         slot = next((part for part in self.format if part in CONTEXTS), None)
         if slot is None:
             raise ConfigError("this model takes no text before what it transcribes")
-        words, most = context.split(), self.engine.model.config.decoder.positions // 2
-        while len(ids := self.tokenizer.prompt_ids({**slots, slot: " ".join(words)})) > most and words:
-            words = words[max(1, len(words) // 8) :]
-        return ids
+        most = self.engine.model.config.decoder.positions // 2
+        text = " ".join(
+            context[-16 * most :].split()
+        )  # more than fits, so that a book costs no more than a page
+        ids = self.tokenizer.prompt_ids({**slots, slot: text})
+        over = max(0, len(ids) - most)
+        return ids[:1] + ids[1 + over :]  # before the text stands <|startofprev|>, or <|startofcontext|>
 
     def request(self, slots: Mapping[str, str]) -> Request:
         """What all pieces of an utterance have in common. A Whisper of many languages detects the source

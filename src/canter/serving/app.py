@@ -19,12 +19,17 @@ from starlette.exceptions import HTTPException
 
 from canter import __version__
 from canter.inference.formats import srt, vtt, whisper_json
+from canter.inference.requests import Request as Wanted
 from canter.serving.protocol import ApiError, Asked, read_asked, read_form
 from canter.serving.scheduler import Timing
 from canter.serving.service import Audio, Heard, Service, joint
 
 log = logging.getLogger("canter.serving")
 OPEN = ("/", "/health")  # without an API key
+COUNTED = (
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+)  # by name; a client can think of any other path
 DRAIN_SECONDS = 1.0
 T = TypeVar("T")
 
@@ -157,8 +162,7 @@ class _Gate:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        path = request.url.path
-        endpoint = path if path.startswith("/v1/audio/") else "other"
+        endpoint = scope["path"] if scope["path"] in COUNTED else "other"
         try:
             refusal = _refusal(self.service, request)
             if refusal:
@@ -182,9 +186,9 @@ def _refusal(service: Service, request: Request) -> ApiError | None:
             403, f"{host!r} is not a name of this service; it answers to {', '.join(sorted(config.hosts))}"
         )
     origin = request.headers.get("origin")
-    if origin and urlsplit(origin).netloc != host:
+    if origin and _place(origin) != host:
         return ApiError(403, f"requests from pages of {origin} are refused")
-    if config.keys and request.url.path not in OPEN:
+    if config.keys and request.scope["path"] not in OPEN:  # request.url is made of the Host header too
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in config.keys]
         if scheme.lower() != "bearer" or not any(matches):
@@ -194,6 +198,14 @@ def _refusal(service: Service, request: Request) -> ApiError | None:
                 code="invalid_api_key",
             )
     return None
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of a page's origin; None where it is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 async def _answer(service: Service, request: Request, task: str) -> Response:
@@ -206,13 +218,14 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         client = _Client(request, time.monotonic() + service.config.timeout)
         try:
             file, asked = read_asked(form, task, service.config)
-            service.request(asked)  # what does not fit the model is said before its audio is read
+            wanted = service.request(asked)  # what does not fit the model is said before its audio is read
             audio = replace(await client.wait_for(_read(service, file)), upload=upload)
         finally:
             await form.close()
+        stack.enter_context(service.room_for(audio))  # before a stream begins, whose status is 200
         if asked.stream:
-            return _Stream(_events(service, client, audio, asked), stack.pop_all())
-        heard = await client.wait_for(_all(service, audio, asked))
+            return _Stream(_events(service, client, audio, asked, wanted), stack.pop_all())
+        heard = await client.wait_for(_all(service, audio, asked, wanted))
         return _rendered(service, heard, audio, asked)
 
 
@@ -232,8 +245,8 @@ async def _read(service: Service, file: UploadFile) -> Audio:
     return await service.read(file.file, file.filename or "the upload")
 
 
-async def _all(service: Service, audio: Audio, asked: Asked) -> list[Heard]:
-    async with contextlib.aclosing(service.segments(audio, asked)) as found:
+async def _all(service: Service, audio: Audio, asked: Asked, wanted: Wanted) -> list[Heard]:
+    async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
         return [heard async for heard in found]
 
 
@@ -265,12 +278,14 @@ class _Client:
             pass
 
 
-async def _events(service: Service, client: _Client, audio: Audio, asked: Asked) -> AsyncIterator[str]:
+async def _events(
+    service: Service, client: _Client, audio: Audio, asked: Asked, wanted: Wanted
+) -> AsyncIterator[str]:
     """Events as OpenAI's: a ``transcript.text.delta`` for each segment as soon as it is decoded (with the
     ``segment`` beside it), and a ``transcript.text.done`` with the whole."""
     text, timing, number = "", Timing(), 0
     try:
-        async with contextlib.aclosing(service.segments(audio, asked)) as found:
+        async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
             while True:
                 heard = await client.wait_for(anext(found))
                 timing = heard.timing
@@ -344,10 +359,10 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = {404: "there is nothing at", 405: f"{request.method} is not possible at"}.get(error.status_code)
-    text = f"{message} {request.url.path}" if message else str(error.detail)
+    text = f"{message} {request.scope['path']}" if message else str(error.detail)
     return JSONResponse(ApiError(error.status_code, text).body, error.status_code, error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
     return JSONResponse(ApiError(500, "the service failed; its log says more").body, 500)

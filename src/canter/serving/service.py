@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
+import soundfile
 
-from canter.corpus.audio import audio_blocks, audio_seconds, load_utterance
+from canter.corpus.audio import audio_blocks
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine
@@ -30,6 +32,10 @@ from canter.serving.scheduler import Outcome, Scheduler, Timing
 from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
+MOST_RATE, MOST_CHANNELS = 768_000, 32  # of an upload: more is a mistake, or made to stop the service
+DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
+BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
+UNSTATED = 2**62  # frames from here on: libsndfile's word for a header that does not say
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Service:
         self.scheduler = Scheduler(engine)
         self.metrics = Metrics(self.scheduler, lambda: self.requests, lambda: self.seconds)
         self._readers = ThreadPoolExecutor(config.readers, thread_name_prefix="canter-audio")
+        self._reading: set[threading.Event] = set()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -96,14 +103,16 @@ class Service:
         return self.listeners["none"].format
 
     def close(self) -> None:
+        for stop in self._reading:
+            stop.set()
         self.scheduler.close()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)  # each ends with its block and takes its file with it
 
     async def warm_up(self) -> None:
         """Decodes a second of silence, so that the first request finds everything in place."""
         asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
         audio = Audio([Piece(0.0, np.zeros(self.rate, np.float32))], 1.0, 0.0)
-        async for _ in self.segments(audio, asked):
+        async for _ in self.segments(audio, asked, self.request(asked)):
             pass
 
     @contextmanager
@@ -117,15 +126,34 @@ class Service:
         finally:
             self.requests -= 1
 
+    @contextmanager
+    def room_for(self, audio: Audio) -> Iterator[None]:
+        """Room inside for a request's audio. Raises ApiError (503) where there is none."""
+        if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
+            raise self._busy()
+        self.seconds += audio.seconds
+        try:
+            yield
+        finally:
+            self.seconds -= audio.seconds
+
     def _busy(self) -> ApiError:
         self.metrics.refused.labels("busy").inc()
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
 
     async def read(self, file: BinaryIO, name: str) -> Audio:
-        """The samples of an upload. Raises ApiError (400) for what is no audio, damaged, or too long."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, file, name)
+        """The samples of an upload. Raises ApiError (400) for what is no audio, damaged, or too long. Whoever
+        stops waiting stops the reading too: a thread would go on with what nobody wants."""
+        stop = threading.Event()
+        self._reading.add(stop)
+        try:
+            running = asyncio.get_running_loop()
+            return await running.run_in_executor(self._readers, self._read, file, name, stop)
+        finally:
+            stop.set()
+            self._reading.discard(stop)
 
-    def _read(self, file: BinaryIO, name: str) -> Audio:
+    def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="canter-") as folder:
             path = os.path.join(folder, "upload")
@@ -133,26 +161,58 @@ class Service:
                 file.seek(0)
                 shutil.copyfileobj(file, target, 2**20)
             try:
-                seconds = audio_seconds(path)
-                self._check_length(seconds, name)
-                upload, listener = Utterance(path, seconds, text=""), self.listeners["none"]
-                if seconds <= listener.window:
-                    samples = load_utterance(upload, self.rate)
-                    pieces = [Piece(0.0, samples)]
-                else:
-                    samples = np.concatenate([*audio_blocks(upload, self.rate)])
-                    pieces = [*listener.pieces([samples])]
+                samples = np.concatenate([*self._blocks(path, name, stop)])
             except AudioError as error:
                 text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
                 raise ApiError(400, text, "file", "invalid_audio") from None
-        self._check_length(len(samples) / self.rate, name)
-        return Audio(pieces, len(samples) / self.rate, time.perf_counter() - begun)
+        listener, seconds, pieces = self.listeners["none"], len(samples) / self.rate, []
+        if seconds <= listener.window:
+            pieces = [Piece(0.0, samples)]
+        else:
+            for piece in listener.pieces([samples]):
+                _go_on(stop)
+                pieces.append(piece)
+        return Audio(pieces, seconds, time.perf_counter() - begun)
 
-    def _check_length(self, seconds: float, name: str) -> None:
-        if seconds > self.config.longest_seconds:
+    def _blocks(self, path: str, name: str, stop: threading.Event) -> Iterator[np.ndarray]:
+        """The upload's samples, in runs (S,) that take a moment each."""
+        density, heard = self._density(path, name), 0
+        for block in audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density)):
+            _go_on(stop)
+            heard += len(block)
+            self._check_length(heard / self.rate, density, name)
+            yield block
+
+    def _density(self, path: str, name: str) -> int:
+        """Values that a second of the upload is decoded to, channels counted. Raises ApiError for what its
+        header alone tells to be too much."""
+        try:
+            header = soundfile.info(path)
+        except soundfile.LibsndfileError:
+            return self.rate  # for FFmpeg, or no audio at all: reading it tells
+        if header.samplerate > MOST_RATE or header.channels > MOST_CHANNELS:
             raise ApiError(
                 400,
-                f"{name} is {seconds:,.0f} s long, over the limit of {self.config.longest_seconds:g} s: cut it",
+                f"{name} has {header.channels} channels at {header.samplerate:,} Hz, over the limit of "
+                f"{MOST_CHANNELS} at {MOST_RATE:,}: convert it to 16 kHz",
+                "file",
+                "invalid_audio",
+            )
+        density = header.samplerate * header.channels
+        if header.frames < UNSTATED:
+            self._check_length(header.frames / header.samplerate, density, name)
+        return density
+
+    def _check_length(self, seconds: float, density: int, name: str) -> None:
+        longest = self.config.longest_seconds
+        if seconds > longest:
+            text = f"{name} is {seconds:,.0f} s long, over the limit of {longest:g} s: cut it"
+            raise ApiError(400, text, "file", "audio_too_long")
+        if seconds * density > longest * DENSEST:
+            raise ApiError(
+                400,
+                f"{name} is {seconds:,.0f} s of {density:,} samples a second, all channels counted, which is over "
+                f"the limit of {longest * DENSEST:,.0f}: convert it to 16 kHz mono",
                 "file",
                 "audio_too_long",
             )
@@ -195,12 +255,10 @@ class Service:
             request = replace(request, temperature=asked.temperature, retry=None)
         return request
 
-    async def segments(self, audio: Audio, asked: Asked) -> AsyncGenerator[Heard]:
-        """What is heard, piece by piece in order, as soon as it is decoded. Leaving the iteration early takes
-        the rest out of the engine."""
-        if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
-            raise self._busy()
-        request, listener = self.request(asked), self.listeners[asked.timestamps]
+    async def segments(self, audio: Audio, asked: Asked, request: Request) -> AsyncGenerator[Heard]:
+        """What is heard, piece by piece in order, as soon as it is decoded; ``request`` is what ``request``
+        made of ``asked``. Leaving the iteration early takes the rest out of the engine."""
+        listener = self.listeners[asked.timestamps]
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -218,7 +276,6 @@ class Service:
         ]
         assembly = Assembly()
         assembly.total = len(requests)
-        self.seconds += audio.seconds
         ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
@@ -232,10 +289,14 @@ class Service:
                 yield Heard(settled, language, outcome.timing)
             self.metrics.audio.inc(audio.seconds)
         finally:
-            self.seconds -= audio.seconds
             if ticket.left:
                 self.metrics.cancelled.inc()
                 self.scheduler.cancel(ticket)
+
+
+def _go_on(stop: threading.Event) -> None:
+    if stop.is_set():  # nobody hears this, unless the service is closing
+        raise ApiError(503, "the service is shutting down", code="overloaded")
 
 
 def joint(text: str, more: str) -> str:
