@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.inference.alignment import Alignment, path_starts
-from canter.inference.reading import Assembly, Fallback, compression_ratio, joined, segments_of, words_of
+from canter.inference.reading import (
+    Assembly,
+    Fallback,
+    compression_ratio,
+    ended_early,
+    joined,
+    segments_of,
+    words_of,
+)
 from canter.inference.requests import Hypothesis
 from canter.inference.segments import Segment, Word
 from canter.text import Characters
@@ -109,6 +117,25 @@ def test_segments_of_timestamps():
     with_words = Hypothesis(None, tokens, True, alignment=aligned(" ab cd e"))
     found = segments_of(with_words, Spelled(), 5.5, FIRST)
     assert [[word.text for word in one.words] for one in found] == [[" ab"], [" cd"], [" e"]]
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds", "expected"),
+    [
+        (["ab", 2.0, 2.0], 6.0, 2.0),
+        (["ab", 2.0, 2.0], 2.4, None),  # too little is left
+        (["ab", 2.0], 6.0, None),  # nobody speaks any more
+        (["ab", 2.0, 2.0, "cd"], 6.0, None),
+        ([0.4], 6.0, 0.4),
+        ([0.0], 6.0, None),  # nothing heard: no use to ask again
+        ([], 6.0, None),
+    ],
+)
+def test_where_a_hypothesis_ended_early(times, seconds, expected):
+    tokens = []
+    for one in times:
+        tokens += tokens_of(one) if isinstance(one, str) else [FIRST + round(50 * one)]
+    assert ended_early(Hypothesis(None, tokens, True), seconds, FIRST) == expected
 
 
 def test_words_of_canarys_timestamps():
