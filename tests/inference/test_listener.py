@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from canter.corpus.manifest import Utterance
 from canter.inference.alignment import Alignment
 from canter.inference.engine import Engine
+from canter.inference.inputs import Defaults, read_items, require_language
 from canter.inference.reading import Fallback
 from canter.inference.requests import Hypothesis
 from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
@@ -111,3 +112,28 @@ def test_silence_is_told_with_and_without_fallback(whisper, fallback):
     assert request.retry(unlikely) == (0.2 if fallback else None)
     assert listener.segments(unlikely, 3.0)
     assert not listener.segments(replace(unlikely, no_speech=0.9), 3.0)
+
+
+def test_a_language_that_nobody_names_is_detected_for_a_translation_too(whisper, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(800), 16000)
+    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
+    asked = {}
+    for language in (None, "es"):
+        for task in (None, "transcribe", "translate"):
+            (item,) = read_items([tmp_path / "a.wav"], defaults=Defaults(language, task))
+            assert item.utterance
+            request = listener.request(listener.slots(item.utterance))
+            shown = whisper.tokenizer.decode(request.prompt, special=True)
+            asked[language, task] = (len(request.languages), "<|translate|>" in shown)
+            assert language is None or "<|es|>" in shown
+    assert asked == {
+        (None, None): (2, False),
+        (None, "transcribe"): (2, False),
+        (None, "translate"): (2, True),
+        ("es", None): (0, False),
+        ("es", "transcribe"): (0, False),
+        ("es", "translate"): (0, True),
+    }
+    (item,) = read_items([tmp_path / "a.wav"], defaults=Defaults(task="translate"))
+    (refused,) = require_language([item], ["en", "es"])  # for a model that detects none
+    assert "names no language" in str(refused.problem)
