@@ -181,6 +181,12 @@ def test_nothing_alike_parts_in_the_middle():
     assert joined(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
 
 
+def test_where_one_heard_nothing_the_other_is_kept_whole():
+    heard = spoken(["hello", "there", "friend"], 27.0)
+    assert joined([], heard, 27.0, 30.0) == (0, 0)
+    assert joined(heard, [], 27.0, 30.0) == (3, 0)
+
+
 def test_one_that_fell_silent_loses_nothing():
     """What the first piece did not hear of the overlap comes from the second, though a word is alike in both."""
     before = [Word(n, n + 0.5, f" {text}", 1.0) for n, text in enumerate(["as", "he", "was"])]

@@ -199,8 +199,10 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
 
     They part within the longest run of words that both heard there at about the same time (its middle: words
     at the very edge of a piece are heard worst); where they heard nothing alike, in the middle of the
-    overlap, or where one of them fell silent before it.
+    overlap, or where one of them fell silent before it. All words are kept where one of them heard none at all.
     """
+    if not before or not after:
+        return len(before), 0
     heard, again = ([_plain(word.text) for word in words] for words in (before, after))
     low = next((i for i, word in enumerate(before) if word.end > start - NEAR), len(before))
     longest = (0, 0, 0)
@@ -222,10 +224,7 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
         half = (size + 1) // 2
         return one + half, other + half
     middle = (start + end) / 2
-    if before:
-        middle = min(middle, before[-1].end)
-    if after:
-        middle = max(middle, after[0].start)
+    middle = max(min(middle, before[-1].end), after[0].start)
     kept = sum((word.start + word.end) / 2 < middle for word in before)
     return kept, sum((word.start + word.end) / 2 < middle for word in after)
 
