@@ -41,17 +41,22 @@ def test_fields_and_reasons(tmp_path: Path):
     path.write_text(
         '{"audio_filepath": "a.wav", "offset": 2.5, "text": "a", "pred_text": "", "lang": "en"}\n'
         '{"text": "a", "pred_text": "b", "lang": "en", "target_lang": "de"}\n'
+        '{"text": "a", "pred_text": "b", "source_lang": "es"}\n'
         '{"text": "a"}\n{"pred_text": "a"}\n{"text": "a", "pred_text": 3}\n[1]\n{"text": \n'
     )
     transcripts, problems = read_transcripts(path)
-    assert [(row.name, row.lang) for row in transcripts] == [("a.wav @ 2.5 s", "en"), ("line 2", "de")]
-    assert [str(problem).removeprefix(f"{path}:") for problem in problems][:4] == [
-        "3: pred_text missing",
-        "4: text missing",
-        "5: pred_text is not a string: 3",
-        "6: not a JSON object",
+    assert [(row.name, row.lang) for row in transcripts] == [
+        ("a.wav @ 2.5 s", "en"),
+        ("line 2", "de"),
+        ("line 3", "es"),
     ]
-    assert problems[4].line == 7
+    assert [str(problem).removeprefix(f"{path}:") for problem in problems][:4] == [
+        "4: pred_text missing",
+        "5: text missing",
+        "6: pred_text is not a string: 3",
+        "7: not a JSON object",
+    ]
+    assert problems[4].line == 8
     with pytest.raises(ManifestError, match="does not exist"):
         read_transcripts(tmp_path / "none.jsonl")
 

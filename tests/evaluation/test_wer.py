@@ -64,6 +64,15 @@ def test_counts_by_kind_and_language():
     assert [item.index for item in result.worst(5)] == [0, 1]
 
 
+def test_characters_of_unspaced_scripts_are_counted_without_the_spaces_that_split_them():
+    total = score(["今天天气很好", "the cat"], ["今天天气很坏", "thecat"], ["zh", "en"])
+    assert [(item.counts.character_errors, item.counts.characters) for item in total.utterances] == [
+        (1, 6),
+        (1, 7),
+    ]
+    assert total.languages["zh"].cer == total.languages["zh"].wer == pytest.approx(1 / 6)
+
+
 def test_languages_choose_their_normaliser():
     english, german = "Mr. Smith's colour won't fade", "Mr. Schmidt's colour won't fade!"
     assert normalizer("leaderboard", "en")(english) == "mister smith is color will not fade"

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.inference.alignment import Alignment, path_starts
-from canter.inference.reading import Assembly, Fallback, compression_ratio, joined, segments_of, words_of
+from canter.inference.reading import (
+    Assembly,
+    Fallback,
+    compression_ratio,
+    ended_early,
+    joined,
+    segments_of,
+    words_of,
+)
 from canter.inference.requests import Hypothesis
 from canter.inference.segments import Segment, Word
 from canter.text import Characters
@@ -111,6 +119,25 @@ def test_segments_of_timestamps():
     assert [[word.text for word in one.words] for one in found] == [[" ab"], [" cd"], [" e"]]
 
 
+@pytest.mark.parametrize(
+    ("times", "seconds", "expected"),
+    [
+        (["ab", 2.0, 2.0], 6.0, 2.0),
+        (["ab", 2.0, 2.0], 2.4, None),  # too little is left
+        (["ab", 2.0], 6.0, None),  # nobody speaks any more
+        (["ab", 2.0, 2.0, "cd"], 6.0, None),
+        ([0.4], 6.0, 0.4),
+        ([0.0], 6.0, None),  # nothing heard: no use to ask again
+        ([], 6.0, None),
+    ],
+)
+def test_where_a_hypothesis_ended_early(times, seconds, expected):
+    tokens = []
+    for one in times:
+        tokens += tokens_of(one) if isinstance(one, str) else [FIRST + round(50 * one)]
+    assert ended_early(Hypothesis(None, tokens, True), seconds, FIRST) == expected
+
+
 def test_words_of_canarys_timestamps():
     class Stamped(Characters):
         def decode(self, ids, *, special=False):
@@ -152,6 +179,12 @@ def test_pieces_join(count, shared, worse_end, worse_start, seed):
 
 def test_nothing_alike_parts_in_the_middle():
     assert joined(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
+
+
+def test_where_one_heard_nothing_the_other_is_kept_whole():
+    heard = spoken(["hello", "there", "friend"], 27.0)
+    assert joined([], heard, 27.0, 30.0) == (0, 0)
+    assert joined(heard, [], 27.0, 30.0) == (3, 0)
 
 
 def test_one_that_fell_silent_loses_nothing():

@@ -1,6 +1,7 @@
 """Transcripts are those of plain greedy decoding, whatever the batch."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -60,6 +61,28 @@ def test_rows_are_useful_and_slots_are_full(model):
     assert counters.mean_rows > 0.8 * counters.slots
     assert counters.utterances == 40
     assert counters.audio_seconds == pytest.approx(sum(len(item.audio) for item in requests()) / 16000)
+
+
+def test_what_ends_early_goes_on_with_the_rest_of_its_audio(model):
+    """The rest, twice, is what the engine says of that audio alone; nothing is counted again."""
+    left = [1.2, 0.5]  # seconds at which the hypotheses of one of them end
+
+    def rest(found, seconds):
+        return left.pop(0) if found.key == 3 and left else None
+
+    asked = [replace(request, rest=rest) for request in requests(6)]
+    engine = Engine(model, END, EngineConfig(rows=2, **UNGUARDED))
+    found = [*engine.run([[one] for one in asked])]
+    assert len(found) == 6
+    assert engine.counters.utterances == 6
+    for hypothesis in found:
+        audio = asked[hypothesis.key].audio
+        places = [0, 19200, 19200 + 8000] if hypothesis.key == 3 else [0]
+        parts = [replace(asked[hypothesis.key], audio=audio[place:], rest=None) for place in places]
+        assert [one.tokens for one in hypothesis.parts] == [one.tokens for one in engine.decode(parts)]
+        assert [one.rest_begins for one in hypothesis.parts] == (
+            [1.2, 0.5, 0.0] if len(places) > 1 else [0.0]
+        )
 
 
 def test_limit_on_tokens(model):

@@ -10,7 +10,7 @@ from canter.errors import ManifestError
 from canter.inference.inputs import Defaults, Item, read_items
 from canter.inference.segments import Segment
 from canter.inference.transcribe import Transcription
-from canter.inference.writers import file_names, render, result_row, segments_of
+from canter.inference.writers import file_names, render, result_row, segments_of, write_results
 
 
 @pytest.fixture
@@ -86,3 +86,17 @@ def test_several_utterances_in_one_file():
     first, second = json.loads("".join(render(items, results, "json")))
     assert (first["audio_filepath"], first["text"], first["language"]) == ("a", "one\ntwo", "en")
     assert second == {"audio_filepath": "b", "error": "gone"}
+
+
+def test_names_that_are_no_utf8_are_written_in_ascii(tmp_path):
+    """A file name of other bytes, or such an escape in a manifest's field, is no reason to lose the other rows."""
+    rows = [{"audio_filepath": "sch\udcf6n.wav"}, {"audio_filepath": "schön.wav", "speaker": "Jörg"}]
+    items = [Item(row, None) for row in rows]
+    results = [Transcription("größer"), Transcription("größer")]
+    for kind in ("nemo", "json"):
+        write_results(items, results, tmp_path / kind, [kind], folder=False)
+        text = (tmp_path / kind).read_text()
+        found = json.loads(text) if kind == "json" else [json.loads(line) for line in text.splitlines()]
+        assert [row["audio_filepath"] for row in found] == [row["audio_filepath"] for row in rows]
+        assert text.count("größer") == (1 if kind == "nemo" else 2)
+        assert "schön.wav" in text

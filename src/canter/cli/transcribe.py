@@ -97,7 +97,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.writers import check_renderable, render, write_results
+    from canter.inference.writers import check_renderable, json_text, render, write_results
     from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)
@@ -144,7 +144,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
             "output": [str(path) for path in written],
         }
         if options.json:
-            print(json.dumps(summary, ensure_ascii=False, indent=2))
+            print(json_text(summary, indent=2))
         say(summary)
     problems = ranks.all_gather(len(failed))[0]  # once rank 0, which knows all of them, has written
     if first:
@@ -327,7 +327,7 @@ def agree_on_items(items: "Sequence[Item]", ranks: "Ranks") -> None:
         return
     rows = blake2b(digest_size=8)
     for item in items:
-        rows.update(json.dumps(item.row, sort_keys=True, ensure_ascii=False).encode())
+        rows.update(json.dumps(item.row, sort_keys=True).encode())
     if len(set(ranks.all_gather(rows.hexdigest()))) > 1:
         raise ConfigError(
             "the ranks found different rows: every machine needs the same files at the same paths"

@@ -24,7 +24,8 @@ def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[Transcript], li
     """The rows that can be scored, and a `Problem` for each that cannot; ``_skipme`` rows are neither.
 
     An empty ``pred_text`` is a transcript (all deletions), a missing one is a problem. A row's language is
-    its ``target_lang``, else its ``lang``. Raises `ManifestError` where the file cannot be opened.
+    its ``target_lang``, else its ``lang``, else its ``source_lang``. Raises `ManifestError` where the file cannot
+    be opened.
     """
     transcripts: list[Transcript] = []
     problems: list[Problem] = []
@@ -51,7 +52,8 @@ def _transcript(row: dict[str, Any], line: int) -> Transcript:
     offset = row.get("offset")
     if offset and isinstance(offset, (int, float)):
         name += f" @ {offset:g} s"
-    return Transcript(row["text"], row["pred_text"], row.get("target_lang") or row.get("lang"), name, line)
+    lang = row.get("target_lang") or row.get("lang") or row.get("source_lang")
+    return Transcript(row["text"], row["pred_text"], lang, name, line)
 
 
 def _unusable(row: object) -> str | None:
@@ -65,7 +67,7 @@ def _unusable(row: object) -> str | None:
             return f"{field} missing"
         if not isinstance(row[field], str):
             return f"{field} is not a string: {row[field]!r:.60}"
-    for field in ("target_lang", "lang"):
+    for field in ("target_lang", "lang", "source_lang"):
         if row.get(field) is not None and not isinstance(row[field], str):
             return f"{field} is not a string: {row[field]!r:.60}"
     return None

@@ -1,7 +1,8 @@
 """Word and character error rates, micro-averaged, with their spread.
 
 WER = (substitutions + deletions + insertions) / reference words, summed over utterances before dividing, as
-NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spaces included (by jiwer).
+NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spaces included (by jiwer) but in
+languages written without them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from canter.evaluation.normalize import UNSCORED, Normalization, language, normalizer
+from canter.evaluation.normalize import UNSCORED, UNSPACED, Normalization, language, normalizer
 
 Operation = Literal["equal", "substitute", "delete", "insert"]
 
@@ -114,7 +115,12 @@ def score(
         return Score(Counts(), {}, [], len(left))
 
     left, right = [left[row] for row in kept], [right[row] for row in kept]
-    by_word, by_character = jiwer.process_words(left, right), jiwer.process_characters(left, right)
+    by_word = jiwer.process_words(left, right)
+    spaceless = [language(langs[row]) in UNSPACED for row in kept]
+    by_character = jiwer.process_characters(
+        [text.replace(" ", "") if unspaced else text for text, unspaced in zip(left, spaceless)],
+        [text.replace(" ", "") if unspaced else text for text, unspaced in zip(right, spaceless)],
+    )
     utterances, groups = [], {}
     for place, row in enumerate(kept):
         words, guesses = by_word.references[place], by_word.hypotheses[place]

@@ -1,5 +1,6 @@
 """How much an engine takes at once where nobody says."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,3 +35,17 @@ def decoder_rows(model: Any, device: torch.device) -> int:
     frames = model.encoder_frames(usual_window(model))
     row = 2 * decoder.layers * frames * decoder.width * weight.element_size()
     return max(FEWEST, min(most, room // row))
+
+
+def encoder_batches(lengths: Sequence[float], budget: float, rows: int | None = None) -> list[list[int]]:
+    """Indices of ``lengths``, longest first, cut into batches whose padded length fits ``budget`` (in the
+    same unit; a single longer one stands alone) and which hold at most ``rows``."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    for index in order:
+        batch = batches[-1] if batches else None
+        if batch is None or (len(batch) + 1) * lengths[batch[0]] > budget or len(batch) == rows:
+            batches.append([index])
+        else:
+            batch.append(index)
+    return batches

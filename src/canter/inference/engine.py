@@ -20,27 +20,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from canter.inference.alignment import align
-from canter.inference.capacity import decoder_rows, encoder_frames
+from canter.inference.capacity import decoder_rows, encoder_batches, encoder_frames
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
 from canter.inference.rules import Rules
 from canter.inference.search import BeamSearch, Greedy, Row, Search, swap_out
 from canter.models.model import SpeechModel
-
-
-def encoder_batches(lengths: Sequence[float], budget: float, rows: int | None = None) -> list[list[int]]:
-    """Indices of ``lengths``, longest first, cut into batches whose padded length fits ``budget`` (in the
-    same unit; a single longer one stands alone) and which hold at most ``rows``."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    batches: list[list[int]] = []
-    for index in order:
-        batch = batches[-1] if batches else None
-        if batch is None or (len(batch) + 1) * lengths[batch[0]] > budget or len(batch) == rows:
-            batches.append([index])
-        else:
-            batch.append(index)
-    return batches
 
 
 def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -65,6 +51,8 @@ class _Encoded:
     temperature: float = 0.0
     attempt: int = 0
     no_speech: float = 0.0
+    heard: tuple[tuple[Hypothesis, float], ...] = ()
+    """Of the audio before this: each with where, in seconds, what comes after it begins."""
     ready: "torch.cuda.Event | None" = None
 
 
@@ -151,6 +139,9 @@ class Engine:
                     if not batch:
                         break
                     waiting += self._encode(batch)
+                    self.counters.utterances += len(batch)
+                    samples = sum(len(item.audio) for item in batch)
+                    self.counters.audio_seconds += samples / self.model.sample_rate
                 if cancelled:
                     self._drop(live, waiting, cancelled)
                 if not live.rows and not waiting:
@@ -214,8 +205,6 @@ class Engine:
             if self.side:
                 ready = torch.cuda.Event()
                 ready.record(self.side)
-        self.counters.utterances += len(batch)
-        self.counters.audio_seconds += sum(lengths) / model.config.features.sample_rate
         return [
             _Encoded(item, states[:size], outputs, self._limit(item, size), list(item.prompt),
                      item.temperature, ready=ready)
@@ -271,19 +260,44 @@ class Engine:
             live.cache.choose(parents, first)
         self.counters.tokens += len(live.rows) - first
         finished: list[Hypothesis] = []
+        cut: list[tuple[_Encoded, Hypothesis, float]] = []
         for slot in ended:
             row, hypothesis = live.rows[slot], self._hypothesis(live, slot)
-            temperature = row.request.retry(hypothesis) if row.request.retry else None
-            if temperature is None:
-                finished.append(hypothesis)
-            else:
+            asked = row.request
+            temperature = asked.retry(hypothesis) if asked.retry else None
+            if temperature is not None:
                 waiting.appendleft(replace(row, temperature=temperature, attempt=row.attempt + 1))
                 self.counters.retries += 1
+                continue
+            place = asked.rest(hypothesis, len(asked.audio) / self.model.sample_rate) if asked.rest else None
+            if place is not None:
+                cut.append((row, hypothesis, place))
+                continue
+            for before, begins in reversed(row.heard):
+                hypothesis = replace(before, rest=hypothesis, rest_begins=begins)
+            finished.append(hypothesis)
         if ended:
             live.remove(ended)
         self.counters.decoder_seconds += time.perf_counter() - begun
         self._count_spans()
+        waiting += self._encode_rests(cut)
         return finished
+
+    def _encode_rests(self, cut: list[tuple[_Encoded, Hypothesis, float]]) -> list[_Encoded]:
+        """Rows whose hypothesis ended early, with it and where: the audio from there on, as rows of their own."""
+        rate = self.model.sample_rate
+        requests = [
+            replace(
+                row.request, audio=row.request.audio[round(place * rate) :], prompt=row.prompt, languages=()
+            )
+            for row, _, place in cut
+        ]
+        lengths = [self.model.encoder_frames(len(one.audio) / rate) for one in requests]
+        return [
+            replace(new, heard=(*cut[index][0].heard, cut[index][1:]))
+            for batch in encoder_batches(lengths, self.frames, self.rows)
+            for index, new in zip(batch, self._encode([requests[index] for index in batch]))
+        ]
 
     def _enter(self, live: _Live, new: list[_Encoded]) -> Tensor:
         """New rows take the next free slots and read their prompts -> logits (m, 1, V)."""

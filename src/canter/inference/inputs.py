@@ -20,6 +20,7 @@ from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.folder import audio_files
 from canter.corpus.sources import open_source, units_of
 from canter.errors import AudioError, ManifestError
+from canter.text.prompts import utterance_slots
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def read_items(
 
 
 def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[Item]:
-    """The items; those that name no language have a problem instead of an utterance."""
+    """The items; those that name no language, or of a translation only the one it is to be in, have a problem instead
+    of an utterance."""
     return [
         replace(
             item,
@@ -82,8 +84,7 @@ def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[It
             problem=f"{utterance.audio_filepath} names no language, and the model "
             f"knows {', '.join(languages)}: give 'lang' in the manifest, or --language",
         )
-        if (utterance := item.utterance)
-        and not (utterance.lang or utterance.source_lang or utterance.target_lang)
+        if (utterance := item.utterance) and "source_lang" not in utterance_slots(utterance)
         else item
         for item in items
     ]

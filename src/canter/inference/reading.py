@@ -17,6 +17,7 @@ CLOSING = "\"'.。,，!！?？:：”)]}、"
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
 CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
+LEAST_REST = 0.5  # seconds after a Whisper's last timestamp that are worth a window of their own
 NEAR = 1.0  # seconds by which two pieces may differ about when a word was said
 
 
@@ -135,6 +136,19 @@ def segments_of(
     return _with_words(found, words) if words else found
 
 
+def ended_early(hypothesis: Hypothesis, seconds: float, first_timestamp: int) -> float | None:
+    """Where in so many seconds of audio a Whisper's hypothesis stopped, None if at their end.
+
+    Of a sentence that the window's end cuts Whisper often writes the first timestamp alone, and its command line
+    begins the next window there (Radford et al., 2022, section 4.5).
+    """
+    tokens = hypothesis.tokens
+    if not tokens or any(token < first_timestamp for token in tokens[-2:]):
+        return None
+    begins = (tokens[-1] - first_timestamp) * TIMESTAMP_SECONDS
+    return begins if begins > 0 and seconds - begins > LEAST_REST else None
+
+
 def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tuple[float, float, list[int]]]:
     spans: list[tuple[float, float, list[int]]] = []
     begin, part = 0.0, list[int]()
@@ -185,8 +199,10 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
 
     They part within the longest run of words that both heard there at about the same time (its middle: words
     at the very edge of a piece are heard worst); where they heard nothing alike, in the middle of the
-    overlap, or where one of them fell silent before it.
+    overlap, or where one of them fell silent before it. All words are kept where one of them heard none at all.
     """
+    if not before or not after:
+        return len(before), 0
     heard, again = ([_plain(word.text) for word in words] for words in (before, after))
     low = next((i for i, word in enumerate(before) if word.end > start - NEAR), len(before))
     longest = (0, 0, 0)
@@ -208,10 +224,7 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
         half = (size + 1) // 2
         return one + half, other + half
     middle = (start + end) / 2
-    if before:
-        middle = min(middle, before[-1].end)
-    if after:
-        middle = max(middle, after[0].start)
+    middle = max(min(middle, before[-1].end), after[0].start)
     kept = sum((word.start + word.end) / 2 < middle for word in before)
     return kept, sum((word.start + word.end) / 2 < middle for word in after)
 

@@ -52,6 +52,9 @@ class Request:
     """0: the best tokens; else drawn from softmax(logits / temperature)."""
     retry: "Callable[[Hypothesis], float | None] | None" = None
     """Looks at a hypothesis; a number is the temperature to decode the same audio at once more."""
+    rest: "Callable[[Hypothesis, float], float | None] | None" = None
+    """Looks at the hypothesis that is kept and the seconds of its audio; a number is where, in seconds, it ended early:
+    the audio from there on is decoded on its own."""
     languages: tuple[int, ...] = ()
     """Tokens among which the language is detected; the likeliest stands in the prompt at once after the
     first token, in place of what is there."""
@@ -82,6 +85,14 @@ class Hypothesis:
     alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
     """Of beams: tokens and sums of log probabilities, best first."""
     alignment: Alignment | None = None
+    rest: "Hypothesis | None" = None
+    """Of the audio from ``rest_begins`` seconds on, where this one ended before its audio did."""
+    rest_begins: float = 0.0
+
+    @property
+    def parts(self) -> "list[Hypothesis]":
+        """This one and those of the rest, in order."""
+        return [self, *(self.rest.parts if self.rest else ())]
 
     @property
     def avg_logprob(self) -> float:

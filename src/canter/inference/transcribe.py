@@ -18,7 +18,7 @@ from canter.errors import AudioError, CanterError, CheckpointError, ConfigError
 from canter.inference.capacity import usual_window
 from canter.inference.engine import Engine, encoder_batches
 from canter.inference.pieces import Piece, cut
-from canter.inference.reading import Assembly, Fallback, segments_of
+from canter.inference.reading import Assembly, Fallback, ended_early, segments_of
 from canter.inference.requests import Hypothesis, Request
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS, RATE
@@ -62,7 +62,7 @@ class TranscribeConfig:
     vad: Literal["energy", "silero", "none"] = "energy"
     """What finds the pauses of long audio; `silero` needs the extra `vad`, `none` cuts every window."""
     fallback: Fallback | None = field(default_factory=Fallback)
-    """When a Whisper's hypothesis is not believed; other models have none."""
+    """When a Whisper's hypothesis is not believed; other models have none. None: every one is kept, but for silence."""
     context: str = ""
     """Text that is taken to come before: names and words to expect, a style of writing."""
 
@@ -74,6 +74,8 @@ class Listener:
         """Raises ConfigError where ``vad`` needs an extra that is not there."""
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
         self.whisper = isinstance(tokenizer, WhisperTokenizer)
+        once = Fallback(temperatures=())
+        self.fallback = (self.config.fallback or once) if self.whisper else None
         self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
         asked = self.config.window_seconds or usual_window(engine.model)
         self.window = min(asked, engine.model.longest_seconds)
@@ -120,11 +122,12 @@ class Listener:
                 raise ConfigError("with text before it the language of an utterance must be told")
             languages = tuple(self.tokenizer.special_id(f"<|{name}|>") for name in names)
             slots = {**slots, "source_lang": names[0]}
-        fallback, decode = self.config.fallback if self.whisper else None, self.tokenizer.decode
+        fallback, decode = self.fallback, self.tokenizer.decode
         return Request(
             np.zeros(0, np.float32),
             self.prompt(slots, self.config.context),
             retry=(lambda found: fallback.retry(found, decode(found.tokens))) if fallback else None,
+            rest=self._rest,
             languages=languages,
             scored=fallback is not None,
             aligned=self.config.timestamps == "word",
@@ -137,9 +140,23 @@ class Listener:
 
     def segments(self, hypothesis: Hypothesis, seconds: float) -> list[Segment]:
         """Of a piece of so many seconds; none where Whisper heard nobody speak."""
-        if self.whisper and self.config.fallback and self.config.fallback.silent(hypothesis):
+        if self._silent(hypothesis):
             return []
-        return segments_of(hypothesis, self.tokenizer, seconds, self.first_timestamp)
+        found = segments_of(hypothesis, self.tokenizer, seconds, self.first_timestamp)
+        if hypothesis.rest:
+            begins = hypothesis.rest_begins
+            rest = self.segments(hypothesis.rest, seconds - begins)
+            found += [segment.shifted(begins) for segment in rest]
+        return found
+
+    def _silent(self, hypothesis: Hypothesis) -> bool:
+        return self.fallback is not None and self.fallback.silent(hypothesis)
+
+    def _rest(self, hypothesis: Hypothesis, seconds: float) -> float | None:
+        """Where a Whisper's hypothesis stopped, before so many seconds of audio did."""
+        if self.first_timestamp is None or self._silent(hypothesis):
+            return None
+        return ended_early(hypothesis, seconds, self.first_timestamp)
 
     def language(self, hypothesis: Hypothesis) -> str | None:
         """The language in a Whisper's prompt, detected or not."""
@@ -293,7 +310,7 @@ class _Queue:
 
     def _whole(self, assembly: Assembly, utterance: Utterance) -> Transcription:
         text, segments = assembly.finished()
-        found = [assembly.hypotheses[number] for number in range(assembly.total or 0)]
+        found = [part for number in range(assembly.total or 0) for part in assembly.hypotheses[number].parts]
         ctc = [one.ctc for one in found]
         if len(found) == 1 and segments:
             text = self.listener.tokenizer.decode(found[0].tokens).strip()

@@ -96,10 +96,10 @@ def _entry(item: Item, transcription: Transcription) -> str:
     """An utterance among others in one JSON file: as Whisper's, and whose it is."""
     value: dict[str, Any] = {"audio_filepath": item.row.get("audio_filepath")}
     if transcription.error is not None:
-        return json.dumps(value | {"error": transcription.error}, ensure_ascii=False)
+        return json_text(value | {"error": transcription.error})
     segments = segments_of(item, transcription)
     value |= whisper_json(transcription.text, segments, _language(item, transcription))
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value)
 
 
 def _language(item: Item, transcription: Transcription) -> str | None:
@@ -158,7 +158,18 @@ def file_names(items: Sequence[Item]) -> list[str]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_text(row) + "\n"
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """The value as JSON in its own letters; as ASCII where something in it, a file's name that is no UTF-8, could not
+    be written otherwise."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def write_whole(path: Path, pieces: Iterable[str]) -> None:

@@ -48,9 +48,12 @@ class Vocabulary(Protocol):
 def utterance_slots(utterance: Utterance) -> dict[str, str]:
     """The slots that an utterance fills: languages (`lang` stands for both), task and punctuation.
 
-    Without `taskname`, an utterance whose two languages differ is a translation.
+    Without `taskname`, an utterance whose two languages differ is a translation. Of one, the language written says
+    nothing of the language spoken.
     """
-    source = utterance.source_lang or utterance.lang or utterance.target_lang
+    source = utterance.source_lang or utterance.lang
+    if not source and TASKS.get(utterance.taskname or "") != "<|translate|>":
+        source = utterance.target_lang
     target = utterance.target_lang or utterance.lang or utterance.source_lang
     task = utterance.taskname or ("asr" if source == target else "ast")
     slots = {"source_lang": source, "target_lang": target, "task": task, "pnc": utterance.pnc}

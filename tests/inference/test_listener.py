@@ -1,0 +1,139 @@
+"""What a Whisper is asked, and what is made of it: rests of windows, languages, silence. The weights are random, so
+what the model says is given where it matters."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+
+from canter.corpus.manifest import Utterance
+from canter.inference.alignment import Alignment
+from canter.inference.engine import Engine
+from canter.inference.inputs import Defaults, read_items, require_language
+from canter.inference.reading import Fallback
+from canter.inference.requests import Hypothesis
+from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
+from canter.models.decoder import DecoderConfig
+from canter.models.features import WhisperFeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
+from canter.models.whisper import WhisperEncoderConfig
+from canter.text import WhisperTokenizer
+
+SPECIAL = "endoftext startoftranscript en es translate transcribe startofprev nospeech notimestamps"
+SECOND = 50  # of timestamps
+
+
+@pytest.fixture(scope="module")
+def whisper() -> SpeechModel:
+    """In English and Spanish; its tokens are bytes and timestamps."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([f"<|{name}|>" for name in SPECIAL.split()])
+    tokenizer = WhisperTokenizer(backend.to_str())
+    torch.manual_seed(0)
+    encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
+    decoder = DecoderConfig(
+        layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size + 1501, positions=128
+    )
+    features = WhisperFeatureConfig(mels=16, pad_seconds=0.0)
+    model = SpeechModel(ModelConfig(features, encoder, decoder)).eval()
+    model.generation = {
+        "no_timestamps_token_id": tokenizer.special_id("<|notimestamps|>"),
+        "decoder_start_token_id": tokenizer.special_id("<|startoftranscript|>"),
+    }
+    model.tokenizer = tokenizer
+    return model
+
+
+class Told(Engine):
+    """Says of audio of so many seconds what it is told to: text and times."""
+
+    def __init__(self, model: SpeechModel, said: dict[float, list[str | float]]):
+        super().__init__(model, model.tokenizer.end)
+        self.said, self.heard = said, []
+
+    def _hypothesis(self, live, slot) -> Hypothesis:
+        found = super()._hypothesis(live, slot)
+        self.heard.append(len(live.rows[slot].request.audio) / 16000)
+        tokens, text = [], []
+        for one in self.said[self.heard[-1]]:
+            new = (
+                self.model.tokenizer.encode(one)
+                if isinstance(one, str)
+                else [self.rules.first_timestamp + round(one * SECOND)]
+            )
+            tokens += new
+            text += new if isinstance(one, str) else []
+        times = tuple(np.linspace(0.0, 0.5, len(text) + 1).tolist())
+        return replace(
+            found, tokens=tokens, logprob=0.0, alignment=Alignment(tuple(text), times, (1.0,) * len(text))
+        )
+
+
+def test_where_whisper_ends_before_its_window_the_rest_is_decoded(whisper, tmp_path):
+    """A sentence that the window cuts: the first timestamp is written, and then the end."""
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 6) * 0.1, 16000)
+    said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 1.0, 1.0], 2.5: [0.5, " three", 2.2, 2.2]}
+    engine = Told(whisper, said)
+    config = TranscribeConfig(timestamps="word")
+    (found,) = transcribe(
+        engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 6.0, "")], config=config
+    )
+    assert engine.heard == [6.0, 3.5, 2.5]
+    assert found.text == "one two three"
+    assert [(one.start, one.end) for one in found.segments] == [(0.0, 2.5), (2.5, 3.5), (4.0, 5.7)]
+    assert [word.text for one in found.segments for word in one.words] == ["one", "two", "three"]
+    assert (engine.counters.utterances, engine.counters.audio_seconds) == (1, 6.0)
+
+
+def test_without_timestamps_nothing_is_decoded_again(whisper, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 6) * 0.1, 16000)
+    engine = Told(whisper, {6.0: [" one"]})
+    (found,) = transcribe(engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 6.0, "")])
+    assert (engine.heard, found.text) == ([6.0], "one")
+
+
+@pytest.mark.parametrize("fallback", [Fallback(), None])
+def test_silence_is_told_with_and_without_fallback(whisper, fallback):
+    listener = Listener(
+        Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback)
+    )
+    request = listener.request({"source_lang": "en"})
+    assert request.scored
+    tokens = whisper.tokenizer.encode(" thank you")
+    unlikely = Hypothesis(None, tokens, True, logprob=-3.0 * len(tokens))
+    assert request.retry
+    assert request.retry(unlikely) == (0.2 if fallback else None)
+    assert listener.segments(unlikely, 3.0)
+    assert not listener.segments(replace(unlikely, no_speech=0.9), 3.0)
+
+
+def test_a_language_that_nobody_names_is_detected_for_a_translation_too(whisper, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(800), 16000)
+    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
+    asked = {}
+    for language in (None, "es"):
+        for task in (None, "transcribe", "translate"):
+            (item,) = read_items([tmp_path / "a.wav"], defaults=Defaults(language, task))
+            assert item.utterance
+            request = listener.request(listener.slots(item.utterance))
+            shown = whisper.tokenizer.decode(request.prompt, special=True)
+            asked[language, task] = (len(request.languages), "<|translate|>" in shown)
+            assert language is None or "<|es|>" in shown
+    assert asked == {
+        (None, None): (2, False),
+        (None, "transcribe"): (2, False),
+        (None, "translate"): (2, True),
+        ("es", None): (0, False),
+        ("es", "transcribe"): (0, False),
+        ("es", "translate"): (0, True),
+    }
+    (item,) = read_items([tmp_path / "a.wav"], defaults=Defaults(task="translate"))
+    (refused,) = require_language([item], ["en", "es"])  # for a model that detects none
+    assert "names no language" in str(refused.problem)
