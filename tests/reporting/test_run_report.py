@@ -40,6 +40,14 @@ def test_everything_is_told(folder: Path):
     assert 'class="missing"' not in page
 
 
+def test_translations_have_their_bleu_drawn(folder: Path):
+    assert "BLEU" not in run_report(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        row = {"kind": "valid", "step": 60, "wer": 0.9, "bleu": 15.0, "bleu_de": 20.0, "bleu_fr": 10.0}
+        file.write(json.dumps(row) + "\n")
+    assert "BLEU in validation, into de, fr" in run_report(folder)
+
+
 @pytest.mark.parametrize(
     ("gone", "named"),
     [

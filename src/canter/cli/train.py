@@ -53,5 +53,6 @@ def run(config: TrainConfig | None) -> None:
     )
     best = Checkpoints(run_.folder / "checkpoints", 1).best()
     if best:
-        say(f"best: {run_.folder}/checkpoints/{best['checkpoint']}, validation WER {best['wer']:.1%}")
+        scored = f"BLEU {best['bleu']:.1f}" if "bleu" in best else f"WER {best['wer']:.1%}"
+        say(f"best: {run_.folder}/checkpoints/{best['checkpoint']}, validation {scored}")
     say(f"next: canter transcribe {run_.folder} FILES..., canter report {run_.folder}")

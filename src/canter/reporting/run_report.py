@@ -148,6 +148,10 @@ def curves(train: Sequence[Row], valid: Sequence[Row]) -> list[Html]:
         drawings.append(
             html.figure(drawing, "Error rates in validation", "Held-out utterances, decoded in full.")
         )
+    names = sorted({key for row in valid for key in row if key.startswith("bleu_")})
+    if scores := {name.removeprefix("bleu_"): points for name in names if (points := _points(valid, name))}:
+        drawing = figures.curves(scores, markers=True)
+        drawings.append(html.figure(drawing, f"BLEU in validation, into {', '.join(scores)}", "0 to 100."))
     if points := _points(train, "learning_rate"):
         drawings.append(html.figure(figures.curves({"learning rate": points}), "Learning rate"))
     return drawings

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +59,20 @@ class Checkpoints:
         self.wait()
         self.pending.append(self.thread.submit(self._write, snapshot, model, characters))
 
-    def set_best(self, step: int, wer: float) -> None:
+    def is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether a validation is at least as good as the best so far: by BLEU where it has that, else by WER. One of
+        other utterances, or scored in the other way, cannot be compared, and a new best begins."""
+        best = self.best()
+        if best is None or best.get("set", metrics["set"]) != metrics["set"]:
+            return True
+        if ("bleu" in best) != ("bleu" in metrics):
+            return True
+        return metrics["bleu"] >= best["bleu"] if "bleu" in best else metrics["wer"] <= best["wer"]
+
+    def set_best(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Marks the checkpoint of ``step``, once it is written, as the best so far; returns when that is on disk."""
-        content = json.dumps({"checkpoint": self.path(step).name, "wer": wer}) + "\n"
+        kept = {name: metrics[name] for name in ("wer", "bleu", "set") if name in metrics}
+        content = json.dumps({"checkpoint": self.path(step).name, **kept}) + "\n"
 
         def write() -> None:
             write_whole(self.folder / BEST, content)
@@ -131,7 +142,7 @@ class Checkpoints:
         )
 
     def best(self) -> dict[str, Any] | None:
-        """{"checkpoint", "wer"} of the best validation so far."""
+        """{"checkpoint", "wer", "set"}, and "bleu" of translations, of the best validation so far."""
         path = self.folder / BEST
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 

@@ -374,7 +374,8 @@ class Trainer:
             self.checkpoints.save(snapshot, self.model, self.data.characters)
 
     def _validate(self) -> None:
-        """WER of the model as it is, or of its average; the best checkpoint is the one of the lowest."""
+        """WER of the model as it is, or of its average; the best checkpoint is the one of the lowest (of the highest
+        BLEU, where translations are validated)."""
         assert self.validate is not None
         done = self.progress.step
         self.model.eval()
@@ -390,8 +391,7 @@ class Trainer:
         if not self.ranks.first:
             return
         self.checkpoints.wait()
-        best = self.checkpoints.best()
-        if best is None or metrics["wer"] <= best["wer"]:
-            self.checkpoints.set_best(done, metrics["wer"])
+        if self.checkpoints.is_best(metrics):
+            self.checkpoints.set_best(done, metrics)
         self.run.log(kind="valid", step=done, **metrics)  # the last of it: without this line it is done again
         self.track(done, {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, int | float)})

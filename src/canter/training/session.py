@@ -63,7 +63,8 @@ def train(
         if config.valid:
             rate = prepared.data.sample_rate
             chosen = spread_over(rows, config.valid_utterances)
-            validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say)
+            limits = prepared.data.longest_seconds, prepared.data.most_tokens
+            validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say, *limits)
         trainer = Trainer(
             prepared.config,
             prepared.run,

@@ -1,5 +1,8 @@
 """WER of a model in training, by the decoding engine."""
 
+import hashlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -27,12 +30,16 @@ def validator(
     precision: str,
     ranks: Ranks = ALONE,
     say: Callable[[str], None] = lambda _: None,
+    longest_seconds: float = math.inf,
+    most_tokens: float = math.inf,
 ) -> Callable[[SpeechModel, int], dict[str, Any]]:
-    """``validate(model, step) -> metrics`` over ``utterances``, whose audio is read once; unreadable ones are left
-    out, and ``say`` is told. WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those
-    that are translations. Each rank decodes its part, and all have the result.
+    """``validate(model, step) -> metrics`` over ``utterances``, whose audio is read once; those that are
+    unreadable, or longer than the model's ``longest_seconds`` or ``most_tokens``, are left out, and ``say`` is told.
+    WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those that are translations: "bleu"
+    is its mean over languages. "set" tells sets of utterances apart. Each rank decodes its part, and all have the
+    result.
 
-    Raises ManifestError where none can be read.
+    Raises ManifestError where none can be used.
     """
     kept: list[Utterance] = []
     requests: list[Request] = []
@@ -40,16 +47,20 @@ def validator(
     for utterance in utterances[ranks.rank :: ranks.size]:
         try:
             audio = load_utterance(utterance, sample_rate)
+            prompt = tokenizer.prompt(utterance)
+            tokens = len(prompt) + len(tokenizer.encode(utterance.text, utterance.lang)) + 1  # the end's
+            _refuse_too_long(utterance, len(audio) / sample_rate, tokens, longest_seconds, most_tokens)
         except AudioError as error:
             problems.append(str(error))
             continue
         kept.append(utterance)
-        requests.append(Request(audio, tokenizer.prompt(utterance)))
+        requests.append(Request(audio, prompt))
     if left_out := [problem for some in ranks.objects(problems) for problem in some]:
-        told = f"{len(left_out)} of {len(utterances)} validation utterances cannot be read: {left_out[0]}"
+        told = f"{len(left_out)} of {len(utterances)} validation utterances cannot be used: {left_out[0]}"
         if len(left_out) == len(utterances):
             raise ManifestError(told)
         say(told)
+    scored_set = fingerprint([utterance for part in ranks.objects(kept) for utterance in part])
 
     def validate(model: SpeechModel, step: int) -> dict[str, Any]:
         engine = engine_for(model, tokenizer.end, EngineConfig())
@@ -68,6 +79,7 @@ def validator(
             "cer": scored.total.cer,
             "rtfx": float(ranks.table([engine.counters.rtfx]).sum()),
             "utterances": len(done),
+            "set": scored_set,
             **translations(pairs),
             "examples": [{"text": done[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
         }
@@ -76,7 +88,8 @@ def validator(
 
 
 def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
-    """BLEU by target language of those utterances that are translated; empty without any, or without sacrebleu."""
+    """BLEU by target language of those utterances that are translated, and its mean as "bleu"; empty without any, or
+    without sacrebleu."""
     rows = [
         (u, text) for u, text in pairs if u.target_lang and u.source_lang and u.target_lang != u.source_lang
     ]
@@ -85,7 +98,37 @@ def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
     scores = score_translations(
         [u.text for u, _ in rows], [t for _, t in rows], [u.target_lang for u, _ in rows]
     )
-    return {f"bleu_{lang}": score.bleu for lang, score in scores.items()}
+    by_language = {f"bleu_{lang}": score.bleu for lang, score in scores.items()}
+    return {"bleu": sum(by_language.values()) / len(by_language), **by_language}
+
+
+def fingerprint(utterances: Sequence[Utterance]) -> str:
+    """Of what is decoded and what it is compared with, in any order and wherever the audio lies."""
+    keys = (
+        (
+            os.path.basename(u.audio_filepath),
+            u.offset,
+            u.duration,
+            u.text,
+            u.lang,
+            u.source_lang,
+            u.target_lang,
+        )
+        for u in utterances
+    )
+    return hashlib.blake2b(repr(sorted(map(repr, keys))).encode(), digest_size=8).hexdigest()
+
+
+def _refuse_too_long(u: Utterance, seconds: float, tokens: int, most_seconds: float, most: float) -> None:
+    if seconds > most_seconds:
+        raise AudioError(
+            f"{u.audio_filepath}: {seconds:.2f} s are more than the {most_seconds:g} s that the model takes"
+        )
+    if tokens > most:
+        raise AudioError(
+            f"{u.audio_filepath}: its text has {tokens} tokens with prompt and end, more than the {most} that the "
+            "model has positions for"
+        )
 
 
 def spread_over(utterances: Sequence[Utterance], most: int) -> list[Utterance]:

@@ -1,0 +1,108 @@
+"""What is validated, and which checkpoint is the best by it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from canter.corpus.manifest import Utterance, read_manifest
+from canter.errors import ManifestError
+from canter.models.decoder import DecoderConfig
+from canter.models.features import WhisperFeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
+from canter.models.whisper import WhisperEncoderConfig
+from canter.text import train_tokenizer
+from canter.training.checkpoints import Checkpoints
+from canter.training.session import train
+from canter.training.validation import fingerprint, translations, validator
+
+from .conftest import unwatched
+
+
+@pytest.fixture
+def rows(spoken):
+    found = [row for row in read_manifest(spoken.test_manifest) if isinstance(row, Utterance)]
+    return sorted(found, key=lambda row: row.duration)
+
+
+@pytest.fixture
+def tokenizer(rows, tmp_path):
+    return train_tokenizer(
+        [row.text for row in rows], {str(row.lang) for row in rows}, 60, tmp_path / "tokenizer"
+    )
+
+
+def test_what_the_model_cannot_take_is_left_out_and_named(rows, tokenizer):
+    torch.manual_seed(0)
+    most = int(50 * rows[-1].duration) - 1  # 20 ms each: all but the longest fit
+    model = SpeechModel(
+        ModelConfig(
+            WhisperFeatureConfig(mels=20, pad_seconds=0.0),
+            WhisperEncoderConfig(1, 16, 2, 32, 20, most),
+            DecoderConfig(1, 16, 2, 32, tokenizer.vocab_size, 50),
+        )
+    ).eval()
+    assert rows[-2].duration < model.longest_seconds < rows[-1].duration
+    said = []
+    validate = validator(
+        rows, tokenizer, 16000, "float32", say=said.append, longest_seconds=model.longest_seconds
+    )
+    with torch.inference_mode():
+        assert validate(model, 0)["utterances"] == len(rows) - 1
+    assert len(said) == 1
+    assert f"1 of {len(rows)} validation utterances cannot be used" in said[0]
+    assert rows[-1].audio_filepath in said[0]
+    with pytest.raises(ManifestError, match=r"its text has .* tokens with prompt and end, more than the 2"):
+        validator(rows, tokenizer, 16000, "float32", most_tokens=2)
+
+
+def test_a_set_is_what_is_scored(rows, tmp_path):
+    whole = fingerprint(rows)
+    moved = [dataclasses.replace(row, audio_filepath=f"/else{row.audio_filepath}") for row in rows]
+    assert fingerprint(moved[::-1]) == whole
+    assert fingerprint(rows[1:]) != whole
+    assert fingerprint([dataclasses.replace(rows[0], text="other"), *rows[1:]]) != whole
+
+
+@pytest.mark.parametrize(
+    ("best", "now", "better"),
+    [
+        ({"wer": 0.2, "set": "a"}, {"wer": 0.2, "set": "a"}, True),
+        ({"wer": 0.2, "set": "a"}, {"wer": 0.3, "set": "a"}, False),
+        ({"wer": 0.2, "set": "a"}, {"wer": 0.3, "set": "b"}, True),
+        ({"wer": 0.2}, {"wer": 0.3, "set": "b"}, False),  # as it was written once
+        ({"wer": 0.2, "set": "a"}, {"wer": 0.3, "bleu": 1.0, "set": "a"}, True),
+        ({"wer": 0.9, "bleu": 20.0, "set": "a"}, {"wer": 0.8, "bleu": 19.0, "set": "a"}, False),
+        ({"wer": 0.8, "bleu": 19.0, "set": "a"}, {"wer": 0.9, "bleu": 20.0, "set": "a"}, True),
+    ],
+)
+def test_the_best_is_of_one_set_and_by_bleu_where_there_is_one(tmp_path, best, now, better):
+    checkpoints = Checkpoints(tmp_path, 1)
+    assert checkpoints.is_best(now)
+    checkpoints.set_best(1, best)
+    assert checkpoints.is_best(now) == better
+
+
+def test_bleu_of_languages_and_their_mean():
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
+    text = "the cat sat on the mat"
+    pairs = [
+        (Utterance("a.wav", 1.0, text, source_lang="en", target_lang=lang), heard)
+        for lang, heard in (("de", text), ("fr", "nothing of that"))
+    ]
+    found = translations([*pairs, (Utterance("b.wav", 1.0, text, source_lang="en", target_lang="en"), text)])
+    assert found["bleu_de"] == pytest.approx(100)
+    assert found["bleu"] == pytest.approx((found["bleu_de"] + found["bleu_fr"]) / 2)
+
+
+def test_another_validation_set_begins_a_new_best(config):
+    config = dataclasses.replace(config, track=(), steps=2, valid_every=1, valid_utterances=1)
+    train(config, unwatched)
+    path = config.output / "checkpoints" / "best.json"
+    best = json.loads(path.read_text()) | {"wer": 0.0}  # what no other can beat
+    path.write_text(json.dumps(best))
+    train(dataclasses.replace(config, steps=3, valid_utterances=4, allow_changes=True), unwatched)
+    now = json.loads(path.read_text())
+    assert now["set"] != best["set"]
+    assert (now["checkpoint"], now["wer"] > 0) == ("step-000003", True)
