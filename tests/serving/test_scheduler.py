@@ -89,6 +89,71 @@ def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, schedul
     assert len(batches) < 9
 
 
+def seconds_of(scheduler: Scheduler) -> list[float]:
+    """Of the audio that was encoded, batch for batch; each of one piece."""
+    assert all(len(batch) == 1 for batch in scheduler.engine.batches)
+    return [round(batch[0] / 16000, 2) for batch in scheduler.engine.batches]
+
+
+def test_tickets_take_turns(model, scheduler_of):
+    """Long audio lets the others have a piece each between two of its own."""
+    scheduler, got = scheduler_of(frames=1), [Collected(4), Collected(1), Collected(2)]
+    scheduler.submit(requests(model, [0.3]), Collected(1))
+    while not scheduler.engine.batches:
+        pass
+    for lengths, outcomes in zip([[1.0, 1.1, 1.2, 1.3], [0.5], [2.0, 2.1]], got):
+        scheduler.submit(requests(model, lengths), outcomes)
+    scheduler.engine.door.set()
+    assert all(one.all.wait(10) for one in got)
+    assert seconds_of(scheduler) == [0.3, 1.0, 0.5, 2.0, 1.1, 2.1, 1.2, 1.3]
+
+
+def test_who_comes_later_starves_nobody(model, scheduler_of):
+    """With every batch two more tickets come, more than are taken; long audio has its turns all the same."""
+    scheduler, got = scheduler_of(frames=1), Collected(3)
+    encode = scheduler.engine._encode
+
+    def encode_while_more_come(batch):
+        if len(scheduler.engine.batches) < 20:
+            for _ in range(2):
+                scheduler.submit(requests(model, [0.5]), lambda outcome: None)
+        return encode(batch)
+
+    scheduler.engine._encode = encode_while_more_come
+    scheduler.engine.door.set()
+    scheduler.submit(requests(model, [1.0, 1.1, 1.2]), got)
+    assert got.all.wait(10)
+    order = seconds_of(scheduler)
+    assert [order.index(length) for length in (1.0, 1.1, 1.2)] == [0, 3, 10]
+
+
+def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
+    """However long an encoder's batch takes."""
+    scheduler, long, short = scheduler_of(frames=1), Collected(5), Collected(1)
+    encode = scheduler.engine._encode
+
+    def slow(batch):
+        scheduler.engine.counters.encoder_seconds += 1000.0
+        return encode(batch)
+
+    scheduler.engine._encode = slow
+    scheduler.submit(requests(model, [1.0, 1.1, 1.2, 1.3, 1.4]), long)
+    while not scheduler.engine.batches:
+        pass
+    seen: list[float] = []
+
+    def answered(outcome: Outcome) -> None:
+        seen.extend(seconds_of(scheduler))
+        short(outcome)
+
+    scheduler.submit(requests(model, [0.5]), answered)
+    scheduler.engine.door.set()
+    assert short.all.wait(10)
+    assert long.all.wait(10)
+    assert seen == [1.0, 0.5]
+    assert seconds_of(scheduler) == [1.0, 0.5, 1.1, 1.2, 1.3, 1.4]
+
+
 def test_cancelled_before_and_in_the_engine(model, scheduler_of):
     scheduler = scheduler_of(rows=1)
     gone, waiting, kept = Collected(1), Collected(2), Collected(1)

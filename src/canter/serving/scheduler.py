@@ -4,6 +4,7 @@ what nobody waits for any more."""
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,8 @@ class Ticket:
         self.arrived = time.perf_counter()
         self.entered: tuple[float, Spent] | None = None
         """When the engine took its first piece, and what it had spent in its stages until then."""
+        self.turn = 0
+        """The batch that had its last piece, or after which it came."""
 
 
 class _Entry:
@@ -72,6 +75,8 @@ class Scheduler:
         self._waiting: list[_Entry] = []
         self._inside: set[_Entry] = set()
         self._alone: _Entry | None = None
+        self._turn = 0  # batches so far
+        self._last: Spent = (0.0, 0.0, 0.0)  # what the engine had spent when it took the last one
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="canter-engine", daemon=True)
         self._thread.start()
@@ -101,6 +106,7 @@ class Scheduler:
         with self._changed:
             if not self.alive:
                 raise EngineFailure("the service is shutting down")
+            ticket.turn = self._turn
             self._waiting += entries
             self._changed.notify()
         return ticket
@@ -150,15 +156,17 @@ class Scheduler:
                 batch = self._take()
                 if batch:
                     now = time.perf_counter(), self._spent()
+                    self._turn, self._last = self._turn + 1, now[1]
                     for entry in batch:
                         entry.ticket.entered = entry.ticket.entered or now
+                        entry.ticket.turn = self._turn
                         entry.attempts += 1
                     self._inside |= {*batch}
             yield [entry.request for entry in batch]
 
     def _take(self) -> list[_Entry]:
-        """The batch of the piece that has waited longest, its neighbours in length with it. A piece that was
-        there when the engine failed goes through it alone."""
+        """The batch of the piece whose turn it is, its neighbours in length with it. A piece that was there
+        when the engine failed goes through it alone."""
         if self._alone in self._inside:
             return []
         self._alone = next((entry for entry in self._waiting if entry.attempts), None)
@@ -168,15 +176,34 @@ class Scheduler:
                 return []
             self._waiting.remove(self._alone)
             return [self._alone]
-        if not self._waiting:
+        queue = self._in_turn()
+        if not queue or self._others_first(queue[0].ticket):
             return []
-        lengths = [entry.frames for entry in self._waiting]
+        lengths = [entry.frames for entry in queue]
         batches = encoder_batches(lengths, self.engine.frames, self.engine.rows)
-        chosen = next(batch for batch in batches if 0 in batch)
-        batch = [self._waiting[index] for index in chosen]
-        kept = {*chosen}
-        self._waiting = [entry for index, entry in enumerate(self._waiting) if index not in kept]
+        batch = [queue[index] for index in next(batch for batch in batches if 0 in batch)]
+        taken = {*batch}
+        self._waiting = [entry for entry in self._waiting if entry not in taken]
         return batch
+
+    def _in_turn(self) -> list[_Entry]:
+        """What waits: the next piece of every ticket, then the one after it of each, and so on; among them first
+        who has waited longest since a turn, and of those who came since then the oldest."""
+        before: Counter[Ticket] = Counter()
+        places = []
+        for entry in self._waiting:
+            ticket = entry.ticket
+            places.append((before[ticket], ticket.turn, ticket.entered is not None, ticket.arrived))
+            before[ticket] += 1
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return [self._waiting[index] for index in order]
+
+    def _others_first(self, ticket: Ticket) -> bool:
+        """Whether a further piece of ``ticket`` lets the decoder go on first, for as long as the encoder took
+        for the last batch: the last pieces of others are there, which would stand still while it is encoded."""
+        ending = {entry.ticket for entry in self._inside} - {entry.ticket for entry in self._waiting}
+        features, encoder, decoder = (now - then for now, then in zip(self._spent(), self._last))
+        return ticket.entered is not None and bool(ending) and decoder < features + encoder
 
     def _is_cancelled(self, key: object) -> bool:
         return isinstance(key, _Entry) and key.ticket.cancelled
