@@ -1,8 +1,10 @@
 """``canter train`` as a user types it: what it says of mistakes, and that Ctrl-C loses nothing."""
 
+import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +56,34 @@ def test_a_file_and_flags_over_it(spoken, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "steps: 7" in printed
     assert "seed: 6" in printed
+
+
+def test_a_run_goes_on_wherever_it_is(spoken, tmp_path, capsys, monkeypatch):
+    """Its paths were given relative to another folder."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    shutil.copytree(spoken.train_manifest.parent, home)
+    away.mkdir()
+    monkeypatch.chdir(home)
+    files = ["--valid", spoken.test_manifest.name, "--save-every", "1"]
+    local = dataclasses.replace(spoken, train_manifest=Path(spoken.train_manifest.name))
+    assert main(arguments(local, Path("run"), "--steps", "2", *files)) == 0
+    assert main(["train", "run", "--steps", "3", "--allow-changes"]) == 0
+    monkeypatch.chdir(away)
+    (home / "run").rename(away / "moved")
+    capsys.readouterr()
+    assert main(["train", "moved", "--steps", "4", "--allow-changes"]) == 0
+    assert "continuing at step 3 of 4" in capsys.readouterr().err
+    assert [path.name for path in away.iterdir()] == ["moved"]
+    home.rename(tmp_path / "elsewhere")
+    assert main(["train", "moved"]) == 1
+    manifest = spoken.train_manifest.name
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{home / manifest}: no such file, the --manifest of moved" in said
+    named = ["--manifest", str(tmp_path / "elsewhere" / manifest), "--allow-changes"]
+    assert "canter train moved --manifest FILE --allow-changes" in said
+    named += ["--valid", str(tmp_path / "elsewhere" / spoken.test_manifest.name), "--steps", "5"]
+    assert main(["train", "moved", *named]) == 0
+    assert "continuing at step 4 of 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

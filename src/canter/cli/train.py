@@ -4,10 +4,14 @@ With a file, `canter train CONFIG.yaml [--flag value ...]`, whose settings flags
 --manifest train.jsonl --valid valid.jsonl --output runs/x`.
 """
 
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from canter.corpus.manifest import expand_shards
+from canter.errors import ConfigError
 from canter.training.config import TrainConfig, dump_config, load_config
 
 Options = TrainConfig
@@ -22,16 +26,34 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     if printing:
         rest.remove("--print-config")
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    if file is not None and (file / "config.yaml").exists():  # a run's folder: go on with it
-        default = load_config(file / "config.yaml", relative=False)
+    folder = file if file is not None and (file / "config.yaml").exists() else None
+    if folder is not None:  # a run's: go on with it, wherever it is by now
+        default = load_config(folder / "config.yaml", relative=False)
+        default = dataclasses.replace(default, output=folder, allow_changes=False)
     else:
         default = load_config(file) if file is not None else TrainConfig()
     description = f"{__doc__}\n\nWith --print-config, prints the configuration as YAML and stops."
     config = fill(TrainConfig, rest, "canter train [CONFIG.yaml]", description, default)
+    if folder is not None:
+        _refuse_missing(folder, config)
     if printing:
         sys.stdout.write(dump_config(config))
         return None
     return config
+
+
+def _refuse_missing(folder: Path, config: TrainConfig) -> None:
+    """Raises ConfigError for data of a run that is no longer where it was."""
+    for name in ("manifest", "valid"):
+        for path in getattr(config, name):
+            files = expand_shards(str(path).partition("::")[0])
+            missing = next((file for file in files if not os.path.exists(file)), None)
+            if missing is not None:
+                allowed = " --allow-changes" if name == "manifest" else ""
+                raise ConfigError(
+                    f"{missing}: no such file, the --{name} of {folder}; if it was moved, 'canter train {folder} "
+                    f"--{name} FILE{allowed}' names it anew"
+                )
 
 
 def run(config: TrainConfig | None) -> None:

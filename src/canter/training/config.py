@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import functools
+import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -28,8 +30,10 @@ LIMITS = (
     ("window micro_batches_per_step valid_every save_every valid_utterances keep bad_steps threads "
      "model.encoder_layers model.decoder_layers model.width model.heads model.kernel_size model.subsampling_channels "
      "model.mels model.positions optimizer.matrix_every", lambda value: value >= 1, "at least 1"),
-    ("minutes steps epochs batch_seconds rank_timeout optimizer.learning_rate optimizer.matrix_learning_rate "
-     "optimizer.clip", lambda value: value > 0, "positive"),
+    ("batch_seconds optimizer.clip", lambda value: value > 0, "positive"),
+    ("minutes steps epochs rank_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
+     lambda value: 0 < value < math.inf, "positive and finite"),
+    ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
      "augment.time_masks", lambda value: value >= 0, "0 or more"),
     ("skip_limit loss.ctc_weight loss.ctc_alone optimizer.floor augment.time_width",
@@ -222,9 +226,9 @@ class TrainConfig:
             raise ConfigError(
                 "--parallel shard cannot go with Muon, which needs whole matrices; use --optimizer.name adamw"
             )
-        if self.pad_seconds is not None and (self.init is None or self.pad_seconds < 0):
+        if self.pad_seconds is not None and (self.init is None or not 0 <= self.pad_seconds < math.inf):
             raise ConfigError(
-                f"--pad-seconds {self.pad_seconds:g} needs --init with a Whisper, and to be 0 or more"
+                f"--pad-seconds {self.pad_seconds:g} needs --init with a Whisper, and to be finite, 0 or more"
             )
         if self.init is not None:
             shape = dataclasses.fields(ModelShape)
@@ -253,6 +257,22 @@ def decided(config: TrainConfig) -> TrainConfig:
         config,
         optimizer=dataclasses.replace(optimizer, name=name, learning_rate=rate),
         loss=dataclasses.replace(loss, ctc_weight=weight, ctc_alone=alone),
+    )
+
+
+def rooted(config: TrainConfig) -> TrainConfig:
+    """With the paths of what a run is made of absolute: it may be gone on with from another folder."""
+
+    def absolute(path: Path | None) -> Path | None:  # a manifest may name its tars: MANIFEST::TAR
+        return None if path is None else Path("::".join(map(os.path.abspath, str(path).split("::"))))
+
+    return dataclasses.replace(
+        config,
+        manifest=tuple(map(absolute, config.manifest)),
+        valid=tuple(map(absolute, config.valid)),
+        init=absolute(config.init),
+        tokenizer=absolute(config.tokenizer),
+        budget=absolute(config.budget),
     )
 
 
@@ -314,12 +334,10 @@ def _coerce(value: Any, hint: Any, where: str, base: Path | None) -> Any:
         return value
     if hint is Path and isinstance(value, str):
         return base / value if base is not None else Path(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 2e-3 as a string
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            return float(value)  # YAML 1.1 reads 2e-3 as a string
+        except (ValueError, OverflowError):
             pass
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

@@ -33,7 +33,7 @@ import yaml
 from canter.corpus.manifest import Problem
 from canter.errors import ConfigError
 from canter.training.checkpoints import Checkpoints, to_disk, write_whole
-from canter.training.config import TrainConfig, changes, dump_config, from_mapping
+from canter.training.config import TrainConfig, changes, dump_config, from_mapping, rooted
 
 SETTLED = "run.json"
 LOCK = ".lock"
@@ -77,11 +77,11 @@ class Run:
         folder = config.output
         if not writes:
             return cls(folder, writes=False)
-        held = folder / "config.yaml"
+        held, config = folder / "config.yaml", rooted(config)
         changed: list[tuple[str, Any, Any]] = []
         if (folder / SETTLED).exists():
             before = from_mapping(TrainConfig, yaml.safe_load(held.read_text(encoding="utf-8")), str(held))
-            changed = changes(config, before)
+            changed = changes(config, rooted(before))
             _refuse(folder, changed, config.allow_changes)
             _void(folder, [name for name, _, _ in changed])
         elif held.exists():  # of an attempt that got no further: its leftovers may be of other data
