@@ -17,7 +17,9 @@ CLOSING = "\"'.。,，!！?？:：”)]}、"
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
 CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
-LEAST_REST = 0.5  # seconds after a Whisper's last timestamp that are worth a window of their own
+LEAST_REST = (
+    0.5  # seconds after a Whisper's last timestamp that are worth a window of their own, and before it
+)
 NEAR = 1.0  # seconds by which two pieces may differ about when a word was said
 
 
@@ -146,7 +148,7 @@ def ended_early(hypothesis: Hypothesis, seconds: float, first_timestamp: int) ->
     if not tokens or any(token < first_timestamp for token in tokens[-2:]):
         return None
     begins = (tokens[-1] - first_timestamp) * TIMESTAMP_SECONDS
-    return begins if begins > 0 and seconds - begins > LEAST_REST else None
+    return begins if begins >= LEAST_REST and seconds - begins > LEAST_REST else None
 
 
 def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tuple[float, float, list[int]]]:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from canter.corpus.audio import audio_blocks
+from canter.corpus.audio import MOST_CHANNELS, MOST_RATE, audio_blocks
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine
@@ -32,7 +32,6 @@ from canter.serving.scheduler import Outcome, Scheduler, Timing
 from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
-MOST_RATE, MOST_CHANNELS = 768_000, 32  # of an upload: more is a mistake, or made to stop the service
 DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
 UNSTATED = 2**62  # frames from here on: libsndfile's word for a header that does not say
