@@ -182,6 +182,23 @@ def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
 
 
+def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clips, tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    for name in ("good.wav", "stereo.wav"):
+        (tmp_path / "clips" / name).write_bytes((clips / name).read_bytes())
+    late = tmp_path / "clips" / "late.wav"
+    late.write_bytes(b"")
+    out = tmp_path / "out.jsonl"
+    arguments = ["transcribe", model, str(tmp_path / "clips"), "--lang", "en", "-o", str(out), "--json"]
+    assert main(arguments) == 1
+    assert "out.jsonl.partial for when the rest is mended" in capsys.readouterr().err
+    late.write_bytes((clips / "good.wav").read_bytes())
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["resumed"], summary["transcribed"], summary["counters"]["utterances"]) == (2, 3, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out.jsonl"]
+
+
 def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
     """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
     lines = [
@@ -241,4 +258,10 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
     expected = [json.loads(line) for line in alone.read_text().splitlines()]
     assert [row.get("pred_text") for row in rows[:3]] == ["kept"] * 3
     assert rows[3:] == expected[3:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.jsonl", "m.jsonl", "out.jsonl"]
+    kept = [
+        "alone.jsonl.partial",
+        "out.jsonl.partial",
+        "out.jsonl.partial-1",
+    ]  # for when bad-nan.wav is mended
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(["alone.jsonl", "m.jsonl", "out.jsonl", *kept])

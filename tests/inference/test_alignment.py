@@ -119,6 +119,20 @@ def test_segments_of_timestamps():
     assert [[word.text for word in one.words] for one in found] == [[" ab"], [" cd"], [" e"]]
 
 
+def test_pauses_are_no_part_of_the_words_beside_them():
+    """The path begins with the audio and ends with it; the pauses between segments fall to the words beside."""
+    tokens = tokens_of(" a b c") * 2
+    starts = [0.0, 3.0, 3.4, 3.8, 4.0, 4.2, 4.4, 7.0, 7.2, 7.4, 7.6, 7.8, 10.0]
+    alignment = Alignment(tuple(tokens), tuple(starts), (1.0,) * len(tokens))
+    stamped = [FIRST, *tokens_of(" a b c"), FIRST + 225, FIRST + 350, *tokens_of(" a b c"), FIRST + 400]
+    found = segments_of(Hypothesis(None, stamped, True, alignment=alignment), Spelled(), 10.0, FIRST)
+    times = [[(round(word.start, 2), round(word.end, 2)) for word in one.words] for one in found]
+    assert times == [
+        [(2.0, 3.4), (3.4, 4.0), (4.0, 4.4)],  # 1.4 s: the median is over LONG_WORD
+        [(7.0, 7.2), (7.2, 7.6), (7.6, 8.0)],
+    ]
+
+
 @pytest.mark.parametrize(
     ("times", "seconds", "expected"),
     [

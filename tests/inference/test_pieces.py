@@ -1,5 +1,6 @@
 """Long audio in pieces: all speech is in some piece, none is longer than the window, memory is bounded."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -108,6 +109,28 @@ def test_memory_is_bounded():
     for piece in cut(hour(), oracle, window=30.0):
         assert asked / RATE - piece.end < 2 * 30 + 10
     assert asked == 3600 * RATE
+
+
+def test_the_rate_is_the_models():
+    """White noise at half the rate is cut in the same places."""
+    samples = speech([(1.0, 3.0), (1.5, 2.5), (20.0, 1.0), (0.0, 0.2)])
+    known = list(cut([samples], energy, window=6.0))
+    found = list(cut([samples[::2]], partial(energy, rate=RATE // 2), window=6.0, rate=RATE // 2))
+    assert [one.start for one in found] == pytest.approx([one.start for one in known], abs=0.1)
+    assert [one.end for one in found] == pytest.approx([one.end for one in known], abs=0.1)
+
+
+def test_a_quiet_voice_beside_a_loud_one_is_heard():
+    """30 dB below it and 20 above the noise; the noise itself is no speech."""
+    samples = speech([(1.0, 3.0), (2.0, 3.0), (2.0, 3.0)])
+    quiet = slice(round(6.0 * RATE), round(9.0 * RATE))
+    random = np.random.default_rng(1)
+    samples[quiet] *= 10 ** (-30 / 20)
+    samples = (samples + 3e-4 * random.normal(size=len(samples))).astype(np.float32)
+    found = energy(samples) > 0.5
+    assert found[round(6.1 / FRAME) : round(8.9 / FRAME)].all()
+    for start, end in ((0.0, 0.9), (4.1, 5.9), (9.1, 10.9)):
+        assert not found[round(start / FRAME) : round(end / FRAME)].any()
 
 
 def test_energy_follows_the_voice():

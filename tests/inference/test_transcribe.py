@@ -158,6 +158,7 @@ def test_same_stems_get_numbers(folder, tmp_path):
         (["RUN", "CLIP", "--format", "all"], "name a folder"),
         (["RUN", "CLIP", "--format", "all", "-o", "a.txt"], "name a folder"),
         (["RUN", "CLIP", "--json"], "--output"),
+        (["RUN", "CLIP", "-o", "a.jsonl.gz"], "not compressed"),
         (["RUN", "CLIP", "--batch-size", "0"], "at least 1"),
         (["RUN", "CLIP", "--max-repeats", "-1"], "0, no guard, or more"),
         (["RUN", "CLIP", "--device", "cuda"], "no GPU is available"),

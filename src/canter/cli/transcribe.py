@@ -147,7 +147,10 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
             print(json_text(summary, indent=2))
         say(summary)
     problems = ranks.all_gather(len(failed))[0]  # once rank 0, which knows all of them, has written
-    if first:
+    if first and 0 < problems < len(items):  # the others need not be decoded again
+        if ranks.rank == 0:
+            print(f"what was transcribed is kept in {first} for when the rest is mended", file=sys.stderr)
+    elif first:
         remove(first)  # every rank does: their disks may differ
     return 1 if problems else 0
 
@@ -287,6 +290,8 @@ def destination(options: Options) -> tuple[bool, list[str]]:
         raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
     if options.max_repeats < 0:
         raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no guard, or more")
+    if output and output.suffix == ".gz":
+        raise ConfigError(f"{output}: transcripts are not compressed; name it without .gz")
     if output is None:
         if options.json:
             raise ConfigError("--json prints the summary where the transcripts would go: name an --output")

@@ -28,22 +28,27 @@ class Piece:
     """Seconds at its start that the piece before has too: there was no pause to cut in."""
     goes_on: bool = False
     """Whether the next piece has its end too."""
+    rate: int = RATE
 
     @property
     def end(self) -> float:
-        return self.start + len(self.samples) / RATE
+        return self.start + len(self.samples) / self.rate
 
 
 def cut(
-    blocks: Iterable[np.ndarray], detector: Detector | None, window: float = 30.0, overlap: float = 3.0
+    blocks: Iterable[np.ndarray],
+    detector: Detector | None,
+    window: float = 30.0,
+    overlap: float = 3.0,
+    rate: int = RATE,
 ) -> Iterator[Piece]:
-    """Audio (S,) at RATE, in blocks of any size -> pieces of at most ``window`` seconds, in order.
+    """Audio (S,) at ``rate``, in blocks of any size -> pieces of at most ``window`` seconds, in order.
 
     What lies between stretches of speech is left out where it lasts more than a moment (without a
     ``detector`` nothing is). Speech without a pause is cut within a breath, and where there is none at the end
     of the window; the next piece then begins ``overlap`` seconds before.
     """
-    most, size, margin = round(window / FRAME), round(FRAME * RATE), round(MARGIN / FRAME)
+    most, size, margin = round(window / FRAME), round(FRAME * rate), round(MARGIN / FRAME)
     lap = round(min(overlap, window / 2) / FRAME)
     rest, done, carried = np.zeros(0, np.float32), 0, 0  # frames that are settled, and that come twice
     blocks, more = iter(blocks), True
@@ -68,8 +73,8 @@ def cut(
         end, again = (begin, 0) if late or begin == frames else _end(speech, raw, begin, most, lap, further)
         if end > begin:
             samples = seen[begin * size : end * size]
-            shared = min(carried * FRAME, len(samples) / RATE)
-            yield Piece((done + begin) * FRAME, samples, shared, again > 0)
+            shared = min(carried * size, len(samples)) / rate
+            yield Piece((done + begin) * size / rate, samples, shared, again > 0, rate)
         # The start of a word may lie within the margin at the end of what is known.
         settled = end - again if begin < frames else max(0, frames - margin) if further else frames
         rest, done, carried = rest[settled * size :], done + settled, again

@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from canter.inference.alignment import Alignment
 from canter.inference.requests import Hypothesis
@@ -17,9 +18,8 @@ CLOSING = "\"'.。,，!！?？:：”)]}、"
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
 CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
-LEAST_REST = (
-    0.5  # seconds after a Whisper's last timestamp that are worth a window of their own, and before it
-)
+LONG_WORD = 0.7  # seconds that the usual word of an alignment lasts at most
+LEAST_REST = 0.5  # seconds before and after a Whisper's last timestamp that make a window of their own
 NEAR = 1.0  # seconds by which two pieces may differ about when a word was said
 
 
@@ -118,7 +118,8 @@ def segments_of(
         words = _canary_words(tokenizer.decode(tokens, special=True))
         begin, end = (words[0].start, words[-1].end) if words else (0.0, seconds)
         spans = [(begin, min(end, seconds), list(tokens))]
-    if hypothesis.alignment and not words:
+    aligned = hypothesis.alignment is not None and not words
+    if hypothesis.alignment and aligned:
         words = words_of(hypothesis.alignment, tokenizer)
     found = []
     for begin, end, part in spans:
@@ -135,7 +136,10 @@ def segments_of(
                     no_speech_prob=hypothesis.no_speech,
                 )
             )
-    return _with_words(found, words) if words else found
+    if not words:
+        return found
+    found = _with_words(found, words)
+    return _bounded(found) if aligned else found
 
 
 def ended_early(hypothesis: Hypothesis, seconds: float, first_timestamp: int) -> float | None:
@@ -192,6 +196,25 @@ def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
             taken += sum(not one.isspace() for one in words[place].text)
             place += 1
         found.append(replace(segment, words=tuple(words[begin:place])))
+    return found
+
+
+def _bounded(segments: list[Segment]) -> list[Segment]:
+    """An alignment covers all audio, so the pause before a segment falls to its first word, and what is after it to its
+    last: a first word lasts no more than twice the usual (the median, at most LONG_WORD, as openai-whisper's), a last
+    one no longer than its segment."""
+    lengths = [word.end - word.start for word in _all_words(segments) if word.end > word.start]
+    most = 2 * min(LONG_WORD, median(lengths)) if lengths else 0.0
+    found = []
+    for segment in segments:
+        words = list(segment.words)
+        if words and words[0].end - words[0].start > most:
+            first = words[0]
+            start = first.end - most
+            words[0] = replace(first, start=max(start, segment.start) if segment.start < first.end else start)
+        if words and words[-1].start < segment.end < words[-1].end:
+            words[-1] = replace(words[-1], end=segment.end)
+        found.append(replace(segment, words=tuple(words)))
     return found
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,7 +22,7 @@ from canter.inference.pieces import Piece, cut
 from canter.inference.reading import Assembly, Fallback, ended_early, segments_of
 from canter.inference.requests import Hypothesis, Request
 from canter.inference.segments import Segment
-from canter.inference.vad import DETECTORS, RATE
+from canter.inference.vad import DETECTORS
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -80,9 +81,10 @@ class Listener:
         asked = self.config.window_seconds or usual_window(engine.model)
         self.window = min(asked, engine.model.longest_seconds)
         self.rate = engine.model.sample_rate
-        self.detector = DETECTORS[self.config.vad] if self.config.vad != "none" else None
-        if self.config.vad == "silero":
-            DETECTORS["silero"](np.zeros(1, np.float32))
+        self.detector = None
+        if self.config.vad != "none":
+            self.detector = partial(DETECTORS[self.config.vad], rate=self.rate)
+            self.detector(np.zeros(1, np.float32))
 
     def slots(self, utterance: Utterance) -> dict[str, str]:
         """The utterance's prompt slots, with timestamps if they are asked for."""
@@ -136,7 +138,7 @@ class Listener:
     def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
         """Audio in blocks, at the model's rate, in pieces that fit the model."""
         overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # nothing could join them
-        return cut(blocks, self.detector, self.window, overlap)
+        return cut(blocks, self.detector, self.window, overlap, self.rate)
 
     def segments(self, hypothesis: Hypothesis, seconds: float) -> list[Segment]:
         """Of a piece of so many seconds; none where Whisper heard nobody speak."""
@@ -326,7 +328,7 @@ class _Queue:
 
 
 def _request(request: Request, index: int, number: int, piece: Piece) -> Request:
-    key = _Part(index, number, piece.start, len(piece.samples) / RATE, piece.overlap)
+    key = _Part(index, number, piece.start, len(piece.samples) / piece.rate, piece.overlap)
     aligned = request.aligned or piece.overlap > 0 or piece.goes_on
     return replace(request, audio=piece.samples, key=key, aligned=aligned)
 

@@ -16,13 +16,15 @@ RATE = 16000
 FRAME = 0.02  # seconds
 QUIET = 1e-10  # added to power, so that silence has a logarithm
 CONTRAST = 10.0  # dB between the quietest and the loudest, below which energy says nothing
+RISE = 8.0  # dB above the quietest that speech need not exceed
+FAINTEST = -80.0  # dB of full scale; what is below is silence
 Detector = Callable[[np.ndarray], np.ndarray]
-"""Samples (S,) at RATE -> (F,) how likely somebody speaks, 0 to 1, above 0.5 taken for speech."""
+"""Samples (S,) -> (F,) how likely somebody speaks, 0 to 1, above 0.5 taken for speech."""
 
 
-def loudness(samples: np.ndarray) -> np.ndarray:
+def loudness(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
     """samples (S,) -> (F,) dB of full scale, smoothed over 5 frames; the last frame may be cut short."""
-    size = round(FRAME * RATE)
+    size = round(FRAME * rate)
     frames = -(-len(samples) // size)
     padded = np.zeros(frames * size, dtype=np.float32)
     padded[: len(samples)] = samples
@@ -31,21 +33,23 @@ def loudness(samples: np.ndarray) -> np.ndarray:
     return 10 * np.log10(smooth + QUIET)
 
 
-def energy(samples: np.ndarray) -> np.ndarray:
-    """A ``Detector``: speech is what stands out from the quietest tenth by a quarter of what the loudest do.
+def energy(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
+    """A ``Detector``: speech is what stands out from the quietest tenth by a quarter of what the loudest do, or by
+    RISE: beside a loud speaker a quiet one is heard too.
 
     Careful rather than keen: where there is little contrast (noise, music, a word in long silence) all is taken for
     speech, and nothing at all where all is silent to the last bit.
     """
-    level = loudness(samples)
+    level = loudness(samples, rate)
     if not len(level):
         return level
     floor, top = np.percentile(level, 10), np.percentile(level, 95)
-    if level.max() < -80:
+    if level.max() < FAINTEST:
         return np.zeros(len(level))
     if top - floor < CONTRAST:
         return np.ones(len(level))
-    return np.clip((level - floor) / (top - floor) / 0.5, 0, 1)
+    threshold = max(floor + min((top - floor) / 4, RISE), FAINTEST)
+    return np.clip((level - floor) / (threshold - floor) / 2, 0, 1)
 
 
 @functools.cache
@@ -63,24 +67,27 @@ def _silero_session():
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def silero(samples: np.ndarray) -> np.ndarray:
+def silero(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
     """A ``Detector``: silero-vad's network, which looks at 32 ms after 4 ms of what was before.
 
-    Raises ConfigError without the extra ``vad``.
+    Raises ConfigError without the extra ``vad``, and for a rate that the network does not know.
     """
-    session, size, before = _silero_session(), 512, 64
+    if rate not in (8000, 16000):
+        raise ConfigError(f"--vad silero hears 8,000 or 16,000 Hz, the model {rate:,}: use --vad energy")
+    session, size, before = _silero_session(), 512 * rate // 16000, 64 * rate // 16000
     windows = -(-len(samples) // size)
     padded = np.zeros(before + windows * size, dtype=np.float32)
     padded[before : before + len(samples)] = samples
     state = np.zeros((2, 1, 128), dtype=np.float32)
     found = np.zeros(windows)
-    rate = np.array(RATE, dtype=np.int64)
+    given = np.array(rate, dtype=np.int64)
     for index in range(windows):
         part = padded[None, index * size : index * size + size + before]
-        share, state = session.run(None, {"input": part, "state": state, "sr": rate})
+        share, state = session.run(None, {"input": part, "state": state, "sr": given})
         found[index] = share[0, 0]
-    frames = -(-len(samples) // round(FRAME * RATE))
-    return found[(np.arange(frames) * round(FRAME * RATE)) // size]
+    frames = -(-len(samples) // round(FRAME * rate))
+    return found[(np.arange(frames) * round(FRAME * rate)) // size]
 
 
-DETECTORS: dict[str, Detector] = {"energy": energy, "silero": silero}
+DETECTORS: dict[str, Callable[..., np.ndarray]] = {"energy": energy, "silero": silero}
+"""Detectors by name; each also takes the samples' rate."""
