@@ -10,6 +10,7 @@ import torch
 import canter
 from canter.corpus.build import build_index
 from canter.models.checkpoint import save_model
+from canter.models.norm import merge_pending
 from canter.planning import Budget, Plan
 from canter.planning.sampler import PlanSampler
 from canter.training.data import MicroBatches, collate
@@ -44,6 +45,7 @@ while step < steps:  # a pass over the loader is an epoch, or the rest of one
         sums = model.loss(batch)
         loss = sums.attention / sums.attention_count
         loss.backward()
+        merge_pending(model)  # BatchNorm's running statistics, once a step
         optimizer.step()
         optimizer.zero_grad()
         step += 1
