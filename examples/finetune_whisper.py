@@ -55,6 +55,7 @@ def main(options: Options) -> None:
         logging_steps=1,
         remove_unused_columns=False,  # the collator wants the audio, which is no argument of the model
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),  # or else several processes take each other for one
     )
     processor = WhisperProcessor.from_pretrained(options.model)
     model = WhisperForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
@@ -64,7 +65,7 @@ def main(options: Options) -> None:
     if args.process_index == 0:
         options.output.mkdir(parents=True, exist_ok=True)
         tokenizer = WhisperTokenizer(processor.tokenizer.backend_tokenizer.to_str())
-        prompt = len(processor.tokenizer.prefix_tokens)
+        prompt = len(processor.tokenizer("").input_ids) - 1  # but for the end token
         build_index([options.manifest], lengths, tokenizer, prompt_tokens=prompt)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -192,10 +192,10 @@ def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path
     said = []
     train(one, unwatched, said.append)
     assert any(
-        "1 of 6 validation utterances cannot be read: " in line and "gone.wav" in line for line in said
+        "1 of 6 validation utterances cannot be used: " in line and "gone.wav" in line for line in said
     )
     write_manifest(tmp_path / "valid.jsonl", [row | {"audio_filepath": "gone.wav"} for row in rows])
-    with pytest.raises(ManifestError, match=r"6 of 6 validation utterances cannot be read: .*gone.wav"):
+    with pytest.raises(ManifestError, match=r"6 of 6 validation utterances cannot be used: .*gone.wav"):
         train(one, unwatched)
     with pytest.raises(ManifestError, match=r"nowhere.jsonl does not exist"):
         train(
