@@ -140,7 +140,8 @@ def test_pauses_are_no_part_of_the_words_beside_them():
         (["ab", 2.0, 2.0], 2.4, None),  # too little is left
         (["ab", 2.0], 6.0, None),  # nobody speaks any more
         (["ab", 2.0, 2.0, "cd"], 6.0, None),
-        ([0.4], 6.0, 0.4),
+        ([0.6], 6.0, 0.6),
+        ([0.4], 6.0, None),  # windows that go on by so little would never end
         ([0.0], 6.0, None),  # nothing heard: no use to ask again
         ([], 6.0, None),
     ],
