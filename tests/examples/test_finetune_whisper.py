@@ -1,9 +1,7 @@
 import json
 
 import pytest
-import tokenizers
 from safetensors.torch import load_file
-from tokenizers import decoders, models, pre_tokenizers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -11,14 +9,9 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, whisper_bytes):
     """The folder of a small Whisper of transformers: bytes, and the special tokens of one language."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = "endoftext startoftranscript en translate transcribe startofprev nospeech notimestamps"
-    backend.add_special_tokens([f"<|{name}|>" for name in names.split()])
+    backend = whisper_bytes("en")
     end, start = (backend.token_to_id(f"<|{name}|>") for name in ("endoftext", "startoftranscript"))
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     tokenizer = transformers.WhisperTokenizerFast(tokenizer_object=backend, **special)

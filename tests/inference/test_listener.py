@@ -6,9 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from canter.corpus.manifest import Utterance
 from canter.inference.alignment import Alignment
@@ -23,19 +21,13 @@ from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import WhisperTokenizer
 
-SPECIAL = "endoftext startoftranscript en es translate transcribe startofprev nospeech notimestamps"
 SECOND = 50  # of timestamps
 
 
 @pytest.fixture(scope="module")
-def whisper() -> SpeechModel:
+def whisper(whisper_bytes) -> SpeechModel:
     """In English and Spanish; its tokens are bytes and timestamps."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([f"<|{name}|>" for name in SPECIAL.split()])
-    tokenizer = WhisperTokenizer(backend.to_str())
+    tokenizer = WhisperTokenizer(whisper_bytes("en", "es").to_str())
     torch.manual_seed(0)
     encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
     decoder = DecoderConfig(

@@ -15,9 +15,7 @@ import soundfile
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig
@@ -130,15 +128,9 @@ def model() -> SpeechModel:
 
 
 @pytest.fixture(scope="session")
-def whisper() -> SpeechModel:
+def whisper(whisper_bytes) -> SpeechModel:
     """A random Whisper that knows bytes and two languages."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = "endoftext startoftranscript en es translate transcribe startofprev nospeech notimestamps"
-    backend.add_special_tokens([f"<|{name}|>" for name in names.split()])
-    tokenizer = WhisperTokenizer(backend.to_str())
+    tokenizer = WhisperTokenizer(whisper_bytes("en", "es").to_str())
     torch.manual_seed(0)
     encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
     decoder = DecoderConfig(

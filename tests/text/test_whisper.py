@@ -4,8 +4,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
@@ -22,15 +20,10 @@ TEXTS = (
 )
 
 
-def multilingual() -> WhisperTokenizer:
+@pytest.fixture
+def multilingual(whisper_bytes) -> WhisperTokenizer:
     """A vocabulary of bytes with the special tokens in Whisper's order."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = "endoftext startoftranscript en es translate transcribe startofprev nospeech notimestamps"
-    backend.add_special_tokens([f"<|{name}|>" for name in names.split()])
-    return WhisperTokenizer(backend.to_str())
+    return WhisperTokenizer(whisper_bytes("en", "es").to_str())
 
 
 @needs_model
@@ -56,8 +49,8 @@ def test_parity_with_transformers():
         ours.prompt_ids({"source_lang": "de"})
 
 
-def test_multilingual_prompts():
-    tokenizer = multilingual()
+def test_multilingual_prompts(multilingual):
+    tokenizer = multilingual
     assert tokenizer.languages == ("en", "es")
     shown = tokenizer.decode(tokenizer.prompt(Utterance("a.wav", 1.0, "x", lang="es")), special=True)
     assert shown == "<|startoftranscript|><|es|><|transcribe|><|notimestamps|>"
@@ -68,16 +61,16 @@ def test_multilingual_prompts():
     assert shown == "<|startofprev|> hola<|startoftranscript|><|es|><|translate|>"
 
 
-def test_specials_in_text_are_text_and_timestamps_are_left_out():
-    tokenizer = multilingual()
+def test_specials_in_text_are_text_and_timestamps_are_left_out(multilingual):
+    tokenizer = multilingual
     ids = tokenizer.encode("<|endoftext|>")
     assert max(ids) < tokenizer.end
     assert tokenizer.decode([*ids, tokenizer.end, tokenizer.vocab_size - 1]) == "<|endoftext|>"
     assert tokenizer.decode([tokenizer.vocab_size - 1], special=True) == "<|30.00|>"
 
 
-def test_saved_and_pickled(tmp_path):
-    tokenizer = multilingual()
+def test_saved_and_pickled(tmp_path, multilingual):
+    tokenizer = multilingual
     tokenizer.save(tmp_path)
     for other in (load_tokenizer(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
         assert other.fingerprint == tokenizer.fingerprint

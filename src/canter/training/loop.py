@@ -188,12 +188,16 @@ class Trainer:
         computed = self.gradient.compute(loaded, counts, step, alone)
         problems = [problem for one in loaded for problem in one.skipped]
         problems += self._unfit(loaded, computed)
-        used = [left for batch in batches if (left := batch.without(computed.unfit)) is not None]
-        own, left = Counts.of(batches), Counts.of(used)
+        lost = Counts(0, 0)
+        if computed.unfit:
+            own = Counts.of(batches)
+            batches = [some for one in batches if (some := one.without(computed.unfit)) is not None]
+            used = Counts.of(batches)
+            lost = own.less(used.tokens, used.characters)
         part = Part.of(
-            used,
-            lost_tokens=own.tokens - left.tokens,
-            lost_characters=own.characters - left.characters,
+            batches,
+            lost_tokens=lost.tokens,
+            lost_characters=lost.characters,
             attention=computed.attention,
             ctc=computed.ctc,
             seconds=computed.seconds,
