@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from canter.models.norm import merge_pending
+from canter.training.half import HalfWeights
 from canter.training.weights import compile_layers
 
 from .conftest import small_model, small_whisper
@@ -53,20 +54,30 @@ def test_padding_changes_nothing():
         for row in range(len(lengths)):
             size = batch.audio_lengths[row : row + 1]
             alone, _ = model.encode(*model.features(batch.audio[row : row + 1, : int(size)], size))
-            torch.testing.assert_close(alone[0], encoded[row, : int(lengths[row])], rtol=1e-3, atol=1e-4)
+            frames = int(lengths[row])  # there are a few more, which fill a multiple of eight
+            torch.testing.assert_close(alone[0, :frames], encoded[row, :frames], rtol=1e-3, atol=1e-4)
 
 
 def test_bf16_comes_close_and_compiled_layers_come_to_the_same():
     model, batch = small_model().cuda().train(), make_batch(SIZES, 1000, 1)
-    exact = float(loss_of(model, batch))
-    with torch.autocast("cuda", torch.bfloat16):
-        rounded = float(loss_of(model, batch))
-    assert rounded == pytest.approx(exact, rel=0.05)
+    loss_of(model, batch).backward()
+    exact = {name: one.grad for name, one in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    with HalfWeights(model) as half:
+        rounded = loss_of(model, batch)
+        rounded.backward()
+        half.collect()
+    with torch.no_grad():
+        whole = float(loss_of(model, batch))
+    assert float(rounded.detach()) == pytest.approx(whole, rel=0.05)
+    for name, one in model.named_parameters():
+        assert one.dtype == one.grad.dtype == torch.float32
+        assert (one.grad - exact[name]).norm() <= 0.2 * exact[name].norm() + 1e-4, name
     compiled = copy.deepcopy(model)
+    compiled.zero_grad(set_to_none=True)
     compile_layers(compiled)
     loss = loss_of(compiled, batch)
-    assert float(loss.detach()) == pytest.approx(exact, rel=1e-3)
+    assert float(loss.detach()) == pytest.approx(whole, rel=1e-3)
     loss.backward()
-    loss_of(model, batch).backward()
-    for (name, one), other in zip(model.named_parameters(), compiled.parameters()):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-2, atol=1e-3, msg=name)
+    for name, one in compiled.named_parameters():
+        torch.testing.assert_close(one.grad, exact[name], rtol=1e-2, atol=1e-3, msg=name)

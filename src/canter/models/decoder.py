@@ -158,7 +158,7 @@ class Decoder(Stack):
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.positions[positions]
+        x = (self.embedding(tokens) + self.positions[positions]).to(self.embedding.weight.dtype)
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:

@@ -7,16 +7,21 @@ attention, and left out of the BatchNorm statistics.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canter.models import kernels
 from canter.models.encoder import Encoder
 from canter.models.features import length_mask
 from canter.models.norm import MaskedBatchNorm
+
+if kernels.AVAILABLE:
+    from canter.models.kernels import conformer, subsampling
 
 ALIGNED = 8  # numbers of two bytes that a GPU reads at a time
 
@@ -108,6 +113,8 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(c * subsampled(config.mels), config.width)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if kernels.usable(features):
+            return self._fused(features, lengths)
         x = (features * length_mask(lengths, features.shape[1])[:, :, None])[:, None]
         lengths = subsampled_once(lengths)
         x = self._first(x, lengths)
@@ -115,6 +122,19 @@ class Subsampling(nn.Module):
             lengths = subsampled_once(lengths)
             x = self._pointwise(cast(nn.Conv2d, self.conv[depthwise + 1]), self.conv[depthwise](x), lengths)
         return self.out(x.transpose(1, 2).flatten(2)), lengths
+
+    def _fused(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with channels last, where what the first convolution gives is never in memory: it is several times
+        as large as anything in the layers."""
+        first, _, second, pointwise, _, third, last, _ = cast(Iterable[Any], self.conv)
+        x = subsampling.start(features, lengths, first.weight, first.bias, second.weight, second.bias)
+        lengths = subsampled_once(subsampled_once(lengths))
+        x = F.linear(x, pointwise.weight.flatten(1), pointwise.bias)
+        x = subsampling.halve(x, lengths, third.weight, third.bias)
+        lengths = subsampled_once(lengths)
+        x = F.linear(x, last.weight.flatten(1), last.bias)
+        x = F.relu_(x.mul_(length_mask(lengths, x.shape[1])[:, :, None, None]))
+        return self.out(x.transpose(2, 3).flatten(2)), lengths
 
     def _first(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(B, 1, F, M) -> (B, C, F', M') through the first convolution and ReLU, zero from ``lengths`` on. On a CPU a
@@ -174,10 +194,13 @@ class RelativeAttention(nn.Module):
         v = self.linear_v(x).view(b, t, self.heads, -1).transpose(1, 2)
         p = self.linear_pos(positions) * (d // self.heads) ** -0.5
         p = p.view(len(positions), self.heads, -1).permute(1, 2, 0)  # (H, K, N)
-        by_content = (q + self.pos_bias_u).transpose(1, 2)
-        by_position = (q + self.pos_bias_v).transpose(1, 2)
-        bias = _shift(torch.matmul(by_position, p))
-        bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
+        by_content, by_position = (q + self.pos_bias_u).transpose(1, 2), q + self.pos_bias_v
+        if kernels.usable(q):  # one product a head, of all rows
+            scores = torch.bmm(by_position.view(b * t, self.heads, -1).transpose(0, 1), p)
+            bias = conformer.relative_bias(scores.view(self.heads, b, t, -1), valid)
+        else:
+            bias = _shift(torch.matmul(by_position.transpose(1, 2), p))
+            bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(by_content.to(v.dtype), k, v, attn_mask=bias, dropout_p=dropout)
         return self.linear_out(y.transpose(1, 2).reshape(b, t, d))
@@ -203,20 +226,22 @@ class Convolution(nn.Module):
         self.pointwise_conv2 = nn.Linear(d, d, bias=config.bias)
 
     def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        x = F.glu(self.pointwise_conv1(x), dim=-1) * valid[:, :, None]
+        x = F.glu(self.pointwise_conv1(x), dim=-1)
         conv, norm = self.depthwise_conv, self.batch_norm
         if not isinstance(norm, MaskedBatchNorm):
-            x = norm(self._depthwise(x, conv.weight, conv.bias))
+            x = norm(self._depthwise(x, valid, conv.weight, conv.bias))
         elif norm.training:  # not where its weights are frozen
-            x = norm(self._depthwise(x, conv.weight, conv.bias), valid, count)
+            x = norm(self._depthwise(x, valid, conv.weight, conv.bias), valid, count)
         else:
-            x = self._depthwise(x, *norm.folded(conv.weight, conv.bias))
+            x = self._depthwise(x, valid, *norm.folded(conv.weight, conv.bias))
         return self.pointwise_conv2(F.silu(x, inplace=not torch.is_grad_enabled()))
 
-    def _depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, T, D), weight (D, 1, k) -> (B, T, D). On a CPU in two dimensions, of which one is empty: those have
-        kernels for channels that are last in memory, as they are here, and take half the time."""
-        x, padding, groups = x.transpose(1, 2), weight.shape[2] // 2, len(weight)
+    def _depthwise(self, x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (B, T, D), valid (B, T), weight (D, 1, k) -> (B, T, D). On a CPU in two dimensions, of which one is empty:
+        those have kernels for channels that are last in memory, as they are here, and take half the time."""
+        if kernels.usable(x):
+            return conformer.depthwise(x, valid, weight, bias)
+        x, padding, groups = (x * valid[:, :, None]).transpose(1, 2), weight.shape[2] // 2, len(weight)
         if x.is_cuda:
             return F.conv1d(x, weight, bias, padding=padding, groups=groups).transpose(1, 2)
         y = F.conv2d(x[:, :, None], weight[:, :, None], bias, padding=(0, padding), groups=groups)

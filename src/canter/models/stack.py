@@ -25,12 +25,21 @@ class Stack(nn.Module):
         if layer_drop and self.training:
             keep = (torch.rand(len(self.layers)) >= layer_drop).tolist()
             layers = [layer for layer, kept in zip(self.layers, keep, strict=True) if kept]
-        for layer in layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *context, use_reentrant=False, context_fn=_contexts)  # pyright: ignore[reportAssignmentType]
-            else:
-                x = layer(x, *context)
+        with _as_compiled(len(x)):
+            for layer in layers:
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, *context, use_reentrant=False, context_fn=_contexts)  # pyright: ignore[reportAssignmentType]
+                else:
+                    x = layer(x, *context)
         return x
+
+
+def _as_compiled(batch: int):
+    """Has layers that were compiled run as they were written for a batch of one: to a compiler that is another shape,
+    and compiling it takes longer than it ever runs."""
+    if batch > 1 or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _contexts():

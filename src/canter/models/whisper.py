@@ -97,7 +97,7 @@ class WhisperEncoder(Encoder):
         else:
             x = self._convolved(features, lengths)
         lengths = self.frames(lengths)
-        x = self.dropout(x + self.positions[: x.shape[1]])
+        x = self.dropout((x + self.positions[: x.shape[1]]).to(self.conv1.weight.dtype))
         mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths
 
@@ -105,7 +105,8 @@ class WhisperEncoder(Encoder):
         """(B, F, M) and (B,) in feature frames -> (B, T, D)."""
         x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
         x = gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
-        return gelu(self.conv2(x)).transpose(1, 2)
+        # in memory as it is read, or every layer copies what it reads, and adds to what stands across
+        return gelu(self.conv2(x)).transpose(1, 2).contiguous()
 
     def _without_silence(self, features: Tensor) -> int:
         """How many frames of ``features`` (B, F, M) tell what the convolutions make of all, where the others only

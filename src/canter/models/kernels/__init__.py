@@ -1,0 +1,14 @@
+"""Kernels for a GPU where torch's own pass over memory far more often than they need to; in Triton, which torch's
+builds for CUDA bring along. What they compute can be had without them too, in the modules that call them."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+AVAILABLE = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether ``x`` is where these kernels run, and of a type that their products of matrices are fast in."""
+    return AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,210 @@
+"""A Conformer layer's depthwise convolution and the shift of its relative positions, each in one pass over memory.
+
+B: utterances, T: frames, D: width, K: taps, H: heads, N: distances. Operators of torch's, so that compiled layers take
+them as they are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FRAMES, WIDTH = 32, 64  # of a tile of the convolution
+CHUNKS = 512  # parts in which the gradient of its weights is summed
+ROWS, COLUMNS = 16, 128  # of a tile of scores
+
+
+@triton.jit
+def _depthwise(
+    x, valid, table, y, T, D, blocks, K: tl.constexpr, FLIPPED: tl.constexpr, F: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """x (B, T, D) by a table (K + 1, D) of taps and bias. FLIPPED: from the output's gradient the input's."""
+    b, t = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * F + tl.arange(0, F)
+    d = tl.program_id(1) * W + tl.arange(0, W)
+    wide, start = d < D, b.to(tl.int64) * T
+    out = tl.zeros((F, W), tl.float32)
+    if not FLIPPED:
+        out += tl.load(table + K * D + d, mask=wide, other=0.0).to(tl.float32)[None, :]
+    for k in tl.static_range(K):
+        source = t + k - K // 2
+        there = (source >= 0) & (source < T)
+        if not FLIPPED:
+            there = there & (tl.load(valid + start + source, mask=there, other=0) != 0)
+        value = tl.load(
+            x + (start + source)[:, None] * D + d[None, :], mask=there[:, None] & wide[None, :], other=0.0
+        )
+        tap = tl.load(table + (K - 1 - k if FLIPPED else k) * D + d, mask=wide, other=0.0)
+        out += value.to(tl.float32) * tap.to(tl.float32)[None, :]
+    within = t < T
+    if FLIPPED:
+        kept = tl.load(valid + start + t, mask=within, other=0) != 0
+        out = tl.where(kept[:, None], out, 0.0)
+    place = (start + t)[:, None] * D + d[None, :]
+    tl.store(y + place, out.to(y.dtype.element_ty), mask=within[:, None] & wide[None, :])
+
+
+@triton.jit
+def _depthwise_table(
+    x, valid, gradient, tables, T, D, blocks, tiles,
+    K: tl.constexpr, TAPS: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    chunk, d, row = tl.program_id(0), tl.program_id(1) * W + tl.arange(0, W), tl.arange(0, TAPS)
+    wide = d < D
+    sums = tl.zeros((TAPS, W), tl.float32)
+    for tile in range(chunk, tiles, tl.num_programs(0)):
+        t = (tile % blocks) * F + tl.arange(0, F)
+        start = (tile // blocks).to(tl.int64) * T
+        within = t < T
+        g = tl.load(
+            gradient + (start + t)[:, None] * D + d[None, :], mask=within[:, None] & wide[None, :], other=0.0
+        ).to(tl.float32)
+        for k in tl.static_range(K):
+            source = t + k - K // 2
+            there = within & (source >= 0) & (source < T)
+            there = there & (tl.load(valid + start + source, mask=there, other=0) != 0)
+            value = tl.load(
+                x + (start + source)[:, None] * D + d[None, :], mask=there[:, None] & wide[None, :], other=0.0
+            )
+            sums += tl.where(row == k, 1.0, 0.0)[:, None] * tl.sum(g * value.to(tl.float32), axis=0)[None, :]
+        sums += tl.where(row == K, 1.0, 0.0)[:, None] * tl.sum(g, axis=0)[None, :]
+    place = (chunk * TAPS + row[:, None]) * D + d[None, :]
+    tl.store(tables + place, sums, mask=wide[None, :])
+
+
+def _run_depthwise(x: Tensor, valid: Tensor, table: Tensor, flipped: bool) -> Tensor:
+    (b, t, d), y = x.shape, torch.empty_like(x)
+    blocks = triton.cdiv(t, FRAMES)
+    _depthwise[(b * blocks, triton.cdiv(d, WIDTH))](
+        x, valid, table, y, t, d, blocks, K=len(table) - 1, FLIPPED=flipped, F=FRAMES, W=WIDTH
+    )
+    return y
+
+
+@torch.library.custom_op("canter::depthwise", mutates_args=())
+def _convolved(x: Tensor, valid: Tensor, table: Tensor) -> Tensor:
+    return _run_depthwise(x.contiguous(), valid, table, flipped=False)
+
+
+@torch.library.custom_op("canter::depthwise_backward", mutates_args=())
+def _convolved_backward(gradient: Tensor, x: Tensor, valid: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    x, gradient = x.contiguous(), gradient.contiguous()
+    b, t, d = x.shape
+    blocks, taps = triton.cdiv(t, FRAMES), triton.next_power_of_2(len(table))
+    tiles = b * blocks
+    chunks = min(CHUNKS, tiles)
+    tables = torch.empty(chunks, taps, d, device=x.device)
+    _depthwise_table[(chunks, triton.cdiv(d, WIDTH))](
+        x, valid, gradient, tables, t, d, blocks, tiles, K=len(table) - 1, TAPS=taps, F=FRAMES, W=WIDTH
+    )
+    for_table = tables.sum(0)[: len(table)].to(table.dtype)
+    return _run_depthwise(gradient, valid, table, flipped=True), for_table
+
+
+@_convolved.register_fake
+def _(x, valid, table):
+    return x.new_empty(x.shape)
+
+
+@_convolved_backward.register_fake
+def _(gradient, x, valid, table):
+    return x.new_empty(x.shape), table.new_empty(table.shape)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _depthwise_gradient(ctx, gradient):
+    x, valid, table = ctx.saved_tensors
+    for_x, for_table = _convolved_backward(gradient, x, valid, table)
+    return for_x, None, for_table
+
+
+_convolved.register_autograd(_depthwise_gradient, setup_context=_keep)
+
+
+def depthwise(x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution, zero padding, of x (B, T, D), taken for zero where ``valid`` (B, T) is false, by weight
+    (D, 1, K), K odd, and bias (D,) -> (B, T, D)."""
+    taps = weight[:, 0].mT
+    last = taps.new_zeros(1, taps.shape[1]) if bias is None else bias[None].to(taps.dtype)
+    return _convolved(x, valid, torch.cat([taps, last]).to(x.dtype))
+
+
+@triton.jit
+def _shift(scores, valid, out, T, N, batch, heads, LEAST: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
+    """(H, B, T, N) by distance -> (B, H, T, T) by key."""
+    bh, t, s = (
+        tl.program_id(0),
+        tl.program_id(1) * R + tl.arange(0, R),
+        tl.program_id(2) * S + tl.arange(0, S),
+    )
+    inside = (t < T)[:, None] & (s < T)[None, :]
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    source = ((h * batch + b) * T + t)[:, None] * N + (T - 1 - t[:, None] + s[None, :])
+    value = tl.load(scores + source, mask=inside, other=0.0)
+    kept = tl.load(valid + b * T + s, mask=s < T, other=0) != 0
+    line = bh.to(tl.int64) * T + t
+    tl.store(out + line[:, None] * T + s[None, :], tl.where(kept[None, :], value, LEAST), mask=inside)
+
+
+@triton.jit
+def _shift_back(gradient, valid, out, T, N, batch, heads, R: tl.constexpr, S: tl.constexpr):
+    bh, t, n = (
+        tl.program_id(0),
+        tl.program_id(1) * R + tl.arange(0, R),
+        tl.program_id(2) * S + tl.arange(0, S),
+    )
+    b, h = (bh // heads).to(tl.int64), bh % heads
+    s = n[None, :] - (T - 1 - t[:, None])
+    there = (t < T)[:, None] & (s >= 0) & (s < T)
+    there = there & (tl.load(valid + b * T + s, mask=there, other=0) != 0)
+    value = tl.load(gradient + (bh.to(tl.int64) * T + t)[:, None] * T + s, mask=there, other=0.0)
+    place = ((h * batch + b) * T + t)[:, None] * N + n[None, :]
+    tl.store(out + place, value, mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+@torch.library.custom_op("canter::relative_bias", mutates_args=())
+def relative_bias(scores: Tensor, valid: Tensor) -> Tensor:
+    """scores (H, B, T, N) by distance, from T - 1 down, and valid (B, T) -> (B, H, T, T) by key, the type's least
+    number where the key is not valid."""
+    h, b, t, n = scores.shape
+    out = scores.new_empty(b, h, t, t)
+    grid = (b * h, triton.cdiv(t, ROWS), triton.cdiv(t, COLUMNS))
+    least = torch.finfo(scores.dtype).min
+    _shift[grid](scores.contiguous(), valid, out, t, n, b, h, LEAST=least, R=ROWS, S=COLUMNS)
+    return out
+
+
+@torch.library.custom_op("canter::relative_bias_backward", mutates_args=())
+def _relative_bias_backward(gradient: Tensor, valid: Tensor, distances: int) -> Tensor:
+    b, h, t, _ = gradient.shape
+    out = gradient.new_empty(h, b, t, distances)
+    grid = (b * h, triton.cdiv(t, ROWS), triton.cdiv(distances, COLUMNS))
+    _shift_back[grid](gradient.contiguous(), valid, out, t, distances, b, h, R=ROWS, S=COLUMNS)
+    return out
+
+
+@relative_bias.register_fake
+def _(scores, valid):
+    h, b, t, _ = scores.shape
+    return scores.new_empty(b, h, t, t)
+
+
+@_relative_bias_backward.register_fake
+def _(gradient, valid, distances):
+    b, h, t, _ = gradient.shape
+    return gradient.new_empty(h, b, t, distances)
+
+
+def _keep_valid(ctx, inputs, output):
+    scores, valid = inputs
+    ctx.distances = scores.shape[-1]
+    ctx.save_for_backward(valid)
+
+
+def _shift_gradient(ctx, gradient):
+    return _relative_bias_backward(gradient, *ctx.saved_tensors, ctx.distances), None
+
+
+relative_bias.register_autograd(_shift_gradient, setup_context=_keep_valid)
