@@ -28,7 +28,7 @@ def test_a_step_over_the_limit_is_an_event_after_which_smaller_ones_still_run(st
     assert not prober(20000, 100, 30).fits
     assert prober.out_of_memory == 1
     assert torch.cuda.memory_allocated() <= before
-    small, large = prober(10, 100, 30), prober(400, 100, 30)
+    small, large = prober(10, 100, 30), prober(200, 100, 30)
     assert small.fits
     assert large.fits
     assert small.bytes < large.bytes < LIMIT

@@ -6,7 +6,7 @@ B: utterances, F: feature frames, M: mel bins, N: micro-batches of the step, S: 
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from canter.models.model import Batch, Loss, SpeechModel
 from canter.models.norm import MaskedBatchNorm
 from canter.training.config import LossConfig, TrainConfig
 from canter.training.data import Loaded
+from canter.training.half import half_weights
 from canter.training.ranks import ALONE, Ranks
 from canter.training.recovery import Cut, cut_more
 from canter.tuning.memory import give_back, is_out_of_memory
@@ -67,9 +68,20 @@ class Gradient:
         masks = {k: v for k, v in vars(config.augment).items() if k != "speed"}
         self.augment = SpecAugmentConfig(**masks)
         self.norms = [m for m in model.modules() if isinstance(m, MaskedBatchNorm)]
+        self.half = half_weights(model, precision)
+        self.autocast = precision == "bf16" and self.half is None
 
     def compute(self, loaded: Sequence[Loaded], counts: Counts, step: int, alone: bool) -> Computed:
-        """Forward and backward of each micro-batch; ``alone``: CTC only.
+        """Forward and backward of each micro-batch; ``alone``: CTC only."""
+        with self.weights():
+            return self._compute(loaded, counts, step, alone)
+
+    def weights(self) -> AbstractContextManager:
+        """In this context a backward pass may be run."""
+        return self.half or nullcontext()
+
+    def _compute(self, loaded: Sequence[Loaded], counts: Counts, step: int, alone: bool) -> Computed:
+        """As ``compute``.
 
         A micro-batch that runs out of memory is cut (see ``recovery``), and the step started anew, as the backward
         pass may have added half of a gradient. Ranks exchange nothing meanwhile, so none waits for a cut but at the
@@ -108,6 +120,8 @@ class Gradient:
     def discard(self) -> None:
         """Forgets gradients and statistics computed so far."""
         self.model.zero_grad(set_to_none=True)
+        if self.half:
+            self.half.clear()
         for norm in self.norms:
             norm.pending.clear()
         give_back()
@@ -175,7 +189,7 @@ class Gradient:
 
     def backward(self, batch: Batch, counts: Counts, alone: bool, epoch: int) -> Tensor:
         """Adds the batch's part of the step's gradient; returns (cross-entropy, CTC) sums (2,)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model.loss(
                 batch,
                 attention=not alone,
@@ -183,6 +197,7 @@ class Gradient:
                 features=self.features(batch, epoch),
             )
             self._objective(loss, counts, alone).backward()
+        self._collect()
         return torch.stack([loss.attention.detach(), loss.ctc.detach()])
 
     def _backward_in_parts(self, batch: Batch, counts: Counts, alone: bool, epoch: int, parts: int) -> Tensor:
@@ -190,7 +205,7 @@ class Gradient:
         if parts == 1:
             return self.backward(batch, counts, alone, epoch)
         total = torch.zeros(2, device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             encoded, lengths = self.model.encode(*self.features(batch, epoch))
             leaf = encoded.detach().requires_grad_()
             for rows in torch.arange(len(lengths), device=self.device).tensor_split(min(parts, len(lengths))):
@@ -202,14 +217,20 @@ class Gradient:
                     label_smoothing=self.config.loss.label_smoothing,
                 )
                 self._objective(loss, counts, alone).backward()
+                self._collect()
                 total += torch.stack([loss.attention.detach(), loss.ctc.detach()])
             if encoded.requires_grad:
                 encoded.backward(leaf.grad)
+                self._collect()
         return total
+
+    def _collect(self) -> None:
+        if self.half:
+            self.half.collect()
 
     def objective(self, batch: Batch, alone: bool) -> Tensor:
         """What is minimised, of one batch by itself."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self._objective(self.model.loss(batch, attention=not alone), Counts.of([batch]), alone)
 
     def _objective(self, loss: Loss, counts: Counts, alone: bool) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from canter.models.model import Batch, SpeechModel
 from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
 from canter.training.config import TrainConfig, decided
+from canter.training.half import half_weights
 from canter.training.optimizers import Optimizers
 from canter.training.weights import compile_layers
 from canter.tuning.probe import TrainingStep
@@ -55,13 +57,16 @@ def training_step(
     if config.compile:
         compile_layers(model)
     device = next(model.parameters()).device
-    optimizers = Optimizers(model, config.optimizer, steps=1000)
+    optimizers, half = Optimizers(model, config.optimizer, steps=1000), half_weights(model, precision)
 
     def step(batch: int, frames: int, tokens: int) -> None:
         data = synthetic_batch(model, batch, frames, tokens, prompt)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and half is None)
+        with half or nullcontext(), autocast:
             loss = model.loss(data, label_smoothing=config.loss.label_smoothing)
             (loss.attention / loss.attention_count + loss.ctc / loss.ctc_count.clamp(min=1)).backward()
+            if half:
+                half.collect()
         merge_pending(model)
         optimizers.step(0)
 

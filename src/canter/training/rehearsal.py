@@ -63,7 +63,8 @@ def fits(
         try:
             state = torch.empty(missing_state(optimizers), dtype=torch.uint8, device=device)
             data = synthetic_batch(model, batch, frames, tokens, prompt=1)
-            gradient.backward(data, Counts.of([data]), alone=False, epoch=0)
+            with gradient.weights():
+                gradient.backward(data, Counts.of([data]), alone=False, epoch=0)
             fitted = True
             del state
         except (RuntimeError, MemoryError) as error:
