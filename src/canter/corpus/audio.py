@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from canter.corpus.remote import is_url, read_bytes, stamp
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError, ManifestError
@@ -332,11 +333,8 @@ def _open(path: str):
             match = _MEMBER.fullmatch(path)
             if match and not os.path.exists(path):
                 file = io.BytesIO(_read_member(path, match))
-            elif "://" in path:
-                import fsspec
-
-                with fsspec.open(path, "rb") as remote:
-                    file = io.BytesIO(remote.read())  # type: ignore[union-attr]
+            elif is_url(path):
+                file = io.BytesIO(read_bytes(path))
             else:
                 file = stack.enter_context(open(path, "rb"))
             if not file.seek(0, os.SEEK_END):
@@ -358,19 +356,17 @@ def _open(path: str):
 def _read_member(path: str, match: re.Match[str]) -> bytes:
     file, name, start, size = match.group("file", "name", "start", "bytes")
     if start is None:
-        members = _tar_members(file, os.stat(file).st_mtime_ns)
+        members = _tar_members(file, stamp(file))
         if name not in members:
             raise AudioError(f"{path}: there is no {name!r} among the {len(members)} members of {file}")
         start, size = members[name]
-    with open(file, "rb") as container:
-        container.seek(int(start))
-        data = container.read(int(size))
+    data = read_bytes(file, int(start), int(size))
     if len(data) < int(size):
         raise AudioError(f"{path}: {file} ends within it: truncated, or changed since it was indexed")
     return data
 
 
 @functools.lru_cache(maxsize=16)
-def _tar_members(path: str, mtime: int) -> dict[str, tuple[int, int]]:
-    """``{name: (first byte, bytes)}``. ``mtime`` (ns) keeps a changed tar from the cache."""
+def _tar_members(path: str, version: str) -> dict[str, tuple[int, int]]:
+    """``{name: (first byte, bytes)}``. ``version`` keeps a changed tar from the cache."""
     return {one.name: (one.start, one.size) for one in walk_tar(path) if isinstance(one, Member)}
