@@ -33,6 +33,12 @@ def test_table_and_alignment(tmp_path, capsys):
     assert "1 utterances left out" in out
 
 
+def test_a_result_at_a_url(tmp_path, capsys):
+    url = f"file://{write(tmp_path / 'r.jsonl', ROWS)}"
+    assert main(["score", url, "--against", url, "--html", str(tmp_path / "page.html")]) == 0
+    assert "33.33%" in capsys.readouterr().out
+
+
 def test_json(tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", ROWS)
     better = write(tmp_path / "s.jsonl", [{**ROWS[0], "pred_text": ROWS[0]["text"]}, *ROWS[1:]])

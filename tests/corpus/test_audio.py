@@ -18,6 +18,7 @@ from canter.corpus.audio import (
     load_utterance,
     member_ref,
 )
+from canter.corpus.ffmpeg import open_coded
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError
@@ -278,12 +279,10 @@ def test_unsafe_and_torn_tars_are_told(tar):
     assert "truncated tar" in found[-1].reason
 
 
-def test_formats_of_the_av_extra(tmp_path):
+def m4a(path, samples):
     av = pytest.importorskip("av", reason="the extra 'av' is not installed")
-    path = tmp_path / "a.m4a"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
-        samples = tone(2.0)
         for start in range(0, len(samples), 1024):
             frame = av.AudioFrame.from_ndarray(
                 samples[None, start : start + 1024], format="fltp", layout="mono"
@@ -291,6 +290,11 @@ def test_formats_of_the_av_extra(tmp_path):
             frame.rate = 16000
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def test_formats_of_the_av_extra(tmp_path):
+    path = tmp_path / "a.m4a"
+    m4a(path, tone(2.0))
     found = load_audio(path)
     assert abs(len(found) - 32000) <= 2048
     assert abs(np.abs(np.fft.rfft(found[:16000])).argmax() - 440) <= 2
@@ -298,6 +302,39 @@ def test_formats_of_the_av_extra(tmp_path):
     (tmp_path / "bad.m4a").write_bytes(b"nothing" * 100)
     with pytest.raises(AudioError, match="is not audio"):
         load_audio(tmp_path / "bad.m4a")
+
+
+class Watched(io.FileIO):
+    """Counts the bytes that are read of it."""
+
+    taken = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.taken += len(data)
+        return data
+
+
+def test_of_a_long_m4a_the_segment_alone_is_decoded(tmp_path):
+    path = tmp_path / "a.m4a"
+    phase = np.cumsum(np.linspace(200, 2000, 40 * 16000)) / 16000  # a sweep: no two stretches are alike
+    m4a(path, (0.5 * np.sin(2 * math.pi * phase)).astype(np.float32))
+    whole = load_audio(path)
+    for offset, duration in ((0.3, 1.0), (1.5, 0.5), (20.123, 2.0)):
+        found = load_audio(path, offset=offset, duration=duration)
+        wanted = whole[round(offset * 16000) :][: len(found)]
+        assert len(found) == round(duration * 16000)
+        assert np.abs(found - wanted).mean() < 0.05 * np.abs(wanted).mean()
+    with Watched(path) as file, open_coded(str(path), file, "") as coded:
+        next(coded.read(32 * 16000, None))
+        assert file.taken < path.stat().st_size / 2
+    with pytest.raises(AudioError, match=r"gives 1\.\d+ s from 39 s on where the manifest says 2\.00 s"):
+        load_audio(path, offset=39.0, duration=2.0)
+    blocks = list(audio_blocks(Utterance(str(path), 40.0, ""), seconds=6.0))
+    assert len(blocks) >= 6  # so that a reader may stop
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+    (rounded,) = audio_blocks(Utterance(str(path), len(whole) / 16000 - 0.15, "", offset=0.0), seconds=90.0)
+    np.testing.assert_array_equal(rounded, whole)
 
 
 def test_without_the_av_extra_the_message_names_it(tmp_path, monkeypatch):

@@ -3,18 +3,23 @@
 import gzip
 import io
 import json
+import shutil
 import tarfile
+from typing import ClassVar
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+from fsspec.implementations.memory import MemoryFileSystem
 
-from canter.corpus.audio import load_utterance
+from canter.corpus.audio import load_audio, load_utterance
 from canter.corpus.build import build_index
 from canter.corpus.counting import UnitCounter
 from canter.corpus.manifest import Problem, Utterance, write_manifest
+from canter.corpus.mixture import read_mixture
 from canter.corpus.sources import open_source, units_of
 from canter.errors import ManifestError
 
@@ -475,3 +480,96 @@ def test_tables_without_lengths(tmp_path):
     (tmp_path / "x.arrow").write_bytes(b"words")
     with pytest.raises(ManifestError, match="is not an Arrow file"):
         build_index(tmp_path / "x.arrow", tmp_path / "i.arrow")
+
+
+# URLs
+
+
+class Ranges(MemoryFileSystem):
+    """Object storage in memory, which remembers what was asked of it."""
+
+    protocol = "ranges"
+    asked: ClassVar[list[tuple]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("ranges://", "memory://"))
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        self.asked.append((start, end))
+        return super().cat_file(path, start=start, end=end, **kwargs)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A function that moves all files of the temporary folder there, and gives its URL."""
+    fsspec.register_implementation("ranges", Ranges, clobber=True)
+    files = fsspec.filesystem("ranges")
+
+    def move():
+        files.put(f"{tmp_path}/", "/bucket/", recursive=True)
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        Ranges.asked.clear()
+        return "ranges://bucket"
+
+    yield move
+    files.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
+def test_manifests_at_urls(audio, tmp_path, bucket, name):
+    rows = "".join(
+        json.dumps({"audio_filepath": f"../x/../audio/{n}.flac", "duration": SECONDS[n], "text": TEXTS[n]})
+        + "\n"
+        for n in range(5)
+    ).encode()
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / name).write_bytes(gzip.compress(rows) if name.endswith("gz") else rows)
+    url = f"{bucket()}/lists/{name}"
+    assert not check(url, tmp_path)
+    first = rows.splitlines(keepends=True)[0]
+    fsspec.filesystem("ranges").pipe(url, gzip.compress(first) if name.endswith("gz") else first)
+    assert not check(url, tmp_path, [0])  # another file by now
+
+
+def test_tars_at_urls_are_read_by_range(tarred, tmp_path, bucket):
+    home = bucket()
+    pattern = f"{home}/sharded_manifests/manifest_{{0..1}}.json::{home}/audio_{{0..1}}.tar"
+    assert not check(pattern, tmp_path)
+    assert len(Ranges.asked) == 10
+    assert all(end - start <= len(flac(2)) for start, end in Ranges.asked)
+    np.testing.assert_allclose(load_audio(f"{home}/audio_1.tar::4.flac"), sound(4), atol=1e-4)
+    (tmp_path / "mix.yaml").write_text(
+        f"- manifest_filepath: {home}/sharded_manifests/manifest_{{0..1}}.json\n"
+        f"  tarred_audio_filepaths: {home}/audio_{{0..1}}.tar\n"
+    )
+    assert (
+        len(build_index(read_mixture(tmp_path / "mix.yaml"), tmp_path / "mix.arrow", UnitCounter("chars")))
+        == 5
+    )
+
+
+def test_webdataset_at_a_url(tmp_path, bucket):
+    with tarfile.open(tmp_path / "w.tar", "w") as tar:
+        for number in range(5):
+            add(tar, f"{number}.flac", flac(number))
+            add(tar, f"{number}.txt", TEXTS[number].encode())
+    assert not check(f"{bucket()}/w.tar", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://none.jsonl", "memory://none.jsonl does not exist"),
+        ("memory://none.tar", "memory://none.tar does not exist"),
+        ("memory://none.parquet", "copy it to a disk"),
+        ("nonsense://none.jsonl", "nonsense://none.jsonl cannot be read: .*[Pp]rotocol"),
+        ("nonsense://none.tar", "nonsense://none.tar cannot be read: .*[Pp]rotocol"),
+    ],
+)
+def test_urls_that_cannot_be_read(tmp_path, url, message):
+    with pytest.raises(ManifestError, match=message):
+        list(open_source(url))
+    with pytest.raises(ManifestError, match=message):
+        build_index(url, tmp_path / "i.arrow", UnitCounter("chars"))

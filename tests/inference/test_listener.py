@@ -48,11 +48,12 @@ class Told(Engine):
 
     def __init__(self, model: SpeechModel, said: dict[float, list[str | float]]):
         super().__init__(model, model.tokenizer.end)
-        self.said, self.heard = said, []
+        self.said, self.heard, self.stamped = said, [], []
 
     def _hypothesis(self, live, slot) -> Hypothesis:
         found = super()._hypothesis(live, slot)
         self.heard.append(len(live.rows[slot].request.audio) / 16000)
+        self.stamped.append(live.drawn[slot].stamped)
         tokens, text = [], []
         for one in self.said[self.heard[-1]]:
             new = (
@@ -89,6 +90,19 @@ def test_without_timestamps_nothing_is_decoded_again(whisper, tmp_path):
     engine = Told(whisper, {6.0: [" one"]})
     (found,) = transcribe(engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 6.0, "")])
     assert (engine.heard, found.text) == ([6.0], "one")
+
+
+def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path):
+    """Where nobody wants any too: they tell where the sentence begins that the cut went through."""
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 8) * 0.1, 16000)
+    said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 3.5], 5.0: [" two three"]}
+    engine = Told(whisper, said)
+    config = TranscribeConfig(vad="none", window_seconds=6.0, overlap_seconds=3.0)
+    (found,) = transcribe(
+        engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 8.0, "")], config=config
+    )
+    assert dict(zip(engine.heard, engine.stamped, strict=True)) == {6.0: True, 3.5: True, 5.0: False}
+    assert found.text == "one two three"
 
 
 @pytest.mark.parametrize("fallback", [Fallback(), None])

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from canter.training.config import (
     dump_config,
     from_mapping,
     load_config,
+    rooted,
 )
 
 
@@ -106,3 +108,15 @@ def test_differences_leave_out_what_changes_no_step():
     assert differences(dataclasses.replace(config, model=ModelShape(width=32)), config) == [
         "model.width: 144 -> 32"
     ]
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/train.jsonl", "/here/https:/host/m.jsonl::/here/https:/host/a.tar"]
+)
+def test_a_url_is_for_a_mixture(url):
+    with pytest.raises(ConfigError, match=r"is a URL; name it in a mixture's YAML"):
+        rooted(TrainConfig(manifest=(Path(url),)))
+    with pytest.raises(ConfigError, match="is a URL; copy it"):
+        rooted(TrainConfig(valid=(Path(url),)))
+    kept = (Path("/here/a:b/train.jsonl"),)
+    assert rooted(TrainConfig(manifest=kept)).manifest == kept

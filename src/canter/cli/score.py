@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import tyro
 
@@ -17,9 +17,9 @@ from canter.evaluation.wer import Counts, Score, ScoredUtterance, paired_differe
 
 @dataclass(frozen=True)
 class Options:
-    result: tyro.conf.Positional[Path]
-    """Manifest with `text` and `pred_text` in every row (.jsonl, or .jsonl.gz)."""
-    against: Path | None = None
+    result: tyro.conf.Positional[str]
+    """Manifest with `text` and `pred_text` in every row (.jsonl, or .jsonl.gz), or its URL."""
+    against: str | None = None
     """A second result on the same manifest: prints the WER difference too, with its bootstrap interval."""
     normalize: Normalization = "leaderboard"
     """How texts are prepared: `leaderboard` as the Open ASR leaderboard does (Whisper's English rules for
@@ -65,7 +65,8 @@ def run(options: Options) -> None:
         from canter.reporting.score_report import score_page
 
         write(
-            score_page(options.result.name, result, transcripts, worst, interval, translations), options.html
+            score_page(PurePath(options.result).name, result, transcripts, worst, interval, translations),
+            options.html,
         )
         print(f"written: {options.html}", file=sys.stderr)
     if options.json:
@@ -117,7 +118,7 @@ def run(options: Options) -> None:
         print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
 
 
-def load(path: Path, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
+def load(path: str, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
     """The transcripts of a result; `ManifestError` for rows without them, unless those may be skipped."""
     transcripts, problems = read_transcripts(path)
     if problems and not (skip_bad and transcripts):

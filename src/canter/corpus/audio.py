@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from canter.corpus.ffmpeg import Coded, open_coded
+from canter.corpus.remote import is_url, read_bytes, stamp
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError, ManifestError
@@ -93,27 +96,20 @@ def audio_blocks(
     utterance: Utterance, sample_rate: int = 16000, seconds: float = 30.0
 ) -> Iterator[np.ndarray]:
     """The utterance's samples in runs of about so many seconds, mono, at ``sample_rate``, so that audio of any
-    length needs the memory of one run alone (what only FFmpeg can read is decoded as a whole).
+    length needs the memory of one run alone.
 
     Raises `AudioError` as `load_utterance` does, once it comes to what is damaged or missing.
     """
     path, empty = utterance.audio_filepath, True
-    with _open(path) as file:
-        try:
-            sound = _Sound(file)
-        except soundfile.LibsndfileError:
-            yield load_utterance(utterance, sample_rate)
-            return
-        with sound:
-            resample = soxr.ResampleStream(sound.samplerate, sample_rate, 1, "float32", "HQ")
-            blocks = _blocks(path, file, sound, _stretch_of(utterance), seconds)
-            if sound.samplerate != sample_rate:
-                ended = itertools.chain(((one, False) for one in blocks), [(np.zeros(0, np.float32), True)])
-                blocks = (resample.resample_chunk(one, last=last) for one, last in ended)
-            for samples in blocks:
-                if len(samples):
-                    empty = False
-                    yield np.ascontiguousarray(samples, dtype=np.float32)
+    with _open(path) as file, _reading(path, file, _stretch_of(utterance), seconds) as (rate, blocks):
+        if rate != sample_rate:
+            resample = soxr.ResampleStream(rate, sample_rate, 1, "float32", "HQ")
+            ended = itertools.chain(((one, False) for one in blocks), [(np.zeros(0, np.float32), True)])
+            blocks = (resample.resample_chunk(one, last=last) for one, last in ended)
+        for samples in blocks:
+            if len(samples):
+                empty = False
+                yield np.ascontiguousarray(samples, dtype=np.float32)
     if empty:
         raise AudioError(f"{path} holds no sample; remove the row")
 
@@ -123,16 +119,13 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
     Raises `AudioError` as `load_audio` does."""
     path = os.fspath(path)
     with _open(path) as file:
-        try:
-            sound = _Sound(file)
-        except soundfile.LibsndfileError as error:
-            samples, rate = _decode_with_av(path, file, _Stretch(), error)
-            return len(samples) / rate
-        with sound:
+        with contextlib.suppress(soundfile.LibsndfileError), _Sound(file) as sound:
             _refuse_unlikely(path, sound.samplerate, sound.channels)
             if sound.frames != _UNSTATED:
                 return sound.frames / sound.samplerate
-            return sum(map(len, _blocks(path, file, sound, _Stretch()))) / sound.samplerate
+        file.seek(0)
+        with _reading(path, file, _Stretch()) as (rate, blocks):
+            return sum(map(len, blocks)) / rate
 
 
 def _stretch_of(utterance: Utterance) -> _Stretch:
@@ -153,22 +146,57 @@ class _Sound(soundfile.SoundFile):
 
 
 def _load(path: str, stretch: _Stretch, sample_rate: int) -> np.ndarray:
-    with _open(path) as file:
-        try:
-            sound = _Sound(file)
-        except soundfile.LibsndfileError as error:
-            samples, rate = _decode_with_av(path, file, stretch, error)
-        else:
-            with sound:
-                rate = sound.samplerate
-                blocks = list(_blocks(path, file, sound, stretch))
-            samples = blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)])
+    with _open(path) as file, _reading(path, file, stretch) as (rate, runs):
+        blocks = list(runs)
+    samples = blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)])
     if samples.size and rate != sample_rate:
         samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
     if not samples.size:
         where = f" from {stretch.offset:g} s on" if stretch.offset else ""
         raise AudioError(f"{path} holds no sample{where}; remove the row")
     return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _reading(
+    path: str, file: BinaryIO, stretch: _Stretch, seconds: float = 30.0
+) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """The file's rate, and the stretch in runs of about so many seconds, mono."""
+    with contextlib.ExitStack() as stack:
+        try:
+            sound = stack.enter_context(_Sound(file))
+        except soundfile.LibsndfileError as error:
+            reason = _reason(error)
+        else:
+            yield sound.samplerate, _blocks(path, file, sound, stretch, seconds)
+            return
+        coded = stack.enter_context(open_coded(path, file, reason))
+        yield coded.rate, _coded_blocks(path, coded, stretch, seconds)
+
+
+def _coded_blocks(path: str, coded: Coded, stretch: _Stretch, seconds: float) -> Iterator[np.ndarray]:
+    """As `_blocks`; how long the file is shows only at its end."""
+    rate = coded.rate
+    _refuse_unlikely(path, rate, coded.channels)
+    if stretch.channel is not None and stretch.channel >= coded.channels:
+        raise AudioError(_no_channel(path, stretch.channel, coded.channels))
+    start = round(stretch.offset * rate)
+    wanted = math.inf if stretch.duration is None else round(stretch.duration * rate)
+    most = wanted + SHORT_SECONDS * rate * stretch.rounded
+    pending, given, got = list[np.ndarray](), 0, 0
+    for samples in coded.read(start, stretch.channel):
+        if not np.isfinite(samples).all():
+            raise AudioError(_not_finite(path, start + got + int(np.flatnonzero(~np.isfinite(samples))[0])))
+        pending.append(samples)
+        got += len(samples)
+        if got > most:
+            break
+        if got <= wanted and got - given >= seconds * rate:
+            yield np.concatenate(pending)
+            pending, given = [], got
+    got = got if got <= most else round(wanted)
+    yield np.concatenate([*pending, np.zeros(0, np.float32)])[: got - given]
+    _refuse_short(path, stretch, got / rate)
 
 
 def _blocks(
@@ -281,45 +309,6 @@ def _not_finite(path: str, sample: int) -> str:
     return f"{path}: sample {sample} is not a finite number; write the file anew as 16-bit PCM or FLAC"
 
 
-def _decode_with_av(
-    path: str, file: BinaryIO, stretch: _Stretch, error: soundfile.LibsndfileError
-) -> tuple[np.ndarray, int]:
-    """What libsndfile does not know (AAC, M4A, WMA, WebM) through FFmpeg, where the extra ``av`` is
-    installed."""
-    try:
-        import av  # pyright: ignore[reportMissingImports]  # an extra
-    except ModuleNotFoundError:
-        raise AudioError(
-            f"{path} is not audio that libsndfile knows ({_reason(error)}); convert it to WAV or FLAC, or, "
-            "if it is AAC, M4A, WMA or WebM, pip install 'canter[av]'"
-        ) from None
-    file.seek(0)
-    pieces = []
-    try:
-        with av.open(file, metadata_errors="ignore") as container:
-            stream = container.streams.audio[0]
-            rate, channels, channel = stream.rate, stream.layout.nb_channels, stretch.channel
-            _refuse_unlikely(path, rate, channels)
-            if channel is not None and channel >= channels:
-                raise AudioError(_no_channel(path, channel, channels))
-            layout = "mono" if channel is None else stream.layout
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-            for frame in container.decode(stream):
-                pieces += [piece.to_ndarray()[channel or 0] for piece in resampler.resample(frame)]
-    except (av.FFmpegError, IndexError) as other:
-        raise AudioError(
-            f"{path} is not audio: {_reason(error)}; FFmpeg says: {other}; remove the row"
-        ) from None
-    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    # compressed streams are cut after decoding: seeking there is not sample-exact
-    start = round(stretch.offset * rate)
-    samples = samples[start:][: stretch.samples(rate, max(0, len(samples) - start))]
-    _refuse_short(path, stretch, len(samples) / rate)
-    if not np.isfinite(samples).all():
-        raise AudioError(_not_finite(path, start + int(np.flatnonzero(~np.isfinite(samples))[0])))
-    return samples, rate
-
-
 def _reason(error: soundfile.LibsndfileError) -> str:
     return error.error_string.strip().removeprefix("Error : ").rstrip(".")
 
@@ -332,11 +321,8 @@ def _open(path: str):
             match = _MEMBER.fullmatch(path)
             if match and not os.path.exists(path):
                 file = io.BytesIO(_read_member(path, match))
-            elif "://" in path:
-                import fsspec
-
-                with fsspec.open(path, "rb") as remote:
-                    file = io.BytesIO(remote.read())  # type: ignore[union-attr]
+            elif is_url(path):
+                file = io.BytesIO(read_bytes(path))
             else:
                 file = stack.enter_context(open(path, "rb"))
             if not file.seek(0, os.SEEK_END):
@@ -358,19 +344,17 @@ def _open(path: str):
 def _read_member(path: str, match: re.Match[str]) -> bytes:
     file, name, start, size = match.group("file", "name", "start", "bytes")
     if start is None:
-        members = _tar_members(file, os.stat(file).st_mtime_ns)
+        members = _tar_members(file, stamp(file))
         if name not in members:
             raise AudioError(f"{path}: there is no {name!r} among the {len(members)} members of {file}")
         start, size = members[name]
-    with open(file, "rb") as container:
-        container.seek(int(start))
-        data = container.read(int(size))
+    data = read_bytes(file, int(start), int(size))
     if len(data) < int(size):
         raise AudioError(f"{path}: {file} ends within it: truncated, or changed since it was indexed")
     return data
 
 
 @functools.lru_cache(maxsize=16)
-def _tar_members(path: str, mtime: int) -> dict[str, tuple[int, int]]:
-    """``{name: (first byte, bytes)}``. ``mtime`` (ns) keeps a changed tar from the cache."""
+def _tar_members(path: str, version: str) -> dict[str, tuple[int, int]]:
+    """``{name: (first byte, bytes)}``. ``version`` keeps a changed tar from the cache."""
     return {one.name: (one.start, one.size) for one in walk_tar(path) if isinstance(one, Member)}

@@ -35,6 +35,7 @@ from canter.corpus.parts import (
     read_part,
     rows_path,
 )
+from canter.corpus.remote import is_url, stamp
 from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
@@ -114,6 +115,13 @@ def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
 
 def _stamp(path: str) -> list:
     """What changes when a file, or anything in a folder, does."""
+    if is_url(path):
+        try:
+            return [1, stamp(path)]
+        except FileNotFoundError:
+            raise ManifestError(f"{path} does not exist") from None
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read: {error}") from None
     if not os.path.exists(path):
         raise ManifestError(f"{path} does not exist")
     found = [path] if os.path.isfile(path) else sorted(

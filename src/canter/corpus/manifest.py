@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from canter.corpus.remote import below, folder_of, is_url, open_binary
 from canter.corpus.utterance import (
     DUPLICATE,
     OPTIONAL_TEXT,
@@ -57,8 +58,7 @@ def utterance_from_row(
         return f"audio_filepath is not a string: {_show(path)}"
     if not path or "\0" in path:
         return f"audio_filepath is not a path: {_show(path)}"
-    if "://" not in path and path[0] != "/":
-        path = os.path.normpath(os.path.join(base, path))
+    path = below(base, path)
 
     offset = row.get("offset")
     offset = _seconds(offset, "offset") if offset is not None else None
@@ -190,11 +190,13 @@ def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterat
 
 def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
     """Opens a manifest, gzip or not. Raises `ManifestError` where it is missing, a folder or unreadable."""
-    path = Path(path)
+    path = os.fspath(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise ManifestError(f"{path} is a folder, not a manifest")
-        return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb"))
+        if not path.endswith(".gz"):
+            return open_binary(path)
+        return cast(BinaryIO, gzip.open(open_binary(path) if is_url(path) else path, "rb"))
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist") from None
     except OSError as error:
@@ -218,7 +220,7 @@ def read_nemo(
     path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
 ) -> NumberedFinds:
     """The lines of a NeMo manifest, ``.gz`` or not, with their numbers."""
-    base = Path(path).absolute().parent
+    base = folder_of(path)
 
     def parse(line: bytes) -> Found:
         return utterance_from_line(line, base, require_text=require_text, measure_durations=measure_durations)

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from canter.corpus.index import Source
+from canter.corpus.remote import below
 from canter.errors import ConfigError, ManifestError
 
 PATH_KEYS = ("path", "manifest_filepath", "cuts_path", "shar_path")
@@ -149,8 +150,8 @@ def _member(entry: Any, file: Path, where: str, tags: Mapping[str, str], depth: 
         )
     inner = {**tags, **_tags(entry, file, where)}
     weight = _number(entry, "weight", file, where)
-    audio = str(file.parent / audio) if audio else ""
-    return Source(str(file.parent / path), str(entry.get("name") or ""), weight, audio, inner)
+    audio = below(file.parent, audio) if audio else ""
+    return Source(below(file.parent, path), str(entry.get("name") or ""), weight, audio, inner)
 
 
 def _check(entry: Mapping[str, Any], file: Path, where: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from canter.corpus.index import MOST_TOKENS, PLACE_BITS
 from canter.corpus.manifest import open_manifest, row_from_utterance, scan_lines, utterance_from_line
 from canter.corpus.readers.lengths import read_lengths
+from canter.corpus.remote import is_url
 from canter.corpus.sources import LENGTHS, Unit, read_unit
 from canter.corpus.utterance import Problem, Utterance
 from canter.errors import CanterError, ManifestError
@@ -90,7 +91,7 @@ def ranges(unit: Unit) -> Iterator[tuple[int, int | None, int]]:
 
 
 def in_place(unit: Unit) -> bool:
-    return unit.kind == "nemo" and not unit.path.endswith(".gz")
+    return unit.kind == "nemo" and not unit.path.endswith(".gz") and not is_url(unit.path)
 
 
 def part_path(counting: Counting, part: Part) -> Path:

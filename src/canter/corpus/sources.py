@@ -22,6 +22,7 @@ from canter.corpus.readers.huggingface import audio_column, dataset_files, read_
 from canter.corpus.readers.lengths import table_schema
 from canter.corpus.readers.lhotse import read_lhotse, read_shar, shar_tar
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
+from canter.corpus.remote import absolute, is_url
 from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
@@ -57,9 +58,9 @@ def units_of(path: str, audio: str = "") -> list[Unit]:
     """
     if not audio and "::" in path:
         path, audio = path.split("::", 1)
-    paths = [os.path.abspath(one) for one in expand_shards(path)]
+    paths = [absolute(one) for one in expand_shards(path)]
     if audio:
-        audio = os.path.abspath(audio)
+        audio = absolute(audio)
         if len(paths) == 1:
             return [Unit("nemo_tarred", paths[0], audio)]
         tars = expand_shards(audio)
@@ -127,7 +128,7 @@ def _chain(units: list[Unit], require_text: bool, measure_durations: bool) -> Ro
 
 def _of_file(path: str) -> Unit:
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
-    if not os.path.exists(path):
+    if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
     if suffix in AUDIO_SUFFIXES:
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
@@ -135,6 +136,10 @@ def _of_file(path: str) -> Unit:
         raise ManifestError(f"{path} is a mixture; give it to the index by itself")
     if suffix == ".tar":
         return Unit("webdataset", path)
+    if is_url(path) and suffix in (".tsv", ".parquet", ".arrow", ".feather"):
+        raise ManifestError(
+            f"{path}: of URLs, JSONL manifests, Lhotse cuts and tars are read; copy it to a disk"
+        )
     if suffix == ".tsv":
         return Unit("commonvoice", path)
     if suffix in (".parquet", ".arrow", ".feather"):

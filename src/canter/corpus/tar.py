@@ -1,11 +1,11 @@
 """Tars by their headers: where each member lies. Nothing is ever unpacked."""
 
-import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from canter.corpus.remote import open_binary, size_of
 from canter.corpus.utterance import Problem
 from canter.errors import ManifestError
 
@@ -24,12 +24,15 @@ def walk_tar(path: str) -> Iterator[Member | Problem]:
 
     Raises `ManifestError` where the file is missing or no plain tar.
     """
-    if not os.path.exists(path):
-        raise ManifestError(f"{path} does not exist")
-    end = os.path.getsize(path)
+    try:
+        end = size_of(path)
+    except FileNotFoundError:
+        raise ManifestError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from None
     number = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_binary(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for number, info in enumerate(tar, 1):
                 if info.isdir():
                     continue

@@ -18,6 +18,7 @@ from canter.corpus.manifest import (
 )
 from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.folder import audio_files
+from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import open_source, units_of
 from canter.errors import AudioError, ManifestError
 from canter.text.prompts import utterance_slots
@@ -96,9 +97,15 @@ def _is_audio(path: str) -> bool:
 
 def _items(path: str) -> Iterator[Item]:
     if _is_audio(path):
-        yield _audio(os.path.abspath(path))
+        yield _audio(absolute(path))
         return
-    if not os.path.exists(path) and "::" not in path and "{" not in path and "_OP_" not in path:
+    if (
+        not is_url(path)
+        and not os.path.exists(path)
+        and "::" not in path
+        and "{" not in path
+        and "_OP_" not in path
+    ):
         raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
     units = units_of(path)
     if [unit.kind for unit in units] == ["folder"]:
@@ -123,7 +130,7 @@ def _audio(path: str) -> Item:
 
 def _nemo(path: str) -> Iterator[Item]:
     """A NeMo manifest's rows, all their fields kept; rows with ``_skipme`` are passed over."""
-    base = Path(path).absolute().parent
+    base = folder_of(path)
     with open_manifest(path) as file:
         for _, number, line in scan_lines(file):
             row = parse_line(line)

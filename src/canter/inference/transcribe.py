@@ -140,6 +140,15 @@ class Listener:
         overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # nothing could join them
         return cut(blocks, self.detector, self.window, overlap, self.rate)
 
+    def of_piece(self, request: Request, piece: Piece) -> Request:
+        """An utterance's ``request``, for one of its pieces."""
+        prompt = list(request.prompt)
+        if piece.goes_on:
+            # Without timestamps a Whisper leaves out the sentence that the end cuts, and nothing tells where it begins.
+            prompt = [token for token in prompt if token != self.engine.rules.no_timestamps]
+        aligned = request.aligned or piece.overlap > 0 or piece.goes_on
+        return replace(request, audio=piece.samples, prompt=prompt, aligned=aligned)
+
     def segments(self, hypothesis: Hypothesis, seconds: float) -> list[Segment]:
         """Of a piece of so many seconds; none where Whisper heard nobody speak."""
         if self._silent(hypothesis):
@@ -270,7 +279,7 @@ class _Queue:
                 found = [replace(request, audio=audio, key=_Part(index, 0, 0.0, seconds, 0.0))]
             else:
                 pieces = self.listener.pieces([audio])
-                found = [_request(request, index, n, piece) for n, piece in enumerate(pieces)]
+                found = [self._part(request, index, n, piece) for n, piece in enumerate(pieces)]
         except CanterError as error:
             self._fail(index, error)
             return []
@@ -284,11 +293,15 @@ class _Queue:
                 request = self._begin(index)
                 blocks = audio_blocks(self.utterances[index], self.listener.rate)
                 for number, piece in enumerate(self.listener.pieces(blocks), 1):
-                    yield _request(request, index, number - 1, piece)
+                    yield self._part(request, index, number - 1, piece)
             except CanterError as error:
                 self._fail(index, error)
             else:
                 self._settle(index, number)
+
+    def _part(self, request: Request, index: int, number: int, piece: Piece) -> Request:
+        key = _Part(index, number, piece.start, len(piece.samples) / piece.rate, piece.overlap)
+        return replace(self.listener.of_piece(request, piece), key=key)
 
     def _settle(self, index: int, pieces: int) -> None:
         self.open[index].total = pieces
@@ -325,12 +338,6 @@ class _Queue:
             language=self.listener.language(found[0]) if found and self.listener.whisper
             else utterance.target_lang or utterance.lang,
         )  # fmt: skip
-
-
-def _request(request: Request, index: int, number: int, piece: Piece) -> Request:
-    key = _Part(index, number, piece.start, len(piece.samples) / piece.rate, piece.overlap)
-    aligned = request.aligned or piece.overlap > 0 or piece.goes_on
-    return replace(request, audio=piece.samples, key=key, aligned=aligned)
 
 
 T = TypeVar("T")

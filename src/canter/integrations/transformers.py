@@ -14,17 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTokenizer
 from transformers.generation.utils import GenerationMixin
-from transformers.utils import logging
 
-from canter.errors import CheckpointError
 from canter.inference.engine import encoder_batches
 from canter.inference.requests import EngineConfig
 from canter.integrations.transformers_engine import GenerateEngine
+from canter.integrations.transformers_files import load_parts
 from canter.integrations.transformers_tokenizer import TransformersTokenizer
 from canter.models.cost import UtteranceCost, flops, kept_for_backward
 from canter.models.files import read_tensors, whole_folder
@@ -70,34 +67,10 @@ class TransformersModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: Any):
-        """Model, feature extractor and tokenizer of a folder or a name on the hub; ``kwargs`` (dtype, ...) are the
-        model's. Only safetensors are read.
-
-        Raises CheckpointError where transformers cannot load it, or tensors are missing or misshapen.
-        """
-        if Path(name).is_dir():
-            kwargs["local_files_only"] = True
-        silent, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        try:
-            model, loading = AutoModelForSpeechSeq2Seq.from_pretrained(
-                name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
-            )
-            extractor = AutoFeatureExtractor.from_pretrained(name)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            told = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{name}: transformers cannot load it: {told}") from None
-        finally:
-            logging.set_verbosity(level)
-            if silent:
-                logging.enable_progress_bar()
-        faults = {what: sorted(map(str, loading[f"{what}_keys"])) for what in ("missing", "mismatched")}
-        told = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in faults.items() if names]
-        if told:
-            raise CheckpointError(f"{name}: tensors do not fit the configuration. {'; '.join(told)}")
-        return cls(model.eval(), extractor, tokenizer, prompt)
+        """What a folder holds, or a name on the hub; only safetensors are read, and ``kwargs`` (dtype, ...) are the
+        model's. Raises CheckpointError where transformers cannot load it, or tensors are missing or misshapen."""
+        model, extractor, tokenizer = load_parts(name, **kwargs)
+        return cls(model, extractor, tokenizer, prompt)
 
     def _languages(self, tokenizer: Any) -> dict[str, int]:
         """Token ids of the languages that may stand after the start token; none where the model has but one way."""

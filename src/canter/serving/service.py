@@ -265,14 +265,7 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        requests = [
-            replace(
-                request,
-                audio=piece.samples,
-                aligned=request.aligned or piece.overlap > 0 or piece.goes_on,
-            )
-            for piece in audio.pieces
-        ]
+        requests = [listener.of_piece(request, piece) for piece in audio.pieces]
         assembly = Assembly()
         assembly.total = len(requests)
         ticket = self.scheduler.submit(requests, deliver)

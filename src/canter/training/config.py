@@ -5,6 +5,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -261,7 +262,13 @@ def decided(config: TrainConfig) -> TrainConfig:
 
 
 def rooted(config: TrainConfig) -> TrainConfig:
-    """With the paths of what a run is made of absolute: it may be gone on with from another folder."""
+    """With the paths of what a run is made of absolute: it may be gone on with from another folder. Raises ConfigError
+    for manifests at URLs."""
+    mixture, copy = "name it in a mixture's YAML (- path: URL), and that file here", "copy it to a disk"
+    for name, way in (("manifest", mixture), ("valid", copy)):
+        for path in getattr(config, name):
+            if re.search(r"(^|/)[a-z][a-z0-9+]+:/", str(path)):  # a Path keeps one slash of two
+                raise ConfigError(f"--{name} {path} is a URL; {way}")
 
     def absolute(path: Path | None) -> Path | None:  # a manifest may name its tars: MANIFEST::TAR
         return None if path is None else Path("::".join(map(os.path.abspath, str(path).split("::"))))

@@ -16,6 +16,7 @@ from canter.corpus.manifest import (
     read_json_lines,
     utterance_from_row,
 )
+from canter.corpus.remote import folder_of
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import OPTIONAL_TEXT, Found, NumberedFinds, Problem
 
@@ -25,7 +26,7 @@ TOLERANCE = 0.1  # seconds that a supervision may reach out of its cut
 def read_lhotse(path: str, *, require_text: bool = True, measure_durations: bool = False) -> NumberedFinds:
     """A manifest of cuts. Audio paths that are relative are so to the working folder, or else to the
     manifest's."""
-    base = os.path.dirname(os.path.abspath(path))
+    base = folder_of(path)
 
     def parse(line: bytes) -> Found:
         row = _row_from_cut(parse_line(line))

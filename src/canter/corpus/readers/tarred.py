@@ -1,6 +1,5 @@
 """Tars read by byte range: NeMo's tarred manifests and WebDataset shards."""
 
-import os
 import posixpath
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from canter.corpus.manifest import (
     without_sub,
 )
 from canter.corpus.readers.common import AUDIO_SUFFIXES, common_fields
+from canter.corpus.remote import absolute
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Found, NumberedFinds, Problem
 
@@ -51,7 +51,7 @@ def read_nemo_tarred(
             member = members(tar).get(name) or members(tar).get(without_sub(name))
             if member is None:
                 return f"no such member in the tar: {name!r} is not in {tar}"
-            row["audio_filepath"] = member_ref(os.path.abspath(tar), member.name, member.start, member.size)
+            row["audio_filepath"] = member_ref(absolute(tar), member.name, member.start, member.size)
         return utterance_from_row(row, "", require_text=require_text, measure_durations=measure_durations)
 
     for row in read_json_lines(path, parse):
@@ -89,7 +89,7 @@ def read_webdataset(
                 continue
             name, start, size, number = members[found[0]]
             row = common_fields(row)
-            row["audio_filepath"] = member_ref(os.path.abspath(path), name, start, size)
+            row["audio_filepath"] = member_ref(absolute(path), name, start, size)
             text = next(
                 (members[kind] for kind in ("txt", "text", "transcript", "lab") if kind in members), None
             )
