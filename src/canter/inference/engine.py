@@ -253,7 +253,7 @@ class Engine:
             step = steps.step if steps else self.model.decoder.step
             logits = step(tokens, live.cache)
             self.counters.steps += 1
-            self.counters.row_steps += steps.rows(len(tokens)) if steps else len(tokens)
+            self.counters.row_steps += steps.rows if steps else len(tokens)
             self.counters.useful_row_steps += len(live.rows)
         ended, parents = live.search.choose(logits, first, opening=bool(enter))
         if parents is not None:
