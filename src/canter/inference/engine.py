@@ -89,7 +89,9 @@ class Engine:
         self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
         self.rules = Rules(model.generation, end, self.device)
+        # The encoder's kernels fill the whole device: the decoder's short ones would queue behind each.
         self.side = torch.cuda.Stream(self.device) if self.gpu else None
+        self.front = torch.cuda.Stream(self.device, priority=-1) if self.gpu else None
         self.timer = Timer(self.gpu)
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
@@ -122,6 +124,8 @@ class Engine:
         search = self._search()
         live = _Live(self.model.decoder.cache(search.beams), search)
         steps = self._fixed_steps()
+        if self.front:
+            self.front.wait_stream(torch.cuda.current_stream(self.device))
         # On a GPU the next batch is encoded beside the decoder's steps.
         enough = self.rows + (self.rows + 1) // 2 if self.gpu else self.rows
         try:
@@ -136,12 +140,14 @@ class Engine:
                     samples = sum(len(item.audio) for item in batch)
                     self.counters.audio_seconds += samples / self.model.sample_rate
                 if cancelled:
-                    self._drop(live, waiting, cancelled)
+                    with on_stream(self.front):
+                        self._drop(live, waiting, cancelled)
                 if not live.rows and not waiting:
                     if not more:
                         return
                     continue
-                finished = self._advance(live, waiting, steps)
+                with on_stream(self.front):
+                    finished = self._advance(live, waiting, steps)
                 self.counters.seconds += time.perf_counter() - begun
                 yield from finished
                 begun = time.perf_counter()
@@ -307,12 +313,11 @@ class Engine:
     def _enter(self, live: _Live, new: list[_Encoded]) -> Tensor:
         """New rows take the next free slots and read their prompts -> logits (m, 1, V)."""
         decoder = self.model.decoder
-        if self.side:
-            stream = torch.cuda.current_stream(self.device)
+        if self.front:
             for row in new:
                 assert row.ready is not None
-                stream.wait_event(row.ready)
-                row.states.record_stream(stream)
+                self.front.wait_event(row.ready)
+                row.states.record_stream(self.front)
         new = self._with_languages(new)
         prompts = [row.prompt for row in new]
         states = pad_sequence([row.states for row in new], batch_first=True)

@@ -101,7 +101,8 @@ class FixedSteps:
         buffer = tokens.new_zeros(rows, n)
         column = torch.full((1,), cache.column, device=tokens.device)
         current = torch.cuda.current_stream(tokens.device)
-        self.side = side = self.side or torch.cuda.Stream(tokens.device)
+        # A graph's kernels go before others, an encoder's beside it, as those of the stream that it was captured on.
+        self.side = side = self.side or torch.cuda.Stream(tokens.device, priority=-1)
         graph = torch.cuda.CUDAGraph()
         side.wait_stream(current)
         with torch.cuda.stream(side):
