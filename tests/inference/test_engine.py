@@ -1,13 +1,16 @@
 """Transcripts are those of plain greedy decoding, whatever the batch."""
 
 import math
+from collections import deque
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from canter.inference.engine import Engine, ctc_greedy, encoder_batches
+from canter.inference.ctc import ctc_greedy
+from canter.inference.engine import Engine, encoder_batches
 from canter.inference.requests import EngineConfig, Request
 
 from .conftest import END, noises, small_model
@@ -83,6 +86,20 @@ def test_what_ends_early_goes_on_with_the_rest_of_its_audio(model):
         assert [one.rest_begins for one in hypothesis.parts] == (
             [1.2, 0.5, 0.0] if len(places) > 1 else [0.0]
         )
+
+
+def test_rows_that_a_gpu_still_encodes_do_not_enter(model):
+    """Live rows would wait for the encoder with them; where none lives, the first batch is waited for."""
+    engine = Engine(model, END, EngineConfig(rows=8))
+    done, busy = SimpleNamespace(query=lambda: True), SimpleNamespace(query=lambda: False)
+    row = engine._encode(requests(1))[0]
+    first, second, third = ([replace(row, ready=ready)] * 3 for ready in (done, busy, done))
+    live, none = SimpleNamespace(rows=[row]), SimpleNamespace(rows=[])
+    engine.gpu = True
+    assert engine._ready(live, deque([*first, *second])) == 3
+    assert engine._ready(live, deque([*second, *third])) == 0
+    assert engine._ready(none, deque([*second, *third])) == 6
+    assert engine._ready(none, deque()) == 0
 
 
 def test_limit_on_tokens(model):

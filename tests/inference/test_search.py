@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.inference.engine import Engine
-from canter.inference.graphs import FixedSteps, _Captured, next_shape, power_of_two
+from canter.inference.graphs import PATIENCE, FixedSteps, _Captured, next_shape, power_of_two
 from canter.inference.requests import EngineConfig, Request
 from canter.inference.rules import Rules
 from canter.inference.search import best
@@ -191,6 +191,27 @@ def test_graphs_read_and_write_what_is_there(model, beams, monkeypatch):
     monkeypatch.setattr(engine, "_fixed_steps", lambda: steps)
     assert [h.tokens for h in engine.decode(requests(20))] == [h.tokens for h in expected]
     assert steps.version > 1  # buffers have moved on the way
+
+
+@torch.inference_mode()
+def test_a_shape_met_in_passing_is_computed_by_a_larger_graph(model):
+    """It gives the same; a capture takes as long as many steps, so a shape must be asked for often to be worth one."""
+    encoded = torch.randn(5, 20, model.config.decoder.width, generator=torch.Generator().manual_seed(0))
+    cache, plain = model.decoder.cache(), model.decoder.cache()
+    for one in (cache, plain):
+        model.decoder.admit([[5, 7]] * 5, encoded, [20] * 5, one)
+        one.reserve(3, 0, before=0, after=64)  # buffers that move would end all graphs
+    steps = Replayed(model.decoder, shapes=(1, 2, 4, 8))
+    computed = []
+    for number in range(2 * PATIENCE):
+        if number == 2:
+            for one in (cache, plain):
+                one.remove([0, 1])
+        tokens = torch.full((cache.rows, 1), 3 + number % 5)
+        ours, theirs = steps.step(tokens, cache), model.decoder.step(tokens, plain)
+        assert torch.allclose(ours, theirs, atol=1e-4)
+        computed.append(steps.rows)
+    assert computed == [8] * (2 + PATIENCE) + [4] * (PATIENCE - 2)
 
 
 def test_shapes():

@@ -8,7 +8,7 @@ the decoder works on live rows alone and no row waits for the longest of its bat
 B: rows, N: beams, S: samples, T: encoder frames, V: vocabulary.
 """
 
-import contextlib
+import itertools
 import math
 import time
 from collections import deque
@@ -21,22 +21,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from canter.inference.alignment import align
 from canter.inference.capacity import decoder_rows, encoder_batches, encoder_frames
+from canter.inference.ctc import ctc_greedy
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
 from canter.inference.rules import Rules
 from canter.inference.search import BeamSearch, Greedy, Row, Search, swap_out
+from canter.inference.timer import Timer
+from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
-
-
-def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
-    """log_probs (B, T, V), lengths (B,) -> the best output of every frame, repeats collapsed, blanks (0)
-    dropped."""
-    best = log_probs.argmax(-1)
-    new = torch.ones_like(best, dtype=torch.bool)
-    new[:, 1:] = best[:, 1:] != best[:, :-1]
-    new &= (best != 0) & (torch.arange(best.shape[1], device=best.device) < lengths[:, None])
-    return [row[kept].tolist() for row, kept in zip(best, new)]
 
 
 @dataclass(frozen=True)
@@ -96,8 +89,10 @@ class Engine:
         self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
         self.rules = Rules(model.generation, end, self.device)
+        # The encoder's kernels fill the whole device: the decoder's short ones would queue behind each.
         self.side = torch.cuda.Stream(self.device) if self.gpu else None
-        self.spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.front = torch.cuda.Stream(self.device, priority=-1) if self.gpu else None
+        self.timer = Timer(self.gpu)
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
         """Hypotheses in the order of ``requests``, which are sorted and batched here."""
@@ -129,6 +124,8 @@ class Engine:
         search = self._search()
         live = _Live(self.model.decoder.cache(search.beams), search)
         steps = self._fixed_steps()
+        if self.front:
+            self.front.wait_stream(torch.cuda.current_stream(self.device))
         # On a GPU the next batch is encoded beside the decoder's steps.
         enough = self.rows + (self.rows + 1) // 2 if self.gpu else self.rows
         try:
@@ -143,18 +140,20 @@ class Engine:
                     samples = sum(len(item.audio) for item in batch)
                     self.counters.audio_seconds += samples / self.model.sample_rate
                 if cancelled:
-                    self._drop(live, waiting, cancelled)
+                    with on_stream(self.front):
+                        self._drop(live, waiting, cancelled)
                 if not live.rows and not waiting:
                     if not more:
                         return
                     continue
-                finished = self._advance(live, waiting, steps)
+                with on_stream(self.front):
+                    finished = self._advance(live, waiting, steps)
                 self.counters.seconds += time.perf_counter() - begun
                 yield from finished
                 begun = time.perf_counter()
         finally:
             self.model.train(training)
-            self._count_spans(wait=True)
+            self.timer.collect(wait=True)
 
     def _fixed_steps(self) -> FixedSteps | None:
         """How the decoder steps, if not as it comes."""
@@ -183,16 +182,16 @@ class Engine:
         shortest = model.config.features.hop  # of which comes one frame
         lengths = [max(shortest, len(item.audio)) for item in batch]
         ready = None
-        with torch.cuda.stream(self.side) if self.side else contextlib.nullcontext():
-            with self._timed("feature_seconds"):
-                audio = torch.zeros(len(batch), max(lengths), pin_memory=self.gpu)
+        with on_stream(self.side):
+            with self.timer.timed(self.counters, "feature_seconds"):
+                audio = torch.empty(len(batch), max(lengths), pin_memory=self.gpu)
                 for row, item in zip(audio, batch):
                     row[: len(item.audio)] = torch.from_numpy(item.audio)
-                samples = torch.tensor(lengths, pin_memory=self.gpu)
+                    row[len(item.audio) :] = 0
                 features, frames = model.features(
-                    audio.to(self.device, non_blocking=True), samples.to(self.device, non_blocking=True)
+                    audio.to(self.device, non_blocking=True), upload(lengths, self.device)
                 )
-            with self._timed("encoder_seconds"):
+            with self.timer.timed(self.counters, "encoder_seconds"):
                 encoded, encoded_lengths = model.encode(features, frames)
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
                 if self.ctc:
@@ -239,21 +238,20 @@ class Engine:
     def _advance(self, live: _Live, waiting: deque[_Encoded], steps: FixedSteps | None) -> list[Hypothesis]:
         """One decoder step: waiting rows enter if enough slots are free, else live rows get a token each."""
         begun = time.perf_counter()
-        free = min(self.rows - len(live.rows), len(waiting))
+        ready = self._ready(live, waiting)
+        free = min(self.rows - len(live.rows), ready)
         # Reading prompts costs about a step, so a few rows enter together; meanwhile
         # their slots cost nothing.
-        enter = free and (not live.rows or free >= min(len(waiting), max(1, self.rows // 8)))
-        if enter and live.rows and (ready := waiting[0].ready) is not None and not ready.query():
-            enter = False  # the encoder is still at it
+        enter = free and (not live.rows or free >= min(ready, max(1, self.rows // 8)))
         first = len(live.rows) if enter else 0
         if enter:
             logits = self._enter(live, [waiting.popleft() for _ in range(free)])
         else:
-            tokens = torch.tensor(live.search.inputs(), device=self.device)
+            tokens = upload(live.search.inputs(), self.device)
             step = steps.step if steps else self.model.decoder.step
             logits = step(tokens, live.cache)
             self.counters.steps += 1
-            self.counters.row_steps += steps.rows(len(tokens)) if steps else len(tokens)
+            self.counters.row_steps += steps.rows if steps else len(tokens)
             self.counters.useful_row_steps += len(live.rows)
         ended, parents = live.search.choose(logits, first, opening=bool(enter))
         if parents is not None:
@@ -279,9 +277,22 @@ class Engine:
         if ended:
             live.remove(ended)
         self.counters.decoder_seconds += time.perf_counter() - begun
-        self._count_spans()
+        self.timer.collect()
         waiting += self._encode_rests(cut)
         return finished
+
+    def _ready(self, live: _Live, waiting: deque[_Encoded]) -> int:
+        """How many rows could enter: on a GPU none that the encoder is still at, or live rows would wait for it too;
+        where none lives, its first batch is waited for."""
+        if not self.gpu:
+            return len(waiting)
+        count, done = 0, None if live.rows or not waiting else waiting[0].ready
+        for row in itertools.islice(waiting, self.rows):
+            if row.ready and row.ready is not done and not row.ready.query():
+                break
+            done = row.ready
+            count += 1
+        return count
 
     def _encode_rests(self, cut: list[tuple[_Encoded, Hypothesis, float]]) -> list[_Encoded]:
         """Rows whose hypothesis ended early, with it and where: the audio from there on, as rows of their own."""
@@ -302,12 +313,11 @@ class Engine:
     def _enter(self, live: _Live, new: list[_Encoded]) -> Tensor:
         """New rows take the next free slots and read their prompts -> logits (m, 1, V)."""
         decoder = self.model.decoder
-        if self.side:
-            stream = torch.cuda.current_stream(self.device)
+        if self.front:
             for row in new:
                 assert row.ready is not None
-                stream.wait_event(row.ready)
-                row.states.record_stream(stream)
+                self.front.wait_event(row.ready)
+                row.states.record_stream(self.front)
         new = self._with_languages(new)
         prompts = [row.prompt for row in new]
         states = pad_sequence([row.states for row in new], batch_first=True)
@@ -381,28 +391,6 @@ class Engine:
             tuple((tuple(tokens), total) for tokens, total, _ in drawn.alternatives),
             alignment,
         )
-
-    @contextlib.contextmanager
-    def _timed(self, counter: str) -> Iterator[None]:
-        """Adds the seconds to a counter; on a GPU once the device is done."""
-        if self.gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self.spans.append((counter, start, end))
-            return
-        begun = time.perf_counter()
-        yield
-        setattr(self.counters, counter, getattr(self.counters, counter) + time.perf_counter() - begun)
-
-    def _count_spans(self, wait: bool = False) -> None:
-        """Adds up what the device has finished."""
-        while self.spans and (wait or self.spans[0][2].query()):
-            counter, start, end = self.spans.popleft()
-            end.synchronize()
-            seconds = start.elapsed_time(end) / 1000
-            setattr(self.counters, counter, getattr(self.counters, counter) + seconds)
 
 
 def engine_for(model: SpeechModel, end: int, config: EngineConfig) -> Engine:

@@ -28,16 +28,14 @@ class RepetitionGuard:
 
     def add(self, rows: int) -> None:
         """New rows, in the next slots."""
-        self.last = np.pad(self.last, ((0, rows), (0, 0)), constant_values=-1)
-        self.equal = np.pad(self.equal, ((0, rows), (0, 0)))
+        new = np.zeros((rows, len(self.sizes)), dtype=np.int64)
+        self.last, self.equal = np.concatenate([self.last, new - 1]), np.concatenate([self.equal, new])
 
     def remove(self, slots: list[int]) -> None:
         """Rows leave, the last ones take their slots."""
-        keep = list(range(len(self.last)))
         for slot in sorted(slots, reverse=True):
-            keep[slot] = keep[-1]
-            keep.pop()
-        self.last, self.equal = self.last[keep], self.equal[keep]
+            self.last[slot], self.equal[slot] = self.last[-1], self.equal[-1]
+            self.last, self.equal = self.last[:-1], self.equal[:-1]
 
     def choose(self, logits: Tensor, first: int = 0) -> list[int]:
         """logits (B, V) of the rows from slot ``first`` on -> their next tokens. Writes -inf where one is

@@ -140,17 +140,16 @@ class Greedy:
             scores[draw] = score
         if total is not None:
             picked = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None])[:, 0]
-            logprobs = (picked - total).tolist()
-        ended = []
-        for index, (row, token) in enumerate(zip(rows, chosen)):
-            if total is not None:
-                row.logprob += logprobs[index]
-            if token == self.rules.end:
+            for row, logprob in zip(rows, (picked - total).tolist()):
+                row.logprob += logprob
+        ended, end = [], self.rules.end
+        for slot, (row, token) in enumerate(zip(rows, chosen), first):
+            if token == end:
                 row.finished = True
             else:
                 row.tokens.append(token)
             if row.finished or len(row.tokens) >= row.limit:
-                ended.append(first + index)
+                ended.append(slot)
         return ended, None
 
 

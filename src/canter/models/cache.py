@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canter.models.features import length_mask
+from canter.models.device import upload
 
 ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
 SPARE = 128  # columns more than the next rows need, at most: moving live rows costs about as much as a step
@@ -57,8 +57,8 @@ class DecoderCache:
         self.own = self.cross.clone()
         self.cross_mask = like.new_zeros(0, 0)
         self.own_mask = like.new_zeros(0, beams, 0)
-        self.start, self.prompt = (torch.zeros(0, dtype=torch.long, device=like.device) for _ in range(2))
-        self.starts: list[int] = []  # of live rows, as ``start``, where Python can see them
+        self.places = torch.zeros(2, 0, dtype=torch.long, device=like.device)  # starts and prompts
+        self.starts: list[int] = []  # of live rows: the column of the first token
         self.prompts: list[int] = []  # tokens of their prompts
         self.frames: list[int] = []  # encoder frames of live rows
         self.column = 0
@@ -67,6 +67,16 @@ class DecoderCache:
     @property
     def rows(self) -> int:
         return len(self.starts)
+
+    @property
+    def start(self) -> Tensor:
+        """(C,) ``starts`` where the device can see them."""
+        return self.places[0]
+
+    @property
+    def prompt(self) -> Tensor:
+        """(C,) ``prompts`` likewise."""
+        return self.places[1]
 
     @property
     def slots(self) -> int:
@@ -84,7 +94,7 @@ class DecoderCache:
             self.cross_mask = F.pad(F.pad(self.cross_mask, (0, longer), value=-math.inf), (0, 0, 0, more))
             self.own = F.pad(self.own, (0, 0, 0, 0, 0, 0, 0, more))
             self.own_mask = F.pad(self.own_mask, (0, 0, 0, 0, 0, more))
-            self.start, self.prompt = (F.pad(table, (0, more)) for table in (self.start, self.prompt))
+            self.places = F.pad(self.places, (0, more))
             self.version += 1
         if before > self.column or self.column + after > self.own.shape[4]:
             self._move_columns(before, after)
@@ -96,7 +106,9 @@ class DecoderCache:
         used, mask = self.own[:, :, live, :, past].clone(), self.own_mask[live, :, past].clone()
         column = max(before, used.shape[4])
         # More than is needed, so that the rows of a long queue move, and buffers grow, once in many steps.
-        needed, spare = column + after, min(column + after, SPARE)
+        # On a GPU at once: buffers that moved make captured steps useless.
+        needed = column + after
+        spare = SPARE if self.own.is_cuda else min(needed, SPARE)
         if needed + spare // 2 > self.own.shape[4]:
             size = rounded(needed + spare)
             self.own = self.own.new_zeros(*self.own.shape[:4], size, self.own.shape[5])
@@ -105,7 +117,7 @@ class DecoderCache:
         self.own[:, :, live, :, column - used.shape[4] : column] = used
         self.starts = [start + column - self.column for start in self.starts]
         self.column = column
-        self._write_starts(0)
+        self._write_places(0)
         if self.beams > 1:  # in every row's past stand other beams too
             self.own_mask[live, :, column - used.shape[4] : column] = mask
 
@@ -115,26 +127,33 @@ class DecoderCache:
         self.starts += [self.column - length for length in prompt_lengths]
         self.prompts += prompt_lengths
         self.frames += frames
-        self._write_starts(first)
-        self.prompt[first : self.rows] = torch.tensor(prompt_lengths)
-        lengths = torch.tensor(frames, device=self.start.device)
-        attended = length_mask(lengths, self.cross.shape[4])
-        self.cross_mask[first : self.rows] = torch.where(attended, 0.0, -math.inf).to(self.cross.dtype)
+        attended = self._write_places(first)
+        outside = torch.arange(self.cross.shape[4], device=self.own.device) >= attended[:, None]
+        self.cross_mask[first : self.rows].zero_().masked_fill_(outside, -math.inf)
 
     def remove(self, slots: list[int]) -> None:
         """Rows leave; the last ones move into their slots, so that live rows stay together."""
+        order = list(range(self.rows))
         for slot in sorted(slots, reverse=True):
-            last = self.rows - 1
-            if slot != last:
-                used, frames = slice(self.starts[last], self.column), slice(0, self.frames[last])
-                self.cross[:, :, slot, :, frames] = self.cross[:, :, last, :, frames]
-                self.own[:, :, slot, :, used] = self.own[:, :, last, :, used]
-                for table in (self.start, self.prompt, self.cross_mask, self.own_mask):
-                    table[slot] = table[last]
-                for values in (self.starts, self.prompts, self.frames):
-                    values[slot] = values[last]
-            for values in (self.starts, self.prompts, self.frames):
-                values.pop()
+            order[slot] = order[-1]
+            order.pop()
+        moves = [(slot, source) for slot, source in enumerate(order) if slot != source]
+        if moves:
+            used = slice(min(self.starts[source] for _, source in moves), self.column)
+            frames = slice(0, max(self.frames[source] for _, source in moves))
+            cross, own = self.cross[:, :, :, :, frames], self.own[:, :, :, :, used]
+            tables = ((cross, 2), (own, 2), (self.places, 1), (self.cross_mask, 0), (self.own_mask, 0))
+            if self.own.is_cuda:  # where starting a copy takes longer than the copy
+                new, old = upload([*zip(*moves)], self.own.device)
+                for table, rows in tables:
+                    table.index_copy_(rows, new, table.index_select(rows, old))
+            else:
+                for table, rows in tables:
+                    for slot, source in moves:
+                        table.select(rows, slot).copy_(table.select(rows, source))
+        self.starts, self.prompts, self.frames = (
+            [values[source] for source in order] for values in (self.starts, self.prompts, self.frames)
+        )
 
     def branch(self) -> None:
         """The columns of the next step: each beam sees its own alone."""
@@ -149,8 +168,11 @@ class DecoderCache:
         mask = self.own_mask[first : first + len(parents), :, : self.column]
         mask.copy_(mask.gather(1, parents[:, :, None].expand(-1, -1, self.column)))
 
-    def _write_starts(self, first: int) -> None:
+    def _write_places(self, first: int) -> Tensor:
+        """Tells the device of the rows from slot ``first`` on -> their frames, there."""
         rows = slice(first, self.rows)
-        self.start[rows] = torch.tensor(self.starts[first:], dtype=torch.long)
-        before = length_mask(self.start[rows], self.own.shape[4])
-        self.own_mask[rows] = torch.where(before, -math.inf, 0.0).to(self.own.dtype)[:, None]
+        table = upload([self.starts[rows], self.prompts[rows], self.frames[rows]], self.own.device)
+        self.places[:, rows] = table[:2]
+        before = torch.arange(self.own.shape[4], device=self.own.device) < table[0, :, None]
+        self.own_mask[rows].zero_().masked_fill_(before[:, None], -math.inf)
+        return table[2]

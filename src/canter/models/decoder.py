@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.cache import ROUND, DecoderCache
+from canter.models.device import upload
 from canter.models.features import attention_mask
 from canter.models.stack import Stack
 
@@ -222,9 +223,9 @@ class Decoder(Stack):
             cross[0, first : cache.rows, :, :frames] = keys
             cross[1, first : cache.rows, :, :frames] = values
         padding = self.config.pad
-        tokens = torch.tensor([[padding] * (size - len(prompt)) + prompt for prompt in prompts])
+        tokens = upload([[padding] * (size - len(prompt)) + prompt for prompt in prompts], encoded.device)
         cache.column -= size
-        return self._advance(tokens.to(encoded.device), cache, first)
+        return self._advance(tokens, cache, first)
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows

@@ -1,9 +1,12 @@
 """Where a model computes."""
 
+import contextlib
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from canter.errors import ConfigError
 
@@ -25,6 +28,17 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         _suit_changing_shapes()
     return device
+
+
+def upload(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Whole numbers on ``device``. A GPU is not waited for: it reads them from pinned memory when it comes to them."""
+    pinned = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def on_stream(stream: "torch.cuda.Stream | None") -> contextlib.AbstractContextManager:
+    """Within it a GPU's work is given to ``stream``; None: as it comes."""
+    return torch.cuda.stream(stream) if stream else contextlib.nullcontext()
 
 
 def _suit_changing_shapes() -> None:
