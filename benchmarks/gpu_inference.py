@@ -278,6 +278,7 @@ def run(options: Options) -> None:
                 row = {"model": name, "engine": way, "rtfx": audio_seconds / middle["seconds"], **middle}
                 result["engines"].append(row)
                 print(row)
+        save(result, options)
         del model, hf, engines, given
         if gpu:
             torch.cuda.empty_cache()
@@ -298,9 +299,14 @@ def run(options: Options) -> None:
         )
         result["ways"] = [asdict(row) for row in ways]
     result["seconds"] = time.perf_counter() - begun
+    save(result, options)
     for part in ("steps", "engines", "ways"):
         for row in result.get(part, ()):
             print(row)
+
+
+def save(result: dict, options: Options) -> None:
+    """After each model: what is measured is kept where time ends."""
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

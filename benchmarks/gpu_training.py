@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 from gpu_budget import canary, lengths, training_flops
-from ladder import STRATEGIES, Arm, Rig
+from ladder import Arm, Rig
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +33,7 @@ from canter.training.prepare import choose_device
 from canter.training.weights import compile_layers
 from canter.tuning.fit import measure_budget
 from canter.tuning.memory import give_back, steady_heap
-from canter.tuning.probe import Prober
+from canter.tuning.probe import Probe, Prober, gib
 
 MATRIX = 8192  # width of the matrices whose product is timed
 WARM_UP = 3  # steps of a strategy before those that count
@@ -43,7 +43,8 @@ TINY_LIMIT = 80e6  # bytes
 @dataclass(frozen=True)
 class Options:
     lengths: tyro.conf.Positional[Path | None] = None
-    strategies: tuple[str, ...] = STRATEGIES
+    strategies: tuple[str, ...] = ("random", "balanced", "bucket_2d", "duration", "bucket_1d")
+    """In this order: what is there when time ends should be what tells most."""
     seconds: float = 55.0
     """Of training for each strategy."""
     probes: int = 30
@@ -52,9 +53,15 @@ class Options:
     tiny: bool = False
     """A model of two layers of width 64, 400 utterances, little memory."""
     compile: bool = False
-    """Compile the layers first."""
+    """Compile the layers first, which takes minutes of its own."""
     json: Path | None = None
     """File for the figures."""
+
+
+def told(probe: Probe, seconds: float) -> None:
+    """So that a log says where the time before the first strategy went."""
+    fits = f"{probe.seconds:.2f} s, {gib(probe.bytes)}" if probe.fits else "does not fit"
+    print(f"{seconds:5.0f} s: {probe.batch} x {probe.frames} x {probe.tokens}: {fits}", flush=True)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, repeats: int = 20) -> float:
@@ -97,11 +104,12 @@ def main(options: Options) -> None:
         optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)
     )
     limit = TINY_LIMIT if options.tiny else memory_limit(device, print)
-    prober = Prober(training_step(settings, model, precision, 4, copied=False), limit)
+    step = training_step(settings, model, precision, 4, copied=False)
+    prober = Prober(step, limit, told=lambda probe: told(probe, time.perf_counter() - began))
     budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
     tuned, events = time.perf_counter() - began, prober.out_of_memory
     print(f"budget: {prober.steps} steps, {events} out of memory, {tuned:.0f} s", flush=True)
-    del prober  # and with it the optimiser of the probes
+    del prober, step  # and with it the optimiser of the probes
     rig = Rig(settings, model, precision)
     flops = training_flops(config, model.frame_seconds)
     result: dict[str, Any] = {
