@@ -310,6 +310,7 @@ class FastConformer(Encoder):
         return subsampled(feature_frames)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        kernels.look_at(features.device)
         x, lengths = self.pre_encode(features, lengths)
         if x.is_cuda:  # fused attention wants the rows of its bias aligned, and would pad them in every layer
             x = F.pad(x, (0, 0, 0, -x.shape[1] % ALIGNED))

@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 AVAILABLE = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+OLDEST = (8, 0)  # compute capability whose matrix units know bf16
+
+
+def look_at(device: torch.device) -> None:
+    """Does without them from now on where ``device`` is too old for them."""
+    global AVAILABLE
+    if AVAILABLE and device.type == "cuda" and not torch.compiler.is_compiling():
+        AVAILABLE = torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def usable(x: Tensor) -> bool:
