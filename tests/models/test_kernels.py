@@ -29,7 +29,7 @@ def test_in_the_interpreter():
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(pytest_, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "6 passed" in done.stdout
+    assert "7 passed" in done.stdout
 
 
 def random(*shape):
@@ -101,6 +101,21 @@ def test_depthwise_convolution(frames, width, taps, bias):
 
 
 @runs_here
+def test_depthwise_convolution_with_its_norm():
+    torch.manual_seed(0)
+    x, weight, bias, gain, shift = random(2, 21, 16), random(16, 1, 9), random(16), random(16), random(16)
+    mean, variance = (torch.rand(16, device=DEVICE) for _ in range(2))
+    valid = length_mask(torch.tensor([21, 7], device=DEVICE), 21)
+    with torch.no_grad():
+        y = conformer.depthwise_normed(x, valid, weight, bias, mean, variance, gain, shift, 1e-5)
+        masked = (x * valid[:, :, None]).float().mT
+        z = F.conv1d(masked, weight.float(), bias.float(), padding=4, groups=16)
+        z = F.silu(F.batch_norm(z, mean, variance, gain.float(), shift.float(), eps=1e-5)).mT
+    assert y.dtype == DTYPE
+    assert (y - z).norm() <= (1e-5 if INTERPRETED else 2e-2) * z.norm()
+
+
+@runs_here
 def test_relative_bias():
     torch.manual_seed(0)
     valid = length_mask(torch.tensor([21, 7], device=DEVICE), 21)
@@ -119,6 +134,6 @@ def test_relative_bias():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @runs_here
 def test_torch_may_compile_what_calls_them():
-    table, valid = random(4, 8), length_mask(torch.tensor([3], device=DEVICE), 4)
+    valid = length_mask(torch.tensor([3], device=DEVICE), 4)
     torch.library.opcheck(conformer.relative_bias, (random(1, 1, 4, 8), valid))
-    torch.library.opcheck(conformer._convolved, (random(1, 4, 8), valid, table))
+    torch.library.opcheck(conformer.depthwise, (random(1, 4, 8), valid, random(8, 1, 3), random(8)))

@@ -4,6 +4,8 @@ B: utterances, T: frames, D: width, K: taps, H: heads, N: distances. Operators o
 them as they are.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,15 +18,16 @@ ROWS, COLUMNS = 16, 128  # of a tile of scores
 
 @triton.jit
 def _depthwise(
-    x, valid, table, y, T, D, blocks, K: tl.constexpr, FLIPPED: tl.constexpr, F: tl.constexpr, W: tl.constexpr
+    x, valid, weight, bias, mean, variance, gain, shift, y, epsilon, T, D, blocks,
+    K: tl.constexpr, BIAS: tl.constexpr, FLIPPED: tl.constexpr, NORMED: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """x (B, T, D) by a table (K + 1, D) of taps and bias. FLIPPED: from the output's gradient the input's."""
+    """FLIPPED: from the output's gradient the input's. NORMED: a norm by these statistics and SiLU follow."""
     b, t = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * F + tl.arange(0, F)
     d = tl.program_id(1) * W + tl.arange(0, W)
     wide, start = d < D, b.to(tl.int64) * T
     out = tl.zeros((F, W), tl.float32)
-    if not FLIPPED:
-        out += tl.load(table + K * D + d, mask=wide, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        out += tl.load(bias + d, mask=wide, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(K):
         source = t + k - K // 2
         there = (source >= 0) & (source < T)
@@ -33,12 +36,19 @@ def _depthwise(
         value = tl.load(
             x + (start + source)[:, None] * D + d[None, :], mask=there[:, None] & wide[None, :], other=0.0
         )
-        tap = tl.load(table + (K - 1 - k if FLIPPED else k) * D + d, mask=wide, other=0.0)
+        tap = tl.load(weight + d * K + (K - 1 - k if FLIPPED else k), mask=wide, other=0.0)
         out += value.to(tl.float32) * tap.to(tl.float32)[None, :]
     within = t < T
     if FLIPPED:
         kept = tl.load(valid + start + t, mask=within, other=0) != 0
         out = tl.where(kept[:, None], out, 0.0)
+    if NORMED:
+        scale = tl.load(gain + d, mask=wide, other=0.0).to(tl.float32)
+        scale = scale / tl.sqrt(tl.load(variance + d, mask=wide, other=1.0).to(tl.float32) + epsilon)
+        centre = tl.load(mean + d, mask=wide, other=0.0).to(tl.float32)
+        out = (out - centre[None, :]) * scale[None, :]
+        out += tl.load(shift + d, mask=wide, other=0.0).to(tl.float32)[None, :]
+        out = out * tl.sigmoid(out)
     place = (start + t)[:, None] * D + d[None, :]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=within[:, None] & wide[None, :])
 
@@ -71,64 +81,94 @@ def _depthwise_table(
     tl.store(tables + place, sums, mask=wide[None, :])
 
 
-def _run_depthwise(x: Tensor, valid: Tensor, table: Tensor, flipped: bool) -> Tensor:
+def _run_depthwise(
+    x: Tensor,
+    valid: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Any, ...] = (),
+    flipped: bool = False,
+) -> Tensor:
+    """``norm``: mean, variance, gain, shift (D,) and epsilon."""
+    x, weight = x.contiguous(), weight.contiguous()
     (b, t, d), y = x.shape, torch.empty_like(x)
     blocks = triton.cdiv(t, FRAMES)
+    *tables, epsilon = norm or (weight, weight, weight, weight, 0.0)  # where there is none nothing is read
     _depthwise[(b * blocks, triton.cdiv(d, WIDTH))](
-        x, valid, table, y, t, d, blocks, K=len(table) - 1, FLIPPED=flipped, F=FRAMES, W=WIDTH
-    )
+        x, valid, weight, weight if bias is None else bias, *tables, y, epsilon, t, d, blocks, K=weight.shape[2],
+        BIAS=bias is not None, FLIPPED=flipped, NORMED=bool(norm), F=FRAMES, W=WIDTH,
+    )  # fmt: skip
     return y
 
 
 @torch.library.custom_op("canter::depthwise", mutates_args=())
-def _convolved(x: Tensor, valid: Tensor, table: Tensor) -> Tensor:
-    return _run_depthwise(x.contiguous(), valid, table, flipped=False)
+def depthwise(x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution, zero padding, of x (B, T, D), taken for zero where ``valid`` (B, T) is false, by weight
+    (D, 1, K), K odd, and bias (D,) -> (B, T, D)."""
+    return _run_depthwise(x, valid, weight, bias)
 
 
 @torch.library.custom_op("canter::depthwise_backward", mutates_args=())
-def _convolved_backward(gradient: Tensor, x: Tensor, valid: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _depthwise_backward(
+    gradient: Tensor, x: Tensor, valid: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     x, gradient = x.contiguous(), gradient.contiguous()
-    b, t, d = x.shape
-    blocks, taps = triton.cdiv(t, FRAMES), triton.next_power_of_2(len(table))
+    (b, t, d), k = x.shape, weight.shape[2]
+    blocks, taps = triton.cdiv(t, FRAMES), triton.next_power_of_2(k + 1)
     tiles = b * blocks
     chunks = min(CHUNKS, tiles)
     tables = torch.empty(chunks, taps, d, device=x.device)
     _depthwise_table[(chunks, triton.cdiv(d, WIDTH))](
-        x, valid, gradient, tables, t, d, blocks, tiles, K=len(table) - 1, TAPS=taps, F=FRAMES, W=WIDTH
+        x, valid, gradient, tables, t, d, blocks, tiles, K=k, TAPS=taps, F=FRAMES, W=WIDTH
     )
-    for_table = tables.sum(0)[: len(table)].to(table.dtype)
-    return _run_depthwise(gradient, valid, table, flipped=True), for_table
+    table = tables.sum(0).to(weight.dtype)
+    for_x = _run_depthwise(gradient, valid, weight, None, flipped=True)
+    return for_x, table[:k].mT.contiguous().view(weight.shape), table[k].clone()
 
 
-@_convolved.register_fake
-def _(x, valid, table):
+@depthwise.register_fake
+def _(x, valid, weight, bias):
     return x.new_empty(x.shape)
 
 
-@_convolved_backward.register_fake
-def _(gradient, x, valid, table):
-    return x.new_empty(x.shape), table.new_empty(table.shape)
+@_depthwise_backward.register_fake
+def _(gradient, x, valid, weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *kept, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(*kept)
 
 
 def _depthwise_gradient(ctx, gradient):
-    x, valid, table = ctx.saved_tensors
-    for_x, for_table = _convolved_backward(gradient, x, valid, table)
-    return for_x, None, for_table
+    for_x, for_weight, for_bias = _depthwise_backward(gradient, *ctx.saved_tensors)
+    return for_x, None, for_weight, for_bias if ctx.has_bias else None
 
 
-_convolved.register_autograd(_depthwise_gradient, setup_context=_keep)
+depthwise.register_autograd(_depthwise_gradient, setup_context=_keep)
 
 
-def depthwise(x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A depthwise convolution, zero padding, of x (B, T, D), taken for zero where ``valid`` (B, T) is false, by weight
-    (D, 1, K), K odd, and bias (D,) -> (B, T, D)."""
-    taps = weight[:, 0].mT
-    last = taps.new_zeros(1, taps.shape[1]) if bias is None else bias[None].to(taps.dtype)
-    return _convolved(x, valid, torch.cat([taps, last]).to(x.dtype))
+@torch.library.custom_op("canter::depthwise_normed", mutates_args=())
+def depthwise_normed(
+    x: Tensor,
+    valid: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    epsilon: float,
+) -> Tensor:
+    """As ``depthwise``, then BatchNorm by given statistics (D,) each, then SiLU; without gradients."""
+    return _run_depthwise(x, valid, weight, bias, (mean, variance, gain, shift, epsilon))
+
+
+@depthwise_normed.register_fake
+def _(x, valid, weight, bias, mean, variance, gain, shift, epsilon):
+    return x.new_empty(x.shape)
 
 
 @triton.jit
