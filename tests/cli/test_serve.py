@@ -17,6 +17,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 import torch
 
 from canter.cli.main import main
+from canter.cli.serve import SPINS, Options, load_engine
 from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -107,3 +108,37 @@ def test_misuse_is_one_line(folder, tmp_path, capsys, monkeypatch, arguments, me
     assert message in errors
     assert errors.startswith("canter: ")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP there")
+def test_threads_look_out_for_a_moment():
+    """OpenMP, which tells its settings as it is loaded, has this one from the command."""
+    names = {*os.environ} - {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {**{name: os.environ[name] for name in names}, "OMP_DISPLAY_ENV": "VERBOSE"}
+    command = [sys.executable, "-m", "canter", "serve", "absent"]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr
+
+
+@pytest.mark.parametrize("own", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}])
+def test_how_threads_wait_is_left_to_the_user(monkeypatch, own):
+    monkeypatch.setattr(os, "environ", dict(own))
+    assert main(["serve", "absent"]) == 1
+    assert os.environ == own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
+def test_loading_leaves_no_threads(folder):
+    """OpenMP's threads sleep instead of looking out where more are alive than there are cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # which makes a thread of another kind
+    before = {*os.listdir("/proc/self/task")}
+    try:
+        load_engine(Options(folder), folder, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    for _ in range(10_000):  # they end a moment after the thread whose they are
+        left = {*os.listdir("/proc/self/task")} - before
+        if not left:
+            break
+    assert not left

@@ -3,15 +3,20 @@
 import contextlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from canter.errors import ConfigError
 
+if TYPE_CHECKING:
+    from canter.inference.engine import Engine
+
 KEYS = "CANTER_API_KEYS"
+SPINS = "1000"  # tens of microseconds at most; a step of the decoder takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,11 @@ def run(options: Options) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; pip install 'canter[serve]'") from None
 
-    from canter.inference.engine import Engine
-    from canter.inference.int8 import load_in
-    from canter.inference.requests import EngineConfig
+    # How long OpenMP's threads look out for each other before they sleep, read when torch is imported. Its own 3 ms
+    # keep a core from whoever else has something to do there, readers of audio among them, and double the service's
+    # time where another process takes one.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from canter.inference.transcribe import checkpoint_of
     from canter.models.device import choose_device
     from canter.serving.app import create_app
@@ -91,8 +98,7 @@ def run(options: Options) -> int:
         device = str(choose_device(options.device))
         if device == "cpu":
             steady_heap(LARGEST_THRESHOLD)
-        model = load_in(options.precision, checkpoint, device)
-        engine = Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size))
+        engine = load_engine(options, checkpoint, device)
         service = Service(engine, config)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -112,6 +118,22 @@ def run(options: Options) -> int:
     finally:
         listening.close()
     return 0
+
+
+def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
+    """The engine, made in a thread that ends, and its OpenMP threads with it: those of a thread that computes stay for
+    as long as it does, and while more of them live than there are cores, OpenMP has all of them sleep almost at once
+    (100 looks) wherever they wait for each other, several times a layer."""
+    from canter.inference.engine import Engine
+    from canter.inference.int8 import load_in
+    from canter.inference.requests import EngineConfig
+
+    def load() -> Engine:
+        model = load_in(options.precision, checkpoint, device)
+        return Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size))
+
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(load).result()
 
 
 def read_keys(file: Path | None) -> frozenset[str]:
