@@ -99,15 +99,26 @@ def test_an_average_trails_the_weights_and_takes_their_place_for_a_while():
 
 
 @pytest.mark.filterwarnings("default")  # torch.compile's own
-def test_compiled_layers_compute_the_same(config):
+def test_compiled_layers_compute_the_same_and_one_utterance_is_not_compiled(config):
     from canter.training.prepare import prepare
 
     model = prepare(config).model.eval()
     audio, lengths = torch.randn(2, 8000), torch.tensor([8000, 6000])
     plain = model.encode(*model.features(audio, lengths))[0]
     names = list(model.state_dict())
-    compile_layers(model, backend="aot_eager")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_layers(model, backend=backend)
+    # one utterance would be a shape of its own to the compiler
+    alone = model.encode(*model.features(audio[:1], lengths[:1]))[0]
+    torch.testing.assert_close(alone, plain[:1], rtol=1e-4, atol=1e-4)
+    assert not graphs
     torch.testing.assert_close(model.encode(*model.features(audio, lengths))[0], plain, rtol=1e-4, atol=1e-4)
+    assert graphs
     assert list(model.state_dict()) == names
 
 

@@ -51,9 +51,8 @@ class Rules:
         """logits (R, V); ``opening``: of the first token after the prompt."""
         which = self.never_first if opening else self.never
         if len(which):
-            logits.index_fill_(
-                1, which, -math.inf
-            )  # to assign would copy the number to a GPU, and wait for that
+            # not by assignment, which would copy the number to a GPU and wait for that
+            logits.index_fill_(1, which, -math.inf)
 
     def order_timestamps(self, logits: Tensor, rows: Sequence[int], written: Sequence[Sequence[int]]) -> None:
         """Of logits (R, V) the ``rows``, whose tokens since the prompt are ``written``."""

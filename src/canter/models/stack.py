@@ -18,6 +18,9 @@ class Stack(nn.Module):
     """Whether the backward pass computes each layer again instead of keeping what is inside (Chen et al.,
     2016)."""
 
+    compiled: bool = False
+    """Whether the layers are, each for itself."""
+
     def run(self, x: Tensor, *context: Tensor | None, layer_drop: float = 0.0) -> Tensor:
         """x through all layers, each called with ``context`` too. In training each is left out with
         probability ``layer_drop`` (Fan et al., 2020), drawn from torch's generator."""
@@ -25,7 +28,7 @@ class Stack(nn.Module):
         if layer_drop and self.training:
             keep = (torch.rand(len(self.layers)) >= layer_drop).tolist()
             layers = [layer for layer, kept in zip(self.layers, keep, strict=True) if kept]
-        with _as_compiled(len(x)):
+        with self._as_written(len(x)):
             for layer in layers:
                 if self.recompute and torch.is_grad_enabled():
                     x = checkpoint(layer, x, *context, use_reentrant=False, context_fn=_contexts)  # pyright: ignore[reportAssignmentType]
@@ -33,13 +36,12 @@ class Stack(nn.Module):
                     x = layer(x, *context)
         return x
 
-
-def _as_compiled(batch: int):
-    """Has layers that were compiled run as they were written for a batch of one: to a compiler that is another shape,
-    and compiling it takes longer than it ever runs."""
-    if batch > 1 or torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    def _as_written(self, batch: int):
+        """Has compiled layers run as they were written for a batch of one: to a compiler that is another shape, and
+        compiling it takes longer than it ever runs."""
+        if batch > 1 or not self.compiled or torch.compiler.is_compiling():
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
 
 def _contexts():

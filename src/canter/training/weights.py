@@ -1,6 +1,6 @@
 """What is done with weights besides updating them: frozen by name, averaged, compiled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -39,11 +39,12 @@ def to_training(model: nn.Module) -> None:
             module.eval()
 
 
-def compile_layers(model: SpeechModel, backend: str = "inductor") -> None:
+def compile_layers(model: SpeechModel, backend: str | Callable = "inductor") -> None:
     """Compiles each layer of encoder and decoder in place, for any length: names and state stay as they are."""
     for stack in (model.encoder, model.decoder):
         for layer in getattr(stack, "layers", ()):
             layer.compile(dynamic=True, backend=backend)
+        stack.compiled = True
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
