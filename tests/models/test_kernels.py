@@ -1,5 +1,6 @@
 """What the kernels for a GPU compute, beside torch's own operations; without a GPU in Triton's interpreter."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,45 @@ runs_here = pytest.mark.skipif(not HERE, reason="test_in_the_interpreter runs it
 
 if HERE:
     from canter.models.kernels import conformer, subsampling
+
+POINTERS = {"lengths": "*i64", "valid": "*i1"} | dict.fromkeys(("firsts", "seconds", "tables"), "*fp32")
+HALVES = "x y z first second gradient table for_y weight bias mean variance gain shift scores out"
+POINTERS |= dict.fromkeys(HALVES.split(), "*bf16")
+CHOICES = {
+    "BIAS": True,
+    "FLIPPED": False,
+    "NORMED": True,
+    "LEAST": -1e9,
+    "K": 9,
+    "TAPS": 16,
+    "R": 16,
+    "S": 128,
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", ["subsampling", "conformer"])
+def test_they_compile_for_a_gpu_that_is_not_there(name):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.runtime import JITFunction
+
+    module = importlib.import_module(f"canter.models.kernels.{name}")
+    kernels = [one for one in vars(module).values() if isinstance(one, JITFunction)]
+    assert kernels
+    for kernel in kernels:
+        if kernel.__name__ in ("_place", "_window"):  # which others call
+            continue
+        constants = {n: CHOICES.get(p.name, 64) for n, p in enumerate(kernel.params) if p.is_constexpr}
+        types = {
+            p.name: "constexpr"
+            if p.is_constexpr
+            else POINTERS.get(p.name) or ("fp32" if p.name == "epsilon" else "i32")
+            for p in kernel.params
+        }
+        source = ASTSource(kernel, types, {(n,): value for n, value in constants.items()})
+        assert compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
 
 
 @pytest.mark.skipif(HERE, reason="this is the interpreter, or a GPU")

@@ -28,7 +28,7 @@ def _depthwise(
     out = tl.zeros((F, W), tl.float32)
     if BIAS:
         out += tl.load(bias + d, mask=wide, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(K):
+    for k in range(K):
         source = t + k - K // 2
         there = (source >= 0) & (source < T)
         if not FLIPPED:
@@ -68,7 +68,7 @@ def _depthwise_table(
         g = tl.load(
             gradient + (start + t)[:, None] * D + d[None, :], mask=within[:, None] & wide[None, :], other=0.0
         ).to(tl.float32)
-        for k in tl.static_range(K):
+        for k in range(K):
             source = t + k - K // 2
             there = within & (source >= 0) & (source < T)
             there = there & (tl.load(valid + start + source, mask=there, other=0) != 0)

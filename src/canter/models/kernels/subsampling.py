@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 TAPS = 16  # rows of a table of weights: nine of a window, one for the bias, zeros
-TILE = 64  # positions of a tile
+TILE, SMALL_TILE = 64, 32  # positions of a tile; of one whose every value has an address of its own
 CHANNELS = 64  # of a tile
 CHUNKS = 1024  # parts in which a gradient of weights is summed
 
@@ -25,10 +25,10 @@ def _place(p, rows, columns):
 
 
 @triton.jit
-def _window(x, b, f2, m2, within, length, F, M, M1, A: tl.constexpr, E: tl.constexpr, TAPS: tl.constexpr):
-    """(P, TAPS) what the first convolution sees for tap (A, E) of the second; all zero where it has no output."""
+def _window(x, b, f2, m2, within, length, F, M, M1, a, e, TAPS: tl.constexpr):
+    """(P, TAPS) what the first convolution sees for tap (a, e) of the second; all zero where it has no output."""
     k = tl.arange(0, TAPS)[None, :]
-    f1, m1 = 2 * f2 + A - 1, 2 * m2 + E - 1
+    f1, m1 = 2 * f2 + a - 1, 2 * m2 + e - 1
     there = within & (f1 >= 0) & (f1 < (length + 1) // 2) & (m1 >= 0) & (m1 < M1)
     row, column = 2 * f1[:, None] - 1 + k // 3, 2 * m1[:, None] - 1 + k % 3
     seen = there[:, None] & (k < 9) & (row >= 0) & (row < length[:, None]) & (column >= 0) & (column < M)
@@ -46,12 +46,12 @@ def _start_forward(
     length = tl.load(lengths + b, mask=within, other=0).to(tl.int32)
     weight = tl.load(first + k[:, None] * C + c[None, :], mask=wide[None, :], other=0.0)
     out = tl.zeros((P, D), tl.float32) + tl.load(second + 9 * C + c, mask=wide, other=0.0)[None, :]
-    for a in tl.static_range(3):
-        for e in tl.static_range(3):
-            seen = _window(x, b, f2, m2, within, length, F, M, M1, a, e, TAPS).to(weight.dtype)
-            h = tl.dot(seen, weight)
-            tap = tl.load(second + (3 * a + e) * C + c, mask=wide, other=0.0).to(tl.float32)
-            out += tl.maximum(h, 0.0) * tap[None, :]
+    for n in range(9):
+        a, e = n // 3, n % 3
+        seen = _window(x, b, f2, m2, within, length, F, M, M1, a, e, TAPS).to(weight.dtype)
+        h = tl.dot(seen, weight)
+        tap = tl.load(second + n * C + c, mask=wide, other=0.0).to(tl.float32)
+        out += tl.maximum(h, 0.0) * tap[None, :]
     place = p[:, None].to(tl.int64) * C + c[None, :]
     tl.store(y + place, out.to(y.dtype.element_ty), mask=within[:, None] & wide[None, :])
 
@@ -72,16 +72,16 @@ def _start_backward(
         length = tl.load(lengths + b, mask=within, other=0).to(tl.int32)
         place = p[:, None].to(tl.int64) * C + c[None, :]
         g = tl.load(gradient + place, mask=within[:, None] & wide[None, :], other=0.0)
-        for a in tl.static_range(3):
-            for e in tl.static_range(3):
-                seen = _window(x, b, f2, m2, within, length, F, M, M1, a, e, TAPS).to(weight.dtype)
-                h = tl.dot(seen, weight)
-                tap = tl.load(second + (3 * a + e) * C + c, mask=wide, other=0.0).to(tl.float32)
-                passed = tl.where(h > 0, g.to(tl.float32) * tap[None, :], 0.0).to(weight.dtype)
-                for_first += tl.dot(tl.trans(seen), passed)
-                here = tl.zeros((TAPS, P), tl.float32) + tl.where(k == 3 * a + e, 1.0, 0.0)[:, None]
-                product = (g.to(tl.float32) * tl.maximum(h, 0.0)).to(weight.dtype)
-                for_second += tl.dot(here.to(weight.dtype), product)
+        for n in range(9):
+            a, e = n // 3, n % 3
+            seen = _window(x, b, f2, m2, within, length, F, M, M1, a, e, TAPS).to(weight.dtype)
+            h = tl.dot(seen, weight)
+            tap = tl.load(second + n * C + c, mask=wide, other=0.0).to(tl.float32)
+            passed = tl.where(h > 0, g.to(tl.float32) * tap[None, :], 0.0).to(weight.dtype)
+            for_first += tl.dot(tl.trans(seen), passed)
+            here = tl.zeros((TAPS, P), tl.float32) + tl.where(k == n, 1.0, 0.0)[:, None]
+            product = (g.to(tl.float32) * tl.maximum(h, 0.0)).to(weight.dtype)
+            for_second += tl.dot(here.to(weight.dtype), product)
         bias = tl.zeros((TAPS, P), tl.float32) + tl.where(k == 9, 1.0, 0.0)[:, None]
         for_second += tl.dot(bias.to(weight.dtype), g.to(weight.dtype))
     place = (chunk * TAPS + k[:, None]) * C + c[None, :]
@@ -101,14 +101,14 @@ def _next_forward(
         tl.zeros((P, D), tl.float32)
         + tl.load(table + 9 * C + c, mask=wide, other=0.0).to(tl.float32)[None, :]
     )
-    for a in tl.static_range(3):
-        for e in tl.static_range(3):
-            f, m = 2 * f1 + a - 1, 2 * m1 + e - 1
-            there = within & (f >= 0) & (f < length) & (m >= 0) & (m < M)
-            place = ((b.to(tl.int64) * F + f) * M + m)[:, None] * C + c[None, :]
-            value = tl.load(y + place, mask=there[:, None] & wide[None, :], other=0.0).to(tl.float32)
-            tap = tl.load(table + (3 * a + e) * C + c, mask=wide, other=0.0).to(tl.float32)
-            out += tl.maximum(value, 0.0) * tap[None, :]
+    for n in range(9):
+        a, e = n // 3, n % 3
+        f, m = 2 * f1 + a - 1, 2 * m1 + e - 1
+        there = within & (f >= 0) & (f < length) & (m >= 0) & (m < M)
+        place = ((b.to(tl.int64) * F + f) * M + m)[:, None] * C + c[None, :]
+        value = tl.load(y + place, mask=there[:, None] & wide[None, :], other=0.0).to(tl.float32)
+        tap = tl.load(table + n * C + c, mask=wide, other=0.0).to(tl.float32)
+        out += tl.maximum(value, 0.0) * tap[None, :]
     place = p[:, None].to(tl.int64) * C + c[None, :]
     tl.store(z + place, out.to(z.dtype.element_ty), mask=within[:, None] & wide[None, :])
 
@@ -125,17 +125,15 @@ def _next_backward_input(
     inside = within[:, None] & wide[None, :]
     value = tl.load(y + place, mask=inside, other=0.0)
     out = tl.zeros((P, D), tl.float32)
-    for a in tl.static_range(3):
-        for e in tl.static_range(3):
-            f1, m1 = (f + 1 - a) // 2, (m + 1 - e) // 2
-            reached = (
-                (f + 1 >= a) & ((f + 1 - a) % 2 == 0) & (f1 < F1) & (m + 1 >= e) & ((m + 1 - e) % 2 == 0)
-            )
-            reached = reached & (m1 < M1) & within
-            source = ((b.to(tl.int64) * F1 + f1) * M1 + m1)[:, None] * C + c[None, :]
-            g = tl.load(gradient + source, mask=reached[:, None] & wide[None, :], other=0.0).to(tl.float32)
-            tap = tl.load(table + (3 * a + e) * C + c, mask=wide, other=0.0).to(tl.float32)
-            out += g * tap[None, :]
+    for n in range(9):
+        a, e = n // 3, n % 3
+        f1, m1 = (f + 1 - a) // 2, (m + 1 - e) // 2
+        reached = (f + 1 >= a) & ((f + 1 - a) % 2 == 0) & (f1 < F1) & (m + 1 >= e) & ((m + 1 - e) % 2 == 0)
+        reached = reached & (m1 < M1) & within
+        source = ((b.to(tl.int64) * F1 + f1) * M1 + m1)[:, None] * C + c[None, :]
+        g = tl.load(gradient + source, mask=reached[:, None] & wide[None, :], other=0.0).to(tl.float32)
+        tap = tl.load(table + n * C + c, mask=wide, other=0.0).to(tl.float32)
+        out += g * tap[None, :]
     out = tl.where((value > 0) & (f < length)[:, None], out, 0.0)
     tl.store(for_y + place, out.to(for_y.dtype.element_ty), mask=inside)
 
@@ -158,14 +156,14 @@ def _next_backward_weight(
             mask=within[:, None] & wide[None, :],
             other=0.0,
         ).to(tl.float32)
-        for a in tl.static_range(3):
-            for e in tl.static_range(3):
-                f, m = 2 * f1 + a - 1, 2 * m1 + e - 1
-                there = within & (f >= 0) & (f < length) & (m >= 0) & (m < M)
-                place = ((b.to(tl.int64) * F + f) * M + m)[:, None] * C + c[None, :]
-                value = tl.load(y + place, mask=there[:, None] & wide[None, :], other=0.0).to(tl.float32)
-                total_here = tl.sum(g * tl.maximum(value, 0.0), axis=0)
-                sums += tl.where(k == 3 * a + e, 1.0, 0.0)[:, None] * total_here[None, :]
+        for n in range(9):
+            a, e = n // 3, n % 3
+            f, m = 2 * f1 + a - 1, 2 * m1 + e - 1
+            there = within & (f >= 0) & (f < length) & (m >= 0) & (m < M)
+            place = ((b.to(tl.int64) * F + f) * M + m)[:, None] * C + c[None, :]
+            value = tl.load(y + place, mask=there[:, None] & wide[None, :], other=0.0).to(tl.float32)
+            total_here = tl.sum(g * tl.maximum(value, 0.0), axis=0)
+            sums += tl.where(k == n, 1.0, 0.0)[:, None] * total_here[None, :]
         sums += tl.where(k == 9, 1.0, 0.0)[:, None] * tl.sum(g, axis=0)[None, :]
     tl.store(tables + (chunk * TAPS + k[:, None]) * C + c[None, :], sums, mask=wide[None, :])
 
@@ -224,8 +222,8 @@ class _Next(torch.autograd.Function):
         y, table = y.contiguous(), _table(weight, bias)
         z = torch.empty(b, f1, m1, c, dtype=y.dtype, device=y.device)
         total = b * f1 * m1
-        grid = (triton.cdiv(total, TILE), triton.cdiv(c, CHANNELS))
-        _next_forward[grid](y, lengths, table, z, f, m, f1, m1, total, c, P=TILE, D=CHANNELS)
+        grid = (triton.cdiv(total, SMALL_TILE), triton.cdiv(c, CHANNELS))
+        _next_forward[grid](y, lengths, table, z, f, m, f1, m1, total, c, P=SMALL_TILE, D=CHANNELS)
         ctx.save_for_backward(y, lengths, table, weight)
         return z
 
@@ -235,15 +233,15 @@ class _Next(torch.autograd.Function):
         (b, f, m, c), (_, f1, m1, _) = y.shape, gradient.shape
         gradient, for_y, total = gradient.contiguous(), torch.empty_like(y), b * f * m
         channels = triton.cdiv(c, CHANNELS)
-        _next_backward_input[(triton.cdiv(total, TILE), channels)](
-            y, lengths, table, gradient, for_y, f, m, f1, m1, total, c, P=TILE, D=CHANNELS
+        _next_backward_input[(triton.cdiv(total, SMALL_TILE), channels)](
+            y, lengths, table, gradient, for_y, f, m, f1, m1, total, c, P=SMALL_TILE, D=CHANNELS
         )
         total = b * f1 * m1
-        tiles = triton.cdiv(total, TILE)
+        tiles = triton.cdiv(total, SMALL_TILE)
         chunks = min(CHUNKS, tiles)
         tables = torch.empty(chunks, TAPS, c, device=y.device)
         _next_backward_weight[(chunks, channels)](
-            y, lengths, gradient, tables, f, m, f1, m1, total, c, tiles, TAPS=TAPS, P=TILE, D=CHANNELS
+            y, lengths, gradient, tables, f, m, f1, m1, total, c, tiles, TAPS=TAPS, P=SMALL_TILE, D=CHANNELS
         )
         return for_y, None, *_untabled(tables, weight)
 
