@@ -1,5 +1,8 @@
 """Kernels for a GPU where torch's own pass over memory far more often than they need to; in Triton, which torch's
-builds for CUDA bring along. What they compute can be had without them too, in the modules that call them."""
+builds for CUDA bring along. What they compute can be had without them too, in the modules that call them.
+
+Triton launches on the current device, so whoever calls a kernel outside of a backward pass makes that of its tensors
+the current one."""
 
 import importlib.util
 

@@ -94,10 +94,11 @@ def _run_depthwise(
     (b, t, d), y = x.shape, torch.empty_like(x)
     blocks = triton.cdiv(t, FRAMES)
     *tables, epsilon = norm or (weight, weight, weight, weight, 0.0)  # where there is none nothing is read
-    _depthwise[(b * blocks, triton.cdiv(d, WIDTH))](
-        x, valid, weight, weight if bias is None else bias, *tables, y, epsilon, t, d, blocks, K=weight.shape[2],
-        BIAS=bias is not None, FLIPPED=flipped, NORMED=bool(norm), F=FRAMES, W=WIDTH,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _depthwise[(b * blocks, triton.cdiv(d, WIDTH))](
+            x, valid, weight, weight if bias is None else bias, *tables, y, epsilon, t, d, blocks, K=weight.shape[2],
+            BIAS=bias is not None, FLIPPED=flipped, NORMED=bool(norm), F=FRAMES, W=WIDTH,
+        )  # fmt: skip
     return y
 
 
@@ -118,9 +119,10 @@ def _depthwise_backward(
     tiles = b * blocks
     chunks = min(CHUNKS, tiles)
     tables = torch.empty(chunks, taps, d, device=x.device)
-    _depthwise_table[(chunks, triton.cdiv(d, WIDTH))](
-        x, valid, gradient, tables, t, d, blocks, tiles, K=k, TAPS=taps, F=FRAMES, W=WIDTH
-    )
+    with torch.cuda.device_of(x):
+        _depthwise_table[(chunks, triton.cdiv(d, WIDTH))](
+            x, valid, gradient, tables, t, d, blocks, tiles, K=k, TAPS=taps, F=FRAMES, W=WIDTH
+        )
     table = tables.sum(0).to(weight.dtype)
     for_x = _run_depthwise(gradient, valid, weight, None, flipped=True)
     return for_x, table[:k].mT.contiguous().view(weight.shape), table[k].clone()
@@ -212,7 +214,8 @@ def relative_bias(scores: Tensor, valid: Tensor) -> Tensor:
     out = scores.new_empty(b, h, t, t)
     grid = (b * h, triton.cdiv(t, ROWS), triton.cdiv(t, COLUMNS))
     least = torch.finfo(scores.dtype).min
-    _shift[grid](scores.contiguous(), valid, out, t, n, b, h, LEAST=least, R=ROWS, S=COLUMNS)
+    with torch.cuda.device_of(scores):
+        _shift[grid](scores.contiguous(), valid, out, t, n, b, h, LEAST=least, R=ROWS, S=COLUMNS)
     return out
 
 
@@ -221,7 +224,8 @@ def _relative_bias_backward(gradient: Tensor, valid: Tensor, distances: int) -> 
     b, h, t, _ = gradient.shape
     out = gradient.new_empty(h, b, t, distances)
     grid = (b * h, triton.cdiv(t, ROWS), triton.cdiv(distances, COLUMNS))
-    _shift_back[grid](gradient.contiguous(), valid, out, t, distances, b, h, R=ROWS, S=COLUMNS)
+    with torch.cuda.device_of(gradient):
+        _shift_back[grid](gradient.contiguous(), valid, out, t, distances, b, h, R=ROWS, S=COLUMNS)
     return out
 
 

@@ -193,9 +193,10 @@ class _Start(torch.autograd.Function):
         y = torch.empty(b, f2, m2, c, dtype=weight1.dtype, device=x.device)
         total = b * f2 * m2
         grid = (triton.cdiv(total, TILE), triton.cdiv(c, CHANNELS))
-        _start_forward[grid](
-            x, lengths, first, second, y, f, m, _halved(m), f2, m2, total, c, TAPS=TAPS, P=TILE, D=CHANNELS
-        )
+        with torch.cuda.device_of(x):
+            _start_forward[grid](
+                x, lengths, first, second, y, f, m, _halved(m), f2, m2, total, c, TAPS=TAPS, P=TILE, D=CHANNELS
+            )  # fmt: skip
         ctx.save_for_backward(x, lengths, first, second, weight1, weight2)
         return y
 
@@ -223,7 +224,8 @@ class _Next(torch.autograd.Function):
         z = torch.empty(b, f1, m1, c, dtype=y.dtype, device=y.device)
         total = b * f1 * m1
         grid = (triton.cdiv(total, SMALL_TILE), triton.cdiv(c, CHANNELS))
-        _next_forward[grid](y, lengths, table, z, f, m, f1, m1, total, c, P=SMALL_TILE, D=CHANNELS)
+        with torch.cuda.device_of(y):
+            _next_forward[grid](y, lengths, table, z, f, m, f1, m1, total, c, P=SMALL_TILE, D=CHANNELS)
         ctx.save_for_backward(y, lengths, table, weight)
         return z
 
