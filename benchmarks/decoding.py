@@ -20,7 +20,7 @@ import pyarrow.parquet as parquet
 import torch
 import tyro
 
-from canter.inference.engine import encoder_batches
+from canter.inference.capacity import encoder_batches
 from canter.inference.requests import EngineConfig, Request
 from canter.inference.shift import ForcedLengths, measure_shift
 from canter.models.decoder import DecoderConfig

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import tyro
 
-from canter.inference.engine import encoder_batches
+from canter.inference.capacity import encoder_batches
 from canter.inference.graphs import FixedSteps
 from canter.inference.int8 import quantize
 from canter.inference.requests import EngineConfig, Request

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from canter.inference.capacity import encoder_batches
 from canter.inference.ctc import ctc_greedy
-from canter.inference.engine import Engine, encoder_batches
+from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig, Request
 
 from .conftest import END, noises, small_model

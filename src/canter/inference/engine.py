@@ -26,8 +26,9 @@ from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
 from canter.inference.rules import Rules
-from canter.inference.search import BeamSearch, Greedy, Row, Search, swap_out
+from canter.inference.search import BeamSearch, Greedy, Row, Search
 from canter.inference.timer import Timer
+from canter.models.cache import swap_out
 from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
 

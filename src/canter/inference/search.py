@@ -6,7 +6,7 @@ Rows sit in slots as in the decoder's cache. B: rows, N: beams, V: vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.rules import Rules
+from canter.models.cache import swap_out
 
 BLOCK = 64  # of logits, when the best of many are looked for
 
@@ -66,13 +67,6 @@ class Search(Protocol):
         """logits of the rows from slot ``first`` on, (B, 1, V) if ``opening``, else (B, N, V) -> the slots
         that have ended, and which beam each goes on from (B, N), None if each from itself."""
         ...
-
-
-def swap_out(values: list[Any], slots: Sequence[int]) -> None:
-    """Takes out ``slots``; the last ones take their places."""
-    for slot in sorted(slots, reverse=True):
-        values[slot] = values[-1]
-        values.pop()
 
 
 def drawn(logits: Tensor, row: Row, count: int = 1) -> np.ndarray:

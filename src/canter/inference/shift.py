@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from canter.inference.engine import Engine, encoder_batches
+from canter.inference.capacity import encoder_batches
+from canter.inference.engine import Engine
 from canter.inference.naive import CACHES, generate
 from canter.inference.requests import EngineConfig, Request
 from canter.models.decoder import DecoderConfig

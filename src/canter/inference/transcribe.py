@@ -16,8 +16,8 @@ import numpy as np
 from canter.corpus.audio import audio_blocks, load_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, CheckpointError, ConfigError
-from canter.inference.capacity import usual_window
-from canter.inference.engine import Engine, encoder_batches
+from canter.inference.capacity import encoder_batches, usual_window
+from canter.inference.engine import Engine
 from canter.inference.pieces import Piece, cut
 from canter.inference.reading import Assembly, Fallback, ended_early, segments_of
 from canter.inference.requests import Hypothesis, Request

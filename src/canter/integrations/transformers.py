@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
-from canter.inference.engine import encoder_batches
+from canter.inference.capacity import encoder_batches
 from canter.inference.requests import EngineConfig
 from canter.integrations.transformers_engine import GenerateEngine
 from canter.integrations.transformers_files import load_parts

@@ -4,7 +4,8 @@ L: layers, C: slots, H: heads, T: encoder frames, U: columns, K: head width, N: 
 """
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,13 @@ class CacheShape(Protocol):
 def rounded(size: int) -> int:
     """The next multiple of ROUND."""
     return -(-size // ROUND) * ROUND
+
+
+def swap_out(values: list[Any], slots: Sequence[int]) -> None:
+    """Takes out ``slots``; the last ones take their places."""
+    for slot in sorted(slots, reverse=True):
+        values[slot] = values[-1]
+        values.pop()
 
 
 class DecoderCache:
@@ -134,9 +142,7 @@ class DecoderCache:
     def remove(self, slots: list[int]) -> None:
         """Rows leave; the last ones move into their slots, so that live rows stay together."""
         order = list(range(self.rows))
-        for slot in sorted(slots, reverse=True):
-            order[slot] = order[-1]
-            order.pop()
+        swap_out(order, slots)
         moves = [(slot, source) for slot, source in enumerate(order) if slot != source]
         if moves:
             used = slice(min(self.starts[source] for _, source in moves), self.column)
@@ -151,9 +157,8 @@ class DecoderCache:
                 for table, rows in tables:
                     for slot, source in moves:
                         table.select(rows, slot).copy_(table.select(rows, source))
-        self.starts, self.prompts, self.frames = (
-            [values[source] for source in order] for values in (self.starts, self.prompts, self.frames)
-        )
+        for values in (self.starts, self.prompts, self.frames):
+            swap_out(values, slots)
 
     def branch(self) -> None:
         """The columns of the next step: each beam sees its own alone."""

@@ -228,18 +228,14 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
         x = F.glu(self.pointwise_conv1(x), dim=-1)
         conv, norm = self.depthwise_conv, self.batch_norm
-        if (
-            kernels.usable(x)
-            and isinstance(norm, MaskedBatchNorm)
-            and not (norm.training or torch.is_grad_enabled())
-        ):
-            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
-            x = conformer.depthwise_normed(x, valid, conv.weight, conv.bias, *statistics, norm.epsilon)
-            return self.pointwise_conv2(x)
         if not isinstance(norm, MaskedBatchNorm):
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias))
         elif norm.training:  # not where its weights are frozen
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias), valid, count)
+        elif kernels.usable(x) and not torch.is_grad_enabled():
+            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            x = conformer.depthwise_normed(x, valid, conv.weight, conv.bias, *statistics, norm.epsilon)
+            return self.pointwise_conv2(x)
         else:
             x = self._depthwise(x, valid, *norm.folded(conv.weight, conv.bias))
         return self.pointwise_conv2(F.silu(x, inplace=not torch.is_grad_enabled()))

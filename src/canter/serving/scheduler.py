@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from canter.errors import CanterError
-from canter.inference.engine import Engine, encoder_batches
+from canter.inference.capacity import encoder_batches
+from canter.inference.engine import Engine
 from canter.inference.requests import Hypothesis, Request
 
 log = logging.getLogger("canter.serving")
