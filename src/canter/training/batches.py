@@ -53,7 +53,7 @@ def choose_limits(
     if config.minutes is not None and config.steps is None:
         timed = steps_in(config, index, budget, ranks, micro_batches)
         wanted, by = max((wanted, by), (timed, "--minutes"))
-    elif wanted > least_steps(dataclasses.replace(config, epochs=math.inf)):
+    elif wanted > EPOCH_STEPS:
         by = "--epochs"
     most = max(1, int(float(np.sum(index.seconds)) / LEAST_SECONDS))
     return BatchLimits(seconds, min(wanted, most), "the CPU", by if wanted <= most else "the audio")
