@@ -110,6 +110,10 @@ def test_seconds_are_a_cap(plain, read_speech):
     _, batches, line = prepared(config)
     assert 40 < batches["seconds"] <= 48
     assert "limited by --batch-seconds 48" in line
+    _, _, line = prepared(
+        dataclasses.replace(config, batch_seconds=1e4, output=config.output.with_name("more"))
+    )
+    assert "limited by memory" in line
 
 
 def test_a_least_number_of_steps_is_obeyed(plain, read_speech):
