@@ -13,13 +13,13 @@ from canter.training.config import (
     ModelShape,
     OptimizerConfig,
     TrainConfig,
-    decided,
     differences,
     dump_config,
     from_mapping,
     load_config,
     rooted,
 )
+from canter.training.defaults import decided
 
 
 def test_a_configuration_survives_yaml(tmp_path):
@@ -99,6 +99,11 @@ FIELDS = st.sampled_from([f.name for f in dataclasses.fields(TrainConfig)])
 def test_any_mapping_gives_a_configuration_or_a_config_error(mapping):
     with contextlib.suppress(ConfigError):
         assert isinstance(from_mapping(TrainConfig, mapping, "file"), TrainConfig)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")))
+def test_recipes_can_be_read(path):
+    assert load_config(path) != TrainConfig()
 
 
 def test_differences_leave_out_what_changes_no_step():
