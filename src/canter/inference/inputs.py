@@ -23,6 +23,10 @@ from canter.corpus.sources import open_source, units_of
 from canter.errors import AudioError, ManifestError
 from canter.text.prompts import utterance_slots
 
+MANIFEST_SUFFIXES = frozenset(
+    (".jsonl", ".json", ".tsv", ".csv", ".yaml", ".yml", ".tar", ".parquet", ".arrow", ".feather")
+)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -45,6 +49,10 @@ class Defaults:
     target_language: str = "en"
     """Written, where the task is to translate."""
 
+    def complete(self, item: Item) -> Item:
+        """Return the item with what its row leaves open taken from here."""
+        return _completed(item, self)
+
 
 def read_items(
     paths: Iterable[str | os.PathLike[str]], lang: str | None = None, defaults: Defaults | None = None
@@ -64,7 +72,7 @@ def read_items(
             found = list(_items(path))
         except ManifestError as error:
             found, problem = [], str(error)
-        if not any(item.utterance for item in found) and not _is_audio(path):
+        if not any(item.utterance for item in found) and not is_audio(path):
             reasons = "".join(f"\n  {item.problem}" for item in found[:3])
             failures.append(problem + (":" + reasons if reasons else ""))
             found = found or [Item({"audio_filepath": path}, None, problem)]
@@ -91,12 +99,30 @@ def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[It
     ]
 
 
-def _is_audio(path: str) -> bool:
-    return Path(path).suffix.lower() in AUDIO_SUFFIXES and not os.path.isdir(path)
+def is_audio(path: str) -> bool:
+    """Return whether a path names one audio file, not a folder or a manifest: by its suffix, or else by its content."""
+    suffix = Path(path.removesuffix(".gz")).suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return not os.path.isdir(path)
+    if suffix in MANIFEST_SUFFIXES or is_url(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return bool(begins) and not begins.startswith((b"{", b"[", b"\x1f\x8b"))  # JSON, gzip
+
+
+def items_of(path: str | os.PathLike[str], defaults: Defaults | None = None) -> Iterator[Item]:
+    """Yield the items of one audio file, folder or manifest as they are read; what ``read_items`` says holds here.
+
+    Raises ManifestError for a path that is nothing of the kind.
+    """
+    defaults = defaults or Defaults()
+    for item in _items(os.fspath(path)):
+        yield _completed(item, defaults)
 
 
 def _items(path: str) -> Iterator[Item]:
-    if _is_audio(path):
+    if is_audio(path):
         yield _audio(absolute(path))
         return
     if (
