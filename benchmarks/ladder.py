@@ -13,8 +13,9 @@ from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
 from canter.models.model import Batch, SpeechModel
 from canter.planning import Budget, Plan
-from canter.training.config import TrainConfig, decided
+from canter.training.config import TrainConfig
 from canter.training.data import Loaded
+from canter.training.defaults import decided
 from canter.training.gradient import Counts, Gradient
 from canter.training.optimizers import Optimizers
 from canter.training.steps import Steps

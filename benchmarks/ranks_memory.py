@@ -31,7 +31,8 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import Batch, ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
-from canter.training.config import OptimizerConfig, TrainConfig, decided
+from canter.training.config import OptimizerConfig, TrainConfig
+from canter.training.defaults import decided
 from canter.training.gradient import Counts, Gradient
 from canter.training.measure import synthetic_batch
 from canter.training.optimizers import Optimizers

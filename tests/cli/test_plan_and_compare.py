@@ -91,6 +91,31 @@ def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
     assert len(plan) == steps
 
 
+def test_min_steps_and_limits_in_tokens_per_second(tmp_path, capsys):
+    path = write_lengths(
+        tmp_path / "set.parquet", [5.0] * 300 + [20.0] * 100, [20] * 299 + [101] + [300] * 100
+    )
+    options = [
+        str(path),
+        "--ranks",
+        "2",
+        "--json",
+        "--min-steps",
+        "30",
+        "--max-tokens-per-second",
+        "10:20",
+        "30:14",
+    ]
+    assert main(["plan", *options]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["steps"] == 30
+    assert value["left_out"] == {"over the tokens-per-second bound": 101}
+    assert main(["compare", *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all(30 <= row["steps"] <= 40 for row in rows)
+    assert {row["left_out"] for row in rows} == {101}
+
+
 def refused(arguments, capsys):
     """The one line of standard error with which a command refuses."""
     assert main([str(argument) for argument in arguments]) == 1
@@ -110,6 +135,9 @@ def refused(arguments, capsys):
         (["--micro-batches-per-step", "0"], "micro_batches_per_step is 0"),
         (["--window", "0"], "window is 0"),
         (["--mixing", "nan"], "mixing is nan"),
+        (["--min-steps", "0"], "min_steps is 0"),
+        (["--max-tokens-per-second", "fast"], "max_tokens_per_second has 'fast'; give one limit such as 25"),
+        (["--max-tokens-per-second", "10:0"], "max_tokens_per_second is 10:0; durations and limits must be"),
         (["--prompt-tokens", "-1"], "--prompt-tokens is -1"),
         (["--memory", "nan"], "memory.limit_bytes is nan"),
         (["--memory", "10"], "10 GB leave no room for a batch"),

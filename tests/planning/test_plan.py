@@ -10,6 +10,7 @@ from canter.corpus.index import LengthIndex, Shard, Source
 from canter.errors import PlanError
 from canter.planning import Budget, Plan, Polynomial, Position
 from canter.planning.emit import write_plan
+from canter.planning.lengths import rate_limits
 from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import STRATEGIES, Balanced, Bucket1D, Bucket2D, Random
 from canter.planning.testing import assert_plan_resumes, assert_same
@@ -30,7 +31,9 @@ def test_every_strategy_resumes_at_every_step(kind, budget):
 
 
 @pytest.mark.parametrize(
-    "options", [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}], ids=str
+    "options",
+    [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 60}],
+    ids=str,
 )
 def test_resumes_whatever_the_settings(options, budget):
     index = lengths(700)
@@ -215,11 +218,43 @@ def test_positions_of_other_plans_are_refused(index, budget):
         {"strategy": "magic"},
         {"epoch": -1},
         {"max_tokens_per_second": float("nan")},
+        {"max_tokens_per_second": [(10, 0)]},
+        {"max_tokens_per_second": [(10, 3), (10, 4)]},
+        {"max_tokens_per_second": [(10, 3), 4]},
+        {"max_tokens_per_second": "10:3 fast"},
+        {"min_steps": 0},
     ],
 )
 def test_impossible_settings(index, budget, options):
     with pytest.raises(PlanError):
         Plan(index, budget, **options)
+
+
+def test_limits_in_tokens_per_second_by_duration(budget):
+    """An utterance is held to the limit of the first pair that reaches its duration, a longer one to the last."""
+    seconds = np.array([5, 5, 10.1, 10.1, 15, 15, 60, 60], np.float32)
+    tokens = np.array([150, 151, 303, 304, 375, 376, 1200, 1201])
+    index = LengthIndex(seconds, tokens)
+    plan = Plan(index, budget, max_tokens_per_second=[(20, 25), (10.1, 30), (40, 20)])
+    assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in (1, 3, 5, 7)]
+    assert sorted(row for step in plan for batch in step for row in batch) == [0, 2, 4, 6]
+    assert plan.max_tokens_per_second == ((10.1, 30.0), (20.0, 25.0), (40.0, 20.0))
+    same = Plan(index, budget, max_tokens_per_second=rate_limits("10.1:30 20:25 40:20"))
+    assert same.fingerprint == plan.fingerprint
+    assert (
+        Plan(index, budget, max_tokens_per_second=plan.max_tokens_per_second).fingerprint == plan.fingerprint
+    )
+    others = [None, 30, [(10.1, 30)], [(10.1, 30), (20, 25), (40, 21)]]
+    assert (
+        len({Plan(index, budget, max_tokens_per_second=o).fingerprint for o in others} | {plan.fingerprint})
+        == 5
+    )
+    assert rate_limits(["25"]) == rate_limits("25") == rate_limits(25) == 25.0
+    assert rate_limits(()) is None
+
+
+def test_min_steps_is_part_of_the_fingerprint(index, budget):
+    assert Plan(index, budget, min_steps=7).fingerprint != Plan(index, budget, min_steps=8).fingerprint
 
 
 def test_a_window_in_which_nothing_fits():

@@ -12,6 +12,7 @@ from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, R
 from canter.planning.strategies.balanced import without_drift
 from canter.planning.strategies.base import maxima
 from canter.planning.strategies.recut import assign, most_placed, recut
+from canter.planning.testing import assert_same
 
 from .conftest import lengths
 
@@ -54,6 +55,61 @@ def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(
         lone = Lengths.of(index, np.array([row]), budget, plan.grid)
         assert reason == "over the budget by itself"
         assert budget.bytes(1, lone.frames, lone.tokens)[0] > budget.limit_bytes
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.05, 40), st.integers(0, 400)), min_size=1, max_size=120),
+    st.sampled_from(KINDS),
+    st.integers(1, 9),
+    st.integers(1, 200),
+    st.integers(1, 80),
+    st.integers(100, 3000),
+)
+def test_an_epoch_has_at_least_min_steps_where_there_are_utterances_enough(
+    rows, kind, per_step, window, min_steps, limit
+):
+    index = LengthIndex(*np.array(rows).T[:1], np.array([u for _, u in rows]))
+    budget = Budget(float(limit), Polynomial(T=1.0, TT=1e-4, U=0.3, TU=1e-3), fixed_bytes=50.0)
+    options = {"strategy": kind, "window": window, "micro_batches_per_step": per_step}
+    plan = Plan(index, budget, min_steps=min_steps, **options)
+    assert plan.least_steps(0) * plan.windows.count >= min_steps
+    for number in range(plan.windows.count):
+        cut = plan.cut(number)
+        possible = -(-len(cut.rows) // per_step)
+        assert len(cut) >= min(plan.least_steps(number), possible)
+        assert all(1 <= steps <= per_step for steps in np.diff(cut.steps))
+        assert all(np.diff(cut.batches) >= 1)
+    used = sorted(row for step in plan for batch in step for row in batch)
+    assert used == sorted(set(range(len(index))) - {row for row, _ in plan.left_out()})
+    if not isinstance(kind, Random) or kind.batch_size is None:
+        assert plan.figures().over == 0
+    again = Plan(index, budget, min_steps=min_steps, **options)
+    assert_same(list(plan), list(again))
+    if len(plan):
+        assert_same(plan.step(len(plan) - 1), again.step(len(plan) - 1))
+
+
+@pytest.mark.parametrize("kind", [*(kind() for kind in STRATEGIES.values()), Random(40)], ids=str)
+@pytest.mark.parametrize("window", [None, 700])
+def test_batches_become_smaller_evenly_to_reach_min_steps(kind, window, budget):
+    index = lengths(3000)
+    plans = [
+        Plan(index, budget, kind, window=window, micro_batches_per_step=4, min_steps=steps)
+        for steps in (1, 120, 300)
+    ]
+    figures = [plan.figures() for plan in plans]
+    assert [f.utterances for f in figures] == [3000] * 3
+    assert figures[0].steps < 120
+    for wanted, found in ((120, figures[1]), (300, figures[2])):
+        assert wanted <= found.steps <= 1.35 * wanted  # a fixed size of 6.25 utterances becomes one of 6
+        assert found.over == 0
+    assert figures[0].padded_compute > figures[1].padded_compute > figures[2].padded_compute
+
+
+def test_an_endless_stream_has_min_steps_in_as_many_utterances_as_the_index_has(budget):
+    plan = Plan(lengths(3000), budget, endless=True, window=500, micro_batches_per_step=2, min_steps=90)
+    assert [len(plan.cut(window)) for window in range(8)] == [15] * 8
 
 
 @pytest.mark.parametrize("per_step", [1, 3, 8])

@@ -13,13 +13,13 @@ from canter.training.config import (
     ModelShape,
     OptimizerConfig,
     TrainConfig,
-    decided,
     differences,
     dump_config,
     from_mapping,
     load_config,
     rooted,
 )
+from canter.training.defaults import decided
 
 
 def test_a_configuration_survives_yaml(tmp_path):

@@ -9,10 +9,11 @@ from canter.corpus.index import LengthIndex
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
+from canter.training.batches import limited
 from canter.training.config import TrainConfig
 from canter.training.measure import synthetic_batch
 from canter.training.pace import Pace
-from canter.training.prepare import choose_steps, limited, predicted, prepare
+from canter.training.prepare import choose_steps, predicted, prepare
 from canter.training.speed import AtSpeed
 
 BYTES = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
@@ -57,7 +58,7 @@ def test_minutes_are_those_of_the_ranks_there_are(ranks):
     for before, _, _ in plan.walk():
         seconds = plan.step_seconds(before.window, before.step)
         true.append(max(float(seconds[one].sum()) for one in share_out(seconds, ranks)))
-    mean, _ = predicted(plan, ranks)
+    _, mean, _ = predicted(plan, ranks)
     assert mean == pytest.approx(np.mean(true))
     config = TrainConfig(minutes=10.0)
     steps = choose_steps(config, mean, len(plan))

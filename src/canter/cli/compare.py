@@ -41,6 +41,7 @@ def run(options: Options) -> int | None:
         tell_skipped,
     )
     from canter.planning.compare import compare, ladder, markdown
+    from canter.planning.lengths import rate_limits
 
     index = open_lengths(options.index, options.prompt_tokens)
     check_ranks(options.ranks, len(index), "utterances")
@@ -62,6 +63,8 @@ def run(options: Options) -> int | None:
             ranks=options.ranks,
             micro_batches_per_step=options.micro_batches_per_step,
             seed=options.seed,
+            min_steps=options.min_steps,
+            max_tokens_per_second=rate_limits(options.max_tokens_per_second),
         )
         for row, following in zip(found, [*(name for name, _, _ in strategies[1:]), "done"]):
             if not row.figures.utterances:

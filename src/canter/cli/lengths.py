@@ -37,6 +37,11 @@ class PlanOptions:
     """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
     mixing: float = 1.0
     """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
+    min_steps: int = 1
+    """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it (default: 1)."""
+    max_tokens_per_second: tuple[str, ...] = ()
+    """Leave out utterances with more tokens a second: one limit such as `25`, or limits up to a duration in seconds
+    such as `10:30 20:25 40:20`."""
     seed: int = 0
     """Another seed, another shuffle."""
     prompt_tokens: int = 0

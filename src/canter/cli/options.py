@@ -50,7 +50,9 @@ def _polish(options: type) -> None:
             _polish(typing.cast(type, bare))
             continue
         settings: dict[str, Any] = {"help": " ".join((told.get(field.name) or "").split())}
-        if field.default in (None, (), ""):
+        if settings["help"].endswith(("(required).", "(required)")) or "(default: " in settings["help"]:
+            settings["help_behavior_hint"] = ""  # it says so itself
+        elif field.default in (None, (), ""):
             settings["help_behavior_hint"] = "(default: none)"
         elif isinstance(field.default, float) and field.default >= 1e6:
             settings["help_behavior_hint"] = f"(default: {field.default:g})"
@@ -63,4 +65,59 @@ def _polish(options: type) -> None:
         elif typing.get_origin(bare) in (typing.Union, types.UnionType) and not others:
             choices = ",".join(map(str, typing.get_args(kind)))
             settings["metavar"] = KINDS.get(kind, f"{{{choices}}}")
-        options.__annotations__[field.name] = Annotated[hint, tyro.conf.arg(**settings)]
+        marked = Annotated[hint, tyro.conf.arg(**settings)]
+        if (constructor := _constructor(bare)) is not None:
+            marked = Annotated[marked, constructor]
+        options.__annotations__[field.name] = marked
+
+
+def _constructor(hint: Any) -> Any:
+    """Return how tyro reads a number that may be left open, by the word none too; and limits on tokens a second. None
+    for anything else."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    from canter.planning.lengths import RateLimits, rate_limits
+
+    if hint == RateLimits:
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[LIMIT | SECONDS:LIMIT ...]",
+            instance_from_str=lambda words: None if words in (["none"], ["None"]) else rate_limits(words),
+            is_instance=lambda value: value is None or isinstance(value, float | tuple),
+            str_from_instance=_limits_as_typed,
+        )
+    kinds = typing.get_args(hint)
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    numbers = [kind for kind in kinds if kind in (int, float)]
+    if types.NoneType not in kinds or len(numbers) != 1 or len(numbers) + bool(words) + 1 != len(kinds):
+        return None
+    (number,) = numbers
+
+    def read(given: list[str]) -> Any:
+        if given[0].lower() == "none":
+            return None
+        if given[0] in words:
+            return given[0]
+        try:
+            return number(given[0])
+        except ValueError:
+            what = "a whole number" if number is int else "a number"
+            raise ValueError(
+                f"expected {', '.join([*words, 'none'])} or {what}, found '{given[0]}'"
+            ) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="|".join([*words, "none", KINDS[number]]) if words else KINDS[number],
+        instance_from_str=read,
+        is_instance=lambda value: value is None or value in words or isinstance(value, number | int),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
+
+
+def _limits_as_typed(limits: Any) -> list[str]:
+    if limits is None:
+        return ["none"]
+    if isinstance(limits, tuple):
+        return [f"{seconds:g}:{limit:g}" for seconds, limit in limits]
+    return [f"{limits:g}"]

@@ -14,8 +14,6 @@ from canter.cli.lengths import PlanOptions
 class Options(PlanOptions):
     strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced"] = "balanced"
     """How to batch."""
-    max_tokens_per_second: float | None = None
-    """Utterances beyond this are left out, counted and listed."""
     epoch: int = 0
     """Which epoch."""
     emit: Path | None = None
@@ -38,6 +36,7 @@ def run(options: Options) -> int | None:
     )
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
+    from canter.planning.lengths import rate_limits
     from canter.planning.strategies import Bucket2D
 
     if options.mixing != 1.0 and options.strategy != "balanced":
@@ -67,7 +66,8 @@ def run(options: Options) -> int | None:
         micro_batches_per_step=(
             options.ranks if options.micro_batches_per_step is None else options.micro_batches_per_step
         ),
-        max_tokens_per_second=options.max_tokens_per_second,
+        min_steps=options.min_steps,
+        max_tokens_per_second=rate_limits(options.max_tokens_per_second),
         cache=steps_folder(index),
     )
     figures = plan.figures(options.ranks)

@@ -1,4 +1,4 @@
-"""Train a model on a manifest, or go on with the run that the output folder holds.
+"""Train a model on a manifest, or resume the run in the output folder.
 
 With a file, `canter train CONFIG.yaml [--flag value ...]`, whose settings flags override; without one, `canter train
 --manifest train.jsonl --valid valid.jsonl --output runs/x`.
@@ -12,13 +12,14 @@ from pathlib import Path
 
 from canter.corpus.manifest import expand_shards
 from canter.errors import ConfigError
-from canter.training.config import TrainConfig, dump_config, load_config
+from canter.training.config import TrainConfig, load_config
+from canter.training.defaults import print_config
 
 Options = TrainConfig
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig | None:
-    """The configuration that file and flags give; None where it was only to be printed."""
+    """Return the configuration that file and flags give; None where it was only to be printed."""
     from canter.cli.options import parse as fill
 
     rest = list(arguments)
@@ -32,12 +33,17 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
         default = dataclasses.replace(default, output=folder, allow_changes=False)
     else:
         default = load_config(file) if file is not None else TrainConfig()
-    description = f"{__doc__}\n\nWith --print-config, prints the configuration as YAML and stops."
+    description = (
+        f"{__doc__}\n\nWith --print-config, print the configuration as YAML and stop; unset options are resolved where "
+        "no measurement decides them."
+    )
     config = fill(TrainConfig, rest, "canter train [CONFIG.yaml]", description, default)
     if folder is not None:
         _refuse_missing(folder, config)
     if printing:
-        sys.stdout.write(dump_config(config))
+        from canter.models.device import choose_device
+
+        sys.stdout.write(print_config(config, choose_device(config.device).type))
         return None
     return config
 

@@ -254,7 +254,7 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
 
 def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
     """The configuration with the flags that speak of training."""
-    from canter.training.config import decided
+    from canter.training.defaults import decided
 
     optimizer = config.optimizer
     if options.optimizer is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from canter.planning.budget import Budget
-from canter.planning.lengths import Index
+from canter.planning.lengths import Index, RateLimits
 from canter.planning.metrics import Figures, mixing_pool
 from canter.planning.plan import Plan
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random, Strategy
@@ -69,8 +69,10 @@ def compare(
     ranks: int = 8,
     micro_batches_per_step: int | None = None,
     seed: int = 0,
+    min_steps: int = 1,
+    max_tokens_per_second: RateLimits = None,
 ) -> Iterator[Rung]:
-    """Rows in order, each as soon as it is known. M is the ranks unless given."""
+    """Yield the rows in order, each as soon as it is known. M is the ranks unless given."""
     first: Rung | None = None
     for name, strategy, window in strategies if strategies is not None else ladder():
         plan = Plan(
@@ -80,6 +82,8 @@ def compare(
             seed=seed,
             window=window,
             micro_batches_per_step=ranks if micro_batches_per_step is None else micro_batches_per_step,
+            min_steps=min_steps,
+            max_tokens_per_second=max_tokens_per_second,
         )
         row = rung(name, plan, ranks)
         first = first or row

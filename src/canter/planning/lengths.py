@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from canter.errors import PlanError
 from canter.planning.budget import Budget
+
+# one limit, or (duration in seconds, limit) pairs in ascending order of duration
+RateLimits: TypeAlias = float | tuple[tuple[float, float], ...] | None
 
 
 class Index(Protocol):
@@ -78,13 +85,68 @@ def sample(index: Index, budget: Budget, grid: tuple[int, int] = (1, 1), most: i
 REASONS = ("usable", "no duration", "over the budget by itself", "over the tokens-per-second bound")
 
 
-def exclusions(lengths: Lengths, budget: Budget, max_tokens_per_second: float | None) -> np.ndarray:
-    """(n,) int8, for each utterance an index into REASONS; 0 where it can be used."""
+def rate_limits(value: float | str | Sequence[Any] | None) -> RateLimits:
+    """Check and normalise limits in tokens per second.
+
+    value: one limit, (duration, limit) pairs in any order, or text as it is typed: "25", "10:30 20:25 40:20", or the
+    words of it. Raises PlanError naming the value that cannot be used.
+    """
+    if value is None or isinstance(value, int | float):
+        limits = [] if value is None else [(math.inf, float(value))]
+    else:
+        words = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+        limits = [_rate_limit(word, alone=len(words) == 1) for word in words]
+    for duration, limit in limits:
+        if not (duration > 0 and limit > 0):
+            named = f"{limit:g}" if duration == math.inf else f"{duration:g}:{limit:g}"
+            raise PlanError(f"max_tokens_per_second is {named}; durations and limits must be positive")
+    limits.sort()
+    for (duration, _), (following, _) in itertools.pairwise(limits):
+        if duration == following:
+            raise PlanError(f"max_tokens_per_second has two limits for durations up to {duration:g} s")
+    if not limits:
+        return None
+    return limits[0][1] if limits[0][0] == math.inf else tuple(limits)
+
+
+def _rate_limit(word: Any, alone: bool) -> tuple[float, float]:
+    """Return (duration, limit) of a pair or of a word such as "10:30"; "25" alone has no bound on duration."""
+    parts = (
+        word.split(":") if isinstance(word, str) else [word] if isinstance(word, int | float) else list(word)
+    )
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) == 2 and not math.isinf(numbers[0]):
+        return numbers[0], numbers[1]
+    if len(numbers) == 1 and alone:
+        return math.inf, numbers[0]
+    raise PlanError(
+        f"max_tokens_per_second has {word!r}; give one limit such as 25, or duration:limit pairs such as 10:30 20:25"
+    )
+
+
+def rate_limit_at(seconds: np.ndarray, limits: RateLimits) -> np.ndarray | float:
+    """Return the limit in tokens per second for each duration: that of the first pair whose duration is not shorter,
+    and that of the last pair for longer utterances."""
+    if limits is None:
+        return math.inf
+    if isinstance(limits, float):
+        return limits
+    durations, values = np.array(limits).T
+    durations = durations.astype(seconds.dtype)  # a stored 10.1 s is not longer than 10.1
+    return values[np.minimum(np.searchsorted(durations, seconds), len(values) - 1)]
+
+
+def exclusions(lengths: Lengths, budget: Budget, max_tokens_per_second: RateLimits) -> np.ndarray:
+    """Return for each utterance an index into REASONS, (n,) int8; 0 where it can be used."""
     reason = np.zeros(len(lengths), np.int8)
     with np.errstate(invalid="ignore"):
         usable = np.isfinite(lengths.seconds) & (lengths.seconds > 0) & (lengths.tokens >= 0)
         if max_tokens_per_second is not None:
-            reason[lengths.tokens > lengths.seconds * max_tokens_per_second] = 3
+            most = lengths.seconds * rate_limit_at(lengths.seconds, max_tokens_per_second)
+            reason[lengths.tokens > most] = 3
     reason[budget.bytes(1, lengths.frames, lengths.tokens) > budget.limit_bytes] = 2
     reason[~usable] = 1
     return reason

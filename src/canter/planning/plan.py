@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
-from canter.planning.lengths import REASONS, Index, Lengths, exclusions
+from canter.planning.lengths import REASONS, Index, Lengths, RateLimits, exclusions, rate_limits
 from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.strategies import Cutter, Strategy
 from canter.planning.strategies import strategy as named
@@ -94,7 +95,11 @@ class Plan:
     strategy: a name, or a strategy with options.
     window: utterances that are batched together; None is the strategy's default.
     micro_batches_per_step: M, the ranks times the accumulation of the run; fixed for the run.
-    max_tokens_per_second: utterances beyond are left out, counted and listed.
+    min_steps: least number of steps of the epoch, where there are utterances enough; batches are made smaller evenly
+        to reach it. In an endless stream, of as many utterances as the index has.
+    max_tokens_per_second: utterances beyond it are left out, counted and listed. One limit, or (duration, limit)
+        pairs: an utterance is held to the limit of the first pair whose duration in seconds is not shorter than its
+        own, and to that of the last pair where it is longer than all.
     grid: (frames, tokens) up to multiples of which T and U are rounded, so that kernels see few shapes.
     block: rows that are read together; None follows the index's shards (see `Windows`).
     endless: a stream in which each source has its weight, and windows go on for ever.
@@ -114,7 +119,8 @@ class Plan:
         epoch: int = 0,
         window: int | None = None,
         micro_batches_per_step: int = 1,
-        max_tokens_per_second: float | None = None,
+        min_steps: int = 1,
+        max_tokens_per_second: float | Sequence[tuple[float, float]] | None = None,
         grid: tuple[int, int] = (1, 1),
         block: int | None = None,
         endless: bool = False,
@@ -133,8 +139,8 @@ class Plan:
             raise PlanError(f"no curriculum named {curriculum!r}; known: short_first")
         if epoch < 0:
             raise PlanError(f"epoch is {epoch}; epochs count from 0")
-        if max_tokens_per_second is not None and not max_tokens_per_second > 0:
-            raise PlanError(f"max_tokens_per_second is {max_tokens_per_second}; it must be positive")
+        if min_steps < 1:
+            raise PlanError(f"min_steps is {min_steps}; it must be at least 1")
         if min(grid) < 1:
             raise PlanError(f"grid is {grid}; both numbers must be at least 1")
         self.index, self.strategy, self.budgets = index, chosen, budgets
@@ -145,7 +151,8 @@ class Plan:
         self.window = window if window is not None else (chosen.default_window or max(1, len(index)))
         self.windows = Windows(index, seed, epoch, self.window, endless, block)
         self.cache = Path(cache) if cache is not None else None
-        self._max_tokens_per_second = max_tokens_per_second
+        self.min_steps = min_steps
+        self._max_tokens_per_second = rate_limits(max_tokens_per_second)
         self._cutters: dict[int, Cutter] = {}
         self._recent: OrderedDict[int, Window] = OrderedDict()
 
@@ -170,14 +177,15 @@ class Plan:
             self.seed, self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid,
             self.windows.blocks, self.endless, self.curriculum,
         ]  # fmt: skip
+        parts += [self.min_steps] if self.min_steps > 1 else []  # plans without keep the fingerprint that they had
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def budget_of(self, window: int) -> Budget:
         return next(budget for first, budget in reversed(self.budgets) if first <= window)
 
     @cached_property
-    def max_tokens_per_second(self) -> float | None:
-        """The bound in force: the one given, or the strategy's own."""
+    def max_tokens_per_second(self) -> RateLimits:
+        """The limits in force: those given, or the strategy's own."""
         if self._max_tokens_per_second is not None:
             return self._max_tokens_per_second
         return self.strategy.tokens_per_second(self.index, self.budgets[0][1])
@@ -199,7 +207,7 @@ class Plan:
             usable = np.flatnonzero(~out)
             rows, lengths = rows[usable], lengths.take(usable)
         rng = np.random.default_rng(mix(self.seed, self.epoch, window))
-        cut = self._cutters[id(budget)](lengths, self.micro_batches_per_step, rng)
+        cut = self._cutters[id(budget)](lengths, self.micro_batches_per_step, rng, self.least_steps(window))
         found = Window(rows[cut.order], cut.batches, cut.steps, lengths.take(cut.order))
         if self.curriculum == "short_first" and self.epoch == 0 and window == 0:
             found = _short_first(found)
@@ -207,6 +215,14 @@ class Plan:
         while len(self._recent) > KEEP:
             self._recent.popitem(last=False)
         return found
+
+    def least_steps(self, window: int) -> int:
+        """Least number of steps of a window: its part of `min_steps`."""
+        count = self.windows.count
+        if count is None:
+            return math.ceil(self.min_steps * self.window / len(self.index))
+        before, after = (-(-self.min_steps * w // count) for w in (window, window + 1))
+        return max(1, after - before)
 
     @cached_property
     def table_of_steps(self) -> np.ndarray:

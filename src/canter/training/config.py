@@ -1,4 +1,5 @@
-"""What a training run is configured by: frozen dataclasses, filled from YAML, overridden by flags."""
+"""Settings of a training run: frozen dataclasses, filled from YAML, overridden by flags. Defaults that depend on the
+situation are in `canter.training.defaults`."""
 
 import dataclasses
 import difflib
@@ -8,13 +9,15 @@ import os
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from canter.errors import ConfigError
+from canter.errors import ConfigError, PlanError
+from canter.planning.lengths import RateLimits, rate_limits
 
 # Settings that may differ between the starts of a run: its steps compute the same.
 # fmt: off
@@ -28,10 +31,11 @@ FREE = frozenset((
 # What settings must be.
 # fmt: off
 LIMITS = (
-    ("window micro_batches_per_step valid_every save_every valid_utterances keep bad_steps threads "
+    ("window micro_batches_per_step min_steps valid_every save_every valid_utterances keep bad_steps threads "
      "model.encoder_layers model.decoder_layers model.width model.heads model.kernel_size model.subsampling_channels "
      "model.mels model.positions optimizer.matrix_every", lambda value: value >= 1, "at least 1"),
-    ("batch_seconds optimizer.clip", lambda value: value > 0, "positive"),
+    ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
+    ("optimizer.clip", lambda value: value > 0, "positive"),
     ("minutes steps epochs rank_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
      lambda value: 0 < value < math.inf, "positive and finite"),
     ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
@@ -46,172 +50,187 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Shape of the model trained from scratch."""
+    """Shape of a model trained from scratch: a FastConformer encoder and a Transformer decoder, as Canary has."""
 
     encoder_layers: int = 6
-    """FastConformer layers."""
+    """Number of FastConformer encoder layers."""
     decoder_layers: int = 2
-    """Transformer decoder layers."""
+    """Number of Transformer decoder layers."""
     width: int = 144
-    """Of encoder and decoder."""
+    """Model dimension of encoder and decoder; feed-forward layers are four times as wide."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     kernel_size: int = 9
-    """Of the encoder's depthwise convolution, in 80 ms frames."""
+    """Kernel size of the encoder's depthwise convolution, in 80 ms frames."""
     subsampling_channels: int = 32
-    """Of the 8x subsampling."""
+    """Channels of the encoder's 8x subsampling."""
     mels: int = 80
-    """Mel bins of the features."""
+    """Number of mel bins of the features."""
     dropout: float = 0.0
-    """Everywhere the recipe has one."""
+    """Dropout probability of inputs, residuals and attention."""
     positions: int = 512
-    """The longest token sequence, prompt and end token included."""
+    """Maximum tokens of a sequence, prompt and end token included."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon (orthogonalised momentum) on the matrices of the blocks, AdamW on everything else; or AdamW alone."""
+    """Optimiser and learning-rate schedule. Muon (orthogonalised momentum) or AdamW updates the matrices of encoder and
+    decoder layers; AdamW updates everything else."""
 
     name: Literal["auto", "muon", "adamw"] = "auto"
-    """Which optimiser has the matrices; by default Muon, and AdamW with --init: at a rate for random weights Muon soon
-    overwrites trained ones."""
+    """Optimiser of the matrices. auto: muon from scratch; adamw with --init, where Muon's learning rate would overwrite
+    trained weights, and with --parallel shard."""
     learning_rate: float | None = None
-    """AdamW's peak learning rate; by default 2e-3, and 3e-5 with --init."""
+    """Peak learning rate of AdamW (default: 2e-3 from scratch, 3e-5 with --init)."""
     matrix_learning_rate: float = 0.01
-    """Muon's peak learning rate."""
+    """Peak learning rate of Muon."""
     matrix_every: int = 2
-    """Muon orthogonalises a matrix at every so many steps; between, it moves in its last direction."""
+    """Run Muon's Newton-Schulz iteration every N steps and reuse the last update direction in between."""
     weight_decay: float = 0.01
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     schedule: Literal["cosine", "inverse_sqrt", "noam", "constant"] = "cosine"
-    """What the learning rate does after its linear rise: falls as a cosine to --floor, or by 1/sqrt(step), or stays.
-    'noam' is inverse_sqrt with both peaks multiplied by (width x warm-up steps)^-0.5 (Vaswani et al., 2017)."""
+    """Learning-rate schedule after the warm-up. 'noam' is inverse_sqrt with both peaks multiplied by (width x warm-up
+    steps)^-0.5 (Vaswani et al., 2017)."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises; from 1 on, a number of steps."""
+    """Warm-up: a fraction of the run's steps if below 1, else a number of steps."""
     floor: float = 0.01
-    """Where a cosine ends, as a share of the peak."""
+    """Learning-rate floor of the cosine, as a fraction of the peak."""
     clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights that is validated and saved, such as 0.999; 0: none."""
+    """Decay of the exponential moving average of the weights, which is validated and saved, such as 0.999; 0: none."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Cross-entropy of the attention decoder and an auxiliary CTC on characters (Hori et al., 2017)."""
+    """Cross-entropy of the attention decoder and an auxiliary CTC loss on characters (Hori et al., 2017)."""
 
     ctc_weight: float | None = None
-    """Weight of CTC; the attention loss has the rest. 0 leaves the CTC head out. By default 0.3, and 0 with --init."""
+    """Weight of the CTC loss, between 0 (no CTC head) and 1; cross-entropy has the rest (default: 0.3 from scratch, 0
+    with --init)."""
     ctc_alone: float | None = None
-    """Share of the steps, at the start, trained by CTC alone: the decoder cannot learn before the encoder has. By
-    default 0.2, and 0 with --init or without CTC."""
+    """CTC-only warm-up, as a fraction of the run's steps: the decoder cannot learn before the encoder has (default: 0.2
+    from scratch, 0 with --init or without CTC)."""
     label_smoothing: float = 0.1
-    """Of the cross-entropy."""
+    """Label smoothing of the cross-entropy."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al., 2019), drawn from (seed, epoch, row); helps where the data is small."""
+    """SpecAugment (Park et al., 2019) and speed perturbation, drawn from (seed, epoch, row), for small sets."""
 
     frequency_masks: int = 0
-    """Bands of mel bins that are blanked (Canary's recipe: 2)."""
+    """Number of frequency masks (Canary's recipe: 2)."""
     frequency_width: int = 27
-    """The widest of them, in mel bins."""
+    """Maximum width of a frequency mask, in mel bins."""
     time_masks: int = 0
-    """Stretches of frames that are blanked (Canary's recipe: 10)."""
+    """Number of time masks (Canary's recipe: 10)."""
     time_width: float = 0.05
-    """The widest of them, as a share of the utterance."""
+    """Maximum width of a time mask, as a fraction of the utterance."""
     speed: tuple[float, ...] = ()
-    """Speeds of which an utterance gets one in each epoch (Ko et al., 2015), such as 0.9 1.0 1.1; none: as it is."""
+    """Speed perturbation: each utterance gets one of these speeds in each epoch (Ko et al., 2015), such as 0.9 1.0 1.1
+    (default: no perturbation)."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a model on a manifest, or go on with the run that OUTPUT holds."""
+    """Train a model on a manifest, or resume the run in --output."""
 
     manifest: tuple[Path, ...] = ()
-    """Training manifests (NeMo JSONL, or any other source that 'canter index' reads), or one mixture of such with
-    weights (YAML, docs/corpus.md)."""
+    """Training manifests (NeMo JSONL, or any other source that 'canter index' reads), or one mixture with weights
+    (YAML, docs/corpus.md) (required)."""
     valid: tuple[Path, ...] = ()
-    """Validation manifests; none: the last checkpoint is the best."""
+    """Validation manifests (default: no validation; the last checkpoint counts as the best)."""
     output: Path = Path("runs/default")
-    """The run's folder. One that holds a run of the same configuration is continued."""
+    """Folder of the run. A folder that holds a run of the same configuration is resumed."""
     init: Path | None = None
-    """Checkpoint to start from: its weights, shape and tokenizer; none: from scratch."""
+    """Checkpoint to fine-tune: weights, shape and tokenizer are its own (default: train from scratch)."""
     pad_seconds: float | None = None
-    """With --init and a Whisper: seconds to which every utterance is padded; 0: each keeps its length, which is several
-    times as fast; none: as the checkpoint says, 30 for a pretrained one."""
+    """With --init and a Whisper: pad every utterance to this many seconds; 0 keeps each at its own length, which is
+    several times as fast (default: the checkpoint's setting, 30 for a pretrained Whisper)."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer; none: one is trained on the transcripts."""
+    """Folder of a tokenizer (default: train one on the transcripts)."""
     vocabulary: int = 512
-    """Size of a tokenizer trained on the way, special tokens included (lowered where the text is too small)."""
+    """Vocabulary size of a tokenizer trained on the transcripts, special tokens included; lowered where the text is too
+    small."""
     minutes: float | None = None
-    """Train for about so long: the number of steps is set at the start, from the measured step time."""
+    """Training time in minutes. The number of steps follows from the measured step time and is estimated again twice
+    early in the run (default: --epochs decides)."""
     steps: int | None = None
-    """Optimiser steps; none: from --minutes, or else --epochs."""
+    """Number of optimiser steps (default: --minutes or --epochs decides)."""
     epochs: float = 20.0
-    """Passes over the data, where neither --steps nor --minutes is given."""
+    """Passes over the data, if neither --steps nor --minutes is given."""
     budget: Path | None = None
-    """What fits and how long it takes, as 'canter tune' writes it; none: measured at the start."""
+    """Memory budget and step times, as 'canter tune' writes them (default: measured at the start of the run)."""
     strategy: str = "balanced"
-    """How utterances are batched; 'canter compare' shows the choice."""
+    """Batching strategy: random, duration, bucket_1d, bucket_2d or balanced; 'canter compare' shows what each gives."""
     mixing: float | None = None
-    """Dial of 'balanced': 0 pads least, larger numbers mix more; none: its default."""
-    batch_seconds: float | None = 24.0
-    """Audio in a micro-batch, padding included; none: as much as the memory budget holds."""
+    """Mixing of 'balanced': 0 pads least, larger numbers mix more (default: 1)."""
+    batch_seconds: float | Literal["auto"] | None = "auto"
+    """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, less where the run would have
+    too few updates or, on a CPU, where larger batches are no faster. none: fill the memory budget whatever the set."""
+    min_steps: int | None = None
+    """Minimum optimiser steps an epoch; batches are made smaller for it (default: 50 with --batch-seconds auto, more
+    for short runs; else no minimum)."""
+    max_tokens_per_second: RateLimits = None
+    """Leave out utterances with more tokens a second: one limit such as 25, or limits up to a duration in seconds such
+    as 10:30 20:25 40:20. They are counted, and listed in left_out.jsonl (default: no limit)."""
     micro_batches_per_step: int | None = None
-    """Gradients of so many micro-batches make one step; none: one for each rank of the run's first start."""
+    """Micro-batches of an optimiser step over all ranks, for gradient accumulation (default: one for each rank at the
+    run's first start)."""
     window: int = 50_000
-    """Utterances sorted at a time; larger pads less, smaller mixes more."""
+    """Utterances that are batched together; larger windows pad less, smaller ones mix more."""
     largest_first: bool = True
-    """Compute the largest micro-batch once before the first step, so that what does not fit in memory is told at once;
-    the steps stay the same."""
+    """Compute the largest micro-batch once before the first step, so that a batch that does not fit in memory shows at
+    once. The steps stay the same."""
     short_first: bool = False
-    """The first window of the first epoch goes from short to long utterances; on the demo's corpus that costs steps."""
+    """Curriculum: the first window of the first epoch goes from short to long utterances. On the demo's corpus it costs
+    steps."""
     seed: int = 0
-    """Of initial weights, order and dropout."""
+    """Seed of initial weights, order, augmentation and dropout."""
     workers: int = 1
-    """Processes that decode audio ahead; 0 decodes in the training process."""
+    """Worker processes that decode audio ahead of training; 0 decodes in the training process."""
     threads: int | None = None
-    """CPU threads for computing; none: one, or one a core, whichever is measured to be faster."""
+    """CPU threads of the computation (default: one, or one a core, whichever is measured to be faster)."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """'auto' times a few training steps in each and takes the faster."""
+    """Precision of the arithmetic; weights stay in float32. auto: the faster one, measured on a few training steps."""
     device: str = "auto"
-    """'cpu', 'cuda' or 'auto'; each rank takes the GPU of its number."""
+    """Device: cpu, cuda or auto (a GPU if there is one). Each rank takes the GPU of its number."""
     parallel: Literal["replicate", "shard"] = "replicate"
-    """What several ranks hold: all of the training state each, or (FSDP2) their part of it."""
+    """Training state of several ranks: a full copy on each, or sharded with FSDP2."""
     compile: bool = False
-    """Compile the layers of encoder and decoder (torch.compile): a slow start, then faster steps on a GPU."""
+    """Compile the layers of encoder and decoder with torch.compile: a slow start, then faster steps on a GPU."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are, by pattern, such as 'encoder.*'; BatchNorm among them stops counting too."""
+    """Patterns of parameters to freeze, such as 'encoder.*'. Frozen BatchNorm layers stop updating their statistics
+    (default: train everything)."""
     valid_every: int = 500
-    """Steps between validations, each with a checkpoint."""
+    """Steps between validations; each saves a checkpoint."""
     save_every: int | None = None
-    """Steps between checkpoints; none: as --valid-every."""
+    """Steps between checkpoints (default: --valid-every)."""
     valid_utterances: int = 100
-    """Utterances transcribed at a validation, evenly spread over the manifest."""
+    """Maximum utterances transcribed at a validation, evenly spread over the manifest."""
     keep: int = 2
-    """Checkpoints kept, besides the best."""
+    """Number of checkpoints kept besides the best."""
     skip_limit: float = 0.1
-    """Share of utterances that may turn out unusable before the run stops."""
+    """Stop if more than this fraction of the utterances turns out to be unusable."""
     bad_steps: int = 10
-    """Steps in a row without a finite loss and gradient, each left out, after which the run stops."""
+    """Stop after this many consecutive non-finite steps (each is skipped)."""
     rank_timeout: float = 60.0
-    """Seconds without a sign of life after which a rank is taken for dead, and the others end."""
+    """Seconds without a sign of life after which a rank counts as dead and the others stop."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl; wandb and trackio need the extra 'log'."""
+    """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
     log_utterances: bool = True
-    """Write which rows each step was made of to utterances.jsonl."""
+    """Log the rows of each step to utterances.jsonl."""
     allow_changes: bool = False
-    """Go on with a run although settings differ from its own; they hold from there on."""
+    """Resume a run although settings differ from its own; the new ones hold from there on."""
     model: ModelShape = field(default_factory=ModelShape)
     """Shape of the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights are updated."""
+    """Optimiser and learning-rate schedule."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What is minimised."""
+    """Training loss."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """What is done to the features."""
+    """Data augmentation."""
 
     def __post_init__(self) -> None:
         _use_paths(self)
@@ -220,6 +239,10 @@ class TrainConfig:
                 value = functools.reduce(getattr, name.split("."), self)
                 if value is not None and not fits(value):
                     raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be {must}")
+        try:
+            object.__setattr__(self, "max_tokens_per_second", rate_limits(self.max_tokens_per_second))
+        except (PlanError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"--max-tokens-per-second: {error}") from None
         if self.loss.ctc_weight == 0 and self.loss.ctc_alone:
             raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
         if not all(0.3 <= speed <= 3 for speed in self.augment.speed):
@@ -259,20 +282,6 @@ def _use_paths(config: TrainConfig) -> None:
         object.__setattr__(config, name, None if value is None else Path(value))
 
 
-def decided(config: TrainConfig) -> TrainConfig:
-    """With what is left open decided: trained weights want other settings than random ones."""
-    scratch, optimizer, loss = config.init is None, config.optimizer, config.loss
-    name = ("muon" if scratch else "adamw") if optimizer.name == "auto" else optimizer.name
-    rate = (2e-3 if scratch else 3e-5) if optimizer.learning_rate is None else optimizer.learning_rate
-    weight = (0.3 if scratch else 0.0) if loss.ctc_weight is None else loss.ctc_weight
-    alone = (0.2 if scratch and weight else 0.0) if loss.ctc_alone is None else loss.ctc_alone
-    return dataclasses.replace(
-        config,
-        optimizer=dataclasses.replace(optimizer, name=name, learning_rate=rate),
-        loss=dataclasses.replace(loss, ctc_weight=weight, ctc_alone=alone),
-    )
-
-
 def rooted(config: TrainConfig) -> TrainConfig:
     """With the paths of what a run is made of absolute: it may be gone on with from another folder. Raises ConfigError
     for manifests at URLs."""
@@ -295,6 +304,18 @@ def rooted(config: TrainConfig) -> TrainConfig:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 10:30 is a text, not 630: YAML 1.1 has numbers to the base of 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"(?![-+]?[0-9][0-9_]*:)" + pattern.pattern, re.X)) for tag, pattern in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
     """Reads a YAML file of TrainConfig's fields, nested as they are; relative paths are relative to the file, or,
     with ``relative=False``, to the working directory.
@@ -302,7 +323,7 @@ def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
     Raises ConfigError naming the file, the key and the nearest known one.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; 'canter train --print-config' prints one to start from"
@@ -329,7 +350,10 @@ def from_mapping(cls: type, content: Any, where: str, base: Path | None = None) 
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
             raise ConfigError(f"{where}: unknown setting '{key}'; {hint}")
-        values[key] = _coerce(value, hints[key], f"{where}: {key}", base)
+        if hints[key] == RateLimits:  # numbers or pairs, which it reads by itself
+            values[key] = value
+        else:
+            values[key] = _coerce(value, hints[key], f"{where}: {key}", base)
     try:
         return cls(**values)
     except ConfigError as error:
@@ -341,9 +365,19 @@ def _coerce(value: Any, hint: Any, where: str, base: Path | None) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_mapping(typing.cast(type, hint), value, where, base)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        optional = len(kinds) < len(arguments)
+        if value is None and optional:
             return None
-        return _coerce(value, next(a for a in arguments if a is not type(None)), where, base)
+        if isinstance(value, str) and value.lower() == "none" and optional and not {str, Path} & set(kinds):
+            return None
+        words = [
+            word for kind in kinds for word in typing.get_args(kind) if typing.get_origin(kind) is Literal
+        ]
+        if isinstance(value, str) and value in words:
+            return value
+        numbers = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
+        return _coerce(value, (numbers or kinds)[0], where, base)
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_coerce(item, arguments[0], where, base) for item in items)
@@ -376,9 +410,15 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def dump_config(config: TrainConfig) -> str:
-    """The configuration as YAML."""
-    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+def dump_config(config: TrainConfig, comments: Mapping[str, str] = types.MappingProxyType({})) -> str:
+    """Return the configuration as YAML, with ``comments`` behind the settings that they name."""
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False, width=math.inf)
+    lines = []
+    for line in text.splitlines():
+        name = line.partition(":")[0]
+        told = comments.get(name) if line[:1].isalpha() else None
+        lines.append(f"{line}  # {told}" if told else line)
+    return "\n".join(lines) + "\n"
 
 
 def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:

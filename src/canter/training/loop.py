@@ -18,7 +18,7 @@ from canter.training.checkpoints import Checkpoints, read_snapshot
 from canter.training.config import TrainConfig
 from canter.training.data import Loaded, MicroBatches, load_ahead
 from canter.training.gradient import Computed, Counts, Gradient, weighted
-from canter.training.optimizers import Optimizers
+from canter.training.optimizers import Optimizers, Schedule
 from canter.training.pace import Pace
 from canter.training.ranks import ALONE, Ranks
 from canter.training.reports import Part, Parts, Progress, StepReport
@@ -72,7 +72,9 @@ class Trainer:
             self.shards = Shards(model, self.device, ranks)
         if config.compile:
             compile_layers(model)
-        self.optimizers = Optimizers(model, config.optimizer, steps)
+        settled = run.settled()
+        self.schedule = Schedule(settled.get("scheduled", steps), settled.get("schedule", ()))
+        self.optimizers = Optimizers(model, config.optimizer, steps, self.schedule)
         self.average = Average(model, config.optimizer.ema) if config.optimizer.ema else None
         self.gradient = Gradient(config, model, precision, ranks)
         self.upcoming = Steps(plan, ranks, budget)
@@ -81,7 +83,7 @@ class Trainer:
         self.saved = -1  # the step of the last checkpoint
         self.reopen = False  # data is to be loaded anew, by a smaller budget, from the next window on
         self.drawn = False  # all that was to be loaded has been asked for
-        self.pace = Pace(config, predicted_seconds / steps, run.settled().get("timed", 0))
+        self.pace = Pace(config, predicted_seconds / steps, settled.get("timed", 0))
         self.pace.plan(0, steps)
 
     def restore(self) -> bool:
@@ -182,7 +184,7 @@ class Trainer:
         batches = [one.batch for one in loaded if one.batch is not None]
         planned = self.upcoming.taken(step)
         counts = Counts.of(batches, self.ranks)
-        alone = step < (self.config.loss.ctc_alone or 0.0) * self.steps
+        alone = self.schedule.position(step) < (self.config.loss.ctc_alone or 0.0) * self.schedule.steps
         if self.shards:
             self.shards.gather()
         computed = self.gradient.compute(loaded, counts, step, alone)
@@ -354,10 +356,21 @@ class Trainer:
     # -- between steps --
 
     def _settle_steps(self) -> None:
+        """Estimate the number of steps again, from the time that steps took; the learning rate goes on from where it
+        is."""
         progress = self.progress
         steps = self.pace.steps(progress.step, self.steps, progress.seconds)
-        self.steps = self.optimizers.steps = self.ranks.agreed(steps)
-        self.run.settle(self.run.settled() | {"steps": self.steps, "timed": self.pace.settled})
+        self.steps = self.ranks.agreed(steps)
+        self.schedule.stretch(progress.step, self.steps)
+        self.run.settle(
+            self.run.settled()
+            | {
+                "steps": self.steps,
+                "timed": self.pace.settled,
+                "scheduled": self.schedule.steps,
+                "schedule": self.schedule.stretches,
+            }
+        )
         self.pace.plan(progress.step, self.steps)
 
     def _validates(self, step: int) -> bool:

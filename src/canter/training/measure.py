@@ -13,7 +13,8 @@ from canter.errors import BudgetError
 from canter.models.model import Batch, SpeechModel
 from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
-from canter.training.config import TrainConfig, decided
+from canter.training.config import TrainConfig
+from canter.training.defaults import decided
 from canter.training.half import half_weights
 from canter.training.optimizers import Optimizers
 from canter.training.weights import compile_layers

@@ -1,6 +1,7 @@
 """Optimisers and schedules."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,31 @@ from canter.training.config import OptimizerConfig
 from canter.training.muon import Muon
 
 
+class Schedule:
+    """Position in a learning-rate schedule of ``steps`` steps, of a run whose number of steps may change on the way.
+
+    A step is one unit of the schedule until the run's length is estimated again; from then on the rest of the schedule
+    is spread evenly over the rest of the run. So the learning rate never jumps, and ends where the schedule ends. What
+    was estimated is kept in ``stretches``, (step, position, steps of the run from there on), for a checkpoint before
+    it to take the same way.
+    """
+
+    def __init__(self, steps: int, stretches: Iterable[Sequence[float]] = ()):
+        self.steps = max(1, steps)
+        self.stretches = [(int(step), float(position), int(total)) for step, position, total in stretches]
+
+    def position(self, done: float) -> float:
+        """Return the position, from 0 to ``steps``, after ``done`` steps."""
+        for step, position, total in reversed(self.stretches):
+            if done > step:
+                return position + (done - step) * (self.steps - position) / max(1, total - step)
+        return done
+
+    def stretch(self, step: int, total: int) -> None:
+        """Spread what is left of the schedule at ``step`` over a run of ``total`` steps."""
+        self.stretches.append((step, self.position(step), total))
+
+
 class Optimizers:
     """One or two torch optimisers stepped as one, under one schedule.
 
@@ -17,8 +43,10 @@ class Optimizers:
     convolutions, biases and norms have AdamW, as does everything where ``name`` is 'adamw'.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
-        self.config, self.steps = config, max(1, steps)
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, steps: int, schedule: Schedule | None = None
+    ):
+        self.config, self.schedule = config, schedule or Schedule(steps)
         if config.learning_rate is None:
             raise ValueError("no learning rate: `decided` settles what a configuration leaves open")
         self.peak = config.learning_rate
@@ -54,10 +82,10 @@ class Optimizers:
             self.parts.append((muon, config.matrix_learning_rate))
 
     def factor(self, step: int) -> float:
-        """The schedule at a step (from 0), as a share of the peak."""
-        config = self.config
-        warmup = config.warmup * (self.steps if config.warmup < 1 else 1)
-        done = step + 1
+        """Return the learning rate at a step (from 0), as a fraction of the peak."""
+        config, steps = self.config, self.schedule.steps
+        warmup = config.warmup * (steps if config.warmup < 1 else 1)
+        done = self.schedule.position(step + 1)
         if config.schedule in ("noam", "inverse_sqrt"):
             warmup = max(1.0, warmup)
             share = min(done / warmup, math.sqrt(warmup / done))
@@ -66,7 +94,7 @@ class Optimizers:
             return done / warmup
         if config.schedule == "constant":
             return 1.0
-        progress = (done - warmup) / max(1e-9, self.steps - warmup)
+        progress = (done - warmup) / max(1e-9, steps - warmup)
         return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, step: int) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
@@ -21,15 +22,18 @@ from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
-from canter.planning.budget import Budget, Polynomial
+from canter.planning.budget import Budget
+from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import Plan
 from canter.planning.strategies import strategy
 from canter.text import Characters, Tokenizer
 from canter.training import trackers
+from canter.training.batches import BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.checkpoints import Checkpoints
-from canter.training.config import TrainConfig, decided
+from canter.training.config import TrainConfig
 from canter.training.corpus import find_index, find_tokenizer
 from canter.training.data import MicroBatches
+from canter.training.defaults import decided, describe_defaults
 from canter.training.measure import (
     DECIDING,
     choose_speed,
@@ -49,6 +53,7 @@ MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcri
 LEAST_SPEED = 0.1  # tokens a frame
 LEAST_WINDOW = 10  # seconds
 SEEN_WINDOWS = 4  # of an endless plan, from which the mean of its steps is taken
+BEGUN_WITH = "batch_seconds of 0.1"  # in run.json
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
 
 
@@ -87,6 +92,9 @@ def prepare(
     """
     if not config.manifest:
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
+    config = as_begun(config, say)
+    if ranks.first and (told := describe_defaults(config)):
+        say(told)
     config = decided(config)
     chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
     trackers.check(config.track)
@@ -109,10 +117,10 @@ def prepare(
     if precision is None or threads is None:
         precision, threads = choose_speed(config, model, say)
     torch.set_num_threads(config.threads or threads)
-    budget = find_budget(config, run, model, index, precision, say, track)
+    micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
+    budget = find_budget(config, run, model, index, precision, micro_batches, say, track)
     if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
         steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
-    micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
     for name, value in (("tokens_per_frame", fastest(index, budget)), ("window_seconds", longest(index))):
         told = model.generation.get(name)
@@ -125,26 +133,38 @@ def prepare(
             f"--augment.speed: a speed is drawn for each epoch, and {config.manifest[0]}, whose sources have weights, "
             "has none; leave one of them out"
         )
-    plan = Plan(
+    if "batch_limits" in settled:
+        limits = BatchLimits(**settled["batch_limits"])
+    else:
+        limits = choose_limits(config, index, budget, ranks.size, micro_batches, device.type == "cpu")
+    plan, sizes, step_seconds = plan_batches(
+        limits,
+        budget,
         planned,
-        limited(budget, config.batch_seconds, index, slowest=min(config.augment.speed, default=1.0)),
-        chosen,
+        slowest=min(config.augment.speed, default=1.0),
+        ranks=ranks.size,
+        strategy=chosen,
         seed=config.seed,
         window=min(config.window, len(index)),
         micro_batches_per_step=micro_batches,
+        max_tokens_per_second=config.max_tokens_per_second,
         endless=weighted,
         curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
     )
-    step_seconds, epoch_steps = predicted(plan, ranks.size)
-    steps = settled.get("steps") or choose_steps(config, step_seconds, epoch_steps)
-    chosen = {
+    say(str(sizes))
+    steps = settled.get("steps") or choose_steps(config, step_seconds, sizes.steps)
+    if settled and "batch_limits" not in settled:  # Canter 0.1 began it
+        settled[BEGUN_WITH] = config.batch_seconds
+    found = {
         "precision": precision,
         "threads": threads,
         "steps": steps,
         "micro_batches_per_step": micro_batches,
+        "batch_limits": dataclasses.asdict(limits),
+        "batches": dataclasses.asdict(sizes),
     }
-    run.settle(settled | chosen)
+    run.settle(settled | found)
     data = MicroBatches(
         index,
         tokenizer,
@@ -278,10 +298,11 @@ def find_budget(
     model: SpeechModel,
     index: LengthIndex,
     precision: str,
+    micro_batches: int,
     say: Callable[[str], None],
     track: Callable[[list, str], Iterable],
 ) -> Budget:
-    """The run's budget, measured where it is not there yet."""
+    """Return the run's budget, measured where it is not there yet."""
     path = run.folder / "budget.json"
     if path.exists():
         return Budget.load(path)
@@ -296,8 +317,10 @@ def find_budget(
         return budget
     device = next(model.parameters()).device
     frame_seconds = planned_frame_seconds(model)
-    seconds = config.batch_seconds or 120.0
     known = within(index, model.longest_seconds, model.positions)
+    most_frames, probe_seconds = probe_bounds(
+        config, known, frame_seconds, micro_batches, device.type == "cpu"
+    )
     progress = iter(track(list(range(PROBES)), "measuring"))
     prober = Prober(
         training_step(config, model, precision, prompt=1),
@@ -311,7 +334,8 @@ def find_budget(
         known,
         frame_seconds,
         most_probes=PROBES,
-        most_frames=max(int(seconds / frame_seconds), int(np.ceil(np.max(known.seconds) / frame_seconds))),
+        most_frames=most_frames,
+        probe_seconds=probe_seconds,
         say=say,
     )
     for _ in progress:  # fewer may have been enough
@@ -320,39 +344,49 @@ def find_budget(
     return budget
 
 
-def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex, slowest: float = 1.0) -> Budget:
-    """``budget`` with a micro-batch held to ``batch_seconds`` of audio, padding included, or to what the memory
-    holds where that is less; the longest utterance, at its ``slowest`` speed too, may always go alone. As it is for
-    None.
-
-    Counting frames instead of bytes keeps batches of long utterances from being cut for their quadratic part.
-    """
-    if batch_seconds is None:
-        return budget
-    frames, tokens = budget.frames(np.asarray(index.seconds) / slowest), np.asarray(index.tokens, np.int64)
-    fits = budget.max_batch(frames, tokens) >= 1
-    if not fits.any():
-        return budget
-    most = float(np.max(budget.utterance_bytes(frames[fits], tokens[fits]) / frames[fits]))
-    in_memory = (budget.limit_bytes - budget.fixed_bytes) / most
-    limit = max(min(batch_seconds / budget.frame_seconds, in_memory), float(frames[fits].max()))
-    return dataclasses.replace(
-        budget, limit_bytes=float(int(limit + 1e-6)), fixed_bytes=0.0, memory=Polynomial(T=1.0)
-    )
+def plan_batches(
+    limits: BatchLimits, budget: Budget, index: Any, *, slowest: float, ranks: int, **settings: Any
+) -> tuple[Plan, BatchSizes, float]:
+    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step."""
+    held = limited(budget, limits.seconds, index, slowest)
+    plan = Plan(index, held, **settings)
+    table, seconds, steps = predicted(plan, ranks)
+    enough = steps >= limits.min_steps
+    if not enough:
+        plan = Plan(index, held, min_steps=limits.min_steps, **settings)
+        table, seconds, steps = predicted(plan, ranks)
+    return plan, BatchSizes.of(table, steps, budget, held, limits, enough), seconds
 
 
-def predicted(plan: Plan, ranks: int) -> tuple[float, int]:
-    """(mean seconds of a step by the budget, its micro-batches shared out to so many ranks; steps in an epoch,
-    where sources have weights in as many utterances as there are)."""
-    figures = plan.figures(ranks, windows=SEEN_WINDOWS if plan.endless else None)
-    steps = figures.steps
+def predicted(plan: Plan, ranks: int) -> tuple[BatchTable, float, int]:
+    """Return (micro-batches, mean seconds of a step by the budget, its micro-batches shared out to so many ranks; steps
+    of an epoch, where sources have weights in as many utterances as there are)."""
+    table = plan.table(SEEN_WINDOWS if plan.endless else None)
+    found = figures(table, plan.budgets[0][1], ranks)
+    steps = found.steps
     if plan.endless:
-        steps = round(steps * len(plan.index) / max(1, figures.utterances))
-    return figures.hours * 3600 / max(1, figures.steps), steps
+        steps = round(steps * len(plan.index) / max(1, found.utterances))
+    return table, found.hours * 3600 / max(1, found.steps), steps
+
+
+def as_begun(config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
+    """Return ``config`` with the --batch-seconds of a run that Canter 0.1 began, where it is 'auto': the default was
+    another then, and the run's steps must stay the same."""
+    if config.batch_seconds != "auto":
+        return config
+    settled = Run(config.output).settled()
+    if settled and "batch_limits" not in settled:
+        before = yaml.safe_load((config.output / "config.yaml").read_text(encoding="utf-8"))
+        settled[BEGUN_WITH] = before.get("batch_seconds", 24.0)
+    if BEGUN_WITH not in settled:
+        return config
+    begun = settled[BEGUN_WITH]
+    say(f"--batch-seconds {'none' if begun is None else begun}, with which the run began under Canter 0.1")
+    return dataclasses.replace(config, batch_seconds=begun)
 
 
 def choose_steps(config: TrainConfig, step_seconds: float, epoch_steps: int) -> int:
-    """From --steps, --minutes or --epochs, in this order."""
+    """Return the number of steps, from --steps, --minutes or --epochs, in this order."""
     if config.steps is not None:
         return config.steps
     if config.minutes is not None:

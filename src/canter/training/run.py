@@ -1,7 +1,7 @@
 """The folder of a training run.
 
 config.yaml       the configuration in force
-run.json          what was settled at the start: steps, precision, micro-batches a step
+run.json          what was decided at the start: steps, precision, micro-batches a step, batches and their limits
 lengths.arrow     the length index of the training data
 left_out.jsonl    utterances that are in no batch, with the reason
 budget.json       measured memory and time of a step
@@ -46,14 +46,17 @@ LEFTOVERS = (
     ".cache",
 )
 # What an allowed change makes void: settled values by their key, files by their name.
+STEPS, BATCHES = ("steps", "scheduled", "schedule"), ("batch_limits",)
 VOID = {
-    "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", "steps"),
-    "budget": ("budget.json", "steps"),
-    "steps": ("steps", "timed"),
-    "minutes": ("steps", "timed"),
-    "epochs": ("steps",),
+    "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
+    "budget": ("budget.json", *STEPS, *BATCHES),
+    "batch_seconds": BATCHES,
+    "min_steps": BATCHES,
+    "steps": (*STEPS, "timed"),
+    "minutes": (*STEPS, "timed"),
+    "epochs": STEPS,
     "precision": ("precision",),
-    "micro_batches_per_step": ("micro_batches_per_step",),
+    "micro_batches_per_step": ("micro_batches_per_step", *BATCHES),
 }
 FIXED = ("tokenizer", "vocabulary", "init", "model.")  # what the weights were made for
 

@@ -65,6 +65,7 @@ class Steps:
                     epoch=epoch,
                     window=base.window,
                     micro_batches_per_step=base.micro_batches_per_step,
+                    min_steps=base.min_steps,
                     max_tokens_per_second=base.max_tokens_per_second,
                     grid=base.grid,
                     block=base.block,

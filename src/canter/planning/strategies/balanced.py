@@ -46,12 +46,13 @@ class Balanced:
         if not (self.mixing >= 1 or self.mixing == 0):
             raise PlanError(f"balanced: mixing is {self.mixing}; it must be 0 (least padding), or 1 or more")
 
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             if len(lengths) == 0:
                 return nothing()
             order = snake(lengths, budget, max(1.0, self.mixing), rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
-            batches = even_batches(frames, tokens, budget, per_step, SPARE if self.mixing == 0 else 1.0)
+            spare = SPARE if self.mixing == 0 else 1.0
+            batches = even_batches(frames, tokens, budget, per_step, spare, least_steps)
             if self.mixing == 0:
                 moved, batches = recut(batches, frames, tokens, budget, rng)
                 order, frames, tokens = order[moved], frames[moved], tokens[moved]
@@ -136,16 +137,21 @@ class Strata:
 
 
 def even_batches(
-    frames: np.ndarray, tokens: np.ndarray, budget: Budget, multiple: int, spare: float = 1.0
+    frames: np.ndarray,
+    tokens: np.ndarray,
+    budget: Budget,
+    multiple: int,
+    spare: float = 1.0,
+    least_steps: int = 1,
 ) -> np.ndarray:
     """Offsets of batches of about equal memory over a sequence of alike neighbours; their number a multiple of M.
 
-    No batch is over the budget. Where there are fewer utterances than M, each is a batch. spare: how many times the
-    batches that are needed there are to be.
+    No batch is over the budget. Where there are fewer utterances than batches, each is a batch. spare: how many times
+    the batches that are needed there are to be. least_steps: least number of steps of M batches.
     """
     n = len(frames)
     done = np.concatenate([[0.0], np.cumsum(batch_share(frames, tokens, budget))])
-    count = max(1, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple
+    count = max(least_steps, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple
     while count < n:
         batches = fill(frames, tokens, budget, done, count)
         if batches is not None:

@@ -29,8 +29,8 @@ class Cut:
         return self.order[self.batches[number] : self.batches[number + 1]]
 
 
-# (lengths of the window in shuffled order, M, generator of the window) -> its steps
-Cutter = Callable[[Lengths, int, np.random.Generator], Cut]
+# (lengths of the window in shuffled order, M, generator of the window, least number of steps) -> its steps
+Cutter = Callable[[Lengths, int, np.random.Generator, int], Cut]
 
 
 class Strategy(Protocol):
@@ -40,7 +40,11 @@ class Strategy(Protocol):
     default_window: ClassVar[int | None]  # utterances; None is the whole epoch
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int]) -> Cutter:
-        """Looks at the index once (bins, outlier bounds) and returns what cuts a window."""
+        """Look at the index once (bins, outlier bounds) and return what cuts a window.
+
+        The cutter makes at least the number of steps that it is asked for, with smaller batches where need be, as
+        long as there are utterances enough.
+        """
         ...
 
     def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
@@ -52,11 +56,35 @@ def nothing() -> Cut:
     return Cut(np.empty(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64))
 
 
-def none_usable(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+def none_usable(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
     """Cutter of an index whose sample has not one usable utterance, from which bins could be estimated."""
     if len(lengths):
         raise PlanError("bins cannot be estimated: hardly an utterance fits the budget; raise its limit")
     return nothing()
+
+
+def enough_batches(
+    form: Callable[[float], np.ndarray], utterances: int, per_step: int, least_steps: int
+) -> np.ndarray:
+    """Return offsets of the largest batches that make at least `least_steps` steps, or a batch for each utterance.
+
+    form: makes the offsets of batches that are filled to a share, from 0 to 1, of what the strategy fills them to.
+    """
+    least = min((least_steps - 1) * per_step + 1, utterances)
+    batches = form(1.0)
+    if len(batches) - 1 >= least:
+        return batches
+    low, high = 0.0, 1.0  # shares that make enough batches, and too few
+    batches = np.arange(utterances + 1)
+    share = 0.5
+    while high - low > 0.002 * high and high > 1e-9 and len(batches) - 1 > least:
+        tried = form(share)
+        if len(tried) - 1 >= least:
+            low, batches = share, tried
+        else:
+            high = share
+        share = (low + high) / 2 if low else high / 4
+    return batches
 
 
 def reorder(order: np.ndarray, batches: np.ndarray, sequence: np.ndarray, steps: np.ndarray) -> Cut:

@@ -10,7 +10,15 @@ import numpy as np
 from canter.planning.bins import Bins, estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import Cut, Cutter, in_steps, none_usable, nothing, reorder
+from canter.planning.strategies.base import (
+    Cut,
+    Cutter,
+    enough_batches,
+    in_steps,
+    none_usable,
+    nothing,
+    reorder,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Bucket2D:
         bins = self.bins(index, budget, grid)
         sizes = batch_sizes(bins, budget)
 
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             if len(lengths) == 0:
                 return nothing()
             bucket = bins.assign(lengths)
@@ -55,15 +63,19 @@ class Bucket2D:
             # the last bucket of a row also takes what lies beyond its corner: such batches must still fit
             count = np.bincount(bucket, minlength=len(bins))
             first = np.concatenate([[0], np.cumsum(count)])
-            starts, owner = [], []
-            for b in np.flatnonzero(count):
-                inside = order[first[b] : first[b + 1]]
-                corner = int(lengths.frames[inside].max()), int(lengths.tokens[inside].max())
-                size = max(1, min(int(sizes[b]), budget.max_batch(*corner)))
-                starts.append(np.arange(first[b], first[b + 1], size))
-                owner.append(np.full(len(starts[-1]), b))
-            batches = np.append(np.concatenate(starts), len(order))
-            return deal(order, batches, np.concatenate(owner), per_step, self.synchronised, rng)
+            used = np.flatnonzero(count)
+            corners = (
+                np.maximum.reduceat(values[order], first[used]) for values in (lengths.frames, lengths.tokens)
+            )
+            most = np.minimum(sizes[used], budget.max_batch(*corners))
+
+            def form(share: float) -> np.ndarray:
+                size = np.maximum(1, (share * most).astype(np.int64))
+                starts = [np.arange(first[b], first[b + 1], n) for b, n in zip(used, size)]
+                return np.append(np.concatenate(starts), len(order))
+
+            batches = enough_batches(form, len(order), per_step, least_steps)
+            return deal(order, batches, bucket[order[batches[:-1]]], per_step, self.synchronised, rng)
 
         return cut
 

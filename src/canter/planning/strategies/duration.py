@@ -12,7 +12,7 @@ from canter.errors import PlanError
 from canter.planning.bins import estimate_bins
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import Cut, Cutter, none_usable, shuffled_steps
+from canter.planning.strategies.base import Cut, Cutter, enough_batches, none_usable, shuffled_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,12 @@ class Duration:
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         cap = seconds_cap(self.max_seconds, index, budget, grid)
 
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
-            order = np.arange(len(lengths))
-            batches = capped(effective_seconds(lengths, self.quadratic), cap)
-            return shuffled_steps(order, batches, per_step, rng)
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
+            effective = effective_seconds(lengths, self.quadratic)
+            batches = enough_batches(
+                lambda share: capped(effective, share * cap), len(lengths), per_step, least_steps
+            )
+            return shuffled_steps(np.arange(len(lengths)), batches, per_step, rng)
 
         return cut
 
@@ -63,14 +65,19 @@ class Bucket1D:
             return none_usable
         bins = estimate_bins(usable, self.buckets)
 
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             bucket = bins.assign(lengths)
             order = np.argsort(bucket, kind="stable")
             bucket = bucket[order]
             effective = effective_seconds(lengths, self.quadratic)[order]
             edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=len(bins)))
-            ends = [capped(effective[a:b], cap)[1:] + a for a, b in pairwise(edges)]
-            return shuffled_steps(order, np.concatenate([[0], *ends]).astype(np.int64), per_step, rng)
+
+            def form(share: float) -> np.ndarray:
+                ends = [capped(effective[a:b], share * cap)[1:] + a for a, b in pairwise(edges)]
+                return np.concatenate([[0], *ends]).astype(np.int64)
+
+            batches = enough_batches(form, len(lengths), per_step, least_steps)
+            return shuffled_steps(order, batches, per_step, rng)
 
         return cut
 

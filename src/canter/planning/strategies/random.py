@@ -10,7 +10,7 @@ import numpy as np
 from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import Cut, Cutter, in_steps
+from canter.planning.strategies.base import Cut, Cutter, enough_batches, in_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,13 @@ class Random:
         if size < 1:
             raise PlanError(f"random: batch_size is {size}; it must be at least 1")
 
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator) -> Cut:
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             n = len(lengths)
-            batches = np.append(np.arange(0, n, size), n)
+
+            def form(share: float) -> np.ndarray:
+                return np.append(np.arange(0, n, max(1, int(share * size))), n)
+
+            batches = enough_batches(form, n, per_step, least_steps)
             return Cut(np.arange(n), batches, in_steps(len(batches) - 1, per_step))
 
         return cut
