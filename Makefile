@@ -38,10 +38,13 @@ lint: setup
 	@$(BIN)/pyright
 
 # the documentation site, in build/site; a broken link or a page that is not in the navigation is an error
-docs: setup
-	@$(PIP) --no-build-isolation --editable '.[docs]'
+docs: $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "build/site/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	@$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
 
 # every benchmark that needs no GPU, at a small size; some of them: make bench BENCH="index models"
 bench: setup
