@@ -6,8 +6,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from canter.errors import ConfigError
 
 if TYPE_CHECKING:
     from canter.corpus.index import LengthIndex, Source
+    from canter.corpus.manifest import Utterance
     from canter.evaluation.normalize import Normalization
     from canter.evaluation.wer import Score
     from canter.planning import Budget
@@ -83,7 +84,7 @@ def build_index(
     a source that cannot be read or has no usable row.
     """
     from canter.corpus.build import build_index as build
-    from canter.corpus.counting import UNITS, UnitCounter
+    from canter.corpus.counting import UNITS, UnitCounter, prompt_length
     from canter.corpus.index import Source
     from canter.corpus.mixture import mixture_of
 
@@ -101,7 +102,7 @@ def build_index(
 
             counter = load_tokenizer(checkpoint_of(name))
     if prompt_tokens is None:
-        prompt_tokens = _prompt_tokens(group or given, counter)
+        prompt_tokens = prompt_length(counter, _rows(group or given))
     target = Path(tempfile.mkdtemp(dir=_scratch())) / "lengths.arrow" if output is None else Path(output)
     return build(
         group or given,
@@ -114,25 +115,20 @@ def build_index(
     )
 
 
-def _prompt_tokens(sources: Any, tokenizer: Any) -> int:
-    """Return the tokens of the first row's prompt; 0 without a tokenizer, or of one that has none."""
+def _rows(sources: Any) -> Iterator[Utterance]:
+    """Yield the rows of sources; of those that cannot be read none, as building the index says what is wrong."""
     from canter.corpus.index import Source
     from canter.corpus.manifest import Utterance
     from canter.corpus.mixture import Group, leaves
     from canter.corpus.sources import open_source
-    from canter.errors import CanterError
+    from canter.errors import ManifestError
 
-    if not hasattr(tokenizer, "prompt"):
-        return 0
     for one in leaves(sources) if isinstance(sources, Group) else sources:
         source = one if isinstance(one, Source) else Source(os.fspath(one))
-        try:
+        with suppress(ManifestError):
             for row in open_source(source.path, audio=source.audio, measure_durations=True):
                 if isinstance(row, Utterance):
-                    return len(tokenizer.prompt(source.tagged(row)))
-        except CanterError:
-            continue  # building the index says what is wrong with it
-    return 0
+                    yield source.tagged(row)
 
 
 _folder: Path | None = None

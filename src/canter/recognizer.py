@@ -28,7 +28,7 @@ from canter.inference.requests import EngineConfig
 from canter.inference.segments import Segment, Word
 from canter.inference.transcribe import Job, Listener, TranscribeConfig, Transcription, transcribe_jobs
 from canter.inference.writers import json_text, render_one, result_row, segments_of, write_whole
-from canter.text.languages import canonical, is_said, resolve, same
+from canter.text.languages import canonical
 from canter.text.tokenizer import Tokenizer
 
 Task = Literal["transcribe", "translate"]
@@ -284,25 +284,15 @@ class Recognizer:
             )
         asked = TranscribeConfig(timestamps=cast(Timestamps, timestamps), vad=cast(Vad, vad), context=prompt)
         listener = Listener(engine, self.tokenizer, asked)
-        languages = self._languages_of(language, task, target_language, listener)
+        languages = self._languages_of(language, task, target_language)
         if prompt:
             self._check_prompt(listener, languages)
         return _Options(listener, languages, sampling_rate)
 
-    def _languages_of(self, language: str | None, task: str, target: str, listener: Listener) -> Defaults:
+    def _languages_of(self, language: str | None, task: str, target: str) -> Defaults:
         """Return the languages of recordings that name none. Raises ConfigError for what the model does not know."""
-        known = self.languages
-        spoken = resolve(language, known) if language is not None and is_said(language) else None
-        if spoken is None and len(known) == 1:
-            spoken = known[0]
-        if task == "transcribe":
-            return Defaults(spoken)
-        if len(known) < 2:
-            raise ConfigError(f"{self._called} knows one language alone and cannot translate; leave task out")
-        written = resolve(target, known)
-        if listener.whisper and not same(written, "en"):
-            raise ConfigError(f"target_language is {target!r}; a Whisper translates into English alone")
-        return Defaults(spoken, "translate", written)
+        asked: Task | None = "translate" if task == "translate" else None
+        return Defaults.of(self.tokenizer, language, asked, target)
 
     def _check_prompt(self, listener: Listener, languages: Defaults) -> None:
         slots: dict[str, str] = {}

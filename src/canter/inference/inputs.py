@@ -20,8 +20,11 @@ from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.folder import audio_files
 from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import open_source, units_of
-from canter.errors import AudioError, ManifestError
+from canter.errors import AudioError, ConfigError, ManifestError
+from canter.text.languages import canonical, is_said, resolve, same, shortened
 from canter.text.prompts import utterance_slots
+from canter.text.tokenizer import Tokenizer
+from canter.text.whisper import WhisperTokenizer
 
 MANIFEST_SUFFIXES = frozenset(
     (".jsonl", ".json", ".tsv", ".csv", ".yaml", ".yml", ".tar", ".parquet", ".arrow", ".feather")
@@ -49,9 +52,50 @@ class Defaults:
     target_language: str = "en"
     """Written, where the task is to translate."""
 
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        language: str | None,
+        task: Literal["transcribe", "translate"] | None = None,
+        target_language: str = "en",
+    ) -> "Defaults":
+        """Return the defaults that a user asks of a model, with languages in the model's own codes.
+
+        The one language of a model that knows no other is the default. Raises ConfigError for languages that the model
+        does not know, and for a translation that it cannot make.
+        """
+        known = tokenizer.languages
+        spoken = None
+        if is_said(language):
+            spoken = resolve(language, known) if known else _label(tokenizer, language)
+        elif len(known) == 1:
+            spoken = known[0]
+        if task != "translate":
+            return cls(spoken, task)
+        if len(known) < 2:
+            raise ConfigError("this model knows one language alone and cannot translate; leave the task out")
+        written = resolve(target_language, known)
+        if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
+            raise ConfigError(f"a Whisper translates into English alone, not into {target_language!r}")
+        return cls(spoken, task, written)
+
     def complete(self, item: Item) -> Item:
         """Return the item with what its row leaves open taken from here."""
         return _completed(item, self)
+
+
+def _label(tokenizer: Tokenizer, language: str) -> str:
+    """Return the code of a language for a model that has none to choose from. Raises ConfigError where its prompt would
+    have to name it."""
+    code = canonical(language)
+    if code is None:
+        raise ConfigError(f"{language!r} is not the name or code of a language")
+    try:
+        tokenizer.prompt_ids({"source_lang": code, "target_lang": code})
+    except ConfigError:
+        resolve(language, ())  # which raises
+    return code
 
 
 def read_items(
@@ -91,7 +135,7 @@ def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[It
             item,
             utterance=None,
             problem=f"{utterance.audio_filepath} names no language, and the model "
-            f"knows {', '.join(languages)}: give 'lang' in the manifest, or --language",
+            f"knows {shortened(languages)}: give 'lang' in the manifest, or --language",
         )
         if (utterance := item.utterance) and "source_lang" not in utterance_slots(utterance)
         else item
@@ -178,12 +222,15 @@ def _completed(item: Item, defaults: Defaults) -> Item:
     if utterance is None:
         return item
     changes: dict[str, str] = {}
-    if defaults.language and not (utterance.lang or utterance.source_lang or utterance.target_lang):
+    if defaults.language and not any(
+        map(is_said, (utterance.lang, utterance.source_lang, utterance.target_lang))
+    ):
         changes["lang"] = defaults.language
     if defaults.task and not utterance.taskname:
         changes["taskname"] = defaults.task
-        if defaults.task == "translate" and not utterance.target_lang:
-            source = utterance.source_lang or utterance.lang or defaults.language
+        if defaults.task == "translate" and not is_said(utterance.target_lang):
+            named = (utterance.source_lang, utterance.lang, defaults.language)
+            source = next(filter(is_said, named), None)
             changes |= {"source_lang": source} if source else {}
             changes["target_lang"] = defaults.target_language
     return replace(item, utterance=replace(utterance, **changes)) if changes else item

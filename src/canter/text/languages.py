@@ -7,6 +7,7 @@ own code for a language may be another (``jw`` and ``jv``, ``zh`` and ``cmn``): 
 import functools
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 from canter.errors import ConfigError
 
@@ -253,7 +254,7 @@ _MARKS = re.compile(r"<\||\|>|\(.*?\)|（.*?）")
 _SEPARATORS = re.compile(r"[\s_,-]+")
 
 
-def is_said(written: str | None) -> bool:
+def is_said(written: str | None) -> TypeGuard[str]:
     """Return whether the value names a language: not None, empty, or ``auto``."""
     return written is not None and written.strip().lower() not in NOT_SAID
 
@@ -318,11 +319,13 @@ def resolve(written: str, known: Sequence[str]) -> str:
 
 def listed(known: Sequence[str]) -> str:
     """Return what an error message says of the languages known: all of a few, of many the first."""
-    if not known:
-        return "it has no languages to choose from"
-    more = len(known) - SHOWN
-    shown = known if more <= 1 else [*known[:SHOWN], f"and {more} more"]
-    return f"it knows {', '.join(shown)}"
+    return f"it knows {shortened(known)}" if known else "it has no languages to choose from"
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the names as a list in words; of many the first, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names if more <= 1 else [*names[:SHOWN], f"and {more} more"])
 
 
 def _plain(text: str) -> str:
