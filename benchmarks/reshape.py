@@ -167,7 +167,7 @@ def run(options: Options) -> dict[str, Any]:
 
     validate = validator(rows, model.tokenizer, model.sample_rate, "float32")
     seconds = 2 * (
-        config.batch_seconds or 24.0
+        config.batch_seconds if isinstance(config.batch_seconds, float) else 24.0
     )  # the run's own setting is what bounds the batches of both shapes
     Budget.from_batch_seconds(seconds, frame_seconds=model.frame_seconds).save(options.output / "budget.json")
     shapes = {}

@@ -101,6 +101,11 @@ def test_any_mapping_gives_a_configuration_or_a_config_error(mapping):
         assert isinstance(from_mapping(TrainConfig, mapping, "file"), TrainConfig)
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")))
+def test_recipes_can_be_read(path):
+    assert load_config(path) != TrainConfig()
+
+
 def test_differences_leave_out_what_changes_no_step():
     config = TrainConfig(steps=5)
     assert differences(dataclasses.replace(config, workers=4, threads=1), config) == []

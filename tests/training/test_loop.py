@@ -5,6 +5,7 @@ import json
 import shutil
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -78,6 +79,26 @@ def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monke
     finished = train(more, unwatched)
     assert finished.progress.step == 25
     assert [row["step"] for row in metrics(config)] == list(range(1, 26))
+
+
+def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
+    """From a checkpoint before, with the learning rate that it had; and that does not jump."""
+    monkeypatch.setattr(
+        "canter.training.prepare.choose_steps", lambda *_: 40
+    )  # estimated again after the 20th
+    monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
+    config = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), track=(), save_every=8)
+    train(config, unwatched)
+    killed = dataclasses.replace(config, output=tmp_path / "killed")
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(killed, stopping_after(23))
+    train(killed, unwatched)
+    assert losses(killed) == losses(config)
+    rates = [row["learning_rate"] for row in metrics(config)]
+    assert rates == [row["learning_rate"] for row in metrics(killed)]
+    falls = -np.diff(rates[2:])  # of a cosine, spread over 5 steps instead of 20 from the 20th on
+    assert falls[-6] < falls[-5] == pytest.approx(4 * falls[-6], rel=0.2)
+    assert rates[-1] == pytest.approx(0.01 * 2e-3)
 
 
 def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spoken, tmp_path):

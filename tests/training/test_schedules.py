@@ -16,7 +16,7 @@ from canter.models.norm import MaskedBatchNorm
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import AugmentConfig, OptimizerConfig
-from canter.training.optimizers import Optimizers
+from canter.training.optimizers import Optimizers, Schedule
 from canter.training.session import train
 from canter.training.skipped import kind_of
 from canter.training.speed import AtSpeed, speeds_of
@@ -38,6 +38,29 @@ def test_a_cosine_falls_to_its_floor():
     assert values[:10] == pytest.approx(np.arange(1, 11) / 10, abs=0.02)
     assert values[54] == pytest.approx(0.6, abs=0.02)
     assert values[-1] == pytest.approx(0.2)
+
+
+def test_the_learning_rate_does_not_jump_where_steps_are_estimated_again():
+    """Nor does it where a run goes on, or goes back to a checkpoint before."""
+    schedule = Schedule(1000)
+    optimizers = Optimizers(nn.Linear(4, 4), OptimizerConfig(name="adamw", learning_rate=1.0), 1000, schedule)
+    before = [optimizers.factor(step) for step in range(20)]
+    schedule.stretch(20, 400)  # steps take longer than predicted
+    values = [optimizers.factor(step) for step in range(112)]
+    schedule.stretch(112, 700)  # and then shorter
+    values += [optimizers.factor(step) for step in range(112, 700)]
+    assert values[:20] == before == [optimizers.factor(step) for step in range(20)]
+    slope = np.diff(values)
+    assert np.abs(slope).max() < 0.06  # 20 + 50 * 38 / 98 steps of warm-up
+    after = slope[60:]
+    assert after.max() <= 0
+    assert after.min() > -1.6 * np.pi / 2 / 588
+    assert values[-1] == pytest.approx(0.01)
+    kept = json.loads(json.dumps(schedule.stretches))
+    again = Optimizers(
+        nn.Linear(4, 4), OptimizerConfig(name="adamw", learning_rate=1.0), 700, Schedule(1000, kept)
+    )
+    assert [again.factor(step) for step in range(700)] == values
 
 
 def test_inverse_sqrt_and_noam_fall_by_the_root_of_the_step():

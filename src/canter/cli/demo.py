@@ -132,6 +132,7 @@ def prepare_run(options: Options, corpus):
         manifest=(corpus.train_manifest,),
         output=options.output / ("run-quick" if options.quick else "run"),
         vocabulary=VOCABULARY,
+        batch_seconds=24.0,
         minutes=options.minutes or (0.3 if options.quick else 7.25),
         seed=options.seed,
         valid_every=100_000,

@@ -53,7 +53,7 @@ def choose_limits(
     if config.minutes is not None and config.steps is None:
         timed = steps_in(config, index, budget, ranks, micro_batches)
         wanted, by = max((wanted, by), (timed, "--minutes"))
-    elif wanted > least_steps(dataclasses.replace(config, epochs=math.inf)):
+    elif wanted > EPOCH_STEPS:
         by = "--epochs"
     most = max(1, int(float(np.sum(index.seconds)) / LEAST_SECONDS))
     return BatchLimits(seconds, min(wanted, most), "the CPU", by if wanted <= most else "the audio")
@@ -129,7 +129,7 @@ class BatchSizes:
             memory_filled=float(np.mean(used)) / (memory.limit_bytes - memory.fixed_bytes),
             steps=steps,
             limited_by=why(
-                limits, steps, enough, counts_frames=plan is not memory, single=int(table.size.max()) == 1
+                limits, steps, enough, _counts_seconds(limits, memory, plan), int(table.size.max()) == 1
             ),
         )
 
@@ -141,9 +141,19 @@ class BatchSizes:
         )
 
 
-def why(limits: BatchLimits, steps: int, enough: bool, counts_frames: bool, single: bool) -> str:
-    """Return what keeps batches from being larger, and which option changes it."""
-    if enough and not counts_frames:
+def _counts_seconds(limits: BatchLimits, memory: Budget, plan: Budget) -> bool:
+    """Return whether a micro-batch is full by ``limits.seconds`` before the memory is."""
+    return limits.seconds is not None and plan.limit_bytes >= int(
+        limits.seconds / memory.frame_seconds + 1e-6
+    )
+
+
+def why(limits: BatchLimits, steps: int, enough: bool, by_seconds: bool, single: bool) -> str:
+    """Return what keeps batches from being larger, and which option changes it.
+
+    ``enough``: they need not be smaller for the number of steps. ``by_seconds``: the cap in seconds is reached before
+    the memory. ``single``: no batch has more than one utterance."""
+    if enough and not by_seconds:
         return "memory; --budget or --batch-seconds changes it"
     if enough and limits.seconds_by == "the CPU":
         return "the CPU, on which larger ones are no faster; --batch-seconds changes it"
