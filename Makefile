@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 PIP    := env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_REQUIRE_HASHES -u PIP_NO_DEPS PIP_USER=0 \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint docs bench clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,15 @@ lint: setup
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright
+
+# the documentation site, in build/site; a broken link or a page that is not in the navigation is an error
+docs: $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	@$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
 
 # every benchmark that needs no GPU, at a small size; some of them: make bench BENCH="index models"
 bench: setup

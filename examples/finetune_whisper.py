@@ -1,9 +1,9 @@
-"""Whisper fine-tuned by transformers' Seq2SeqTrainer under a plan, at the clips' own lengths instead of 30 s each.
+"""Fine-tune Whisper with transformers' Seq2SeqTrainer under a plan, at the clips' own lengths instead of 30 s each.
 
 python examples/finetune_whisper.py --model openai/whisper-tiny.en --manifest train.jsonl --output FOLDER
-torchrun --nproc-per-node 4 examples/finetune_whisper.py ...      the same steps, shared out
+torchrun --nproc-per-node 4 examples/finetune_whisper.py ...      the same steps on 4 processes
 
-Run it again with more --steps, and it goes on where it stopped. FOLDER/model is what it leaves.
+To resume, run it again with more --steps. The trained model is in FOLDER/model.
 """
 
 from dataclasses import dataclass
@@ -14,36 +14,34 @@ import tyro
 from transformers import Seq2SeqTrainingArguments, WhisperForConditionalGeneration, WhisperProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
-from canter.corpus.build import build_index
-from canter.corpus.index import LengthIndex
+import canter
 from canter.integrations.transformers_trainer import (
     PlannedSeq2SeqTrainer,
     SpeechCollator,
     SpeechDataset,
     accept_short_audio,
 )
-from canter.planning import Budget, Plan
 from canter.text import WhisperTokenizer
 
 
 @dataclass(frozen=True)
 class Options:
     model: str
-    """Folder or name of a Whisper, as from_pretrained takes it."""
+    """Folder or hub name of a Whisper, as from_pretrained takes it."""
     manifest: Path
     """Training data; clips of 30 s at most."""
     output: Path
-    """Checkpoints, the length index, the finished model."""
+    """Folder for checkpoints, the length index and the trained model."""
     steps: int = 1000
-    """Updates in all."""
+    """Optimiser steps."""
     save_every: int = 500
-    """Updates between checkpoints."""
+    """Optimiser steps between checkpoints."""
     learning_rate: float = 1e-5
-    """Falls linearly to 0."""
+    """Peak learning rate; it falls linearly to 0."""
     batch_seconds: float = 60.0
-    """Audio in a micro-batch, padding included: what the memory holds."""
+    """Seconds of audio in a micro-batch, padding included; set it to what fits into memory."""
     micro_batches: int = 1
-    """In an update, over all processes."""
+    """Micro-batches in an optimiser step, over all processes."""
 
 
 def main(options: Options) -> None:
@@ -53,29 +51,28 @@ def main(options: Options) -> None:
         learning_rate=options.learning_rate,
         save_steps=options.save_every,
         logging_steps=1,
-        remove_unused_columns=False,  # the collator wants the audio, which is no argument of the model
+        remove_unused_columns=False,  # the collator needs the audio, which is no argument of the model
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),  # or else several processes take each other for one
+        use_cpu=not torch.cuda.is_available(),  # without this, several CPU processes would not find each other
     )
     processor = WhisperProcessor.from_pretrained(options.model)
     model = WhisperForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32)
 
-    # the plan: how long every clip and its text are, and how much fits in a micro-batch (20 ms a frame)
+    # the plan, from the lengths of all clips and transcripts and the size of a micro-batch (20 ms a frame)
     lengths = options.output / "lengths.arrow"
     if args.process_index == 0:
         options.output.mkdir(parents=True, exist_ok=True)
         tokenizer = WhisperTokenizer(processor.tokenizer.backend_tokenizer.to_str())
-        prompt = len(processor.tokenizer("").input_ids) - 1  # but for the end token
-        build_index([options.manifest], lengths, tokenizer, prompt_tokens=prompt)
+        canter.build_index(options.manifest, lengths, tokenizer=tokenizer)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    index = LengthIndex.open(lengths)
-    budget = Budget.from_batch_seconds(options.batch_seconds, frame_seconds=0.02)
+    index = canter.LengthIndex.open(lengths)
+    budget = canter.Budget.from_batch_seconds(options.batch_seconds, frame_seconds=0.02)
 
     trainer = PlannedSeq2SeqTrainer(
         model=accept_short_audio(model),
         args=args,
-        plan=Plan(index, budget, micro_batches_per_step=options.micro_batches),
+        plan=canter.Plan(index, budget, micro_batches_per_step=options.micro_batches),
         train_dataset=SpeechDataset(index, processor.tokenizer),
         data_collator=SpeechCollator(
             processor.feature_extractor, model.config.decoder_start_token_id, padded=False

@@ -1,9 +1,9 @@
-"""A model trained by PyTorch Lightning under a plan.
+"""Train a model with PyTorch Lightning under a plan.
 
 python examples/lightning_module.py --model MODEL --manifest train.jsonl --output FOLDER [--devices 4]
 
-MODEL is whatever canter.load_model reads. Run it again with more --steps, and it goes on where it stopped, on any
-number of devices. FOLDER/model is what it leaves.
+MODEL is anything that canter.load takes. To resume, run it again with more --steps, on any number of devices.
+FOLDER/model is the trained model.
 """
 
 import os
@@ -17,11 +17,8 @@ import tyro
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import canter
-from canter.corpus.build import build_index
-from canter.corpus.index import LengthIndex
 from canter.integrations.lightning import PlanDataModule, PlanModule
 from canter.models.checkpoint import save_model
-from canter.planning import Budget, Plan
 from canter.training.data import MicroBatches
 
 
@@ -32,37 +29,37 @@ class Options:
     manifest: Path
     """Training data."""
     output: Path
-    """Checkpoints, the length index, the finished model."""
+    """Folder for checkpoints, the length index and the trained model."""
     steps: int = 1000
-    """Updates in all."""
+    """Optimiser steps."""
     save_every: int = 500
-    """Updates between checkpoints."""
+    """Optimiser steps between checkpoints."""
     learning_rate: float = 1e-5
-    """Constant after 100 updates."""
+    """Learning rate, constant after 100 warm-up steps."""
     batch_seconds: float = 60.0
-    """Audio in a micro-batch, padding included: what the memory holds."""
+    """Seconds of audio in a micro-batch, padding included; set it to what fits into memory."""
     micro_batches: int = 1
-    """In an update, over all devices."""
+    """Micro-batches in an optimiser step, over all devices."""
     devices: int = 1
-    """Processes, each with a device of its own."""
+    """Number of devices, each with one process."""
     workers: int = 0
-    """Processes that decode audio ahead, of each device."""
+    """Processes that decode audio ahead, for each device."""
 
 
 def main(options: Options) -> None:
-    model = canter.load_model(options.model).train()
+    model = canter.load(options.model, device="cpu", precision="float32").module.train()
     if getattr(model.config.features, "pad_seconds", 0):
         model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
 
-    # the plan: how long every utterance and its text are, and how much fits in a micro-batch
+    # the plan, from the lengths of all utterances and transcripts and the size of a micro-batch
     lengths = options.output / "lengths.arrow"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # Lightning starts the others from `fit`
         options.output.mkdir(parents=True, exist_ok=True)
-        build_index([options.manifest], lengths, model.tokenizer, prompt_tokens=10)
-    index = LengthIndex.open(lengths)
-    budget = Budget.from_batch_seconds(options.batch_seconds, frame_seconds=model.frame_seconds)
-    plan = Plan(index, budget, micro_batches_per_step=options.micro_batches)
-    # no alphabet: the attention decoder alone is trained; what is longer than the model takes is left out and named
+        canter.build_index(options.manifest, lengths, tokenizer=model.tokenizer)
+    index = canter.LengthIndex.open(lengths)
+    budget = canter.Budget.from_batch_seconds(options.batch_seconds, frame_seconds=model.frame_seconds)
+    plan = canter.Plan(index, budget, micro_batches_per_step=options.micro_batches)
+    # no alphabet: only the attention decoder is trained; utterances longer than the model takes are left out and listed
     data = MicroBatches(
         index,
         model.tokenizer,
@@ -78,7 +75,7 @@ def main(options: Options) -> None:
         schedule=lambda step: min(1.0, (step + 1) / 100),
     )
     folder = options.output / "checkpoints"
-    # of a state after the update, which is what resuming wants
+    # checkpoints hold the state after the update, as resuming needs
     warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
     keep = ModelCheckpoint(folder, every_n_train_steps=options.save_every, save_last=True)
     trainer = pl.Trainer(

@@ -1,6 +1,8 @@
-"""A plain PyTorch loop under a plan: python examples/plain_loop.py MODEL MANIFEST FOLDER STEPS
+"""Train in a plain PyTorch loop under a plan.
 
-MODEL is whatever canter.load_model reads. Run it again with more STEPS, and it goes on where it stopped."""
+python examples/plain_loop.py MODEL MANIFEST FOLDER STEPS
+
+MODEL is anything that canter.load takes. To resume, run it again with more STEPS. FOLDER/model is the trained model."""
 
 import sys
 from pathlib import Path
@@ -8,11 +10,8 @@ from pathlib import Path
 import torch
 
 import canter
-from canter.corpus.build import build_index
 from canter.models.checkpoint import save_model
 from canter.models.norm import merge_pending
-from canter.planning import Budget, Plan
-from canter.planning.sampler import PlanSampler
 from canter.training.data import MicroBatches, collate
 
 
@@ -23,11 +22,12 @@ class Clips(MicroBatches):
 
 start, manifest, folder, steps = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 saved = torch.load(folder / "state.pt", weights_only=True) if (folder / "state.pt").exists() else None
-model = canter.load_model(folder / "model" if saved else start).train()
+model = canter.load(folder / "model" if saved else start, device="cpu", precision="float32").module.train()
 if getattr(model.config.features, "pad_seconds", 0):
     model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
-index = build_index([manifest], folder / "lengths.arrow", model.tokenizer, prompt_tokens=10, progress=False)
-sampler = PlanSampler(Plan(index, Budget.from_batch_seconds(30.0, frame_seconds=model.frame_seconds)))
+index = canter.build_index(manifest, folder / "lengths.arrow", tokenizer=model.tokenizer, progress=False)
+budget = canter.Budget.from_batch_seconds(30.0, frame_seconds=model.frame_seconds)
+sampler = canter.PlanSampler(canter.Plan(index, budget))
 clips = Clips(index, model.tokenizer, None, model.config.features.sample_rate)
 padded = lambda examples: collate(examples, model.tokenizer.pad)  # noqa: E731
 loader = torch.utils.data.DataLoader(clips, batch_sampler=sampler, collate_fn=padded)

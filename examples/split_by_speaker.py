@@ -1,6 +1,6 @@
-"""Splits a NeMo manifest by its `speaker` field, so that no speaker is on both sides.
+"""Split a NeMo manifest by its `speaker` field, so that no speaker is on both sides.
 
-python examples/split_by_speaker.py MANIFEST FOLDER [SHARE]     writes FOLDER/train.jsonl and FOLDER/valid.jsonl
+python examples/split_by_speaker.py MANIFEST FOLDER [FRACTION]     writes FOLDER/train.jsonl and FOLDER/valid.jsonl
 """
 
 import hashlib
@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 
 
-def split(manifest: Path, folder: Path, share: float = 0.15) -> tuple[int, int]:
-    """About ``share`` of the speakers, chosen by a hash of their name, go to valid.jsonl; returns the rows of each."""
+def split(manifest: Path, folder: Path, fraction: float = 0.15) -> tuple[int, int]:
+    """Write about ``fraction`` of the speakers, chosen by a hash of their name, to valid.jsonl and the others to
+    train.jsonl; return the numbers of rows (train, valid)."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "valid": 0}
     with (folder / "train.jsonl").open("w") as train, (folder / "valid.jsonl").open("w") as valid:
         for line in manifest.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             row["audio_filepath"] = str((manifest.parent / row["audio_filepath"]).resolve())
-            held_out = int(hashlib.sha256(row["speaker"].encode()).hexdigest(), 16) % 1000 < 1000 * share
+            held_out = int(hashlib.sha256(row["speaker"].encode()).hexdigest(), 16) % 1000 < 1000 * fraction
             file, name = (valid, "valid") if held_out else (train, "train")
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             counts[name] += 1

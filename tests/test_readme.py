@@ -1,4 +1,4 @@
-"""What the README tells to type exists: commands, their options, make targets, scripts, imports, linked files."""
+"""Everything that README and docs tell a reader to type exists: commands, options, targets, scripts, imports, links."""
 
 import ast
 import importlib
@@ -11,7 +11,7 @@ import pytest
 from canter.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(?:bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:canter|make) [^`\n]+)`")
@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
 def typed(text: str) -> list[list[str]]:
-    """The command lines of a page, as words: its shell blocks, and what is inline of `canter` and `make`."""
+    """Return a page's command lines as words: those of its shell blocks, and inline `canter` and `make` commands."""
     lines = [line for block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.removeprefix("$ ") for line in lines] + INLINE.findall(text)
     commands = []
@@ -32,8 +32,10 @@ def typed(text: str) -> list[list[str]]:
 
 
 def wrong(words: list[str], options: dict[str, str], targets: set[str]) -> str | None:
-    """What is not there of a command line, or None. ``options`` caches the help of each command."""
+    """Return what a command line names that does not exist, or None. ``options`` caches the help of each command."""
     program, *rest = words
+    if program == "torchrun" and "canter" in rest:
+        program, *rest = rest[rest.index("canter") :]
     if program == "make":
         unknown = [word for word in rest if "=" not in word and word not in targets]
         return f"make has no target {unknown[0]}" if unknown else None
@@ -57,7 +59,7 @@ def targets() -> set[str]:
 
 @pytest.fixture
 def options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Help by command, made when asked for."""
+    """Return a dictionary of each command's help, filled when asked for."""
     monkeypatch.setenv("COLUMNS", "200")
 
     class Help(dict):
@@ -70,18 +72,18 @@ def options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return Help()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_tells_to_type_exists(page: Path, options, targets):
     found = [(words, wrong(words, options, targets)) for words in typed(page.read_text())]
     assert [(shlex.join(words), problem) for words, problem in found if problem] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_linked_files_exist(page: Path):
     assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_imports_exists(page: Path):
     nodes = [node for block in PYTHON.findall(page.read_text()) for node in ast.walk(ast.parse(block))]
     for node in nodes:
@@ -99,7 +101,8 @@ def test_the_readme_lists_every_command():
 def test_mistakes_would_be_found(options, targets):
     text = (
         "```bash\nmake dmeo   # a comment\n$ canter score r.jsonl --normalise none\n"
-        ".venv/bin/canter scroe x && python examples/none.py\n```\n"
+        ".venv/bin/canter scroe x && python examples/none.py\n"
+        "torchrun --nproc-per-node 2 -m canter score r --ranks 2\n```\n"
         "and `make nothing QUICK=1`, `canter score --json`"
     )
     problems = [wrong(words, options, targets) for words in typed(text)]
@@ -108,6 +111,7 @@ def test_mistakes_would_be_found(options, targets):
         "canter score has no option --normalise",
         "canter has no command scroe",
         "no file examples/none.py",
+        "canter score has no option --ranks",
         "make has no target nothing",
         None,
     ]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from canter.errors import CheckpointError
-from canter.models.checkpoint import load_model
-from canter.models.hf import foreign_type
+from canter.loading import load_module
 
 
 def load_any(
@@ -19,17 +16,5 @@ def load_any(
     dtype: torch.dtype = torch.float32,
     backend: Literal["auto", "canter", "transformers"] = "auto",
 ) -> Any:
-    """A `SpeechModel`, or, of a Hugging Face folder of another architecture than ours (or where ``backend`` says so), a
-    `TransformersModel`.
-
-    Raises CheckpointError as ``load_model``, and where transformers is needed and not installed.
-    """
-    if backend == "canter" or (backend == "auto" and foreign_type(path) is None):
-        return load_model(path, device=device, dtype=dtype)
-    if not find_spec("transformers"):
-        raise CheckpointError(
-            f"{path}: this model runs through transformers, which is not installed; pip install 'canter[hf]'"
-        )
-    from canter.integrations.transformers import TransformersModel
-
-    return TransformersModel.from_pretrained(path, dtype=dtype).to(device)
+    """As `canter.loading.load_module`, by dtype."""
+    return load_module(path, device, "bf16" if dtype == torch.bfloat16 else "float32", backend)

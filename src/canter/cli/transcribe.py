@@ -103,10 +103,10 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     checkpoint = checkpoint_of(options.model)
     engine = load_engine(options, checkpoint, ranks)
     languages = engine.model.tokenizer.languages
-    language = options.language or (languages[0] if len(languages) == 1 else None)
-    items = read_items(options.inputs, defaults=Defaults(language, options.task, options.target_language))
-    if options.language and ranks.rank == 0:
-        warn_of_other_languages(items, options.language)
+    asked = Defaults.of(engine.model.tokenizer, options.language, options.task, options.target_language)
+    items = read_items(options.inputs, defaults=asked)
+    if asked.language and options.language and ranks.rank == 0:
+        warn_of_other_languages(items, asked.language)
     if len(languages) > 1 and not isinstance(engine.model.tokenizer, WhisperTokenizer):  # which detects it
         items = require_language(items, languages)
     if not folder:
@@ -157,8 +157,10 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
 
 def warn_of_other_languages(items: "Sequence[Item]", asked: str) -> None:
     """A row's own language goes before --language; where they differ, that should be no surprise."""
+    from canter.text.languages import is_said, same
+
     own = [u.source_lang or u.lang for item in items if (u := item.utterance)]
-    others = sorted({language for language in own if language and language != asked})
+    others = sorted({language for language in own if is_said(language) and not same(language, asked)})
     if others:
         count = sum(language in others for language in own)
         print(

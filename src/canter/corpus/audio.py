@@ -128,6 +128,20 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
             return sum(map(len, blocks)) / rate
 
 
+def stated_seconds(path: str | os.PathLike[str]) -> float | None:
+    """Return the length in seconds that the file's header states, None where libsndfile finds none.
+
+    It may be a guess (see `audio_seconds`), and costs no decoding. Raises `AudioError` for a file that is missing,
+    empty, or of a rate that no recording has.
+    """
+    path = os.fspath(path)
+    with _open(path) as file, contextlib.suppress(soundfile.LibsndfileError), _Sound(file) as sound:
+        _refuse_unlikely(path, sound.samplerate, sound.channels)
+        if sound.frames != _UNSTATED:
+            return sound.frames / sound.samplerate
+    return None
+
+
 def _stretch_of(utterance: Utterance) -> _Stretch:
     """A row with an offset, 0 too, is a segment. One without is the whole file, whatever duration it states: a
     duration that was rounded or is wrong must not cut speech off."""

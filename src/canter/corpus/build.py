@@ -40,7 +40,7 @@ from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
 
-READERS = 2  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
+READERS = 3  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
 
 
 def build_index(
@@ -103,14 +103,14 @@ def _check_output(output: Path, folder: Path) -> None:
 
 
 def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
-    lang = source.tags.get("lang")
+    tags = dict(sorted(source.tags.items()))
     for unit in units_of(source.path, source.audio):
         for start, end, size in ranges(unit):
             tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
-            facts = [FORMAT, READERS, astuple(unit), start, end, lang, tokenizer, counting.prompt_tokens]
+            facts = [FORMAT, READERS, astuple(unit), start, end, tags, tokenizer, counting.prompt_tokens]
             facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-            yield Part(unit, number, start, end, size, lang, key)
+            yield Part(unit, number, start, end, size, tags, key)
 
 
 def _stamp(path: str) -> list:

@@ -1,10 +1,31 @@
 """Target lengths without a tokenizer: characters or bytes, for a first look or for models that spell."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from canter.corpus.utterance import Utterance
 from canter.errors import ConfigError
 
 UNITS = ("chars", "bytes")
+
+
+def prompt_length(tokenizer: Any, rows: Iterable[Utterance]) -> int:
+    """Return the number of tokens of the first row's prompt that the tokenizer can write; 0 for one without prompts.
+
+    Raises ConfigError, that of the first row, where it can write none.
+    """
+    if not hasattr(tokenizer, "prompt"):
+        return 0
+    fault = None
+    for row in rows:
+        try:
+            return len(tokenizer.prompt(row))
+        except ConfigError as error:
+            fault = fault or error
+    if fault is not None:
+        raise fault
+    return 0
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from canter.corpus.manifest import open_manifest, row_from_utterance, scan_lines
 from canter.corpus.readers.lengths import read_lengths
 from canter.corpus.remote import is_url
 from canter.corpus.sources import LENGTHS, Unit, read_unit
-from canter.corpus.utterance import Problem, Utterance
+from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
 from canter.errors import CanterError, ManifestError
 
 PART_BYTES = 8 << 20
@@ -47,17 +48,40 @@ class Counting:
     prompt_tokens: int
     measure_durations: bool
 
-    def tokens(self, row: Utterance, lang: str | None) -> int | str:
-        """Target tokens, prompt and end token included, or the reason why they cannot be counted."""
+    def tokens(self, row: Utterance, tags: Mapping[str, str]) -> int | str:
+        """Target tokens, prompt and end token included, or the reason why they cannot be counted. ``tags`` are those of
+        the row's source."""
         count = row.num_tokens
+        row = replace(row, **{name: value for name, value in tags.items() if getattr(row, name) is None})
+        fault = self._prompt_fault(row)
+        if fault is not None:
+            return fault
         if count is None:
             if self.tokenizer is None:
                 return "num_tokens missing: name a tokenizer (--tokenizer) to count them"
             try:
-                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.lang or lang)) + 1
+                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.lang)) + 1
             except (CanterError, ValueError, KeyError) as error:
                 return f"text cannot be tokenised: {error}"
         return count if count <= MOST_TOKENS else f"text is too long: {count} tokens, at most {MOST_TOKENS}"
+
+    def _prompt_fault(self, row: Utterance) -> str | None:
+        """Why the tokenizer cannot write the row's prompt (a language or task that it does not know), or None."""
+        prompt = getattr(self.tokenizer, "prompt", None)
+        if prompt is None:
+            return None
+        asked = tuple(getattr(row, name) for name in OPTIONAL_TEXT)
+        if asked not in self._prompts:
+            try:
+                prompt(row)
+                self._prompts[asked] = None
+            except (CanterError, ValueError, KeyError) as error:
+                self._prompts[asked] = f"prompt cannot be made: {error}"
+        return self._prompts[asked]
+
+    @cached_property
+    def _prompts(self) -> dict[tuple[str | None, ...], str | None]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class Part:
     start: int
     end: int | None
     size: int
-    lang: str | None
+    tags: Mapping[str, str]
     key: str = ""
 
 
@@ -117,7 +141,7 @@ def read_part(part: Part, counting: Counting) -> Part:
 
     def take(place: int, number: int, row: Utterance | Problem | str | None) -> bool:
         if isinstance(row, Utterance):
-            count = counting.tokens(row, part.lang)
+            count = counting.tokens(row, part.tags)
             if isinstance(count, int):
                 columns["seconds"].append(row.duration)
                 columns["tokens"].append(count)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Literal, get_args
 
+from canter.text.languages import canonical, is_said
+
 Normalization = Literal["leaderboard", "basic", "none"]
 
 # Written without spaces: Whisper's evaluation splits them into characters, so that their WER is a CER.
@@ -20,8 +22,8 @@ _INITIALS = re.compile(r"\b[a-z](?:\.[a-z]\b)+")
 
 
 def language(code: str | None) -> str:
-    """The language of a code like ``en``, ``en-US`` or ``EN_us``; an unknown one is taken for English."""
-    return (code or "en").replace("_", "-").split("-")[0].lower()
+    """Return the code of a language as people write it (``en-US``, ``English``); English where none is named."""
+    return canonical(code) or code.strip().lower() if code is not None and is_said(code) else "en"
 
 
 def normalizer(rule: Normalization, lang: str | None = None) -> Callable[[str], str]:

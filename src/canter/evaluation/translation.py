@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from canter.errors import ConfigError
 from canter.evaluation.normalize import language
+from canter.text.languages import is_said
 
 # How sacrebleu cuts a language into words; ja-mecab and ko-mecab need packages of their own.
 TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "char", "ko": "char", "th": "char", "lo": "char", "my": "char"}
@@ -44,7 +45,7 @@ def score_translations(
         )
     rows: dict[str, list[int]] = {}
     for row, lang in enumerate(langs):
-        rows.setdefault(language(lang) if lang else "und", []).append(row)
+        rows.setdefault(language(lang) if is_said(lang) else "und", []).append(row)
     groups = sorted(rows.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
         name: _score([references[row] for row in group], [hypotheses[row] for row in group], name)

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from canter.evaluation.normalize import UNSCORED, UNSPACED, Normalization, language, normalizer
+from canter.text.languages import is_said
 
 Operation = Literal["equal", "substitute", "delete", "insert"]
 
@@ -140,7 +141,7 @@ def score(
             ),
         )
         utterances.append(ScoredUtterance(row, counts, alignment))
-        groups.setdefault(language(langs[row]) if langs[row] else "und", []).append(counts)
+        groups.setdefault(language(langs[row]) if is_said(langs[row]) else "und", []).append(counts)
     languages = {name: sum(group, Counts()) for name, group in groups.items()}
     languages = dict(sorted(languages.items(), key=lambda item: (-item[1].utterances, item[0])))
     return Score(sum(languages.values(), Counts()), languages, utterances, len(references) - len(kept))

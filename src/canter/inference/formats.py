@@ -1,15 +1,19 @@
 """Segments as text in the formats of the Whisper command line, byte for byte as openai-whisper writes them."""
 
+import html
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from canter.inference.segments import Segment
+from canter.inference.segments import Segment, spaced
+from canter.inference.subtitles import WHISPER, Cue, SubtitleStyle, cues_of
 
 SUFFIXES = {"nemo": ".jsonl", "txt": ".txt", "srt": ".srt", "vtt": ".vtt", "tsv": ".tsv", "json": ".json"}
 FORMATS = tuple(SUFFIXES)
-TIMED = ("srt", "vtt", "tsv")  # of no use without times
+ONE_RECORDING = tuple(kind for kind in SUFFIXES if kind != "nemo")
+SUBTITLES = ("srt", "vtt")
 
 
 def timestamp(seconds: float, *, hours: bool, comma: bool = False) -> str:
@@ -26,19 +30,38 @@ def txt(segments: Iterable[Segment]) -> str:
     return "".join(f"{segment.text.strip()}\n" for segment in segments)
 
 
-def srt(segments: Iterable[Segment]) -> str:
+def srt(segments: Sequence[Segment], style: SubtitleStyle = WHISPER) -> str:
     return "".join(
-        f"{number}\n{timestamp(start, hours=True, comma=True)} --> "
-        f"{timestamp(end, hours=True, comma=True)}\n{text}\n\n"
-        for number, (start, end, text) in enumerate(map(_cue, segments), 1)
+        f"{number}\n{timestamp(cue.start, hours=True, comma=True)} --> "
+        f"{timestamp(cue.end, hours=True, comma=True)}\n{_text(cue, _without_arrow)}\n\n"
+        for number, cue in enumerate(cues_of(segments, style), 1)
     )
 
 
-def vtt(segments: Iterable[Segment]) -> str:
+def vtt(segments: Sequence[Segment], style: SubtitleStyle = WHISPER) -> str:
+    """Return WebVTT; ``&``, ``<`` and ``>`` of the text are escaped."""
     return "WEBVTT\n\n" + "".join(
-        f"{timestamp(start, hours=False)} --> {timestamp(end, hours=False)}\n{text}\n\n"
-        for start, end, text in map(_cue, segments)
+        f"{timestamp(cue.start, hours=False)} --> {timestamp(cue.end, hours=False)}\n"
+        f"{_text(cue, partial(html.escape, quote=False))}\n\n"
+        for cue in cues_of(segments, style)
     )
+
+
+def _text(cue: Cue, escape: Callable[[str], str]) -> str:
+    """Return the cue's lines, without blank ones, which would end it."""
+    if cue.underlined is None:
+        text = escape("".join(cue.words))
+    else:
+        words = [escape(word) for word in cue.words]
+        marked = words[cue.underlined].lstrip()
+        before = words[cue.underlined].removesuffix(marked)
+        words[cue.underlined] = f"{before}<u>{marked}</u>"
+        text = "".join(words)
+    return "\n".join(line for line in text.strip().splitlines() if line.strip())
+
+
+def _without_arrow(text: str) -> str:
+    return text.replace("-->", "->")
 
 
 def tsv(segments: Iterable[Segment]) -> str:
@@ -50,28 +73,25 @@ def tsv(segments: Iterable[Segment]) -> str:
     )
 
 
-def _cue(segment: Segment) -> tuple[float, float, str]:
-    """Start, end and text of a subtitle: from the first word to the last, where the words have times."""
-    start, end = segment.start, segment.end
-    if segment.words:
-        start, end = segment.words[0].start, segment.words[-1].end
-    return start, end, segment.text.strip().replace("-->", "->")
-
-
 def whisper_json(text: str, segments: Sequence[Segment], language: str | None) -> dict[str, Any]:
-    """The object that Whisper writes, and the OpenAI API calls ``verbose_json``. Its segments' texts join to the
-    whole, its words' to their segment's; ``seek`` is where the segment itself starts, in frames of 10 ms."""
+    """Return the object that Whisper writes, and the OpenAI API calls ``verbose_json``.
+
+    As in Whisper's, every segment and word begins with a space where its script has spaces: words join to their
+    segment's text, and segments to the whole with a space before it. ``seek`` is the start of the segment in frames
+    of 10 ms.
+    """
     return {"text": text, "segments": [*_whisper_segments(text, segments)], "language": language}
 
 
 def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
-    for number, (segment, spaced) in enumerate(zip(segments, _spaced(text, [one.text for one in segments]))):
+    texts = spaced(text, [segment.text for segment in segments])
+    for number, (segment, whole) in enumerate(zip(segments, texts)):
         value: dict[str, Any] = {
             "id": number,
             "seek": round(segment.start * 100),
             "start": segment.start,
             "end": segment.end,
-            "text": spaced,
+            "text": whole,
             "tokens": [*segment.tokens],
             "temperature": segment.temperature,
             "avg_logprob": segment.avg_logprob,
@@ -79,27 +99,12 @@ def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[s
             "no_speech_prob": segment.no_speech_prob,
         }
         if segment.words:
-            parts = _spaced(spaced, [word.text for word in segment.words])
+            parts = spaced(whole, [word.text for word in segment.words])
             value["words"] = [
                 {"word": part, "start": word.start, "end": word.end, "probability": word.probability}
                 for part, word in zip(parts, segment.words)
             ]
         yield value
-
-
-def _spaced(text: str, parts: Sequence[str]) -> list[str]:
-    """The parts of ``text``, each with the white space that stands before it there; with a space before it,
-    but for the first, where it does not occur."""
-    found: list[str] = []
-    place = 0
-    for number, part in enumerate(map(str.strip, parts)):
-        start = text.find(part, place)
-        if start < 0 or text[place:start].strip():
-            found.append(f" {part}" if number else part)
-            continue
-        found.append(text[place : start + len(part)])
-        place = start + len(part)
-    return found
 
 
 def compression_ratio(text: str) -> float:
@@ -108,8 +113,16 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data))
 
 
-def render_segments(kind: str, text: str, segments: Sequence[Segment], language: str | None) -> str:
-    """A file of any format but ``nemo``."""
+def render_segments(
+    kind: str,
+    text: str,
+    segments: Sequence[Segment],
+    language: str | None,
+    style: SubtitleStyle = WHISPER,
+) -> str:
+    """Return the file in any format but ``nemo``; ``style`` is that of srt and vtt."""
     if kind == "json":
         return json.dumps(whisper_json(text, segments, language))
-    return {"txt": txt, "srt": srt, "vtt": vtt, "tsv": tsv}[kind](segments)
+    if kind in ("srt", "vtt"):
+        return {"srt": srt, "vtt": vtt}[kind](segments, style)
+    return {"txt": txt, "tsv": tsv}[kind](segments)

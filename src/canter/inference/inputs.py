@@ -20,8 +20,15 @@ from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.folder import audio_files
 from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import open_source, units_of
-from canter.errors import AudioError, ManifestError
+from canter.errors import AudioError, ConfigError, ManifestError
+from canter.text.languages import canonical, is_said, resolve, same, shortened
 from canter.text.prompts import utterance_slots
+from canter.text.tokenizer import Tokenizer
+from canter.text.whisper import WhisperTokenizer
+
+MANIFEST_SUFFIXES = frozenset(
+    (".jsonl", ".json", ".tsv", ".csv", ".yaml", ".yml", ".tar", ".parquet", ".arrow", ".feather")
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,51 @@ class Defaults:
     target_language: str = "en"
     """Written, where the task is to translate."""
 
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        language: str | None,
+        task: Literal["transcribe", "translate"] | None = None,
+        target_language: str = "en",
+    ) -> "Defaults":
+        """Return the defaults that a user asks of a model, with languages in the model's own codes.
+
+        The one language of a model that knows no other is the default. Raises ConfigError for languages that the model
+        does not know, and for a translation that it cannot make.
+        """
+        known = tokenizer.languages
+        spoken = None
+        if is_said(language):
+            spoken = resolve(language, known) if known else _label(tokenizer, language)
+        elif len(known) == 1:
+            spoken = known[0]
+        if task != "translate":
+            return cls(spoken, task)
+        if len(known) < 2:
+            raise ConfigError("this model knows one language alone and cannot translate; leave the task out")
+        written = resolve(target_language, known)
+        if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
+            raise ConfigError(f"a Whisper translates into English alone, not into {target_language!r}")
+        return cls(spoken, task, written)
+
+    def complete(self, item: Item) -> Item:
+        """Return the item with what its row leaves open taken from here."""
+        return _completed(item, self)
+
+
+def _label(tokenizer: Tokenizer, language: str) -> str:
+    """Return the code of a language for a model that has none to choose from. Raises ConfigError where its prompt would
+    have to name it."""
+    code = canonical(language)
+    if code is None:
+        raise ConfigError(f"{language!r} is not the name or code of a language")
+    try:
+        tokenizer.prompt_ids({"source_lang": code, "target_lang": code})
+    except ConfigError:
+        resolve(language, ())  # which raises
+    return code
+
 
 def read_items(
     paths: Iterable[str | os.PathLike[str]], lang: str | None = None, defaults: Defaults | None = None
@@ -64,7 +116,7 @@ def read_items(
             found = list(_items(path))
         except ManifestError as error:
             found, problem = [], str(error)
-        if not any(item.utterance for item in found) and not _is_audio(path):
+        if not any(item.utterance for item in found) and not is_audio(path):
             reasons = "".join(f"\n  {item.problem}" for item in found[:3])
             failures.append(problem + (":" + reasons if reasons else ""))
             found = found or [Item({"audio_filepath": path}, None, problem)]
@@ -83,7 +135,7 @@ def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[It
             item,
             utterance=None,
             problem=f"{utterance.audio_filepath} names no language, and the model "
-            f"knows {', '.join(languages)}: give 'lang' in the manifest, or --language",
+            f"knows {shortened(languages)}: give 'lang' in the manifest, or --language",
         )
         if (utterance := item.utterance) and "source_lang" not in utterance_slots(utterance)
         else item
@@ -91,12 +143,30 @@ def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[It
     ]
 
 
-def _is_audio(path: str) -> bool:
-    return Path(path).suffix.lower() in AUDIO_SUFFIXES and not os.path.isdir(path)
+def is_audio(path: str) -> bool:
+    """Return whether a path names one audio file, not a folder or a manifest: by its suffix, or else by its content."""
+    suffix = Path(path.removesuffix(".gz")).suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return not os.path.isdir(path)
+    if suffix in MANIFEST_SUFFIXES or is_url(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return bool(begins) and not begins.startswith((b"{", b"[", b"\x1f\x8b"))  # JSON, gzip
+
+
+def items_of(path: str | os.PathLike[str], defaults: Defaults | None = None) -> Iterator[Item]:
+    """Yield the items of one audio file, folder or manifest as they are read; what ``read_items`` says holds here.
+
+    Raises ManifestError for a path that is nothing of the kind.
+    """
+    defaults = defaults or Defaults()
+    for item in _items(os.fspath(path)):
+        yield _completed(item, defaults)
 
 
 def _items(path: str) -> Iterator[Item]:
-    if _is_audio(path):
+    if is_audio(path):
         yield _audio(absolute(path))
         return
     if (
@@ -152,12 +222,15 @@ def _completed(item: Item, defaults: Defaults) -> Item:
     if utterance is None:
         return item
     changes: dict[str, str] = {}
-    if defaults.language and not (utterance.lang or utterance.source_lang or utterance.target_lang):
+    if defaults.language and not any(
+        map(is_said, (utterance.lang, utterance.source_lang, utterance.target_lang))
+    ):
         changes["lang"] = defaults.language
     if defaults.task and not utterance.taskname:
         changes["taskname"] = defaults.task
-        if defaults.task == "translate" and not utterance.target_lang:
-            source = utterance.source_lang or utterance.lang or defaults.language
+        if defaults.task == "translate" and not is_said(utterance.target_lang):
+            named = (utterance.source_lang, utterance.lang, defaults.language)
+            source = next(filter(is_said, named), None)
             changes |= {"source_lang": source} if source else {}
             changes["target_lang"] = defaults.target_language
     return replace(item, utterance=replace(utterance, **changes)) if changes else item

@@ -8,14 +8,13 @@ from statistics import median
 
 from canter.inference.alignment import Alignment
 from canter.inference.requests import Hypothesis
-from canter.inference.segments import Segment, Word
+from canter.inference.segments import UNSPACED, Segment, Word
 from canter.text.sentencepiece import SentencePieceTokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import TIMESTAMP_SECONDS
 
 OPENING = "\"'“¿([{-"  # punctuation that belongs to the word after it (openai-whisper's lists)
 CLOSING = "\"'.。,，!！?？:：”)]}、"
-UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
 CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
 LONG_WORD = 0.7  # seconds that the usual word of an alignment lasts at most

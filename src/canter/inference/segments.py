@@ -1,6 +1,11 @@
 """Segments and words of a transcript, with their times."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+"""Characters of scripts that put no space between words."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,22 @@ class Segment:
             replace(word, start=word.start + seconds, end=word.end + seconds) for word in self.words
         )
         return replace(self, start=self.start + seconds, end=self.end + seconds, words=words)
+
+
+def spaced(text: str, parts: Sequence[str]) -> list[str]:
+    """Return the parts of ``text``, each with the white space that stands before it there, as Whisper has them.
+
+    The first part, and one that does not occur in the text, has a space before it where its script has spaces.
+    """
+    found: list[str] = []
+    place = 0
+    for part in map(str.strip, parts):
+        start = text.find(part, place)
+        if start < 0 or text[place:start].strip():
+            found.append(f" {part}")
+            continue
+        found.append(text[place : start + len(part)])
+        place = start + len(part)
+    if found and found[0][:1].strip() and not UNSPACED.match(found[0]):
+        found[0] = f" {found[0]}"
+    return found

@@ -1,21 +1,19 @@
 """Utterances in, transcripts out: audio is read ahead, batched by length, and decoded by the engine."""
 
-import json
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from canter.corpus.audio import audio_blocks, load_utterance
 from canter.corpus.manifest import Utterance
-from canter.errors import AudioError, CanterError, CheckpointError, ConfigError
+from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.capacity import encoder_batches, usual_window
 from canter.inference.engine import Engine
 from canter.inference.pieces import Piece, cut
@@ -23,6 +21,7 @@ from canter.inference.reading import Assembly, Fallback, ended_early, segments_o
 from canter.inference.requests import Hypothesis, Request
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS
+from canter.models.hub import checkpoint_of as checkpoint_of
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -47,6 +46,8 @@ class Transcription:
     """Stretches of the utterance with their times, in order; their texts joined are ``text``."""
     language: str | None = None
     """What the utterance's prompt said, or what was detected."""
+    seconds: float | None = None
+    """Length of the audio that was read."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class Listener:
         if self.config.timestamps != "none" and "timestamp" in self.format:
             slots["timestamp"] = "yes"
         return slots
+
+    @staticmethod
+    def detects(tokenizer: Tokenizer) -> bool:
+        """Return whether a model with this tokenizer detects the language of an utterance that names none."""
+        return isinstance(tokenizer, WhisperTokenizer) and len(tokenizer.languages) > 1
 
     @property
     def format(self) -> tuple[str, ...]:
@@ -215,13 +221,35 @@ def transcribe_stream(
     Batches follow the stated durations; only a few batches of audio are in memory at a time, of an utterance
     longer than the window never more than a few windows. ``longest_seconds``: what is longer is refused.
     """
-    listener = Listener(engine, tokenizer, config)
-    queue = _Queue(listener, utterances, longest_seconds)
-    for hypothesis in engine.run(queue.batches()):
+    jobs = [(index, Job(utterance, utterance.duration)) for index, utterance in enumerate(utterances)]
+    return transcribe_jobs(Listener(engine, tokenizer, config), [jobs], longest_seconds)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One utterance to transcribe."""
+
+    utterance: Utterance
+    seconds: float = math.inf
+    """Its length, by which batches are made; infinite where that is not known before it is read."""
+    audio: np.ndarray | None = None
+    """(S,) float32 at the model's rate; None: read from the utterance's file."""
+
+
+def transcribe_jobs(
+    listener: Listener, groups: Iterable[Iterable[tuple[int, Job]]], longest_seconds: float = math.inf
+) -> Iterator[tuple[int, Transcription]]:
+    """Yield the transcription of every job, with the job's number, as soon as it is finished.
+
+    ``groups`` may have no end. Each is asked for once the decoder has room for it, and batched by itself: long
+    utterances first, piece by piece, then the others, longest first.
+    """
+    queue = _Queue(listener, groups, longest_seconds)
+    for hypothesis in listener.engine.run(queue.batches()):
         part = hypothesis.key
         assert isinstance(part, _Part)
         if part.utterance in queue.open:
-            assembly = queue.open[part.utterance]
+            assembly = queue.open[part.utterance].assembly
             assembly.hypotheses[part.number] = hypothesis
             segments = listener.segments(hypothesis, part.seconds)
             assembly.add(part.number, segments, part.start, part.overlap)
@@ -229,82 +257,123 @@ def transcribe_stream(
     yield from queue.finished()
 
 
+@dataclass
+class _Open:
+    """A job that is being read or decoded."""
+
+    job: Job
+    assembly: Assembly = field(default_factory=Assembly)
+    samples: int = 0  # read so far
+
+
 class _Queue:
     """What waits for the engine, read ahead in threads, and what has not come back whole."""
 
-    def __init__(self, listener: Listener, utterances: Sequence[Utterance], longest_seconds: float):
-        self.listener, self.utterances, self.longest = listener, utterances, longest_seconds
-        self.open: dict[int, Assembly] = {}
+    def __init__(
+        self, listener: Listener, groups: Iterable[Iterable[tuple[int, Job]]], longest_seconds: float
+    ):
+        self.listener, self.groups, self.longest = listener, groups, longest_seconds
+        self.open: dict[int, _Open] = {}
         self.failed: deque[tuple[int, Transcription]] = deque()
         self.settled: deque[int] = deque()  # whose number of pieces has become known
 
     def batches(self) -> Iterator[list[Request]]:
-        """Long utterances piece by piece, then the others, longest first."""
-        engine, listener = self.listener.engine, self.listener
-        long = [i for i, one in enumerate(self.utterances) if one.duration > listener.window]
-        short = [i for i, one in enumerate(self.utterances) if one.duration <= listener.window]
-        size = max(1, int(engine.frames // engine.model.encoder_frames(listener.window)))
-        yield from _ahead(_grouped(self._long(long), size))
-        frames = [engine.model.encoder_frames(self.utterances[index].duration) for index in short]
-        batches = encoder_batches(frames, engine.frames, engine.rows)
+        """Requests for the engine, with the next batches' audio read meanwhile."""
         with ThreadPoolExecutor(READERS) as pool:
-            ahead: deque[list[Future[list[Request]]]] = deque()
+            ahead: deque[Callable[[], list[Request]]] = deque()
             try:
-                for batch in [*batches, *[[]] * AHEAD]:  # empty ones push the last out
-                    ahead.append([pool.submit(self._short, short[index]) for index in batch])
+                for batch in self._batches(pool):
+                    ahead.append(batch)
                     if len(ahead) > AHEAD:
-                        yield [request for future in ahead.popleft() for request in future.result()]
+                        yield ahead.popleft()()
+                while ahead:
+                    yield ahead.popleft()()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, index: int) -> Request:
+    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Callable[[], list[Request]]]:
+        """Batches of each group, each as a function that waits for it."""
+        engine, window = self.listener.engine, self.listener.window
+        size = max(1, int(engine.frames // engine.model.encoder_frames(window)))
+        for group in self.groups:
+            jobs = list(group)
+            long = [pair for pair in jobs if pair[1].seconds > window]
+            short = [pair for pair in jobs if pair[1].seconds <= window]
+            for requests in _ahead(_grouped(self._long(long), size)):
+                yield partial(list, requests)
+            frames = [engine.model.encoder_frames(job.seconds) for _, job in short]
+            for batch in encoder_batches(frames, engine.frames, engine.rows):
+                yield partial(_all, [pool.submit(self._short, *short[place]) for place in batch])
+
+    def _begin(self, index: int, job: Job) -> Request:
         """What the requests of an utterance have in common. Raises AudioError if it is too long."""
-        utterance = self.utterances[index]
-        self.open[index] = Assembly()
-        if utterance.duration > self.longest:
+        self.open[index] = _Open(job)
+        if self.longest < job.seconds < math.inf:
+            self._refuse_long(job, job.seconds)
+        return self.listener.request(self.listener.slots(job.utterance))
+
+    def _refuse_long(self, job: Job, seconds: float) -> None:
+        if seconds > self.longest:
             raise AudioError(
-                f"{utterance.audio_filepath} is {utterance.duration:.0f} s long, over the limit of "
+                f"{job.utterance.audio_filepath} is {seconds:.0f} s long, over the limit of "
                 f"{self.longest:g} s (--longest-seconds): cut it"
             )
-        return self.listener.request(self.listener.slots(utterance))
 
-    def _short(self, index: int) -> list[Request]:
+    def _short(self, index: int, job: Job) -> list[Request]:
+        """The requests of an utterance that is read whole: one, unless it is longer than was stated."""
         try:
-            request = self._begin(index)
-            audio = load_utterance(self.utterances[index], self.listener.rate)
-            seconds = len(audio) / self.listener.rate
-            if seconds > self.longest:
-                raise AudioError(f"{self.utterances[index].audio_filepath} is {seconds:.0f} s long: cut it")
-            if seconds <= self.listener.window:
-                found = [replace(request, audio=audio, key=_Part(index, 0, 0.0, seconds, 0.0))]
-            else:
-                pieces = self.listener.pieces([audio])
-                found = [self._part(request, index, n, piece) for n, piece in enumerate(pieces)]
+            request = self._begin(index, job)
+            audio = load_utterance(job.utterance, self.listener.rate) if job.audio is None else job.audio
+            self._count(index, audio)
+            found = list(self._parts(request, index, [audio]))
         except CanterError as error:
             self._fail(index, error)
             return []
         self._settle(index, len(found))
         return found
 
-    def _long(self, indices: Sequence[int]) -> Iterator[Request]:
-        for index in indices:
+    def _long(self, jobs: Sequence[tuple[int, Job]]) -> Iterator[Request]:
+        """The requests of utterances that are read piece by piece."""
+        for index, job in jobs:
             number = 0
             try:
-                request = self._begin(index)
-                blocks = audio_blocks(self.utterances[index], self.listener.rate)
-                for number, piece in enumerate(self.listener.pieces(blocks), 1):
-                    yield self._part(request, index, number - 1, piece)
+                request = self._begin(index, job)
+                blocks = (
+                    [job.audio] if job.audio is not None else audio_blocks(job.utterance, self.listener.rate)
+                )
+                for part in self._parts(request, index, (self._count(index, block) for block in blocks)):
+                    yield part
+                    number += 1
             except CanterError as error:
                 self._fail(index, error)
             else:
                 self._settle(index, number)
 
-    def _part(self, request: Request, index: int, number: int, piece: Piece) -> Request:
-        key = _Part(index, number, piece.start, len(piece.samples) / piece.rate, piece.overlap)
-        return replace(self.listener.of_piece(request, piece), key=key)
+    def _count(self, index: int, block: np.ndarray) -> np.ndarray:
+        """``block``, once its samples are counted. Raises AudioError where they are too many."""
+        opened = self.open[index]
+        opened.samples += len(block)
+        self._refuse_long(opened.job, opened.samples / self.listener.rate)
+        return block
+
+    def _parts(self, request: Request, index: int, blocks: Iterable[np.ndarray]) -> Iterator[Request]:
+        """The requests of audio (S,) in ``blocks``: one where all of it fits into the window, else one a piece."""
+        rate = self.listener.rate
+        blocks, begun = iter(blocks), list[np.ndarray]()
+        for block in blocks:
+            begun.append(block)
+            if sum(map(len, begun)) > self.listener.window * rate:
+                break
+        else:
+            audio = begun[0] if len(begun) == 1 else np.concatenate(begun)
+            yield replace(request, audio=audio, key=_Part(index, 0, 0.0, len(audio) / rate, 0.0))
+            return
+        for number, piece in enumerate(self.listener.pieces(chain(begun, blocks))):
+            key = _Part(index, number, piece.start, len(piece.samples) / rate, piece.overlap)
+            yield replace(self.listener.of_piece(request, piece), key=key)
 
     def _settle(self, index: int, pieces: int) -> None:
-        self.open[index].total = pieces
+        self.open[index].assembly.total = pieces
         self.settled.append(index)
 
     def _fail(self, index: int, error: CanterError) -> None:
@@ -318,12 +387,13 @@ class _Queue:
             yield index, transcription
         for _ in range(len(self.settled)):
             index = self.settled.popleft()
-            if not self.open[index].complete:
+            if not self.open[index].assembly.complete:
                 self.settled.append(index)
                 continue
-            yield index, self._whole(self.open.pop(index), self.utterances[index])
+            yield index, self._whole(self.open.pop(index))
 
-    def _whole(self, assembly: Assembly, utterance: Utterance) -> Transcription:
+    def _whole(self, opened: _Open) -> Transcription:
+        assembly, utterance = opened.assembly, opened.job.utterance
         text, segments = assembly.finished()
         found = [part for number in range(assembly.total or 0) for part in assembly.hypotheses[number].parts]
         ctc = [one.ctc for one in found]
@@ -337,7 +407,12 @@ class _Queue:
             segments=segments,
             language=self.listener.language(found[0]) if found and self.listener.whisper
             else utterance.target_lang or utterance.lang,
+            seconds=opened.samples / self.listener.rate,
         )  # fmt: skip
+
+
+def _all(futures: Sequence[Future[list[Request]]]) -> list[Request]:
+    return [request for future in futures for request in future.result()]
 
 
 T = TypeVar("T")
@@ -355,28 +430,3 @@ def _ahead(items: Iterator[list[T]]) -> Iterator[list[T]]:
         while (item := futures.popleft().result()) is not None:
             futures.append(pool.submit(next, items, None))
             yield item
-
-
-def checkpoint_of(path: str | Path) -> Path:
-    """The model that ``path`` stands for: of a run folder its best checkpoint, or without one its newest;
-    anything else stands for itself.
-
-    Raises CheckpointError for a run without a whole checkpoint.
-    """
-    checkpoints = Path(path) / "checkpoints"
-    if not checkpoints.is_dir():
-        return Path(path)
-    best = checkpoints / "best.json"
-    if best.exists():
-        try:
-            chosen = checkpoints / json.loads(best.read_text(encoding="utf-8"))["checkpoint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{best} is damaged ({error}); name a folder of {checkpoints} instead"
-            ) from None
-        if chosen.is_dir():
-            return chosen
-    whole = sorted(file.parent for file in checkpoints.glob("step-*/config.json"))
-    if not whole:
-        raise CheckpointError(f"{path} holds no checkpoint yet; train on, or name a model folder")
-    return whole[-1]

@@ -10,23 +10,69 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from canter.errors import ConfigError
-from canter.inference.formats import SUFFIXES, render_segments, whisper_json
+from canter.inference.formats import ONE_RECORDING, SUBTITLES, SUFFIXES, render_segments, whisper_json
 from canter.inference.inputs import Item
 from canter.inference.segments import Segment
+from canter.inference.subtitles import SENTENCES, SubtitleStyle
 from canter.inference.transcribe import Transcription
 
 
+class Transcribed(Protocol):
+    """The transcript of one recording."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """Segments in order, their times in seconds; of none, one from start to end is made."""
+        ...
+
+    @property
+    def language(self) -> str | None: ...
+    @property
+    def duration(self) -> float | None:
+        """Seconds of audio."""
+        ...
+
+
+def write(
+    transcript: Transcribed, path: str | Path, kind: str | None = None, style: SubtitleStyle = SENTENCES
+) -> None:
+    """Write the transcript of one recording as `txt`, `srt`, `vtt`, `tsv` or `json`; by default the suffix decides.
+
+    ``style`` lays out the cues of srt and vtt. Raises ConfigError for a format that is none of these, for a style that
+    needs times of words where there are none, and where the file cannot be written.
+    """
+    path = Path(path)
+    kind = kind or next((name for name, suffix in SUFFIXES.items() if suffix == path.suffix.lower()), None)
+    if kind not in ONE_RECORDING:
+        asked = f"{kind} is no such format" if kind else f"the suffix is {path.suffix or 'missing'}"
+        raise ConfigError(f"{path}: {asked}; a transcript is written as {', '.join(ONE_RECORDING)}")
+    segments = _whole(transcript.text, transcript.segments, transcript.duration or 0.0)
+    if kind in SUBTITLES and style.needs_words and any(not segment.words for segment in segments):
+        raise ConfigError(
+            f"{path}: these subtitles need the times of words: transcribe with timestamps='word'"
+        )
+    segments = [_to_milliseconds(segment) for segment in segments]
+    write_whole(path, [render_segments(kind, transcript.text, segments, transcript.language, style)])
+
+
+def _whole(
+    text: str, segments: Sequence[Segment], duration: float, tokens: tuple[int, ...] = ()
+) -> Sequence[Segment]:
+    """Return the segments; where there are none, one from start to end."""
+    return segments if segments or not text else [Segment(0.0, duration, text, tokens)]
+
+
 def segments_of(item: Item, transcription: Transcription) -> list[Segment]:
-    """The transcription's segments, in seconds of the audio file, to the millisecond; without any, one from start
-    to end."""
+    """Return the transcription's segments, in seconds of the audio file, to the millisecond; without any, one from
+    start to end."""
     utterance = item.utterance
     offset, duration = (utterance.offset or 0.0, utterance.duration) if utterance else (0.0, 0.0)
-    segments = transcription.segments
-    if not segments and transcription.text:
-        segments = (Segment(0.0, duration, transcription.text, transcription.tokens),)
+    segments = _whole(transcription.text, transcription.segments, duration, transcription.tokens)
     return [_to_milliseconds(segment.shifted(offset)) for segment in segments]
 
 

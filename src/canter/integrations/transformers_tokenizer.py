@@ -10,6 +10,7 @@ from typing import Any
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
+from canter.text.languages import find
 from canter.text.prompts import utterance_slots
 
 
@@ -67,6 +68,7 @@ class TransformersTokenizer:
         if not self.language_ids:
             return list(self.prompt_tokens)
         language = slots.get("target_lang") or slots.get("source_lang")
+        language = None if language is None else find(language, self.language_ids) or language
         if language not in self.language_ids:
             named = "names no language" if language is None else f"names the language '{language}'"
             raise ConfigError(

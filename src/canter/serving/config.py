@@ -17,6 +17,8 @@ class ServiceConfig:
     """Names under which the service may be addressed; None: any."""
     lang: str | None = None
     """Language of requests that name none."""
+    languages: tuple[str, ...] = ()
+    """The model's; the service fills them in."""
     max_bytes: int = 100 * 2**20
     """Of a request's body."""
     longest_seconds: float = 3600.0

@@ -1,7 +1,6 @@
 """What clients may ask, in the words of OpenAI's audio API, and what they are told when it cannot be done."""
 
 import asyncio
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,8 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
-from canter.errors import CanterError
+from canter.errors import CanterError, ConfigError
 from canter.serving.config import ServiceConfig
+from canter.text.languages import is_said, resolve
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
@@ -129,8 +129,8 @@ def read_asked(form: FormData, task: str, config: ServiceConfig) -> tuple[Upload
         )
     asked = Asked(
         task,
-        _language(values, "language") or config.lang,
-        _language(values, "to_language"),
+        _language(values, "language", config) or config.lang,
+        _language(values, "to_language", config),
         values.get("prompt", "").strip(),
         _choice(values, "response_format", FORMATS, "json"),
         _temperature(values),
@@ -178,11 +178,15 @@ def _flag(values: Mapping[str, str], name: str) -> bool:
     )
 
 
-def _language(values: Mapping[str, str], name: str) -> str | None:
-    value = values.get(name, "").strip().lower()
-    if value and not re.fullmatch(r"[a-z]{2,3}(-[a-z0-9]{2,8})?", value):
-        raise ApiError(400, f"{name} {value[:40]!r} is not a language code such as 'en'", name)
-    return value or None
+def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> str | None:
+    """The model's code of a language, however it is written; None where none is named."""
+    value = values.get(name, "").strip()[:40]
+    if not is_said(value):
+        return None
+    try:
+        return resolve(value, config.languages)
+    except ConfigError as error:
+        raise ApiError(400, f"{name}: {error}", name) from None
 
 
 def _temperature(values: Mapping[str, str]) -> float:

@@ -29,6 +29,7 @@ from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
 from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
 from canter.serving.scheduler import Outcome, Scheduler, Timing
+from canter.text.languages import is_said, resolve
 from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
@@ -69,8 +70,13 @@ class Service:
         tokenizer = engine.model.tokenizer
         if tokenizer is None:
             raise ConfigError("the model has no tokenizer, so its tokens cannot be read as text")
-        if config.lang and config.lang not in tokenizer.languages:
-            raise ConfigError(f"--lang {config.lang}: the model knows {', '.join(tokenizer.languages)}")
+        lang = config.lang if is_said(config.lang) else None
+        if lang is not None:
+            try:
+                lang = resolve(lang, tokenizer.languages)
+            except ConfigError as error:
+                raise ConfigError(f"--lang: {error}") from None
+        config = replace(config, lang=lang, languages=tokenizer.languages)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.config.features.sample_rate
         self.listeners = {

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
+from canter.text.languages import find, is_said, resolve, same
 
 FORMATS = {
     "canary": ("<|startoftranscript|>", "source_lang", "task", "target_lang", "pnc"),
@@ -35,10 +36,14 @@ TASKS = {
 TRUE = ("yes", "1", "True", "true")
 FLAGS = ("pnc", "itn", "timestamp", "diarize")
 CONTEXTS = ("decodercontext", "prevtext")
+LANGUAGES = ("source_lang", "target_lang")
 
 
 class Vocabulary(Protocol):
     """What a prompt needs of a tokenizer."""
+
+    @property
+    def languages(self) -> tuple[str, ...]: ...
 
     def encode(self, text: str, lang: str | None = None) -> list[int]: ...
 
@@ -49,13 +54,18 @@ def utterance_slots(utterance: Utterance) -> dict[str, str]:
     """The slots that an utterance fills: languages (`lang` stands for both), task and punctuation.
 
     Without `taskname`, an utterance whose two languages differ is a translation. Of one, the language written says
-    nothing of the language spoken.
+    nothing of the language spoken. Languages stay as they are written; "auto" is none.
     """
-    source = utterance.source_lang or utterance.lang
+    spoken, lang, written = (
+        value if is_said(value) else None
+        for value in (utterance.source_lang, utterance.lang, utterance.target_lang)
+    )
+    source = spoken or lang
     if not source and TASKS.get(utterance.taskname or "") != "<|translate|>":
-        source = utterance.target_lang
-    target = utterance.target_lang or utterance.lang or utterance.source_lang
-    task = utterance.taskname or ("asr" if source == target else "ast")
+        source = written
+    target = written or lang or spoken
+    alike = source == target or (source is not None and target is not None and same(source, target))
+    task = utterance.taskname or ("asr" if alike else "ast")
     slots = {"source_lang": source, "target_lang": target, "task": task, "pnc": utterance.pnc}
     return {name: value for name, value in slots.items() if value is not None}
 
@@ -79,9 +89,24 @@ def prompt_ids(vocabulary: Vocabulary, name: str, slots: Mapping[str, str]) -> l
             ids += _context(vocabulary, part, slots)
             continue
         token = part if part.startswith("<|") else _token(name, part, slots)
-        if token:
+        if token and part in LANGUAGES:
+            ids.append(_language_id(vocabulary, token))
+        elif token:
             ids.append(vocabulary.special_id(token))
     return ids
+
+
+def _language_id(vocabulary: Vocabulary, token: str) -> int:
+    """The id of a language's token, however the language is written in it."""
+    written = token.removeprefix("<|").removesuffix("|>")
+    found = find(written, vocabulary.languages)
+    if found is not None:
+        return vocabulary.special_id(f"<|{found}|>")
+    try:
+        return vocabulary.special_id(token)  # of no language that has a code, such as <|unklang|>
+    except ConfigError:
+        resolve(written, vocabulary.languages)  # which raises
+        raise
 
 
 def _context(vocabulary: Vocabulary, slot: str, slots: Mapping[str, str]) -> list[int]:

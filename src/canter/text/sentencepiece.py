@@ -21,6 +21,7 @@ import sentencepiece
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
+from canter.text.languages import canonical, find, is_said
 from canter.text.prompts import prompt_ids, utterance_slots
 
 FILE = "canter_tokenizer.json"
@@ -91,7 +92,8 @@ class SentencePieceTokenizer:
         if SHARED in self._processors:
             name = SHARED
         else:
-            name = lang or self.defaults.get("target_lang") or ""
+            name = lang if is_said(lang) else self.defaults.get("target_lang")
+            name = find(name or "", self._processors) or name
             if name not in self._processors:
                 raise ConfigError(
                     f"the tokenizer has no vocabulary for language '{name}', only {', '.join(self.models)}; "
@@ -217,7 +219,7 @@ def train_tokenizer(
     `vocab_size` counts the special tokens too; where the text is too small for it, it is lowered with a
     warning. Raises ConfigError if there is no text, or `vocab_size` does not even hold every character.
     """
-    languages = sorted(set(languages))
+    languages = sorted({canonical(language) or language for language in languages if is_said(language)})
     special = (*BASIC_TOKENS, *(f"<|{lang}|>" for lang in languages))
     sentences = _sample(line for text in texts if (line := " ".join(text.split())))
     if not sentences:

@@ -8,6 +8,7 @@ import tokenizers
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
+from canter.text.languages import same
 from canter.text.prompts import prompt_ids, utterance_slots
 
 FILE = "tokenizer.json"
@@ -80,7 +81,7 @@ class WhisperTokenizer:
         if self.multilingual:
             return prompt_ids(self, "whisper", slots)
         for name in ("source_lang", "target_lang"):
-            if slots.get(name, "en") != "en":
+            if not same(slots.get(name, "en"), "en"):
                 raise ConfigError(f"{name} is '{slots[name]}', but this Whisper knows English only")
         return prompt_ids(self, "whisper_english", slots)
 

@@ -233,6 +233,7 @@ class TrainConfig:
     """Data augmentation."""
 
     def __post_init__(self) -> None:
+        _use_paths(self)
         for names, fits, must in LIMITS:
             for name in names.split():
                 value = functools.reduce(getattr, name.split("."), self)
@@ -268,6 +269,17 @@ class TrainConfig:
             raise ConfigError(
                 f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}"
             )
+
+
+def _use_paths(config: TrainConfig) -> None:
+    """Make paths of the strings, and tuples of the lists, that a program may give for them."""
+    for name in ("manifest", "valid"):
+        value = getattr(config, name)
+        several = [value] if isinstance(value, str | os.PathLike) else value
+        object.__setattr__(config, name, tuple(map(Path, several)))
+    for name in ("output", "init", "tokenizer", "budget"):
+        value = getattr(config, name)
+        object.__setattr__(config, name, None if value is None else Path(value))
 
 
 def rooted(config: TrainConfig) -> TrainConfig:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from canter.corpus.build import build_index
+from canter.corpus.counting import prompt_length
 from canter.corpus.index import LengthIndex, Source
 from canter.corpus.manifest import Utterance
 from canter.corpus.mixture import leaves, mixture_of
@@ -70,6 +71,7 @@ def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthInd
     path = run.folder / "lengths.arrow"
     if path.exists():
         return LengthIndex.open(path)
-    prompt = tokenizer.prompt(next(utterances(config)))
     sources = mixture_of(config.manifest) or config.manifest
-    return build_index(sources, path, tokenizer, prompt_tokens=len(prompt), progress=True)
+    return build_index(
+        sources, path, tokenizer, prompt_tokens=prompt_length(tokenizer, utterances(config)), progress=True
+    )

@@ -25,6 +25,20 @@ AUDIO_SUFFIXES = frozenset(
         ".w64",
         ".sph",
         ".nist",
+        ".mkv",
+        ".mka",
+        ".mov",
+        ".avi",
+        ".m4v",
+        ".m4b",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".mts",
+        ".3gp",
+        ".flv",
+        ".wmv",
+        ".amr",
     ]
 )
 TEXT_NAMES = ("text", "sentence", "transcription", "transcript", "transcripts", "normalized_text", "txt")

@@ -1,0 +1,250 @@
+"""The functions of ``import canter``: models in, plans and training out. Everything they use is elsewhere."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from canter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from canter.corpus.index import LengthIndex, Source
+    from canter.corpus.manifest import Utterance
+    from canter.evaluation.normalize import Normalization
+    from canter.evaluation.wer import Score
+    from canter.planning import Budget
+    from canter.recognizer import Recognizer
+    from canter.text.tokenizer import Tokenizer
+    from canter.training.config import TrainConfig
+
+Precision = Literal["auto", "float32", "bf16", "int8"]
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    revision: str | None = None,
+) -> Recognizer:
+    """Load a speech recognition model.
+
+    model: the folder of a training run (its best checkpoint is taken), a model folder of Canter or Hugging Face, a
+        ``.nemo`` file, or a name on the Hugging Face hub such as "openai/whisper-tiny.en", whose files are fetched once
+        and kept in the hub's cache.
+    device: "cpu", "cuda" or "cuda:1"; "auto" takes a GPU where there is one.
+    precision: "float32", "bf16" or, on a CPU, "int8"; "auto" is bf16 on a GPU and float32 elsewhere.
+    revision: branch, tag or commit of a hub name; "NAME@REVISION" says the same.
+
+    Raises CheckpointError for what is no model or cannot be found, ConfigError for a device or precision that is not
+    here.
+    """
+    from canter.loading import load_module
+    from canter.models.device import choose_device
+    from canter.models.hub import checkpoint_of
+    from canter.recognizer import Recognizer
+
+    chosen = choose_device(device)
+    if precision not in ("auto", "float32", "bf16", "int8"):
+        raise ConfigError(f"precision is {precision!r}; it must be one of auto, float32, bf16, int8")
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "float32"
+    path = checkpoint_of(os.fspath(model), revision)
+    return Recognizer(load_module(path, chosen, precision), os.fspath(model))
+
+
+def build_index(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Source],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    prompt_tokens: int | None = None,
+    workers: int = 1,
+    progress: bool = True,
+) -> LengthIndex:
+    """Read manifests once, and return the length index that plans are made of.
+
+    sources: NeMo manifests, Lhotse cuts, Common Voice tables, folders, ... (whatever ``canter index`` reads), or one
+        YAML of weighted groups.
+    output: the file to keep it in, from where `LengthIndex.open` reads it again; None: a temporary file that goes with
+        this process.
+    tokenizer: what counts tokens: a model's, a folder of one, or "chars" or "bytes"; not needed where rows have
+        ``num_tokens``.
+    prompt_tokens: tokens of the prompt, added to each text's with one for the end; None: as many as the tokenizer's
+        prompt has for the first row.
+    workers: processes that read and tokenise.
+
+    Rows that cannot be used are counted in ``index.skipped`` and listed in ``index.problems``. Raises ManifestError for
+    a source that cannot be read or has no usable row.
+    """
+    from canter.corpus.build import build_index as build
+    from canter.corpus.counting import UNITS, UnitCounter, prompt_length
+    from canter.corpus.index import Source
+    from canter.corpus.mixture import mixture_of
+
+    given: Any = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    paths = [one for one in given if not isinstance(one, Source)]
+    group = mixture_of([os.fspath(one) for one in paths]) if len(paths) == len(given) else None
+    counter: Any = tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        name = os.fspath(tokenizer)
+        if name in UNITS:
+            counter = UnitCounter(name)
+        else:
+            from canter.models.hub import checkpoint_of
+            from canter.text import load_tokenizer
+
+            counter = load_tokenizer(checkpoint_of(name))
+    if prompt_tokens is None:
+        prompt_tokens = prompt_length(counter, _rows(group or given))
+    target = Path(tempfile.mkdtemp(dir=_scratch())) / "lengths.arrow" if output is None else Path(output)
+    return build(
+        group or given,
+        target,
+        counter,
+        prompt_tokens=prompt_tokens,
+        workers=workers,
+        measure_durations=True,
+        progress=progress,
+    )
+
+
+def _rows(sources: Any) -> Iterator[Utterance]:
+    """Yield the rows of sources; of those that cannot be read none, as building the index says what is wrong."""
+    from canter.corpus.index import Source
+    from canter.corpus.manifest import Utterance
+    from canter.corpus.mixture import Group, leaves
+    from canter.corpus.sources import open_source
+    from canter.errors import ManifestError
+
+    for one in leaves(sources) if isinstance(sources, Group) else sources:
+        source = one if isinstance(one, Source) else Source(os.fspath(one))
+        with suppress(ManifestError):
+            for row in open_source(source.path, audio=source.audio, measure_durations=True):
+                if isinstance(row, Utterance):
+                    yield source.tagged(row)
+
+
+_folder: Path | None = None
+
+
+def _scratch() -> Path:
+    """Return a folder for temporary files that is removed at the end of the process."""
+    global _folder
+    if _folder is None or not _folder.exists():
+        _folder = Path(tempfile.mkdtemp(prefix="canter-"))
+        atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+    return _folder
+
+
+def measure_budget(
+    model: Recognizer | str | os.PathLike[str],
+    index: LengthIndex,
+    *,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    precision: Literal["auto", "float32", "bf16"] = "auto",
+    limit_gib: float | None = None,
+    recompute: bool = False,
+    probes: int = 40,
+    minutes: float = 3.0,
+    progress: bool = True,
+) -> Budget:
+    """Measure training steps of ``model`` here, and return what fits into memory and how long it takes.
+
+    model: as `load` gives it, or what `load` takes; it is copied, and stays as it is.
+    index: the lengths that plans will be made for.
+    optimizer, precision, recompute: of the training that is planned ("auto": bf16 on a GPU, float32 on a CPU;
+        ``recompute``: activation checkpointing).
+    limit_gib: what a step may use, weights included; None: 95 % of a GPU's free memory, half of a CPU's.
+    probes, minutes: steps to measure, and about how long that may take.
+
+    ``canter tune`` does the same with more choices. Raises BudgetError where nothing can be measured.
+    """
+    from canter.cli.progress import counting, say
+    from canter.models.device import choose_device
+    from canter.recognizer import Recognizer
+    from canter.training.config import OptimizerConfig, TrainConfig
+    from canter.training.measure import measured_on, memory_limit, planned_frame_seconds, training_step
+    from canter.tuning import fit
+    from canter.tuning.memory import MMAP_THRESHOLD, steady_heap
+    from canter.tuning.probe import Prober
+
+    if probes < 1:
+        raise ConfigError(f"probes is {probes}; it must be at least 1")
+    recognizer = model if isinstance(model, Recognizer) else load(model, precision="float32")
+    module: Any = recognizer.module
+    device = next(module.parameters()).device
+    config = TrainConfig(optimizer=OptimizerConfig(name=optimizer), device=str(choose_device(str(device))))
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "float32"
+    recomputed = module.recomputes
+    tell: Callable[[str], None] = say if progress else _silent
+    bar: Any = counting("measuring", probes) if progress else nullcontext(_silent)
+    with bar as advance:
+        try:
+            module.recompute_activations(recompute or recomputed)
+            step = training_step(config, module, precision, prompt=1)
+            told = measured_on(config, module, precision)
+        finally:
+            module.recompute_activations(recomputed)
+        if device.type == "cpu" and steady_heap():
+            told["mmap_threshold"] = MMAP_THRESHOLD
+        limit = memory_limit(device, tell, None if limit_gib is None else limit_gib * 2**30)
+        prober = Prober(step, limit, told, None)
+        prober.told = lambda _: advance(min(prober.spent, probes), probes)
+        return fit.measure_budget(
+            prober,
+            fit.within(index, module.longest_seconds, module.positions),
+            planned_frame_seconds(module),
+            most_probes=probes,
+            probe_seconds=2 * 60 * minutes / probes if device.type == "cpu" else None,
+            say=tell,
+        )
+
+
+def _silent(*_: object) -> None:
+    """Take the place of a progress bar, or of a line on standard error."""
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> Path:
+    """Train a model as ``config`` says, or continue the run that its output folder holds, and return that folder.
+
+    `load` takes the folder for the run's best checkpoint. Under ``torchrun`` or ``srun`` all ranks call it together.
+    Raises ConfigError for settings that cannot be, ManifestError for data that cannot be used.
+    """
+    from canter.cli.models import load_any
+    from canter.cli.progress import TrainingProgress, say, track
+    from canter.training.session import train as run
+
+    if progress:
+        finished = run(config, TrainingProgress, say, track, load_any)
+    else:
+        finished = run(config, lambda steps, done: nullcontext(_silent), load=load_any)
+    return finished.prepared.run.folder
+
+
+def score(
+    references: str | Sequence[str],
+    hypotheses: str | Sequence[str],
+    languages: str | Sequence[str | None] | None = None,
+    *,
+    normalize: Normalization = "leaderboard",
+) -> Score:
+    """Score hypotheses against references: ``score(...).wer``, ``.cer``, and the counts behind them.
+
+    One text each, or (N,) of each; ``languages``, one for all or (N,), choose the normalisation, English without them.
+    ``normalize``: "leaderboard" as the Open ASR leaderboard does, "basic", or "none". Raises ValueError where there are
+    not as many of each.
+    """
+    from canter.evaluation.wer import score as scored
+
+    left = [references] if isinstance(references, str) else list(references)
+    right = [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
+    langs = [languages] * len(left) if isinstance(languages, str) else languages
+    return scored(left, right, langs, normalize=normalize)

@@ -1,0 +1,48 @@
+"""One place that loads a model: Canter's own where Canter reads the checkpoint, else transformers'."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from canter.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bf16", "int8"]
+Backend = Literal["auto", "canter", "transformers"]
+
+
+def load_module(
+    path: Path,
+    device: str | torch.device = "cpu",
+    precision: Precision = "float32",
+    backend: Backend = "auto",
+) -> Any:
+    """Return the model at ``path`` in evaluation mode: a `SpeechModel`, or, of a Hugging Face folder of another
+    architecture than ours (or where ``backend`` says so), a `TransformersModel`.
+
+    Raises CheckpointError for what is no model, and where transformers is needed and not installed; ConfigError for a
+    device that is not here, and for int8 anywhere but in a model of Canter's own on a CPU.
+    """
+    import torch
+
+    from canter.inference.int8 import load_in
+    from canter.models.device import choose_device
+    from canter.models.hf import foreign_type
+
+    device = choose_device(str(device))
+    if backend == "canter" or (backend == "auto" and foreign_type(path) is None):
+        return load_in(precision, path, str(device))
+    if not find_spec("transformers"):
+        raise CheckpointError(
+            f"{path}: this model runs through transformers, which is not installed; pip install 'canter[hf]'"
+        )
+    if precision == "int8":
+        raise ConfigError(f"{path} runs through transformers, which has no int8 here: use float32 or bf16")
+    from canter.integrations.transformers import TransformersModel
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return TransformersModel.from_pretrained(path, dtype=dtype).to(device)

@@ -1,0 +1,212 @@
+"""Models by name: a file or folder on disk, the checkpoint of a run, or a model of the Hugging Face hub.
+
+Of a hub model only what Canter reads is fetched, into the hub's own cache: settings, tokenizer, and either
+safetensors or a ``.nemo`` archive. Nothing of it is executed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from canter.errors import CheckpointError
+
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w][\w./-]*))?")
+# Small files that say how weights are read: settings, feature extractor, tokenizer.
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*.json",
+    "canter_tokenizer.json",
+    "characters.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "vocab*.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+)
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+SECONDS = 10.0  # that the hub has to answer before the cache is used
+
+
+def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
+    """Return the file or folder on disk that holds the model which ``model`` names.
+
+    A path that exists stands for itself, and the folder of a training run for its best checkpoint (without one, for
+    its newest). Anything else is taken for a hub name such as ``openai/whisper-tiny.en``, whose files are fetched
+    where the cache lacks them; ``revision`` (a branch, tag or commit) may also be written ``NAME@REVISION``.
+
+    Raises CheckpointError for a run without a whole checkpoint, and for what is neither on disk nor on the hub.
+    """
+    path = Path(model)
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"{path} is on this disk and has no revision {revision!r}; leave it out")
+        return _of_run(path)
+    named = HUB_NAME.fullmatch(os.fspath(model))
+    if named is None or path.suffix in (".nemo", ".safetensors"):
+        raise CheckpointError(
+            f"{path} does not exist; give a run, a model folder, a .nemo file, or a model of the Hugging Face hub "
+            f"such as {_like(path.name)}"
+        )
+    return _of_hub(named["name"], revision or named["revision"])
+
+
+def is_hub_name(model: str | Path | None) -> bool:
+    """Return whether ``model`` is no path on this disk and has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    if model is None or Path(model).exists() or Path(model).suffix in (".nemo", ".safetensors"):
+        return False
+    return HUB_NAME.fullmatch(os.fspath(model)) is not None
+
+
+def _like(name: str) -> str:
+    """Return a hub name to give as an example: the one that a bare size of Whisper's stands for, if it is one."""
+    bare = name.removeprefix("whisper-")
+    size = re.fullmatch(r"(tiny|base|small|medium)(\.en)?|large(-v[23](-turbo)?)?", bare)
+    return f"openai/whisper-{bare}" if size else "openai/whisper-tiny.en"
+
+
+def _of_run(path: Path) -> Path:
+    checkpoints = path / "checkpoints"
+    if not checkpoints.is_dir():
+        return path
+    best = checkpoints / "best.json"
+    if best.exists():
+        try:
+            chosen = checkpoints / json.loads(best.read_text(encoding="utf-8"))["checkpoint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{best} is damaged ({error}); name a folder of {checkpoints} instead"
+            ) from None
+        if chosen.is_dir():
+            return chosen
+    whole = sorted(file.parent for file in checkpoints.glob("step-*/config.json"))
+    if not whole:
+        raise CheckpointError(f"{path} holds no checkpoint yet; train on, or name a model folder")
+    return whole[-1]
+
+
+def _of_hub(name: str, revision: str | None) -> Path:
+    """Return the folder of the cache, or the ``.nemo`` file in it, with the hub's model ``name``."""
+    try:
+        from huggingface_hub import constants, errors
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{name} does not exist here, and models of the Hugging Face hub need huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            return _fetched(name, revision)
+        except errors.RevisionNotFoundError:
+            raise CheckpointError(f"{name} has no revision {revision!r} on the Hugging Face hub") from None
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+            gated = isinstance(error, errors.GatedRepoError)
+            why = (
+                f"its owner asks you to accept terms at https://huggingface.co/{name}"
+                if gated
+                else "no file or folder here, and no public model of the Hugging Face hub"
+            )
+            raise CheckpointError(
+                f"{name}: {why}; for a private or gated model log in with 'hf auth login'"
+            ) from None
+        except CheckpointError:
+            raise
+        except Exception as error:  # the client's errors differ by version; what the cache holds will do
+            return _cached(name, revision, f"huggingface.co cannot be reached ({_short(error)})")
+    return _cached(name, revision, "HF_HUB_OFFLINE is set")
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{': ' if text else ''}{text[:80]}"
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    info = HfApi().model_info(name, revision=revision, timeout=SECONDS)
+    files = [file.rfilename for file in info.siblings or []]
+    commit = info.sha or revision
+
+    def read_index() -> dict[str, Any]:
+        return json.loads(
+            Path(hf_hub_download(name, WEIGHTS_INDEX, revision=commit)).read_text(encoding="utf-8")
+        )
+
+    wanted = _wanted(name, files, read_index)
+    # under the name of the revision, so that the cache knows later which commit that was
+    folder = snapshot_download(name, revision=revision, allow_patterns=wanted)
+    return _model_in(Path(folder), wanted)
+
+
+def _cached(name: str, revision: str | None, why: str) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    at = f"@{revision}" if revision else ""
+    told = f" --revision {revision}" if revision else ""
+    short = name.rpartition("/")[2]
+    way_out = (
+        f"where there is a network, run 'hf download {name}{told} --local-dir {short}', copy that folder here and "
+        "name it"
+    )
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        raise CheckpointError(
+            f"{name}{at} is no file or folder here, is not in the cache of the Hugging Face hub "
+            f"({constants.HF_HUB_CACHE}), and {why}; {way_out}"
+        ) from None
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.exists()]
+    try:
+        wanted = _wanted(
+            name, files, lambda: json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        )
+        missing = [file for file in wanted if not (folder / file).exists()]
+    except CheckpointError:
+        missing = [WEIGHTS]
+    if missing:
+        raise CheckpointError(
+            f"{name}{at}: the cache of the Hugging Face hub holds a part of it alone, without {missing[0]} ({folder}), "
+            f"and {why}; {way_out}"
+        )
+    return _model_in(folder, wanted)
+
+
+def _wanted(name: str, files: Sequence[str], read_index: Any) -> list[str]:
+    """Return the files of a hub model to fetch, out of all that it has.
+
+    Raises CheckpointError for a model with neither safetensors nor a ``.nemo`` archive.
+    """
+    settings = [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in SETTINGS)]
+    settings = [file for file in settings if "/" not in file]
+    if "config.json" in files and WEIGHTS in files:
+        return [*settings, WEIGHTS]
+    if "config.json" in files and WEIGHTS_INDEX in files:
+        shards = sorted({str(file) for file in read_index()["weight_map"].values()})
+        return [*settings, WEIGHTS_INDEX, *shards]
+    archives = [file for file in files if file.endswith(".nemo")]
+    if len(archives) == 1:
+        return archives
+    if archives:
+        raise CheckpointError(
+            f"{name} holds {len(archives)} .nemo files ({', '.join(sorted(archives)[:4])}); fetch the one you want "
+            f"with 'hf download {name} FILE' and name it"
+        )
+    raise CheckpointError(
+        f"{name} holds neither {WEIGHTS} with a config.json nor a .nemo file, which are what Canter reads"
+    )
+
+
+def _model_in(folder: Path, wanted: Sequence[str]) -> Path:
+    return folder / wanted[0] if len(wanted) == 1 and wanted[0].endswith(".nemo") else folder
