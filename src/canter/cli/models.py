@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from canter.errors import CheckpointError
+from canter.extras import install
 from canter.models.checkpoint import load_model
 from canter.models.hf import foreign_type
 
@@ -28,7 +29,7 @@ def load_any(
         return load_model(path, device=device, dtype=dtype)
     if not find_spec("transformers"):
         raise CheckpointError(
-            f"{path}: this model runs through transformers, which is not installed; pip install 'canter[hf]'"
+            f"{path}: this model runs through transformers, which is not installed; {install('transformers')}"
         )
     from canter.integrations.transformers import TransformersModel
 
