@@ -4,10 +4,12 @@ import contextlib
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
+import numpy
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, settings
@@ -38,6 +40,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for file in files:
         chance.shuffle(file)
     items[:] = [item for file in files for item in file]
+
+
+def seed_everything() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers of a test, and of what is built for it, do not depend on the tests before it."""
+    seed_everything()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed_everything()
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return dispatch(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()  # here, where it can be caught, and not at the interpreter's exit
+            if sys.stdout:
+                sys.stdout.flush()  # here, where it can be caught, and not at the interpreter's exit
     except BrokenPipeError as error:
         gone = [stream for stream in (sys.stdout, sys.stderr) if has_no_reader(stream)]
         if not gone:
