@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +198,7 @@ def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out.jsonl"]
 
 
-def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
+def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, free_port):
     """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
     lines = [
         {
@@ -228,26 +227,24 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
         assert utterance
         partial.add(utterance, Transcription("kept"))
     partial.close()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    (said, errors), (silent, other) = [rank.communicate(timeout=120) for rank in ranks]
+    with free_port() as port:
+        together = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
+                env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        (said, errors), (silent, other) = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], errors + other
     assert silent == ""
     summary = json.loads(said)
