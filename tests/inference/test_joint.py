@@ -236,6 +236,7 @@ def slow_joint(request: Request, weight: float, beams: int, limit: int) -> tuple
             for token in {*likeliest, END}:
                 after = whole if token == END else prefix_probability(ctc, spelled((*tokens, token)))[0]
                 own = max(after - begins, IMPOSSIBLE) if begins > -math.inf else 0.0
+                own = own if token == END or spelling.symbols[token] else attention[token]
                 found.append(((*tokens, token), score + (1 - weight) * attention[token] + weight * own))
         running = sorted(found, key=lambda one: -one[1])[:beams]
         unended = [tokens for tokens, _ in running if tokens[-1] != END]
