@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ import soundfile
 from canter.cli.main import main
 from canter.cli.transcribe import Options, identity, timestamps_of
 from canter.inference.transcribe import Transcription
-from canter.models.checkpoint import save_model
+from canter.models.checkpoint import load_model, save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
-from canter.text import train_tokenizer
+from canter.text import Characters, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,24 @@ def test_what_is_asked_for_reaches_the_engine(model, clips, tmp_path, monkeypatc
     assert longest == float("inf")
     assert (asked.timestamps, asked.vad, asked.window_seconds, asked.fallback) == ("word", "none", 9.0, None)
     assert json.loads(out.read_text())["segments"] == [{"start": 0.0, "end": 1.0, "text": "hello"}]
+
+
+def test_joint_decoding_needs_a_ctc_head_and_its_alphabet(model, clips, tmp_path, capsys):
+    given = [str(clips / "good.wav"), "--lang", "en", "--ctc-weight", "0.4", "-o", str(tmp_path / "x.jsonl")]
+    assert main(["transcribe", model, *given]) == 1
+    assert "no CTC head" in capsys.readouterr().err
+    loaded = load_model(model)
+    alphabet = Characters.of(["one two three four five"])
+    joint = SpeechModel(replace(loaded.config, ctc_vocabulary=alphabet.size))
+    joint.characters = alphabet
+    folder = str(save_model(joint, tmp_path / "joint", loaded.tokenizer))
+    assert main(["transcribe", folder, *given[:3], "--ctc-weight", "1.4"]) == 1
+    assert "between 0" in capsys.readouterr().err
+    assert main(["transcribe", folder, *given]) == 0
+    assert "pred_text" in json.loads((tmp_path / "x.jsonl").read_text())
+    (tmp_path / "joint" / "characters.json").unlink()
+    assert main(["transcribe", folder, *given]) == 1
+    assert "not known how" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("srt", "segment"), ("txt", "none"), ("all", "segment")])

@@ -16,7 +16,8 @@ from canter.errors import ConfigError
 EVERY_SECONDS = 30.0  # between lines of progress in a log
 # Options that a transcript depends on, beside the model and what is in a row.
 # fmt: off
-DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "vad", "window_seconds", "fallback", "initial_prompt")
+DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", "vad", "window_seconds", "fallback",
+            "initial_prompt")
 # fmt: on
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Options:
     """Hypotheses kept for each utterance; 1: greedy."""
     length_penalty: float | None = None
     """Exponent of the length that a beam's score is divided by; by default 1 for Whisper, 0 for others."""
+    ctc_weight: float = 0.0
+    """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"
     """What finds the pauses in which long audio is cut; `silero` needs the extra `vad`, `none` cuts windows that
     overlap."""
@@ -197,6 +200,7 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         max_repeats=options.max_repeats,
         beams=options.beam,
         length_penalty=options.length_penalty,
+        ctc_weight=options.ctc_weight,
     )
     return engine_for(model, model.tokenizer.end, config)
 
@@ -207,6 +211,7 @@ def refuse_ours(options: Options, checkpoint: Path) -> None:
         "--timestamps word": options.timestamps == "word",
         "--precision int8": options.precision == "int8",
         "--max-repeats": options.max_repeats != Options.max_repeats,
+        "--ctc-weight": options.ctc_weight > 0,
     }
     told = [name for name, value in asked.items() if value]
     if told:

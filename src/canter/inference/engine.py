@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from canter.errors import ConfigError
 from canter.inference.alignment import align
 from canter.inference.capacity import decoder_rows, encoder_batches, encoder_frames
-from canter.inference.ctc import ctc_greedy
+from canter.inference.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
@@ -48,6 +49,8 @@ class _Encoded:
     heard: tuple[tuple[Hypothesis, float], ...] = ()
     """Of the audio before this: each with where, in seconds, what comes after it begins."""
     ready: "torch.cuda.Event | None" = None
+    ctc_log_probs: Tensor | None = None
+    """(T x upsampling, C), for joint decoding."""
 
 
 class _Live:
@@ -81,8 +84,13 @@ class Engine:
     def __init__(
         self, model: SpeechModel, end: int, config: EngineConfig | None = None, *, ctc: bool = False
     ):
-        """``ctc`` also gives the CTC head's greedy outputs, if the model has one."""
+        """``ctc`` also gives the CTC head's greedy outputs, if the model has one. Raises ConfigError where the
+        configuration asks for joint decoding and the model cannot do it."""
         self.model, self.end, self.config = model, end, config or EngineConfig()
+        weight = self.config.ctc_weight
+        if not 0 <= weight <= 1:
+            raise ConfigError(f"--ctc-weight {weight:g} must lie between 0 (attention only) and 1 (CTC only)")
+        self.spelling = spelling_of(model) if weight else None
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
         self.rows = self.config.rows or decoder_rows(model, self.device)
@@ -161,10 +169,12 @@ class Engine:
         return FixedSteps(self.model.decoder) if self.gpu and self.config.graphs else None
 
     def _search(self) -> Search:
-        config = self.config
+        config, joint = self.config, None
+        if self.spelling:
+            joint = Joint(PrefixScorer(self.spelling, self.end, config.beams, self.device), config.ctc_weight)
         if config.beams == 1:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
-            return Greedy(self.rules, guard)
+            return Greedy(self.rules, guard, joint)
         whisper = self.rules.no_timestamps is not None
         penalty = config.length_penalty
         return BeamSearch(
@@ -174,6 +184,7 @@ class Engine:
             config.early_stopping,
             in_place=not whisper,
             pad=self.model.config.decoder.pad,
+            joint=joint,
         )
 
     @torch.inference_mode()
@@ -195,8 +206,11 @@ class Engine:
             with self.timer.timed(self.counters, "encoder_seconds"):
                 encoded, encoded_lengths = model.encode(features, frames)
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
-                if self.ctc:
-                    ctc = ctc_greedy(*model.ctc_log_probs(encoded, encoded_lengths))
+                ctc_log_probs: Tensor | None = None
+                if self.ctc or self.spelling:
+                    ctc_log_probs, ctc_lengths = model.ctc_log_probs(encoded, encoded_lengths)
+                    if self.ctc:
+                        ctc = ctc_greedy(ctc_log_probs, ctc_lengths)
                 encoded = model.projection(encoded)
                 if self.gpu:  # without waiting for the device
                     sizes = [int(model.encoder.frames(model.features.frames(size))) for size in lengths]
@@ -205,10 +219,14 @@ class Engine:
             if self.side:
                 ready = torch.cuda.Event()
                 ready.record(self.side)
+        kept: Sequence[Tensor | None] = [None] * len(batch)
+        if self.spelling and ctc_log_probs is not None:
+            rate = model.config.ctc_upsampling
+            kept = [row[: size * rate] for row, size in zip(ctc_log_probs, sizes)]
         return [
             _Encoded(item, states[:size], outputs, self._limit(item, size), list(item.prompt),
-                     item.temperature, ready=ready)
-            for item, states, size, outputs in zip(batch, encoded, sizes, ctc)
+                     item.temperature, ready=ready, ctc_log_probs=scores)
+            for item, states, size, outputs, scores in zip(batch, encoded, sizes, ctc, kept)
         ]  # fmt: skip
 
     def _limit(self, request: Request, frames: int) -> int:
@@ -218,6 +236,8 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens: the decoder has {positions} positions"
             )
+        if request.temperature and self.spelling:
+            raise ValueError("joint decoding takes the best tokens: a request may have no temperature")
         rate = self.config.tokens_per_frame
         if rate is None:
             rate = self.model.generation.get("tokens_per_frame", 1.0)
@@ -319,6 +339,8 @@ class Engine:
                 assert row.ready is not None
                 self.front.wait_event(row.ready)
                 row.states.record_stream(self.front)
+                if row.ctc_log_probs is not None:
+                    row.ctc_log_probs.record_stream(self.front)
         new = self._with_languages(new)
         prompts = [row.prompt for row in new]
         states = pad_sequence([row.states for row in new], batch_first=True)
@@ -332,6 +354,7 @@ class Engine:
                 seed=row.attempt,
                 prompt=len(row.prompt),
                 scored=row.request.scored,
+                ctc=row.ctc_log_probs,
             )
             for row in new
         ]
@@ -395,5 +418,12 @@ class Engine:
 
 
 def engine_for(model: SpeechModel, end: int, config: EngineConfig) -> Engine:
-    """What decodes ``model``: another library's model brings an engine of its own."""
-    return Engine(model, end, config) if isinstance(model, SpeechModel) else model.engine(end, config)
+    """Return what decodes ``model``: another library's model brings an engine of its own.
+
+    Raises ConfigError where that one is asked for joint decoding.
+    """
+    if isinstance(model, SpeechModel):
+        return Engine(model, end, config)
+    if config.ctc_weight:
+        raise ConfigError("--ctc-weight: another library decodes this model, by attention only; leave it out")
+    return model.engine(end, config)

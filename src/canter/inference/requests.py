@@ -34,6 +34,9 @@ class EngineConfig:
     NeMo for others."""
     early_stopping: bool = False
     """Ends a row's beams as soon as there are as many finished ones (Whisper's search; see BeamSearch)."""
+    ctc_weight: float = 0.0
+    """Weight w of CTC in joint decoding, (1 - w) log p_attention + w log p_CTC; 0: attention only. The model needs a
+    CTC head, and requests have no temperature."""
     graphs: bool = True
     """On a GPU, whether decoder steps are captured as CUDA graphs."""
 
