@@ -19,8 +19,9 @@ from canter.errors import AudioError, CanterError, CheckpointError, ConfigError
 from canter.inference.capacity import encoder_batches, usual_window
 from canter.inference.engine import Engine
 from canter.inference.pieces import Piece, cut
+from canter.inference.progress import Decoded, Tally
 from canter.inference.reading import Assembly, Fallback, ended_early, segments_of
-from canter.inference.requests import Hypothesis, Request
+from canter.inference.requests import Hypothesis, Request, Underway
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
@@ -210,23 +211,46 @@ def transcribe_stream(
     longest_seconds: float = math.inf,
     config: TranscribeConfig | None = None,
 ) -> Iterator[tuple[int, Transcription]]:
-    """As ``transcribe``, but each (index, transcription) as soon as it is finished, long utterances first.
+    """Yield what ``transcribe`` returns, each (index, transcription) as soon as it is finished, long utterances first.
 
     Batches follow the stated durations; only a few batches of audio are in memory at a time, of an utterance
     longer than the window never more than a few windows. ``longest_seconds``: what is longer is refused.
     """
+    for event in transcribe_events(engine, tokenizer, utterances, longest_seconds, config):
+        if not isinstance(event, Decoded):
+            yield event
+
+
+def transcribe_events(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    utterances: Sequence[Utterance],
+    longest_seconds: float = math.inf,
+    config: TranscribeConfig | None = None,
+) -> Iterator[tuple[int, Transcription] | Decoded]:
+    """Yield what ``transcribe_stream`` yields, and a few times a second how much audio is decoded."""
     listener = Listener(engine, tokenizer, config)
     queue = _Queue(listener, utterances, longest_seconds)
-    for hypothesis in engine.run(queue.batches()):
-        part = hypothesis.key
+    tally = Tally([utterance.duration for utterance in utterances])
+    for event in engine.events(queue.batches()):
+        if isinstance(event, Underway):
+            yield tally.decoded((key, done) for key, done in event.rows if isinstance(key, _Part))
+            continue
+        part = event.key
         assert isinstance(part, _Part)
         if part.utterance in queue.open:
             assembly = queue.open[part.utterance]
-            assembly.hypotheses[part.number] = hypothesis
-            segments = listener.segments(hypothesis, part.seconds)
+            assembly.hypotheses[part.number] = event
+            segments = listener.segments(event, part.seconds)
             assembly.add(part.number, segments, part.start, part.overlap)
-        yield from queue.finished()
-    yield from queue.finished()
+            tally.add(part)
+        for index, transcription in queue.finished():
+            tally.finish(index)
+            yield index, transcription
+    for index, transcription in queue.finished():
+        tally.finish(index)
+        yield index, transcription
+    yield tally.decoded()
 
 
 class _Queue:
