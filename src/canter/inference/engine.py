@@ -12,7 +12,8 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,13 +26,16 @@ from canter.inference.capacity import decoder_rows, encoder_batches, encoder_fra
 from canter.inference.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
-from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
+from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request, Underway
 from canter.inference.rules import Rules
 from canter.inference.search import BeamSearch, Greedy, Row, Search
 from canter.inference.timer import Timer
 from canter.models.cache import swap_out
 from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
+
+EVENT_SECONDS = 0.2  # between two values of progress
+USUAL_TOKENS = 4.0  # a second of speech, until finished rows tell
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Engine:
         self.side = torch.cuda.Stream(self.device) if self.gpu else None
         self.front = torch.cuda.Stream(self.device, priority=-1) if self.gpu else None
         self.timer = Timer(self.gpu)
+        self._done_tokens, self._done_seconds = 10 * USUAL_TOKENS, 10.0  # of finished rows
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
         """Hypotheses in the order of ``requests``, which are sorted and batched here."""
@@ -118,7 +123,19 @@ class Engine:
         batches: Iterable[list[Request]],
         cancelled: Callable[[Hashable], bool] | None = None,
     ) -> Iterator[Hypothesis]:
-        """Encodes one batch after another, as rows become free, and gives hypotheses as they finish.
+        """Yield hypotheses as they finish; ``events`` without the progress in between."""
+        with closing(self.events(batches, cancelled)) as events:
+            for event in events:
+                if isinstance(event, Hypothesis):
+                    yield event
+
+    def events(
+        self,
+        batches: Iterable[list[Request]],
+        cancelled: Callable[[Hashable], bool] | None = None,
+    ) -> Generator[Hypothesis | Underway]:
+        """Encode one batch after another, as rows become free, and yield hypotheses as they finish, and a few times a
+        second how far the others are.
 
         Batches should be sorted by length, longest first: neighbours share slots, and buffers are made once.
         The next one is asked for whenever there is room; an empty one means that there is nothing yet, and
@@ -137,6 +154,7 @@ class Engine:
             self.front.wait_stream(torch.cuda.current_stream(self.device))
         # On a GPU the next batch is encoded beside the decoder's steps.
         enough = self.rows + (self.rows + 1) // 2 if self.gpu else self.rows
+        told = begun
         try:
             while True:
                 while more and len(live.rows) + len(waiting) < enough:
@@ -148,6 +166,11 @@ class Engine:
                     self.counters.utterances += len(batch)
                     samples = sum(len(item.audio) for item in batch)
                     self.counters.audio_seconds += samples / self.model.sample_rate
+                    if (now := time.perf_counter()) - told >= EVENT_SECONDS:
+                        told = now
+                        self.counters.seconds += now - begun
+                        yield self._underway(live, waiting)
+                        begun = time.perf_counter()
                 if cancelled:
                     with on_stream(self.front):
                         self._drop(live, waiting, cancelled)
@@ -157,12 +180,29 @@ class Engine:
                     continue
                 with on_stream(self.front):
                     finished = self._advance(live, waiting, steps)
-                self.counters.seconds += time.perf_counter() - begun
+                now = time.perf_counter()
+                self.counters.seconds += now - begun
                 yield from finished
+                if now - told >= EVENT_SECONDS:
+                    told = now
+                    yield self._underway(live, waiting)
                 begun = time.perf_counter()
         finally:
             self.model.train(training)
             self.timer.collect(wait=True)
+
+    def _underway(self, live: _Live, waiting: Iterable[_Encoded]) -> Underway:
+        rate, pace = self.model.sample_rate, self._done_tokens / self._done_seconds
+
+        def fraction(row: _Encoded, tokens: int) -> float:
+            seconds = len(row.request.audio) / rate
+            begins = sum(before for _, before in row.heard)  # of the audio that this row is the rest of
+            here = seconds * (0.5 + 0.5 * min(0.95, tokens / max(1.0, pace * seconds)))
+            return (begins + here) / max(begins + seconds, 1e-9)
+
+        rows = [(row, len(drawn.tokens)) for row, drawn in zip(live.rows, live.drawn)]
+        rows += [(row, 0) for row in waiting]
+        return Underway(tuple((row.request.key, fraction(row, tokens)) for row, tokens in rows))
 
     def _fixed_steps(self) -> FixedSteps | None:
         """How the decoder steps, if not as it comes."""
@@ -292,6 +332,8 @@ class Engine:
             if place is not None:
                 cut.append((row, hypothesis, place))
                 continue
+            self._done_tokens += len(hypothesis.tokens)
+            self._done_seconds += len(asked.audio) / self.model.sample_rate
             for before, begins in reversed(row.heard):
                 hypothesis = replace(before, rest=hypothesis, rest_begins=begins)
             finished.append(hypothesis)

@@ -103,6 +103,15 @@ class Hypothesis:
         return self.logprob / (len(self.tokens) + 1)
 
 
+@dataclass(frozen=True)
+class Underway:
+    """How far the rows are that the engine has taken and not finished."""
+
+    rows: tuple[tuple[Hashable, float], ...]
+    """Key and fraction of each: a half once it is encoded, the rest by its tokens, as many as rows before it had a
+    second."""
+
+
 @dataclass
 class Counters:
     """What the engine did and where the time went; seconds are wall-clock, on a GPU the encoder's are the
