@@ -84,6 +84,18 @@ def test_stream_gives_segments_then_the_whole(client, expected):
     assert events[0].delta == events[-1].text == expected[3]
     assert {"encoder", "decoder", "features", "queue", "audio", "upload"} == set(events[-1].timing)
     assert events[-1].timing["decoder"] > 0
+    assert (events[-1].language, events[-1].duration) == ("en", 2.0)
+    assert events[0].language == "en"
+    assert "words" not in events[0].segment
+
+
+def test_stream_gives_the_times_of_words(client, expected):
+    *deltas, done = client.audio.transcriptions.create(
+        model="small", file=clip(4), language="en", stream=True, timestamp_granularities=["word"]
+    )
+    words = [word for event in deltas for word in event.segment["words"]]
+    assert " ".join(word["word"] for word in words) == done.text == expected[4]
+    assert all(word["start"] <= word["end"] for word in words)
 
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's, of translations
@@ -207,6 +219,7 @@ def test_health_metrics_and_unknown_paths(client, live):
     health = get(f"{live.url}/health").json()
     assert health["status"] == "ok"
     assert health["languages"] == health["targets"] == ["de", "en"]
+    assert (health["detects"], health["words"]) == (False, True)
     client.audio.transcriptions.create(model="small", file=clip(1), language="en")
     text = get(f"{live.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
