@@ -116,7 +116,7 @@ def speech(corpus: str, count: int) -> list[str]:
 
 
 def test_importing_canter_imports_no_torch_and_no_numpy():
-    code = "import canter, sys; canter.CanterError, dir(canter); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import canter, sys; canter.CanterError, dir(canter); sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -409,7 +409,7 @@ def test_words_have_times_and_texts(tiny_en):
     assert [word for segment in found.segments for word in segment.words] == list(words)
     assert found.language == "en"
     for wrong in ({"language": "de"}, {"task": "translate"}):
-        with pytest.raises(canter.CanterError, match="it knows en|knows one language alone"):
+        with pytest.raises(canter.CanterError, match=r"it knows en|knows one language alone"):
             tiny_en.transcribe(clip, **wrong)
 
 

@@ -90,7 +90,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         (["MODEL", "--port", "TAKEN"], "choose another --host or --port"),
         (["MODEL", "--port", "70000"], "choose another --host or --port"),
         (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
-        (["MODEL", "--lang", "xx"], "--lang xx: the model knows en"),
+        (["MODEL", "--lang", "xx"], "--lang: 'xx' is not a language of this model; it knows en"),
         (["MODEL", "--queue", "0"], "queue is 0"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),

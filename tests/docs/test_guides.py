@@ -269,7 +269,7 @@ def test_subtitles(shell, real_hub):
         assert "young man" in Path(folder, "talk.srt").read_text()
         assert " --> " in Path(folder, "lecture.srt").read_text()
     cues = [line for line in Path("short-lines/talk.srt").read_text().splitlines() if "-->" not in line]
-    assert max(map(len, cues)) <= 42
+    assert max(map(len, cues)) <= 24
 
 
 def test_fine_tune_whisper(shell, small_hub):

@@ -209,7 +209,7 @@ def test_languages_must_be_the_models(corpus, tmp_path, capsys):
     assert main(["transcribe", str(init), str(corpus / "0.wav")]) == 1
     assert "names no language, and the model knows deu, eng" in capsys.readouterr().err
     assert main(["transcribe", str(init), str(corpus / "0.wav"), "--language", "fra"]) == 1
-    assert "names the language 'fra', and the model writes deu, eng" in capsys.readouterr().err
+    assert "'fra' (French) is not a language of this model; it knows deu, eng" in capsys.readouterr().err
     rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text().splitlines()]
     silent = [{**row, "audio_filepath": str(corpus / row["audio_filepath"])} for row in rows]
     for row in silent:

@@ -189,8 +189,18 @@ def test_models(client):
     ("changes", "error", "message", "param"),
     [
         ({"model": "large"}, openai.NotFoundError, "there is no model 'large'", "model"),
-        ({"language": "xx"}, openai.BadRequestError, "'xx' is not one of the model's: de, en", "language"),
-        ({"language": "English!"}, openai.BadRequestError, "not a language code", "language"),
+        (
+            {"language": "xx"},
+            openai.BadRequestError,
+            "'xx' is not a language of this model; it knows de, en",
+            "language",
+        ),
+        (
+            {"language": "English!"},
+            openai.BadRequestError,
+            "'English!' is not the name or code of",
+            "language",
+        ),
         ({"language": ""}, openai.BadRequestError, "must be told the language", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
@@ -306,5 +316,7 @@ def test_whisper_with_the_openai_client():
         assert list(pool.map(ask, paths)) == expected
         with pytest.raises(openai.BadRequestError, match="does not translate"):
             client.audio.translations.create(model="whisper-1", file=paths[0])
-        with pytest.raises(openai.BadRequestError, match="'de' is not one of the model's: en"):
+        with pytest.raises(
+            openai.BadRequestError, match=r"'de' \(German\) is not a language of this model; it knows en"
+        ):
             client.audio.transcriptions.create(model="whisper-1", file=paths[0], language="de")

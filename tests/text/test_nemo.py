@@ -88,6 +88,8 @@ def test_what_is_no_archive_is_named(tmp_path):
 
 def test_unknown_slots_and_tasks_are_named(tmp_path):
     class Vocabulary:
+        languages = ("en",)
+
         def encode(self, text, lang=None):
             return []
 

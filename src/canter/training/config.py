@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from canter.errors import ConfigError, PlanError
+from canter.models.hub import is_hub_name
 from canter.planning.lengths import RateLimits, rate_limits
 
 # Settings that may differ between the starts of a run: its steps compute the same.
@@ -298,7 +299,7 @@ def rooted(config: TrainConfig) -> TrainConfig:
         config,
         manifest=tuple(map(absolute, config.manifest)),
         valid=tuple(map(absolute, config.valid)),
-        init=absolute(config.init),
+        init=config.init if is_hub_name(config.init) else absolute(config.init),
         tokenizer=absolute(config.tokenizer),
         budget=absolute(config.budget),
     )
@@ -352,6 +353,14 @@ def from_mapping(cls: type, content: Any, where: str, base: Path | None = None) 
             raise ConfigError(f"{where}: unknown setting '{key}'; {hint}")
         if hints[key] == RateLimits:  # a number, pairs or texts, which it reads by itself
             values[key] = None if value == "none" else value
+        elif (
+            key == "init"
+            and base
+            and isinstance(value, str)
+            and not (base / value).exists()
+            and is_hub_name(value)
+        ):
+            values[key] = Path(value)
         else:
             values[key] = _coerce(value, hints[key], f"{where}: {key}", base)
     try:
