@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "ranks_memory": ("ranks_memory.py",),
     "training": ("training.py $shared/data/lengths/librispeech_devtest_en.parquet",),
     "convergence": ("convergence.py -o $scratch/convergence --updates 100 --seeds 1",),
+    "demo_steps": ("demo_steps.py -o $scratch/demo --steps 60 --seeds 1 --utterances 600 --beam 1",),
     "finetune": (
         "finetune.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
         "--valid $shared/data/speech/an4/manifest.jsonl --split train --steps 20",

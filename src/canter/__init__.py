@@ -9,7 +9,9 @@ Importing canter imports neither torch nor NumPy: each name below is imported wh
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from canter.extras import needed_by
+
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from canter.api import build_index, load, measure_budget, score, train
@@ -65,7 +67,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'canter' has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
+    with needed_by(f"canter.{name}"):
+        value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

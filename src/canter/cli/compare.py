@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canter.cli.lengths import PlanOptions
+from canter.extras import require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +44,8 @@ def run(options: Options) -> int | None:
     from canter.planning.compare import compare, ladder, markdown
     from canter.planning.lengths import rate_limits
 
+    if options.figure:
+        require("matplotlib", "--figure")
     index = open_lengths(options.index, options.prompt_tokens)
     check_ranks(options.ranks, len(index), "utterances")
     budget = choose_budget(options.budget, options.model, options.memory)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from canter.extras import require
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,6 +45,8 @@ def run(options: Options) -> int | None:
 
     if not options.z > 0 or options.outliers < 0:
         raise ConfigError(f"--z {options.z} must be above 0, and --outliers {options.outliers} at least 0")
+    if options.figure:
+        require("matplotlib", "--figure")
     index = open_lengths(options.index, options.prompt_tokens)
     summary = summarise(index, z_bound=options.z, most_outliers=options.outliers)
     if options.json:

@@ -37,8 +37,9 @@ class PlanOptions:
     """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
     mixing: float = 1.0
     """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
-    min_steps: int = 1
-    """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it (default: 1)."""
+    min_steps: int | None = None
+    """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it. Unless given 50, or fewer
+    where a step would have less than 16 utterances; 1 makes the largest batches."""
     max_tokens_per_second: tuple[str, ...] = ()
     """Leave out utterances with more tokens a second: one limit such as `25`, or limits up to a duration in seconds
     such as `10:30 20:25 40:20`."""
