@@ -6,6 +6,8 @@
 Importing canter imports neither torch nor NumPy: each name below is imported when it is first used.
 """
 
+# pyright: strict
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,5 +1,7 @@
 """The functions of ``import canter``: models in, plans and training out. Everything they use is elsewhere."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import atexit
@@ -90,7 +92,7 @@ def build_index(
 
     given: Any = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     paths = [one for one in given if not isinstance(one, Source)]
-    group = mixture_of([os.fspath(one) for one in paths]) if len(paths) == len(given) else None
+    group = mixture_of([str(one) for one in paths]) if len(paths) == len(given) else None
     counter: Any = tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         name = os.fspath(tokenizer)
@@ -124,7 +126,7 @@ def _rows(sources: Any) -> Iterator[Utterance]:
     from canter.errors import ManifestError
 
     for one in leaves(sources) if isinstance(sources, Group) else sources:
-        source = one if isinstance(one, Source) else Source(os.fspath(one))
+        source = one if isinstance(one, Source) else Source(str(one))
         with suppress(ManifestError):
             for row in open_source(source.path, audio=source.audio, measure_durations=True):
                 if isinstance(row, Utterance):
@@ -219,8 +221,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     Raises ConfigError for settings that cannot be, ManifestError for data that cannot be used.
     """
     from canter.cli.models import load_any
-    from canter.cli.progress import TrainingProgress, say, track
-    from canter.training.session import train as run
+    from canter.cli.progress import TrainingProgress, say, track  # pyright: ignore[reportUnknownVariableType]
+    from canter.training.session import train as run  # pyright: ignore[reportUnknownVariableType]
 
     if progress:
         finished = run(config, TrainingProgress, say, track, load_any)

@@ -1,5 +1,7 @@
 """One place that loads a model: Canter's own where Canter reads the checkpoint, else transformers'."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The model that `canter.load` gives, and what it returns: transcripts of files, arrays and queues of them."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 import contextlib
@@ -528,7 +530,7 @@ def _shown(value: Any) -> str:
 
 def _spooled(one: Any) -> tuple[str, Callable[[], None]]:
     """Write the bytes of an audio file to a temporary one, and return its path and what removes it."""
-    data = one if isinstance(one, bytes | bytearray | memoryview) else one.read()
+    data: Any = one if isinstance(one, bytes | bytearray | memoryview) else one.read()
     if isinstance(data, str):
         raise AudioError("a file that was opened as text is no audio: open it with mode 'rb'")
     handle, path = tempfile.mkstemp(prefix="canter-", suffix=".audio")
@@ -552,7 +554,7 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
         raise AudioError(
             f"an array of shape {samples.shape} is no audio: give (S,) samples, or (S, C) of C channels"
         )
-    if samples.dtype in (np.int16, np.int32):
+    if samples.dtype.kind == "i" and samples.dtype.itemsize in (2, 4):
         samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     elif samples.dtype.kind != "f":
         raise AudioError(
@@ -569,7 +571,7 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
             f"an array of floats reaches {peak:,.0f}; float samples lie in -1 ... 1 (int16's over 32768)"
         )
     if rate != wanted:
-        import soxr
+        import soxr  # pyright: ignore[reportMissingTypeStubs]
 
         samples = soxr.resample(samples, rate, wanted, quality="HQ")
     return np.ascontiguousarray(samples, dtype=np.float32)

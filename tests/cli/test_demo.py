@@ -30,7 +30,7 @@ def test_the_demo_leaves_a_summary_and_a_page_that_needs_nothing_else(tmp_path):
     assert summary["cer"] >= 0
     assert summary["wer"] > 0.3  # nothing can be learnt in a second
     assert summary["attention_wer"] > 0.3
-    assert 0 < summary["trained_padding"] < 0.5
+    assert 0 <= summary["trained_padding"] < 0.5
     assert summary["measured_speed"]["steps"] >= 1
     assert all(rate > 0 for rate in summary["measured_speed"]["audio_seconds_a_second"].values())
     assert list(summary["strategies"]) == ["random", "duration", "bucket_1d", "bucket_2d", "balanced"]

@@ -105,8 +105,8 @@ def test_only_the_files_that_are_read_are_wanted():
     files = [
         ".gitattributes", "README.md", "config.json", "generation_config.json", "preprocessor_config.json",
         "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "model.safetensors",
-        "flax_model.msgpack", "pytorch_model.bin", "tf_model.h5", "model.fp32-00001-of-00002.safetensors", "modeling_custom.py",
-        "onnx/config.json",
+        "flax_model.msgpack", "pytorch_model.bin", "tf_model.h5", "model.fp32-00001-of-00002.safetensors",
+        "modeling_custom.py", "onnx/config.json",
     ]  # fmt: skip
     wanted = _wanted(NAME, files, dict)
     assert set(wanted) == {

@@ -39,7 +39,7 @@ BATCH_SECONDS = 24.0
 CTC_WEIGHT = 0.3
 # Strategies train in turns for so many seconds, to compare their speed; a batch may hold so many of the longest
 # utterances.
-SPEED_SECONDS, SPEED_QUICK, SPEED_LONGEST = 20.0, 2.0, 4
+SPEED, SPEED_QUICK = (20.0, 4), (2.0, 2)
 # The ladder is computed for a memory that holds so many of the longest utterances.
 LONGEST_IN_MEMORY, LONGEST_QUICK = 20, 2
 # Most words are one token: the decoder learns to follow the audio in fewer steps than with 256.
@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     with stages("transcribe, score"):
         transcribe_test(output, prepared, corpus, summary)
     with stages("speed of strategies"):
-        compare_speed(prepared, SPEED_QUICK if options.quick else SPEED_SECONDS, summary)
+        compare_speed(prepared, *(SPEED_QUICK if options.quick else SPEED), summary)
     with stages("decoder shift"):
         shift_decoder(options, prepared, summary)
     summary["times"] = stages.seconds | {"total": time.perf_counter() - began}
@@ -228,7 +228,7 @@ def train_model(config, summary: dict[str, Any]) -> None:
     }
 
 
-def compare_speed(prepared, seconds: float, summary: dict[str, Any]) -> None:
+def compare_speed(prepared, seconds: float, longest: int, summary: dict[str, Any]) -> None:
     """Train on batches of `random` and of `balanced` in turns, and compare how much audio they get through."""
     from canter.cli.progress import say
     from canter.planning.compare import compare
@@ -237,7 +237,7 @@ def compare_speed(prepared, seconds: float, summary: dict[str, Any]) -> None:
     from canter.training.gradient import Counts, Gradient
     from canter.training.steps import Steps
 
-    budget, strategies = with_room_for(SPEED_LONGEST, prepared), {"random": Random(), "balanced": Balanced()}
+    budget, strategies = with_room_for(longest, prepared), {"random": Random(), "balanced": Balanced()}
     gradient = Gradient(prepared.config, prepared.model.train(), prepared.precision)
     plans = {name: Plan(prepared.index, budget, strategy) for name, strategy in strategies.items()}
     addresses = {name: Steps(plan).addresses(None, 0, 0) for name, plan in plans.items()}
@@ -265,7 +265,7 @@ def compare_speed(prepared, seconds: float, summary: dict[str, Any]) -> None:
         "speedup": measured["balanced"] / max(measured["random"], 1e-9),
         "predicted": ladder[1].speed,
         "steps": turn - 1,
-        "room_for_longest": SPEED_LONGEST,
+        "room_for_longest": longest,
     }
     say(
         f"forward and backward passes: random {measured['random']:.0f}, balanced {measured['balanced']:.0f} s of audio "

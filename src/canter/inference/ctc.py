@@ -17,9 +17,9 @@ from canter.models.model import SpeechModel
 
 IMPOSSIBLE = -1000.0
 """Least log probability of a token. What CTC rules out stays comparable by its attention score."""
-DECAY = 100.0
+DECAY = 60.0
 """Forward variables that are so much (in nats) below their maximum are left out."""
-LOOK_AHEAD = 32  # frames by which a window grows at first when a symbol is appended
+LOOK_AHEAD = 16  # frames by which a window grows at first when a symbol is appended
 PADDING = -1e7  # log probability of every output after an utterance's last frame
 RULED_OUT = PADDING / 2  # no alignment of frames that exist is as unlikely
 

@@ -4,6 +4,8 @@ Of a hub model only what Canter reads is fetched, into the hub's own cache: sett
 safetensors or a ``.nemo`` archive. Nothing of it is executed.
 """
 
+# pyright: strict
+
 from __future__ import annotations
 
 import fnmatch
@@ -133,7 +135,7 @@ def _short(error: Exception) -> str:
 
 
 def _fetched(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     info = HfApi().model_info(name, revision=revision, timeout=SECONDS)
     files = [file.rfilename for file in info.siblings or []]
@@ -151,7 +153,7 @@ def _fetched(name: str, revision: str | None) -> Path:
 
 
 def _cached(name: str, revision: str | None, why: str) -> Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     at = f"@{revision}" if revision else ""
     told = f" --revision {revision}" if revision else ""
@@ -167,6 +169,7 @@ def _cached(name: str, revision: str | None, why: str) -> Path:
             f"{name}{at} is no file or folder here, is not in the cache of the Hugging Face hub "
             f"({constants.HF_HUB_CACHE}), and {why}; {way_out}"
         ) from None
+    wanted: list[str] = []
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.exists()]
     try:
         wanted = _wanted(

@@ -166,7 +166,7 @@ def _speed(summary: Summary) -> list[Html]:
     table = html.table(
         ["strategy", "audio trained a second", "speed-up"], rows, best=list(rates).index("balanced")
     )
-    return [table, caption]
+    return [caption, table]
 
 
 def corpus(summary: Summary) -> list[Html]:

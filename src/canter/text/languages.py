@@ -4,6 +4,8 @@ Codes are those of ISO 639-1 where a language has one, else of ISO 639-3, as in 
 own code for a language may be another (``jw`` and ``jv``, ``zh`` and ``cmn``): `resolve` finds it.
 """
 
+# pyright: strict
+
 import functools
 import re
 from collections.abc import Iterable, Sequence
