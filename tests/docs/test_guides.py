@@ -295,9 +295,8 @@ def test_fine_tune_canary(shell, small_canary):
     assert Path("canary-tuned.nemo").exists()
 
 
-def test_plan_batches(shell, small_whisper):
-    here = shell(None)
-    shutil.copytree(small_whisper, here.folder / "whisper-tiny.en")
+def test_plan_batches(shell, small_hub, small_whisper):
+    here = shell(small_hub)
     (here.folder / "tokenizer").mkdir()
     shutil.copy(small_whisper / "tokenizer.json", here.folder / "tokenizer/tokenizer.json")
     write_manifest(here.folder / "train.jsonl", list(CLIPS), [0.9, 1.0, 1.1])
