@@ -69,8 +69,8 @@ def main() -> None:
         "Time is the predicted epoch of `balanced` over that of `bucket_2d`. The last column marks rows in which "
         "`balanced` pads more or takes longer.",
         "",
-        "| set | utterances | ranks, M | 2-D: steps, micro-batches | balanced: steps, micro-batches | 2-D: padded compute "
-        "| balanced: padded compute | time | 2-D: waiting | balanced: waiting | balanced: memory filled | |",
+        "| set | utterances | ranks, M | 2-D: steps, micro-batches | balanced: steps, micro-batches "
+        "| 2-D: padded compute | balanced: padded compute | time | 2-D: waiting | balanced: waiting | balanced: memory filled | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     print("\n".join(lines), flush=True)
