@@ -16,7 +16,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
 from canter.planning.budget import Budget, Polynomial
-from canter.planning.plan import Plan
+from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.shapes import analytic_budget
 from canter.text import train_tokenizer
 from canter.training.batches import choose_limits, limited, probe_bounds
@@ -229,8 +229,9 @@ def test_a_run_keeps_what_was_chosen(plain, read_speech):
     (config.output / "run.json").write_text(json.dumps(settled))
     _, batches, _ = prepared(config)
     assert batches["steps"] >= 70 > len(made.plan)
-    _, batches, _ = prepared(dataclasses.replace(config, min_steps=60, allow_changes=True))
+    changed, batches, _ = prepared(dataclasses.replace(config, min_steps=60, allow_changes=True))
     assert 60 <= batches["steps"] < 70
+    assert changed.plan.version == made.plan.version == VERSION
 
 
 @pytest.mark.parametrize(
@@ -242,20 +243,29 @@ def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, 
     seconds = np.random.default_rng(0).integers(4, 120, 400).astype(np.float32) / 8
     index = LengthIndex(seconds, (3 + 3 * seconds).astype(np.int64))
     budget = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
-    plan = Plan(index, limited(budget, cap, index), micro_batches_per_step=2, window=400)
+    plan = Plan(
+        index,
+        limited(budget, cap, index),
+        micro_batches_per_step=2,
+        window=400,
+        min_steps=1,
+        version=FIRST_VERSION,
+    )
     found = [[batch.tolist() for batch in step] for step in plan]
     assert (plan.fingerprint, len(plan)) == (fingerprint, steps)
     assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == rows
 
 
 @pytest.mark.parametrize("cap", [24.0, None])
-def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tmp_path):
+def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tmp_path, monkeypatch):
     """By the command that began them, which left --batch-seconds to its default of 24, or said None."""
     config = dataclasses.replace(config, valid=(), batch_seconds=cap, save_every=2, track=())
+    monkeypatch.setattr("canter.training.prepare.VERSION", FIRST_VERSION)
     train(config, unwatched)
     began = dataclasses.replace(config, output=tmp_path / "began")
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(began, stopping_after(5))
+    monkeypatch.undo()
     settings = yaml.safe_load((began.output / "config.yaml").read_text())
     for name in ("min_steps", "max_tokens_per_second"):
         del settings[name]
