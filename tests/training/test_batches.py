@@ -19,7 +19,7 @@ from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.shapes import analytic_budget
 from canter.text import train_tokenizer
-from canter.training.batches import choose_limits, limited, probe_bounds
+from canter.training.batches import choose_limits, limited, probe_bounds, why
 from canter.training.config import LossConfig, ModelShape, TrainConfig, dump_config, load_config
 from canter.training.defaults import print_config
 from canter.training.prepare import prepare
@@ -127,7 +127,7 @@ def test_few_utterances_cannot_make_fifty_updates(plain, spoken):
     few = dataclasses.replace(plain, manifest=(spoken.train_manifest,), tokenizer=None)
     _, batches, line = prepared(few)
     assert batches["steps"] < 50
-    assert "a step keeps 16 s of audio" in line
+    assert "limited by the number of utterances: one each makes fewer than 50 updates" in line
     made, batches, line = prepared(
         dataclasses.replace(few, min_steps=100, output=plain.output.with_name("least"))
     )
@@ -184,8 +184,11 @@ def test_short_runs_get_more_updates_an_epoch(tmp_path):
     # 400 s of work and 1000 updates of 30 ms fit 10 minutes: an epoch of n updates takes 400 + 0.03 n seconds
     steps = least(minutes=10.0)
     assert 600 / (400 / steps + 0.03) == pytest.approx(1000, rel=0.01)
-    # in two minutes there is no time for that many: steps have the least audio
-    assert least(minutes=0.5) == 40_000 / 16
+    assert least(minutes=0.5) == len(INDEX)  # there is no time for that many: an utterance each
+    some = LengthIndex(np.full(4000, 1.0, np.float32), np.full(4000, 4))
+    held = choose_limits(TrainConfig(epochs=0.1), some, BUDGET, 1, 1, on_cpu=False)
+    assert held.min_steps == 4000 / 4
+    assert "a step keeps 4 s of audio" in why(held, 1000, enough=False, by_seconds=False, single=False)
 
 
 def test_on_a_cpu_batches_end_where_larger_ones_are_no_faster(tmp_path):
