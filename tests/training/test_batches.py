@@ -16,10 +16,10 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
 from canter.planning.budget import Budget, Polynomial
-from canter.planning.plan import Plan
+from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.shapes import analytic_budget
 from canter.text import train_tokenizer
-from canter.training.batches import choose_limits, limited, probe_bounds
+from canter.training.batches import choose_limits, limited, probe_bounds, why
 from canter.training.config import LossConfig, ModelShape, TrainConfig, dump_config, load_config
 from canter.training.defaults import print_config
 from canter.training.prepare import prepare
@@ -127,7 +127,7 @@ def test_few_utterances_cannot_make_fifty_updates(plain, spoken):
     few = dataclasses.replace(plain, manifest=(spoken.train_manifest,), tokenizer=None)
     _, batches, line = prepared(few)
     assert batches["steps"] < 50
-    assert "a step keeps 16 s of audio" in line
+    assert "limited by the number of utterances: one each makes fewer than 50 updates" in line
     made, batches, line = prepared(
         dataclasses.replace(few, min_steps=100, output=plain.output.with_name("least"))
     )
@@ -184,8 +184,11 @@ def test_short_runs_get_more_updates_an_epoch(tmp_path):
     # 400 s of work and 1000 updates of 30 ms fit 10 minutes: an epoch of n updates takes 400 + 0.03 n seconds
     steps = least(minutes=10.0)
     assert 600 / (400 / steps + 0.03) == pytest.approx(1000, rel=0.01)
-    # in two minutes there is no time for that many: steps have the least audio
-    assert least(minutes=0.5) == 40_000 / 16
+    assert least(minutes=0.5) == len(INDEX)  # there is no time for that many: an utterance each
+    some = LengthIndex(np.full(4000, 1.0, np.float32), np.full(4000, 4))
+    held = choose_limits(TrainConfig(epochs=0.1), some, BUDGET, 1, 1, on_cpu=False)
+    assert held.min_steps == 4000 / 4
+    assert "a step keeps 4 s of audio" in why(held, 1000, enough=False, by_seconds=False, single=False)
 
 
 def test_on_a_cpu_batches_end_where_larger_ones_are_no_faster(tmp_path):
@@ -229,8 +232,9 @@ def test_a_run_keeps_what_was_chosen(plain, read_speech):
     (config.output / "run.json").write_text(json.dumps(settled))
     _, batches, _ = prepared(config)
     assert batches["steps"] >= 70 > len(made.plan)
-    _, batches, _ = prepared(dataclasses.replace(config, min_steps=60, allow_changes=True))
+    changed, batches, _ = prepared(dataclasses.replace(config, min_steps=60, allow_changes=True))
     assert 60 <= batches["steps"] < 70
+    assert changed.plan.version == made.plan.version == VERSION
 
 
 @pytest.mark.parametrize(
@@ -242,20 +246,29 @@ def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, 
     seconds = np.random.default_rng(0).integers(4, 120, 400).astype(np.float32) / 8
     index = LengthIndex(seconds, (3 + 3 * seconds).astype(np.int64))
     budget = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
-    plan = Plan(index, limited(budget, cap, index), micro_batches_per_step=2, window=400)
+    plan = Plan(
+        index,
+        limited(budget, cap, index),
+        micro_batches_per_step=2,
+        window=400,
+        min_steps=1,
+        version=FIRST_VERSION,
+    )
     found = [[batch.tolist() for batch in step] for step in plan]
     assert (plan.fingerprint, len(plan)) == (fingerprint, steps)
     assert hashlib.sha256(repr(found).encode()).hexdigest()[:16] == rows
 
 
 @pytest.mark.parametrize("cap", [24.0, None])
-def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tmp_path):
+def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tmp_path, monkeypatch):
     """By the command that began them, which left --batch-seconds to its default of 24, or said None."""
     config = dataclasses.replace(config, valid=(), batch_seconds=cap, save_every=2, track=())
+    monkeypatch.setattr("canter.training.prepare.VERSION", FIRST_VERSION)
     train(config, unwatched)
     began = dataclasses.replace(config, output=tmp_path / "began")
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(began, stopping_after(5))
+    monkeypatch.undo()
     settings = yaml.safe_load((began.output / "config.yaml").read_text())
     for name in ("min_steps", "max_tokens_per_second"):
         del settings[name]

@@ -28,12 +28,14 @@ from canter.planning.limits import Cause, Limits
 from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.strategies import Cutter, Strategy
 from canter.planning.strategies import strategy as named
+from canter.planning.strategies.balanced import Balanced, FirstBalanced
 from canter.planning.strategies.base import maxima, reorder
 from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
 # to be raised when the same settings come to give other steps: positions and tables are then refused
 VERSION = 3
+FIRST_VERSION = 2  # of Canter 0.1, whose runs are still resumed
 KEEP = 2  # cut windows held in memory
 MIN_STEPS = 50  # of an epoch, unless others are asked for
 LEAST_UTTERANCES = 16  # in a step, for that default
@@ -111,6 +113,7 @@ class Plan:
     endless: a stream in which each source has its weight, and windows go on for ever.
     curriculum: "short_first" puts the steps of epoch 0's first window in ascending order of mean length.
     cache: folder for the table of steps.
+    version: 2 plans as Canter 0.1 did, for the runs that it began.
 
     Raises PlanError for settings that cannot be.
     """
@@ -132,8 +135,11 @@ class Plan:
         endless: bool = False,
         curriculum: str | None = None,
         cache: str | Path | None = None,
+        version: int = VERSION,
     ) -> None:
         chosen = named(strategy) if isinstance(strategy, str) else strategy
+        if version == FIRST_VERSION and isinstance(chosen, Balanced):
+            chosen = FirstBalanced(chosen.mixing)
         budgets = [(0, budget)] if isinstance(budget, Budget) else sorted(budget, key=lambda pair: pair[0])
         if not budgets or budgets[0][0] != 0:
             raise PlanError("the first budget must be in force from window 0")
@@ -159,7 +165,7 @@ class Plan:
         self.window = window if window is not None else (chosen.default_window or max(1, len(index)))
         self.windows = Windows(index, seed, epoch, self.window, endless, block)
         self.cache = Path(cache) if cache is not None else None
-        self.min_steps = min_steps
+        self.min_steps, self.version = min_steps, version
         self._max_tokens_per_second = rate_limits(max_tokens_per_second)
         self._cutters: dict[int, Cutter] = {}
         self._recent: OrderedDict[int, Window] = OrderedDict()
@@ -181,9 +187,9 @@ class Plan:
         """Changes with anything that decides the steps but the epoch."""
         options = asdict(self.strategy) if is_dataclass(self.strategy) else {}  # type: ignore[call-overload]
         parts = [
-            VERSION, self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets], self.strategy.name, options,
-            self.seed, self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid,
-            self.windows.blocks, self.endless, self.curriculum,
+            self.version, self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets],
+            self.strategy.name, options, self.seed, self.window, self.micro_batches_per_step,
+            self._max_tokens_per_second, self.grid, self.windows.blocks, self.endless, self.curriculum,
         ]  # fmt: skip
         parts += (
             [self.min_steps] if self.min_steps > 1 else []

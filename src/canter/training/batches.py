@@ -13,7 +13,7 @@ from canter.planning.metrics import BatchTable
 from canter.training.config import TrainConfig
 from canter.training.defaults import EPOCH_STEPS, RUN_STEPS, least_steps
 
-LEAST_SECONDS = 16.0  # of audio in an optimiser step: not even for more updates are steps smaller
+LEAST_SECONDS = 4.0  # of audio in an optimiser step: not even for more updates are steps smaller
 FIXED_SHARE = 0.05  # of a step on a CPU: where its fixed part takes less, larger batches are no faster
 CPU_SECONDS = 24.0, 120.0  # of padded audio in a micro-batch, between which that bound lies
 CPU_PROBE_SECONDS = 6.0  # of a step that is measured on a CPU
@@ -40,7 +40,7 @@ def choose_limits(
     """Return the bounds that --batch-seconds and --min-steps stand for. The rule of 'auto':
 
     - An epoch has at least 50 optimiser steps, and the run at least 1000 from scratch or 200 with --init; but a step
-      has at least 16 s of audio.
+      has at least 4 s of audio.
     - On a CPU, without --budget, a micro-batch is no longer than it takes for the fixed part of its step to be 5 % of
       the time.
     """
@@ -162,7 +162,7 @@ def why(limits: BatchLimits, steps: int, enough: bool, by_seconds: bool, single:
     if steps < limits.min_steps and single:
         return f"the number of utterances: one each makes fewer than {limits.min_steps} updates"
     if limits.steps_by == "the audio":
-        return f"the size of the data: a step keeps {LEAST_SECONDS:g} s of audio, for fewer updates than {EPOCH_STEPS}"
+        return f"the size of the data: a step keeps {LEAST_SECONDS:g} s of audio; --min-steps changes it"
     if limits.steps_by == "--min-steps":
         return f"--min-steps {limits.min_steps}"
     also = {"an epoch": "", "--epochs": " and --epochs", "--minutes": " and --minutes"}[limits.steps_by]

@@ -24,7 +24,7 @@ from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget
 from canter.planning.metrics import BatchTable, figures
-from canter.planning.plan import Plan
+from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
 from canter.text import Characters, Tokenizer
 from canter.training import trackers
@@ -113,6 +113,8 @@ def prepare(
     if device.type == "cpu":
         lasting_heap()
     settled = run.settled()
+    if settled and "batches" not in settled:  # Canter 0.1 began it
+        settled[BEGUN_WITH] = config.batch_seconds
     precision, threads = settled.get("precision"), settled.get("threads")
     if precision is None or threads is None:
         precision, threads = choose_speed(config, model, say)
@@ -151,11 +153,10 @@ def prepare(
         endless=weighted,
         curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
+        version=FIRST_VERSION if BEGUN_WITH in settled else VERSION,
     )
     say(str(sizes))
     steps = settled.get("steps") or choose_steps(config, step_seconds, sizes.steps)
-    if settled and "batch_limits" not in settled:  # Canter 0.1 began it
-        settled[BEGUN_WITH] = config.batch_seconds
     found = {
         "precision": precision,
         "threads": threads,
@@ -349,7 +350,7 @@ def plan_batches(
 ) -> tuple[Plan, BatchSizes, float]:
     """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step."""
     held = limited(budget, limits.seconds, index, slowest)
-    plan = Plan(index, held, **settings)
+    plan = Plan(index, held, min_steps=1, **settings)
     table, seconds, steps = predicted(plan, ranks)
     enough = steps >= limits.min_steps
     if not enough:
@@ -375,7 +376,7 @@ def as_begun(config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
     if config.batch_seconds != "auto":
         return config
     settled = Run(config.output).settled()
-    if settled and "batch_limits" not in settled:
+    if settled and "batches" not in settled:
         before = yaml.safe_load((config.output / "config.yaml").read_text(encoding="utf-8"))
         settled[BEGUN_WITH] = before.get("batch_seconds", 24.0)
     if BEGUN_WITH not in settled:

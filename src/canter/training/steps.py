@@ -72,6 +72,7 @@ class Steps:
                     endless=base.endless,
                     curriculum=base.curriculum,
                     cache=base.cache,
+                    version=base.version,
                 )
             }
         return self._plans[key]

@@ -42,6 +42,8 @@ class Balanced:
     mixing: float = 1.0
     name: ClassVar[str] = "balanced"
     default_window: ClassVar[int | None] = 50_000
+    strips_up_to: ClassVar[int] = SMALL
+    worth_a_search: ClassVar[int] = WORTH_A_SEARCH
 
     def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
         return None
@@ -60,19 +62,27 @@ class Balanced:
                 frames, tokens, budget, per_step, spare, least_batches(per_step, least_steps)
             )
             count = len(batches) - 1
-            if len(order) <= SMALL and self.mixing <= 1 and 1 < count < len(order):
+            if len(order) <= self.strips_up_to and self.mixing <= 1 and 1 < count < len(order):
                 found = strips(lengths.frames, lengths.tokens, budget, count, rng)
                 if found and padded_seconds(*found, lengths, budget) < padded_seconds(
                     order, batches, lengths, budget
                 ):
                     order, batches = found
                     frames, tokens = lengths.frames[order], lengths.tokens[order]
-            if self.mixing == 0 and len(order) >= WORTH_A_SEARCH * count:
+            if self.mixing == 0 and len(order) >= self.worth_a_search * count:
                 moved, batches = recut(batches, frames, tokens, budget, rng)
                 order, frames, tokens = order[moved], frames[moved], tokens[moved]
             return deal(order, batches, frames, tokens, budget, per_step, rng)
 
         return cut
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBalanced(Balanced):
+    """Balanced as Canter 0.1 had it, for the runs that it began: small windows are cut from a snake too."""
+
+    strips_up_to: ClassVar[int] = 0
+    worth_a_search: ClassVar[int] = 0
 
 
 def padded_seconds(order: np.ndarray, batches: np.ndarray, lengths: Lengths, budget: Budget) -> float:
