@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 PIP    := env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_REQUIRE_HASHES -u PIP_NO_DEPS PIP_USER=0 \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: setup demo test lint docs bench clean
+.PHONY: setup demo test oldest wheel-test lint docs bench clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "canter needs Python 3.11 or newer; try: make setup PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch"
-	@$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools hatchling editables
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools hatchling hatch-fancy-pypi-readme editables
 	@echo "installing canter and what its tests run with"
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; without it a start takes ten seconds
@@ -29,8 +29,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/canter demo $(if $(QUICK),--quick)
 
+# One thread for each of two processes: more of them would wait for each other. In another order of files and tests:
+# make test PYTEST_ARGS="--shuffle 1"
 test: setup
-	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# the planner's tests with the oldest packages that pyproject.toml allows, without torch; takes Python 3.11
+OLDEST  := build/oldest/bin/python
+PLANNER := tests/planning tests/corpus tests/text $(addprefix tests/cli/test_,index_and_inspect.py plan_and_compare.py tokenizer.py)
+oldest:
+	@test -x $(OLDEST) || $(PYTHON) -m venv build/oldest
+	@env -u PIP_CONSTRAINT $(OLDEST) -m pip install --quiet --requirement oldest.txt 'pytest>=8' 'hypothesis>=6.100'
+	@PYTHONPATH=src $(OLDEST) -m pytest -p no:cacheprovider $(PLANNER)
+
+# the wheel in environments of its own: the planner alone, then with the packages of canter[all]
+wheel-test: setup
+	@CANTER_WHEEL_TEST=1 $(BIN)/python -m pytest tests/test_packaging.py
 
 lint: setup
 	@$(BIN)/ruff check

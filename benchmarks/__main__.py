@@ -27,7 +27,17 @@ RUNS: dict[str, tuple[str, ...]] = {
     "budget": ("budget.py predict small $shared/data/lengths/librispeech_devtest_en.parquet --count 10",),
     "ranks_memory": ("ranks_memory.py",),
     "training": ("training.py $shared/data/lengths/librispeech_devtest_en.parquet",),
+    "training_defaults": (
+        "$shared/reference/million.py $scratch/million.parquet",
+        "training_defaults.py $scratch/million.parquet $shared/data/lengths/librispeech_devtest_en.parquet "
+        "$shared/data/lengths/an4_en.parquet",
+    ),
+    "training_updates": (
+        "training_updates.py -o $scratch/updates --whisper $shared/models/whisper-tiny.en --speech $shared/data/speech "
+        "--tasks an4 --batch-seconds 16 64",
+    ),
     "convergence": ("convergence.py -o $scratch/convergence --updates 100 --seeds 1",),
+    "demo_steps": ("demo_steps.py -o $scratch/demo --steps 60 --seeds 1 --utterances 600 --beam 1",),
     "finetune": (
         "finetune.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
         "--valid $shared/data/speech/an4/manifest.jsonl --split train --steps 20",

@@ -5,15 +5,17 @@ import re
 from pathlib import Path
 
 import griffe
+from mkdocs.plugins import get_plugin_logger
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = "https://github.com/canter-asr/canter/blob/main/"
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)")
+LOG = get_plugin_logger("links")
 PARAMETER = re.compile(r"^(\w+(?:, \w+)*): (?=\S)", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Turn relative links to files outside docs/ into links to the repository; raise where there is no such file."""
+    """Turn relative links to files outside docs/ into links to the repository; warn where there is no such file."""
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
 
     def absolute(match: re.Match[str]) -> str:
@@ -21,7 +23,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         if target.startswith("docs/"):
             return match[0]
         if not (ROOT / target).exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links to {target}, which does not exist")
+            LOG.warning("%s links to %s, which does not exist", page.file.src_uri, target)
         return f"]({REPOSITORY}{target}"
 
     return LINK.sub(absolute, markdown)

@@ -1,5 +1,15 @@
 """Settings of all tests."""
 
+import contextlib
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, settings
@@ -8,6 +18,71 @@ from tokenizers import decoders, models, pre_tokenizers
 # a busy machine is no failure: nothing here is timed
 settings.register_profile("canter", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("canter")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="run the files, and the tests of each file, in a random order that the seed decides",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle files, then tests within each, so that what a file's tests share is still built once."""
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    files = [list(group) for _, group in groupby(items, key=lambda item: item.path)]
+    chance = random.Random(seed)
+    chance.shuffle(files)
+    for file in files:
+        chance.shuffle(file)
+    items[:] = [item for file in files for item in file]
+
+
+def seed_everything() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers of a test, and of what is built for it, do not depend on the tests before it."""
+    seed_everything()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed_everything()
+
+
+@contextlib.contextmanager
+def port_of_our_own() -> Iterator[int]:
+    """A TCP port that nobody else is given meanwhile: bound here and not listened on, so that whoever sets
+    SO_REUSEADDR, as torch does, can listen there."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], contextlib.AbstractContextManager[int]]:
+    """``with free_port() as port: ...``, for processes that meet there."""
+    return port_of_our_own
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real speech and models that are not part of the project."""
+    folder = os.environ.get("CANTER_SHARED")
+    if not folder:
+        pytest.skip("CANTER_SHARED does not name the folder of shared fixtures")
+    return Path(folder)
 
 
 @pytest.fixture

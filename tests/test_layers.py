@@ -27,7 +27,6 @@ ROOMS = (
     "cli",
 )
 WITHOUT_TORCH = ("corpus", "planning")
-LARGEST_MODULE = 450  # lines
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
@@ -79,7 +78,6 @@ def test_module_keeps_to_its_place(path: Path):
     source = path.read_text()
     assert len(package) == 1 or package[1] in ROOMS, f"{package[1]} is not a room of the design"
     assert not broken_arrows(source, package)
-    assert source.count("\n") <= LARGEST_MODULE, "split this module: it has outgrown one sitting"
 
 
 def test_modules_do_not_import_in_a_circle():

@@ -10,7 +10,7 @@ Importing canter imports neither torch nor NumPy: each name below is imported wh
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from canter.api import build_index, load, measure_budget, score, train
@@ -45,6 +45,8 @@ __all__ = [
 if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mistake
     from importlib import import_module
 
+    from canter.extras import needed_by
+
     _MODULES = {
         "Budget": "canter.planning",
         "CanterError": "canter.errors",
@@ -68,7 +70,8 @@ if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mi
     def __getattr__(name: str):
         if name not in _MODULES:
             raise AttributeError(f"module 'canter' has no attribute {name!r}")
-        value = getattr(import_module(_MODULES[name]), name)
+        with needed_by(f"canter.{name}"):
+            value = getattr(import_module(_MODULES[name]), name)
         globals()[name] = value
         return value
 

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from canter.errors import CheckpointError, ConfigError
+from canter.errors import ConfigError
+from canter.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,8 @@ def load_module(
     """Return the model at ``path`` in evaluation mode: a `SpeechModel`, or, of a Hugging Face folder of another
     architecture than ours (or where ``backend`` says so), a `TransformersModel`.
 
-    Raises CheckpointError for what is no model, and where transformers is needed and not installed; ConfigError for a
-    device that is not here, and for int8 anywhere but in a model of Canter's own on a CPU.
+    Raises CheckpointError for what is no model, MissingExtraError where transformers is needed and not installed,
+    ConfigError for a device that is not here, and for int8 anywhere but in a model of Canter's own on a CPU.
     """
     import torch
 
@@ -38,10 +38,7 @@ def load_module(
     device = choose_device(str(device))
     if backend == "canter" or (backend == "auto" and foreign_type(path) is None):
         return load_in(precision, path, str(device))
-    if not find_spec("transformers"):
-        raise CheckpointError(
-            f"{path}: this model runs through transformers, which is not installed; pip install 'canter[hf]'"
-        )
+    require("transformers", f"{path}: this model")
     if precision == "int8":
         raise ConfigError(f"{path} runs through transformers, which has no int8 here: use float32 or bf16")
     from canter.integrations.transformers import TransformersModel

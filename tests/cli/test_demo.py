@@ -3,7 +3,20 @@
 import json
 import re
 
+import pytest
+
+from canter.cli.demo import recipe, training_minutes
 from canter.cli.main import main
+from canter.training.config import dump_config
+
+
+def test_training_gets_what_is_left_of_ten_minutes(tmp_path):
+    assert training_minutes(tmp_path, spent=1.0) == 6.5
+    assert training_minutes(tmp_path, spent=4.0) == pytest.approx(4.25)
+    assert training_minutes(tmp_path, spent=60.0) == 3.0
+    begun = recipe(tmp_path / "train.jsonl", tmp_path, minutes=4.25)
+    (tmp_path / "config.yaml").write_text(dump_config(begun))
+    assert training_minutes(tmp_path, spent=60.0) == 4.25
 
 
 def test_the_demo_leaves_a_summary_and_a_page_that_needs_nothing_else(tmp_path):
@@ -16,6 +29,10 @@ def test_the_demo_leaves_a_summary_and_a_page_that_needs_nothing_else(tmp_path):
     assert summary["rtfx"] > 0
     assert summary["cer"] >= 0
     assert summary["wer"] > 0.3  # nothing can be learnt in a second
+    assert summary["attention_wer"] > 0.3
+    assert 0 <= summary["trained_padding"] < 0.5
+    assert summary["measured_speed"]["steps"] >= 1
+    assert all(rate > 0 for rate in summary["measured_speed"]["audio_seconds_a_second"].values())
     assert list(summary["strategies"]) == ["random", "duration", "bucket_1d", "bucket_2d", "balanced"]
     for row in summary["strategies"].values():
         assert 0 <= row["padding"] < 1

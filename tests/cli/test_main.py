@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -146,6 +147,32 @@ def test_debug_shows_the_traceback(command, monkeypatch: pytest.MonkeyPatch):
 def test_a_bug_is_not_hidden(command):
     with pytest.raises(ZeroDivisionError):
         cli.main(command(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--print-config"]], ids=" ".join
+)
+def test_a_reader_that_leaves_early_is_no_error(arguments, unbuffered):
+    """As in ``canter --help | head -1``; here it has left before a word is written, which no speed can change."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "canter", *arguments],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(command, capsys):
+    assert cli.main(command(BrokenPipeError(32, "Broken pipe"))) == 1
+    assert capsys.readouterr().err == "canter: [Errno 32] Broken pipe\n"
 
 
 def test_module_runs_as_a_program():

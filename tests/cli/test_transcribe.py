@@ -2,9 +2,10 @@
 
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,14 @@ import pytest
 import soundfile
 
 from canter.cli.main import main
-from canter.cli.transcribe import Options, identity, timestamps_of
+from canter.cli.transcribe import Options, destination, identity, style_of, timestamps_of
 from canter.inference.transcribe import Transcription
-from canter.models.checkpoint import save_model
+from canter.models.checkpoint import load_model, save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
-from canter.text import train_tokenizer
+from canter.text import Characters, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +119,30 @@ def test_the_suffix_decides(model, clips, tmp_path, monkeypatch, suffix, start):
     def heard(engine, tokenizer, utterances, *given, **named):
         yield from ((number, Transcription("hello")) for number, _ in enumerate(utterances))
 
-    monkeypatch.setattr(module, "transcribe_stream", heard)
+    monkeypatch.setattr(module, "transcribe_events", heard)
     out = tmp_path / f"x{suffix}"
     assert main(["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]) == 0
     assert out.read_text().startswith(start + "hello\n")
 
 
 def test_a_log_gets_lines_with_the_speed_so_far(model, clips, monkeypatch, capsys):
-    monkeypatch.setattr("canter.cli.transcribe.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("canter.cli.progress.TranscriptionProgress.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("canter.inference.engine.EVENT_SECONDS", 0.0)
     files = [str(clips / name) for name in ("good.wav", "silence.wav", "bad-nan.wav")]
     assert main(["transcribe", model, *files, "--lang", "en"]) == 1
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("transcribing: ")]
-    assert len(lines) == 3
-    assert lines[-1].startswith("transcribing: 3 of 3 utterances, 2 of 2 s  RTFx ")
-    assert lines[-1].endswith("1 failed")
+    share = re.compile(
+        r"transcribing: ([\d.]+) of 2 s of audio \((\d+)%\), (\d) of 3 finished  RTFx [\d.]+  "
+    )
+    seen = [match for line in lines if (match := share.match(line))]
+    assert len(seen) == len(lines) > 6
+    percents = [int(match[2]) for match in seen]
+    assert percents == sorted(percents)
+    assert len(set(percents)) > 4  # while both are decoded together
+    assert [int(match[3]) for match in seen] == sorted(int(match[3]) for match in seen)
+    assert lines[-1].startswith("transcribing: 2 of 2 s of audio (100%), 3 of 3 finished")
+    assert lines[-1].endswith("0:00 left  1 failed")
     assert len(captured.out.splitlines()) == 3
 
 
@@ -152,7 +162,7 @@ def test_what_is_asked_for_reaches_the_engine(model, clips, tmp_path, monkeypatc
         seen.append((engine.config, utterances, longest, asked))
         yield from ((number, Transcription("hello")) for number, _ in enumerate(utterances))
 
-    monkeypatch.setattr(module, "transcribe_stream", heard)
+    monkeypatch.setattr(module, "transcribe_events", heard)
     given = ["--lang", "de", "--beam", "3", "--length-penalty", "0.5", "--timestamps", "word", "--vad", "none",
              "--task", "translate", "--no-fallback", "--batch-size", "7", "--window-seconds", "9"]  # fmt: skip
     out = tmp_path / "x.jsonl"
@@ -165,10 +175,41 @@ def test_what_is_asked_for_reaches_the_engine(model, clips, tmp_path, monkeypatc
     assert json.loads(out.read_text())["segments"] == [{"start": 0.0, "end": 1.0, "text": "hello"}]
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("srt", "segment"), ("txt", "none"), ("all", "segment")])
-def test_formats_with_times_ask_for_them(tmp_path, kind, expected):
-    assert timestamps_of(Options(Path("m"), (), output=tmp_path, format=kind)) == expected
-    assert timestamps_of(Options(Path("m"), (), output=tmp_path, format=kind, timestamps="word")) == "word"
+def test_joint_decoding_needs_a_ctc_head_and_its_alphabet(model, clips, tmp_path, capsys):
+    given = [str(clips / "good.wav"), "--lang", "en", "--ctc-weight", "0.4", "-o", str(tmp_path / "x.jsonl")]
+    assert main(["transcribe", model, *given]) == 1
+    assert "no CTC head" in capsys.readouterr().err
+    loaded = load_model(model)
+    alphabet = Characters.of(["one two three four five"])
+    joint = SpeechModel(replace(loaded.config, ctc_vocabulary=alphabet.size))
+    joint.characters = alphabet
+    folder = str(save_model(joint, tmp_path / "joint", loaded.tokenizer))
+    assert main(["transcribe", folder, *given[:3], "--ctc-weight", "1.4"]) == 1
+    assert "between 0" in capsys.readouterr().err
+    assert main(["transcribe", folder, *given]) == 0
+    assert "pred_text" in json.loads((tmp_path / "x.jsonl").read_text())
+    (tmp_path / "joint" / "characters.json").unlink()
+    assert main(["transcribe", folder, *given]) == 1
+    assert "not known how" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        ("srt", {}, "word"),
+        ("srt", {"cues": "whisper"}, "segment"),
+        ("vtt", {"max_line_width": 42}, "word"),
+        ("srt", {"timestamps": "segment"}, "segment"),
+        ("tsv", {}, "segment"),
+        ("txt", {}, "none"),
+        ("txt", {"timestamps": "word"}, "word"),
+        ("all", {}, "word"),
+    ],
+)
+def test_formats_ask_for_the_times_they_need(tmp_path, kind, given, expected):
+    options = Options(Path("m"), (), output=tmp_path, format=kind, **given)
+    kinds = destination(options)[1]
+    assert timestamps_of(options, kinds, style_of(options, kinds)) == expected
 
 
 def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
@@ -180,6 +221,104 @@ def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
     stems = {path.stem for path in folder.iterdir()}
     assert stems == {"good", "transcripts"}
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
+
+
+@pytest.fixture
+def videos(clips, tmp_path) -> Path:
+    """A folder of recordings in folders, with files that are not taken."""
+    root = tmp_path / "videos"
+    (root / "sub").mkdir(parents=True)
+    good = (clips / "good.wav").read_bytes()
+    for name in ("a.wav", "a.flac", "sub/a.wav", "b.mov", "sub/c.txt", "README.md"):
+        (root / name).write_bytes(good)
+    return root
+
+
+def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
+    """They are named after the recordings, none is silently left out, and each is there once it is transcribed."""
+    import canter.inference.transcribe as module
+
+    out = tmp_path / "subtitles"
+    seen = []
+
+    def heard(engine, tokenizer, utterances, longest, asked):
+        for number, _ in enumerate(utterances):
+            seen.append(len([*out.rglob("*.srt")]))
+            yield number, Transcription("One two. Three.")
+
+    monkeypatch.setattr(module, "transcribe_events", heard)
+    arguments = ["transcribe", model, str(videos), "--lang", "en", "--format", "srt", "-o", str(out)]
+    assert main(arguments) == 0
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == ["a.flac.srt", "a.wav.srt", "sub/a.srt"]
+    assert seen == [0, 1, 2]
+    errors = capsys.readouterr().err
+    assert (
+        f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.mov'})" in errors
+    )
+
+    (videos / "new.wav").write_bytes((videos / "a.wav").read_bytes())
+    (out / "a.wav.srt").write_text("corrected by hand")
+    assert main([*arguments, "--skip-existing"]) == 0
+    assert "3 left out, whose files exist: a.flac, a.wav" in capsys.readouterr().err
+    assert (out / "a.wav.srt").read_text() == "corrected by hand"
+    assert (out / "new.srt").exists()
+    assert main([*arguments, "--skip-existing"]) == 0
+    assert "4 left out" in capsys.readouterr().err
+
+
+def test_one_file_goes_to_stdout(model, clips, capsys, monkeypatch):
+    import canter.inference.transcribe as module
+
+    def heard(engine, tokenizer, utterances, longest, asked):
+        yield 0, Transcription("One two. Three.")
+
+    monkeypatch.setattr(module, "transcribe_events", heard)
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "One two. Three.\n"
+    assert main([*arguments, "--format", "srt"]) == 0
+    assert capsys.readouterr().out == "1\n00:00:00,000 --> 00:00:01,000\nOne two. Three.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--max-line-width", "0"], "max line width 0: at least 1"),
+        (["--max-line-width", "30"], "--max-line-width: for subtitles, and the format is txt"),
+        (["--cues", "sentence", "--format", "tsv"], "--cues: for subtitles, and the format is tsv"),
+        (
+            ["--highlight-words", "--format", "srt", "--timestamps", "segment"],
+            "leave out --timestamps segment",
+        ),
+        (["--skip-existing", "--format", "srt"], "name a folder"),
+        (["--skip-existing", "-o", "folder"], "add --format srt"),
+    ],
+)
+def test_options_of_subtitles_that_do_not_go_together(model, clips, capsys, given, message):
+    assert main(["transcribe", model, str(clips / "good.wav"), "--lang", "en", *given]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_model_without_times_of_words(model, clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("canter.inference.engine.Engine.aligns", False)
+    out = tmp_path / "x.srt"
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]
+    assert main(arguments) == 0
+    assert "in proportion to their characters" in capsys.readouterr().err
+    assert out.exists()
+    assert main([*arguments, "--max-line-width", "30", "--cues", "sentence"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--max-line-width", "30"]) == 1
+    assert "cannot tell when a word was said" in capsys.readouterr().err
+
+
+def test_an_option_without_effect_says_so(model, clips, tmp_path, capsys):
+    given = ["--lang", "en", "-o", str(tmp_path / "x.srt"), "--max-line-count", "1"]
+    assert main(["transcribe", model, str(clips / "good.wav"), *given]) == 0
+    assert "max-line-count has no effect" in capsys.readouterr().err
 
 
 def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clips, tmp_path, capsys):
@@ -199,7 +338,7 @@ def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out.jsonl"]
 
 
-def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
+def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, free_port):
     """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
     lines = [
         {
@@ -223,31 +362,29 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path):
     from canter.inference.resume import Partial
 
     done = [item.utterance for item in read_items([manifest])][:3]
-    partial = Partial(tmp_path / "out.jsonl.partial", identity(Path(model), Options(Path(model), ())))
+    partial = Partial(tmp_path / "out.jsonl.partial", identity(Path(model), Options(Path(model), ()), "none"))
     for utterance in done:
         assert utterance
         partial.add(utterance, Transcription("kept"))
     partial.close()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    (said, errors), (silent, other) = [rank.communicate(timeout=120) for rank in ranks]
+    with free_port() as port:
+        together = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
+                env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        (said, errors), (silent, other) = [rank.communicate(timeout=1800) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], errors + other
     assert silent == ""
     summary = json.loads(said)

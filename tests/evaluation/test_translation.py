@@ -1,10 +1,10 @@
 """BLEU and chrF: grouped by language, tokenised as its language needs, quoted with their signatures."""
 
 import importlib.util
+import sys
 
 import pytest
 
-import canter.evaluation.translation as module
 from canter.errors import ConfigError
 from canter.evaluation.translation import score_translations
 
@@ -38,7 +38,7 @@ def test_case_counts_and_the_right_text_is_100():
 
 
 def test_without_sacrebleu_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ConfigError, match=r"pip install 'canter\[bleu\]'"):
         score_translations(["a"], ["a"], ["en"])
 

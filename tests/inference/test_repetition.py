@@ -20,9 +20,10 @@ def most_repeats(tokens: list[int], n: int) -> int:
 
 @given(st.lists(st.permutations(range(4)), max_size=60), st.integers(1, 3), st.integers(1, 4))
 def test_rule(rankings, repeats, ngram):
-    """Each step ranks four tokens; the best that keeps the rule is taken."""
-    guard = RepetitionGuard(ngram, repeats)
+    """Each step ranks four tokens; the best that keeps the rule is taken, all that break it are forbidden."""
+    guard, beforehand = RepetitionGuard(ngram, repeats), RepetitionGuard(ngram, repeats)
     guard.add(1)
+    beforehand.add(1)
     tokens: list[int] = []
     for ranking in rankings:
         allowed = [
@@ -32,6 +33,10 @@ def test_rule(rankings, repeats, ngram):
         ]
         logits = torch.zeros(1, 4)
         logits[0, list(ranking)] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        others = logits.clone()
+        beforehand.forbid(others)
+        assert {token for token in range(4) if others[0, token] > 0} == set(allowed)
+        beforehand.took([allowed[0]])
         tokens += guard.choose(logits)
         assert tokens[-1] == allowed[0]
 

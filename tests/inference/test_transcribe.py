@@ -1,6 +1,7 @@
 """Files, folders and manifests to rows in their order; bad ones are named and never end the rest."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ from canter.cli.main import main
 from canter.errors import CheckpointError, ManifestError
 from canter.inference.engine import Engine
 from canter.inference.inputs import read_items
+from canter.inference.progress import Decoded
 from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import (
     Listener,
     TranscribeConfig,
     checkpoint_of,
     transcribe,
-    transcribe_stream,
+    transcribe_events,
 )
 from canter.models.checkpoint import save_model
 from canter.text import train_tokenizer
@@ -183,21 +185,25 @@ def test_stopped_transcription_goes_on(folder, tmp_path, monkeypatch, capsys):
     main([*arguments, str(whole)])
 
     def stopped(*given):
-        for number, result in enumerate(transcribe_stream(*given)):
-            if number == 5:
+        done = 0
+        for event in transcribe_events(*given):
+            if done == 5:
                 raise KeyboardInterrupt
-            yield result
+            done += not isinstance(event, Decoded)
+            yield event
 
-    monkeypatch.setattr(module, "transcribe_stream", stopped)
+    monkeypatch.setattr(module, "transcribe_events", stopped)
     assert main([*arguments, str(out)]) == 130
     assert not out.exists()
     partial = tmp_path / "out.jsonl.partial"
     with open(partial, "a") as file:
         file.write('{"item": 3, "te')  # torn
-    monkeypatch.setattr(module, "transcribe_stream", transcribe_stream)
+    monkeypatch.setattr(module, "transcribe_events", transcribe_events)
     capsys.readouterr()
     assert main([*arguments, str(out), "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert re.search(r"5 kept from an earlier start: (\d\d\.wav, ){4}\d\d\.wav\n", captured.err)
+    summary = json.loads(captured.out)
     assert summary["resumed"] == 5
     assert summary["counters"]["utterances"] == 7
     assert out.read_text() == whole.read_text()

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 from collections import Counter
 
 import numpy as np
@@ -141,12 +140,6 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def take_part(folder, rank, ranks, address, steps, resume):
     """One process of several; writes what it read and its losses."""
     from accelerate.state import AcceleratorState
@@ -174,8 +167,8 @@ def take_part(folder, rank, ranks, address, steps, resume):
     torch.distributed.destroy_process_group()
 
 
-def together(folder, ranks, steps, resume=False):
-    context, address = multiprocessing.get_context("fork"), port()
+def together(folder, address, ranks, steps, resume=False):
+    context = multiprocessing.get_context("fork")
     folder.mkdir(exist_ok=True)
     processes = [
         context.Process(target=take_part, args=(folder, rank, ranks, address, steps, resume))
@@ -184,18 +177,20 @@ def together(folder, ranks, steps, resume=False):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0] * ranks
     return [json.loads((folder / f"rank{rank}-{steps}.json").read_text()) for rank in range(ranks)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process that has threads
-def test_two_processes_take_the_same_steps(tmp_path):
+def test_two_processes_take_the_same_steps(tmp_path, free_port):
     """Six steps of one process; and three of two, gone on with by three, which do not divide M."""
     alone = trainer_of(tmp_path / "alone", 6)
     alone.train()
-    two = together(tmp_path / "more", 2, 3)
-    three = together(tmp_path / "more", 3, 6, resume=True)
+    with free_port() as port:
+        two = together(tmp_path / "more", port, 2, 3)
+    with free_port() as port:
+        three = together(tmp_path / "more", port, 3, 6, resume=True)
     assert two[0]["losses"] == pytest.approx(losses(alone)[:3], rel=1e-5)
     assert three[0]["losses"] == pytest.approx(losses(alone), rel=1e-5)
     shared = torch.load(tmp_path / "more" / "weights-6.pt", weights_only=True)

@@ -1,9 +1,5 @@
 """Small models that the tests of this room share."""
 
-import os
-from pathlib import Path
-
-import pytest
 import torch
 
 from canter.models.decoder import DecoderConfig
@@ -61,12 +57,3 @@ def small_whisper():
         ),
         ctc_vocabulary=0,
     )
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of fixtures and real models that are not part of the project."""
-    folder = os.environ.get("CANTER_SHARED")
-    if not folder:
-        pytest.skip("CANTER_SHARED does not name the folder of shared fixtures")
-    return Path(folder)

@@ -2,6 +2,9 @@ import json
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="the extra 'models' is not installed")
+
 import torch
 from torch.utils.data import DataLoader, Dataset
 

@@ -29,7 +29,11 @@ def summary(metrics) -> dict:
                    "languages": ["en", "de"], "lengths": RNG.uniform(1, 18, (200, 2)).tolist()},
         "strategies": {"random": strategy(0.5, 0.5, 1.0), "balanced": strategy(0.02, 0.25, 2.0)},
         "training": metrics, "train_seconds": 421.0, "parameters": 3.7e6,
-        "wer": 0.117, "cer": 0.05, "wer_seen": 0.09, "wer_unseen": 0.16, "ctc_wer": 0.14, "rtfx": 180.0,
+        "trained_padding": 0.031, "room_for_longest": 20,
+        "measured_speed": {"audio_seconds_a_second": {"random": 50.0, "balanced": 90.0}, "speedup": 1.8,
+                           "predicted": 1.7, "steps": 9, "room_for_longest": 4},
+        "wer": 0.117, "attention_wer": 0.131, "ctc_weight": 0.3, "cer": 0.05,
+        "wer_seen": 0.09, "wer_unseen": 0.16, "ctc_wer": 0.14, "rtfx": 180.0,
         "wer_by_language": {"en": 0.1, "de": 0.13},
         "examples": [{"voice": "f3", "lang": "de", "text": "der <hund> bellt", "pred_text": "der mund"}],
         "decoder_shift": shift, "machine": {"cores": 2}, "times": {"synthesis": 40.0, "training": 421.0},
@@ -40,7 +44,9 @@ def test_whole_page(summary):
     page = demo_report(summary)
     for told in (
         "3,000 utterances, 3.5 hours of speech", "7 min 1 s", 'class="value">2.0%<',
-        'class="value">2.0×<', 'class="value">11.7%<', 'class="value">4.2×<',
+        'class="value">1.8×<', 'class="value">11.7%<', "of the compute, predicted", "measured; predicted 1.7×",
+        "holds 20 of the longest", "9 batches of each", "3.1% of the audio computed was padding", "13.1%",
+        'class="value">4.2×<',
         "What padding is", "One epoch", "English, German", "voices never heard", "16.0%", "German · f3",
         "der &lt;hund&gt; bellt", "RTFx 25",
         "2.50×", "the baseline", "keys and values cached", "7 min 41 s from nothing", "synthesis", "∞",
@@ -72,6 +78,13 @@ def test_quick_demo_without_figures_of_merit():
     assert "random" in demo_report({"strategies": {"random": {"mean_batch": 3.0}}})
     assert "1 s from nothing" in demo_report({"times": {"report": 1.0}})
     assert "2 s from nothing" in demo_report({"times": {"report": 1.0, "total": 2.0}})
+
+
+def test_without_a_measured_speed_the_predicted_one_is_called_so(summary):
+    del summary["measured_speed"]
+    page = demo_report(summary)
+    assert 'class="value">2.0×<' in page
+    assert "than random, predicted by the budget" in page
 
 
 def test_decoder_shift_by_name_reads_like_rows(summary):

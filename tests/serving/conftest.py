@@ -30,6 +30,7 @@ from canter.serving.server import bind, make_server
 from canter.serving.service import Service
 from canter.text import WhisperTokenizer, train_tokenizer
 
+PATIENCE = 300.0  # seconds until a test that hangs is given up; nothing that is tested depends on it
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
 
@@ -82,7 +83,7 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def quiet(self, seconds: float = 30.0) -> bool:
+    def quiet(self, seconds: float = PATIENCE) -> bool:
         """Waits until nobody is inside any more; whether that came about."""
         service = self.service
         return came_about(
@@ -90,7 +91,7 @@ class Running:
         )
 
 
-def came_about(condition: Callable[[], bool], seconds: float) -> bool:
+def came_about(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     """Waits until ``condition`` holds; whether it came to that. Looks are counted, not the clock: a machine that
     stands still for half a minute, as a shared one does, has not given the other thread that time."""
     for _ in range(round(seconds / 0.01)):
@@ -98,6 +99,25 @@ def came_about(condition: Callable[[], bool], seconds: float) -> bool:
             return True
         time.sleep(0.01)
     return condition()
+
+
+@contextlib.contextmanager
+def held(engine: Engine, after: int = 0) -> Iterator[Callable[[], None]]:
+    """Stop the engine once it has taken ``after`` more decoder steps, until the function yielded is called or the block
+    ends: what is inside stays inside for as long as the test needs it there, however fast or busy the machine is."""
+    go_on, advance, until = threading.Event(), engine._advance, engine.counters.steps + after
+
+    def held_advance(*arguments: Any) -> Any:
+        if engine.counters.steps >= until:
+            go_on.wait(PATIENCE)
+        return advance(*arguments)
+
+    engine._advance = held_advance
+    try:
+        yield go_on.set
+    finally:
+        go_on.set()
+        engine._advance = advance
 
 
 @contextlib.contextmanager
@@ -110,14 +130,14 @@ def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **setting
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        came_about(lambda: server.started or not thread.is_alive(), 120)
+        came_about(lambda: server.started or not thread.is_alive())
         assert server.started, (
             f"the service did not come up; its thread {'waits' if thread.is_alive() else 'ended'}"
         )
         yield Running(service, listening.getsockname()[1])
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(PATIENCE)
         listening.close()
         assert not thread.is_alive()
 

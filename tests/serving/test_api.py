@@ -84,6 +84,18 @@ def test_stream_gives_segments_then_the_whole(client, expected):
     assert events[0].delta == events[-1].text == expected[3]
     assert {"encoder", "decoder", "features", "queue", "audio", "upload"} == set(events[-1].timing)
     assert events[-1].timing["decoder"] > 0
+    assert (events[-1].language, events[-1].duration) == ("en", 2.0)
+    assert events[0].language == "en"
+    assert "words" not in events[0].segment
+
+
+def test_stream_gives_the_times_of_words(client, expected):
+    *deltas, done = client.audio.transcriptions.create(
+        model="small", file=clip(4), language="en", stream=True, timestamp_granularities=["word"]
+    )
+    words = [word for event in deltas for word in event.segment["words"]]
+    assert " ".join(word["word"] for word in words) == done.text == expected[4]
+    assert all(word["start"] <= word["end"] for word in words)
 
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's, of translations
@@ -177,8 +189,18 @@ def test_models(client):
     ("changes", "error", "message", "param"),
     [
         ({"model": "large"}, openai.NotFoundError, "there is no model 'large'", "model"),
-        ({"language": "xx"}, openai.BadRequestError, "'xx' is not a language of this model; it knows de, en", "language"),
-        ({"language": "English!"}, openai.BadRequestError, "'English!' is not the name or code of", "language"),
+        (
+            {"language": "xx"},
+            openai.BadRequestError,
+            "'xx' is not a language of this model; it knows de, en",
+            "language",
+        ),
+        (
+            {"language": "English!"},
+            openai.BadRequestError,
+            "'English!' is not the name or code of",
+            "language",
+        ),
         ({"language": ""}, openai.BadRequestError, "must be told the language", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
@@ -207,6 +229,7 @@ def test_health_metrics_and_unknown_paths(client, live):
     health = get(f"{live.url}/health").json()
     assert health["status"] == "ok"
     assert health["languages"] == health["targets"] == ["de", "en"]
+    assert (health["detects"], health["words"]) == (False, True)
     client.audio.transcriptions.create(model="small", file=clip(1), language="en")
     text = get(f"{live.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -293,5 +316,7 @@ def test_whisper_with_the_openai_client():
         assert list(pool.map(ask, paths)) == expected
         with pytest.raises(openai.BadRequestError, match="does not translate"):
             client.audio.translations.create(model="whisper-1", file=paths[0])
-        with pytest.raises(openai.BadRequestError, match=r"'de' \(German\) is not a language of this model; it knows en"):
+        with pytest.raises(
+            openai.BadRequestError, match=r"'de' \(German\) is not a language of this model; it knows en"
+        ):
             client.audio.transcriptions.create(model="whisper-1", file=paths[0], language="de")

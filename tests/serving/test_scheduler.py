@@ -9,7 +9,7 @@ from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig, Request
 from canter.serving.scheduler import EngineFailure, Outcome, Scheduler
 
-from .conftest import noise
+from .conftest import PATIENCE, came_about, held, noise
 
 
 class Recorder(Engine):
@@ -22,7 +22,7 @@ class Recorder(Engine):
 
     def _encode(self, batch):
         self.batches.append([len(request.audio) for request in batch])
-        self.door.wait(10)
+        self.door.wait(PATIENCE)
         return super()._encode(batch)
 
 
@@ -63,7 +63,7 @@ def test_hypotheses_are_the_engines(model, scheduler_of):
     scheduler, got = scheduler_of(), Collected(4)
     scheduler.engine.door.set()
     scheduler.submit(requests(model, [1.0, 0.5, 2.0, 3.0]), got)
-    assert got.all.wait(10)
+    assert got.all.wait(PATIENCE)
     assert [got.outcomes[piece].hypothesis.tokens for piece in range(4)] == [found.tokens for found in wanted]
     timings = [got.outcomes[piece].timing for piece in range(4)]
     assert all(timing.decoder > 0 and timing.encoder > 0 and timing.queue >= 0 for timing in timings)
@@ -74,12 +74,11 @@ def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, schedul
     scheduler = scheduler_of(frames=40, rows=16)
     first, rest = Collected(1), Collected(10)
     scheduler.submit(requests(model, [0.3]), first)
-    while not scheduler.engine.batches:
-        pass
+    assert came_about(lambda: bool(scheduler.engine.batches))
     lengths = [1.0, 3.0, 1.1, 3.1, 0.9, 3.2, 1.05, 0.2, 0.25, 0.3]
     scheduler.submit(requests(model, lengths), rest)
     scheduler.engine.door.set()
-    assert rest.all.wait(10)
+    assert rest.all.wait(PATIENCE)
     batches = [[round(samples / 16000, 2) for samples in batch] for batch in scheduler.engine.batches]
     assert batches[0] == [0.3]
     assert 1.0 in batches[1]
@@ -99,12 +98,11 @@ def test_tickets_take_turns(model, scheduler_of):
     """Long audio lets the others have a piece each between two of its own."""
     scheduler, got = scheduler_of(frames=1), [Collected(4), Collected(1), Collected(2)]
     scheduler.submit(requests(model, [0.3]), Collected(1))
-    while not scheduler.engine.batches:
-        pass
+    assert came_about(lambda: bool(scheduler.engine.batches))
     for lengths, outcomes in zip([[1.0, 1.1, 1.2, 1.3], [0.5], [2.0, 2.1]], got):
         scheduler.submit(requests(model, lengths), outcomes)
     scheduler.engine.door.set()
-    assert all(one.all.wait(10) for one in got)
+    assert all(one.all.wait(PATIENCE) for one in got)
     assert seconds_of(scheduler) == [0.3, 1.0, 0.5, 2.0, 1.1, 2.1, 1.2, 1.3]
 
 
@@ -122,7 +120,7 @@ def test_who_comes_later_starves_nobody(model, scheduler_of):
     scheduler.engine._encode = encode_while_more_come
     scheduler.engine.door.set()
     scheduler.submit(requests(model, [1.0, 1.1, 1.2]), got)
-    assert got.all.wait(10)
+    assert got.all.wait(PATIENCE)
     order = seconds_of(scheduler)
     assert [order.index(length) for length in (1.0, 1.1, 1.2)] == [0, 3, 10]
 
@@ -138,8 +136,7 @@ def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
 
     scheduler.engine._encode = slow
     scheduler.submit(requests(model, [1.0, 1.1, 1.2, 1.3, 1.4]), long)
-    while not scheduler.engine.batches:
-        pass
+    assert came_about(lambda: bool(scheduler.engine.batches))
     seen: list[float] = []
 
     def answered(outcome: Outcome) -> None:
@@ -148,8 +145,8 @@ def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
 
     scheduler.submit(requests(model, [0.5]), answered)
     scheduler.engine.door.set()
-    assert short.all.wait(10)
-    assert long.all.wait(10)
+    assert short.all.wait(PATIENCE)
+    assert long.all.wait(PATIENCE)
     assert seen == [1.0, 0.5]
     assert seconds_of(scheduler) == [1.0, 0.5, 1.1, 1.2, 1.3, 1.4]
 
@@ -162,14 +159,13 @@ def test_cancelled_before_and_in_the_engine(model, scheduler_of):
         scheduler.submit(requests(model, [2.0, 1.0]), waiting),
     ]
     scheduler.submit(requests(model, [1.0]), kept)
-    while not scheduler.inside:
-        pass
+    assert came_about(lambda: bool(scheduler.inside))
     for ticket in tickets:
         scheduler.cancel(ticket)
     assert scheduler.waiting == 1
     assert not scheduler.inside
     scheduler.engine.door.set()
-    assert kept.all.wait(10)
+    assert kept.all.wait(PATIENCE)
     assert not gone.outcomes
     assert not waiting.outcomes
     assert [len(batch) for batch in scheduler.engine.batches] == [1, 1]
@@ -190,9 +186,13 @@ def test_idle_costs_nothing(scheduler_of):
 def test_closing_fails_what_is_left(model, scheduler_of):
     scheduler, got = scheduler_of(rows=1), Collected(3)
     scheduler.submit(requests(model, [1.0, 1.0, 1.0]), got)
-    threading.Timer(0.1, scheduler.engine.door.set).start()
-    scheduler.close()
-    assert got.all.wait(10)
+    opening = threading.Thread(
+        target=lambda: came_about(lambda: scheduler._closed) and scheduler.engine.door.set()
+    )
+    opening.start()
+    scheduler.close(PATIENCE)
+    opening.join()
+    assert got.all.wait(PATIENCE)
     assert all(isinstance(outcome.error, EngineFailure) for outcome in got.outcomes.values())
     assert not scheduler.alive
     with pytest.raises(EngineFailure, match="shutting down"):
@@ -203,15 +203,16 @@ def test_one_of_several_live_rows_leaves(endless, caplog):
     """The others move up in the engine's caches and go on as if nothing had been."""
     clips = requests(endless, [2.0, 3.0, 4.0])
     wanted = Engine(endless, endless.tokenizer.end).decode(clips)
-    scheduler = Scheduler(Engine(endless, endless.tokenizer.end))
+    engine = Engine(endless, endless.tokenizer.end)
+    scheduler = Scheduler(engine)
     try:
         gone, kept = Collected(1), Collected(2)
-        ticket = scheduler.submit(clips[:1], gone)
-        scheduler.submit(clips[1:], kept)
-        while scheduler.engine.counters.steps < 3:
-            pass
-        scheduler.cancel(ticket)
-        assert kept.all.wait(20)
+        with held(engine, after=3):
+            ticket = scheduler.submit(clips[:1], gone)
+            scheduler.submit(clips[1:], kept)
+            assert came_about(lambda: engine.counters.steps >= 3)
+            scheduler.cancel(ticket)
+        assert kept.all.wait(PATIENCE)
         assert [kept.outcomes[piece].hypothesis.tokens for piece in range(2)] == [
             found.tokens for found in wanted[1:]
         ]

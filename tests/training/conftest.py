@@ -1,7 +1,6 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import socket
 from contextlib import contextmanager
 
 import pytest
@@ -101,15 +100,16 @@ def as_rank(rank, ranks, port, answers, work, *arguments):
 
 
 @pytest.fixture
-def on_ranks():
+def on_ranks(free_port):
     """``on_ranks(ranks, work, *arguments)``: the (result, error) of ``work(rank, *arguments)`` on each of so many
     processes, None for one that was killed."""
     context = multiprocessing.get_context("fork")  # all is imported here: a rank starts at once
 
     def run(ranks, work, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        with free_port() as port:
+            return meet(port, ranks, work, arguments)
+
+    def meet(port, ranks, work, arguments):
         answers = context.Queue()
         processes = [
             context.Process(target=as_rank, args=(rank, ranks, port, answers, work, *arguments))
@@ -118,7 +118,7 @@ def on_ranks():
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(300)
             assert process.exitcode is not None, "a rank hangs"
         found = [None] * ranks
         while not answers.empty():

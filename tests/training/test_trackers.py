@@ -83,6 +83,6 @@ def test_tensorboard(config):
 def test_one_that_is_missing_is_told_before_anything_is_made(config, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="--track wandb is not installed"):
+    with pytest.raises(ConfigError, match="--track wandb needs wandb, which is not installed"):
         train(dataclasses.replace(config, track=("wandb",)), unwatched)
     assert not (config.output / "config.yaml").exists()

@@ -8,6 +8,7 @@ import torch
 
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.errors import ManifestError
+from canter.evaluation.wer import score
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -96,7 +97,7 @@ def test_bleu_of_languages_and_their_mean():
     assert found["bleu"] == pytest.approx((found["bleu_de"] + found["bleu_fr"]) / 2)
 
 
-def test_another_validation_set_begins_a_new_best(config):
+def test_another_validation_set_begins_a_new_best_and_transcripts_are_kept(config):
     config = dataclasses.replace(config, track=(), steps=2, valid_every=1, valid_utterances=1)
     train(config, unwatched)
     path = config.output / "checkpoints" / "best.json"
@@ -106,3 +107,11 @@ def test_another_validation_set_begins_a_new_best(config):
     now = json.loads(path.read_text())
     assert now["set"] != best["set"]
     assert (now["checkpoint"], now["wer"] > 0) == ("step-000003", True)
+    kept = sorted((config.output / "validation").iterdir())
+    assert [path.name for path in kept] == ["step-000001.jsonl", "step-000002.jsonl", "step-000003.jsonl"]
+    transcripts = [json.loads(line) for line in kept[-1].read_text().splitlines()]
+    assert len(transcripts) == 4
+    logged = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()][-1]
+    assert "transcripts" not in logged
+    texts = [row["text"] for row in transcripts], [row["pred_text"] for row in transcripts]
+    assert score(*texts, normalize="none").wer == pytest.approx(logged["wer"])

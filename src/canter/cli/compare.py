@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canter.cli.lengths import PlanOptions
+from canter.extras import require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +36,7 @@ def run(options: Options) -> int | None:
     from canter.cli.lengths import (
         check_ranks,
         choose_budget,
+        is_estimated,
         none_fits,
         open_lengths,
         progress_console,
@@ -43,7 +45,9 @@ def run(options: Options) -> int | None:
     from canter.planning.compare import compare, ladder, markdown
     from canter.planning.lengths import rate_limits
 
-    index = open_lengths(options.index, options.prompt_tokens)
+    if options.figure:
+        require("matplotlib", "--figure")
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
     check_ranks(options.ranks, len(index), "utterances")
     budget = choose_budget(options.budget, options.model, options.memory)
     strategies = ladder(options.window, options.mixing)
@@ -79,15 +83,22 @@ def run(options: Options) -> int | None:
     if options.json:
         from canter.cli.lengths import plain
 
-        print(
-            json.dumps({"budget": budget.as_json(), "rows": [plain(row.as_json()) for row in rows]}, indent=2)
-        )
+        value = {
+            "budget": budget.as_json(),
+            "tokens_estimated": is_estimated(index),
+            "rows": [plain(row.as_json()) for row in rows],
+        }
+        print(json.dumps(value, indent=2))
     elif options.markdown:
         sys.stdout.write(markdown(rows))
     else:
         made = budget.measured_on
         named = options.budget.name if options.budget else f"{made['model']} on {made['device']}"
-        show(rows, f"{options.index.name}: {len(index):,} utterances, {named}, {options.ranks} ranks")
+        estimated = ", tokens estimated" if is_estimated(index) else ""
+        show(
+            rows,
+            f"{options.index.name}: {len(index):,} utterances{estimated}, {named}, {options.ranks} ranks",
+        )
 
 
 CAPTION = "speed at equal GPUs and GPUs at equal wall time are against the first row"

@@ -1,4 +1,4 @@
-"""Look at a length index: counts, quantiles, sources, the joint histogram and outliers."""
+"""Look at a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
+
+from canter.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +25,11 @@ WIDTH, HEIGHT = 64, 18  # of the histogram in the terminal, in cells
 @dataclass(frozen=True)
 class Options:
     index: tyro.conf.Positional[Path]
-    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
+    """A manifest (or a folder, or a YAML of sources), a length index, or a Parquet or Arrow table with `duration` and
+    `num_tokens` (or `tokens`)."""
+    tokenizer: str | None = None
+    """Counts the tokens of a manifest without `num_tokens`: a folder, SentencePiece model or tokenizer.json, or `chars`
+    or `bytes`. Unless given, tokens are estimated: one for 3 Latin, Greek or Cyrillic characters, one for any other."""
     z: float = 4.0
     """Rows whose tokens per second are this many standard deviations from the mean are outliers."""
     outliers: int = 10
@@ -31,22 +37,26 @@ class Options:
     figure: Path | None = None
     """Also draw the joint histogram into this PNG (or SVG, PDF)."""
     prompt_tokens: int = 0
-    """Added, with one for the end, to the column `tokens` of a table of lengths."""
+    """Tokens of the prompt, added with one for the end to those of a manifest's text, or to the column `tokens` of a
+    table."""
     json: bool = False
     """Figures as JSON on standard output."""
 
 
 def run(options: Options) -> int | None:
-    from canter.cli.lengths import open_lengths
+    from canter.cli.lengths import is_estimated, open_lengths
     from canter.corpus.statistics import QUANTILES, summarise
     from canter.errors import ConfigError
 
     if not options.z > 0 or options.outliers < 0:
         raise ConfigError(f"--z {options.z} must be above 0, and --outliers {options.outliers} at least 0")
-    index = open_lengths(options.index, options.prompt_tokens)
+    if options.figure:
+        require("matplotlib", "--figure")
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
     summary = summarise(index, z_bound=options.z, most_outliers=options.outliers)
     if options.json:
-        print(json.dumps({"fingerprint": index.fingerprint, "at": QUANTILES, **asdict(summary)}, indent=2))
+        made = {"fingerprint": index.fingerprint, "tokens_estimated": is_estimated(index), "at": QUANTILES}
+        print(json.dumps({**made, **asdict(summary)}, indent=2))
     else:
         show(index, summary, options.index.name)
     if options.figure:
@@ -59,6 +69,7 @@ def show(index: LengthIndex, summary: Summary, name: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from canter.cli.lengths import is_estimated
     from canter.corpus.statistics import QUANTILES
 
     console = Console(highlight=False, soft_wrap=True)
@@ -66,7 +77,7 @@ def show(index: LengthIndex, summary: Summary, name: str) -> None:
         console = Console(highlight=False, soft_wrap=True, width=160)
     console.print(
         f"[bold]{name}[/bold]: {summary.rows:,} utterances, {summary.hours:,.2f} hours, "
-        f"{summary.tokens:,} tokens"
+        f"{summary.tokens:,} tokens{' (estimated)' if is_estimated(index) else ''}"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("")

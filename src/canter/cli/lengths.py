@@ -1,9 +1,14 @@
-"""What `compare`, `plan` and `inspect` read: a length index or a table of lengths, and a budget or a model's name."""
+"""What `compare`, `plan` and `inspect` read: a manifest, a length index or a table of lengths; and a budget or a
+model's name."""
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +27,11 @@ class PlanOptions:
     """What `compare` and `plan` have in common."""
 
     index: tyro.conf.Positional[Path]
-    """A length index, or a Parquet or Arrow table with `duration` and `num_tokens` (or `tokens`)."""
+    """A manifest (or a folder, or a YAML of sources), a length index, or a Parquet or Arrow table with `duration` and
+    `num_tokens` (or `tokens`)."""
+    tokenizer: str | None = None
+    """Counts the tokens of a manifest without `num_tokens`: a folder, SentencePiece model or tokenizer.json, or `chars`
+    or `bytes`. Unless given, tokens are estimated: one for 3 Latin, Greek or Cyrillic characters, one for any other."""
     budget: Path | None = None
     """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
     model: str | None = None
@@ -37,36 +46,107 @@ class PlanOptions:
     """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
     mixing: float = 1.0
     """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
-    min_steps: int = 1
-    """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it (default: 1)."""
+    min_steps: int | None = None
+    """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it. Unless given 50, or fewer
+    where a step would have less than 16 utterances; 1 makes the largest batches."""
     max_tokens_per_second: tuple[str, ...] = ()
     """Leave out utterances with more tokens a second: one limit such as `25`, or limits up to a duration in seconds
     such as `10:30 20:25 40:20`."""
     seed: int = 0
     """Another seed, another shuffle."""
     prompt_tokens: int = 0
-    """Added, with one for the end, to the column `tokens` of a table of lengths."""
+    """Tokens of the prompt, added with one for the end to those of a manifest's text, or to the column `tokens` of a
+    table."""
 
 
-def open_lengths(path: Path, prompt_tokens: int = 0) -> LengthIndex:
-    """The index at `path`, or one made in memory from a Parquet or Arrow table of lengths."""
+LARGE_MANIFEST = 64 << 20  # bytes from which on processes share the reading
+ESTIMATED = "tokens are estimated from the characters of the text where the manifest has no num_tokens"
+
+
+def open_lengths(path: Path, prompt_tokens: int = 0, tokenizer: str | None = None) -> LengthIndex:
+    """Open the length index at `path`, or make one of a table of lengths (in memory) or of a manifest.
+
+    tokenizer: counts a manifest's tokens; without one they are estimated. What was read of a manifest is kept in the
+    user's cache, so that the next command reads only what has changed.
+    """
     from canter.corpus.index import LengthIndex
     from canter.corpus.readers.lengths import read_lengths
 
     if prompt_tokens < 0:
         raise PlanError(f"--prompt-tokens is {prompt_tokens}; it must be 0 or more")
-    if not path.exists():
+    several = any(mark in str(path) for mark in ("{", "_OP_", "::"))  # shards, or a manifest and its tars
+    if not path.exists() and not several:
         raise ManifestError(f"{path} does not exist; make it with: canter index MANIFEST -o {path.name}")
-    if path.suffix != ".parquet" and is_index(path):
+    stored = path.suffix != ".parquet" and path.is_file() and is_index(path)
+    if not stored and path.suffix not in (".parquet", ".arrow", ".feather"):
+        return index_manifest(path, prompt_tokens, tokenizer)
+    if tokenizer is not None:
+        raise ManifestError(f"--tokenizer counts the tokens of a manifest; {path} has its tokens counted")
+    if stored:
         return LengthIndex.open(path)
-    if path.suffix not in (".parquet", ".arrow", ".feather"):
-        raise ManifestError(
-            f"{path} is neither an index nor a table of lengths; make one with: canter index {path} -o lengths.arrow"
-        )
     seconds, tokens, _, problems = read_lengths(str(path), prompt_tokens=prompt_tokens)
     if not len(seconds):
         raise ManifestError(f"{path}: not one row can be used{f'; {problems[0].reason}' if problems else ''}")
     return LengthIndex(seconds, tokens, [path.stem], problems=problems)
+
+
+def index_manifest(path: Path, prompt_tokens: int, tokenizer: str | None) -> LengthIndex:
+    """Return the length index of a manifest, a folder or a mixture in YAML, under a progress bar."""
+    from canter.corpus.build import build_index
+    from canter.corpus.counting import UNITS, TokenEstimate, UnitCounter
+    from canter.corpus.mixture import mixture_of
+
+    if tokenizer is None:
+        counter = TokenEstimate()
+    elif tokenizer in UNITS:
+        counter = UnitCounter(tokenizer)
+    else:
+        from canter.text import load_tokenizer
+
+        counter = load_tokenizer(tokenizer)
+    facts = f"{path.absolute()} {prompt_tokens} {counter.fingerprint}"
+    name = f"{path.stem[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow"
+    large = path.is_file() and path.stat().st_size > LARGE_MANIFEST
+    try:
+        index = build_index(
+            mixture_of([path]) or [str(path)],
+            cache_folder() / name,
+            counter,
+            prompt_tokens=prompt_tokens,
+            workers=os.cpu_count() or 1 if large else 0,
+            measure_durations=True,
+            progress=True,
+        )
+    except ManifestError as error:
+        raise ManifestError(
+            f"{' '.join(str(error).split())}; what can be read: a manifest, a length index made with 'canter index', "
+            "or a table of lengths"
+        ) from None
+    if is_estimated(index):
+        print(f"{path.name}: {ESTIMATED}; --tokenizer counts them", file=sys.stderr)
+    return index
+
+
+def is_estimated(index: LengthIndex) -> bool:
+    """Whether the tokens of the index were estimated from characters."""
+    from canter.corpus.counting import ESTIMATE
+
+    return index.made_with.get("tokenizer") == ESTIMATE
+
+
+def cache_folder() -> Path:
+    """Return the folder for indexes that commands make by themselves: in the user's cache, or else a temporary one."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "canter" / "lengths"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="canter-lengths-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def steps_folder(index: LengthIndex) -> Path | None:

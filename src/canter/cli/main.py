@@ -7,10 +7,13 @@ command's flags and help) and ``run(options) -> int | None``; one that reads a f
 
 import importlib
 import os
+import select
 import sys
+from typing import TextIO
 
 from canter import __version__
 from canter.errors import CanterError
+from canter.extras import needed_by
 
 # name -> (module, one line of help); in the order of the main path
 COMMANDS = {
@@ -55,8 +58,43 @@ def fail(message: str, code: int = 1) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit status (0 well, 1 failed, 2 misused, 130 interrupted)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command and return its exit status (0 success, 1 failure, 2 misuse, 130 interrupted).
+
+    A reader of the output that leaves early (``canter inspect lengths.arrow | head``) is no failure.
+    """
+    try:
+        try:
+            return dispatch(sys.argv[1:] if argv is None else argv)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where it can be caught, and not at the interpreter's exit
+    except BrokenPipeError as error:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if has_no_reader(stream)]
+        if not gone:
+            if os.environ.get("CANTER_DEBUG"):
+                raise
+            return fail(told(error))
+        for stream in gone:
+            # what is still buffered goes nowhere when the interpreter flushes it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 0
+
+
+def has_no_reader(stream: TextIO) -> bool:
+    """Return whether the stream is a pipe whose reader has left, also where nothing of it is buffered any more."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):  # no file behind it, closed, or no poll on this system
+        return False
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run one command; an error that a user can cause is one line and status 1."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -71,19 +109,19 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'?" if near else "see 'canter --help'"
         return fail(f"'{name}' is not a command; {hint}", 2)
     try:
-        module = importlib.import_module(COMMANDS[name][0])
-        if hasattr(module, "parse"):
-            options = module.parse(rest)
-        else:
-            from canter.cli.options import parse
+        with needed_by(f"canter {name}"):
+            module = importlib.import_module(COMMANDS[name][0])
+            if hasattr(module, "parse"):
+                options = module.parse(rest)
+            else:
+                from canter.cli.options import parse
 
-            options = parse(module.Options, rest, f"canter {name}", module.__doc__)
-        return module.run(options) or 0
+                options = parse(module.Options, rest, f"canter {name}", module.__doc__)
+            return module.run(options) or 0
     except KeyboardInterrupt:
         return fail("interrupted; what was finished is kept", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise  # main decides whether it was our reader who left
     except (CanterError, ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CANTER_DEBUG"):
             raise

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from canter.cli.lengths import PlanOptions
+
+if TYPE_CHECKING:
+    from canter.planning import Limits
+    from canter.planning.metrics import Figures
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ def run(options: Options) -> int | None:
     from canter.cli.lengths import (
         check_ranks,
         choose_budget,
+        is_estimated,
         none_fits,
         open_lengths,
         plain,
@@ -43,7 +48,7 @@ def run(options: Options) -> int | None:
         raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
     if options.emit and not options.emit.parent.is_dir():
         raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
-    index = open_lengths(options.index, options.prompt_tokens)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
     budget = choose_budget(options.budget, options.model, options.memory)
     check_ranks(options.ranks, len(index), "utterances")
     chosen = strategy(
@@ -71,6 +76,7 @@ def run(options: Options) -> int | None:
         cache=steps_folder(index),
     )
     figures = plan.figures(options.ranks)
+    limits = plan.limits()
     if not figures.utterances:
         raise none_fits(index, budget)
     check_ranks(options.ranks, figures.micro_batches)
@@ -84,13 +90,25 @@ def run(options: Options) -> int | None:
 
         write_plan(plan, options.emit, options.ranks)
     if options.json:
-        value = {**asdict(figures), "left_out": reasons, "left_out_rows": [row for row, _ in left_out[:1000]]}
+        value = {
+            **asdict(figures),
+            "limits": plain(asdict(limits)),
+            "tokens_estimated": is_estimated(index),
+            "left_out": reasons,
+            "left_out_rows": [row for row, _ in left_out[:1000]],
+        }
         print(json.dumps(plain(value), indent=2))
     else:
-        show(figures, left_out, reasons, options)
+        show(figures, limits, left_out, reasons, options)
 
 
-def show(figures, left_out: list[tuple[int, str]], reasons: dict[str, int], options: Options) -> None:
+def show(
+    figures: Figures,
+    limits: Limits,
+    left_out: list[tuple[int, str]],
+    reasons: dict[str, int],
+    options: Options,
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -118,6 +136,7 @@ def show(figures, left_out: list[tuple[int, str]], reasons: dict[str, int], opti
         f"{options.index.name}: {options.strategy}, {options.ranks} ranks", style="bold", highlight=False
     )
     console.print(table)
+    console.print(limits.line("--min-steps"), highlight=False, soft_wrap=True)
     for row, reason in left_out[:5]:
         console.print(f"row {row}: {reason}", highlight=False)
     if len(left_out) > 5:

@@ -1,11 +1,20 @@
 """Progress bars on standard error: a live line for training, a plain one for anything else."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from canter.training.reports import StepReport
 
@@ -90,3 +99,68 @@ class TrainingProgress:
         if len(last.rank_seconds) > 1:  # the slowest rank over the mean
             parts.append(f"waiting {sum(r.waiting for r in reports) / len(reports):.2f}")
         return "  ".join([*parts, f"data wait {wait:.1%}"])
+
+
+class TranscriptionProgress:
+    """Audio decoded, RTFx and time left; where the line cannot be redrawn, a line every half minute."""
+
+    EVERY_SECONDS = 30.0
+
+    def __init__(self, label: str, utterances: int, seconds: float, hidden: bool = False):
+        """``seconds`` of audio in all; ``hidden``: show nothing."""
+        self.label, self.utterances, self.seconds, self.hidden = label, utterances, seconds, hidden
+        self.decoded = self.failed_seconds = 0.0
+        self.finished = self.failed = 0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} s of audio  {task.fields[speed]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=hidden or not console.is_terminal,
+        )
+        self.task = self.bar.add_task(label, total=seconds, speed="")
+
+    def __enter__(self) -> "TranscriptionProgress":
+        self.begun = self.said = time.perf_counter()
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def finish(self, seconds: float, failed: bool) -> None:
+        """Count an utterance of so many seconds as finished."""
+        self.finished += 1
+        self.failed += failed
+        self.failed_seconds += seconds if failed else 0.0
+
+    def advance(self, decoded: float) -> None:
+        """Show that so many seconds of audio are decoded, those of utterances that failed included."""
+        self.decoded = decoded
+        now = time.perf_counter()
+        speed = self.speed(now - self.begun)
+        self.bar.update(self.task, completed=decoded, speed=speed)
+        if not (self.hidden or console.is_terminal) and now - self.said >= self.EVERY_SECONDS:
+            self.said = now
+            share = (
+                f"{decoded:,.0f} of {self.seconds:,.0f} s of audio ({decoded / max(self.seconds, 1e-9):.0%})"
+            )
+            text = f"{self.label}: {share}, {self.finished:,} of {self.utterances:,} finished  {speed}"
+            console.print(text, highlight=False, soft_wrap=True)
+
+    def speed(self, seconds: float) -> str:
+        """Return RTFx, time left and failures after so many ``seconds`` of work."""
+        rtfx = (self.decoded - self.failed_seconds) / max(seconds, 1e-9)
+        left = seconds * (self.seconds - self.decoded) / self.decoded if self.decoded else None
+        parts = [f"RTFx {rtfx:,.1f}"]
+        parts += [f"{clock(left)} left"] if left is not None else []
+        parts += [f"{self.failed:,} failed"] if self.failed else []
+        return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Return hours, minutes and seconds, as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from canter.errors import ConfigError
+from canter.extras import needed_by
 
 if TYPE_CHECKING:
     from canter.inference.engine import Engine
@@ -57,13 +58,11 @@ class Options:
 
 
 def run(options: Options) -> int:
-    try:
+    with needed_by("canter serve"):
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install 'canter[serve]'") from None
 
     # How long OpenMP's threads look out for each other before they sleep, read when torch is imported. Its own 3 ms
     # keep a core from whoever else has something to do there, readers of audio among them, and double the service's

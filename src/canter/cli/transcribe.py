@@ -1,30 +1,55 @@
 """Audio to transcripts: files, folders and manifests through one queue, in the order they were given."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from canter.errors import ConfigError
+from canter.errors import ConfigError, ManifestError
 
-EVERY_SECONDS = 30.0  # between lines of progress in a log
 # Options that a transcript depends on, beside the model and what is in a row.
 # fmt: off
-DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "vad", "window_seconds", "fallback", "initial_prompt")
+DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", "vad", "window_seconds", "fallback",
+            "initial_prompt")
 # fmt: on
+# Suffixes of audio and video that folders are not searched for; they are named first among what is not taken.
+OTHER_MEDIA = {
+    *(
+        ".mov",
+        ".mkv",
+        ".avi",
+        ".ts",
+        ".m4b",
+        ".3gp",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".wmv",
+        ".flv",
+        ".mts",
+        ".m2ts",
+        ".mka",
+    ),
+    *(".amr", ".ac3", ".ape", ".dts", ".mp2", ".ra", ".wv"),
+}
 
 if TYPE_CHECKING:
     from canter.corpus.manifest import Utterance
     from canter.inference.engine import Engine
     from canter.inference.inputs import Item
+    from canter.inference.progress import Decoded
     from canter.inference.ranks import Ranks
+    from canter.inference.subtitles import SubtitleStyle
     from canter.inference.transcribe import Transcription
+    from canter.inference.writers import FolderOutput
 
 
 @dataclass(frozen=True)
@@ -54,11 +79,25 @@ class Options:
     Canary-flash's prompts have room for it; a Whisper of many languages then needs --language."""
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, by the model's timestamp tokens where it has them; `word`: of words too, by
-    cross-attention; `auto`: `segment` for srt, vtt, tsv and json, else `none`."""
+    cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
+    cues: Literal["auto", "sentence", "whisper"] = "auto"
+    """How srt and vtt are cut into cues. `sentence`: at sentence ends, at most 7 s and 2 lines of 42 characters;
+    `whisper`: one cue a segment, as Whisper's command; `auto`: `whisper` with one of the four options below, else
+    `sentence`."""
+    max_line_width: int | None = None
+    """Most characters in a line of a subtitle."""
+    max_line_count: int | None = None
+    """Most lines in a subtitle; with `--cues whisper` it needs --max-line-width."""
+    max_words_per_line: int | None = None
+    """Most words in a line of a subtitle."""
+    highlight_words: bool = False
+    """Underline each word in srt and vtt while it is spoken."""
     beam: int = 1
     """Hypotheses kept for each utterance; 1: greedy."""
     length_penalty: float | None = None
     """Exponent of the length that a beam's score is divided by; by default 1 for Whisper, 0 for others."""
+    ctc_weight: float = 0.0
+    """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"
     """What finds the pauses in which long audio is cut; `silero` needs the extra `vad`, `none` cuts windows that
     overlap."""
@@ -75,6 +114,8 @@ class Options:
     """No n-gram of up to 8 tokens may follow itself more often than this; 0: no such guard. Beam search has none."""
     longest_seconds: float | None = None
     """Longer audio is refused; by default none is."""
+    skip_existing: bool = False
+    """Leave out what has its files in the output folder already."""
     json: bool = False
     """Print a summary as one JSON object on stdout; needs --output."""
 
@@ -83,17 +124,20 @@ def run(options: Options) -> int:
     if not options.inputs:
         raise ConfigError("nothing to transcribe: name audio files, folders or manifests")
     folder, kinds = destination(options)
+    style = style_of(options, kinds)
 
     from canter.inference.ranks import Ranks
 
     ranks = Ranks()
     try:
-        return transcribe_inputs(options, folder, kinds, ranks)
+        return transcribe_inputs(options, folder, kinds, style, ranks)
     finally:
         ranks.close()
 
 
-def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "Ranks") -> int:
+def transcribe_inputs(
+    options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "Ranks"
+) -> int:
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
@@ -102,19 +146,28 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
 
     checkpoint = checkpoint_of(options.model)
     engine = load_engine(options, checkpoint, ranks)
+    timestamps = timestamps_of(options, kinds, style)
+    if timestamps == "word" and not engine.aligns:
+        timestamps = without_words(checkpoint, style, kinds, quiet=ranks.rank > 0)
     languages = engine.model.tokenizer.languages
+    if ranks.rank == 0:
+        tell_what_is_not_taken(options.inputs)
     asked = Defaults.of(engine.model.tokenizer, options.language, options.task, options.target_language)
     items = read_items(options.inputs, defaults=asked)
     if asked.language and options.language and ranks.rank == 0:
         warn_of_other_languages(items, asked.language)
     if len(languages) > 1 and not isinstance(engine.model.tokenizer, WhisperTokenizer):  # which detects it
         items = require_language(items, languages)
-    if not folder:
+    files = None
+    if folder:
+        items, files = into_folder(options, items, kinds, style, ranks)
+    else:
         check_renderable(len(items), kinds[0])
     results = [Transcription("", error=item.problem) for item in items]
     first = partial_files(options.output, folder) if options.output else None
+    made_by = identity(checkpoint, options, timestamps)
     begun = time.perf_counter()
-    resumed, audio_seconds = work_through(engine, items, results, options, checkpoint, first, ranks)
+    resumed, audio_seconds = work_through(engine, items, results, options, made_by, first, files, ranks)
     shares = ranks.gather((asdict(engine.counters), audio_seconds))
     seconds = time.perf_counter() - begun
 
@@ -123,9 +176,10 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     if ranks.rank == 0:
         written: list[Path] = []
         if options.output:
-            written = write_results(items, results, options.output, kinds, folder, timed)
+            names = files.names if files else None
+            written = write_results(items, results, options.output, kinds, folder, timed, style, names)
         else:
-            sys.stdout.writelines(render(items, results, kinds[0], timed))
+            sys.stdout.writelines(render(items, results, kinds[0], timed, style))
         counters = {name: sum(share[0][name] for share in shares) for name in shares[0][0]}
         audio_seconds = sum(share[1] for share in shares)
         summary = {
@@ -153,6 +207,117 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], ranks: "
     elif first:
         remove(first)  # every rank does: their disks may differ
     return 1 if problems else 0
+
+
+def style_of(options: Options, kinds: list[str]) -> "SubtitleStyle":
+    """Return how subtitles are laid out. Raises ConfigError for options that do not go with the others."""
+    from canter.inference.formats import SUBTITLES
+    from canter.inference.subtitles import SubtitleStyle
+
+    style = SubtitleStyle(
+        options.cues,
+        options.max_line_width,
+        options.max_line_count,
+        options.max_words_per_line,
+        options.highlight_words,
+    )
+    if (style.shaped or style.cues != "auto") and not {*SUBTITLES} & {*kinds}:
+        raise ConfigError(
+            f"{told_of(options)}: for subtitles, and the format is {kinds[0]}; add --format srt or vtt"
+        )
+    if style.needs_words and options.timestamps in ("none", "segment"):
+        raise ConfigError(
+            f"{told_of(options)}: needs times of words; leave out --timestamps {options.timestamps}"
+        )
+    if style.ignored:
+        print(f"canter: {style.ignored}", file=sys.stderr)
+    return style
+
+
+def told_of(options: Options) -> str:
+    """Return the options of subtitles that were given, as they were typed."""
+    names = ("cues", "max_line_width", "max_line_count", "max_words_per_line", "highlight_words")
+    return ", ".join(
+        f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(Options, name)
+    )
+
+
+def without_words(
+    checkpoint: Path, style: "SubtitleStyle", kinds: list[str], quiet: bool
+) -> Literal["segment"]:
+    """Return the times that subtitles are made of where the model cannot tell when a word was said. Raises ConfigError
+    where that will not do."""
+    if style.needs_words:
+        raise ConfigError(
+            f"{checkpoint} cannot tell when a word was said, which these subtitles need; for lines of a given width "
+            "without it add --cues sentence, and leave out --highlight-words"
+        )
+    if not quiet:
+        print(
+            f"canter: {checkpoint} cannot tell when a word was said: cues that divide a segment share its time in "
+            "proportion to their characters",
+            file=sys.stderr,
+        )
+    return "segment"
+
+
+def tell_what_is_not_taken(inputs: Sequence[str]) -> None:
+    """Print how many files of each folder are not transcribed, and the first."""
+    from canter.corpus.readers.folder import audio_files
+    from canter.corpus.sources import units_of
+    from canter.inference.formats import SUFFIXES
+
+    ours = {*SUFFIXES.values(), ".partial"}
+    for path in inputs:
+        if not os.path.isdir(path):
+            continue
+        with contextlib.suppress(ManifestError):  # reading the inputs will say so
+            if [unit.kind for unit in units_of(path)] != ["folder"]:
+                continue
+        folder = os.path.abspath(path)
+        taken = {*audio_files(folder)}
+        others = sorted(
+            (suffix not in OTHER_MEDIA, os.path.join(root, name))
+            for root, _, names in os.walk(folder)
+            for name in names
+            if (suffix := os.path.splitext(name)[1].lower()) not in ours
+            and not name.startswith(".")
+            and os.path.join(root, name) not in taken
+        )
+        if others:
+            number = f"{len(others):,} files are" if len(others) > 1 else "1 file is"
+            print(
+                f"canter: {path}: {number} not taken, by the suffix no audio (the first: {others[0][1]}); "
+                "convert what is audio to .wav, .flac, .mp3 or .mp4",
+                file=sys.stderr,
+            )
+
+
+def into_folder(
+    options: Options, items: "list[Item]", kinds: list[str], style: "SubtitleStyle", ranks: "Ranks"
+) -> "tuple[list[Item], FolderOutput]":
+    """Return the items to transcribe, and the files of each in the output folder."""
+    from canter.inference.writers import FolderOutput, file_names
+
+    assert options.output
+    names = file_names(items, [os.path.abspath(path) for path in options.inputs if os.path.isdir(path)])
+    each = [kind for kind in kinds if kind != "nemo"]
+    files = FolderOutput(options.output, names, each, style)
+    if not options.skip_existing:
+        return items, files
+    done = [all(path.exists() for _, path in files.files(index)) for index in range(len(items))]
+    if any(done) and ranks.rank == 0:
+        listed = [one.row.get("audio_filepath") for one, is_done in zip(items, done) if is_done]
+        print(f"canter: {len(listed):,} left out, whose files exist: {some_of(listed)}", file=sys.stderr)
+    wanted = [index for index, is_done in enumerate(done) if not is_done]
+    return [items[index] for index in wanted], replace(files, names=[names[index] for index in wanted])
+
+
+def some_of(paths: "Sequence[Any]", most: int = 5) -> str:
+    """Return the names of the first files, and how many there are beside."""
+    names = [*dict.fromkeys(Path(str(path)).name for path in paths)]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def warn_of_other_languages(items: "Sequence[Item]", asked: str) -> None:
@@ -197,6 +362,7 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         max_repeats=options.max_repeats,
         beams=options.beam,
         length_penalty=options.length_penalty,
+        ctc_weight=options.ctc_weight,
     )
     return engine_for(model, model.tokenizer.end, config)
 
@@ -207,6 +373,7 @@ def refuse_ours(options: Options, checkpoint: Path) -> None:
         "--timestamps word": options.timestamps == "word",
         "--precision int8": options.precision == "int8",
         "--max-repeats": options.max_repeats != Options.max_repeats,
+        "--ctc-weight": options.ctc_weight > 0,
     }
     told = [name for name, value in asked.items() if value]
     if told:
@@ -220,18 +387,23 @@ def work_through(
     items: "Sequence[Item]",
     results: "list[Transcription]",
     options: Options,
-    checkpoint: Path,
+    made_by: dict[str, Any],
     first: Path | None,
+    files: "FolderOutput | None",
     ranks: "Ranks",
 ) -> tuple[int, float]:
-    """Fills in the ``results`` of all items that an earlier start has not, each rank its share; in the end rank 0
-    has them all. Returns how many were there, and the seconds of audio that this rank transcribed."""
+    """Fill in the ``results`` of all items that an earlier start has not, each rank its share; in the end rank 0
+    has them all. A single process writes the files of each item at once. Return how many were there, and the seconds
+    of audio that this rank transcribed.
+
+    ``made_by`` says what an earlier start must have asked for, see `identity`.
+    """
     from canter.inference.ranks import share
     from canter.inference.resume import Partial, read_done, row_key
-    from canter.inference.transcribe import TranscribeConfig, transcribe_stream
+    from canter.inference.transcribe import TranscribeConfig, transcribe_events
 
     asked = TranscribeConfig(
-        timestamps=timestamps_of(options),
+        timestamps=made_by["timestamps"],
         window_seconds=options.window_seconds,
         vad=options.vad,
         context=options.initial_prompt,
@@ -241,13 +413,16 @@ def work_through(
     agree_on_items(items, ranks)
     known: set[int] = set()
     if first:
-        done = read_done(first, identity(checkpoint, options))
+        done = read_done(first, made_by)
         for index, item in enumerate(items) if done else ():
             if item.utterance and (result := done.get(row_key(item.utterance))):
                 results[index] = result
                 known.add(index)
     others = ranks.all_gather(known)
     everywhere = set().union(*others)
+    if everywhere and ranks.rank == 0:
+        kept = some_of([items[index].row.get("audio_filepath") for index in sorted(everywhere)])
+        print(f"canter: {len(everywhere):,} kept from an earlier start: {kept}", file=sys.stderr)
     wanted = [index for index, item in enumerate(items) if item.utterance and index not in everywhere]
     utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
     mine = share(engine.model, utterances, ranks.size)[ranks.rank]
@@ -257,12 +432,12 @@ def work_through(
     partial = None
     if first:
         path = first.with_name(f"{first.name}-{ranks.rank}") if ranks.rank else first
-        partial = Partial(path, identity(checkpoint, options))
+        partial = Partial(path, made_by)
     audio_seconds = 0.0
     try:
         longest = math.inf if options.longest_seconds is None else options.longest_seconds
-        stream = transcribe_stream(engine, engine.model.tokenizer, utterances, longest, asked)
-        for number, result in watched(stream, utterances, ranks):
+        events = transcribe_events(engine, engine.model.tokenizer, utterances, longest, asked)
+        for number, result in watched(events, utterances, ranks):
             path = utterances[number].audio_filepath
             if result.error is not None and path not in result.error:
                 result = replace(result, error=f"{path}: {result.error}")
@@ -271,6 +446,8 @@ def work_through(
                 audio_seconds += utterances[number].duration
             if partial:
                 partial.add(utterances[number], result)
+            if files and ranks.size == 1:
+                files.write(wanted[number], items[wanted[number]], result)
     finally:
         if partial:
             partial.close()
@@ -292,6 +469,12 @@ def destination(options: Options) -> tuple[bool, list[str]]:
         raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
     if options.max_repeats < 0:
         raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no guard, or more")
+    if options.skip_existing and not (output and (output.is_dir() or not output.suffix)):
+        raise ConfigError("--skip-existing: name a folder as --output")
+    if options.skip_existing and kind in (None, "nemo", "all"):
+        raise ConfigError(
+            "--skip-existing is for formats with a file an utterance: add --format srt, vtt, txt, ..."
+        )
     if output and output.suffix == ".gz":
         raise ConfigError(f"{output}: transcripts are not compressed; name it without .gz")
     if output is None:
@@ -309,19 +492,26 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     return folder, [kind or suffixes.get(output.suffix, "nemo")]
 
 
-def timestamps_of(options: Options) -> Literal["none", "segment", "word"]:
+def timestamps_of(
+    options: Options, kinds: Sequence[str], style: "SubtitleStyle"
+) -> Literal["none", "segment", "word"]:
+    """Return the times to ask the model for."""
+    from canter.inference.formats import SUBTITLES
+
     if options.timestamps != "auto":
         return options.timestamps
-    return "segment" if {"srt", "vtt", "tsv", "json"} & {*destination(options)[1]} else "none"
+    if {*SUBTITLES} & {*kinds} and (style.by_sentence or style.needs_words):
+        return "word"
+    return "segment" if {*SUBTITLES, "tsv", "json"} & {*kinds} else "none"
 
 
-def identity(checkpoint: Path, options: Options) -> dict[str, Any]:
-    """What an unfinished result must have been made by, to go on with it."""
+def identity(checkpoint: Path, options: Options, timestamps: str) -> dict[str, Any]:
+    """Return what an unfinished result must have been made by, to go on with it."""
     weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     return {
         "model": str(checkpoint.resolve()),
         "weights": int(weights.stat().st_mtime) if weights.exists() else None,
-        "timestamps": timestamps_of(options),
+        "timestamps": timestamps,
         **{name: getattr(options, name) for name in DECIDING},
     }
 
@@ -342,41 +532,22 @@ def agree_on_items(items: "Sequence[Item]", ranks: "Ranks") -> None:
 
 
 def watched(
-    stream: "Iterator[tuple[int, Transcription]]", utterances: "Sequence[Utterance]", ranks: "Ranks"
+    events: "Iterable[tuple[int, Transcription] | Decoded]", utterances: "Sequence[Utterance]", ranks: "Ranks"
 ) -> "Iterator[tuple[int, Transcription]]":
-    """The stream, under a bar with the RTFx so far; where nothing can be redrawn, a line every half minute."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """Yield the transcriptions among the events, and show how much audio is decoded."""
+    from canter.cli.progress import TranscriptionProgress
+    from canter.inference.progress import Decoded
 
-    total = sum(utterance.duration for utterance in utterances)
-    console = Console(stderr=True)
     label = f"rank 0 of {ranks.size}" if ranks.size > 1 else "transcribing"
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} s of audio  {task.fields[rtfx]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=ranks.rank > 0 or not console.is_terminal,
-    )
-    task = bar.add_task(label, total=total, rtfx="")
-    heard = passed = failed = 0.0
-    begun = said = time.perf_counter()
-    with bar:
-        for count, (number, result) in enumerate(stream, 1):
+    total = sum(utterance.duration for utterance in utterances)
+    with TranscriptionProgress(label, len(utterances), total, hidden=ranks.rank > 0) as progress:
+        for event in events:
+            if isinstance(event, Decoded):
+                progress.advance(event.seconds)
+                continue
+            number, result = event
             yield number, result
-            seconds = utterances[number].duration
-            passed += seconds
-            heard += seconds if result.error is None else 0.0
-            failed += result.error is not None
-            now = time.perf_counter()
-            rtfx = f"RTFx {heard / (now - begun):,.1f}" + (f"  {failed:.0f} failed" if failed else "")
-            bar.update(task, advance=seconds, rtfx=rtfx)
-            if not console.is_terminal and not ranks.rank and now - said >= EVERY_SECONDS:
-                said = now
-                line = f"{count:,} of {len(utterances):,} utterances, {passed:,.0f} of {total:,.0f} s  {rtfx}"
-                print(f"{label}: {line}", file=sys.stderr, flush=True)
+            progress.finish(utterances[number].duration, result.error is not None)
 
 
 def say(summary: dict[str, Any]) -> None:

@@ -242,9 +242,10 @@ def _progress(
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not (show and console.is_terminal)
-    ) as bar:
+    if not (show and console.is_terminal):  # a disabled bar of rich before 14.3 prints an empty line
+        yield from done
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("indexing", total=sum(part.size for part in parts))
         bar.advance(task, sum(part.size for part in parts) - sum(part.size for part in waiting))
         for part in done:

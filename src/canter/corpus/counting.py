@@ -1,4 +1,4 @@
-"""Target lengths without a tokenizer: characters or bytes, for a first look or for models that spell."""
+"""Target lengths without a tokenizer: characters, bytes or an estimate, for a first look or for models that spell."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,3 +47,28 @@ class UnitCounter:
     def encode(self, text: str, lang: str | None = None) -> range:
         """As many numbers as there are units in the text."""
         return range(len(text) if self.unit == "chars" else len(text.encode()))
+
+
+ESTIMATE = "estimate"  # the fingerprint of `TokenEstimate`
+NARROW = 0x530  # code points below are Latin, Greek and Cyrillic letters, digits and punctuation
+CHARACTERS_A_TOKEN = 3
+
+
+@dataclass(frozen=True)
+class TokenEstimate:
+    """Stands for a subword tokenizer: a token for three Latin, Greek or Cyrillic characters, spaces and punctuation
+    counted, and one for every other character.
+
+    Whisper's multilingual tokenizer makes a token of 2.7 to 4.7 characters in LibriSpeech, LJ Speech, CSS10 Spanish and
+    Common Voice Russian, and 0.7 to 2.6 tokens of a character of other scripts in Common Voice.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the rule."""
+        return ESTIMATE
+
+    def encode(self, text: str, lang: str | None = None) -> range:
+        """Return as many numbers as there are tokens in the text, by the rule."""
+        narrow = sum(ord(character) < NARROW for character in text)
+        return range(-(-narrow // CHARACTERS_A_TOKEN) + len(text) - narrow)

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from canter.errors import AudioError
+from canter.extras import install
 
 # Containers that say where in time each packet is. In others a seek lands by the bit rate, so they are read through.
 TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
@@ -62,7 +63,7 @@ def open_coded(path: str, file: BinaryIO, reason: str) -> Iterator[Coded]:
     except ModuleNotFoundError:
         raise AudioError(
             f"{path} is not audio that libsndfile knows ({reason}); convert it to WAV or FLAC, or, "
-            "if it is AAC, M4A, WMA or WebM, pip install 'canter[av]'"
+            f"if it is AAC, M4A, WMA or WebM, {install('av')}"
         ) from None
     file.seek(0)
     try:

@@ -37,6 +37,7 @@ _SCHEMA = [
     ("source", pa.uint16()),
     ("place", pa.uint64()),
 ]
+_TYPES = (np.float32, np.uint16, np.uint16, np.uint64)  # the same for NumPy
 
 
 @dataclass(frozen=True)
@@ -274,10 +275,10 @@ class LengthIndex:
             header = json.loads((reader.schema.metadata or {})[b"canter"])
             if header["format"] != FORMAT or reader.schema.names != [name for name, _ in _SCHEMA]:
                 raise ManifestError(f"{path} is an index of format {header['format']}, not {FORMAT}; {again}")
-            # not to_numpy: its first call imports pandas, where that is installed, for 0.3 s and 40 MB
+            # not to_numpy or to_pandas_dtype: they import pandas, which takes 0.3 s and 40 MB, or miss it
             columns = [
-                np.frombuffer(column.buffers()[1], kind.to_pandas_dtype(), len(column))
-                for column, (_, kind) in zip(reader.get_batch(0).columns, _SCHEMA, strict=True)
+                np.frombuffer(column.buffers()[1], kind, len(column))
+                for column, kind in zip(reader.get_batch(0).columns, _TYPES, strict=True)
             ]
         except FileNotFoundError:
             raise ManifestError(f"{path} does not exist; {again}") from None

@@ -5,10 +5,9 @@ BLEU: Papineni et al., ACL 2002; chrF: Popović, WMT 2015; signatures: Post, WMT
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from canter.errors import ConfigError
 from canter.evaluation.normalize import language
+from canter.extras import require
 from canter.text.languages import is_said
 
 # How sacrebleu cuts a language into words; ja-mecab and ko-mecab need packages of their own.
@@ -35,10 +34,9 @@ def score_translations(
 ) -> dict[str, TranslationScore]:
     """Corpus BLEU and chrF by target language, the most frequent first; (N,) texts each.
 
-    Raises ConfigError without sacrebleu and ValueError where the sequences differ in length.
+    Raises MissingExtraError without sacrebleu and ValueError where the sequences differ in length.
     """
-    if not find_spec("sacrebleu"):
-        raise ConfigError("BLEU and chrF need sacrebleu: pip install 'canter[bleu]'")
+    require("sacrebleu", "the score of translations (BLEU, chrF)")
     if not len(references) == len(hypotheses) == len(langs):
         raise ValueError(
             f"{len(references)} references, {len(hypotheses)} hypotheses, {len(langs)} languages"

@@ -12,25 +12,30 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from canter.errors import ConfigError
 from canter.inference.alignment import align
 from canter.inference.capacity import decoder_rows, encoder_batches, encoder_frames
-from canter.inference.ctc import ctc_greedy
+from canter.inference.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
 from canter.inference.graphs import FixedSteps
 from canter.inference.repetition import RepetitionGuard
-from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request
+from canter.inference.requests import Counters, EngineConfig, Hypothesis, Request, Underway
 from canter.inference.rules import Rules
 from canter.inference.search import BeamSearch, Greedy, Row, Search
 from canter.inference.timer import Timer
 from canter.models.cache import swap_out
 from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
+
+EVENT_SECONDS = 0.2  # between two values of progress
+USUAL_TOKENS = 4.0  # a second of speech, until finished rows tell
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class _Encoded:
     heard: tuple[tuple[Hypothesis, float], ...] = ()
     """Of the audio before this: each with where, in seconds, what comes after it begins."""
     ready: "torch.cuda.Event | None" = None
+    ctc_log_probs: Tensor | None = None
+    """(T x upsampling, C), for joint decoding."""
 
 
 class _Live:
@@ -81,8 +88,13 @@ class Engine:
     def __init__(
         self, model: SpeechModel, end: int, config: EngineConfig | None = None, *, ctc: bool = False
     ):
-        """``ctc`` also gives the CTC head's greedy outputs, if the model has one."""
+        """``ctc`` also gives the CTC head's greedy outputs, if the model has one. Raises ConfigError where the
+        configuration asks for joint decoding and the model cannot do it."""
         self.model, self.end, self.config = model, end, config or EngineConfig()
+        weight = self.config.ctc_weight
+        if not 0 <= weight <= 1:
+            raise ConfigError(f"--ctc-weight {weight:g} must lie between 0 (attention only) and 1 (CTC only)")
+        self.spelling = spelling_of(model) if weight else None
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
         self.rows = self.config.rows or decoder_rows(model, self.device)
@@ -94,6 +106,7 @@ class Engine:
         self.side = torch.cuda.Stream(self.device) if self.gpu else None
         self.front = torch.cuda.Stream(self.device, priority=-1) if self.gpu else None
         self.timer = Timer(self.gpu)
+        self._done_tokens, self._done_seconds = 10 * USUAL_TOKENS, 10.0  # of finished rows
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
         """Hypotheses in the order of ``requests``, which are sorted and batched here."""
@@ -110,7 +123,19 @@ class Engine:
         batches: Iterable[list[Request]],
         cancelled: Callable[[Hashable], bool] | None = None,
     ) -> Iterator[Hypothesis]:
-        """Encodes one batch after another, as rows become free, and gives hypotheses as they finish.
+        """Yield hypotheses as they finish; ``events`` without the progress in between."""
+        with closing(self.events(batches, cancelled)) as events:
+            for event in events:
+                if isinstance(event, Hypothesis):
+                    yield event
+
+    def events(
+        self,
+        batches: Iterable[list[Request]],
+        cancelled: Callable[[Hashable], bool] | None = None,
+    ) -> Generator[Hypothesis | Underway]:
+        """Encode one batch after another, as rows become free, and yield hypotheses as they finish, and a few times a
+        second how far the others are.
 
         Batches should be sorted by length, longest first: neighbours share slots, and buffers are made once.
         The next one is asked for whenever there is room; an empty one means that there is nothing yet, and
@@ -129,6 +154,7 @@ class Engine:
             self.front.wait_stream(torch.cuda.current_stream(self.device))
         # On a GPU the next batch is encoded beside the decoder's steps.
         enough = self.rows + (self.rows + 1) // 2 if self.gpu else self.rows
+        told = begun
         try:
             while True:
                 while more and len(live.rows) + len(waiting) < enough:
@@ -140,6 +166,11 @@ class Engine:
                     self.counters.utterances += len(batch)
                     samples = sum(len(item.audio) for item in batch)
                     self.counters.audio_seconds += samples / self.model.sample_rate
+                    if (now := time.perf_counter()) - told >= EVENT_SECONDS:
+                        told = now
+                        self.counters.seconds += now - begun
+                        yield self._underway(live, waiting)
+                        begun = time.perf_counter()
                 if cancelled:
                     with on_stream(self.front):
                         self._drop(live, waiting, cancelled)
@@ -149,22 +180,41 @@ class Engine:
                     continue
                 with on_stream(self.front):
                     finished = self._advance(live, waiting, steps)
-                self.counters.seconds += time.perf_counter() - begun
+                now = time.perf_counter()
+                self.counters.seconds += now - begun
                 yield from finished
+                if now - told >= EVENT_SECONDS:
+                    told = now
+                    yield self._underway(live, waiting)
                 begun = time.perf_counter()
         finally:
             self.model.train(training)
             self.timer.collect(wait=True)
+
+    def _underway(self, live: _Live, waiting: Iterable[_Encoded]) -> Underway:
+        rate, pace = self.model.sample_rate, self._done_tokens / self._done_seconds
+
+        def fraction(row: _Encoded, tokens: int) -> float:
+            seconds = len(row.request.audio) / rate
+            begins = sum(before for _, before in row.heard)  # of the audio that this row is the rest of
+            here = seconds * (0.5 + 0.5 * min(0.95, tokens / max(1.0, pace * seconds)))
+            return (begins + here) / max(begins + seconds, 1e-9)
+
+        rows = [(row, len(drawn.tokens)) for row, drawn in zip(live.rows, live.drawn)]
+        rows += [(row, 0) for row in waiting]
+        return Underway(tuple((row.request.key, fraction(row, tokens)) for row, tokens in rows))
 
     def _fixed_steps(self) -> FixedSteps | None:
         """How the decoder steps, if not as it comes."""
         return FixedSteps(self.model.decoder) if self.gpu and self.config.graphs else None
 
     def _search(self) -> Search:
-        config = self.config
+        config, joint = self.config, None
+        if self.spelling:
+            joint = Joint(PrefixScorer(self.spelling, self.end, config.beams, self.device), config.ctc_weight)
         if config.beams == 1:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
-            return Greedy(self.rules, guard)
+            return Greedy(self.rules, guard, joint)
         whisper = self.rules.no_timestamps is not None
         penalty = config.length_penalty
         return BeamSearch(
@@ -174,6 +224,7 @@ class Engine:
             config.early_stopping,
             in_place=not whisper,
             pad=self.model.config.decoder.pad,
+            joint=joint,
         )
 
     @torch.inference_mode()
@@ -195,8 +246,11 @@ class Engine:
             with self.timer.timed(self.counters, "encoder_seconds"):
                 encoded, encoded_lengths = model.encode(features, frames)
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
-                if self.ctc:
-                    ctc = ctc_greedy(*model.ctc_log_probs(encoded, encoded_lengths))
+                ctc_log_probs: Tensor | None = None
+                if self.ctc or self.spelling:
+                    ctc_log_probs, ctc_lengths = model.ctc_log_probs(encoded, encoded_lengths)
+                    if self.ctc:
+                        ctc = ctc_greedy(ctc_log_probs, ctc_lengths)
                 encoded = model.projection(encoded)
                 if self.gpu:  # without waiting for the device
                     sizes = [int(model.encoder.frames(model.features.frames(size))) for size in lengths]
@@ -205,10 +259,14 @@ class Engine:
             if self.side:
                 ready = torch.cuda.Event()
                 ready.record(self.side)
+        kept: Sequence[Tensor | None] = [None] * len(batch)
+        if self.spelling and ctc_log_probs is not None:
+            rate = model.config.ctc_upsampling
+            kept = [row[: size * rate] for row, size in zip(ctc_log_probs, sizes)]
         return [
             _Encoded(item, states[:size], outputs, self._limit(item, size), list(item.prompt),
-                     item.temperature, ready=ready)
-            for item, states, size, outputs in zip(batch, encoded, sizes, ctc)
+                     item.temperature, ready=ready, ctc_log_probs=scores)
+            for item, states, size, outputs, scores in zip(batch, encoded, sizes, ctc, kept)
         ]  # fmt: skip
 
     def _limit(self, request: Request, frames: int) -> int:
@@ -218,6 +276,8 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens: the decoder has {positions} positions"
             )
+        if request.temperature and self.spelling:
+            raise ValueError("joint decoding takes the best tokens: a request may have no temperature")
         rate = self.config.tokens_per_frame
         if rate is None:
             rate = self.model.generation.get("tokens_per_frame", 1.0)
@@ -272,6 +332,8 @@ class Engine:
             if place is not None:
                 cut.append((row, hypothesis, place))
                 continue
+            self._done_tokens += len(hypothesis.tokens)
+            self._done_seconds += len(asked.audio) / self.model.sample_rate
             for before, begins in reversed(row.heard):
                 hypothesis = replace(before, rest=hypothesis, rest_begins=begins)
             finished.append(hypothesis)
@@ -319,6 +381,8 @@ class Engine:
                 assert row.ready is not None
                 self.front.wait_event(row.ready)
                 row.states.record_stream(self.front)
+                if row.ctc_log_probs is not None:
+                    row.ctc_log_probs.record_stream(self.front)
         new = self._with_languages(new)
         prompts = [row.prompt for row in new]
         states = pad_sequence([row.states for row in new], batch_first=True)
@@ -332,6 +396,7 @@ class Engine:
                 seed=row.attempt,
                 prompt=len(row.prompt),
                 scored=row.request.scored,
+                ctc=row.ctc_log_probs,
             )
             for row in new
         ]
@@ -395,5 +460,12 @@ class Engine:
 
 
 def engine_for(model: SpeechModel, end: int, config: EngineConfig) -> Engine:
-    """What decodes ``model``: another library's model brings an engine of its own."""
-    return Engine(model, end, config) if isinstance(model, SpeechModel) else model.engine(end, config)
+    """Return what decodes ``model``: another library's model brings an engine of its own.
+
+    Raises ConfigError where that one is asked for joint decoding.
+    """
+    if isinstance(model, SpeechModel):
+        return Engine(model, end, config)
+    if config.ctc_weight:
+        raise ConfigError("--ctc-weight: another library decodes this model, by attention only; leave it out")
+    return model.engine(end, config)

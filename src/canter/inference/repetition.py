@@ -51,7 +51,25 @@ class RepetitionGuard:
                 logits[row, chosen[row]] = -math.inf
                 chosen[row] = int(logits[row].argmax())
                 equal[row] = np.where(last[row] == chosen[row], self.equal[first + row] + 1, 0)
+        self._advance(first, chosen, equal)
+        return chosen.tolist()
+
+    def forbid(self, logits: Tensor, first: int = 0) -> None:
+        """Write -inf in logits (B, V) of the rows from slot ``first`` on, at the tokens that the rule forbids."""
+        too_often = self.equal[first:] + 1 >= (self.repeats + 1) * self.sizes
+        for row, size in zip(*np.nonzero(too_often)):
+            logits[row, self.last[first + row, size]] = -math.inf
+
+    def took(self, chosen: list[int], first: int = 0) -> None:
+        """Note the tokens that the rows from slot ``first`` on have taken."""
+        if len(self.sizes):
+            tokens = np.array(chosen)
+            self._advance(
+                first, tokens, np.where(self.last[first:] == tokens[:, None], self.equal[first:] + 1, 0)
+            )
+
+    def _advance(self, first: int, chosen: np.ndarray, equal: np.ndarray) -> None:
+        last = self.last[first:]
         self.equal[first:] = equal
         self.last[first:, 1:] = last[:, :-1].copy()
         self.last[first:, 0] = chosen
-        return chosen.tolist()

@@ -34,6 +34,9 @@ class EngineConfig:
     NeMo for others."""
     early_stopping: bool = False
     """Ends a row's beams as soon as there are as many finished ones (Whisper's search; see BeamSearch)."""
+    ctc_weight: float = 0.0
+    """Weight w of CTC in joint decoding, (1 - w) log p_attention + w log p_CTC; 0: attention only. The model needs a
+    CTC head, and requests have no temperature."""
     graphs: bool = True
     """On a GPU, whether decoder steps are captured as CUDA graphs."""
 
@@ -98,6 +101,15 @@ class Hypothesis:
     def avg_logprob(self) -> float:
         """A token, the end token counted, as Whisper counts it."""
         return self.logprob / (len(self.tokens) + 1)
+
+
+@dataclass(frozen=True)
+class Underway:
+    """How far the rows are that the engine has taken and not finished."""
+
+    rows: tuple[tuple[Hashable, float], ...]
+    """Key and fraction of each: a half once it is encoded, the rest by its tokens, as many as rows before it had a
+    second."""
 
 
 @dataclass

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from canter.inference.ctc import Joint
 from canter.inference.repetition import RepetitionGuard
 from canter.inference.rules import Rules
 from canter.models.cache import swap_out
 
 BLOCK = 64  # of logits, when the best of many are looked for
+CANDIDATES = 16  # tokens, the likeliest by attention and the end token, that joint greedy search chooses from
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Row:
     """Whether an end token ended it."""
     alternatives: list[tuple[list[int], float, bool]] = field(default_factory=list)
     """Of beams: tokens, sum of log probabilities, and whether finished, best first."""
+    ctc: Tensor | None = None
+    """Log probabilities of the CTC head (T, C), for joint search."""
 
     def __post_init__(self):
         self.draws = np.random.default_rng(self.seed) if self.temperature else None
@@ -96,22 +100,35 @@ def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, places.gather(1, within)
 
 
+def candidates(logits: Tensor, count: int, end: int) -> tuple[Tensor, Tensor]:
+    """Return values and indices (R, count + 1) of the largest of logits (R, V), and of the end token in any case."""
+    values, tokens = best(logits, min(count, logits.shape[1]))
+    values = values.masked_fill(tokens == end, -math.inf)  # which stands in the last column
+    ends = torch.full_like(tokens[:, :1], end)
+    return torch.cat([values, logits[:, end, None]], 1), torch.cat([tokens, ends], 1)
+
+
 class Greedy:
-    """The best token that the rules and the guard against repetition allow, or one drawn."""
+    """The best token that the rules and the guard against repetition allow, or one drawn; with ``joint``, by CTC and
+    attention."""
 
     beams = 1
 
-    def __init__(self, rules: Rules, guard: RepetitionGuard):
-        self.rules, self.guard = rules, guard
+    def __init__(self, rules: Rules, guard: RepetitionGuard, joint: Joint | None = None):
+        self.rules, self.guard, self.joint = rules, guard, joint
         self.rows: list[Row] = []
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
         self.guard.add(len(rows))
+        if self.joint:
+            self.joint.scorer.add([row.ctc for row in rows if row.ctc is not None])
 
     def remove(self, slots: list[int]) -> None:
         self.guard.remove(slots)
         swap_out(self.rows, slots)
+        if self.joint:
+            self.joint.scorer.remove(slots)
 
     def inputs(self) -> list[list[int]]:
         return [[row.tokens[-1]] for row in self.rows]
@@ -122,6 +139,19 @@ class Greedy:
         stamped = [index for index, row in enumerate(rows) if row.stamped]
         if stamped:
             self.rules.order_timestamps(scores, stamped, [rows[index].tokens for index in stamped])
+        choose = self._jointly if self.joint else self._by_attention
+        chosen = choose(scores, rows, first)
+        ended, end = [], self.rules.end
+        for slot, (row, token) in enumerate(zip(rows, chosen), first):
+            if token == end:
+                row.finished = True
+            else:
+                row.tokens.append(token)
+            if row.finished or len(row.tokens) >= row.limit:
+                ended.append(slot)
+        return ended, None
+
+    def _by_attention(self, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
         total = scores.logsumexp(-1) if any(row.scored for row in rows) else None
         draws = [
             (index, int(drawn(scores[index], row)[0])) for index, row in enumerate(rows) if row.temperature
@@ -136,15 +166,22 @@ class Greedy:
             picked = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None])[:, 0]
             for row, logprob in zip(rows, (picked - total).tolist()):
                 row.logprob += logprob
-        ended, end = [], self.rules.end
-        for slot, (row, token) in enumerate(zip(rows, chosen), first):
-            if token == end:
-                row.finished = True
-            else:
-                row.tokens.append(token)
-            if row.finished or len(row.tokens) >= row.limit:
-                ended.append(slot)
-        return ended, None
+        return chosen
+
+    def _jointly(self, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
+        assert self.joint
+        scores = scores.log_softmax(-1)
+        self.guard.forbid(scores, first)
+        attention, tokens = candidates(scores, CANDIDATES, self.rules.end)
+        before = attention.new_zeros(len(rows), 1, dtype=torch.float64)
+        joint, numbers = self.joint.scores(attention[:, None], tokens[:, None], before, first, wanted=1)
+        values, places = joint[:, 0].max(-1, keepdim=True)
+        self.joint.scorer.choose(first, numbers[:, 0].gather(1, places)[:, 0])
+        chosen = tokens.gather(1, places)[:, 0].tolist()
+        self.guard.took(chosen, first)
+        for row, value in zip(rows, values[:, 0].tolist()):
+            row.logprob += value if row.scored else 0.0
+        return chosen
 
 
 @dataclass
@@ -167,13 +204,21 @@ class BeamSearch:
     are N. ``in_place=True`` is NeMo's: a finished hypothesis keeps its place among the N, scores are divided
     by ((5 + length) / 6) ** length_penalty, prompt counted (Wu et al., 2016), it ends when all have ended.
 
-    Rows with a temperature draw N hypotheses independently and keep the likeliest a token.
+    Rows with a temperature draw N hypotheses independently and keep the likeliest a token. With ``joint``, scores are
+    those of CTC and attention, of the 2N tokens of each beam that attention finds likeliest and of the end token.
     """
 
     def __init__(
-        self, rules: Rules, beams: int, length_penalty: float, early_stopping: bool, in_place: bool, pad: int
+        self,
+        rules: Rules,
+        beams: int,
+        length_penalty: float,
+        early_stopping: bool,
+        in_place: bool,
+        pad: int,
+        joint: Joint | None = None,
     ):
-        self.rules, self.beams, self.pad = rules, beams, pad
+        self.rules, self.beams, self.pad, self.joint = rules, beams, pad, joint
         self.length_penalty, self.early_stopping, self.in_place = length_penalty, early_stopping, in_place
         self.rows: list[Row] = []
         self.state: list[_Beams] = []
@@ -182,10 +227,14 @@ class BeamSearch:
         self.rows += rows
         n = self.beams
         self.state += [_Beams(np.zeros(n), [[] for _ in range(n)], [False] * n) for _ in rows]
+        if self.joint:
+            self.joint.scorer.add([row.ctc for row in rows if row.ctc is not None])
 
     def remove(self, slots: list[int]) -> None:
         swap_out(self.rows, slots)
         swap_out(self.state, slots)
+        if self.joint:
+            self.joint.scorer.remove(slots)
 
     def inputs(self) -> list[list[int]]:
         return [
@@ -206,9 +255,16 @@ class BeamSearch:
         if stamped:
             written = [states[i // width].tokens[i % width] for i in stamped]
             self.rules.order_timestamps(scores, stamped, written)
-        values, tokens = best(scores, 2 * n)  # of each beam; the best of all are among them
-        sums = (values - total[:, None]).cpu().double().numpy().reshape(len(rows), width, 2 * n)
-        choices = tokens.cpu().numpy().reshape(len(rows), width, 2 * n)
+        shape = (len(rows), width, -1)
+        numbers = None
+        if self.joint:
+            values, tokens = candidates(scores, 2 * n, self.rules.end)
+            attention = (values - total[:, None]).view(shape)
+            sums, choices, numbers = self._jointly(self.joint, attention, tokens.view(shape), first)
+        else:
+            values, tokens = best(scores, 2 * n)  # of each beam; the best of all are among them
+            sums = (values - total[:, None]).cpu().double().numpy().reshape(shape)
+            choices = tokens.cpu().numpy().reshape(shape)
         parents = np.tile(np.arange(n), (len(rows), 1))
         ended = []
         for index, (row, beams) in enumerate(zip(rows, states)):
@@ -222,8 +278,39 @@ class BeamSearch:
             if row.alternatives:
                 row.tokens, row.logprob, row.finished = row.alternatives[0]
                 ended.append(first + index)
+        if self.joint and numbers is not None:
+            picked = self._picked(states, parents, choices, numbers)
+            self.joint.scorer.choose(first, torch.from_numpy(picked).to(logits.device))
         same = opening or (parents == np.arange(n)).all()
         return ended, None if same else torch.from_numpy(parents).to(logits.device)
+
+    def _jointly(
+        self, joint: Joint, attention: Tensor, tokens: Tensor, first: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return joint scores of candidates (B, N, K), best first for each beam, the candidates and their numbers."""
+        states, width = self.state[first:], tokens.shape[1]
+        ended = torch.tensor([beams.ended[:width] for beams in states], device=tokens.device)
+        attention = attention.masked_fill(ended[:, :, None], -math.inf)
+        before = torch.from_numpy(np.stack([beams.scores[:width] for beams in states])).to(tokens.device)
+        wanted = self.beams if self.in_place else 2 * self.beams
+        totals, numbers = joint.scores(attention, tokens, before, first, wanted)
+        sums = (totals - before[:, :, None]).cpu().numpy()
+        order = np.argsort(-sums, axis=-1, kind="stable")
+        choices, numbered = tokens.cpu().numpy(), numbers.cpu().numpy()
+        sums = np.take_along_axis(sums, order, -1)
+        return sums, np.take_along_axis(choices, order, -1), np.take_along_axis(numbered, order, -1)
+
+    def _picked(
+        self, states: Sequence[_Beams], parents: np.ndarray, choices: np.ndarray, numbers: np.ndarray
+    ) -> np.ndarray:
+        """Return the number (B x N,) of the candidate that each live beam took; -1 for beams that have ended."""
+        picked = np.full(parents.shape, -1)
+        for row, beams in enumerate(states):
+            for beam, (parent, tokens, ended) in enumerate(zip(parents[row], beams.tokens, beams.ended)):
+                if tokens and not ended:
+                    place = np.flatnonzero(choices[row, parent] == tokens[-1])
+                    picked[row, beam] = numbers[row, parent, place[0]] if len(place) else -1
+        return picked.ravel()
 
     def _normaliser(self, tokens: int, prompt: int) -> float:
         if self.in_place:

@@ -25,6 +25,7 @@ SECONDS_PER_COLUMN = 0.06  # of text whose times leave it no duration
 
 # Costs of ending a cue or line after a word; the lowest sum decides.
 SENTENCE, CLAUSE, SEGMENT, ANYWHERE = 0.0, 3.0, 5.0, 8.0
+LITTLE = 2.0  # more after a word of three letters or fewer: articles and prepositions belong to what follows
 FILLED = 3.0  # of a full cue, by the square of how full it is: cues of a sentence come out equally long
 HURRIED = 3.0  # of a cue that is there for no time, less the longer it is
 ANOTHER, BEGUN = 1.0, 4.0  # of a sentence end within a cue, and where the cue then ends within a sentence
@@ -312,11 +313,11 @@ def _cost_after(words: Sequence[Word], place: int, segment_ends: bool) -> float:
     if place + 1 == len(words):
         return SENTENCE
     text, following = words[place].text.strip(), words[place + 1].text.strip()
-    if _TERMINAL.search(text) and not following[:1].islower() and not _ABBREVIATED.search(text):
-        return SENTENCE
+    if _TERMINAL.search(text) and not _ABBREVIATED.search(text):
+        return CLAUSE if following[:1].islower() else SENTENCE
     if _CLAUSE.search(text):
         return CLAUSE
-    return SEGMENT if segment_ends else ANYWHERE
+    return (SEGMENT if segment_ends else ANYWHERE) + (LITTLE if len(text) <= 3 else 0.0)
 
 
 def _divided(first: int, end: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:

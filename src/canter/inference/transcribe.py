@@ -17,8 +17,9 @@ from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.capacity import encoder_batches, usual_window
 from canter.inference.engine import Engine
 from canter.inference.pieces import Piece, cut
+from canter.inference.progress import Decoded, Tally
 from canter.inference.reading import Assembly, Fallback, ended_early, segments_of
-from canter.inference.requests import Hypothesis, Request
+from canter.inference.requests import Hypothesis, Request, Underway
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS
 from canter.models.hub import checkpoint_of as checkpoint_of
@@ -216,13 +217,36 @@ def transcribe_stream(
     longest_seconds: float = math.inf,
     config: TranscribeConfig | None = None,
 ) -> Iterator[tuple[int, Transcription]]:
-    """As ``transcribe``, but each (index, transcription) as soon as it is finished, long utterances first.
+    """Yield what ``transcribe`` returns, each (index, transcription) as soon as it is finished, long utterances first.
 
     Batches follow the stated durations; only a few batches of audio are in memory at a time, of an utterance
     longer than the window never more than a few windows. ``longest_seconds``: what is longer is refused.
     """
+    for event in transcribe_events(engine, tokenizer, utterances, longest_seconds, config):
+        if not isinstance(event, Decoded):
+            yield event
+
+
+def transcribe_events(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    utterances: Sequence[Utterance],
+    longest_seconds: float = math.inf,
+    config: TranscribeConfig | None = None,
+) -> Iterator[tuple[int, Transcription] | Decoded]:
+    """Yield what ``transcribe_stream`` yields, and a few times a second how much audio is decoded."""
     jobs = [(index, Job(utterance, utterance.duration)) for index, utterance in enumerate(utterances)]
-    return transcribe_jobs(Listener(engine, tokenizer, config), [jobs], longest_seconds)
+    queue = _Queue(Listener(engine, tokenizer, config), [jobs], longest_seconds)
+    tally = Tally([utterance.duration for utterance in utterances])
+    for event in queue.events():
+        if isinstance(event, Underway):
+            yield tally.decoded((key, done) for key, done in event.rows if isinstance(key, _Part))
+        elif isinstance(event, _Part):
+            tally.add(event)
+        else:
+            tally.finish(event[0])
+            yield event
+    yield tally.decoded()
 
 
 @dataclass(frozen=True)
@@ -244,17 +268,9 @@ def transcribe_jobs(
     ``groups`` may have no end. Each is asked for once the decoder has room for it, and batched by itself: long
     utterances first, piece by piece, then the others, longest first.
     """
-    queue = _Queue(listener, groups, longest_seconds)
-    for hypothesis in listener.engine.run(queue.batches()):
-        part = hypothesis.key
-        assert isinstance(part, _Part)
-        if part.utterance in queue.open:
-            assembly = queue.open[part.utterance].assembly
-            assembly.hypotheses[part.number] = hypothesis
-            segments = listener.segments(hypothesis, part.seconds)
-            assembly.add(part.number, segments, part.start, part.overlap)
-        yield from queue.finished()
-    yield from queue.finished()
+    for event in _Queue(listener, groups, longest_seconds).events():
+        if isinstance(event, tuple):
+            yield event
 
 
 @dataclass
@@ -276,6 +292,24 @@ class _Queue:
         self.open: dict[int, _Open] = {}
         self.failed: deque[tuple[int, Transcription]] = deque()
         self.settled: deque[int] = deque()  # whose number of pieces has become known
+
+    def events(self) -> Iterator["tuple[int, Transcription] | _Part | Underway"]:
+        """Decode the queue. Yield every piece that is decoded, every transcription that is finished with the number of
+        its job, and a few times a second which rows are under way."""
+        for event in self.listener.engine.events(self.batches()):
+            if isinstance(event, Underway):
+                yield event
+                continue
+            part = event.key
+            assert isinstance(part, _Part)
+            if part.utterance in self.open:
+                assembly = self.open[part.utterance].assembly
+                assembly.hypotheses[part.number] = event
+                segments = self.listener.segments(event, part.seconds)
+                assembly.add(part.number, segments, part.start, part.overlap)
+                yield part
+            yield from self.finished()
+        yield from self.finished()
 
     def batches(self) -> Iterator[list[Request]]:
         """Requests for the engine, with the next batches' audio read meanwhile."""

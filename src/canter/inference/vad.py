@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from canter.errors import ConfigError
+from canter.extras import install
 
 RATE = 16000
 FRAME = 0.02  # seconds
@@ -54,13 +55,15 @@ def energy(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
 
 @functools.cache
 def _silero_session():
-    found = importlib.util.find_spec("silero_vad")  # not imported: it would import torchaudio, of no use here
+    found = importlib.util.find_spec("silero_vad")  # not imported: it would load a model of its own
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError:
         found = None
     if found is None or found.origin is None:
-        raise ConfigError("--vad silero needs the extra: pip install 'canter[vad]'; or use --vad energy")
+        raise ConfigError(
+            f"--vad silero needs silero-vad and onnxruntime: {install('silero_vad')}; or use --vad energy"
+        )
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = options.intra_op_num_threads = 1
     file = Path(found.origin).parent / "data" / "silero_vad.onnx"

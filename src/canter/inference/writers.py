@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,16 +102,20 @@ def _nemo_segment(segment: Segment) -> dict[str, Any]:
     return value
 
 
-def render_one(item: Item, transcription: Transcription, kind: str) -> str:
-    """One utterance's file of any format but ``nemo``."""
+def render_one(item: Item, transcription: Transcription, kind: str, style: SubtitleStyle = SENTENCES) -> str:
+    """Return one utterance's file in any format but ``nemo``; ``style`` is that of srt and vtt."""
     segments = segments_of(item, transcription)
-    return render_segments(kind, transcription.text, segments, _language(item, transcription))
+    return render_segments(kind, transcription.text, segments, _language(item, transcription), style)
 
 
 def render(
-    items: Sequence[Item], transcriptions: Sequence[Transcription], kind: str, timed: bool = False
+    items: Sequence[Item],
+    transcriptions: Sequence[Transcription],
+    kind: str,
+    timed: bool = False,
+    style: SubtitleStyle = SENTENCES,
 ) -> Iterator[str]:
-    """All transcripts as one file, in pieces: of several utterances ``txt`` has a line and ``json`` a list entry
+    """Yield all transcripts as one file, in parts: of several utterances ``txt`` has a line and ``json`` a list entry
     each, ``nemo`` has ``segments`` where it is to be ``timed``. Raises ConfigError for several in a format of one
     utterance alone."""
     pairs = list(zip(items, transcriptions))
@@ -119,7 +123,7 @@ def render(
         yield from (_line(result_row(*pair, timed)) for pair in pairs)
     elif len(pairs) == 1:
         if pairs[0][1].error is None:
-            yield render_one(*pairs[0], kind)
+            yield render_one(*pairs[0], kind, style)
     elif kind == "txt":
         yield from (" ".join(transcription.text.split()) + "\n" for transcription in transcriptions)
     elif kind == "json":
@@ -154,6 +158,27 @@ def _language(item: Item, transcription: Transcription) -> str | None:
     return transcription.language or stated
 
 
+@dataclass(frozen=True)
+class FolderOutput:
+    """A folder with one file for each utterance and format."""
+
+    path: Path
+    names: Sequence[str]
+    """Of each utterance, without the format's suffix; see `file_names`."""
+    kinds: Sequence[str]
+    style: SubtitleStyle = SENTENCES
+
+    def files(self, index: int) -> list[tuple[str, Path]]:
+        """Return formats and files of an utterance."""
+        return [(kind, self.path / f"{self.names[index]}{SUFFIXES[kind]}") for kind in self.kinds]
+
+    def write(self, index: int, item: Item, transcription: Transcription) -> None:
+        """Write the files of an utterance; of one that failed none."""
+        if transcription.error is None:
+            for kind, path in self.files(index):
+                write_whole(path, [render_one(item, transcription, kind, self.style)])
+
+
 def write_results(
     items: Sequence[Item],
     transcriptions: Sequence[Transcription],
@@ -161,33 +186,45 @@ def write_results(
     kinds: Iterable[str],
     folder: bool,
     timed: bool = False,
+    style: SubtitleStyle = SENTENCES,
+    names: Sequence[str] | None = None,
 ) -> list[Path]:
-    """Writes to the file ``target``, or into the folder: ``transcripts.jsonl`` for ``nemo``, for the other
-    formats one file an utterance, named after its audio. Returns what was written, of the many files of a
-    folder the folder.
+    """Write to the file ``target``, or into the folder: ``transcripts.jsonl`` for ``nemo``, for the other formats one
+    file an utterance, by its name in ``names`` or else after its audio. Return what was written, of the many files
+    of a folder the folder.
     """
+    kinds = list(kinds)
     if not folder:
         (kind,) = kinds
         if kind != "nemo" and all(transcription.error is not None for transcription in transcriptions):
             return []
-        write_whole(target, render(items, transcriptions, kind, timed))
+        write_whole(target, render(items, transcriptions, kind, timed, style))
         return [target]
     written: list[Path] = []
-    names = file_names(items)
-    for kind in kinds:
-        if kind == "nemo":
-            written.append(target / "transcripts.jsonl")
-            write_whole(written[-1], render(items, transcriptions, kind, timed))
-            continue
-        for name, item, transcription in zip(names, items, transcriptions):
-            if transcription.error is None:
-                write_whole(target / f"{name}{SUFFIXES[kind]}", [render_one(item, transcription, kind)])
+    if "nemo" in kinds:
+        written.append(target / "transcripts.jsonl")
+        write_whole(written[-1], render(items, transcriptions, "nemo", timed))
+    files = FolderOutput(
+        target, names or file_names(items), [kind for kind in kinds if kind != "nemo"], style
+    )
+    for index, (item, transcription) in enumerate(zip(items, transcriptions)):
+        files.write(index, item, transcription)
     return written or [target]
 
 
-def file_names(items: Sequence[Item]) -> list[str]:
-    """A file name for each item: the stem of its audio, numbered where it occurs again."""
-    stems = [Path(str(item.row.get("audio_filepath") or "row").rpartition("::")[2]).stem for item in items]
+def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[str]:
+    """Return a file name for each item: its audio's without the suffix, below the folder that it has among ``roots``.
+
+    Audio files that differ in the suffix alone keep it (``a.mp4.srt`` and ``a.mkv.srt``); of several items with the
+    same audio, all but the first get numbers.
+    """
+    paths = [
+        _below(str(item.row.get("audio_filepath") or "row").rpartition("::")[2], roots) for item in items
+    ]
+    files: dict[Path, set[Path]] = {}
+    for path in paths:
+        files.setdefault(path.with_suffix(""), set()).add(path)
+    stems = [str(path if len(files[path.with_suffix("")]) > 1 else path.with_suffix("")) for path in paths]
     taken, seen = set(stems), Counter[str]()
     names: list[str] = []
     for stem in stems:
@@ -201,6 +238,12 @@ def file_names(items: Sequence[Item]) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
+
+
+def _below(path: str, roots: Sequence[str | Path]) -> Path:
+    """Return the path from the first root that holds it, else the name alone."""
+    root = next((root for root in roots if Path(path).is_relative_to(root)), None)
+    return Path(path).relative_to(root) if root else Path(Path(path).name or "row")
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -15,12 +15,13 @@ import torch
 
 from canter.errors import ConfigError
 from canter.evaluation.speed import Clip
+from canter.extras import install
 from canter.models.features import WhisperFeatureConfig
 from canter.models.hf import write_hf
 from canter.models.model import SpeechModel
 
 PACKAGES = {
-    "transformers": "pip install 'canter[hf]'",
+    "transformers": install("transformers"),
     "ctranslate2": "pip install ctranslate2",
     "canter": "",
 }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from typing import Any
 
 from canter.inference.engine import Engine
-from canter.inference.requests import EngineConfig, Hypothesis, Request
+from canter.inference.requests import EngineConfig, Hypothesis, Request, Underway
 
 FRAME_SECONDS = 0.08  # in which the engine's settings count encoder frames
 
@@ -26,11 +26,11 @@ class GenerateEngine(Engine):
         super().__init__(model, end, config)
         self.frames = round(self.frames * FRAME_SECONDS / model.frame_seconds)
 
-    def run(
+    def events(
         self,
         batches: Iterable[list[Request]],
         cancelled: Callable[[Hashable], bool] | None = None,
-    ) -> Iterator[Hypothesis]:
+    ) -> Generator[Hypothesis | Underway]:
         model: Any = self.model
         for batch in batches:
             requests = [one for one in batch if cancelled is None or not cancelled(one.key)]

@@ -18,7 +18,8 @@ from canter.models.fitting import build, check_vocabulary, fit_tensors
 from canter.models.hf import read_hf
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel
 from canter.models.nemo import read_nemo
-from canter.text import load_tokenizer
+from canter.text import Characters, load_tokenizer
+from canter.text.characters import FILE as CHARACTERS
 
 FORMAT = "canter-model/1"
 GENERATION = "generation_config.json"
@@ -95,6 +96,8 @@ def save_model(
         save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(fresh)
+        if model.ctc is not None and model.characters is not None:
+            model.characters.save(fresh)
         if model.generation:
             text = json.dumps(model.generation, indent=2) + "\n"
             (fresh / GENERATION).write_text(text, encoding="utf-8")
@@ -142,6 +145,8 @@ def _read_folder(folder: Path) -> SpeechModel:
     fit_tensors(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     if has_tokenizer:
         model.tokenizer = load_tokenizer(folder)
+    if model.ctc is not None and (folder / CHARACTERS).exists():
+        model.characters = Characters.load(folder)
     if (folder / GENERATION).exists():
         model.generation = read_json(folder / GENERATION)
     return model

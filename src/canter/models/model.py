@@ -18,6 +18,7 @@ from canter.models.encoder import EncoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig, length_mask
 from canter.models.whisper import WhisperEncoderConfig
+from canter.text import Characters
 
 # The kinds that a checkpoint can name; a new encoder joins by one line here.
 FEATURES: dict[str, type] = {"nemo": FeatureConfig, "whisper": WhisperFeatureConfig}
@@ -119,13 +120,15 @@ def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -
 class SpeechModel(nn.Module):
     """Audio to scores of text. Every method takes lengths, and padding never changes a valid position.
 
-    ``tokenizer`` is the checkpoint's (None until one is attached); ``generation`` is how it wants to be
-    decoded, in the words of Hugging Face's ``generation_config.json`` (token ids, suppressed tokens)."""
+    ``tokenizer`` is the checkpoint's (None until one is attached), ``characters`` the alphabet of its CTC head;
+    ``generation`` is how it wants to be decoded, in the words of Hugging Face's ``generation_config.json`` (token ids,
+    suppressed tokens)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None
+        self.characters: Characters | None = None
         self.generation: dict[str, Any] = {}
         self.features = config.features.build()
         self.encoder = config.encoder.build()

@@ -69,7 +69,7 @@ def compare(
     ranks: int = 8,
     micro_batches_per_step: int | None = None,
     seed: int = 0,
-    min_steps: int = 1,
+    min_steps: int | None = None,
     max_tokens_per_second: RateLimits = None,
 ) -> Iterator[Rung]:
     """Yield the rows in order, each as soon as it is known. M is the ranks unless given."""

@@ -24,6 +24,7 @@ from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.lengths import REASONS, Index, Lengths, RateLimits, exclusions, rate_limits
+from canter.planning.limits import Cause, Limits
 from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.strategies import Cutter, Strategy
 from canter.planning.strategies import strategy as named
@@ -32,8 +33,12 @@ from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
 # to be raised when the same settings come to give other steps: positions and tables are then refused
-VERSION = 2
+VERSION = 3
 KEEP = 2  # cut windows held in memory
+MIN_STEPS = 50  # of an epoch, unless others are asked for
+LEAST_UTTERANCES = 16  # in a step, for that default
+FULL = 0.9  # of the memory, below which something else than the memory limits the batches
+SEEN = 4  # windows that `Plan.limits` looks at
 
 
 class MicroBatch(NamedTuple):
@@ -96,7 +101,8 @@ class Plan:
     window: utterances that are batched together; None is the strategy's default.
     micro_batches_per_step: M, the ranks times the accumulation of the run; fixed for the run.
     min_steps: least number of steps of the epoch, where there are utterances enough; batches are made smaller evenly
-        to reach it. In an endless stream, of as many utterances as the index has.
+        to reach it. In an endless stream, of as many utterances as the index has. None: 50, or fewer where a step
+        would have less than 16 utterances; 1: the largest batches.
     max_tokens_per_second: utterances beyond it are left out, counted and listed. One limit, or (duration, limit)
         pairs: an utterance is held to the limit of the first pair whose duration in seconds is not shorter than its
         own, and to that of the last pair where it is longer than all.
@@ -119,7 +125,7 @@ class Plan:
         epoch: int = 0,
         window: int | None = None,
         micro_batches_per_step: int = 1,
-        min_steps: int = 1,
+        min_steps: int | None = None,
         max_tokens_per_second: float | Sequence[tuple[float, float]] | None = None,
         grid: tuple[int, int] = (1, 1),
         block: int | None = None,
@@ -139,6 +145,8 @@ class Plan:
             raise PlanError(f"no curriculum named {curriculum!r}; known: short_first")
         if epoch < 0:
             raise PlanError(f"epoch is {epoch}; epochs count from 0")
+        if min_steps is None:
+            min_steps = max(1, min(MIN_STEPS, len(index) // LEAST_UTTERANCES))
         if min_steps < 1:
             raise PlanError(f"min_steps is {min_steps}; it must be at least 1")
         if min(grid) < 1:
@@ -177,7 +185,9 @@ class Plan:
             self.seed, self.window, self.micro_batches_per_step, self._max_tokens_per_second, self.grid,
             self.windows.blocks, self.endless, self.curriculum,
         ]  # fmt: skip
-        parts += [self.min_steps] if self.min_steps > 1 else []  # plans without keep the fingerprint that they had
+        parts += (
+            [self.min_steps] if self.min_steps > 1 else []
+        )  # plans without keep the fingerprint that they had
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def budget_of(self, window: int) -> Budget:
@@ -197,6 +207,15 @@ class Plan:
         if window in self._recent:
             self._recent.move_to_end(window)
             return self._recent[window]
+        found = self._form(window, self.least_steps(window))
+        if self.curriculum == "short_first" and self.epoch == 0 and window == 0:
+            found = _short_first(found)
+        self._recent[window] = found
+        while len(self._recent) > KEEP:
+            self._recent.popitem(last=False)
+        return found
+
+    def _form(self, window: int, least_steps: int) -> Window:
         budget = self.budget_of(window)
         if id(budget) not in self._cutters:
             self._cutters[id(budget)] = self.strategy.prepare(self.index, budget, self.grid)
@@ -207,14 +226,8 @@ class Plan:
             usable = np.flatnonzero(~out)
             rows, lengths = rows[usable], lengths.take(usable)
         rng = np.random.default_rng(mix(self.seed, self.epoch, window))
-        cut = self._cutters[id(budget)](lengths, self.micro_batches_per_step, rng, self.least_steps(window))
-        found = Window(rows[cut.order], cut.batches, cut.steps, lengths.take(cut.order))
-        if self.curriculum == "short_first" and self.epoch == 0 and window == 0:
-            found = _short_first(found)
-        self._recent[window] = found
-        while len(self._recent) > KEEP:
-            self._recent.popitem(last=False)
-        return found
+        cut = self._cutters[id(budget)](lengths, self.micro_batches_per_step, rng, least_steps)
+        return Window(rows[cut.order], cut.batches, cut.steps, lengths.take(cut.order))
 
     def least_steps(self, window: int) -> int:
         """Least number of steps of a window: its part of `min_steps`."""
@@ -373,6 +386,49 @@ class Plan:
     def figures(self, ranks: int | None = None, windows: int | None = None) -> Figures:
         """Figures of the epoch with its steps shared out to `ranks` (None: M)."""
         return figures(self.table(windows), self.budgets[0][1], ranks or self.micro_batches_per_step)
+
+    def limits(self, memory: Budget | None = None) -> Limits:
+        """Return what limits the batches and how full the memory is, from the first windows.
+
+        memory: the budget of the whole memory, where the plan was given a smaller one.
+        """
+        windows = min(SEEN, self.windows.count or SEEN)
+        table = BatchTable.concatenate(self.batch_table(window) for window in range(windows))
+        own = self.budgets[0][1]
+        budget = memory or own
+        count, steps = len(table.size), len(table.steps) - 1
+        if not count:
+            return Limits("memory", 0.0, 0.0, 0, self.min_steps, self.micro_batches_per_step, 0.0)
+        if self.windows.count is None:
+            steps = round(steps * len(self.index) / (windows * self.window))
+        else:
+            steps = round(steps * self.windows.count / windows)
+        used = budget.bytes(table.size, table.frames, table.tokens)
+        room = (own.bytes(table.size, table.frames, table.tokens) - own.fixed_bytes).mean()
+        cut = self.cut(0)
+        largest = self._form(0, least_steps=1)
+        if len(largest.batches) < len(cut.batches):
+            short = len(cut) < self.least_steps(0)
+            by: Cause = "utterances" if short else "min_steps"
+        elif len(cut.batches) <= self.micro_batches_per_step + 1 and room < FULL * (
+            own.limit_bytes - own.fixed_bytes
+        ):
+            by = "utterances"
+        elif memory is not None and float(used.mean()) < FULL * budget.limit_bytes:
+            by = "batch_seconds"
+        elif self.strategy.name != "balanced" and float(used.mean()) < FULL * budget.limit_bytes:
+            by = "strategy"
+        else:
+            by = "memory"
+        return Limits(
+            by,
+            memory_filled=float(used.mean()) / budget.limit_bytes,
+            room_filled=float((used - budget.fixed_bytes).mean()) / (budget.limit_bytes - budget.fixed_bytes),
+            steps=steps,
+            min_steps=self.min_steps,
+            per_step=self.micro_batches_per_step,
+            mean_batch=float(table.size.mean()),
+        )
 
     def batch_of_rows(self) -> np.ndarray:
         """(N,) int64: the micro-batch of the epoch each row is in, -1 where it is in none."""

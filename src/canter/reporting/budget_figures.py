@@ -81,7 +81,7 @@ def _against(axes: Axes, predicted: Values, measured: Values, what: str) -> None
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
     error = float(np.median(np.abs(x / y - 1)))
-    axes.set_title(f"median error {error:.1%} (grey: ±10 %)", color=INK)
+    axes.set_title(f"median error {error:.1%} (grey: ±10%)", color=INK)
 
 
 def _largest(figure: Figure, axes: Axes, budget: Budget, seconds: np.ndarray, tokens: np.ndarray) -> None:

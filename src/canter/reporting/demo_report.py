@@ -7,8 +7,11 @@ leaves its section out. Its keys, all optional:
   [seconds, tokens], ``test_utterances``
 - ``strategies``: by name ``padded_audio, padded_tokens, padded_compute, mean_batch, memory_filled, steps,
   epoch_hours, mixing_pool, speedup``; the first is the baseline
-- ``training``: rows of metrics.jsonl; ``train_seconds``, ``parameters``
-- ``wer, cer, wer_seen, wer_unseen, ctc_wer, rtfx``; ``wer_by_language``: WER by code
+- ``room_for_longest``: how many of the longest utterances the memory of ``strategies`` holds
+- ``measured_speed``: ``audio_seconds_a_second`` by strategy, ``speedup, predicted, steps, room_for_longest``
+- ``training``: rows of metrics.jsonl; ``train_seconds``, ``parameters``, ``trained_padding``
+- ``wer, cer, wer_seen, wer_unseen, rtfx``; ``attention_wer, ctc_wer``, where the rest is decoded with ``ctc_weight``;
+  ``wer_by_language``: WER by code
 - ``examples``: rows of ``voice, lang, text, pred_text``
 - ``decoder_shift``: rows, or a dictionary of rows, of ``shape`` (encoder/decoder layers), ``cache`` (``none``,
   ``hidden`` or ``full``), ``seconds, rtfx, speedup`` (1 is the baseline), and where measured
@@ -70,26 +73,30 @@ def headline(summary: Summary) -> list[tuple[str, str, str]]:
     if names:
         first, best = summary["strategies"][names[0]], summary["strategies"][_best(summary)]
         if "padded_compute" in best:
-            note = f"of the compute; {names[0]} batches waste {first['padded_compute']:.0%}"
+            note = f"of the compute, predicted; {names[0]} batches waste {first['padded_compute']:.0%}"
             cards.append((f"{best['padded_compute']:.1%}", "spent on padding", note))
-        if "speedup" in best:
+        if "speedup" in best and "measured_speed" not in summary:
             cards.append(
-                (f"{best['speedup']:.1f}×", "faster epochs", f"than {names[0]}, as the budget predicts")
+                (f"{best['speedup']:.1f}×", "faster epochs", f"than {names[0]}, predicted by the budget")
             )
+    if "measured_speed" in summary:
+        speed = summary["measured_speed"]
+        note = f"audio a second, balanced against random, measured; predicted {speed['predicted']:.1f}×"
+        cards.append((f"{speed['speedup']:.1f}×", "faster training", note))
     if "wer" in summary:
         unseen = summary.get("wer_unseen")
-        cards.append(
-            (f"{summary['wer']:.1%}", "word error rate", f"unseen voices {unseen:.1%}" if unseen else "")
-        )
+        note = "measured" + (f"; unseen voices {unseen:.1%}" if unseen else "")
+        cards.append((f"{summary['wer']:.1%}", "word error rate", note))
     if "rtfx" in summary:
-        cards.append((f"{summary['rtfx']:,.0f}×", "real time", "RTFx of transcription"))
+        cards.append((f"{summary['rtfx']:,.0f}×", "real time", "RTFx of transcription, measured"))
     shift = _shift_rows(summary)
     if shift:
         base, fast = (
             min(shift, key=lambda row: abs(row["speedup"] - 1)),
             max(shift, key=lambda row: row["speedup"]),
         )
-        note = f"{fast['shape']} layers, {CACHES[fast['cache']]}, against {base['shape']}, {CACHES[base['cache']]}"
+        shapes = [f"{row['shape']} layers, {CACHES[row['cache']]}" for row in (fast, base)]
+        note = f"measured: {' against '.join(shapes)}"
         cards.append((f"{fast['speedup']:.1f}×", "faster decoding", note))
     elif "times" in summary:
         cards.append((duration(_total(summary["times"])), "in all", "from nothing to this page"))
@@ -115,7 +122,7 @@ def ladder(summary: Summary) -> list[Html]:
         hours = [strategies[name]["epoch_hours"] for name in names]
         padded = [strategies[name]["padded_compute"] for name in names]
         drawing = figures.ladder(names, hours, padded, best=best)
-        caption = "Time by the measured budget; grey is the part of the compute spent on padding."
+        caption = "Predicted time of an epoch; grey is the part of the compute spent on padding."
         blocks.append(html.figure(drawing, "One epoch", caption, wide=True))
     columns = {
         "padded_compute": ("padded compute", "{:.1%}"),
@@ -136,9 +143,30 @@ def ladder(summary: Summary) -> list[Html]:
     blocks.append(html.table(header, rows, best=names.index(best)))
     lead = (
         "Every utterance of a batch is padded to the longest one. Which utterances travel together "
-        "decides how much of the work is for nothing, and how full the memory gets."
+        "decides how much of the work is for nothing, and how full the memory gets. These figures are "
+        "predicted by the planner, from the budget that was measured on this machine"
     )
-    return [html.section("The ladder of batching", lead, *blocks)]
+    if "room_for_longest" in summary:
+        lead += f", for a memory that holds {summary['room_for_longest']} of the longest utterances"
+    return [html.section("The ladder of batching", lead + ".", *blocks, *_speed(summary))]
+
+
+def _speed(summary: Summary) -> list[Html]:
+    """The table of measured training speed, beside what the budget predicts."""
+    speed = summary.get("measured_speed")
+    if not speed:
+        return []
+    rates = speed["audio_seconds_a_second"]
+    rows = [[name, f"{rate:,.0f} s", f"{rate / rates['random']:.2f}×"] for name, rate in rates.items()]
+    caption = html.element(
+        "p",
+        f"Measured in this run: forward and backward passes of {speed['steps']} batches of each in turns, with room "
+        f"for {speed['room_for_longest']} of the longest utterances; the budget predicts {speed['predicted']:.2f}×.",
+    )
+    table = html.table(
+        ["strategy", "audio trained a second", "speed-up"], rows, best=list(rates).index("balanced")
+    )
+    return [caption, table]
 
 
 def corpus(summary: Summary) -> list[Html]:
@@ -183,17 +211,20 @@ def training(summary: Summary) -> list[Html]:
         parts.append(f"{summary['parameters'] / 1e6:.1f} M parameters")
     if "train_seconds" in summary:
         parts.append(f"{duration(summary['train_seconds'])} on this machine")
+    if "trained_padding" in summary:
+        parts.append(f"{summary['trained_padding']:.1%} of the audio computed was padding (measured)")
     return [html.section("Training", ", ".join(parts) + ".", html.grid(*drawings))]
 
 
 def transcripts(summary: Summary) -> list[Html]:
     """Error rates by part of the test, and examples."""
     rates = [
-        ("all test sentences, attention decoding", summary.get("wer")),
+        ("all test sentences", summary.get("wer")),
         ("voices heard in training", summary.get("wer_seen")),
         ("voices never heard", summary.get("wer_unseen")),
         *((_language(code), rate) for code, rate in (summary.get("wer_by_language") or {}).items()),
-        ("CTC branch alone", summary.get("ctc_wer")),
+        ("all, decoded by attention only", summary.get("attention_wer")),
+        ("all, decoded by CTC only", summary.get("ctc_wer")),
     ]
     blocks = []
     shown = [(name, f"{rate:.1%}") for name, rate in rates if rate is not None]
@@ -213,6 +244,8 @@ def transcripts(summary: Summary) -> list[Html]:
     if not blocks:
         return []
     lead = "Sentences the model never saw. Reference in grey, transcript below it, mistakes marked."
+    if "ctc_weight" in summary:
+        lead += f" Decoded jointly by attention and CTC (weight {summary['ctc_weight']:g}), greedy search."
     return [html.section("What it hears", lead, *blocks)]
 
 
@@ -252,7 +285,7 @@ def decoder_shift(summary: Summary) -> list[Html]:
     lead = (
         "Two models of equal size. The encoder runs once an utterance, the decoder once a token: "
         "moving layers into the encoder saves time, and so does keeping keys and values instead of "
-        "computing them again. Speed only: these two are not trained."
+        "computing them again. Measured on this machine; speed only, as these two are not trained."
     )
     return [html.section("Deep and shallow decoders", lead, *blocks)]
 

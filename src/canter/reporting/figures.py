@@ -61,6 +61,8 @@ STYLE: dict[Any, Any] = {
 # dark blue to orange: the ends of the map, too near to black and to white, are left out
 BATCH_COLORS = ListedColormap(matplotlib.colormaps["plasma"](np.linspace(0.05, 0.82, 256)))
 HALF, WIDE = (5.4, 3.1), (11.0, 3.4)  # inches; half and full width of a page
+LEVEL_COLORS = (ORANGE, PURPLE)
+MOST_POINTS = 600  # of a line; more cannot be told apart at the width of a page
 
 P = ParamSpec("P")
 Values = Sequence[float] | np.ndarray
@@ -89,6 +91,19 @@ def smooth(values: Values, window: int) -> np.ndarray:
     return np.divide(sums[high] - sums[low], total, out=np.full(len(array), np.nan), where=total > 0)
 
 
+def downsampled(values: Values, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (places, lows, highs) of at most ``most`` runs of neighbouring values (N,): the place of each run's
+    middle, and its least and greatest value. NaN where a run has no value."""
+    array = np.asarray(values, dtype=float)
+    edges = np.linspace(0, len(array), min(most, len(array)) + 1).astype(int)
+    known = np.isfinite(array)
+    starts = edges[:-1]
+    lows = np.minimum.reduceat(np.where(known, array, np.inf), starts)
+    highs = np.maximum.reduceat(np.where(known, array, -np.inf), starts)
+    some = np.isfinite(lows)
+    return (starts + edges[1:] - 1) // 2, np.where(some, lows, np.nan), np.where(some, highs, np.nan)
+
+
 @styled
 def curves(
     series: Mapping[str, tuple[Values, Values]],
@@ -99,22 +114,51 @@ def curves(
     smoothed: bool = False,
     markers: bool = False,
     zero: bool = True,
+    levels: Mapping[str, float] | None = None,
+    marks: Mapping[str, float] | None = None,
     size: tuple[float, float] = HALF,
 ) -> Figure:
-    """Lines over steps. ``smoothed`` draws the values faintly under their running mean of N/50 points."""
+    """Draw lines over steps, each of at most `MOST_POINTS` points.
+
+    ``smoothed`` draws the values faintly under their running mean of N/50 points; ``levels`` are values drawn as dashed
+    lines, ``marks`` steps drawn as dotted ones, both with their names.
+    """
     figure, axes = _axes(size, xlabel)
     for color, (name, (x, y)) in zip(COLORS, series.items()):
+        x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        places = downsampled(y)[0]
         if smoothed and len(y) > 20:
-            axes.plot(x, y, color=color, alpha=0.2, linewidth=1, rasterized=len(y) > 5000)
+            places, low, high = downsampled(y)
+            if len(y) > MOST_POINTS:
+                axes.fill_between(x[places], low, high, color=color, alpha=0.18, linewidth=0)
+            else:
+                axes.plot(x, y, color=color, alpha=0.22, linewidth=1)
             y = smooth(y, max(3, len(y) // 50))
+        if len(y) > MOST_POINTS:
+            places = np.union1d(places, [0, len(y) - 1])
+            x, y = x[places], y[places]
         axes.plot(x, y, color=color, label=name, marker="o" if markers else None, markersize=4)
+    for color, (name, value) in zip(LEVEL_COLORS, (levels or {}).items()):
+        axes.axhline(value, color=color, linewidth=1.3, linestyle=(0, (5, 3)), label=name)
+    for name, step in (marks or {}).items():
+        axes.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            name,
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -2),
+            textcoords="offset points",
+            va="top",
+            color=MUTED,
+            fontsize=9,
+        )
     if log:
         axes.set_yscale("log")
     elif zero:
         axes.set_ylim(bottom=0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    if len(series) > 1:
+    if len(series) + len(levels or {}) > 1:
         axes.legend()
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure

@@ -11,17 +11,20 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from canter import __version__
 from canter.errors import ConfigError
-from canter.evaluation.wer import score
-from canter.reporting.figures import GRID, INK, MUTED, STYLE
+from canter.evaluation.normalize import Normalization
+from canter.evaluation.wer import Operation, score
+from canter.reporting.figures import BLUE, GRID, INK, MUTED, STYLE
 
-# the figures' three neutral colours follow the page's light or dark theme
-_THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
+# these colours of the figures follow the page's light or dark theme
+_THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", BLUE: "var(--blue)"}
+Origin = Literal["measured", "predicted"]
 
 
 class Html(str):
@@ -45,14 +48,32 @@ def section(title: str, lead: str | Html, *content: Html, anchor: str = "") -> H
     return element("section", heading, *content, id=name)
 
 
-def figure(drawing: Figure, title: str, caption: str | Html = "", *, wide: bool = False) -> Html:
-    """The figure as inline SVG under its title; ``wide`` ones take a whole row of a grid."""
+def origin(kind: Origin) -> Html:
+    """Return the badge that says whether a figure was measured or predicted."""
+    return element("span", kind, class_=f"origin {kind}")
+
+
+def figure(
+    drawing: Figure,
+    title: str,
+    caption: str | Html = "",
+    *,
+    wide: bool = False,
+    alt: str = "",
+    numbers: Html | None = None,
+) -> Html:
+    """Return the figure as inline SVG under its title; ``wide`` ones take a whole row of a grid.
+
+    ``alt`` says in words what is to be seen, and ``numbers`` is a table of what is drawn, which opens on a click: for
+    readers who do not see the figure.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         drawing.savefig(buffer, format="svg", dpi=160, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
+    label = html.escape(f"{title}. {alt}" if alt else title)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     for color, variable in _THEME.items():
         svg = svg.replace(color, variable)
     return element(
@@ -60,6 +81,7 @@ def figure(drawing: Figure, title: str, caption: str | Html = "", *, wide: bool 
         element("h3", title),
         Html(svg),
         element("figcaption", caption) if caption else Html(),
+        details("Numbers", numbers) if numbers is not None else Html(),
         **({"class_": "wide"} if wide else {}),
     )
 
@@ -69,21 +91,25 @@ def grid(*blocks: Html) -> Html:
     return element("div", *blocks, class_="grid")
 
 
-def cards(figures: Iterable[tuple[str, str, str]]) -> Html:
-    """Headline figures: (value, what it is, a note)."""
+Card = tuple[str, str, str] | tuple[str, str, str, Origin]
+
+
+def cards(figures: Iterable[Card]) -> Html:
+    """Return headline figures: (value, what it is, a note), and where it is not plain, whether the value was measured
+    or predicted."""
+    return element("div", *map(_card, figures), class_="cards")
+
+
+def _card(given: Card) -> Html:
+    value, name, note = given[:3]
+    kind = given[3] if len(given) == 4 else None
     return element(
         "div",
-        *(
-            element(
-                "div",
-                element("div", value, class_="value"),
-                element("div", name, class_="name"),
-                element("div", note, class_="note") if note else Html(),
-                class_="card",
-            )
-            for value, name, note in figures
-        ),
-        class_="cards",
+        element("div", value, class_="value"),
+        element("div", name, class_="name"),
+        element("div", note, class_="note") if note else Html(),
+        origin(kind) if kind else Html(),
+        class_="card",
     )
 
 
@@ -110,38 +136,57 @@ def table(
     return element("div", element("table", head, element("tbody", *body)), class_="table")
 
 
-def transcripts(examples: Iterable[tuple[str, str, str, str | None]]) -> Html:
-    """References beside hypotheses, errors marked: rows of (label, reference, hypothesis, language)."""
+def transcripts(
+    examples: Iterable[tuple[str, str, str, str | None]], normalize: Normalization = "basic"
+) -> Html:
+    """Return references above hypotheses, errors marked: rows of (label, reference, hypothesis, language)."""
     blocks = []
     for label, reference, hypothesis, lang in examples:
-        scored = score([reference], [hypothesis], [lang], normalize="basic")
+        scored = score([reference], [hypothesis], [lang], normalize=normalize)
         wer = f"WER {scored.wer:.0%}" if scored.utterances else ""
-        blocks.append(
-            element(
-                "div",
-                element("div", element("span", label), element("span", wer, class_="wer"), class_="label"),
-                element("p", reference, class_="reference"),
-                element("p", marked(reference, hypothesis, lang), class_="hypothesis"),
-                class_="transcript",
-            )
-        )
+        blocks.append(transcript(label, wer, reference, marked(reference, hypothesis, lang, normalize)))
     return element("div", *blocks, class_="transcripts")
 
 
-def marked(reference: str, hypothesis: str, lang: str | None) -> Html:
-    """The hypothesis in lower case, with wrong words marked and missing ones struck through."""
-    scored = score([reference], [hypothesis], [lang], normalize="basic")
+def transcript(label: object, rate: str, reference: str, hypothesis: Html) -> Html:
+    """Return one utterance: its label and error rate, its reference and its hypothesis."""
+    return element(
+        "div",
+        element("div", element("span", label), element("span", rate, class_="wer"), class_="label"),
+        element("p", reference, class_="reference"),
+        element("p", hypothesis, class_="hypothesis"),
+        class_="transcript",
+    )
+
+
+def marked(reference: str, hypothesis: str, lang: str | None, normalize: Normalization = "basic") -> Html:
+    """Return the normalised hypothesis with its errors marked (see `aligned`)."""
+    scored = score([reference], [hypothesis], [lang], normalize=normalize)
     if not scored.utterances:
         return escape(hypothesis or "(nothing)")
+    return aligned(scored.utterances[0].alignment)
+
+
+def aligned(alignment: Iterable[tuple[Operation, str, str]]) -> Html:
+    """Return the words of a hypothesis with substitutions, insertions and deletions marked; ``alignment`` holds
+    (operation, reference word, hypothesis word)."""
     words = []
-    for operation, word, guess in scored.utterances[0].alignment:
+    for operation, word, guess in alignment:
         if operation == "equal":
             words.append(escape(guess))
         elif operation == "delete":
             words.append(element("del", word))
+        elif operation == "insert":
+            words.append(element("ins", guess, title="not in the reference"))
         else:
-            words.append(element("mark", guess, title=f"for: {word}" if word else "not in the reference"))
+            words.append(element("mark", guess, title=f"for: {word}"))
     return Html(" ".join(words))
+
+
+def error_key() -> Html:
+    """Return the key to the marks of `aligned`."""
+    marks = (element("mark", "substituted"), element("ins", "inserted"), element("del", "deleted"))
+    return element("p", Html(" ".join(marks)), class_="error-key")
 
 
 def details(summary: str, *content: Html) -> Html:

@@ -1,224 +1,230 @@
-"""The report of a training run: its folder, read as it is, finished or not, and told as one page.
-
-What a run folder holds: ``config.yaml``; ``metrics.jsonl``, one JSON object a line of kind ``train`` or
-``valid``; ``skipped.jsonl``, the utterances that could not be used; ``budget.json``; ``checkpoints/``.
-"""
+"""The page of a training run, finished or not: what it reached, what its batches gained, how it went."""
 
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from canter.corpus.index import LengthIndex
-from canter.errors import BudgetError, ConfigError, ManifestError
-from canter.planning.budget import Budget
 from canter.reporting import figures, html
 from canter.reporting.budget_figures import budget_figure, largest_batches
-from canter.reporting.html import Html
-
-Row = dict[str, Any]
-TIMELINE = 40  # steps of the ranks' timeline
-
-
-@dataclass(frozen=True)
-class Run:
-    """What could be read of a run folder, and what could not."""
-
-    folder: Path
-    train: list[Row]
-    """``train`` rows by step; of a step done twice, after a resume, the last."""
-    valid: list[Row]
-    skipped: list[Row]
-    events: list[Row]
-    """What was unusual: micro-batches out of memory, steps without a finite loss, settings that changed."""
-    config: str
-    budget: Row
-    checkpoints: list[str]
-    missing: list[str] = field(default_factory=list)
-    """Sentences on what is not there or cannot be read."""
-
-    def column(self, name: str, kind: str = "train") -> np.ndarray:
-        """A metric of every row as float64 (N,), NaN where a row lacks it."""
-        rows = self.train if kind == "train" else self.valid
-        values = [row.get(name) for row in rows]
-        return np.array(
-            [value if isinstance(value, (int, float)) else math.nan for value in values], dtype=float
-        )
-
-
-def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Reads a run folder; raises `ConfigError` where it is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the run folder that canter train wrote")
-    if not (folder / "metrics.jsonl").exists() and not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder} is not a run folder: it has neither metrics.jsonl nor config.yaml")
-    missing: list[str] = []
-    metrics = _json_lines(folder / "metrics.jsonl", missing, "the run has not reached its first step")
-    train = {row["step"]: row for row in metrics if row.get("kind") == "train" and _is_step(row)}
-    valid = {row["step"]: row for row in metrics if row.get("kind") == "valid" and _is_step(row)}
-    if metrics and not valid:
-        missing.append("No validation yet, so no WER.")
-    done_twice = sum(row.get("kind") == "train" for row in metrics) - len(train)
-    if done_twice > 0:
-        missing.append(f"{done_twice} steps were done again after a resume; the last time counts.")
-    skipped = (
-        _json_lines(folder / "skipped.jsonl", missing, "") if (folder / "skipped.jsonl").exists() else []
-    )
-    checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*") if path.is_dir())
-    if not checkpoints:
-        missing.append("No checkpoint yet.")
-    return Run(
-        folder=folder,
-        train=[train[step] for step in sorted(train)],
-        valid=[valid[step] for step in sorted(valid)],
-        skipped=skipped,
-        events=[row for row in metrics if row.get("kind") == "event"],
-        config=_text(folder / "config.yaml", missing),
-        budget=_json(folder / "budget.json", missing),
-        checkpoints=checkpoints,
-        missing=missing,
-    )
+from canter.reporting.gain import Gain, gain
+from canter.reporting.html import Card, Html
+from canter.reporting.run_curves import curves, duration, efficiency
+from canter.reporting.run_folder import Run, is_number, read_run
+from canter.reporting.validation import validation_transcripts
 
 
 def run_report(folder: str | os.PathLike[str]) -> Html:
-    """The page of a run folder, finished or not."""
+    """Return the page of a run folder."""
     run = read_run(folder)
-    name = run.folder.resolve().name
-    steps = int(run.column("step")[-1]) if run.train else 0
-    lead = f"{steps:,} steps, {_hours(run)} of audio" if steps else "No steps yet"
-    blocks = [html.cards(headline(run))] if run.train else []
+    found = gain(run)
+    blocks = [html.cards(headline(run, found))] if run.train else []
     blocks += [html.note(sentence) for sentence in run.missing]
     blocks += [
+        *batching(run, found),
+        *validation_transcripts(run),
         *progress(run),
-        *efficiency(run),
+        *efficiency(run, found),
         *budgeted(run),
-        *happened(run.events),
-        *speech(run.valid),
-        *skipped(run.skipped),
+        *problems(run),
         *setup(run),
     ]
-    return html.page(f"Run {name}", f"{lead}.", *blocks, eyebrow="Canter training report")
+    name = run.folder.resolve().name
+    return html.page(f"Run {name}", opening(run), *blocks, eyebrow="Canter training report")
 
 
-def headline(run: Run) -> list[tuple[str, str, str]]:
-    """The cards on top."""
+def opening(run: Run) -> str:
+    """Return one sentence on what was trained."""
+    if not run.train:
+        return "No steps yet."
+    steps = int(run.column("step")[-1])
+    init = run.settings.get("init")
+    start = f"From {os.path.basename(str(init).rstrip('/'))}" if init else "From scratch"
+    if not run.settings:
+        start = "Trained"
+    total = run.train[-1].get("steps")
+    of = f" of {total:,}" if isinstance(total, int) and total > steps else ""
+    text = f"{start}, {steps:,}{of} steps over {_hours(run)} of audio"
+    if last := run.train[-1].get("epoch"):
+        text += f" ({last + 1} epochs begun)"
+    scored = [row["wer"] for row in run.valid if is_number(row.get("wer"))]
+    if len(scored) > 1:
+        text += f"; the WER on held-out speech went from {scored[0]:.1%} to {scored[-1]:.1%}"
+    return text + "."
+
+
+def headline(run: Run, found: Gain | None) -> list[Card]:
+    """Return the cards on top."""
     seconds, audio = np.nansum(run.column("seconds")), np.nansum(run.column("audio_seconds"))
-    cards = []
-    scored = [row for row in run.valid if isinstance(row.get("wer"), (int, float))]
+    cards: list[Card] = []
+    scored = [row for row in run.valid if is_number(row.get("wer"))]
     if scored:
         best = min(scored, key=lambda row: row["wer"])
-        cards.append(
-            (f"{best['wer']:.1%}", "best WER", f"at step {best['step']:,}; last {scored[-1]['wer']:.1%}")
-        )
+        at = f"best, at step {best['step']:,}; last {scored[-1]['wer']:.1%}"
+        if best is scored[-1]:
+            at = f"at step {best['step']:,}, the last"
+        cards.append((f"{best['wer']:.1%}", "WER in validation", at, "measured"))
     loss = run.column("loss")
-    if np.isfinite(loss).any():
+    known = loss[np.isfinite(loss)]
+    if len(known) and not scored:
         last = figures.smooth(loss, max(3, len(loss) // 50))[-1]
-        cards.append((f"{last:.3g}", "training loss", f"first step {loss[np.isfinite(loss)][0]:.3g}"))
-    if seconds > 0:
-        cards.append((f"{audio / seconds:,.0f}", "audio hours per hour", f"{duration(seconds)} of steps"))
-        wait = np.nansum(run.column("data_wait_seconds"))
-        cards.append((f"{wait / seconds:.1%}", "waiting for data", f"{duration(wait)} in all"))
+        cards.append((f"{last:.3g}", "training loss", "running mean of the last steps", "measured"))
     padding = weighted_padding(run)
-    if padding is not None:
-        cards.append((f"{padding:.1%}", "padded audio", "over all steps"))
-    cards.append((f"{len(run.skipped):,}", "utterances skipped", "listed below" if run.skipped else ""))
+    if found:
+        own, other = found.own.figures, found.others[0].figures
+        note = f"random batches: {other.padded_compute:.1%}"
+        cards.append((f"{own.padded_compute:.1%}", "padded compute", note, "predicted"))
+        cards.append((f"{found.speedup:.1f}×", "faster epochs", "than with random batches", "predicted"))
+    elif padding is not None:
+        cards.append((f"{padding:.1%}", "padded audio", "fraction of the audio computed", "measured"))
+    cards += _memory_card(run, found)
+    if seconds > 0:
+        rate = audio / seconds
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+        cards.append((shown, "audio hours per hour", f"trained for {duration(seconds)}", "measured"))
     return cards
 
 
-def curves(train: Sequence[Row], valid: Sequence[Row]) -> list[Html]:
-    """Loss, WER and learning rate over steps, from ``train`` and ``valid`` rows; what there is of them."""
-    drawings = []
-    losses = {"loss": "loss", "CTC": "loss_ctc", "attention": "loss_attention"}
-    series = {name: points for name, key in losses.items() if (points := _points(train, key))}
-    if points := _points(valid, "loss"):
-        series["validation"] = points
-    if series:
-        drawing = figures.curves(series, smoothed=True, zero=False, size=figures.WIDE)
-        drawings.append(html.figure(drawing, "Loss", "Faint: each step. Line: running mean.", wide=True))
-    rates = {name.upper(): points for name in ("wer", "cer") if (points := _points(valid, name))}
-    if rates:
-        drawing = figures.curves(rates, percent=True, markers=True)
-        drawings.append(
-            html.figure(drawing, "Error rates in validation", "Held-out utterances, decoded in full.")
+def _memory_card(run: Run, found: Gain | None) -> list[Card]:
+    """Return the card of the memory filled: the peak of the device where it was measured, else the budget's figure."""
+    peak, filled = run.column("memory_peak"), run.column("memory_filled")
+    if np.nansum(peak) > 0:
+        note = f"peak of the device; {np.nanmean(filled):.0%} of the budget, predicted"
+        return [(f"{np.nanmax(peak):.0%}", "memory filled", note, "measured")]
+    if not np.isfinite(filled).any():
+        return []
+    note = "of the budget"
+    if found:
+        note += f"; random batches: {found.others[0].figures.memory_filled:.1%}"
+    return [(f"{np.nanmean(filled):.1%}", "memory filled", note, "predicted")]
+
+
+def batching(run: Run, found: Gain | None) -> list[Html]:
+    """Compare the run's batches with those of other strategies."""
+    if found is None:
+        return []
+    rows = [*found.others, found.own]
+    names = [row.name for row in rows]
+    hours = [row.figures.hours for row in rows]
+    padded = [row.figures.padded_compute for row in rows]
+    picture = figures.padding_picture(
+        {f"{len(found.drawn)} drawn at random": found.drawn, "A batch of this run": found.batch}
+    )
+    ladder = figures.ladder(names, hours, padded, best="this run")
+    bars = ", ".join(f"{row.name} {duration(3600 * row.figures.hours)}" for row in rows)
+    header = (
+        "batches", "", "padded compute", "padded audio", "memory filled", "mean batch", "updates an epoch",
+        "epoch", "speed-up",
+    )  # fmt: skip
+    cells: list[tuple[object, ...]] = [
+        (
+            row.name,
+            html.origin("predicted"),
+            f"{row.figures.padded_compute:.1%}",
+            f"{row.figures.padded_audio:.1%}",
+            f"{row.figures.memory_filled:.1%}",
+            f"{row.figures.mean_batch:,.1f}",
+            f"{row.updates:,.0f}",
+            duration(3600 * row.figures.hours),
+            f"{rows[0].figures.hours / row.figures.hours:.2f}×",
         )
-    names = sorted({key for row in valid for key in row if key.startswith("bleu_")})
-    if scores := {name.removeprefix("bleu_"): points for name in names if (points := _points(valid, name))}:
-        drawing = figures.curves(scores, markers=True)
-        drawings.append(html.figure(drawing, f"BLEU in validation, into {', '.join(scores)}", "0 to 100."))
-    if points := _points(train, "learning_rate"):
-        drawings.append(html.figure(figures.curves({"learning rate": points}), "Learning rate"))
-    return drawings
+        for row in rows
+    ]
+    cells.append(_measured(run, found))
+    return [
+        html.section(
+            "What the batches gained",
+            "Every utterance of a batch is padded to the longest one, and the padding is computed like speech.",
+            html.figure(
+                picture,
+                "Padding in a batch",
+                "A row an utterance, its audio coloured and its padding grey.",
+                wide=True,
+                alt="Two batches, each utterance a bar; the random one is mostly padding.",
+            ),
+            html.figure(
+                ladder,
+                "One epoch",
+                Html(f"Time by the run's budget; grey is spent on padding. {html.origin('predicted')}"),
+                wide=True,
+                alt=f"Predicted time of an epoch: {bars}.",
+            ),
+            html.table(header, cells, text_columns=2, best=len(rows) - 1),
+            html.element("p", comparison(run, found), class_="lead"),
+        )
+    ]
+
+
+def _measured(run: Run, found: Gain) -> tuple[object, ...]:
+    """Return the row of the table with what the run measured."""
+    seconds, audio = np.nansum(run.column("seconds")), np.nansum(run.column("audio_seconds"))
+    utterances = np.nansum(run.column("utterances"))
+    padding, peak = weighted_padding(run), np.nansum(run.column("memory_peak"))
+    steps = int(np.isfinite(run.column("utterances")).sum())
+    return (
+        "this run",
+        html.origin("measured"),
+        "–",
+        "–" if padding is None else f"{padding:.1%}",
+        f"{np.nanmax(run.column('memory_peak')):.1%}" if peak > 0 else "–",
+        f"{found.own.figures.mean_batch:,.1f}",
+        f"{found.epoch_utterances * steps / utterances:,.0f}" if utterances > 0 else "–",
+        duration(found.epoch_audio * seconds / audio) if audio > 0 else "–",
+        "–",
+    )
+
+
+def comparison(run: Run, found: Gain) -> str:
+    """Return the sentences on how the other strategies' figures were computed, and what limits the run's batches."""
+    assert run.planned
+    index, budget = run.planned
+    if found.fills_memory:
+        limit = "The memory budget limits the batches, of this run and of the others."
+    else:
+        limit = (
+            f"{limited_by(run)} The others have batches of the same mean size, so as many updates an epoch."
+        )
+    whole = f"all {len(index):,}" if found.utterances == len(index) else f"a sample of {found.utterances:,}"
+    text = (
+        f"{limit} Predicted figures are the planner's, for {whole} utterances of lengths.arrow, with the memory and "
+        f"time of budget.json; those of this run are for the {found.taken:,} utterances of its batches"
+        f"{', times what an epoch has of them' if found.taken < len(index) else ''}. Measured ones are from its steps."
+    )
+    if budget.frame_seconds >= 1:
+        text += (
+            f" The model pads every utterance to {budget.frame_seconds:g} s, which only the measured padding counts;"
+            " with --pad-seconds 0 a Whisper keeps their lengths."
+        )
+    return text
+
+
+def limited_by(run: Run) -> str:
+    """Return a sentence on what else than memory limits the run's batches, as the run itself resolved it if it did."""
+    batches = run.settled.get("batches")
+    if isinstance(batches, dict) and batches.get("limited_by"):
+        return f"This run's batches are limited by {batches['limited_by']}."
+    seconds = run.settings.get("batch_seconds")
+    if is_number(seconds):
+        return f"--batch-seconds {seconds:g} limits this run's batches, not memory."
+    return "The number of updates an epoch limits this run's batches, not memory: the data set is small."
 
 
 def progress(run: Run) -> list[Html]:
-    """What the model learnt."""
+    """Show what the model learnt."""
     drawings = curves(run.train, run.valid)
     if not drawings:
         return []
     return [html.section("Progress", "What the model learnt, step by step.", html.grid(*drawings))]
 
 
-def efficiency(run: Run) -> list[Html]:
-    """Throughput, padding, waiting, batch shapes and step times."""
-    drawings = []
-    steps, seconds, audio = run.column("step"), run.column("seconds"), run.column("audio_seconds")
-    if np.nansum(seconds) > 0 and np.isfinite(audio).any():
-        window = max(5, len(steps) // 40)
-        rate = figures.smooth(audio, window) / np.maximum(figures.smooth(seconds, window), 1e-9)
-        drawing = figures.curves({"rate": (steps, rate)}, size=figures.WIDE)
-        caption = f"Running over {window} steps."
-        drawings.append(html.figure(drawing, "Audio hours per wall hour", caption, wide=True))
-    if points := _points(run.train, "padding"):
-        drawing = figures.curves({"padding": points}, percent=True, smoothed=True)
-        caption = "The share of encoder input that is padding, step by step."
-        drawings.append(html.figure(drawing, "Padded audio", caption))
-    wait = run.column("data_wait_seconds")
-    if np.isfinite(wait).any() and np.nansum(seconds) > 0:
-        share = wait / np.maximum(seconds, 1e-9)
-        drawing = figures.curves({"wait": (steps, share)}, percent=True, smoothed=True)
-        caption = "The share of a step in which the device had nothing to do."
-        drawings.append(html.figure(drawing, "Waiting for data", caption))
-    frames, tokens, batch = (run.column(name) for name in ("frames_max", "tokens_max", "batch"))
-    known = np.isfinite(frames) & np.isfinite(tokens) & np.isfinite(batch)
-    if known.any():
-        drawing = figures.batch_shapes(frames[known], tokens[known], batch[known])
-        caption = "Short utterances travel in large batches, long ones in small: each fills the same memory."
-        drawings.append(html.figure(drawing, "Batch shapes", caption))
-    if points := _points(run.train, "memory_filled"):
-        series = {"of the budget, predicted": points}
-        if (peak := _points(run.train, "memory_peak")) and max(peak[1]) > 0:
-            series["of the device, peak"] = peak
-        drawing = figures.curves(series, percent=True, smoothed=True)
-        drawings.append(html.figure(drawing, "Memory filled", "What micro-batches use of what there is."))
-    ranks = [row["rank_seconds"] for row in run.train if isinstance(row.get("rank_seconds"), list)]
-    if ranks and len(ranks[-1]) > 1:
-        last = [row for row in ranks if len(row) == len(ranks[-1])][-TIMELINE:]
-        drawing = figures.rank_timeline(last)
-        caption = f"The last {len(last)} steps: computing in colour, waiting for the slowest rank in grey."
-        drawings.append(html.figure(drawing, "Ranks", caption, wide=True))
-    if np.isfinite(seconds).any():
-        drawing = figures.histogram(seconds, xlabel="seconds")
-        drawings.append(html.figure(drawing, "Step time", "Even steps mean that no rank waits long."))
-    if not drawings:
-        return []
-    lead = "Where the time went: on speech, on padding, or waiting."
-    return [html.section("Efficiency", lead, html.grid(*drawings))]
-
-
 def budgeted(run: Run) -> list[Html]:
-    """The largest batch for every length, and where the probes are there, how well they are explained."""
-    try:
-        budget = Budget.from_json(run.budget)
-        index = LengthIndex.open(run.folder / "lengths.arrow")
-        fitting = _probes(run.folder / "budget.probes.jsonl", budget)
-    except (BudgetError, ManifestError):  # an unfinished folder; the budget itself is shown as it is
+    """Show the largest batch for every length, and how well the measured probes are explained where they are there."""
+    if run.planned is None:
+        return []
+    index, budget = run.planned
+    fitting = _probes(run)
+    if fitting is None:
         return []
     caption = "The batch that memory holds, by duration and tokens; points are utterances, red ones do not fit alone."
     if fitting:
@@ -230,84 +236,119 @@ def budgeted(run: Run) -> list[Html]:
     return [html.section("Budget", lead, html.figure(drawing, "Largest batch", caption, wide=bool(fitting)))]
 
 
-def _probes(journal: Path, budget: Budget) -> list:
-    """The steps that a budget was made from, where the run measured it itself."""
-    if not journal.exists():
+def _probes(run: Run) -> list | None:
+    """Return the steps that the budget was made from, where the run measured it itself; None where they are damaged."""
+    journal = run.folder / "budget.probes.jsonl"
+    if not journal.exists() or run.planned is None:
         return []
+    from canter.errors import BudgetError
     from canter.tuning.probe import read_probes  # imports torch
 
-    found = read_probes(journal)
-    return [probe for on, probe in found if on.items() <= budget.measured_on.items() and probe.fits]
+    try:
+        found = read_probes(journal)
+    except BudgetError:
+        return None
+    return [probe for on, probe in found if on.items() <= run.planned[1].measured_on.items() and probe.fits]
 
 
-def happened(events: Sequence[Row], count: int = 50) -> list[Html]:
-    """What was unusual, step by step."""
-    if not events:
-        return []
-    rows = []
-    for row in events[:count]:
-        rest = {k: v for k, v in row.items() if k not in ("kind", "step", "what", "time", "rows")}
-        rows.append(
-            (row.get("step", ""), row.get("what", ""), ", ".join(f"{k} {v}" for k, v in rest.items()))
-        )
-    more = f" The first {count} of {len(events):,}." if len(events) > count else ""
-    table = html.table(["step", "what", "details"], rows, text_columns=3)
-    return [html.section("Events", f"What was unusual; the run went on.{more}", table)]
-
-
-def speech(valid: Sequence[Row], count: int = 8) -> list[Html]:
-    """The last validation's transcripts beside their references."""
-    with_examples = [row for row in valid if row.get("examples")]
-    if not with_examples:
-        return []
-    last = with_examples[-1]
-    examples = [
-        (
-            str(item.get("name") or f"example {place}"),
-            str(item["text"]),
-            str(item["pred_text"]),
-            item.get("lang"),
-        )
-        for place, item in enumerate(last["examples"][:count], 1)
-        if isinstance(item, dict) and "text" in item and "pred_text" in item
-    ]
-    lead = f"Validation at step {last['step']:,}: reference in grey, hypothesis below, mistakes marked."
-    return [html.section("Transcripts", lead, html.transcripts(examples))] if examples else []
-
-
-def skipped(rows: Sequence[Row], count: int = 50) -> list[Html]:
-    """What could not be used, by reason and one by one."""
-    if not rows:
-        return []
-    reasons = Counter(str(row.get("reason", "")).split(":")[0] for row in rows)
-    listed = [(row.get("file", ""), row.get("line", ""), row.get("reason", "")) for row in rows[:count]]
-    heading = f"The first {count} of {len(rows):,}" if len(rows) > count else f"All {len(rows):,}"
-    return [
-        html.section(
-            "Skipped",
-            "Utterances that could not be used; the run went on without them.",
-            html.table(
-                ["reason", "utterances"], [(name, f"{number:,}") for name, number in reasons.most_common()]
-            ),
+def problems(run: Run, count: int = 50) -> list[Html]:
+    """List utterances that were not used, and unusual events."""
+    blocks = []
+    lists = (
+        ("Manifest rows that could not be used", run.unreadable),
+        ("Utterances that fit in no batch", run.left_out),
+        ("Audio that turned out unusable", run.skipped),
+    )
+    for title, rows in lists:
+        if not rows:
+            continue
+        reasons = Counter(str(row.get("reason", "")).split(":")[0] for row in rows)
+        counted = [(name, f"{number:,}") for name, number in reasons.most_common(10)]
+        listed = [(row.get("file", ""), row.get("line", ""), row.get("reason", "")) for row in rows[:count]]
+        heading = f"The first {count} of {len(rows):,}" if len(rows) > count else f"All {len(rows):,}"
+        blocks += [
+            html.element("h3", title),
+            html.table(["reason", "utterances"], counted),
             html.details(heading, html.table(["file", "line", "reason"], listed, text_columns=3)),
-        )
-    ]
+        ]
+    if run.events:
+        rows = []
+        for row in run.events[:count]:
+            rest = {k: v for k, v in row.items() if k not in ("kind", "step", "what", "time", "rows")}
+            rows.append(
+                (row.get("step", ""), row.get("what", ""), ", ".join(f"{k} {v}" for k, v in rest.items()))
+            )
+        more = f", the first {count} of {len(run.events):,}" if len(run.events) > count else ""
+        blocks += [
+            html.element("h3", f"Events{more}"),
+            html.table(["step", "what", "details"], rows, text_columns=3),
+        ]
+    if not blocks:
+        if not run.train:
+            return []
+        return [html.section("Problems", "None: every utterance was used, and no step was unusual.")]
+    return [html.section("Problems", "What was not used or unusual; the run went on.", *blocks)]
 
 
 def setup(run: Run) -> list[Html]:
-    """Configuration, budget and checkpoints."""
+    """Show the resolved settings, and configuration, budget and checkpoints in full."""
     blocks = []
+    if rows := resolved(run):
+        blocks.append(html.table(["setting", "value"], rows, text_columns=2))
     if run.config:
         blocks.append(html.details("Configuration", html.element("pre", run.config)))
     if run.budget:
         blocks.append(html.details("Budget", html.element("pre", json.dumps(run.budget, indent=2))))
     if run.checkpoints:
-        blocks.append(html.details("Checkpoints", html.element("pre", "\n".join(run.checkpoints))))
-    return [html.section("Set-up", "What was run, exactly.", *blocks)] if blocks else []
+        best = run.best.get("checkpoint")
+        listed = [f"{name} (best)" if name == best else name for name in run.checkpoints]
+        blocks.append(html.details("Checkpoints", html.element("pre", "\n".join(listed))))
+    return [html.section("Settings", "As they were resolved, and in full.", *blocks)] if blocks else []
+
+
+def resolved(run: Run) -> list[tuple[str, str]]:
+    """Return the settings that a reader asks for first, with their values."""
+    measured = run.budget.get("measured_on")
+    on = measured if isinstance(measured, dict) else {}
+    rows = [
+        ("model", on.get("model_shape") or on.get("model")),
+        ("initial weights", run.settings.get("init") or ("random" if run.settings else None)),
+        ("device", on.get("device")),
+        ("ranks", run.ranks if run.train else None),
+        *(
+            (key.replace("_", " "), value)
+            for key, value in run.settled.items()
+            if not isinstance(value, dict)
+        ),
+        *(
+            (f"batches: {key.replace('_', ' ')}", value)
+            for key, value in (run.settled.get("batches") or {}).items()
+        ),
+        ("batching strategy", run.settings.get("strategy")),
+    ]
+    optimizer = run.settings.get("optimizer")
+    if isinstance(optimizer, dict):
+        rows.append(("optimiser", on.get("optimizer") or optimizer.get("name")))
+    rates = run.column("learning_rate")
+    if np.isfinite(rates).any():
+        rows.append(("highest learning rate used", f"{np.nanmax(rates):.3g}"))
+    return [
+        (
+            name,
+            f"{value:,.4g}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value),
+        )
+        for name, value in rows
+        if value is not None
+    ]
 
 
 def weighted_padding(run: Run) -> float | None:
-    """Padded share of all steps' audio: 1 − Σ audio / Σ (audio / (1 − padding)); None where not recorded."""
+    """Return the padded fraction of all steps' audio, 1 - sum audio / sum (audio / (1 - padding)); None where it was
+    not recorded."""
     padding, audio = run.column("padding"), run.column("audio_seconds")
     known = np.isfinite(padding) & np.isfinite(audio) & (padding < 1) & (audio > 0)
     if not known.any():
@@ -315,69 +356,6 @@ def weighted_padding(run: Run) -> float | None:
     return float(1 - audio[known].sum() / (audio[known] / (1 - padding[known])).sum())
 
 
-def duration(seconds: float) -> str:
-    """``42 s``, ``7 min 5 s``, ``3 h 12 min``."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def _hours(run: Run) -> str:
     hours = np.nansum(run.column("audio_seconds")) / 3600
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-
-
-def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]] | None:
-    """Steps and values of the rows that have this key as a finite number; None without any."""
-    points = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
-    return ([step for step, _ in points], [value for _, value in points]) if points else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _is_step(row: Row) -> bool:
-    return isinstance(row.get("step"), int)
-
-
-def _json_lines(path: Path, missing: list[str], without: str) -> list[Row]:
-    """The objects of a JSONL file. A torn last line, of a run that was killed, is named and left out."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        missing.append(f"No {path.name}: {without}.")
-        return []
-    rows, broken = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            broken.append(number)
-    if broken:
-        missing.append(f"{path.name}: {len(broken)} unreadable lines, the first is line {broken[0]}.")
-    return rows
-
-
-def _text(path: Path, missing: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        missing.append(f"No {path.name}.")
-        return ""
-
-
-def _json(path: Path, missing: list[str]) -> Row:
-    text = _text(path, missing)
-    try:
-        value = json.loads(text) if text else {}
-    except ValueError as error:
-        missing.append(f"{path.name} is not JSON: {error}.")
-        return {}
-    return value if isinstance(value, dict) else {}

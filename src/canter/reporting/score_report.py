@@ -48,14 +48,10 @@ def score_page(
         lead = f"The word errors that occur most often; {NOTHING}: no word."
         blocks.append(html.section("Frequent errors", lead, html.table(header, frequent, text_columns=2)))
     if worst:
-        lead = Html(
-            f"The {len(worst)} utterances with most word errors, normalised: <mark>wrong or extra</mark> and "
-            "<del>missing</del> words."
-        )
+        lead = f"The {len(worst)} utterances with most word errors, normalised: reference above, transcript below."
         shown = [_utterance(item, transcripts[item.index]) for item in worst]
-        blocks.append(
-            html.section("Worst utterances", lead, html.element("div", *shown, class_="transcripts"))
-        )
+        listed = html.element("div", *shown, class_="transcripts")
+        blocks.append(html.section("Worst utterances", lead, html.error_key(), listed))
     return html.page(name, "Word and character error rates.", *blocks, eyebrow="canter score")
 
 
@@ -84,23 +80,6 @@ def _frequent(result: Score) -> list[tuple[str, str, str]]:
 
 
 def _utterance(item: ScoredUtterance, transcript: Transcript) -> Html:
-    words = []
-    for operation, word, guess in item.alignment:
-        if operation == "equal":
-            words.append(html.escape(guess))
-        elif operation == "delete":
-            words.append(html.element("del", word))
-        else:
-            words.append(
-                html.element("mark", guess, title=f"for: {word}" if word else "not in the reference")
-            )
     reference = " ".join(word for _, word, _ in item.alignment if word)
     label = f"{transcript.name}, line {transcript.line}"
-    wer = html.element("span", f"WER {item.counts.wer:.0%}", class_="wer")
-    return html.element(
-        "div",
-        html.element("div", html.element("span", label), wer, class_="label"),
-        html.element("p", reference, class_="reference"),
-        html.element("p", Html(" ".join(words)), class_="hypothesis"),
-        class_="transcript",
-    )
+    return html.transcript(label, f"WER {item.counts.wer:.0%}", reference, html.aligned(item.alignment))

@@ -88,6 +88,8 @@ def create_app(service: Service) -> FastAPI:
                 "languages": service.tokenizer.languages,
                 "language": service.config.lang,
                 "targets": service.targets,
+                "detects": service.detects,
+                "words": service.engine.aligns,
                 "keys": bool(service.config.keys),
                 "max_bytes": service.config.max_bytes,
                 "longest_seconds": service.config.longest_seconds,
@@ -230,7 +232,7 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events, for as long as which the request keeps its place."""
+    """SSE stream; the request keeps its queue slot until the stream closes."""
 
     def __init__(self, events: AsyncIterator[str], place: contextlib.ExitStack):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -281,22 +283,36 @@ class _Client:
 async def _events(
     service: Service, client: _Client, audio: Audio, asked: Asked, wanted: Wanted
 ) -> AsyncIterator[str]:
-    """Events as OpenAI's: a ``transcript.text.delta`` for each segment as soon as it is decoded (with the
-    ``segment`` beside it), and a ``transcript.text.done`` with the whole."""
-    text, timing, number = "", Timing(), 0
+    """Yield OpenAI's events: a ``transcript.text.delta`` for each segment as soon as it is decoded, and a
+    ``transcript.text.done`` with the whole. Ours have the ``segment`` with its times beside the delta, and the
+    ``language`` of the audio, its ``duration`` in seconds and the ``timing``."""
+    text, timing, number, language = "", Timing(), 0, asked.language
     try:
         async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
             while True:
                 heard = await client.wait_for(anext(found))
-                timing = heard.timing
+                timing, language = heard.timing, heard.language
                 for segment in heard.segments:
                     delta = joint(text, segment.text) + segment.text
                     text += delta
                     times = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
+                    if "word" in asked.granularities:
+                        times["words"] = [
+                            {"word": word.text, "start": word.start, "end": word.end}
+                            for word in segment.words
+                        ]
                     number += 1
-                    yield _event({"type": "transcript.text.delta", "delta": delta, "segment": times})
+                    yield _event(
+                        {
+                            "type": "transcript.text.delta",
+                            "delta": delta,
+                            "segment": times,
+                            "language": language,
+                        }
+                    )
     except StopAsyncIteration:
-        done = {"type": "transcript.text.done", "text": text, "usage": _usage(audio)}
+        done = {"type": "transcript.text.done", "text": text, "usage": _usage(audio), "language": language}
+        done["duration"] = round(audio.seconds, 3)
         yield _event(done | {"timing": _milliseconds(audio, timing)})
     except ApiError as error:
         yield _event(error.body)

@@ -151,10 +151,10 @@ def _consistent(values: Mapping[str, str], asked: Asked, includes: bool) -> None
             f"a stream has no response_format {asked.response_format}; use json or text",
             "response_format",
         )
-    if "word" in asked.granularities and asked.response_format != "verbose_json":
+    if "word" in asked.granularities and asked.response_format != "verbose_json" and not asked.stream:
         raise ApiError(
             400,
-            "times of words need response_format verbose_json",
+            "times of words need response_format verbose_json, or stream",
             "timestamp_granularities[]",
         )
     if includes:

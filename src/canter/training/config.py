@@ -351,8 +351,8 @@ def from_mapping(cls: type, content: Any, where: str, base: Path | None = None) 
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
             raise ConfigError(f"{where}: unknown setting '{key}'; {hint}")
-        if hints[key] == RateLimits:  # numbers or pairs, which it reads by itself
-            values[key] = value
+        if hints[key] == RateLimits:  # a number, pairs or texts, which it reads by itself
+            values[key] = None if value == "none" else value
         elif (
             key == "init"
             and base

@@ -405,10 +405,12 @@ class Trainer:
                 self.shards.scatter()
         to_training(self.model)
         self.progress.wer = metrics["wer"]
+        transcripts = metrics.pop("transcripts", ())
         if not self.ranks.first:
             return
         self.checkpoints.wait()
         if self.checkpoints.is_best(metrics):
             self.checkpoints.set_best(done, metrics)
+        self.run.keep_transcripts(done, transcripts)
         self.run.log(kind="valid", step=done, **metrics)  # the last of it: without this line it is done again
         self.track(done, {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, int | float)})

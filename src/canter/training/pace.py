@@ -1,13 +1,18 @@
-"""How many steps a run has, where it was given minutes: settled by the budget, and again by the steps taken."""
+"""The number of steps of a run that was given minutes: estimated from the budget, then from the steps taken."""
 
 from canter.training.config import TrainConfig
 
 UNTIMED = 10  # first steps, which wait for workers to start
+# Fractions of the run at which its steps are estimated once more.
+LATER = (*(percent / 100 for percent in range(35, 100, 5)), 0.975)
 
 
 class Pace:
-    """Settles the number of steps anew early on, and once the decoder is trained too: with data decoded beside it and
-    other work on the machine, a step takes longer than in a probe."""
+    """Estimate the number of steps again on the way: early on, after the CTC-only warm-up, and often from there on.
+
+    With data decoded beside it and other work on the machine, a step takes longer than in a probe; and a machine may
+    become slower or faster at any time.
+    """
 
     def __init__(self, config: TrainConfig, mean_seconds: float, settled: int = 0):
         """``mean_seconds`` of a step as the budget has it; ``settled``: how often that was done already."""
@@ -18,7 +23,7 @@ class Pace:
 
     def plan(self, step: int, steps: int) -> None:
         """Chooses when to settle next, for a run at ``step`` of ``steps``."""
-        shares = (0.02, (self.config.loss.ctc_alone or 0.0) + 0.08)
+        shares = sorted({0.02, (self.config.loss.ctc_alone or 0.0) + 0.08, *LATER})
         if self.config.minutes is None or self.config.steps is not None or self.settled >= len(shares):
             self.at = None
         else:

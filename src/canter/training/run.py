@@ -9,6 +9,7 @@ tokenizer/        where one was trained on the way
 metrics.jsonl     a line a training step ("kind": "train"), a validation ("valid") and anything unusual ("event")
 utterances.jsonl  the rows that each step was made of
 skipped.jsonl     utterances that could not be used, with the reason
+validation/       step-000500.jsonl: the transcripts of a validation, a manifest with pred_text
 checkpoints/      step-000500/ (a model folder with training/ beside the weights), best.json
 tensorboard/      the metrics once more
 report.html       by 'canter report'
@@ -21,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,15 @@ class Run:
         """Appends unusable utterances of a step to skipped.jsonl; ``line`` is the row of the length index."""
         lines = [{"file": p.file, "line": p.line, "reason": p.reason, "step": step} for p in problems]
         self._append(self.folder / "skipped.jsonl", lines)
+
+    def keep_transcripts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the transcripts of a validation to validation/step-NNNNNN.jsonl, whole or not at all."""
+        if not rows or not self.writes:
+            return
+        path = self.folder / "validation" / f"step-{step:06d}.jsonl"
+        with _writing(path):
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _append(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
         if lines and self.writes:

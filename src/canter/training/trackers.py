@@ -1,14 +1,12 @@
 """Metrics where people look at them: TensorBoard, Weights & Biases, trackio. metrics.jsonl has them in any case."""
 
 import hashlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from canter.errors import ConfigError
+from canter.extras import needed_by, require
 from canter.training.config import TrainConfig, to_mapping
 from canter.training.run import Run
 
@@ -19,7 +17,7 @@ Track = Callable[[int, Mapping[str, Any]], None]
 def tracked(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
     """``track(step, metrics)`` for all trackers of the configuration, for a run that goes on at ``step``.
 
-    Raises ConfigError for one that is not installed.
+    Raises MissingExtraError for one that is not installed.
     """
     with ExitStack() as stack:
         open_ones = [stack.enter_context(TRACKERS[name](config, run, step)) for name in config.track]
@@ -52,10 +50,8 @@ def _tensorboard(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
 
 @contextmanager
 def _wandb(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
-    try:
+    with needed_by("--track wandb"):
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
-    except ModuleNotFoundError:
-        raise _missing("wandb") from None
     name = run.folder.resolve().name
     started = wandb.init(
         project="canter",
@@ -73,10 +69,8 @@ def _wandb(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
 
 @contextmanager
 def _trackio(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
-    try:
+    with needed_by("--track trackio"):
         import trackio  # pyright: ignore[reportMissingImports]  # an extra
-    except ModuleNotFoundError:
-        raise _missing("trackio") from None
     trackio.init(project="canter", name=run.folder.resolve().name, config=to_mapping(config), resume="allow")
     try:
         yield lambda step, numbers: trackio.log(dict(numbers), step=step)
@@ -85,14 +79,9 @@ def _trackio(config: TrainConfig, run: Run, step: int) -> Iterator[Track]:
 
 
 def check(names: Iterable[str]) -> None:
-    """Raises ConfigError for a tracker that is not installed."""
+    """Raise MissingExtraError for a tracker that is not installed."""
     for name in names:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise _missing(name)
-
-
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"--track {name} is not installed; pip install 'canter[log]', or leave it out")
+        require(name, f"--track {name}")
 
 
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

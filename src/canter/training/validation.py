@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from canter.corpus.audio import load_utterance
-from canter.corpus.manifest import Utterance
+from canter.corpus.manifest import Utterance, row_from_utterance
 from canter.errors import AudioError, ManifestError
 from canter.evaluation.translation import score_translations
 from canter.evaluation.wer import score
@@ -36,8 +36,8 @@ def validator(
     """``validate(model, step) -> metrics`` over ``utterances``, whose audio is read once; those that are
     unreadable, or longer than the model's ``longest_seconds`` or ``most_tokens``, are left out, and ``say`` is told.
     WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those that are translations: "bleu"
-    is its mean over languages. "set" tells sets of utterances apart. Each rank decodes its part, and all have the
-    result.
+    is its mean over languages. "set" tells sets of utterances apart; "transcripts" are the utterances' manifest rows
+    with ``pred_text``. Each rank decodes its part, and all have the result.
 
     Raises ManifestError where none can be used.
     """
@@ -82,6 +82,7 @@ def validator(
             "set": scored_set,
             **translations(pairs),
             "examples": [{"text": done[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
+            "transcripts": [row_from_utterance(u) | {"pred_text": text} for u, text in pairs],
         }
 
     return validate

@@ -123,7 +123,7 @@ def anchors(frames: np.ndarray, tokens: np.ndarray, shares: Sequence[float]) -> 
 def corners(index: Index, budget: Budget) -> list[Shape]:
     """Shapes that stand out among the micro-batches of a balanced plan of ``index``: largest in every respect the
     budget knows of, and smallest."""
-    cut = Plan(index, budget, window=min(WINDOW, len(index))).cut(0)
+    cut = Plan(index, budget, window=min(WINDOW, len(index)), min_steps=1).cut(0)
     if not len(cut.rows):
         return []
     b = np.diff(cut.batches)

@@ -12,6 +12,7 @@ import numpy as np
 import soxr
 
 from canter.errors import CanterError
+from canter.extras import needed_by
 
 SAMPLE_RATE = 16000
 
@@ -26,12 +27,8 @@ class Espeak:
     """The library, initialised once for each process; use `espeak()`."""
 
     def __init__(self) -> None:
-        try:
+        with needed_by("speech synthesis"):
             import espeakng_loader
-        except ModuleNotFoundError as error:
-            raise CanterError(
-                "speech synthesis needs the package 'espeakng-loader': pip install 'canter[demo]'"
-            ) from error
         try:
             self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         except OSError as error:

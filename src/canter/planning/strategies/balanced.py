@@ -17,12 +17,15 @@ import numpy as np
 from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths
-from canter.planning.strategies.base import Cut, Cutter, in_steps, maxima, nothing, reorder
+from canter.planning.strategies.base import Cut, Cutter, in_steps, least_batches, maxima, nothing, reorder
 from canter.planning.strategies.recut import recut
+from canter.planning.strategies.strips import strips
 
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
 SPARE = 1.005  # times the batches that are needed, where a search is to follow: with none empty it gets stuck
+SMALL = 8192  # utterances of a window up to which strips are tried beside the snake
+WORTH_A_SEARCH = 8  # utterances in a batch, on average, below which strips leave a search nothing to find
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
 TAIL_BATCHES = 10  # that they must fill to be worth a way of their own
 STARTS = 64  # of the sequence of steps, among which the best is taken
@@ -52,13 +55,29 @@ class Balanced:
             order = snake(lengths, budget, max(1.0, self.mixing), rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
             spare = SPARE if self.mixing == 0 else 1.0
-            batches = even_batches(frames, tokens, budget, per_step, spare, least_steps)
-            if self.mixing == 0:
+            batches = even_batches(
+                frames, tokens, budget, per_step, spare, least_batches(per_step, least_steps)
+            )
+            count = len(batches) - 1
+            if len(order) <= SMALL and self.mixing <= 1 and 1 < count < len(order):
+                found = strips(lengths.frames, lengths.tokens, budget, count, rng)
+                if found and padded_seconds(*found, lengths, budget) < padded_seconds(
+                    order, batches, lengths, budget
+                ):
+                    order, batches = found
+                    frames, tokens = lengths.frames[order], lengths.tokens[order]
+            if self.mixing == 0 and len(order) >= WORTH_A_SEARCH * count:
                 moved, batches = recut(batches, frames, tokens, budget, rng)
                 order, frames, tokens = order[moved], frames[moved], tokens[moved]
             return deal(order, batches, frames, tokens, budget, per_step, rng)
 
         return cut
+
+
+def padded_seconds(order: np.ndarray, batches: np.ndarray, lengths: Lengths, budget: Budget) -> float:
+    """Return the seconds of all batches, fixed ones left out."""
+    frames, tokens = maxima(lengths.frames[order], batches), maxima(lengths.tokens[order], batches)
+    return float((np.diff(batches) * budget.time(frames, tokens)).sum())
 
 
 def snake(lengths: Lengths, budget: Budget, parts: float, rng: np.random.Generator) -> np.ndarray:
@@ -142,21 +161,23 @@ def even_batches(
     budget: Budget,
     multiple: int,
     spare: float = 1.0,
-    least_steps: int = 1,
+    least: int = 1,
 ) -> np.ndarray:
-    """Offsets of batches of about equal memory over a sequence of alike neighbours; their number a multiple of M.
+    """Return offsets of batches of about equal memory over a sequence of alike neighbours.
+
+    Their number is a multiple of M, or `least` where fewer would do.
 
     No batch is over the budget. Where there are fewer utterances than batches, each is a batch. spare: how many times
-    the batches that are needed there are to be. least_steps: least number of steps of M batches.
+    the batches that are needed there are to be. least: least number of batches.
     """
     n = len(frames)
     done = np.concatenate([[0.0], np.cumsum(batch_share(frames, tokens, budget))])
-    count = max(least_steps, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple
+    count = max(least, max(1, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple)
     while count < n:
         batches = fill(frames, tokens, budget, done, count)
         if batches is not None:
             return batches
-        count += multiple
+        count = (count // multiple + 1) * multiple
     return np.arange(n + 1)
 
 
@@ -231,6 +252,9 @@ def deal(
     seconds = budget.step_seconds(np.diff(batches), longest, maxima(tokens, batches))
     steps = count // per_step
     by_time = np.argsort(seconds, kind="stable")
+    by_time = np.roll(
+        by_time, -(count - steps * per_step)
+    )  # the quickest are left for a last step that is not whole
     chosen = np.empty(count, np.int64)
     begin = 0
     while begin < steps:  # classes of steps within which batches may change places

@@ -63,6 +63,15 @@ def none_usable(lengths: Lengths, per_step: int, rng: np.random.Generator, least
     return nothing()
 
 
+def least_batches(per_step: int, steps: int) -> int:
+    """Return the least number of batches that make so many steps: the last one is at least half full.
+
+    With fewer the last update would be one of a few utterances; with more, a rank that takes all micro-batches of a
+    step would pay their fixed time more often than it need.
+    """
+    return steps * per_step - per_step // 2
+
+
 def enough_batches(
     form: Callable[[float], np.ndarray], utterances: int, per_step: int, least_steps: int
 ) -> np.ndarray:
@@ -70,7 +79,7 @@ def enough_batches(
 
     form: makes the offsets of batches that are filled to a share, from 0 to 1, of what the strategy fills them to.
     """
-    least = min((least_steps - 1) * per_step + 1, utterances)
+    least = 1 if least_steps == 1 else min(least_batches(per_step, least_steps), utterances)
     batches = form(1.0)
     if len(batches) - 1 >= least:
         return batches
