@@ -229,7 +229,7 @@ def test_one_bad_file_raises_what_is_wrong_with_it(canary, bad, name):
         (np.zeros(100, np.uint8), "of uint8 is no audio"),
         (np.full(100, 20000.0), "reaches 20,000; float samples lie in -1 ... 1"),
         (np.full(100, np.nan), "not finite"),
-        (b"not audio", "is not audio"),
+        (b"not audio", "^what was given is not audio"),
         (io.StringIO("text"), "opened as text"),
         (3, "int 3 is no audio"),
         (None, "NoneType None is no audio"),

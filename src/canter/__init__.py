@@ -8,10 +8,7 @@ Importing canter imports neither torch nor NumPy: each name below is imported wh
 
 # pyright: strict
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from canter.extras import needed_by
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
@@ -45,34 +42,38 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "Budget": "canter.planning",
-    "CanterError": "canter.errors",
-    "LengthIndex": "canter.corpus.index",
-    "Plan": "canter.planning",
-    "PlanSampler": "canter.planning.sampler",
-    "Recognizer": "canter.recognizer",
-    "Segment": "canter.inference.segments",
-    "TrainConfig": "canter.training.config",
-    "Transcript": "canter.recognizer",
-    "Word": "canter.inference.segments",
-    "analytic_budget": "canter.planning",
-    "build_index": "canter.api",
-    "load": "canter.api",
-    "measure_budget": "canter.api",
-    "score": "canter.api",
-    "train": "canter.api",
-    "load_model": "canter.models.checkpoint",  # of 0.1, for what still uses it
-}
+if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mistake
+    from importlib import import_module
 
+    from canter.extras import needed_by
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'canter' has no attribute {name!r}")
-    with needed_by(f"canter.{name}"):
-        value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+    _MODULES = {
+        "Budget": "canter.planning",
+        "CanterError": "canter.errors",
+        "LengthIndex": "canter.corpus.index",
+        "Plan": "canter.planning",
+        "PlanSampler": "canter.planning.sampler",
+        "Recognizer": "canter.recognizer",
+        "Segment": "canter.inference.segments",
+        "TrainConfig": "canter.training.config",
+        "Transcript": "canter.recognizer",
+        "Word": "canter.inference.segments",
+        "analytic_budget": "canter.planning",
+        "build_index": "canter.api",
+        "load": "canter.api",
+        "measure_budget": "canter.api",
+        "score": "canter.api",
+        "train": "canter.api",
+        "load_model": "canter.models.checkpoint",  # of 0.1, for what still uses it
+    }
+
+    def __getattr__(name: str):
+        if name not in _MODULES:
+            raise AttributeError(f"module 'canter' has no attribute {name!r}")
+        with needed_by(f"canter.{name}"):
+            value = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

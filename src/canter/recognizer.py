@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.engine import Engine, engine_for
 from canter.inference.formats import SUFFIXES
-from canter.inference.inputs import Defaults, Item, is_audio, items_of, require_language
+from canter.inference.inputs import Defaults, Item, files_in, is_audio, items_of, require_language
 from canter.inference.requests import EngineConfig
 from canter.inference.segments import Segment, Word
 from canter.inference.transcribe import Job, Listener, TranscribeConfig, Transcription, transcribe_jobs
@@ -52,6 +53,7 @@ WINDOW = 4  # times the decoder's rows: items that are batched together
 ARRAY_SECONDS = 1800.0  # of arrays that wait in memory at most
 LOUDEST = 16.0  # that float samples may reach; beyond, they are integers' values
 HEADERS = 4  # threads that read headers
+_FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 
 
 @dataclass(frozen=True, repr=False)
@@ -333,11 +335,8 @@ class Recognizer:
         if given.error is None and given.job is not None:
             groups = [[(0, replace(given.job, seconds=np.inf) if given.job.audio is None else given.job)]]
             try:
-                for _, found in transcribe_jobs(options.listener, groups):
-                    result = self._transcript(given, found)
-                    break
-                else:
-                    raise AssertionError("a job has one transcription")
+                ((_, found),) = transcribe_jobs(options.listener, groups)
+                result = self._transcript(given, found)
             finally:
                 if given.close:
                     given.close()
@@ -402,7 +401,7 @@ class Recognizer:
         with ThreadPoolExecutor(HEADERS) as pool:
             for given, stated in zip(unknown, pool.map(_stated, unknown)):
                 if isinstance(stated, CanterError):
-                    given.job, given.error = None, str(stated)
+                    given.job, given.error = None, _told(given, str(stated))
                 elif stated is not None and given.job:
                     given.job = replace(given.job, seconds=stated)
         return found
@@ -414,6 +413,10 @@ class Recognizer:
                 yield self._recording(one, options)
                 continue
             try:
+                files = files_in(os.fspath(one))
+                if files:
+                    yield from (self._recording(file, options) for file in files)
+                    continue
                 empty = True
                 for item in items_of(one, options.defaults):
                     empty = False
@@ -478,10 +481,7 @@ class Recognizer:
     def _transcript(self, given: _Given, found: Transcription) -> Transcript:
         """Return the public form of what was found."""
         if found.error is not None:
-            error = found.error
-            if given.shown and given.shown not in error and os.path.basename(given.shown) not in error:
-                error = f"{given.shown}: {error}"
-            return Transcript("", path=given.shown, error=error)
+            return Transcript("", path=given.shown, error=_told(given, found.error))
         seconds = found.seconds or 0.0
         utterance = given.item.utterance
         item = given.item
@@ -511,6 +511,19 @@ def _stated(given: _Given) -> float | CanterError | None:
         return stated_seconds(given.job.utterance.audio_filepath)
     except CanterError as error:
         return error
+
+
+def _told(given: _Given, error: str) -> str:
+    """Return an error as it concerns one who named a file, not a row of a manifest, and with the file's name in it."""
+    if (
+        given.item.utterance is not None and given.close is not None
+    ):  # a temporary file, whose name says nothing
+        error = error.replace(given.item.utterance.audio_filepath, given.shown or "what was given")
+    if "duration" not in given.item.row:
+        error = _FOR_MANIFESTS.sub("", error)
+    if given.shown and os.path.basename(given.shown) not in error:
+        error = f"{given.shown}: {error}"
+    return error
 
 
 def _is_one(audio: Any) -> bool:

@@ -68,7 +68,7 @@ def small_whisper(tmp_path_factory, whisper_bytes) -> Path:
         heads=2,
         feedforward=48,
         vocabulary=tokenizer.vocab_size,
-        positions=448,
+        positions=64,  # with random weights a text ends where the positions do
         learned_positions=True,
         embedding_norm=False,
         activation="gelu",

@@ -22,7 +22,7 @@ class Options:
     what: tyro.conf.Positional[Literal["inference"]]
     """What to measure."""
     model: tyro.conf.Positional[Path]
-    """A run folder, a model folder or a .nemo file."""
+    """A run folder, a model folder, a .nemo file or a hub name."""
     audio: Path | None = None
     """A manifest, or a folder of audio. Without it modulated noise is decoded: good for a look alone, since a model
     says other things to noise than to speech."""

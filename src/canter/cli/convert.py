@@ -12,7 +12,7 @@ import tyro
 @dataclass(frozen=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """A model: a Canter or Hugging Face folder, a .nemo file, or a run's folder (its best checkpoint)."""
+    """A model: a Canter or Hugging Face folder, a .nemo file, a run's folder (its best checkpoint), or a hub name."""
     destination: tyro.conf.Positional[Path]
     """What to write; a name that ends in .nemo asks for an archive."""
     to: Literal["auto", "canter", "huggingface", "nemo"] = "auto"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A Canter or Hugging Face folder, a .nemo file, or a run's folder (its best checkpoint)."""
+    """A Canter or Hugging Face folder, a .nemo file, a run's folder (its best checkpoint), or a hub name."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the new model."""
     decoder_layers: int | None = None

@@ -150,9 +150,19 @@ def is_audio(path: str) -> bool:
         return not os.path.isdir(path)
     if suffix in MANIFEST_SUFFIXES or is_url(path) or not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
-        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return bool(begins) and not begins.startswith((b"{", b"[", b"\x1f\x8b"))  # JSON, gzip
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError:  # reading it as audio will say what is wrong
+        return True
+    return not begins.startswith((b"{", b"[", b"\x1f\x8b"))  # JSON, gzip
+
+
+def files_in(path: str) -> list[str] | None:
+    """Return the audio files below a folder that holds nothing but such, None for any other path."""
+    if not os.path.isdir(path) or [unit.kind for unit in units_of(path)] != ["folder"]:
+        return None
+    return audio_files(os.path.abspath(path))
 
 
 def items_of(path: str | os.PathLike[str], defaults: Defaults | None = None) -> Iterator[Item]:
