@@ -244,7 +244,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
             )
             for rank in (0, 1)
         ]
-        (said, errors), (silent, other) = [rank.communicate(timeout=300) for rank in ranks]
+        (said, errors), (silent, other) = [rank.communicate(timeout=1800) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], errors + other
     assert silent == ""
     summary = json.loads(said)

@@ -58,7 +58,7 @@ class Chromium:
             message["sessionId"] = self.session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._receive(300.0)
+            answer = self._receive(1800.0)
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
@@ -89,7 +89,7 @@ class Chromium:
             raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", "a script failed"))
         return answer["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 300.0) -> None:
+    def wait(self, script: str, seconds: float = 1800.0) -> None:
         """Until the expression is true."""
         end = time.monotonic() + seconds
         while not self.run(script):
