@@ -34,12 +34,13 @@ demo: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-# the planner's tests with the oldest packages that pyproject.toml allows, without torch; takes Python 3.11
+# the planner's tests with the oldest packages that pyproject.toml allows, without torch; takes Python 3.11. (matplotlib 3.8 warns
+# of pyparsing 3.2, and warnings are errors.)
 OLDEST  := build/oldest/bin/python
 PLANNER := tests/planning tests/corpus tests/text $(addprefix tests/cli/test_,index_and_inspect.py plan_and_compare.py tokenizer.py)
 oldest:
 	@test -x $(OLDEST) || $(PYTHON) -m venv build/oldest
-	@env -u PIP_CONSTRAINT $(OLDEST) -m pip install --quiet --requirement oldest.txt 'pytest>=8' 'hypothesis>=6.100'
+	@env -u PIP_CONSTRAINT $(OLDEST) -m pip install --quiet --requirement oldest.txt 'pyparsing<3.2' 'pytest>=8' 'hypothesis>=6.100'
 	@PYTHONPATH=src $(OLDEST) -m pytest -p no:cacheprovider $(PLANNER)
 
 # the wheel in environments of its own: the planner alone, then with the packages of canter[all]

@@ -64,15 +64,18 @@ def test_help_documents_every_option(name: str, capsys: pytest.CaptureFixture[st
     assert f"canter {name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_needs_no_heavy_import(name: str):
-    load(name)
+def test_help_needs_no_heavy_import():
+    modules = [module for module, _ in cli.COMMANDS.values()]
     code = (
-        f"import sys, {cli.COMMANDS[name][0]}\n"
-        "print([m for m in ('torch', 'matplotlib', 'transformers') if m in sys.modules])"
+        "import importlib, sys\n"
+        "heavy = ('torch', 'matplotlib', 'transformers')\n"
+        f"for module in {modules!r}:\n"
+        "    importlib.import_module(module)\n"
+        "    loaded = [name for name in heavy if name in sys.modules]\n"
+        "    assert not loaded, f'{module} imports {loaded}'"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_usage_lists_the_commands(capsys: pytest.CaptureFixture[str]):
@@ -149,9 +152,9 @@ def test_a_bug_is_not_hidden(command):
         cli.main(command(ZeroDivisionError()))
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["train", "--print-config"]], ids=" ".join
+    ("arguments", "unbuffered"),
+    [(["--help"], ""), (["--help"], "1"), (["compare", "--help"], ""), (["train", "--print-config"], "1")],
 )
 def test_a_reader_that_leaves_early_is_no_error(arguments, unbuffered):
     """As in ``canter --help | head -1``; here it has left before a word is written, which no speed can change."""

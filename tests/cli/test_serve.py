@@ -68,7 +68,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         health = {}
         for _ in range(100):
             try:
-                health = json.load(urlopen(f"{url}health", timeout=300))
+                health = json.load(urlopen(f"{url}health", timeout=1800))
                 break
             except OSError:
                 continue
@@ -78,7 +78,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         # not communicate(): it would lose what came together with the first line
         with process.stderr:
             said = process.stderr.read()
-    assert process.wait(timeout=300) == code
+    assert process.wait(timeout=1800) == code
     assert "Traceback" not in said
     assert ("everybody who reaches this address may use it" in said) == (host == "0.0.0.0")
 

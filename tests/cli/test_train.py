@@ -134,13 +134,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(spoken, tmp_path):
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         ) as process:
-            deadline = time.monotonic() + 300
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None:  # it ends by itself, if late
                 if metrics.exists() and len(metrics.read_text().splitlines()) >= after:
                     os.killpg(process.pid, number)  # as a terminal does: the data worker gets it too
                     break
                 time.sleep(0.05)
-            said = process.communicate(timeout=300)[1]
+            said = process.communicate(timeout=1800)[1]
         assert process.returncode == 130, said
         assert said.strip().endswith("canter: interrupted; what was finished is kept")
         assert "Traceback" not in said

@@ -177,7 +177,7 @@ def together(folder, address, ranks, steps, resume=False):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(1800)
     assert [process.exitcode for process in processes] == [0] * ranks
     return [json.loads((folder / f"rank{rank}-{steps}.json").read_text()) for rank in range(ranks)]
 

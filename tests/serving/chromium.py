@@ -58,7 +58,7 @@ class Chromium:
             message["sessionId"] = self.session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._receive(300.0)  # a busy machine; a browser that has ended is noticed at once
+            answer = self._receive(1800.0)  # a busy machine; a browser that has ended is noticed at once
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")

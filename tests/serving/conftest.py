@@ -30,7 +30,7 @@ from canter.serving.server import bind, make_server
 from canter.serving.service import Service
 from canter.text import WhisperTokenizer, train_tokenizer
 
-PATIENCE = 300.0  # seconds until a test that hangs is given up; nothing that is tested depends on it
+PATIENCE = 1800.0  # seconds until a test that hangs is given up; nothing that is tested depends on it
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
 

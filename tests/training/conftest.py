@@ -118,7 +118,7 @@ def on_ranks(free_port):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(300)
+            process.join(1800)
             assert process.exitcode is not None, "a rank hangs"
         found = [None] * ranks
         while not answers.empty():

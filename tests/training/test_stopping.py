@@ -87,7 +87,7 @@ def killed_in_step(rank, config, note):
 def test_data_workers_end_with_a_run_that_is_killed(config, tmp_path, on_ranks):
     config = dataclasses.replace(config, valid=(), track=(), workers=1)
     assert on_ranks(1, killed_in_step, config, tmp_path / "pid") == [None]
-    group, end = int((tmp_path / "pid").read_text()), time.monotonic() + 300
+    group, end = int((tmp_path / "pid").read_text()), time.monotonic() + 1800
     while not gone(group) and time.monotonic() < end:
         time.sleep(0.05)
     assert gone(group)
