@@ -141,24 +141,24 @@ def _taken(
     each micro-batch and the first micro-batch of each step. None where rows are not the index's."""
     speeds = tuple((run.settings.get("augment") or {}).get("speed") or ())
     seed = run.settings.get("seed") or 0
-    rows, seconds, batches, steps, count = [], [], [], [], 0
+    rows: list[int] = []
+    epochs, batches, steps = [], [], []
     for row in logged:
-        sizes = [len(batch) for batch in row["rows"] if batch]
-        if not sizes:
+        if not any(row["rows"]):
             continue
-        own = np.array([number for batch in row["rows"] for number in batch], dtype=np.int64)
-        if own.min() < 0 or own.max() >= len(index):
-            return None
         steps.append(len(batches))
-        batches += (count + np.cumsum([0, *sizes[:-1]])).tolist()
-        count += len(own)
-        rows.append(own)
-        speed = speeds_of(own, seed, row.get("epoch") or 0, speeds) if speeds else 1.0
-        seconds.append(index.seconds[own] / speed)
-    if not rows:
+        for batch in filter(None, row["rows"]):
+            batches.append(len(rows))
+            epochs += [row.get("epoch") or 0] * len(batch)
+            rows += batch
+    if not rows or min(rows) < 0 or max(rows) >= len(index):
         return None
-    tokens = np.asarray(index.tokens)[np.concatenate(rows)]
-    return np.concatenate(seconds), tokens, np.array(batches), np.array(steps)
+    own, seconds = np.array(rows), np.asarray(index.seconds)[rows].astype(float)
+    if speeds:
+        for epoch in set(epochs):
+            here = np.array(epochs) == epoch
+            seconds[here] /= speeds_of(own[here], seed, epoch, speeds)
+    return seconds, np.asarray(index.tokens)[own], np.array(batches), np.array(steps)
 
 
 def _table(

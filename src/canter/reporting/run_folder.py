@@ -23,7 +23,7 @@ from canter.errors import BudgetError, ConfigError, ManifestError
 from canter.planning.budget import Budget
 
 Row = dict[str, Any]
-WHOLE_LOG = 32 * 2**20  # bytes up to which utterances.jsonl is read in full
+WHOLE_LOG = 4 * 2**20  # bytes up to which utterances.jsonl is read in full
 SAMPLED_STEPS = 2_000  # steps read of a longer one
 
 

@@ -68,7 +68,7 @@ def headline(run: Run, found: Gain | None) -> list[Card]:
     loss = run.column("loss")
     known = loss[np.isfinite(loss)]
     if len(known) and not scored:
-        last = figures.smooth(loss, max(3, len(loss) // 50))[-1]
+        last = known[-max(3, len(known) // 50) :].mean()
         cards.append((f"{last:.3g}", "training loss", "running mean of the last steps", "measured"))
     padding = weighted_padding(run)
     if found:
@@ -90,7 +90,9 @@ def _memory_card(run: Run, found: Gain | None) -> list[Card]:
     """Return the card of the memory filled: the peak of the device where it was measured, else the budget's figure."""
     peak, filled = run.column("memory_peak"), run.column("memory_filled")
     if np.nansum(peak) > 0:
-        note = f"peak of the device; {np.nanmean(filled):.0%} of the budget, predicted"
+        note = "peak of the device"
+        if np.isfinite(filled).any():
+            note += f"; {np.nanmean(filled):.0%} of the budget, predicted"
         return [(f"{np.nanmax(peak):.0%}", "memory filled", note, "measured")]
     if not np.isfinite(filled).any():
         return []

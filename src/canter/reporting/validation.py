@@ -81,8 +81,9 @@ def _shown(item: ScoredUtterance, row: Row) -> Html:
 
 def _history(kept: list[tuple[Row, list[Row]]]) -> list[Html]:
     """Return the transcripts of the utterance that gained most, validation by validation, where there are several."""
-    (_, first), (_, last) = kept[0], kept[-1]
-    before, after = _errors(first), _errors(last)
+    last = {_key(row) for row in kept[-1][1]}
+    kept = [(row, rows) for row, rows in kept if any(_key(one) in last for one in rows)]
+    before, after = _errors(kept[0][1]), _errors(kept[-1][1])
     gains = {key: before[key] - after[key] for key in before if key in after}
     if len(kept) < 2 or not gains or max(gains.values()) <= 0:
         return []
