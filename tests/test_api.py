@@ -116,7 +116,10 @@ def speech(corpus: str, count: int) -> list[str]:
 
 
 def test_importing_canter_imports_no_torch_and_no_numpy():
-    code = "import canter, sys; canter.CanterError, dir(canter); sys.exit(not {'torch', 'numpy'}.isdisjoint(sys.modules))"
+    code = (
+        "import canter, sys; canter.CanterError, dir(canter); "
+        "sys.exit(not {'torch', 'numpy'}.isdisjoint(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -223,6 +223,104 @@ def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
 
 
+@pytest.fixture
+def videos(clips, tmp_path) -> Path:
+    """A folder of recordings in folders, with files that are not taken."""
+    root = tmp_path / "videos"
+    (root / "sub").mkdir(parents=True)
+    good = (clips / "good.wav").read_bytes()
+    for name in ("a.wav", "a.flac", "sub/a.wav", "b.mov", "sub/c.txt", "README.md"):
+        (root / name).write_bytes(good)
+    return root
+
+
+def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
+    """They are named after the recordings, none is silently left out, and each is there once it is transcribed."""
+    import canter.inference.transcribe as module
+
+    out = tmp_path / "subtitles"
+    seen = []
+
+    def heard(engine, tokenizer, utterances, longest, asked):
+        for number, _ in enumerate(utterances):
+            seen.append(len([*out.rglob("*.srt")]))
+            yield number, Transcription("One two. Three.")
+
+    monkeypatch.setattr(module, "transcribe_events", heard)
+    arguments = ["transcribe", model, str(videos), "--lang", "en", "--format", "srt", "-o", str(out)]
+    assert main(arguments) == 0
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == ["a.flac.srt", "a.wav.srt", "sub/a.srt"]
+    assert seen == [0, 1, 2]
+    errors = capsys.readouterr().err
+    assert (
+        f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.mov'})" in errors
+    )
+
+    (videos / "new.wav").write_bytes((videos / "a.wav").read_bytes())
+    (out / "a.wav.srt").write_text("corrected by hand")
+    assert main([*arguments, "--skip-existing"]) == 0
+    assert "3 left out, whose files exist: a.flac, a.wav" in capsys.readouterr().err
+    assert (out / "a.wav.srt").read_text() == "corrected by hand"
+    assert (out / "new.srt").exists()
+    assert main([*arguments, "--skip-existing"]) == 0
+    assert "4 left out" in capsys.readouterr().err
+
+
+def test_one_file_goes_to_stdout(model, clips, capsys, monkeypatch):
+    import canter.inference.transcribe as module
+
+    def heard(engine, tokenizer, utterances, longest, asked):
+        yield 0, Transcription("One two. Three.")
+
+    monkeypatch.setattr(module, "transcribe_events", heard)
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "One two. Three.\n"
+    assert main([*arguments, "--format", "srt"]) == 0
+    assert capsys.readouterr().out == "1\n00:00:00,000 --> 00:00:01,000\nOne two. Three.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--max-line-width", "0"], "max line width 0: at least 1"),
+        (["--max-line-width", "30"], "--max-line-width: for subtitles, and the format is txt"),
+        (["--cues", "sentence", "--format", "tsv"], "--cues: for subtitles, and the format is tsv"),
+        (
+            ["--highlight-words", "--format", "srt", "--timestamps", "segment"],
+            "leave out --timestamps segment",
+        ),
+        (["--skip-existing", "--format", "srt"], "name a folder"),
+        (["--skip-existing", "-o", "folder"], "add --format srt"),
+    ],
+)
+def test_options_of_subtitles_that_do_not_go_together(model, clips, capsys, given, message):
+    assert main(["transcribe", model, str(clips / "good.wav"), "--lang", "en", *given]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_model_without_times_of_words(model, clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("canter.inference.engine.Engine.aligns", False)
+    out = tmp_path / "x.srt"
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]
+    assert main(arguments) == 0
+    assert "in proportion to their characters" in capsys.readouterr().err
+    assert out.exists()
+    assert main([*arguments, "--max-line-width", "30", "--cues", "sentence"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--max-line-width", "30"]) == 1
+    assert "cannot tell when a word was said" in capsys.readouterr().err
+
+
+def test_an_option_without_effect_says_so(model, clips, tmp_path, capsys):
+    given = ["--lang", "en", "-o", str(tmp_path / "x.srt"), "--max-line-count", "1"]
+    assert main(["transcribe", model, str(clips / "good.wav"), *given]) == 0
+    assert "max-line-count has no effect" in capsys.readouterr().err
+
+
 def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clips, tmp_path, capsys):
     (tmp_path / "clips").mkdir()
     for name in ("good.wav", "stereo.wav"):
@@ -286,7 +384,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
             )
             for rank in (0, 1)
         ]
-        (said, errors), (silent, other) = [rank.communicate(timeout=300) for rank in ranks]
+        (said, errors), (silent, other) = [rank.communicate(timeout=1800) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], errors + other
     assert silent == ""
     summary = json.loads(said)

@@ -66,6 +66,20 @@ def test_names_are_never_the_same():
     assert [names[0], names[2], names[3]] == ["a", "a-2", "b"]
 
 
+def test_names_keep_folders_and_tell_suffixes_apart():
+    files = [
+        "/v/a.mp4",
+        "/v/a.mkv",
+        "/v/sub/a.mp4",
+        "/v/sub/b.mp4",
+        "/w/a.mp4",
+        "/v/sub/b.mp4",
+        "/else/c.x.wav",
+    ]
+    names = file_names([Item({"audio_filepath": file}, None) for file in files], ["/v", "/w"])
+    assert names == ["a.mp4", "a.mkv", "sub/a", "sub/b", "a.mp4-2", "sub/b-2", "c.x"]
+
+
 def test_times_are_those_of_the_file(tmp_path, clip):
     row = {"audio_filepath": str(clip), "duration": 2.0, "offset": 10.0}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")

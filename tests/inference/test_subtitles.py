@@ -2,12 +2,15 @@
 
 import html
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -257,3 +260,33 @@ def test_one_transcript_is_written_in_the_format_of_its_suffix(tmp_path):
     with pytest.raises(ConfigError, match="timestamps='word'"):
         write(untimed, tmp_path / "a.srt", style=SubtitleStyle(highlight_words=True))
     assert re.search("No", (tmp_path / "a.srt").read_text())
+
+
+@pytest.mark.skipif(
+    "CANTER_SHARED" not in os.environ, reason="CANTER_SHARED names no folder with a Whisper model"
+)
+def test_subtitles_of_real_speech(tmp_path, capsys):
+    """Two clips of LibriVox with a second between them: every sentence is a cue that stands where it is spoken."""
+    from canter.cli.main import main
+    from canter.corpus.audio import load_audio
+    from canter.corpus.manifest import Utterance, read_manifest
+
+    shared = Path(os.environ["CANTER_SHARED"])
+    rows = [
+        row
+        for row in read_manifest(shared / "data" / "speech" / "librivox_mini" / "manifest.jsonl")
+        if isinstance(row, Utterance)
+        and row.text.startswith(("stuff it into you", "he could wait no longer"))
+    ]
+    first, second = (load_audio(row.audio_filepath) for row in rows[:2])
+    parts = [first, np.zeros(16000, np.float32), second]
+    soundfile.write(tmp_path / "talk.flac", np.concatenate(parts), 16000)
+    model = str(shared / "models" / "whisper-tiny.en")
+    assert main(["transcribe", model, str(tmp_path / "talk.flac"), "--format", "srt"]) == 0
+    cues = capsys.readouterr().out.strip().split("\n\n")
+    texts = [" ".join(cue.splitlines()[2:]) for cue in cues]
+    assert texts == ["Stuff it into you, his belly counseled him.", "He could wait no longer."]
+    start, end = (float(time[-6:].replace(",", ".")) for time in cues[1].splitlines()[1].split(" --> "))
+    begins = len(first) / 16000 + 1
+    assert begins - 0.5 < start < begins + 0.7
+    assert begins + len(second) / 16000 - 0.7 < end < begins + len(second) / 16000 + 0.5

@@ -30,6 +30,38 @@ def test_curves_draw_every_series():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["loss", "CTC"]
 
 
+def test_long_curves_are_drawn_with_few_points_and_keep_their_extremes():
+    steps = np.arange(100_000)
+    values = np.sin(steps / 9000) + 2
+    values[77_777], values[5] = 9.0, np.nan
+    figure = figures.curves({"loss": (steps, values)}, smoothed=True)
+    (line,) = figure.axes[0].get_lines()
+    assert len(line.get_xdata()) <= figures.MOST_POINTS + 2
+    assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0, 99_999)
+    (band,) = figure.axes[0].collections  # from the least to the greatest of neighbouring steps
+    assert band.get_paths()[0].get_extents().y1 == 9.0
+    rate = figures.curves({"learning rate": (steps, values)}).axes[0].get_lines()[0]
+    assert len(rate.get_xdata()) <= figures.MOST_POINTS + 2
+
+
+def test_levels_and_marks_are_named():
+    figure = figures.curves({"run": ([1, 2], [3, 4])}, levels={"random": 5.0}, marks={"here": 1.5})
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["run", "random"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["here"]
+
+
+@given(
+    st.lists(st.one_of(st.floats(-9, 9), st.just(float("nan"))), min_size=1, max_size=50), st.integers(1, 60)
+)
+def test_downsampling_keeps_least_and_greatest(values, most):
+    places, lows, highs = figures.downsampled(values, most)
+    assert len(places) == min(most, len(values))
+    assert list(places) == sorted(set(places))
+    known = [value for value in values if np.isfinite(value)]
+    assert np.nanmin([*lows, np.inf]) == min([*known, np.inf])
+    assert np.nanmax([*highs, -np.inf]) == max([*known, -np.inf])
+
+
 def test_ladder_bars_are_time_split_into_work_and_padding():
     figure = figures.ladder(["random", "balanced"], [2.0, 1.0], [0.5, 0.1], best="balanced")
     bars = figure.axes[0].patches

@@ -51,7 +51,7 @@ def test_text_is_escaped_everywhere(title, text, other):
     )
     page_tags, plain_tags = (set(Checker(document).tags) for document in (page, html.page("t", "l")))
     assert page_tags - plain_tags <= {
-        *("section", "h2", "div", "span", "pre", "mark", "del", "details", "summary"),
+        *("section", "h2", "div", "span", "pre", "mark", "ins", "del", "details", "summary"),
         *("table", "thead", "tbody", "tr", "th", "td"),
     }
 
@@ -66,6 +66,9 @@ def test_page_fetches_nothing():
     assert "svg" in checked.tags
     assert page.count("<?xml") == 0
     assert 'aria-label="Loss"' in page
+    told = html.figure(drawing, "Loss", alt="It falls <fast>.", numbers=html.table(["step"], [[1]]))
+    assert 'aria-label="Loss. It falls &lt;fast&gt;."' in told
+    assert "<summary>Numbers</summary>" in told
 
 
 def test_figures_follow_the_theme():
@@ -85,10 +88,17 @@ def test_mistakes_are_marked():
     shown = html.marked("the cat sat on it there", "the bat sat it there now", "en")
     assert shown == (
         'the <mark title="for: cat">bat</mark> sat <del>on</del> it there '
-        '<mark title="not in the reference">now</mark>'
+        '<ins title="not in the reference">now</ins>'
     )
     assert html.marked("a b", "a b", "en") == "a b"
     assert html.marked("a", "", "en") == "<del>a</del>"
+
+
+def test_a_card_says_where_its_figure_comes_from():
+    cards = html.cards([("4%", "padding", "of all", "predicted"), ("5%", "WER", "")])
+    assert cards.count('class="card"') == 2
+    assert cards.count('<span class="origin predicted">predicted</span>') == 1
+    assert "measured" not in cards
 
 
 def test_table_marks_the_best_row():

@@ -9,7 +9,10 @@ import pytest
 from canter.corpus.index import LengthIndex
 from canter.errors import ConfigError
 from canter.planning.budget import Budget, Polynomial
-from canter.reporting.run_report import duration, read_run, run_report, weighted_padding
+from canter.reporting.gain import gain
+from canter.reporting.run_curves import curves, settled_anew
+from canter.reporting.run_folder import read_run
+from canter.reporting.run_report import duration, run_report, weighted_padding
 
 
 @pytest.fixture
@@ -27,24 +30,26 @@ def folder(tmp_path: Path, metrics) -> Path:
 def test_everything_is_told(folder: Path):
     page = run_report(folder)
     for told in (
-        "Run an4", "60 steps", "best WER", "Loss", "Error rates in validation", "Learning rate",
-        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time",
+        "Run an4", "60 steps", "WER in validation", "Loss", "Error rates in validation", "Learning rate",
+        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time", "What it hears",
         "seed: 17", "step-000060", "canter-budget/1", "audio missing", "train.jsonl",
     ):  # fmt: skip
         assert told in page, told
     assert '<div class="value">1.7%</div>' in page  # the best WER, 1/60
     assert '<div class="value">40</div>' in page  # 20 s of audio in 0.5 s
-    assert '<div class="value">10.0%</div>' in page  # 0.05 s of 0.5 s waiting
+    assert "3 s in all" in page  # 0.05 s a step waiting
     assert '<div class="value">20.0%</div>' in page  # padding
-    assert "&lt;b&gt;" not in page.split("Transcripts")[0]
+    assert '<mark title="for: cat">&lt;b&gt;bat&lt;/b&gt;</mark>' in page
+    assert "What the batches gained" not in page  # neither lengths nor a budget
     assert 'class="missing"' not in page
 
 
 def test_translations_have_their_bleu_drawn(folder: Path):
     assert "BLEU" not in run_report(folder)
     with (folder / "metrics.jsonl").open("a") as file:
-        row = {"kind": "valid", "step": 60, "wer": 0.9, "bleu": 15.0, "bleu_de": 20.0, "bleu_fr": 10.0}
-        file.write(json.dumps(row) + "\n")
+        for step in (40, 60):
+            row = {"kind": "valid", "step": step, "wer": 0.9, "bleu": 15.0, "bleu_de": 20.0, "bleu_fr": 10.0}
+            file.write(json.dumps(row) + "\n")
     assert "BLEU in validation, into de, fr" in run_report(folder)
 
 
@@ -92,7 +97,7 @@ def test_steps_done_again_after_a_resume_count_once(folder: Path, metrics):
     run = read_run(folder)
     assert list(run.column("step")) == list(range(1, 61))
     assert list(run.column("loss")[-10:]) == [7.0] * 10
-    assert run.missing == ["10 steps were done again after a resume; the last time counts."]
+    assert run.missing == ["10 steps were repeated after a resume; the last time counts."]
 
 
 def test_padding_is_weighted_by_audio(folder: Path):
@@ -153,7 +158,143 @@ def test_ranks_memory_and_events_are_shown(folder: Path, metrics):
         "waiting for the slowest rank in grey",
         "Memory filled",
         "Events",
+        "Problems",
         "out of memory",
         "parts 2",
     ):
         assert told in page, told
+
+
+@pytest.fixture
+def trained(folder: Path) -> Path:
+    """The folder with lengths, a budget and the batches of its steps: pairs of neighbours in length."""
+    seconds = np.random.default_rng(0).uniform(1, 9, 120).astype(np.float32)
+    LengthIndex(seconds, np.full(120, 10)).save(folder / "lengths.arrow")
+    Budget(1e9, Polynomial(T=1e5), Polynomial(T=1e-3), 1e7, fixed_seconds=0.1).save(folder / "budget.json")
+    pairs = np.argsort(seconds).reshape(60, 2).tolist()
+    lines = [{"step": step, "epoch": 0, "rows": [pair]} for step, pair in enumerate(pairs, 1)]
+    (folder / "utterances.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text('{"micro_batches_per_step": 1, "precision": "float32"}')
+    return folder
+
+
+def test_the_gain_over_random_batches_is_the_planners(trained: Path):
+    found = gain(read_run(trained))
+    assert found is not None
+    assert not found.fills_memory
+    random, bucket = found.others
+    assert (random.name, bucket.name) == ("random", "bucket_2d")
+    assert random.figures.mean_batch == 2  # as many utterances a batch as the run has, so as many updates
+    assert bucket.figures.mean_batch == pytest.approx(2, rel=0.3)
+    assert (found.own.updates, random.updates) == (60, 60)
+    index = LengthIndex.open(trained / "lengths.arrow")
+    order = np.sort(np.ceil(np.asarray(index.seconds, float) / 0.08)).reshape(60, 2)
+    assert found.own.figures.padded_audio == pytest.approx(1 - order.sum() / (2 * order[:, 1].sum()))
+    assert found.own.figures.padded_compute < 0.05 < 0.15 < random.figures.padded_compute
+    hours = (60 * 0.1 + 1e-3 * 2 * order[:, 1].sum()) / 3600
+    assert found.own.figures.hours == pytest.approx(hours)
+    assert found.speedup == pytest.approx(random.figures.hours / hours)
+    page = run_report(trained)
+    assert page.count("predicted</span>") >= 5
+    assert "The number of updates an epoch limits" in page
+    sizes = {"utterances": 2.0, "limited_by": "the size of the data; --min-steps changes it"}
+    (trained / "run.json").write_text(json.dumps({"steps": 60, "batches": sizes, "batch_limits": {}}))
+    assert "batches are limited by the size of the data; --min-steps changes it." in run_report(trained)
+    for told in (
+        "random, predicted",
+        "What the batches gained",
+        "A batch of this run",
+        f"{found.speedup:.1f}×",
+    ):
+        assert told in page, told
+
+
+def test_a_run_that_fills_the_memory_is_compared_at_the_same_memory(trained: Path):
+    Budget(3.2e7, Polynomial(T=1e5), Polynomial(T=1e-3), 1e7).save(trained / "budget.json")
+    found = gain(read_run(trained))
+    assert found is not None
+    assert found.fills_memory
+    assert max(row.figures.over for row in found.others) == 0
+    assert "The memory budget limits the batches" in run_report(trained)
+
+
+def test_an_epoch_is_scaled_from_the_batches_that_were_taken(trained: Path):
+    whole = gain(read_run(trained))
+    lines = (trained / "utterances.jsonl").read_text().splitlines(keepends=True)
+    (trained / "utterances.jsonl").write_text("".join(lines[::2]))
+    half = gain(read_run(trained))
+    assert whole is not None
+    assert half is not None
+    assert (half.taken, half.own.updates) == (60, 60)
+    assert half.own.figures.hours == pytest.approx(whole.own.figures.hours, rel=0.03)
+
+
+def test_rows_that_are_not_the_indexs_are_not_compared(trained: Path):
+    (trained / "utterances.jsonl").write_text('{"step": 1, "epoch": 0, "rows": [[120]]}\n')
+    assert gain(read_run(trained)) is None
+    (trained / "utterances.jsonl").unlink()
+    assert gain(read_run(trained)) is None
+    assert "What the batches gained" not in run_report(trained)
+
+
+def test_validation_transcripts_are_those_of_the_best_with_every_kind_of_error(folder: Path):
+    (folder / "validation").mkdir()
+    for step, heard in ((40, "one to five"), (60, "one two tree more")):
+        rows = [
+            {"audio_filepath": "/a/first.wav", "duration": 2.0, "text": "one two three", "pred_text": heard}
+        ]
+        rows += [
+            {"audio_filepath": f"{n}.wav", "duration": 1.0, "text": "yes", "pred_text": "yes"}
+            for n in range(9)
+        ]
+        path = folder / "validation" / f"step-{step:06d}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = run_report(folder)
+    assert "at step 60, 10 held-out utterances" in page  # WER 1/60
+    assert '<mark title="for: three">' in page
+    assert '<ins title="not in the reference">' in page
+    assert "first.wav · 2.0 s" in page
+    assert "Most errors" in page
+    assert page.count('<p class="hypothesis">yes</p>') == 6
+    assert "90%" in page  # without an error
+    assert "validation by validation" not in page  # as many errors as before
+    rows[0]["pred_text"] = "one two three"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = run_report(folder)
+    assert "Most errors" not in page
+    assert (
+        '<mark title="for: two">to</mark> <mark title="for: three">five</mark>'
+        in page.split("by validation")[1]
+    )
+
+
+def test_curves_of_one_point_are_left_out(metrics):
+    drawn = curves(metrics[:1], [row for row in metrics if row["kind"] == "valid"][:1])
+    assert drawn == []
+
+
+def test_steps_settled_anew_are_marked_in_the_learning_rate(metrics):
+    rows = [row | {"steps": 60 if row["step"] < 30 else 80} for row in metrics if row["kind"] == "train"]
+    assert settled_anew(rows) == {"80 steps": 30}
+    assert "settled anew" in curves(rows, [])[-1]
+    assert "settled anew" not in curves([row | {"steps": 60} for row in rows], [])[-1]
+
+
+def test_the_page_of_a_long_run_is_small(folder: Path, metrics):
+    row = next(row for row in metrics if row["kind"] == "train")
+    rows = (
+        row | {"step": step, "loss": 3 + step % 7, "seconds": 0.5 + step % 3} for step in range(1, 20_001)
+    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    page = run_report(folder)
+    assert "20,000 steps" in page
+    assert len(page) < 1_000_000
+
+
+def test_nothing_wrong_is_said_too(folder: Path):
+    (folder / "skipped.jsonl").unlink()
+    assert "every utterance was used" in run_report(folder)
+    (folder / "left_out.jsonl").write_text('{"file": "a.jsonl", "line": 9, "reason": "too long: 99 s"}\n')
+    page = run_report(folder)
+    assert "Utterances that fit in no batch" in page
+    assert "every utterance was used" not in page

@@ -1,4 +1,7 @@
-"""A training run as one self-contained HTML page; works on runs that are still going or broke off."""
+"""Write a training run as one self-contained HTML page: what it reached, what its batches gained, transcripts, curves.
+
+Works on runs that are still going or broke off.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +13,9 @@ import tyro
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """Run folder, as `canter train` writes it."""
+    """Run folder that `canter train` wrote."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """File to write; by default report.html in the run folder."""
+    """File to write (default: report.html in the run folder)."""
 
 
 def run(options: Options) -> None:

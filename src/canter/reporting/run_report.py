@@ -200,8 +200,11 @@ def comparison(run: Run, found: Gain) -> str:
 
 
 def limited_by(run: Run) -> str:
-    """Return a sentence on what else than memory limits the run's batches."""
-    seconds = run.settled.get("batch_seconds", run.settings.get("batch_seconds"))
+    """Return a sentence on what else than memory limits the run's batches, as the run itself resolved it if it did."""
+    batches = run.settled.get("batches")
+    if isinstance(batches, dict) and batches.get("limited_by"):
+        return f"This run's batches are limited by {batches['limited_by']}."
+    seconds = run.settings.get("batch_seconds")
     if is_number(seconds):
         return f"--batch-seconds {seconds:g} limits this run's batches, not memory."
     return "The number of updates an epoch limits this run's batches, not memory: the data set is small."
@@ -312,7 +315,15 @@ def resolved(run: Run) -> list[tuple[str, str]]:
         ("initial weights", run.settings.get("init") or ("random" if run.settings else None)),
         ("device", on.get("device")),
         ("ranks", run.ranks if run.train else None),
-        *((name.replace("_", " "), value) for name, value in run.settled.items()),
+        *(
+            (key.replace("_", " "), value)
+            for key, value in run.settled.items()
+            if not isinstance(value, dict)
+        ),
+        *(
+            (f"batches: {key.replace('_', ' ')}", value)
+            for key, value in (run.settled.get("batches") or {}).items()
+        ),
         ("batching strategy", run.settings.get("strategy")),
     ]
     optimizer = run.settings.get("optimizer")
@@ -322,7 +333,14 @@ def resolved(run: Run) -> list[tuple[str, str]]:
     if np.isfinite(rates).any():
         rows.append(("highest learning rate used", f"{np.nanmax(rates):.3g}"))
     return [
-        (name, f"{value:,}" if isinstance(value, int) else str(value))
+        (
+            name,
+            f"{value:,.4g}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value),
+        )
         for name, value in rows
         if value is not None
     ]
