@@ -253,9 +253,7 @@ def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
     assert names == ["a.flac.srt", "a.wav.srt", "sub/a.srt"]
     assert seen == [0, 1, 2]
     errors = capsys.readouterr().err
-    assert (
-        f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.wv'})" in errors
-    )
+    assert f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.wv'})" in errors
 
     (videos / "new.wav").write_bytes((videos / "a.wav").read_bytes())
     (out / "a.wav.srt").write_text("corrected by hand")
