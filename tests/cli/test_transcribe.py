@@ -229,7 +229,7 @@ def videos(clips, tmp_path) -> Path:
     root = tmp_path / "videos"
     (root / "sub").mkdir(parents=True)
     good = (clips / "good.wav").read_bytes()
-    for name in ("a.wav", "a.flac", "sub/a.wav", "b.mov", "sub/c.txt", "README.md"):
+    for name in ("a.wav", "a.flac", "sub/a.wav", "b.wv", "sub/c.txt", "README.md"):
         (root / name).write_bytes(good)
     return root
 
@@ -253,9 +253,7 @@ def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
     assert names == ["a.flac.srt", "a.wav.srt", "sub/a.srt"]
     assert seen == [0, 1, 2]
     errors = capsys.readouterr().err
-    assert (
-        f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.mov'})" in errors
-    )
+    assert f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.wv'})" in errors
 
     (videos / "new.wav").write_bytes((videos / "a.wav").read_bytes())
     (out / "a.wav.srt").write_text("corrected by hand")

@@ -21,25 +21,7 @@ DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", 
             "initial_prompt")
 # fmt: on
 # Suffixes of audio and video that folders are not searched for; they are named first among what is not taken.
-OTHER_MEDIA = {
-    *(
-        ".mov",
-        ".mkv",
-        ".avi",
-        ".ts",
-        ".m4b",
-        ".3gp",
-        ".m4v",
-        ".mpg",
-        ".mpeg",
-        ".wmv",
-        ".flv",
-        ".mts",
-        ".m2ts",
-        ".mka",
-    ),
-    *(".amr", ".ac3", ".ape", ".dts", ".mp2", ".ra", ".wv"),
-}
+OTHER_MEDIA = {".m2ts", ".ac3", ".ape", ".dts", ".mp2", ".ra", ".wv"}
 
 if TYPE_CHECKING:
     from canter.corpus.manifest import Utterance
