@@ -90,14 +90,16 @@ def test_temperature_and_mixtures(manifests, capsys):
         (["index", "m.yaml"], "m.yaml does not exist"),
         (["index", "a.jsonl", "--temperature", "-1"], "must be 0 or more"),
         (["inspect", "none.arrow"], "none.arrow does not exist"),
-        (["inspect", "a.jsonl"], "canter index"),
+        (["inspect", "empty.jsonl"], "canter index"),
         (["inspect", "good.arrow", "--z", "0"], "must be above 0"),
         (["inspect", "good.arrow", "--figure", "no/such/folder.png"], "cannot be written"),
         (["inspect", "good.arrow", "--figure", "x.words"], "cannot be written"),
     ],
 )
-def test_one_clean_message(manifests, capsys, arguments, message):
+def test_one_clean_message(manifests, monkeypatch, capsys, arguments, message):
     LengthIndex([1.0, 2.0], [3, 4]).save("good.arrow")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(manifests / "cache"))
+    (manifests / "empty.jsonl").touch()
     before = (manifests / "a.jsonl").read_text()
     assert main(arguments) == 1
     error = capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +118,77 @@ def test_min_steps_and_limits_in_tokens_per_second(tmp_path, capsys):
     assert {row["left_out"] for row in rows} == {101}
 
 
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    """60 rows without num_tokens, one of them broken, and a cache of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"audio_filepath": f"{n}.wav", "duration": 2.0 + n % 7, "text": "nine letters" if n % 2 else "日本語"}
+        for n in range(59)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n", encoding="utf-8")
+    return path
+
+
+def test_a_manifest_is_compared_planned_and_inspected_in_one_command(manifest, capsys):
+    """Tokens are estimated, 4 of "nine letters" and 3 of the Japanese, and the output says so."""
+    assert main(["compare", str(manifest), "--ranks", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "train.jsonl: 59 utterances, tokens estimated, analytic canary-1b" in captured.out
+    assert "tokens are estimated from the characters" in captured.err
+    assert "left out of" in captured.err
+    assert f"{manifest}:60: invalid JSON" in captured.err
+    assert main(["inspect", str(manifest), "--prompt-tokens", "2", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["tokens_estimated"]
+    assert value["tokens"] == 29 * (4 + 3) + 30 * (3 + 3)
+    assert main(["plan", str(manifest), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["utterances"] == 59
+    assert value["tokens_estimated"]
+    assert main(["plan", str(manifest), "--tokenizer", "chars", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert not json.loads(captured.out)["tokens_estimated"]
+    assert "estimated" not in captured.err
+
+
+def test_a_manifest_is_read_again_only_where_it_changed(manifest, tmp_path, capsys):
+    assert main(["plan", str(manifest), "--json"]) == 0
+    (parts,) = (tmp_path / "cache" / "canter" / "lengths").glob("*.parts")
+    before = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert main(["plan", str(manifest), "--json"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in parts.iterdir()} == before
+    with manifest.open("a") as file:
+        file.write('\n{"audio_filepath": "z.wav", "duration": 1.0, "text": "z"}\n')
+    capsys.readouterr()
+    assert main(["plan", str(manifest), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["utterances"] == 60
+
+
+def test_the_planning_commands_import_no_torch(manifest):
+    code = (
+        "import sys; from canter.cli.main import main; "
+        f"codes = [main([name, {str(manifest)!r}, '--json']) for name in ('plan', 'inspect')]; "
+        "sys.exit(any(codes) or 'torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+    )
+
+
+def test_plan_says_what_limits_the_batches(table, capsys):
+    assert main(["plan", str(table), "--ranks", "2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"batches: \d+\.\d% of the memory filled .* 50 steps an epoch; limited by --min-steps 50", out
+    )
+    assert main(["plan", str(table), "--ranks", "2", "--min-steps", "1", "--json"]) == 0
+    limits = json.loads(capsys.readouterr().out)["limits"]
+    assert limits["by"] == "memory"
+    assert limits["memory_filled"] > 0.8
+
+
 def refused(arguments, capsys):
     """The one line of standard error with which a command refuses."""
     assert main([str(argument) for argument in arguments]) == 1
@@ -146,6 +219,18 @@ def refused(arguments, capsys):
 )
 def test_settings_that_cannot_be(table, command, arguments, message, capsys):
     assert message in refused([command, table, *arguments], capsys)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare", "inspect"])
+def test_what_can_be_read_neither_as_manifest_nor_as_index(table, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "junk.txt").write_text("hello\n")
+    line = refused([command, tmp_path / "junk.txt"], capsys)
+    assert f"{tmp_path}/junk.txt:1: invalid JSON" in line
+    assert "canter index" in line
+    assert "--tokenizer counts the tokens of a manifest" in refused(
+        [command, table, "--tokenizer", "chars"], capsys
+    )
 
 
 def test_a_plan_that_has_nowhere_to_go(table, capsys):

@@ -253,6 +253,33 @@ def test_limits_in_tokens_per_second_by_duration(budget):
     assert rate_limits(()) is None
 
 
+def test_limits_say_why_batches_are_no_larger(budget):
+    from dataclasses import replace
+
+    def limits(count, strategy="balanced", memory=None, own=budget, **options):
+        return Plan(lengths(count), own, strategy, micro_batches_per_step=4, **options).limits(memory)
+
+    full = limits(6000, min_steps=1)
+    assert (full.by, full.min_steps) == ("memory", 1)
+    assert full.memory_filled > full.room_filled > 0.95
+    assert full.steps == len(Plan(lengths(6000), budget, micro_batches_per_step=4, min_steps=1))
+    small = limits(1600)
+    assert (small.by, small.steps, small.min_steps) == ("min_steps", 50, 50)
+    assert "50 steps an epoch; limited by min_steps 50; min_steps 1 makes the largest batches" in str(small)
+    assert limits(100).min_steps == 6
+    few = limits(100, min_steps=50)
+    assert (few.by, few.steps) == ("utterances", 25)
+    assert "no more than 25 steps of 4 micro-batches" in str(few)
+    assert limits(12, min_steps=1).by == "utterances"
+    assert limits(6000, "random", min_steps=1).by == "strategy"
+    seconds = limits(3000, memory=budget, own=Budget.from_batch_seconds(24))
+    assert seconds.by == "batch_seconds"
+    assert seconds.memory_filled < 0.3
+    assert "--batch-seconds; a larger value" in seconds.line(batch_seconds="--batch-seconds")
+    tiny = replace(budget, limit_bytes=1e9 + 1)
+    assert limits(20, own=tiny).steps == 0
+
+
 def test_min_steps_is_part_of_the_fingerprint(index, budget):
     assert Plan(index, budget, min_steps=7).fingerprint != Plan(index, budget, min_steps=8).fingerprint
 

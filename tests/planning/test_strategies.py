@@ -12,6 +12,7 @@ from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, R
 from canter.planning.strategies.balanced import without_drift
 from canter.planning.strategies.base import maxima
 from canter.planning.strategies.recut import assign, most_placed, recut
+from canter.planning.strategies.strips import strips
 from canter.planning.testing import assert_same
 
 from .conftest import lengths
@@ -105,6 +106,41 @@ def test_batches_become_smaller_evenly_to_reach_min_steps(kind, window, budget):
         assert wanted <= found.steps <= 1.35 * wanted  # a fixed size of 6.25 utterances becomes one of 6
         assert found.over == 0
     assert figures[0].padded_compute > figures[1].padded_compute > figures[2].padded_compute
+
+
+@pytest.mark.parametrize("count", [900, 1800])
+@pytest.mark.parametrize("per_step", [1, 8])
+def test_on_small_sets_balanced_pads_less_than_bucket_2d_in_as_many_steps(count, per_step, budget):
+    index = lengths(count, seed=3)
+    two = Plan(index, budget, Bucket2D(), micro_batches_per_step=per_step, min_steps=1).figures()
+    ours = Plan(index, budget, micro_batches_per_step=per_step, min_steps=two.steps).figures()
+    assert ours.steps == two.steps
+    assert ours.padded_compute < two.padded_compute
+    assert ours.hours <= two.hours
+    assert Plan(index, budget, micro_batches_per_step=per_step).figures().steps >= 50
+
+
+def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
+    """And as many batches as wanted, none over the budget, others in every epoch."""
+    some = Lengths.of(lengths(900, seed=4), slice(None), budget)
+    roomy = Budget(1e13, budget.memory, budget.time)
+    for count in (2, 60, 400, 899):
+        room = roomy if count == 2 else budget
+        found = [
+            strips(some.frames, some.tokens, room, count, np.random.default_rng(seed)) for seed in (0, 0, 1)
+        ]
+        for order, batches in found:
+            assert sorted(order.tolist()) == list(range(900))
+            assert len(batches) - 1 == count
+            assert np.all(np.diff(batches) > 0)
+        assert_same(found[0], found[1])
+        if count == 60:
+            order, batches = found[0]
+            longest, most = maxima(some.frames[order], batches), maxima(some.tokens[order], batches)
+            assert not (budget.bytes(np.diff(batches), longest, most) > budget.limit_bytes).any()
+            assert not np.array_equal(order, found[2][0])
+    crowded = Budget(100.0, Polynomial(T=1.0))
+    assert strips(np.full(30, 50), np.ones(30, int), crowded, 5, np.random.default_rng(0)) is None
 
 
 def test_an_endless_stream_has_min_steps_in_as_many_utterances_as_the_index_has(budget):

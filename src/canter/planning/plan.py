@@ -412,8 +412,9 @@ class Plan:
         used = budget.bytes(table.size, table.frames, table.tokens)
         room = (own.bytes(table.size, table.frames, table.tokens) - own.fixed_bytes).mean()
         cut = self.cut(0)
-        largest = self._form(0, least_steps=1)
-        if len(largest.batches) < len(cut.batches):
+        # hardly more steps than asked for: would there be fewer if none were?
+        near = 1 < len(cut) <= 1.5 * self.least_steps(0) or len(cut) < self.least_steps(0)
+        if near and len(self._form(0, least_steps=1).batches) < len(cut.batches):
             short = len(cut) < self.least_steps(0)
             by: Cause = "utterances" if short else "min_steps"
         elif len(cut.batches) <= self.micro_batches_per_step + 1 and room < FULL * (

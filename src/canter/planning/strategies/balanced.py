@@ -26,6 +26,7 @@ TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may
 SPARE = 1.005  # times the batches that are needed, where a search is to follow: with none empty it gets stuck
 SMALL = 8192  # utterances of a window up to which strips are tried beside the snake
 WORTH_A_SEARCH = 8  # utterances in a batch, on average, below which strips leave a search nothing to find
+RETRY = 256  # batches to which one is added where they did not fit, and M at least
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
 TAIL_BATCHES = 10  # that they must fill to be worth a way of their own
 STARTS = 64  # of the sequence of steps, among which the best is taken
@@ -187,7 +188,7 @@ def even_batches(
         batches = fill(frames, tokens, budget, done, count)
         if batches is not None:
             return batches
-        count = (count // multiple + 1) * multiple
+        count = (count // multiple + max(1, count // (RETRY * multiple))) * multiple
     return np.arange(n + 1)
 
 
