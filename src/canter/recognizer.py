@@ -543,7 +543,7 @@ def _shown(value: Any) -> str:
 
 def _spooled(one: Any) -> tuple[str, Callable[[], None]]:
     """Write the bytes of an audio file to a temporary one, and return its path and what removes it."""
-    data: Any = one if isinstance(one, bytes | bytearray | memoryview) else one.read()
+    data: Any = one.read() if hasattr(one, "read") else one
     if isinstance(data, str):
         raise AudioError("a file that was opened as text is no audio: open it with mode 'rb'")
     handle, path = tempfile.mkstemp(prefix="canter-", suffix=".audio")
