@@ -76,15 +76,15 @@ def tsv(segments: Iterable[Segment]) -> str:
 def whisper_json(text: str, segments: Sequence[Segment], language: str | None) -> dict[str, Any]:
     """Return the object that Whisper writes, and the OpenAI API calls ``verbose_json``.
 
-    As in Whisper's, every segment and word begins with a space where its script has spaces: words join to their
-    segment's text, and segments to the whole with a space before it. ``seek`` is the start of the segment in frames
-    of 10 ms.
+    Its segments' texts join to the whole. As in Whisper's, every word begins with a space where its script has
+    spaces. ``seek`` is the start of the segment in frames of 10 ms.
     """
     return {"text": text, "segments": [*_whisper_segments(text, segments)], "language": language}
 
 
 def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
     texts = spaced(text, [segment.text for segment in segments])
+    texts[:1] = [one if text[:1].isspace() else one.lstrip() for one in texts[:1]]
     for number, (segment, whole) in enumerate(zip(segments, texts)):
         value: dict[str, Any] = {
             "id": number,
