@@ -1,6 +1,5 @@
 """Audio to transcripts: files, folders and manifests through one queue, in the order they were given."""
 
-import contextlib
 import json
 import math
 import os
@@ -13,15 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from canter.errors import ConfigError, ManifestError
+from canter.cli.telling import (
+    into_folder,
+    say,
+    some_of,
+    tell_what_is_not_taken,
+    warn_of_other_languages,
+    without_words,
+)
+from canter.errors import ConfigError
 
 # Options that a transcript depends on, beside the model and what is in a row.
 # fmt: off
 DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", "vad", "window_seconds", "fallback",
             "initial_prompt")
 # fmt: on
-# Suffixes of audio and video that folders are not searched for; they are named first among what is not taken.
-OTHER_MEDIA = {".m2ts", ".ac3", ".ape", ".dts", ".mp2", ".ra", ".wv"}
 
 if TYPE_CHECKING:
     from canter.corpus.manifest import Utterance
@@ -142,7 +147,11 @@ def transcribe_inputs(
         items = require_language(items, languages)
     files = None
     if folder:
-        items, files = into_folder(options, items, kinds, style, ranks)
+        assert options.output
+        roots = [os.path.abspath(path) for path in options.inputs if os.path.isdir(path)]
+        items, files = into_folder(
+            options.output, items, roots, kinds, style, options.skip_existing, quiet=ranks.rank > 0
+        )
     else:
         check_renderable(len(items), kinds[0])
     results = [Transcription("", error=item.problem) for item in items]
@@ -222,98 +231,6 @@ def told_of(options: Options) -> str:
     return ", ".join(
         f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(Options, name)
     )
-
-
-def without_words(
-    checkpoint: Path, style: "SubtitleStyle", kinds: list[str], quiet: bool
-) -> Literal["segment"]:
-    """Return the times that subtitles are made of where the model cannot tell when a word was said. Raises ConfigError
-    where that will not do."""
-    if style.needs_words:
-        raise ConfigError(
-            f"{checkpoint} cannot tell when a word was said, which these subtitles need; for lines of a given width "
-            "without it add --cues sentence, and leave out --highlight-words"
-        )
-    if not quiet:
-        print(
-            f"canter: {checkpoint} cannot tell when a word was said: cues that divide a segment share its time in "
-            "proportion to their characters",
-            file=sys.stderr,
-        )
-    return "segment"
-
-
-def tell_what_is_not_taken(inputs: Sequence[str]) -> None:
-    """Print how many files of each folder are not transcribed, and the first."""
-    from canter.corpus.readers.folder import audio_files
-    from canter.corpus.sources import units_of
-    from canter.inference.formats import SUFFIXES
-
-    ours = {*SUFFIXES.values(), ".partial"}
-    for path in inputs:
-        if not os.path.isdir(path):
-            continue
-        with contextlib.suppress(ManifestError):  # reading the inputs will say so
-            if [unit.kind for unit in units_of(path)] != ["folder"]:
-                continue
-        folder = os.path.abspath(path)
-        taken = {*audio_files(folder)}
-        others = sorted(
-            (suffix not in OTHER_MEDIA, os.path.join(root, name))
-            for root, _, names in os.walk(folder)
-            for name in names
-            if (suffix := os.path.splitext(name)[1].lower()) not in ours
-            and not name.startswith(".")
-            and os.path.join(root, name) not in taken
-        )
-        if others:
-            number = f"{len(others):,} files are" if len(others) > 1 else "1 file is"
-            print(
-                f"canter: {path}: {number} not taken, by the suffix no audio (the first: {others[0][1]}); "
-                "convert what is audio to .wav, .flac, .mp3 or .mp4",
-                file=sys.stderr,
-            )
-
-
-def into_folder(
-    options: Options, items: "list[Item]", kinds: list[str], style: "SubtitleStyle", ranks: "Ranks"
-) -> "tuple[list[Item], FolderOutput]":
-    """Return the items to transcribe, and the files of each in the output folder."""
-    from canter.inference.writers import FolderOutput, file_names
-
-    assert options.output
-    names = file_names(items, [os.path.abspath(path) for path in options.inputs if os.path.isdir(path)])
-    each = [kind for kind in kinds if kind != "nemo"]
-    files = FolderOutput(options.output, names, each, style)
-    if not options.skip_existing:
-        return items, files
-    done = [all(path.exists() for _, path in files.files(index)) for index in range(len(items))]
-    if any(done) and ranks.rank == 0:
-        listed = [one.row.get("audio_filepath") for one, is_done in zip(items, done) if is_done]
-        print(f"canter: {len(listed):,} left out, whose files exist: {some_of(listed)}", file=sys.stderr)
-    wanted = [index for index, is_done in enumerate(done) if not is_done]
-    return [items[index] for index in wanted], replace(files, names=[names[index] for index in wanted])
-
-
-def some_of(paths: "Sequence[Any]", most: int = 5) -> str:
-    """Return the names of the first files, and how many there are beside."""
-    names = [*dict.fromkeys(Path(str(path)).name for path in paths)]
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def warn_of_other_languages(items: "Sequence[Item]", asked: str) -> None:
-    """A row's own language goes before --language; where they differ, that should be no surprise."""
-    from canter.text.languages import is_said, same
-
-    own = [u.source_lang or u.lang for item in items if (u := item.utterance)]
-    others = sorted({language for language in own if is_said(language) and not same(language, asked)})
-    if others:
-        count = sum(language in others for language in own)
-        print(
-            f"canter: --language {asked} is for rows that name none; {count:,} name their own ({', '.join(others)})",
-            file=sys.stderr,
-        )
 
 
 def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
@@ -530,26 +447,3 @@ def watched(
             number, result = event
             yield number, result
             progress.finish(utterances[number].duration, result.error is not None)
-
-
-def say(summary: dict[str, Any]) -> None:
-    """The summary in a few lines on stderr."""
-    failed = summary["failed"]
-    for entry in failed[:20]:
-        print(f"canter: {entry['error']}", file=sys.stderr)
-    if len(failed) > 20:
-        print(f"canter: ... and {len(failed) - 20} more", file=sys.stderr)
-    resumed = f", {summary['resumed']} of them from an earlier start" if summary["resumed"] else ""
-    unread = f"; {len(failed)} failed" if failed else ""
-    ranks = f" on {summary['ranks']} ranks" if summary["ranks"] > 1 else ""
-    counters = summary["counters"]
-    print(
-        f"{summary['transcribed']} of {summary['utterances']} transcribed{resumed}{unread}; "
-        f"{summary['audio_seconds']:,.0f} s of audio in {summary['seconds']:.1f} s{ranks}, "
-        f"RTFx {summary['rtfx']:,.1f} (features {counters['feature_seconds']:.1f} s, "
-        f"encoder {counters['encoder_seconds']:.1f} s, "
-        f"decoder {counters['decoder_seconds']:.1f} s at {summary['mean_rows']:.0f} rows)",
-        file=sys.stderr,
-    )
-    for path in summary["output"]:
-        print(f"written: {path}", file=sys.stderr)
