@@ -70,7 +70,8 @@ def main() -> None:
         "`balanced` pads more or takes longer.",
         "",
         "| set | utterances | ranks, M | 2-D: steps, micro-batches | balanced: steps, micro-batches "
-        "| 2-D: padded compute | balanced: padded compute | time | 2-D: waiting | balanced: waiting | balanced: memory filled | |",
+        "| 2-D: padded compute | balanced: padded compute | time | 2-D: waiting | balanced: waiting "
+        "| balanced: memory filled | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     print("\n".join(lines), flush=True)

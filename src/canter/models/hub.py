@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from canter.errors import CheckpointError
+from canter.extras import require
 
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w][\w./-]*))?")
 # Small files that say how weights are read: settings, feature extractor, tokenizer.
@@ -100,13 +101,9 @@ def _of_run(path: Path) -> Path:
 
 def _of_hub(name: str, revision: str | None) -> Path:
     """Return the folder of the cache, or the ``.nemo`` file in it, with the hub's model ``name``."""
-    try:
-        from huggingface_hub import constants, errors
-    except ModuleNotFoundError:
-        raise CheckpointError(
-            f"{name} does not exist here, and models of the Hugging Face hub need huggingface_hub: "
-            "pip install huggingface_hub"
-        ) from None
+    require("huggingface_hub", f"{name} does not exist here, and a model of the Hugging Face hub")
+    from huggingface_hub import constants, errors
+
     if not constants.HF_HUB_OFFLINE:
         try:
             return _fetched(name, revision)

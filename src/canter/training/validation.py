@@ -18,6 +18,7 @@ from canter.inference.engine import engine_for
 from canter.inference.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 from canter.text import Tokenizer
+from canter.text.languages import same
 from canter.training.ranks import ALONE, Ranks
 
 EXAMPLES = 5
@@ -92,7 +93,9 @@ def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
     """BLEU by target language of those utterances that are translated, and its mean as "bleu"; empty without any, or
     without sacrebleu."""
     rows = [
-        (u, text) for u, text in pairs if u.target_lang and u.source_lang and u.target_lang != u.source_lang
+        (u, text)
+        for u, text in pairs
+        if u.target_lang and u.source_lang and not same(u.target_lang, u.source_lang)
     ]
     if not rows or not find_spec("sacrebleu"):
         return {}
