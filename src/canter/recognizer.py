@@ -58,7 +58,7 @@ _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 
 @dataclass(frozen=True, repr=False)
 class Transcript:
-    """What was said in one recording. ``str(transcript)`` is its text."""
+    """The transcript of one recording. ``str(transcript)`` is its text."""
 
     text: str
     segments: tuple[Segment, ...] = ()
@@ -70,7 +70,7 @@ class Transcript:
     path: str | None = None
     """The file; None for an array."""
     error: str | None = None
-    """Why there is no transcript, where there is none."""
+    """The reason why there is no transcript; None where there is one."""
     _item: Item | None = field(default=None, compare=False)
     _found: Transcription | None = field(default=None, compare=False)
 
@@ -119,7 +119,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class _Options:
-    """What one call asks, checked."""
+    """The checked options of one call."""
 
     listener: Listener
     defaults: Defaults
@@ -128,7 +128,7 @@ class _Options:
 
 @dataclass
 class _Given:
-    """One recording on its way: its row, what is to be decoded, and what to remove afterwards."""
+    """One recording in the queue: its row, its decoding job, and the clean-up afterwards."""
 
     item: Item
     job: Job | None = None

@@ -1,4 +1,4 @@
-"""What `compare`, `plan` and `inspect` read: a manifest, a length index or a table of lengths; and a budget or a
+"""Read the inputs of `compare`, `plan` and `inspect`: a manifest, a length index or a table of lengths, and a budget or a
 model's name."""
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def index_manifest(path: Path, prompt_tokens: int, tokenizer: str | None) -> Len
 
 
 def is_estimated(index: LengthIndex) -> bool:
-    """Whether the tokens of the index were estimated from characters."""
+    """Return whether the tokens of the index were estimated from characters."""
     from canter.corpus.counting import ESTIMATE
 
     return index.made_with.get("tokenizer") == ESTIMATE

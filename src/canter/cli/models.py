@@ -16,5 +16,5 @@ def load_any(
     dtype: torch.dtype = torch.float32,
     backend: Literal["auto", "canter", "transformers"] = "auto",
 ) -> Any:
-    """As `canter.loading.load_module`, by dtype."""
+    """Load a model as `canter.loading.load_module` does, with the precision given as a dtype."""
     return load_module(path, device, "bf16" if dtype == torch.bfloat16 else "float32", backend)

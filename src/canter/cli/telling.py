@@ -1,4 +1,4 @@
-"""What `canter transcribe` says beside its transcripts, and where it puts them in a folder."""
+"""Print the messages of `canter transcribe`, and choose the files of its output folder."""
 
 import contextlib
 import os

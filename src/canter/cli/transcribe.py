@@ -68,7 +68,7 @@ class Options:
     """`segment`: times of segments, by the model's timestamp tokens where it has them; `word`: of words too, by
     cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
     cues: Literal["auto", "sentence", "whisper"] = "auto"
-    """How srt and vtt are cut into cues. `sentence`: at sentence ends, at most 7 s and 2 lines of 42 characters;
+    """Rule that divides srt and vtt into cues. `sentence`: at sentence ends, at most 7 s and 2 lines of 42 characters;
     `whisper`: one cue a segment, as Whisper's command; `auto`: `whisper` with one of the four options below, else
     `sentence`."""
     max_line_width: int | None = None

@@ -1,4 +1,4 @@
-"""How many seconds of audio are decoded, while rows are still under way."""
+"""Count the seconds of audio that are decoded, while rows are still under way."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

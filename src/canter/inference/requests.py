@@ -105,11 +105,11 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Underway:
-    """How far the rows are that the engine has taken and not finished."""
+    """Progress of the rows that the engine has taken and not finished."""
 
     rows: tuple[tuple[Hashable, float], ...]
-    """Key and fraction of each: a half once it is encoded, the rest by its tokens, as many as rows before it had a
-    second."""
+    """Key of each row and the fraction that is done: half once it is encoded, the rest in proportion to its tokens, by
+    the tokens a second that finished rows had."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ _TOKEN = re.compile(rf"\s*(?:{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})\S)+)[ã
 
 @dataclass(frozen=True)
 class SubtitleStyle:
-    """How words are laid out as cues. Raises ConfigError for limits below 1."""
+    """Layout of words as cues. Raises ConfigError for limits below 1."""
 
     cues: Literal["auto", "sentence", "whisper"] = "auto"
     """`sentence`: cues end where sentences end; `whisper`: one cue a segment, or as the options below shape them in

@@ -164,7 +164,7 @@ class FolderOutput:
 
     path: Path
     names: Sequence[str]
-    """Of each utterance, without the format's suffix; see `file_names`."""
+    """File name of each utterance without the format's suffix; see `file_names`."""
     kinds: Sequence[str]
     style: SubtitleStyle = SENTENCES
 

@@ -1,4 +1,4 @@
-"""Why the batches of a plan are no larger, and how much of the memory they fill."""
+"""Explain what limits the batches of a plan, and how much of the memory they fill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Cause = Literal["memory", "batch_seconds", "min_steps", "utterances", "strategy"
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What limits the batches of a plan; `str()` says it in one line.
+    """The bound that limits the batches of a plan; `str()` explains it in one line.
 
     by: "memory", the limit of the budget; "batch_seconds", a budget smaller than the memory; "min_steps", the least
         number of steps; "utterances", of which there are too few to fill a step, or to make `min_steps` steps;

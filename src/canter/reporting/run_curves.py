@@ -50,7 +50,7 @@ def curves(train: Sequence[Row], valid: Sequence[Row]) -> list[Html]:
         marks = settled_anew(train)
         caption = "As each step used it."
         if marks:
-            caption += " Dotted: the number of steps was settled anew, to fit --minutes."
+            caption += " Dotted: the number of steps was estimated again, to fit --minutes."
         drawing = figures.curves({"learning rate": points}, marks=marks)
         drawings.append(_curve(drawing, "Learning rate", caption, {"learning rate": points}, "{:.2e}"))
     return drawings

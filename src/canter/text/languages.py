@@ -303,7 +303,7 @@ def find(written: str, known: Iterable[str]) -> str | None:
 
 
 def resolve(written: str, known: Sequence[str]) -> str:
-    """As `find`. Raises ConfigError naming the value, and the languages known, for one that is not among them."""
+    """Return the code of `find`. Raises ConfigError naming the value and the known languages where there is none."""
     found = find(written, known)
     if found is not None:
         return found

@@ -1,5 +1,5 @@
-"""How large the batches of a run are: the memory budget, less where the run would have too few updates, or where on a
-CPU larger batches are no faster."""
+"""Choose how large the batches of a run are: they fill the memory budget, unless the run would have too few updates or, on
+a CPU, larger batches are no faster."""
 
 import dataclasses
 import math
@@ -29,9 +29,9 @@ class BatchLimits:
     min_steps: int = 1
     """Minimum optimiser steps an epoch, where there are enough utterances."""
     seconds_by: str = "--batch-seconds"
-    """What ``seconds`` comes from."""
+    """The option or rule that set ``seconds``."""
     steps_by: str = "--min-steps"
-    """What ``min_steps`` comes from."""
+    """The option or rule that set ``min_steps``."""
 
 
 def choose_limits(
@@ -102,10 +102,10 @@ def probe_bounds(
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How large the batches of a plan are, and why not larger; kept in run.json."""
+    """Size of a plan's batches and the reason why they are not larger; kept in run.json."""
 
     utterances: float
-    """Mean of a micro-batch."""
+    """Mean number of utterances in a micro-batch."""
     seconds: float
     """Padded audio of the longest micro-batch."""
     memory_filled: float
@@ -118,8 +118,8 @@ class BatchSizes:
     def of(
         cls, table: BatchTable, steps: int, memory: Budget, plan: Budget, limits: BatchLimits, enough: bool
     ) -> "BatchSizes":
-        """Of the micro-batches in ``table``. ``memory`` is the memory budget, ``plan`` what the plan was made with;
-        ``enough``: an epoch has as many steps as are wanted whatever ``limits.min_steps``."""
+        """Return the sizes of the micro-batches in ``table``. ``memory`` is the memory budget, ``plan`` what the plan was made with;
+        ``enough``: an epoch has the wanted number of steps even without ``limits.min_steps``."""
         if not len(table.size):
             return cls(0.0, 0.0, 0.0, 0, "nothing: no utterance can be used")
         used = memory.bytes(table.size, table.frames, table.tokens) - memory.fixed_bytes
