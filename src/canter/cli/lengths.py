@@ -1,5 +1,5 @@
-"""Read the inputs of `compare`, `plan` and `inspect`: a manifest, a length index or a table of lengths, and a budget or a
-model's name."""
+"""Read the inputs of `compare`, `plan` and `inspect`: a manifest, a length index or a table of lengths, and a budget
+or a model's name."""
 
 from __future__ import annotations
 

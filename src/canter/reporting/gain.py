@@ -43,8 +43,8 @@ class Gain:
     others: list[Batching]
     own: Batching
     fills_memory: bool
-    """True where the run's largest batch takes `FILLED` of its memory budget. The others then fill it too; otherwise they
-    have batches as large as the run's on average, so that an epoch has as many updates."""
+    """True where the run's largest batch takes `FILLED` of its memory budget. The others then fill it too; otherwise
+    they have batches as large as the run's on average, so that an epoch has as many updates."""
     utterances: int
     """Utterances planned: those of the index, or a sample."""
     taken: int
