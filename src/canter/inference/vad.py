@@ -87,7 +87,7 @@ def silero(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
     for index in range(windows):
         part = padded[None, index * size : index * size + size + before]
         share, state = session.run(None, {"input": part, "state": state, "sr": given})
-        found[index] = share[0, 0]
+        found[index] = np.asarray(share)[0, 0]
     frames = -(-len(samples) // round(FRAME * rate))
     return found[(np.arange(frames) * round(FRAME * rate)) // size]
 

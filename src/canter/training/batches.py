@@ -118,8 +118,11 @@ class BatchSizes:
     def of(
         cls, table: BatchTable, steps: int, memory: Budget, plan: Budget, limits: BatchLimits, enough: bool
     ) -> "BatchSizes":
-        """Return the sizes of the micro-batches in ``table``. ``memory`` is the memory budget, ``plan`` what the plan was
-        made with; ``enough``: an epoch has the wanted number of steps even without ``limits.min_steps``."""
+        """Return the sizes of the micro-batches in ``table``.
+
+        ``memory`` is the memory budget, ``plan`` the budget of the plan; ``enough``: an epoch has the wanted number of steps even without
+        ``limits.min_steps``.
+        """
         if not len(table.size):
             return cls(0.0, 0.0, 0.0, 0, "nothing: no utterance can be used")
         used = memory.bytes(table.size, table.frames, table.tokens) - memory.fixed_bytes
