@@ -120,8 +120,8 @@ class BatchSizes:
     ) -> "BatchSizes":
         """Return the sizes of the micro-batches in ``table``.
 
-        ``memory`` is the memory budget, ``plan`` the budget of the plan; ``enough``: an epoch has the wanted number of steps even without
-        ``limits.min_steps``.
+        ``memory`` is the memory budget, ``plan`` the budget of the plan. ``enough``: an epoch has the wanted number of
+        steps even without ``limits.min_steps``.
         """
         if not len(table.size):
             return cls(0.0, 0.0, 0.0, 0, "nothing: no utterance can be used")
