@@ -1,4 +1,4 @@
-"""The ``canter`` command: finds the subcommand, imports only that one, and turns user errors into one line.
+"""Run the ``canter`` command: find the subcommand, import only that one, and print user errors as one line.
 
 Each module named in COMMANDS defines a frozen dataclass ``Options`` (its fields and their docstrings are the
 command's flags and help) and ``run(options) -> int | None``; one that reads a file of options first has a
@@ -15,24 +15,24 @@ from canter import __version__
 from canter.errors import CanterError
 from canter.extras import needed_by
 
-# name -> (module, one line of help); in the order of the main path
+# name -> (module, one line of help): first what most people come for, then the main path
 COMMANDS = {
-    "demo": ("canter.cli.demo", "the whole way on a synthesised corpus, with a report"),
-    "index": ("canter.cli.index", "manifests -> length index"),
-    "inspect": ("canter.cli.inspect", "look at a length index"),
-    "compare": ("canter.cli.compare", "the ladder of batching strategies on your lengths"),
-    "plan": ("canter.cli.plan", "an epoch's batches, with their figures"),
-    "tune": ("canter.cli.tune", "measure what fits and how long it takes -> budget"),
+    "transcribe": ("canter.cli.transcribe", "transcribe audio and video to text, subtitles or manifests"),
+    "serve": ("canter.cli.serve", "serve a model over OpenAI's transcription API, with a page"),
+    "train": ("canter.cli.train", "train or fine-tune a model, or resume a run"),
+    "score": ("canter.cli.score", "compute WER, CER and BLEU of transcripts"),
+    "report": ("canter.cli.report", "write a run as one HTML page"),
+    "index": ("canter.cli.index", "build a length index from manifests of any kind"),
+    "inspect": ("canter.cli.inspect", "show the lengths of a manifest or an index"),
+    "compare": ("canter.cli.compare", "compare batching strategies on your lengths"),
+    "plan": ("canter.cli.plan", "plan the batches of an epoch"),
+    "tune": ("canter.cli.tune", "measure memory and time of a training step: the budget"),
     "tokenizer": ("canter.cli.tokenizer", "train a tokenizer on transcripts"),
-    "train": ("canter.cli.train", "train, or continue, a model"),
-    "transcribe": ("canter.cli.transcribe", "audio -> transcripts"),
-    "serve": ("canter.cli.serve", "an OpenAI-compatible transcription service, with a page"),
-    "score": ("canter.cli.score", "WER, CER and BLEU of transcripts"),
-    "bench": ("canter.cli.bench", "speed and latency of decoding, beside other frameworks"),
-    "report": ("canter.cli.report", "a run as one HTML page"),
-    "info": ("canter.cli.info", "a model's shape, parameters and cost"),
-    "convert": ("canter.cli.convert", "a model from one format to another"),
+    "bench": ("canter.cli.bench", "measure decoding speed beside other frameworks"),
+    "info": ("canter.cli.info", "print a model's shape, parameters and FLOPs"),
+    "convert": ("canter.cli.convert", "convert a model between Canter, Hugging Face and NeMo"),
     "reshape": ("canter.cli.reshape", "move layers from decoder to encoder"),
+    "demo": ("canter.cli.demo", "train and evaluate a model on synthesised speech in ten minutes"),
 }
 
 
@@ -41,7 +41,7 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            f"canter {__version__}: train and run encoder-decoder speech models without waste",
+            f"canter {__version__}: transcribe with, train and serve encoder-decoder speech models",
             "",
             "usage: canter COMMAND [OPTIONS]        canter COMMAND --help",
             "",

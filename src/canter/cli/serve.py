@@ -23,38 +23,39 @@ SPINS = "1000"  # tens of microseconds at most; a step of the decoder takes tens
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A run folder, which stands for its best checkpoint, or a model folder."""
+    """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
+    openai/whisper-tiny.en."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is all of this machine's."""
+    """Address to listen on; 0.0.0.0 is every address of this machine."""
     port: int = 8000
-    """0: any free one."""
+    """Port to listen on; 0 takes any free one."""
     name: str | None = None
-    """What clients call the model; by default its folder's name."""
+    """Model name for clients (default: the name of its folder)."""
     alias: tuple[str, ...] = ("whisper-1",)
-    """Other names that stand for it."""
+    """Further model names that clients may use."""
     api_keys: Path | None = None
-    """A file with one API key a line, of which a request must have one. CANTER_API_KEYS, keys separated by
-    commas, does the same."""
+    """File with one API key a line; every request must then carry one of them. The variable CANTER_API_KEYS, with keys
+    separated by commas, does the same."""
     lang: str | None = None
-    """Language of requests that name none."""
+    """Language of requests that name none, as a code or in English (default: detected by a multilingual Whisper)."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is faster on a GPU, int8 on a CPU; transcripts may then depend on who else asks."""
     batch_size: int | None = None
-    """Pieces of audio decoded together, at most; by default what suits model and device, 8 to 128."""
+    """Maximum number of audio chunks decoded together (default: 8 to 128 by model and device)."""
     max_megabytes: float = 100.0
-    """Of a request's body."""
+    """Maximum size of a request in MiB."""
     longest_seconds: float = 3600.0
-    """Of audio in a request; what is longer than the model takes is cut where nobody speaks."""
+    """Maximum length of a request's audio in seconds."""
     queue: int = 256
-    """Requests inside at once, waiting ones included; more are turned away with 503."""
+    """Maximum number of requests at once, waiting ones included; further ones get status 503."""
     queue_minutes: float = 120.0
-    """Minutes of audio inside at once."""
+    """Maximum minutes of audio at once, in all requests together."""
     timeout: float = 300.0
-    """Seconds a request may take once its body has arrived."""
+    """Maximum seconds a request may take once its body has arrived."""
     upload_timeout: float = 60.0
-    """Seconds that a body may take to arrive."""
+    """Maximum seconds that a request's body may take to arrive."""
 
 
 def run(options: Options) -> int:

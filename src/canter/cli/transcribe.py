@@ -1,4 +1,4 @@
-"""Audio to transcripts: files, folders and manifests through one queue, in the order they were given."""
+"""Transcribe audio and video files, folders and manifests, in the order given."""
 
 import json
 import math
@@ -42,67 +42,69 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A run folder, which stands for its best checkpoint, or a model folder."""
+    """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
+    openai/whisper-tiny.en."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Audio files, folders of audio, or manifests (NeMo JSONL, and whatever `canter index` reads)."""
+    """Audio or video files, folders of them, or manifests (NeMo JSONL, and whatever `canter index` reads)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """A file, or a folder (one that exists, or a name without suffix). A stopped transcription goes on where
-    it was when started again with the same output. Without it, transcripts go to stdout."""
+    """Output file or folder (default: print to standard output). A name without suffix is a folder. The same command
+    resumes a transcription that was stopped."""
     format: Literal["txt", "srt", "vtt", "tsv", "json", "nemo", "all"] | None = None
-    """`txt`, `srt`, `vtt`, `tsv`, `json`: as Whisper's command line writes them, in a folder one file an
-    utterance; `nemo`: the manifest with `pred_text`, in its order; `all` needs a folder. By default the output's
-    suffix decides (else nemo), on stdout txt."""
+    """`txt`, `srt`, `vtt`, `tsv`, `json`: one file for each recording, as Whisper's command writes them; `nemo`: the
+    manifest with `pred_text` in every row; `all` needs a folder (default: by the output's suffix, else nemo; txt on
+    standard output)."""
     batch_size: int | None = None
-    """Utterances decoded together; by default what suits model and device, 8 to 128, in encoder batches of at most
-    1,024 frames (16,384 on a GPU)."""
+    """Maximum number of utterances decoded together; it changes the speed, not the text (default: 8 to 128 by model and
+    device)."""
     language: Annotated[str | None, tyro.conf.arg(aliases=["--lang"])] = None
-    """Language spoken in utterances that name none."""
+    """Language spoken in recordings that name none, as a code or in English: `de`, `de-AT`, `German` (default: detected
+    by a multilingual Whisper)."""
     task: Literal["transcribe", "translate"] | None = None
-    """Of utterances that name none: by default those whose two languages differ are translated."""
+    """Task of rows that name none (default: translate rows whose source and target languages differ)."""
     target_language: str = "en"
-    """Language that `--task translate` writes, where the manifest names none."""
+    """Target language of `--task translate` for rows that name none."""
     initial_prompt: str = ""
-    """Text that is taken to come before every utterance: names and words to expect, a style of writing. Whisper's and
-    Canary-flash's prompts have room for it; a Whisper of many languages then needs --language."""
+    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash;
+    a multilingual Whisper then needs --language."""
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
-    """`segment`: times of segments, by the model's timestamp tokens where it has them; `word`: of words too, by
-    cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
+    """`segment`: times of segments, from the model's timestamp tokens where it has them; `word`: times of words too,
+    from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
     cues: Literal["auto", "sentence", "whisper"] = "auto"
     """Rule that divides srt and vtt into cues. `sentence`: at sentence ends, at most 7 s and 2 lines of 42 characters;
     `whisper`: one cue a segment, as Whisper's command; `auto`: `whisper` with one of the four options below, else
     `sentence`."""
     max_line_width: int | None = None
-    """Most characters in a line of a subtitle."""
+    """Maximum number of characters in a subtitle line."""
     max_line_count: int | None = None
-    """Most lines in a subtitle; with `--cues whisper` it needs --max-line-width."""
+    """Maximum number of lines in a cue; with `--cues whisper` it needs --max-line-width."""
     max_words_per_line: int | None = None
-    """Most words in a line of a subtitle."""
+    """Maximum number of words in a subtitle line."""
     highlight_words: bool = False
     """Underline each word in srt and vtt while it is spoken."""
     beam: int = 1
-    """Hypotheses kept for each utterance; 1: greedy."""
+    """Beam size; 1 is greedy search."""
     length_penalty: float | None = None
-    """Exponent of the length that a beam's score is divided by; by default 1 for Whisper, 0 for others."""
+    """Divide the score of a beam by its length to this power (default: 1 for Whisper, 0 for others)."""
     ctc_weight: float = 0.0
     """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"
-    """What finds the pauses in which long audio is cut; `silero` needs the extra `vad`, `none` cuts windows that
-    overlap."""
+    """Voice activity detector that finds the pauses at which long audio is cut; `silero` needs the extra `vad`, `none`
+    cuts overlapping windows."""
     window_seconds: float | None = None
-    """Longer audio is cut; by default a little more than what the model was trained on where it tells, else 30 for
-    Whisper, 40 for others."""
+    """Maximum length in seconds of the chunks that long audio is cut into (default: the model's training length where
+    known, else 30 for Whisper and 40 for others)."""
     fallback: bool = True
-    """Whisper alone: what repeats itself or is unlikely is decoded again at higher temperatures."""
+    """Decode repetitive or unlikely text again at higher temperatures (Whisper only)."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
-    """bf16 is for GPUs; transcripts may then depend on the batch. int8 is for processors."""
+    """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
-    """No n-gram of up to 8 tokens may follow itself more often than this; 0: no such guard. Beam search has none."""
+    """Maximum number of times an n-gram of up to 8 tokens may follow itself in greedy search; 0 is no limit."""
     longest_seconds: float | None = None
-    """Longer audio is refused; by default none is."""
+    """Refuse recordings longer than this (default: no limit)."""
     skip_existing: bool = False
-    """Leave out what has its files in the output folder already."""
+    """Skip recordings whose files exist in the output folder."""
     json: bool = False
     """Print a summary as one JSON object on stdout; needs --output."""
 
