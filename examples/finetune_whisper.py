@@ -21,7 +21,6 @@ from canter.integrations.transformers_trainer import (
     SpeechDataset,
     accept_short_audio,
 )
-from canter.text import WhisperTokenizer
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def main(options: Options) -> None:
     lengths = options.output / "lengths.arrow"
     if args.process_index == 0:
         options.output.mkdir(parents=True, exist_ok=True)
-        tokenizer = WhisperTokenizer(processor.tokenizer.backend_tokenizer.to_str())
-        canter.build_index(options.manifest, lengths, tokenizer=tokenizer)
+        canter.build_index(options.manifest, lengths, tokenizer=options.model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     index = canter.LengthIndex.open(lengths)

@@ -18,8 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import canter
 from canter.integrations.lightning import PlanDataModule, PlanModule
-from canter.models.checkpoint import save_model
-from canter.training.data import MicroBatches
+from canter.integrations.loop import MicroBatches
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    model = canter.load(options.model, device="cpu", precision="float32").module.train()
+    recognizer = canter.load(options.model, device="cpu", precision="float32")
+    model = recognizer.module.train()
     if getattr(model.config.features, "pad_seconds", 0):
         model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
 
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
     )
     trainer.save_checkpoint(last)
     if trainer.is_global_zero:
-        save_model(model, options.output / "model")
+        recognizer.save(options.output / "model")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from pathlib import Path
 import torch
 
 import canter
-from canter.models.checkpoint import save_model
-from canter.models.norm import merge_pending
-from canter.training.data import MicroBatches, collate
+from canter.integrations.loop import MicroBatches, collate, merge_pending
 
 
 class Clips(MicroBatches):
@@ -22,7 +20,8 @@ class Clips(MicroBatches):
 
 start, manifest, folder, steps = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 saved = torch.load(folder / "state.pt", weights_only=True) if (folder / "state.pt").exists() else None
-model = canter.load(folder / "model" if saved else start, device="cpu", precision="float32").module.train()
+recognizer = canter.load(folder / "model" if saved else start, device="cpu", precision="float32")
+model = recognizer.module.train()
 if getattr(model.config.features, "pad_seconds", 0):
     model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
 index = canter.build_index(manifest, folder / "lengths.arrow", tokenizer=model.tokenizer, progress=False)
@@ -50,6 +49,6 @@ while step < steps:  # a pass over the loader is an epoch, or the rest of one
         optimizer.zero_grad()
         step += 1
         print(f"step {step}: {len(batch.rows)} utterances, loss {loss.item():.4f}", flush=True)
-save_model(model, folder / "model")
+recognizer.save(folder / "model")
 state = {"step": step, "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
 torch.save(state, folder / "state.pt")

@@ -384,15 +384,41 @@ def test_the_command_and_the_face_write_the_same(canary, canary_folder, clips, t
     for suffix in (".txt", ".srt", ".vtt", ".tsv", ".json"):
         command = tmp_path / f"command{suffix}"
         assert main(["transcribe", str(canary_folder), clips[5], "--language", "en", "-o", str(command)]) == 0
-        face = canary.transcribe(clips[5], language="en", timestamps="segment").save(
-            tmp_path / f"face{suffix}"
-        )
+        times = "word" if suffix in (".srt", ".vtt") else "segment"
+        face = canary.transcribe(clips[5], language="en", timestamps=times).save(tmp_path / f"face{suffix}")
         assert face.read_text() == command.read_text()
     row = json.loads(canary.transcribe(clips[5], language="en").save(tmp_path / "a.jsonl").read_text())
     assert row["audio_filepath"] == clips[5]
     assert row["duration"] == pytest.approx(1.9)
     with pytest.raises(canter.CanterError, match=r"a.doc: the suffix is none of .jsonl, .txt"):
         canary.transcribe(clips[5], language="en").save(tmp_path / "a.doc")
+
+
+def test_subtitles_are_shaped_as_the_command_shapes_them(canary, canary_folder, clips, tmp_path):
+    command = tmp_path / "command.srt"
+    given = ["--language", "en", "--max-line-width", "12", "--max-line-count", "1", "-o", str(command)]
+    assert main(["transcribe", str(canary_folder), clips[5], *given]) == 0
+    found = canary.transcribe(clips[5], language="en", timestamps="word")
+    assert (
+        found.save(tmp_path / "face.srt", max_line_width=12, max_line_count=1).read_text()
+        == command.read_text()
+    )
+    with pytest.raises(canter.CanterError, match=r"options of \.srt and \.vtt"):
+        found.save(tmp_path / "face.txt", max_line_width=12)
+    with pytest.raises(canter.CanterError, match="timestamps='word'"):
+        canary.transcribe(clips[5], language="en").save(tmp_path / "face.srt", highlight_words=True)
+    with pytest.raises(canter.CanterError, match="max line width 0"):
+        found.save(tmp_path / "face.srt", max_line_width=0)
+
+
+def test_a_model_is_saved_whole(canary, clips, tmp_path):
+    again = canter.load(canary.save(tmp_path / "copy"))
+    assert again.transcribe(clips[0], language="en").text == canary.transcribe(clips[0], language="en").text
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(canter.CanterError, match="notes"):
+        canary.save(tmp_path / "notes")
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
 
 
 def test_an_engine_is_made_once_for_the_same_settings(canary, clips):

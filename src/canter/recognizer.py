@@ -25,10 +25,11 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.engine import Engine, engine_for
-from canter.inference.formats import SUFFIXES
+from canter.inference.formats import SUBTITLES, SUFFIXES
 from canter.inference.inputs import Defaults, Item, files_in, is_audio, items_of, require_language
 from canter.inference.requests import EngineConfig
 from canter.inference.segments import Segment, Word
+from canter.inference.subtitles import SubtitleStyle
 from canter.inference.transcribe import Job, Listener, TranscribeConfig, Transcription, transcribe_jobs
 from canter.inference.writers import json_text, render_one, result_row, segments_of, write_whole
 from canter.text.languages import canonical
@@ -80,26 +81,47 @@ class Transcript:
         ``timestamps="word"`` was asked for."""
         return tuple(word for segment in self.segments for word in segment.words)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the transcript in the format of the suffix, and return the path: ``.txt``, ``.srt``, ``.vtt``,
-        ``.tsv`` or ``.json`` as Whisper's command writes them, ``.jsonl`` as a row of a NeMo manifest.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        cues: Literal["auto", "sentence", "whisper"] = "auto",
+        max_line_width: int | None = None,
+        max_line_count: int | None = None,
+        max_words_per_line: int | None = None,
+        highlight_words: bool = False,
+    ) -> Path:
+        """Write the transcript in the format of the suffix, and return the path: ``.txt``, ``.tsv`` and ``.json`` as
+        Whisper's command writes them, ``.srt`` and ``.vtt`` as subtitles, ``.jsonl`` as a row of a NeMo manifest.
 
-        Subtitles want ``timestamps="segment"`` or ``"word"``: without them a cue is as long as what the model takes in
-        one piece. Raises ConfigError for another suffix or a path that cannot be written, AudioError for a result that
-        is an error.
+        Subtitles are best with ``timestamps="word"``; with ``"segment"`` a cue that divides a segment gets its part of
+        the time by the number of characters.
+
+        cues: "sentence" ends cues at sentence ends, within 7 s and 2 lines of 42 characters; "whisper" writes one cue a
+            segment; "auto" is "whisper" where one of the options below is given, else "sentence".
+        max_line_width, max_line_count, max_words_per_line, highlight_words: shape the cues as these options of
+            Whisper's command do.
+
+        Raises ConfigError for another suffix, options that need times of words where there are none, or a path that
+        cannot be written; AudioError for a result that is an error.
         """
+        style = SubtitleStyle(cues, max_line_width, max_line_count, max_words_per_line, highlight_words)
         path = Path(path)
         kind = next((kind for kind, suffix in SUFFIXES.items() if suffix == path.suffix.lower()), None)
         if kind is None:
             raise ConfigError(f"{path}: the suffix is none of {', '.join(SUFFIXES.values())}")
         if self.error is not None:
             raise AudioError(f"{path} is not written, there is no transcript: {self.error}")
+        if (style.shaped or style.cues != "auto") and kind not in SUBTITLES:
+            raise ConfigError(f"{path}: cues and their lines are options of .srt and .vtt; leave them out")
+        if style.needs_words and not self.words and self.text:
+            raise ConfigError(f"{path}: these options need times of words; transcribe with timestamps='word'")
         item = self._item or Item({"audio_filepath": self.path, "duration": self.duration}, None)
         found = self._found or Transcription(self.text, segments=self.segments, language=self.language)
         if kind == "nemo":
             text = json_text(result_row(item, found, timed=bool(self.words))) + "\n"
         else:
-            text = render_one(item, found, kind)
+            text = render_one(item, found, kind, style)
         write_whole(path, [text])
         return path
 
@@ -170,6 +192,16 @@ class Recognizer:
     def languages(self) -> tuple[str, ...]:
         """Codes of the languages that the model knows, as its tokenizer writes them; empty where there is no choice."""
         return self.tokenizer.languages
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write model and tokenizer to a model folder, which appears only when it is whole, and return its path.
+
+        A model of Canter's own is written in Canter's format (``canter convert`` writes others), a model of
+        transformers in that of transformers. Raises CheckpointError where the folder holds something else.
+        """
+        from canter.models.checkpoint import save_model
+
+        return save_model(self._module, Path(folder))
 
     def __repr__(self) -> str:
         device = next(self._module.parameters()).device

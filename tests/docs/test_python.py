@@ -90,6 +90,11 @@ def test_a_page_uses_the_public_names_alone(page: Path):
     assert [name for block in blocks_of(page.read_text()) for name in private(block.python)] == []
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_an_example_uses_the_public_names_and_the_integrations(example: Path):
+    assert private(example.read_text(), PLACES) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_python_of_a_page_is_overlooked(page: Path):
     """Blocks that are indented, or fenced or marked in another way, would be run by nobody."""
