@@ -424,7 +424,7 @@ def test_a_model_is_saved_whole(canary, clips, tmp_path):
 def test_an_engine_is_made_once_for_the_same_settings(canary, clips):
     for _ in range(3):
         canary.transcribe(clips[0], language="en", batch_size=7)
-    assert len([key for key in canary._engines if key[1] == 7]) == 1
+    assert len([key for key in canary._engines if key.rows == 7]) == 1
 
 
 @needs_shared
@@ -524,3 +524,9 @@ def test_scores_take_one_text_or_many():
     assert canter.score(["a b"], ["a b"], "English").wer == 0
     with pytest.raises(ValueError, match="equally many"):
         canter.score(["a"], ["a", "b"])
+
+
+def test_joint_decoding_is_refused_without_a_ctc_head(canary, clips):
+    for weight, said in ((0.3, "no CTC head"), (1.4, "between 0")):
+        with pytest.raises(canter.CanterError, match=said):
+            canary.transcribe(clips[0], language="en", ctc_weight=weight)

@@ -171,7 +171,7 @@ class Recognizer:
             raise ConfigError(f"{name or 'the model'} has no tokenizer, so its tokens cannot be read as text")
         self._module = module
         self.name = name
-        self._engines: dict[tuple[int, int | None], Engine] = {}
+        self._engines: dict[EngineConfig, Engine] = {}
 
     @property
     def module(self) -> torch.nn.Module:
@@ -217,6 +217,7 @@ class Recognizer:
         target_language: str = ...,
         timestamps: Timestamps = ...,
         beam_size: int = ...,
+        ctc_weight: float = ...,
         batch_size: int | None = ...,
         vad: Vad = ...,
         prompt: str = ...,
@@ -233,6 +234,7 @@ class Recognizer:
         target_language: str = ...,
         timestamps: Timestamps = ...,
         beam_size: int = ...,
+        ctc_weight: float = ...,
         batch_size: int | None = ...,
         vad: Vad = ...,
         prompt: str = ...,
@@ -248,6 +250,7 @@ class Recognizer:
         target_language: str = "en",
         timestamps: Timestamps = "none",
         beam_size: int = 1,
+        ctc_weight: float = 0.0,
         batch_size: int | None = None,
         vad: Vad = "energy",
         prompt: str = "",
@@ -266,6 +269,8 @@ class Recognizer:
         task: "translate" writes ``target_language`` (a Whisper: English alone).
         timestamps: "segment" gives segments the times that the model writes; "word" also gives words times.
         beam_size: hypotheses kept for each recording; 1: greedy.
+        ctc_weight: weight of the CTC head in joint CTC/attention decoding, from 0 (attention alone) to 1, for models
+            with such a head.
         batch_size: recordings decoded together; None: what suits model and device. Transcripts do not depend on it.
         vad: what finds the pauses in which audio longer than the model's window is cut: "energy", "silero" (needs the
             extra ``vad``), or "none".
@@ -275,7 +280,16 @@ class Recognizer:
         Raises ConfigError, before anything is decoded, for options that this model cannot do.
         """
         options = self._checked(
-            language, task, target_language, timestamps, beam_size, batch_size, vad, prompt, sampling_rate
+            language,
+            task,
+            target_language,
+            timestamps,
+            beam_size,
+            ctc_weight,
+            batch_size,
+            vad,
+            prompt,
+            sampling_rate,
         )
         if _is_one(audio):
             return self._one(cast(Audio, audio), options)
@@ -294,6 +308,7 @@ class Recognizer:
         target_language: str,
         timestamps: str,
         beam_size: int,
+        ctc_weight: float,
         batch_size: int | None,
         vad: str,
         prompt: str,
@@ -313,7 +328,7 @@ class Recognizer:
         ):
             if number is not None and (not _is_whole(number) or number < 1):
                 raise ConfigError(f"{name} is {number!r}; it must be a whole number of at least 1")
-        engine = self._engine(beam_size, batch_size)
+        engine = self._engine(beam_size, batch_size, ctc_weight)
         if timestamps == "word" and not engine.aligns:
             raise ConfigError(
                 f"{self._called} cannot tell when a word was said; use timestamps='segment' or 'none'"
@@ -346,11 +361,11 @@ class Recognizer:
     def _called(self) -> str:
         return self.name or self._module.shape
 
-    def _engine(self, beams: int, rows: int | None) -> Engine:
-        if (beams, rows) not in self._engines:
-            config = EngineConfig(beams=beams, rows=rows)
-            self._engines[beams, rows] = engine_for(self._module, self.tokenizer.end, config)
-        return self._engines[beams, rows]
+    def _engine(self, beams: int, rows: int | None, ctc_weight: float) -> Engine:
+        config = EngineConfig(beams=beams, rows=rows, ctc_weight=ctc_weight)
+        if config not in self._engines:
+            self._engines[config] = engine_for(self._module, self.tokenizer.end, config)
+        return self._engines[config]
 
     # -- one --
 
