@@ -54,7 +54,7 @@ def wrong(words: list[str], options: dict[str, str], targets: set[str]) -> str |
 
 @pytest.fixture
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.fixture

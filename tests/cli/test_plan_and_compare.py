@@ -238,7 +238,7 @@ def test_a_plan_that_has_nowhere_to_go(table, capsys):
 
 
 def test_a_plan_for_more_ranks_than_batches(table, capsys):
-    line = refused(["plan", table, "--strategy", "random", "--ranks", "200"], capsys)
+    line = refused(["plan", table, "--strategy", "random", "--ranks", "200", "--min-steps", "1"], capsys)
     assert re.search(r"--ranks is 200 and there are only \d+ micro-batches: the others would only wait", line)
 
 

@@ -276,7 +276,7 @@ def test_curves_of_one_point_are_left_out(metrics):
 def test_steps_settled_anew_are_marked_in_the_learning_rate(metrics):
     rows = [row | {"steps": 60 if row["step"] < 30 else 80} for row in metrics if row["kind"] == "train"]
     assert settled_anew(rows) == {"80 steps": 30}
-    assert "settled anew" in curves(rows, [])[-1]
+    assert "estimated again" in curves(rows, [])[-1]
     assert "settled anew" not in curves([row | {"steps": 60} for row in rows], [])[-1]
 
 

@@ -101,7 +101,7 @@ def test_none_fills_the_memory_whatever_the_set(plain, read_speech):
     config = dataclasses.replace(plain, manifest=(read_speech(3),), batch_seconds=None)
     _, batches, line = prepared(config)
     assert batches["steps"] < 20
-    assert batches["memory_filled"] > 0.8
+    assert batches["memory_filled"] > 0.7
     assert "limited by memory" in line
 
 

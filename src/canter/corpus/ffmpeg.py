@@ -68,6 +68,11 @@ def open_coded(path: str, file: BinaryIO, reason: str) -> Iterator[Coded]:
     file.seek(0)
     try:
         with av.open(file, metadata_errors="ignore") as container:
-            yield Coded(av, container)
+            coded = Coded(av, container)
+            if coded.rate < 1 or coded.channels < 1:  # FFmpeg takes some text for a sound format
+                raise AudioError(
+                    f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; remove the row"
+                )
+            yield coded
     except (av.FFmpegError, IndexError) as error:
         raise AudioError(f"{path} is not audio: {reason}; FFmpeg says: {error}; remove the row") from None
