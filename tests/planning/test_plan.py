@@ -27,17 +27,18 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_strategy_resumes_at_every_step(kind, budget):
     index = lengths(450, sources=2)
-    assert_plan_resumes(lambda: Plan(index, budget, kind, seed=3, window=150, micro_batches_per_step=2))
+    settings = {"seed": 3, "window": 150, "micro_batches_per_step": 2, "min_steps": 1}
+    assert_plan_resumes(lambda: Plan(index, budget, kind, **settings))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 60}],
+    [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 30}],
     ids=str,
 )
 def test_resumes_whatever_the_settings(options, budget):
     index = lengths(700)
-    settings = {"window": 200, "micro_batches_per_step": 3} | options
+    settings = {"window": 200, "micro_batches_per_step": 3, "min_steps": 1} | options
     assert_plan_resumes(lambda: Plan(index, budget, **settings))
 
 
@@ -47,7 +48,7 @@ def test_the_helper_finds_a_plan_that_does_not_resume(budget, index):
             return super().walk(None)
 
     with pytest.raises(AssertionError, match="resumed at step 1"):
-        assert_plan_resumes(lambda: Forgetful(index, budget, window=1000))
+        assert_plan_resumes(lambda: Forgetful(index, budget, window=1000, min_steps=1))
 
 
 def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
