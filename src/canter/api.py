@@ -86,7 +86,7 @@ def build_index(
     a source that cannot be read or has no usable row.
     """
     from canter.corpus.build import build_index as build
-    from canter.corpus.counting import UNITS, UnitCounter, prompt_length
+    from canter.corpus.counting import UNITS, prompt_length
     from canter.corpus.index import Source
     from canter.corpus.mixture import mixture_of
 
@@ -95,17 +95,16 @@ def build_index(
     group = mixture_of([str(one) for one in paths]) if len(paths) == len(given) else None
     counter: Any = tokenizer
     if isinstance(tokenizer, str | os.PathLike):
-        name = os.fspath(tokenizer)
-        if name in UNITS:
-            counter = UnitCounter(name)
-        else:
-            from canter.models.hub import checkpoint_of
-            from canter.text import load_tokenizer
+        from canter.models.hub import checkpoint_of
+        from canter.text import load_counter
 
-            counter = load_tokenizer(checkpoint_of(name))
+        name = os.fspath(tokenizer)
+        counter = load_counter(name if name in UNITS else checkpoint_of(name))
     if prompt_tokens is None:
         prompt_tokens = prompt_length(counter, _rows(group or given))
-    target = Path(tempfile.mkdtemp(dir=_scratch())) / "lengths.arrow" if output is None else Path(output)
+    target = (
+        Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
+    )
     return build(
         group or given,
         target,
@@ -136,7 +135,7 @@ def _rows(sources: Any) -> Iterator[Utterance]:
 _folder: Path | None = None
 
 
-def _scratch() -> Path:
+def scratch_folder() -> Path:
     """Return a folder for temporary files that is removed at the end of the process."""
     global _folder
     if _folder is None or not _folder.exists():

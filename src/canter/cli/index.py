@@ -43,7 +43,6 @@ class Options:
 
 def run(options: Options) -> int | None:
     from canter.corpus.build import build_index
-    from canter.corpus.counting import UNITS, UnitCounter
     from canter.corpus.index import Source
     from canter.corpus.mixture import Group, mixture_of
     from canter.errors import ConfigError
@@ -60,12 +59,10 @@ def run(options: Options) -> int | None:
     if options.temperature is not None:
         group = Group(group.members, temperature=options.temperature)
     tokenizer = None
-    if options.tokenizer in UNITS:
-        tokenizer = UnitCounter(options.tokenizer)
-    elif options.tokenizer:
-        from canter.text import load_tokenizer
+    if options.tokenizer:
+        from canter.text import load_counter
 
-        tokenizer = load_tokenizer(options.tokenizer)
+        tokenizer = load_counter(options.tokenizer)
     start = time.monotonic()
     index = build_index(
         group,

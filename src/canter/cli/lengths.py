@@ -3,12 +3,9 @@ or a model's name."""
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,17 +90,15 @@ def open_lengths(path: Path, prompt_tokens: int = 0, tokenizer: str | None = Non
 def index_manifest(path: Path, prompt_tokens: int, tokenizer: str | None) -> LengthIndex:
     """Return the length index of a manifest, a folder or a mixture in YAML, under a progress bar."""
     from canter.corpus.build import build_index
-    from canter.corpus.counting import UNITS, TokenEstimate, UnitCounter
+    from canter.corpus.counting import TokenEstimate
     from canter.corpus.mixture import mixture_of
 
     if tokenizer is None:
         counter = TokenEstimate()
-    elif tokenizer in UNITS:
-        counter = UnitCounter(tokenizer)
     else:
-        from canter.text import load_tokenizer
+        from canter.text import load_counter
 
-        counter = load_tokenizer(tokenizer)
+        counter = load_counter(tokenizer)
     facts = f"{path.absolute()} {prompt_tokens} {counter.fingerprint}"
     name = f"{path.stem[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow"
     large = path.is_file() and path.stat().st_size > LARGE_MANIFEST
@@ -144,9 +139,9 @@ def cache_folder() -> Path:
             return folder
     except OSError:
         pass
-    folder = Path(tempfile.mkdtemp(prefix="canter-lengths-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    from canter.api import scratch_folder
+
+    return scratch_folder()
 
 
 def steps_folder(index: LengthIndex) -> Path | None:

@@ -191,9 +191,8 @@ class Plan:
             self.strategy.name, options, self.seed, self.window, self.micro_batches_per_step,
             self._max_tokens_per_second, self.grid, self.windows.blocks, self.endless, self.curriculum,
         ]  # fmt: skip
-        parts += (
-            [self.min_steps] if self.min_steps > 1 else []
-        )  # plans without keep the fingerprint that they had
+        if self.min_steps > 1:  # plans without it keep the fingerprint that they had
+            parts.append(self.min_steps)
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def budget_of(self, window: int) -> Budget:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from canter.corpus.counting import UNITS, UnitCounter
 from canter.errors import CheckpointError
 from canter.text import sentencepiece, whisper
 from canter.text.characters import Characters
@@ -15,6 +16,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "WhisperTokenizer",
+    "load_counter",
     "load_tokenizer",
     "train_tokenizer",
 ]
@@ -42,3 +44,11 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
     raise CheckpointError(
         f"{path}: no tokenizer; give a .nemo file or a folder with {sentencepiece.FILE} or {whisper.FILE}"
     )
+
+
+def load_counter(name: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | UnitCounter:
+    """Return what counts the tokens of a text: a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
+
+    Raises CheckpointError for a path without a tokenizer.
+    """
+    return UnitCounter(str(name)) if str(name) in UNITS else load_tokenizer(name)
