@@ -26,8 +26,8 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_strategy_resumes_at_every_step(kind, budget):
-    index = lengths(450, sources=2)
-    settings = {"seed": 3, "window": 150, "micro_batches_per_step": 2, "min_steps": 1}
+    index = lengths(240, sources=2)
+    settings = {"seed": 3, "window": 80, "micro_batches_per_step": 2, "min_steps": 1}
     assert_plan_resumes(lambda: Plan(index, budget, kind, **settings))
 
 
@@ -42,13 +42,15 @@ def test_resumes_whatever_the_settings(options, budget):
     assert_plan_resumes(lambda: Plan(index, budget, **settings))
 
 
-def test_the_helper_finds_a_plan_that_does_not_resume(budget, index):
+def test_the_helper_finds_a_plan_that_does_not_resume(budget):
+    index = lengths(450)
+
     class Forgetful(Plan):
         def walk(self, start=None):
             return super().walk(None)
 
     with pytest.raises(AssertionError, match="resumed at step 1"):
-        assert_plan_resumes(lambda: Forgetful(index, budget, window=1000, min_steps=1))
+        assert_plan_resumes(lambda: Forgetful(index, budget, window=150, min_steps=1))
 
 
 def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
