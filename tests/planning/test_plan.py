@@ -20,7 +20,7 @@ from .conftest import lengths
 KINDS = [
     *(kind() for kind in STRATEGIES.values()), Random(7), Bucket1D(5), Bucket2D(5, 2),
     Bucket2D(4, 2, synchronised=False),
-    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(0), Balanced(2.5),
+    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(0), Balanced(2.5), Balanced(mix_steps=True),
 ]  # fmt: skip
 
 
@@ -313,8 +313,10 @@ def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, bud
         for row in range(len(index))
     }
     batches: dict = {}
+    seconds_of: dict = {}
     for step, number, rank, row in zip(*(table[c].to_pylist() for c in table.schema.names)):
         batches.setdefault((step, number, rank), []).append(lengths_of[row])
+        seconds_of.setdefault(step, {}).setdefault(number, []).append(float(index.seconds[row]))
     own = padded = own_u = padded_u = own_c = padded_c = filled = over = 0
     loads: dict = {}
     for (step, _, rank), rows in batches.items():
@@ -337,6 +339,9 @@ def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, bud
     assert f.steps == len(loads)
     assert f.hours == pytest.approx(sum(max(load) for load in loads.values()) / 3600)
     assert f.waiting == pytest.approx(np.mean([max(load) / (sum(load) / ranks) for load in loads.values()]))
+    means = [[np.mean(batch) for batch in step.values()] for step in seconds_of.values()]
+    within = [mean - np.mean(step) for step in means for mean in step]
+    assert f.step_mixing == pytest.approx(np.mean(np.square(within)) / np.var(np.concatenate(means)))
 
 
 def test_mixing_pool_counts_pairs():

@@ -43,6 +43,8 @@ class PlanOptions:
     """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
     mixing: float = 1.0
     """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
+    mix_steps: bool = False
+    """With `balanced`: shrink some batches so that every optimiser step holds short and long utterances."""
     min_steps: int | None = None
     """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it. Unless given 50, or fewer
     where a step would have less than 16 utterances; 1 makes the largest batches."""

@@ -139,7 +139,7 @@ class Plan:
     ) -> None:
         chosen = named(strategy) if isinstance(strategy, str) else strategy
         if version == FIRST_VERSION and isinstance(chosen, Balanced):
-            chosen = FirstBalanced(chosen.mixing)
+            chosen = FirstBalanced(chosen.mixing, chosen.mix_steps)
         budgets = [(0, budget)] if isinstance(budget, Budget) else sorted(budget, key=lambda pair: pair[0])
         if not budgets or budgets[0][0] != 0:
             raise PlanError("the first budget must be in force from window 0")
@@ -186,6 +186,8 @@ class Plan:
     def fingerprint(self) -> str:
         """Changes with anything that decides the steps but the epoch."""
         options = asdict(self.strategy) if is_dataclass(self.strategy) else {}  # type: ignore[call-overload]
+        if not options.get("mix_steps", True):  # plans without it keep the fingerprint that they had
+            del options["mix_steps"]
         parts = [
             self.version, self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets],
             self.strategy.name, options, self.seed, self.window, self.micro_batches_per_step,

@@ -167,6 +167,8 @@ class TrainConfig:
     """Batching strategy: random, duration, bucket_1d, bucket_2d or balanced; 'canter compare' shows what each gives."""
     mixing: float | None = None
     """Mixing of 'balanced': 0 pads least, larger numbers mix more (default: 1)."""
+    mix_steps: bool = False
+    """With 'balanced': shrink some batches so that every optimiser step holds short and long utterances."""
     batch_seconds: float | Literal["auto"] | None = "auto"
     """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, less where the run would have
     too few updates or, on a CPU, where larger batches are no faster. none: fill the memory budget whatever the set."""

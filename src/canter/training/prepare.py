@@ -96,7 +96,8 @@ def prepare(
     if ranks.first and (told := describe_defaults(config)):
         say(told)
     config = decided(config)
-    chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
+    dials = {"mixing": config.mixing, "mix_steps": config.mix_steps or None}
+    chosen = strategy(config.strategy, **{name: dial for name, dial in dials.items() if dial is not None})
     trackers.check(config.track)
     device = choose_device(config.device)
     run = Run.open(config, writes=ranks.first)
