@@ -8,6 +8,7 @@ from canter.errors import PlanError
 from canter.planning import STRATEGIES, Budget, Plan, Polynomial, strategy
 from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.lengths import Lengths, sample
+from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
 from canter.planning.strategies.balanced import without_drift
 from canter.planning.strategies.base import maxima
@@ -121,6 +122,16 @@ def test_on_small_sets_balanced_pads_less_than_bucket_2d_in_as_many_steps(count,
     assert Plan(index, budget, micro_batches_per_step=per_step).figures().steps >= 50
 
 
+def test_utterances_of_a_small_set_meet_others_in_the_next_epoch(budget):
+    index = lengths(1500)
+    plan = Plan(index, budget, micro_batches_per_step=8, min_steps=50)
+    this, following = (plan.at_epoch(epoch).batch_of_rows() for epoch in (0, 1))
+    assert plan.figures().mean_batch / mixing_pool(this, following) < 0.4
+    assert plan.figures().over == 0
+    two = Plan(index, budget, "bucket_2d", micro_batches_per_step=8, min_steps=50).figures()
+    assert plan.figures().padded_compute < 0.8 * two.padded_compute
+
+
 def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
     """And as many batches as wanted, none over the budget, others in every epoch."""
     some = Lengths.of(lengths(900, seed=4), slice(None), budget)
@@ -208,8 +219,6 @@ def test_the_ladder_descends(budget):
 
 
 def test_more_mixing_pads_more_and_mixes_more(budget):
-    from canter.planning.metrics import mixing_pool
-
     index = lengths(12_000)
     plans = [Plan(index, budget, Balanced(mixing)) for mixing in (1, 2, 4, 8)]
     pools = [mixing_pool(p.batch_of_rows(), p.at_epoch(1).batch_of_rows()) for p in plans]

@@ -34,7 +34,7 @@ from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
 # to be raised when the same settings come to give other steps: positions and tables are then refused
-VERSION = 3
+VERSION = 4
 FIRST_VERSION = 2  # of Canter 0.1, whose runs are still resumed
 KEEP = 2  # cut windows held in memory
 MIN_STEPS = 50  # of an epoch, unless others are asked for

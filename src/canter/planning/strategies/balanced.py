@@ -18,6 +18,7 @@ from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths
 from canter.planning.strategies.base import Cut, Cutter, in_steps, least_batches, maxima, nothing, reorder
+from canter.planning.strategies.exchange import exchanged
 from canter.planning.strategies.mixed_steps import mixed_sizes
 from canter.planning.strategies.recut import recut
 from canter.planning.strategies.strips import strips
@@ -25,7 +26,8 @@ from canter.planning.strategies.strips import strips
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
 SPARE = 1.005  # times the batches that are needed, where a search is to follow: with none empty it gets stuck
-SMALL = 8192  # utterances of a window up to which strips are tried beside the snake
+SMALL = 8192  # utterances of a window up to which strips are tried beside the snake, and like batches exchange some
+FEW_TOGETHER = 16  # utterances in a batch, on average, below which batches exchange some
 WORTH_A_SEARCH = 8  # utterances in a batch, on average, below which strips leave a search nothing to find
 RETRY = 256  # batches to which one is added where they did not fit, and M at least
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
@@ -75,7 +77,9 @@ class Balanced:
                     order, batches, lengths, budget
                 ):
                     order, batches = found
-                    frames, tokens = lengths.frames[order], lengths.tokens[order]
+                if self.mixing == 1 and len(order) < FEW_TOGETHER * count:
+                    order = exchanged(order, batches, lengths.frames, lengths.tokens, budget, rng)
+                frames, tokens = lengths.frames[order], lengths.tokens[order]
             if self.mixing == 0 and len(order) >= self.worth_a_search * count:
                 moved, batches = recut(batches, frames, tokens, budget, rng)
                 order, frames, tokens = order[moved], frames[moved], tokens[moved]
