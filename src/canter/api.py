@@ -235,13 +235,13 @@ def score(
     hypotheses: str | Sequence[str],
     languages: str | Sequence[str | None] | None = None,
     *,
-    normalize: Normalization = "leaderboard",
+    normalize: Normalization = "standard",
 ) -> Score:
     """Score hypotheses against references: ``score(...).wer``, ``.cer``, and the counts behind them.
 
     One text each, or (N,) of each; ``languages``, one for all or (N,), choose the normalisation, English without them.
-    ``normalize``: "leaderboard" as the Open ASR leaderboard does, "basic", or "none". Raises ValueError where there are
-    not as many of each.
+    ``normalize``: "standard", "leaderboard" as the Open ASR leaderboard does (it ignores the vowel signs of Hindi, Thai
+    and other scripts), "basic", or "none". Raises ValueError where there are not as many of each.
     """
     from canter.evaluation.wer import score as scored
 
