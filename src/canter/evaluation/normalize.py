@@ -133,7 +133,7 @@ def _shield(text: str) -> str:
 
 
 def _unshielded(one: str) -> str:
-    return chr(ord(one) - _PRIVATE) if _PRIVATE <= ord(one) else one
+    return chr(ord(one) - _PRIVATE) if ord(one) >= _PRIVATE else one
 
 
 @cache
