@@ -48,7 +48,7 @@ def run(options: Options) -> int | None:
         raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
     if options.emit and not options.emit.parent.is_dir():
         raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
     budget = choose_budget(options.budget, options.model, options.memory)
     check_ranks(options.ranks, len(index), "utterances")
     chosen = strategy(

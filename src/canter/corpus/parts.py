@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from canter.corpus.columns import ANY, Columns
 from canter.corpus.index import MOST_TOKENS, PLACE_BITS
 from canter.corpus.manifest import open_manifest, row_from_utterance, scan_lines, utterance_from_line
 from canter.corpus.readers.lengths import read_lengths
@@ -95,6 +96,7 @@ class Part:
     size: int
     tags: Mapping[str, str]
     key: str = ""
+    columns: Columns = ANY
 
 
 def ranges(unit: Unit) -> Iterator[tuple[int, int | None, int]]:
@@ -161,13 +163,15 @@ def read_part(part: Part, counting: Counting) -> Part:
         with open_manifest(part.unit.path) as file:
             for place, number, line in scan_lines(file, part.start, part.end):
                 if line.strip():
-                    row = utterance_from_line(line, base, measure_durations=counting.measure_durations)
+                    row = utterance_from_line(
+                        line, base, measure_durations=counting.measure_durations, columns=part.columns
+                    )
                     take(place, number, row)
     elif part.unit.kind == LENGTHS:
         table = read_lengths(part.unit.path, prompt_tokens=counting.prompt_tokens, most_tokens=MOST_TOKENS)
         columns["seconds"], columns["tokens"], columns["place"], problems = table
     else:
-        rows = read_unit(part.unit, measure_durations=counting.measure_durations)
+        rows = read_unit(part.unit, measure_durations=counting.measure_durations, columns=part.columns)
         with _whole(lines_path(counting, part)) as partial, open(partial, "wb") as file:
             place = 0
             for number, row in _until_empty(rows, part.unit.path, problems):

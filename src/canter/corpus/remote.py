@@ -74,6 +74,12 @@ def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
     return data
 
 
+def list_files(pattern: str) -> list[str]:
+    """Return the URLs that a URL with ``*`` stands for. Raises `OSError` where they cannot be listed."""
+    with _told(pattern) as (files, place):
+        return [files.unstrip_protocol(one) for one in files.glob(place)]
+
+
 @contextlib.contextmanager
 def _told(url: str) -> Iterator[tuple[Any, str]]:
     """fsspec's file system for a URL, and its place there; each of them has errors of its own kind."""

@@ -52,6 +52,12 @@ class Problem:
     line: int
     reason: str
 
+    def __post_init__(self) -> None:
+        for name in ("file", "reason"):  # half a surrogate pair cannot be written to a file or a terminal
+            value = getattr(self, name)
+            if not value.isascii():
+                object.__setattr__(self, name, value.encode("utf-8", "backslashreplace").decode())
+
     @property
     def kind(self) -> str:
         """What problems are counted by: the reason up to its first colon."""

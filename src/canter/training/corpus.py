@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from canter.corpus.build import build_index
+from canter.corpus.columns import Columns
 from canter.corpus.counting import prompt_length
-from canter.corpus.index import LengthIndex, Source
+from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
-from canter.corpus.mixture import leaves, mixture_of
+from canter.corpus.mixture import Group, leaves, sources_of
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
 from canter.inference.transcribe import checkpoint_of
@@ -18,11 +19,16 @@ from canter.training.config import TrainConfig
 from canter.training.run import Run
 
 
+def columns_of(config: TrainConfig) -> Columns:
+    """Return the columns that the configuration names."""
+    return Columns(config.text_column or "", config.lang_column or "", config.audio_column or "")
+
+
 def utterances(config: TrainConfig) -> Iterator[Utterance]:
     """The rows of the training manifests, with the tags of their sources."""
-    mixture = mixture_of(config.manifest)
-    for source in leaves(mixture) if mixture else (Source(str(path)) for path in config.manifest):
-        for row in open_source(source.path, audio=source.audio):
+    sources = sources_of(config.manifest, columns_of(config))
+    for source in leaves(sources) if isinstance(sources, Group) else sources:
+        for row in open_source(source.path, audio=source.audio, columns=source.columns):
             if isinstance(row, Utterance):
                 yield source.tagged(row)
 
@@ -71,7 +77,10 @@ def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthInd
     path = run.folder / "lengths.arrow"
     if path.exists():
         return LengthIndex.open(path)
-    sources = mixture_of(config.manifest) or config.manifest
     return build_index(
-        sources, path, tokenizer, prompt_tokens=prompt_length(tokenizer, utterances(config)), progress=True
+        sources_of(config.manifest, columns_of(config)),
+        path,
+        tokenizer,
+        prompt_tokens=prompt_length(tokenizer, utterances(config)),
+        progress=True,
     )

@@ -10,6 +10,7 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.models.checkpoint import load_model
 from canter.training.config import TrainConfig
+from canter.training.corpus import columns_of
 from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
 from canter.training.ranks import joined
@@ -52,7 +53,12 @@ def train(
     ):
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
-        rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
+        rows = [
+            row
+            for path in config.valid
+            for row in open_source(path, columns=columns_of(config))
+            if isinstance(row, Utterance)
+        ]
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
         listed = prepared.run.folder / "left_out.jsonl"
         if ranks.first and (prepared.run.changed or not listed.exists()):

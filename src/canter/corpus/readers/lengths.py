@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from canter.corpus.manifest import LONGEST_SECONDS
+from canter.corpus.parquet import open_parquet
 from canter.corpus.readers.huggingface import open_arrow
 from canter.corpus.utterance import Problem
 from canter.errors import ManifestError
@@ -14,14 +15,12 @@ from canter.errors import ManifestError
 
 def table_schema(path: str) -> pa.Schema:
     """The columns of a Parquet or Arrow file. Raises `ManifestError` where it is neither."""
-    if not path.endswith(".parquet"):
-        return open_arrow(path)[0].schema
-    try:
-        return pyarrow.parquet.read_schema(path)
-    except FileNotFoundError:
-        raise ManifestError(f"{path} does not exist") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ManifestError(f"{path} is not a Parquet file ({error})") from None
+    return open_parquet(path).schema_arrow if path.endswith(".parquet") else open_arrow(path)[0].schema
+
+
+def is_lengths(schema: pa.Schema) -> bool:
+    """Return whether a table has the columns of lengths."""
+    return "duration" in schema.names and bool({"num_tokens", "tokens"} & set(schema.names))
 
 
 def read_lengths(
@@ -48,8 +47,10 @@ def read_lengths(
             table = pyarrow.parquet.read_table(path, columns=["duration", tokens_name])
         else:
             table = open_arrow(path)[0].read_all().select(["duration", tokens_name])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ManifestError(f"{path} is damaged ({error})") from None
+        for name in ("duration", tokens_name):
+            table[name].validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ManifestError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
     seconds = table["duration"].cast(pa.float64()).to_numpy()
     nulls = table[tokens_name].is_null().to_numpy()
     tokens = table[tokens_name].fill_null(0).cast(pa.int64()).to_numpy()
