@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from canter.corpus.columns import ANY, Columns
+from canter.corpus.counting import PromptCheck
 from canter.corpus.index import MOST_TOKENS, PLACE_BITS
 from canter.corpus.manifest import open_manifest, row_from_utterance, scan_lines, utterance_from_line
 from canter.corpus.readers.lengths import read_lengths
 from canter.corpus.remote import is_url
 from canter.corpus.sources import LENGTHS, Unit, read_unit
-from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
+from canter.corpus.utterance import Problem, Utterance
 from canter.errors import CanterError, ManifestError
 
 PART_BYTES = 8 << 20
@@ -54,35 +55,21 @@ class Counting:
         the row's source."""
         count = row.num_tokens
         row = replace(row, **{name: value for name, value in tags.items() if getattr(row, name) is None})
-        fault = self._prompt_fault(row)
+        fault = self._prompts.fault(row)
         if fault is not None:
             return fault
         if count is None:
             if self.tokenizer is None:
                 return "num_tokens missing: name a tokenizer (--tokenizer) to count them"
             try:
-                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.lang)) + 1
+                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.text_lang)) + 1
             except (CanterError, ValueError, KeyError) as error:
                 return f"text cannot be tokenised: {error}"
         return count if count <= MOST_TOKENS else f"text is too long: {count} tokens, at most {MOST_TOKENS}"
 
-    def _prompt_fault(self, row: Utterance) -> str | None:
-        """Why the tokenizer cannot write the row's prompt (a language or task that it does not know), or None."""
-        prompt = getattr(self.tokenizer, "prompt", None)
-        if prompt is None:
-            return None
-        asked = tuple(getattr(row, name) for name in OPTIONAL_TEXT)
-        if asked not in self._prompts:
-            try:
-                prompt(row)
-                self._prompts[asked] = None
-            except (CanterError, ValueError, KeyError) as error:
-                self._prompts[asked] = f"prompt cannot be made: {error}"
-        return self._prompts[asked]
-
     @cached_property
-    def _prompts(self) -> dict[tuple[str | None, ...], str | None]:
-        return {}
+    def _prompts(self) -> PromptCheck:
+        return PromptCheck(self.tokenizer)
 
 
 @dataclass(frozen=True)

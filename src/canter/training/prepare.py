@@ -23,6 +23,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget
+from canter.planning.lengths import ModelLimits
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
@@ -124,7 +125,8 @@ def prepare(
     if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
         steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
-    for name, value in (("tokens_per_frame", fastest(index, budget)), ("window_seconds", longest(index))):
+    known = within(index, model.longest_seconds, model.positions)
+    for name, value in (("tokens_per_frame", fastest(known, budget)), ("window_seconds", longest(known))):
         told = model.generation.get(name)
         if told or initial is None:  # what others have trained may have heard faster and longer speech
             model.generation[name] = max(told or 0.0, value)
@@ -138,12 +140,21 @@ def prepare(
     if "batch_limits" in settled:
         limits = BatchLimits(**settled["batch_limits"])
     else:
-        limits = choose_limits(config, index, budget, ranks.size, micro_batches, device.type == "cpu")
+        limits = choose_limits(config, known, budget, ranks.size, micro_batches, device.type == "cpu")
+    slowest = min(config.augment.speed, default=1.0)
+    bounds = ModelLimits(model.longest_seconds, model.positions)
+    # a run that was begun before plans knew of them goes on without
+    bounded = settled.get("model_limits", not settled)
+    if not (bounded and bounds.exceeded(index, slowest)):
+        bounds = ModelLimits()
     plan, sizes, step_seconds = plan_batches(
         limits,
         budget,
         planned,
-        slowest=min(config.augment.speed, default=1.0),
+        planned if bounds == ModelLimits() else known,
+        slowest=slowest,
+        longest_seconds=bounds.seconds,
+        most_tokens=bounds.tokens,
         ranks=ranks.size,
         strategy=chosen,
         seed=config.seed,
@@ -164,6 +175,7 @@ def prepare(
         "micro_batches_per_step": micro_batches,
         "batch_limits": dataclasses.asdict(limits),
         "batches": dataclasses.asdict(sizes),
+        "model_limits": bounded,
     }
     run.settle(settled | found)
     data = MicroBatches(
@@ -346,10 +358,20 @@ def find_budget(
 
 
 def plan_batches(
-    limits: BatchLimits, budget: Budget, index: Any, *, slowest: float, ranks: int, **settings: Any
+    limits: BatchLimits,
+    budget: Budget,
+    index: Any,
+    known: Any,
+    *,
+    slowest: float,
+    ranks: int,
+    **settings: Any,
 ) -> tuple[Plan, BatchSizes, float]:
-    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step."""
-    held = limited(budget, limits.seconds, index, slowest)
+    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step.
+
+    known: the utterances that can be used, by which the batches' seconds are limited.
+    """
+    held = limited(budget, limits.seconds, known, slowest)
     plan = Plan(index, held, min_steps=1, **settings)
     table, seconds, steps = predicted(plan, ranks)
     enough = steps >= limits.min_steps
