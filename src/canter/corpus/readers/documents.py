@@ -64,8 +64,9 @@ def is_document(path: str) -> bool:
         value = json.loads(first)
     except (ValueError, RecursionError):  # it goes on in the next line, or is a damaged line of JSONL
         return first.startswith(b"[") or (first == b"{" and path.removesuffix(".gz").endswith(".json"))
-    rows = list(value.values()) if isinstance(value, dict) else value
-    return len(rows) > 0 and all(isinstance(one, dict) for one in rows)
+    if isinstance(value, dict):
+        return len(value) > 0 and all(isinstance(one, dict) for one in value.values())
+    return any(isinstance(one, dict) for one in value)
 
 
 def _load(path: str) -> Any:
