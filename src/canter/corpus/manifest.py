@@ -309,7 +309,10 @@ def usable(found: NumberedFinds, name: str) -> Iterator[tuple[int, Utterance | P
 
 def no_usable_row(name: str, problems: Iterable[Problem]) -> ManifestError:
     """The error for a source without a usable row: its first problems, or that it is empty."""
-    first = [f"\n  {problem}" for problem in itertools.islice(problems, 3)]
+    shown_first = list(itertools.islice(problems, 3))
+    if len(shown_first) == 1 and shown_first[0].line == 0:  # the reader's own error, which names the file
+        return ManifestError(shown_first[0].reason.removeprefix("unusable: "))
+    first = [f"\n  {problem}" for problem in shown_first]
     return ManifestError(f"{name} has no usable row" + (":" + "".join(first) if first else "; it is empty"))
 
 

@@ -107,7 +107,8 @@ def prepare(
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
-        say(f"{len(index.problems)} rows left out, listed in {run.folder}/lengths.skipped.jsonl")
+        listed = run.folder / "lengths.skipped.jsonl"
+        say(f"{len(index.problems)} rows left out, listed in {listed}: {index.problems[0]}")
     torch.manual_seed(config.seed)
     model = initial or SpeechModel(model_config(config, tokenizer, characters))
     model.to(device).tokenizer = tokenizer
