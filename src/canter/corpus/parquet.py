@@ -79,6 +79,10 @@ class _Reader:
 
     def __init__(self, path: str):
         self.file = open_parquet(path)
+        self.rest()
+
+    def rest(self) -> None:
+        """Forget the row group, which may take as much memory as its pages."""
         self.at: tuple[str, int] | None = None
         self.batches: Iterator[pa.RecordBatch] = iter(())
         self.batch: Any = None
@@ -115,15 +119,27 @@ def leaf(batch: pa.RecordBatch, column: str) -> Any:
 
 
 _lock = threading.Lock()
-_readers: OrderedDict[tuple[int, str, str], _Reader] = OrderedDict()
+_readers: OrderedDict[tuple[str, str], _Reader] = OrderedDict()
 
 
 def _reader(path: str) -> _Reader:
-    """Return the reader of a file, kept open; a changed file and another process get their own."""
-    key = (os.getpid(), path, stamp(path))
+    """Return the reader of a file, kept open; a changed file gets another."""
+    key = (path, stamp(path))
+    if _readers and next(reversed(_readers)) != key:
+        _readers[next(reversed(_readers))].rest()  # one row group is held at a time
     if key not in _readers:
         _readers[key] = _Reader(path)
         while len(_readers) > OPEN_FILES:
             _readers.popitem(last=False)
     _readers.move_to_end(key)
     return _readers[key]
+
+
+def _start_anew() -> None:
+    """Give a forked process readers and a lock of its own."""
+    global _lock, _readers
+    _lock, _readers = threading.Lock(), OrderedDict()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
