@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from canter.corpus.audio import load_audio, load_utterance
@@ -869,9 +869,10 @@ def test_csv_of_any_texts_comes_back(tmp_path_factory, records, delimiter):
 
 
 @given(st.binary(max_size=300))
+@example(b"audio\ttext\ra\tb\r")
 def test_no_bytes_of_a_table_raise(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("any")
-    for name in ("t.csv", "t.tsv", "t.txt", "t.json", "t.parquet"):
+    for name in ("t.csv", "u.csv", "t.tsv", "t.txt", "t.json", "t.parquet"):
         (folder / name).write_bytes(b"audio,text\n" + data if name == "t.csv" else data)
         with contextlib.suppress(ManifestError):
             list(open_source(folder / name))
@@ -995,6 +996,7 @@ def test_canarys_answer_is_the_text_of_a_translation(tmp_path):
     assert text(text="yes", answer="ja", taskname="s2t_translation") == "ja"
     assert text(text="yes", answer="ja", taskname="ast") == "ja"
     assert text(text="yes", answer="ja") == "ja"  # its languages differ
+    assert text(text="yes", answer="ja", source_lang=None) == "yes"
     assert text(text="ja", taskname="ast") == "ja"
     assert text(text="yes", answer="Yes.", taskname="asr", target_lang="en") == "yes"
     assert text(answer="Yes.", taskname="asr", target_lang="en") == "Yes."

@@ -138,8 +138,8 @@ def utterance_from_row(
 
 
 def _is_translation(row: Mapping[str, Any]) -> bool:
-    languages = {row.get("source_lang"), row.get("target_lang")} - {None}
-    return row.get("taskname") in TRANSLATION if row.get("taskname") is not None else len(languages) > 1
+    task, source, target = (row.get(name) for name in ("taskname", "source_lang", "target_lang"))
+    return task in TRANSLATION if task is not None else None not in (source, target) and source != target
 
 
 def _seconds(value: object, name: str) -> float | str:

@@ -114,7 +114,10 @@ def _header(file: BinaryIO, path: str) -> tuple[list[str], str]:
     """Return the columns' names and what parts them. Raises ManifestError for a file without a header."""
     first = file.readline(1 << 16).decode("utf-8-sig", errors="replace").rstrip("\r\n")
     delimiter = max(DELIMITERS, key=first.count)
-    names = [one.strip() for one in next(csv.reader([first], delimiter=delimiter), [])]
+    try:
+        names = [one.strip() for one in next(csv.reader([first], delimiter=delimiter), [])]
+    except csv.Error:
+        names = []
     if len(names) < 2 or len(set(names)) < len(names):
         raise ManifestError(f"{path}: its first line does not name columns: {first[:80]!r}")
     return names, delimiter
