@@ -678,6 +678,15 @@ def test_folders_of_parquet_shards_and_splits(tmp_path, folder):
         units_of(str(home))
     pattern = str(told.value).split("'")[1]
     assert check(pattern, tmp_path) == []
+    for file in (home / folder).glob("train-*"):  # as the Hub converts data sets
+        split = tmp_path / "converted" / "default" / "train"
+        split.mkdir(parents=True, exist_ok=True)
+        file.rename(split / f"{int(file.name[6:11]):04d}.parquet")
+    assert check(tmp_path / "converted", tmp_path) == []
+    shutil.copytree(split, split.with_name("test"))
+    with pytest.raises(ManifestError, match="several splits") as told:
+        units_of(str(tmp_path / "converted"))
+    assert check(str(told.value).split("'")[1], tmp_path) == []
     with pytest.raises(ManifestError, match="matches no file"):
         units_of(str(home / "nothing*.parquet"))
 

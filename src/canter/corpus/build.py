@@ -109,6 +109,7 @@ def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
             tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
             facts = [FORMAT, READERS, astuple(unit), start, end, tags, tokenizer, counting.prompt_tokens]
             facts += [astuple(source.columns)] if source.columns else []
+            facts += [getattr(counting.tokenizer, name, None) for name in ("prompt_format", "defaults")]
             facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
             yield Part(unit, number, start, end, size, tags, key, source.columns)

@@ -251,7 +251,7 @@ def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
     if manifests or tables:
         names = ", ".join(os.path.basename(one) for one in manifests or tables)
         raise ManifestError(f"{folder} holds several manifests ({names}); name one")
-    parquet = found("*.parquet") or found("data/*.parquet") or found("*/*.parquet")
+    parquet = found("*.parquet") or found("data/*.parquet") or found("*/*.parquet") or found("*/*/*.parquet")
     if parquet:
         return [_of_file(one, columns) for one in _of_one_split(folder, parquet)]
     arrow = found("*.arrow")

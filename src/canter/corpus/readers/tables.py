@@ -101,13 +101,13 @@ def is_list(path: str) -> bool:
 
 
 def names_audio(path: str) -> bool:
-    """Return whether the first line of a table names a column of audio."""
+    """Return whether the first line of a table names a column of audio and one of text."""
     with open_manifest(path) as file:
         try:
             header, _ = _header(file, path)
         except ManifestError:
             return False
-    return bool(set(AUDIO_NAMES) & set(header))
+    return bool(set(AUDIO_NAMES) & set(header)) and bool(set(TEXT_NAMES) & set(header))
 
 
 def _header(file: BinaryIO, path: str) -> tuple[list[str], str]:
