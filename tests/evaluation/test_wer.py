@@ -140,6 +140,10 @@ def test_words_where_nothing_was_said_are_insertions():
         ("मेरी बहन", "मेरा बहन", None, 0.5),  # the language is not named
         ("ещё й", "еще и", None, 1.0),
         ("café naïve", "cafe naive", "en", 0.0),
+        ("tôi là người Việt", "toi la nguoi Viet", None, 1.0),
+        ("Ọlọ́run dára", "Olorun dara", None, 1.0),
+        ("Ọlọ́run dára", "Olorun dara", "yo", 1.0),
+        ("don’t", "do not", None, 0.0),
         ("the café मेरी won't", "The cafe मेरा will not", "en", 0.2),
     ],
 )  # fmt: skip

@@ -50,11 +50,11 @@ def language(code: str | None) -> str:
 def normalizer(rule: Normalization, lang: str | None = None) -> Callable[[str], str]:
     """Return the function that prepares a text of this language for scoring.
 
-    ``standard``: Whisper's English rules (numbers, contractions, spelling, fillers) for English; for every other
-    language no case, no punctuation, but every letter and combining mark. Typographic apostrophes, quotes, dashes and
-    spaces equal plain ones, and composed characters equal decomposed ones. ``leaderboard``: Whisper's English rules for
-    English and its basic ones elsewhere, which ignore combining marks; ``basic``: the basic ones for all; ``none``:
-    change nothing. Raises ValueError for another rule.
+    ``standard``: Whisper's English rules (numbers, contractions, spelling, fillers) for English, and where no language
+    is named, though accents count there; for every other language no case, no punctuation, but every letter and
+    combining mark. Typographic apostrophes, quotes, dashes and spaces equal plain ones, and composed characters equal
+    decomposed ones. ``leaderboard``: Whisper's English rules for English and its basic ones elsewhere, which ignore
+    combining marks; ``basic``: the basic ones for all; ``none``: change nothing. Raises ValueError for another rule.
     """
     if rule not in get_args(Normalization):
         raise ValueError(f"normalisation '{rule}' is unknown; one of: {', '.join(get_args(Normalization))}")
@@ -62,7 +62,9 @@ def normalizer(rule: Normalization, lang: str | None = None) -> Callable[[str], 
         return str
     code = language(lang)
     if rule == "standard":
-        return _standard_english if code == "en" else _standard(code in LETTERS, code in DOTLESS)
+        return (
+            _standard_english(is_said(lang)) if code == "en" else _standard(code in LETTERS, code in DOTLESS)
+        )
     return _english() if rule == "leaderboard" and code == "en" else _basic(code in WHISPER_LETTERS)
 
 
@@ -101,13 +103,21 @@ def _standard(letters: bool, dotless: bool) -> Callable[[str], str]:
     return normalize
 
 
-def _standard_english(text: str) -> str:
-    """Apply the leaderboard's English rules to what is Latin; other scripts keep their letters and marks."""
-    text = _plain("NFC", text)
-    if not text.isascii():
-        text = _shield(text.lower())
-    text = _english()(text)
-    return text if text.isascii() else "".join(map(_unshielded, text))
+@cache
+def _standard_english(named: bool) -> Callable[[str], str]:
+    """Return the leaderboard's English rules for what is Latin; other scripts keep their letters and marks.
+
+    Accents are spelling in English; in a text whose language is not ``named`` they are letters.
+    """
+
+    def normalize(text: str) -> str:
+        text = _plain("NFC", text)
+        if not text.isascii():
+            text = _shield(text.lower(), _is_latin if named else str.isascii)
+        text = _english()(text)
+        return text if text.isascii() else "".join(map(_unshielded, text))
+
+    return normalize
 
 
 def _plain(form: Literal["NFC", "NFKC"], text: str) -> str:
@@ -119,15 +129,17 @@ def _plain(form: Literal["NFC", "NFKC"], text: str) -> str:
     return "".join(one for one in text if unicodedata.category(one) != "Cf")
 
 
-def _shield(text: str) -> str:
-    """Return the text with letters and marks of other scripts than Latin as private-use characters."""
+def _shield(text: str, is_plain: Callable[[str], bool]) -> str:
+    """Return the text with letters that are not plain, and marks on them, as private-use characters."""
     shielded, other = [], False
     for one in text:
         kind = unicodedata.category(one)[0]
         if kind == "L":
-            other = not _is_latin(one)
+            other = not is_plain(one)
         elif kind != "M":
             other = False
+        elif is_plain is str.isascii:
+            other = True
         shielded.append(chr(_PRIVATE + ord(one)) if other and ord(one) < 0x20000 else one)
     return "".join(shielded)
 
