@@ -13,6 +13,7 @@ import yaml
 
 from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
+from canter.corpus.utterance import Utterance
 from canter.errors import BudgetError, ConfigError
 from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
@@ -32,7 +33,7 @@ from canter.training import trackers
 from canter.training.batches import BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
-from canter.training.corpus import find_index, find_tokenizer
+from canter.training.corpus import find_index, find_tokenizer, usable_rows, validation_rows
 from canter.training.data import MicroBatches
 from canter.training.defaults import decided, describe_defaults
 from canter.training.measure import (
@@ -45,6 +46,7 @@ from canter.training.measure import (
 )
 from canter.training.ranks import ALONE, Ranks
 from canter.training.run import Run
+from canter.training.skipped import list_problems
 from canter.training.speed import AtSpeed
 from canter.tuning.fit import measure_budget, within
 from canter.tuning.memory import lasting_heap, steady_heap
@@ -73,6 +75,8 @@ class Prepared:
     data: MicroBatches
     steps: int
     precision: str
+    valid: list[Utterance]
+    """Rows of --valid that can be used."""
     predicted_seconds: float
     """Of all steps, by the budget."""
 
@@ -100,6 +104,7 @@ def prepare(
     chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
     trackers.check(config.track)
     device = choose_device(config.device)
+    rows = validation_rows(config)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
@@ -112,6 +117,9 @@ def prepare(
     torch.manual_seed(config.seed)
     model = initial or SpeechModel(model_config(config, tokenizer, characters))
     model.to(device).tokenizer = tokenizer
+    valid, problems = usable_rows(rows, tokenizer, model.longest_seconds, model.positions)
+    if ranks.first:
+        list_problems(run.folder / "valid.skipped.jsonl", problems, say)
     if device.type == "cpu":
         lasting_heap()
     settled = run.settled()
@@ -201,6 +209,7 @@ def prepare(
         data,
         steps,
         precision,
+        valid,
         steps * step_seconds,
     )
 

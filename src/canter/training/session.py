@@ -8,14 +8,13 @@ from typing import Any
 
 from canter.models.checkpoint import load_model
 from canter.training.config import TrainConfig
-from canter.training.corpus import usable_rows, validation_rows
 from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
 from canter.training.ranks import joined
 from canter.training.rehearsal import rehearse
 from canter.training.reports import Progress, StepReport
 from canter.training.run import claimed
-from canter.training.skipped import list_left_out, list_problems
+from canter.training.skipped import list_left_out
 from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
 
@@ -51,7 +50,6 @@ def train(
     ):
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
-        rows = validation_rows(config)
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
         listed = prepared.run.folder / "left_out.jsonl"
         if ranks.first and (prepared.run.changed or not listed.exists()):
@@ -62,10 +60,7 @@ def train(
         if config.valid:
             rate = prepared.data.sample_rate
             limits = prepared.data.longest_seconds, prepared.data.most_tokens
-            usable, problems = usable_rows(rows, prepared.tokenizer, *limits)
-            if ranks.first:
-                list_problems(prepared.run.folder / "valid.skipped.jsonl", problems, say)
-            chosen = spread_over(usable, config.valid_utterances)
+            chosen = spread_over(prepared.valid, config.valid_utterances)
             validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say, *limits)
         trainer = Trainer(
             prepared.config,
