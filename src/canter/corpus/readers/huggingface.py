@@ -133,7 +133,7 @@ def _is_inside(file: pq.ParquetFile, group: int, column: str) -> bool | list[boo
     else:
         return False
     batches = file.iter_batches(16, row_groups=[group], columns=[column])
-    return [bool(valid) for batch in batches for valid in leaf(batch, column).is_valid()]
+    return [valid for batch in batches for valid in leaf(batch, column).is_valid().to_pylist()]
 
 
 class _Rows:
