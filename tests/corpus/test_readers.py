@@ -1011,3 +1011,27 @@ def test_canarys_answer_is_the_text_of_a_translation(tmp_path):
     assert text(text="yes", answer="Yes.", taskname="asr", target_lang="en") == "yes"
     assert text(answer="Yes.", taskname="asr", target_lang="en") == "Yes."
     assert text(text="yes", answer="na", taskname="ast") == "yes"  # to be transcribed
+
+
+def test_tables_without_a_column_of_text_name_what_they_have(audio, tmp_path):
+    rows = [{"file": f"audio/{n}.flac", "said": TEXTS[n]} for n in range(5)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("file,said\n" + "".join(f"audio/{n}.flac,{TEXTS[n]}\n" for n in range(5)))
+    for name in ("t.parquet", "t.csv"):
+        with pytest.raises(
+            ManifestError, match=r"has no column of text; name it .--text-column.; it has file, said"
+        ):
+            build_index(tmp_path / name, tmp_path / "i.arrow", UnitCounter("chars"))
+        found = list(open_source(tmp_path / name, require_text=False))
+        assert [row.duration for row in found] == list(SECONDS)
+        assert [row.text for row in open_source(tmp_path / name, columns=Columns(text="said"))] == list(TEXTS)
+
+
+def test_queries_of_urls_are_no_suffix(tmp_path, bucket):
+    pyarrow.parquet.write_table(hub_table(), tmp_path / "h.parquet?token=a.b")
+    pyarrow.parquet.write_table(
+        pa.table({"duration": [1.0], "tokens": [3]}), tmp_path / "l.parquet?token=a.b"
+    )
+    home = bucket()
+    assert check(f"{home}/h.parquet?token=a.b", tmp_path) == []
+    assert len(build_index(f"{home}/l.parquet?token=a.b", tmp_path / "i.arrow")) == 1

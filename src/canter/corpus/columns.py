@@ -37,9 +37,14 @@ class Columns:
         chosen = getattr(self, field)
         return row.get(chosen) if chosen else first_of(row, NAMES[field])
 
-    def check(self, names: Iterable[str], path: str) -> None:
-        """Raise ManifestError where the table at ``path`` has no column of a name that was chosen."""
+    def check(self, names: Iterable[str], path: str, require_text: bool = False) -> None:
+        """Raise ManifestError where the table at ``path`` lacks a column that was chosen, or has none of text though one is
+        required."""
         names = list(names)
+        if require_text and not self.text and not {*TEXT_NAMES, "answer"} & set(names):
+            raise ManifestError(
+                f"{path} has no column of text; name it (--text-column); it has {', '.join(names)[:200]}"
+            )
         for one in fields(self):
             chosen = getattr(self, one.name)
             if chosen and chosen not in names:

@@ -20,6 +20,13 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_url(path) else os.path.abspath(path)
 
 
+def suffix_of(path: str) -> str:
+    """Return the suffix in lower case, ``.gz`` and a URL's query aside."""
+    if is_url(path):
+        path = path.partition("?")[0]
+    return os.path.splitext(path.removesuffix(".gz"))[1].lower()
+
+
 def folder_of(path: str | os.PathLike[str]) -> str:
     """What paths in the manifest at ``path`` are relative to."""
     return os.path.dirname(absolute(path))

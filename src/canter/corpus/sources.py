@@ -28,7 +28,7 @@ from canter.corpus.readers.lengths import is_lengths, table_schema
 from canter.corpus.readers.lhotse import is_cut, read_lhotse, read_shar, shar_tar
 from canter.corpus.readers.tables import is_list, names_audio, read_list, read_table
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
-from canter.corpus.remote import absolute, is_url, list_files
+from canter.corpus.remote import absolute, is_url, list_files, suffix_of
 from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
@@ -164,7 +164,7 @@ def _chain(units: list[Unit], read: Callable[[Unit], Iterator[tuple[int, Utteran
 
 
 def _of_file(path: str, columns: Columns = ANY) -> Unit:
-    suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
+    suffix = suffix_of(path)
     if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
     if suffix in AUDIO_SUFFIXES:

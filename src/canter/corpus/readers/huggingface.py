@@ -140,7 +140,7 @@ class _Rows:
     """Turns batches of a table into utterances."""
 
     def __init__(self, schema: pa.Schema, audio: str, path: str, columns: Columns, require_text: bool):
-        columns.check(schema.names, path)
+        columns.check(schema.names, path, require_text)
         self.small = [one.name for one in schema if one.name != audio and _is_small(one.type)]
         self.names = class_names(schema)
         self.columns, self.require_text, self.folder = columns, require_text, folder_of(path)
@@ -208,7 +208,8 @@ def audio_column(schema: pa.Schema, columns: Columns = ANY) -> str | None:
     if columns.audio:
         return columns.audio if columns.audio in schema.names else None
     for field in schema:
-        if pa.types.is_struct(field.type) and {"bytes", "path"} <= {one.name for one in field.type}:
+        inside = {one.name for one in field.type} if pa.types.is_struct(field.type) else set[str]()
+        if "bytes" in inside and ("path" in inside or field.name in BYTES_NAMES):
             return field.name
     fits: tuple[tuple[tuple[str, ...], Callable[[pa.DataType], bool]], ...] = (
         (BYTES_NAMES, _is_binary),

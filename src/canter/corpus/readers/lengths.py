@@ -1,7 +1,5 @@
 """Tables of lengths alone, Parquet or Arrow: enough to plan with, where the audio is elsewhere."""
 
-import os
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -9,13 +7,14 @@ import pyarrow.parquet
 from canter.corpus.manifest import LONGEST_SECONDS
 from canter.corpus.parquet import open_parquet
 from canter.corpus.readers.huggingface import open_arrow
+from canter.corpus.remote import absolute, suffix_of
 from canter.corpus.utterance import Problem
 from canter.errors import ManifestError
 
 
 def table_schema(path: str) -> pa.Schema:
     """The columns of a Parquet or Arrow file. Raises `ManifestError` where it is neither."""
-    return open_parquet(path).schema_arrow if path.endswith(".parquet") else open_arrow(path)[0].schema
+    return open_parquet(path).schema_arrow if suffix_of(path) == ".parquet" else open_arrow(path)[0].schema
 
 
 def is_lengths(schema: pa.Schema) -> bool:
@@ -43,8 +42,8 @@ def read_lengths(
         if not (pa.types.is_integer(kind) or (name == "duration" and pa.types.is_floating(kind))):
             raise ManifestError(f"{path}: column {name} is of type {kind}, not a number")
     try:
-        if path.endswith(".parquet"):
-            table = pyarrow.parquet.read_table(path, columns=["duration", tokens_name])
+        if suffix_of(path) == ".parquet":
+            table = open_parquet(path).read(columns=["duration", tokens_name])
         else:
             table = open_arrow(path)[0].read_all().select(["duration", tokens_name])
         for name in ("duration", tokens_name):
@@ -70,5 +69,5 @@ def read_lengths(
             reason = f"{tokens_name} out of range: {value}"
         else:
             reason = f"duration is not a positive number of seconds: {seconds[row]}"
-        problems.append(Problem(os.path.abspath(path), int(row) + 1, reason))
+        problems.append(Problem(absolute(path), int(row) + 1, reason))
     return seconds[good], tokens[good] + extra, np.flatnonzero(good), problems

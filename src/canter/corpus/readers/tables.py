@@ -35,6 +35,7 @@ def read_table(
             raise ManifestError(
                 f"{path} has no column of audio; name it (--audio-column); it has {', '.join(header)[:200]}"
             )
+        columns.check(header, path, require_text)
         for number, values in _records(file, delimiter):
             if isinstance(values, str):
                 yield number, values
