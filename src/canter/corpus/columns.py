@@ -38,7 +38,7 @@ class Columns:
         return row.get(chosen) if chosen else first_of(row, NAMES[field])
 
     def check(self, names: Iterable[str], path: str, require_text: bool = False) -> None:
-        """Raise ManifestError where the table at ``path`` lacks a column that was chosen, or has none of text though one is
+        """Raise ManifestError where the table at ``path`` lacks a column that was chosen, or one of text though it is
         required."""
         names = list(names)
         if require_text and not self.text and not {*TEXT_NAMES, "answer"} & set(names):
