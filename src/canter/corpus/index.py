@@ -56,7 +56,7 @@ class Source:
     audio: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     columns: Columns = ANY
-    """What its columns of text, language and audio are called, where their names are not customary."""
+    """Names of its columns of text, language and audio, where they are not customary."""
 
     def __post_init__(self) -> None:
         if not self.name:
