@@ -53,6 +53,26 @@ def test_the_helper_finds_a_plan_that_does_not_resume(budget):
         assert_plan_resumes(lambda: Forgetful(index, budget, window=150, min_steps=1))
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (16, 8)])
+def test_what_the_model_cannot_take_is_left_out_and_listed(budget, grid):
+    index = lengths(300)
+    seconds, tokens = np.array(index.seconds), np.array(index.tokens)
+    seconds[3], seconds[4], tokens[5], tokens[6] = 30.5, 30.0, 449, 448
+    plan = Plan(
+        LengthIndex(seconds, tokens), budget, longest_seconds=30.0, most_tokens=448, window=100, grid=grid
+    )
+    out = {3: "longer than the model takes", 5: "more tokens than the model has positions for"}
+    assert {row: reason for row, reason in plan.left_out() if row < 7} == out
+    rows = sorted(row for step in plan for rows in step for row in rows.tolist())
+    assert rows == sorted(set(range(300)) - {row for row, _ in plan.left_out()})
+    whole = Plan(LengthIndex(seconds, tokens), budget, window=100, grid=grid)
+    bounded = whole.within(30.0, 448)
+    assert_same(list(bounded), list(plan))
+    assert bounded.fingerprint == plan.fingerprint != whole.fingerprint
+    assert whole.within(31.0, 449) is whole
+    assert bounded.at_epoch(1).fingerprint == plan.fingerprint
+
+
 def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
     def members(**options):
         plan = Plan(index, **({"budget": budget, "seed": 1, "window": 500} | options))

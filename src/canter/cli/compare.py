@@ -47,7 +47,7 @@ def run(options: Options) -> int | None:
 
     if options.figure:
         require("matplotlib", "--figure")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
     check_ranks(options.ranks, len(index), "utterances")
     budget = choose_budget(options.budget, options.model, options.memory)
     strategies = ladder(options.window, options.mixing, options.mix_steps)

@@ -54,7 +54,7 @@ def run(options: Options) -> int | None:
         dials = {}
     if options.emit and not options.emit.parent.is_dir():
         raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
     budget = choose_budget(options.budget, options.model, options.memory)
     check_ranks(options.ranks, len(index), "utterances")
     chosen = strategy(options.strategy, **dials)

@@ -21,6 +21,7 @@ import soundfile
 import soxr
 
 from canter.corpus.ffmpeg import Coded, open_coded
+from canter.corpus.parquet import place_of, read_audio
 from canter.corpus.remote import is_url, read_bytes, stamp
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
@@ -357,6 +358,8 @@ def _open(path: str):
 
 def _read_member(path: str, match: re.Match[str]) -> bytes:
     file, name, start, size = match.group("file", "name", "start", "bytes")
+    if start is None and (place := place_of(name)):
+        return read_audio(file, place)
     if start is None:
         members = _tar_members(file, stamp(file))
         if name not in members:

@@ -33,6 +33,11 @@ class Utterance:
     channel_selector: int | None = None
 
     @property
+    def text_lang(self) -> str | None:
+        """The language in which the text is written: of a translation, the target's."""
+        return self.target_lang or self.lang or self.source_lang
+
+    @property
     def identity(self) -> int:
         """64 bits that two rows share when they are the same utterance: the same audio, text and ``id``. An id
         alone is not enough: many corpora's is the sentence's or the speaker's."""
@@ -51,6 +56,12 @@ class Problem:
     file: str
     line: int
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("file", "reason"):  # half a surrogate pair cannot be written to a file or a terminal
+            value = getattr(self, name)
+            if not value.isascii():
+                object.__setattr__(self, name, value.encode("utf-8", "backslashreplace").decode())
 
     @property
     def kind(self) -> str:

@@ -161,6 +161,13 @@ class TrainConfig:
     """Number of optimiser steps (default: --minutes or --epochs decides)."""
     epochs: float = 20.0
     """Passes over the data, if neither --steps nor --minutes is given."""
+    text_column: str | None = None
+    """Column, or key of JSON, with the text of a manifest (default: text, sentence, transcription or another customary
+    name). Manifests of --valid have the same columns."""
+    lang_column: str | None = None
+    """Column with the language (default: lang, language, locale or lang_id)."""
+    audio_column: str | None = None
+    """Column with the audio or its path (default: audio_filepath, audio, file_name, path or another customary name)."""
     budget: Path | None = None
     """Memory budget and step times, as 'canter tune' writes them (default: measured at the start of the run)."""
     strategy: str = "balanced"

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from canter.corpus.columns import ANY, Columns
 from canter.corpus.manifest import utterance_from_row
 from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.utterance import NumberedFinds, Problem
@@ -19,7 +20,9 @@ def audio_files(folder: str) -> list[str]:
     )
 
 
-def read_folder(path: str, *, require_text: bool = True, measure_durations: bool = False) -> NumberedFinds:
+def read_folder(
+    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
+) -> NumberedFinds:
     """Every audio file below ``path``; durations from the headers. Without ``require_text`` no ``.txt``
     is needed."""
     if not os.path.isdir(path):
