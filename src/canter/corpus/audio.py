@@ -503,8 +503,8 @@ def _refuse_unlikely(path: str, rate: int, channels: int) -> None:
     memory."""
     if not LEAST_RATE <= rate <= MOST_RATE or channels > MOST_CHANNELS:
         raise AudioError(
-            f"{path} claims {rate:,} samples a second in {channels} channels, which no recording has ("
-            f"{LEAST_RATE:,} to {MOST_RATE:,} samples and at most {MOST_CHANNELS} channels are read); remove the row"
+            f"{path} claims {channels} channels at {rate:,} Hz, which no recording has (at most {MOST_CHANNELS} "
+            f"channels and {LEAST_RATE:,} to {MOST_RATE:,} Hz are read); remove the row"
         )
 
 

@@ -15,6 +15,7 @@ from canter.corpus.manifest import (
     scan_lines,
     usable,
 )
+from canter.corpus.media import MANIFEST_SUFFIXES, format_of, head_of, is_data
 from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.commonvoice import read_commonvoice
 from canter.corpus.readers.folder import audio_files, read_folder
@@ -36,6 +37,10 @@ READERS: dict[str, Callable[..., NumberedFinds]] = {
     "webdataset": read_webdataset,
     "folder": read_folder,
 }
+_CONTENTS = {
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}  # how a file begins, and the suffix that it should have
 LENGTHS = "lengths"  # read by `canter.corpus.readers.lengths`: these rows are no utterances
 
 
@@ -130,8 +135,12 @@ def _of_file(path: str) -> Unit:
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
-    if suffix in AUDIO_SUFFIXES:
+    head = head_of(path) if os.path.isfile(path) else b""
+    if format_of(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
+    if suffix not in MANIFEST_SUFFIXES:
+        suffix = next((name for start, name in _CONTENTS.items() if head.startswith(start)), suffix)
+        suffix = ".tar" if head[257:262] == b"ustar" else suffix
     if suffix in (".yaml", ".yml"):
         raise ManifestError(f"{path} is a mixture; give it to the index by itself")
     if suffix == ".tar":
