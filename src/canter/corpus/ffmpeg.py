@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from canter.corpus.headers import Loss
+from canter.corpus.media import HEAD, format_of
 from canter.errors import AudioError
 from canter.extras import install
 
@@ -53,6 +54,7 @@ BEFORE = 1.0  # seconds decoded before what is wanted: a codec's first packets d
 JITTER = 0.1  # seconds by which time stamps may differ from the number of samples before a gap is filled
 LONGEST_JUMP = 10.0  # seconds, for RESTARTING formats (as FFmpeg's -dts_delta_threshold)
 MOST_SILENCE = 6 * 3600.0  # seconds of gaps in a file that are filled
+NOT_ALLOWED = 22  # FFmpeg's error for a format or protocol that is not in the list
 MOST_FAULTS = 8  # errors of the demuxer in a row
 
 
@@ -86,6 +88,10 @@ class Timeline:
         return missing
 
 
+class _NoTrack(Exception):
+    """A file without the audio that is wanted."""
+
+
 class Coded:
     """One audio track of a file."""
 
@@ -93,19 +99,19 @@ class Coded:
     """Damage that showed before anything was decoded; what has a length is filled with silence."""
 
     def __init__(self, av: Any, container: Any, track: int | None):
-        """Raises ValueError where there is no such track, or none with a codec that FFmpeg knows."""
+        """Raises _NoTrack where there is no such track, or none with a codec that FFmpeg knows."""
         self._av, self._container = av, container
         tracks = list(container.streams.audio)
         if not tracks:
-            raise ValueError("it has no audio track")
+            raise _NoTrack("it has no audio track")
         if track is not None and track >= len(tracks):
             some = f"{len(tracks)} audio tracks" if len(tracks) > 1 else "one audio track"
-            raise ValueError(f"it has no audio track {track}: it has {some}, counted from 0")
+            raise _NoTrack(f"it has no audio track {track}: it has {some}, counted from 0")
         known = [one for one in tracks if one.codec_context is not None]
         chosen = [tracks[track]] if track is not None else [*filter(_is_default, known), *known, *tracks]
         self._stream = chosen[0]
         if self._stream.codec_context is None:
-            raise ValueError("FFmpeg does not know the codec of its audio")
+            raise _NoTrack("FFmpeg does not know the codec of its audio")
         self.rate: int = self._stream.rate or 0
         self._layout = self._stream.layout
         self.channels: int = self._layout.nb_channels
@@ -334,13 +340,27 @@ def open_coded(path: str, file: BinaryIO, reason: str, track: int | None = None)
             )
             coded = Coded(av, container, track)
         except Exception as error:  # PyAV raises AttributeError, UnicodeDecodeError and others
-            told = (
-                "its format is none that holds audio" if getattr(error, "errno", 0) == 22 else _plain(error)
-            )
-            raise AudioError(f"{path} is not audio: {reason}; FFmpeg says: {told}; remove the row") from None
+            raise AudioError(_refusal(path, file, reason, error)) from None
         if coded.rate < 1 or coded.channels < 1:  # FFmpeg takes some text for a sound format
             raise AudioError(f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; remove the row")
         yield coded
+
+
+def _refusal(path: str, file: BinaryIO, reason: str, error: Exception) -> str:
+    """Return the message for a file that FFmpeg does not open."""
+    file.seek(0)
+    known = format_of(file.read(HEAD))
+    if isinstance(error, _NoTrack):
+        return f"{path} cannot be read: {error}; remove the row"
+    if known and isinstance(error, OSError | ValueError) and getattr(error, "errno", 0) != NOT_ALLOWED:
+        return (
+            f"{path} is damaged or truncated: it begins as {known}, but FFmpeg cannot read it ({_plain(error)}); copy "
+            "the file again or remove the row"
+        )
+    told = _plain(error)
+    if getattr(error, "errno", 0) == NOT_ALLOWED:
+        told = "its format is none that holds audio itself"
+    return f"{path} is not audio: {reason}; FFmpeg says: {told}; remove the row"
 
 
 def _plain(error: Exception) -> str:
