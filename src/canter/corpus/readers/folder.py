@@ -27,16 +27,18 @@ def read_folder(path: str, *, require_text: bool = True, measure_durations: bool
     for number, audio in enumerate(found, 1):
         beside = Path(audio).with_suffix(".txt")
         texts.add(str(beside))
-        text = None
+        text, missing = None, str(beside) == audio  # a recording may have any name
         try:
-            text = beside.read_text(encoding="utf-8").strip()
+            if not missing:
+                text = beside.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
             yield number, Problem(str(beside), 1, f"invalid UTF-8: {error.reason} at byte {error.start + 1}")
             continue
         except OSError:
-            if require_text:
-                yield number, Problem(audio, 1, f"text missing: there is no {beside.name} beside it")
-                continue
+            missing = True
+        if missing and require_text:
+            yield number, Problem(audio, 1, f"text missing: there is no {beside.name} beside it")
+            continue
         row = utterance_from_row(
             {"audio_filepath": audio, "text": text}, "", require_text=require_text, measure_durations=True
         )
