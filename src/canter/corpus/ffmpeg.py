@@ -160,8 +160,9 @@ class Coded:
         """Yield (S, C) float32 from sample ``start`` on, ``size`` samples at a time, and what could not be decoded.
 
         Gaps in the time stamps are filled with silence. More than two channels are mixed into one by FFmpeg, unless one
-        ``channel`` is wanted. ``most`` is only a hint.
+        ``channel`` is wanted. The reader stops the iteration once it has ``most`` samples.
         """
+        size = size if most is None else min(size, most)
         silent = 1 if channel is None and self.channels > 2 else self.channels
         pending, count = list[np.ndarray](), 0
 
@@ -213,7 +214,7 @@ class Coded:
                     timeline.origin -= missing / self.rate
             place = timeline.place
             damaged = bool(faults)
-            missing = timeline.gap(frame.time if frame is not None else None, damaged)
+            missing = timeline.gap(self._time_of_frame(frame), damaged)
             if damaged or (missing and self._format not in STAMPED):
                 lost = max(missing / self.rate, sum(seconds for seconds, _ in faults))
                 reason = faults[0][1] if faults else "packets are missing"
@@ -225,6 +226,9 @@ class Coded:
                 place, timeline.place = timeline.place, timeline.place + len(samples)
                 if timeline.place > start:
                     yield samples[max(0, start - place) :]
+
+    def _time_of_frame(self, frame: Any) -> float | None:
+        return None if frame is None or frame.pts is None else frame.pts * self._seconds_a_tick
 
     @staticmethod
     def _silence(timeline: Timeline, missing: int, start: int) -> Iterator[int]:
@@ -257,9 +261,8 @@ class Coded:
         faults = list[tuple[float, str]]()
         streams = () if self._format in ENDING else (self._stream,)
         for packet in self._packets(*streams):
-            if packet.stream.index != self._stream.index:
+            if not streams and packet.stream.index != self._stream.index:
                 continue
-            seconds = (packet.duration or 0) * float(packet.time_base or 0)
             try:
                 frames = packet.decode()
             except self._av.error.EOFError:
@@ -267,6 +270,7 @@ class Coded:
             except (
                 Exception
             ) as error:  # a decoder may raise anything at all, and the next packet may be sound
+                seconds = (packet.duration or 0) * self._seconds_a_tick
                 faults.append((seconds, f"FFmpeg: {_plain(error)}"))
                 continue
             for frame in frames:
@@ -284,7 +288,7 @@ class Coded:
             try:
                 for packet in packets:
                     faults = 0
-                    if (at := _time_of(packet)) is not None:
+                    if self._format in ENDING and (at := _time_of(packet)) is not None:
                         end = at + (packet.duration or 0) * float(packet.time_base)
                         self._latest = max(self._latest, end)
                     yield packet

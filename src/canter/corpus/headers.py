@@ -382,9 +382,9 @@ def _mp3(window: _Window) -> Header:
         return Header()
     size, per_frame, rate = first
     same = int.from_bytes(head[1:], "big") & _SAME
-    known = {bits: size for bits, (size, *_) in FRAMES.items() if bits & _SAME == same}
+    known = {b"\xff" + bits.to_bytes(2): size for bits, (size, *_) in FRAMES.items() if bits & _SAME == same}
     following = _after_tags(window, start + size)
-    if following < window.end and not _begins_frame(window.at(following, 3), known):
+    if following < window.end and window.at(following, 3) not in known:
         return Header()  # the bytes of a header by chance: let the decoder look for the first frame
     frame = window.at(start, size)
     tagged = any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
@@ -398,21 +398,16 @@ def _mp3(window: _Window) -> Header:
     return Header(losses=losses)
 
 
-def _begins_frame(head: bytes, known: Mapping[int, int]) -> bool:
-    return len(head) == 3 and head[0] == 0xFF and (head[1] << 8 | head[2]) in known
-
-
 def _walk(
-    window: _Window, place: int, known: Mapping[int, int], seconds: float
+    window: _Window, place: int, known: Mapping[bytes, int], seconds: float
 ) -> tuple[int, tuple[Loss, ...]]:
     """Return the number of frames of so many ``seconds`` from ``place`` on, and the gaps between them."""
     frames, used, losses = 0, 0, list[Loss]()
     while place + 4 <= window.end:
         data, begin = window.around(place, MOST_FRAME)
         here, end = begin, len(data)
-        while here + 4 <= end and data[here] == 0xFF:
-            size = known.get(data[here + 1] << 8 | data[here + 2])
-            if size is None or here + size > end:
+        while size := known.get(data[here : here + 3]):
+            if here + size > end:
                 break
             here, frames = here + size, frames + 1
         place, used = place + here - begin, used + here - begin
@@ -433,13 +428,12 @@ def _walk(
     return frames, tuple(losses)
 
 
-def _resync(window: _Window, place: int, known: Mapping[int, int]) -> int:
+def _resync(window: _Window, place: int, known: Mapping[bytes, int]) -> int:
     """Return where the next two frames in a row begin, -1 if nowhere."""
     while (place := window.find(b"\xff", place)) >= 0:
-        head = window.at(place, 3)
-        if _begins_frame(head, known):
-            after = place + known[head[1] << 8 | head[2]]
-            if after == window.end or _begins_frame(window.at(after, 3), known):
+        if size := known.get(window.at(place, 3)):
+            after = place + size
+            if after == window.end or window.at(after, 3) in known:
                 return place
         place += 1
     return -1

@@ -1,6 +1,9 @@
 """Read WAV, FLAC, MP3, Ogg, Opus and other sound files through libsndfile."""
 
 import contextlib
+import io
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -14,6 +17,9 @@ from canter.errors import AudioError
 UNSTATED = 2**63 - 1  # frames that libsndfile makes of a length that the header leaves open
 FINE = 0.1  # seconds that are read at a time to find where damage begins
 MOST_SKIPPED = 600.0  # seconds that are skipped to find where decoding goes on, where the length is not known
+MOST_CACHED = 256  # checked headers, of which some have a list of damaged places
+_CACHE: dict[tuple[int, ...], Header] = {}
+_CACHE_LOCK = threading.Lock()
 
 
 class _SoundFile(soundfile.SoundFile):
@@ -74,8 +80,8 @@ class Sound:
         At what cannot be decoded a `Loss` is yielded. To go on from there FFmpeg is asked, if it is installed.
         """
         sound, place, end = self._sound, start, None if most is None else start + most
-        if self._header.samples is not None:  # after them is at most a part of a frame
-            end = self._header.samples if end is None else min(end, self._header.samples)
+        if (length := self.length) is not None:  # a read beyond it fills the whole block with zeros
+            end = length if end is None else min(end, length)
         try:
             if start and sound.frames == UNSTATED:  # it cannot be sought in
                 for skipped in range(0, start, size):
@@ -94,7 +100,12 @@ class Sound:
             yield from self._after_damage(place, size, end, error)
             return
         promised = self.promised
-        if self._keep and end is None and promised and round(promised * self.rate) > place + FINE * self.rate:
+        if (
+            self._keep
+            and most is None
+            and promised
+            and round(promised * self.rate) > place + FINE * self.rate
+        ):
             yield from self._from_ffmpeg(place, size)
 
     def _after_damage(
@@ -163,9 +174,25 @@ class Sound:
                 yield from coded.read(place, size)
 
 
+def _checked(file: BinaryIO) -> Header:
+    """Return the check of a file's header; a file on a disk is checked once, however many segments are read of it."""
+    if isinstance(file, io.BytesIO):
+        return check_header(file)
+    facts = os.fstat(file.fileno())
+    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    with _CACHE_LOCK:
+        found = _CACHE.pop(key, None)
+    found = found or check_header(file)
+    with _CACHE_LOCK:
+        _CACHE[key] = found
+        while len(_CACHE) > MOST_CACHED:
+            del _CACHE[next(iter(_CACHE))]
+    return found
+
+
 def open_sound(path: str, file: BinaryIO, keep: bool) -> Sound:
     """Open a sound file, its header checked. Raises LibsndfileError for what libsndfile does not know."""
-    return Sound(path, file, check_header(file), keep)
+    return Sound(path, file, _checked(file), keep)
 
 
 def reason_of(error: soundfile.LibsndfileError) -> str:
