@@ -150,8 +150,13 @@ class Gate:
         self.service, self.blocks = service, 0
         self.reached = threading.Event()
 
-    def __call__(self, *asked: Any) -> Iterator[np.ndarray]:
-        for block in audio_blocks(*asked):
+    def __call__(self, *asked: Any, **options: Any) -> "Gate":
+        self.source = audio_blocks(*asked, **options)
+        self.warnings = ()
+        return self
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self.source:
             self.blocks += 1
             stops = [*self.service._reading]
             self.reached.set()

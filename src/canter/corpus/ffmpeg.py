@@ -77,6 +77,8 @@ class Timeline:
             return 0
         if self.origin is None:
             self.origin = seconds
+        if not self.place and abs(seconds - self.origin) <= JITTER:  # a delay of the codec
+            self.origin = seconds
         missing = round((seconds - self.origin) * self._rate) - self.place
         most = LONGEST_JUMP if self._restarts and self.place else MOST_SILENCE
         if (missing < -JITTER * self._rate and self.place) or missing > most * self._rate - self._filled:
@@ -147,6 +149,8 @@ class Coded:
             if packet.dts is None and packet.pts is None:  # the last, which is empty
                 continue
             at, seconds = _time_of(packet), (packet.duration or 0) * self._seconds_a_tick
+            if at is not None and self._origin is not None and at < self._origin:  # for the decoder alone
+                continue
             timeline.place += timeline.gap(at, False) + round(seconds * self.rate)
             if self._format in STAMPED and at is not None:
                 end = max(end, at + seconds - (timeline.origin or 0.0))
@@ -242,17 +246,18 @@ class Coded:
         last may have no frame."""
         early = start - round(BEFORE * self.rate)
         if early > 0 and self._format in SEEKABLE:
-            origin = self._origin or 0.0
-            target = round((origin + early / self.rate) / self._seconds_a_tick)
+            first, _ = next(self._decoded(), (None, []))
+            timeline.gap(self._time_of_frame(first), False)  # which finds the origin
+            target = round(((timeline.origin or 0.0) + early / self.rate) / self._seconds_a_tick)
             with contextlib.suppress(self._av.FFmpegError):
                 self._container.seek(target, stream=self._stream)
             frames = self._decoded()
-            first = next(frames, None)
-            at = first[0].time if first and first[0] is not None else None
-            place = None if at is None else round((at - origin) * self.rate)
-            if first and place is not None and 0 <= place <= start:
+            first, _ = next(frames, (None, []))
+            at = self._time_of_frame(first)
+            place = None if at is None else round((at - (timeline.origin or 0.0)) * self.rate)
+            if place is not None and 0 <= place <= start:
                 timeline.place = place
-                yield from itertools.chain([(first[0], [])], frames)
+                yield from itertools.chain([(first, [])], frames)
                 return
             self._container.seek(min(0, self._container.start_time or 0))
         yield from self._decoded()
@@ -267,9 +272,7 @@ class Coded:
                 frames = packet.decode()
             except self._av.error.EOFError:
                 continue
-            except (
-                Exception
-            ) as error:  # a decoder may raise anything at all, and the next packet may be sound
+            except Exception as error:  # a decoder may raise anything, and the next packet may be sound
                 seconds = (packet.duration or 0) * self._seconds_a_tick
                 faults.append((seconds, f"FFmpeg: {_plain(error)}"))
                 continue
@@ -293,7 +296,7 @@ class Coded:
                         self._latest = max(self._latest, end)
                     yield packet
                 return
-            except self._av.FFmpegError:
+            except Exception:  # of PyAV too, where the file has more streams than its header said
                 faults += 1
 
     def _samples(self, frame: Any, channels: int) -> Iterator[np.ndarray]:
