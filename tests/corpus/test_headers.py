@@ -2,6 +2,7 @@
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,11 +156,22 @@ def test_damage_to_an_ogg_page(ogg):
     assert "last page" in loss.reason
 
 
+def test_damage_to_a_matroska_cluster(tmp_path, encode):
+    data = encode("matroska", np.tile(NOISE, 8), codec="libopus", rate=48000, video=True)
+    assert check_header(io.BytesIO(data)).losses == ()
+    middle = len(data) // 2
+    broken = data[:middle] + bytes(400) + data[middle + 400 :]
+    (loss,) = check_header(io.BytesIO(broken)).losses
+    assert 0 <= loss.at < 3
+    (tmp_path / "a.mkv").write_bytes(broken)
+    with pytest.raises(AudioError, match=r"is damaged .*cluster of the Matroska file"):
+        load_audio(tmp_path / "a.mkv")
+
+
 @given(st.data())
 def test_a_header_of_any_bytes_is_checked_in_time(data):
     """Whatever the bytes are, the check ends, and a view of the file reads."""
-    kinds = ["WAV", "AIFF", "AU", "CAF", "W64", "FLAC", "MP3", "OGG"]
-    whole = SAMPLES[data.draw(st.sampled_from(kinds))]
+    whole = SAMPLES[data.draw(st.sampled_from(sorted(SAMPLES)))]
     changed = bytearray(whole)
     for place, byte in data.draw(
         st.lists(st.tuples(st.integers(0, min(300, len(whole) - 1)), st.integers(0, 255)), max_size=8)
@@ -175,4 +187,4 @@ def test_a_header_of_any_bytes_is_checked_in_time(data):
 
 SAMPLES = {
     kind: encoded(kind, NOISE[:4000]) for kind in ("WAV", "AIFF", "AU", "CAF", "W64", "FLAC", "MP3", "OGG")
-}
+} | {"MKV": (Path(__file__).parent / "data" / "clip_audio_starts_at_5s.mkv").read_bytes()[:4000]}

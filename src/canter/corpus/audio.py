@@ -25,7 +25,7 @@ import soxr
 
 from canter.corpus.ffmpeg import Coded, open_coded
 from canter.corpus.headers import Loss
-from canter.corpus.libsndfile import UNSTATED, Sound, open_sound, reason_of
+from canter.corpus.libsndfile import UNSTATED, Sound, checked, reason_of
 from canter.corpus.remote import is_url, read_bytes, stamp
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
@@ -310,10 +310,12 @@ def _refuse_large(path: str, samples: float, size: int) -> None:
 def _source(path: str, file: BinaryIO, stretch: _Stretch, kept: _Kept | None) -> "Iterator[Sound | Coded]":
     """Open a file with the decoder that knows it."""
     with contextlib.ExitStack() as stack:
+        header = checked(file)
         try:
-            source = stack.enter_context(open_sound(path, file, kept is not None))
+            source = stack.enter_context(Sound(path, file, header, kept is not None))
         except soundfile.LibsndfileError as error:
             source = stack.enter_context(open_coded(path, file, reason_of(error), stretch.track))
+            source.losses = header.losses
         else:
             if stretch.track:
                 raise AudioError(f"{path} has no audio track {stretch.track}: it has one, counted from 0")

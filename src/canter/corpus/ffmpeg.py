@@ -219,9 +219,10 @@ class Coded:
             place = timeline.place
             damaged = bool(faults)
             missing = timeline.gap(self._time_of_frame(frame), damaged)
-            if damaged or (missing and self._format not in STAMPED):
+            if damaged or (missing and (self._format not in STAMPED or (place and self.losses))):
                 lost = max(missing / self.rate, sum(seconds for seconds, _ in faults))
-                reason = faults[0][1] if faults else "packets are missing"
+                known = self.losses[0].reason if self.losses else "packets are missing"
+                reason = faults[0][1] if faults else known
                 yield Loss(place / self.rate, lost, reason)
             yield from self._silence(timeline, missing, start)
             if frame is None:

@@ -122,6 +122,8 @@ def check_header(file: BinaryIO) -> Header:
             found = _w64(file, size)
         elif head[:4] == b"OggS":
             found = Header(losses=tuple(_ogg_losses(_Window(file, size))))
+        elif head[:4] == b"\x1a\x45\xdf\xa3":
+            found = Header(losses=tuple(_matroska_losses(_Window(file, size))))
         elif head[:3] == b"ID3" or head[:1] == b"\xff":
             found = _mp3(_Window(file, size))
         else:
@@ -334,6 +336,79 @@ def _ogg_check(page: bytes) -> int:
     page = page[:22] + bytes(4) + page[26:]
     found = ~zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) & 0xFFFFFFFF
     return int(f"{found:032b}"[::-1], 2)
+
+
+# -- Matroska and WebM --
+
+_SEGMENT, _INFO, _CLUSTER, _TIMESTAMP, _SCALE = 0x18538067, 0x1549A966, 0x1F43B675, 0xE7, b"\x2a\xd7\xb1"
+_VOID = {0xEC, 0xBF}  # and the checksum
+_IN_SEGMENT = {
+    0x114D9B74,
+    _INFO,
+    0x1654AE6B,
+    _CLUSTER,
+    0x1C53BB6B,
+    0x1941A469,
+    0x1043A770,
+    0x1254C367,
+} | _VOID
+_IN_CLUSTER = {_TIMESTAMP, 0xA3, 0xA0, 0xAB, 0xA7, 0x5854, 0xAF} | _VOID
+
+
+def _matroska_losses(window: _Window) -> Iterator[Loss]:
+    """Yield the places at which the elements of clusters do not fit into each other (RFC 9559).
+
+    FFmpeg goes on at the next cluster without a word.
+    """
+    place, end, at, scale, tries = 0, window.end, 0.0, 1e-3, 0
+    cluster_end = 0  # of the cluster that the elements at ``place`` are in
+    segment_end = end
+    while place < end:
+        name, size, begin = _element(window, place)
+        after = begin + size
+        if name == _SEGMENT:
+            place, segment_end = begin, min(end, after)
+            continue
+        if place >= segment_end:  # what follows is not of this recording
+            return
+        fits = name in _IN_CLUSTER and place < cluster_end and (after <= cluster_end or after > end)
+        if fits or name in _IN_SEGMENT or not place:
+            if name == _CLUSTER:
+                place, cluster_end = begin, after
+                continue
+            if name == _TIMESTAMP:
+                at = int.from_bytes(window.at(begin, min(size, 8)), "big") * scale
+            elif name == _INFO:
+                scale = _scale(window.at(begin, min(size, 4096)))
+            place = after
+            continue
+        following = window.find(_CLUSTER.to_bytes(4), place + 1)
+        yield Loss(at, None, "a cluster of the Matroska file is damaged")
+        tries += 1
+        if following < 0 or tries == MOST_LOSSES:
+            return
+        place = following
+
+
+def _element(window: _Window, place: int) -> tuple[int, int, int]:
+    """Return name and size of an element, and the first byte of its content; a size that is left open is endless."""
+    head = window.at(place, 12)
+    width = 9 - head[0].bit_length()
+    rest = head[width : width + 1]
+    if width > 4 or not rest or not rest[0]:
+        return 0, 0, place + 1
+    count = 9 - rest[0].bit_length()
+    size = int.from_bytes(head[width : width + count], "big") & ((1 << 7 * count) - 1)
+    if size == (1 << 7 * count) - 1:
+        size = ENDLESS
+    return int.from_bytes(head[:width], "big"), size, place + width + count
+
+
+def _scale(info: bytes) -> float:
+    """Return the seconds in a unit of time stamps."""
+    place = info.find(_SCALE)
+    size = info[place + 3] & 0x7F if 0 <= place < len(info) - 4 else 0
+    return int.from_bytes(info[place + 4 : place + 4 + min(size, 8)], "big") / 1e9 if size else 1e-3
 
 
 # -- MPEG audio --

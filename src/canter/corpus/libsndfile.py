@@ -174,7 +174,7 @@ class Sound:
                 yield from coded.read(place, size)
 
 
-def _checked(file: BinaryIO) -> Header:
+def checked(file: BinaryIO) -> Header:
     """Return the check of a file's header; a file on a disk is checked once, however many segments are read of it."""
     if isinstance(file, io.BytesIO):
         return check_header(file)
@@ -188,11 +188,6 @@ def _checked(file: BinaryIO) -> Header:
         while len(_CACHE) > MOST_CACHED:
             del _CACHE[next(iter(_CACHE))]
     return found
-
-
-def open_sound(path: str, file: BinaryIO, keep: bool) -> Sound:
-    """Open a sound file, its header checked. Raises LibsndfileError for what libsndfile does not know."""
-    return Sound(path, file, _checked(file), keep)
 
 
 def reason_of(error: soundfile.LibsndfileError) -> str:
