@@ -10,8 +10,9 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canter.corpus.audio import audio_seconds, load_audio
+from canter.corpus.audio import audio_seconds, decode_utterance, load_audio
 from canter.corpus.headers import Header, check_header
+from canter.corpus.utterance import Utterance
 from canter.errors import AudioError
 
 RATE = 16000
@@ -127,6 +128,10 @@ def test_an_mp3_with_a_tag_that_promises_more(tmp_path, mp3, capfd):
     path.write_bytes(mp3[: len(mp3) * 2 // 3])
     with pytest.raises(AudioError, match=r"its header promises 2\.00 s, 1\.\d\d s are there"):
         load_audio(path)
+    assert 1.0 < audio_seconds(path) < 1.8  # what is there
+    found = decode_utterance(Utterance(str(path), 2.0, ""))
+    assert abs(len(found.samples) / RATE - audio_seconds(path)) < 0.1
+    assert abs(len(found.samples) / RATE + found.lost_seconds - 2.0) < 0.01
 
 
 def test_damage_between_frames_of_an_mp3(mp3):

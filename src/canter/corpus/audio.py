@@ -38,13 +38,10 @@ WHOLE_SECONDS, WHOLE_SHARE = 0.25, 0.1  # and than the manifest's, of a whole fi
 LEAST_RATE, MOST_RATE, MOST_CHANNELS = 1000, 768_000, 32
 BLOCK_SAMPLES = 1 << 24  # in memory at once, all channels together
 SECTION = 30.0  # seconds over which it is decided how channels are mixed
-CANCELLED = (
-    0.05  # power of the average below which channels cancel out, as a fraction of that of unrelated ones
-)
-LARGE_LOAD, MOST_GROWTH = (
-    1 << 26,
-    1000,
-)  # samples from which a load may have only so many bytes a byte of its file
+# Power of the average below which channels cancel each other out, as a fraction of that of unrelated ones.
+CANCELLED = 0.05
+# Samples from which a load is refused if it has more than so many bytes for each byte of its file.
+LARGE_LOAD, MOST_GROWTH = 1 << 26, 1000
 
 
 def member_ref(file: str | os.PathLike[str], name: str, start: int, size: int) -> str:
@@ -277,9 +274,9 @@ def _load(path: str, stretch: _Stretch, sample_rate: int, kept: _Kept | None = N
     with _open(path) as file:
         size = file.seek(0, os.SEEK_END)
         rate, blocks = _all_blocks(path, file, size, stretch, sample_rate, kept)
-    samples = blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)])
-    if samples.size and rate != sample_rate:
-        samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
+        samples = blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)])
+        if samples.size and rate != sample_rate:
+            samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
     if not samples.size:
         raise AudioError(_no_sample(path, stretch))
     return np.ascontiguousarray(samples, dtype=np.float32)
@@ -418,11 +415,7 @@ class _Mixer:
 def _too_much(losses: list[Loss], whole: float) -> bool:
     """Return whether more is lost at an edge of ``whole`` seconds of audio than is forgiven."""
     seconds = [loss.seconds for loss in losses]
-    return None in seconds or sum(one or 0.0 for one in seconds) > _rounding(whole)
-
-
-def _rounding(seconds: float) -> float:
-    return max(SHORT_SECONDS, SHORT_SHARE * seconds)
+    return None in seconds or sum(one or 0.0 for one in seconds) > max(SHORT_SECONDS, SHORT_SHARE * whole)
 
 
 def _check_end(
@@ -434,53 +427,54 @@ def _check_end(
     late: list[Loss],
     kept: _Kept | None,
 ) -> None:
-    """Compare what was read of a stretch, in seconds, with what was to be there; ``late`` is damage at its end."""
-    wanted, stated = stretch.duration, stretch.stated
-    if _too_much(late, got):
-        if kept is None:
+    """Compare the seconds read of a stretch with what was to be there; ``late`` is damage at its end.
+
+    Raises `AudioError` if more is missing than is forgiven; with ``kept`` that is noted there instead.
+    """
+    if kept is None:
+        if _too_much(late, got):
             raise AudioError(_damaged(path, late))
+        _, told = _missing(path, source, stretch, got, SHORT_SHARE)
+        if told:
+            raise AudioError(told)
+        return
+    if _too_much(late, 0.0):
         damage = damage + late
-    elif not damage:
-        damage = [*source.losses]
-    missing, told = 0.0, ""
+    damage = damage or [*source.losses]
+    missing, _ = _missing(path, source, stretch, got, 0.0)
+    lost = missing + sum(loss.seconds or 0.0 for loss in damage)
+    kept.lost_seconds += lost
+    if damage:
+        kept.warnings.append(_lost(lost, damage[0]))
+    elif missing:
+        kept.warnings.append(_lost(missing, Loss(stretch.offset + got, missing, "it is truncated")))
+
+
+def _missing(
+    path: str, source: "Sound | Coded", stretch: _Stretch, got: float, share: float
+) -> tuple[float, str]:
+    """Return the seconds that are missing at the end of a stretch of which ``got`` were read, and the message; 0 where
+    they are fewer than 0.2 or the given fraction of the whole."""
+    wanted, stated = stretch.duration, stretch.stated
     if wanted is None:
         promised = source.promised or 0.0
-        cut_short = max(promised - stretch.offset - got, source.cut_short)
-        if cut_short > _rounding(promised or got + cut_short):
-            missing, told = (
-                cut_short,
-                (
-                    f"{path} is truncated: its header promises {got + stretch.offset + cut_short:.2f} s, "
-                    f"{got:.2f} s are there; copy the file again or remove the row"
-                ),
+        short = max(promised - stretch.offset - got, source.cut_short)
+        if short > max(SHORT_SECONDS, share * (promised or got + short)):
+            return short, (
+                f"{path} is truncated: its header promises {stretch.offset + got + short:.2f} s, {got:.2f} s are "
+                "there; copy the file again or remove the row"
             )
-    elif wanted - got > _rounding(wanted):
-        missing, told = (
-            wanted - got,
-            (
-                f"{path} gives {got:.2f} s from {stretch.offset:g} s on where the manifest says {wanted:.2f} s: "
-                "the file is truncated or the duration wrong"
-            ),
+    elif wanted - got > max(SHORT_SECONDS, share * wanted):
+        return wanted - got, (
+            f"{path} gives {got:.2f} s from {stretch.offset:g} s on where the manifest says {wanted:.2f} s: "
+            "the file is truncated or the duration wrong"
         )
-    if not told and stated - got > max(WHOLE_SECONDS, WHOLE_SHARE * stated) and source.promised is not None:
-        missing, told = (
-            stated - got,
-            (
-                f"{path}: duration is {stated:g} s in the manifest, but the audio has {got:.2f} s: the file is "
-                "truncated or the duration wrong"
-            ),
+    if not source.guessed and stated - got > max(WHOLE_SECONDS, WHOLE_SHARE * stated):
+        return stated - got, (
+            f"{path}: duration is {stated:g} s in the manifest, but the audio has {got:.2f} s: the file is truncated "
+            "or the duration wrong"
         )
-    if told and kept is None:
-        raise AudioError(told)
-    if kept is None:
-        return
-    if damage:
-        lost = sum(loss.seconds or 0.0 for loss in damage)
-        kept.lost_seconds += lost
-        kept.warnings.append(_lost(lost + missing, damage[0]))
-    elif told:
-        kept.warnings.append(_lost(missing, Loss(stretch.offset + got, missing, "it is truncated")))
-    kept.lost_seconds += missing
+    return 0.0, ""
 
 
 def _lost(seconds: float, first: Loss) -> str:

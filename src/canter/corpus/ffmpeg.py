@@ -97,6 +97,7 @@ class _NoTrack(Exception):
 class Coded:
     """One audio track of a file."""
 
+    guessed = False
     losses: tuple[Loss, ...] = ()
     """Damage that showed before anything was decoded; what has a length is filled with silence."""
 

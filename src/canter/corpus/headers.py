@@ -470,6 +470,8 @@ def _mp3(window: _Window) -> Header:
     counted = frames - 1
     if stated + 2 < counted:  # files joined into one: the tag is of the first
         return Header((), start + size, True, samples=counted * per_frame, guessed=True, losses=losses)
+    if stated > counted + 2:
+        return Header(samples=counted * per_frame, losses=losses)
     return Header(losses=losses)
 
 

@@ -41,6 +41,7 @@ class Sound:
         self._sound = self._opened()
         self.rate: int = self._sound.samplerate
         self.channels: int = self._sound.channels
+        self.guessed = header.guessed
 
     def _opened(self) -> Any:
         self._file.seek(0)
