@@ -116,6 +116,18 @@ def test_frames_of_an_mp3_are_counted_where_no_tag_counts_them(tmp_path, mp3):
         np.testing.assert_allclose(load_audio(path, offset=offset, duration=0.5), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "before", [b"", bytes(500), b"\xff\xfb\x90" + bytes(70), b"ID3\4\0\0\0\0\1\0" + bytes(428)]
+)
+def test_an_mp3_may_begin_with_something_else(tmp_path, mp3, before):
+    path, whole = tmp_path / "a.mp3", without_tag(mp3)
+    path.write_bytes(whole)
+    wanted = load_audio(path)
+    path.write_bytes(before + whole)
+    np.testing.assert_array_equal(load_audio(path), wanted)
+    assert audio_seconds(path) == len(wanted) / RATE
+
+
 def test_mp3_files_joined_into_one_are_read_to_the_end(tmp_path, mp3):
     path = tmp_path / "a.mp3"
     for data in (mp3 + mp3, mp3 + b"TAG" + bytes(125) + mp3, mp3 + b"ID3\4\0\0\0\0\1\0" + bytes(128) + mp3):

@@ -124,7 +124,7 @@ def check_header(file: BinaryIO) -> Header:
             found = Header(losses=tuple(_ogg_losses(_Window(file, size))))
         elif head[:4] == b"\x1a\x45\xdf\xa3":
             found = Header(losses=tuple(_matroska_losses(_Window(file, size))))
-        elif head[:3] == b"ID3" or head[:1] == b"\xff":
+        elif head[:3] == b"ID3" or head[:1] == b"\xff" or head[:8] == b"APETAGEX" or head == bytes(16):
             found = _mp3(_Window(file, size))
         else:
             found = Header()
@@ -445,34 +445,56 @@ def _frames() -> dict[int, tuple[int, int, int]]:
 FRAMES = _frames()
 MOST_FRAME = 4096  # bytes, and more than the longest
 MOST_LOSSES = 1000  # are looked for
+MOST_JUNK = 1 << 16  # bytes before the first frame
 _SAME = 0xFE0C  # bits of a header that all frames of a stream share: version, layer, rate
 
 
 def _mp3(window: _Window) -> Header:
     """Count the frames of an MPEG audio file, and compare the count with the tag that may state it."""
-    start = _after_tags(window, 0)
-    head = window.at(start, 3)
-    first = FRAMES.get(int.from_bytes(head[1:], "big")) if head[:1] == b"\xff" and len(head) == 3 else None
-    if first is None:
+    start = _first_frame(window, _after_tags(window, 0))
+    if start is None:
         return Header()
-    size, per_frame, rate = first
-    same = int.from_bytes(head[1:], "big") & _SAME
-    known = {b"\xff" + bits.to_bytes(2): size for bits, (size, *_) in FRAMES.items() if bits & _SAME == same}
-    following = _after_tags(window, start + size)
-    if following < window.end and window.at(following, 3) not in known:
-        return Header()  # the bytes of a header by chance: let the decoder look for the first frame
+    bits = int.from_bytes(window.at(start + 1, 2), "big")
+    size, per_frame, rate = FRAMES[bits]
+    known = _alike(bits)
     frame = window.at(start, size)
     tagged = any(tag in frame for tag in (b"Xing", b"Info", b"VBRI"))
     frames, losses = _walk(window, start, known, per_frame / rate)
     stated = _stated_frames(frame) if tagged else None
     if stated is None:
-        return Header(endless=True, samples=frames * per_frame, guessed=True, losses=losses)
+        return Header((), start, True, samples=frames * per_frame, guessed=True, losses=losses)
     counted = frames - 1
     if stated + 2 < counted:  # files joined into one: the tag is of the first
         return Header((), start + size, True, samples=counted * per_frame, guessed=True, losses=losses)
     if stated > counted + 2:
         return Header(samples=counted * per_frame, losses=losses)
     return Header(losses=losses)
+
+
+def _alike(bits: int) -> dict[bytes, int]:
+    """Return the first three bytes of all frames of the same stream, and the number of bytes that each has."""
+    same = bits & _SAME
+    return {b"\xff" + one.to_bytes(2): size for one, (size, *_) in FRAMES.items() if one & _SAME == same}
+
+
+def _first_frame(window: _Window, place: int) -> int | None:
+    """Return the start of the first frame near ``place`` that two others, or the end of the file, follow."""
+    last = place + MOST_JUNK
+    while 0 <= (place := window.find(b"\xff", place)) < last:
+        bits = int.from_bytes(window.at(place + 1, 2), "big")
+        if bits in FRAMES:
+            known, after = _alike(bits), place
+            for _ in range(3):
+                size = known.get(window.at(after, 3))
+                if size is None:
+                    break
+                after += size
+                if after >= window.end or _after_tags(window, after) != after:
+                    return place
+            else:
+                return place
+        place += 1
+    return None
 
 
 def _walk(
