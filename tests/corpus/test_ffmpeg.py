@@ -209,6 +209,17 @@ def test_whatever_a_decoder_raises_is_the_error_of_its_file(tmp_path, monkeypatc
                         read(tmp_path / "a.m4a")
 
 
+def test_a_file_of_which_nothing_can_be_decoded(tmp_path, encode):
+    data = encode("adts", tone(500))
+    frames = data.split(data[:2])
+    broken = b"".join(data[:2] + one[:5] + bytes(len(one) - 5) for one in frames if len(one) > 5)
+    (tmp_path / "a.aac").write_bytes(broken)
+    for read in (load_audio, keep):
+        with pytest.raises(AudioError, match=r"damaged|not audio") as caught:
+            read(tmp_path / "a.aac")
+        assert "\n" not in str(caught.value)
+
+
 def test_a_codec_that_ffmpeg_does_not_know(tmp_path, encode):
     data = encode("matroska", tone(500))
     (tmp_path / "a.mka").write_bytes(data.replace(b"A_AAC", b"A_XYZ"))

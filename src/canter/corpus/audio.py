@@ -2,7 +2,7 @@
 
 A member of a container is written ``FILE::NAME`` (a tar; found by walking its headers once) or
 ``FILE::NAME@START+BYTES`` (any file in which the member lies uncompressed; read directly). The index always
-writes the second form, so a shard is read in runs and never searched.
+writes the second form, so a shard is read directly and never searched.
 """
 
 import contextlib
@@ -45,19 +45,19 @@ LARGE_LOAD, MOST_GROWTH = 1 << 26, 1000
 
 
 def member_ref(file: str | os.PathLike[str], name: str, start: int, size: int) -> str:
-    """How a manifest names ``size`` bytes from byte ``start`` of a container."""
+    """Return the name that a manifest has for ``size`` bytes from byte ``start`` of a container."""
     return f"{os.fspath(file)}::{name}@{start}+{size}"
 
 
 def container_of(path: str) -> str:
-    """The file on disk that holds the audio: the container of a member, or the path itself."""
+    """Return the file on disk that holds the audio: the container of a member, or the path itself."""
     match = _MEMBER.fullmatch(path)
     return match["file"] if match else path
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """What is wanted of a file, in seconds."""
+    """A part of a file that is to be read, in seconds."""
 
     offset: float = 0.0
     duration: float | None = None
@@ -65,10 +65,9 @@ class _Stretch:
     channel: int | None = None
     """None: the average of all."""
     stated: float = 0.0
-    """How long the manifest says that a file read to its end is."""
+    """Length of the whole file by the manifest."""
     rounded: bool = False
     """Up to `SHORT_SECONDS` that follow the duration, and end the file, belong to it."""
-
     track: int | None = None
     """Audio track of a file with several; None: the default one."""
 
@@ -82,7 +81,7 @@ class _Stretch:
 
 @dataclass
 class _Kept:
-    """What is known of damaged audio that is kept."""
+    """Findings about damaged audio that is kept."""
 
     lost_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -96,7 +95,7 @@ class DecodedAudio:
     lost_seconds: float = 0.0
     """Seconds that are damaged or missing."""
     warnings: tuple[str, ...] = ()
-    """What a reader of the transcript should know: losses, and channels that cancel each other out."""
+    """Messages for the reader of the transcript: losses, and channels that cancel each other out."""
 
 
 class AudioBlocks:
@@ -207,7 +206,7 @@ def _resampled_blocks(
                 empty = False
                 yield np.ascontiguousarray(samples, dtype=np.float32)
     if empty:
-        raise AudioError(_no_sample(path, stretch))
+        raise AudioError(_no_sample(path, stretch, kept))
 
 
 def audio_seconds(path: str | os.PathLike[str], *, track: int | None = None) -> float:
@@ -278,7 +277,7 @@ def _load(path: str, stretch: _Stretch, sample_rate: int, kept: _Kept | None = N
         if samples.size and rate != sample_rate:
             samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
     if not samples.size:
-        raise AudioError(_no_sample(path, stretch))
+        raise AudioError(_no_sample(path, stretch, kept))
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
@@ -489,7 +488,9 @@ def _damaged(path: str, losses: list[Loss]) -> str:
     )
 
 
-def _no_sample(path: str, stretch: _Stretch) -> str:
+def _no_sample(path: str, stretch: _Stretch, kept: _Kept | None) -> str:
+    if kept is not None and kept.warnings:
+        return f"{path} is damaged, and nothing of it can be decoded: {kept.warnings[0]}"
     where = f" from {stretch.offset:g} s on" if stretch.offset else ""
     return f"{path} holds no sample{where}; remove the row"
 
@@ -540,7 +541,7 @@ def _open(path: str):
 
 @functools.cache
 def _standard_input() -> "IO[bytes]":
-    """What was written to standard input, as a file that lasts as long as this process."""
+    """Copy standard input to a file that lasts as long as this process, once."""
     file = tempfile.NamedTemporaryFile(prefix="canter-")  # noqa: SIM115
     shutil.copyfileobj(sys.stdin.buffer, file)
     file.flush()

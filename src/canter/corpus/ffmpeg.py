@@ -55,11 +55,12 @@ JITTER = 0.1  # seconds by which time stamps may differ from the number of sampl
 LONGEST_JUMP = 10.0  # seconds, for RESTARTING formats (as FFmpeg's -dts_delta_threshold)
 MOST_SILENCE = 6 * 3600.0  # seconds of gaps in a file that are filled
 NOT_ALLOWED = 22  # FFmpeg's error for a format or protocol that is not in the list
+LONGEST_PACKET = 10.0  # seconds that one is believed to have
 MOST_FAULTS = 8  # errors of the demuxer in a row
 
 
 class Timeline:
-    """Where in time, counted in samples from the start of the recording, each frame of a stream lies."""
+    """Places of the frames of a stream, counted in samples from the start of the recording."""
 
     def __init__(self, format_name: str, rate: int, origin: float | None):
         self._rate, self.origin = rate, origin
@@ -275,7 +276,7 @@ class Coded:
             except self._av.error.EOFError:
                 continue
             except Exception as error:  # a decoder may raise anything, and the next packet may be sound
-                seconds = (packet.duration or 0) * self._seconds_a_tick
+                seconds = min(LONGEST_PACKET, (packet.duration or 0) * self._seconds_a_tick)
                 faults.append((seconds, f"FFmpeg: {_plain(error)}"))
                 continue
             for frame in frames:
@@ -322,7 +323,7 @@ def _is_default(stream: Any) -> bool:
 
 
 class _Nameless:
-    """What FFmpeg may know of a file: its bytes. It judges by a name too where it sees one."""
+    """The bytes of a file without its name, by which FFmpeg would guess the format."""
 
     def __init__(self, file: BinaryIO):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell

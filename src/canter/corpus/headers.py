@@ -34,7 +34,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Header:
-    """What a check of a file's header has found."""
+    """The result of a check of a file's header."""
 
     patches: tuple[tuple[int, bytes], ...] = ()
     """Bytes to read in place of those at a position, so that the header tells the truth."""
