@@ -310,7 +310,8 @@ def _source(path: str, file: BinaryIO, stretch: _Stretch, kept: _Kept | None) ->
         try:
             source = stack.enter_context(Sound(path, file, header, kept is not None))
         except soundfile.LibsndfileError as error:
-            source = stack.enter_context(open_coded(path, file, reason_of(error), stretch.track))
+            reason = "its MP3 frames cannot be read" if header.endless else reason_of(error)
+            source = stack.enter_context(open_coded(path, file, reason, stretch.track))
             source.losses = header.losses
         else:
             if stretch.track:

@@ -5,6 +5,7 @@ the recorder died before it wrote one; an MP3 whose length is a guess from the b
 that is shorter than its header says. None of the checks decodes audio.
 """
 
+import functools
 import io
 import os
 import struct
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 OPEN_SIZE = 0x7FFF0000  # 32-bit data sizes from here on are what writers to a pipe leave in the header
 ENDLESS = 1 << 40  # bytes claimed for an MP3 whose length must not be guessed from its size
 TAG = 128  # bytes of an ID3v1 tag
+MOST_CHUNKS, MOST_ELEMENTS = 10_000, 3_000_000  # of a RIFF and of a Matroska file are looked at
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -177,7 +179,9 @@ def _chunks(
     file: BinaryIO, place: int, size: int, order: str, wanted: Sequence[bytes]
 ) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, first byte and size of the wanted chunks of a RIFF, up to the sample data."""
-    while place + 8 <= size:
+    for _ in range(MOST_CHUNKS):
+        if place + 8 > size:
+            return
         file.seek(place)
         name, length = struct.unpack(f"{order}4sI", file.read(8))
         if name in wanted:
@@ -363,7 +367,9 @@ def _matroska_losses(window: _Window) -> Iterator[Loss]:
     place, end, at, scale, tries = 0, window.end, 0.0, 1e-3, 0
     cluster_end = 0  # of the cluster that the elements at ``place`` are in
     segment_end = end
-    while place < end:
+    for _ in range(MOST_ELEMENTS):
+        if place >= end:
+            return
         name, size, begin = _element(window, place)
         after = begin + size
         if name == _SEGMENT:
@@ -471,6 +477,7 @@ def _mp3(window: _Window) -> Header:
     return Header(losses=losses)
 
 
+@functools.cache
 def _alike(bits: int) -> dict[bytes, int]:
     """Return the first three bytes of all frames of the same stream, and the number of bytes that each has."""
     same = bits & _SAME
