@@ -116,6 +116,21 @@ def test_frames_of_an_mp3_are_counted_where_no_tag_counts_them(tmp_path, mp3):
         np.testing.assert_allclose(load_audio(path, offset=offset, duration=0.5), wanted, atol=1e-5)
 
 
+def test_an_mp3_of_speech_without_a_tag_is_read_as_ffmpeg_reads_it():
+    av = pytest.importorskip("av", reason="the extra 'av' is not installed")
+    path = Path(__file__).parent / "data" / "vbr_without_xing.mp3"
+    with av.open(str(path)) as container:
+        wanted = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    found = load_audio(path, sample_rate=22050)
+    assert len(found) == len(wanted) == 127_872  # 5.75 s of speech and a codec's delay
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert audio_seconds(path) == 127_872 / 22050
+    part = load_audio(
+        path, sample_rate=22050, offset=4.0, duration=1.0
+    )  # beyond the 2.63 s that were guessed
+    np.testing.assert_allclose(part, wanted[4 * 22050 : 5 * 22050], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "before", [b"", bytes(500), b"\xff\xfb\x90" + bytes(70), b"ID3\4\0\0\0\0\1\0" + bytes(428)]
 )
