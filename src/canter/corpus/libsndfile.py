@@ -15,6 +15,7 @@ from canter.corpus.headers import Header, Loss, check_header
 from canter.errors import AudioError
 
 UNSTATED = 2**63 - 1  # frames that libsndfile makes of a length that the header leaves open
+BEFORE = 1.0  # seconds of an MP3 that are decoded before a segment: a frame has bits in those before it
 FINE = 0.1  # seconds that are read at a time to find where damage begins
 MOST_SKIPPED = 600.0  # seconds that are skipped to find where decoding goes on, where the length is not known
 MOST_CACHED = 256  # checked headers, of which some have a list of damaged places
@@ -88,7 +89,7 @@ class Sound:
                 for skipped in range(0, start, size):
                     sound.read(min(size, start - skipped))
             elif start:
-                place = sound.seek(min(start, sound.frames))
+                place = self._seek(start)
             while end is None or place < end:
                 samples = sound.read(
                     size if end is None else min(size, end - place), "float32", always_2d=True
@@ -108,6 +109,14 @@ class Sound:
             and round(promised * self.rate) > place + FINE * self.rate
         ):
             yield from self._from_ffmpeg(place, size)
+
+    def _seek(self, start: int) -> int:
+        """Move to sample ``start``, or to the end of a shorter file, and return the place."""
+        before = round(BEFORE * self.rate) if self._sound.format == "MP3" else 0
+        place = self._sound.seek(min(max(0, start - before), self._sound.frames))
+        if before and place < start:
+            place += len(self._sound.read(start - place, "float32", always_2d=True))
+        return place
 
     def _after_damage(
         self, place: int, size: int, end: int | None, error: soundfile.LibsndfileError
