@@ -18,6 +18,7 @@ from canter.corpus.manifest import (
     scan_lines,
     usable,
 )
+from canter.corpus.media import MANIFEST_SUFFIXES, format_of, head_of, is_data
 from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.commonvoice import read_commonvoice
 from canter.corpus.readers.documents import is_document, read_document
@@ -50,6 +51,10 @@ READERS: dict[str, Callable[..., NumberedFinds]] = {
 METADATA = ("jsonl", "csv", "parquet")  # suffixes of the table that AudioFolder reads, in its folder
 SHARD = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{8,})?(\.parquet)?$")
 SPLIT = re.compile(r"(^|[/_.-])(train|test|valid|validation|dev|eval|evaluation|other|validated)($|[/_.-])")
+_CONTENTS = {
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}  # how a file begins, and the suffix that it should have
 LENGTHS = "lengths"  # read by `canter.corpus.readers.lengths`: these rows are no utterances
 
 
@@ -167,8 +172,12 @@ def _of_file(path: str, columns: Columns = ANY) -> Unit:
     suffix = suffix_of(path)
     if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
-    if suffix in AUDIO_SUFFIXES:
+    head = head_of(path) if os.path.isfile(path) else b""
+    if format_of(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
+    if suffix not in MANIFEST_SUFFIXES:
+        suffix = next((name for start, name in _CONTENTS.items() if head.startswith(start)), suffix)
+        suffix = ".tar" if head[257:262] == b"ustar" else suffix
     if suffix in (".yaml", ".yml"):
         raise ManifestError(f"{path} is a mixture; give it to the index by itself")
     if suffix == ".tar":

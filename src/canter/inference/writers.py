@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from canter.corpus.audio import STANDARD_INPUT
 from canter.errors import ConfigError
 from canter.inference.formats import ONE_RECORDING, SUBTITLES, SUFFIXES, render_segments, whisper_json
 from canter.inference.inputs import Item
@@ -83,13 +84,18 @@ def _to_milliseconds(segment: Segment) -> Segment:
 
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, Any]:
     """The item's own fields, then ``pred_text`` and, where it is to be ``timed``, ``segments`` in seconds of the
-    audio file; or ``error``."""
-    row = {key: value for key, value in item.row.items() if key not in ("pred_text", "error", "segments")}
+    audio file; or ``error``. ``lost_seconds`` and ``warnings`` are there where something is wrong with the audio."""
+    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings")
+    row = {key: value for key, value in item.row.items() if key not in ours}
     if transcription.error is not None:
         return row | {"error": transcription.error}
     row |= {"pred_text": transcription.text}
     if timed:
         row["segments"] = [_nemo_segment(segment) for segment in segments_of(item, transcription)]
+    if transcription.lost_seconds:
+        row["lost_seconds"] = transcription.lost_seconds
+    if transcription.warnings:
+        row["warnings"] = list(transcription.warnings)
     return row
 
 
@@ -218,9 +224,7 @@ def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[
     Audio files that differ in the suffix alone keep it (``a.mp4.srt`` and ``a.mkv.srt``); of several items with the
     same audio, all but the first get numbers.
     """
-    paths = [
-        _below(str(item.row.get("audio_filepath") or "row").rpartition("::")[2], roots) for item in items
-    ]
+    paths = [_below(_name_of(item), roots) for item in items]
     files: dict[Path, set[Path]] = {}
     for path in paths:
         files.setdefault(path.with_suffix(""), set()).add(path)
@@ -238,6 +242,11 @@ def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[
         taken.add(name)
         names.append(name)
     return names
+
+
+def _name_of(item: Item) -> str:
+    name = str(item.row.get("audio_filepath") or "row").rpartition("::")[2]
+    return "stdin" if name == STANDARD_INPUT else name
 
 
 def _below(path: str, roots: Sequence[str | Path]) -> Path:

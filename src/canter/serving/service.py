@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
 
-from canter.corpus.audio import MOST_CHANNELS, MOST_RATE, audio_blocks
+from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine
@@ -35,7 +34,6 @@ from canter.text.whisper import WhisperTokenizer
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
-UNSTATED = 2**62  # frames from here on: libsndfile's word for a header that does not say
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class Audio:
     """Seconds that decoding and cutting took."""
     upload: float = 0.0
     """Seconds that it took to arrive."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with it: losses, channels that cancel each other out."""
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,14 @@ class Service:
             self._reading.discard(stop)
 
     def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
-        begun = time.perf_counter()
+        begun, warnings = time.perf_counter(), list[str]()
         with tempfile.TemporaryDirectory(prefix="canter-") as folder:
             path = os.path.join(folder, "upload")
             with open(path, "wb") as target:
                 file.seek(0)
                 shutil.copyfileobj(file, target, 2**20)
             try:
-                samples = np.concatenate([*self._blocks(path, name, stop)])
+                samples = np.concatenate([*self._blocks(path, name, stop, warnings)])
             except AudioError as error:
                 text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
                 raise ApiError(400, text, "file", "invalid_audio") from None
@@ -177,35 +177,31 @@ class Service:
             for piece in listener.pieces([samples]):
                 _go_on(stop)
                 pieces.append(piece)
-        return Audio(pieces, seconds, time.perf_counter() - begun)
+        return Audio(pieces, seconds, time.perf_counter() - begun, warnings=tuple(warnings))
 
-    def _blocks(self, path: str, name: str, stop: threading.Event) -> Iterator[np.ndarray]:
-        """The upload's samples, in runs (S,) that take a moment each."""
+    def _blocks(
+        self, path: str, name: str, stop: threading.Event, warnings: list[str]
+    ) -> Iterator[np.ndarray]:
+        """Yield the upload's samples in blocks (S,) that take a moment each, and note what is
+        damaged."""
         density, heard = self._density(path, name), 0
-        for block in audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density)):
+        blocks = audio_blocks(
+            Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True
+        )
+        for block in blocks:
             _go_on(stop)
             heard += len(block)
             self._check_length(heard / self.rate, density, name)
             yield block
+        warnings += blocks.warnings
 
     def _density(self, path: str, name: str) -> int:
         """Values that a second of the upload is decoded to, channels counted. Raises ApiError for what its
         header alone tells to be too much."""
-        try:
-            header = soundfile.info(path)
-        except soundfile.LibsndfileError:
-            return self.rate  # for FFmpeg, or no audio at all: reading it tells
-        if header.samplerate > MOST_RATE or header.channels > MOST_CHANNELS:
-            raise ApiError(
-                400,
-                f"{name} has {header.channels} channels at {header.samplerate:,} Hz, over the limit of "
-                f"{MOST_CHANNELS} at {MOST_RATE:,}: convert it to 16 kHz",
-                "file",
-                "invalid_audio",
-            )
-        density = header.samplerate * header.channels
-        if header.frames < UNSTATED:
-            self._check_length(header.frames / header.samplerate, density, name)
+        header = audio_info(path)
+        density = header.rate * header.channels
+        if header.seconds is not None:
+            self._check_length(header.seconds, density, name)
         return density
 
     def _check_length(self, seconds: float, density: int, name: str) -> None:
