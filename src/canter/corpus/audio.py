@@ -21,7 +21,7 @@ import soundfile
 import soxr
 
 from canter.corpus.ffmpeg import Coded, open_coded
-from canter.corpus.remote import is_url, read_bytes, stamp
+from canter.corpus.remote import is_url, open_binary, read_bytes, stamp
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError, ManifestError
@@ -338,7 +338,7 @@ def _open(path: str):
             elif is_url(path):
                 file = io.BytesIO(read_bytes(path))
             else:
-                file = stack.enter_context(open(path, "rb"))
+                file = stack.enter_context(open_binary(path))
             if not file.seek(0, os.SEEK_END):
                 raise AudioError(f"{path} is empty (0 bytes); copy it again or remove the row")
             file.seek(0)
@@ -352,7 +352,8 @@ def _open(path: str):
     except (ManifestError, OSError, ValueError, ImportError) as error:
         if isinstance(error, AudioError):
             raise
-        raise AudioError(f"{path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.filename == path else None
+        raise AudioError(f"{path} cannot be read: {reason or error}") from None
 
 
 def _read_member(path: str, match: re.Match[str]) -> bytes:

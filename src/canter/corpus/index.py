@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from canter.corpus.manifest import count_problems, utterance_from_line
+from canter.corpus.remote import open_binary
 from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
 from canter.errors import ManifestError
 
@@ -222,7 +223,7 @@ class LengthIndex:
             )
         stale = "index it again (canter index)"
         try:
-            with open(shard.path, "rb") as file:
+            with open_binary(shard.path) as file:
                 file.seek(place & ((1 << PLACE_BITS) - 1))
                 line = file.readline()
         except OSError as error:

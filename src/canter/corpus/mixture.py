@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from canter.corpus.index import Source
-from canter.corpus.remote import below
+from canter.corpus.remote import below, refuse_special
 from canter.errors import ConfigError, ManifestError
 
 PATH_KEYS = ("path", "manifest_filepath", "cuts_path", "shar_path")
@@ -99,6 +99,7 @@ def read_mixture(path: str | os.PathLike[str]) -> Group:
 
 def _file(path: Path, tags: Mapping[str, str], depth: int) -> Group:
     try:
+        refuse_special(path)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None

@@ -22,7 +22,7 @@ from canter.corpus.readers.huggingface import audio_column, dataset_files, read_
 from canter.corpus.readers.lengths import table_schema
 from canter.corpus.readers.lhotse import read_lhotse, read_shar, shar_tar
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
-from canter.corpus.remote import absolute, is_url
+from canter.corpus.remote import absolute, is_url, refuse_special
 from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
@@ -130,6 +130,11 @@ def _of_file(path: str) -> Unit:
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
+    if not is_url(path):
+        try:
+            refuse_special(path)
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     if suffix in AUDIO_SUFFIXES:
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
     if suffix in (".yaml", ".yml"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from canter.corpus.manifest import utterance_from_row
 from canter.corpus.readers.common import AUDIO_SUFFIXES
+from canter.corpus.remote import refuse_special
 from canter.corpus.utterance import NumberedFinds, Problem
 from canter.errors import ManifestError
 
@@ -28,6 +29,7 @@ def read_folder(path: str, *, require_text: bool = True, measure_durations: bool
         beside = Path(audio).with_suffix(".txt")
         text = None
         try:
+            refuse_special(beside)
             text = beside.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
             yield number, Problem(str(beside), 1, f"invalid UTF-8: {error.reason} at byte {error.start + 1}")

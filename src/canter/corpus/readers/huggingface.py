@@ -14,6 +14,7 @@ import pyarrow as pa
 from canter.corpus.audio import member_ref
 from canter.corpus.manifest import utterance_from_row
 from canter.corpus.readers.common import common_fields
+from canter.corpus.remote import refuse_special
 from canter.corpus.utterance import NumberedFinds
 from canter.errors import ManifestError
 
@@ -77,6 +78,7 @@ def read_huggingface(
 def open_arrow(path: str) -> tuple[Any, pa.Buffer]:
     """A reader of an Arrow file, stream or random-access, and the mapped bytes it reads."""
     try:
+        refuse_special(path)
         whole = pa.memory_map(path).read_buffer()
         source = pa.BufferReader(whole)
         if whole[:6].to_pybytes() == b"ARROW1":
