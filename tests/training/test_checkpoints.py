@@ -233,6 +233,9 @@ def test_training_state_that_numbers_its_parameters_is_read_or_refused(quiet, tm
         train(again, stopping_after(5))
     beside = again.output / "checkpoints" / "step-000004" / "training"
     (beside / "checksums.json").unlink()
+    state = json.loads((beside / "state.json").read_text())
+    del state["checksums"]
+    (beside / "state.json").write_text(json.dumps(state))
     states = torch.load(beside / "optimizers.pt")
     for state in states:
         names = [name for group in state["param_groups"] for name in group["params"]]

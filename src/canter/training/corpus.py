@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from canter.corpus.build import build_index
 from canter.corpus.counting import prompt_length
-from canter.corpus.index import LengthIndex, Source
+from canter.corpus.index import VERIFIED_ROWS, LengthIndex, Source
 from canter.corpus.manifest import Utterance
 from canter.corpus.mixture import leaves, mixture_of
 from canter.corpus.sources import open_source
@@ -70,7 +70,10 @@ def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthInd
     """The run's length index, built where it is not there yet."""
     path = run.folder / "lengths.arrow"
     if path.exists():
-        return LengthIndex.open(path)
+        index = LengthIndex.open(path)
+        if run.writes and len(index) > VERIFIED_ROWS:
+            index.verify()
+        return index
     sources = mixture_of(config.manifest) or config.manifest
     return build_index(
         sources, path, tokenizer, prompt_tokens=prompt_length(tokenizer, utterances(config)), progress=True

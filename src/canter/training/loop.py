@@ -106,10 +106,10 @@ class Trainer:
         newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
         if newest is None:
             if self.ranks.first:
-                self.run.forget_after(0)  # steps that a run logged which ended before it saved any
+                self.run.forget_after(0, self.say)  # steps of a run that ended before it saved any
             return False
         snapshot = read_snapshot(newest, self.model)
-        self.progress = Progress(**snapshot.state)
+        self.progress = Progress.from_state(snapshot.state, newest / "training" / "state.json")
         if self.progress.plan not in ("", self.upcoming.plan.fingerprint):
             if not self.config.allow_changes:
                 raise CheckpointError(
@@ -123,7 +123,7 @@ class Trainer:
         self.upcoming.tightenings = self.progress.tightenings
         self.saved = self.progress.step
         if self.ranks.first:
-            self.run.forget_after(self.progress.step)
+            self.run.forget_after(self.progress.step, self.say)
             if self.run.changed:
                 self._event("changed", settings=self.run.changed)
         self.pace.plan(self.progress.step, self.steps)
@@ -174,7 +174,8 @@ class Trainer:
                 raise
             raise CanterError(
                 f"step {progress.step + 1}: memory ran out outside of a micro-batch ({str(error)[:200]}), where "
-                "nothing can be cut; lower limit_bytes in the run's budget.json, or take a smaller model"
+                "nothing can be cut; lower limit_bytes in the run's budget.json and add --allow-changes, or take a "
+                "smaller model"
             ) from error
         finally:
             if loader is not None:

@@ -13,7 +13,7 @@ import yaml
 
 from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
-from canter.errors import BudgetError, ConfigError
+from canter.errors import BudgetError, CheckpointError, ConfigError
 from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
 from canter.models.checkpoint import load_model
@@ -101,6 +101,7 @@ def prepare(
     device = choose_device(config.device)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
+        run.verify(config.allow_changes, say)
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
     initial = load_initial(config, run, say, load)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
@@ -136,7 +137,7 @@ def prepare(
             "has none; leave one of them out"
         )
     if "batch_limits" in settled:
-        limits = BatchLimits(**settled["batch_limits"])
+        limits = _limits(settled["batch_limits"], run)
     else:
         limits = choose_limits(config, index, budget, ranks.size, micro_batches, device.type == "cpu")
     plan, sizes, step_seconds = plan_batches(
@@ -190,6 +191,13 @@ def prepare(
         precision,
         steps * step_seconds,
     )
+
+
+def _limits(values: dict[str, Any], run: Run) -> BatchLimits:
+    try:
+        return BatchLimits(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{run.folder}/run.json: batch_limits is damaged ({error})") from None
 
 
 def fastest(index: LengthIndex, budget: Budget) -> float:
@@ -377,8 +385,11 @@ def as_begun(config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
         return config
     settled = Run(config.output).settled()
     if settled and "batches" not in settled:
-        before = yaml.safe_load((config.output / "config.yaml").read_text(encoding="utf-8"))
-        settled[BEGUN_WITH] = before.get("batch_seconds", 24.0)
+        held = config.output / "config.yaml"
+        try:
+            settled[BEGUN_WITH] = yaml.safe_load(held.read_text(encoding="utf-8")).get("batch_seconds", 24.0)
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(f"{held} cannot be read: {' '.join(str(error).split())}; put it back") from None
     if BEGUN_WITH not in settled:
         return config
     begun = settled[BEGUN_WITH]
