@@ -7,12 +7,10 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem, Utterance
 from canter.errors import AudioError, CanterError, ManifestError
 from canter.models.model import Batch
+from canter.processes import end_with_parent, ignore_signals
 from canter.text import Characters, Tokenizer
 from canter.training.speed import speeds_of
 from canter.training.waiting import Patience, Puller, children_of, prefetch_within_limit
@@ -184,8 +183,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
 def start_worker(_: int) -> None:
     """Has a data worker end with the process that it works for, however that ends, and not before: Ctrl-C reaches
     every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still needs its data."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals(signal.SIGINT, signal.SIGTERM)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -199,13 +197,7 @@ def start_worker(_: int) -> None:
             os._exit(1)
 
     sys.excepthook = complain
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """DataLoader's own watchdog looks at the fork server, which waits for the workers."""
-    parent.join()
-    os._exit(1)
+    end_with_parent()  # DataLoader's own watchdog looks at the fork server, which waits for the workers
 
 
 def _start_server() -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from canter.errors import CanterError, ConfigError
+from canter.processes import end_with_launcher
 from canter.tuning.memory import is_out_of_memory, retry_once
 
 BUCKET_BYTES = 64 * 2**20  # of gradients reduced in one piece
@@ -268,6 +269,8 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
             "all of them started, and is the port free and reachable?"
         ) from None
     ranks = Ranks(rank, size, local, store)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher(ranks._lost("torchrun is gone"))
     pulse = _Pulse(ranks, timeout)
     pulse.start()
     try:

@@ -260,7 +260,7 @@ def claimed(folder: Path, seconds: float = 10.0) -> Iterator[None]:
 
     Raises ConfigError where one still has it, or the folder cannot be written.
     """
-    if not (folder / "config.yaml").exists():
+    if not any((folder / name).exists() for name in (CONFIG, SETTLED)):
         _refuse_other_content(folder)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
