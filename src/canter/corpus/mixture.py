@@ -17,6 +17,7 @@ import yaml
 
 from canter.corpus.index import Source
 from canter.corpus.remote import below, refuse_special
+from canter.corpus.utterance import OPTIONAL_TEXT
 from canter.errors import ConfigError, ManifestError
 
 PATH_KEYS = ("path", "manifest_filepath", "cuts_path", "shar_path")
@@ -165,10 +166,18 @@ def _check(entry: Mapping[str, Any], file: Path, where: str) -> None:
 
 def _tags(entry: Mapping[str, Any], file: Path, where: str) -> dict[str, str]:
     tags = entry.get("tags") or {}
-    if not isinstance(tags, dict) or not all(isinstance(value, str) for value in tags.values()):
-        raise ConfigError(
-            f"{file}: {where}: tags must be names and strings (quote yes and no: they are YAML's booleans)"
-        )
+    if not isinstance(tags, dict):
+        raise ConfigError(f"{file}: {where}: tags must be names and strings, such as tags: {{lang: en}}")
+    for name, value in tags.items():
+        if name not in OPTIONAL_TEXT:
+            raise ConfigError(
+                f"{file}: {where}: tag {name!r} is none of those that Canter reads ({', '.join(OPTIONAL_TEXT)}); "
+                "rename it, or remove it"
+            )
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"{file}: {where}: tag {name} is {value!r}, not a string; quote it (yes and no are YAML's booleans)"
+            )
     return tags
 
 

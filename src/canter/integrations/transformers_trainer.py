@@ -67,6 +67,7 @@ class PlanTrainerMixin:
             raise PlanError(
                 f"one process drives {settings.n_gpu} GPUs; start one for each with torchrun --nproc-per-node"
             )
+        _refuse_streams(kwargs.get("train_dataset", args[3] if len(args) > 3 else None))
         ranks, rank = settings.world_size, settings.process_index
         self._steps = StepSampler(plan, rank, ranks, first=self._first_step)
         _follow_the_plan(settings, self._steps.accumulation)
@@ -161,6 +162,17 @@ class PlanTrainerMixin:
 
 class PlannedSeq2SeqTrainer(PlanTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with ``plan=``."""
+
+
+def _refuse_streams(dataset: Any) -> None:
+    """Raise PlanError for training data that has no rows by number."""
+    if dataset is None:
+        raise PlanError("give the Trainer its train_dataset: the plan names rows of it")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise PlanError(
+            f"train_dataset is a {type(dataset).__module__.partition('.')[0]} {type(dataset).__name__}, which is read "
+            "from front to back, and a plan names rows by number: load it without streaming=True, or save it to disk"
+        )
 
 
 def _follow_the_plan(settings: Any, accumulation: int) -> None:

@@ -1,6 +1,7 @@
 """The checkpoints of a run: copied in a moment, written by a thread beside the next steps, whole or not at all, and
 verified by their checksums before a run goes on from them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -90,9 +91,14 @@ class Checkpoints:
                 one.result()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
                 told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                whole = self.whole()
+                onward = (
+                    f"the one before is whole ({whole[-1].name}): make room there, and the same command goes on from it"
+                    if whole
+                    else "none was saved before it: make room there, and the same command starts from the first step"
+                )
                 raise CanterError(
-                    f"{self.folder}: the checkpoint could not be written ({told}); the one before is whole: make room "
-                    "there, and the same command goes on from it"
+                    f"{self.folder}: the checkpoint could not be written ({told}); {onward}"
                 ) from error
 
     def path(self, step: int) -> Path:
@@ -102,6 +108,23 @@ class Checkpoints:
         final = self.path(snapshot.state["step"])
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._fill(partial, snapshot, model, characters)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room for half of one
+            raise
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        to_disk(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune()
+
+    def _fill(
+        self, partial: Path, snapshot: Snapshot, model: SpeechModel, characters: Characters | None
+    ) -> None:
+        """Write the files of a checkpoint and have the system write them out."""
         save_model(model, partial, weights=snapshot.average or snapshot.weights)
         if characters is not None:
             characters.save(partial)
@@ -120,13 +143,6 @@ class Checkpoints:
         write_whole(beside / CHECKSUMS, json.dumps(sums, indent=2, sort_keys=True) + "\n")
         for file in (*partial.rglob("*"), partial, *self.logs):
             to_disk(file)
-        replaced = final.with_name(f".{final.name}.replaced")
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        to_disk(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._prune()
 
     def _prune(self) -> None:
         best = self.best()
@@ -259,11 +275,16 @@ def text_checksum(text: str) -> str:
 def write_whole(path: Path, content: str) -> None:
     """Writes a text file so that it is there whole or as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     to_disk(path.parent)
 
 

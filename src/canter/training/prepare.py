@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ from canter.planning.budget import Budget
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
-from canter.text import Characters, Tokenizer
+from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.training import trackers
-from canter.training.batches import BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
+from canter.training.batches import MADE_BY, BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
 from canter.training.corpus import find_index, find_tokenizer
@@ -43,8 +44,9 @@ from canter.training.measure import (
     training_step,
 )
 from canter.training.ranks import ALONE, Ranks
-from canter.training.run import Run
+from canter.training.run import Run, writing
 from canter.training.speed import AtSpeed
+from canter.training.weights import frozen_names
 from canter.tuning.fit import measure_budget, within
 from canter.tuning.memory import lasting_heap, steady_heap
 from canter.tuning.probe import Prober
@@ -99,11 +101,14 @@ def prepare(
     chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
     trackers.check(config.track)
     device = choose_device(config.device)
+    check_files(config)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
         run.verify(config.allow_changes, say)
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
     initial = load_initial(config, run, say, load)
+    if initial is not None:
+        check_freeze(config, initial)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
@@ -121,7 +126,13 @@ def prepare(
         precision, threads = choose_speed(config, model, say)
     torch.set_num_threads(config.threads or threads)
     micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
+    measures = config.budget is None and not (run.folder / "budget.json").exists()
     budget = find_budget(config, run, model, index, precision, micro_batches, say, track)
+    if measures and ranks.first:
+        say(
+            f"budget measured here and kept in {run.folder}/budget.json: another run of this command measures its own, "
+            f"and may make other batches and steps; '--budget {run.folder}/budget.json' gives it the same"
+        )
     if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
         steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
@@ -191,6 +202,34 @@ def prepare(
         precision,
         steps * step_seconds,
     )
+
+
+def check_files(config: TrainConfig) -> None:
+    """Read what the configuration names and what is cheap to read, before anything is measured: the budget, the
+    tokenizer, the patterns of parameters to freeze.
+
+    Raises BudgetError, ConfigError or ManifestError for what cannot be used.
+    """
+    if config.budget is not None and not (config.output / "budget.json").exists():
+        Budget.load(config.budget)
+    if config.tokenizer is not None and not (config.output / "tokenizer").exists():
+        load_tokenizer(config.tokenizer)
+    if config.init is None and config.freeze:
+        names = SimpleNamespace(vocab_size=config.vocabulary, pad=0)  # shapes do not matter here
+        with torch.device("meta"):
+            model = SpeechModel(model_config(config, cast(Tokenizer, names), Characters("ab")))
+        check_freeze(config, model)
+
+
+def check_freeze(config: TrainConfig, model: Any) -> None:
+    """Raise ConfigError where a pattern of --freeze matches nothing, or a step would have nothing to train."""
+    frozen = frozen_names(model, config.freeze)
+    heard = [name for name, _ in model.named_parameters() if not name.startswith("decoder.")]
+    if config.freeze and config.loss.ctc_alone and frozen.issuperset(heard):
+        raise ConfigError(
+            f"--freeze {' '.join(config.freeze)} leaves nothing to train while CTC is trained alone; set "
+            "--loss.ctc-alone 0"
+        )
 
 
 def _limits(values: dict[str, Any], run: Run) -> BatchLimits:
@@ -322,7 +361,8 @@ def find_budget(
             budget.require(**{name: here[name] for name in DECIDING})
         except BudgetError as error:
             raise BudgetError(f"{config.budget}: {error}") from None
-        budget.save(path)
+        with writing(path):
+            budget.save(path)
         return budget
     device = next(model.parameters()).device
     frame_seconds = planned_frame_seconds(model)
@@ -349,7 +389,9 @@ def find_budget(
     )
     for _ in progress:  # fewer may have been enough
         pass
-    budget.save(path)
+    budget = dataclasses.replace(budget, measured_on=dict(budget.measured_on) | {MADE_BY: "canter train"})
+    with writing(path):
+        budget.save(path)
     return budget
 
 

@@ -131,7 +131,7 @@ class Run:
             _remove(folder, LEFTOVERS)
         else:
             _refuse_other_content(folder)
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(held, dump_config(settings))
             (folder / "checkpoints").mkdir(exist_ok=True)
@@ -201,7 +201,8 @@ class Run:
         }
         if self.config is not None:
             values["config"] = self.config
-        _write_settled(self.folder, values)
+        with writing(self.folder / SETTLED):
+            _write_settled(self.folder, values)
 
     def log(self, **values: Any) -> None:
         """Appends a line to the metrics."""
@@ -222,14 +223,14 @@ class Run:
         if not rows or not self.writes:
             return
         path = self.folder / "validation" / f"step-{step:06d}.jsonl"
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(exist_ok=True)
             write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _append(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
         if lines and self.writes:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            with _writing(path), path.open("a", encoding="utf-8") as file:
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(text)
 
     def forget_after(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
@@ -237,12 +238,12 @@ class Run:
         lines before that are kept, with all lines after them, and told of."""
         for path in self.logs if self.writes else ():
             if path.exists():
-                with _writing(path):
+                with writing(path):
                     size, damaged = _bytes_up_to(path, step)
                 if damaged:
                     lines = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {_some(damaged)} are"
                     say(f"{path}: {lines} damaged, and kept as found; the run itself does not need them")
-                with _writing(path):
+                with writing(path):
                     os.truncate(path, size)
 
     def validated(self, step: int) -> bool:
@@ -262,7 +263,7 @@ def claimed(folder: Path, seconds: float = 10.0) -> Iterator[None]:
     """
     if not any((folder / name).exists() for name in (CONFIG, SETTLED)):
         _refuse_other_content(folder)
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -293,8 +294,8 @@ def _locked(handle: int) -> bool:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Says which file or folder it is that cannot be written."""
+def writing(path: Path) -> Iterator[None]:
+    """Context manager that raises ConfigError, naming ``path``, where it cannot be written."""
     try:
         yield
     except OSError as error:
@@ -334,7 +335,7 @@ def _void(folder: Path, settled: dict[str, Any], changed: Sequence[str], config:
             kept["files"] = {name: one for name, one in kept["files"].items() if name not in void}
         if "config" in settled:
             kept["config"] = config
-        with _writing(folder / SETTLED):
+        with writing(folder / SETTLED):
             _write_settled(folder, kept)
     _remove(folder, sorted(void - settled.keys()))
 
