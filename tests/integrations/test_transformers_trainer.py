@@ -237,3 +237,27 @@ def test_short_audio_and_thirty_seconds():
     assert short.config.max_source_positions == 100
     with pytest.raises(ConfigError, match=r"3\.00 s is longer than the model's 2 s"):
         collator()([{"audio": np.zeros(48000, np.float32), "labels": [START]}])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Read from front to back."""
+
+    def __iter__(self):
+        return iter(Clips())
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets", "none"])
+def test_data_without_rows_by_number_is_refused_in_one_line(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    stream = (
+        datasets.IterableDataset.from_generator(lambda: iter(Clips())) if kind == "datasets" else Stream()
+    )
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none"
+    )
+    message = (
+        "give the Trainer its train_dataset" if kind == "none" else r"train_dataset is a \w+ \w+, .*streaming"
+    )
+    data = None if kind == "none" else stream
+    with pytest.raises(PlanError, match=message):
+        PlannedSeq2SeqTrainer(whisper(), args, collator(), data, plan=plan_of(Clips()))
