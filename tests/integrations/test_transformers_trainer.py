@@ -252,3 +252,27 @@ def test_what_the_model_cannot_take_is_in_no_batch(tmp_path, caplog, name, value
     assert f"1 of {ROWS} utterances are in no batch" in caplog.text
     trainer.train()
     assert set(trainer.train_dataset.read) == set(range(ROWS)) - {7}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Read from front to back."""
+
+    def __iter__(self):
+        return iter(Clips())
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets", "none"])
+def test_data_without_rows_by_number_is_refused_in_one_line(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    stream = (
+        datasets.IterableDataset.from_generator(lambda: iter(Clips())) if kind == "datasets" else Stream()
+    )
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none"
+    )
+    message = (
+        "give the Trainer its train_dataset" if kind == "none" else r"train_dataset is a \w+ \w+, .*streaming"
+    )
+    data = None if kind == "none" else stream
+    with pytest.raises(PlanError, match=message):
+        PlannedSeq2SeqTrainer(whisper(), args, collator(), data, plan=plan_of(Clips()))

@@ -27,7 +27,7 @@ from canter.corpus.ffmpeg import Coded, open_coded
 from canter.corpus.headers import Loss
 from canter.corpus.libsndfile import UNSTATED, Sound, checked, reason_of
 from canter.corpus.parquet import place_of, read_audio
-from canter.corpus.remote import is_url, read_bytes, stamp
+from canter.corpus.remote import is_url, open_binary, read_bytes, stamp
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError, ManifestError
@@ -520,7 +520,7 @@ def _open(path: str):
             elif path == STANDARD_INPUT:
                 file = stack.enter_context(open(_standard_input().name, "rb"))
             else:
-                file = stack.enter_context(open(path, "rb"))
+                file = stack.enter_context(open_binary(path))
             if not file.seek(0, os.SEEK_END):
                 raise AudioError(f"{path} is empty (0 bytes); copy it again or remove the row")
             file.seek(0)
@@ -534,7 +534,8 @@ def _open(path: str):
     except (ManifestError, OSError, ValueError, ImportError) as error:
         if isinstance(error, AudioError):
             raise
-        raise AudioError(f"{path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.filename == path else None
+        raise AudioError(f"{path} cannot be read: {reason or error}") from None
     except Exception as error:  # a decoder may raise anything: it is this file's fault, and no other's
         raise AudioError(
             f"{path} cannot be decoded ({type(error).__name__}: {error}); it is damaged, or no audio: remove the row"

@@ -10,7 +10,6 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +38,7 @@ from canter.corpus.remote import is_url, stamp
 from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
+from canter.processes import start_pool_worker
 
 READERS = 4  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
 
@@ -140,7 +140,7 @@ _worker: Counting
 def _start_worker(counting: Counting) -> None:
     global _worker
     _worker = counting
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; a part begun is finished and kept
+    start_pool_worker()  # on Ctrl-C a part begun is finished and kept
 
 
 def _read_in_worker(part: Part) -> Part:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from canter.corpus.columns import ANY, Columns
-from canter.corpus.remote import below, folder_of, is_url, open_binary
+from canter.corpus.remote import below, folder_of, is_url, open_binary, refuse_special
 from canter.corpus.utterance import (
     DUPLICATE,
     OPTIONAL_TEXT,
@@ -231,7 +231,10 @@ def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
             raise ManifestError(f"{path} is a folder, not a manifest")
         if not path.endswith(".gz"):
             return open_binary(path)
-        return cast(BinaryIO, gzip.open(open_binary(path) if is_url(path) else path, "rb"))
+        if is_url(path):
+            return cast(BinaryIO, gzip.open(open_binary(path), "rb"))
+        refuse_special(path)
+        return cast(BinaryIO, gzip.open(path, "rb"))
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist") from None
     except OSError as error:

@@ -17,7 +17,8 @@ import yaml
 
 from canter.corpus.columns import ANY, Columns
 from canter.corpus.index import Source
-from canter.corpus.remote import below
+from canter.corpus.remote import below, refuse_special
+from canter.corpus.utterance import OPTIONAL_TEXT
 from canter.errors import ConfigError, ManifestError
 
 PATH_KEYS = ("path", "manifest_filepath", "cuts_path", "shar_path")
@@ -132,6 +133,7 @@ def read_mixture(path: str | os.PathLike[str]) -> Group:
 
 def _file(path: Path, tags: Mapping[str, str], depth: int) -> Group:
     try:
+        refuse_special(path)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
@@ -198,10 +200,18 @@ def _check(entry: Mapping[str, Any], file: Path, where: str) -> None:
 
 def _tags(entry: Mapping[str, Any], file: Path, where: str) -> dict[str, str]:
     tags = entry.get("tags") or {}
-    if not isinstance(tags, dict) or not all(isinstance(value, str) for value in tags.values()):
-        raise ConfigError(
-            f"{file}: {where}: tags must be names and strings (quote yes and no: they are YAML's booleans)"
-        )
+    if not isinstance(tags, dict):
+        raise ConfigError(f"{file}: {where}: tags must be names and strings, such as tags: {{lang: en}}")
+    for name, value in tags.items():
+        if name not in OPTIONAL_TEXT:
+            raise ConfigError(
+                f"{file}: {where}: tag {name!r} is none of those that Canter reads ({', '.join(OPTIONAL_TEXT)}); "
+                "rename it, or remove it"
+            )
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"{file}: {where}: tag {name} is {value!r}, not a string; quote it (yes and no are YAML's booleans)"
+            )
     return tags
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from canter.corpus.remote import is_url, open_binary, stamp
+from canter.corpus.remote import is_url, open_binary, refuse_special, stamp
 from canter.errors import ManifestError
 
 ROWS_AT_ONCE = 16  # of audio in memory
@@ -50,6 +50,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     try:
         if is_url(path):
             return pq.ParquetFile(open_binary(path))
+        refuse_special(path)
         return pq.ParquetFile(path, memory_map=True)
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist") from None

@@ -5,8 +5,10 @@ user's to install. Local paths never do.
 """
 
 import contextlib
+import errno
 import os
 import posixpath
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -60,9 +62,18 @@ def stamp(path: str) -> str:
         return repr(sorted((str(key), str(value)) for key, value in files.info(place).items()))
 
 
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raise `OSError` for a named pipe, socket or device: opening one may wait for ever, and none can be read twice."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file; write it to a file first", os.fspath(path))
+
+
 def open_binary(path: str) -> BinaryIO:
     """For reading and seeking; of a URL a few MB at a time are fetched."""
     if not is_url(path):
+        refuse_special(path)
         return open(path, "rb")
     with _told(path) as (files, place):
         return files.open(place, "rb")
@@ -71,7 +82,7 @@ def open_binary(path: str) -> BinaryIO:
 def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
     """``size`` bytes from byte ``start`` on, fewer where the file ends; None: all. Of a URL by one request."""
     if not is_url(path):
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             file.seek(start)
             return file.read(-1 if size is None else size)
     with _told(path) as (files, place):

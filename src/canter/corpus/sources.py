@@ -29,7 +29,7 @@ from canter.corpus.readers.lengths import is_lengths, table_schema
 from canter.corpus.readers.lhotse import is_cut, read_lhotse, read_shar, shar_tar
 from canter.corpus.readers.tables import is_list, names_audio, read_list, read_table
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
-from canter.corpus.remote import absolute, is_url, list_files, suffix_of
+from canter.corpus.remote import absolute, is_url, list_files, refuse_special, suffix_of
 from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
@@ -172,6 +172,11 @@ def _of_file(path: str, columns: Columns = ANY) -> Unit:
     suffix = suffix_of(path)
     if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
+    if not is_url(path):
+        try:
+            refuse_special(path)
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     head = head_of(path) if os.path.isfile(path) else b""
     if format_of(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")

@@ -8,12 +8,14 @@ from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoTo
 from transformers.utils import logging
 
 from canter.errors import CheckpointError
+from canter.models.files import refuse_adapter
 
 
 def load_parts(name: str | Path, **kwargs: Any) -> tuple[Any, Any, Any]:
     """Model, feature extractor and tokenizer, as ``TransformersModel.from_pretrained`` wants them. Raises
     CheckpointError."""
     if Path(name).is_dir():
+        refuse_adapter(Path(name))
         kwargs["local_files_only"] = True
     silent, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

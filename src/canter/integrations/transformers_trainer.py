@@ -72,6 +72,7 @@ class PlanTrainerMixin:
             raise PlanError(
                 f"one process drives {settings.n_gpu} GPUs; start one for each with torchrun --nproc-per-node"
             )
+        _refuse_streams(kwargs.get("train_dataset", args[3] if len(args) > 3 else None))
         plan = plan.within(*_limits_of(kwargs.get("model", args[0] if args else None)))
         if plan.model is not None:
             count = len(plan.left_out())
@@ -182,6 +183,17 @@ def _limits_of(model: Any) -> tuple[float, float]:
         seconds = config.max_source_positions * WHISPER_FRAME_SECONDS
     tokens = getattr(config, "max_target_positions", None)
     return seconds, tokens if isinstance(tokens, int) else math.inf
+
+
+def _refuse_streams(dataset: Any) -> None:
+    """Raise PlanError for training data that has no rows by number."""
+    if dataset is None:
+        raise PlanError("give the Trainer its train_dataset: the plan names rows of it")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise PlanError(
+            f"train_dataset is a {type(dataset).__module__.partition('.')[0]} {type(dataset).__name__}, which is read "
+            "from front to back, and a plan names rows by number: load it without streaming=True, or save it to disk"
+        )
 
 
 def _follow_the_plan(settings: Any, accumulation: int) -> None:

@@ -24,8 +24,8 @@ from canter.planning.lengths import RateLimits, rate_limits
 # fmt: off
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
-    "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "track", "log_utterances", "allow_changes",
-    "largest_first",
+    "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "data_timeout", "track", "log_utterances",
+    "allow_changes", "largest_first",
 ))
 # fmt: on
 
@@ -37,7 +37,7 @@ LIMITS = (
      "model.mels model.positions optimizer.matrix_every", lambda value: value >= 1, "at least 1"),
     ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
     ("optimizer.clip", lambda value: value > 0, "positive"),
-    ("minutes steps epochs rank_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
+    ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
      lambda value: 0 < value < math.inf, "positive and finite"),
     ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
@@ -227,6 +227,8 @@ class TrainConfig:
     """Stop after this many consecutive non-finite steps (each is skipped)."""
     rank_timeout: float = 60.0
     """Seconds without a sign of life after which a rank counts as dead and the others stop."""
+    data_timeout: float = 300.0
+    """Seconds without data after which the run saves a checkpoint and ends, naming the files that it waits for."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
     log_utterances: bool = True

@@ -8,7 +8,7 @@ from typing import Any
 from canter.corpus.build import build_index
 from canter.corpus.columns import Columns
 from canter.corpus.counting import PromptCheck, prompt_length
-from canter.corpus.index import LengthIndex
+from canter.corpus.index import VERIFIED_ROWS, LengthIndex
 from canter.corpus.manifest import Problem, Utterance, no_usable_row
 from canter.corpus.mixture import Group, leaves, sources_of
 from canter.corpus.sources import open_source, read_unit, units_of
@@ -124,7 +124,10 @@ def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthInd
     """The run's length index, built where it is not there yet."""
     path = run.folder / "lengths.arrow"
     if path.exists():
-        return LengthIndex.open(path)
+        index = LengthIndex.open(path)
+        if run.writes and len(index) > VERIFIED_ROWS:
+            index.verify()
+        return index
     return build_index(
         sources_of(config.manifest, columns_of(config)),
         path,

@@ -17,6 +17,7 @@ from canter.training.run import claimed
 from canter.training.skipped import list_left_out
 from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
+from canter.training.waiting import raise_file_limit
 
 Watch = Callable[[int, int], AbstractContextManager[Callable[[StepReport], None]]]
 
@@ -44,6 +45,7 @@ def train(
     it on the first rank alone. ``load`` reads --init (see ``prepare``). Raises KeyboardInterrupt, once all is
     saved, where the run was asked to stop.
     """
+    raise_file_limit()
     with (
         joined(config.device, config.rank_timeout) as ranks,
         claimed(config.output) if ranks.first else nullcontext(),

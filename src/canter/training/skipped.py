@@ -53,9 +53,14 @@ def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) ->
 
 def summary(listed: Path, most: int = 4) -> str:
     """The most frequent reasons of a skipped.jsonl, with how often each."""
-    with listed.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    kinds = Counter(kind_of(row["reason"], row["file"]) for row in rows)
+    kinds: Counter[str] = Counter()
+    with listed.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                kinds[kind_of(row["reason"], row["file"])] += 1
+            except (ValueError, KeyError, TypeError, AttributeError):
+                kinds["unreadable line of this list"] += 1
     parts = [f"{count} x {kind}" for kind, count in kinds.most_common(most)]
     more = len(kinds) - most
     return ", ".join(parts) + (f" and {more} other reasons" if more > 0 else "")

@@ -6,6 +6,7 @@ from pathlib import Path
 from canter.corpus.columns import ANY, Columns
 from canter.corpus.manifest import utterance_from_row
 from canter.corpus.media import media_in
+from canter.corpus.remote import refuse_special
 from canter.corpus.utterance import NumberedFinds, Problem
 from canter.errors import ManifestError
 
@@ -33,6 +34,7 @@ def read_folder(
         text, missing = None, str(beside) == audio  # a recording may have any name
         try:
             if not missing:
+                refuse_special(beside)
                 text = beside.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
             yield number, Problem(str(beside), 1, f"invalid UTF-8: {error.reason} at byte {error.start + 1}")

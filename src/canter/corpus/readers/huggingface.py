@@ -19,7 +19,7 @@ from canter.corpus.audio import member_ref
 from canter.corpus.columns import ANY, AUDIO_NAMES, TEXT_NAMES, Columns, common_fields
 from canter.corpus.manifest import utterance_from_row
 from canter.corpus.parquet import Place, leaf, open_parquet, parquet_ref
-from canter.corpus.remote import folder_of
+from canter.corpus.remote import folder_of, refuse_special
 from canter.corpus.utterance import NumberedFinds
 from canter.errors import ManifestError
 
@@ -191,6 +191,7 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
 def open_arrow(path: str) -> tuple[Any, pa.Buffer]:
     """Return a reader of an Arrow file, stream or random-access, and the mapped bytes it reads."""
     try:
+        refuse_special(path)
         whole = pa.memory_map(path).read_buffer()
         source = pa.BufferReader(whole)
         if whole[:6].to_pybytes() == b"ARROW1":
