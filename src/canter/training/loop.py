@@ -43,6 +43,8 @@ class LoadedStep:
     """Targets of the step over all ranks."""
     wait: float
     """Seconds that the rank waited for them."""
+    began: float
+    """When it began to, by ``time.perf_counter``."""
 
 
 class Trainer:
@@ -239,11 +241,11 @@ class Trainer:
         if faults:
             said = [one for one in self.ranks.objects(failed) if one]
             failed = said[0]
-        return LoadedStep(loaded, Counts(tokens, characters), wait), failed, bool(ends)
+        return LoadedStep(loaded, Counts(tokens, characters), wait, began), failed, bool(ends)
 
     def _step(self, ready: LoadedStep) -> tuple[PlannedStep, bool]:
         """Take a step; return it, and whether a rank was asked to stop."""
-        began, step = time.perf_counter() - ready.wait, self.progress.step
+        began, step = ready.began, self.progress.step
         loaded, counts = ready.loaded, ready.counts
         batches = [one.batch for one in loaded if one.batch is not None]
         planned = self.upcoming.taken(step)

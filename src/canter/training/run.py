@@ -373,7 +373,7 @@ def read_settled(folder: Path) -> dict[str, Any]:
             value = values.get(name)
             if name in values and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise ValueError(f"{name} is {value!r}")
-            if kind is int and name in values and value < (name != "timed"):
+            if isinstance(value, int) and value < (name != "timed"):
                 raise ValueError(f"{name} is {value!r}")
         return values
     except (OSError, ValueError, RecursionError) as error:
