@@ -20,9 +20,10 @@ from starlette.exceptions import HTTPException
 from canter import __version__
 from canter.inference.formats import srt, vtt, whisper_json
 from canter.inference.requests import Request as Wanted
-from canter.serving.protocol import ApiError, Asked, read_asked, read_form
+from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
 from canter.serving.service import Audio, Heard, Service, joint
+from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
 OPEN = ("/", "/health")  # without an API key
@@ -221,9 +222,11 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         try:
             file, asked = read_asked(form, task, service.config)
             wanted = service.request(asked)  # what does not fit the model is said before its audio is read
-            audio = replace(await client.wait_for(_read(service, file)), upload=upload)
-        finally:
+        except BaseException:
             await form.close()
+            raise
+        audio = replace(await client.wait_for(_read(service, file)), upload=upload)
+        stack.callback(audio.close)
         stack.enter_context(service.room_for(audio))  # before a stream begins, whose status is 200
         if asked.stream:
             return _Stream(_events(service, client, audio, asked, wanted), stack.pop_all())

@@ -2,11 +2,15 @@
 what nobody waits for any more."""
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+import numpy as np
 
 from canter.errors import CanterError
 from canter.inference.capacity import encoder_batches
@@ -30,6 +34,27 @@ class Timing:
     features: float = 0.0
     encoder: float = 0.0
     decoder: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Audio that is read from disk when the engine takes it."""
+
+    file: BinaryIO
+    place: int
+    """Its first byte."""
+    samples: int
+    """Number of its samples, float32."""
+
+    def read(self) -> np.ndarray:
+        """Return the samples (S,). Raises OSError where they cannot be read."""
+        data = bytearray()
+        while len(data) < 4 * self.samples:
+            more = os.pread(self.file.fileno(), 4 * self.samples - len(data), self.place + len(data))
+            if not more:
+                raise OSError("the file ends early")
+            data += more
+        return np.frombuffer(data, np.float32)
 
 
 @dataclass(frozen=True)
@@ -61,10 +86,15 @@ class Ticket:
 class _Entry:
     """One piece on its way; the engine's key of it."""
 
-    def __init__(self, ticket: Ticket, piece: int, request: Request, frames: int):
+    def __init__(self, ticket: Ticket, piece: int, request: Request, stored: Stored | None, frames: int):
         self.ticket, self.piece, self.frames = ticket, piece, frames
-        self.request = replace(request, key=self)
+        self.request, self.stored = request, stored
         self.attempts = 0
+
+    def loaded(self) -> Request:
+        """Return the request with its audio. Stored audio is held by the engine only: a hypothesis that waits for its
+        client holds none."""
+        return replace(self.request, key=self, audio=self.stored.read() if self.stored else self.request.audio)
 
 
 class Scheduler:
@@ -96,14 +126,22 @@ class Scheduler:
         """Pieces that the engine works on."""
         return len(self._inside)
 
-    def submit(self, requests: Sequence[Request], deliver: Callable[[Outcome], None]) -> Ticket:
-        """Queues the pieces of one client; their outcomes come as they finish, in any order."""
+    def submit(
+        self,
+        requests: Sequence[Request],
+        deliver: Callable[[Outcome], None],
+        stored: Sequence[Stored] | None = None,
+    ) -> Ticket:
+        """Queue the pieces of one client; their outcomes come as they finish, in any order. ``stored`` is the audio of
+        requests that have none."""
         rate = self.engine.model.config.features.sample_rate
         ticket = Ticket(len(requests), deliver)
-        entries = [
-            _Entry(ticket, piece, request, self.engine.model.encoder_frames(len(request.audio) / rate))
-            for piece, request in enumerate(requests)
-        ]
+        entries: list[_Entry] = []
+        for piece, request in enumerate(requests):
+            held = stored[piece] if stored else None
+            samples = held.samples if held else len(request.audio)
+            frames = self.engine.model.encoder_frames(samples / rate)
+            entries.append(_Entry(ticket, piece, request, held, frames))
         with self._changed:
             if not self.alive:
                 raise EngineFailure("the service is shutting down")
@@ -163,7 +201,21 @@ class Scheduler:
                         entry.ticket.turn = self._turn
                         entry.attempts += 1
                     self._inside |= {*batch}
-            yield [entry.request for entry in batch]
+            yield self._loaded(batch)
+
+    def _loaded(self, batch: list[_Entry]) -> list[Request]:
+        """Return the requests of a batch with their audio; an entry whose audio cannot be read fails alone."""
+        found: list[Request] = []
+        for entry in batch:
+            try:
+                found.append(entry.loaded())
+            except (OSError, ValueError) as error:  # ValueError: the file is closed, its client has left
+                with self._changed:
+                    expected = entry in self._inside
+                    self._inside.discard(entry)
+                if expected:
+                    self._deliver(entry, None, EngineFailure(f"the audio cannot be read: {error}"))
+        return found
 
     def _take(self) -> list[_Entry]:
         """The batch of the piece whose turn it is, its neighbours in length with it. A piece that was there

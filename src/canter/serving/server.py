@@ -6,11 +6,18 @@ import ipaddress
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from canter.errors import ConfigError
+
+
+RECEIVED_BYTES = 2**14  # taken from a socket at once: what the event loop does before it looks at other clients
+MOST_SHREDS = 1000  # chunks of a body (chunked transfer encoding) from which on they must be SHRED_BYTES on average
+SHRED_BYTES = 64
+HEADER_BYTES = 2**16  # of a request
 
 
 def is_loopback(host: str) -> bool:
@@ -41,23 +48,62 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+class _Unshredded(h11.Connection):
+    """Refuses bodies in very small chunks: a chunk of a byte takes the event loop as long as one of 16 KiB."""
+
+    _chunks = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._chunks += 1
+            self._bytes += len(event.data)
+            tiny = self._chunks > MOST_SHREDS and self._bytes < SHRED_BYTES * self._chunks
+            if tiny and self.our_state is h11.SEND_RESPONSE:  # later nothing can be answered, nor is it read for long
+                raise h11.RemoteProtocolError("the body comes in too small chunks")
+        elif isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        return event
+
+
 def timed_protocol(seconds: float) -> type[H11Protocol]:
     """uvicorn's HTTP protocol, which closes a connection whose next request's header does not arrive within so
-    many seconds of its first byte, or of the connection."""
+    many seconds of its first byte, or of the connection, and one whose client reads nothing of an answer for as
+    long."""
 
     class TimedProtocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
+
+        def __init__(self, config: uvicorn.Config, *arguments: Any, **options: Any):
+            super().__init__(config, *arguments, **options)
+            self.conn = _Unshredded(h11.SERVER, config.h11_max_incomplete_event_size or HEADER_BYTES)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.max_size = RECEIVED_BYTES  # of asyncio's own transports; others keep theirs
             self._watch()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._watch()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._read_on()
+            super().resume_writing()
+
+        def _read_on(self) -> None:
+            if self._unread:
+                self._unread.cancel()
+                self._unread = None
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            self._read_on()
             super().connection_lost(exc)
 
         def _stop(self) -> None:
@@ -91,6 +137,6 @@ def make_server(app: FastAPI, upload_timeout: float) -> uvicorn.Server:
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=10,
-        h11_max_incomplete_event_size=64 * 1024,
+        h11_max_incomplete_event_size=HEADER_BYTES,
     )
     return uvicorn.Server(config)

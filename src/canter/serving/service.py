@@ -1,14 +1,11 @@
 """From an upload to the segments of its transcript, through the one engine that all requests share."""
 
 import asyncio
-import os
 import re
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import BinaryIO
@@ -28,7 +25,8 @@ from canter.inference.transcribe import Listener, TranscribeConfig
 from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
 from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
-from canter.serving.scheduler import Outcome, Scheduler, Timing
+from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
+from canter.serving.upload import anonymous_file, disk_told, path_of, write_all
 from canter.text.languages import is_said, resolve
 from canter.text.whisper import WhisperTokenizer
 
@@ -38,17 +36,44 @@ BLOCK = 2**22  # values decoded before a reader looks whether anybody still wait
 UNSTATED = 2**62  # frames from here on: libsndfile's word for a header that does not say
 
 
+class Samples:
+    """The samples of an upload in a file without a name, so that hours of them wait without filling memory."""
+
+    def __init__(self) -> None:
+        with disk_told():
+            self._file = anonymous_file()
+        self._bytes = 0
+
+    def add(self, samples: np.ndarray) -> Stored:
+        """Append ``samples`` (S,) float32, and return where they are. Raises ApiError (507) where the disk is full."""
+        place = self._bytes
+        with disk_told():
+            write_all(self._file, samples.tobytes())
+        self._bytes += samples.nbytes
+        return Stored(self._file, place, len(samples))
+
+    def close(self) -> None:
+        self._file.close()
+
+
 @dataclass(frozen=True)
 class Audio:
     """An upload, decoded."""
 
     pieces: list[Piece]
-    """What the model takes at once, of long audio where somebody speaks."""
+    """What the model takes at once, of long audio where somebody speaks; without their samples."""
+    stored: list[Stored]
+    """The samples of each piece."""
+    samples: Samples
+    """The file in which all of them lie."""
     seconds: float
     reading: float
     """Seconds that decoding and cutting took."""
     upload: float = 0.0
     """Seconds that it took to arrive."""
+
+    def close(self) -> None:
+        self.samples.close()
 
 
 @dataclass(frozen=True)
@@ -116,9 +141,12 @@ class Service:
     async def warm_up(self) -> None:
         """Decodes a second of silence, so that the first request finds everything in place."""
         asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
-        audio = Audio([Piece(0.0, np.zeros(self.rate, np.float32))], 1.0, 0.0)
-        async for _ in self.segments(audio, asked, self.request(asked)):
-            pass
+        audio = self._stored([Piece(0.0, np.zeros(self.rate, np.float32))])
+        try:
+            async for _ in self.segments(audio, asked, self.request(asked)):
+                pass
+        finally:
+            audio.close()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -147,37 +175,68 @@ class Service:
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
 
     async def read(self, file: BinaryIO, name: str) -> Audio:
-        """The samples of an upload. Raises ApiError (400) for what is no audio, damaged, or too long. Whoever
-        stops waiting stops the reading too: a thread would go on with what nobody wants."""
+        """Decode an upload, whose ``file`` (open, on disk) is closed once nothing reads it; close the result too.
+
+        Raises ApiError: 400 for what is no audio, damaged, or too long, 507 where the disk is full. Whoever stops
+        waiting stops the reading too: a thread would go on with what nobody wants.
+        """
         stop = threading.Event()
         self._reading.add(stop)
         try:
-            running = asyncio.get_running_loop()
-            return await running.run_in_executor(self._readers, self._read, file, name, stop)
+            running = self._readers.submit(self._read, file, name, stop)
+        except RuntimeError:  # it does not take any more
+            file.close()
+            self._reading.discard(stop)
+            raise _closing() from None
+        running.add_done_callback(lambda _: file.close())
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            running.add_done_callback(_discard)
+            raise
         finally:
             stop.set()
             self._reading.discard(stop)
 
     def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
-        begun = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="canter-") as folder:
-            path = os.path.join(folder, "upload")
-            with open(path, "wb") as target:
-                file.seek(0)
-                shutil.copyfileobj(file, target, 2**20)
-            try:
-                samples = np.concatenate([*self._blocks(path, name, stop)])
-            except AudioError as error:
-                text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
-                raise ApiError(400, text, "file", "invalid_audio") from None
-        listener, seconds, pieces = self.listeners["none"], len(samples) / self.rate, []
-        if seconds <= listener.window:
-            pieces = [Piece(0.0, samples)]
-        else:
-            for piece in listener.pieces([samples]):
-                _go_on(stop)
-                pieces.append(piece)
-        return Audio(pieces, seconds, time.perf_counter() - begun)
+        begun, path, heard = time.perf_counter(), path_of(file), 0
+
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal heard
+            for block in self._blocks(path, name, stop):
+                heard += len(block)
+                yield block
+
+        try:
+            audio = self._stored(self._pieces(counted()))
+        except AudioError as error:
+            text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
+            raise ApiError(400, text, "file", "invalid_audio") from None
+        return replace(audio, seconds=heard / self.rate, reading=time.perf_counter() - begun)
+
+    def _pieces(self, blocks: Iterator[np.ndarray]) -> Iterator[Piece]:
+        """Yield audio that fits the model's window as it is, and longer audio in pieces."""
+        listener, begun, samples = self.listeners["none"], list[np.ndarray](), 0
+        for block in blocks:
+            begun.append(block)
+            samples += len(block)
+            if samples > listener.window * self.rate:
+                yield from listener.pieces(_chained(begun, blocks))
+                return
+        yield Piece(0.0, np.concatenate(begun))
+
+    def _stored(self, pieces: Iterable[Piece]) -> Audio:
+        """Return the pieces as an upload whose samples are on disk."""
+        samples, kept, stored = Samples(), list[Piece](), list[Stored]()
+        try:
+            for piece in pieces:
+                stored.append(samples.add(piece.samples))
+                kept.append(replace(piece, samples=piece.samples[:0].copy()))
+        except BaseException:
+            samples.close()
+            raise
+        seconds = sum(one.samples for one in stored) / self.rate
+        return Audio(kept, stored, samples, seconds, 0.0)
 
     def _blocks(self, path: str, name: str, stop: threading.Event) -> Iterator[np.ndarray]:
         """The upload's samples, in runs (S,) that take a moment each."""
@@ -274,14 +333,15 @@ class Service:
         requests = [listener.of_piece(request, piece) for piece in audio.pieces]
         assembly = Assembly()
         assembly.total = len(requests)
-        ticket = self.scheduler.submit(requests, deliver)
+        ticket = self.scheduler.submit(requests, deliver, audio.stored)
         try:
             for _ in requests:
                 outcome = await outcomes.get()
                 found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
                 if found is None:
                     raise ApiError(500, str(outcome.error))
-                segments = listener.segments(found, len(piece.samples) / self.rate)
+                seconds = audio.stored[outcome.piece].samples / self.rate
+                segments = listener.segments(found, seconds)
                 settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
                 language = asked.language or listener.language(found) or self.tokenizer.languages[0]
                 yield Heard(settled, language, outcome.timing)
@@ -292,9 +352,26 @@ class Service:
                 self.scheduler.cancel(ticket)
 
 
+def _discard(running: "Future[Audio]") -> None:
+    """Close the result of a reading that nobody waits for any more."""
+    if not running.cancelled() and running.exception() is None:
+        running.result().close()
+
+
+def _chained(begun: list[np.ndarray], blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the blocks in ``begun``, which is emptied meanwhile, and then the others."""
+    while begun:
+        yield begun.pop(0)
+    yield from blocks
+
+
 def _go_on(stop: threading.Event) -> None:
     if stop.is_set():  # nobody hears this, unless the service is closing
-        raise ApiError(503, "the service is shutting down", code="overloaded")
+        raise _closing()
+
+
+def _closing() -> ApiError:
+    return ApiError(503, "the service is shutting down", code="overloaded")
 
 
 def joint(text: str, more: str) -> str:
