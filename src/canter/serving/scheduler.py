@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,25 +37,34 @@ class Timing:
     decoder: float = 0.0
 
 
-@dataclass(frozen=True)
 class Stored:
-    """Audio that is read from disk when the engine takes it."""
+    """Samples on disk, in place of an array in a request that waits; the scheduler reads them when the engine takes the
+    request."""
 
-    file: BinaryIO
-    place: int
-    """Its first byte."""
-    samples: int
-    """Number of its samples, float32."""
+    def __init__(self, file: BinaryIO, place: int, samples: int):
+        """``place``: the first byte of so many float32 ``samples``."""
+        self._file, self._place, self._samples = file, place, samples
+        self._array: weakref.ref[np.ndarray] | None = None  # requests that wait for the same audio share it
+
+    def __len__(self) -> int:
+        return self._samples
 
     def read(self) -> np.ndarray:
-        """Return the samples (S,). Raises OSError where they cannot be read."""
-        data = bytearray()
-        while len(data) < 4 * self.samples:
-            more = os.pread(self.file.fileno(), 4 * self.samples - len(data), self.place + len(data))
+        """Return the samples (S,). Raises OSError or ValueError where the file is damaged or closed."""
+        found = self._array() if self._array else None
+        if found is None:
+            found = np.frombuffer(self._bytes(), np.float32)
+            self._array = weakref.ref(found)
+        return found
+
+    def _bytes(self) -> bytearray:
+        data, size = bytearray(), 4 * self._samples
+        while len(data) < size:
+            more = os.pread(self._file.fileno(), size - len(data), self._place + len(data))
             if not more:
                 raise OSError("the file ends early")
             data += more
-        return np.frombuffer(data, np.float32)
+        return data
 
 
 @dataclass(frozen=True)
@@ -86,15 +96,16 @@ class Ticket:
 class _Entry:
     """One piece on its way; the engine's key of it."""
 
-    def __init__(self, ticket: Ticket, piece: int, request: Request, stored: Stored | None, frames: int):
+    def __init__(self, ticket: Ticket, piece: int, request: Request, frames: int):
         self.ticket, self.piece, self.frames = ticket, piece, frames
-        self.request, self.stored = request, stored
+        self.request = request
         self.attempts = 0
 
     def loaded(self) -> Request:
-        """Return the request with its audio. Stored audio is held by the engine only: a hypothesis that waits for its
-        client holds none."""
-        return replace(self.request, key=self, audio=self.stored.read() if self.stored else self.request.audio)
+        """Return the request with its audio in memory. Only the engine holds that: a hypothesis that waits for its
+        client holds none. Raises what `Stored.read` does."""
+        stored = {name: one.read() for name, one in vars(self.request).items() if isinstance(one, Stored)}
+        return replace(self.request, key=self, **stored)
 
 
 class Scheduler:
@@ -126,22 +137,14 @@ class Scheduler:
         """Pieces that the engine works on."""
         return len(self._inside)
 
-    def submit(
-        self,
-        requests: Sequence[Request],
-        deliver: Callable[[Outcome], None],
-        stored: Sequence[Stored] | None = None,
-    ) -> Ticket:
-        """Queue the pieces of one client; their outcomes come as they finish, in any order. ``stored`` is the audio of
-        requests that have none."""
+    def submit(self, requests: Sequence[Request], deliver: Callable[[Outcome], None]) -> Ticket:
+        """Queues the pieces of one client; their outcomes come as they finish, in any order."""
         rate = self.engine.model.config.features.sample_rate
         ticket = Ticket(len(requests), deliver)
-        entries: list[_Entry] = []
-        for piece, request in enumerate(requests):
-            held = stored[piece] if stored else None
-            samples = held.samples if held else len(request.audio)
-            frames = self.engine.model.encoder_frames(samples / rate)
-            entries.append(_Entry(ticket, piece, request, held, frames))
+        entries = [
+            _Entry(ticket, piece, request, self.engine.model.encoder_frames(len(request.audio) / rate))
+            for piece, request in enumerate(requests)
+        ]
         with self._changed:
             if not self.alive:
                 raise EngineFailure("the service is shutting down")
@@ -204,7 +207,7 @@ class Scheduler:
             yield self._loaded(batch)
 
     def _loaded(self, batch: list[_Entry]) -> list[Request]:
-        """Return the requests of a batch with their audio; an entry whose audio cannot be read fails alone."""
+        """Return the requests of a batch with their audio; an entry whose audio cannot be read fails by itself."""
         found: list[Request] = []
         for entry in batch:
             try:

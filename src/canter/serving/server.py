@@ -13,7 +13,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from canter.errors import ConfigError
 
-
 RECEIVED_BYTES = 2**14  # taken from a socket at once: what the event loop does before it looks at other clients
 MOST_SHREDS = 1000  # chunks of a body (chunked transfer encoding) from which on they must be SHRED_BYTES on average
 SHRED_BYTES = 64

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import soundfile
@@ -47,9 +47,10 @@ class Samples:
     def add(self, samples: np.ndarray) -> Stored:
         """Append ``samples`` (S,) float32, and return where they are. Raises ApiError (507) where the disk is full."""
         place = self._bytes
+        data = samples.astype(np.float32, copy=False).tobytes()
         with disk_told():
-            write_all(self._file, samples.tobytes())
-        self._bytes += samples.nbytes
+            write_all(self._file, data)
+        self._bytes += len(data)
         return Stored(self._file, place, len(samples))
 
     def close(self) -> None:
@@ -61,9 +62,7 @@ class Audio:
     """An upload, decoded."""
 
     pieces: list[Piece]
-    """What the model takes at once, of long audio where somebody speaks; without their samples."""
-    stored: list[Stored]
-    """The samples of each piece."""
+    """What the model takes at once, of long audio where somebody speaks; their samples are `Stored`."""
     samples: Samples
     """The file in which all of them lie."""
     seconds: float
@@ -227,16 +226,15 @@ class Service:
 
     def _stored(self, pieces: Iterable[Piece]) -> Audio:
         """Return the pieces as an upload whose samples are on disk."""
-        samples, kept, stored = Samples(), list[Piece](), list[Stored]()
+        samples, kept = Samples(), list[Piece]()
         try:
             for piece in pieces:
-                stored.append(samples.add(piece.samples))
-                kept.append(replace(piece, samples=piece.samples[:0].copy()))
+                # In place of an array: what waits is only asked for its length, and the scheduler reads it.
+                kept.append(replace(piece, samples=cast(np.ndarray, samples.add(piece.samples))))
         except BaseException:
             samples.close()
             raise
-        seconds = sum(one.samples for one in stored) / self.rate
-        return Audio(kept, stored, samples, seconds, 0.0)
+        return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
 
     def _blocks(self, path: str, name: str, stop: threading.Event) -> Iterator[np.ndarray]:
         """The upload's samples, in runs (S,) that take a moment each."""
@@ -333,15 +331,14 @@ class Service:
         requests = [listener.of_piece(request, piece) for piece in audio.pieces]
         assembly = Assembly()
         assembly.total = len(requests)
-        ticket = self.scheduler.submit(requests, deliver, audio.stored)
+        ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
                 outcome = await outcomes.get()
                 found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
                 if found is None:
                     raise ApiError(500, str(outcome.error))
-                seconds = audio.stored[outcome.piece].samples / self.rate
-                segments = listener.segments(found, seconds)
+                segments = listener.segments(found, len(piece.samples) / self.rate)
                 settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
                 language = asked.language or listener.language(found) or self.tokenizer.languages[0]
                 yield Heard(settled, language, outcome.timing)
