@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from canter.extras import require
+from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,4 +163,4 @@ def describe(index: LengthIndex, row: int) -> str:
     except ManifestError:
         return ""
     text = found.text if len(found.text) <= 40 else found.text[:39] + "…"
-    return f"{Path(found.audio_filepath).name}: {text}"
+    return f"{Path(redacted(found.audio_filepath)).name}: {text}"

@@ -36,6 +36,10 @@ class Options:
     api_keys: Path | None = None
     """File with one API key a line; every request must then carry one of them. The variable CANTER_API_KEYS, with keys
     separated by commas, does the same."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names under which clients may address the service (the Host header), such as that of a proxy before it or
+    of a container; `*` allows any. The names of this machine, the address that it listens on and `localhost` always
+    are: what else comes is another site's page whose name leads here (DNS rebinding)."""
     lang: str | None = None
     """Language of requests that name none, as a code or in English (default: detected by a multilingual Whisper)."""
     device: str = "auto"
@@ -74,7 +78,7 @@ def run(options: Options) -> int:
     from canter.models.device import choose_device
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
-    from canter.serving.server import bind, is_loopback, make_server
+    from canter.serving.server import bind, host_names, is_loopback, make_server
     from canter.serving.service import Service
     from canter.tuning.memory import LARGEST_THRESHOLD, steady_heap
 
@@ -84,7 +88,7 @@ def run(options: Options) -> int:
     config = ServiceConfig(
         names=(options.name or options.model.resolve().name, *options.alias),
         keys=keys,
-        hosts=frozenset({options.host, "localhost", "127.0.0.1", "[::1]"}) if local else None,
+        hosts=host_names(options.host, options.allowed_hosts),
         lang=options.lang,
         max_bytes=int(options.max_megabytes * 2**20),
         longest_seconds=options.longest_seconds,

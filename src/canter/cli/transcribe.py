@@ -15,12 +15,14 @@ import tyro
 from canter.cli.telling import (
     into_folder,
     say,
+    shown_path,
     some_of,
     tell_what_is_not_taken,
     warn_of_other_languages,
     without_words,
 )
 from canter.errors import ConfigError
+from canter.redaction import redacted
 
 # Options that a transcript depends on, beside the model and what is in a row.
 # fmt: off
@@ -181,7 +183,7 @@ def transcribe_inputs(
             "utterances": len(items),
             "transcribed": len(items) - len(failed),
             "resumed": resumed,
-            "failed": [{"audio_filepath": i.row.get("audio_filepath"), "error": r.error} for i, r in failed],
+            "failed": [{"audio_filepath": shown_path(i.row), "error": r.error} for i, r in failed],
             "audio_seconds": audio_seconds,
             "seconds": seconds,
             "rtfx": audio_seconds / seconds,
@@ -322,7 +324,7 @@ def work_through(
     others = ranks.all_gather(known)
     everywhere = set().union(*others)
     if everywhere and ranks.rank == 0:
-        kept = some_of([items[index].row.get("audio_filepath") for index in sorted(everywhere)])
+        kept = some_of([shown_path(items[index].row) for index in sorted(everywhere)])
         print(f"canter: {len(everywhere):,} kept from an earlier start: {kept}", file=sys.stderr)
     wanted = [index for index, item in enumerate(items) if item.utterance and index not in everywhere]
     utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
@@ -339,7 +341,7 @@ def work_through(
         longest = math.inf if options.longest_seconds is None else options.longest_seconds
         events = transcribe_events(engine, engine.model.tokenizer, utterances, longest, asked)
         for number, result in watched(events, utterances, ranks):
-            path = utterances[number].audio_filepath
+            path = redacted(utterances[number].audio_filepath)
             if result.error is not None and path not in result.error:
                 result = replace(result, error=f"{path}: {result.error}")
             results[wanted[number]] = result

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from canter.redaction import redacted
+
 OPTIONAL_TEXT = ("lang", "source_lang", "target_lang", "taskname", "pnc")
 
 
@@ -51,6 +53,10 @@ class Problem:
     file: str
     line: int
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", redacted(self.file))
+        object.__setattr__(self, "reason", redacted(self.reason))
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from canter.errors import ConfigError
 from canter.inference.formats import ONE_RECORDING, SUBTITLES, SUFFIXES, render_segments, whisper_json
@@ -18,6 +19,7 @@ from canter.inference.inputs import Item
 from canter.inference.segments import Segment
 from canter.inference.subtitles import SENTENCES, SubtitleStyle
 from canter.inference.transcribe import Transcription
+from canter.redaction import redacted
 
 
 class Transcribed(Protocol):
@@ -82,9 +84,13 @@ def _to_milliseconds(segment: Segment) -> Segment:
 
 
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, Any]:
-    """The item's own fields, then ``pred_text`` and, where it is to be ``timed``, ``segments`` in seconds of the
-    audio file; or ``error``."""
-    row = {key: value for key, value in item.row.items() if key not in ("pred_text", "error", "segments")}
+    """Return the item's own fields, then ``pred_text`` and, where it is to be ``timed``, ``segments`` in seconds of
+    the audio file; or ``error``. URLs are without their secrets."""
+    row = {
+        key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
+        for key, value in item.row.items()
+        if key not in ("pred_text", "error", "segments")
+    }
     if transcription.error is not None:
         return row | {"error": transcription.error}
     row |= {"pred_text": transcription.text}
@@ -144,7 +150,8 @@ def check_renderable(utterances: int, kind: str) -> None:
 
 def _entry(item: Item, transcription: Transcription) -> str:
     """An utterance among others in one JSON file: as Whisper's, and whose it is."""
-    value: dict[str, Any] = {"audio_filepath": item.row.get("audio_filepath")}
+    path = item.row.get("audio_filepath")
+    value: dict[str, Any] = {"audio_filepath": redacted(path) if isinstance(path, str) else path}
     if transcription.error is not None:
         return json_text(value | {"error": transcription.error})
     segments = segments_of(item, transcription)
@@ -218,9 +225,7 @@ def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[
     Audio files that differ in the suffix alone keep it (``a.mp4.srt`` and ``a.mkv.srt``); of several items with the
     same audio, all but the first get numbers.
     """
-    paths = [
-        _below(str(item.row.get("audio_filepath") or "row").rpartition("::")[2], roots) for item in items
-    ]
+    paths = [_below(_file_of(str(item.row.get("audio_filepath") or "row")), roots) for item in items]
     files: dict[Path, set[Path]] = {}
     for path in paths:
         files.setdefault(path.with_suffix(""), set()).add(path)
@@ -238,6 +243,12 @@ def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[
         taken.add(name)
         names.append(name)
     return names
+
+
+def _file_of(path: str) -> str:
+    """Return the path of a file on disk, the path of a URL without its query, or the name of a member."""
+    path = path.rpartition("::")[2]
+    return urlsplit(redacted(path)).path if "://" in path else path
 
 
 def _below(path: str, roots: Sequence[str | Path]) -> Path:

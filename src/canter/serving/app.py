@@ -22,6 +22,7 @@ from canter.inference.formats import srt, vtt, whisper_json
 from canter.inference.requests import Request as Wanted
 from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
+from canter.serving.server import ANY_ADDRESS, is_address
 from canter.serving.service import Audio, Heard, Service, joint
 from canter.serving.upload import read_form
 
@@ -183,24 +184,48 @@ def _refusal(service: Service, request: Request) -> ApiError | None:
     site likes), or its API key is missing or wrong."""
     config = service.config
     host = request.headers.get("host", "")
-    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-    if config.hosts is not None and name.lower() not in config.hosts:
+    if config.hosts is not None and not _is_ours(host, config.hosts):
         return ApiError(
-            403, f"{host!r} is not a name of this service; it answers to {', '.join(sorted(config.hosts))}"
+            403,
+            f"{host[:80]!r} is not a name of this service; start it with --allowed-hosts {_name(host)[:80] or 'NAME'}",
         )
     origin = request.headers.get("origin")
     if origin and _place(origin) != host:
-        return ApiError(403, f"requests from pages of {origin} are refused")
+        return ApiError(403, f"requests from pages of {origin[:80]} are refused")
     if config.keys and request.scope["path"] not in OPEN:  # request.url is made of the Host header too
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in config.keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        if scheme.lower() != "bearer" or not _is_key(given.strip().encode("latin-1"), config.keys):
             return ApiError(
                 401,
                 "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
             )
     return None
+
+
+def _name(host: str) -> str:
+    """Return the name or address in a Host header, without the port and the dot that ends a full name."""
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    return name.lower().removesuffix(".")
+
+
+def _is_ours(host: str, hosts: frozenset[str]) -> bool:
+    """Return whether a Host header names one of the ``hosts``. A page of another site whose name was made to lead here
+    (DNS rebinding) sends that name; an IP address it cannot send."""
+    name = _name(host)
+    return name in hosts or (ANY_ADDRESS in hosts and is_address(name))
+
+
+def _is_key(given: bytes, keys: frozenset[str]) -> bool:
+    """Return whether a request's key, in bytes as they came, is one of ours: clients send other letters than ASCII's in
+    UTF-8 or in Latin-1."""
+    known = {key.encode("utf-8") for key in keys}
+    for key in keys:
+        with contextlib.suppress(UnicodeEncodeError):
+            known.add(key.encode("latin-1"))
+    return any(
+        [hmac.compare_digest(given, one) for one in known]
+    )  # all of them: how many were looked at tells nothing
 
 
 def _place(origin: str) -> str | None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import h11
@@ -13,8 +14,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from canter.errors import ConfigError
 
-RECEIVED_BYTES = 2**14  # taken from a socket at once: what the event loop does before it looks at other clients
-MOST_SHREDS = 1000  # chunks of a body (chunked transfer encoding) from which on they must be SHRED_BYTES on average
+ANY_ADDRESS = "*.*.*.*"
+RECEIVED_BYTES = (
+    2**14
+)  # taken from a socket at once: what the event loop does before it looks at other clients
+MOST_SHREDS = (
+    1000  # chunks of a body (chunked transfer encoding) from which on they must be SHRED_BYTES on average
+)
 SHRED_BYTES = 64
 HEADER_BYTES = 2**16  # of a request
 
@@ -25,6 +31,30 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_address(name: str) -> bool:
+    """Return whether a host is an IP address, of version 6 in brackets."""
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
+    except ValueError:
+        return False
+    return True
+
+
+def host_names(host: str, others: Sequence[str]) -> frozenset[str] | None:
+    """Return what a service that listens on ``host`` may be addressed by: this machine's name, the loopback's, the
+    address it listens on (on every address: any address) and ``others``; None, anything, where ``*`` is among these."""
+    if "*" in others:
+        return None
+    shown = f"[{host}]" if ":" in host else host
+    names = {shown, "localhost", "127.0.0.1", "[::1]", *others}
+    if not is_loopback(host):
+        names |= {socket.gethostname(), f"{socket.gethostname()}.local"}
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_unspecified:
+            names.add(ANY_ADDRESS)
+    return frozenset(name.lower().removesuffix(".") for name in names)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,7 +88,9 @@ class _Unshredded(h11.Connection):
             self._chunks += 1
             self._bytes += len(event.data)
             tiny = self._chunks > MOST_SHREDS and self._bytes < SHRED_BYTES * self._chunks
-            if tiny and self.our_state is h11.SEND_RESPONSE:  # later nothing can be answered, nor is it read for long
+            if (
+                tiny and self.our_state is h11.SEND_RESPONSE
+            ):  # later nothing can be answered, nor is it read for long
                 raise h11.RemoteProtocolError("the body comes in too small chunks")
         elif isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
