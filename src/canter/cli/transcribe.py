@@ -132,7 +132,7 @@ def transcribe_inputs(
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.writers import check_renderable, json_text, render, write_results
+    from canter.inference.writers import check_renderable, json_text, remove_stale, render, write_results
     from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)
@@ -159,6 +159,9 @@ def transcribe_inputs(
     else:
         check_renderable(len(items), kinds[0])
     results = [Transcription("", error=item.problem) for item in items]
+    if options.output and ranks.rank == 0:
+        names = files.names if files else ["."]
+        remove_stale((options.output / name).parent for name in names)
     first = partial_files(options.output, folder) if options.output else None
     made_by = identity(checkpoint, options, timestamps)
     begun = time.perf_counter()

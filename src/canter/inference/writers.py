@@ -272,6 +272,25 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return text
 
 
+def remove_stale(folders: Iterable[Path]) -> None:
+    """Remove the unfinished files that processes left in the folders when they were killed (see `write_whole`)."""
+    for folder in {*folders}:
+        for path in folder.glob(".*.part"):
+            process = path.name.split(".")[-2]
+            if process.isdigit() and not _is_running(int(process)):
+                path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_whole(path: Path, pieces: Iterable[str]) -> None:
     """Writes a file whole or not at all. Raises ConfigError where it cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

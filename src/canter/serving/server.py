@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import signal
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -156,6 +157,16 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
     return TimedProtocol
 
 
+class _Server(uvicorn.Server):
+    """Ends at once when it is told to before it serves: loading a model's kernels may take long."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if not self.started:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        super().handle_exit(sig, frame)
+
+
 def make_server(app: FastAPI, upload_timeout: float) -> uvicorn.Server:
     """A server for ``app``; ``server.run(sockets=[...])`` serves until it is told to stop."""
     config = uvicorn.Config(
@@ -170,4 +181,4 @@ def make_server(app: FastAPI, upload_timeout: float) -> uvicorn.Server:
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
