@@ -93,7 +93,7 @@ def test_a_name_that_cannot_be_resolved(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    with pytest.raises(OSError, match="the name absent.invalid cannot be resolved"):
+    with pytest.raises(OSError, match=r"the name absent\.invalid cannot be resolved"):
         remote.size_of("http://absent.invalid/a.wav")
 
 

@@ -35,7 +35,7 @@ from canter.corpus.parts import (
     read_part,
     rows_path,
 )
-from canter.corpus.remote import is_url, stamp
+from canter.corpus.remote import is_url, stamp, urls_forbidden
 from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
@@ -109,6 +109,7 @@ def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
             tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
             facts = [FORMAT, READERS, astuple(unit), start, end, tags, tokenizer, counting.prompt_tokens]
             facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
+            facts += ["without URLs"] if urls_forbidden() else []
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
             yield Part(unit, number, start, end, size, tags, key)
 
