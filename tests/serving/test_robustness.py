@@ -8,6 +8,7 @@ import socket
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -156,6 +157,29 @@ class Gate:
             for stop in stops:
                 stop.wait(PATIENCE)
             yield block
+
+
+def test_long_uploads_wait_on_disk(model):
+    """What is held while they are read does not grow with their length, and what waits holds no samples."""
+    reader = Service(Engine(model, model.tokenizer.end), ServiceConfig())
+    peaks: list[int] = []
+    for minutes in (2, 10):
+        with upload.anonymous_file() as file:
+            upload.write_all(file, wav(np.tile(noise(5.0), 12 * minutes)))
+            tracemalloc.start()
+            try:
+                audio = reader._read(file, "a.wav", threading.Event())
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+        assert audio.seconds == 60 * minutes
+        assert len(audio.pieces) >= minutes
+        assert not any(isinstance(piece.samples, np.ndarray) for piece in audio.pieces)
+        audio.close()
+    reader.close()
+    assert (
+        peaks[1] - peaks[0] < 2**23
+    )  # where blocks begin makes a difference; eight minutes more have 29 MiB
 
 
 def test_leaving_ends_the_reading(model, monkeypatch):
