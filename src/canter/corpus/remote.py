@@ -97,10 +97,11 @@ def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of fsspec; what goes wrong while it is read is an OSError too."""
+    """A file of fsspec, with a place of its own (in ``memory://`` all readers of a file share one); what goes wrong
+    while it is read is an OSError too."""
 
     def __init__(self, url: str, file: Any):
-        self._url, self._file = url, file
+        self._url, self._file, self._place = url, file, 0
 
     def readable(self) -> bool:
         return True
@@ -109,16 +110,24 @@ class _RemoteFile(io.RawIOBase):
         return self._file.seekable()
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        with _told(self._url):
-            return self._file.seek(place, whence)
+        if whence == os.SEEK_END:
+            with _told(self._url):
+                place = self._file.seek(place, whence)
+        elif whence == os.SEEK_CUR:
+            place += self._place
+        self._place = place
+        return place
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._place
 
     def readinto(self, target: Any) -> int:
         with _told(self._url):
+            if self._file.seekable():
+                self._file.seek(self._place)
             data = self._file.read(len(target))
         target[: len(data)] = data
+        self._place += len(data)
         return len(data)
 
     def close(self) -> None:
