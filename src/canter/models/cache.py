@@ -102,30 +102,34 @@ class DecoderCache:
         """C: rows that the buffers have room for."""
         return self.own.shape[2]
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.own.device.type == "cpu"
+
     def reserve(self, rows: int, frames: int, before: int, after: int) -> None:
         """Makes room for ``rows`` more rows of so many encoder frames, and for ``before`` columns to the
         left of ``column``, ``after`` to the right."""
         _, _, slots, _, size, _ = self.cross.shape
         more, longer = max(0, self.rows + rows - slots), max(0, rounded(frames) - size)
         if more or longer:
-            if not self.cross.is_cuda:  # so that a queue that grows row by row copies it few times
+            if self.on_cpu:  # so that a queue that grows row by row copies it few times
                 more = more and max(more, slots)
-            self.cross = self._grown(slots + more, size + longer)
+            self.cross = self._grown(self.cross, slots + more, size + longer)
             # A slot that never had a row attends, for fixed shapes compute it too and a NaN would stay in there.
             self.cross_mask = F.pad(F.pad(self.cross_mask, (0, longer), value=-math.inf), (0, 0, 0, more))
-            self.own = F.pad(self.own, (0, 0, 0, 0, 0, 0, 0, more))
+            self.own = self._grown(self.own, slots + more, self.own.shape[4])
             self.own_mask = F.pad(self.own_mask, (0, 0, 0, 0, 0, more))
             self.places = F.pad(self.places, (0, more))
             self.version += 1
         if before > self.column or self.column + after > self.own.shape[4]:
             self._move_columns(before, after)
 
-    def _grown(self, slots: int, frames: int) -> Tensor:
-        """Return ``cross`` in a larger buffer. On a CPU the room for rows to come takes no memory until they come."""
-        old = self.cross
-        if old.is_cuda:
-            return F.pad(old, (0, 0, 0, frames - old.shape[4], 0, 0, 0, slots - old.shape[2]))
-        new = untouched_zeros((*old.shape[:2], slots, old.shape[3], frames, old.shape[5]), old)
+    def _grown(self, old: Tensor, slots: int, length: int) -> Tensor:
+        """Return ``cross`` or ``own`` in a larger buffer. On a CPU the room for rows to come takes no memory until they
+        come."""
+        if not self.on_cpu:
+            return F.pad(old, (0, 0, 0, length - old.shape[4], 0, 0, 0, slots - old.shape[2]))
+        new = untouched_zeros((*old.shape[:2], slots, old.shape[3], length, old.shape[5]), old)
         new[:, :, : self.rows, :, : old.shape[4]] = old[:, :, : self.rows]
         return new
 
@@ -141,7 +145,8 @@ class DecoderCache:
         spare = SPARE if self.own.is_cuda else min(needed, SPARE)
         if needed + spare // 2 > self.own.shape[4]:
             size = rounded(needed + spare)
-            self.own = self.own.new_zeros(*self.own.shape[:4], size, self.own.shape[5])
+            shape = (*self.own.shape[:4], size, self.own.shape[5])
+            self.own = untouched_zeros(shape, self.own) if self.on_cpu else self.own.new_zeros(shape)
             self.own_mask = self.own_mask.new_zeros(*self.own_mask.shape[:2], size)
             self.version += 1
         self.own[:, :, live, :, column - used.shape[4] : column] = used
