@@ -625,7 +625,7 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
     samples = samples.astype(np.float32, copy=False)
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    peak = float(np.abs(samples).max())
+    peak = max(float(samples.max()), -float(samples.min()))  # np.abs would take as much memory again
     if not np.isfinite(peak):
         raise AudioError("an array holds samples that are not finite numbers")
     if peak > LOUDEST:

@@ -93,6 +93,49 @@ def test_what_was_sent_is_read(data, texts, size):
     assert contents(form) == ([("prompt", text) for text in texts], data)
 
 
+PIECES = [
+    *(
+        b"--xb",
+        b"--xb--",
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b":",
+        b";",
+        b'"',
+        b"=",
+        b"\\",
+        b"%00",
+        b"\xff",
+        b"name=",
+        b'"file"',
+        b"*",
+    ),
+    b'Content-Disposition: form-data; name="file"; filename="a"',
+    b'Content-Disposition: form-data; name="prompt"',
+    b"Content-Type: text/plain; charset=",
+    *(b"utf-7", b"filename*=utf-16''", b"Content-Transfer-Encoding: base64", b"x" * 5000),
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(PIECES) | st.binary(max_size=8), max_size=25),
+    st.booleans(),
+    st.integers(1, 6000),
+)
+def test_whatever_comes_is_a_form_or_refused(pieces, begun, size):
+    body = (b"--xb\r\n" if begun else b"") + b"".join(pieces)
+    error = None
+    try:
+        form = read(body[start : start + size] for start in range(0, len(body), size))
+    except ApiError as found:
+        error = found
+    else:
+        asyncio.run(form.close())
+    assert error is None or (error.status == 400 and len(str(error)) < 400)
+
+
 def test_large_files_go_to_disk_in_order(monkeypatch):
     monkeypatch.setattr(upload, "WRITE_BYTES", 1000)
     data = os.urandom(40_000)
