@@ -21,7 +21,7 @@ def test_untouched_zeros_are_zeros(shape, dtype):
 
 
 def test_a_cache_that_grows_row_by_row_is_copied_few_times():
-    """And keeps what its rows have."""
+    """The rows keep their keys and values."""
     decoder = small_model().decoder
     cache = DecoderCache(decoder.config, like=decoder.embedding.weight)
     buffers = set()
