@@ -80,6 +80,18 @@ def test_paths_that_are_nothing_are_items_among_others(tmp_path, clip):
         read_items(names[:2])
 
 
+def test_recordings_of_any_name(tmp_path, clip):
+    for name in ("a.mov", "noname", "a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(clip.read_bytes())
+        (item,) = read_items([tmp_path / name])
+        assert item.row == {"audio_filepath": str(tmp_path / name), "duration": 0.05}
+    (tmp_path / "m.wav").write_text('{"audio_filepath": "clip.wav", "duration": 0.05}')
+    (item,) = read_items([tmp_path / "m.wav"])
+    assert item.utterance is not None
+    assert item.utterance.audio_filepath == str(clip)
+    assert [item.utterance for item in read_items([clip], track=1)] == [None]
+
+
 def utterance_of(tmp_path, row: dict, defaults: Defaults):
     (tmp_path / "m.jsonl").write_text(json.dumps({"audio_filepath": "clip.wav", "duration": 0.05, **row}))
     (item,) = read_items([tmp_path / "m.jsonl"], defaults=defaults)

@@ -110,12 +110,11 @@ def dense_flac(seconds: int) -> bytes:
         ("not audio", "song.wav is not audio"),
         ("no bytes", "song.wav is empty"),
         ("header only", "holds no sample"),
-        ("truncated", "truncated"),
         ("not finite", "sample 100 is not a finite number"),
         ("too long", "400 s long, over the limit of 300 s"),
         ("too long for its size", "400 s long"),
-        ("absurd rate", "16,000 s long"),
-        ("a megahertz", "1 channels at 1,000,000 Hz, over the limit of 32 at 768,000"),
+        ("absurd rate", "1 channels at 1 Hz, which no recording has"),
+        ("a megahertz", "1 channels at 1,000,000 Hz, which no recording has (at most 32 channels"),
         ("many channels", "64 channels at 16,000 Hz"),
         ("too much in its seconds", "200 s of 5,242,800 samples a second"),
     ],
@@ -127,6 +126,12 @@ def test_bad_audio_is_named(live, kind, message):
     assert "/tmp" not in error["message"]
     assert "row" not in error["message"]
     assert live.quiet()
+
+
+def test_what_is_left_of_damaged_audio_is_transcribed(live):
+    status, answer = ask(live, broken("truncated"), response_format="verbose_json")
+    assert (status, answer["duration"]) == (200, 0.499)
+    assert answer["warnings"] == ["0.50 s of its audio are lost, from 0.50 s on: it is truncated"]
 
 
 def test_unusual_audio_is_taken(live):
@@ -149,8 +154,13 @@ class Gate:
         self.service, self.blocks = service, 0
         self.reached = threading.Event()
 
-    def __call__(self, *asked: Any) -> Iterator[np.ndarray]:
-        for block in audio_blocks(*asked):
+    def __call__(self, *asked: Any, **options: Any) -> "Gate":
+        self.source = audio_blocks(*asked, **options)
+        self.warnings = ()
+        return self
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self.source:
             self.blocks += 1
             stops = [*self.service._reading]
             self.reached.set()

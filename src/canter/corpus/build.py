@@ -40,7 +40,7 @@ from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
 
-READERS = 3  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
+READERS = 4  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
 
 
 def build_index(
@@ -104,14 +104,16 @@ def _check_output(output: Path, folder: Path) -> None:
 
 def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
     tags = dict(sorted(source.tags.items()))
-    for unit in units_of(source.path, source.audio):
+    for unit in units_of(source.path, source.audio, source.columns):
         for start, end, size in ranges(unit):
             tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
             facts = [FORMAT, READERS, astuple(unit), start, end, tags, tokenizer, counting.prompt_tokens]
+            facts += [astuple(source.columns)] if source.columns else []
+            facts += [getattr(counting.tokenizer, name, None) for name in ("prompt_format", "defaults")]
             facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
             facts += ["without URLs"] if urls_forbidden() else []
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-            yield Part(unit, number, start, end, size, tags, key)
+            yield Part(unit, number, start, end, size, tags, key, source.columns)
 
 
 def _stamp(path: str) -> list:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from canter.corpus.columns import ANY, Columns
 from canter.corpus.manifest import count_problems, utterance_from_line
 from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
 from canter.errors import ManifestError
@@ -54,6 +55,8 @@ class Source:
     weight: float | None = None
     audio: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
+    columns: Columns = ANY
+    """Names of its columns of text, language and audio, where they are not customary."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -65,6 +68,8 @@ class Source:
                 f"source {self.name}: weight {self.weight} would never be drawn; "
                 "give a positive number, or leave the source out"
             )
+        if isinstance(self.columns, Mapping):  # of an index file
+            object.__setattr__(self, "columns", Columns(**self.columns))
         unknown = set(self.tags) - set(OPTIONAL_TEXT)
         if unknown:
             raise ManifestError(
@@ -227,10 +232,16 @@ class LengthIndex:
                 line = file.readline()
         except OSError as error:
             raise ManifestError(f"{shard.path} cannot be read ({error.strerror}); {stale}") from None
-        found = utterance_from_line(line, os.path.dirname(shard.path), measure_durations=True)
+        source = self.sources[int(self.source_of[row])]
+        columns = (
+            source.columns if shard.path == shard.origin else ANY
+        )  # else they were written out by their fields
+        found = utterance_from_line(
+            line, os.path.dirname(shard.path), measure_durations=True, columns=columns
+        )
         if not isinstance(found, Utterance) or np.float32(found.duration) != self.seconds[row]:
             raise ManifestError(f"{shard.path} has changed since it was indexed (row {row}); {stale}")
-        return self.sources[int(self.source_of[row])].tagged(found)
+        return source.tagged(found)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index, whole or not at all, and beside it the list of rows that could not be used."""
@@ -239,7 +250,7 @@ class LengthIndex:
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "sources": [asdict(source) for source in self.sources],
+            "sources": [_as_stored(source) for source in self.sources],
             "shards": [
                 # below the index's folder paths are kept relative to it, so that the folder can move as a
                 # whole
@@ -297,6 +308,14 @@ class LengthIndex:
         index._attach(places, shards, None, header["skipped"], header["made_with"], path.absolute())
         index.__dict__["_fingerprint"] = header["fingerprint"]
         return index
+
+
+def _as_stored(source: Source) -> dict[str, Any]:
+    """Return the fields of a source for the index's header, as Canter 0.1 wrote them where no column is named."""
+    found = asdict(source)
+    if not source.columns:
+        del found["columns"]
+    return found
 
 
 def skipped_path(index_path: str | os.PathLike[str]) -> Path:

@@ -41,6 +41,13 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_url(path) else os.path.abspath(path)
 
 
+def suffix_of(path: str) -> str:
+    """Return the suffix in lower case, ``.gz`` and a URL's query aside."""
+    if is_url(path):
+        path = path.partition("?")[0]
+    return os.path.splitext(path.removesuffix(".gz"))[1].lower()
+
+
 def folder_of(path: str | os.PathLike[str]) -> str:
     """Return what paths in the manifest at ``path`` are relative to; of a URL without its query."""
     path = absolute(path)
@@ -94,6 +101,12 @@ def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
     if size is not None and len(data) > size:
         raise OSError("the server gives whole files alone, no ranges of bytes")
     return data
+
+
+def list_files(pattern: str) -> list[str]:
+    """Return the URLs that a URL with ``*`` stands for. Raises `OSError` where they cannot be listed."""
+    with _told(pattern) as (files, place):
+        return [files.unstrip_protocol(one) for one in files.glob(place)]
 
 
 class _RemoteFile(io.RawIOBase):

@@ -35,6 +35,11 @@ class Utterance:
     channel_selector: int | None = None
 
     @property
+    def text_lang(self) -> str | None:
+        """The language in which the text is written: of a translation, the target's."""
+        return self.target_lang or self.lang or self.source_lang
+
+    @property
     def identity(self) -> int:
         """64 bits that two rows share when they are the same utterance: the same audio, text and ``id``. An id
         alone is not enough: many corpora's is the sentence's or the speaker's."""
@@ -55,8 +60,11 @@ class Problem:
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "file", redacted(self.file))
-        object.__setattr__(self, "reason", redacted(self.reason))
+        for name in ("file", "reason"):  # half a surrogate pair cannot be written to a file or a terminal
+            value = redacted(getattr(self, name))
+            if not value.isascii():
+                value = value.encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, value)
 
     @property
     def kind(self) -> str:

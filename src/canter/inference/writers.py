@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from canter.corpus.audio import STANDARD_INPUT
 from canter.errors import ConfigError
 from canter.inference.formats import ONE_RECORDING, SUBTITLES, SUFFIXES, render_segments, whisper_json
 from canter.inference.inputs import Item
@@ -85,17 +86,23 @@ def _to_milliseconds(segment: Segment) -> Segment:
 
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, Any]:
     """Return the item's own fields, then ``pred_text`` and, where it is to be ``timed``, ``segments`` in seconds of
-    the audio file; or ``error``. URLs are without their secrets."""
+    the audio file; or ``error``. ``lost_seconds`` and ``warnings`` are there where something is wrong with the audio.
+    URLs are without their secrets."""
+    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings")
     row = {
         key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
         for key, value in item.row.items()
-        if key not in ("pred_text", "error", "segments")
+        if key not in ours
     }
     if transcription.error is not None:
         return row | {"error": transcription.error}
     row |= {"pred_text": transcription.text}
     if timed:
         row["segments"] = [_nemo_segment(segment) for segment in segments_of(item, transcription)]
+    if transcription.lost_seconds:
+        row["lost_seconds"] = transcription.lost_seconds
+    if transcription.warnings:
+        row["warnings"] = list(transcription.warnings)
     return row
 
 
@@ -225,7 +232,7 @@ def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[
     Audio files that differ in the suffix alone keep it (``a.mp4.srt`` and ``a.mkv.srt``); of several items with the
     same audio, all but the first get numbers.
     """
-    paths = [_below(_file_of(str(item.row.get("audio_filepath") or "row")), roots) for item in items]
+    paths = [_below(_name_of(item), roots) for item in items]
     files: dict[Path, set[Path]] = {}
     for path in paths:
         files.setdefault(path.with_suffix(""), set()).add(path)
@@ -245,9 +252,11 @@ def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[
     return names
 
 
-def _file_of(path: str) -> str:
+def _name_of(item: Item) -> str:
     """Return the path of a file on disk, the path of a URL without its query, or the name of a member."""
-    path = path.rpartition("::")[2]
+    path = str(item.row.get("audio_filepath") or "row").rpartition("::")[2]
+    if path == STANDARD_INPUT:
+        return "stdin"
     return urlsplit(redacted(path)).path if "://" in path else path
 
 

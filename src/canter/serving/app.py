@@ -342,6 +342,8 @@ async def _events(
     except StopAsyncIteration:
         done = {"type": "transcript.text.done", "text": text, "usage": _usage(audio), "language": language}
         done["duration"] = round(audio.seconds, 3)
+        if audio.warnings:
+            done["warnings"] = list(audio.warnings)
         yield _event(done | {"timing": _milliseconds(audio, timing)})
     except ApiError as error:
         yield _event(error.body)
@@ -387,6 +389,8 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
         "duration": round(audio.seconds, 3),
         **whisper_json(text, segments, language),
     }
+    if audio.warnings:
+        value["warnings"] = list(audio.warnings)
     value["language"] = asked.to_language or "en" if asked.task == "translate" else language
     words = [word for segment in value["segments"] for word in segment.pop("words", [])]
     if "word" in asked.granularities:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 import numpy as np
-import soundfile
 
-from canter.corpus.audio import MOST_CHANNELS, MOST_RATE, audio_blocks
+from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine
@@ -33,7 +32,6 @@ from canter.text.whisper import WhisperTokenizer
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
-UNSTATED = 2**62  # frames from here on: libsndfile's word for a header that does not say
 
 
 class Samples:
@@ -70,6 +68,8 @@ class Audio:
     """Seconds that decoding and cutting took."""
     upload: float = 0.0
     """Seconds that it took to arrive."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with it: losses, channels that cancel each other out."""
 
     def close(self) -> None:
         self.samples.close()
@@ -198,11 +198,11 @@ class Service:
             self._reading.discard(stop)
 
     def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
-        begun, path, heard = time.perf_counter(), path_of(file), 0
+        begun, path, heard, warnings = time.perf_counter(), path_of(file), 0, list[str]()
 
         def counted() -> Iterator[np.ndarray]:
             nonlocal heard
-            for block in self._blocks(path, name, stop):
+            for block in self._blocks(path, name, stop, warnings):
                 heard += len(block)
                 yield block
 
@@ -211,7 +211,8 @@ class Service:
         except AudioError as error:
             text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
-        return replace(audio, seconds=heard / self.rate, reading=time.perf_counter() - begun)
+        seconds, reading = heard / self.rate, time.perf_counter() - begun
+        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))
 
     def _pieces(self, blocks: Iterator[np.ndarray]) -> Iterator[Piece]:
         """Yield audio that fits the model's window as it is, and longer audio in pieces."""
@@ -222,7 +223,8 @@ class Service:
             if samples > listener.window * self.rate:
                 yield from listener.pieces(_chained(begun, blocks))
                 return
-        yield Piece(0.0, np.concatenate(begun))
+        if begun:
+            yield Piece(0.0, np.concatenate(begun))
 
     def _stored(self, pieces: Iterable[Piece]) -> Audio:
         """Return the pieces as an upload whose samples are on disk."""
@@ -236,33 +238,29 @@ class Service:
             raise
         return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
 
-    def _blocks(self, path: str, name: str, stop: threading.Event) -> Iterator[np.ndarray]:
-        """The upload's samples, in runs (S,) that take a moment each."""
+    def _blocks(
+        self, path: str, name: str, stop: threading.Event, warnings: list[str]
+    ) -> Iterator[np.ndarray]:
+        """Yield the upload's samples in blocks (S,) that take a moment each, and note what is
+        damaged."""
         density, heard = self._density(path, name), 0
-        for block in audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density)):
+        blocks = audio_blocks(
+            Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True
+        )
+        for block in blocks:
             _go_on(stop)
             heard += len(block)
             self._check_length(heard / self.rate, density, name)
             yield block
+        warnings += blocks.warnings
 
     def _density(self, path: str, name: str) -> int:
         """Values that a second of the upload is decoded to, channels counted. Raises ApiError for what its
         header alone tells to be too much."""
-        try:
-            header = soundfile.info(path)
-        except soundfile.LibsndfileError:
-            return self.rate  # for FFmpeg, or no audio at all: reading it tells
-        if header.samplerate > MOST_RATE or header.channels > MOST_CHANNELS:
-            raise ApiError(
-                400,
-                f"{name} has {header.channels} channels at {header.samplerate:,} Hz, over the limit of "
-                f"{MOST_CHANNELS} at {MOST_RATE:,}: convert it to 16 kHz",
-                "file",
-                "invalid_audio",
-            )
-        density = header.samplerate * header.channels
-        if header.frames < UNSTATED:
-            self._check_length(header.frames / header.samplerate, density, name)
+        header = audio_info(path)
+        density = header.rate * header.channels
+        if header.seconds is not None:
+            self._check_length(header.seconds, density, name)
         return density
 
     def _check_length(self, seconds: float, density: int, name: str) -> None:

@@ -161,12 +161,21 @@ class TrainConfig:
     """Number of optimiser steps (default: --minutes or --epochs decides)."""
     epochs: float = 20.0
     """Passes over the data, if neither --steps nor --minutes is given."""
+    text_column: str | None = None
+    """Column, or key of JSON, with the text of a manifest (default: text, sentence, transcription or another customary
+    name). Manifests of --valid have the same columns."""
+    lang_column: str | None = None
+    """Column with the language (default: lang, language, locale or lang_id)."""
+    audio_column: str | None = None
+    """Column with the audio or its path (default: audio_filepath, audio, file_name, path or another customary name)."""
     budget: Path | None = None
     """Memory budget and step times, as 'canter tune' writes them (default: measured at the start of the run)."""
     strategy: str = "balanced"
     """Batching strategy: random, duration, bucket_1d, bucket_2d or balanced; 'canter compare' shows what each gives."""
     mixing: float | None = None
     """Mixing of 'balanced': 0 pads least, larger numbers mix more (default: 1)."""
+    mix_steps: bool = False
+    """With 'balanced': shrink some batches so that every optimiser step holds short and long utterances."""
     batch_seconds: float | Literal["auto"] | None = "auto"
     """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, less where the run would have
     too few updates or, on a CPU, where larger batches are no faster. none: fill the memory budget whatever the set."""

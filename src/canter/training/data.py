@@ -123,8 +123,8 @@ class MicroBatches(torch.utils.data.Dataset):
                 f"{utterance.audio_filepath}: {len(audio) / self.sample_rate:.2f} s are more than the "
                 f"{self.longest_seconds:g} s that the model takes; cut it"
             )
-        prompt = self.tokenizer.prompt(utterance)
-        tokens = [*prompt, *self.tokenizer.encode(utterance.text, utterance.lang), self.tokenizer.end]
+        prompt, text = prompt_and_text(self.tokenizer, utterance)
+        tokens = [*prompt, *text, self.tokenizer.end]
         if len(tokens) > self.most_tokens:
             raise AudioError(
                 f"{utterance.audio_filepath}: its text has {len(tokens)} tokens with prompt and end, more than the "
@@ -132,6 +132,15 @@ class MicroBatches(torch.utils.data.Dataset):
             )
         characters = self.characters.encode(utterance.text) if self.characters else []
         return Example(audio, tokens, len(prompt), characters, row)
+
+
+def prompt_and_text(tokenizer: Tokenizer, utterance: Utterance) -> tuple[list[int], list[int]]:
+    """Return the token ids of an utterance's prompt and of its text. Raises AudioError, naming the utterance, where its
+    language or task is none of the tokenizer's."""
+    try:
+        return tokenizer.prompt(utterance), tokenizer.encode(utterance.text, utterance.text_lang)
+    except (CanterError, ValueError, KeyError) as error:
+        raise AudioError(f"{utterance.audio_filepath}: prompt cannot be made: {error}") from None
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:

@@ -13,6 +13,7 @@ import yaml
 
 from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
+from canter.corpus.utterance import Utterance
 from canter.errors import BudgetError, ConfigError
 from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
@@ -23,6 +24,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget
+from canter.planning.lengths import ModelLimits
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
@@ -31,7 +33,7 @@ from canter.training import trackers
 from canter.training.batches import BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
-from canter.training.corpus import find_index, find_tokenizer
+from canter.training.corpus import find_index, find_tokenizer, usable_rows, validation_rows
 from canter.training.data import MicroBatches
 from canter.training.defaults import decided, describe_defaults
 from canter.training.measure import (
@@ -44,6 +46,7 @@ from canter.training.measure import (
 )
 from canter.training.ranks import ALONE, Ranks
 from canter.training.run import Run
+from canter.training.skipped import list_problems
 from canter.training.speed import AtSpeed
 from canter.tuning.fit import measure_budget, within
 from canter.tuning.memory import lasting_heap, steady_heap
@@ -72,6 +75,8 @@ class Prepared:
     data: MicroBatches
     steps: int
     precision: str
+    valid: list[Utterance]
+    """Rows of --valid that can be used."""
     predicted_seconds: float
     """Of all steps, by the budget."""
 
@@ -96,9 +101,11 @@ def prepare(
     if ranks.first and (told := describe_defaults(config)):
         say(told)
     config = decided(config)
-    chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
+    dials = {"mixing": config.mixing, "mix_steps": config.mix_steps or None}
+    chosen = strategy(config.strategy, **{name: dial for name, dial in dials.items() if dial is not None})
     trackers.check(config.track)
     device = choose_device(config.device)
+    rows = validation_rows(config)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
@@ -106,10 +113,14 @@ def prepare(
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
-        say(f"{len(index.problems)} rows left out, listed in {run.folder}/lengths.skipped.jsonl")
+        listed = run.folder / "lengths.skipped.jsonl"
+        say(f"{len(index.problems)} rows left out, listed in {listed}: {index.problems[0]}")
     torch.manual_seed(config.seed)
     model = initial or SpeechModel(model_config(config, tokenizer, characters))
     model.to(device).tokenizer = tokenizer
+    valid, problems = usable_rows(rows, tokenizer, model.longest_seconds, model.positions)
+    if ranks.first:
+        list_problems(run.folder / "valid.skipped.jsonl", problems, say)
     if device.type == "cpu":
         lasting_heap()
     settled = run.settled()
@@ -124,7 +135,8 @@ def prepare(
     if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
         steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
-    for name, value in (("tokens_per_frame", fastest(index, budget)), ("window_seconds", longest(index))):
+    known = within(index, model.longest_seconds, model.positions)
+    for name, value in (("tokens_per_frame", fastest(known, budget)), ("window_seconds", longest(known))):
         told = model.generation.get(name)
         if told or initial is None:  # what others have trained may have heard faster and longer speech
             model.generation[name] = max(told or 0.0, value)
@@ -138,12 +150,21 @@ def prepare(
     if "batch_limits" in settled:
         limits = BatchLimits(**settled["batch_limits"])
     else:
-        limits = choose_limits(config, index, budget, ranks.size, micro_batches, device.type == "cpu")
+        limits = choose_limits(config, known, budget, ranks.size, micro_batches, device.type == "cpu")
+    slowest = min(config.augment.speed, default=1.0)
+    bounds = ModelLimits(model.longest_seconds, model.positions)
+    # a run that was begun before plans knew of them goes on without
+    bounded = settled.get("model_limits", not settled)
+    if not (bounded and bounds.exceeded(index, slowest)):
+        bounds = ModelLimits()
     plan, sizes, step_seconds = plan_batches(
         limits,
         budget,
         planned,
-        slowest=min(config.augment.speed, default=1.0),
+        planned if bounds == ModelLimits() else known,
+        slowest=slowest,
+        longest_seconds=bounds.seconds,
+        most_tokens=bounds.tokens,
         ranks=ranks.size,
         strategy=chosen,
         seed=config.seed,
@@ -164,6 +185,7 @@ def prepare(
         "micro_batches_per_step": micro_batches,
         "batch_limits": dataclasses.asdict(limits),
         "batches": dataclasses.asdict(sizes),
+        "model_limits": bounded,
     }
     run.settle(settled | found)
     data = MicroBatches(
@@ -188,6 +210,7 @@ def prepare(
         data,
         steps,
         precision,
+        valid,
         steps * step_seconds,
     )
 
@@ -346,10 +369,20 @@ def find_budget(
 
 
 def plan_batches(
-    limits: BatchLimits, budget: Budget, index: Any, *, slowest: float, ranks: int, **settings: Any
+    limits: BatchLimits,
+    budget: Budget,
+    index: Any,
+    known: Any,
+    *,
+    slowest: float,
+    ranks: int,
+    **settings: Any,
 ) -> tuple[Plan, BatchSizes, float]:
-    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step."""
-    held = limited(budget, limits.seconds, index, slowest)
+    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step.
+
+    known: the utterances that can be used, by which the batches' seconds are limited.
+    """
+    held = limited(budget, limits.seconds, known, slowest)
     plan = Plan(index, held, min_steps=1, **settings)
     table, seconds, steps = predicted(plan, ranks)
     enough = steps >= limits.min_steps

@@ -4,6 +4,7 @@ config.yaml       the configuration in force
 run.json          what was decided at the start: steps, precision, micro-batches a step, batches and their limits
 lengths.arrow     the length index of the training data
 left_out.jsonl    utterances that are in no batch, with the reason
+valid.skipped.jsonl  validation rows that cannot be used, with the reason
 budget.json       measured memory and time of a step
 tokenizer/        where one was trained on the way
 metrics.jsonl     a line a training step ("kind": "train"), a validation ("valid") and anything unusual ("event")
@@ -50,6 +51,10 @@ LEFTOVERS = (
 STEPS, BATCHES = ("steps", "scheduled", "schedule"), ("batch_limits",)
 VOID = {
     "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
+    **dict.fromkeys(
+        ("text_column", "lang_column", "audio_column"),
+        ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
+    ),
     "budget": ("budget.json", *STEPS, *BATCHES),
     "batch_seconds": BATCHES,
     "min_steps": BATCHES,

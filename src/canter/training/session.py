@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from canter.corpus.manifest import Utterance
-from canter.corpus.sources import open_source
 from canter.models.checkpoint import load_model
 from canter.training.config import TrainConfig
 from canter.training.loop import Trainer
@@ -52,7 +50,6 @@ def train(
     ):
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
-        rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
         listed = prepared.run.folder / "left_out.jsonl"
         if ranks.first and (prepared.run.changed or not listed.exists()):
@@ -62,8 +59,8 @@ def train(
         validate = None
         if config.valid:
             rate = prepared.data.sample_rate
-            chosen = spread_over(rows, config.valid_utterances)
             limits = prepared.data.longest_seconds, prepared.data.most_tokens
+            chosen = spread_over(prepared.valid, config.valid_utterances)
             validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say, *limits)
         trainer = Trainer(
             prepared.config,

@@ -3,9 +3,12 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from canter.corpus.index import LengthIndex
+from canter.corpus.utterance import Problem
 from canter.errors import CanterError
 from canter.planning.plan import Plan
 from canter.redaction import redacted
@@ -26,6 +29,16 @@ def list_left_out(path: Path, index: LengthIndex, plan: Plan) -> int:
         lines.append({"file": file, "line": row, "reason": reason})
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
+
+
+def list_problems(path: Path, problems: Sequence[Problem], say: Callable[[str], None]) -> None:
+    """Write the validation rows that cannot be used, and say how many they are, with the first."""
+    if problems:
+        lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in problems)
+        write_whole(path, "".join(lines))
+        say(f"{len(problems)} validation rows left out, listed in {path}: {problems[0]}")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) -> None:
