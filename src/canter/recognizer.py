@@ -33,6 +33,7 @@ from canter.inference.segments import Segment, Word
 from canter.inference.subtitles import SubtitleStyle
 from canter.inference.transcribe import Job, Listener, TranscribeConfig, Transcription, transcribe_jobs
 from canter.inference.writers import json_text, render_one, result_row, segments_of, write_whole
+from canter.redaction import redacted
 from canter.text.languages import canonical
 from canter.text.tokenizer import Tokenizer
 
@@ -489,17 +490,18 @@ class Recognizer:
                 if empty:
                     yield _Given(
                         Item({}, None),
-                        shown=os.fspath(one),
-                        error=f"{os.fspath(one)} holds nothing to transcribe",
+                        shown=redacted(os.fspath(one)),
+                        error=f"{redacted(os.fspath(one))} holds nothing to transcribe",
                     )
             except CanterError as error:
-                yield _Given(Item({}, None), shown=os.fspath(one), error=str(error))
+                yield _Given(Item({}, None), shown=redacted(os.fspath(one)), error=str(error))
 
     def _listed(self, item: Item) -> _Given:
         """Return a row of a manifest, or a file of a folder."""
         item = self._with_language(item)
         path = item.row.get("audio_filepath")
         shown = item.utterance.audio_filepath if item.utterance else str(path) if path else None
+        shown = redacted(shown) if shown else None
         if item.utterance is None:
             return _Given(item, shown=shown, error=item.problem)
         return _Given(item, Job(item.utterance, item.utterance.duration), shown)
@@ -509,7 +511,7 @@ class Recognizer:
         close = None
         try:
             if isinstance(one, str | os.PathLike):
-                path, shown, samples = absolute(one), os.fspath(one), None
+                path, shown, samples = absolute(one), redacted(os.fspath(one)), None
                 if not is_url(path) and "::" not in path and not os.path.exists(path):
                     where = "" if os.path.isabs(one) else f" (looked for in {os.getcwd()})"
                     return _Given(Item({}, None), shown=shown, error=f"{shown} does not exist{where}")
@@ -643,7 +645,7 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
     samples = samples.astype(np.float32, copy=False)
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    peak = float(np.abs(samples).max())
+    peak = max(float(samples.max()), -float(samples.min()))  # np.abs would take as much memory again
     if not np.isfinite(peak):
         raise AudioError("an array holds samples that are not finite numbers")
     if peak > LOUDEST:

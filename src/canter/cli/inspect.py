@@ -11,6 +11,7 @@ import tyro
 
 from canter.cli.lengths import ColumnOptions
 from canter.extras import require
+from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,4 +164,4 @@ def describe(index: LengthIndex, row: int) -> str:
     except ManifestError:
         return ""
     text = found.text if len(found.text) <= 40 else found.text[:39] + "…"
-    return f"{Path(found.audio_filepath).name}: {text}"
+    return f"{Path(redacted(found.audio_filepath)).name}: {text}"

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from canter.errors import ConfigError, ManifestError
+from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from canter.inference.inputs import Item
@@ -80,10 +81,16 @@ def into_folder(
         return items, files
     done = [all(path.exists() for _, path in files.files(index)) for index in range(len(items))]
     if any(done) and not quiet:
-        listed = [one.row.get("audio_filepath") for one, is_done in zip(items, done) if is_done]
+        listed = [shown_path(one.row) for one, is_done in zip(items, done) if is_done]
         print(f"canter: {len(listed):,} left out, whose files exist: {some_of(listed)}", file=sys.stderr)
     wanted = [index for index, is_done in enumerate(done) if not is_done]
     return [items[index] for index in wanted], replace(files, names=[names[index] for index in wanted])
+
+
+def shown_path(row: Mapping[str, Any]) -> str | None:
+    """Return the audio's path in a row of a manifest, of a URL without its secrets."""
+    path = row.get("audio_filepath")
+    return redacted(path) if isinstance(path, str) else None
 
 
 def some_of(paths: "Sequence[Any]", most: int = 5) -> str:

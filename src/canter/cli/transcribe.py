@@ -15,12 +15,14 @@ import tyro
 from canter.cli.telling import (
     into_folder,
     say,
+    shown_path,
     some_of,
     tell_what_is_not_taken,
     warn_of_other_languages,
     without_words,
 )
 from canter.errors import ConfigError
+from canter.redaction import redacted
 
 # Options that a transcript depends on, beside the model and what is in a row.
 # fmt: off
@@ -133,7 +135,7 @@ def transcribe_inputs(
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.writers import check_renderable, json_text, render, write_results
+    from canter.inference.writers import check_renderable, json_text, remove_stale, render, write_results
     from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)
@@ -160,6 +162,9 @@ def transcribe_inputs(
     else:
         check_renderable(len(items), kinds[0])
     results = [Transcription("", error=item.problem) for item in items]
+    if options.output and ranks.rank == 0:
+        names = files.names if files else ["."]
+        remove_stale((options.output / name).parent for name in names)
     first = partial_files(options.output, folder) if options.output else None
     made_by = identity(checkpoint, options, timestamps)
     begun = time.perf_counter()
@@ -184,12 +189,12 @@ def transcribe_inputs(
             "utterances": len(items),
             "transcribed": len(items) - len(failed),
             "resumed": resumed,
-            "failed": [{"audio_filepath": i.row.get("audio_filepath"), "error": r.error} for i, r in failed],
+            "failed": [{"audio_filepath": shown_path(i.row), "error": r.error} for i, r in failed],
             "warnings": [
                 {
-                    "audio_filepath": i.row.get("audio_filepath"),
+                    "audio_filepath": shown_path(i.row),
                     "lost_seconds": r.lost_seconds,
-                    "warning": warning,
+                    "warning": redacted(warning),
                 }
                 for i, r in zip(items, results)
                 for warning in r.warnings
@@ -335,7 +340,7 @@ def work_through(
     others = ranks.all_gather(known)
     everywhere = set().union(*others)
     if everywhere and ranks.rank == 0:
-        kept = some_of([items[index].row.get("audio_filepath") for index in sorted(everywhere)])
+        kept = some_of([shown_path(items[index].row) for index in sorted(everywhere)])
         print(f"canter: {len(everywhere):,} kept from an earlier start: {kept}", file=sys.stderr)
     wanted = [index for index, item in enumerate(items) if item.utterance and index not in everywhere]
     utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
@@ -352,7 +357,7 @@ def work_through(
         longest = math.inf if options.longest_seconds is None else options.longest_seconds
         events = transcribe_events(engine, engine.model.tokenizer, utterances, longest, asked)
         for number, result in watched(events, utterances, ranks):
-            path = utterances[number].audio_filepath
+            path = redacted(utterances[number].audio_filepath)
             if result.error is not None and path not in result.error:
                 result = replace(result, error=f"{path}: {result.error}")
             results[wanted[number]] = result

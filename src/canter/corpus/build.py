@@ -34,7 +34,7 @@ from canter.corpus.parts import (
     read_part,
     rows_path,
 )
-from canter.corpus.remote import is_url, stamp
+from canter.corpus.remote import is_url, stamp, urls_forbidden
 from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
@@ -111,6 +111,7 @@ def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
             facts += [astuple(source.columns)] if source.columns else []
             facts += [getattr(counting.tokenizer, name, None) for name in ("prompt_format", "defaults")]
             facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
+            facts += ["without URLs"] if urls_forbidden() else []
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
             yield Part(unit, number, start, end, size, tags, key, source.columns)
 

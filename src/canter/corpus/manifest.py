@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from canter.corpus.columns import ANY, Columns
-from canter.corpus.remote import below, folder_of, is_url, open_binary, refuse_special
+from canter.corpus.remote import (
+    NO_URLS,
+    below,
+    folder_of,
+    is_url,
+    open_binary,
+    refuse_special,
+    urls_forbidden,
+)
 from canter.corpus.utterance import (
     DUPLICATE,
     OPTIONAL_TEXT,
@@ -73,6 +81,8 @@ def utterance_from_row(
     if not path or "\0" in path:
         return f"audio_filepath is not a path: {shown(path)}"
     path = below(base, path)
+    if is_url(path) and urls_forbidden():
+        return f"URLs are forbidden ({NO_URLS}): {shown(path)}"
 
     offset = row.get("offset")
     offset = _seconds(offset, "offset") if offset is not None else None

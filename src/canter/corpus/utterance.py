@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from canter.redaction import redacted
+
 OPTIONAL_TEXT = ("lang", "source_lang", "target_lang", "taskname", "pnc")
 
 
@@ -59,9 +61,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name in ("file", "reason"):  # half a surrogate pair cannot be written to a file or a terminal
-            value = getattr(self, name)
+            value = redacted(getattr(self, name))
             if not value.isascii():
-                object.__setattr__(self, name, value.encode("utf-8", "backslashreplace").decode())
+                value = value.encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, value)
 
     @property
     def kind(self) -> str:

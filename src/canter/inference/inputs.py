@@ -20,6 +20,7 @@ from canter.corpus.readers.folder import audio_files
 from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import open_source, units_of
 from canter.errors import AudioError, ConfigError, ManifestError
+from canter.redaction import redacted
 from canter.text.languages import canonical, is_said, resolve, same, shortened
 from canter.text.prompts import utterance_slots
 from canter.text.tokenizer import Tokenizer
@@ -35,6 +36,10 @@ class Item:
     utterance: Utterance | None
     problem: str | None = None
     """Why there is no utterance."""
+
+    def __post_init__(self) -> None:
+        if self.problem is not None:
+            object.__setattr__(self, "problem", redacted(self.problem))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.utterance import Problem
 from canter.errors import CanterError
 from canter.planning.plan import Plan
+from canter.redaction import redacted
 from canter.training.checkpoints import write_whole
 from canter.training.ranks import Ranks
 from canter.training.reports import Progress
@@ -24,7 +25,8 @@ def list_left_out(path: Path, index: LengthIndex, plan: Plan) -> int:
     for row, reason in plan.left_out():
         lengths = f"{index.seconds[row]:.2f} s, {index.tokens[row]} tokens"
         reason = f"{reason}: {lengths}"
-        lines.append({"file": index.utterance(row).audio_filepath, "line": row, "reason": reason})
+        file = redacted(index.utterance(row).audio_filepath)
+        lines.append({"file": file, "line": row, "reason": reason})
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
 

@@ -17,6 +17,7 @@ from canter.evaluation.wer import score
 from canter.inference.engine import engine_for
 from canter.inference.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
+from canter.redaction import redacted
 from canter.text import Tokenizer
 from canter.text.languages import same
 from canter.training.data import prompt_and_text
@@ -84,7 +85,10 @@ def validator(
             "set": scored_set,
             **translations(pairs),
             "examples": [{"text": done[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
-            "transcripts": [row_from_utterance(u) | {"pred_text": text} for u, text in pairs],
+            "transcripts": [
+                row_from_utterance(u) | {"audio_filepath": redacted(u.audio_filepath), "pred_text": text}
+                for u, text in pairs
+            ],
         }
 
     return validate
