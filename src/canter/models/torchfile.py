@@ -1,0 +1,86 @@
+"""Tensors of a ``torch.save`` file from an unknown hand: what it may unpack to is checked before torch reads it."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import pickletools
+import zipfile
+from typing import IO, Any
+
+import torch
+
+from canter.errors import CheckpointError
+
+MOST_PICKLE_BYTES = 2 * 2**20
+"""Size of the pickle that names the tensors; 2,000 tensors take about 400 KB."""
+MOST_RECORDS = 50_000
+_MODULES = {"torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"), "collections": ("OrderedDict",)}
+_CODE = "holds objects other than tensors, which could run code"
+
+
+def load_tensors(file: IO[bytes], source: str) -> dict[str, torch.Tensor]:
+    """Return the state dict that ``torch.save`` wrote to ``file``, as plain tensors on the CPU.
+
+    Raises CheckpointError for records that are compressed (torch.save stores them as they are), a pickle that calls
+    anything but what rebuilds tensors, and what is truncated or no mapping from names to tensors.
+    """
+    try:
+        _check(file, source)
+        file.seek(0)
+        tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{source} {_CODE}; refused") from None
+    # zipfile, pickletools and torch document no list of what they raise for damaged bytes
+    except Exception as error:
+        told = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{source} is truncated or malformed ({told})") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+        for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{source} is not a mapping from names to tensors")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _check(file: IO[bytes], source: str) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with zipfile.ZipFile(file) as records:
+        held = records.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in held):
+            raise CheckpointError(
+                f"{source} holds compressed records, which torch.save does not write; refused"
+            )
+        if len(held) > MOST_RECORDS or sum(record.file_size for record in held) > size:
+            raise CheckpointError(f"{source} unpacks to more than its own {size:,} bytes; refused")
+        pickles = [record for record in held if record.filename.endswith("data.pkl")]
+        for record in pickles:
+            if record.file_size > MOST_PICKLE_BYTES:
+                raise CheckpointError(
+                    f"{source}: its list of tensors has {record.file_size:,} bytes, more than the "
+                    f"{MOST_PICKLE_BYTES:,} that are read"
+                )
+            if not _plain(records.read(record)):
+                raise CheckpointError(f"{source} {_CODE}; refused")
+
+
+def _plain(pickled: bytes) -> bool:
+    """Return whether a pickle names nothing but storages and what rebuilds tensors from them."""
+    for code, argument, _ in pickletools.genops(io.BytesIO(pickled)):
+        if code.name == "GLOBAL":
+            module, _, name = str(argument).partition(" ")
+            storage = module == "torch" and name.endswith("Storage") and name.isidentifier()
+            if not storage and name not in _MODULES.get(module, ()):
+                return False
+        elif code.name in _FORBIDDEN:
+            return False
+    return True
+
+
+# Opcodes that name or construct something without a GLOBAL, or set bytes aside; torch.save writes none of them.
+_FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "BINBYTES",
+              "BINBYTES8", "SHORT_BINBYTES", "NEXT_BUFFER", "FRAME"}  # fmt: skip
