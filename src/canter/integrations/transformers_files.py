@@ -6,7 +6,6 @@ after what it would read is checked: it allocates whatever a configuration asks 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,8 +136,11 @@ def check_folder(folder: Path) -> None:
             raise CheckpointError(f"{file} has more than {MOST_VOCABULARY_BYTES:,} bytes")
     weights = folder / "model.safetensors"
     for file in tensor_files(weights):
-        if file.exists():
-            check_safetensors(file)
+        if not file.exists():
+            raise CheckpointError(
+                f"{file} is missing; copy the whole model folder (pickled weights are not read)"
+            )
+        check_safetensors(file)
     with torch.device("meta"):
         shapes = AutoModelForSpeechSeq2Seq.from_config(AutoConfig.from_pretrained(folder, **SAFELY))
     stored = stored_bytes(weights)
@@ -168,5 +170,5 @@ def _check_number(name: str, value: Any, source: Path) -> None:
     if value is None or isinstance(value, bool | str):
         return
     for pattern, least, most in RANGES:
-        if pattern.search(name) and not (math.isfinite(value) and least <= value <= most):
+        if pattern.search(name) and not least <= value <= most:
             raise CheckpointError(f"{source}: {name} is {value!r:.80}; it must be from {least:,} to {most:,}")

@@ -24,6 +24,7 @@ from canter.text.characters import FILE as CHARACTERS
 
 FORMAT = "canter-model/1"
 GENERATION = "generation_config.json"
+MOST_NUMBER = 2**31
 KINDS = {"features": FEATURES, "encoder": ENCODERS}
 
 
@@ -64,7 +65,7 @@ def _from_json(cls: type, types: dict[str, Any], values: Any, source: str) -> An
             raise CheckpointError(f"{source}: unknown field {name!r}; from a newer Canter, or misspelt?")
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             known[name] = _from_json(wanted, get_type_hints(wanted), value, f"{source}: {name}")
-        elif type(value) is wanted or (wanted is float and type(value) is int):
+        elif type(value) is wanted or (wanted is float and type(value) is int and abs(value) < MOST_NUMBER):
             known[name] = value
         else:
             wanted = getattr(wanted, "__name__", wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def check_generation(
         if name in RANGES:
             least, most = RANGES[name]
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not least <= value <= most:
+            if not number or not least <= value <= most:
                 raise refuse(name, value, f"a number from {least:,} to {most:,}")
             if name in WHOLE and not isinstance(value, int):
                 raise refuse(name, value, "a whole number")

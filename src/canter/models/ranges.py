@@ -7,7 +7,6 @@ by range, and the size of the whole by the bytes of weights that come with it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,10 @@ def check_config(config: ModelConfig, source: str | Path, stored: int | None = N
             decoder.width % decoder.heads,
             f"decoder.width {decoder.width} is not a multiple of its {decoder.heads} heads",
         ),
+        (
+            getattr(encoder, "kernel_size", 1) % 2 == 0,
+            f"encoder.kernel_size {getattr(encoder, 'kernel_size', 1)} is even",
+        ),
         (mels != features.mels, f"encoder.mels is {mels}, but the features have {features.mels} mel bins"),
         (
             getattr(features, "window", 0) > features.n_fft,
@@ -104,7 +107,7 @@ def _check_fields(part: Any, place: str) -> None:
             least, most = RANGES[name]
             number = isinstance(value, int | float) and not isinstance(value, bool)
             whole = field.type not in ("int", int) or isinstance(value, int)
-            if not (number and whole and math.isfinite(value) and least <= value <= most):
+            if not (number and whole and least <= value <= most):
                 raise CheckpointError(
                     f"{place}{name} is {value!r:.80}; it must be from {least:,} to {most:,}"
                 )

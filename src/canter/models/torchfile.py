@@ -14,7 +14,8 @@ import torch
 from canter.errors import CheckpointError
 
 MOST_PICKLE_BYTES = 2 * 2**20
-"""Size of the pickle that names the tensors; 2,000 tensors take about 400 KB."""
+MOST_OPERATIONS = 500_000
+"""Size and opcodes of the pickle that names the tensors; 2,000 tensors take about 400 KB and 90,000 opcodes."""
 MOST_RECORDS = 50_000
 _MODULES = {"torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"), "collections": ("OrderedDict",)}
 _CODE = "holds objects other than tensors, which could run code"
@@ -70,7 +71,9 @@ def _check(file: IO[bytes], source: str) -> None:
 
 def _plain(pickled: bytes) -> bool:
     """Return whether a pickle names nothing but storages and what rebuilds tensors from them."""
-    for code, argument, _ in pickletools.genops(io.BytesIO(pickled)):
+    for count, (code, argument, _) in enumerate(pickletools.genops(io.BytesIO(pickled))):
+        if count > MOST_OPERATIONS:
+            return False
         if code.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
             storage = module == "torch" and name.endswith("Storage") and name.isidentifier()

@@ -62,6 +62,8 @@ class SentencePieceTokenizer:
         texts = (*self.special, *self.models, *(defaults or {}), *(defaults or {}).values())
         if isinstance(special, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError("special tokens, languages and prompt slots must be texts")
+        if not all(self.models.values()):
+            raise ValueError("a SentencePiece model is empty")
         if prompt_format not in FORMATS:
             raise ConfigError(f"{prompt_format!r:.80} is not a prompt format; there are {', '.join(FORMATS)}")
         self.prompt_format, self.defaults = prompt_format, dict(defaults or {})
