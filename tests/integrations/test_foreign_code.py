@@ -75,8 +75,8 @@ def planted(sound, tmp_path, monkeypatch):
         folder, marker = tmp_path / family, tmp_path / "code-was-run"
         shutil.copytree(sound / family, folder)
         code = CODE.format(marker=str(marker))
-        for name in ("evil", "__init__", "conftest", "sitecustomize", "setup", "modeling_moonshine", "tokenizer", "config",
-                     "transformers", "custom_generate/generate"):  # fmt: skip
+        for name in ("evil", "__init__", "conftest", "sitecustomize", "setup", "modeling_moonshine", "tokenizer",
+                     "config", "transformers", "custom_generate/generate"):  # fmt: skip
             (folder / f"{name}.py").parent.mkdir(exist_ok=True)
             (folder / f"{name}.py").write_text(code)
         pickled = pickle.dumps({"model": Payload(marker)}, protocol=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from canter.errors import CanterError, CheckpointError
+from canter.errors import CheckpointError
 from canter.models.files import check_safetensors, read_json, stored_bytes, tensor_files
 from canter.models.generation import check_generation
 from canter.models.hub import checkpoint_of
@@ -62,25 +63,13 @@ def load_parts(name: str | Path, **kwargs: Any) -> tuple[Any, Any, Any]:
     Raises CheckpointError for a folder that is refused (see `check_folder`) or that transformers cannot load.
     """
     folder = checkpoint_of(name)
-    silent, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        check_folder(folder)
+    check_folder(folder)
+    with _quietly(folder):
         model, loading = AutoModelForSpeechSeq2Seq.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **SAFELY, **kwargs
         )
         extractor = AutoFeatureExtractor.from_pretrained(folder, **SAFELY)
         tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
-    except CanterError:
-        raise
-    except Exception as error:  # what transformers raises for a file that it cannot use is not documented
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{folder}: transformers cannot load it: {told}") from None
-    finally:
-        logging.set_verbosity(level)
-        if silent:
-            logging.enable_progress_bar()
     faults = {what: sorted(map(str, loading[f"{what}_keys"])) for what in ("missing", "mismatched")}
     told = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in faults.items() if names]
     if told:
@@ -89,6 +78,23 @@ def load_parts(name: str | Path, **kwargs: Any) -> tuple[Any, Any, Any]:
     if file.exists():
         check_generation(read_json(file), file, model.get_output_embeddings().weight.shape[0])
     return model.eval(), extractor, tokenizer
+
+
+@contextmanager
+def _quietly(folder: Path) -> Iterator[None]:
+    """Silence transformers in this context, and raise CheckpointError for whatever it raises."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # what transformers raises for a file that it cannot use is not documented
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{folder}: transformers cannot load it: {told}") from None
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:
@@ -141,7 +147,7 @@ def check_folder(folder: Path) -> None:
                 f"{file} is missing; copy the whole model folder (pickled weights are not read)"
             )
         check_safetensors(file)
-    with torch.device("meta"):
+    with _quietly(folder), torch.device("meta"):
         shapes = AutoModelForSpeechSeq2Seq.from_config(AutoConfig.from_pretrained(folder, **SAFELY))
     stored = stored_bytes(weights)
     size = sum(tensor.numel() for tensor in (*shapes.parameters(), *shapes.buffers()))
