@@ -59,7 +59,7 @@ def check_generation(
         return CheckpointError(f"{source}: {name} is {value!r:.80}; it must be {what}")
 
     def is_id(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+        return _is_number(value) and value < vocabulary
 
     for name, value in values.items():
         if value is None:
@@ -89,7 +89,13 @@ def check_generation(
                 raise refuse(name, value, f"a list of [layer, head] of {layers} layers with {each} heads")
         elif name in IDS and not is_id(value):
             raise refuse(name, value, ids)
+        elif name.endswith("_token_id") and not _is_number(value):
+            raise refuse(name, value, "a token id")
     return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _is_pair(value: Any) -> bool:
