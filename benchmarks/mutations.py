@@ -1,4 +1,4 @@
-"""Structure-aware mutations of bytes, JSON, tables, archives and tensors, each a pure function of a random generator."""
+"""Structure-aware mutations of bytes, JSON, tables, archives and tensors, each decided by a random generator alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2, 255, 2**31, 2**63, -(2**63), 10**30, 10**400, 1e308, -1e308, 1e-308, 0.5, float("nan"),
-    float("inf"), float("-inf"), "", " ", "x" * 5000, "é\u0000", "\ud800", "\u202e\u200b\ufeff", "1.5", "nan", "true", "null",
-    "../../etc/passwd", "/dev/zero", "/dev/null", "/", ".", "a\nb", "a::b", "{0..9}", "%s%n", "http://127.0.0.1:1/x.wav",
-    "file:///etc/passwd", "<|endoftext|>", "en", "zz", "auto", [], {}, [1], [[]], {"": None}, {"a": {"a": {}}}, [None] * 100,
+    None, True, False, -1, 0, 1, 2, 255, 2**31, 2**63, -(2**63), 10**30, 10**400, 1e308, -1e308, 1e-308, 0.5,
+    float("nan"),
+    float("inf"), float("-inf"), "", " ", "x" * 5000, "é\u0000", "\ud800", "\u202e\u200b\ufeff", "1.5", "nan",
+    "true", "null",
+    "../../etc/passwd", "/dev/zero", "/dev/null", "/", ".", "a\nb", "a::b", "{0..9}", "%s%n",
+    "http://127.0.0.1:1/x.wav",
+    "file:///etc/passwd", "<|endoftext|>", "en", "zz", "auto", [], {}, [1], [[]], {"": None}, {"a": {"a": {}}},
+    [None] * 100,
 )  # fmt: skip
 KEYS = (
     "",
@@ -220,8 +224,10 @@ def spoilt_yaml(draw: random.Random, content: bytes) -> bytes:
     if what < 0.35:
         lines = content.decode().splitlines()
         place = draw.randrange(len(lines) + 1)
-        lines.insert(place, draw.choice(("a: &a [*a]", "b: !!python/object/apply:os.getcwd []", "? [1]\n: 2", "- 1", "\t",
-                                         "c: !!timestamp 2001-99-99", "d: *none", "<<: {a: 1}", "e: 1:1:1", "---", "%YAML 9.9",
+        lines.insert(place, draw.choice(("a: &a [*a]", "b: !!python/object/apply:os.getcwd []", "? [1]\n: 2", "- 1",
+                                         "\t",
+                                         "c: !!timestamp 2001-99-99", "d: *none", "<<: {a: 1}", "e: 1:1:1", "---",
+                                         "%YAML 9.9",
                                          "f: !!int x", "g: 2001-99-99", "h: !!set {1, 2}", "i: .inf")))  # fmt: skip
         return "\n".join(lines).encode()
     return to_json(spoil(draw, yaml.safe_load(content)))
@@ -270,7 +276,7 @@ def spoilt_gzip(draw: random.Random, content: bytes, name: str) -> bytes:
 def spoilt_files(
     draw: random.Random, files: Mapping[str, bytes], among: tuple[str, ...] = ()
 ) -> dict[str, bytes]:
-    """Return the files of a folder, of which one to three are spoilt by their kinds, missing, empty, or another's bytes.
+    """Return the files of a folder, of which one to three are spoilt, missing, empty, or another's bytes.
 
     ``among`` are endings of the names to choose from.
     """

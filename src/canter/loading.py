@@ -26,8 +26,9 @@ def load_module(
     """Return the model at ``path`` in evaluation mode: a `SpeechModel`, or, of a Hugging Face folder of another
     architecture than ours (or where ``backend`` says so), a `TransformersModel`.
 
-    Raises CheckpointError for what is no model, or one that cannot take the audio that it pads to, MissingExtraError where transformers is needed and not installed,
-    ConfigError for a device that is not here, and for int8 anywhere but in a model of Canter's own on a CPU.
+    Raises CheckpointError for what is no model, or one that cannot take the audio that it pads to, MissingExtraError
+    where transformers is needed and not installed, ConfigError for a device that is not here, and for int8 anywhere but
+    in a model of Canter's own on a CPU.
     """
     import torch
 

@@ -192,3 +192,34 @@ def test_an_archive_of_nemo(tmp_path, shared):
     with pytest.raises(CheckpointError, match="could not determine a constructor"):
         canter.load_model(archive("tag.nemo", config + call))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},  # contrastive search, which lives on the hub
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        {"force_words_ids": [[5]], "num_beams": 2},
+        {"dola_layers": "high"},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"output_hidden_states": {"a": [1]}, "return_dict_in_generate": True, "stop_strings": ["a"]},
+        {"custom_generate": "evil/generate", "trust_remote_code": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_settings_that_change_how_generate_works_are_left_out(planted, file, settings):
+    folder, marker = planted("moonshine")
+    audio = [np.zeros(8000, dtype=np.float32)]
+    expected = TransformersModel.from_pretrained(folder).transcribe(audio)
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    edit(folder / file, **settings)
+    try:
+        model = TransformersModel.from_pretrained(folder)
+    except CheckpointError:
+        assert file == "config.json"
+    else:
+        assert model.transcribe(audio) == expected
+    assert not marker.exists()

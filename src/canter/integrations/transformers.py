@@ -73,9 +73,13 @@ class TransformersModel(nn.Module):
         misshapen."""
         model, extractor, tokenizer = load_parts(name, **kwargs)
         try:
-            return cls(model, extractor, tokenizer, prompt)
-        except (ValueError, TypeError, AttributeError) as error:
+            found = cls(model, extractor, tokenizer, prompt)
+            _ = (
+                found.frame_seconds
+            )  # of the model without storage: that the encoder takes what the extractor gives
+        except Exception as error:  # whatever transformers raises in a forward pass with such settings
             raise CheckpointError(f"{name}: its parts do not belong together ({error})") from None
+        return found
 
     def _languages(self, tokenizer: Any) -> dict[str, int]:
         """Token ids of the languages that may stand after the start token; none where the model has but one way."""

@@ -19,6 +19,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.utils import logging
 
@@ -38,6 +39,10 @@ MOST_LIST = 100_000
 """Entries of a list in a configuration."""
 ATTENTION = (None, "eager", "sdpa")
 """Other ways fetch compiled kernels from the hub, or need a package of their own."""
+# Settings of transformers' GenerationConfig that are kept; each has a range in `check_generation`.
+GENERATION = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "length_penalty", "repetition_penalty",
+              "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bos_token_id", "eos_token_id",
+              "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "use_cache")  # fmt: skip
 # Names of settings, of any architecture, and the range of their values: lists and objects are looked into.
 RANGES = tuple(
     (re.compile(pattern), least, most)
@@ -74,10 +79,26 @@ def load_parts(name: str | Path, **kwargs: Any) -> tuple[Any, Any, Any]:
     told = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in faults.items() if names]
     if told:
         raise CheckpointError(f"{folder}: tensors do not fit the configuration. {'; '.join(told)}")
-    file = folder / "generation_config.json"
-    if file.exists():
-        check_generation(read_json(file), file, model.get_output_embeddings().weight.shape[0])
+    model.generation_config = _plain_generation(model, folder)
     return model.eval(), extractor, tokenizer
+
+
+def _plain_generation(model: Any, folder: Path) -> GenerationConfig:
+    """Return the model's generation settings without those that change how ``generate`` works.
+
+    Some have it fetch code from the hub (contrastive and constrained search) or compile. Settings that are the model's
+    own, such as ids of languages, stay. Raises CheckpointError for values out of range; see `check_generation`.
+    """
+    source = folder / "generation_config.json"
+    plain = GenerationConfig()
+    known = vars(plain).keys() - set(GENERATION)
+    kept = {name: value for name, value in vars(model.generation_config).items() if name not in known}
+    size = model.get_output_embeddings().weight.shape[0]
+    for name, value in check_generation(
+        kept, source if source.exists() else folder / "config.json", size
+    ).items():
+        setattr(plain, name, value)
+    return plain
 
 
 @contextmanager

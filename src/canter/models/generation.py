@@ -31,12 +31,14 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k",
          "no_repeat_ngram_size", "max_initial_timestamp_index")  # fmt: skip
+FLAGS = ("use_cache", "is_multilingual", "return_timestamps")
 TABLES = ("lang_to_id", "task_to_id")
 IDS = (
     "eos_token_id",
     "pad_token_id",
     "decoder_start_token_id",
     "no_timestamps_token_id",
+    "forced_bos_token_id",
     "prev_sot_token_id",
 )
 """Ids that decoding reads; others, such as ``bos_token_id``, have defaults of larger vocabularies in many files."""
@@ -78,6 +80,9 @@ def check_generation(
             for one in value:
                 if not is_id(one):
                     raise refuse(f"an entry of {name}", one, ids)
+        elif name in FLAGS:
+            if not isinstance(value, bool):
+                raise refuse(name, value, "true or false")
         elif name in TABLES:
             if not isinstance(value, dict) or len(value) > MOST_IDS or not all(map(is_id, value.values())):
                 raise refuse(name, value, f"an object of names, each with {ids}")
