@@ -91,13 +91,13 @@ def spoil(draw: random.Random, value: Any, times: int | None = None) -> Any:
         parent, key = draw.choice(places)
         old, what = parent[key], draw.randrange(8)
         if what <= 2:
-            parent[key] = draw.choice(VALUES)
+            parent[key] = copy.deepcopy(draw.choice(VALUES))
         elif what == 3 and len(places) > 1 and parent is not holder:
             del parent[key]
         elif what == 4 and isinstance(old, int | float) and not isinstance(old, bool):
             parent[key] = draw.choice((-old, old + 1, old * 10**9, old / 7, str(old), [old], old - 1e-9))
         elif what == 5 and isinstance(old, dict):
-            old[draw.choice(KEYS)] = draw.choice(VALUES)
+            old[draw.choice(KEYS)] = copy.deepcopy(draw.choice(VALUES))
         elif what == 6:
             other, name = draw.choice(places)
             parent[key] = copy.deepcopy(other[name])

@@ -163,6 +163,7 @@ GENERATION = {
     "decoder_start_token_id": (10**400, [None]),
     "no_timestamps_token_id": (50, [1], {}),
     "alignment_heads": ([[2, 0]], [[0, 4]], [[0]], [1], [[0, 0, 0]], 7, [[0.0, 0]]),
+    "bos_token_id": (-1, {"a": 1}, "a", True, [1]),
     "lang_to_id": ({"<|en|>": 50}, {"<|en|>": [1]}, [1]),
     "max_length": (-1, 10**9, 1.5, "448", [1], float("nan")),
     "max_initial_timestamp_index": (-1, 10**9, "1"),
@@ -192,6 +193,16 @@ def test_generation_settings_of_others_are_kept(folder):
     }
     (path / "generation_config.json").write_text(json.dumps(settings))
     assert settings.items() <= canter.load_model(path).generation.items()
+
+
+def test_a_window_beyond_the_encoder_is_refused(folder):
+    """The small Whisper has 200 positions, and its folder pads to 30 s: it can be loaded to change that, not to be used."""
+    path = folder("whisper")
+    assert canter.load_model(path).padded_seconds == 30
+    with pytest.raises(
+        CheckpointError, match="30 s, which are 1500 frames, but the encoder has positions for 200"
+    ):
+        canter.load(path)
 
 
 def tensors(header: bytes, data: bytes = b"") -> bytes:
