@@ -196,7 +196,7 @@ def test_generation_settings_of_others_are_kept(folder):
 
 
 def test_a_window_beyond_the_encoder_is_refused(folder):
-    """The small Whisper has 200 positions, and its folder pads to 30 s: it can be loaded to change that, not to be used."""
+    """The small Whisper has 200 positions, and its folder pads to 30 s: it is loaded to be changed, not to be used."""
     path = folder("whisper")
     assert canter.load_model(path).padded_seconds == 30
     with pytest.raises(
@@ -239,7 +239,7 @@ def test_headers_that_lie(folder, kind, name, within_200_mib):
     ("weights", "message"),
     [
         ({"a": "model.safetensors"}, "model.safetensors is missing"),
-        ({"a": "model.safetensors.index.json"}, "is no safetensors file"),
+        ({"a": "model.safetensors.index.json"}, "is no name of a safetensors file"),
         ({"a": "../own/model.safetensors"}, "outside its folder"),
         ({"a": "/etc/passwd"}, "outside its folder"),
         ({"a": "x\0.safetensors"}, "outside its folder"),
