@@ -1,6 +1,7 @@
 """What a folder may ask of transformers: numbers have ranges, and a model has the size of its weights."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -81,6 +82,21 @@ def test_settings_that_lie(folder, file, changes, message):
             message = str(error)
         return
     with pytest.raises(CheckpointError, match=message):
+        load_parts(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "config.json"]
+)
+def test_files_that_never_end_or_never_answer(folder, name):
+    path = folder("moonshine")
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_parts(path)
+    (path / name).unlink()
+    (path / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="not a regular file"):
         load_parts(path)
 
 

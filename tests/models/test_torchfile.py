@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from canter.errors import CheckpointError
-from canter.models.torchfile import load_tensors
+from canter.models.torchfile import load_saved, load_tensors
 
 
 def saved(value) -> bytes:
@@ -62,7 +62,7 @@ HOSTILE = {
     "a tensor of 8 GB": (rewritten(b"\x80\x02ctorch\nTensor\nJ\xff\xff\xff\x7f\x85R."), CODE),
     "bytes": (rewritten(b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x06\x00\x00\x00latin1\x86R."), CODE),
     "a memo of 16 GB": (rewritten(b"\x80\x02}r\xff\xff\xff\x7fK\x01."), "not a mapping"),
-    "a pickle of 5 MB": (rewritten(b"\x80\x02" + b"}0" * 2_500_000 + b"}."), "5,000,004 bytes"),
+    "a pickle of 18 MB": (rewritten(b"\x80\x02" + b"}0" * 9_000_000 + b"}."), "18,000,004 bytes"),
     "a million opcodes": (rewritten(b"\x80\x02" + b"}0" * 500_000 + b"}."), CODE),
     "a list": (saved([torch.ones(1)]), "not a mapping"),
     "numbers": (saved({"a": 1}), "not a mapping"),
@@ -107,3 +107,16 @@ def test_state_dicts_are_read():
     )
     module = torch.nn.BatchNorm1d(3)
     assert load_tensors(io.BytesIO(saved(module.state_dict())), "x").keys() == module.state_dict().keys()
+
+
+def test_training_states_are_read():
+    moments = {"step": torch.tensor(1.0), "exp_avg": torch.arange(6.0)}
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "params": [0], "fused": None}
+    state = [{"state": {0: moments}, "param_groups": [group]}, {"name": "é", "seen": {3}}]
+    with pytest.raises(CheckpointError, match=CODE):  # a set is nothing that we write
+        load_saved(io.BytesIO(saved(state)), "x")
+    del state[1]["seen"]
+    read = load_saved(io.BytesIO(saved(state)), "x")
+    assert read[1] == state[1]
+    assert read[0]["param_groups"] == [group]
+    assert torch.equal(read[0]["state"][0]["exp_avg"], moments["exp_avg"])

@@ -33,8 +33,10 @@ from canter.models.ranges import SMALL
 SAFELY = {"trust_remote_code": False, "local_files_only": True}
 SETTINGS = ("config", "generation_config", "preprocessor_config", "processor_config", "tokenizer_config",
             "special_tokens_map", "added_tokens")  # fmt: skip
+READ = (".json", ".txt", ".model", ".jinja")
+"""Endings of the files that transformers reads beside the weights."""
 MOST_VOCABULARY_BYTES = 64 * 2**20
-"""Size of a vocabulary in JSON; the largest of a speech model has 18 MB."""
+"""Size of such a file; the largest vocabulary of a speech model has 18 MB."""
 MOST_LIST = 100_000
 """Entries of a list in a configuration."""
 ATTENTION = (None, "eager", "sdpa")
@@ -158,9 +160,12 @@ def check_folder(folder: Path) -> None:
                     f"{config_file}: {key} is {section[key]!r:.80}; it must be 'eager' or 'sdpa', as nothing is "
                     "fetched to run a model"
                 )
-    for file in folder.glob("*.json"):
-        if file.stat().st_size > MOST_VOCABULARY_BYTES:
-            raise CheckpointError(f"{file} has more than {MOST_VOCABULARY_BYTES:,} bytes")
+    for file in folder.iterdir():
+        if file.suffix in READ and not file.is_dir():
+            if not file.is_file():
+                raise CheckpointError(f"{file} is not a regular file")
+            if file.stat().st_size > MOST_VOCABULARY_BYTES:
+                raise CheckpointError(f"{file} has more than {MOST_VOCABULARY_BYTES:,} bytes")
     weights = folder / "model.safetensors"
     for file in tensor_files(weights):
         if not file.exists():

@@ -120,7 +120,9 @@ def shard_names(index: Any, source: str | Path) -> list[str]:
         if not is_file_name(name):
             raise CheckpointError(f"{source} names a shard outside its folder, {name!r:.80}; refused")
         if not name.endswith(".safetensors") or any(character in name for character in "*?["):
-            raise CheckpointError(f"{source} names {name!r:.80}, which is no name of a safetensors file; refused")
+            raise CheckpointError(
+                f"{source} names {name!r:.80}, which is no name of a safetensors file; refused"
+            )
     return sorted(set(weights.values()))
 
 

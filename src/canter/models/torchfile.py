@@ -13,9 +13,9 @@ import torch
 
 from canter.errors import CheckpointError
 
-MOST_PICKLE_BYTES = 2 * 2**20
+MOST_PICKLE_BYTES = 16 * 2**20
 MOST_OPERATIONS = 500_000
-"""Size and opcodes of the pickle that names the tensors; 2,000 tensors take about 400 KB and 90,000 opcodes."""
+"""Opcodes of the pickle that names a model's tensors; 2,000 tensors take about 90,000."""
 MOST_RECORDS = 50_000
 _MODULES = {"torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"), "collections": ("OrderedDict",)}
 _CODE = "holds objects other than tensors, which could run code"
@@ -24,21 +24,9 @@ _CODE = "holds objects other than tensors, which could run code"
 def load_tensors(file: IO[bytes], source: str) -> dict[str, torch.Tensor]:
     """Return the state dict that ``torch.save`` wrote to ``file``, as plain tensors on the CPU.
 
-    Raises CheckpointError for records that are compressed (torch.save stores them as they are), a pickle that calls
-    anything but what rebuilds tensors, and what is truncated or no mapping from names to tensors.
+    Raises CheckpointError as `load_saved` does, and for what is no mapping from names to tensors.
     """
-    try:
-        _check(file, source)
-        file.seek(0)
-        tensors: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{source} {_CODE}; refused") from None
-    # zipfile, pickletools and torch document no list of what they raise for damaged bytes
-    except Exception as error:
-        told = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{source} is truncated or malformed ({told})") from None
+    tensors = load_saved(file, source)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
         for name, tensor in tensors.items()
@@ -47,7 +35,27 @@ def load_tensors(file: IO[bytes], source: str) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _check(file: IO[bytes], source: str) -> None:
+def load_saved(file: IO[bytes], source: str, operations: int = MOST_OPERATIONS) -> Any:
+    """Return what ``torch.save`` wrote to ``file``: tensors on the CPU, numbers and texts, in lists and mappings.
+
+    Raises CheckpointError for records that are compressed (torch.save stores them as they are), a pickle that calls
+    anything but what rebuilds tensors or has more than ``operations`` opcodes, and what is truncated.
+    """
+    try:
+        _check(file, source, operations)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{source} {_CODE}; refused") from None
+    # zipfile, pickletools and torch document no list of what they raise for damaged bytes
+    except Exception as error:
+        told = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{source} is truncated or malformed ({told})") from None
+
+
+def _check(file: IO[bytes], source: str, operations: int) -> None:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with zipfile.ZipFile(file) as records:
@@ -65,14 +73,14 @@ def _check(file: IO[bytes], source: str) -> None:
                     f"{source}: its list of tensors has {record.file_size:,} bytes, more than the "
                     f"{MOST_PICKLE_BYTES:,} that are read"
                 )
-            if not _plain(records.read(record)):
+            if not _plain(records.read(record), operations):
                 raise CheckpointError(f"{source} {_CODE}; refused")
 
 
-def _plain(pickled: bytes) -> bool:
-    """Return whether a pickle names nothing but storages and what rebuilds tensors from them."""
+def _plain(pickled: bytes, operations: int) -> bool:
+    """Return whether a pickle is short and names nothing but storages and what rebuilds tensors from them."""
     for count, (code, argument, _) in enumerate(pickletools.genops(io.BytesIO(pickled))):
-        if count > MOST_OPERATIONS:
+        if count > operations:
             return False
         if code.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
