@@ -45,8 +45,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "resilience": (
         "resilience.py kills -o $scratch/kills --trials 5",
         "resilience.py broken -o $scratch/broken --files 200",
-        "resilience.py fuzz -o $scratch/fuzz --manifests 1000",
     ),
+    "fuzzing": ("fuzzing.py -o $scratch/fuzzing --cases 100",),
     "elastic": ("elastic.py ranks -o $scratch/ranks", "elastic.py cuts -o $scratch/cuts"),
     "models": ("models.py",),
     "decoder_shift": ("decoder_shift.py --clips 64",),

@@ -1,15 +1,14 @@
-"""Training that is hard to kill, at full size: SIGKILL at random points, broken audio, fuzzed manifests.
+"""Training that is hard to kill, at full size: SIGKILL at random points and broken audio.
 
     python benchmarks/resilience.py kills  -o FOLDER [--trials 50] [--ranks 1] [--minutes 10] [--json FILE]
     python benchmarks/resilience.py broken -o FOLDER [--files 1000] [--json FILE]
-    python benchmarks/resilience.py fuzz   -o FOLDER [--manifests 10000] [--json FILE]
 
 kills: a run is killed again and again, every other time while a checkpoint is being written, one time in ten while it
 starts, and started anew until it is through; its losses, rows and weights, and every checkpoint that is there after a
 kill, must be those of an undisturbed run to the last bit. With several ranks one of them is killed, and the others must
 end by themselves. Past --minutes it stops, and the same command goes on. broken: one file in twenty is broken, in eight
-ways; the run must complete and name each. fuzz: see fuzzing.py. --json FILE gets the figures under the part's name;
-those of other parts stay.
+ways; the run must complete and name each. --json FILE gets the figures under the part's name; those of other parts
+stay. Damaged and hostile input of every kind: fuzzing.py.
 """
 
 import itertools
@@ -30,7 +29,6 @@ import numpy as np
 import soundfile
 import torch
 import tyro
-from fuzzing import fuzz
 
 from canter.corpus.manifest import write_manifest
 from canter.corpus.synthesis import synthesise
@@ -48,7 +46,7 @@ INTERVAL = 10  # steps
 
 @dataclass(frozen=True)
 class Options:
-    what: tyro.conf.Positional[Literal["kills", "broken", "fuzz"]]
+    what: tyro.conf.Positional[Literal["kills", "broken"]]
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     trials: int = 50
@@ -61,8 +59,6 @@ class Options:
     """After which no other kill is begun in this call."""
     files: int = 1000
     """Of which one in twenty is broken."""
-    manifests: int = 10_000
-    """Fuzzed."""
     seed: int = 0
     json: Path | None = None
     """File for the figures."""
@@ -372,8 +368,7 @@ def main() -> None:
     if options.what == "kills":
         result = kills(options)
     else:
-        fuzzing = options.what == "fuzz"
-        result = fuzz(options.output, options.manifests, options.seed) if fuzzing else broken(options)
+        result = broken(options)
         result["seconds"] = round(time.perf_counter() - start, 1)
     if result is not None:
         name = f"kills, ranks: {options.ranks}" if options.what == "kills" else options.what

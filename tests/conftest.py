@@ -97,6 +97,20 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def within_200_mib() -> Iterator[None]:
+    """While the test runs, this process may take 200 MiB more of address space than it has."""
+    resource = pytest.importorskip("resource")
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("this system does not tell how much memory a process has")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(status.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 200 * 2**20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture
 def without_tf32(monkeypatch):
     """On a GPU convolutions round to TF32 unless told otherwise."""
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from canter.errors import ConfigError
+from canter.errors import CheckpointError, ConfigError
 from canter.extras import require
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def load_module(
     """Return the model at ``path`` in evaluation mode: a `SpeechModel`, or, of a Hugging Face folder of another
     architecture than ours (or where ``backend`` says so), a `TransformersModel`.
 
-    Raises CheckpointError for what is no model, MissingExtraError where transformers is needed and not installed,
-    ConfigError for a device that is not here, and for int8 anywhere but in a model of Canter's own on a CPU.
+    Raises CheckpointError for what is no model, or one that cannot take the audio that it pads to, MissingExtraError
+    where transformers is needed and not installed, ConfigError for a device that is not here, and for int8 anywhere but
+    in a model of Canter's own on a CPU.
     """
     import torch
 
@@ -37,7 +38,9 @@ def load_module(
 
     device = choose_device(str(device))
     if backend == "canter" or (backend == "auto" and foreign_type(path) is None):
-        return load_in(precision, path, str(device))
+        model = load_in(precision, path, str(device))
+        _check_window(model, path)
+        return model
     require("transformers", f"{path}: this model")
     if precision == "int8":
         raise ConfigError(f"{path} runs through transformers, which has no int8 here: use float32 or bf16")
@@ -45,3 +48,13 @@ def load_module(
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return TransformersModel.from_pretrained(path, dtype=dtype).to(device)
+
+
+def _check_window(model: Any, path: Path) -> None:
+    """Raise CheckpointError where audio is padded to more frames than the encoder has positions."""
+    most, seconds = getattr(model.config.encoder, "positions", None), model.padded_seconds
+    if most is not None and seconds and (frames := model.encoder_frames(seconds)) > most:
+        raise CheckpointError(
+            f"{path}: audio is padded to {seconds:g} s, which are {frames} frames, but the encoder has positions for "
+            f"{most}; is preprocessor_config.json another model's, or missing?"
+        )

@@ -111,7 +111,9 @@ FAULTS = {
     "not a Canter model": lambda f: (f / "config.json").write_text("{}"),
     "unknown field 'colour'": lambda f: rewrite_config(f, lambda c: c["decoder"].update(colour="red")),
     "decoder: width is 'wide'": lambda f: rewrite_config(f, lambda c: c["decoder"].update(width="wide")),
-    "no possible model": lambda f: rewrite_config(f, lambda c: c["encoder"].update(width=-1)),
+    r"encoder.width is -1; it must be from 1 to 16,384": lambda f: rewrite_config(
+        f, lambda c: c["encoder"].update(width=-1)
+    ),
 }
 
 

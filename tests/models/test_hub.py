@@ -162,3 +162,31 @@ def test_a_run_keeps_the_name_it_starts_from(offline, tmp_path):
     (tmp_path / "config.yaml").write_text(f"init: {NAME}\nmanifest: train.jsonl\n")
     config = load_config(tmp_path / "config.yaml")
     assert (config.init, config.manifest) == (Path(NAME), (tmp_path / "train.jsonl",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"checkpoint": "../../elsewhere"}',
+        '{"checkpoint": "/etc"}',
+        '{"checkpoint": 5}',
+        "[]",
+        "[" * 10_000,
+        "\x00",
+        "",
+    ],
+)
+def test_the_best_checkpoint_is_one_of_the_run(tmp_path, content):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "best.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"best\.json is damaged .*; name a folder of"):
+        checkpoint_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("shard", ["*.safetensors", "../x.safetensors", "evil.py", "a/b.safetensors", 5])
+def test_an_index_of_the_hub_fetches_safetensors_alone(shard):
+    files = ["config.json", "model.safetensors.index.json", "evil.py", "pytorch_model.bin"]
+    with pytest.raises(CheckpointError, match="refused"):
+        _wanted("a/b", files, lambda: {"weight_map": {"x": shard}})

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from canter.corpus.columns import ANY, Columns
 from canter.corpus.index import Source
 from canter.corpus.remote import below, refuse_special
 from canter.corpus.utterance import OPTIONAL_TEXT
 from canter.errors import ConfigError, ManifestError
+from canter.untrusted import read_yaml_value
 
 PATH_KEYS = ("path", "manifest_filepath", "cuts_path", "shar_path")
 COLUMNS = ("text", "lang", "audio")  # with _column behind them: what a source calls them
@@ -134,13 +134,11 @@ def read_mixture(path: str | os.PathLike[str]) -> Group:
 def _file(path: Path, tags: Mapping[str, str], depth: int) -> Group:
     try:
         refuse_special(path)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml_value(path, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # a name with NUL, bytes that are no UTF-8, a date that is none
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     entry = {"input_cfg": content} if isinstance(content, list) else content
     return _group(entry, path, path.name, tags, depth)
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
+from canter.errors import CheckpointError
 from canter.inference.capacity import encoder_batches
 from canter.inference.requests import EngineConfig
 from canter.integrations.transformers_engine import GenerateEngine
@@ -67,10 +68,18 @@ class TransformersModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: Any):
-        """What a folder holds, or a name on the hub; only safetensors are read, and ``kwargs`` (dtype, ...) are the
-        model's. Raises CheckpointError where transformers cannot load it, or tensors are missing or misshapen."""
+        """Return the model of a folder, or of a name on the hub; only safetensors are read, and ``kwargs`` (dtype, ...)
+        are the model's. Raises CheckpointError where transformers cannot load it, or tensors are missing or
+        misshapen."""
         model, extractor, tokenizer = load_parts(name, **kwargs)
-        return cls(model, extractor, tokenizer, prompt)
+        try:
+            found = cls(model, extractor, tokenizer, prompt)
+            _ = (
+                found.frame_seconds
+            )  # of the model without storage: that the encoder takes what the extractor gives
+        except Exception as error:  # whatever transformers raises in a forward pass with such settings
+            raise CheckpointError(f"{name}: its parts do not belong together ({error})") from None
+        return found
 
     def _languages(self, tokenizer: Any) -> dict[str, int]:
         """Token ids of the languages that may stand after the start token; none where the model has but one way."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.models.device import choose_device
-from canter.models.files import read_json, read_tensors, refuse_adapter, whole_folder
+from canter.models.files import read_json, read_tensors, refuse_adapter, stored_bytes, whole_folder
 from canter.models.fitting import build, check_vocabulary, fit_tensors
+from canter.models.generation import check_generation
 from canter.models.hf import read_hf
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel
 from canter.models.nemo import read_nemo
@@ -23,6 +24,7 @@ from canter.text.characters import FILE as CHARACTERS
 
 FORMAT = "canter-model/1"
 GENERATION = "generation_config.json"
+MOST_NUMBER = 2**31
 KINDS = {"features": FEATURES, "encoder": ENCODERS}
 
 
@@ -46,15 +48,15 @@ def config_from_json(values: Any, source: str) -> ModelConfig:
         if isinstance(values.get(part), dict):
             inner = dict(values[part])
             kind = inner.pop("kind", next(iter(kinds)))
-            if kind not in kinds:
-                raise CheckpointError(f"{source}: {part} of kind {kind!r}; known: {', '.join(kinds)}")
+            if not isinstance(kind, str) or kind not in kinds:
+                raise CheckpointError(f"{source}: {part} of kind {kind!r:.80}; known: {', '.join(kinds)}")
             types[part], values[part] = kinds[kind], inner
     return _from_json(ModelConfig, types, values, source)
 
 
 def _from_json(cls: type, types: dict[str, Any], values: Any, source: str) -> Any:
     if not isinstance(values, dict):
-        raise CheckpointError(f"{source}: {values!r} is not a JSON object")
+        raise CheckpointError(f"{source}: {values!r:.80} is not a JSON object")
     fields = {field.name for field in dataclasses.fields(cls)}
     known = {}
     for name, value in values.items():
@@ -63,11 +65,11 @@ def _from_json(cls: type, types: dict[str, Any], values: Any, source: str) -> An
             raise CheckpointError(f"{source}: unknown field {name!r}; from a newer Canter, or misspelt?")
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
             known[name] = _from_json(wanted, get_type_hints(wanted), value, f"{source}: {name}")
-        elif type(value) is wanted or (wanted is float and type(value) is int):
+        elif type(value) is wanted or (wanted is float and type(value) is int and abs(value) < MOST_NUMBER):
             known[name] = value
         else:
             wanted = getattr(wanted, "__name__", wanted)
-            raise CheckpointError(f"{source}: {name} is {value!r}; it must be {wanted}")
+            raise CheckpointError(f"{source}: {name} is {value!r:.80}; it must be {wanted}")
     return cls(**known)
 
 
@@ -142,12 +144,21 @@ def _read_folder(folder: Path) -> SpeechModel:
     if values.pop("format", None) != FORMAT:
         raise CheckpointError(f"{config_file} is not a Canter model (its format is not {FORMAT})")
     has_tokenizer = values.pop("tokenizer", False)
-    model = build(config_from_json(values, str(config_file)), config_file)
-    fit_tensors(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    model = build(config_from_json(values, str(config_file)), config_file, stored_bytes(weights))
+    fit_tensors(model, read_tensors(weights), weights)
     if has_tokenizer:
         model.tokenizer = load_tokenizer(folder)
     if model.ctc is not None and (folder / CHARACTERS).exists():
         model.characters = Characters.load(folder)
+        if model.characters.size != model.config.ctc_vocabulary:
+            raise CheckpointError(
+                f"{folder / CHARACTERS} has {model.characters.size - 1} characters, but {config_file} has a CTC head "
+                f"of {model.config.ctc_vocabulary} outputs; they do not belong together"
+            )
     if (folder / GENERATION).exists():
-        model.generation = read_json(folder / GENERATION)
+        told, decoder = read_json(folder / GENERATION), model.config.decoder
+        model.generation = check_generation(
+            told, folder / GENERATION, decoder.vocabulary, (decoder.layers, decoder.heads)
+        )
     return model

@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all, and clear errors for those that cannot be read."""
 
-import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from canter.errors import CheckpointError
+from canter.untrusted import is_file_name, read_json_value
+
+MOST_HEADER_BYTES = 4 * 2**20
+"""Header of a safetensors file; 10,000 tensors take about 1 MiB."""
 
 
 @contextmanager
@@ -104,31 +108,82 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError if it is anything else."""
+    """Return a JSON object; CheckpointError if it is anything else, or beyond the limits of `canter.untrusted`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_value(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing; a model folder has config.json and model.safetensors"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); was it copied in full?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of the shards that its ``.index.json`` lists."""
+def shard_names(index: Any, source: str | Path) -> list[str]:
+    """Return the files that a ``.safetensors.index.json`` lists, sorted.
+
+    Raises CheckpointError for what is no such index, and for a shard that is outside its folder or no safetensors file.
+    """
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{source} has no weight_map; copy the model folder again")
+    for name in weights.values():
+        if not is_file_name(name):
+            raise CheckpointError(f"{source} names a shard outside its folder, {name!r:.80}; refused")
+        if not name.endswith(".safetensors") or any(character in name for character in "*?["):
+            raise CheckpointError(
+                f"{source} names {name!r:.80}, which is no name of a safetensors file; refused"
+            )
+    return sorted(set(weights.values()))
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """Return ``path``, or the shards that its ``.index.json`` lists where there is no such file."""
     index = path.with_name(path.name + ".index.json")
-    if not path.exists() and index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index} names a shard outside its folder")
-        return {key: tensor for name in names for key, tensor in read_tensors(path.with_name(name)).items()}
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; copy the whole model folder") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from None
+    if os.path.lexists(path) or not index.exists():
+        return [path]
+    return [path.with_name(name) for name in shard_names(read_json(index), index)]
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the size of a safetensors file or of all its shards; what is missing counts nothing."""
+    return sum(file.stat().st_size for file in tensor_files(path) if file.exists())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, or of the shards that its ``.index.json`` lists.
+
+    Raises CheckpointError for a file that is missing, truncated, or whose header is not what its size says.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in tensor_files(path):
+        try:
+            check_safetensors(file)
+            tensors |= load_file(file)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing; copy the whole model folder") from None
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from None
+    return tensors
+
+
+def check_safetensors(path: Path) -> None:
+    """Check the kind of a safetensors file and the length of its header, which is parsed whole.
+
+    Raises CheckpointError, and FileNotFoundError where there is no such file.
+    """
+    size = path.stat()
+    if not stat.S_ISREG(size.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if not 2 <= header <= min(size.st_size - 8, MOST_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file (a header of {header:,} bytes in a file of "
+            f"{size.st_size:,})"
+        )

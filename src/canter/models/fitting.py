@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from canter.errors import CheckpointError
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.ranges import check_config
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -25,20 +26,24 @@ class NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(config: ModelConfig, source: str | Path) -> SpeechModel:
-    """The model of that shape with whatever its memory held: fill it next. CheckpointError for an impossible
-    one."""
+def build(config: ModelConfig, source: str | Path, stored: int | None = None) -> SpeechModel:
+    """Return the model of that shape with whatever its memory held: fill it next.
+
+    ``stored`` is the size of its weights in bytes, where it is known. Raises CheckpointError for an impossible
+    configuration, or one that these weights cannot fill; see `check_config`.
+    """
+    check_config(config, source, stored)
     try:
         with NoInitialisation():
             return SpeechModel(config)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{source} describes no possible model: {error}") from None
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Copies ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
 
-    Raises CheckpointError with the names of missing, unexpected and misshapen tensors, before anything is
+    Raises CheckpointError with the names of missing, unexpected, misshapen and mistyped tensors, before anything is
     copied.
     """
     wanted = module.state_dict()
@@ -49,8 +54,20 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         for name in sorted(wanted.keys() & tensors.keys())
         if tensors[name].shape != wanted[name].shape
     ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
-    if missing or unexpected or misshapen:
+    mistyped = [
+        f"{name} {tensors[name].dtype} instead of {wanted[name].dtype}"
+        for name in sorted(wanted.keys() & tensors.keys())
+        if tensors[name].is_complex()
+        or tensors[name].is_quantized
+        or tensors[name].is_floating_point() != wanted[name].is_floating_point()
+    ]
+    faults = [
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshapen", misshapen),
+        ("mistyped", mistyped),
+    ]
+    if missing or unexpected or misshapen or mistyped:
         parts = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults if names]
         raise CheckpointError(
             f"{source}: tensors do not fit the configuration. {'; '.join(parts)}. "

@@ -14,8 +14,9 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.files import read_json, read_tensors, whole_folder
+from canter.models.files import read_json, read_tensors, stored_bytes, whole_folder
 from canter.models.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
+from canter.models.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import load_tokenizer
@@ -75,6 +76,7 @@ WHISPER_NAMES = Renaming(
 )
 HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 SAFETENSORS = "model.safetensors"
+MOST_NUMBER = 2**31
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -226,6 +228,8 @@ def foreign_type(folder: str | Path) -> str | None:
     """The ``model_type`` of a Hugging Face folder of an architecture that is not read here; None of anything else."""
     source = Path(folder) / "config.json"
     kind = read_json(source).get("model_type") if source.is_file() else None
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{source}: model_type is {kind!r:.80}; it must be a string")
     return None if kind in LAYOUTS else kind
 
 
@@ -239,15 +243,15 @@ def read_hf(folder: str | Path) -> SpeechModel:
     source = folder / "config.json"
     values = read_json(source)
     kind = values.get("model_type")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise CheckpointError(
-            f"{source}: model_type is {kind!r}; read are {' and '.join(map(repr, LAYOUTS))}. Others run through "
+            f"{source}: model_type is {kind!r:.80}; read are {' and '.join(map(repr, LAYOUTS))}. Others run through "
             "transformers, in canter tune, train, transcribe and info alone"
         )
     layout = LAYOUTS[kind]
     features_file = folder / "preprocessor_config.json"
     sound = read_json(features_file) if features_file.exists() else {}
-    model = build(_our_config(layout, values, sound, source), source)
+    model = build(_our_config(layout, values, sound, source), source, stored_bytes(folder / SAFETENSORS))
     tensors = read_tensors(folder / SAFETENSORS)
     head = tensors.pop(HEAD, None)
     if head is not None and EMBEDDING in tensors and not torch.equal(head, tensors[EMBEDDING]):
@@ -259,10 +263,14 @@ def read_hf(folder: str | Path) -> SpeechModel:
         tensors = _permuted(tensors, torch.argsort(_sines_first(model.config.decoder.width)))
     fit_tensors(model, tensors, folder)
     generation = folder / "generation_config.json"
-    model.generation = read_json(generation) if generation.exists() else {}
-    for name in TOKEN_IDS:
-        if values.get(name) is not None:
-            model.generation.setdefault(name, values[name])
+    told = read_json(generation) if generation.exists() else {}
+    decoder = model.config.decoder
+    known = range(decoder.vocabulary)
+    ids = {
+        name: values[name] for name in TOKEN_IDS if type(values.get(name)) is int and values[name] in known
+    }
+    told = check_generation(told, generation, decoder.vocabulary, (decoder.layers, decoder.heads))
+    model.generation = {**ids, **told}
     if (folder / layout.tokenizer).exists():
         model.tokenizer = load_tokenizer(folder)
     return model
@@ -278,7 +286,7 @@ def _our_config(
         for name, value in required.items():
             if given.get(name, value) != value:
                 place = f"{section}.{name}" if section else name
-                raise CheckpointError(f"{source}: {place} is {given[name]!r}; supported: {value!r}")
+                raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
     def part(name: str, cls: type, given: Mapping[str, Any], **fixed: Any) -> Any:
         fields = dict(fixed)
@@ -288,9 +296,11 @@ def _our_config(
                 if kind is int and name != "features":
                     raise CheckpointError(f"{source}: {theirs} is missing")
                 continue
-            value = float(given[theirs]) if kind is float and type(given[theirs]) is int else given[theirs]
+            value = given[theirs]
+            if kind is float and type(value) is int and abs(value) < MOST_NUMBER:
+                value = float(value)
             if type(value) is not kind:
-                raise CheckpointError(f"{source}: {theirs} is {value!r}; it must be {kind.__name__}")
+                raise CheckpointError(f"{source}: {theirs} is {value!r:.80}; it must be {kind.__name__}")
             if fields.setdefault(ours, value) != value:
                 raise CheckpointError(f"{source}: {theirs} {value!r} differs from its like, {fields[ours]!r}")
         return cls(**fields)

@@ -9,7 +9,6 @@ safetensors or a ``.nemo`` archive. Nothing of it is executed.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from canter.errors import CheckpointError
 from canter.extras import require
+from canter.untrusted import is_file_name, read_json_value
 
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w][\w./-]*))?")
 # Small files that say how weights are read: settings, feature extractor, tokenizer.
@@ -94,7 +94,10 @@ def _of_run(path: Path) -> Path:
     best = checkpoints / "best.json"
     if best.exists():
         try:
-            chosen = checkpoints / json.loads(best.read_text(encoding="utf-8"))["checkpoint"]
+            name = read_json_value(best)["checkpoint"]
+            if not is_file_name(name):
+                raise ValueError(f"its checkpoint is {name!r:.80}")
+            chosen = checkpoints / name
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{best} is damaged ({error}); name a folder of {checkpoints} instead"
@@ -142,14 +145,14 @@ def _short(error: Exception) -> str:
 def _fetched(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
+    from canter.models.files import read_json
+
     info = HfApi().model_info(name, revision=revision, timeout=SECONDS)
     files = [file.rfilename for file in info.siblings or []]
     commit = info.sha or revision
 
     def read_index() -> dict[str, Any]:
-        return json.loads(
-            Path(hf_hub_download(name, WEIGHTS_INDEX, revision=commit)).read_text(encoding="utf-8")
-        )
+        return read_json(Path(hf_hub_download(name, WEIGHTS_INDEX, revision=commit)))
 
     wanted = _wanted(name, files, read_index)
     # under the name of the revision, so that the cache knows later which commit that was
@@ -159,6 +162,8 @@ def _fetched(name: str, revision: str | None) -> Path:
 
 def _cached(name: str, revision: str | None, why: str) -> Path:
     from huggingface_hub import constants, errors, snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
+    from canter.models.files import read_json
 
     at = f"@{revision}" if revision else ""
     told = f" --revision {revision}" if revision else ""
@@ -177,9 +182,7 @@ def _cached(name: str, revision: str | None, why: str) -> Path:
     wanted: list[str] = []
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.exists()]
     try:
-        wanted = _wanted(
-            name, files, lambda: json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-        )
+        wanted = _wanted(name, files, lambda: read_json(folder / WEIGHTS_INDEX))
         missing = [file for file in wanted if not (folder / file).exists()]
     except CheckpointError:
         missing = [WEIGHTS]
@@ -201,7 +204,9 @@ def _wanted(name: str, files: Sequence[str], read_index: Any) -> list[str]:
     if "config.json" in files and WEIGHTS in files:
         return [*settings, WEIGHTS]
     if "config.json" in files and WEIGHTS_INDEX in files:
-        shards = sorted({str(file) for file in read_index()["weight_map"].values()})
+        from canter.models.files import shard_names
+
+        shards = shard_names(read_index(), f"{name}: {WEIGHTS_INDEX}")
         return [*settings, WEIGHTS_INDEX, *shards]
     if "adapter_config.json" in files:
         raise CheckpointError(

@@ -5,19 +5,14 @@ the tokenizer's files. Nothing in it is unpickled but tensors, and nothing is ex
 read by name, links and names that lead out of the archive are refused.
 """
 
-import io
 import math
-import pickle
-import tarfile
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from canter.errors import CheckpointError
@@ -26,12 +21,11 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.fitting import Renaming, build, fit_tensors
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.torchfile import load_tensors
+from canter.text.archive import Archive, open_archive
 from canter.text.nemo import nemo_tokenizer
 
-CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
-MOST_MEMBERS = 1000
-MOST_CONFIG_BYTES = 16 * 2**20
-MOST_EXPANSION = 20  # unpacked over packed size of a compressed archive; weights hardly compress
+WEIGHTS = "model_weights.ckpt"
 
 # Our names to theirs, as substrings, in this order; the encoder's are the same.
 NAMES = Renaming(
@@ -53,6 +47,7 @@ NAMES = Renaming(
     (".up.", ".third_sub_layer.dense_in."),
     (".down.", ".third_sub_layer.dense_out."),
 )
+MOST_NUMBER = 2**31
 HEAD_WEIGHT, EMBEDDING = "log_softmax.mlp.layer0.weight", "transf_decoder._embedding.token_embedding.weight"
 POSITIONS = "transf_decoder._embedding.position_embedding.pos_enc"
 COMPUTED = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb", POSITIONS)
@@ -81,83 +76,18 @@ REQUIRED = (
 )
 
 
-class Archive:
-    """The members of a ``.nemo`` file that is open for reading, by name without a leading ``./``."""
-
-    def __init__(self, tar: tarfile.TarFile, path: Path):
-        self.tar, self.path = tar, path
-        self.members = self._checked()
-
-    def _checked(self) -> dict[str, tarfile.TarInfo]:
-        members: dict[str, tarfile.TarInfo] = {}
-        size = 0
-        most = max(2**26, MOST_EXPANSION * self.path.stat().st_size)
-        for member in self.tar:
-            name = PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts:
-                raise CheckpointError(
-                    f"{self.path}: member {member.name!r} leads out of the archive; refused"
-                )
-            if member.isdir():
-                continue
-            if not member.isreg():
-                raise CheckpointError(f"{self.path}: member {member.name!r} is a link or a device; refused")
-            size += member.size
-            if size > most or len(members) >= MOST_MEMBERS:
-                raise CheckpointError(
-                    f"{self.path} unpacks to more than {most} bytes or {MOST_MEMBERS} files; refused"
-                )
-            members[str(name)] = member
-        return members
-
-    def open(self, name: str) -> io.BufferedReader:
-        """A member for reading; CheckpointError if there is none of that name."""
-        if name not in self.members:
-            raise CheckpointError(
-                f"{self.path} has no {name}; it holds {', '.join(sorted(self.members)) or 'nothing'}"
-            )
-        file = self.tar.extractfile(self.members[name])
-        assert file is not None  # it is a regular file
-        return file  # pyright: ignore[reportReturnType]
-
-    def config(self) -> dict[str, Any]:
-        """The archive's YAML as plain values."""
-        text = self.open(CONFIG).read(MOST_CONFIG_BYTES)
-        try:
-            values = yaml.safe_load(text)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.path}: {CONFIG} is not YAML ({error})") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{self.path}: {CONFIG} is not a mapping")
-        return values
+class NemoArchive(Archive):
+    """A ``.nemo`` archive with the weights of a model."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict; objects other than tensors and plain containers are never constructed."""
-        try:
-            tensors = torch.load(self.open(WEIGHTS), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise CheckpointError(
-                f"{self.path}: {WEIGHTS} holds objects other than tensors, which could run code; refused"
-            ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, tarfile.TarError) as error:
-            raise CheckpointError(f"{self.path}: {WEIGHTS} is truncated or malformed ({error})") from None
-        if not isinstance(tensors, dict) or not all(
-            isinstance(tensor, Tensor) for tensor in tensors.values()
-        ):
-            raise CheckpointError(f"{self.path}: {WEIGHTS} is not a mapping from names to tensors")
-        return tensors
+        """Return the state dict; see `load_tensors`."""
+        with self.open(WEIGHTS) as file:
+            return load_tensors(file, f"{self.path}: {WEIGHTS}")
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Archive]:
-    """The archive at ``path``, checked. CheckpointError if it is none, or what is in it could do harm."""
-    try:
-        with tarfile.open(path) as tar:
-            yield Archive(tar, path)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        # on further lines: what each way to unpack said
-        reason, *_ = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} is truncated or not a .nemo archive ({reason.rstrip(':')})") from None
+def opened(path: Path) -> AbstractContextManager[NemoArchive]:
+    """Return a context manager that yields the archive at ``path``, checked; see `open_archive`."""
+    return open_archive(path, NemoArchive)
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -181,49 +111,61 @@ def model_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
     decoder, head = _section(config, "transf_decoder.config_dict"), _section(config, "head")
     if encoder.get("dropout_emb"):
         warnings.warn(f"{source}: encoder.dropout_emb {encoder['dropout_emb']} is ignored", stacklevel=2)
-    try:
-        rate = int(sound["sample_rate"])
-        width = int(encoder["d_model"])
-        return ModelConfig(
-            features=FeatureConfig(
-                sample_rate=rate,
-                mels=int(sound["features"]),
-                n_fft=int(sound.get("n_fft") or 2 ** math.ceil(math.log2(sound["window_size"] * rate))),
-                window=round(sound["window_size"] * rate),
-                hop=round(sound["window_stride"] * rate),
-                preemphasis=float(sound.get("preemph", 0.97)),
-                dither=float(sound.get("dither", 1e-5)),
-            ),
-            encoder=FastConformerConfig(
-                layers=int(encoder["n_layers"]),
-                width=width,
-                heads=int(encoder["n_heads"]),
-                feedforward=width * int(encoder.get("ff_expansion_factor", 4)),
-                kernel_size=int(encoder.get("conv_kernel_size", 31)),
-                subsampling_channels=int(encoder["subsampling_conv_channels"]),
-                mels=int(encoder["feat_in"]),
-                bias=bool(encoder.get("use_bias", True)),
-                xscaling=bool(encoder.get("xscaling", True)),
-                norm=str(encoder.get("conv_norm_type", "batch_norm")).removesuffix("_norm"),
-                dropout=float(encoder.get("dropout", 0.1)),
-                dropout_input=float(encoder.get("dropout_pre_encoder", 0.1)),
-                dropout_attention=float(encoder.get("dropout_att", 0.0)),
-            ),
-            decoder=DecoderConfig(
-                layers=int(decoder["num_layers"]),
-                width=int(decoder["hidden_size"]),
-                heads=int(decoder["num_attention_heads"]),
-                feedforward=int(decoder["inner_size"]),
-                vocabulary=int(head["num_classes"]),
-                positions=int(decoder["max_sequence_length"]),
-                dropout=float(decoder.get("ffn_dropout", 0.0)),
-                dropout_attention=float(decoder.get("attn_score_dropout", 0.0)),
-            ),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{source}: the configuration of a Canary lacks {error}") from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: the configuration is not a Canary's ({error})") from None
+
+    def number(part: Mapping[str, Any], name: str, default: float | None = None) -> float:
+        value = part.get(name, default)
+        if value is None:
+            raise CheckpointError(f"{source}: the configuration of a Canary lacks {name!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_NUMBER:
+            raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r:.80})")
+        return value
+
+    def whole(part: Mapping[str, Any], name: str, default: int | None = None) -> int:
+        value = number(part, name, default)
+        if value != int(value):
+            raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r})")
+        return int(value)
+
+    rate, width = whole(sound, "sample_rate"), whole(encoder, "d_model")
+    window = round(number(sound, "window_size") * rate)
+    return ModelConfig(
+        features=FeatureConfig(
+            sample_rate=rate,
+            mels=whole(sound, "features"),
+            n_fft=whole(sound, "n_fft", 0)
+            if sound.get("n_fft")
+            else 2 ** math.ceil(math.log2(max(1, window))),
+            window=window,
+            hop=round(number(sound, "window_stride") * rate),
+            preemphasis=float(number(sound, "preemph", 0.97)),
+            dither=float(number(sound, "dither", 1e-5)),
+        ),
+        encoder=FastConformerConfig(
+            layers=whole(encoder, "n_layers"),
+            width=width,
+            heads=whole(encoder, "n_heads"),
+            feedforward=width * whole(encoder, "ff_expansion_factor", 4),
+            kernel_size=whole(encoder, "conv_kernel_size", 31),
+            subsampling_channels=whole(encoder, "subsampling_conv_channels"),
+            mels=whole(encoder, "feat_in"),
+            bias=bool(encoder.get("use_bias", True)),
+            xscaling=bool(encoder.get("xscaling", True)),
+            norm=str(encoder.get("conv_norm_type", "batch_norm")).removesuffix("_norm"),
+            dropout=float(number(encoder, "dropout", 0.1)),
+            dropout_input=float(number(encoder, "dropout_pre_encoder", 0.1)),
+            dropout_attention=float(number(encoder, "dropout_att", 0.0)),
+        ),
+        decoder=DecoderConfig(
+            layers=whole(decoder, "num_layers"),
+            width=whole(decoder, "hidden_size"),
+            heads=whole(decoder, "num_attention_heads"),
+            feedforward=whole(decoder, "inner_size"),
+            vocabulary=whole(head, "num_classes"),
+            positions=whole(decoder, "max_sequence_length"),
+            dropout=float(number(decoder, "ffn_dropout", 0.0)),
+            dropout_attention=float(number(decoder, "attn_score_dropout", 0.0)),
+        ),
+    )
 
 
 def read_nemo(path: str | Path) -> SpeechModel:
@@ -234,7 +176,8 @@ def read_nemo(path: str | Path) -> SpeechModel:
     path = Path(path)
     with opened(path) as archive:
         values = archive.config()
-        model = build(model_config(values, path), path)
+        stored = archive.members[WEIGHTS].size if WEIGHTS in archive.members else 0
+        model = build(model_config(values, path), path, stored)
         tensors = archive.weights()
         head, embedding = tensors.get(HEAD_WEIGHT), tensors.get(EMBEDDING)
         if head is not None and embedding is not None and not torch.equal(head, embedding):
@@ -242,7 +185,7 @@ def read_nemo(path: str | Path) -> SpeechModel:
         tensors = {name: x for name, x in tensors.items() if name not in (*COMPUTED, HEAD_WEIGHT)}
         fit_tensors(model, NAMES.ours(tensors, model), path)
         if {"langs", "model_path"} & _section(values, "tokenizer").keys():
-            model.tokenizer = nemo_tokenizer(values, lambda name: archive.open(name).read())
+            model.tokenizer = nemo_tokenizer(values, archive.read)
         else:
             warnings.warn(f"{path}: no tokenizer inside; none is attached", stacklevel=3)
     return model

@@ -18,8 +18,9 @@ from canter.models.features import FeatureConfig
 from canter.models.files import whole_file
 from canter.models.fitting import check_vocabulary, without_ctc
 from canter.models.model import ModelConfig, SpeechModel
-from canter.models.nemo import CONFIG, EMBEDDING, HEAD_WEIGHT, NAMES, POSITIONS, WEIGHTS
+from canter.models.nemo import EMBEDDING, HEAD_WEIGHT, NAMES, POSITIONS, WEIGHTS
 from canter.text import SentencePieceTokenizer
+from canter.text.archive import CONFIG
 from canter.text.nemo import SPECIAL
 
 

@@ -84,6 +84,8 @@ def reshape(
     tensors |= _stack(model, "decoder", [(place, False) for place in kept_layers(deep, decoder.layers, kept)])
     fresh.load_state_dict(tensors)
     fresh.tokenizer, fresh.generation = model.tokenizer, dict(model.generation)
+    if deep != decoder.layers:
+        fresh.generation.pop("alignment_heads", None)  # they name layers by their old numbers
     return fresh.to(model.decoder.embedding.weight.device).train(model.training)
 
 

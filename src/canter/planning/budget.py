@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from canter.errors import BudgetError
+from canter.untrusted import read_json_value
 
 FORMAT = "canter-budget/1"
 TERMS = ("T", "TT", "U", "TU", "UU")
@@ -170,13 +171,13 @@ class Budget:
     def load(cls, path: str | Path) -> Budget:
         """Reads a budget file. Raises BudgetError naming the file, the field and its value."""
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            value = read_json_value(path, BudgetError)
         except FileNotFoundError:
             raise BudgetError(
                 f"{path}: no such budget; make one with 'canter tune', or name a model shape"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BudgetError(f"{path}: not JSON: {error}") from None
+        except OSError as error:
+            raise BudgetError(f"{path} cannot be read ({error.strerror or error})") from None
         try:
             return cls.from_json(value)
         except BudgetError as error:

@@ -10,6 +10,7 @@ from canter.text.nemo import read_nemo_tokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
+from canter.untrusted import read_limited
 
 __all__ = [
     "Characters",
@@ -33,7 +34,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
         return read_nemo_tokenizer(path)
     if path.suffix == ".model":
         try:
-            return SentencePieceTokenizer.of_model(path.read_bytes())
+            return SentencePieceTokenizer.of_model(read_limited(path, sentencepiece.MOST_TOKENIZER_BYTES))
         except (OSError, CheckpointError) as error:
             raise CheckpointError(f"{path}: {error}") from None
     folder = path if path.is_dir() else path.parent

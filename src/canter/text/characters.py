@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from canter.errors import CheckpointError
+from canter.untrusted import read_json_value
 
 FILE = "characters.json"
 BLANK = 0
@@ -33,7 +34,7 @@ class Characters:
         """Reads what `save` wrote. Raises CheckpointError if it is missing or malformed."""
         file = Path(folder) / FILE
         try:
-            symbols = json.loads(file.read_text(encoding="utf-8"))
+            symbols = read_json_value(file)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
         if not isinstance(symbols, list) or not all(isinstance(s, str) and len(s) == 1 for s in symbols):

@@ -1,21 +1,21 @@
 """The tokenizer inside a NeMo archive of Canary (`.nemo`: a plain tar); nothing is extracted to disk."""
 
-import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import yaml
 
 from canter.errors import CheckpointError
-from canter.text.sentencepiece import SentencePieceTokenizer
+from canter.text.archive import Archive, open_archive
+from canter.text.sentencepiece import MOST_TOKENIZER_BYTES, SentencePieceTokenizer, read_models
 
 SPECIAL = "spl_tokens"  # NeMo's name for the vocabulary of special tokens
 
 
-def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str], bytes]) -> SentencePieceTokenizer:
-    """The tokenizer of a NeMo configuration; `read` returns a member of its archive by name (without `./`).
+def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str, int], bytes]) -> SentencePieceTokenizer:
+    """Return the tokenizer of a NeMo configuration; `read` returns a member of its archive by name (without `./`), of
+    at most so many bytes.
 
     It is an aggregate of special tokens and languages (canary-1b and flash), or one SentencePiece model with
     the special tokens among its pieces (canary-1b-v2). Raises CheckpointError if it is neither.
@@ -25,12 +25,12 @@ def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str], bytes]) -> S
         slots = next((turn["slots"] for turn in turns if turn.get("role") == "user"), {})
         defaults = {name: str(value) for name, value in slots.items()}
         if not config["tokenizer"].get("langs"):
-            model = read(_member(config["tokenizer"]["model_path"]))
+            model = read(_member(config["tokenizer"]["model_path"]), MOST_TOKENIZER_BYTES)
             return SentencePieceTokenizer.of_model(model, config.get("prompt_format"), defaults)
         paths = {lang: entry["model_path"] for lang, entry in config["tokenizer"]["langs"].items()}
         if next(iter(paths)) != SPECIAL:
             raise ValueError(f"its first vocabulary is {next(iter(paths))}, not {SPECIAL}")
-        models = {lang: read(_member(path)) for lang, path in paths.items()}
+        models = read_models(paths, lambda path: read(_member(path), MOST_TOKENIZER_BYTES))
         pieces = sentencepiece.SentencePieceProcessor(model_proto=models.pop(SPECIAL))
         special = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]
         return SentencePieceTokenizer(special, models, str(config.get("prompt_format", "canary")), defaults)
@@ -44,16 +44,7 @@ def _member(path: str) -> str:
 
 
 def read_nemo_tokenizer(path: str | Path) -> SentencePieceTokenizer:
-    """The tokenizer of the archive at `path`. Raises CheckpointError if it cannot be read."""
-    try:
-        with tarfile.open(path) as archive:
-            members = {member.name.removeprefix("./"): member for member in archive if member.isreg()}
-
-            def read(name: str) -> bytes:
-                file = archive.extractfile(members[name])
-                assert file is not None  # it is a regular file
-                return file.read()
-
-            return nemo_tokenizer(yaml.safe_load(read("model_config.yaml")), read)
-    except (tarfile.TarError, OSError, EOFError, KeyError, yaml.YAMLError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    """Return the tokenizer of the archive at `path`. Raises CheckpointError if it cannot be read."""
+    path = Path(path)
+    with open_archive(path, Archive) as archive:
+        return nemo_tokenizer(archive.config(), archive.read)

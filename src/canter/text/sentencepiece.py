@@ -14,7 +14,7 @@ import random
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -22,7 +22,8 @@ import sentencepiece
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.text.languages import canonical, find, is_said
-from canter.text.prompts import prompt_ids, utterance_slots
+from canter.text.prompts import FORMATS, prompt_ids, utterance_slots
+from canter.untrusted import is_file_name, read_json_value, read_limited
 
 FILE = "canter_tokenizer.json"
 FORMAT = "canter-tokenizer/1"
@@ -32,6 +33,10 @@ BASIC_TOKENS = (
     "<unk>", "<|nospeech|>", "<pad>", "<|endoftext|>", "<|startoftranscript|>", "<|pnc|>", "<|nopnc|>",
     "<|transcribe|>", "<|translate|>", "<|unklang|>",
 )  # fmt: skip
+MOST_TOKENIZER_BYTES = 4 * 2**20
+"""Size of one SentencePiece model; 256,000 pieces take about this much."""
+MOST_MODELS_BYTES = 2 * MOST_TOKENIZER_BYTES
+"""Size of the models of all languages together."""
 MOST_SENTENCES = 1_000_000  # a tokenizer is trained on so many, drawn at random
 _TIMESTAMP = re.compile(r"(<\|\d+\|>)")
 _LANGUAGE = re.compile(r"<\|(?!(?:pnc|itn)\|)([A-Za-z]{2,3}(?:[-_]\w+)*)\|>")
@@ -54,6 +59,13 @@ class SentencePieceTokenizer:
         defaults: Mapping[str, str] | None = None,
     ):
         self.special, self.models = tuple(special), dict(models)
+        texts = (*self.special, *self.models, *(defaults or {}), *(defaults or {}).values())
+        if isinstance(special, str) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("special tokens, languages and prompt slots must be texts")
+        if not all(self.models.values()):
+            raise ValueError("a SentencePiece model is empty")
+        if prompt_format not in FORMATS:
+            raise ConfigError(f"{prompt_format!r:.80} is not a prompt format; there are {', '.join(FORMATS)}")
         self.prompt_format, self.defaults = prompt_format, dict(defaults or {})
         self._processors = {
             lang: sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -186,19 +198,31 @@ class SentencePieceTokenizer:
         """Reads what `save` wrote. Raises CheckpointError if something is missing or malformed."""
         file = Path(folder) / FILE
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json_value(file)
             if values.get("format") != FORMAT:
                 raise ValueError(f"its format is {values.get('format')!r}, not {FORMAT}")
-            names = {lang: str(name) for lang, name in values["models"].items()}
-            if any(Path(name).name != name for name in names.values()):
+            names = values["models"]
+            if not all(map(is_file_name, names.values())):
                 raise ValueError("a model file lies outside the folder")
-            models = {lang: (Path(folder) / name).read_bytes() for lang, name in names.items()}
+            models = read_models(names, lambda name: read_limited(Path(folder) / name, MOST_TOKENIZER_BYTES))
             return cls(values["special"], models, values["prompt_format"], values["defaults"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self.special, self.models, self.prompt_format, self.defaults)
+
+
+def read_models(names: Mapping[str, str], read: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Return the serialised model of each language. Raises CheckpointError for too many bytes of them."""
+    models: dict[str, bytes] = {}
+    for lang, name in names.items():
+        models[lang] = read(name)
+        if sum(map(len, models.values())) > MOST_MODELS_BYTES:
+            raise CheckpointError(
+                f"its SentencePiece models have more than {MOST_MODELS_BYTES:,} bytes; refused"
+            )
+    return models
 
 
 def _special_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:

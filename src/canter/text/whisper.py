@@ -10,8 +10,11 @@ from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.text.languages import same
 from canter.text.prompts import prompt_ids, utterance_slots
+from canter.untrusted import read_limited
 
 FILE = "tokenizer.json"
+MOST_TOKENIZER_BYTES = 16 * 2**20
+"""Size of a tokenizer.json; Whisper's have up to 4 MB."""
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, every 20 ms, after <|notimestamps|>; many files leave them out
 TIMESTAMP_SECONDS = 0.02
 ENGLISH_END = 50256  # English-only models use GPT-2's vocabulary, one token smaller than the multilingual one
@@ -25,6 +28,8 @@ class WhisperTokenizer:
             self._backend = tokenizers.Tokenizer.from_str(serialised)
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"not a tokenizer.json ({error})") from None
+        self._backend.no_padding()  # a file may ask for padding to a billion ids
+        self._backend.no_truncation()
         self._backend.encode_special_tokens = True  # "<|en|>" in a transcript is text
         self.serialised = serialised
         self.pad = self.end = self.special_id("<|endoftext|>")
@@ -94,7 +99,7 @@ class WhisperTokenizer:
     def load(cls, file: str | Path) -> "WhisperTokenizer":
         """Raises CheckpointError if the file is missing or no tokenizer.json of Whisper."""
         try:
-            return cls(Path(file).read_text(encoding="utf-8"))
+            return cls(read_limited(file, MOST_TOKENIZER_BYTES).decode())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: {error}") from None
 

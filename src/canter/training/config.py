@@ -19,6 +19,7 @@ import yaml
 from canter.errors import ConfigError, PlanError
 from canter.models.hub import is_hub_name
 from canter.planning.lengths import RateLimits, rate_limits
+from canter.untrusted import read_yaml_value
 
 # Settings that may differ between the starts of a run: its steps compute the same.
 # fmt: off
@@ -335,13 +336,13 @@ def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
     Raises ConfigError naming the file, the key and the nearest known one.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = read_yaml_value(path, ConfigError, _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; 'canter train --print-config' prints one to start from"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
     if content is None:
         content = {}
     return from_mapping(TrainConfig, content, str(path), path.parent if relative else None)

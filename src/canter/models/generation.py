@@ -1,0 +1,107 @@
+"""What ``generation_config.json`` may say: how a model wants to be decoded, in Hugging Face's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from canter.errors import CheckpointError
+
+MOST_IDS = 100_000
+"""Entries of a list of token ids."""
+MOST_LENGTH = 1_000_000
+# Setting -> least and greatest value; both limits are allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_length": (0, MOST_LENGTH),
+    "max_new_tokens": (0, MOST_LENGTH),
+    "min_length": (0, MOST_LENGTH),
+    "min_new_tokens": (0, MOST_LENGTH),
+    "num_beams": (1, 1000),
+    "num_return_sequences": (1, 1000),
+    "length_penalty": (-100, 100),
+    "repetition_penalty": (0, 100),
+    "temperature": (0, 100),
+    "top_k": (0, 10_000_000),
+    "top_p": (0, 1),
+    "no_repeat_ngram_size": (0, 10_000),
+    "max_initial_timestamp_index": (0, 100_000),
+    "window_seconds": (0.1, 3600),
+    "tokens_per_frame": (0, 1000),
+}
+WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k",
+         "no_repeat_ngram_size", "max_initial_timestamp_index")  # fmt: skip
+FLAGS = ("use_cache", "is_multilingual", "return_timestamps")
+TABLES = ("lang_to_id", "task_to_id")
+IDS = (
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "no_timestamps_token_id",
+    "forced_bos_token_id",
+    "prev_sot_token_id",
+)
+"""Ids that decoding reads; others, such as ``bos_token_id``, have defaults of larger vocabularies in many files."""
+ONE_OR_MORE = ("eos_token_id", "decoder_start_token_id")
+LISTS = ("suppress_tokens", "begin_suppress_tokens")
+
+
+def check_generation(
+    values: Mapping[str, Any], source: str | Path, vocabulary: int, heads: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return the settings, once those that decoding reads are checked against the model; others are kept as they are.
+
+    ``vocabulary`` is the number of the model's tokens, ``heads`` the layers of its decoder and the heads of each.
+
+    Raises CheckpointError naming ``source``, the setting and its value: token ids beyond the vocabulary, numbers out of
+    range, lists without end, attention heads that the decoder lacks.
+    """
+
+    def refuse(name: str, value: Any, what: str) -> CheckpointError:
+        return CheckpointError(f"{source}: {name} is {value!r:.80}; it must be {what}")
+
+    def is_id(value: Any) -> bool:
+        return _is_number(value) and value < vocabulary
+
+    for name, value in values.items():
+        if value is None:
+            continue
+        ids = f"a token id below the model's vocabulary of {vocabulary}"
+        if name in RANGES:
+            least, most = RANGES[name]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not least <= value <= most:
+                raise refuse(name, value, f"a number from {least:,} to {most:,}")
+            if name in WHOLE and not isinstance(value, int):
+                raise refuse(name, value, "a whole number")
+        elif name in LISTS or (name in ONE_OR_MORE and isinstance(value, list)):
+            if not isinstance(value, list) or len(value) > MOST_IDS:
+                raise refuse(name, value, f"a list of at most {MOST_IDS:,} token ids")
+            for one in value:
+                if not is_id(one):
+                    raise refuse(f"an entry of {name}", one, ids)
+        elif name in FLAGS:
+            if not isinstance(value, bool):
+                raise refuse(name, value, "true or false")
+        elif name in TABLES:
+            if not isinstance(value, dict) or len(value) > MOST_IDS or not all(map(is_id, value.values())):
+                raise refuse(name, value, f"an object of names, each with {ids}")
+        elif name == "alignment_heads":
+            layers, each = heads or (MOST_IDS, MOST_IDS)
+            if not isinstance(value, list) or len(value) > MOST_IDS or not all(map(_is_pair, value)):
+                raise refuse(name, value, "a list of [layer, head]")
+            if not all(0 <= layer < layers and 0 <= head < each for layer, head in value):
+                raise refuse(name, value, f"a list of [layer, head] of {layers} layers with {each} heads")
+        elif name in IDS and not is_id(value):
+            raise refuse(name, value, ids)
+        elif name.endswith("_token_id") and not _is_number(value):
+            raise refuse(name, value, "a token id")
+    return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
