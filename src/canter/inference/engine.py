@@ -34,6 +34,7 @@ from canter.models.cache import swap_out
 from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
 
+SPEAKABLE = 12.5  # tokens a second that the fastest speech has, by the usual tokenizers
 EVENT_SECONDS = 0.2  # between two values of progress
 USUAL_TOKENS = 4.0  # a second of speech, until finished rows tell
 
@@ -278,11 +279,24 @@ class Engine:
             )
         if request.temperature and self.spelling:
             raise ValueError("joint decoding takes the best tokens: a request may have no temperature")
+        return min(positions - len(request.prompt), self._tokens_of(frames))
+
+    def _tokens_of(self, frames: int) -> int:
+        """Return the tokens that so many encoder frames may have, whatever the decoder has room for."""
         rate = self.config.tokens_per_frame
         if rate is None:
             rate = self.model.generation.get("tokens_per_frame", 1.0)
-        wanted = math.ceil(rate * frames) + self.config.extra_tokens
-        return min(positions - len(request.prompt), wanted)
+        return math.ceil(rate * frames) + self.config.extra_tokens
+
+    def _allowed(self, row: _Encoded) -> float:
+        """Return how many tokens the row's audio has time for; infinite where the row is not guarded."""
+        if not row.request.guarded:
+            return math.inf
+        tokens = self._tokens_of(len(row.states))
+        if "tokens_per_frame" in self.model.generation:  # which knows how small the tokens are
+            return tokens
+        spoken = SPEAKABLE * len(row.request.audio) / self.model.sample_rate + self.config.extra_tokens
+        return spoken if self.config.tokens_per_frame is not None else min(tokens, spoken)
 
     @torch.inference_mode()
     def _drop(self, live: _Live, waiting: deque[_Encoded], cancelled: Callable[[Hashable], bool]) -> None:
@@ -396,6 +410,7 @@ class Engine:
                 seed=row.attempt,
                 prompt=len(row.prompt),
                 scored=row.request.scored,
+                allowed=self._allowed(row),
                 ctc=row.ctc_log_probs,
             )
             for row in new

@@ -23,9 +23,9 @@ class EngineConfig:
     extra_tokens: int = 10
     """... and this many more (and in any case where the decoder's positions end)."""
     max_repeats: int = 3
-    """No n-gram of tokens may follow itself more often than this, the next best token is taken; 0: no
-    guard. Beam search has no such guard."""
-    repeat_ngram: int = 8
+    """Greedy search ends a row that repeats an n-gram of tokens for longer than its audio lasts, and keeps so many
+    repeats; 0: no guard. No token is replaced, so the text is that without a guard, or its beginning."""
+    repeat_ngram: int = 32
     """The longest n-gram that the guard against repetition looks at."""
     beams: int = 1
     """Hypotheses that are kept for each row; 1: greedy."""
@@ -65,6 +65,8 @@ class Request:
     """Whether log probabilities and the probability of no speech are wanted."""
     aligned: bool = False
     """Whether the times of tokens are wanted."""
+    guarded: bool = True
+    """End it where it runs in circles (``max_repeats``); False where ``retry`` judges repetition."""
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class Listener:
             languages=languages,
             scored=fallback is not None,
             aligned=self.config.timestamps == "word",
+            guarded=not (fallback and any(fallback.temperatures)),
         )
 
     def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
