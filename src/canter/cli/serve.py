@@ -38,6 +38,12 @@ class Options:
     separated by commas, does the same."""
     lang: str | None = None
     """Language of requests that name none, as a code or in English (default: detected by a multilingual Whisper)."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """Voice activity detector: silence of 2 s and more at the ends of a recording, and of 5 s in it, is left out, and
+    long audio is cut in pauses. `silero` needs the extra `vad`; `none` keeps all and cuts overlapping windows."""
+    max_repeats: int = 3
+    """Number of repeats to keep where the model writes the same words for longer than the audio lasts; 0 is no limit.
+    Nothing else is changed; a Whisper has its own rule."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
@@ -78,6 +84,8 @@ def run(options: Options) -> int:
     from canter.serving.service import Service
     from canter.tuning.memory import LARGEST_THRESHOLD, steady_heap
 
+    if options.max_repeats < 0:
+        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no limit, or more")
     keys = read_keys(options.api_keys)
     local = is_loopback(options.host)
     checkpoint = checkpoint_of(options.model)
@@ -86,6 +94,7 @@ def run(options: Options) -> int:
         keys=keys,
         hosts=frozenset({options.host, "localhost", "127.0.0.1", "[::1]"}) if local else None,
         lang=options.lang,
+        vad=options.vad,
         max_bytes=int(options.max_megabytes * 2**20),
         longest_seconds=options.longest_seconds,
         queue=options.queue,
@@ -130,7 +139,7 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
 
     def load() -> Engine:
         model = load_in(options.precision, checkpoint, device)
-        return Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size))
+        return Engine(model, model.tokenizer.end, EngineConfig(options.batch_size, max_repeats=options.max_repeats))
 
     with ThreadPoolExecutor(1) as aside:
         return aside.submit(load).result()

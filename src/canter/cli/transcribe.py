@@ -64,8 +64,8 @@ class Options:
     target_language: str = "en"
     """Target language of `--task translate` for rows that name none."""
     initial_prompt: str = ""
-    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash;
-    a multilingual Whisper then needs --language."""
+    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash.
+    """
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, from the model's timestamp tokens where it has them; `word`: times of words too,
     from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
@@ -88,8 +88,8 @@ class Options:
     ctc_weight: float = 0.0
     """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector that finds the pauses at which long audio is cut; `silero` needs the extra `vad`, `none`
-    cuts overlapping windows."""
+    """Voice activity detector: silence of 2 s and more at the ends of a recording, and of 5 s in it, is left out, and
+    long audio is cut in pauses. `silero` needs the extra `vad`; `none` keeps all and cuts overlapping windows."""
     window_seconds: float | None = None
     """Maximum length in seconds of the chunks that long audio is cut into (default: the model's training length where
     known, else 30 for Whisper and 40 for others)."""
@@ -100,7 +100,8 @@ class Options:
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
-    """Maximum number of times an n-gram of up to 8 tokens may follow itself in greedy search; 0 is no limit."""
+    """Number of repeats to keep where greedy search writes the same words for longer than the audio lasts; 0 is no limit.
+    Nothing else is changed; with --fallback a Whisper has its own rule."""
     longest_seconds: float | None = None
     """Refuse recordings longer than this (default: no limit)."""
     skip_existing: bool = False
@@ -369,7 +370,7 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     if options.window_seconds is not None and options.window_seconds < 1:
         raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
     if options.max_repeats < 0:
-        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no guard, or more")
+        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no limit, or more")
     if options.skip_existing and not (output and (output.is_dir() or not output.suffix)):
         raise ConfigError("--skip-existing: name a folder as --output")
     if options.skip_existing and kind in (None, "nemo", "all"):

@@ -9,7 +9,7 @@ import tokenizers
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.text.languages import same
-from canter.text.prompts import prompt_ids, utterance_slots
+from canter.text.prompts import TASKS, prompt_ids, utterance_slots
 
 FILE = "tokenizer.json"
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, every 20 ms, after <|notimestamps|>; many files leave them out
@@ -83,6 +83,8 @@ class WhisperTokenizer:
         for name in ("source_lang", "target_lang"):
             if not same(slots.get(name, "en"), "en"):
                 raise ConfigError(f"{name} is '{slots[name]}', but this Whisper knows English only")
+        if TASKS.get(slots.get("task", "")) == TASKS["translate"]:
+            raise ConfigError("the task is to translate, but this Whisper knows English only and cannot; leave it out")
         return prompt_ids(self, "whisper_english", slots)
 
     def save(self, folder: str | Path) -> None:
