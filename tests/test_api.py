@@ -28,18 +28,21 @@ SHARED = os.environ.get("CANTER_SHARED")
 needs_shared = pytest.mark.skipif(
     not SHARED, reason="CANTER_SHARED names no folder with a Whisper model and speech"
 )
+SEED = 35  # of weights with which greedy texts differ from clip to clip, and with the prompt
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
 
 def sharpened(model: SpeechModel) -> SpeechModel:
     """The model with random weights under which what it writes depends on what it hears."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
         for layer in model.decoder.layers:
             layer.cross_attention.query.weight *= 8
             layer.cross_attention.value.weight *= 4
+            layer.self_attention.query.weight *= 8
+            layer.self_attention.value.weight *= 4
     return model.eval()
 
 
@@ -47,7 +50,7 @@ def sharpened(model: SpeechModel) -> SpeechModel:
 def canary_folder(tmp_path_factory) -> Path:
     """A small Canary in English and German, saved."""
     tokenizer = train_tokenizer(SENTENCES * 20, languages=["en", "de"], vocab_size=40)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     encoder = FastConformerConfig(
         layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16
     )
