@@ -343,7 +343,9 @@ class Recognizer:
             if number is not None and (not _is_whole(number) or number < 1):
                 raise ConfigError(f"{name} is {number!r}; it must be a whole number of at least 1")
         if not _is_whole(max_repeats) or max_repeats < 0:
-            raise ConfigError(f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above")
+            raise ConfigError(
+                f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above"
+            )
         engine = self._engine(beam_size, batch_size, ctc_weight, max_repeats)
         if timestamps == "word" and not engine.aligns:
             raise ConfigError(

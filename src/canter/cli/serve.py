@@ -139,7 +139,9 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
 
     def load() -> Engine:
         model = load_in(options.precision, checkpoint, device)
-        return Engine(model, model.tokenizer.end, EngineConfig(options.batch_size, max_repeats=options.max_repeats))
+        return Engine(
+            model, model.tokenizer.end, EngineConfig(options.batch_size, max_repeats=options.max_repeats)
+        )
 
     with ThreadPoolExecutor(1) as aside:
         return aside.submit(load).result()

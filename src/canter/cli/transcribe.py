@@ -100,8 +100,8 @@ class Options:
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
-    """Number of repeats to keep where greedy search writes the same words for longer than the audio lasts; 0 is no limit.
-    Nothing else is changed; with --fallback a Whisper has its own rule."""
+    """Number of repeats to keep where greedy search writes the same words for longer than the audio lasts; 0 is no
+    limit. Nothing else is changed; with --fallback a Whisper has its own rule."""
     longest_seconds: float | None = None
     """Refuse recordings longer than this (default: no limit)."""
     skip_existing: bool = False

@@ -390,9 +390,7 @@ class Engine:
         for row, hypothesis, place in cut:
             asked, same = row.request, row.until is None or place < row.until
             later = tuple((start - place, end - place) for start, end in asked.stretches if start >= place)
-            rest = replace(
-                asked, audio=asked.audio[round(place * self.model.sample_rate) :], stretches=later
-            )
+            rest = replace(asked, audio=asked.audio[round(place * self.model.sample_rate) :], stretches=later)
             until = row.until - place if same and row.until is not None else None
             new = replace(row, request=rest, until=until, attempt=0, temperature=asked.temperature)
             new = replace(new, heard=(*row.heard, (hypothesis, place)))
@@ -402,11 +400,15 @@ class Engine:
     def _encode_again(self, rows: list[_Encoded]) -> list[_Encoded]:
         """Return the rows with the encoder's output of the audio that they have now."""
         rate, found = self.model.sample_rate, [*rows]
-        requests = [replace(row.request, audio=row.request.audio[: round(row.seconds(rate) * rate)]) for row in rows]
+        requests = [
+            replace(row.request, audio=row.request.audio[: round(row.seconds(rate) * rate)]) for row in rows
+        ]
         lengths = [self.model.encoder_frames(len(one.audio) / rate) for one in requests]
         for batch in encoder_batches(lengths, self.frames, self.rows):
             for index, new in zip(batch, self._encode([requests[index] for index in batch])):
-                fresh = {name: getattr(new, name) for name in ("states", "ctc", "limit", "ready", "ctc_log_probs")}
+                fresh = {
+                    name: getattr(new, name) for name in ("states", "ctc", "limit", "ready", "ctc_log_probs")
+                }
                 found[index] = replace(rows[index], **fresh)
         return found
 
@@ -488,7 +490,9 @@ class Engine:
             row = new[index]
             if len(row.request.stretches) < 2:
                 continue
-            parts = [row.states[int(start / frame) : int(end / frame) + 1] for start, end in row.request.stretches]
+            parts = [
+                row.states[int(start / frame) : int(end / frame) + 1] for start, end in row.request.stretches
+            ]
             if all(map(len, parts)):
                 counts[index] = len(parts)
                 asked += [(row, part) for part in parts]
@@ -517,7 +521,8 @@ class Engine:
             self.model.decoder.cache(),
         )
         return [
-            scores[list(row.request.languages)].float().softmax(-1).tolist() for (row, _), scores in zip(rows, logits)
+            scores[list(row.request.languages)].float().softmax(-1).tolist()
+            for (row, _), scores in zip(rows, logits)
         ]
 
     def _with_no_speech(self, new: list[_Encoded], hidden: Tensor) -> list[_Encoded]:

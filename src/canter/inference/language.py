@@ -7,13 +7,16 @@ import numpy as np
 SURE = 0.5
 """Probability from which a piece's own language is believed."""
 CHANGE = 0.7
-"""Probability of a language, in stretches on both sides, for which audio is cut at a change of language ..."""
-APART = 8.0
-"""... which must be so many times that of the other side's language: neighbours such as Norwegian and Nynorsk do not
-make a change."""
-LEAST_SPEECH = 3.0
-"""Seconds that a stretch must last for its language to be told."""
-PAUSE = 0.2
+"""Probability of a language, in the speech before a change and after it, for which audio is cut there ..."""
+LEAST_SPEECH = 2.5
+"""... and seconds of speech that either side has."""
+SWITCH = 8.0
+"""Price of a change, in seconds times natural-log probability: a second of certainty is worth 3.9 (see FAINT)."""
+FAINT = 0.02
+"""No language counts as less probable than this in a stretch of speech."""
+STRETCH = 1.2
+"""Seconds that a stretch of speech must last for its language to be told."""
+PAUSE = 0.1
 """Seconds without speech between two stretches."""
 
 
@@ -35,7 +38,7 @@ def spoken(parts: Iterable[tuple[float, Sequence[float]]]) -> tuple[int, float] 
     return (int(mean.argmax()), float(mean.max())) if len(mean) else None
 
 
-def stretches(voiced: np.ndarray, frame: float, least: float = LEAST_SPEECH) -> list[tuple[float, float]]:
+def stretches(voiced: np.ndarray, frame: float, least: float = STRETCH) -> list[tuple[float, float]]:
     """Return stretches of speech, in seconds, whose languages can be told apart: parted by pauses, the shorter ones
     joined across the shorter pauses until each lasts ``least`` seconds.
 
@@ -63,16 +66,28 @@ def stretches(voiced: np.ndarray, frame: float, least: float = LEAST_SPEECH) -> 
 def change(places: Sequence[tuple[float, float]], shares: Sequence[Sequence[float]]) -> float | None:
     """Return the time at which the language first changes for certain, in the middle of the pause; None for no change.
 
-    ``places``: stretches of speech in order, in seconds; ``shares``: the probabilities (K,) of each. A stretch whose
-    language is not certain belongs to the one before.
+    ``places``: stretches of speech in order, in seconds; ``shares``: the probabilities (K,) of each. The languages are
+    those of the likeliest path through the stretches, at the price SWITCH a change.
     """
-    current: int | None = None
-    for number, one in enumerate(shares):
-        language = int(np.argmax(one))
-        if one[language] < CHANGE:
-            continue
-        if current is not None and language != current and one[language] >= APART * one[current]:
-            return (places[number - 1][1] + places[number][0]) / 2
-        if current is None:
-            current = language
-    return None
+    if len(places) < 2:
+        return None
+    seconds = np.array([end - start for start, end in places])
+    scores = seconds[:, None] * np.log(np.maximum(np.asarray(shares, float), FAINT))
+    best, came = scores[0], []
+    for row in scores[1:]:
+        stays = best >= best.max() - SWITCH
+        came.append(np.where(stays, np.arange(len(row)), best.argmax()))
+        best = np.maximum(best, best.max() - SWITCH) + row
+    path = [int(best.argmax())]
+    for back in reversed(came):
+        path.append(int(back[path[-1]]))
+    path.reverse()
+    first = next((place for place, one in enumerate(path) if one != path[0]), None)
+    if first is None:
+        return None
+    after = next((place for place in range(first, len(path)) if path[place] != path[first]), len(path))
+    for side in (slice(0, first), slice(first, after)):
+        certain = weighted(zip(seconds[side], shares[side]))[path[side.start]]
+        if seconds[side].sum() < LEAST_SPEECH or certain < CHANGE:
+            return None
+    return (places[first - 1][1] + places[first][0]) / 2

@@ -81,6 +81,8 @@ def cut(
             yield Piece((done + begin) * size / rate, samples, shared, again > 0, rate, voiced)
         # The start of a word may lie within the margin at the end of what is known.
         settled = end - again if begin < frames else max(0, frames - margin) if further else frames
+        if not further and not speech[end:].any():  # heard with all before it: alone it may pass for speech
+            settled = frames
         rest, done, carried = rest[settled * size :], done + settled, again
 
 

@@ -23,6 +23,8 @@ CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
 LONG_WORD = 0.7  # seconds that the usual word of an alignment lasts at most
 TAIL = 0.3  # seconds after the end of a transcript that still belong to it
 LEAST_SPEECH = 1.0  # seconds of speech after the end of a transcript that are decoded on their own
+USUAL, SPARSE = 15.0, 3.0  # bytes of text a second of speech; a quarter of what slow speakers say in any script
+MUCH_SPEECH = 5.0  # seconds of speech in a segment, from which it can be sparse
 SILENT = 0.5  # seconds of silence at the start or end of a segment that are left out of its times ...
 AROUND = 0.1  # ... but for so many
 LEAST_REST = 0.5  # seconds before and after a Whisper's last timestamp that make a window of their own
@@ -167,13 +169,36 @@ def ended_early(
     if len(tokens) == 1 or tokens[-2] >= first_timestamp:
         return begins
     left = round((seconds - begins) / FRAME)
-    if voiced is None or not 0 < left <= len(voiced):
+    if voiced is None or not 0 < left <= len(voiced) or tokens[0] < first_timestamp:
         return None
     after = np.flatnonzero(voiced[len(voiced) - left :])
     after = after[after * FRAME >= TAIL]  # the end of the last word may lie behind its timestamp
     if len(after) * FRAME < LEAST_SPEECH:
         return None
     return max(begins, begins + after[0] * FRAME - TAIL)
+
+
+def skipped(
+    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int, voiced: np.ndarray | None
+) -> float | None:
+    """Return where to go on after the last segment of a Whisper's hypothesis, where that has next to no text for all
+    the speech in it: the model has passed over what was said. That is the first pause after the time that the text
+    takes. ``voiced``: as for `ended_early`. None where nothing was skipped."""
+    tokens = hypothesis.tokens
+    if voiced is None or not len(voiced) or not tokens or tokens[0] < first_timestamp:
+        return None
+    spans = _whisper_spans(tokens, first_timestamp, seconds)
+    if not spans:
+        return None
+    begin, end, part = spans[-1]
+    here = voiced[max(0, len(voiced) - round(seconds / FRAME)) :]
+    size = len(tokenizer.decode(part).encode())
+    if here[round(begin / FRAME) : round(end / FRAME)].sum() * FRAME < max(MUCH_SPEECH, size / SPARSE):
+        return None
+    said = round((begin + max(LEAST_SPEECH, size / USUAL)) / FRAME)
+    pauses = np.flatnonzero(~here[said:])
+    place = (said + int(pauses[0])) * FRAME if len(pauses) else seconds
+    return place if seconds - place > MUCH_SPEECH / 2 else None
 
 
 def in_speech(segments: Sequence[Segment], voiced: np.ndarray) -> list[Segment]:

@@ -100,7 +100,7 @@ class Hypothesis:
     """Of beams: tokens and sums of log probabilities, best first."""
     alignment: Alignment | None = None
     rest: "Hypothesis | None" = None
-    """Of the audio from ``rest_begins`` seconds on, where this one ended before its audio did, or where another language
+    """Of the audio from ``rest_begins`` seconds on, where this one ended before its audio did, or another language
     begins there."""
     rest_begins: float = 0.0
 

@@ -19,7 +19,7 @@ from canter.inference.capacity import encoder_batches, usual_window
 from canter.inference.engine import Engine
 from canter.inference.pieces import Piece, cut, trimmed
 from canter.inference.progress import Decoded, Tally
-from canter.inference.reading import Assembly, Fallback, ended_early, in_speech, segments_of
+from canter.inference.reading import Assembly, Fallback, ended_early, in_speech, segments_of, skipped
 from canter.inference.requests import Hypothesis, Request, Underway
 from canter.inference.segments import Segment
 from canter.inference.vad import DETECTORS, FRAME
@@ -157,7 +157,9 @@ class Listener:
         for block in blocks:
             begun.append(block)
             if sum(map(len, begun)) > self.window * self.rate:
-                overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # nothing could join them
+                overlap = (
+                    self.config.overlap_seconds if self.engine.aligns else 0.0
+                )  # nothing could join them
                 yield from cut(chain(begun, blocks), self.detector, self.window, overlap, self.rate)
                 return
         if begun:
@@ -236,13 +238,14 @@ class Listener:
     def _silent(self, hypothesis: Hypothesis) -> bool:
         return self.fallback is not None and self.fallback.silent(hypothesis)
 
-    def _rest(
-        self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None
-    ) -> float | None:
+    def _rest(self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None) -> float | None:
         """Return where a Whisper's hypothesis stopped, before so many seconds of audio did."""
         if self.first_timestamp is None or self._silent(hypothesis):
             return None
-        return ended_early(hypothesis, seconds, self.first_timestamp, voiced)
+        place = ended_early(hypothesis, seconds, self.first_timestamp, voiced)
+        if place is None:
+            place = skipped(hypothesis, self.tokenizer, seconds, self.first_timestamp, voiced)
+        return place
 
     def language(self, hypothesis: Hypothesis) -> str | None:
         """Return the language in a Whisper's prompt, detected or not."""

@@ -19,7 +19,9 @@ QUIET = 1e-10  # added to power, so that silence has a logarithm
 CONTRAST = 10.0  # dB between the quietest and the loudest, below which energy says nothing
 RISE = 8.0  # dB above the quietest that speech need not exceed
 FAINTEST = -80.0  # dB of full scale; what is below is silence
-HISS = -50.0  # dB of full scale, below which noise is no speech where it is nowhere UNEVEN dB above its quietest
+HISS = (
+    -50.0
+)  # dB of full scale, below which noise is no speech where it is nowhere UNEVEN dB above its quietest
 UNEVEN = 6.0
 EVEN = 3.0  # dB between the quietest and all but the loudest moments of an even background
 Detector = Callable[[np.ndarray], np.ndarray]
