@@ -10,7 +10,7 @@ CHANGE = 0.7
 """Probability of a language, in the speech before a change and after it, for which audio is cut there ..."""
 LEAST_SPEECH = 2.5
 """... and seconds of speech that either side has."""
-SWITCH = 8.0
+SWITCH = 6.0
 """Price of a change, in seconds times natural-log probability: a second of certainty is worth 3.9 (see FAINT)."""
 FAINT = 0.02
 """No language counts as less probable than this in a stretch of speech."""
@@ -39,8 +39,8 @@ def spoken(parts: Iterable[tuple[float, Sequence[float]]]) -> tuple[int, float] 
 
 
 def stretches(voiced: np.ndarray, frame: float, least: float = STRETCH) -> list[tuple[float, float]]:
-    """Return stretches of speech, in seconds, whose languages can be told apart: parted by pauses, the shorter ones
-    joined across the shorter pauses until each lasts ``least`` seconds.
+    """Return stretches of speech, in seconds, whose languages can be told apart: parted by pauses, the shortest
+    joined with a neighbour, across the shorter pause, until each lasts ``least`` seconds.
 
     voiced (F,): whether somebody speaks, in frames of ``frame`` seconds.
     """
@@ -56,11 +56,17 @@ def stretches(voiced: np.ndarray, frame: float, least: float = STRETCH) -> list[
         short = min(range(len(found)), key=lambda place: found[place][1] - found[place][0])
         if found[short][1] - found[short][0] >= least:
             break
-        before = found[short][0] - found[short - 1][1] if short else np.inf
-        after = found[short + 1][0] - found[short][1] if short + 1 < len(found) else np.inf
-        first = short - 1 if before <= after else short
+        neighbours = [one for one in (short - 1, short + 1) if 0 <= one < len(found)]
+        other = min(neighbours, key=lambda one: (_pause(found, short, one), found[one][1] - found[one][0]))
+        first = min(short, other)
         found[first : first + 2] = [(found[first][0], found[first + 1][1])]
     return found
+
+
+def _pause(found: Sequence[tuple[float, float]], one: int, other: int) -> float:
+    """Return the tenths of a second between two neighbours."""
+    first, second = sorted((one, other))
+    return round(found[second][0] - found[first][1], 1)
 
 
 def change(places: Sequence[tuple[float, float]], shares: Sequence[Sequence[float]]) -> float | None:
