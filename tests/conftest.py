@@ -126,7 +126,7 @@ def polyglot(whisper_bytes):
         WhisperFeatureConfig(mels=16),
         WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=16, mels=16),
         DecoderConfig(
-            layers=1, width=16, heads=2, feedforward=16, vocabulary=tokenizer.vocab_size, positions=48
+            layers=1, width=16, heads=2, feedforward=16, vocabulary=tokenizer.vocab_size, positions=20
         ),
     )
     model = SpeechModel(config).eval()
@@ -165,7 +165,9 @@ def spoken_tones():
         time = numpy.arange(16000) / 16000
         noise = numpy.random.default_rng(0).normal(size=16000)
         sounds = {"e": numpy.sin(600 * numpy.pi * time), "s": numpy.sin(10000 * numpy.pi * time), "?": noise}
-        parts = [numpy.r_[0.2 * sounds.get(word, 0 * time), numpy.zeros(round(16000 * pause))] for word in words]
+        parts = [
+            numpy.r_[0.2 * sounds.get(word, 0 * time), numpy.zeros(round(16000 * pause))] for word in words
+        ]
         return numpy.concatenate(parts).astype(numpy.float32)
 
     return make

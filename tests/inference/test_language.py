@@ -20,7 +20,9 @@ from canter.inference.transcribe import (
 )
 
 seconds = st.floats(0.01, 3600.0)
-shares = st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3).map(lambda found: [x / sum(found) for x in found])
+shares = st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3).map(
+    lambda found: [x / sum(found) for x in found]
+)
 pieces = st.lists(st.tuples(seconds, shares), min_size=1, max_size=8)
 
 
@@ -85,7 +87,9 @@ def test_where_the_language_changes(found, place):
 def heard(model, audio: np.ndarray, window: float | None = None, rows: int = 4, **settings) -> Transcription:
     config = TranscribeConfig(fallback=None, window_seconds=window, **settings)
     listener = Listener(Engine(model, model.tokenizer.end, rows_of(rows)), model.tokenizer, config)
-    ((_, found),) = transcribe_jobs(listener, [[(0, Job(Utterance("tones", 0.0, ""), len(audio) / 16000, audio))]])
+    ((_, found),) = transcribe_jobs(
+        listener, [[(0, Job(Utterance("tones", 0.0, ""), len(audio) / 16000, audio))]]
+    )
     return found
 
 
@@ -139,8 +143,7 @@ def test_a_context_before_needs_no_language(polyglot, spoken_tones):
         TranscribeConfig(context="so they said"),
     )
     (hypothesis,) = listener.engine.decode([replace(listener.request({}), audio=spoken_tones("ssss"))])
-    named = polyglot.tokenizer.prompt_ids({"source_lang": "es", "prevtext": "so they said"})
-    assert list(hypothesis.prompt) == named
+    assert list(hypothesis.prompt) == listener.prompt({"source_lang": "es"}, "so they said")
 
 
 def test_a_stated_language_is_not_detected(polyglot, spoken_tones):
@@ -151,4 +154,3 @@ def test_a_stated_language_is_not_detected(polyglot, spoken_tones):
     utterance = Utterance("tones", 0.0, "", lang="fr")
     ((_, found),) = transcribe_jobs(listener, [[(0, Job(utterance, 10.4, spoken_tones("eeeessss")))]])
     assert (found.language, found.language_probability, len(found.segments)) == ("fr", None, 1)
-

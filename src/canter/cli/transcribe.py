@@ -335,6 +335,7 @@ def work_through(
     if first:
         path = first.with_name(f"{first.name}-{ranks.rank}") if ranks.rank else first
         partial = Partial(path, made_by)
+    keys = [row_key(utterance) for utterance in utterances] if partial else []
     audio_seconds = 0.0
     try:
         longest = math.inf if options.longest_seconds is None else options.longest_seconds
@@ -347,7 +348,7 @@ def work_through(
             if result.error is None:
                 audio_seconds += utterances[number].duration
             if partial:
-                partial.add(utterances[number], result)
+                partial.add(utterances[number], result, keys[number])
             if files and ranks.size == 1:
                 files.write(wanted[number], items[wanted[number]], result)
     finally:

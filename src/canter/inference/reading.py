@@ -23,7 +23,10 @@ CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
 LONG_WORD = 0.7  # seconds that the usual word of an alignment lasts at most
 TAIL = 0.3  # seconds after the end of a transcript that still belong to it
 LEAST_SPEECH = 1.0  # seconds of speech after the end of a transcript that are decoded on their own
-USUAL, SPARSE = 15.0, 3.0  # bytes of text a second of speech; a quarter of what slow speakers say in any script
+USUAL, SPARSE = (
+    15.0,
+    3.0,
+)  # bytes of text a second of speech; a quarter of what slow speakers say in any script
 MUCH_SPEECH = 5.0  # seconds of speech in a segment, from which it can be sparse
 SILENT = 0.5  # seconds of silence at the start or end of a segment that are left out of its times ...
 AROUND = 0.1  # ... but for so many
@@ -179,7 +182,11 @@ def ended_early(
 
 
 def skipped(
-    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int, voiced: np.ndarray | None
+    hypothesis: Hypothesis,
+    tokenizer: Tokenizer,
+    seconds: float,
+    first_timestamp: int,
+    voiced: np.ndarray | None,
 ) -> float | None:
     """Return where to go on after the last segment of a Whisper's hypothesis, where that has next to no text for all
     the speech in it: the model has passed over what was said. That is the first pause after the time that the text

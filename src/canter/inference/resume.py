@@ -119,10 +119,11 @@ class Partial:
         if not self._file.tell():
             self._write(dict(identity))
 
-    def add(self, utterance: Utterance, transcription: Transcription) -> None:
-        """Remembers a transcription; failures are not kept, so that they are tried again."""
+    def add(self, utterance: Utterance, transcription: Transcription, key: str | None = None) -> None:
+        """Remember a transcription; failures are not kept, so that they are tried again. ``key``: the row's before its
+        file was read, which may have been replaced since."""
         if transcription.error is None:
-            row = {"row": row_key(utterance), **asdict(transcription)}
+            row = {"row": key or row_key(utterance), **asdict(transcription)}
             self._write({name: value for name, value in row.items() if value is not None and value != ()})
 
     def _write(self, row: Mapping[str, Any]) -> None:
