@@ -65,6 +65,11 @@ def test_stretches_are_in_order_and_long_enough(runs, least):
     assert all(after[0] - before[1] >= language.PAUSE - 1e-9 for before, after in zip(found, found[1:]))  # noqa: RUF007
 
 
+def test_stretches_with_their_pauses_cover_all():
+    assert language.with_pauses([(1.0, 2.0), (3.0, 5.0)], 9.0) == [(0.0, 2.5), (2.5, 9.0)]
+    assert language.with_pauses([(1.0, 2.0)], 4.0) == [(0.0, 4.0)]
+
+
 @pytest.mark.parametrize(
     ("found", "place"),
     [

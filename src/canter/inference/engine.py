@@ -490,9 +490,8 @@ class Engine:
             row = new[index]
             if len(row.request.stretches) < 2:
                 continue
-            parts = [
-                row.states[int(start / frame) : int(end / frame) + 1] for start, end in row.request.stretches
-            ]
+            places = language.with_pauses(row.request.stretches, row.seconds(self.model.sample_rate))
+            parts = [row.states[int(start / frame) : int(end / frame) + 1] for start, end in places]
             if all(map(len, parts)):
                 counts[index] = len(parts)
                 asked += [(row, part) for part in parts]

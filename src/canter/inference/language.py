@@ -1,6 +1,7 @@
 """Which language is spoken where: pure functions of the probabilities that a model gives to stretches of audio."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,6 +62,13 @@ def stretches(voiced: np.ndarray, frame: float, least: float = STRETCH) -> list[
         first = min(short, other)
         found[first : first + 2] = [(found[first][0], found[first + 1][1])]
     return found
+
+
+def with_pauses(places: Sequence[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
+    """Return the stretches with half of the pause on either side, so that they cover all of the audio: what the encoder
+    knows of a stretch stands in the frames beside it too."""
+    edges = [0.0, *((before[1] + after[0]) / 2 for before, after in pairwise(places)), seconds]
+    return [*pairwise(edges)]
 
 
 def _pause(found: Sequence[tuple[float, float]], one: int, other: int) -> float:
