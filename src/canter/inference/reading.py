@@ -249,6 +249,7 @@ def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tu
             continue
         time = min((token - first) * TIMESTAMP_SECONDS, seconds)
         if any(one < first for one in part):
+            time = max(time, begin)  # a model that was not asked for timestamps may write any
             spans.append((begin, time, [*part, token]))
             part = []
             begin = time
