@@ -133,3 +133,66 @@ def whisper_bytes():
         return backend
 
     return make
+
+
+@pytest.fixture(scope="session")
+def polyglot(whisper_bytes):
+    """A Whisper by hand that takes a low tone for English, of which it writes "e", and a high one for Spanish, "s"."""
+    import torch
+
+    from canter.models.decoder import DecoderConfig
+    from canter.models.features import WhisperFeatureConfig
+    from canter.models.model import ModelConfig, SpeechModel
+    from canter.models.whisper import WhisperEncoderConfig
+    from canter.text import WhisperTokenizer
+
+    tokenizer = WhisperTokenizer(whisper_bytes("en", "es", "fr").to_str())
+    config = ModelConfig(
+        WhisperFeatureConfig(mels=16),
+        WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=16, mels=16),
+        DecoderConfig(
+            layers=1, width=16, heads=2, feedforward=16, vocabulary=tokenizer.vocab_size, positions=20
+        ),
+    )
+    model = SpeechModel(config).eval()
+    ids = {name: tokenizer.special_id(f"<|{name}|>") for name in ("en", "es", "fr")}
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.encoder.positions, model.decoder.positions):
+            tensor.zero_()
+        low = torch.tensor([1.0] * 8 + [-1.0] * 8)
+        for channel, sign in enumerate((1, -1)):  # how much more there is of low tones, and of high ones
+            model.encoder.conv1.weight[channel, :, 1] = sign * low / 8
+            model.encoder.conv2.weight[channel, channel, 1] = 1.0
+        model.encoder.norm.weight.fill_(1.0)
+        model.decoder.norm.weight.fill_(1.0)
+        cross = model.decoder.layers[0].cross_attention
+        model.decoder.layers[0].norm_cross.weight.fill_(1.0)
+        for linear in (cross.value, cross.out):  # the mean over the frames, whatever the prompt says
+            linear.weight.copy_(torch.eye(16))
+        (e,), (s,) = tokenizer.encode("e"), tokenizer.encode("s")
+        for channel, tokens in enumerate(((ids["en"], e), (ids["es"], s))):
+            model.decoder.embedding.weight[list(tokens), channel] = 2.0
+    model.generation = {
+        "no_timestamps_token_id": tokenizer.special_id("<|notimestamps|>"),
+        "decoder_start_token_id": tokenizer.special_id("<|startoftranscript|>"),
+        "suppress_tokens": [*ids.values()],
+    }
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.fixture(scope="session")
+def spoken_tones():
+    """``spoken_tones("ees", pause=...)``: (S,) words of a second in that order at 16 kHz, low for "e" and high for "s",
+    noise for "?", and a second of silence for " "."""
+
+    def make(words: str, pause: float = 0.3) -> numpy.ndarray:
+        time = numpy.arange(16000) / 16000
+        noise = numpy.random.default_rng(0).normal(size=16000)
+        sounds = {"e": numpy.sin(600 * numpy.pi * time), "s": numpy.sin(10000 * numpy.pi * time), "?": noise}
+        parts = [
+            numpy.r_[0.2 * sounds.get(word, 0 * time), numpy.zeros(round(16000 * pause))] for word in words
+        ]
+        return numpy.concatenate(parts).astype(numpy.float32)
+
+    return make

@@ -78,6 +78,8 @@ class Transcript:
     """Seconds of the audio that are damaged or missing; the rest is transcribed."""
     warnings: tuple[str, ...] = ()
     """What is wrong with the audio: losses and where they begin, channels that cancel each other out."""
+    language_probability: float | None = None
+    """Probability of the language that was detected, over all of the speech; None where it was stated."""
     _item: Item | None = field(default=None, compare=False)
     _found: Transcription | None = field(default=None, compare=False)
 
@@ -123,7 +125,12 @@ class Transcript:
         if style.needs_words and not self.words and self.text:
             raise ConfigError(f"{path}: these options need times of words; transcribe with timestamps='word'")
         item = self._item or Item({"audio_filepath": self.path, "duration": self.duration}, None)
-        found = self._found or Transcription(self.text, segments=self.segments, language=self.language)
+        found = self._found or Transcription(
+            self.text,
+            segments=self.segments,
+            language=self.language,
+            language_probability=self.language_probability,
+        )
         if kind == "nemo":
             text = json_text(result_row(item, found, timed=bool(self.words))) + "\n"
         else:
@@ -226,6 +233,7 @@ class Recognizer:
         ctc_weight: float = ...,
         batch_size: int | None = ...,
         vad: Vad = ...,
+        max_repeats: int = ...,
         prompt: str = ...,
         sampling_rate: int | None = ...,
         audio_track: int | None = ...,
@@ -244,6 +252,7 @@ class Recognizer:
         ctc_weight: float = ...,
         batch_size: int | None = ...,
         vad: Vad = ...,
+        max_repeats: int = ...,
         prompt: str = ...,
         sampling_rate: int | None = ...,
         audio_track: int | None = ...,
@@ -261,6 +270,7 @@ class Recognizer:
         ctc_weight: float = 0.0,
         batch_size: int | None = None,
         vad: Vad = "energy",
+        max_repeats: int = 3,
         prompt: str = "",
         sampling_rate: int | None = None,
         audio_track: int | None = None,
@@ -281,8 +291,10 @@ class Recognizer:
         ctc_weight: weight of the CTC head in joint CTC/attention decoding, from 0 (attention alone) to 1, for models
             with such a head.
         batch_size: recordings decoded together; None: what suits model and device. Transcripts do not depend on it.
-        vad: what finds the pauses in which audio longer than the model's window is cut: "energy", "silero" (needs the
-            extra ``vad``), or "none".
+        vad: what finds where somebody speaks: long silence is left out, and audio longer than the model's window is cut
+            in pauses. "energy", "silero" (needs the extra ``vad``), or "none".
+        max_repeats: repeats of the same words that are kept where a model writes them for longer than the audio lasts;
+            0: no limit. No other repetition is touched, and none of a Whisper, which has its own rule.
         prompt: text that is taken to come before: names to expect, a style of writing.
         sampling_rate: of arrays; None: the model's own.
         audio_track: audio track of files with several, from 0; None: the one marked as default, else the first.
@@ -298,6 +310,7 @@ class Recognizer:
             ctc_weight,
             batch_size,
             vad,
+            max_repeats,
             prompt,
             sampling_rate,
             audio_track,
@@ -322,6 +335,7 @@ class Recognizer:
         ctc_weight: float,
         batch_size: int | None,
         vad: str,
+        max_repeats: int,
         prompt: str,
         sampling_rate: int | None,
         audio_track: int | None,
@@ -342,7 +356,11 @@ class Recognizer:
                 raise ConfigError(f"{name} is {number!r}; it must be a whole number of at least 1")
         if audio_track is not None and (not _is_whole(audio_track) or audio_track < 0):
             raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
-        engine = self._engine(beam_size, batch_size, ctc_weight)
+        if not _is_whole(max_repeats) or max_repeats < 0:
+            raise ConfigError(
+                f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above"
+            )
+        engine = self._engine(beam_size, batch_size, ctc_weight, max_repeats)
         if timestamps == "word" and not engine.aligns:
             raise ConfigError(
                 f"{self._called} cannot tell when a word was said; use timestamps='segment' or 'none'"
@@ -365,23 +383,20 @@ class Recognizer:
         return Defaults.of(self.tokenizer, language, asked, target)
 
     def _check_prompt(self, listener: Listener, languages: Defaults) -> None:
-        slots: dict[str, str] = {}
-        if languages.language:
-            slots = {"source_lang": languages.language, "target_lang": languages.language}
-        elif listener.whisper and len(self.languages) > 1:
-            raise ConfigError("with a prompt the language must be given too: language='en', for example")
+        named = languages.language or (self.languages[0] if self._detects else None)
+        slots = {"source_lang": named, "target_lang": named} if named else {}
         try:
             listener.prompt(slots, listener.config.context)
         except ConfigError as error:
-            if languages.language:
+            if named:
                 raise ConfigError(f"prompt: {error}") from None
 
     @property
     def _called(self) -> str:
         return self.name or self._module.shape
 
-    def _engine(self, beams: int, rows: int | None, ctc_weight: float) -> Engine:
-        config = EngineConfig(beams=beams, rows=rows, ctc_weight=ctc_weight)
+    def _engine(self, beams: int, rows: int | None, ctc_weight: float, max_repeats: int) -> Engine:
+        config = EngineConfig(beams=beams, rows=rows, ctc_weight=ctc_weight, max_repeats=max_repeats)
         if config not in self._engines:
             self._engines[config] = engine_for(self._module, self.tokenizer.end, config)
         return self._engines[config]
@@ -569,6 +584,7 @@ class Recognizer:
             given.shown,
             lost_seconds=found.lost_seconds,
             warnings=found.warnings,
+            language_probability=found.language_probability,
             _item=item,
             _found=found,
         )

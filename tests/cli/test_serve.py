@@ -92,6 +92,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
         (["MODEL", "--lang", "xx"], "--lang: 'xx' is not a language of this model; it knows en"),
         (["MODEL", "--queue", "0"], "queue is 0"),
+        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: 0, no limit, or more"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
         (["MODEL", "--api-keys", "empty.txt"], "holds no key"),

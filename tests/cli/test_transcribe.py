@@ -353,7 +353,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
             "offset": offset,
             "duration": 0.1,
         }
-        for name in ("good.wav", "stereo.wav", "silence.wav")
+        for name in ("good.wav", "stereo.wav", "8khz.wav")
         for offset in (0.0, 0.1, 0.2, 0.3)
     ]
     lines.append({"audio_filepath": str(clips / "bad-nan.wav"), "duration": 0.5, "lang": "en"})

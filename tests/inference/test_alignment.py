@@ -13,8 +13,10 @@ from canter.inference.reading import (
     Fallback,
     compression_ratio,
     ended_early,
+    in_speech,
     joined,
     segments_of,
+    skipped,
     words_of,
 )
 from canter.inference.requests import Hypothesis
@@ -151,6 +153,73 @@ def test_where_a_hypothesis_ended_early(times, seconds, expected):
     for one in times:
         tokens += tokens_of(one) if isinstance(one, str) else [FIRST + round(50 * one)]
     assert ended_early(Hypothesis(None, tokens, True), seconds, FIRST) == expected
+
+
+def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
+    """Frames of so many seconds, true within the spans."""
+    found = np.zeros(round(seconds * 50), bool)
+    for start, end in spans:
+        found[round(start * 50) : round(end * 50)] = True
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(0.0, 2.0)], None),
+        ([(0.0, 2.2), (9.0, 9.5)], None),  # a cough
+        ([(0.0, 2.0), (5.0, 9.5)], 4.7),
+        ([(0.0, 9.5)], 2.0),
+        ([], None),
+    ],
+)
+def test_after_one_timestamp_the_detector_is_asked(spans, expected):
+    """It says that nobody speaks after it, which a window that ends too early says too."""
+    tokens = [FIRST, *tokens_of("ab"), FIRST + 100]
+    found = ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, voiced(*spans, seconds=10.0))
+    assert found == (None if expected is None else pytest.approx(expected, abs=0.03))
+    of_a_rest = voiced((0.0, 5.0), *((start + 5, end + 5) for start, end in spans), seconds=15.0)
+    assert ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, of_a_rest) == found
+    assert ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, np.zeros(0, bool)) is None
+    without = Hypothesis(None, tokens[1:], True)  # it was not asked for timestamps
+    assert ended_early(without, 10.0, FIRST, voiced((0.0, 9.5), seconds=10.0)) is None
+
+
+def test_speech_without_text_is_decoded_again():
+    """A word for sixteen seconds of speech: the rest begins in the pause after that word."""
+    tokens = [FIRST, *tokens_of("abc" * 20), FIRST + 250, FIRST + 250, *tokens_of("de"), FIRST + 1050]
+    speech = voiced((0.0, 6.4), (6.8, 12.0), (12.5, 21.0), seconds=22.0)
+    asked = (Hypothesis(None, tokens, True), Spelled(), 22.0, FIRST)
+    assert skipped(*asked, speech) == pytest.approx(6.4, abs=0.03)
+    assert skipped(*asked, None) is skipped(*asked, np.zeros(0, bool)) is None
+    assert skipped(*asked, voiced((0.0, 6.4), seconds=22.0)) is None  # the rest is silence
+    dense = [FIRST, *tokens_of("abc" * 20), FIRST + 250, FIRST + 250, *tokens_of("de" * 40), FIRST + 1050]
+    assert skipped(Hypothesis(None, dense, True), *asked[1:], speech) is None
+
+
+def test_segments_begin_and_end_with_speech():
+    speech = voiced((2.0, 4.0), (4.3, 6.0), (9.0, 9.9), seconds=12.0)
+    found = in_speech([Segment(0.0, 8.0, "a b"), Segment(8.9, 12.0, "c")], speech)
+    assert [one.start for one in found] == pytest.approx([1.9, 8.9], abs=0.03)
+    assert [one.end for one in found] == pytest.approx([6.1, 10.0], abs=0.03)
+    words = (Word(0.5, 2.4, "a", 1.0), Word(2.4, 7.5, "b", 1.0))
+    (timed,) = in_speech([Segment(0.5, 7.5, "a b", words=words)], speech)
+    assert (timed.words[0].start, timed.words[-1].end) == (timed.start, timed.end)
+    assert (timed.start, timed.end) == pytest.approx((1.9, 6.1), abs=0.03)
+    silent = [Segment(10.5, 12.0, "d")]
+    assert in_speech(silent, speech) == silent  # the detector may be wrong
+    assert in_speech(silent, np.zeros(0, bool)) == silent
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 9), st.floats(0.1, 3)), max_size=4),
+    st.lists(st.tuples(st.floats(0, 9), st.floats(0.1, 3)), max_size=4),
+)
+def test_segments_only_shrink(spans, places):
+    segments = [Segment(start, start + length, "a") for start, length in spans]
+    found = in_speech(segments, voiced(*((a, a + b) for a, b in places), seconds=12.0))
+    for before, after in zip(segments, found, strict=True):
+        assert before.start <= after.start < after.end <= before.end
 
 
 def test_words_of_canarys_timestamps():

@@ -80,7 +80,9 @@ def test_where_whisper_ends_before_its_window_the_rest_is_decoded(whisper, tmp_p
     )
     assert engine.heard == [6.0, 3.5, 2.5]
     assert found.text == "one two three"
-    assert [(one.start, one.end) for one in found.segments] == [(0.0, 2.5), (2.5, 3.5), (4.0, 5.7)]
+    words = [word for one in found.segments for word in one.words]
+    assert [(one.start, one.end) for one in found.segments] == [(one.start, one.end) for one in words]
+    assert [one.start for one in words] == [0.0, 2.5, 3.5]
     assert [word.text for one in found.segments for word in one.words] == ["one", "two", "three"]
     assert (engine.counters.utterances, engine.counters.audio_seconds) == (1, 6.0)
 

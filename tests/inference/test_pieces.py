@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from canter.inference.pieces import MARGIN, SILENCE, cut
+from canter.inference.pieces import LEFT_OUT, MARGIN, SILENCE, cut, trimmed
 from canter.inference.vad import FRAME, RATE, energy, loudness
 
 
@@ -157,3 +157,62 @@ def test_energy_follows_the_voice():
     for start in (2.0, 5.0):
         expected[round(start / FRAME) : round((start + 1) / FRAME)] = True
     assert (found != expected).mean() < 0.03
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.floats(0.0, 8.0), st.floats(0.3, 5.0)), min_size=1, max_size=3),
+    st.floats(0.0, 8.0),
+    st.sampled_from([oracle, energy, None]),
+)
+def test_what_fits_the_window_loses_long_silence_alone(spans, after, detector):
+    """One piece where nobody is silent for long, and the audio as it is where that is so at the ends too."""
+    samples = np.r_[speech(spans), 1e-4 * np.random.default_rng(1).normal(size=round(after * RATE))]
+    samples = samples.astype(np.float32)
+    pieces = trimmed(samples, detector, window=60.0)
+    kept = np.zeros(len(samples), bool)
+    for piece in pieces:
+        first = round(piece.start * RATE)
+        assert np.array_equal(piece.samples, samples[first : first + len(piece.samples)])
+        kept[first : first + len(piece.samples)] = True
+        assert len(piece.voiced) in (0, -(-len(piece.samples) // round(FRAME * RATE)))
+    assert kept[np.abs(samples) > 0.02].all()
+    pauses = [*(pause for pause, _ in spans), after]
+    if detector is None or max(pauses) < LEFT_OUT:
+        assert len(pieces) == 1
+        assert kept.all()
+    if detector is oracle:
+        for silence, edge in ((pauses[0], pieces[0].start), (after, len(samples) / RATE - pieces[-1].end)):
+            if silence > LEFT_OUT + MARGIN + 0.1:
+                assert edge == pytest.approx(silence - MARGIN, abs=0.1)
+
+
+def test_the_end_of_the_last_piece_is_no_piece_of_its_own():
+    """What comes after the last word was heard with it; alone, a breath of even noise passes for speech."""
+    samples = speech([(0.2, 3.0), (0.5, 2.0)])
+    samples = np.r_[samples, 2e-3 * np.random.default_rng(1).normal(size=round(0.5 * RATE))].astype(
+        np.float32
+    )
+    for window in (30.0, 4.0):
+        assert list(cut([samples], energy, window))[-1].end > 5.5
+        assert len(list(cut([samples], energy, window))) == (1 if window == 30.0 else 2)
+
+
+def test_where_somebody_speaks_is_told():
+    (piece,) = trimmed(speech([(6.0, 3.0)]), energy, window=30.0)
+    assert piece.start == pytest.approx(6.0 - MARGIN, abs=0.05)
+    places = np.flatnonzero(piece.voiced) * FRAME + piece.start
+    assert (places[0], places[-1]) == pytest.approx((6.0, 9.0), abs=0.1)
+    noise = 0.1 * np.random.default_rng(0).normal(size=5 * RATE)
+    (piece,) = trimmed(noise.astype(np.float32), energy, window=30.0)
+    assert not len(piece.voiced)  # all may be speech: nothing is known
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-5, 1e-4, 1e-3])
+def test_silence_and_faint_hiss_are_no_speech(level):
+    hiss = (level * np.random.default_rng(0).normal(size=10 * RATE)).astype(np.float32)
+    assert trimmed(hiss, energy, window=30.0) == []
+    word = hiss.copy()
+    word[6 * RATE : 6 * RATE + 6000] = speech([(0.0, 0.375)])[:6000]
+    (piece,) = trimmed(word, energy, window=30.0)
+    assert (piece.start, piece.end) == pytest.approx((6.0 - MARGIN, 6.375 + MARGIN), abs=0.1)

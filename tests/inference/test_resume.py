@@ -1,5 +1,6 @@
 """What a stopped transcription leaves behind is read whole, from any number of processes, and from no other model."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -76,3 +77,47 @@ def test_rows_are_known_by_what_they_ask_for():
     assert row_key(row) == row_key(replace(row, text="said", id="7", num_tokens=3))
     changes = ({"offset": 1.0}, {"lang": "de"}, {"taskname": "translate"}, {"audio_filepath": "/x.wav"})
     assert len({row_key(replace(row, **change)) for change in changes} | {row_key(row)}) == 5
+
+
+def test_a_file_that_was_replaced_is_transcribed_anew(tmp_path):
+    """Of the same path, and even of the same size; in an archive too. What is no local file goes by its name."""
+    for name in ("a.wav", "archive.tar"):
+        (tmp_path / name).write_bytes(b"one")
+    for path in (str(tmp_path / "a.wav"), f"{tmp_path / 'archive.tar'}::a.wav@0+3"):
+        row = Utterance(path, 1.5, "", lang="en")
+        before, file = row_key(row), tmp_path / ("archive.tar" if "::" in path else "a.wav")
+        assert row_key(row) == before
+        stated = file.stat()
+        file.write_bytes(b"two")
+        os.utime(file, ns=(stated.st_atime_ns, stated.st_mtime_ns + 1))
+        later = row_key(row)
+        assert later != before
+        file.write_bytes(b"three")
+        os.utime(file, ns=(stated.st_atime_ns, stated.st_mtime_ns + 1))
+        assert row_key(row) not in (before, later)
+    assert row_key(replace(ROWS[0], audio_filepath="https://x/a.wav")) == row_key(
+        replace(ROWS[0], audio_filepath="https://x/a.wav")
+    )
+
+
+def test_the_key_is_that_of_the_file_that_was_read(tmp_path):
+    """Replaced while it was transcribed, it is transcribed anew."""
+    (tmp_path / "a.wav").write_bytes(b"one")
+    row = Utterance(str(tmp_path / "a.wav"), 1.5, "", lang="en")
+    first, key = tmp_path / "out.jsonl.partial", row_key(row)
+    partial = Partial(first, {})
+    (tmp_path / "a.wav").write_bytes(b"another")
+    partial.add(row, SPOKEN, key)
+    partial.close()
+    assert row_key(row) not in read_done(first, {})
+
+
+def test_what_is_kept_is_json(tmp_path):
+    first = tmp_path / "out.jsonl.partial"
+    odd = replace(
+        SPOKEN, segments=(Segment(0.0, 1.5, "a", avg_logprob=float("-inf")),), language_probability=0.5
+    )
+    write(first, {}, [(ROWS[0], odd)])
+    for line in first.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert read_done(first, {})[row_key(ROWS[0])].language_probability == 0.5

@@ -167,3 +167,46 @@ def test_int8(folder, model, spoken):
     assert all(parameter.dtype == torch.float32 for parameter in quantized.parameters())
     sizes = [sum(p.numel() for p in one.encoder.layers.parameters()) for one in (quantized, model)]
     assert sizes[0] < 0.01 * sizes[1]
+
+
+@pytest.fixture(scope="module")
+def recognizer(folder) -> canter.Recognizer:
+    return canter.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def cases() -> Path:
+    return Path(SHARED or "") / "cases" / "inference"
+
+
+@pytest.mark.parametrize("vad", ["energy", "silero"])
+def test_silence_says_nothing_and_cues_begin_with_speech(recognizer, cases, vad):
+    if vad == "silero":
+        pytest.importorskip("silero_vad")
+        pytest.importorskip("onnxruntime")
+    silence, speech = recognizer.transcribe(
+        [cases / "silence_10s.flac", cases / "lead_silence_10s.opus"], timestamps="segment", vad=vad
+    )
+    assert (silence.text, silence.segments) == ("", ())
+    assert "ask not what your country can do for you" in speech.text
+    assert 9.5 <= speech.segments[0].start <= 10.2
+    assert 19.5 <= speech.segments[-1].end <= 21.0
+
+
+def test_repeated_words_are_kept(recognizer, cases):
+    """ "No" eight or nine times, then "Stop it.": what is written without a guard."""
+    guarded, free = (
+        recognizer.transcribe(cases / "repeated_word.flac", max_repeats=repeats).text for repeats in (3, 0)
+    )
+    assert guarded == free
+    assert guarded.lower().count("no") >= 8
+    assert "stop it" in guarded.lower()
+
+
+def test_clips_without_silence_are_heard_as_before(model, recognizer, spoken):
+    """Detectors change no text of theirs."""
+    texts = [
+        [one.text for one in recognizer.transcribe([clip for clip, _ in spoken], vad=vad)]
+        for vad in ("energy", "none")
+    ]
+    assert texts[0] == texts[1]

@@ -13,8 +13,13 @@ from starlette.requests import Request
 from canter.corpus.manifest import Utterance
 from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig
+from canter.inference.segments import Segment, Word
 from canter.inference.transcribe import Listener, transcribe
 from canter.models.checkpoint import load_model
+from canter.serving.app import _rendered
+from canter.serving.protocol import Asked
+from canter.serving.scheduler import Timing
+from canter.serving.service import Audio, Heard
 
 from .conftest import Running, noise, running, wav
 
@@ -62,8 +67,8 @@ def test_text_formats(client, expected, form):
     )
     wanted = {
         "text": expected[4] + "\n",
-        "srt": f"1\n00:00:00,000 --> 00:00:02,500\n{expected[4]}\n\n",
-        "vtt": f"WEBVTT\n\n00:00.000 --> 00:02.500\n{expected[4]}\n\n",
+        "srt": f"1\n00:00:00,000 --> 00:00:02,480\n{expected[4]}\n\n",
+        "vtt": f"WEBVTT\n\n00:00.000 --> 00:02.480\n{expected[4]}\n\n",
     }
     assert found == wanted[form]
 
@@ -154,10 +159,85 @@ def test_whisper_detects_the_language(whisper):
         detected = ask()
         assert detected.language in ("en", "es")
         assert ask(language=detected.language).text == detected.text
-        with pytest.raises(openai.BadRequestError, match="language must be told"):
-            ask(prompt="before")
+        assert detected.language_probability >= 0.5
+        prompted = ask(prompt="before")  # the language is detected first, then the prompt is built
+        assert (prompted.language, prompted.language_probability) == (
+            detected.language,
+            detected.language_probability,
+        )
+        assert prompted.text == ask(prompt="before", language=detected.language).text
         assert ask(language="en", prompt="before " * 400).language == "en"
         assert client._client.get(f"{live.url}/health").json()["targets"] == ["en"]
+
+
+def test_silence_is_an_empty_transcript(client, live):
+    silence = ("silence.wav", wav(np.zeros(16000 * 4, np.float32)))
+    found = client.audio.transcriptions.create(
+        model="small", file=silence, language="en", response_format="verbose_json"
+    )
+    assert (found.text, found.segments, found.duration) == ("", [], 4.0)
+    for form, text in (("text", "\n"), ("srt", ""), ("vtt", "WEBVTT\n\n")):
+        assert (
+            client.audio.transcriptions.create(
+                model="small", file=silence, language="en", response_format=form
+            )
+            == text
+        )
+    (done,) = client.audio.transcriptions.create(model="small", file=silence, language="en", stream=True)
+    assert (done.type, done.text) == ("transcript.text.done", "")
+    late = ("late.wav", wav(np.r_[np.zeros(16000 * 5, np.float32), noise(2.0)]))
+    found = client.audio.transcriptions.create(
+        model="small", file=late, language="en", response_format="verbose_json"
+    )
+    assert found.segments[0].start == pytest.approx(4.7, abs=0.2)
+
+
+def test_languages_are_weighed_and_told_apart(polyglot, spoken_tones):
+    """A recording in two languages is decoded in both; verbose_json and the stream give the longer one, how probable
+    it is, and the prompt changes nothing of it."""
+    audio = ("tones.wav", wav(spoken_tones("eeeessssss")))
+    with running(polyglot) as live, client_of(live) as client:
+        found = client.audio.transcriptions.create(model="small", file=audio, response_format="verbose_json")
+        assert found.language == "es"
+        assert 0.5 < found.language_probability < 0.9
+        assert found.text.startswith("e")
+        assert found.text.endswith("s")
+        assert any(one.start == pytest.approx(5.05, abs=0.2) for one in found.segments)
+        prompted = client.audio.transcriptions.create(
+            model="small", file=audio, response_format="verbose_json", prompt="names"
+        )
+        assert (prompted.language, prompted.language_probability) == ("es", found.language_probability)
+        *_, done = client.audio.transcriptions.create(model="small", file=audio, stream=True)
+        assert (done.language, done.language_probability) == ("es", found.language_probability)
+        named = client.audio.transcriptions.create(
+            model="small", file=audio, response_format="verbose_json", language="en"
+        )
+        assert (named.language, hasattr(named, "language_probability")) == ("en", False)
+
+
+def test_cues_of_the_service_end_where_sentences_do(live):
+    """A Canary's one segment of forty seconds; what would be markup is escaped."""
+    text = "It is said that 1 < 2 & 3 > 2. " + "This is a sentence of some words, and it goes on. " * 6
+    heard = [Heard([Segment(0.0, 40.0, text.strip())], "en", Timing())]
+    audio = Audio([], 40.0, 0.0)
+    for form in ("srt", "vtt"):
+        body = _rendered(
+            live.service, heard, audio, Asked("transcribe", "en", response_format=form)
+        ).body.decode()
+        cues = body.removeprefix("WEBVTT\n\n").strip().split("\n\n")
+        assert len(cues) > 6
+        assert all(cue.rstrip().endswith((".", ",")) for cue in cues)
+        assert ("1 &lt; 2 &amp; 3 &gt; 2." in body) == (form == "vtt")
+
+
+def test_numbers_that_json_does_not_have(live):
+    words = (Word(0.0, 1.0, " one", float("nan")),)
+    segment = Segment(0.0, 1.0, "one", words=words, avg_logprob=float("-inf"))
+    asked = Asked("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
+    answer = _rendered(live.service, [Heard([segment], "en", Timing())], Audio([], 1.0, 0.0), asked)
+    value = json.loads(answer.body, parse_constant=lambda name: pytest.fail(name))
+    assert value["segments"][0]["avg_logprob"] is None
+    assert value["words"] == [{"word": "one", "start": 0.0, "end": 1.0}]
 
 
 @pytest.mark.parametrize("text", ["one two three ", "日本語"])

@@ -49,6 +49,16 @@ def test_parity_with_transformers():
         ours.prompt_ids({"source_lang": "de"})
 
 
+@needs_model
+@pytest.mark.parametrize("task", ["translate", "ast", "s2t_translation"])
+def test_an_english_only_model_refuses_to_translate(task):
+    """A row that asks for it too, instead of transcribing it."""
+    english = load_tokenizer(Path(SHARED or "") / "models/whisper-tiny.en")
+    with pytest.raises(ConfigError, match="the task is to translate"):
+        english.prompt_ids({"task": task})
+    assert english.prompt_ids({"task": "asr"}) == english.prompt_ids({"task": "transcribe"})
+
+
 def test_multilingual_prompts(multilingual):
     tokenizer = multilingual
     assert tokenizer.languages == ("en", "es")

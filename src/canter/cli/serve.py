@@ -44,6 +44,12 @@ class Options:
     are: what else comes is another site's page whose name leads here (DNS rebinding)."""
     lang: str | None = None
     """Language of requests that name none, as a code or in English (default: detected by a multilingual Whisper)."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """Voice activity detector: silence of 2 s and more at the ends of a recording, and of 5 s in it, is left out, and
+    long audio is cut in pauses. `silero` needs the extra `vad`; `none` keeps all and cuts overlapping windows."""
+    max_repeats: int = 3
+    """Number of repeats to keep where the model writes the same words for longer than the audio lasts; 0 is no limit.
+    Nothing else is changed; a Whisper has its own rule."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
@@ -84,6 +90,8 @@ def run(options: Options) -> int:
     from canter.serving.service import Service
     from canter.tuning.memory import LARGEST_THRESHOLD, steady_heap
 
+    if options.max_repeats < 0:
+        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no limit, or more")
     keys = read_keys(options.api_keys)
     local = is_loopback(options.host)
     checkpoint = checkpoint_of(options.model)
@@ -92,6 +100,7 @@ def run(options: Options) -> int:
         keys=keys,
         hosts=host_names(options.host, options.allowed_hosts),
         lang=options.lang,
+        vad=options.vad,
         max_bytes=int(options.max_megabytes * 2**20),
         longest_seconds=options.longest_seconds,
         queue=options.queue,
@@ -140,7 +149,13 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
     def load() -> None:
         try:
             model = load_in(options.precision, checkpoint, device)
-            loaded.set_result(Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size)))
+            loaded.set_result(
+                Engine(
+                    model,
+                    model.tokenizer.end,
+                    EngineConfig(rows=options.batch_size, max_repeats=options.max_repeats),
+                )
+            )
         except BaseException as error:
             loaded.set_exception(error)
 

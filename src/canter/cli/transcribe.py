@@ -67,8 +67,8 @@ class Options:
     target_language: str = "en"
     """Target language of `--task translate` for rows that name none."""
     initial_prompt: str = ""
-    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash;
-    a multilingual Whisper then needs --language."""
+    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash.
+    """
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, from the model's timestamp tokens where it has them; `word`: times of words too,
     from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
@@ -91,8 +91,8 @@ class Options:
     ctc_weight: float = 0.0
     """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector that finds the pauses at which long audio is cut; `silero` needs the extra `vad`, `none`
-    cuts overlapping windows."""
+    """Voice activity detector: silence of 2 s and more at the ends of a recording, and of 5 s in it, is left out, and
+    long audio is cut in pauses. `silero` needs the extra `vad`; `none` keeps all and cuts overlapping windows."""
     window_seconds: float | None = None
     """Maximum length in seconds of the chunks that long audio is cut into (default: the model's training length where
     known, else 30 for Whisper and 40 for others)."""
@@ -103,7 +103,8 @@ class Options:
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
-    """Maximum number of times an n-gram of up to 8 tokens may follow itself in greedy search; 0 is no limit."""
+    """Number of repeats to keep where greedy search writes the same words for longer than the audio lasts; 0 is no
+    limit. Nothing else is changed; with --fallback a Whisper has its own rule."""
     audio_track: int | None = None
     """Audio track to transcribe of files with several, from 0 (default: the one marked as default, else the first)."""
     longest_seconds: float | None = None
@@ -352,6 +353,7 @@ def work_through(
     if first:
         path = first.with_name(f"{first.name}-{ranks.rank}") if ranks.rank else first
         partial = Partial(path, made_by)
+    keys = [row_key(utterance) for utterance in utterances] if partial else []
     audio_seconds = 0.0
     try:
         longest = math.inf if options.longest_seconds is None else options.longest_seconds
@@ -364,7 +366,7 @@ def work_through(
             if result.error is None:
                 audio_seconds += utterances[number].duration
             if partial:
-                partial.add(utterances[number], result)
+                partial.add(utterances[number], result, keys[number])
             if files and ranks.size == 1:
                 files.write(wanted[number], items[wanted[number]], result)
     finally:
@@ -389,7 +391,7 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     if options.audio_track is not None and options.audio_track < 0:
         raise ConfigError(f"--audio-track {options.audio_track}: tracks are counted from 0")
     if options.max_repeats < 0:
-        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no guard, or more")
+        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no limit, or more")
     if options.skip_existing and not (output and (output.is_dir() or not output.suffix)):
         raise ConfigError("--skip-existing: name a folder as --output")
     if options.skip_existing and kind in (None, "nemo", "all"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from canter.errors import ConfigError
+from canter.inference import language
 from canter.inference.alignment import align
 from canter.inference.capacity import decoder_rows, encoder_batches, encoder_frames
 from canter.inference.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
@@ -34,6 +35,7 @@ from canter.models.cache import swap_out
 from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
 
+SPEAKABLE = 12.5  # tokens a second that the fastest speech has, by the usual tokenizers
 EVENT_SECONDS = 0.2  # between two values of progress
 USUAL_TOKENS = 4.0  # a second of speech, until finished rows tell
 
@@ -55,6 +57,16 @@ class _Encoded:
     ready: "torch.cuda.Event | None" = None
     ctc_log_probs: Tensor | None = None
     """(T x upsampling, C), for joint decoding."""
+    detected: bool = False
+    """The prompt has the language that was detected."""
+    languages: tuple[float, ...] = ()
+    """Probabilities of the request's languages."""
+    until: float | None = None
+    """Seconds of the request's audio that this row has; another language begins there. None: all of it."""
+
+    def seconds(self, rate: int) -> float:
+        """Return the seconds of audio that this row has."""
+        return len(self.request.audio) / rate if self.until is None else self.until
 
 
 class _Live:
@@ -278,11 +290,24 @@ class Engine:
             )
         if request.temperature and self.spelling:
             raise ValueError("joint decoding takes the best tokens: a request may have no temperature")
+        return min(positions - len(request.prompt), self._tokens_of(frames))
+
+    def _tokens_of(self, frames: int) -> int:
+        """Return the tokens that so many encoder frames may have, whatever the decoder has room for."""
         rate = self.config.tokens_per_frame
         if rate is None:
             rate = self.model.generation.get("tokens_per_frame", 1.0)
-        wanted = math.ceil(rate * frames) + self.config.extra_tokens
-        return min(positions - len(request.prompt), wanted)
+        return math.ceil(rate * frames) + self.config.extra_tokens
+
+    def _allowed(self, row: _Encoded) -> float:
+        """Return how many tokens the row's audio has time for; infinite where the row is not guarded."""
+        if not row.request.guarded:
+            return math.inf
+        tokens = self._tokens_of(len(row.states))
+        if "tokens_per_frame" in self.model.generation:  # which knows how small the tokens are
+            return tokens
+        spoken = SPEAKABLE * row.seconds(self.model.sample_rate) + self.config.extra_tokens
+        return spoken if self.config.tokens_per_frame is not None else min(tokens, spoken)
 
     @torch.inference_mode()
     def _drop(self, live: _Live, waiting: deque[_Encoded], cancelled: Callable[[Hashable], bool]) -> None:
@@ -328,7 +353,8 @@ class Engine:
                 waiting.appendleft(replace(row, temperature=temperature, attempt=row.attempt + 1))
                 self.counters.retries += 1
                 continue
-            place = asked.rest(hypothesis, len(asked.audio) / self.model.sample_rate) if asked.rest else None
+            place = asked.rest(hypothesis, row.seconds(self.model.sample_rate)) if asked.rest else None
+            place = row.until if place is None else place
             if place is not None:
                 cut.append((row, hypothesis, place))
                 continue
@@ -358,31 +384,38 @@ class Engine:
         return count
 
     def _encode_rests(self, cut: list[tuple[_Encoded, Hypothesis, float]]) -> list[_Encoded]:
-        """Rows whose hypothesis ended early, with it and where: the audio from there on, as rows of their own."""
-        rate = self.model.sample_rate
+        """Return rows of the audio that rows leave, after their hypotheses and from the given seconds on. The language
+        is that of the row, unless another one begins there."""
+        rests: list[_Encoded] = []
+        for row, hypothesis, place in cut:
+            asked, same = row.request, row.until is None or place < row.until
+            later = tuple((start - place, end - place) for start, end in asked.stretches if start >= place)
+            rest = replace(asked, audio=asked.audio[round(place * self.model.sample_rate) :], stretches=later)
+            until = row.until - place if same and row.until is not None else None
+            new = replace(row, request=rest, until=until, attempt=0, temperature=asked.temperature)
+            new = replace(new, heard=(*row.heard, (hypothesis, place)))
+            rests.append(new if same else replace(new, prompt=list(asked.prompt), detected=False))
+        return self._encode_again(rests)
+
+    def _encode_again(self, rows: list[_Encoded]) -> list[_Encoded]:
+        """Return the rows with the encoder's output of the audio that they have now."""
+        rate, found = self.model.sample_rate, [*rows]
         requests = [
-            replace(
-                row.request, audio=row.request.audio[round(place * rate) :], prompt=row.prompt, languages=()
-            )
-            for row, _, place in cut
+            replace(row.request, audio=row.request.audio[: round(row.seconds(rate) * rate)]) for row in rows
         ]
         lengths = [self.model.encoder_frames(len(one.audio) / rate) for one in requests]
-        return [
-            replace(new, heard=(*cut[index][0].heard, cut[index][1:]))
-            for batch in encoder_batches(lengths, self.frames, self.rows)
-            for index, new in zip(batch, self._encode([requests[index] for index in batch]))
-        ]
+        for batch in encoder_batches(lengths, self.frames, self.rows):
+            for index, new in zip(batch, self._encode([requests[index] for index in batch])):
+                fresh = {
+                    name: getattr(new, name) for name in ("states", "ctc", "limit", "ready", "ctc_log_probs")
+                }
+                found[index] = replace(rows[index], **fresh)
+        return found
 
     def _enter(self, live: _Live, new: list[_Encoded]) -> Tensor:
         """New rows take the next free slots and read their prompts -> logits (m, 1, V)."""
         decoder = self.model.decoder
-        if self.front:
-            for row in new:
-                assert row.ready is not None
-                self.front.wait_event(row.ready)
-                row.states.record_stream(self.front)
-                if row.ctc_log_probs is not None:
-                    row.ctc_log_probs.record_stream(self.front)
+        self._await(new)
         new = self._with_languages(new)
         prompts = [row.prompt for row in new]
         states = pad_sequence([row.states for row in new], batch_first=True)
@@ -396,6 +429,7 @@ class Engine:
                 seed=row.attempt,
                 prompt=len(row.prompt),
                 scored=row.request.scored,
+                allowed=self._allowed(row),
                 ctc=row.ctc_log_probs,
             )
             for row in new
@@ -403,23 +437,92 @@ class Engine:
         live.add(new, drawn)
         return decoder.head(hidden[:, -1:])
 
+    def _await(self, rows: Iterable[_Encoded]) -> None:
+        """Let the decoder's stream wait for the encoder's output of the rows."""
+        if not self.front:
+            return
+        for row in rows:
+            assert row.ready is not None
+            self.front.wait_event(row.ready)
+            row.states.record_stream(self.front)
+            if row.ctc_log_probs is not None:
+                row.ctc_log_probs.record_stream(self.front)
+
     def _with_languages(self, new: list[_Encoded]) -> list[_Encoded]:
-        """Fills in the language of rows that ask for it: what Whisper says after its first token."""
-        asking = [index for index, row in enumerate(new) if row.request.languages and not row.attempt]
+        """Return the rows with the language that Whisper detects in those that ask for it; a row in which another
+        language begins keeps the audio before it."""
+        asking = [index for index, row in enumerate(new) if row.request.languages and not row.detected]
         if not asking:
             return new
-        rows, new = [new[index] for index in asking], list(new)
+        new = self._before_a_change(list(new), asking)
+        shares = self._detect([(new[index], new[index].states) for index in asking])
+        unsure = [
+            place
+            for place, index in enumerate(asking)
+            if max(shares[place]) < language.SURE and new[index].request.nearby is not None
+        ]
+        decided = [*shares]
+        if unsure:
+            rows = [new[asking[place]] for place in unsure]
+            others = self._encode_again([_of_nearby(row) for row in rows])
+            self._await(others)
+            for place, row, found in zip(unsure, others, self._detect([(row, row.states) for row in others])):
+                own = new[asking[place]].seconds(self.model.sample_rate)
+                both = [(own, shares[place]), (row.seconds(self.model.sample_rate), found)]
+                decided[place] = language.weighted(both).tolist()
+        for place, index in enumerate(asking):
+            row, known = new[index], decided[place]
+            prompt, at = [*row.prompt], row.request.language_at
+            prompt[at] = row.request.languages[max(range(len(known)), key=known.__getitem__)]
+            new[index] = replace(row, prompt=prompt, detected=True, languages=tuple(shares[place]))
+        return new
+
+    def _before_a_change(self, new: list[_Encoded], asking: list[int]) -> list[_Encoded]:
+        """Return the rows; those in which the language changes with the audio before the change alone.
+
+        The language of a stretch of speech is that which the decoder detects in the encoder's output of the whole
+        window, in the frames of the stretch: that costs no further pass of the encoder.
+        """
+        frame = self.model.frame_seconds
+        asked: list[tuple[_Encoded, Tensor]] = []
+        counts: dict[int, int] = {}
+        for index in asking:
+            row = new[index]
+            if len(row.request.stretches) < 2:
+                continue
+            places = language.with_pauses(row.request.stretches, row.seconds(self.model.sample_rate))
+            parts = [row.states[int(start / frame) : int(end / frame) + 1] for start, end in places]
+            if all(map(len, parts)):
+                counts[index] = len(parts)
+                asked += [(row, part) for part in parts]
+        found = iter(self._detect(asked))
+        cut: list[int] = []
+        for index, count in counts.items():
+            place = language.change(new[index].request.stretches, [next(found) for _ in range(count)])
+            if place is not None:
+                new[index] = replace(new[index], until=place)
+                cut.append(index)
+        again = self._encode_again([new[index] for index in cut])
+        self._await(again)
+        for index, row in zip(cut, again):
+            new[index] = row
+        return new
+
+    def _detect(self, rows: list[tuple[_Encoded, Tensor]]) -> list[list[float]]:
+        """Return the probabilities of the languages in encoder output (T, D), by what the decoder says at once after
+        <|startoftranscript|>."""
+        if not rows:
+            return []
         logits = self.model.decoder.admit(
-            [[row.prompt[0]] for row in rows],
-            pad_sequence([row.states for row in rows], batch_first=True),
-            [len(row.states) for row in rows],
+            [[row.prompt[row.request.language_at - 1]] for row, _ in rows],
+            pad_sequence([states for _, states in rows], batch_first=True),
+            [len(states) for _, states in rows],
             self.model.decoder.cache(),
         )
-        for index, row, scores in zip(asking, rows, logits):
-            languages = row.request.languages
-            language = languages[int(scores[list(languages)].argmax())]
-            new[index] = replace(row, prompt=[row.prompt[0], language, *row.prompt[2:]])
-        return new
+        return [
+            scores[list(row.request.languages)].float().softmax(-1).tolist()
+            for (row, _), scores in zip(rows, logits)
+        ]
 
     def _with_no_speech(self, new: list[_Encoded], hidden: Tensor) -> list[_Encoded]:
         """Of scored rows of a Whisper the probability that nobody speaks, from what is predicted after
@@ -444,7 +547,8 @@ class Engine:
         alignment = None
         if row.request.aligned:
             cross = live.cache.cross[:, :, slot, :, : len(row.states)]
-            alignment = align(self.model, cross, row.prompt, drawn.tokens, self.end, len(row.request.audio))
+            samples = round(row.seconds(self.model.sample_rate) * self.model.sample_rate)
+            alignment = align(self.model, cross, row.prompt, drawn.tokens, self.end, samples)
         return Hypothesis(
             row.request.key,
             drawn.tokens,
@@ -454,9 +558,16 @@ class Engine:
             row.no_speech,
             row.temperature,
             tuple(row.prompt),
+            row.languages,
             tuple((tuple(tokens), total) for tokens, total, _ in drawn.alternatives),
             alignment,
         )
+
+
+def _of_nearby(row: _Encoded) -> _Encoded:
+    """Return the row with the other audio of its recording in place of its own."""
+    assert row.request.nearby is not None
+    return replace(row, request=replace(row.request, audio=row.request.nearby), until=None)
 
 
 def engine_for(model: SpeechModel, end: int, config: EngineConfig) -> Engine:

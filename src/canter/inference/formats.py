@@ -2,8 +2,9 @@
 
 import html
 import json
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,16 +114,44 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data))
 
 
+def finite(value: Any) -> Any:
+    """Return a value for JSON with null in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return the value as JSON in its own letters; as ASCII where something in it, a file's name that is no UTF-8,
+    could not be written otherwise. Numbers that are not finite become null."""
+    value = finite(value)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    return text
+
+
 def render_segments(
     kind: str,
     text: str,
     segments: Sequence[Segment],
     language: str | None,
     style: SubtitleStyle = WHISPER,
+    probability: float | None = None,
 ) -> str:
-    """Return the file in any format but ``nemo``; ``style`` is that of srt and vtt."""
+    """Return the file in any format but ``nemo``; ``style`` is that of srt and vtt, ``probability`` that of a language
+    that was detected, which json has."""
     if kind == "json":
-        return json.dumps(whisper_json(text, segments, language))
+        value = whisper_json(text, segments, language)
+        if probability is not None:
+            value["language_probability"] = round(probability, 4)
+        return json.dumps(finite(value), allow_nan=False)
     if kind in ("srt", "vtt"):
         return {"srt": srt, "vtt": vtt}[kind](segments, style)
     return {"txt": txt, "tsv": tsv}[kind](segments)

@@ -5,7 +5,7 @@ windows.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from canter.inference.vad import FRAME, RATE, Detector
 MARGIN = 0.3  # seconds around speech that are kept, so that pauses of twice as much part it
 BREATH = 0.12  # seconds of no speech within which audio can be cut without an overlap
 SILENCE = 5.0  # seconds of no speech that no piece goes on over
+LEFT_OUT = 2.0  # seconds of no speech at the ends of audio that fits the window, from which they are left out
 AT_LEAST = 0.5  # share of the window that a piece should fill
 
 
@@ -29,6 +30,8 @@ class Piece:
     goes_on: bool = False
     """Whether the next piece has its end too."""
     rate: int = RATE
+    voiced: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """(F,) whether somebody speaks, in frames of FRAME seconds; empty where that is not known."""
 
     @property
     def end(self) -> float:
@@ -74,10 +77,13 @@ def cut(
         if end > begin:
             samples = seen[begin * size : end * size]
             shared = min(carried * size, len(samples)) / rate
+            voiced = _known(raw[begin:end])
             # A copy: a view would keep all of what is looked at together in memory for as long as the piece.
-            yield Piece((done + begin) * size / rate, samples.copy(), shared, again > 0, rate)
+            yield Piece((done + begin) * size / rate, samples.copy(), shared, again > 0, rate, voiced)
         # The start of a word may lie within the margin at the end of what is known.
         settled = end - again if begin < frames else max(0, frames - margin) if further else frames
+        if not further and not speech[end:].any():  # heard with all before it: alone it may pass for speech
+            settled = frames
         rest, done, carried = rest[settled * size :], done + settled, again
 
 
@@ -87,6 +93,36 @@ def _divided(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     for block in blocks:
         for start in range(0, len(block), size):
             yield block[start : start + size]
+
+
+def trimmed(samples: np.ndarray, detector: Detector | None, window: float, rate: int = RATE) -> list[Piece]:
+    """Audio (S,) that fits the ``window`` -> its pieces: none where nobody speaks, usually one, more where nobody
+    speaks for a while in between. At its ends no speech is left out below LEFT_OUT seconds."""
+    if detector is None:
+        return [Piece(0.0, samples, rate=rate)]
+    found = list(cut([samples], detector, window, 0.0, rate))
+    if found and found[0].start < LEFT_OUT:
+        found[0] = _widened(found[0], samples, 0.0, found[0].end)
+    if found and len(samples) / rate - found[-1].end < LEFT_OUT:
+        found[-1] = _widened(found[-1], samples, found[-1].start, len(samples) / rate)
+    return found
+
+
+def _widened(piece: Piece, samples: np.ndarray, start: float, end: float) -> Piece:
+    """Return the piece with more of the samples around it, in which nobody speaks."""
+    first, last = round(start * piece.rate), round(end * piece.rate)
+    voiced = piece.voiced
+    if len(voiced):
+        size = round(FRAME * piece.rate)
+        before = (round(piece.start * piece.rate) - first) // size
+        after = -(-(last - first) // size) - before - len(voiced)
+        voiced = np.pad(voiced, (before, max(0, after)))
+    return replace(piece, start=start, samples=samples[first:last], voiced=voiced)
+
+
+def _known(raw: np.ndarray) -> np.ndarray:
+    """Return the frames with speech; none where the detector could not tell, and took all for speech."""
+    return np.zeros(0, bool) if raw.all() else raw.copy()
 
 
 def _end(speech: np.ndarray, raw: np.ndarray, begin: int, most: int, lap: int, more: bool) -> tuple[int, int]:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
+
 from canter.inference.alignment import Alignment
 from canter.inference.requests import Hypothesis
 from canter.inference.segments import UNSPACED, Segment, Word
+from canter.inference.vad import FRAME
 from canter.text.sentencepiece import SentencePieceTokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import TIMESTAMP_SECONDS
@@ -18,6 +21,15 @@ CLOSING = "\"'.。,，!！?？:：”)]}、"
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
 CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
 LONG_WORD = 0.7  # seconds that the usual word of an alignment lasts at most
+TAIL = 0.3  # seconds after the end of a transcript that still belong to it
+LEAST_SPEECH = 1.0  # seconds of speech after the end of a transcript that are decoded on their own
+USUAL, SPARSE = (
+    15.0,
+    3.0,
+)  # bytes of text a second of speech; a quarter of what slow speakers say in any script
+MUCH_SPEECH = 5.0  # seconds of speech in a segment, from which it can be sparse
+SILENT = 0.5  # seconds of silence at the start or end of a segment that are left out of its times ...
+AROUND = 0.1  # ... but for so many
 LEAST_REST = 0.5  # seconds before and after a Whisper's last timestamp that make a window of their own
 NEAR = 1.0  # seconds by which two pieces may differ about when a word was said
 
@@ -141,17 +153,91 @@ def segments_of(
     return _bounded(found) if aligned else found
 
 
-def ended_early(hypothesis: Hypothesis, seconds: float, first_timestamp: int) -> float | None:
-    """Where in so many seconds of audio a Whisper's hypothesis stopped, None if at their end.
+def ended_early(
+    hypothesis: Hypothesis, seconds: float, first_timestamp: int, voiced: np.ndarray | None = None
+) -> float | None:
+    """Return where in so many seconds of audio a Whisper's hypothesis stopped, None if at their end.
 
     Of a sentence that the window's end cuts Whisper often writes the first timestamp alone, and its command line
-    begins the next window there (Radford et al., 2022, section 4.5).
+    begins the next window there (Radford et al., 2022, section 4.5). One timestamp at the end says that nobody speaks
+    after it; that is believed unless the detector hears speech there: ``voiced`` (F,), frames of FRAME seconds that end
+    where the audio does; empty or None where that is not known.
     """
     tokens = hypothesis.tokens
-    if not tokens or any(token < first_timestamp for token in tokens[-2:]):
+    if not tokens or tokens[-1] < first_timestamp:
         return None
     begins = (tokens[-1] - first_timestamp) * TIMESTAMP_SECONDS
-    return begins if begins >= LEAST_REST and seconds - begins > LEAST_REST else None
+    if begins < LEAST_REST or seconds - begins <= LEAST_REST:
+        return None
+    if len(tokens) == 1 or tokens[-2] >= first_timestamp:
+        return begins
+    left = round((seconds - begins) / FRAME)
+    if voiced is None or not 0 < left <= len(voiced) or tokens[0] < first_timestamp:
+        return None
+    after = np.flatnonzero(voiced[len(voiced) - left :])
+    after = after[after * FRAME >= TAIL]  # the end of the last word may lie behind its timestamp
+    if len(after) * FRAME < LEAST_SPEECH:
+        return None
+    return max(begins, begins + after[0] * FRAME - TAIL)
+
+
+def skipped(
+    hypothesis: Hypothesis,
+    tokenizer: Tokenizer,
+    seconds: float,
+    first_timestamp: int,
+    voiced: np.ndarray | None,
+) -> float | None:
+    """Return where to go on after the last segment of a Whisper's hypothesis, where that has next to no text for all
+    the speech in it: the model has passed over what was said. That is the first pause after the time that the text
+    takes. ``voiced``: as for `ended_early`. None where nothing was skipped."""
+    tokens = hypothesis.tokens
+    if voiced is None or not len(voiced) or not tokens or tokens[0] < first_timestamp:
+        return None
+    spans = _whisper_spans(tokens, first_timestamp, seconds)
+    if not spans:
+        return None
+    begin, end, part = spans[-1]
+    here = voiced[max(0, len(voiced) - round(seconds / FRAME)) :]
+    size = len(tokenizer.decode(part).encode())
+    if here[round(begin / FRAME) : round(end / FRAME)].sum() * FRAME < max(MUCH_SPEECH, size / SPARSE):
+        return None
+    said = round((begin + max(LEAST_SPEECH, size / USUAL)) / FRAME)
+    pauses = np.flatnonzero(~here[said:])
+    place = (said + int(pauses[0])) * FRAME if len(pauses) else seconds
+    return place if seconds - place > MUCH_SPEECH / 2 else None
+
+
+def in_speech(segments: Sequence[Segment], voiced: np.ndarray) -> list[Segment]:
+    """Return the segments, times from the start of their audio, without the silence at their beginnings and ends.
+
+    voiced (F,): whether somebody speaks, in frames of FRAME seconds; empty where that is not known. The first and the
+    last word of a segment go with it.
+    """
+    places = np.flatnonzero(voiced) * FRAME
+    if not len(places):
+        return list(segments)
+    return [_in_speech(segment, places) for segment in segments]
+
+
+def _in_speech(segment: Segment, places: np.ndarray) -> Segment:
+    inside = places[(places >= segment.start - FRAME) & (places < segment.end)]
+    if not len(inside):
+        return segment
+    start, end, words = segment.start, segment.end, [*segment.words]
+    if inside[0] - start > SILENT:
+        start = float(inside[0]) - AROUND
+        if words and words[0].start < start < words[0].end:
+            words[0] = replace(words[0], start=start)
+        elif words:
+            start = min(start, words[0].start)
+    if end - inside[-1] > SILENT:
+        end = min(end, float(inside[-1]) + FRAME + AROUND)
+        if words and words[-1].start < end < words[-1].end:
+            words[-1] = replace(words[-1], end=end)
+        elif words:
+            end = max(end, words[-1].end)
+    return replace(segment, start=start, end=end, words=tuple(words))
 
 
 def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tuple[float, float, list[int]]]:
@@ -163,6 +249,7 @@ def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tu
             continue
         time = min((token - first) * TIMESTAMP_SECONDS, seconds)
         if any(one < first for one in part):
+            time = max(time, begin)  # a model that was not asked for timestamps may write any
             spans.append((begin, time, [*part, token]))
             part = []
             begin = time
@@ -199,9 +286,9 @@ def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
 
 
 def _bounded(segments: list[Segment]) -> list[Segment]:
-    """An alignment covers all audio, so the pause before a segment falls to its first word, and what is after it to its
-    last: a first word lasts no more than twice the usual (the median, at most LONG_WORD, as openai-whisper's), a last
-    one no longer than its segment."""
+    """Return the segments with the times of their words. An alignment covers all audio, so the pause before a segment
+    falls to its first word, and what is after it to its last: a first word lasts no more than twice the usual (the
+    median, at most LONG_WORD, as openai-whisper's), a last one no longer than its segment."""
     lengths = [word.end - word.start for word in _all_words(segments) if word.end > word.start]
     most = 2 * min(LONG_WORD, median(lengths)) if lengths else 0.0
     found = []
@@ -213,7 +300,8 @@ def _bounded(segments: list[Segment]) -> list[Segment]:
             words[0] = replace(first, start=max(start, segment.start) if segment.start < first.end else start)
         if words and words[-1].start < segment.end < words[-1].end:
             words[-1] = replace(words[-1], end=segment.end)
-        found.append(replace(segment, words=tuple(words)))
+        start, end = (words[0].start, words[-1].end) if words else (segment.start, segment.end)
+        found.append(replace(segment, start=start, end=max(start, end), words=tuple(words)))
     return found
 
 
@@ -262,6 +350,8 @@ class Assembly:
         self.segments: list[Segment] = []
         """In order; the words' texts have the space before them."""
         self.hypotheses: dict[int, Hypothesis] = {}
+        self.languages: list[tuple[float, tuple[float, ...]]] = []
+        """Seconds of each part of the audio whose language was detected, and the probabilities of the languages."""
         self._waiting: dict[int, tuple[list[Segment], float, float]] = {}
         self._next = 0
         self._last_begins = 0  # in ``segments``: of the latest piece, which the next may still shorten

@@ -1,75 +1,83 @@
-"""The guard against repetition, for models that fall into a loop on audio they were not trained for.
+"""The guard against repetition: it ends rows that run in circles, and changes no token.
 
-The rule: no n-gram of 1 to N tokens may follow itself more than R times. A token that would complete one
-repeat too many is passed over for the next best one. End tokens end a row, so they are never passed over.
+A model that meets audio it was not trained for may write the same words over and over until the limit on tokens stops
+it. People repeat themselves too (digits, "no no no", laughter), so repetition alone ends nothing: a row must also have
+more tokens than anybody can say in the time. Its text is then cut after a few repeats, so what is left is the beginning
+of what the model would have written without a guard.
 
-B: live rows, V: vocabulary, N: the longest n-gram.
+B: live rows, N: the longest n-gram.
 """
 
-import math
+from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
+
+LEAST_REPEATS = 8
+"""Times that an n-gram follows itself at the end of a row before the row is taken to run in circles."""
 
 
 class RepetitionGuard:
-    """Chooses the best allowed token of each live row; rows sit in slots as in the decoder's cache."""
+    """Watches the tokens of the live rows; rows sit in slots as in the decoder's cache."""
 
     def __init__(self, ngram: int, repeats: int):
-        """``repeats``: R of the rule; 0 (or ``ngram`` 0) turns the guard off."""
+        """``ngram``: the longest n-gram that is looked at; ``repeats``: how often it may still follow itself in the
+        text of a row that ran in circles. 0 of either turns the guard off."""
         self.repeats = repeats
         self.sizes = np.arange(1, ngram + 1 if repeats else 1)  # (N,)
-        self.last = np.zeros(
-            (0, len(self.sizes)), dtype=np.int64
-        )  # (B, N) the latest tokens, the newest first
+        # (B, N) the latest tokens, the newest first
+        self.last = np.zeros((0, len(self.sizes)), dtype=np.int64)
         # (B, N) how many of a row's latest tokens equal the one n before: n x r where an n-gram
         # followed itself r times
         self.equal = self.last.copy()
+        self.allowed = np.zeros(0)  # (B,) tokens that the row's audio has time for
+        self.counts = np.zeros(0, dtype=np.int64)  # (B,) tokens so far
 
-    def add(self, rows: int) -> None:
-        """New rows, in the next slots."""
-        new = np.zeros((rows, len(self.sizes)), dtype=np.int64)
+    def add(self, allowed: Sequence[float]) -> None:
+        """Add rows in the next slots, each with the number of tokens that its audio has time for (infinite: the row is
+        not guarded)."""
+        new = np.zeros((len(allowed), len(self.sizes)), dtype=np.int64)
         self.last, self.equal = np.concatenate([self.last, new - 1]), np.concatenate([self.equal, new])
+        self.allowed = np.concatenate([self.allowed, np.array(allowed, dtype=float)])
+        self.counts = np.concatenate([self.counts, np.zeros(len(allowed), dtype=np.int64)])
 
     def remove(self, slots: list[int]) -> None:
-        """Rows leave, the last ones take their slots."""
+        """Remove rows; the last ones take their slots."""
         for slot in sorted(slots, reverse=True):
-            self.last[slot], self.equal[slot] = self.last[-1], self.equal[-1]
-            self.last, self.equal = self.last[:-1], self.equal[:-1]
+            for name in ("last", "equal", "allowed", "counts"):
+                values = getattr(self, name)
+                values[slot] = values[-1]
+                setattr(self, name, values[:-1])
 
-    def choose(self, logits: Tensor, first: int = 0) -> list[int]:
-        """logits (B, V) of the rows from slot ``first`` on -> their next tokens. Writes -inf where one is
-        passed over."""
-        chosen = logits.argmax(-1).cpu().numpy()
-        if not len(self.sizes):
-            return chosen.tolist()
-        last = self.last[first:]
-        equal = np.where(last == chosen[:, None], self.equal[first:] + 1, 0)
-        too_often = (self.repeats + 1) * self.sizes
-        for row in np.flatnonzero((equal >= too_often).any(1)):
-            while (equal[row] >= too_often).any():
-                logits[row, chosen[row]] = -math.inf
-                chosen[row] = int(logits[row].argmax())
-                equal[row] = np.where(last[row] == chosen[row], self.equal[first + row] + 1, 0)
-        self._advance(first, chosen, equal)
-        return chosen.tolist()
+    def took(self, chosen: Sequence[int], first: int = 0) -> dict[int, int]:
+        """Note the next tokens of the rows from slot ``first`` on.
 
-    def forbid(self, logits: Tensor, first: int = 0) -> None:
-        """Write -inf in logits (B, V) of the rows from slot ``first`` on, at the tokens that the rule forbids."""
-        too_often = self.equal[first:] + 1 >= (self.repeats + 1) * self.sizes
-        for row, size in zip(*np.nonzero(too_often)):
-            logits[row, self.last[first + row, size]] = -math.inf
+        Returns the slots of rows that have gone round in circles for longer than their audio lasts: n-grams that follow
+        one another take up all the tokens that there is time for. The value is the number of tokens to keep.
+        """
+        self.counts[first:] += 1
+        if not len(self.sizes) or not len(chosen):
+            return {}
+        tokens = np.array(chosen)[:, None]
+        last, equal = self.last[first:], self.equal[first:]
+        equal[:] = np.where(last == tokens, equal + 1, 0)
+        last[:, 1:] = last[:, :-1].copy()
+        last[:, :1] = tokens
+        span = equal + self.sizes
+        circling = (equal >= LEAST_REPEATS * self.sizes) & (span > self.allowed[first:, None])
+        return {first + int(row): self._kept(first + int(row)) for row in np.flatnonzero(circling.any(1))}
 
-    def took(self, chosen: list[int], first: int = 0) -> None:
-        """Note the tokens that the rows from slot ``first`` on have taken."""
-        if len(self.sizes):
-            tokens = np.array(chosen)
-            self._advance(
-                first, tokens, np.where(self.last[first:] == tokens[:, None], self.equal[first:] + 1, 0)
-            )
+    def at_limit(self, slot: int) -> int:
+        """Return how many tokens to keep of a row that has reached the limit on tokens: all, unless it has more than
+        its audio has time for and ends in circles."""
+        if not len(self.sizes) or self.counts[slot] < self.allowed[slot]:
+            return int(self.counts[slot])
+        return self._kept(slot)
 
-    def _advance(self, first: int, chosen: np.ndarray, equal: np.ndarray) -> None:
-        last = self.last[first:]
-        self.equal[first:] = equal
-        self.last[first:, 1:] = last[:, :-1].copy()
-        self.last[first:, 0] = chosen
+    def _kept(self, slot: int) -> int:
+        """Return the number of tokens up to the last repeat that is kept of the shortest n-gram that circles."""
+        circling = np.flatnonzero(self.equal[slot] >= LEAST_REPEATS * self.sizes)
+        if not len(circling):
+            return int(self.counts[slot])
+        size = int(self.sizes[circling[0]])
+        span = int(self.equal[slot, circling[0]]) + size
+        return int(self.counts[slot]) - max(0, span - size * (self.repeats + 1))

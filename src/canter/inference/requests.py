@@ -23,9 +23,9 @@ class EngineConfig:
     extra_tokens: int = 10
     """... and this many more (and in any case where the decoder's positions end)."""
     max_repeats: int = 3
-    """No n-gram of tokens may follow itself more often than this, the next best token is taken; 0: no
-    guard. Beam search has no such guard."""
-    repeat_ngram: int = 8
+    """Greedy search ends a row that repeats an n-gram of tokens for longer than its audio lasts, and keeps so many
+    repeats; 0: no guard. No token is replaced, so the text is that without a guard, or its beginning."""
+    repeat_ngram: int = 32
     """The longest n-gram that the guard against repetition looks at."""
     beams: int = 1
     """Hypotheses that are kept for each row; 1: greedy."""
@@ -59,12 +59,21 @@ class Request:
     """Looks at the hypothesis that is kept and the seconds of its audio; a number is where, in seconds, it ended early:
     the audio from there on is decoded on its own."""
     languages: tuple[int, ...] = ()
-    """Tokens among which the language is detected; the likeliest stands in the prompt at once after the
-    first token, in place of what is there."""
+    """Tokens among which the language is detected; the likeliest replaces the token at ``language_at`` in the
+    prompt."""
+    language_at: int = 1
+    """Place in the prompt of the language token, which follows <|startoftranscript|>."""
+    stretches: tuple[tuple[float, float], ...] = ()
+    """Stretches of speech, in seconds. Where the language changes from one to the next for certain, the audio is cut
+    and the rest is decoded on its own."""
+    nearby: np.ndarray | None = None
+    """Other audio (S,) of the same recording, whose language counts too where that of this audio is not certain."""
     scored: bool = False
     """Whether log probabilities and the probability of no speech are wanted."""
     aligned: bool = False
     """Whether the times of tokens are wanted."""
+    guarded: bool = True
+    """End it where it runs in circles (``max_repeats``); False where ``retry`` judges repetition."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +94,14 @@ class Hypothesis:
     temperature: float = 0.0
     prompt: tuple[int, ...] = ()
     """With the language that was detected."""
+    languages: tuple[float, ...] = ()
+    """Probability of each of the request's languages, where the language was detected."""
     alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
     """Of beams: tokens and sums of log probabilities, best first."""
     alignment: Alignment | None = None
     rest: "Hypothesis | None" = None
-    """Of the audio from ``rest_begins`` seconds on, where this one ended before its audio did."""
+    """Of the audio from ``rest_begins`` seconds on, where this one ended before its audio did, or another language
+    begins there."""
     rest_begins: float = 0.0
 
     @property

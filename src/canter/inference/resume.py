@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
+from canter.inference.formats import json_text
 from canter.inference.segments import Segment, Word
 from canter.inference.transcribe import Transcription
 
@@ -22,9 +23,20 @@ OURS = ("text", "num_tokens", "id")  # of an utterance, but without a part in it
 
 
 def row_key(utterance: Utterance) -> str:
-    """16 hexadecimal digits, the same for rows with the same transcript."""
+    """Return 16 hexadecimal digits, the same for rows with the same transcript: what they ask for, and the size and the
+    time of change of their file, so that a file that was replaced is transcribed anew."""
     asked = {name: value for name, value in asdict(utterance).items() if name not in OURS}
+    asked["file"] = _state(utterance.audio_filepath)
     return blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _state(path: str) -> list[int] | None:
+    """Return size and time of change of a file, or of the archive that it lies in; None for what is no local file."""
+    try:
+        found = os.stat(path if os.path.exists(path) else path.partition("::")[0])
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def partial_files(output: Path, folder: bool) -> Path:
@@ -108,15 +120,16 @@ class Partial:
         if not self._file.tell():
             self._write(dict(identity))
 
-    def add(self, utterance: Utterance, transcription: Transcription) -> None:
-        """Remembers a transcription; failures are not kept, so that they are tried again."""
+    def add(self, utterance: Utterance, transcription: Transcription, key: str | None = None) -> None:
+        """Remember a transcription; failures are not kept, so that they are tried again. ``key``: the row's before its
+        file was read, which may have been replaced since."""
         if transcription.error is None:
-            row = {"row": row_key(utterance), **asdict(transcription)}
+            row = {"row": key or row_key(utterance), **asdict(transcription)}
             self._write({name: value for name, value in row.items() if value is not None and value != ()})
 
     def _write(self, row: Mapping[str, Any]) -> None:
         row = row if "row" not in row else {"tokens": [], **row}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:

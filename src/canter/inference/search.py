@@ -39,8 +39,12 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     """Sum of the tokens' natural-log probabilities, the end token's included, where they were asked for."""
+    steps: list[float] = field(default_factory=list)
+    """Of a scored row of greedy search, the log probability of each token."""
     finished: bool = False
     """Whether an end token ended it."""
+    allowed: float = math.inf
+    """Tokens that its audio has time for; one that runs in circles for longer ends. Infinite: it is not guarded."""
     alternatives: list[tuple[list[int], float, bool]] = field(default_factory=list)
     """Of beams: tokens, sum of log probabilities, and whether finished, best first."""
     ctc: Tensor | None = None
@@ -109,8 +113,8 @@ def candidates(logits: Tensor, count: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 class Greedy:
-    """The best token that the rules and the guard against repetition allow, or one drawn; with ``joint``, by CTC and
-    attention."""
+    """The best token that the rules allow, or one drawn; with ``joint``, by CTC and attention. The guard ends rows that
+    run in circles."""
 
     beams = 1
 
@@ -120,7 +124,7 @@ class Greedy:
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
-        self.guard.add(len(rows))
+        self.guard.add([row.allowed for row in rows])
         if self.joint:
             self.joint.scorer.add([row.ctc for row in rows if row.ctc is not None])
 
@@ -139,48 +143,49 @@ class Greedy:
         stamped = [index for index, row in enumerate(rows) if row.stamped]
         if stamped:
             self.rules.order_timestamps(scores, stamped, [rows[index].tokens for index in stamped])
-        choose = self._jointly if self.joint else self._by_attention
-        chosen = choose(scores, rows, first)
+        chosen = self._jointly(scores, rows, first) if self.joint else self._by_attention(scores, rows)
         ended, end = [], self.rules.end
+        circling = self.guard.took(chosen, first)
         for slot, (row, token) in enumerate(zip(rows, chosen), first):
             if token == end:
                 row.finished = True
             else:
                 row.tokens.append(token)
-            if row.finished or len(row.tokens) >= row.limit:
+            if row.finished:
+                ended.append(slot)
+            elif slot in circling or len(row.tokens) >= row.limit:
+                kept = circling.get(slot, self.guard.at_limit(slot))
+                row.logprob -= sum(row.steps[kept:])
+                del row.tokens[kept:]
                 ended.append(slot)
         return ended, None
 
-    def _by_attention(self, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
+    def _by_attention(self, scores: Tensor, rows: Sequence[Row]) -> list[int]:
         total = scores.logsumexp(-1) if any(row.scored for row in rows) else None
-        draws = [
-            (index, int(drawn(scores[index], row)[0])) for index, row in enumerate(rows) if row.temperature
-        ]
-        own = [float(scores[draw]) for draw in draws]
-        for draw in draws:
-            scores[draw] = math.inf  # what is drawn passes the guard as the best
-        chosen = self.guard.choose(scores, first)
-        for draw, score in zip(draws, own):
-            scores[draw] = score
+        chosen = scores.argmax(-1).tolist()
+        for index, row in enumerate(rows):
+            if row.temperature:
+                chosen[index] = int(drawn(scores[index], row)[0])
         if total is not None:
             picked = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None])[:, 0]
             for row, logprob in zip(rows, (picked - total).tolist()):
                 row.logprob += logprob
+                row.steps.append(logprob)
         return chosen
 
     def _jointly(self, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
         assert self.joint
         scores = scores.log_softmax(-1)
-        self.guard.forbid(scores, first)
         attention, tokens = candidates(scores, CANDIDATES, self.rules.end)
         before = attention.new_zeros(len(rows), 1, dtype=torch.float64)
         joint, numbers = self.joint.scores(attention[:, None], tokens[:, None], before, first, wanted=1)
         values, places = joint[:, 0].max(-1, keepdim=True)
         self.joint.scorer.choose(first, numbers[:, 0].gather(1, places)[:, 0])
         chosen = tokens.gather(1, places)[:, 0].tolist()
-        self.guard.took(chosen, first)
         for row, value in zip(rows, values[:, 0].tolist()):
-            row.logprob += value if row.scored else 0.0
+            if row.scored:
+                row.logprob += value
+                row.steps.append(value)
         return chosen
 
 

@@ -119,7 +119,8 @@ def cues_of(segments: Sequence[Segment], style: SubtitleStyle = SENTENCES) -> li
 def _timed(segment: Segment) -> list[Word]:
     """Return the words, each with the space before it; the whole segment as one where they do not make up its text."""
     if "".join("".join(word.text.split()) for word in segment.words) != "".join(segment.text.split()):
-        return [Word(segment.start, segment.end, segment.text, 0.0)] if segment.text.strip() else []
+        whole = spaced(segment.text, [segment.text])[0]
+        return [Word(segment.start, segment.end, whole, 0.0)] if segment.text.strip() else []
     texts = spaced(segment.text, [word.text for word in segment.words])
     return [replace(word, text=text) for word, text in zip(segment.words, texts)]
 

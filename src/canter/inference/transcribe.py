@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -14,14 +14,15 @@ import numpy as np
 from canter.corpus.audio import AudioBlocks, DecodedAudio, audio_blocks, decode_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, ConfigError
+from canter.inference import language
 from canter.inference.capacity import encoder_batches, usual_window
 from canter.inference.engine import Engine
-from canter.inference.pieces import Piece, cut
+from canter.inference.pieces import Piece, cut, trimmed
 from canter.inference.progress import Decoded, Tally
-from canter.inference.reading import Assembly, Fallback, ended_early, segments_of
+from canter.inference.reading import Assembly, Fallback, ended_early, in_speech, segments_of, skipped
 from canter.inference.requests import Hypothesis, Request, Underway
 from canter.inference.segments import Segment
-from canter.inference.vad import DETECTORS
+from canter.inference.vad import DETECTORS, FRAME
 from canter.models.hub import checkpoint_of as checkpoint_of
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
@@ -47,6 +48,8 @@ class Transcription:
     """Stretches of the utterance with their times, in order; their texts joined are ``text``."""
     language: str | None = None
     """What the utterance's prompt said, or what was detected."""
+    language_probability: float | None = None
+    """Probability of the language that was detected, over all of the speech; None where it was not detected."""
     seconds: float | None = None
     """Length of the audio that was read."""
     lost_seconds: float = 0.0
@@ -127,63 +130,131 @@ class Listener:
         over = max(0, len(ids) - most)
         return ids[:1] + ids[1 + over :]  # before the text stands <|startofprev|>, or <|startofcontext|>
 
-    def request(self, slots: Mapping[str, str]) -> Request:
-        """What all pieces of an utterance have in common. A Whisper of many languages detects the source
-        language of slots that name none."""
+    def request(self, slots: Mapping[str, str], context: str | None = None) -> Request:
+        """Return what all pieces of an utterance have in common. A multilingual Whisper detects the source language of
+        slots that name none. ``context``: text that comes before, in place of the configuration's."""
+        context = self.config.context if context is None else context
         languages: tuple[int, ...] = ()
-        names = self.tokenizer.languages
-        if self.whisper and len(names) > 1 and "source_lang" not in slots:
-            if self.config.context:
-                raise ConfigError("with text before it the language of an utterance must be told")
+        at = 1
+        if self.detects(self.tokenizer) and "source_lang" not in slots:
+            names = self.tokenizer.languages
             languages = tuple(self.tokenizer.special_id(f"<|{name}|>") for name in names)
             slots = {**slots, "source_lang": names[0]}
+        prompt = self.prompt(slots, context)
+        if languages:
+            at = prompt.index(self.tokenizer.special_id("<|startoftranscript|>")) + 1
         fallback, decode = self.fallback, self.tokenizer.decode
         return Request(
             np.zeros(0, np.float32),
-            self.prompt(slots, self.config.context),
+            prompt,
             retry=(lambda found: fallback.retry(found, decode(found.tokens))) if fallback else None,
             rest=self._rest,
             languages=languages,
+            language_at=at,
             scored=fallback is not None,
             aligned=self.config.timestamps == "word",
+            guarded=not (fallback and any(fallback.temperatures)),
         )
 
     def pieces(self, blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
-        """Audio in blocks, at the model's rate, in pieces that fit the model."""
-        overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # nothing could join them
-        return cut(blocks, self.detector, self.window, overlap, self.rate)
+        """Yield audio in blocks, at the model's rate, as pieces that fit the model, without long silence. None where
+        nobody speaks at all."""
+        blocks, begun = iter(blocks), list[np.ndarray]()
+        for block in blocks:
+            begun.append(block)
+            if sum(map(len, begun)) > self.window * self.rate:
+                overlap = (
+                    self.config.overlap_seconds if self.engine.aligns else 0.0
+                )  # nothing could join them
+                yield from cut(chain(begun, blocks), self.detector, self.window, overlap, self.rate)
+                return
+        if begun:
+            audio = begun[0] if len(begun) == 1 else np.concatenate(begun)
+            yield from trimmed(audio, self.detector, self.window, self.rate)
 
-    def of_piece(self, request: Request, piece: Piece) -> Request:
-        """An utterance's ``request``, for one of its pieces."""
+    def requests(self, request: Request, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Request]]:
+        """Yield the pieces of an utterance, each with its request; ``request`` is what they have in common.
+
+        Where the language is detected, a piece whose own language is not certain goes by the longest piece up to the
+        next one too.
+        """
+        if not request.languages:
+            yield from ((piece, self.of_piece(request, piece)) for piece in pieces)
+            return
+        longest: Piece | None = None
+        for piece, following in pairwise(chain(pieces, [None])):
+            assert piece is not None
+            others = [one for one in (longest, following) if one is not None]
+            nearby = max(others, key=lambda one: len(one.samples), default=None)
+            yield piece, self.of_piece(request, piece, nearby)
+            if longest is None or len(piece.samples) >= len(longest.samples):
+                longest = piece
+
+    def of_piece(self, request: Request, piece: Piece, nearby: Piece | None = None) -> Request:
+        """Return an utterance's ``request`` for one of its pieces; ``nearby``: another one, by whose language it goes
+        where its own is not certain."""
         prompt = list(request.prompt)
         if piece.goes_on:
             # Without timestamps a Whisper leaves out the sentence that the end cuts, and nothing tells where it begins.
             prompt = [token for token in prompt if token != self.engine.rules.no_timestamps]
         aligned = request.aligned or piece.overlap > 0 or piece.goes_on
-        return replace(request, audio=piece.samples, prompt=prompt, aligned=aligned)
+        request = replace(request, audio=piece.samples, prompt=prompt, aligned=aligned)
+        if request.rest:
+            request = replace(request, rest=partial(self._rest, voiced=piece.voiced))
+        if not request.languages:
+            return request
+        return replace(
+            request,
+            stretches=tuple(language.stretches(piece.voiced, FRAME)),
+            nearby=nearby.samples if nearby else None,
+        )
 
-    def segments(self, hypothesis: Hypothesis, seconds: float) -> list[Segment]:
-        """Of a piece of so many seconds; none where Whisper heard nobody speak."""
-        if self._silent(hypothesis):
-            return []
-        found = segments_of(hypothesis, self.tokenizer, seconds, self.first_timestamp)
-        if hypothesis.rest:
-            begins = hypothesis.rest_begins
-            rest = self.segments(hypothesis.rest, seconds - begins)
-            found += [segment.shifted(begins) for segment in rest]
+    def segments(
+        self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None
+    ) -> list[Segment]:
+        """Return the segments of a piece of so many seconds; none where Whisper heard nobody speak. ``voiced``: where
+        somebody speaks in it (see `Piece`)."""
+        found: list[Segment] = []
+        begins = 0.0
+        for part in hypothesis.parts:
+            end = begins + part.rest_begins if part.rest else seconds
+            if not self._silent(part):
+                new = segments_of(part, self.tokenizer, end - begins, self.first_timestamp)
+                found += [segment.shifted(begins) for segment in new]
+            begins = end
+        return found if voiced is None else in_speech(found, voiced)
+
+    def languages(self, hypothesis: Hypothesis, seconds: float) -> list[tuple[float, tuple[float, ...]]]:
+        """Return the seconds of each part of a piece, and the probabilities of the languages where they were
+        detected."""
+        found: list[tuple[float, tuple[float, ...]]] = []
+        for part in hypothesis.parts:
+            here = part.rest_begins if part.rest else seconds
+            seconds -= here
+            if part.languages and not self._silent(part):
+                found.append((here, part.languages))
         return found
+
+    def spoken(self, parts: Sequence[tuple[float, tuple[float, ...]]]) -> tuple[str | None, float | None]:
+        """Return the language of an utterance and its probability, by what `languages` gives for its pieces; None where
+        nothing was detected."""
+        found = language.spoken(parts)
+        return (self.tokenizer.languages[found[0]], found[1]) if found else (None, None)
 
     def _silent(self, hypothesis: Hypothesis) -> bool:
         return self.fallback is not None and self.fallback.silent(hypothesis)
 
-    def _rest(self, hypothesis: Hypothesis, seconds: float) -> float | None:
-        """Where a Whisper's hypothesis stopped, before so many seconds of audio did."""
+    def _rest(self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None) -> float | None:
+        """Return where a Whisper's hypothesis stopped, before so many seconds of audio did."""
         if self.first_timestamp is None or self._silent(hypothesis):
             return None
-        return ended_early(hypothesis, seconds, self.first_timestamp)
+        place = ended_early(hypothesis, seconds, self.first_timestamp, voiced)
+        if place is None:
+            place = skipped(hypothesis, self.tokenizer, seconds, self.first_timestamp, voiced)
+        return place
 
     def language(self, hypothesis: Hypothesis) -> str | None:
-        """The language in a Whisper's prompt, detected or not."""
+        """Return the language in a Whisper's prompt, detected or not."""
         if not self.whisper:
             return None
         shown = self.tokenizer.decode(hypothesis.prompt, special=True)
@@ -199,6 +270,7 @@ class _Part:
     start: float
     seconds: float
     overlap: float
+    voiced: np.ndarray = field(compare=False)
 
 
 def transcribe(
@@ -313,7 +385,8 @@ class _Queue:
             if part.utterance in self.open:
                 assembly = self.open[part.utterance].assembly
                 assembly.hypotheses[part.number] = event
-                segments = self.listener.segments(event, part.seconds)
+                assembly.languages += self.listener.languages(event, part.seconds)
+                segments = self.listener.segments(event, part.seconds, part.voiced)
                 assembly.add(part.number, segments, part.start, part.overlap)
                 yield part
             yield from self.finished()
@@ -415,20 +488,11 @@ class _Queue:
         return block
 
     def _parts(self, request: Request, index: int, blocks: Iterable[np.ndarray]) -> Iterator[Request]:
-        """The requests of audio (S,) in ``blocks``: one where all of it fits into the window, else one a piece."""
-        rate = self.listener.rate
-        blocks, begun = iter(blocks), list[np.ndarray]()
-        for block in blocks:
-            begun.append(block)
-            if sum(map(len, begun)) > self.listener.window * rate:
-                break
-        else:
-            audio = begun[0] if len(begun) == 1 else np.concatenate(begun)
-            yield replace(request, audio=audio, key=_Part(index, 0, 0.0, len(audio) / rate, 0.0))
-            return
-        for number, piece in enumerate(self.listener.pieces(chain(begun, blocks))):
-            key = _Part(index, number, piece.start, len(piece.samples) / rate, piece.overlap)
-            yield replace(self.listener.of_piece(request, piece), key=key)
+        """Yield the requests of audio (S,) in ``blocks``, one a piece."""
+        pieces = self.listener.pieces(blocks)
+        for number, (piece, asked) in enumerate(self.listener.requests(request, pieces)):
+            seconds = len(piece.samples) / self.listener.rate
+            yield replace(asked, key=_Part(index, number, piece.start, seconds, piece.overlap, piece.voiced))
 
     def _settle(self, index: int, pieces: int) -> None:
         self.open[index].assembly.total = pieces
@@ -457,18 +521,22 @@ class _Queue:
         ctc = [one.ctc for one in found]
         if len(found) == 1 and segments:
             text = self.listener.tokenizer.decode(found[0].tokens).strip()
+        spoken, probability = self.listener.spoken(assembly.languages)
+        if spoken is None:
+            named = self.listener.language(found[0]) if found and not found[0].languages else None
+            spoken = named or utterance.target_lang or utterance.lang
         return Transcription(
             text,
             tuple(token for one in found for token in one.tokens),
             all(one.finished for one in found),
             tuple(x for one in ctc for x in one or ()) if any(one is not None for one in ctc) else None,
             segments=segments,
-            language=self.listener.language(found[0]) if found and self.listener.whisper
-            else utterance.target_lang or utterance.lang,
+            language=spoken,
+            language_probability=probability,
             seconds=opened.samples / self.listener.rate,
             lost_seconds=round(opened.lost_seconds, 3),
             warnings=opened.warnings,
-        )  # fmt: skip
+        )
 
 
 def _all(futures: Sequence[Future[list[Request]]]) -> list[Request]:

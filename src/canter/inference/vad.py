@@ -19,6 +19,11 @@ QUIET = 1e-10  # added to power, so that silence has a logarithm
 CONTRAST = 10.0  # dB between the quietest and the loudest, below which energy says nothing
 RISE = 8.0  # dB above the quietest that speech need not exceed
 FAINTEST = -80.0  # dB of full scale; what is below is silence
+HISS = (
+    -50.0
+)  # dB of full scale, below which noise is no speech where it is nowhere UNEVEN dB above its quietest
+UNEVEN = 6.0
+EVEN = 3.0  # dB between the quietest and all but the loudest moments of an even background
 Detector = Callable[[np.ndarray], np.ndarray]
 """Samples (S,) -> (F,) how likely somebody speaks, 0 to 1, above 0.5 taken for speech."""
 
@@ -38,15 +43,18 @@ def energy(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
     """A ``Detector``: speech is what stands out from the quietest tenth by a quarter of what the loudest do, or by
     RISE: beside a loud speaker a quiet one is heard too.
 
-    Careful rather than keen: where there is little contrast (noise, music, a word in long silence) all is taken for
-    speech, and nothing at all where all is silent to the last bit.
+    Careful rather than keen: where there is little contrast (noise, music) all is taken for speech. Nothing is where
+    all is silent, or nothing but a faint even hiss; and where the background is even and something stands out of it for
+    a moment (a word in long silence), that alone is.
     """
     level = loudness(samples, rate)
     if not len(level):
         return level
-    floor, top = np.percentile(level, 10), np.percentile(level, 95)
-    if level.max() < FAINTEST:
+    floor, top, loudest = np.percentile(level, 10), np.percentile(level, 95), level.max()
+    if loudest < FAINTEST or (loudest < HISS and loudest - floor < UNEVEN):
         return np.zeros(len(level))
+    if top - floor < EVEN and loudest - floor >= 2 * CONTRAST:
+        top = loudest
     if top - floor < CONTRAST:
         return np.ones(len(level))
     threshold = max(floor + min((top - floor) / 4, RISE), FAINTEST)

@@ -4,7 +4,6 @@ Whisper's (`canter.inference.formats`) are one file an utterance; ``nemo`` is th
 ``pred_text`` added to every row, or ``error`` to one that could not be transcribed.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,14 @@ from urllib.parse import urlsplit
 
 from canter.corpus.audio import STANDARD_INPUT
 from canter.errors import ConfigError
-from canter.inference.formats import ONE_RECORDING, SUBTITLES, SUFFIXES, render_segments, whisper_json
+from canter.inference.formats import (
+    ONE_RECORDING,
+    SUBTITLES,
+    SUFFIXES,
+    json_text,
+    render_segments,
+    whisper_json,
+)
 from canter.inference.inputs import Item
 from canter.inference.segments import Segment
 from canter.inference.subtitles import SENTENCES, SubtitleStyle
@@ -88,7 +94,7 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
     """Return the item's own fields, then ``pred_text`` and, where it is to be ``timed``, ``segments`` in seconds of
     the audio file; or ``error``. ``lost_seconds`` and ``warnings`` are there where something is wrong with the audio.
     URLs are without their secrets."""
-    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings")
+    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability")
     row = {
         key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
         for key, value in item.row.items()
@@ -97,6 +103,7 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
     if transcription.error is not None:
         return row | {"error": transcription.error}
     row |= {"pred_text": transcription.text}
+    row |= detected_language(transcription)
     if timed:
         row["segments"] = [_nemo_segment(segment) for segment in segments_of(item, transcription)]
     if transcription.lost_seconds:
@@ -104,6 +111,16 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
     if transcription.warnings:
         row["warnings"] = list(transcription.warnings)
     return row
+
+
+def detected_language(transcription: Transcription) -> dict[str, Any]:
+    """Return the language and its probability, where it was detected."""
+    if transcription.language_probability is None:
+        return {}
+    return {
+        "language": transcription.language,
+        "language_probability": round(transcription.language_probability, 4),
+    }
 
 
 def _nemo_segment(segment: Segment) -> dict[str, Any]:
@@ -118,7 +135,8 @@ def _nemo_segment(segment: Segment) -> dict[str, Any]:
 def render_one(item: Item, transcription: Transcription, kind: str, style: SubtitleStyle = SENTENCES) -> str:
     """Return one utterance's file in any format but ``nemo``; ``style`` is that of srt and vtt."""
     segments = segments_of(item, transcription)
-    return render_segments(kind, transcription.text, segments, _language(item, transcription), style)
+    language, probability = _language(item, transcription), transcription.language_probability
+    return render_segments(kind, transcription.text, segments, language, style, probability)
 
 
 def render(
@@ -163,6 +181,7 @@ def _entry(item: Item, transcription: Transcription) -> str:
         return json_text(value | {"error": transcription.error})
     segments = segments_of(item, transcription)
     value |= whisper_json(transcription.text, segments, _language(item, transcription))
+    value |= detected_language(transcription) | {"language": value["language"]}
     return json_text(value)
 
 
@@ -268,17 +287,6 @@ def _below(path: str, roots: Sequence[str | Path]) -> Path:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json_text(row) + "\n"
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """The value as JSON in its own letters; as ASCII where something in it, a file's name that is no UTF-8, could not
-    be written otherwise."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent)
-    return text
 
 
 def remove_stale(folders: Iterable[Path]) -> None:

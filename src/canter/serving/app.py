@@ -18,8 +18,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from canter import __version__
-from canter.inference.formats import srt, vtt, whisper_json
+from canter.inference.formats import finite, srt, vtt, whisper_json
 from canter.inference.requests import Request as Wanted
+from canter.inference.subtitles import SENTENCES
 from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
@@ -316,18 +317,19 @@ async def _events(
     ``transcript.text.done`` with the whole. Ours have the ``segment`` with its times beside the delta, and the
     ``language`` of the audio, its ``duration`` in seconds and the ``timing``."""
     text, timing, number, language = "", Timing(), 0, asked.language
+    probability: float | None = None
     try:
         async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
             while True:
                 heard = await client.wait_for(anext(found))
-                timing, language = heard.timing, heard.language
+                timing, language, probability = heard.timing, heard.language, heard.language_probability
                 for segment in heard.segments:
                     delta = joint(text, segment.text) + segment.text
                     text += delta
                     times = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
                     if "word" in asked.granularities:
                         times["words"] = [
-                            {"word": word.text, "start": word.start, "end": word.end}
+                            {"word": word.text.strip(), "start": word.start, "end": word.end}
                             for word in segment.words
                         ]
                     number += 1
@@ -344,13 +346,15 @@ async def _events(
         done["duration"] = round(audio.seconds, 3)
         if audio.warnings:
             done["warnings"] = list(audio.warnings)
+        if probability is not None:
+            done["language_probability"] = round(probability, 4)
         yield _event(done | {"timing": _milliseconds(audio, timing)})
     except ApiError as error:
         yield _event(error.body)
 
 
 def _event(value: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(finite(value), ensure_ascii=False, allow_nan=False)}\n\n"
 
 
 def _usage(audio: Audio) -> dict[str, Any]:
@@ -380,10 +384,10 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
         return PlainTextResponse(text + "\n", headers=headers)
     if asked.response_format in ("srt", "vtt"):
         write = {"srt": srt, "vtt": vtt}[asked.response_format]
-        return PlainTextResponse(write(segments), headers=headers)
+        return PlainTextResponse(write(segments, SENTENCES), headers=headers)
     if asked.response_format == "json":
         return JSONResponse({"text": text, "usage": _usage(audio)}, headers=headers)
-    language = heard[0].language if heard else asked.language or service.tokenizer.languages[0]
+    language = heard[-1].language if heard else asked.language or service.tokenizer.languages[0]
     value = {
         "task": asked.task,
         "duration": round(audio.seconds, 3),
@@ -392,12 +396,17 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
     if audio.warnings:
         value["warnings"] = list(audio.warnings)
     value["language"] = asked.to_language or "en" if asked.task == "translate" else language
+    if heard and heard[-1].language_probability is not None:
+        value["language_probability"] = round(heard[-1].language_probability, 4)
     words = [word for segment in value["segments"] for word in segment.pop("words", [])]
     if "word" in asked.granularities:
-        value["words"] = [{key: word[key] for key in ("word", "start", "end")} for word in words]
+        # Without the space before each that Whisper's files have, as OpenAI's API gives words.
+        value["words"] = [
+            {"word": word["word"].strip(), "start": word["start"], "end": word["end"]} for word in words
+        ]
         if "segment" not in asked.granularities:
             del value["segments"]
-    return JSONResponse(value | {"usage": _usage(audio), "timing": milliseconds}, headers=headers)
+    return JSONResponse(finite(value | {"usage": _usage(audio), "timing": milliseconds}), headers=headers)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

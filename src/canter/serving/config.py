@@ -1,6 +1,7 @@
 """The service's settings."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from canter.errors import ConfigError
 
@@ -20,6 +21,8 @@ class ServiceConfig:
     """Language of requests that name none."""
     languages: tuple[str, ...] = ()
     """The model's; the service fills them in."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """Voice activity detector; see `TranscribeConfig`."""
     max_bytes: int = 100 * 2**20
     """Of a request's body."""
     longest_seconds: float = 3600.0

@@ -16,6 +16,7 @@ from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine
+from canter.inference.formats import SUBTITLES
 from canter.inference.pieces import Piece
 from canter.inference.reading import UNSPACED, Assembly
 from canter.inference.requests import Request
@@ -82,9 +83,11 @@ class Heard:
     segments: list[Segment]
     """Which nothing will change any more; the next ones in order."""
     language: str
-    """Of the audio: as it was asked for, or detected."""
+    """Of the audio: as it was asked for, or detected in what was heard so far."""
     timing: Timing
     """Of the request, so far."""
+    language_probability: float | None = None
+    """Of the language, where it was detected."""
 
 
 class Service:
@@ -104,7 +107,7 @@ class Service:
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.config.features.sample_rate
         self.listeners = {
-            timestamps: Listener(engine, tokenizer, TranscribeConfig(timestamps=timestamps))
+            timestamps: Listener(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
             for timestamps in TIMESTAMPS
         }
         self.requests = 0
@@ -207,24 +210,12 @@ class Service:
                 yield block
 
         try:
-            audio = self._stored(self._pieces(counted()))
+            audio = self._stored(self.listeners["none"].pieces(counted()))
         except AudioError as error:
             text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
         seconds, reading = heard / self.rate, time.perf_counter() - begun
         return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))
-
-    def _pieces(self, blocks: Iterator[np.ndarray]) -> Iterator[Piece]:
-        """Yield audio that fits the model's window as it is, and longer audio in pieces."""
-        listener, begun, samples = self.listeners["none"], list[np.ndarray](), 0
-        for block in blocks:
-            begun.append(block)
-            samples += len(block)
-            if samples > listener.window * self.rate:
-                yield from listener.pieces(_chained(begun, blocks))
-                return
-        if begun:
-            yield Piece(0.0, np.concatenate(begun))
 
     def _stored(self, pieces: Iterable[Piece]) -> Audio:
         """Return the pieces as an upload whose samples are on disk."""
@@ -277,6 +268,12 @@ class Service:
                 "audio_too_long",
             )
 
+    def _listener(self, asked: Asked) -> Listener:
+        """Return what asks the model for the times that the answer needs; cues end where sentences do, at the times of
+        their words where the model can tell those."""
+        cues = asked.response_format in SUBTITLES and not asked.stream
+        return self.listeners["word" if cues and self.engine.aligns else asked.timestamps]
+
     def request(self, asked: Asked) -> Request:
         """What the engine is asked, the audio apart. Raises ApiError naming the field that does not fit the
         model."""
@@ -288,8 +285,6 @@ class Service:
         if source is None and not self.detects:
             text = f"this model must be told the language of the audio: {known}"
             raise ApiError(400, text, "language", "missing_language")
-        if source is None and asked.prompt:
-            raise ApiError(400, "with a 'prompt' the language must be told too", "language")
         if source and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
         target = source if asked.task == "transcribe" else asked.to_language or "en"
@@ -302,15 +297,13 @@ class Service:
         given = {"source_lang": source, "target_lang": target}
         slots = {name: value for name, value in given.items() if value}
         slots["task"] = "asr" if asked.task == "transcribe" else "ast"
-        listener = self.listeners[asked.timestamps]
-        if asked.timestamps != "none" and "timestamp" in self._slots:
+        listener = self._listener(asked)
+        if listener.config.timestamps != "none" and "timestamp" in self._slots:
             slots["timestamp"] = "yes"
-        request = listener.request(slots)
-        if asked.prompt:
-            try:
-                request = replace(request, prompt=listener.prompt(slots, asked.prompt))
-            except ConfigError:
-                raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
+        try:
+            request = listener.request(slots, asked.prompt)
+        except ConfigError:
+            raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
         if asked.temperature:
             request = replace(request, temperature=asked.temperature, retry=None)
         return request
@@ -318,7 +311,7 @@ class Service:
     async def segments(self, audio: Audio, asked: Asked, request: Request) -> AsyncGenerator[Heard]:
         """What is heard, piece by piece in order, as soon as it is decoded; ``request`` is what ``request``
         made of ``asked``. Leaving the iteration early takes the rest out of the engine."""
-        listener = self.listeners[asked.timestamps]
+        listener = self._listener(asked)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -326,7 +319,7 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        requests = [listener.of_piece(request, piece) for piece in audio.pieces]
+        requests = [one for _, one in listener.requests(request, audio.pieces)]
         assembly = Assembly()
         assembly.total = len(requests)
         ticket = self.scheduler.submit(requests, deliver)
@@ -336,10 +329,13 @@ class Service:
                 found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
                 if found is None:
                     raise ApiError(500, str(outcome.error))
-                segments = listener.segments(found, len(piece.samples) / self.rate)
+                seconds = len(piece.samples) / self.rate
+                segments = listener.segments(found, seconds, piece.voiced)
                 settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
-                language = asked.language or listener.language(found) or self.tokenizer.languages[0]
-                yield Heard(settled, language, outcome.timing)
+                assembly.languages += listener.languages(found, seconds)
+                detected, probability = listener.spoken(assembly.languages)
+                language = asked.language or detected or self.tokenizer.languages[0]
+                yield Heard(settled, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds)
         finally:
             if ticket.left:
@@ -351,13 +347,6 @@ def _discard(running: "Future[Audio]") -> None:
     """Close the result of a reading that nobody waits for any more."""
     if not running.cancelled() and running.exception() is None:
         running.result().close()
-
-
-def _chained(begun: list[np.ndarray], blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the blocks in ``begun``, which is emptied meanwhile, and then the others."""
-    while begun:
-        yield begun.pop(0)
-    yield from blocks
 
 
 def _go_on(stop: threading.Event) -> None:

@@ -9,7 +9,7 @@ import tokenizers
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.text.languages import same
-from canter.text.prompts import prompt_ids, utterance_slots
+from canter.text.prompts import TASKS, prompt_ids, utterance_slots
 from canter.untrusted import read_limited
 
 FILE = "tokenizer.json"
@@ -88,6 +88,10 @@ class WhisperTokenizer:
         for name in ("source_lang", "target_lang"):
             if not same(slots.get(name, "en"), "en"):
                 raise ConfigError(f"{name} is '{slots[name]}', but this Whisper knows English only")
+        if TASKS.get(slots.get("task", "")) == TASKS["translate"]:
+            raise ConfigError(
+                "the task is to translate, but this Whisper knows English only and cannot; leave it out"
+            )
         return prompt_ids(self, "whisper_english", slots)
 
     def save(self, folder: str | Path) -> None:
