@@ -157,7 +157,7 @@ def load_in(*_):
     time.sleep(3600)
 
 canter.inference.int8.load_in = load_in
-main(sys.argv[1:])
+sys.exit(main(sys.argv[1:]))
 """
 
 

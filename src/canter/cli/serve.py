@@ -160,8 +160,8 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
             loaded.set_exception(error)
 
     aside = threading.Thread(target=load, name="canter-loading", daemon=True)
-    aside.start()
     try:
+        aside.start()
         engine = loaded.result()
     except KeyboardInterrupt:
         print("canter: interrupted while the model was loading", file=sys.stderr, flush=True)
