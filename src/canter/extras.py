@@ -18,6 +18,7 @@ EXTRA_OF = {
     "huggingface_hub": "models",
     "jiwer": "models",
     "whisper_normalizer": "models",
+    "regex": "models",
     "matplotlib": "models",
     "tensorboard": "models",
     "transformers": "hf",

@@ -1,7 +1,5 @@
 """WER and CER, BLEU and chrF of a result manifest: `text` and `pred_text`, as `canter transcribe` writes."""
 
-import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -104,7 +102,9 @@ def run(options: Options) -> None:
             summary["difference"] = asdict(difference)
         if translations:
             summary["translation"] = {name: asdict(one) for name, one in translations.items()}
-        print(json.dumps(finite(summary), ensure_ascii=False, indent=2, allow_nan=False))
+        from canter.inference.formats import json_text
+
+        print(json_text(summary, indent=2))
         return
 
     from rich.console import Console
@@ -161,15 +161,6 @@ def scored(transcripts: list[Transcript], options: Options) -> Score:
 
 def summarize(counts: Counts) -> dict[str, float]:
     return {"wer": counts.wer, "cer": counts.cer, **asdict(counts)}
-
-
-def finite(value):
-    """Return the value with infinite rates (words where the reference has none) and NaN as null, all that JSON has."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(result: Score):
