@@ -172,3 +172,10 @@ def test_names_that_are_no_utf8_are_written_in_ascii(tmp_path):
         assert [row["audio_filepath"] for row in found] == [row["audio_filepath"] for row in rows]
         assert text.count("größer") == (1 if kind == "nemo" else 2)
         assert "schön.wav" in text
+
+
+def test_a_folder_of_recordings_with_several_manifests_is_its_recordings(tmp_path, clip):
+    for name in ("one.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text('{"pred_text": "of an earlier run"}\n')
+    (item,) = read_items([tmp_path])
+    assert item.row["audio_filepath"] == str(tmp_path / "clip.wav")

@@ -18,7 +18,7 @@ from canter.corpus.manifest import (
 from canter.corpus.media import is_media
 from canter.corpus.readers.folder import audio_files
 from canter.corpus.remote import absolute, folder_of, is_url
-from canter.corpus.sources import open_source, units_of
+from canter.corpus.sources import Unit, open_source, units_of
 from canter.errors import AudioError, ConfigError, ManifestError
 from canter.redaction import redacted
 from canter.text.languages import canonical, is_said, resolve, same, shortened
@@ -179,7 +179,7 @@ def _items(path: str, track: int | None = None) -> Iterator[Item]:
         and "_OP_" not in path
     ):
         raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
-    units = units_of(path)
+    units = _units(path)
     if [unit.kind for unit in units] == ["folder"]:
         yield from (_audio(file, track) for file in audio_files(os.path.abspath(path)))
     elif [unit.kind for unit in units] == ["nemo"]:
@@ -190,6 +190,17 @@ def _items(path: str, track: int | None = None) -> Iterator[Item]:
                 yield Item({"audio_filepath": found.file}, None, str(found))
             else:
                 yield Item(row_from_utterance(found), found)
+
+
+def _units(path: str) -> list[Unit]:
+    """Return what a path holds. A folder of recordings is that whatever tables and manifests lie there, unless it is
+    clear which of them lists the recordings."""
+    try:
+        return units_of(path)
+    except ManifestError:
+        if os.path.isdir(path) and audio_files(path):
+            return [Unit("folder", path)]
+        raise
 
 
 def _audio(path: str, track: int | None = None) -> Item:
