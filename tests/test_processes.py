@@ -98,5 +98,6 @@ def test_a_rank_ends_with_its_launcher(tmp_path):
     with started(sys.executable, "-c", launcher, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         until((tmp_path / "ready").exists, "no rank")
         process.kill()
+        process.wait()
         assert process.stderr.read() == b"canter: torchrun is gone\n"
         until(lambda: gone(process.pid), "the rank outlives its launcher")

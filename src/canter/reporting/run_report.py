@@ -320,7 +320,7 @@ def resolved(run: Run) -> list[tuple[str, str]]:
         *(
             (key.replace("_", " "), value)
             for key, value in run.settled.items()
-            if not isinstance(value, dict)
+            if not isinstance(value, dict) and key != "checksum"
         ),
         *(
             (f"batches: {key.replace('_', ' ')}", value)

@@ -91,6 +91,10 @@ class Checkpoints:
                 one.result()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
                 told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                if (
+                    "inline_container" in told
+                ):  # torch's, which does not say why a file could not be written whole
+                    told = "torch could not write a file whole; is the disk full?"
                 whole = self.whole()
                 onward = (
                     f"the one before is whole ({whole[-1].name}): make room there, and the same command goes on from it"
