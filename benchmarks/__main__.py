@@ -54,8 +54,9 @@ RUNS: dict[str, tuple[str, ...]] = {
     "identity": ("identity.py --most 60",),
     "whisper_windows": ("whisper_windows.py",),
     "serving": ("serving.py --seconds 30",),
+    "long_audio": ("long_audio.py --minutes 10",),
 }
-SHARED = {"decoding", "identity", "whisper_windows", "serving"}  # whose defaults are below CANTER_SHARED
+SHARED = {"decoding", "identity", "whisper_windows", "serving", "long_audio"}  # whose defaults are below CANTER_SHARED
 
 
 def main(names: list[str]) -> int:

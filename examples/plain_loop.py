@@ -15,7 +15,10 @@ from canter.integrations.loop import MicroBatches, collate, merge_pending
 
 class Clips(MicroBatches):
     def __getitem__(self, row):
-        return self.example(self.index.utterance(row), row)
+        try:
+            return self.example(self.index.utterance(row), row)
+        except ValueError as error:  # audio that cannot be read
+            print(f"left out: {error}", flush=True)
 
 
 start, manifest, folder, steps = *map(Path, sys.argv[1:4]), int(sys.argv[4])
@@ -26,9 +29,12 @@ if getattr(model.config.features, "pad_seconds", 0):
     model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
 index = canter.build_index(manifest, folder / "lengths.arrow", tokenizer=model.tokenizer, progress=False)
 budget = canter.Budget.from_batch_seconds(30.0, frame_seconds=model.frame_seconds)
-sampler = canter.PlanSampler(canter.Plan(index, budget))
+plan = canter.Plan(index, budget, longest_seconds=model.longest_seconds, most_tokens=model.positions)
+for row, reason in plan.left_out():
+    print(f"left out: row {row}: {reason}", flush=True)
+sampler = canter.PlanSampler(plan)
 clips = Clips(index, model.tokenizer, None, model.config.features.sample_rate)
-padded = lambda examples: collate(examples, model.tokenizer.pad)  # noqa: E731
+padded = lambda rows: collate([one for one in rows if one], model.tokenizer.pad) if any(rows) else None  # noqa: E731
 loader = torch.utils.data.DataLoader(clips, batch_sampler=sampler, collate_fn=padded)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 step = 0
@@ -40,6 +46,8 @@ while step < steps:  # a pass over the loader is an epoch, or the rest of one
     for batch in sampler.follow(loader):
         if step == steps:
             break
+        if batch is None:  # nothing in it could be read
+            continue
         torch.manual_seed(step)
         sums = model.loss(batch)
         loss = sums.attention / sums.attention_count

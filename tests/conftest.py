@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import contextlib
+import gc
 import os
 import random
 import socket
@@ -40,6 +41,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for file in files:
         chance.shuffle(file)
     items[:] = [item for file in files for item in file]
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of garbage collections, which a run of training asks for at its start."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def seed_everything() -> None:

@@ -328,6 +328,31 @@ def test_many_give_results_in_order_bad_files_among_them(canary, clips, bad):
     assert all("\n" not in str(error) for error in errors.values())
 
 
+def test_what_is_left_of_damaged_audio_is_transcribed(canary, clips, tmp_path):
+    path = tmp_path / "a.flac"
+    path.write_bytes(Path(clips[0]).read_bytes()[:-12000])
+    whole = canary.transcribe(clips[0], language="en")
+    for result in (canary.transcribe(path, language="en"), *canary.transcribe([path], language="en")):
+        assert result.lost_seconds > 0.1
+        assert abs(result.lost_seconds + result.duration - whole.duration) < 0.001
+        (warning,) = result.warnings
+        assert warning.startswith(f"{result.lost_seconds:.2f} s of its audio are lost")
+        row = json.loads(result.save(tmp_path / "a.jsonl").read_text())
+        assert (row["lost_seconds"], row["warnings"]) == (result.lost_seconds, [warning])
+    assert (whole.lost_seconds, whole.warnings) == (0.0, ())
+
+
+def test_recordings_are_recognised_by_their_content(canary, clips, tmp_path):
+    for name in ("a.mov", "a", "a.txt", "a.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(Path(clips[0]).read_bytes())
+        assert canary.transcribe(path, language="en").text == canary.transcribe(clips[0], language="en").text
+    with pytest.raises(canter.CanterError, match="no audio track 1: it has one"):
+        canary.transcribe(clips[0], language="en", audio_track=1)
+    with pytest.raises(canter.CanterError, match="audio_track is -1; tracks are counted from 0"):
+        canary.transcribe(clips[0], language="en", audio_track=-1)
+
+
 def test_results_do_not_depend_on_the_batch(canary, clips):
     texts = [
         [one.text for one in canary.transcribe(clips, language="en", batch_size=size)] for size in (1, 3, 64)

@@ -18,6 +18,7 @@ from canter.errors import ConfigError
 if TYPE_CHECKING:
     from canter.corpus.index import LengthIndex, Source
     from canter.corpus.manifest import Utterance
+    from canter.corpus.mixture import Group
     from canter.evaluation.normalize import Normalization
     from canter.evaluation.wer import Score
     from canter.planning import Budget
@@ -67,6 +68,9 @@ def build_index(
     *,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     prompt_tokens: int | None = None,
+    text_column: str = "",
+    lang_column: str = "",
+    audio_column: str = "",
     workers: int = 1,
     progress: bool = True,
 ) -> LengthIndex:
@@ -80,19 +84,24 @@ def build_index(
         ``num_tokens``.
     prompt_tokens: tokens of the prompt, added to each text's with one for the end; None: as many as the tokenizer's
         prompt has for the first row.
+    text_column, lang_column, audio_column: names of the columns (or keys of JSON), where they are not customary.
     workers: processes that read and tokenise.
 
     Rows that cannot be used are counted in ``index.skipped`` and listed in ``index.problems``. Raises ManifestError for
     a source that cannot be read or has no usable row.
     """
     from canter.corpus.build import build_index as build
+    from canter.corpus.columns import Columns
     from canter.corpus.counting import UNITS, prompt_length
     from canter.corpus.index import Source
-    from canter.corpus.mixture import mixture_of
+    from canter.corpus.mixture import sources_of
 
     given: Any = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    paths = [one for one in given if not isinstance(one, Source)]
-    group = mixture_of([str(one) for one in paths]) if len(paths) == len(given) else None
+    columns = Columns(text_column, lang_column, audio_column)
+    if any(isinstance(one, Source) for one in given):
+        listed = [one if isinstance(one, Source) else Source(str(one), columns=columns) for one in given]
+    else:
+        listed = sources_of([str(one) for one in given], columns)
     counter: Any = tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         from canter.models.hub import checkpoint_of
@@ -101,12 +110,12 @@ def build_index(
         name = os.fspath(tokenizer)
         counter = load_counter(name if name in UNITS else checkpoint_of(name))
     if prompt_tokens is None:
-        prompt_tokens = prompt_length(counter, _rows(group or given))
+        prompt_tokens = prompt_length(counter, _rows(listed))
     target = (
         Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
     )
     return build(
-        group or given,
+        listed,
         target,
         counter,
         prompt_tokens=prompt_tokens,
@@ -116,18 +125,18 @@ def build_index(
     )
 
 
-def _rows(sources: Any) -> Iterator[Utterance]:
+def _rows(sources: Group | list[Source]) -> Iterator[Utterance]:
     """Yield the rows of sources; of those that cannot be read none, as building the index says what is wrong."""
-    from canter.corpus.index import Source
     from canter.corpus.manifest import Utterance
     from canter.corpus.mixture import Group, leaves
     from canter.corpus.sources import open_source
     from canter.errors import ManifestError
 
-    for one in leaves(sources) if isinstance(sources, Group) else sources:
-        source = one if isinstance(one, Source) else Source(str(one))
+    for source in leaves(sources) if isinstance(sources, Group) else sources:
         with suppress(ManifestError):
-            for row in open_source(source.path, audio=source.audio, measure_durations=True):
+            for row in open_source(
+                source.path, audio=source.audio, measure_durations=True, columns=source.columns
+            ):
                 if isinstance(row, Utterance):
                     yield source.tagged(row)
 
@@ -235,13 +244,13 @@ def score(
     hypotheses: str | Sequence[str],
     languages: str | Sequence[str | None] | None = None,
     *,
-    normalize: Normalization = "leaderboard",
+    normalize: Normalization = "standard",
 ) -> Score:
     """Score hypotheses against references: ``score(...).wer``, ``.cer``, and the counts behind them.
 
     One text each, or (N,) of each; ``languages``, one for all or (N,), choose the normalisation, English without them.
-    ``normalize``: "leaderboard" as the Open ASR leaderboard does, "basic", or "none". Raises ValueError where there are
-    not as many of each.
+    ``normalize``: "standard", "leaderboard" as the Open ASR leaderboard does (it ignores the vowel signs of Hindi, Thai
+    and other scripts), "basic", or "none". Raises ValueError where there are not as many of each.
     """
     from canter.evaluation.wer import score as scored
 

@@ -1,8 +1,14 @@
 """What a user can cause. The command line prints these as one message; everything else is a bug."""
 
+from canter.redaction import redacted
+
 
 class CanterError(Exception):
-    """Base of Canter's own errors. The message names the file, line and value, and the way out."""
+    """Base of Canter's own errors. The message names the file, line and value, and the way out; URLs in it are without
+    their passwords, signatures and tokens."""
+
+    def __init__(self, *arguments: object):
+        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
 
 
 class ManifestError(CanterError, ValueError):

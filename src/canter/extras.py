@@ -29,6 +29,7 @@ EXTRA_OF = {
     "fastapi": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
+    "h11": "serve",
     "python_multipart": "serve",
     "prometheus_client": "serve",
     "sacrebleu": "bleu",

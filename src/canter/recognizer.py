@@ -22,16 +22,18 @@ import torch
 
 from canter.corpus.audio import stated_seconds
 from canter.corpus.manifest import Utterance
+from canter.corpus.media import is_media
 from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.engine import Engine, engine_for
 from canter.inference.formats import SUBTITLES, SUFFIXES
-from canter.inference.inputs import Defaults, Item, files_in, is_audio, items_of, require_language
+from canter.inference.inputs import Defaults, Item, files_in, items_of, require_language
 from canter.inference.requests import EngineConfig
 from canter.inference.segments import Segment, Word
 from canter.inference.subtitles import SubtitleStyle
 from canter.inference.transcribe import Job, Listener, TranscribeConfig, Transcription, transcribe_jobs
 from canter.inference.writers import json_text, render_one, result_row, segments_of, write_whole
+from canter.redaction import redacted
 from canter.text.languages import canonical
 from canter.text.tokenizer import Tokenizer
 
@@ -72,6 +74,10 @@ class Transcript:
     """The file; None for an array."""
     error: str | None = None
     """The reason why there is no transcript; None where there is one."""
+    lost_seconds: float = 0.0
+    """Seconds of the audio that are damaged or missing; the rest is transcribed."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with the audio: losses and where they begin, channels that cancel each other out."""
     _item: Item | None = field(default=None, compare=False)
     _found: Transcription | None = field(default=None, compare=False)
 
@@ -222,6 +228,7 @@ class Recognizer:
         vad: Vad = ...,
         prompt: str = ...,
         sampling_rate: int | None = ...,
+        audio_track: int | None = ...,
     ) -> Transcript: ...
 
     @overload
@@ -239,6 +246,7 @@ class Recognizer:
         vad: Vad = ...,
         prompt: str = ...,
         sampling_rate: int | None = ...,
+        audio_track: int | None = ...,
     ) -> Iterator[Transcript]: ...
 
     def transcribe(
@@ -255,6 +263,7 @@ class Recognizer:
         vad: Vad = "energy",
         prompt: str = "",
         sampling_rate: int | None = None,
+        audio_track: int | None = None,
     ) -> Transcript | Iterator[Transcript]:
         """Transcribe one recording, or an iterable of them.
 
@@ -276,6 +285,7 @@ class Recognizer:
             extra ``vad``), or "none".
         prompt: text that is taken to come before: names to expect, a style of writing.
         sampling_rate: of arrays; None: the model's own.
+        audio_track: audio track of files with several, from 0; None: the one marked as default, else the first.
 
         Raises ConfigError, before anything is decoded, for options that this model cannot do.
         """
@@ -290,6 +300,7 @@ class Recognizer:
             vad,
             prompt,
             sampling_rate,
+            audio_track,
         )
         if _is_one(audio):
             return self._one(cast(Audio, audio), options)
@@ -313,6 +324,7 @@ class Recognizer:
         vad: str,
         prompt: str,
         sampling_rate: int | None,
+        audio_track: int | None,
     ) -> _Options:
         for name, value, known in (
             ("task", task, get_args(Task)),
@@ -328,12 +340,19 @@ class Recognizer:
         ):
             if number is not None and (not _is_whole(number) or number < 1):
                 raise ConfigError(f"{name} is {number!r}; it must be a whole number of at least 1")
+        if audio_track is not None and (not _is_whole(audio_track) or audio_track < 0):
+            raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
         engine = self._engine(beam_size, batch_size, ctc_weight)
         if timestamps == "word" and not engine.aligns:
             raise ConfigError(
                 f"{self._called} cannot tell when a word was said; use timestamps='segment' or 'none'"
             )
-        asked = TranscribeConfig(timestamps=cast(Timestamps, timestamps), vad=cast(Vad, vad), context=prompt)
+        asked = TranscribeConfig(
+            timestamps=cast(Timestamps, timestamps),
+            vad=cast(Vad, vad),
+            context=prompt,
+            audio_track=audio_track,
+        )
         listener = Listener(engine, self.tokenizer, asked)
         languages = self._languages_of(language, task, target_language)
         if prompt:
@@ -370,7 +389,7 @@ class Recognizer:
     # -- one --
 
     def _one(self, audio: Audio, options: _Options) -> Transcript:
-        if isinstance(audio, str | os.PathLike) and not is_audio(os.fspath(audio)) and Path(audio).exists():
+        if isinstance(audio, str | os.PathLike) and not is_media(os.fspath(audio)) and Path(audio).exists():
             what = "a folder" if os.path.isdir(audio) else "a manifest"
             raise ConfigError(
                 f"{os.fspath(audio)} is {what}, not one recording; for a transcript of each in it give a list: "
@@ -456,7 +475,7 @@ class Recognizer:
     def _recordings(self, audio: Iterator[Audio], options: _Options) -> Iterator[_Given]:
         """Yield what is given, folders and manifests as what they hold."""
         for one in audio:
-            if not isinstance(one, str | os.PathLike) or is_audio(os.fspath(one)):
+            if not isinstance(one, str | os.PathLike) or is_media(os.fspath(one)):
                 yield self._recording(one, options)
                 continue
             try:
@@ -471,17 +490,18 @@ class Recognizer:
                 if empty:
                     yield _Given(
                         Item({}, None),
-                        shown=os.fspath(one),
-                        error=f"{os.fspath(one)} holds nothing to transcribe",
+                        shown=redacted(os.fspath(one)),
+                        error=f"{redacted(os.fspath(one))} holds nothing to transcribe",
                     )
             except CanterError as error:
-                yield _Given(Item({}, None), shown=os.fspath(one), error=str(error))
+                yield _Given(Item({}, None), shown=redacted(os.fspath(one)), error=str(error))
 
     def _listed(self, item: Item) -> _Given:
         """Return a row of a manifest, or a file of a folder."""
         item = self._with_language(item)
         path = item.row.get("audio_filepath")
         shown = item.utterance.audio_filepath if item.utterance else str(path) if path else None
+        shown = redacted(shown) if shown else None
         if item.utterance is None:
             return _Given(item, shown=shown, error=item.problem)
         return _Given(item, Job(item.utterance, item.utterance.duration), shown)
@@ -491,7 +511,7 @@ class Recognizer:
         close = None
         try:
             if isinstance(one, str | os.PathLike):
-                path, shown, samples = absolute(one), os.fspath(one), None
+                path, shown, samples = absolute(one), redacted(os.fspath(one)), None
                 if not is_url(path) and "::" not in path and not os.path.exists(path):
                     where = "" if os.path.isabs(one) else f" (looked for in {os.getcwd()})"
                     return _Given(Item({}, None), shown=shown, error=f"{shown} does not exist{where}")
@@ -547,6 +567,8 @@ class Recognizer:
             language,
             seconds,
             given.shown,
+            lost_seconds=found.lost_seconds,
+            warnings=found.warnings,
             _item=item,
             _found=found,
         )
@@ -623,7 +645,7 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
     samples = samples.astype(np.float32, copy=False)
     if samples.ndim == 2:
         samples = samples.mean(axis=1)
-    peak = float(np.abs(samples).max())
+    peak = max(float(samples.max()), -float(samples.min()))  # np.abs would take as much memory again
     if not np.isfinite(peak):
         raise AudioError("an array holds samples that are not finite numbers")
     if peak > LOUDEST:

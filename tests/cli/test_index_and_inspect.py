@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+import canter
 from canter.cli.main import main
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
@@ -145,3 +146,31 @@ def test_the_index_is_not_read_anew_where_nothing_changed(manifests, capsys):
     os.utime("a.jsonl", (time.time() + 9, time.time() + 9))
     assert main(arguments) == 0
     assert set((manifests / "lengths.arrow.parts").iterdir()).isdisjoint(parts)
+
+
+def test_columns_are_named_alike_by_every_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = "".join(f"{number}.wav,{2 + number % 5},wrong,{'a' * (number + 1)}\n" for number in range(30))
+    (tmp_path / "t.csv").write_text("clip,duration,text,said\n" + rows)
+    columns = ["--text-column", "said", "--audio-column", "clip"]
+    assert main(["index", "t.csv", "-o", "l.arrow", "--tokenizer", "chars", *columns]) == 0
+    assert LengthIndex.open("l.arrow").tokens.tolist() == [number + 2 for number in range(30)]
+    assert LengthIndex.open("l.arrow").utterance(3).audio_filepath == f"{tmp_path}/3.wav"
+    index = canter.build_index(
+        "t.csv", tokenizer="chars", text_column="said", audio_column="clip", progress=False
+    )
+    assert index.tokens.tolist() == LengthIndex.open("l.arrow").tokens.tolist()
+    capsys.readouterr()
+    assert main(["inspect", "t.csv", "--tokenizer", "chars", "--json", *columns]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == sum(range(2, 32))
+    for command in ("plan", "compare"):
+        assert (
+            main([command, "t.csv", "--json", *columns, *(["--ranks", "2"] if command == "compare" else [])])
+            == 0
+        )
+        assert json.loads(capsys.readouterr().out)
+    assert main(["plan", "t.csv", "--audio-column", "sound"]) == 1
+    error = capsys.readouterr().err
+    assert "t.csv has no column 'sound' of audio; it has clip, duration, text, said" in error
+    assert error.count("\n") == 1

@@ -42,7 +42,7 @@ def lines_of(text):
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()]
 
 
-@pytest.mark.parametrize("columns", [60, 80, 100, 120, 150])
+@pytest.mark.parametrize("columns", [60, 80, 100, 127, 150])
 def test_a_strategy_is_one_line_however_narrow_the_terminal(rungs, columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -55,7 +55,7 @@ def test_a_strategy_is_one_line_however_narrow_the_terminal(rungs, columns, monk
     assert {"compute", "speed"} <= set(head.split())
     missing = [name for name in COLUMNS if name.split()[-1] not in head.split()]
     note = " ".join(lines[-5:])
-    assert bool(missing) == (columns < 120)
+    assert bool(missing) == (columns < 128)
     assert all(name in note for name in missing)
 
 

@@ -27,16 +27,21 @@ def write(path: Path, rows: list) -> str:
 def test_table_and_alignment(tmp_path, capsys):
     assert main(["score", write(tmp_path / "r.jsonl", ROWS)]) == 0
     out = capsys.readouterr().out
-    assert "33.33%" in out  # 3 errors in 9 words
+    assert "44.44%" in out  # 4 errors in 9 words
+    assert "1 of the insertions are in utterances whose reference is empty" in out
     assert "ref  mister smith went to the shop ***" in out
     assert "hyp  mister smith want ** the shop now" in out
+    assert main(["score", write(tmp_path / "r.jsonl", ROWS), "--normalize", "leaderboard"]) == 0
+    out = capsys.readouterr().out
+    assert "33.33%" in out
     assert "1 utterances left out" in out
+    assert "1 words transcribed there are not counted" in " ".join(out.split())
 
 
 def test_a_result_at_a_url(tmp_path, capsys):
     url = f"file://{write(tmp_path / 'r.jsonl', ROWS)}"
     assert main(["score", url, "--against", url, "--html", str(tmp_path / "page.html")]) == 0
-    assert "33.33%" in capsys.readouterr().out
+    assert "44.44%" in capsys.readouterr().out
 
 
 def test_json(tmp_path, capsys):
@@ -84,10 +89,19 @@ def test_page_shows_the_worst_and_escapes_what_it_shows(tmp_path, capsys):
     assert f"written: {page}" in capsys.readouterr().err
 
 
-def test_words_where_none_were_said_are_null_in_json(tmp_path, capsys):
-    path = write(tmp_path / "r.jsonl", [{"text": "", "pred_text": "noise"}])
-    assert main(["score", path, "--json", "--normalize", "none"]) == 0
-    assert json.loads(capsys.readouterr().out)["wer"] is None
+def test_words_where_none_were_said_are_insertions_and_no_rate(tmp_path, capsys):
+    path = write(tmp_path / "r.jsonl", [{"text": "", "pred_text": "thanks everyone"}])
+    for normalize in ("standard", "basic", "none"):
+        assert main(["score", path, "--json", "--normalize", normalize]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["wer"], found["insertions"], found["wer_interval"]) == (None, 2, [None, None])
+    page = tmp_path / "page.html"
+    assert main(["score", path, "--against", path, "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "n/a" in out
+    assert "%" not in out
+    assert "2 of the insertions are in utterances whose reference is empty" in out
+    assert "n/a" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,4 +130,4 @@ def test_bad_rows_can_be_skipped_and_are_listed(tmp_path, capsys):
     assert main(["score", path, "--skip-bad"]) == 0
     captured = capsys.readouterr()
     assert ":4: pred_text missing" in captured.err
-    assert "33.33%" in captured.out
+    assert "44.44%" in captured.out

@@ -144,3 +144,34 @@ def test_loading_leaves_no_threads(folder):
             break
         time.sleep(0.01)
     assert not left
+
+
+SLOW_LOADING = """
+import sys, time
+import canter.inference.int8
+from canter.cli.main import main
+
+def load_in(*_):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(3600)
+
+canter.inference.int8.load_in = load_in
+main(sys.argv[1:])
+"""
+
+
+def test_it_can_be_interrupted_while_the_model_loads(folder):
+    """At once, though the thread that loads cannot be told to stop."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_LOADING, "serve", str(folder), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    with process.stderr:
+        assert process.stderr.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.wait(timeout=1800) == 130
+    assert said == "canter: interrupted while the model was loading\n"

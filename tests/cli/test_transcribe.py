@@ -1,5 +1,6 @@
 """`canter transcribe` as a user meets it: broken inputs among good ones, several ranks, what goes where."""
 
+import io
 import json
 import os
 import re
@@ -54,9 +55,9 @@ def clips(tmp_path_factory) -> Path:
     (root / "bad-text.wav").write_text("this is no audio at all")
     (root / "bad-empty.wav").write_bytes(b"")
     (root / "bad-header.wav").write_bytes((root / "good.wav").read_bytes()[:44])
-    (root / "bad-truncated.wav").write_bytes((root / "good.wav").read_bytes()[:20000])
-    soundfile.write(root / "bad-truncated.flac", sound(3.0), 16000)
-    os.truncate(root / "bad-truncated.flac", 30000)
+    (root / "truncated.wav").write_bytes((root / "good.wav").read_bytes()[:20000])
+    soundfile.write(root / "truncated.flac", sound(3.0), 16000)
+    os.truncate(root / "truncated.flac", 30000)
     nan = sound(0.5)
     nan[4000:4100] = np.nan
     soundfile.write(root / "bad-nan.wav", nan, 16000, subtype="FLOAT")
@@ -89,12 +90,16 @@ def test_broken_files_are_named_and_the_rest_goes_on(model, clips, tmp_path, cap
     for name, reason in [
         ("bad-text.wav", "not audio"),
         ("bad-empty.wav", "empty"),
-        ("bad-truncated.wav", "truncated"),
         ("bad-nan.wav", "not a finite number"),
         ("nothing", "holds nothing"),
         ("absent.wav", "does not exist"),
     ]:
         assert reason in rows[name]["error"], name
+    for name in ("truncated.wav", "truncated.flac"):
+        assert rows[name]["lost_seconds"] > 0.3
+        (warning,) = rows[name]["warnings"]
+        assert f"{rows[name]['audio_filepath']}: {warning}" in captured.err
+    assert len(summary["warnings"]) == 2
 
 
 def test_without_a_language_each_item_says_so(model, clips, tmp_path):
@@ -229,8 +234,10 @@ def videos(clips, tmp_path) -> Path:
     root = tmp_path / "videos"
     (root / "sub").mkdir(parents=True)
     good = (clips / "good.wav").read_bytes()
-    for name in ("a.wav", "a.flac", "sub/a.wav", "b.wv", "sub/c.txt", "README.md"):
+    for name in ("a.wav", "a.flac", "sub/a.wav", "b.unknown"):
         (root / name).write_bytes(good)
+    for name in ("sub/c.txt", "sub/c.html", "README.md"):
+        (root / name).write_text("no recording")
     return root
 
 
@@ -250,19 +257,19 @@ def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
     arguments = ["transcribe", model, str(videos), "--lang", "en", "--format", "srt", "-o", str(out)]
     assert main(arguments) == 0
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == ["a.flac.srt", "a.wav.srt", "sub/a.srt"]
-    assert seen == [0, 1, 2]
+    assert names == ["a.flac.srt", "a.wav.srt", "b.srt", "sub/a.srt"]
+    assert seen == [0, 1, 2, 3]
     errors = capsys.readouterr().err
-    assert f"{videos}: 2 files are not taken, by the suffix no audio (the first: {videos / 'b.wv'})" in errors
+    assert f"{videos}: 2 files are not taken, no audio or video (the first: {videos / 'README.md'})" in errors
 
     (videos / "new.wav").write_bytes((videos / "a.wav").read_bytes())
     (out / "a.wav.srt").write_text("corrected by hand")
     assert main([*arguments, "--skip-existing"]) == 0
-    assert "3 left out, whose files exist: a.flac, a.wav" in capsys.readouterr().err
+    assert "4 left out, whose files exist: a.flac, a.wav, b.unknown" in capsys.readouterr().err
     assert (out / "a.wav.srt").read_text() == "corrected by hand"
     assert (out / "new.srt").exists()
     assert main([*arguments, "--skip-existing"]) == 0
-    assert "4 left out" in capsys.readouterr().err
+    assert "5 left out" in capsys.readouterr().err
 
 
 def test_one_file_goes_to_stdout(model, clips, capsys, monkeypatch):
@@ -400,3 +407,22 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
     ]  # for when bad-nan.wav is mended
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(["alone.jsonl", "m.jsonl", "out.jsonl", *kept])
+
+
+def test_media_on_standard_input(model, clips, tmp_path, monkeypatch):
+    import canter.corpus.audio as audio
+
+    audio._standard_input.cache_clear()
+    with open(clips / "good.wav", "rb") as file:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        arguments = ["transcribe", model, "-", "--lang", "en", "--format", "txt", "-o", str(tmp_path / "out")]
+        assert main(arguments) == 0
+    assert (tmp_path / "out" / "stdin.txt").exists()
+    audio._standard_input.cache_clear()
+
+
+def test_an_audio_track_that_is_not_there(model, clips, tmp_path, capsys):
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en", "--audio-track"]
+    assert main([*arguments, "1", "-o", str(tmp_path / "out.jsonl")]) == 1
+    assert "has no audio track 1: it has one, counted from 0" in capsys.readouterr().err
+    assert main([*arguments, "-1", "-o", str(tmp_path / "out.jsonl")]) == 1

@@ -392,3 +392,47 @@ def test_durations_can_be_measured(tmp_path):
 )
 def test_a_source_is_named_after_its_path(path, name):
     assert Source(path).name == name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_changed_byte_is_found_wherever_it_is(tmp_path, seed):
+    """Or the file is no index any more; what is opened is what was written."""
+    path = tmp_path / "lengths.arrow"
+    random = np.random.default_rng(seed)
+    sources = [Source("a.jsonl", tags={"lang": "de"}), Source("b.jsonl")]
+    written = LengthIndex(
+        random.random(50) + 1,
+        random.integers(1, 90, 50),
+        sources,
+        random.integers(0, 2, 50),
+        places=random.integers(0, 2**40, 50).astype(np.uint64),
+    )
+    written.save(path)
+    content = path.read_bytes()
+    again = LengthIndex.open(path)
+    assert again.fingerprint == written.fingerprint
+    for at in random.integers(0, len(content), 40):
+        path.write_bytes(
+            content[:at] + bytes([content[at] ^ 1 << int(random.integers(8))]) + content[at + 1 :]
+        )
+        try:
+            found = LengthIndex.open(path)
+        except ManifestError as error:
+            assert str(path) in str(error)  # noqa: PT017 - not every byte matters
+            continue
+        assert found.sources == again.sources
+        for column in ("seconds", "tokens", "source_of", "places"):
+            assert np.array_equal(getattr(found, column), getattr(written, column)), (column, at)
+
+
+def test_large_indexes_are_verified_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("canter.corpus.index.VERIFIED_ROWS", 10)
+    path = tmp_path / "lengths.arrow"
+    LengthIndex(np.full(20, 1.5), np.full(20, 7)).save(path)
+    content = path.read_bytes()
+    at = content.index(np.full(4, 1.5, np.float32).tobytes())
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(
+        ManifestError, match=r"lengths.arrow is damaged: what it holds is not what was written"
+    ):
+        LengthIndex.open(path).verify()

@@ -196,6 +196,13 @@ FIELDS = [
     "id",
     "_skipme",
     "channel_selector",
+    "answer",
+    "source_lang",
+    "target_lang",
+    "taskname",
+    "file_name",
+    "sentence",
+    "language",
 ]
 
 

@@ -167,11 +167,12 @@ class Shell:
             text=True,
         )
         self.running.append(process)
-        while process.poll() is None and not path.exists():
+        seen = False
+        while process.poll() is None and not (seen := path.exists()):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=300)
-        assert path.exists(), f"{line}\n{printed}"
+        assert seen, f"{line}\n{printed}"  # later steps may have replaced it since
         self.running.remove(process)
 
     def environment(self) -> dict[str, str]:

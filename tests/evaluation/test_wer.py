@@ -1,9 +1,11 @@
 """Error rates: against hand-counted cases, a plain dynamic programme, and the rules of the leaderboard."""
 
 import math
+import re
+import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from canter.evaluation.normalize import normalizer
@@ -30,7 +32,8 @@ def test_rates_are_edit_distances_summed_before_dividing(texts):
     errors = sum(edit_distance(a.split(), b.split()) for a, b in texts)
     total = sum(len(a.split()) for a, _ in texts)
     assert result.total.errors == errors
-    assert result.wer == (errors / total if total else (math.inf if errors else 0.0))
+    undefined = math.inf if errors else math.nan
+    assert result.wer == pytest.approx(errors / total if total else undefined, nan_ok=True)
     assert result.total.character_errors == sum(edit_distance(list(a), list(b)) for a, b in texts)
     assert result.total.words == total
     assert sum((item.counts for item in result.utterances), Counts()) == result.total
@@ -82,7 +85,7 @@ def test_languages_choose_their_normaliser():
     assert score(["今日は"], ["今日も"], ["ja"]).wer == pytest.approx(1 / 3)
     assert score(["Twenty five, please."], ["25 please"]).wer == 0
     assert score(["Twenty five"], ["25"], normalize="none").wer == 1
-    with pytest.raises(ValueError, match=r"'strict' is unknown; one of: leaderboard"):
+    with pytest.raises(ValueError, match=r"'strict' is unknown; one of: standard, leaderboard"):
         normalizer("strict")  # type: ignore[arg-type]
 
 
@@ -90,18 +93,96 @@ def test_initials_are_one_word_as_on_the_leaderboard():
     rule = normalizer("leaderboard", "en")
     assert " ".join(rule("The U.S. and the U.S.A. at 5 p.m.").split()) == "the us and the usa at 5 pm"
     assert " ".join(rule("Mr. A. Bc v.big 3.5").split()) == "mister a bc v big 3.5"
-    result = score(["ignore_time_segment_in_scoring", "a"], ["b", "a"])
-    assert (result.wer, result.empty_references) == (0.0, 1)
+    for normalize in ("standard", "leaderboard"):
+        result = score(["ignore_time_segment_in_scoring", "a"], ["b", "a"], normalize=normalize)
+        assert (result.wer, result.left_out, result.words_left_out) == (0.0, 1, 1)
 
 
 def test_empty_texts():
-    result = score(["hmm", "yes"], ["so", ""])
-    assert result.empty_references == 1
+    result = score(["hmm", "yes"], ["so", ""], normalize="leaderboard")
+    assert (result.empty_references, result.left_out, result.words_left_out) == (1, 1, 1)
     assert (result.wer, result.total.deletions) == (1.0, 1)
     assert result.utterances[0].index == 1
     assert math.isinf(score([""], ["word"], normalize="none").wer)
-    nothing = score(["hmm"], ["so"])
-    assert (nothing.wer, nothing.utterances, wer_interval(nothing)) == (0.0, [], (0.0, 0.0))
+    for normalize, insertions, left_out in (("standard", 1, 0), ("leaderboard", 0, 1)):
+        nothing = score(["hmm"], ["so"], normalize=normalize)
+        assert not math.isfinite(nothing.wer)
+        assert (nothing.total.insertions, nothing.left_out) == (insertions, left_out)
+        assert all(map(math.isnan, wer_interval(nothing)))
+        assert math.isnan(paired_difference(nothing, nothing).wer)
+    assert math.isnan(score(["hmm"], [""]).wer)  # nothing said, nothing written: no rate, no error
+
+
+def test_words_where_nothing_was_said_are_insertions():
+    result = score(["", "we go by car"], ["thanks everyone", "we go by car"])
+    assert (result.wer, result.total.insertions, result.empty_references) == (0.5, 2, 1)
+    low, high = wer_interval(result)
+    assert (low, high) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "pred_text", "lang", "wer"),
+    [
+        (
+            "मेरी बहन बाज़ार से ताज़ी सब्ज़ियाँ लाती है", "मेरा बहन बाज़ीर से ताज़े सब्ज़ियो लाता हो", "hi", 0.75,
+        ),
+        ("ฉันดื่มน้ำที่บ้าน", "ฉนดมนาทบาน", "th", 1.0),
+        ("நான் வீட்டில் இருக்கிறேன்", "நன வட்டல் இருக்கறன்", "ta", 1.0),
+        ("مُحَمَّدٌ كَتَبَ", "محمد كتب", "ar", 1.0),
+        ("I don’t think it’s late", "I don't think it's late", "en", 0.0),
+        ("“Well–known”\u00a0… it’s fine", '"well-known" ... it\'s\u202ffine', "en", 0.0),
+        ("l’été n’est pas « fini »", "L'été n'est pas \"fini\"", "fr", 0.0),
+        ("п’ять пʼять", "п'ять п'ять", "uk", 0.0),
+        ("İSTANBUL ILIK", "istanbul ılık", "tr", 0.0),
+        ("می\u200cخواهم", "میخواهم", "fa", 0.0),
+        ("コーヒーが好き", "ｺｰﾋｰが好き", "ja", 0.0),
+        ("がぎ", "かき", "ja", 1.0),
+        ("मेरी बहन", "मेरा बहन", None, 0.5),  # the language is not named
+        ("ещё й", "еще и", None, 1.0),
+        ("café naïve", "cafe naive", "en", 0.0),
+        ("tôi là người Việt", "toi la nguoi Viet", None, 1.0),
+        ("Ọlọ́run dára", "Olorun dara", None, 1.0),
+        ("Ọlọ́run dára", "Olorun dara", "yo", 1.0),
+        ("don’t", "do not", None, 0.0),
+        ("the café मेरी won't", "The cafe मेरा will not", "en", 0.2),
+    ],
+)  # fmt: skip
+def test_letters_and_vowel_signs_count_and_typography_does_not(text, pred_text, lang, wer):
+    result = score([text], [pred_text], [lang])
+    assert result.wer == pytest.approx(wer)
+    assert (result.cer > 0) == (wer > 0)
+
+
+@pytest.mark.parametrize("lang", ["hi", "ta", "th", "en", None, "ja", "ar", "my"])
+@given(
+    base=st.sampled_from("कखதநกดबমကខალمשあ"),
+    mark=st.sampled_from([chr(c) for c in range(0x370, 0x11000) if unicodedata.category(chr(c))[0] == "M"]),
+    before=st.sampled_from(["", "word ", "कि "]),
+)
+def test_a_combining_mark_more_is_an_error(lang, base, mark, before):
+    """In every script but Latin; a variation selector is no letter."""
+    assume("VARIATION SELECTOR" not in unicodedata.name(mark, "VARIATION SELECTOR"))
+    with_mark, without = before + base + mark, before + base
+    for reference, hypothesis in ((with_mark, without), (without, with_mark)):
+        result = score([reference], [hypothesis], [lang])
+        assert result.wer > 0
+        assert result.cer > 0
+
+
+@pytest.mark.parametrize("normalize", ["standard", "leaderboard"])
+@pytest.mark.parametrize("lang", ["vi", "hi", "ko", "en", None])
+@given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0xD7FF, exclude_categories=["Cn"])))
+def test_composed_and_decomposed_texts_are_equal(normalize, lang, text):
+    rule = normalizer(normalize, lang)
+    composed = unicodedata.normalize("NFC", text)
+    assert rule(composed).split() == rule(unicodedata.normalize("NFD", composed)).split()
+
+
+@given(st.text(), st.sampled_from(["en", "hi", "ja", "tr", None]))
+def test_any_text_can_be_normalised(text, lang):
+    rule = normalizer("standard", lang)
+    once = rule(text)
+    assert not re.search("[\U000f0000-\U0010ffff]", once) or re.search("[\U000f0000-\U0010ffff]", text)
     with pytest.raises(ValueError, match="1 references, 2 hypotheses"):
         score(["a"], ["a", "b"])
 

@@ -1,3 +1,4 @@
+import json
 import re
 
 from safetensors.torch import load_file
@@ -17,6 +18,18 @@ def test_goes_on_where_it_stopped(run, whisper, manifest, tmp_path):
     assert cut == whole
     losses = [float(loss) for _, loss in whole]  # of two epochs
     assert sum(losses[7:]) < sum(losses[:7])
+
+
+def test_what_cannot_be_taken_is_left_out(run, whisper, manifest, tmp_path):
+    rows = manifest.read_text().splitlines()
+    rows[3] = json.dumps(json.loads(rows[3]) | {"text": "aia " * 60})  # more than the model's 50 positions
+    rows[5] = json.dumps(json.loads(rows[5]) | {"lang": "kab"})
+    manifest.write_text("\n".join(rows) + "\n")
+    (manifest.parent / "9.wav").write_bytes(b"no audio")
+    printed = run("plain_loop.py", whisper, manifest, tmp_path, 9)
+    assert "left out: row 3: more tokens than the model has positions for" in printed
+    assert "9.wav is not audio" in printed
+    assert len(steps(printed)) == 9
 
 
 def test_running_statistics_move(run, canary, manifest, tmp_path):

@@ -1,16 +1,62 @@
 """What rows leave open is filled in, what is no input is an item with a problem, and nothing ends the rest."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 
+from canter.corpus.manifest import Utterance
 from canter.errors import ManifestError
 from canter.inference.inputs import Defaults, Item, read_items
 from canter.inference.segments import Segment
 from canter.inference.transcribe import Transcription
-from canter.inference.writers import file_names, render, result_row, segments_of, write_results
+from canter.inference.writers import (
+    file_names,
+    remove_stale,
+    render,
+    result_row,
+    segments_of,
+    write_results,
+    write_whole,
+)
+
+
+def test_results_have_urls_without_their_secrets():
+    url = "https://u:s3cr3t@host/data/talk.wav?X-Amz-Signature=s3cr3t&part=2"
+    other = "https://host/data/call?token=s3cr3t"
+    rows = [
+        {"audio_filepath": path, "duration": 1.0, "source": url, "text": "a", "n": 3} for path in (url, other)
+    ]
+    items = [Item(row, Utterance(str(row["audio_filepath"]), 1.0, text="a")) for row in rows]
+    items.append(Item({"audio_filepath": url}, None, f"{url} cannot be read"))
+    found = [Transcription("one"), Transcription("two"), Transcription("", error=items[-1].problem)]
+    row = result_row(items[0], found[0])
+    assert row["audio_filepath"] == row["source"] == "https://host/data/talk.wav?part=2"
+    assert row | {"audio_filepath": url, "source": url} == rows[0] | {"pred_text": "one"}
+    for kind in ("nemo", "json"):
+        written = "".join(render(items, found, kind))
+        assert "s3cr3t" not in written
+        assert written.count("https://host/data/talk.wav?part=2") >= 2
+    assert file_names(items) == ["talk", "call", "talk-2"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    """But not what a process that runs writes, nor files of others."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale = tmp_path / f".a.srt.{ended.pid}.part"
+    kept = [tmp_path / f".a.srt.{os.getpid()}.part", tmp_path / ".a.part", tmp_path / f"a.{ended.pid}.part"]
+    for path in (stale, *kept):
+        path.write_text("half")
+    remove_stale([tmp_path, tmp_path / "absent"])
+    assert not stale.exists()
+    assert all(path.exists() for path in kept)
+    write_whole(tmp_path / "a.srt", ["whole"])
+    assert (tmp_path / "a.srt").read_text() == "whole"
 
 
 @pytest.fixture
@@ -32,6 +78,18 @@ def test_paths_that_are_nothing_are_items_among_others(tmp_path, clip):
         assert reason in str(items[number].problem)
     with pytest.raises(ManifestError, match=r"(?s)absent.*empty"):
         read_items(names[:2])
+
+
+def test_recordings_of_any_name(tmp_path, clip):
+    for name in ("a.mov", "noname", "a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(clip.read_bytes())
+        (item,) = read_items([tmp_path / name])
+        assert item.row == {"audio_filepath": str(tmp_path / name), "duration": 0.05}
+    (tmp_path / "m.wav").write_text('{"audio_filepath": "clip.wav", "duration": 0.05}')
+    (item,) = read_items([tmp_path / "m.wav"])
+    assert item.utterance is not None
+    assert item.utterance.audio_filepath == str(clip)
+    assert [item.utterance for item in read_items([clip], track=1)] == [None]
 
 
 def utterance_of(tmp_path, row: dict, defaults: Defaults):

@@ -1,5 +1,6 @@
 """Long audio in pieces: all speech is in some piece, none is longer than the window, memory is bounded."""
 
+import tracemalloc
 from functools import partial
 from itertools import pairwise
 
@@ -109,6 +110,22 @@ def test_memory_is_bounded():
     for piece in cut(hour(), oracle, window=30.0):
         assert asked / RATE - piece.end < 2 * 30 + 10
     assert asked == 3600 * RATE
+
+
+def test_pieces_hold_their_own_samples_only():
+    """An hour in one array, at a low rate: no piece keeps more than itself in memory, and what is copied to find it is
+    a few windows."""
+    hour = np.random.default_rng(0).normal(size=3600 * 1000).astype(np.float32)
+    pieces = cut([hour], partial(energy, rate=1000), window=30.0, rate=1000)
+    tracemalloc.start()
+    try:
+        for piece in pieces:
+            assert piece.samples.base is None
+            assert piece.samples.nbytes <= 30 * 1000 * 4
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < hour.nbytes / 8
 
 
 def test_the_rate_is_the_models():

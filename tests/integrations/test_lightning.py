@@ -108,6 +108,20 @@ def fit(folder, steps, resume=None, plan=None, dropout=0.1, devices=1):
     return losses.seen, module, clips
 
 
+def test_what_the_model_cannot_take_is_in_no_batch(tmp_path, caplog):
+    clips = Clips()
+    clips.longest_seconds, clips.most_tokens = float(clips.index.seconds[5]) - 0.01, 10**6
+    longer = set(np.flatnonzero(clips.index.seconds > clips.longest_seconds).tolist())
+    with caplog.at_level(logging.WARNING, "canter.integrations.lightning"):
+        module = PlanDataModule(plan_of(clips), clips)
+    assert {row for step in module.plan for rows in step for row in rows.tolist()} == set(
+        range(len(clips.index))
+    ) - longer
+    assert f"{len(longer)} of {len(clips.index)} utterances are in no batch" in caplog.text
+    clips.longest_seconds = 100.0
+    assert PlanDataModule(plan_of(clips), clips).plan.fingerprint == plan_of(clips).fingerprint
+
+
 def test_steps_are_the_plans_and_the_loss_is_the_whole_steps(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "canter.integrations.lightning"):
         losses, _, clips = fit(tmp_path, 3, dropout=0.0)

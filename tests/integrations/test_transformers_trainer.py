@@ -1,6 +1,7 @@
 """The Trainer under a plan, with a small random Whisper whose dropout and masks would betray any lost randomness."""
 
 import json
+import logging
 import multiprocessing
 import os
 from collections import Counter
@@ -13,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from canter.corpus.index import LengthIndex  # noqa: E402
-from canter.errors import ConfigError, PlanError  # noqa: E402
+from canter.errors import PlanError  # noqa: E402
 from canter.integrations.transformers_trainer import (  # noqa: E402
     PlannedSeq2SeqTrainer,
     SpeechCollator,
@@ -221,7 +222,7 @@ def test_evaluates_and_predicts_as_ever(tmp_path):
     assert trainer.predict(trainer.eval_dataset).predictions.shape[0] == 6
 
 
-def test_short_audio_and_thirty_seconds():
+def test_short_audio_and_thirty_seconds(caplog):
     """At its full length nothing changes; at its own, an utterance is what it is with positions cut off."""
     plain, short = whisper(0.0).eval(), accept_short_audio(whisper(0.0)).eval()
     example = [Clips()[4]]
@@ -235,5 +236,43 @@ def test_short_audio_and_thirty_seconds():
         plain(**own)
     assert short.state_dict().keys() == plain.state_dict().keys()
     assert short.config.max_source_positions == 100
-    with pytest.raises(ConfigError, match=r"3\.00 s is longer than the model's 2 s"):
-        collator()([{"audio": np.zeros(48000, np.float32), "labels": [START]}])
+    long = {"audio": np.zeros(48000, np.float32), "labels": [START, 5, END]}
+    with caplog.at_level(logging.WARNING, "canter.integrations.transformers_trainer"):
+        assert torch.equal(collator()([long, *example])["labels"], collator()(example)["labels"])
+        assert (collator()([long])["labels"] == -100).all()
+    assert "1 utterances are longer than the model's 2 s and left out" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("seconds", 2.5), ("tokens", 41)])
+def test_what_the_model_cannot_take_is_in_no_batch(tmp_path, caplog, name, value):
+    clips = Clips()
+    getattr(clips, name)[7] = value
+    with caplog.at_level(logging.WARNING, "canter.integrations.transformers_trainer"):
+        trainer = trainer_of(tmp_path, 2, plan=plan_of(clips))
+    assert f"1 of {ROWS} utterances are in no batch" in caplog.text
+    trainer.train()
+    assert set(trainer.train_dataset.read) == set(range(ROWS)) - {7}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Read from front to back."""
+
+    def __iter__(self):
+        return iter(Clips())
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets", "none"])
+def test_data_without_rows_by_number_is_refused_in_one_line(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    stream = (
+        datasets.IterableDataset.from_generator(lambda: iter(Clips())) if kind == "datasets" else Stream()
+    )
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none"
+    )
+    message = (
+        "give the Trainer its train_dataset" if kind == "none" else r"train_dataset is a \w+ \w+, .*streaming"
+    )
+    data = None if kind == "none" else stream
+    with pytest.raises(PlanError, match=message):
+        PlannedSeq2SeqTrainer(whisper(), args, collator(), data, plan=plan_of(Clips()))

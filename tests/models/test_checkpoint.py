@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import canter
 from canter.errors import CheckpointError
-from canter.models.checkpoint import save_model
+from canter.models.checkpoint import load_model, save_model
+from canter.models.hub import checkpoint_of
 
 from .conftest import small_model
 
@@ -132,3 +133,17 @@ def test_tokenizer_must_fit(tmp_path):
     with pytest.raises(CheckpointError, match="51 ids"):
         save_model(small_model(), tmp_path / "model", OddTokenizer(vocab_size=51))
     assert not (tmp_path / "model").exists()
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    """As PEFT writes it: a few matrices that change a model which lies elsewhere."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/whisper-tiny"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    for read in (load_model, checkpoint_of):
+        with pytest.raises(
+            CheckpointError, match="is a PEFT adapter of openai/whisper-tiny, not a model: merge"
+        ):
+            read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="is a PEFT adapter of a model that it does not name"):
+        checkpoint_of(tmp_path)

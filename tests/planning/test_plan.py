@@ -20,14 +20,14 @@ from .conftest import lengths
 KINDS = [
     *(kind() for kind in STRATEGIES.values()), Random(7), Bucket1D(5), Bucket2D(5, 2),
     Bucket2D(4, 2, synchronised=False),
-    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(0), Balanced(2.5),
+    Bucket2D(4, 3, optimal=True), Bucket2D(3, 2, z_score=2.0), Balanced(0), Balanced(2.5), Balanced(mix_steps=True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_strategy_resumes_at_every_step(kind, budget):
-    index = lengths(450, sources=2)
-    settings = {"seed": 3, "window": 150, "micro_batches_per_step": 2, "min_steps": 1}
+    index = lengths(240, sources=2)
+    settings = {"seed": 3, "window": 80, "micro_batches_per_step": 2, "min_steps": 1}
     assert_plan_resumes(lambda: Plan(index, budget, kind, **settings))
 
 
@@ -42,13 +42,35 @@ def test_resumes_whatever_the_settings(options, budget):
     assert_plan_resumes(lambda: Plan(index, budget, **settings))
 
 
-def test_the_helper_finds_a_plan_that_does_not_resume(budget, index):
+def test_the_helper_finds_a_plan_that_does_not_resume(budget):
+    index = lengths(450)
+
     class Forgetful(Plan):
         def walk(self, start=None):
             return super().walk(None)
 
     with pytest.raises(AssertionError, match="resumed at step 1"):
-        assert_plan_resumes(lambda: Forgetful(index, budget, window=1000, min_steps=1))
+        assert_plan_resumes(lambda: Forgetful(index, budget, window=150, min_steps=1))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (16, 8)])
+def test_what_the_model_cannot_take_is_left_out_and_listed(budget, grid):
+    index = lengths(300)
+    seconds, tokens = np.array(index.seconds), np.array(index.tokens)
+    seconds[3], seconds[4], tokens[5], tokens[6] = 30.5, 30.0, 449, 448
+    plan = Plan(
+        LengthIndex(seconds, tokens), budget, longest_seconds=30.0, most_tokens=448, window=100, grid=grid
+    )
+    out = {3: "longer than the model takes", 5: "more tokens than the model has positions for"}
+    assert {row: reason for row, reason in plan.left_out() if row < 7} == out
+    rows = sorted(row for step in plan for rows in step for row in rows.tolist())
+    assert rows == sorted(set(range(300)) - {row for row, _ in plan.left_out()})
+    whole = Plan(LengthIndex(seconds, tokens), budget, window=100, grid=grid)
+    bounded = whole.within(30.0, 448)
+    assert_same(list(bounded), list(plan))
+    assert bounded.fingerprint == plan.fingerprint != whole.fingerprint
+    assert whole.within(31.0, 449) is whole
+    assert bounded.at_epoch(1).fingerprint == plan.fingerprint
 
 
 def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
@@ -311,8 +333,10 @@ def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, bud
         for row in range(len(index))
     }
     batches: dict = {}
+    seconds_of: dict = {}
     for step, number, rank, row in zip(*(table[c].to_pylist() for c in table.schema.names)):
         batches.setdefault((step, number, rank), []).append(lengths_of[row])
+        seconds_of.setdefault(step, {}).setdefault(number, []).append(float(index.seconds[row]))
     own = padded = own_u = padded_u = own_c = padded_c = filled = over = 0
     loads: dict = {}
     for (step, _, rank), rows in batches.items():
@@ -335,6 +359,9 @@ def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, bud
     assert f.steps == len(loads)
     assert f.hours == pytest.approx(sum(max(load) for load in loads.values()) / 3600)
     assert f.waiting == pytest.approx(np.mean([max(load) / (sum(load) / ranks) for load in loads.values()]))
+    means = [[np.mean(batch) for batch in step.values()] for step in seconds_of.values()]
+    within = [mean - np.mean(step) for step in means for mean in step]
+    assert f.step_mixing == pytest.approx(np.mean(np.square(within)) / np.var(np.concatenate(means)))
 
 
 def test_mixing_pool_counts_pairs():

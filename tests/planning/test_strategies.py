@@ -8,6 +8,7 @@ from canter.errors import PlanError
 from canter.planning import STRATEGIES, Budget, Plan, Polynomial, strategy
 from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.lengths import Lengths, sample
+from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
 from canter.planning.strategies.balanced import without_drift
 from canter.planning.strategies.base import maxima
@@ -18,7 +19,8 @@ from canter.planning.testing import assert_same
 from .conftest import lengths
 
 KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(4, 2, synchronised=False),
-         Bucket2D(4, 3, optimal=True), Balanced(), Balanced(0), Balanced(2.5)]  # fmt: skip
+         Bucket2D(4, 3, optimal=True), Balanced(), Balanced(0), Balanced(2.5),
+         Balanced(1.5, mix_steps=True)]  # fmt: skip
 
 
 @settings(max_examples=150)
@@ -120,6 +122,16 @@ def test_on_small_sets_balanced_pads_less_than_bucket_2d_in_as_many_steps(count,
     assert Plan(index, budget, micro_batches_per_step=per_step).figures().steps >= 50
 
 
+def test_utterances_of_a_small_set_meet_others_in_the_next_epoch(budget):
+    index = lengths(1500)
+    plan = Plan(index, budget, micro_batches_per_step=8, min_steps=50)
+    this, following = (plan.at_epoch(epoch).batch_of_rows() for epoch in (0, 1))
+    assert plan.figures().mean_batch / mixing_pool(this, following) < 0.4
+    assert plan.figures().over == 0
+    two = Plan(index, budget, "bucket_2d", micro_batches_per_step=8, min_steps=50).figures()
+    assert plan.figures().padded_compute < 0.8 * two.padded_compute
+
+
 def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
     """And as many batches as wanted, none over the budget, others in every epoch."""
     some = Lengths.of(lengths(900, seed=4), slice(None), budget)
@@ -163,6 +175,40 @@ def test_balanced_gives_each_window_whole_steps_full_and_even(budget, per_step, 
     assert figures.over == 0
 
 
+@pytest.mark.parametrize("per_step", [8, 64])
+def test_mixed_steps_hold_short_and_long_utterances_and_take_hardly_longer(per_step):
+    """Commands, read speech and talks; a full batch of short utterances takes a third longer than one of long ones."""
+    budget = Budget(
+        limit_bytes=25e9,
+        memory=Polynomial(T=2.3e6, TT=2300, U=1.5e6, TU=1500, UU=1500),
+        time=Polynomial(T=1.7e-5, TT=1.8e-9, U=8.6e-6, TU=1.2e-9, UU=6e-10),
+        fixed_seconds=0.04,
+    )
+    rng = np.random.default_rng(0)
+    seconds = np.concatenate(
+        [rng.uniform(1, 5, 15_000), 10 + 6.5 * rng.beta(2.2, 1.1, 25_000), 16 + 24 * rng.beta(1, 1.8, 10_000)]
+    )
+    index = LengthIndex(
+        seconds, (seconds * 3.2 * np.exp(rng.normal(0, 0.35, len(seconds))) + 8).astype(np.int64)
+    )
+    full, mixed = (
+        Plan(index, budget, Balanced(mix_steps=mix), micro_batches_per_step=per_step, min_steps=1).figures()
+        for mix in (False, True)
+    )
+    assert full.step_mixing < 0.35 < 0.5 < mixed.step_mixing
+    assert mixed.waiting < 1.015
+    assert mixed.hours < 1.03 * full.hours
+    assert mixed.padded_compute < 1.02 * full.padded_compute
+    assert mixed.over == 0
+
+
+def test_mixed_steps_are_an_option_of_plans_that_leave_room(index, budget):
+    with pytest.raises(PlanError, match="excludes mix_steps"):
+        Plan(index, budget, Balanced(0, mix_steps=True)).step(0)
+    plans = [Plan(index, budget, Balanced(mix_steps=mix)) for mix in (False, True)]
+    assert plans[0].fingerprint != plans[1].fingerprint
+
+
 def test_the_ladder_descends(budget):
     """Each rung pads less than the one before, and balanced least at a good share of the mixing."""
     index = lengths(20_000)
@@ -173,8 +219,6 @@ def test_the_ladder_descends(budget):
 
 
 def test_more_mixing_pads_more_and_mixes_more(budget):
-    from canter.planning.metrics import mixing_pool
-
     index = lengths(12_000)
     plans = [Plan(index, budget, Balanced(mixing)) for mixing in (1, 2, 4, 8)]
     pools = [mixing_pool(p.batch_of_rows(), p.at_epoch(1).batch_of_rows()) for p in plans]
@@ -365,7 +409,7 @@ def test_strategies_by_name():
     assert set(STRATEGIES) == {"random", "duration", "bucket_1d", "bucket_2d", "balanced"}
     with pytest.raises(PlanError, match="did you mean 'balanced'"):
         strategy("balance")
-    with pytest.raises(PlanError, match="its options: mixing"):
+    with pytest.raises(PlanError, match="its options: mix_steps, mixing"):
         strategy("balanced", window=3)
 
 

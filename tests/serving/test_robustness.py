@@ -1,12 +1,14 @@
 """Bad audio, bad clients, too many of them, and an engine that fails: refused in time, and the rest goes on."""
 
 import asyncio
+import errno
 import io
 import json
 import socket
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -17,12 +19,14 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import soundfile
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from canter.corpus.audio import audio_blocks
 from canter.inference.engine import Engine
-from canter.serving import app, service
+from canter.serving import app, service, upload
 from canter.serving.config import ServiceConfig
 from canter.serving.protocol import ApiError
+from canter.serving.server import ANY_ADDRESS, MOST_SHREDS, RECEIVED_BYTES, SHRED_BYTES, host_names
 from canter.serving.service import Service
 
 from .conftest import PATIENCE, Running, came_about, held, noise, running, wav
@@ -106,12 +110,11 @@ def dense_flac(seconds: int) -> bytes:
         ("not audio", "song.wav is not audio"),
         ("no bytes", "song.wav is empty"),
         ("header only", "holds no sample"),
-        ("truncated", "truncated"),
         ("not finite", "sample 100 is not a finite number"),
         ("too long", "400 s long, over the limit of 300 s"),
         ("too long for its size", "400 s long"),
-        ("absurd rate", "16,000 s long"),
-        ("a megahertz", "1 channels at 1,000,000 Hz, over the limit of 32 at 768,000"),
+        ("absurd rate", "1 channels at 1 Hz, which no recording has"),
+        ("a megahertz", "1 channels at 1,000,000 Hz, which no recording has (at most 32 channels"),
         ("many channels", "64 channels at 16,000 Hz"),
         ("too much in its seconds", "200 s of 5,242,800 samples a second"),
     ],
@@ -123,6 +126,12 @@ def test_bad_audio_is_named(live, kind, message):
     assert "/tmp" not in error["message"]
     assert "row" not in error["message"]
     assert live.quiet()
+
+
+def test_what_is_left_of_damaged_audio_is_transcribed(live):
+    status, answer = ask(live, broken("truncated"), response_format="verbose_json")
+    assert (status, answer["duration"]) == (200, 0.499)
+    assert answer["warnings"] == ["0.50 s of its audio are lost, from 0.50 s on: it is truncated"]
 
 
 def test_unusual_audio_is_taken(live):
@@ -145,14 +154,42 @@ class Gate:
         self.service, self.blocks = service, 0
         self.reached = threading.Event()
 
-    def __call__(self, *asked: Any) -> Iterator[np.ndarray]:
-        for block in audio_blocks(*asked):
+    def __call__(self, *asked: Any, **options: Any) -> "Gate":
+        self.source = audio_blocks(*asked, **options)
+        self.warnings = ()
+        return self
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self.source:
             self.blocks += 1
             stops = [*self.service._reading]
             self.reached.set()
             for stop in stops:
                 stop.wait(PATIENCE)
             yield block
+
+
+def test_long_uploads_wait_on_disk(model):
+    """What is held while they are read does not grow with their length, and what waits holds no samples."""
+    reader = Service(Engine(model, model.tokenizer.end), ServiceConfig())
+    peaks: list[int] = []
+    for minutes in (2, 10):
+        with upload.anonymous_file() as file:
+            upload.write_all(file, wav(np.tile(noise(5.0), 12 * minutes)))
+            tracemalloc.start()
+            try:
+                audio = reader._read(file, "a.wav", threading.Event())
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+        assert audio.seconds == 60 * minutes
+        assert len(audio.pieces) >= minutes
+        assert not any(isinstance(piece.samples, np.ndarray) for piece in audio.pieces)
+        audio.close()
+    reader.close()
+    assert (
+        peaks[1] - peaks[0] < 2**23
+    )  # where blocks begin makes a difference; eight minutes more have 29 MiB
 
 
 def test_leaving_ends_the_reading(model, monkeypatch):
@@ -171,16 +208,18 @@ def test_leaving_ends_the_reading(model, monkeypatch):
 
 
 def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
-    """Which takes its files with it."""
+    """None of its files ever has a name, so nothing is left of them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     closing = Service(Engine(model, model.tokenizer.end), ServiceConfig())
     gate = Gate(closing)
     monkeypatch.setattr(service, "audio_blocks", gate)
 
     async def read_and_close() -> None:
-        reading = asyncio.create_task(closing.read(io.BytesIO(flac(250)), "a.flac"))
+        file = upload.anonymous_file()
+        upload.write_all(file, flac(250))
+        reading = asyncio.create_task(closing.read(file, "a.flac"))
         await asyncio.to_thread(gate.reached.wait, PATIENCE)
-        assert [*tmp_path.iterdir()]
+        assert not [*tmp_path.iterdir()]
         closing.close()
         assert not [*tmp_path.iterdir()]
         with pytest.raises(ApiError, match="shutting down"):
@@ -197,8 +236,8 @@ def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
         (b"", "multipart/form-data", 400, "boundary"),
         (b"no form at all", f"multipart/form-data; boundary={BOUNDARY}", 400, "form"),
         (form(b"x").replace(b'filename="a.wav"', b""), f"multipart/form-data; boundary={BOUNDARY}", 400, "'file'"),
-        (form(b"x", **{f"f{n}": "" for n in range(100)}), f"multipart/form-data; boundary={BOUNDARY}", 400, "Too many"),
-        (form(b"x", prompt="y" * 2**21), f"multipart/form-data; boundary={BOUNDARY}", 400, "exceeded"),
+        (form(b"x", **{f"f{n}": "" for n in range(99)}), f"multipart/form-data; boundary={BOUNDARY}", 400, "64 fields"),
+        (form(b"x", prompt="y" * 2**21), f"multipart/form-data; boundary={BOUNDARY}", 400, "too long"),
     ],
 )  # fmt: skip
 def test_bad_forms(live, body, kind, status, message):
@@ -277,6 +316,128 @@ def test_a_client_that_drips_its_header(hasty):
         client.sendall(b"GET /health HTTP/1.1\r\nX: ")
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             came_about(drip)
+
+
+def test_a_body_in_shreds_is_refused(live):
+    """A chunk of a byte takes the event loop as long as one of 16 KiB: after a thousand no more are parsed."""
+    with connection(live) as client:
+        client.sendall(head(0) + b"1\r\n-\r\n" * (MOST_SHREDS + 1))
+        assert answer_of(client).startswith(b"HTTP/1.1 400 ")
+    assert live.quiet()
+    with connection(live) as client:  # but small ones that carry something are taken
+        body = form(wav(noise(1.0)))
+        parts = [body[start : start + SHRED_BYTES] for start in range(0, len(body), SHRED_BYTES)]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+        client.sendall(head(0, "Connection: close\r\n") + chunks + b"0\r\n\r\n")
+        assert answer_of(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_little_is_taken_at_once(live, monkeypatch):
+    """The event loop looks at others in between, however much one client has sent."""
+    sizes: list[int] = []
+    received = H11Protocol.data_received
+    monkeypatch.setattr(
+        H11Protocol, "data_received", lambda self, data: (sizes.append(len(data)), received(self, data))[1]
+    )
+    assert ask(live, wav(noise(5.0)))[0] == 200
+    assert max(sizes) <= RECEIVED_BYTES
+
+
+def test_a_client_that_reads_nothing_is_cut_off(model):
+    """Its answer, larger than what sockets hold, is given up; the service is quiet again."""
+    with running(model, upload_timeout=0.3) as live:
+        page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with connection(live) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                came_about(lambda: client.sendall(page * 100))
+        assert live.quiet()
+
+
+@pytest.mark.parametrize("charset", ["punycode", "utf-16"])
+def test_charsets_are_refused(live, charset):
+    kind = f"multipart/form-data; boundary={BOUNDARY}; charset={charset}"
+    status, error = post(live, form(wav(noise(1.0)), prompt="x" * 60_000), **{"Content-Type": kind})
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert "send UTF-8" in error["message"]
+
+
+def test_a_full_disk_is_507(model, monkeypatch):
+    """While the upload comes, and while its samples are kept."""
+    with running(model) as live:
+        for module in (upload, service):
+            with monkeypatch.context() as full:
+                full.setattr(module, "write_all", fail_to_write)
+                status, error = ask(live, wav(noise(1.0)))
+            assert (status, error["code"], error["type"]) == (507, "insufficient_storage", "server_error")
+        assert live.quiet()
+        assert ask(live, wav(noise(1.0)))[0] == 200
+
+
+def fail_to_write(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
+def test_only_its_own_names_reach_it(model, bound):
+    """A page of another site whose name leads here (DNS rebinding) sends that name."""
+    hosts = host_names(bound, ["Speech.example.com"])
+    with running(model, hosts=hosts) as live:
+
+        def status(host: str) -> int:
+            with connection(live) as client:
+                client.sendall(
+                    f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+                )
+                return int(answer_of(client)[9:12])
+
+        ours = [
+            "localhost",
+            "LOCALHOST:1",
+            "127.0.0.1:8000",
+            "[::1]",
+            "[::1]:8000",
+            "speech.example.com",
+            "localhost.",
+        ]
+        assert {host: status(host) for host in ours} == dict.fromkeys(ours, 200)
+        others = [
+            "evil.example.com",
+            "evil.example.com:8000",
+            "localhost.evil.example.com",
+            "127.0.0.1.evil.com",
+            "",
+            "x" * 9000,
+        ]
+        assert {host: status(host) for host in others} == dict.fromkeys(others, 403)
+        assert status("192.168.1.5") == (200 if bound == "0.0.0.0" else 403)
+        assert status(socket.gethostname()) == (200 if bound == "0.0.0.0" else 403)
+        if bound == "0.0.0.0":
+            assert ask(live, wav(noise(1.0)))[0] == 200
+
+
+def test_names_of_a_service():
+    assert host_names("0.0.0.0", ["*"]) is None
+    assert host_names("::", []) == host_names("::", ["localhost"])
+    assert "[fe80::1]" in (host_names("fe80::1", []) or ())
+    assert ANY_ADDRESS not in (host_names("192.168.1.5", []) or ())
+
+
+def test_keys_may_have_any_letters(model):
+    """Clients send them in UTF-8 or in Latin-1; what is neither is no key, and no error."""
+    keys = frozenset({"schlüssel", "鍵", "plain"})
+    with running(model, keys=keys) as live:
+
+        def status(key: bytes) -> int:
+            with connection(live) as client:
+                head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                client.sendall(head + b"Authorization: Bearer " + key + b"\r\n\r\n")
+                return int(answer_of(client)[9:12])
+
+        good = [b"plain", "schlüssel".encode(), "schlüssel".encode("latin-1"), "鍵".encode()]
+        assert [status(key) for key in good] == [200] * len(good)
+        bad = [b"", b"schl\xffssel", "鍵".encode("utf-16-le"), b"plai", b"plain1", b"\xff" * 1000]
+        assert [status(key) for key in bad] == [401] * len(bad)
 
 
 def test_leaving_during_the_upload(strict):

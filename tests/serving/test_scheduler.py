@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from canter.inference.engine import Engine
 from canter.inference.requests import EngineConfig, Request
-from canter.serving.scheduler import EngineFailure, Outcome, Scheduler
+from canter.serving.scheduler import EngineFailure, Outcome, Scheduler, Stored
 
 from .conftest import PATIENCE, came_about, held, noise
 
@@ -67,6 +69,38 @@ def test_hypotheses_are_the_engines(model, scheduler_of):
     assert [got.outcomes[piece].hypothesis.tokens for piece in range(4)] == [found.tokens for found in wanted]
     timings = [got.outcomes[piece].timing for piece in range(4)]
     assert all(timing.decoder > 0 and timing.encoder > 0 and timing.queue >= 0 for timing in timings)
+
+
+def test_stored_audio_is_read_when_it_is_taken(model, scheduler_of, tmp_path):
+    """Neither what waits nor what was decoded holds samples; audio that cannot be read fails by itself."""
+    clips = requests(model, [1.0, 0.5, 2.0])
+    wanted = Engine(model, model.tokenizer.end).decode(clips)
+    scheduler, got = scheduler_of(), Collected(4)
+    with open(tmp_path / "samples", "w+b", buffering=0) as file:
+        stored = []
+        for clip in clips:
+            stored.append(replace(clip, audio=Stored(file, file.tell(), len(clip.audio))))
+            file.write(clip.audio.tobytes())
+        beyond = replace(clips[0], audio=Stored(file, file.tell(), 8000))
+        scheduler.submit([*stored, beyond], got)
+        scheduler.engine.door.set()
+        assert got.all.wait(PATIENCE)
+    assert [got.outcomes[piece].hypothesis.tokens for piece in range(3)] == [found.tokens for found in wanted]
+    assert "the audio cannot be read" in str(got.outcomes[3].error)
+    for piece in range(3):
+        assert isinstance(got.outcomes[piece].hypothesis.key.request.audio, Stored)
+
+
+def test_stored_audio_is_shared_while_somebody_holds_it(tmp_path):
+    with open(tmp_path / "samples", "w+b", buffering=0) as file:
+        file.write(noise(1.0).tobytes())
+        stored = Stored(file, 0, 16000)
+        first = stored.read()
+        assert stored.read() is first
+        assert np.array_equal(first, noise(1.0))
+        first[0] = 5.0
+        del first
+        assert np.array_equal(stored.read(), noise(1.0))
 
 
 def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, scheduler_of):

@@ -17,16 +17,15 @@ def spoken(tmp_path_factory):
     return synthesise(tmp_path_factory.mktemp("spoken"), utterances=40, test_utterances=6, workers=1)
 
 
-@pytest.fixture
-def config(spoken, tmp_path):
+def a_config(spoken, folder):
     """A run of eight small steps, with a given budget: a measured one differs from time to time."""
-    Budget.from_batch_seconds(60.0).save(tmp_path / "budget.json")
+    Budget.from_batch_seconds(60.0).save(folder / "budget.json")
     return TrainConfig(
         manifest=(spoken.train_manifest,),
         valid=(spoken.test_manifest,),
-        output=tmp_path / "run",
+        output=folder / "run",
         vocabulary=100,
-        budget=tmp_path / "budget.json",
+        budget=folder / "budget.json",
         steps=8,
         batch_seconds=12.0,
         workers=0,
@@ -39,6 +38,12 @@ def config(spoken, tmp_path):
         ),
         loss=LossConfig(ctc_alone=0.25),
     )
+
+
+@pytest.fixture
+def config(spoken, tmp_path):
+    """A run of a test of its own."""
+    return a_config(spoken, tmp_path)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from canter.errors import CanterError, ConfigError
 from canter.models.checkpoint import load_model
 from canter.training.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
 from canter.training.config import OptimizerConfig
+from canter.training.prepare import prepare
 from canter.training.session import train
 
 from .conftest import stopping_after, unwatched
@@ -81,6 +82,22 @@ def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, more):
             train(quiet, unwatched)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert train(quiet, unwatched).progress.step == 8
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint_is_told_of_truthfully(quiet, tmp_path):
+    """Nothing is there to go on from, and no half of a checkpoint takes what room is left."""
+    prepare(quiet)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(
+            CanterError, match=r"could not be written .* none was saved before it: .* first step"
+        ):
+            train(quiet, unwatched)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any((quiet.output / "checkpoints").iterdir())
     assert train(quiet, unwatched).progress.step == 8
 
 
@@ -233,6 +250,9 @@ def test_training_state_that_numbers_its_parameters_is_read_or_refused(quiet, tm
         train(again, stopping_after(5))
     beside = again.output / "checkpoints" / "step-000004" / "training"
     (beside / "checksums.json").unlink()
+    state = json.loads((beside / "state.json").read_text())
+    del state["checksums"]
+    (beside / "state.json").write_text(json.dumps(state))
     states = torch.load(beside / "optimizers.pt")
     for state in states:
         names = [name for group in state["param_groups"] for name in group["params"]]

@@ -6,15 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.corpus.index import LengthIndex
+from canter.errors import CanterError
+from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.training.batches import limited
-from canter.training.config import TrainConfig
-from canter.training.measure import synthetic_batch
+from canter.training.config import LossConfig, TrainConfig
+from canter.training.measure import choose_speed, synthetic_batch
 from canter.training.pace import Pace
 from canter.training.prepare import choose_steps, predicted, prepare
+from canter.training.session import train
 from canter.training.speed import AtSpeed
+
+from .conftest import unwatched
 
 BYTES = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
 
@@ -97,3 +102,67 @@ def test_synthetic_batches_have_the_shape_asked_for(config):
     assert encoded.shape[:2] == (3, 40)
     assert lengths.tolist() == [40] * 3
     assert batch.tokens.shape == (3, 12)
+
+
+def test_a_run_with_the_budget_of_another_takes_the_same_steps(config, tmp_path, monkeypatch):
+    """Measured once, with all that follows from it: batches and their number, also what a CPU makes of them."""
+    monkeypatch.setattr("canter.training.prepare.PROBES", 6)
+    plain = dataclasses.replace(config, budget=None, steps=None, epochs=1.0, batch_seconds="auto", valid=())
+    said = []
+    first = prepare(plain, said.append)
+    path = first.run.folder / "budget.json"
+    (told,) = [line for line in said if "another run of this command measures its own" in line]
+    assert told.endswith(f"'--budget {path}' gives it the same")
+    said.clear()
+    second = prepare(dataclasses.replace(plain, output=tmp_path / "second", budget=path), said.append)
+    assert not any("measures its own" in line for line in said)
+    assert second.plan.fingerprint == first.plan.fingerprint
+    kept = ("precision", "threads", "steps", "batch_limits", "batches", "micro_batches_per_step")
+    settled = [one.run.settled() for one in (first, second)]
+    assert [settled[0][name] for name in kept] == [settled[1][name] for name in kept]
+
+
+def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
+    given = {"precision": "bf16", "threads": 1}
+    path = tmp_path / "given.json"
+    dataclasses.replace(Budget.from_batch_seconds(60.0), measured_on=given).save(path)
+    config = dataclasses.replace(config, budget=path, precision="auto", threads=None)
+    assert choose_speed(config, SpeechModel(ModelConfig()), print) == ("bf16", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"freeze": ("encodr.*",)},
+            r"--freeze 'encodr.\*' matches no parameter; did you mean 'encoder\.[a-z_]+\.\*'\?",
+        ),
+        ({"freeze": ("*",)}, r"--freeze \* leaves nothing to train"),
+        (
+            {"freeze": ("encoder.*", "ctc.*")},
+            "nothing to train while CTC is trained alone; set --loss.ctc-alone 0",
+        ),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"budget": "nowhere.json"}, r"nowhere.json: no such budget"),
+        ({"valid": "nowhere.jsonl"}, r"nowhere.jsonl does not exist"),
+        ({"output": "/dev/null/run"}, r"/dev/null/run: cannot write there \(Not a directory\)"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read_or_measured(config, monkeypatch, changes, message):
+    def measured(*_, **__):
+        raise AssertionError("too late")
+
+    for name in ("find_tokenizer", "find_index", "find_budget", "choose_speed"):
+        monkeypatch.setattr(f"canter.training.prepare.{name}", measured)
+    with pytest.raises(CanterError, match=message):
+        train(dataclasses.replace(config, **changes), unwatched)
+
+
+def test_patterns_are_those_of_the_model_that_is_trained(config):
+    loss = LossConfig(ctc_alone=0.0)
+    config = dataclasses.replace(config, freeze=("encoder.*", "ctc.*"), steps=1, valid=(), loss=loss)
+    finished = train(config, unwatched)
+    frozen = {name for name, p in finished.prepared.model.named_parameters() if not p.requires_grad}
+    assert frozen == {
+        name for name in dict(finished.prepared.model.named_parameters()) if name[:3] in ("enc", "ctc")
+    }

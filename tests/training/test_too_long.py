@@ -1,4 +1,4 @@
-"""What a model cannot take is skipped and named, and the run goes on."""
+"""What a model cannot take is in no batch and named; what turns out so when it is read is skipped."""
 
 import dataclasses
 import json
@@ -39,16 +39,19 @@ def test_audio_and_text_beyond_the_models(tmp_path):
         example(most_tokens=5, longest_seconds=math.inf)
 
 
-def test_a_run_names_them_and_goes_on(config):
+def test_a_run_leaves_them_out_of_its_plan_and_names_them(config):
     before = train(dataclasses.replace(config, steps=1, valid=()), unwatched)
     positions = int(np.median(before.prepared.index.tokens))
     shape, folder = dataclasses.replace(config.model, positions=positions), config.output.with_name("other")
     config = dataclasses.replace(config, output=folder)
-    finished = train(dataclasses.replace(config, model=shape, steps=4, skip_limit=1.0, valid=()), unwatched)
+    finished = train(dataclasses.replace(config, model=shape, steps=4, valid=()), unwatched)
     assert finished.progress.step == 4
-    skipped = [json.loads(line) for line in (config.output / "skipped.jsonl").read_text().splitlines()]
-    assert skipped
-    assert finished.progress.utterances > 0
-    assert all(
-        f"more than the {positions} that the model has positions for" in row["reason"] for row in skipped
-    )
+    index = finished.prepared.index
+    left_out = [json.loads(line) for line in (config.output / "left_out.jsonl").read_text().splitlines()]
+    assert {row["line"] for row in left_out} == set(np.flatnonzero(index.tokens > positions).tolist())
+    assert all("more tokens than the model has positions for: " in row["reason"] for row in left_out)
+    assert left_out
+    taken = (config.output / "utterances.jsonl").read_text()
+    rows = {row for line in taken.splitlines() for part in json.loads(line)["rows"] for row in part}
+    assert not rows & {row["line"] for row in left_out}
+    assert not (config.output / "skipped.jsonl").exists()  # none is read in vain

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,31 @@ def test_bleu_of_languages_and_their_mean():
     found = translations([*pairs, (Utterance("b.wav", 1.0, text, source_lang="en", target_lang="en"), text)])
     assert found["bleu_de"] == pytest.approx(100)
     assert found["bleu"] == pytest.approx((found["bleu_de"] + found["bleu_fr"]) / 2)
+
+
+def test_a_validation_row_that_cannot_be_used_is_named_and_left_out(config, tmp_path):
+    """Its language, its length in seconds or tokens, or what its line holds."""
+    manifest = Path(config.valid[0])
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["audio_filepath"] = str(manifest.parent / row["audio_filepath"])
+    broken = [
+        rows[0] | {"source_lang": "kab", "text": "a"},
+        rows[1] | {"text": "a " * 600},
+        {"text": "no audio"},
+    ]
+    path = tmp_path / "valid.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [broken[0], rows[2], *broken[1:], rows[3]]))
+    said = []
+    finished = train(dataclasses.replace(config, valid=(path,), steps=4), unwatched, said.append)
+    assert finished.progress.step == 4
+    listed = [json.loads(line) for line in (config.output / "valid.skipped.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["line"]) for row in listed] == [(str(path), line) for line in (1, 3, 4)]
+    assert "'kab' (Kabyle) is not a language of this model" in listed[0]["reason"]
+    assert "more tokens than the model has positions for" in listed[1]["reason"]
+    assert any("3 validation rows left out, listed in" in line and f"{path}:1:" in line for line in said)
+    shown = (config.output / "validation" / "step-000004.jsonl").read_text().splitlines()
+    assert len(shown) == 2
 
 
 def test_another_validation_set_begins_a_new_best_and_transcripts_are_kept(config):

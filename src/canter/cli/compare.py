@@ -47,10 +47,10 @@ def run(options: Options) -> int | None:
 
     if options.figure:
         require("matplotlib", "--figure")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
     check_ranks(options.ranks, len(index), "utterances")
     budget = choose_budget(options.budget, options.model, options.memory)
-    strategies = ladder(options.window, options.mixing)
+    strategies = ladder(options.window, options.mixing, options.mix_steps)
     rows = []
     with Progress(
         SpinnerColumn(),
@@ -104,8 +104,8 @@ def run(options: Options) -> int | None:
 CAPTION = "speed at equal GPUs and GPUs at equal wall time are against the first row"
 # what a narrow terminal loses first; a column of zeros before all
 EXPENDABLE: tuple[str, ...] = (
-    "steps", "epoch hours", "padded audio", "padded tokens", "left out", "over", "GPUs", "waiting", "mean batch",
-    "mixing pool", "memory filled",
+    "steps", "epoch hours", "padded audio", "padded tokens", "left out", "over", "GPUs", "waiting", "step mixing",
+    "mean batch", "mixing pool", "memory filled",
 )  # fmt: skip
 
 

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from canter.cli.lengths import ColumnOptions
+
 if TYPE_CHECKING:
     from canter.corpus.index import LengthIndex
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ColumnOptions):
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """NeMo manifests (with _OP_0..N_CL_ or {0..N}; MANIFEST::TARS if tarred), Lhotse cuts or Shar,
-    Hugging Face datasets, Common Voice TSV, WebDataset tars, folders of audio, tables of lengths; or one
-    YAML of weighted groups."""
+    """NeMo manifests (with _OP_0..N_CL_ or {0..N}; MANIFEST::TARS if tarred), Lhotse cuts or Shar, Hugging Face data
+    sets (Parquet or saved), AudioFolder, CSV and TSV, Common Voice, WebDataset tars, Kaldi folders, LJ Speech, folders
+    of audio, tables of lengths; or one YAML of weighted groups."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("lengths.arrow")
     """The index to write. Beside it: .skipped.jsonl, the rows that could not be used, and INDEX.parts, what
     was read."""
@@ -43,8 +45,7 @@ class Options:
 
 def run(options: Options) -> int | None:
     from canter.corpus.build import build_index
-    from canter.corpus.index import Source
-    from canter.corpus.mixture import Group, mixture_of
+    from canter.corpus.mixture import Group, sources_of
     from canter.errors import ConfigError
 
     if not options.sources:
@@ -55,7 +56,8 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--prompt-tokens is {options.prompt_tokens}; it must be 0 or more")
     if options.workers < 1:
         raise ConfigError(f"--workers is {options.workers}; it must be 1 or more")
-    group = mixture_of(options.sources) or Group([Source(path) for path in options.sources])
+    sources = sources_of(options.sources, options.columns)
+    group = sources if isinstance(sources, Group) else Group(sources)
     if options.temperature is not None:
         group = Group(group.members, temperature=options.temperature)
     tokenizer = None

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from canter.cli.lengths import ColumnOptions
 from canter.extras import require
+from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +25,7 @@ WIDTH, HEIGHT = 64, 18  # of the histogram in the terminal, in cells
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ColumnOptions):
     index: tyro.conf.Positional[Path]
     """A manifest (or a folder, or a YAML of sources), a length index, or a Parquet or Arrow table with `duration` and
     `num_tokens` (or `tokens`)."""
@@ -52,7 +54,7 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--z {options.z} must be above 0, and --outliers {options.outliers} at least 0")
     if options.figure:
         require("matplotlib", "--figure")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
     summary = summarise(index, z_bound=options.z, most_outliers=options.outliers)
     if options.json:
         made = {"fingerprint": index.fingerprint, "tokens_estimated": is_estimated(index), "at": QUANTILES}
@@ -162,4 +164,4 @@ def describe(index: LengthIndex, row: int) -> str:
     except ManifestError:
         return ""
     text = found.text if len(found.text) <= 40 else found.text[:39] + "…"
-    return f"{Path(found.audio_filepath).name}: {text}"
+    return f"{Path(redacted(found.audio_filepath)).name}: {text}"

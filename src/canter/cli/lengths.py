@@ -15,12 +15,32 @@ import tyro
 from canter.errors import ManifestError, PlanError
 
 if TYPE_CHECKING:
+    from canter.corpus.columns import Columns
     from canter.corpus.index import LengthIndex
     from canter.planning import Budget
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """Names of the columns of a manifest or table."""
+
+    text_column: str = ""
+    """Column, or key of JSON, with the text (default: text, sentence, transcription or another customary name)."""
+    lang_column: str = ""
+    """Column with the language (default: lang, language, locale or lang_id)."""
+    audio_column: str = ""
+    """Column with the audio or its path (default: audio_filepath, audio, file_name, path or another customary name)."""
+
+    @property
+    def columns(self) -> Columns:
+        """Return them as the readers take them."""
+        from canter.corpus.columns import Columns
+
+        return Columns(self.text_column, self.lang_column, self.audio_column)
+
+
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(ColumnOptions):
     """What `compare` and `plan` have in common."""
 
     index: tyro.conf.Positional[Path]
@@ -43,6 +63,8 @@ class PlanOptions:
     """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
     mixing: float = 1.0
     """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
+    mix_steps: bool = False
+    """With `balanced`: shrink some batches so that every optimiser step holds short and long utterances."""
     min_steps: int | None = None
     """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it. Unless given 50, or fewer
     where a step would have less than 16 utterances; 1 makes the largest batches."""
@@ -60,7 +82,9 @@ LARGE_MANIFEST = 64 << 20  # bytes from which on processes share the reading
 ESTIMATED = "tokens are estimated from the characters of the text where the manifest has no num_tokens"
 
 
-def open_lengths(path: Path, prompt_tokens: int = 0, tokenizer: str | None = None) -> LengthIndex:
+def open_lengths(
+    path: Path, prompt_tokens: int = 0, tokenizer: str | None = None, columns: Columns | None = None
+) -> LengthIndex:
     """Open the length index at `path`, or make one of a table of lengths (in memory) or of a manifest.
 
     tokenizer: counts a manifest's tokens; without one they are estimated. What was read of a manifest is kept in the
@@ -71,12 +95,14 @@ def open_lengths(path: Path, prompt_tokens: int = 0, tokenizer: str | None = Non
 
     if prompt_tokens < 0:
         raise PlanError(f"--prompt-tokens is {prompt_tokens}; it must be 0 or more")
-    several = any(mark in str(path) for mark in ("{", "_OP_", "::"))  # shards, or a manifest and its tars
+    several = any(
+        mark in str(path) for mark in ("{", "_OP_", "::", "*")
+    )  # shards, or a manifest and its tars
     if not path.exists() and not several:
         raise ManifestError(f"{path} does not exist; make it with: canter index MANIFEST -o {path.name}")
     stored = path.suffix != ".parquet" and path.is_file() and is_index(path)
-    if not stored and path.suffix not in (".parquet", ".arrow", ".feather"):
-        return index_manifest(path, prompt_tokens, tokenizer)
+    if not stored and (several or not is_table_of_lengths(path, columns)):
+        return index_manifest(path, prompt_tokens, tokenizer, columns)
     if tokenizer is not None:
         raise ManifestError(f"--tokenizer counts the tokens of a manifest; {path} has its tokens counted")
     if stored:
@@ -87,11 +113,25 @@ def open_lengths(path: Path, prompt_tokens: int = 0, tokenizer: str | None = Non
     return LengthIndex(seconds, tokens, [path.stem], problems=problems)
 
 
-def index_manifest(path: Path, prompt_tokens: int, tokenizer: str | None) -> LengthIndex:
+def is_table_of_lengths(path: Path, columns: Columns | None) -> bool:
+    """Return whether a file is a Parquet or Arrow table without audio. Raises ManifestError where it is damaged."""
+    from canter.corpus.columns import ANY
+    from canter.corpus.readers.huggingface import holds_audio
+    from canter.corpus.readers.lengths import table_schema
+
+    if path.suffix not in (".parquet", ".arrow", ".feather"):
+        return False
+    return not holds_audio(table_schema(str(path)), columns or ANY)
+
+
+def index_manifest(
+    path: Path, prompt_tokens: int, tokenizer: str | None, columns: Columns | None = None
+) -> LengthIndex:
     """Return the length index of a manifest, a folder or a mixture in YAML, under a progress bar."""
     from canter.corpus.build import build_index
+    from canter.corpus.columns import ANY
     from canter.corpus.counting import TokenEstimate
-    from canter.corpus.mixture import mixture_of
+    from canter.corpus.mixture import sources_of
 
     if tokenizer is None:
         counter = TokenEstimate()
@@ -99,12 +139,12 @@ def index_manifest(path: Path, prompt_tokens: int, tokenizer: str | None) -> Len
         from canter.text import load_counter
 
         counter = load_counter(tokenizer)
-    facts = f"{path.absolute()} {prompt_tokens} {counter.fingerprint}"
+    facts = f"{path.absolute()} {prompt_tokens} {counter.fingerprint}{columns or ''}"
     name = f"{path.stem[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow"
     large = path.is_file() and path.stat().st_size > LARGE_MANIFEST
     try:
         index = build_index(
-            mixture_of([path]) or [str(path)],
+            sources_of([path], columns or ANY),
             cache_folder() / name,
             counter,
             prompt_tokens=prompt_tokens,

@@ -5,15 +5,18 @@ command's flags and help) and ``run(options) -> int | None``; one that reads a f
 ``parse(arguments) -> options`` of its own.
 """
 
+import contextlib
 import importlib
 import os
 import select
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 from canter import __version__
 from canter.errors import CanterError
 from canter.extras import needed_by
+from canter.redaction import redacted
 
 # name -> (module, one line of help): first what most people come for, then the main path
 COMMANDS = {
@@ -47,6 +50,7 @@ def usage() -> str:
             "",
             *lines,
             "",
+            "--no-urls, or CANTER_NO_URLS=1, refuses every URL: for manifests that you do not trust.",
             "CANTER_DEBUG=1 shows the traceback behind an error message.",
         ]
     )
@@ -101,6 +105,9 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"canter {__version__}")
         return 0
+    if "--no-urls" in argv:
+        with _without_urls():
+            return dispatch([one for one in argv if one != "--no-urls"])
     name, *rest = argv
     if name not in COMMANDS:
         import difflib
@@ -128,8 +135,23 @@ def dispatch(argv: list[str]) -> int:
         return fail(told(error))
 
 
+@contextlib.contextmanager
+def _without_urls() -> Iterator[None]:
+    """Context manager that refuses URLs, in processes that are started inside too."""
+    from canter.corpus.remote import NO_URLS, forbid_urls
+
+    before = os.environ.get(NO_URLS)
+    forbid_urls()
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_URLS)
+        if before is not None:
+            os.environ[NO_URLS] = before
+
+
 def told(error: Exception) -> str:
     """The message; of the system's own, the file and what is wrong with it, without its number."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
-    return str(error) or type(error).__name__
+        return redacted(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")
+    return redacted(str(error)) or type(error).__name__

@@ -42,18 +42,22 @@ def run(options: Options) -> int | None:
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
     from canter.planning.lengths import rate_limits
-    from canter.planning.strategies import Bucket2D
+    from canter.planning.strategies import Balanced, Bucket2D
 
-    if options.mixing != 1.0 and options.strategy != "balanced":
-        raise PlanError(f"--mixing is a dial of 'balanced'; {options.strategy} has none")
+    dials = {"mixing": options.mixing, "mix_steps": options.mix_steps}
+    if options.strategy != "balanced":
+        for name, value in dials.items():
+            if value != getattr(Balanced(), name):
+                raise PlanError(
+                    f"--{name.replace('_', '-')} is a dial of 'balanced'; {options.strategy} has none"
+                )
+        dials = {}
     if options.emit and not options.emit.parent.is_dir():
         raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer)
+    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
     budget = choose_budget(options.budget, options.model, options.memory)
     check_ranks(options.ranks, len(index), "utterances")
-    chosen = strategy(
-        options.strategy, **({"mixing": options.mixing} if options.strategy == "balanced" else {})
-    )
+    chosen = strategy(options.strategy, **dials)
     if options.bins:
         from canter.integrations.nemo import bucketing_config
 

@@ -1,6 +1,7 @@
 """WER and CER, BLEU and chrF of a result manifest: `text` and `pred_text`, as `canter transcribe` writes."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -12,7 +13,15 @@ from canter.errors import ConfigError, ManifestError
 from canter.evaluation.normalize import Normalization
 from canter.evaluation.transcripts import Transcript, read_transcripts
 from canter.evaluation.translation import TranslationScore, score_translations
-from canter.evaluation.wer import Counts, Score, ScoredUtterance, paired_difference, score, wer_interval
+from canter.evaluation.wer import (
+    Counts,
+    Score,
+    ScoredUtterance,
+    paired_difference,
+    percent,
+    score,
+    wer_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,10 @@ class Options:
     """Manifest with `text` and `pred_text` in every row (.jsonl, or .jsonl.gz), or its URL."""
     against: str | None = None
     """A second result on the same manifest: prints the WER difference too, with its bootstrap interval."""
-    normalize: Normalization = "leaderboard"
-    """How texts are prepared: `leaderboard` as the Open ASR leaderboard does (Whisper's English rules for
-    English, its basic ones elsewhere), `basic` for all, or `none` to compare them as they are."""
+    normalize: Normalization = "standard"
+    """Normalisation before scoring. `standard`: no case or punctuation, Whisper's rules for English. `leaderboard`: as
+    the Open ASR leaderboard, which ignores combining marks (the vowels of Hindi, Thai, Tamil ...) and utterances with
+    an empty reference. `basic`: Whisper's basic rules for every language. `none`: texts as they are."""
     worst: int = 5
     """How many of the worst utterances to show, aligned word by word."""
     bleu: bool = False
@@ -76,6 +86,8 @@ def run(options: Options) -> None:
             "languages": {name: summarize(counts) for name, counts in result.languages.items()},
             "normalize": options.normalize,
             "empty_references": result.empty_references,
+            "left_out": result.left_out,
+            "words_left_out": result.words_left_out,
             "skipped": [str(problem) for problem in problems],
             "worst": [
                 {
@@ -102,17 +114,25 @@ def run(options: Options) -> None:
     low, high = interval
     for lang, one in translations.items():
         console.print(f"into {lang}: BLEU {one.bleu:.2f}, chrF {one.chrf:.2f}  ({one.bleu_signature})")
-    console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
-    if difference:
+    if result.total.words:
+        console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
+    else:
+        console.print(
+            "The references have no words, so there is no error rate; words transcribed are insertions.\n"
+        )
+    if difference and result.total.words:
         console.print(
             f"WER against {options.against}: {difference.wer:+.2%}, 95 % interval {difference.low:+.2%} to "
             f"{difference.high:+.2%}, better in {difference.p_improved:.1%} of resamples (paired bootstrap)"
         )
     for item in worst:
         console.print(aligned(item, transcripts[item.index], console.width))
-    if result.empty_references:
+    if inserted := sum(item.counts.insertions for item in result.utterances if not item.counts.words):
+        console.print(f"{inserted} of the insertions are in utterances whose reference is empty")
+    if result.left_out:
         console.print(
-            f"{result.empty_references} utterances left out: their references normalise to nothing to score"
+            f"{result.left_out} utterances left out: their references normalise to nothing to score; "
+            f"{result.words_left_out} words transcribed there are not counted"
         )
     if problems:
         print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
@@ -144,12 +164,12 @@ def summarize(counts: Counts) -> dict[str, float]:
 
 
 def finite(value):
-    """The value with infinities (words heard where none were said) as null, all that JSON has for them."""
+    """Return the value with infinite rates (words where the reference has none) and NaN as null, all that JSON has."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(result: Score):
@@ -171,8 +191,8 @@ def table(result: Score):
             name,
             f"{counts.utterances:,}",
             f"{counts.words:,}",
-            f"{counts.wer:.2%}",
-            f"{counts.cer:.2%}",
+            percent(counts.wer),
+            percent(counts.cer),
             *(f"{number:,}" for number in (counts.substitutions, counts.deletions, counts.insertions)),
             style="bold" if counts is result.total else None,
         )
@@ -187,7 +207,7 @@ def aligned(item: ScoredUtterance, transcript: Transcript, width: int):
     counts = item.counts
     text = Text()
     text.append(f"{transcript.name}", style="bold")
-    text.append(f", line {transcript.line}\n  WER {counts.wer:.0%}: {counts.substitutions} sub, ")
+    text.append(f", line {transcript.line}\n  WER {percent(counts.wer, 0)}: {counts.substitutions} sub, ")
     text.append(f"{counts.deletions} del, {counts.insertions} ins\n")
     lines = (Text("  ref  "), Text("  hyp  "))
     for operation, word, guess in item.alignment:

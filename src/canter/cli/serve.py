@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from canter.inference.engine import Engine
 
 KEYS = "CANTER_API_KEYS"
+FILES = 2**16  # open at once, at most
 SPINS = "1000"  # tens of microseconds at most; a step of the decoder takes tens of milliseconds
 
 
@@ -36,6 +38,10 @@ class Options:
     api_keys: Path | None = None
     """File with one API key a line; every request must then carry one of them. The variable CANTER_API_KEYS, with keys
     separated by commas, does the same."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names under which clients may address the service (the Host header), such as that of a proxy before it or
+    of a container; `*` allows any. The names of this machine, the address that it listens on and `localhost` always
+    are: what else comes is another site's page whose name leads here (DNS rebinding)."""
     lang: str | None = None
     """Language of requests that name none, as a code or in English (default: detected by a multilingual Whisper)."""
     device: str = "auto"
@@ -74,7 +80,7 @@ def run(options: Options) -> int:
     from canter.models.device import choose_device
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
-    from canter.serving.server import bind, is_loopback, make_server
+    from canter.serving.server import bind, host_names, is_loopback, make_server
     from canter.serving.service import Service
     from canter.tuning.memory import LARGEST_THRESHOLD, steady_heap
 
@@ -84,7 +90,7 @@ def run(options: Options) -> int:
     config = ServiceConfig(
         names=(options.name or options.model.resolve().name, *options.alias),
         keys=keys,
-        hosts=frozenset({options.host, "localhost", "127.0.0.1", "[::1]"}) if local else None,
+        hosts=host_names(options.host, options.allowed_hosts),
         lang=options.lang,
         max_bytes=int(options.max_megabytes * 2**20),
         longest_seconds=options.longest_seconds,
@@ -93,6 +99,7 @@ def run(options: Options) -> int:
         timeout=options.timeout,
         upload_timeout=options.upload_timeout,
     )
+    allow_files()
     listening = bind(options.host, options.port)
     try:
         device = str(choose_device(options.device))
@@ -128,12 +135,37 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
     from canter.inference.int8 import load_in
     from canter.inference.requests import EngineConfig
 
-    def load() -> Engine:
-        model = load_in(options.precision, checkpoint, device)
-        return Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size))
+    loaded: Future[Engine] = Future()
 
-    with ThreadPoolExecutor(1) as aside:
-        return aside.submit(load).result()
+    def load() -> None:
+        try:
+            model = load_in(options.precision, checkpoint, device)
+            loaded.set_result(Engine(model, model.tokenizer.end, EngineConfig(rows=options.batch_size)))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    aside = threading.Thread(target=load, name="canter-loading", daemon=True)
+    aside.start()
+    try:
+        engine = loaded.result()
+    except KeyboardInterrupt:
+        print("canter: interrupted while the model was loading", file=sys.stderr, flush=True)
+        os._exit(130)  # nothing can tell the thread to stop, and it may take minutes
+    aside.join()
+    return engine
+
+
+def allow_files() -> None:
+    """Raise the number of files that this process may have open: a request takes three, the usual limit is 1,024."""
+    try:
+        import resource
+    except ImportError:
+        return
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def read_keys(file: Path | None) -> frozenset[str]:

@@ -3,20 +3,18 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from canter.errors import ConfigError, ManifestError
+from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from canter.inference.inputs import Item
     from canter.inference.subtitles import SubtitleStyle
     from canter.inference.writers import FolderOutput
-
-# Suffixes of audio and video that folders are not searched for; they are named first among what is not taken.
-OTHER_MEDIA = {".m2ts", ".ac3", ".ape", ".dts", ".mp2", ".ra", ".wv"}
 
 
 def without_words(
@@ -40,7 +38,7 @@ def without_words(
 
 def tell_what_is_not_taken(inputs: Sequence[str]) -> None:
     """Print how many files of each folder are not transcribed, and the first."""
-    from canter.corpus.readers.folder import audio_files
+    from canter.corpus.media import media_in
     from canter.corpus.sources import units_of
     from canter.inference.formats import SUFFIXES
 
@@ -51,21 +49,15 @@ def tell_what_is_not_taken(inputs: Sequence[str]) -> None:
         with contextlib.suppress(ManifestError):  # reading the inputs will say so
             if [unit.kind for unit in units_of(path)] != ["folder"]:
                 continue
-        folder = os.path.abspath(path)
-        taken = {*audio_files(folder)}
-        others = sorted(
-            (suffix not in OTHER_MEDIA, os.path.join(root, name))
-            for root, _, names in os.walk(folder)
-            for name in names
-            if (suffix := os.path.splitext(name)[1].lower()) not in ours
-            and not name.startswith(".")
-            and os.path.join(root, name) not in taken
-        )
+        others = [
+            file
+            for file in media_in(os.path.abspath(path))[1]
+            if os.path.splitext(file)[1].lower() not in ours
+        ]
         if others:
             number = f"{len(others):,} files are" if len(others) > 1 else "1 file is"
             print(
-                f"canter: {path}: {number} not taken, by the suffix no audio (the first: {others[0][1]}); "
-                "convert what is audio to .wav, .flac, .mp3 or .mp4",
+                f"canter: {path}: {number} not taken, no audio or video (the first: {others[0]})",
                 file=sys.stderr,
             )
 
@@ -89,10 +81,16 @@ def into_folder(
         return items, files
     done = [all(path.exists() for _, path in files.files(index)) for index in range(len(items))]
     if any(done) and not quiet:
-        listed = [one.row.get("audio_filepath") for one, is_done in zip(items, done) if is_done]
+        listed = [shown_path(one.row) for one, is_done in zip(items, done) if is_done]
         print(f"canter: {len(listed):,} left out, whose files exist: {some_of(listed)}", file=sys.stderr)
     wanted = [index for index, is_done in enumerate(done) if not is_done]
     return [items[index] for index in wanted], replace(files, names=[names[index] for index in wanted])
+
+
+def shown_path(row: Mapping[str, Any]) -> str | None:
+    """Return the audio's path in a row of a manifest, of a URL without its secrets."""
+    path = row.get("audio_filepath")
+    return redacted(path) if isinstance(path, str) else None
 
 
 def some_of(paths: "Sequence[Any]", most: int = 5) -> str:
@@ -123,6 +121,11 @@ def say(summary: dict[str, Any]) -> None:
         print(f"canter: {entry['error']}", file=sys.stderr)
     if len(failed) > 20:
         print(f"canter: ... and {len(failed) - 20} more", file=sys.stderr)
+    damaged = summary["warnings"]
+    for entry in damaged[:20]:
+        print(f"canter: {entry['audio_filepath']}: {entry['warning']}", file=sys.stderr)
+    if len(damaged) > 20:
+        print(f"canter: ... and {len(damaged) - 20} more warnings", file=sys.stderr)
     resumed = f", {summary['resumed']} of them from an earlier start" if summary["resumed"] else ""
     unread = f"; {len(failed)} failed" if failed else ""
     ranks = f" on {summary['ranks']} ranks" if summary["ranks"] > 1 else ""

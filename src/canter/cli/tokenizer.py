@@ -9,13 +9,14 @@ from typing import Annotated
 
 import tyro
 
+from canter.cli.lengths import ColumnOptions
 from canter.corpus.manifest import Problem, Utterance
 from canter.corpus.sources import read_unit, units_of
 from canter.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ColumnOptions):
     manifests: tyro.conf.Positional[tuple[Path, ...]]
     """Manifests (NeMo JSONL, or any other source that 'canter index' reads)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -37,8 +38,8 @@ def run(options: Options) -> None:
     languages: set[str] = set()
     problems: list[Problem] = []
     for manifest in options.manifests:
-        for unit in units_of(str(manifest)):
-            for _, row in read_unit(unit):
+        for unit in units_of(str(manifest), columns=options.columns):
+            for _, row in read_unit(unit, columns=options.columns):
                 if isinstance(row, Utterance):
                     texts.append(row.text)
                     languages |= {lang for lang in (row.lang, row.source_lang, row.target_lang) if lang}

@@ -53,7 +53,7 @@ def _refuse_missing(folder: Path, config: TrainConfig) -> None:
     for name in ("manifest", "valid"):
         for path in getattr(config, name):
             files = expand_shards(str(path).partition("::")[0])
-            missing = next((file for file in files if not os.path.exists(file)), None)
+            missing = next((file for file in files if "*" not in file and not os.path.exists(file)), None)
             if missing is not None:
                 allowed = " --allow-changes" if name == "manifest" else ""
                 raise ConfigError(

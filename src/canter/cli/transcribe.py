@@ -15,17 +15,19 @@ import tyro
 from canter.cli.telling import (
     into_folder,
     say,
+    shown_path,
     some_of,
     tell_what_is_not_taken,
     warn_of_other_languages,
     without_words,
 )
 from canter.errors import ConfigError
+from canter.redaction import redacted
 
 # Options that a transcript depends on, beside the model and what is in a row.
 # fmt: off
 DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", "vad", "window_seconds", "fallback",
-            "initial_prompt")
+            "initial_prompt", "audio_track")
 # fmt: on
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class Options:
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Audio or video files, folders of them, or manifests (NeMo JSONL, and whatever `canter index` reads)."""
+    """Audio or video files, recognised by their content, folders of them, `-` for a recording on standard input, or
+    manifests (NeMo JSONL, and whatever `canter index` reads)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Output file or folder (default: print to standard output). A name without suffix is a folder. The same command
     resumes a transcription that was stopped."""
@@ -101,6 +104,8 @@ class Options:
     """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
     """Maximum number of times an n-gram of up to 8 tokens may follow itself in greedy search; 0 is no limit."""
+    audio_track: int | None = None
+    """Audio track to transcribe of files with several, from 0 (default: the one marked as default, else the first)."""
     longest_seconds: float | None = None
     """Refuse recordings longer than this (default: no limit)."""
     skip_existing: bool = False
@@ -130,7 +135,7 @@ def transcribe_inputs(
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.writers import check_renderable, json_text, render, write_results
+    from canter.inference.writers import check_renderable, json_text, remove_stale, render, write_results
     from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)
@@ -142,7 +147,7 @@ def transcribe_inputs(
     if ranks.rank == 0:
         tell_what_is_not_taken(options.inputs)
     asked = Defaults.of(engine.model.tokenizer, options.language, options.task, options.target_language)
-    items = read_items(options.inputs, defaults=asked)
+    items = read_items(options.inputs, defaults=asked, track=options.audio_track)
     if asked.language and options.language and ranks.rank == 0:
         warn_of_other_languages(items, asked.language)
     if len(languages) > 1 and not isinstance(engine.model.tokenizer, WhisperTokenizer):  # which detects it
@@ -157,6 +162,9 @@ def transcribe_inputs(
     else:
         check_renderable(len(items), kinds[0])
     results = [Transcription("", error=item.problem) for item in items]
+    if options.output and ranks.rank == 0:
+        names = files.names if files else ["."]
+        remove_stale((options.output / name).parent for name in names)
     first = partial_files(options.output, folder) if options.output else None
     made_by = identity(checkpoint, options, timestamps)
     begun = time.perf_counter()
@@ -181,7 +189,16 @@ def transcribe_inputs(
             "utterances": len(items),
             "transcribed": len(items) - len(failed),
             "resumed": resumed,
-            "failed": [{"audio_filepath": i.row.get("audio_filepath"), "error": r.error} for i, r in failed],
+            "failed": [{"audio_filepath": shown_path(i.row), "error": r.error} for i, r in failed],
+            "warnings": [
+                {
+                    "audio_filepath": shown_path(i.row),
+                    "lost_seconds": r.lost_seconds,
+                    "warning": redacted(warning),
+                }
+                for i, r in zip(items, results)
+                for warning in r.warnings
+            ],
             "audio_seconds": audio_seconds,
             "seconds": seconds,
             "rtfx": audio_seconds / seconds,
@@ -308,6 +325,7 @@ def work_through(
         window_seconds=options.window_seconds,
         vad=options.vad,
         context=options.initial_prompt,
+        audio_track=options.audio_track,
     )
     if not options.fallback:
         asked = replace(asked, fallback=None)
@@ -322,7 +340,7 @@ def work_through(
     others = ranks.all_gather(known)
     everywhere = set().union(*others)
     if everywhere and ranks.rank == 0:
-        kept = some_of([items[index].row.get("audio_filepath") for index in sorted(everywhere)])
+        kept = some_of([shown_path(items[index].row) for index in sorted(everywhere)])
         print(f"canter: {len(everywhere):,} kept from an earlier start: {kept}", file=sys.stderr)
     wanted = [index for index, item in enumerate(items) if item.utterance and index not in everywhere]
     utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
@@ -339,7 +357,7 @@ def work_through(
         longest = math.inf if options.longest_seconds is None else options.longest_seconds
         events = transcribe_events(engine, engine.model.tokenizer, utterances, longest, asked)
         for number, result in watched(events, utterances, ranks):
-            path = utterances[number].audio_filepath
+            path = redacted(utterances[number].audio_filepath)
             if result.error is not None and path not in result.error:
                 result = replace(result, error=f"{path}: {result.error}")
             results[wanted[number]] = result
@@ -368,6 +386,8 @@ def destination(options: Options) -> tuple[bool, list[str]]:
             raise ConfigError(f"--{name} {value}: at least 1")
     if options.window_seconds is not None and options.window_seconds < 1:
         raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
+    if options.audio_track is not None and options.audio_track < 0:
+        raise ConfigError(f"--audio-track {options.audio_track}: tracks are counted from 0")
     if options.max_repeats < 0:
         raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no guard, or more")
     if options.skip_existing and not (output and (output.is_dir() or not output.suffix)):

@@ -10,7 +10,6 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -35,12 +34,13 @@ from canter.corpus.parts import (
     read_part,
     rows_path,
 )
-from canter.corpus.remote import is_url, stamp
+from canter.corpus.remote import is_url, stamp, urls_forbidden
 from canter.corpus.sources import tars_of, units_of
 from canter.corpus.utterance import DUPLICATE, Problem
 from canter.errors import ManifestError
+from canter.processes import start_pool_worker
 
-READERS = 3  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
+READERS = 4  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
 
 
 def build_index(
@@ -104,13 +104,16 @@ def _check_output(output: Path, folder: Path) -> None:
 
 def _parts(number: int, source: Source, counting: Counting) -> Iterator[Part]:
     tags = dict(sorted(source.tags.items()))
-    for unit in units_of(source.path, source.audio):
+    for unit in units_of(source.path, source.audio, source.columns):
         for start, end, size in ranges(unit):
             tokenizer = counting.tokenizer.fingerprint if counting.tokenizer else None
             facts = [FORMAT, READERS, astuple(unit), start, end, tags, tokenizer, counting.prompt_tokens]
+            facts += [astuple(source.columns)] if source.columns else []
+            facts += [getattr(counting.tokenizer, name, None) for name in ("prompt_format", "defaults")]
             facts += [counting.measure_durations, _stamp(unit.path), [_stamp(tar) for tar in tars_of(unit)]]
+            facts += ["without URLs"] if urls_forbidden() else []
             key = blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-            yield Part(unit, number, start, end, size, tags, key)
+            yield Part(unit, number, start, end, size, tags, key, source.columns)
 
 
 def _stamp(path: str) -> list:
@@ -138,7 +141,7 @@ _worker: Counting
 def _start_worker(counting: Counting) -> None:
     global _worker
     _worker = counting
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; a part begun is finished and kept
+    start_pool_worker()  # on Ctrl-C a part begun is finished and kept
 
 
 def _read_in_worker(part: Part) -> Part:

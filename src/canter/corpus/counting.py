@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from canter.corpus.utterance import Utterance
-from canter.errors import ConfigError
+from canter.corpus.utterance import OPTIONAL_TEXT, Utterance
+from canter.errors import CanterError, ConfigError
 
 UNITS = ("chars", "bytes")
 
@@ -26,6 +26,28 @@ def prompt_length(tokenizer: Any, rows: Iterable[Utterance]) -> int:
     if fault is not None:
         raise fault
     return 0
+
+
+class PromptCheck:
+    """Proves that a tokenizer can write the prompts of rows: each combination of languages, task and slots once."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[str | None, ...], str | None] = {}
+
+    def fault(self, row: Utterance) -> str | None:
+        """Return why the row's prompt cannot be written, or its text encoded in its language; None where they can."""
+        if not hasattr(self._tokenizer, "prompt"):
+            return None
+        asked = tuple(getattr(row, name) for name in OPTIONAL_TEXT)
+        if asked not in self._known:
+            try:
+                self._tokenizer.prompt(row)
+                self._tokenizer.encode("", row.text_lang)
+                self._known[asked] = None
+            except (CanterError, ValueError, KeyError) as error:
+                self._known[asked] = f"prompt cannot be made: {error}"
+        return self._known[asked]
 
 
 @dataclass(frozen=True)

@@ -1,78 +1,377 @@
-"""What libsndfile does not know (AAC, M4A, WMA, WebM), through FFmpeg where the extra ``av`` is installed."""
+"""Read what libsndfile does not know (MP4, MKV, AAC, WMA, ...) through FFmpeg, where the extra ``av`` is installed.
+
+FFmpeg is given a file object without a name, a list of formats and no protocol: it opens nothing by itself, neither a
+file nor a connection, whatever a file's content asks for.
+"""
 
 import contextlib
+import importlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from canter.corpus.headers import Loss
+from canter.corpus.media import HEAD, format_of
 from canter.errors import AudioError
 from canter.extras import install
 
-# Containers that say where in time each packet is. In others a seek lands by the bit rate, so they are read through.
-TIMED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+# Formats that hold audio themselves. Playlists, scripts, session descriptions and sequences of images are not among
+# them: they make FFmpeg open something else.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,mpegtsraw,mpeg,mpegvideo,avi,asf,asf_o,flv,live_flv,kux,rm,mxf,nut,"
+    "gxf,wtv,dv,ogg,wav,w64,aiff,au,caf,flac,mp3,aac,loas,latm,ac3,eac3,ac4,dts,dtshd,truehd,mlp,amr,amrnb,amrwb,ape,"
+    "wv,tta,tak,shn,mpc,mpc8,qoa,bonk,osq,dsf,iff,iamf,voc,nistsphere,sox,ircam,paf,pvf,qcp,oma,xwma,act,dss,ast,"
+    "avr,hcom,rso,sds,smjpeg,gsm,ilbc,lvf,sln,vqf,xa"
+)
+OPTIONS = {
+    "format_whitelist": FORMATS,
+    "protocol_whitelist": "none",
+    "probesize": "5000000",  # bytes
+    "analyzeduration": "5000000",  # microseconds
+}
+# Formats that state where in time each packet is, and may begin late or leave gaps. In all others a gap between
+# packets is damage.
+STAMPED = {
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "mpegtsraw", "mpeg", "avi", "asf", "asf_o", "flv", "live_flv",
+    "kux", "rm", "mxf", "nut", "gxf", "wtv",
+}  # fmt: skip
+SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # in others a seek lands by the bit rate
+PROMISING = {
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "flac",
+    "tta",
+    "wv",
+    "ape",
+    "aiff",
+    "w64",
+}  # count the samples of a stream
+ENDING = {"matroska,webm", "flv"}  # state the time at which the last packet of all streams ends
+RESTARTING = {"mpegts", "mpegtsraw", "mpeg"}  # time stamps may jump where recordings were joined
 BEFORE = 1.0  # seconds decoded before what is wanted: a codec's first packets depend on those before
+JITTER = 0.1  # seconds by which time stamps may differ from the number of samples before a gap is filled
+LONGEST_JUMP = 10.0  # seconds, for RESTARTING formats (as FFmpeg's -dts_delta_threshold)
+MOST_SILENCE = 6 * 3600.0  # seconds of gaps in a file that are filled
+NOT_ALLOWED = 22  # FFmpeg's error for a format or protocol that is not in the list
+LONGEST_PACKET = 10.0  # seconds that one is believed to have
+MOST_FAULTS = 8  # errors of the demuxer in a row
+
+
+class Timeline:
+    """Places of the frames of a stream, counted in samples from the start of the recording."""
+
+    def __init__(self, format_name: str, rate: int, origin: float | None):
+        self._rate, self.origin = rate, origin
+        self._stamped, self._restarts = format_name in STAMPED, format_name in RESTARTING
+        self._filled = 0
+        self.place = 0
+        """The sample that comes next."""
+
+    def gap(self, seconds: float | None, damaged: bool) -> int:
+        """Return the number of samples without audio before a frame with this time stamp.
+
+        A gap within the jitter of the time stamps counts where something was ``damaged``.
+        """
+        if seconds is None or not math.isfinite(seconds):
+            return 0
+        if self.origin is None:
+            self.origin = seconds
+        if not self.place and abs(seconds - self.origin) <= JITTER:  # a delay of the codec
+            self.origin = seconds
+        missing = round((seconds - self.origin) * self._rate) - self.place
+        most = LONGEST_JUMP if self._restarts and self.place else MOST_SILENCE
+        if (missing < -JITTER * self._rate and self.place) or missing > most * self._rate - self._filled:
+            self.origin += missing / self._rate  # the clock was set anew: no gap
+            return 0
+        if missing <= (0 if damaged else JITTER * self._rate):
+            return 0
+        self._filled += missing
+        return missing
+
+
+class _NoTrack(Exception):
+    """A file without the audio that is wanted."""
 
 
 class Coded:
-    """The first audio stream of a file."""
+    """One audio track of a file."""
 
-    def __init__(self, av: Any, container: Any):
+    guessed = False
+    losses: tuple[Loss, ...] = ()
+    """Damage that showed before anything was decoded; what has a length is filled with silence."""
+
+    def __init__(self, av: Any, container: Any, track: int | None):
+        """Raises _NoTrack where there is no such track, or none with a codec that FFmpeg knows."""
         self._av, self._container = av, container
-        self._stream = container.streams.audio[0]
-        self.rate: int = self._stream.rate
-        self.channels: int = self._stream.layout.nb_channels
+        tracks = list(container.streams.audio)
+        if not tracks:
+            raise _NoTrack("it has no audio track")
+        if track is not None and track >= len(tracks):
+            some = f"{len(tracks)} audio tracks" if len(tracks) > 1 else "one audio track"
+            raise _NoTrack(f"it has no audio track {track}: it has {some}, counted from 0")
+        known = [one for one in tracks if one.codec_context is not None]
+        chosen = [tracks[track]] if track is not None else [*filter(_is_default, known), *known, *tracks]
+        self._stream = chosen[0]
+        if self._stream.codec_context is None:
+            raise _NoTrack("FFmpeg does not know the codec of its audio")
+        self.rate: int = self._stream.rate or 0
+        self._layout = self._stream.layout
+        self.channels: int = self._layout.nb_channels
+        self._format: str = container.format.name
+        start = container.start_time  # in microseconds
+        self._origin = start / 1e6 if self._format in STAMPED and start is not None else None
+        self._seconds_a_tick = float(self._stream.time_base)
+        self._latest = 0.0  # end of the last packet of any stream, in seconds
 
-    def read(self, start: int, channel: int | None) -> Iterator[np.ndarray]:
-        """(S,) float32 from sample ``start`` on, a packet at a time: one channel, or the average of all."""
-        layout = "mono" if channel is None else self._stream.layout
-        resampler = self._av.AudioResampler(format="fltp", layout=layout, rate=self.rate)
-        frames, place = self._frames(start)
-        for frame in frames:
-            for piece in resampler.resample(frame):
-                samples = piece.to_ndarray()[channel or 0]
-                if place + len(samples) > start:
+    @property
+    def promised(self) -> float | None:
+        """The end of the audio as the file states it, in seconds from the start; None where it may be a guess.
+
+        Of some formats it is complete only once the file is read to its end.
+        """
+        stream = self._stream
+        if self._format in PROMISING and stream.duration:
+            start = (stream.start_time or 0) * self._seconds_a_tick - (self._origin or 0.0)
+            return stream.duration * self._seconds_a_tick + (start if self._format in STAMPED else 0.0)
+        return None
+
+    @property
+    def cut_short(self) -> float:
+        """Seconds between the last packet of any stream and the end that the file states; 0 where that is a guess."""
+        if self._format not in ENDING or not self._container.duration:
+            return 0.0
+        return max(0.0, self._container.duration / 1e6 - self._latest + (self._origin or 0.0))
+
+    def seconds(self) -> float:
+        """Return the time at which the track ends, by the time stamps of its packets; none is decoded."""
+        timeline, end = Timeline(self._format, self.rate, self._origin), 0.0
+        for packet in self._packets(self._stream):
+            if packet.dts is None and packet.pts is None:  # the last, which is empty
+                continue
+            at, seconds = _time_of(packet), (packet.duration or 0) * self._seconds_a_tick
+            if at is not None and self._origin is not None and at < self._origin:  # for the decoder alone
+                continue
+            timeline.place += timeline.gap(at, False) + round(seconds * self.rate)
+            if self._format in STAMPED and at is not None:
+                end = max(end, at + seconds - (timeline.origin or 0.0))
+            else:
+                end = max(end, timeline.place / self.rate)
+        return end + sum(loss.seconds or 0.0 for loss in self.losses)
+
+    def read(
+        self, start: int, size: int, most: int | None = None, channel: int | None = None
+    ) -> Iterator[np.ndarray | Loss]:
+        """Yield (S, C) float32 from sample ``start`` on, ``size`` samples at a time, and what could not be decoded.
+
+        Gaps in the time stamps are filled with silence. More than two channels are mixed into one by FFmpeg, unless one
+        ``channel`` is wanted. The reader stops the iteration once it has ``most`` samples.
+        """
+        size = size if most is None else min(size, most)
+        silent = 1 if channel is None and self.channels > 2 else self.channels
+        pending, count = list[np.ndarray](), 0
+
+        def flush() -> Iterator[np.ndarray]:
+            nonlocal pending, count
+            while count >= size:
+                whole = np.concatenate(pending)
+                yield whole[:size]
+                pending, count = [whole[size:]], count - size
+
+        for event in self._events(start, silent):
+            if isinstance(event, Loss):
+                if count:
+                    yield from flush()
+                    if count:
+                        yield np.concatenate(pending)
+                    pending, count = [], 0
+                yield event
+                continue
+            while isinstance(event, int):  # samples of silence
+                taken = min(event, size - count)
+                pending.append(np.zeros((taken, silent), np.float32))
+                count += taken
+                yield from flush()
+                if event == taken:
+                    break
+                event -= taken
+            else:
+                pending.append(event)
+                count += len(event)
+                if count >= size:
+                    yield from flush()
+        if count:
+            yield np.concatenate(pending)
+
+    def _events(self, start: int, channels: int) -> Iterator[np.ndarray | Loss | int]:
+        """Yield samples (S, C), numbers of silent ones, and losses, from sample ``start`` on."""
+        timeline = Timeline(self._format, self.rate, self._origin)
+        holes = [loss for loss in self.losses if loss.seconds is not None]
+        filled = 0
+        for frame, faults in self._frames(start, timeline):
+            while holes and (timeline.place - filled) / self.rate >= holes[0].at:
+                hole = holes.pop(0)
+                missing = round((hole.seconds or 0.0) * self.rate)
+                yield Loss(timeline.place / self.rate, hole.seconds, hole.reason)
+                yield from self._silence(timeline, missing, start)
+                filled += missing
+                if timeline.origin is not None:
+                    timeline.origin -= missing / self.rate
+            place = timeline.place
+            damaged = bool(faults)
+            missing = timeline.gap(self._time_of_frame(frame), damaged)
+            if damaged or (missing and (self._format not in STAMPED or (place and self.losses))):
+                lost = max(missing / self.rate, sum(seconds for seconds, _ in faults))
+                known = self.losses[0].reason if self.losses else "packets are missing"
+                reason = faults[0][1] if faults else known
+                yield Loss(place / self.rate, lost, reason)
+            yield from self._silence(timeline, missing, start)
+            if frame is None:
+                continue
+            for samples in self._samples(frame, channels):
+                place, timeline.place = timeline.place, timeline.place + len(samples)
+                if timeline.place > start:
                     yield samples[max(0, start - place) :]
-                place += len(samples)
 
-    def _frames(self, start: int) -> tuple[Iterator[Any], int]:
-        """Frames from sample ``start`` or before it on, and the sample that they begin with."""
-        frames = self._container.decode(self._stream)
-        first = next(frames, None)
-        if first is None:
-            return iter(()), 0
+    def _time_of_frame(self, frame: Any) -> float | None:
+        return None if frame is None or frame.pts is None else frame.pts * self._seconds_a_tick
+
+    @staticmethod
+    def _silence(timeline: Timeline, missing: int, start: int) -> Iterator[int]:
+        """Move over so many samples, and yield how many of them come after ``start``."""
+        timeline.place += missing
+        if timeline.place > start and missing:
+            yield min(missing, timeline.place - start)
+
+    def _frames(self, start: int, timeline: Timeline) -> Iterator[tuple[Any, list[tuple[float, str]]]]:
+        """Yield frames from sample ``start`` or before it on, each with the faults before it: seconds and reason. The
+        last may have no frame."""
         early = start - round(BEFORE * self.rate)
-        if early <= 0 or self._container.format.name not in TIMED:
-            return itertools.chain([first], frames), 0
-        ticks = self._stream.time_base * self.rate  # samples in each
-        self._container.seek(first.pts + int(early / ticks), stream=self._stream)
-        frames = self._container.decode(self._stream)
-        found = next(frames, None)
-        if found is None:
-            return iter(()), 0
-        return itertools.chain([found], frames), round((found.pts - first.pts) * ticks)
+        if early > 0 and self._format in SEEKABLE:
+            first, _ = next(self._decoded(), (None, []))
+            timeline.gap(self._time_of_frame(first), False)  # which finds the origin
+            target = round(((timeline.origin or 0.0) + early / self.rate) / self._seconds_a_tick)
+            with contextlib.suppress(self._av.FFmpegError):
+                self._container.seek(target, stream=self._stream)
+            frames = self._decoded()
+            first, _ = next(frames, (None, []))
+            at = self._time_of_frame(first)
+            place = None if at is None else round((at - (timeline.origin or 0.0)) * self.rate)
+            if place is not None and 0 <= place <= start:
+                timeline.place = place
+                yield from itertools.chain([(first, [])], frames)
+                return
+            self._container.seek(min(0, self._container.start_time or 0))
+        yield from self._decoded()
+
+    def _decoded(self) -> Iterator[tuple[Any, list[tuple[float, str]]]]:
+        faults = list[tuple[float, str]]()
+        streams = () if self._format in ENDING else (self._stream,)
+        for packet in self._packets(*streams):
+            if not streams and packet.stream.index != self._stream.index:
+                continue
+            try:
+                frames = packet.decode()
+            except self._av.error.EOFError:
+                continue
+            except Exception as error:  # a decoder may raise anything, and the next packet may be sound
+                seconds = min(LONGEST_PACKET, (packet.duration or 0) * self._seconds_a_tick)
+                faults.append((seconds, f"FFmpeg: {_plain(error)}"))
+                continue
+            for frame in frames:
+                yield frame, faults
+                faults = []
+        if faults:
+            yield None, faults
+
+    def _packets(self, *streams: Any) -> Iterator[Any]:
+        """Yield the packets of the streams, of all by default; an error of the file's structure is passed over where
+        packets follow."""
+        faults = 0
+        while faults < MOST_FAULTS:
+            packets = self._container.demux(*streams)
+            try:
+                for packet in packets:
+                    faults = 0
+                    if self._format in ENDING and (at := _time_of(packet)) is not None:
+                        end = at + (packet.duration or 0) * float(packet.time_base)
+                        self._latest = max(self._latest, end)
+                    yield packet
+                return
+            except Exception:  # of PyAV too, where the file has more streams than its header said
+                faults += 1
+
+    def _samples(self, frame: Any, channels: int) -> Iterator[np.ndarray]:
+        """Yield a decoded frame as (S, C) float32 at the track's rate."""
+        layout = "mono" if channels == 1 else self._layout
+        key = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if getattr(self, "_resampled", None) != key:  # a stream may change in its course
+            self._resampler = self._av.AudioResampler(format="fltp", layout=layout, rate=self.rate)
+            self._resampled = key
+        for piece in self._resampler.resample(frame):
+            yield piece.to_ndarray().T
+
+
+def _time_of(packet: Any) -> float | None:
+    """Return when a packet is to be heard, in seconds of its file."""
+    return None if packet.pts is None else packet.pts * float(packet.time_base)
+
+
+def _is_default(stream: Any) -> bool:
+    return bool(int(getattr(stream, "disposition", 0)) & 1)
+
+
+class _Nameless:
+    """The bytes of a file without its name, by which FFmpeg would guess the format."""
+
+    def __init__(self, file: BinaryIO):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 @contextlib.contextmanager
-def open_coded(path: str, file: BinaryIO, reason: str) -> Iterator[Coded]:
-    """Raises `AudioError`, with the ``reason`` for which libsndfile does not read it, where FFmpeg does not either;
-    while it is read, too."""
+def open_coded(path: str, file: BinaryIO, reason: str, track: int | None = None) -> Iterator[Coded]:
+    """Open a track of a file: of several the one that is marked as the default, or else the first.
+
+    Raises `AudioError`, with the ``reason`` for which libsndfile does not read it, where FFmpeg does not either.
+    """
     try:
-        import av  # pyright: ignore[reportMissingImports]  # an extra
+        av: Any = importlib.import_module("av")
     except ModuleNotFoundError:
         raise AudioError(
             f"{path} is not audio that libsndfile knows ({reason}); convert it to WAV or FLAC, or, "
-            f"if it is AAC, M4A, WMA or WebM, {install('av')}"
+            f"if it is AAC, M4A, WMA, WebM or a video, {install('av')}"
         ) from None
     file.seek(0)
-    try:
-        with av.open(file, metadata_errors="ignore") as container:
-            coded = Coded(av, container)
-            if coded.rate < 1 or coded.channels < 1:  # FFmpeg takes some text for a sound format
-                raise AudioError(
-                    f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; remove the row"
-                )
-            yield coded
-    except (av.FFmpegError, IndexError) as error:
-        raise AudioError(f"{path} is not audio: {reason}; FFmpeg says: {error}; remove the row") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            container = stack.enter_context(
+                av.open(_Nameless(file), metadata_errors="ignore", container_options=OPTIONS)
+            )
+            coded = Coded(av, container, track)
+        except Exception as error:  # PyAV raises AttributeError, UnicodeDecodeError and others
+            raise AudioError(_refusal(path, file, reason, error)) from None
+        if coded.rate < 1 or coded.channels < 1:  # FFmpeg takes some text for a sound format
+            raise AudioError(f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; remove the row")
+        yield coded
+
+
+def _refusal(path: str, file: BinaryIO, reason: str, error: Exception) -> str:
+    """Return the message for a file that FFmpeg does not open."""
+    file.seek(0)
+    known = format_of(file.read(HEAD))
+    if isinstance(error, _NoTrack):
+        return f"{path} cannot be read: {error}; remove the row"
+    if known and isinstance(error, OSError | ValueError) and getattr(error, "errno", 0) != NOT_ALLOWED:
+        return (
+            f"{path} is damaged or truncated: it begins as {known}, but FFmpeg cannot read it ({_plain(error)}); copy "
+            "the file again or remove the row"
+        )
+    told = _plain(error)
+    if getattr(error, "errno", 0) == NOT_ALLOWED:
+        told = "its format is none that holds audio itself"
+    return f"{path} is not audio: {reason}; FFmpeg says: {told}; remove the row"
+
+
+def _plain(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -22,7 +22,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from canter.corpus.remote import below, folder_of, is_url, open_binary
+from canter.corpus.columns import ANY, Columns
+from canter.corpus.remote import (
+    NO_URLS,
+    below,
+    folder_of,
+    is_url,
+    open_binary,
+    refuse_special,
+    urls_forbidden,
+)
 from canter.corpus.utterance import (
     DUPLICATE,
     OPTIONAL_TEXT,
@@ -34,31 +43,46 @@ from canter.corpus.utterance import (
 )
 from canter.errors import ManifestError
 
+TRANSLATION = ("ast", "s2t_translation", "translate")  # values of taskname
+NO_ANSWER = ("", "na")  # what Canary's manifests hold for audio to be transcribed
 LONGEST_SECONDS = 1e6  # beyond eleven days it is milliseconds or samples, not seconds
 _SUFFIX = re.compile(r"-sub\d+(?=(\.\w+)?$)")
 
 
 def utterance_from_row(
-    row: object, base: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+    row: object,
+    base: str | os.PathLike[str],
+    *,
+    require_text: bool = True,
+    measure_durations: bool = False,
+    columns: Columns = ANY,
 ) -> Utterance | str | None:
-    """The utterance in one manifest row, the reason why it cannot be used, or None where ``_skipme`` says so.
+    """Return the utterance in one manifest row, the reason why it cannot be used, or None where ``_skipme`` says so.
 
-    ``base`` is the folder that relative paths are relative to. Never raises for anything a row can hold.
+    ``base`` is the folder that relative paths are relative to, ``columns`` the keys to take instead of NeMo's. A row
+    without ``audio_filepath`` is not NeMo's: other customary keys are taken, and its duration may be missing. Never
+    raises for anything a row can hold.
     """
     if not isinstance(row, dict):
-        return f"not a JSON object: {_show(row)}"
+        return f"not a JSON object: {shown(row)}"
     if row.get("_skipme"):
         return None
-    path = row.get("audio_filepath")
+    path = row.get(columns.audio or "audio_filepath")
     if path is None:
-        path = row.get("audio_file")  # the older spelling
+        path = columns.of(row, "audio")
     if path is None:
-        return "audio_filepath missing"
+        return f"{columns.audio or 'audio_filepath'} missing"
+    if isinstance(path, dict) and isinstance(path.get("path"), str):
+        path = path["path"]  # the Audio feature of datasets, written as JSON
+    if "audio_filepath" not in row:
+        measure_durations = True
     if not isinstance(path, str):
-        return f"audio_filepath is not a string: {_show(path)}"
+        return f"audio_filepath is not a string: {shown(path)}"
     if not path or "\0" in path:
-        return f"audio_filepath is not a path: {_show(path)}"
+        return f"audio_filepath is not a path: {shown(path)}"
     path = below(base, path)
+    if is_url(path) and urls_forbidden():
+        return f"URLs are forbidden ({NO_URLS}): {shown(path)}"
 
     offset = row.get("offset")
     offset = _seconds(offset, "offset") if offset is not None else None
@@ -75,44 +99,57 @@ def utterance_from_row(
     if duration == 0:
         return "duration is zero"
 
-    text = row.get("text")
+    text = row.get(columns.text or "text")
+    if text is None:
+        text = columns.of(row, "text")
+    answer = row.get("answer")
+    if isinstance(answer, str) and answer not in NO_ANSWER and (text is None or _is_translation(row)):
+        text = answer  # Canary's manifests: `text` is what is said, `answer` what is to be written
     if text is None and not require_text:
         text = ""
     if text is None:
-        return "text missing"
+        return f"{columns.text} missing" if columns.text else "text missing"
     if not isinstance(text, str):
-        return f"text is not a string: {_show(text)}"
+        return f"text is not a string: {shown(text)}"
     if require_text and not text.strip():
         return "text is empty"
 
     num_tokens = row.get("num_tokens")
     if num_tokens is not None and (type(num_tokens) is not int or not 0 < num_tokens < 2**31):
-        return f"num_tokens is not a positive whole number: {_show(num_tokens)}"
+        return f"num_tokens is not a positive whole number: {shown(num_tokens)}"
     name = row.get("id")
     if type(name) is int:
         name = str(name)
     if name is not None and not isinstance(name, str):
-        return f"id is not a string: {_show(name)}"
+        return f"id is not a string: {shown(name)}"
     channel = row.get("channel_selector")
     if channel == "average":
         channel = None
     if channel is not None and (type(channel) is not int or not 0 <= channel < 2**15):
-        return f"channel_selector is not the number of one channel: {_show(channel)}"
+        return f"channel_selector is not the number of one channel: {shown(channel)}"
     extra = {field: row[field] for field in OPTIONAL_TEXT if field in row}
+    if columns.lang or "lang" not in extra:
+        lang = columns.of(row, "lang")
+        extra["lang"] = lang if columns.lang or isinstance(lang, str) else None
     for field, value in extra.items():
         if isinstance(value, bool):  # "pnc": true
             extra[field] = "yes" if value else "no"
         elif value is not None and not isinstance(value, str):
-            return f"{field} is not a string: {_show(value)}"
+            return f"{field} is not a string: {shown(value)}"
     for value in (path, text, name, *extra.values()):
         if value and not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError:
-                return f"half a surrogate pair, which is no character: {_show(value)}"
+                return f"half a surrogate pair, which is no character: {shown(value)}"
     return Utterance(
         path, duration, text, offset, num_tokens=num_tokens, id=name, channel_selector=channel, **extra
     )
+
+
+def _is_translation(row: Mapping[str, Any]) -> bool:
+    task, source, target = (row.get(name) for name in ("taskname", "source_lang", "target_lang"))
+    return task in TRANSLATION if task is not None else None not in (source, target) and source != target
 
 
 def _seconds(value: object, name: str) -> float | str:
@@ -121,13 +158,13 @@ def _seconds(value: object, name: str) -> float | str:
             f"{name} missing: give it in seconds, or let --measure-durations read it from the audio's header"
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"{name} is not a number: {_show(value)}"
+        return f"{name} is not a number: {shown(value)}"
     if value != value or abs(value) == math.inf:
         return f"{name} is not finite: {value}"
     if value < 0:
-        return f"{name} is negative: {_show(value)}"
+        return f"{name} is negative: {shown(value)}"
     if value > LONGEST_SECONDS:
-        return f"{name} is too large for seconds: {_show(value)}; is it in milliseconds or samples?"
+        return f"{name} is too large for seconds: {shown(value)}; is it in milliseconds or samples?"
     return float(value)
 
 
@@ -141,11 +178,12 @@ def _measure(path: str, offset: float) -> float | str:
         return f"audio cannot be read: {error}"
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value as a message shows it: short, whatever it is."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        text = "a very long number"
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        text = "a very long value"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -159,17 +197,24 @@ def parse_line(line: bytes) -> Any:
         return f"invalid JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"invalid JSON: {str(error)[:80]}"
-    return value if not isinstance(value, str) else f"invalid row: a bare string {_show(value)}"
+    return value if not isinstance(value, str) else f"invalid row: a bare string {shown(value)}"
 
 
 def utterance_from_line(
-    line: bytes, base: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+    line: bytes,
+    base: str | os.PathLike[str],
+    *,
+    require_text: bool = True,
+    measure_durations: bool = False,
+    columns: Columns = ANY,
 ) -> Utterance | str | None:
-    """`utterance_from_row` for a line still to be parsed."""
+    """Return `utterance_from_row` of a line still to be parsed."""
     row = parse_line(line)
     if isinstance(row, str):
         return row
-    return utterance_from_row(row, base, require_text=require_text, measure_durations=measure_durations)
+    return utterance_from_row(
+        row, base, require_text=require_text, measure_durations=measure_durations, columns=columns
+    )
 
 
 def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
@@ -196,7 +241,10 @@ def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
             raise ManifestError(f"{path} is a folder, not a manifest")
         if not path.endswith(".gz"):
             return open_binary(path)
-        return cast(BinaryIO, gzip.open(open_binary(path) if is_url(path) else path, "rb"))
+        if is_url(path):
+            return cast(BinaryIO, gzip.open(open_binary(path), "rb"))
+        refuse_special(path)
+        return cast(BinaryIO, gzip.open(path, "rb"))
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist") from None
     except OSError as error:
@@ -217,13 +265,19 @@ def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Found
 
 
 def read_nemo(
-    path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
+    path: str | os.PathLike[str],
+    *,
+    require_text: bool = True,
+    measure_durations: bool = False,
+    columns: Columns = ANY,
 ) -> NumberedFinds:
-    """The lines of a NeMo manifest, ``.gz`` or not, with their numbers."""
+    """Yield the lines of a NeMo manifest, ``.gz`` or not, with their numbers."""
     base = folder_of(path)
 
     def parse(line: bytes) -> Found:
-        return utterance_from_line(line, base, require_text=require_text, measure_durations=measure_durations)
+        return utterance_from_line(
+            line, base, require_text=require_text, measure_durations=measure_durations, columns=columns
+        )
 
     return read_json_lines(path, parse)
 
@@ -268,7 +322,10 @@ def usable(found: NumberedFinds, name: str) -> Iterator[tuple[int, Utterance | P
 
 def no_usable_row(name: str, problems: Iterable[Problem]) -> ManifestError:
     """The error for a source without a usable row: its first problems, or that it is empty."""
-    first = [f"\n  {problem}" for problem in itertools.islice(problems, 3)]
+    shown_first = list(itertools.islice(problems, 3))
+    if len(shown_first) == 1 and shown_first[0].line == 0:  # the reader's own error, which names the file
+        return ManifestError(shown_first[0].reason.removeprefix("unusable: "))
+    first = [f"\n  {problem}" for problem in shown_first]
     return ManifestError(f"{name} has no usable row" + (":" + "".join(first) if first else "; it is empty"))
 
 

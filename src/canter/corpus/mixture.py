@@ -8,19 +8,32 @@ The YAML is NeMo's ``input_cfg``: a list of sources (``manifest_filepath``, ``ta
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from canter.corpus.columns import ANY, Columns
 from canter.corpus.index import Source
-from canter.corpus.remote import below
+from canter.corpus.remote import below, refuse_special
+from canter.corpus.utterance import OPTIONAL_TEXT
 from canter.errors import ConfigError, ManifestError
 from canter.untrusted import read_yaml_value
 
 PATH_KEYS = ("path", "manifest_filepath", "cuts_path", "shar_path")
-KNOWN = {*PATH_KEYS, "type", "name", "weight", "tags", "input_cfg", "temperature", "tarred_audio_filepaths"}
+COLUMNS = ("text", "lang", "audio")  # with _column behind them: what a source calls them
+KNOWN = {
+    *PATH_KEYS,
+    *(f"{name}_column" for name in COLUMNS),
+    "type",
+    "name",
+    "weight",
+    "tags",
+    "input_cfg",
+    "temperature",
+    "tarred_audio_filepaths",
+}
 DEEPEST = 16
 
 
@@ -77,6 +90,27 @@ def mixture_of(paths: Sequence[str | os.PathLike[str]]) -> Group | None:
     return read_mixture(mixtures[0]) if mixtures else None
 
 
+def with_columns(group: Group, columns: Columns) -> Group:
+    """Return the group with these columns for the sources that name none of their own."""
+    members = [
+        with_columns(one, columns)
+        if isinstance(one, Group)
+        else one
+        if one.columns
+        else replace(one, columns=columns)
+        for one in group.members
+    ]
+    return replace(group, members=members)
+
+
+def sources_of(paths: Sequence[str | os.PathLike[str]], columns: Columns = ANY) -> Group | list[Source]:
+    """Return the mixture that ``paths`` name, or a source for each. Raises ConfigError for a mixture among others."""
+    group = mixture_of(paths)
+    if group is None:
+        return [Source(os.fspath(path), columns=columns) for path in paths]
+    return with_columns(group, columns) if columns else group
+
+
 def shares(group: Group, rows: Sequence[int], temperature: float = 1.0) -> np.ndarray:
     """(sources,) float64 summing to 1: each leaf's share of the draws, ``rows`` being how many each has."""
     temperature = temperature if group.temperature is None else group.temperature
@@ -99,6 +133,7 @@ def read_mixture(path: str | os.PathLike[str]) -> Group:
 
 def _file(path: Path, tags: Mapping[str, str], depth: int) -> Group:
     try:
+        refuse_special(path)
         content = read_yaml_value(path, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
@@ -149,7 +184,8 @@ def _member(entry: Any, file: Path, where: str, tags: Mapping[str, str], depth: 
     inner = {**tags, **_tags(entry, file, where)}
     weight = _number(entry, "weight", file, where)
     audio = below(file.parent, audio) if audio else ""
-    return Source(below(file.parent, path), str(entry.get("name") or ""), weight, audio, inner)
+    columns = Columns(**{name: _column(entry, name, file, where) for name in COLUMNS})
+    return Source(below(file.parent, path), str(entry.get("name") or ""), weight, audio, inner, columns)
 
 
 def _check(entry: Mapping[str, Any], file: Path, where: str) -> None:
@@ -162,11 +198,26 @@ def _check(entry: Mapping[str, Any], file: Path, where: str) -> None:
 
 def _tags(entry: Mapping[str, Any], file: Path, where: str) -> dict[str, str]:
     tags = entry.get("tags") or {}
-    if not isinstance(tags, dict) or not all(isinstance(value, str) for value in tags.values()):
-        raise ConfigError(
-            f"{file}: {where}: tags must be names and strings (quote yes and no: they are YAML's booleans)"
-        )
+    if not isinstance(tags, dict):
+        raise ConfigError(f"{file}: {where}: tags must be names and strings, such as tags: {{lang: en}}")
+    for name, value in tags.items():
+        if name not in OPTIONAL_TEXT:
+            raise ConfigError(
+                f"{file}: {where}: tag {name!r} is none of those that Canter reads ({', '.join(OPTIONAL_TEXT)}); "
+                "rename it, or remove it"
+            )
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"{file}: {where}: tag {name} is {value!r}, not a string; quote it (yes and no are YAML's booleans)"
+            )
     return tags
+
+
+def _column(entry: Mapping[str, Any], name: str, file: Path, where: str) -> str:
+    value = entry.get(f"{name}_column") or ""
+    if not isinstance(value, str):
+        raise ConfigError(f"{file}: {where}: {name}_column {value!r} is not the name of a column")
+    return value
 
 
 def _number(entry: Mapping[str, Any], key: str, file: Path, where: str) -> float | None:

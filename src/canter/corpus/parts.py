@@ -17,12 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from canter.corpus.columns import ANY, Columns
+from canter.corpus.counting import PromptCheck
 from canter.corpus.index import MOST_TOKENS, PLACE_BITS
 from canter.corpus.manifest import open_manifest, row_from_utterance, scan_lines, utterance_from_line
 from canter.corpus.readers.lengths import read_lengths
 from canter.corpus.remote import is_url
 from canter.corpus.sources import LENGTHS, Unit, read_unit
-from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
+from canter.corpus.utterance import Problem, Utterance
 from canter.errors import CanterError, ManifestError
 
 PART_BYTES = 8 << 20
@@ -53,35 +55,21 @@ class Counting:
         the row's source."""
         count = row.num_tokens
         row = replace(row, **{name: value for name, value in tags.items() if getattr(row, name) is None})
-        fault = self._prompt_fault(row)
+        fault = self._prompts.fault(row)
         if fault is not None:
             return fault
         if count is None:
             if self.tokenizer is None:
                 return "num_tokens missing: name a tokenizer (--tokenizer) to count them"
             try:
-                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.lang)) + 1
+                count = self.prompt_tokens + len(self.tokenizer.encode(row.text, row.text_lang)) + 1
             except (CanterError, ValueError, KeyError) as error:
                 return f"text cannot be tokenised: {error}"
         return count if count <= MOST_TOKENS else f"text is too long: {count} tokens, at most {MOST_TOKENS}"
 
-    def _prompt_fault(self, row: Utterance) -> str | None:
-        """Why the tokenizer cannot write the row's prompt (a language or task that it does not know), or None."""
-        prompt = getattr(self.tokenizer, "prompt", None)
-        if prompt is None:
-            return None
-        asked = tuple(getattr(row, name) for name in OPTIONAL_TEXT)
-        if asked not in self._prompts:
-            try:
-                prompt(row)
-                self._prompts[asked] = None
-            except (CanterError, ValueError, KeyError) as error:
-                self._prompts[asked] = f"prompt cannot be made: {error}"
-        return self._prompts[asked]
-
     @cached_property
-    def _prompts(self) -> dict[tuple[str | None, ...], str | None]:
-        return {}
+    def _prompts(self) -> PromptCheck:
+        return PromptCheck(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,7 @@ class Part:
     size: int
     tags: Mapping[str, str]
     key: str = ""
+    columns: Columns = ANY
 
 
 def ranges(unit: Unit) -> Iterator[tuple[int, int | None, int]]:
@@ -161,13 +150,15 @@ def read_part(part: Part, counting: Counting) -> Part:
         with open_manifest(part.unit.path) as file:
             for place, number, line in scan_lines(file, part.start, part.end):
                 if line.strip():
-                    row = utterance_from_line(line, base, measure_durations=counting.measure_durations)
+                    row = utterance_from_line(
+                        line, base, measure_durations=counting.measure_durations, columns=part.columns
+                    )
                     take(place, number, row)
     elif part.unit.kind == LENGTHS:
         table = read_lengths(part.unit.path, prompt_tokens=counting.prompt_tokens, most_tokens=MOST_TOKENS)
         columns["seconds"], columns["tokens"], columns["place"], problems = table
     else:
-        rows = read_unit(part.unit, measure_durations=counting.measure_durations)
+        rows = read_unit(part.unit, measure_durations=counting.measure_durations, columns=part.columns)
         with _whole(lines_path(counting, part)) as partial, open(partial, "wb") as file:
             place = 0
             for number, row in _until_empty(rows, part.unit.path, problems):

@@ -1,18 +1,41 @@
 """Files by path or URL: what manifests, tars and audio have in common, wherever they lie.
 
 URLs (``s3://``, ``gs://``, ``https://``, ``memory://``) go through fsspec, and what it needs for a protocol is the
-user's to install. Local paths never do.
+user's to install. Local paths never do. A manifest is trusted with the URLs that it names, unless CANTER_NO_URLS is
+set.
 """
 
 import contextlib
+import errno
+import io
 import os
 import posixpath
+import socket
+import stat
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+from canter.errors import ConfigError
+from canter.redaction import redacted
+
+NO_URLS = "CANTER_NO_URLS"
+_OFF = ("", "0", "false", "no", "off")
+_BUFFER = 2**16  # bytes read at once from what fsspec has fetched
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
+
+
+def forbid_urls() -> None:
+    """Refuse every URL from now on, in this process and in those that it starts."""
+    os.environ[NO_URLS] = "1"
+
+
+def urls_forbidden() -> bool:
+    """Return whether CANTER_NO_URLS is set, to anything but 0, false, no or off."""
+    return os.environ.get(NO_URLS, "").strip().lower() not in _OFF
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -20,9 +43,17 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_url(path) else os.path.abspath(path)
 
 
+def suffix_of(path: str) -> str:
+    """Return the suffix in lower case, ``.gz`` and a URL's query aside."""
+    if is_url(path):
+        path = path.partition("?")[0]
+    return os.path.splitext(path.removesuffix(".gz"))[1].lower()
+
+
 def folder_of(path: str | os.PathLike[str]) -> str:
-    """What paths in the manifest at ``path`` are relative to."""
-    return os.path.dirname(absolute(path))
+    """Return what paths in the manifest at ``path`` are relative to; of a URL without its query."""
+    path = absolute(path)
+    return os.path.dirname(path.split("?")[0] if is_url(path) else path)
 
 
 def below(folder: str | os.PathLike[str], path: str) -> str:
@@ -53,18 +84,27 @@ def stamp(path: str) -> str:
         return repr(sorted((str(key), str(value)) for key, value in files.info(place).items()))
 
 
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raise `OSError` for a named pipe, socket or device: opening one may wait for ever, and none can be read twice."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file; write it to a file first", os.fspath(path))
+
+
 def open_binary(path: str) -> BinaryIO:
     """For reading and seeking; of a URL a few MB at a time are fetched."""
     if not is_url(path):
+        refuse_special(path)
         return open(path, "rb")
     with _told(path) as (files, place):
-        return files.open(place, "rb")
+        return cast(BinaryIO, io.BufferedReader(_RemoteFile(path, files.open(place, "rb")), _BUFFER))
 
 
 def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
     """``size`` bytes from byte ``start`` on, fewer where the file ends; None: all. Of a URL by one request."""
     if not is_url(path):
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             file.seek(start)
             return file.read(-1 if size is None else size)
     with _told(path) as (files, place):
@@ -74,14 +114,104 @@ def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
     return data
 
 
+def list_files(pattern: str) -> list[str]:
+    """Return the URLs that a URL with ``*`` stands for. Raises `OSError` where they cannot be listed."""
+    with _told(pattern) as (files, place):
+        return [files.unstrip_protocol(one) for one in files.glob(place)]
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec, with a place of its own (in ``memory://`` all readers of a file share one); what goes wrong
+    while it is read is an OSError too."""
+
+    def __init__(self, url: str, file: Any):
+        self._url, self._file, self._place = url, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            with _told(self._url):
+                place = self._file.seek(place, whence)
+        elif whence == os.SEEK_CUR:
+            place += self._place
+        self._place = place
+        return place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, target: Any) -> int:
+        with _told(self._url):
+            if self._file.seekable():
+                self._file.seek(self._place)
+            data = self._file.read(len(target))
+        target[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def _told(url: str) -> Iterator[tuple[Any, str]]:
-    """fsspec's file system for a URL, and its place there; each of them has errors of its own kind."""
+    """Yield fsspec's file system for a URL, and its place there. Its errors, each protocol's of its own kind, become
+    OSError: FileNotFoundError only where the server says so. Raises ConfigError where URLs are forbidden."""
+    if urls_forbidden():
+        raise ConfigError(
+            f"{redacted(url)}: URLs are forbidden ({NO_URLS} is set, or --no-urls given); copy the file to this machine"
+        )
     from fsspec.core import url_to_fs
 
     try:
         yield url_to_fs(url)
-    except OSError:
-        raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
+        reason = _reason(url, error)
+        if reason is None:
+            raise
+        raise OSError(reason) from None
+
+
+def _reason(url: str, error: Exception) -> str | None:
+    """Return why a URL cannot be read, None where the error is an OSError that says so itself. fsspec reports whatever
+    goes wrong over HTTP as a missing file; the cause tells."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
+        chain.append(cause)
+    status = next((one for error in chain if isinstance(one := getattr(error, "status", None), int)), None)
+    if status is not None:
+        if status in (404, 410) and isinstance(error, FileNotFoundError):
+            return None
+        phrase = next((str(one) for error in chain if (one := getattr(error, "message", None))), "")
+        hint = (
+            "; check its credentials, and that its signature has not expired" if status in (401, 403) else ""
+        )
+        return f"the server answers {status} {phrase}".rstrip() + hint
+    host = _host(url)
+    for one in chain:
+        if isinstance(one, socket.gaierror):
+            return f"the name {host} cannot be resolved"
+        if isinstance(one, ConnectionRefusedError):
+            return f"{host} refuses the connection"
+        if isinstance(one, TimeoutError) or "Timeout" in type(one).__name__:
+            return f"{host} does not answer in time"
+    if isinstance(error, FileNotFoundError) and len(chain) > 1 and type(chain[1]).__module__ != "builtins":
+        return f"{type(chain[1]).__name__}: {redacted(str(chain[1]))}"
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        return None
+    return f"{type(error).__name__}: {redacted(str(error))}"
+
+
+def _host(url: str) -> str:
+    try:
+        parts = urlsplit(redacted(url))
+        return parts.netloc or parts.path
+    except ValueError:
+        return "the server"

@@ -1,13 +1,16 @@
 """Finds out what a path holds, and reads it: one reader a format, all with the same signature."""
 
+import functools
 import glob
 import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from canter.corpus.columns import ANY, Columns
 from canter.corpus.manifest import (
     expand_shards,
     open_manifest,
@@ -15,14 +18,18 @@ from canter.corpus.manifest import (
     scan_lines,
     usable,
 )
+from canter.corpus.media import MANIFEST_SUFFIXES, format_of, head_of, is_data
 from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.readers.commonvoice import read_commonvoice
+from canter.corpus.readers.documents import is_document, read_document
 from canter.corpus.readers.folder import audio_files, read_folder
-from canter.corpus.readers.huggingface import audio_column, dataset_files, read_huggingface
-from canter.corpus.readers.lengths import table_schema
-from canter.corpus.readers.lhotse import read_lhotse, read_shar, shar_tar
+from canter.corpus.readers.huggingface import dataset_files, holds_audio, read_huggingface, read_parquet
+from canter.corpus.readers.kaldi import read_kaldi
+from canter.corpus.readers.lengths import is_lengths, table_schema
+from canter.corpus.readers.lhotse import is_cut, read_lhotse, read_shar, shar_tar
+from canter.corpus.readers.tables import is_list, names_audio, read_list, read_table
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
-from canter.corpus.remote import absolute, is_url
+from canter.corpus.remote import absolute, is_url, list_files, refuse_special, suffix_of
 from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
@@ -35,7 +42,19 @@ READERS: dict[str, Callable[..., NumberedFinds]] = {
     "commonvoice": read_commonvoice,
     "webdataset": read_webdataset,
     "folder": read_folder,
+    "parquet": read_parquet,
+    "table": read_table,
+    "list": read_list,
+    "kaldi": read_kaldi,
+    "document": read_document,
 }
+METADATA = ("jsonl", "csv", "parquet")  # suffixes of the table that AudioFolder reads, in its folder
+SHARD = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{8,})?(\.parquet)?$")
+SPLIT = re.compile(r"(^|[/_.-])(train|test|valid|validation|dev|eval|evaluation|other|validated)($|[/_.-])")
+_CONTENTS = {
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}  # how a file begins, and the suffix that it should have
 LENGTHS = "lengths"  # read by `canter.corpus.readers.lengths`: these rows are no utterances
 
 
@@ -49,16 +68,16 @@ class Unit:
     audio: str = ""
 
 
-def units_of(path: str, audio: str = "") -> list[Unit]:
-    """The units behind a path, their kinds found by looking. Raises `ManifestError` for what Canter
+def units_of(path: str, audio: str = "", columns: Columns = ANY) -> list[Unit]:
+    """Return the units behind a path, their kinds found by looking. Raises `ManifestError` for what Canter
     cannot read.
 
-    ``{0..N}`` and ``_OP_0..N_CL_`` in ``path`` and ``audio`` are expanded. Instead of ``audio``, a tarred
+    ``{0..N}``, ``_OP_0..N_CL_`` and ``*`` in ``path`` and ``audio`` are expanded. Instead of ``audio``, a tarred
     NeMo manifest may name its tars in the path: ``manifest_{0..3}.json::audio_{0..3}.tar``.
     """
     if not audio and "::" in path:
         path, audio = path.split("::", 1)
-    paths = [absolute(one) for one in expand_shards(path)]
+    paths = [found for one in expand_shards(path) for found in expand_glob(absolute(one))]
     if audio:
         audio = absolute(audio)
         if len(paths) == 1:
@@ -69,7 +88,26 @@ def units_of(path: str, audio: str = "") -> list[Unit]:
                 f"{len(paths)} manifests ({path}) but {len(tars)} tars ({audio}): name one for each"
             )
         return [Unit("nemo_tarred", manifest, tar) for manifest, tar in zip(paths, tars, strict=True)]
-    return [unit for one in paths for unit in (_in_folder(one) if os.path.isdir(one) else [_of_file(one)])]
+    return [
+        unit
+        for one in paths
+        for unit in (_in_folder(one, columns) if os.path.isdir(one) else [_of_file(one, columns)])
+    ]
+
+
+def expand_glob(path: str) -> list[str]:
+    """Return the files that a path with ``*`` stands for, in the order of their numbers; any other path alone.
+
+    Raises ManifestError where there are none.
+    """
+    if not any(mark in path for mark in "*?[") or (not is_url(path) and os.path.exists(path)):
+        return [path]
+    if is_url(path) and "*" not in path:  # a query begins with ?
+        return [path]
+    found = sorted(list_files(path) if is_url(path) else glob.glob(path, recursive=True), key=_natural)
+    if not found:
+        raise ManifestError(f"{path} matches no file")
+    return found
 
 
 def tars_of(unit: Unit) -> list[str]:
@@ -80,7 +118,7 @@ def tars_of(unit: Unit) -> list[str]:
 
 
 def read_unit(
-    unit: Unit, *, require_text: bool = True, measure_durations: bool = False
+    unit: Unit, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
 ) -> Iterator[tuple[int, Utterance | Problem]]:
     """The rows of one unit, each with its line (or the like). Raises `ManifestError` if none is usable."""
     if unit.kind == LENGTHS:
@@ -88,7 +126,9 @@ def read_unit(
             f"{unit.path} is a table of lengths alone: it can be planned with, but has no audio"
         )
     arguments = (unit.path, unit.audio) if unit.audio else (unit.path,)
-    found = READERS[unit.kind](*arguments, require_text=require_text, measure_durations=measure_durations)
+    found = READERS[unit.kind](
+        *arguments, require_text=require_text, measure_durations=measure_durations, columns=columns
+    )
     return usable(found, unit.path)
 
 
@@ -98,25 +138,27 @@ def open_source(
     audio: str = "",
     require_text: bool = True,
     measure_durations: bool = False,
+    columns: Columns = ANY,
 ) -> Rows:
-    """The utterances and problems of whatever ``path`` holds: a manifest of any kind, shards, a folder of
-    audio. ``audio`` names a tarred manifest's tars.
+    """Yield the utterances and problems of whatever ``path`` holds: a manifest of any kind, shards, a folder of audio.
+
+    ``audio`` names a tarred manifest's tars, ``columns`` what the columns of text, language and audio are called.
 
     Raises `ManifestError` where that is nothing Canter reads, or has no usable row.
     """
-    units = units_of(os.fspath(path), audio)
-    if len(units) == 1:
-        rows = read_unit(units[0], require_text=require_text, measure_durations=measure_durations)
-        return (row for _, row in rows)
-    return _chain(units, require_text, measure_durations)
+    units = units_of(os.fspath(path), audio, columns)
+    read = functools.partial(
+        read_unit, require_text=require_text, measure_durations=measure_durations, columns=columns
+    )
+    return (row for _, row in read(units[0])) if len(units) == 1 else _chain(units, read)
 
 
-def _chain(units: list[Unit], require_text: bool, measure_durations: bool) -> Rows:
+def _chain(units: list[Unit], read: Callable[[Unit], Iterator[tuple[int, Utterance | Problem]]]) -> Rows:
     error = None
     some = False
     for unit in units:
         try:
-            for _, row in read_unit(unit, require_text=require_text, measure_durations=measure_durations):
+            for _, row in read(unit):
                 some = some or isinstance(row, Utterance)
                 yield row
         except ManifestError as one:  # a shard without a usable row; the others may have some
@@ -126,37 +168,59 @@ def _chain(units: list[Unit], require_text: bool, measure_durations: bool) -> Ro
         raise error
 
 
-def _of_file(path: str) -> Unit:
-    suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
+def _of_file(path: str, columns: Columns = ANY) -> Unit:
+    suffix = suffix_of(path)
     if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
         raise ManifestError(f"{path} does not exist")
-    if suffix in AUDIO_SUFFIXES:
+    if not is_url(path):
+        try:
+            refuse_special(path)
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
+    head = head_of(path) if os.path.isfile(path) else b""
+    if format_of(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
+    if suffix not in MANIFEST_SUFFIXES:
+        suffix = next((name for start, name in _CONTENTS.items() if head.startswith(start)), suffix)
+        suffix = ".tar" if head[257:262] == b"ustar" else suffix
     if suffix in (".yaml", ".yml"):
         raise ManifestError(f"{path} is a mixture; give it to the index by itself")
     if suffix == ".tar":
         return Unit("webdataset", path)
-    if is_url(path) and suffix in (".tsv", ".parquet", ".arrow", ".feather"):
+    if is_url(path) and suffix in (".arrow", ".feather"):
         raise ManifestError(
-            f"{path}: of URLs, JSONL manifests, Lhotse cuts and tars are read; copy it to a disk"
+            f"{path}: of URLs, JSONL manifests, Lhotse cuts, tars, Parquet, CSV and TSV are read; copy it to a disk"
         )
-    if suffix == ".tsv":
-        return Unit("commonvoice", path)
+    if os.path.basename(path) in ("wav.scp", "segments") and not is_url(path):
+        return Unit("kaldi", os.path.dirname(path))
+    if suffix in (".tsv", ".csv", ".txt", ".psv"):
+        return _of_table(path, suffix)
     if suffix in (".parquet", ".arrow", ".feather"):
         schema = table_schema(path)
         if b"canter" in (schema.metadata or {}):
             raise ManifestError(f"{path} is a length index already; name what it was made from")
-        if suffix != ".parquet":
-            return Unit("huggingface" if audio_column(schema) else LENGTHS, path)
-        if (
-            audio_column(schema) and "duration" not in schema.names
-        ):  # compressed: no byte range of it is a file
+        if not columns.audio and not holds_audio(schema, columns):
+            if is_lengths(schema):
+                return Unit(LENGTHS, path)
             raise ManifestError(
-                f"{path} holds audio inside Parquet; save it as Arrow: "
-                f"datasets.Dataset.from_parquet({path!r}).save_to_disk(FOLDER), and name the folder"
+                f"{path} has no column of audio, which --audio-column names, nor lengths to plan with, duration "
+                f"(seconds) and num_tokens, or tokens; it has {', '.join(schema.names)}"
             )
-        return Unit(LENGTHS, path)
+        return Unit("parquet" if suffix == ".parquet" else "huggingface", path)
+    if is_document(path):
+        return Unit("document", path)
     return Unit("lhotse" if _holds_cuts(path) else "nemo", path)
+
+
+def _of_table(path: str, suffix: str) -> Unit:
+    """Return the unit of a table of text: Common Voice's, any other with a header, or a list without one."""
+    with open_manifest(path) as file:
+        first = file.readline(1 << 16).decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    if suffix == ".tsv" and {"path", "sentence"} <= set(first.split("\t")):
+        return Unit("commonvoice", path)
+    if first.startswith("{") or (suffix == ".txt" and not {"\t", "|"} & set(first)):  # JSONL by another name
+        return Unit("lhotse" if _holds_cuts(path) else "nemo", path)
+    return Unit("list" if is_list(path) else "table", path)
 
 
 def _holds_cuts(path: str) -> bool:
@@ -167,20 +231,18 @@ def _holds_cuts(path: str) -> bool:
                 if not line.strip():
                     continue
                 row = json.loads(line)
-                return (
-                    isinstance(row, dict)
-                    and "audio_filepath" not in row
-                    and bool({"recording", "tracks"} & set(row))
-                )
-    except (ValueError, RecursionError, OSError, EOFError):
+                return is_cut(row)
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error):
         pass  # the reader will say what is wrong, line by line
     return False
 
 
-def _in_folder(folder: str) -> list[Unit]:
+def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
     def found(pattern: str) -> list[str]:
         return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)), key=_natural)
 
+    if found("wav.scp"):
+        return [Unit("kaldi", folder)]
     if found("dataset_dict.json") or found("state.json"):
         return [Unit("huggingface", one) for one in dataset_files(folder)]
     cuts = [one for one in found("cuts.*.jsonl*") if os.path.exists(shar_tar(one))]
@@ -189,26 +251,55 @@ def _in_folder(folder: str) -> list[Unit]:
     tars = found("*.tar")
     if tars:
         return list(_tarred(folder, tars, found))
-    manifests = [  # not what an index has left beside itself
+    described = [one for kind in METADATA for one in found(f"metadata.{kind}")]
+    manifests = described[:1] or [  # not what an index has left beside itself
         one for one in found("*.jsonl") or found("*.jsonl.gz") if not one.endswith(".skipped.jsonl")
     ]
     if len(manifests) == 1:
-        return [_of_file(manifests[0])]
+        return [_of_file(manifests[0], columns)]
     tables = [one for one in found("*.tsv") if os.path.basename(one) != "clip_durations.tsv"]
     if not os.path.isdir(os.path.join(folder, "clips")):
-        tables = []
+        tables = [one for one in [*tables, *found("*.csv")] if columns.audio or names_audio(one)]
     if len(tables) == 1 and not manifests:
-        return [_of_file(tables[0])]
+        return [_of_file(tables[0], columns)]
     if manifests or tables:
         names = ", ".join(os.path.basename(one) for one in manifests or tables)
         raise ManifestError(f"{folder} holds several manifests ({names}); name one")
-    if found("*.parquet"):
-        return [_of_file(one) for one in found("*.parquet")]
+    parquet = found("*.parquet") or found("data/*.parquet") or found("*/*.parquet") or found("*/*/*.parquet")
+    if parquet:
+        return [_of_file(one, columns) for one in _of_one_split(folder, parquet)]
+    arrow = found("*.arrow")
+    if arrow:
+        return [_of_file(one, columns) for one in arrow]
+    described = [one for kind in METADATA for one in found(f"*/metadata.{kind}")]
+    if described:
+        splits = sorted(os.path.basename(os.path.dirname(one)) for one in described)
+        if len(described) == 1:
+            return [_of_file(described[0], columns)]
+        raise ManifestError(
+            f"{folder} holds several splits ({', '.join(splits)}); name one: {os.path.join(folder, splits[0])}"
+        )
     if audio_files(folder):
         return [Unit("folder", folder)]
     raise ManifestError(
         f"{folder} holds nothing that Canter reads: no manifest, cuts, dataset, tars, "
         "tables or audio (docs/corpus.md)"
+    )
+
+
+def _of_one_split(folder: str, files: list[str]) -> list[str]:
+    """Return the files, which the Hub names ``SPLIT-00000-of-00003.parquet`` or puts into folders. Raises ManifestError
+    where they are of several splits."""
+    stems = {SHARD.sub("", one.removesuffix(".parquet")): one for one in files}
+    names = {os.path.relpath(stem, folder): one for stem, one in stems.items()}
+    if len(names) < 2 or not any(SPLIT.search(name.lower()) for name in names):
+        return files
+    first = next((name for name in names if "train" in name), min(names))
+    pattern = (
+        names[first] if SHARD.sub("", names[first]) == names[first] else f"{os.path.join(folder, first)}*"
+    )
+    raise ManifestError(
+        f"{folder} holds several splits ({', '.join(sorted(names))}); name one by its files: '{pattern}'"
     )
 
 

@@ -20,9 +20,10 @@ class Member(NamedTuple):
 
 
 def walk_tar(path: str) -> Iterator[Member | Problem]:
-    """The regular files of a tar, by their headers. Unsafe names, links and a torn end are Problems.
+    """Yield the regular files of a tar, by their headers. Unsafe names, links and a torn end are Problems.
 
-    Raises `ManifestError` where the file is missing or no plain tar.
+    What macOS and pax write beside the files (``._name``, ``PaxHeaders/``) is passed over. Raises
+    `ManifestError` where the file is missing or no plain tar.
     """
     try:
         end = size_of(path)
@@ -37,6 +38,8 @@ def walk_tar(path: str) -> Iterator[Member | Problem]:
                 if info.isdir():
                     continue
                 name = posixpath.normpath(info.name)
+                if _is_beside(name):
+                    continue
                 if info.name.startswith("/") or name.split("/")[0] == "..":
                     yield Problem(path, number, f"unsafe member name: {info.name!r} leads out of the tar")
                 elif not info.isreg():
@@ -52,3 +55,13 @@ def walk_tar(path: str) -> Iterator[Member | Problem]:
                 f"{path} is not a plain tar ({error}); unpack compressed ones first"
             ) from None
         yield Problem(path, number + 1, f"damaged tar: {error}")
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a member holds attributes of another: AppleDouble, or a pax header unpacked as a file."""
+    *folders, base = name.split("/")
+    return (
+        base.startswith("._")
+        or base == ".DS_Store"
+        or any(one == "__MACOSX" or one.startswith("PaxHeaders") for one in folders)
+    )

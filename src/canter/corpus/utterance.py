@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from canter.redaction import redacted
+
 OPTIONAL_TEXT = ("lang", "source_lang", "target_lang", "taskname", "pnc")
 
 
@@ -33,6 +35,11 @@ class Utterance:
     channel_selector: int | None = None
 
     @property
+    def text_lang(self) -> str | None:
+        """The language in which the text is written: of a translation, the target's."""
+        return self.target_lang or self.lang or self.source_lang
+
+    @property
     def identity(self) -> int:
         """64 bits that two rows share when they are the same utterance: the same audio, text and ``id``. An id
         alone is not enough: many corpora's is the sentence's or the speaker's."""
@@ -51,6 +58,13 @@ class Problem:
     file: str
     line: int
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("file", "reason"):  # half a surrogate pair cannot be written to a file or a terminal
+            value = redacted(getattr(self, name))
+            if not value.isascii():
+                value = value.encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, value)
 
     @property
     def kind(self) -> str:

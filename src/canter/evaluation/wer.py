@@ -5,6 +5,7 @@ NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spa
 languages written without them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +36,7 @@ class Counts:
 
     @property
     def wer(self) -> float:
-        """Word errors / reference words; without reference words 0 or, with insertions, infinite."""
+        """Word errors / reference words. Without reference words it is infinite where words were inserted, else NaN."""
         return _ratio(self.errors, self.words)
 
     @property
@@ -65,7 +66,12 @@ class Score:
     """By language code, the most frequent first; ``und`` holds those without one."""
     utterances: list[ScoredUtterance]
     empty_references: int
-    """Utterances left out as the leaderboard does: normalisation left no reference words, or TED-LIUM's mark."""
+    """Utterances whose reference has no words once it is normalised."""
+    left_out: int = 0
+    """Utterances that are not scored: those with TED-LIUM's mark, and with the leaderboard's rules those with an empty
+    reference."""
+    words_left_out: int = 0
+    """Words transcribed in them: insertions that the figures do not count."""
 
     @property
     def wer(self) -> float:
@@ -92,13 +98,13 @@ def score(
     hypotheses: Sequence[str],
     langs: Sequence[str | None] | None = None,
     *,
-    normalize: Normalization = "leaderboard",
+    normalize: Normalization = "standard",
 ) -> Score:
-    """Scores hypotheses against references, (N,) texts each; ``langs`` chooses normalisers and groups.
+    """Score hypotheses against references, (N,) texts each; ``langs`` chooses normalisers and groups.
 
-    With ``normalize="leaderboard"`` an utterance whose reference becomes empty, or TED-LIUM's mark for what is not
-    to be scored, is left out and counted.
-    Raises ValueError where the sequences differ in length.
+    Words transcribed where the reference is empty are insertions. With ``normalize="leaderboard"`` such utterances are
+    left out and counted, as the leaderboard does; TED-LIUM's mark for what is not to be scored is left out by every
+    rule but "none". Raises ValueError where the sequences differ in length.
     """
     import jiwer
 
@@ -111,9 +117,12 @@ def score(
     prepare = [normalizer(normalize, lang) for lang in langs]
     left = [" ".join(clean(text).split()) for clean, text in zip(prepare, references)]
     right = [" ".join(clean(text).split()) for clean, text in zip(prepare, hypotheses)]
-    kept = [row for row, text in enumerate(left) if text not in ("", UNSCORED) or normalize != "leaderboard"]
+    unscored = {"leaderboard": ("", UNSCORED), "none": ()}.get(normalize, (UNSCORED,))
+    kept = [row for row, text in enumerate(left) if text not in unscored]
+    empty = left.count("")
+    uncounted = sum(len(text.split()) for reference, text in zip(left, right) if reference in unscored)
     if not kept:
-        return Score(Counts(), {}, [], len(left))
+        return Score(Counts(), {}, [], empty, len(left), uncounted)
 
     left, right = [left[row] for row in kept], [right[row] for row in kept]
     by_word = jiwer.process_words(left, right)
@@ -144,16 +153,18 @@ def score(
         groups.setdefault(language(langs[row]) if is_said(langs[row]) else "und", []).append(counts)
     languages = {name: sum(group, Counts()) for name, group in groups.items()}
     languages = dict(sorted(languages.items(), key=lambda item: (-item[1].utterances, item[0])))
-    return Score(sum(languages.values(), Counts()), languages, utterances, len(references) - len(kept))
+    total, left_out = sum(languages.values(), Counts()), len(references) - len(kept)
+    return Score(total, languages, utterances, empty, left_out, uncounted)
 
 
 def wer_interval(
     score: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap confidence interval of the WER, resampling utterances (Bisani & Ney, ICASSP 2004)."""
+    """Bootstrap confidence interval of the WER, resampling utterances (Bisani & Ney, ICASSP 2004).
+
+    It is (NaN, NaN) where the references have no words at all. Resamples without a reference word are left out.
+    """
     errors, words = score.errors_and_words()
-    if not len(errors):
-        return 0.0, 0.0
     return _quantiles(_resampled(errors, words, samples, seed), confidence)
 
 
@@ -180,8 +191,8 @@ def paired_difference(
     rows_second = [(item.index, item.counts.words) for item in second.utterances]
     if rows_first != rows_second:
         raise ValueError("the two results do not score the same references; score both on one manifest")
-    if not rows_first:
-        return Difference(0.0, 0.0, 0.0, 0.0)
+    if not first.total.words:
+        return Difference(math.nan, math.nan, math.nan, math.nan)
     (errors, words), (other, _) = first.errors_and_words(), second.errors_and_words()
     resampled = _resampled(errors - other, words, samples, seed)
     low, high = _quantiles(resampled, confidence)
@@ -195,10 +206,15 @@ def rtfx(audio_seconds: float, wall_seconds: float) -> float:
     return audio_seconds / wall_seconds
 
 
+def percent(rate: float, digits: int = 2) -> str:
+    """Return an error rate as text; "n/a" where there are no reference words to divide by."""
+    return f"{rate:.{digits}%}" if math.isfinite(rate) else "n/a"
+
+
 def _ratio(errors: int, total: int) -> float:
     if total:
         return errors / total
-    return float("inf") if errors else 0.0
+    return math.inf if errors else math.nan
 
 
 def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Operation, str, str]]:
@@ -212,16 +228,19 @@ def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Opera
 
 
 def _resampled(errors: np.ndarray, words: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Rate of each resample of the utterances, (samples,); drawn with replacement, seeded."""
+    """Return the rate of each resample of the utterances that has a reference word, (at most samples,); drawn with
+    replacement, seeded."""
     rng = np.random.default_rng(seed)
-    rates = np.zeros(samples)
-    for sample in range(samples):
+    rates: list[float] = []
+    for _ in range(samples if words.any() else 0):
         drawn = np.bincount(rng.integers(len(errors), size=len(errors)), minlength=len(errors))
-        total = drawn @ words
-        rates[sample] = drawn @ errors / total if total else 0.0
-    return rates
+        if total := drawn @ words:
+            rates.append(float(drawn @ errors / total))
+    return np.array(rates)
 
 
 def _quantiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -3,10 +3,9 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from canter.corpus.audio import audio_seconds
+from canter.corpus.audio import STANDARD_INPUT, audio_seconds
 from canter.corpus.manifest import (
     Problem,
     Utterance,
@@ -16,19 +15,16 @@ from canter.corpus.manifest import (
     scan_lines,
     utterance_from_row,
 )
-from canter.corpus.readers.common import AUDIO_SUFFIXES
+from canter.corpus.media import is_media
 from canter.corpus.readers.folder import audio_files
 from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import open_source, units_of
 from canter.errors import AudioError, ConfigError, ManifestError
+from canter.redaction import redacted
 from canter.text.languages import canonical, is_said, resolve, same, shortened
 from canter.text.prompts import utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
-
-MANIFEST_SUFFIXES = frozenset(
-    (".jsonl", ".json", ".tsv", ".csv", ".yaml", ".yml", ".tar", ".parquet", ".arrow", ".feather")
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,10 @@ class Item:
     utterance: Utterance | None
     problem: str | None = None
     """Why there is no utterance."""
+
+    def __post_init__(self) -> None:
+        if self.problem is not None:
+            object.__setattr__(self, "problem", redacted(self.problem))
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,14 @@ def _label(tokenizer: Tokenizer, language: str) -> str:
 
 
 def read_items(
-    paths: Iterable[str | os.PathLike[str]], lang: str | None = None, defaults: Defaults | None = None
+    paths: Iterable[str | os.PathLike[str]],
+    lang: str | None = None,
+    defaults: Defaults | None = None,
+    track: int | None = None,
 ) -> list[Item]:
     """The items of audio files, folders and manifests of any kind, in the order given; ``lang`` is short for
-    defaults with that language.
+    defaults with that language, and ``track`` the audio track of files with several. ``-`` is a recording on standard
+    input.
 
     A path that is nothing of the kind, or a folder or manifest without a single item, is an item with a problem;
     ManifestError where that holds for all of them.
@@ -113,10 +117,10 @@ def read_items(
     for path in names:
         problem = f"{path} holds nothing to transcribe"
         try:
-            found = list(_items(path))
+            found = list(_items(path, track))
         except ManifestError as error:
             found, problem = [], str(error)
-        if not any(item.utterance for item in found) and not is_audio(path):
+        if not any(item.utterance for item in found) and path != STANDARD_INPUT and not is_media(path):
             reasons = "".join(f"\n  {item.problem}" for item in found[:3])
             failures.append(problem + (":" + reasons if reasons else ""))
             found = found or [Item({"audio_filepath": path}, None, problem)]
@@ -143,23 +147,8 @@ def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[It
     ]
 
 
-def is_audio(path: str) -> bool:
-    """Return whether a path names one audio file, not a folder or a manifest: by its suffix, or else by its content."""
-    suffix = Path(path.removesuffix(".gz")).suffix.lower()
-    if suffix in AUDIO_SUFFIXES:
-        return not os.path.isdir(path)
-    if suffix in MANIFEST_SUFFIXES or is_url(path) or not os.path.isfile(path):
-        return False
-    try:
-        with open(path, "rb") as file:
-            begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError:  # reading it as audio will say what is wrong
-        return True
-    return not begins.startswith((b"{", b"[", b"\x1f\x8b"))  # JSON, gzip
-
-
 def files_in(path: str) -> list[str] | None:
-    """Return the audio files below a folder that holds nothing but such, None for any other path."""
+    """Return the audio and video files below a folder without a manifest, None for any other path."""
     if not os.path.isdir(path) or [unit.kind for unit in units_of(path)] != ["folder"]:
         return None
     return audio_files(os.path.abspath(path))
@@ -175,9 +164,12 @@ def items_of(path: str | os.PathLike[str], defaults: Defaults | None = None) -> 
         yield _completed(item, defaults)
 
 
-def _items(path: str) -> Iterator[Item]:
-    if is_audio(path):
-        yield _audio(absolute(path))
+def _items(path: str, track: int | None = None) -> Iterator[Item]:
+    if path == STANDARD_INPUT:
+        yield _audio(path, track)
+        return
+    if is_media(path):
+        yield _audio(absolute(path), track)
         return
     if (
         not is_url(path)
@@ -189,7 +181,7 @@ def _items(path: str) -> Iterator[Item]:
         raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
     units = units_of(path)
     if [unit.kind for unit in units] == ["folder"]:
-        yield from map(_audio, audio_files(os.path.abspath(path)))
+        yield from (_audio(file, track) for file in audio_files(os.path.abspath(path)))
     elif [unit.kind for unit in units] == ["nemo"]:
         yield from _nemo(units[0].path)
     else:
@@ -200,9 +192,9 @@ def _items(path: str) -> Iterator[Item]:
                 yield Item(row_from_utterance(found), found)
 
 
-def _audio(path: str) -> Item:
+def _audio(path: str, track: int | None = None) -> Item:
     try:
-        seconds = audio_seconds(path)
+        seconds = audio_seconds(path, track=track)
     except AudioError as error:
         return Item({"audio_filepath": path}, None, str(error))
     return Item({"audio_filepath": path, "duration": round(seconds, 3)}, Utterance(path, seconds, text=""))

@@ -51,7 +51,7 @@ def cut(
     most, size, margin = round(window / FRAME), round(FRAME * rate), round(MARGIN / FRAME)
     lap = round(min(overlap, window / 2) / FRAME)
     rest, done, carried = np.zeros(0, np.float32), 0, 0  # frames that are settled, and that come twice
-    blocks, more = iter(blocks), True
+    blocks, more = _divided(blocks, most * size), True
     while more or len(rest):
         pending = [rest]
         while more and sum(map(len, pending)) < 2 * most * size:  # what is looked at together
@@ -74,10 +74,19 @@ def cut(
         if end > begin:
             samples = seen[begin * size : end * size]
             shared = min(carried * size, len(samples)) / rate
-            yield Piece((done + begin) * size / rate, samples, shared, again > 0, rate)
+            # A copy: a view would keep all of what is looked at together in memory for as long as the piece.
+            yield Piece((done + begin) * size / rate, samples.copy(), shared, again > 0, rate)
         # The start of a word may lie within the margin at the end of what is known.
         settled = end - again if begin < frames else max(0, frames - margin) if further else frames
         rest, done, carried = rest[settled * size :], done + settled, again
+
+
+def _divided(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yield the same samples in blocks of at most ``size``: what is left of a block is copied with every piece, so the
+    time for one of hours would grow with its square."""
+    for block in blocks:
+        for start in range(0, len(block), size):
+            yield block[start : start + size]
 
 
 def _end(speech: np.ndarray, raw: np.ndarray, begin: int, most: int, lap: int, more: bool) -> tuple[int, int]:

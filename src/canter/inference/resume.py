@@ -85,6 +85,7 @@ def _transcription(row: dict[str, Any]) -> Transcription:
         tokens=tuple(row.pop("tokens")),
         segments=tuple(segments),
         ctc=None if ctc is None else tuple(ctc),
+        warnings=tuple(row.pop("warnings", ())),
         **row,
     )
 

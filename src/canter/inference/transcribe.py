@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from canter.corpus.audio import audio_blocks, load_utterance
+from canter.corpus.audio import AudioBlocks, DecodedAudio, audio_blocks, decode_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.capacity import encoder_batches, usual_window
@@ -49,6 +49,10 @@ class Transcription:
     """What the utterance's prompt said, or what was detected."""
     seconds: float | None = None
     """Length of the audio that was read."""
+    lost_seconds: float = 0.0
+    """Seconds of the audio that are damaged or missing."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with the audio: losses, channels that cancel each other out."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class TranscribeConfig:
     """When a Whisper's hypothesis is not believed; other models have none. None: every one is kept, but for silence."""
     context: str = ""
     """Text that is taken to come before: names and words to expect, a style of writing."""
+    audio_track: int | None = None
+    """Audio track of files with several, from 0; None: the one marked as default, else the first."""
 
 
 class Listener:
@@ -280,6 +286,8 @@ class _Open:
     job: Job
     assembly: Assembly = field(default_factory=Assembly)
     samples: int = 0  # read so far
+    lost_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 class _Queue:
@@ -357,7 +365,13 @@ class _Queue:
         """The requests of an utterance that is read whole: one, unless it is longer than was stated."""
         try:
             request = self._begin(index, job)
-            audio = load_utterance(job.utterance, self.listener.rate) if job.audio is None else job.audio
+            audio = job.audio
+            if audio is None:
+                decoded = decode_utterance(
+                    job.utterance, self.listener.rate, track=self.listener.config.audio_track
+                )
+                audio = decoded.samples
+                self._note(index, decoded)
             self._count(index, audio)
             found = list(self._parts(request, index, [audio]))
         except CanterError as error:
@@ -372,16 +386,26 @@ class _Queue:
             number = 0
             try:
                 request = self._begin(index, job)
-                blocks = (
-                    [job.audio] if job.audio is not None else audio_blocks(job.utterance, self.listener.rate)
-                )
+                decoded = None
+                blocks: Iterable[np.ndarray] = () if job.audio is None else [job.audio]
+                if job.audio is None:
+                    track = self.listener.config.audio_track
+                    decoded = audio_blocks(job.utterance, self.listener.rate, keep_damaged=True, track=track)
+                    blocks = decoded
                 for part in self._parts(request, index, (self._count(index, block) for block in blocks)):
                     yield part
                     number += 1
+                if decoded is not None:
+                    self._note(index, decoded)
             except CanterError as error:
                 self._fail(index, error)
             else:
                 self._settle(index, number)
+
+    def _note(self, index: int, decoded: DecodedAudio | AudioBlocks) -> None:
+        """Remember what is wrong with the audio of a job."""
+        opened = self.open[index]
+        opened.lost_seconds, opened.warnings = decoded.lost_seconds, decoded.warnings
 
     def _count(self, index: int, block: np.ndarray) -> np.ndarray:
         """``block``, once its samples are counted. Raises AudioError where they are too many."""
@@ -442,6 +466,8 @@ class _Queue:
             language=self.listener.language(found[0]) if found and self.listener.whisper
             else utterance.target_lang or utterance.lang,
             seconds=opened.samples / self.listener.rate,
+            lost_seconds=round(opened.lost_seconds, 3),
+            warnings=opened.warnings,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -35,13 +36,18 @@ class PlanDataModule(pl.LightningDataModule):
     checkpoint holds the plan's fingerprint, and another plan is refused. An epoch of Lightning is as many steps as
     the plan's first (see `StepSampler`).
 
-    data: reads the rows of the plan's index. Unusable files are left out and named in the log.
+    data: reads the rows of the plan's index. Utterances longer than its model takes are left out of the plan, unusable
+        files of the batches, and named in the log.
     workers: processes that decode audio ahead.
     """
 
     def __init__(self, plan: Plan, data: MicroBatches, *, workers: int = 0):
         super().__init__()
-        self.plan, self.data, self.workers = plan, data, workers
+        self.plan = plan.within(
+            *(getattr(data, name, math.inf) for name in ("longest_seconds", "most_tokens"))
+        )
+        self.data, self.workers = data, workers
+        log_left_out(self.plan)
 
     def train_dataloader(self) -> DataLoader:
         trainer: Any = self.trainer
@@ -73,6 +79,16 @@ class PlanDataModule(pl.LightningDataModule):
                 f"{self.plan.fingerprint}): index, budget, strategy, seed, window and micro-batches per step must be "
                 "those of the run"
             )
+
+
+def log_left_out(plan: Plan) -> None:
+    """Log how many utterances the model cannot take, and the first of them."""
+    if plan.model is None:
+        return
+    left_out = plan.left_out()
+    for row, reason in left_out[:3]:
+        logger.warning("row %d is left out: %s", row, reason)
+    logger.warning("%d of %d utterances are in no batch", len(left_out), len(plan.index))
 
 
 class _Loader(DataLoader):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from canter.planning.windows import mix
 
 STATE = "canter_plan.json"  # in a checkpoint, beside trainer_state.json
 IGNORED = -100  # a label that bears no loss
+WHISPER_FRAME_SECONDS = 0.02  # of an encoder position
+logger = logging.getLogger(__name__)
 
 
 class PlanTrainerMixin:
@@ -46,6 +50,7 @@ class PlanTrainerMixin:
     - Batches do not pass through Accelerate, which would share them out a second time.
     - The loss is the cross-entropy summed over the step and divided by the step's labels over all processes (some
       models of transformers, Whisper among them, divide by each micro-batch's own), label smoothing included.
+    - Utterances that the model has no positions for are left out of the plan, and counted in the log.
     - Dropout and what the model masks are drawn from (seed, step, micro-batch). So a run resumed with
       ``train(resume_from_checkpoint=...)`` takes the same steps as one never stopped, also on another number of
       processes, where losses agree up to the order of float additions. A checkpoint of another plan is refused.
@@ -66,6 +71,13 @@ class PlanTrainerMixin:
         if settings.n_gpu > 1:
             raise PlanError(
                 f"one process drives {settings.n_gpu} GPUs; start one for each with torchrun --nproc-per-node"
+            )
+        _refuse_streams(kwargs.get("train_dataset", args[3] if len(args) > 3 else None))
+        plan = plan.within(*_limits_of(kwargs.get("model", args[0] if args else None)))
+        if plan.model is not None:
+            count = len(plan.left_out())
+            logger.warning(
+                "%d of %d utterances are in no batch: the model cannot take them", count, len(plan.index)
             )
         ranks, rank = settings.world_size, settings.process_index
         self._steps = StepSampler(plan, rank, ranks, first=self._first_step)
@@ -163,6 +175,27 @@ class PlannedSeq2SeqTrainer(PlanTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with ``plan=``."""
 
 
+def _limits_of(model: Any) -> tuple[float, float]:
+    """Return the seconds of audio and the number of tokens that a model of transformers has positions for."""
+    config = getattr(model, "config", None)
+    seconds = math.inf
+    if config is not None and getattr(config, "model_type", None) == "whisper":
+        seconds = config.max_source_positions * WHISPER_FRAME_SECONDS
+    tokens = getattr(config, "max_target_positions", None)
+    return seconds, tokens if isinstance(tokens, int) else math.inf
+
+
+def _refuse_streams(dataset: Any) -> None:
+    """Raise PlanError for training data that has no rows by number."""
+    if dataset is None:
+        raise PlanError("give the Trainer its train_dataset: the plan names rows of it")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise PlanError(
+            f"train_dataset is a {type(dataset).__module__.partition('.')[0]} {type(dataset).__name__}, which is read "
+            "from front to back, and a plan names rows by number: load it without streaming=True, or save it to disk"
+        )
+
+
 def _follow_the_plan(settings: Any, accumulation: int) -> None:
     """Sets what the plan decides, and warns of settings that it leaves without effect."""
     ignored = []
@@ -248,11 +281,7 @@ class SpeechCollator:
         most = self.extractor.n_samples
         longest = max(len(example["audio"]) for example in examples)
         if longest > most:
-            rate = self.extractor.sampling_rate
-            raise ConfigError(
-                f"an utterance of {longest / rate:.2f} s is longer than the model's {most / rate:g} s; cut it first, "
-                "or leave it out of the plan"
-            )
+            examples = self._short(examples, most / self.extractor.sampling_rate)
         features = self.extractor(
             [example["audio"] for example in examples],
             sampling_rate=self.extractor.sampling_rate,
@@ -265,6 +294,21 @@ class SpeechCollator:
         ]
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         return {"input_features": features, "labels": padded}
+
+    def _short(self, examples: Sequence[dict[str, Any]], seconds: float) -> Sequence[dict[str, Any]]:
+        """Return the examples without those longer than the model takes; where there are no others, the start of the
+        first, which bears no loss."""
+        most = self.extractor.n_samples
+        kept = [example for example in examples if len(example["audio"]) <= most]
+        logger.warning(
+            "%d utterances are longer than the model's %g s and left out of a batch",
+            len(examples) - len(kept),
+            seconds,
+        )
+        if kept:
+            return kept
+        first = examples[0]
+        return [{"audio": first["audio"][:most], "labels": [IGNORED] * len(first["labels"])}]
 
 
 class AnyLengthWhisperEncoder(WhisperEncoder):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from canter.models.device import upload
 
 ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
+ALIGNED = 64  # bytes, as torch aligns its own memory
 SPARE = 128  # columns more than the next rows need, at most: moving live rows costs about as much as a step
 
 
@@ -33,6 +35,15 @@ class CacheShape(Protocol):
 def rounded(size: int) -> int:
     """The next multiple of ROUND."""
     return -(-size // ROUND) * ROUND
+
+
+def untouched_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return zeros of the type of ``like`` on the CPU, in memory that the system gives page by page as it is used;
+    ``torch.zeros`` would write all of it."""
+    size, item = math.prod(shape), like.element_size()
+    raw = np.zeros(size * item + ALIGNED, np.uint8)
+    begin = -raw.ctypes.data % ALIGNED
+    return torch.from_numpy(raw)[begin : begin + size * item].view(like.dtype).view(*shape)
 
 
 def swap_out(values: list[Any], slots: Sequence[int]) -> None:
@@ -91,21 +102,36 @@ class DecoderCache:
         """C: rows that the buffers have room for."""
         return self.own.shape[2]
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.own.device.type == "cpu"
+
     def reserve(self, rows: int, frames: int, before: int, after: int) -> None:
         """Makes room for ``rows`` more rows of so many encoder frames, and for ``before`` columns to the
         left of ``column``, ``after`` to the right."""
         _, _, slots, _, size, _ = self.cross.shape
         more, longer = max(0, self.rows + rows - slots), max(0, rounded(frames) - size)
         if more or longer:
-            self.cross = F.pad(self.cross, (0, 0, 0, longer, 0, 0, 0, more))
+            if self.on_cpu:  # so that a queue that grows row by row copies it few times
+                more = more and max(more, slots)
+            self.cross = self._grown(self.cross, slots + more, size + longer)
             # A slot that never had a row attends, for fixed shapes compute it too and a NaN would stay in there.
             self.cross_mask = F.pad(F.pad(self.cross_mask, (0, longer), value=-math.inf), (0, 0, 0, more))
-            self.own = F.pad(self.own, (0, 0, 0, 0, 0, 0, 0, more))
+            self.own = self._grown(self.own, slots + more, self.own.shape[4])
             self.own_mask = F.pad(self.own_mask, (0, 0, 0, 0, 0, more))
             self.places = F.pad(self.places, (0, more))
             self.version += 1
         if before > self.column or self.column + after > self.own.shape[4]:
             self._move_columns(before, after)
+
+    def _grown(self, old: Tensor, slots: int, length: int) -> Tensor:
+        """Return ``cross`` or ``own`` in a larger buffer. On a CPU the room for rows to come takes no memory until they
+        come."""
+        if not self.on_cpu:
+            return F.pad(old, (0, 0, 0, length - old.shape[4], 0, 0, 0, slots - old.shape[2]))
+        new = untouched_zeros((*old.shape[:2], slots, old.shape[3], length, old.shape[5]), old)
+        new[:, :, : self.rows, :, : old.shape[4]] = old[:, :, : self.rows]
+        return new
 
     def _move_columns(self, before: int, after: int) -> None:
         """Moves live rows to the leftmost columns possible, in longer buffers if need be."""
@@ -119,7 +145,8 @@ class DecoderCache:
         spare = SPARE if self.own.is_cuda else min(needed, SPARE)
         if needed + spare // 2 > self.own.shape[4]:
             size = rounded(needed + spare)
-            self.own = self.own.new_zeros(*self.own.shape[:4], size, self.own.shape[5])
+            shape = (*self.own.shape[:4], size, self.own.shape[5])
+            self.own = untouched_zeros(shape, self.own) if self.on_cpu else self.own.new_zeros(shape)
             self.own_mask = self.own_mask.new_zeros(*self.own_mask.shape[:2], size)
             self.version += 1
         self.own[:, :, live, :, column - used.shape[4] : column] = used

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.models.device import choose_device
-from canter.models.files import read_json, read_tensors, stored_bytes, whole_folder
+from canter.models.files import read_json, read_tensors, refuse_adapter, stored_bytes, whole_folder
 from canter.models.fitting import build, check_vocabulary, fit_tensors
 from canter.models.generation import check_generation
 from canter.models.hf import read_hf
@@ -137,6 +137,7 @@ def load_model(
 
 def _read_folder(folder: Path) -> SpeechModel:
     config_file = folder / "config.json"
+    refuse_adapter(folder)
     values = read_json(config_file)
     if "model_type" in values:
         return read_hf(folder)

@@ -5,7 +5,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder of PEFT's that holds an adapter without the model which it changes."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file() or any(folder.glob("model*.safetensors")):
+        return
+    base = None
+    with suppress(CheckpointError):
+        base = read_json(adapter).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder} is a PEFT adapter of {base or 'a model that it does not name'}, not a model: merge the two "
+        "(merge_and_unload() in peft, then save_pretrained(FOLDER) of model and processor) and name that folder"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"{path} is on this disk and has no revision {revision!r}; leave it out")
+        _refuse_adapter(path)
         return _of_run(path)
     named = HUB_NAME.fullmatch(os.fspath(model))
     if named is None or path.suffix in (".nemo", ".safetensors"):
@@ -77,6 +78,13 @@ def _like(name: str) -> str:
     bare = name.removeprefix("whisper-")
     size = re.fullmatch(r"(tiny|base|small|medium)(\.en)?|large(-v[23](-turbo)?)?", bare)
     return f"openai/whisper-{bare}" if size else "openai/whisper-tiny.en"
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        from canter.models.files import refuse_adapter  # with torch
+
+        refuse_adapter(folder)
 
 
 def _of_run(path: Path) -> Path:
@@ -200,6 +208,11 @@ def _wanted(name: str, files: Sequence[str], read_index: Any) -> list[str]:
 
         shards = shard_names(read_index(), f"{name}: {WEIGHTS_INDEX}")
         return [*settings, WEIGHTS_INDEX, *shards]
+    if "adapter_config.json" in files:
+        raise CheckpointError(
+            f"{name} is a PEFT adapter, not a model: merge it with the model which it changes (merge_and_unload() in "
+            "peft, then save_pretrained(FOLDER) of model and processor) and name that folder"
+        )
     archives = [file for file in files if file.endswith(".nemo")]
     if len(archives) == 1:
         return archives

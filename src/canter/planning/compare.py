@@ -31,9 +31,11 @@ class Rung:
         return {"name": value.pop("name"), **value.pop("figures"), **value}
 
 
-def ladder(window: int | None = None, mixing: float = 1.0) -> list[tuple[str, Strategy, int | None]]:
+def ladder(
+    window: int | None = None, mixing: float = 1.0, mix_steps: bool = False
+) -> list[tuple[str, Strategy, int | None]]:
     """(label, strategy, window) of the rows that `canter compare` shows."""
-    balanced = Balanced(mixing)
+    balanced = Balanced(mixing, mix_steps)
     window = balanced.default_window if window is None else window
     return [
         ("random", Random(), None),
@@ -43,7 +45,7 @@ def ladder(window: int | None = None, mixing: float = 1.0) -> list[tuple[str, St
         ("bucket_2d 30x2 in step", Bucket2D(), None),
         ("bucket_2d 30x5 in step", Bucket2D(30, 5), None),
         ("bucket_2d 60 optimal", Bucket2D(20, 3, optimal=True), None),
-        (f"balanced W={short(window)}", balanced, window),
+        (f"balanced W={short(window)}{' mixed' if mix_steps else ''}", balanced, window),
     ]
 
 
@@ -101,7 +103,7 @@ def against(row: Rung, first: Rung) -> Rung:
 
 COLUMNS: tuple[str, ...] = (
     "strategy", "padded audio", "padded tokens", "padded compute", "mean batch", "memory filled", "over", "steps",
-    "epoch hours", "waiting", "mixing pool", "left out", "speed", "GPUs",
+    "epoch hours", "waiting", "step mixing", "mixing pool", "left out", "speed", "GPUs",
 )  # fmt: skip
 
 
@@ -120,6 +122,7 @@ def cells(row: Rung) -> tuple[str, ...]:
         f"{f.steps:,}",
         f"{f.hours:.3f}" if f.hours >= 0.001 else f"{f.hours:.0e}",
         f"{f.waiting:.3f}",
+        f"{f.step_mixing:.2f}",
         pool,
         f"{row.left_out:,}",
         f"{row.speed:.2f}x",

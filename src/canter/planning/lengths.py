@@ -82,7 +82,30 @@ def sample(index: Index, budget: Budget, grid: tuple[int, int] = (1, 1), most: i
     return lengths.take(np.flatnonzero(exclusions(lengths, budget, None) == 0))
 
 
-REASONS = ("usable", "no duration", "over the budget by itself", "over the tokens-per-second bound")
+REASONS = (
+    "usable",
+    "no duration",
+    "over the budget by itself",
+    "over the tokens-per-second bound",
+    "longer than the model takes",
+    "more tokens than the model has positions for",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """Longest utterance that a model takes; ``tokens`` with prompt and end token."""
+
+    seconds: float = math.inf
+    tokens: float = math.inf
+
+    def exceeded(self, index: Index, slowest: float = 1.0) -> bool:
+        """Return whether any utterance of the index is longer, spoken at its ``slowest`` speed."""
+        if not len(index):
+            return False
+        return (
+            float(np.max(index.seconds)) / slowest > self.seconds or int(np.max(index.tokens)) > self.tokens
+        )
 
 
 def rate_limits(value: float | str | Sequence[Any] | None) -> RateLimits:
@@ -139,8 +162,17 @@ def rate_limit_at(seconds: np.ndarray, limits: RateLimits) -> np.ndarray | float
     return values[np.minimum(np.searchsorted(durations, seconds), len(values) - 1)]
 
 
-def exclusions(lengths: Lengths, budget: Budget, max_tokens_per_second: RateLimits) -> np.ndarray:
-    """Return for each utterance an index into REASONS, (n,) int8; 0 where it can be used."""
+def exclusions(
+    lengths: Lengths,
+    budget: Budget,
+    max_tokens_per_second: RateLimits,
+    model: ModelLimits | None = None,
+    grid_tokens: int = 1,
+) -> np.ndarray:
+    """Return for each utterance an index into REASONS, (n,) int8; 0 where it can be used.
+
+    grid_tokens: multiple up to which the tokens of ``lengths`` are rounded; the model's limit is rounded up with them.
+    """
     reason = np.zeros(len(lengths), np.int8)
     with np.errstate(invalid="ignore"):
         usable = np.isfinite(lengths.seconds) & (lengths.seconds > 0) & (lengths.tokens >= 0)
@@ -148,5 +180,9 @@ def exclusions(lengths: Lengths, budget: Budget, max_tokens_per_second: RateLimi
             most = lengths.seconds * rate_limit_at(lengths.seconds, max_tokens_per_second)
             reason[lengths.tokens > most] = 3
     reason[budget.bytes(1, lengths.frames, lengths.tokens) > budget.limit_bytes] = 2
+    if model is not None:
+        if model.tokens < math.inf:
+            reason[lengths.tokens > -(-model.tokens // grid_tokens) * grid_tokens] = 5
+        reason[lengths.seconds > model.seconds] = 4
     reason[~usable] = 1
     return reason

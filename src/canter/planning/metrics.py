@@ -9,6 +9,7 @@ For micro-batches of B utterances padded to T (frames) and U (tokens), with T_i,
 - memory filled   mean over micro-batches of predicted bytes / limit; over: how many exceed the limit
 - epoch hours     sum over steps of the slowest rank's predicted seconds
 - waiting         mean over steps of the slowest rank's predicted seconds / the ranks' mean
+- step mixing    variance of the batches' mean seconds of audio within steps / over all batches; 0 where none differ
 - mixing pool     mean batch / probability that two utterances that shared a batch share one in the next epoch
 
 Rounding T and U up to a grid counts as padding.
@@ -69,12 +70,13 @@ class Figures:
     utterances: int
     hours: float
     waiting: float
+    step_mixing: float
 
 
 def figures(table: BatchTable, budget: Budget, ranks: int) -> Figures:
     """Figures of a plan's micro-batches with steps shared out to `ranks`."""
     if len(table.size) == 0:
-        return Figures(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 1.0)
+        return Figures(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 1.0, 0.0)
     used = budget.bytes(table.size, table.frames, table.tokens)
     compute = float((table.size * budget.utterance_seconds(table.frames, table.tokens)).sum())
     seconds = budget.step_seconds(table.size, table.frames, table.tokens)
@@ -92,7 +94,16 @@ def figures(table: BatchTable, budget: Budget, ranks: int) -> Figures:
         utterances=int(table.size.sum()),
         hours=float(slowest.sum()) / 3600,
         waiting=float((slowest / mean).mean()),
+        step_mixing=_step_mixing(table),
     )
+
+
+def _step_mixing(table: BatchTable) -> float:
+    mean = table.audio_seconds / table.size
+    counts = np.diff(table.steps)
+    of_steps = np.repeat(np.add.reduceat(mean, table.steps[:-1]) / counts, counts)
+    total = float(mean.var())
+    return float(((mean - of_steps) ** 2).mean()) / total if total > 0 else 0.0
 
 
 def _wasted(own: np.ndarray, padded: np.ndarray) -> float:

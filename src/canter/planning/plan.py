@@ -23,7 +23,15 @@ import numpy as np
 from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
-from canter.planning.lengths import REASONS, Index, Lengths, RateLimits, exclusions, rate_limits
+from canter.planning.lengths import (
+    REASONS,
+    Index,
+    Lengths,
+    ModelLimits,
+    RateLimits,
+    exclusions,
+    rate_limits,
+)
 from canter.planning.limits import Cause, Limits
 from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.strategies import Cutter, Strategy
@@ -34,7 +42,7 @@ from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
 # to be raised when the same settings come to give other steps: positions and tables are then refused
-VERSION = 3
+VERSION = 4
 FIRST_VERSION = 2  # of Canter 0.1, whose runs are still resumed
 KEEP = 2  # cut windows held in memory
 MIN_STEPS = 50  # of an epoch, unless others are asked for
@@ -108,6 +116,8 @@ class Plan:
     max_tokens_per_second: utterances beyond it are left out, counted and listed. One limit, or (duration, limit)
         pairs: an utterance is held to the limit of the first pair whose duration in seconds is not shorter than its
         own, and to that of the last pair where it is longer than all.
+    longest_seconds, most_tokens: of the utterances that the model takes, prompt and end token included. Longer ones are
+        left out, counted and listed.
     grid: (frames, tokens) up to multiples of which T and U are rounded, so that kernels see few shapes.
     block: rows that are read together; None follows the index's shards (see `Windows`).
     endless: a stream in which each source has its weight, and windows go on for ever.
@@ -130,6 +140,8 @@ class Plan:
         micro_batches_per_step: int = 1,
         min_steps: int | None = None,
         max_tokens_per_second: float | Sequence[tuple[float, float]] | None = None,
+        longest_seconds: float = math.inf,
+        most_tokens: float = math.inf,
         grid: tuple[int, int] = (1, 1),
         block: int | None = None,
         endless: bool = False,
@@ -139,7 +151,7 @@ class Plan:
     ) -> None:
         chosen = named(strategy) if isinstance(strategy, str) else strategy
         if version == FIRST_VERSION and isinstance(chosen, Balanced):
-            chosen = FirstBalanced(chosen.mixing)
+            chosen = FirstBalanced(chosen.mixing, chosen.mix_steps)
         budgets = [(0, budget)] if isinstance(budget, Budget) else sorted(budget, key=lambda pair: pair[0])
         if not budgets or budgets[0][0] != 0:
             raise PlanError("the first budget must be in force from window 0")
@@ -167,6 +179,8 @@ class Plan:
         self.cache = Path(cache) if cache is not None else None
         self.min_steps, self.version = min_steps, version
         self._max_tokens_per_second = rate_limits(max_tokens_per_second)
+        limits = ModelLimits(longest_seconds, most_tokens)
+        self.model = limits if limits != ModelLimits() else None
         self._cutters: dict[int, Cutter] = {}
         self._recent: OrderedDict[int, Window] = OrderedDict()
 
@@ -182,10 +196,25 @@ class Plan:
         other.windows = Windows(self.index, self.seed, epoch, self.window, self.endless, self.block)
         return other
 
+    def within(self, longest_seconds: float, most_tokens: float) -> Plan:
+        """Return the plan without the utterances that are longer than a model takes; itself where there are none."""
+        limits = ModelLimits(longest_seconds, most_tokens)
+        if self.model is not None or not limits.exceeded(self.index):
+            return self
+        other = self.at_epoch(self.epoch)
+        other.__dict__.pop("fingerprint", None)
+        other.model = limits
+        return other
+
+    def _exclusions(self, lengths: Lengths, budget: Budget) -> np.ndarray:
+        return exclusions(lengths, budget, self.max_tokens_per_second, self.model, self.grid[1])
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes with anything that decides the steps but the epoch."""
         options = asdict(self.strategy) if is_dataclass(self.strategy) else {}  # type: ignore[call-overload]
+        if not options.get("mix_steps", True):  # plans without it keep the fingerprint that they had
+            del options["mix_steps"]
         parts = [
             self.version, self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets],
             self.strategy.name, options, self.seed, self.window, self.micro_batches_per_step,
@@ -193,6 +222,8 @@ class Plan:
         ]  # fmt: skip
         if self.min_steps > 1:  # plans without it keep the fingerprint that they had
             parts.append(self.min_steps)
+        if self.model is not None:
+            parts.append([self.model.seconds, self.model.tokens])
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
     def budget_of(self, window: int) -> Budget:
@@ -226,7 +257,7 @@ class Plan:
             self._cutters[id(budget)] = self.strategy.prepare(self.index, budget, self.grid)
         rows = self.windows.rows(window)
         lengths = Lengths.of(self.index, rows, budget, self.grid)
-        out = exclusions(lengths, budget, self.max_tokens_per_second) != 0
+        out = self._exclusions(lengths, budget) != 0
         if out.any():
             usable = np.flatnonzero(~out)
             rows, lengths = rows[usable], lengths.take(usable)
@@ -451,7 +482,7 @@ class Plan:
         budget, found = self.budgets[0][1], []
         for begin in range(0, len(self.index), 1 << 20):
             lengths = Lengths.of(self.index, slice(begin, begin + (1 << 20)), budget, self.grid)
-            reasons = exclusions(lengths, budget, self.max_tokens_per_second)
+            reasons = self._exclusions(lengths, budget)
             found += [(begin + int(i), REASONS[reasons[i]]) for i in np.flatnonzero(reasons)]
         return found
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from canter import __version__
 from canter.errors import ConfigError
 from canter.evaluation.normalize import Normalization
-from canter.evaluation.wer import Operation, score
+from canter.evaluation.wer import Operation, percent, score
 from canter.reporting.figures import BLUE, GRID, INK, MUTED, STYLE
 
 # these colours of the figures follow the page's light or dark theme
@@ -137,13 +137,13 @@ def table(
 
 
 def transcripts(
-    examples: Iterable[tuple[str, str, str, str | None]], normalize: Normalization = "basic"
+    examples: Iterable[tuple[str, str, str, str | None]], normalize: Normalization = "standard"
 ) -> Html:
     """Return references above hypotheses, errors marked: rows of (label, reference, hypothesis, language)."""
     blocks = []
     for label, reference, hypothesis, lang in examples:
         scored = score([reference], [hypothesis], [lang], normalize=normalize)
-        wer = f"WER {scored.wer:.0%}" if scored.utterances else ""
+        wer = f"WER {percent(scored.wer, 0)}" if scored.utterances else ""
         blocks.append(transcript(label, wer, reference, marked(reference, hypothesis, lang, normalize)))
     return element("div", *blocks, class_="transcripts")
 
@@ -159,7 +159,7 @@ def transcript(label: object, rate: str, reference: str, hypothesis: Html) -> Ht
     )
 
 
-def marked(reference: str, hypothesis: str, lang: str | None, normalize: Normalization = "basic") -> Html:
+def marked(reference: str, hypothesis: str, lang: str | None, normalize: Normalization = "standard") -> Html:
     """Return the normalised hypothesis with its errors marked (see `aligned`)."""
     scored = score([reference], [hypothesis], [lang], normalize=normalize)
     if not scored.utterances:

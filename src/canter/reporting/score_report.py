@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from canter.evaluation.transcripts import Transcript
 from canter.evaluation.translation import TranslationScore
-from canter.evaluation.wer import Counts, Score, ScoredUtterance
+from canter.evaluation.wer import Counts, Score, ScoredUtterance, percent
 from canter.reporting import html
 from canter.reporting.html import Html
 
@@ -23,13 +23,13 @@ def score_page(
 ) -> Html:
     """The whole document; ``transcripts`` are what was scored, ``worst`` those of it to show."""
     total = result.total
-    left_out = f", {result.empty_references:,} left out" if result.empty_references else ""
+    left_out = f", {result.left_out:,} left out" if result.left_out else ""
     low, high = interval
     blocks = [
         html.cards(
             [
-                (f"{total.wer:.2%}", "WER", f"95 % interval {low:.2%} to {high:.2%}"),
-                (f"{total.cer:.2%}", "CER", "spaces included"),
+                (percent(total.wer), "WER", f"95 % interval {percent(low)} to {percent(high)}"),
+                (percent(total.cer), "CER", "spaces included"),
                 (f"{total.utterances:,}", "utterances", f"{total.words:,} words{left_out}"),
             ]
         ),
@@ -64,7 +64,7 @@ def _rates(result: Score) -> Html:
 
 def _rate(name: str, counts: Counts) -> tuple[str, ...]:
     numbers = (counts.substitutions, counts.deletions, counts.insertions)
-    sizes = (f"{counts.utterances:,}", f"{counts.words:,}", f"{counts.wer:.2%}", f"{counts.cer:.2%}")
+    sizes = (f"{counts.utterances:,}", f"{counts.words:,}", percent(counts.wer), percent(counts.cer))
     return name, *sizes, *(f"{number:,}" for number in numbers)
 
 
@@ -82,4 +82,6 @@ def _frequent(result: Score) -> list[tuple[str, str, str]]:
 def _utterance(item: ScoredUtterance, transcript: Transcript) -> Html:
     reference = " ".join(word for _, word, _ in item.alignment if word)
     label = f"{transcript.name}, line {transcript.line}"
-    return html.transcript(label, f"WER {item.counts.wer:.0%}", reference, html.aligned(item.alignment))
+    return html.transcript(
+        label, f"WER {percent(item.counts.wer, 0)}", reference, html.aligned(item.alignment)
+    )

@@ -60,7 +60,7 @@ def _summary(scored: Score, rows: list[Row]) -> Html:
     """Return a table of the errors by kind."""
     total = scored.total
     right = sum(not item.counts.errors for item in scored.utterances)
-    plain = score(*_texts(rows), [row.get("lang") for row in rows], normalize="basic")
+    plain = score(*_texts(rows), [row.get("lang") for row in rows], normalize="standard")
     header = ("utterances", "without an error", "words", "substituted", "inserted", "deleted", "WER", "CER")
     cells = [
         f"{total.utterances:,}", f"{right / total.utterances:.0%}", f"{total.words:,}", f"{total.substitutions:,}",

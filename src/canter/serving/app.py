@@ -20,9 +20,11 @@ from starlette.exceptions import HTTPException
 from canter import __version__
 from canter.inference.formats import srt, vtt, whisper_json
 from canter.inference.requests import Request as Wanted
-from canter.serving.protocol import ApiError, Asked, read_asked, read_form
+from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
+from canter.serving.server import ANY_ADDRESS, is_address
 from canter.serving.service import Audio, Heard, Service, joint
+from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
 OPEN = ("/", "/health")  # without an API key
@@ -182,24 +184,49 @@ def _refusal(service: Service, request: Request) -> ApiError | None:
     site likes), or its API key is missing or wrong."""
     config = service.config
     host = request.headers.get("host", "")
-    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-    if config.hosts is not None and name.lower() not in config.hosts:
+    if config.hosts is not None and not _is_ours(host, config.hosts):
         return ApiError(
-            403, f"{host!r} is not a name of this service; it answers to {', '.join(sorted(config.hosts))}"
+            403,
+            f"{host[:80]!r} is not a name of this service; start it with --allowed-hosts {_name(host)[:80] or 'NAME'}",
         )
     origin = request.headers.get("origin")
     if origin and _place(origin) != host:
-        return ApiError(403, f"requests from pages of {origin} are refused")
+        return ApiError(403, f"requests from pages of {origin[:80]} are refused")
     if config.keys and request.scope["path"] not in OPEN:  # request.url is made of the Host header too
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in config.keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        if scheme.lower() != "bearer" or not _is_key(given.strip().encode("latin-1"), config.keys):
             return ApiError(
                 401,
                 "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
             )
     return None
+
+
+def _name(host: str) -> str:
+    """Return the name or address in a Host header, without the port and the dot that ends a full name."""
+    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    return name.lower().removesuffix(".")
+
+
+def _is_ours(host: str, hosts: frozenset[str]) -> bool:
+    """Return whether a Host header names one of the ``hosts``. A page of another site whose name was made to lead here
+    (DNS rebinding) sends that name; an IP address it cannot send."""
+    name = _name(host)
+    return name in hosts or (ANY_ADDRESS in hosts and is_address(name))
+
+
+def _is_key(given: bytes, keys: frozenset[str]) -> bool:
+    """Return whether a request's key, in bytes as they came, is one of ours: clients send other letters than ASCII's in
+    UTF-8 or in Latin-1."""
+    known = {key.encode("utf-8") for key in keys}
+    for key in keys:
+        with contextlib.suppress(UnicodeEncodeError):
+            known.add(key.encode("latin-1"))
+    matches = [
+        hmac.compare_digest(given, one) for one in known
+    ]  # all of them, so that the time tells nothing
+    return any(matches)
 
 
 def _place(origin: str) -> str | None:
@@ -221,9 +248,11 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         try:
             file, asked = read_asked(form, task, service.config)
             wanted = service.request(asked)  # what does not fit the model is said before its audio is read
-            audio = replace(await client.wait_for(_read(service, file)), upload=upload)
-        finally:
+        except BaseException:
             await form.close()
+            raise
+        audio = replace(await client.wait_for(_read(service, file)), upload=upload)
+        stack.callback(audio.close)
         stack.enter_context(service.room_for(audio))  # before a stream begins, whose status is 200
         if asked.stream:
             return _Stream(_events(service, client, audio, asked, wanted), stack.pop_all())
@@ -313,6 +342,8 @@ async def _events(
     except StopAsyncIteration:
         done = {"type": "transcript.text.done", "text": text, "usage": _usage(audio), "language": language}
         done["duration"] = round(audio.seconds, 3)
+        if audio.warnings:
+            done["warnings"] = list(audio.warnings)
         yield _event(done | {"timing": _milliseconds(audio, timing)})
     except ApiError as error:
         yield _event(error.body)
@@ -358,6 +389,8 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
         "duration": round(audio.seconds, 3),
         **whisper_json(text, segments, language),
     }
+    if audio.warnings:
+        value["warnings"] = list(audio.warnings)
     value["language"] = asked.to_language or "en" if asked.task == "translate" else language
     words = [word for segment in value["segments"] for word in segment.pop("words", [])]
     if "word" in asked.granularities:

@@ -14,7 +14,8 @@ class ServiceConfig:
     keys: frozenset[str] = frozenset()
     """API keys; a request must have one of them. Empty: everybody may ask."""
     hosts: frozenset[str] | None = None
-    """Names under which the service may be addressed; None: any."""
+    """Names and addresses under which the service may be addressed, without a port, in lower case; with
+    `ANY_ADDRESS` among them every IP address; None: any."""
     lang: str | None = None
     """Language of requests that name none."""
     languages: tuple[str, ...] = ()

@@ -1,14 +1,10 @@
 """What clients may ask, in the words of OpenAI's audio API, and what they are told when it cannot be done."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive
 
 from canter.errors import CanterError, ConfigError
 from canter.serving.config import ServiceConfig
@@ -21,7 +17,6 @@ FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
 }  # fmt: skip
-FORM_BYTES = 2**20  # of a field that is not the file
 
 
 class ApiError(CanterError):
@@ -62,52 +57,6 @@ class Asked:
         if "word" in self.granularities:
             return "word"
         return "segment" if self.stream or self.response_format in ("srt", "vtt", "verbose_json") else "none"
-
-
-async def read_form(request: Request, config: ServiceConfig) -> FormData:
-    """The multipart body, its file spooled to disk. Raises ApiError for one that is too large (before it is
-    read, where its length is stated), too slow, cut off or no form."""
-    kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
-        raise ApiError(
-            415, f"the body is {kind or 'of no stated type'}; send multipart/form-data with a 'file'"
-        )
-    stated = request.headers.get("content-length", "0")
-    if not stated.isdecimal() or int(stated) > config.max_bytes:
-        raise _too_large(config)
-    limited = Request(request.scope, _at_most(request.receive, config))
-    try:
-        async with asyncio.timeout(config.upload_timeout):
-            return await limited.form(max_files=1, max_fields=len(FIELDS) + 8, max_part_size=FORM_BYTES)
-    except TimeoutError:
-        raise ApiError(
-            408, f"the body did not arrive within {config.upload_timeout:g} s", code="upload_timeout"
-        ) from None
-    except HTTPException as error:  # what Starlette makes of a malformed form
-        raise ApiError(400, f"the form cannot be read: {error.detail}") from None
-    except ClientDisconnect:
-        raise ApiError(499, "the client left") from None
-
-
-def _too_large(config: ServiceConfig) -> ApiError:
-    return ApiError(
-        413, f"the body is over {config.max_bytes / 2**20:g} MiB; send less audio, or compress it", "file"
-    )
-
-
-def _at_most(receive: Receive, config: ServiceConfig) -> Receive:
-    """``receive``, which raises ApiError once more has come than may be."""
-    got = 0
-
-    async def limited() -> Message:
-        nonlocal got
-        message = await receive()
-        got += len(message.get("body", b""))
-        if got > config.max_bytes:
-            raise _too_large(config)
-        return message
-
-    return limited
 
 
 def read_asked(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, Asked]:

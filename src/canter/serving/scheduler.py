@@ -2,11 +2,16 @@
 what nobody waits for any more."""
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+import numpy as np
 
 from canter.errors import CanterError
 from canter.inference.capacity import encoder_batches
@@ -30,6 +35,36 @@ class Timing:
     features: float = 0.0
     encoder: float = 0.0
     decoder: float = 0.0
+
+
+class Stored:
+    """Samples on disk, in place of an array in a request that waits; the scheduler reads them when the engine takes the
+    request."""
+
+    def __init__(self, file: BinaryIO, place: int, samples: int):
+        """``place``: the first byte of so many float32 ``samples``."""
+        self._file, self._place, self._samples = file, place, samples
+        self._array: weakref.ref[np.ndarray] | None = None  # requests that wait for the same audio share it
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def read(self) -> np.ndarray:
+        """Return the samples (S,). Raises OSError or ValueError where the file is damaged or closed."""
+        found = self._array() if self._array else None
+        if found is None:
+            found = np.frombuffer(self._bytes(), np.float32)
+            self._array = weakref.ref(found)
+        return found
+
+    def _bytes(self) -> bytearray:
+        data, size = bytearray(), 4 * self._samples
+        while len(data) < size:
+            more = os.pread(self._file.fileno(), size - len(data), self._place + len(data))
+            if not more:
+                raise OSError("the file ends early")
+            data += more
+        return data
 
 
 @dataclass(frozen=True)
@@ -63,8 +98,14 @@ class _Entry:
 
     def __init__(self, ticket: Ticket, piece: int, request: Request, frames: int):
         self.ticket, self.piece, self.frames = ticket, piece, frames
-        self.request = replace(request, key=self)
+        self.request = request
         self.attempts = 0
+
+    def loaded(self) -> Request:
+        """Return the request with its audio in memory. Only the engine holds that: a hypothesis that waits for its
+        client holds none. Raises what `Stored.read` does."""
+        stored = {name: one.read() for name, one in vars(self.request).items() if isinstance(one, Stored)}
+        return replace(self.request, key=self, **stored)
 
 
 class Scheduler:
@@ -163,7 +204,21 @@ class Scheduler:
                         entry.ticket.turn = self._turn
                         entry.attempts += 1
                     self._inside |= {*batch}
-            yield [entry.request for entry in batch]
+            yield self._loaded(batch)
+
+    def _loaded(self, batch: list[_Entry]) -> list[Request]:
+        """Return the requests of a batch with their audio; an entry whose audio cannot be read fails by itself."""
+        found: list[Request] = []
+        for entry in batch:
+            try:
+                found.append(entry.loaded())
+            except (OSError, ValueError) as error:  # ValueError: the file is closed, its client has left
+                with self._changed:
+                    expected = entry in self._inside
+                    self._inside.discard(entry)
+                if expected:
+                    self._deliver(entry, None, EngineFailure(f"the audio cannot be read: {error}"))
+        return found
 
     def _take(self) -> list[_Entry]:
         """The batch of the piece whose turn it is, its neighbours in length with it. A piece that was there

@@ -1,22 +1,18 @@
 """From an upload to the segments of its transcript, through the one engine that all requests share."""
 
 import asyncio
-import os
 import re
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
-import soundfile
 
-from canter.corpus.audio import MOST_CHANNELS, MOST_RATE, audio_blocks
+from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine import Engine
@@ -28,14 +24,35 @@ from canter.inference.transcribe import Listener, TranscribeConfig
 from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
 from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
-from canter.serving.scheduler import Outcome, Scheduler, Timing
+from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
+from canter.serving.upload import anonymous_file, disk_told, path_of, write_all
 from canter.text.languages import is_said, resolve
 from canter.text.whisper import WhisperTokenizer
 
 _FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
-UNSTATED = 2**62  # frames from here on: libsndfile's word for a header that does not say
+
+
+class Samples:
+    """The samples of an upload in a file without a name, so that hours of them wait without filling memory."""
+
+    def __init__(self) -> None:
+        with disk_told():
+            self._file = anonymous_file()
+        self._bytes = 0
+
+    def add(self, samples: np.ndarray) -> Stored:
+        """Append ``samples`` (S,) float32, and return where they are. Raises ApiError (507) where the disk is full."""
+        place = self._bytes
+        data = samples.astype(np.float32, copy=False).tobytes()
+        with disk_told():
+            write_all(self._file, data)
+        self._bytes += len(data)
+        return Stored(self._file, place, len(samples))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -43,12 +60,19 @@ class Audio:
     """An upload, decoded."""
 
     pieces: list[Piece]
-    """What the model takes at once, of long audio where somebody speaks."""
+    """What the model takes at once, of long audio where somebody speaks; their samples are `Stored`."""
+    samples: Samples
+    """The file in which all of them lie."""
     seconds: float
     reading: float
     """Seconds that decoding and cutting took."""
     upload: float = 0.0
     """Seconds that it took to arrive."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with it: losses, channels that cancel each other out."""
+
+    def close(self) -> None:
+        self.samples.close()
 
 
 @dataclass(frozen=True)
@@ -116,9 +140,12 @@ class Service:
     async def warm_up(self) -> None:
         """Decodes a second of silence, so that the first request finds everything in place."""
         asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
-        audio = Audio([Piece(0.0, np.zeros(self.rate, np.float32))], 1.0, 0.0)
-        async for _ in self.segments(audio, asked, self.request(asked)):
-            pass
+        audio = self._stored([Piece(0.0, np.zeros(self.rate, np.float32))])
+        try:
+            async for _ in self.segments(audio, asked, self.request(asked)):
+                pass
+        finally:
+            audio.close()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -147,65 +174,93 @@ class Service:
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
 
     async def read(self, file: BinaryIO, name: str) -> Audio:
-        """The samples of an upload. Raises ApiError (400) for what is no audio, damaged, or too long. Whoever
-        stops waiting stops the reading too: a thread would go on with what nobody wants."""
+        """Decode an upload, whose ``file`` (open, on disk) is closed once nothing reads it; close the result too.
+
+        Raises ApiError: 400 for what is no audio, damaged, or too long, 507 where the disk is full. Whoever stops
+        waiting stops the reading too: a thread would go on with what nobody wants.
+        """
         stop = threading.Event()
         self._reading.add(stop)
         try:
-            running = asyncio.get_running_loop()
-            return await running.run_in_executor(self._readers, self._read, file, name, stop)
+            running = self._readers.submit(self._read, file, name, stop)
+        except RuntimeError:  # it does not take any more
+            file.close()
+            self._reading.discard(stop)
+            raise _closing() from None
+        running.add_done_callback(lambda _: file.close())
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            running.add_done_callback(_discard)
+            raise
         finally:
             stop.set()
             self._reading.discard(stop)
 
     def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
-        begun = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="canter-") as folder:
-            path = os.path.join(folder, "upload")
-            with open(path, "wb") as target:
-                file.seek(0)
-                shutil.copyfileobj(file, target, 2**20)
-            try:
-                samples = np.concatenate([*self._blocks(path, name, stop)])
-            except AudioError as error:
-                text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
-                raise ApiError(400, text, "file", "invalid_audio") from None
-        listener, seconds, pieces = self.listeners["none"], len(samples) / self.rate, []
-        if seconds <= listener.window:
-            pieces = [Piece(0.0, samples)]
-        else:
-            for piece in listener.pieces([samples]):
-                _go_on(stop)
-                pieces.append(piece)
-        return Audio(pieces, seconds, time.perf_counter() - begun)
+        begun, path, heard, warnings = time.perf_counter(), path_of(file), 0, list[str]()
 
-    def _blocks(self, path: str, name: str, stop: threading.Event) -> Iterator[np.ndarray]:
-        """The upload's samples, in runs (S,) that take a moment each."""
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal heard
+            for block in self._blocks(path, name, stop, warnings):
+                heard += len(block)
+                yield block
+
+        try:
+            audio = self._stored(self._pieces(counted()))
+        except AudioError as error:
+            text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
+            raise ApiError(400, text, "file", "invalid_audio") from None
+        seconds, reading = heard / self.rate, time.perf_counter() - begun
+        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))
+
+    def _pieces(self, blocks: Iterator[np.ndarray]) -> Iterator[Piece]:
+        """Yield audio that fits the model's window as it is, and longer audio in pieces."""
+        listener, begun, samples = self.listeners["none"], list[np.ndarray](), 0
+        for block in blocks:
+            begun.append(block)
+            samples += len(block)
+            if samples > listener.window * self.rate:
+                yield from listener.pieces(_chained(begun, blocks))
+                return
+        if begun:
+            yield Piece(0.0, np.concatenate(begun))
+
+    def _stored(self, pieces: Iterable[Piece]) -> Audio:
+        """Return the pieces as an upload whose samples are on disk."""
+        samples, kept = Samples(), list[Piece]()
+        try:
+            for piece in pieces:
+                # In place of an array: what waits is only asked for its length, and the scheduler reads it.
+                kept.append(replace(piece, samples=cast(np.ndarray, samples.add(piece.samples))))
+        except BaseException:
+            samples.close()
+            raise
+        return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
+
+    def _blocks(
+        self, path: str, name: str, stop: threading.Event, warnings: list[str]
+    ) -> Iterator[np.ndarray]:
+        """Yield the upload's samples in blocks (S,) that take a moment each, and note what is
+        damaged."""
         density, heard = self._density(path, name), 0
-        for block in audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density)):
+        blocks = audio_blocks(
+            Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True
+        )
+        for block in blocks:
             _go_on(stop)
             heard += len(block)
             self._check_length(heard / self.rate, density, name)
             yield block
+        warnings += blocks.warnings
 
     def _density(self, path: str, name: str) -> int:
         """Values that a second of the upload is decoded to, channels counted. Raises ApiError for what its
         header alone tells to be too much."""
-        try:
-            header = soundfile.info(path)
-        except soundfile.LibsndfileError:
-            return self.rate  # for FFmpeg, or no audio at all: reading it tells
-        if header.samplerate > MOST_RATE or header.channels > MOST_CHANNELS:
-            raise ApiError(
-                400,
-                f"{name} has {header.channels} channels at {header.samplerate:,} Hz, over the limit of "
-                f"{MOST_CHANNELS} at {MOST_RATE:,}: convert it to 16 kHz",
-                "file",
-                "invalid_audio",
-            )
-        density = header.samplerate * header.channels
-        if header.frames < UNSTATED:
-            self._check_length(header.frames / header.samplerate, density, name)
+        header = audio_info(path)
+        density = header.rate * header.channels
+        if header.seconds is not None:
+            self._check_length(header.seconds, density, name)
         return density
 
     def _check_length(self, seconds: float, density: int, name: str) -> None:
@@ -292,9 +347,26 @@ class Service:
                 self.scheduler.cancel(ticket)
 
 
+def _discard(running: "Future[Audio]") -> None:
+    """Close the result of a reading that nobody waits for any more."""
+    if not running.cancelled() and running.exception() is None:
+        running.result().close()
+
+
+def _chained(begun: list[np.ndarray], blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the blocks in ``begun``, which is emptied meanwhile, and then the others."""
+    while begun:
+        yield begun.pop(0)
+    yield from blocks
+
+
 def _go_on(stop: threading.Event) -> None:
     if stop.is_set():  # nobody hears this, unless the service is closing
-        raise ApiError(503, "the service is shutting down", code="overloaded")
+        raise _closing()
+
+
+def _closing() -> ApiError:
+    return ApiError(503, "the service is shutting down", code="overloaded")
 
 
 def joint(text: str, more: str) -> str:

@@ -13,6 +13,7 @@ from canter.planning.metrics import BatchTable
 from canter.training.config import TrainConfig
 from canter.training.defaults import EPOCH_STEPS, RUN_STEPS, least_steps
 
+MADE_BY = "made_by"  # in measured_on: the budget is one that a run measured for itself
 LEAST_SECONDS = 4.0  # of audio in an optimiser step: not even for more updates are steps smaller
 FIXED_SHARE = 0.05  # of a step on a CPU: where its fixed part takes less, larger batches are no faster
 CPU_SECONDS = 24.0, 120.0  # of padded audio in a micro-batch, between which that bound lies
@@ -41,12 +42,13 @@ def choose_limits(
 
     - An epoch has at least 50 optimiser steps, and the run at least 1000 from scratch or 200 with --init; but a step
       has at least 4 s of audio.
-    - On a CPU, without --budget, a micro-batch is no longer than it takes for the fixed part of its step to be 5 % of
-      the time.
+    - On a CPU, without --budget or with one that another run measured, a micro-batch is no longer than it takes for the
+      fixed part of its step to be 5 % of the time.
     """
     if config.batch_seconds != "auto":
         return BatchLimits(config.batch_seconds, config.min_steps or 1)
-    seconds = cpu_seconds(index, budget) if on_cpu and config.budget is None else None
+    by_a_run = config.budget is None or MADE_BY in budget.measured_on
+    seconds = cpu_seconds(index, budget) if on_cpu and by_a_run else None
     if config.min_steps is not None:
         return BatchLimits(seconds, config.min_steps, "the CPU")
     wanted, by = least_steps(config), "an epoch"

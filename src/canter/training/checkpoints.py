@@ -1,10 +1,10 @@
 """The checkpoints of a run: copied in a moment, written by a thread beside the next steps, whole or not at all, and
 verified by their checksums before a run goes on from them."""
 
+import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,16 @@ from canter.errors import CanterError, CheckpointError
 from canter.models.checkpoint import read_weights, save_model
 from canter.models.files import read_tensors
 from canter.models.model import SpeechModel
+from canter.models.torchfile import load_saved
 from canter.text import Characters
 
 STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors"
 CHECKSUMS = "checksums.json"
+VERIFIED = "checksums"  # in the state: the checkpoint was written with checksums
+CONFIG, SETTLED = "config.yaml", "run.json"  # of the run, of which each checkpoint has a copy
 BEST = "best.json"
 DAMAGED = ".damaged-"
+MOST_OPERATIONS = 10_000_000  # opcodes of the optimisers' pickle: a tensor takes about 45
 NAME = re.compile(r"step-\d+")
 
 
@@ -89,9 +93,14 @@ class Checkpoints:
                 one.result()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
                 told = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                whole = self.whole()
+                onward = (
+                    f"the one before is whole ({whole[-1].name}): make room there, and the same command goes on from it"
+                    if whole
+                    else "none was saved before it: make room there, and the same command starts from the first step"
+                )
                 raise CanterError(
-                    f"{self.folder}: the checkpoint could not be written ({told}); the one before is whole: make room "
-                    "there, and the same command goes on from it"
+                    f"{self.folder}: the checkpoint could not be written ({told}); {onward}"
                 ) from error
 
     def path(self, step: int) -> Path:
@@ -101,6 +110,23 @@ class Checkpoints:
         final = self.path(snapshot.state["step"])
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._fill(partial, snapshot, model, characters)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room for half of one
+            raise
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        to_disk(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._prune()
+
+    def _fill(
+        self, partial: Path, snapshot: Snapshot, model: SpeechModel, characters: Characters | None
+    ) -> None:
+        """Write the files of a checkpoint and have the system write them out."""
         save_model(model, partial, weights=snapshot.average or snapshot.weights)
         if characters is not None:
             characters.save(partial)
@@ -109,20 +135,16 @@ class Checkpoints:
         torch.save(snapshot.optimizers, beside / OPTIMIZERS)
         if snapshot.average is not None:
             save_file({k: v.contiguous() for k, v in snapshot.weights.items()}, beside / WEIGHTS)
-        write_whole(beside / STATE, json.dumps(snapshot.state, indent=2) + "\n")
+        for name in (CONFIG, SETTLED):
+            if (self.folder.parent / name).is_file():
+                shutil.copyfile(self.folder.parent / name, beside / name)
+        write_whole(beside / STATE, json.dumps(snapshot.state | {VERIFIED: True}, indent=2) + "\n")
         sums = {
             str(file.relative_to(partial)): checksum(file) for file in partial.rglob("*") if file.is_file()
         }
         write_whole(beside / CHECKSUMS, json.dumps(sums, indent=2, sort_keys=True) + "\n")
         for file in (*partial.rglob("*"), partial, *self.logs):
             to_disk(file)
-        replaced = final.with_name(f".{final.name}.replaced")
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        to_disk(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._prune()
 
     def _prune(self) -> None:
         best = self.best()
@@ -136,31 +158,62 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         """Checkpoints that were written to their end, oldest first."""
-        found = [path.parent.parent for path in self.folder.glob(f"step-*/training/{STATE}")]
-        return sorted(
-            (path for path in found if NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
-        )
+        return [path for path in self._all() if (path / "training" / STATE).exists()]
 
     def best(self) -> dict[str, Any] | None:
-        """{"checkpoint", "wer", "set"}, and "bleu" of translations, of the best validation so far."""
+        """Return {"checkpoint", "wer", "set"}, and "bleu" of translations, of the best validation so far; None without
+        any. Raises CheckpointError where the file is damaged."""
         path = self.folder / BEST
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            best = json.loads(path.read_text(encoding="utf-8"))
+            if not NAME.fullmatch(best["checkpoint"]):
+                raise ValueError(f"checkpoint is {best['checkpoint']!r}")
+            numbers = [best["wer"], *([best["bleu"]] if "bleu" in best else [])]
+            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+                raise ValueError(f"{numbers} are no scores")
+            return best
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error!r}); remove it, and the next validation counts as the best, or put it "
+                'back: its checkpoint, WER and set are in the "valid" lines of metrics.jsonl'
+            ) from None
 
     def tidy(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Removes what a killed run left half-written, and sets aside newest checkpoints that are damaged, saying
-        so: the one before then is the newest."""
+        """Remove what a killed run left half-written, and set aside newest checkpoints that are damaged, saying so:
+        the one before then is the newest.
+
+        Raises CheckpointError where none is sound, or best.json is damaged.
+        """
         for left in (*self.folder.glob(".step-*"), *self.folder.glob("..step-*")):
             shutil.rmtree(left, ignore_errors=True)
-        for folder in reversed(self.whole()):
+        self.best()
+        damaged: list[tuple[Path, str]] = []
+        for folder in reversed(self._all()):
             problem = damage(folder)
-            if problem is None:
-                return
-            aside = folder.with_name(f"{DAMAGED}{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            before = self.whole()
-            onward = f"going on from {before[-1].name}" if before else "starting from the first step"
-            say(f"{folder} is damaged ({problem}), put aside as {aside.name}; {onward}")
+            if problem is not None:
+                damaged.append((folder, problem))
+                continue
+            if not (folder / "training" / CHECKSUMS).exists():
+                say(f"{folder} has no checksums, as an older Canter wrote it: taken without being verified")
+            for one, why in damaged:
+                aside = one.with_name(f"{DAMAGED}{one.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                one.rename(aside)
+                say(f"{one} is damaged ({why}), put aside as {aside.name}; going on from {folder.name}")
+            return
+        if damaged:
+            folder, problem = damaged[0]
+            raise CheckpointError(
+                f"{folder} is damaged ({problem}), and there is no sound checkpoint before it: put its files back from "
+                f"a copy, or remove {self.folder} to start from the first step"
+            )
+
+    def _all(self) -> list[Path]:
+        """All folders with the name of a checkpoint, oldest first."""
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def read_snapshot(folder: Path, model: Any = None) -> Snapshot:
@@ -170,10 +223,17 @@ def read_snapshot(folder: Path, model: Any = None) -> Snapshot:
     beside = folder / "training"
     try:
         state = json.loads((beside / STATE).read_text(encoding="utf-8"))
-        optimizers = torch.load(beside / OPTIMIZERS, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state.pop(VERIFIED, None)
+        with open(beside / OPTIMIZERS, "rb") as file:
+            optimizers = load_saved(file, OPTIMIZERS, MOST_OPERATIONS)
+        for one in optimizers:
+            names = [name for group in one["param_groups"] for name in group["params"]]
+            if not all(isinstance(values, dict) for values in one["state"].values()):
+                raise ValueError(f"{OPTIMIZERS} holds no optimiser state of {len(names)} parameters")
+    except Exception as error:  # what bytes that were changed make torch.load raise is of any kind
         raise CheckpointError(
-            f"{beside}: training state is damaged ({str(error)[:200]}); remove {folder} to go on from the one before it"
+            f"{beside}: training state is damaged ({' '.join(str(error).split())[:200]}); remove {folder} to go on "
+            "from the one before it"
         ) from None
     weights = read_weights(folder, model)
     if (beside / WEIGHTS).exists():
@@ -182,16 +242,24 @@ def read_snapshot(folder: Path, model: Any = None) -> Snapshot:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where each is as it was written, or none has a checksum."""
-    listed = folder / "training" / CHECKSUMS
-    if not listed.exists():
-        return None
+    """Return what is wrong with a checkpoint's files; None where each is as it was written, or where an older Canter
+    wrote them without checksums."""
+    listed, state = folder / "training" / CHECKSUMS, folder / "training" / STATE
     try:
+        if not listed.exists():
+            held = json.loads(state.read_text(encoding="utf-8"))
+            return f"training/{CHECKSUMS} is missing" if VERIFIED in held else None
         sums = json.loads(listed.read_text(encoding="utf-8"))
         for name, expected in sums.items():
             if checksum(folder / name) != expected:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+        written = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".pt")]
+        for path in written:
+            if path != listed and str(path.relative_to(folder)) not in sums:
+                return f"{path.relative_to(folder)} has no checksum"
+    except FileNotFoundError as error:
+        return f"{os.path.relpath(error.filename, folder)} is missing"
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{getattr(error, 'filename', None) or listed.name} cannot be read"
     return None
 
@@ -202,14 +270,24 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def text_checksum(text: str) -> str:
+    """32 hex digits over a text (BLAKE2b)."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def write_whole(path: Path, content: str) -> None:
     """Writes a text file so that it is there whole or as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     to_disk(path.parent)
 
 

@@ -25,8 +25,8 @@ from canter.untrusted import read_yaml_value
 # fmt: off
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
-    "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "track", "log_utterances", "allow_changes",
-    "largest_first",
+    "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "data_timeout", "track", "log_utterances",
+    "allow_changes", "largest_first",
 ))
 # fmt: on
 
@@ -38,7 +38,7 @@ LIMITS = (
      "model.mels model.positions optimizer.matrix_every", lambda value: value >= 1, "at least 1"),
     ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
     ("optimizer.clip", lambda value: value > 0, "positive"),
-    ("minutes steps epochs rank_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
+    ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
      lambda value: 0 < value < math.inf, "positive and finite"),
     ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
@@ -162,12 +162,21 @@ class TrainConfig:
     """Number of optimiser steps (default: --minutes or --epochs decides)."""
     epochs: float = 20.0
     """Passes over the data, if neither --steps nor --minutes is given."""
+    text_column: str | None = None
+    """Column, or key of JSON, with the text of a manifest (default: text, sentence, transcription or another customary
+    name). Manifests of --valid have the same columns."""
+    lang_column: str | None = None
+    """Column with the language (default: lang, language, locale or lang_id)."""
+    audio_column: str | None = None
+    """Column with the audio or its path (default: audio_filepath, audio, file_name, path or another customary name)."""
     budget: Path | None = None
     """Memory budget and step times, as 'canter tune' writes them (default: measured at the start of the run)."""
     strategy: str = "balanced"
     """Batching strategy: random, duration, bucket_1d, bucket_2d or balanced; 'canter compare' shows what each gives."""
     mixing: float | None = None
     """Mixing of 'balanced': 0 pads least, larger numbers mix more (default: 1)."""
+    mix_steps: bool = False
+    """With 'balanced': shrink some batches so that every optimiser step holds short and long utterances."""
     batch_seconds: float | Literal["auto"] | None = "auto"
     """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, less where the run would have
     too few updates or, on a CPU, where larger batches are no faster. none: fill the memory budget whatever the set."""
@@ -219,6 +228,8 @@ class TrainConfig:
     """Stop after this many consecutive non-finite steps (each is skipped)."""
     rank_timeout: float = 60.0
     """Seconds without a sign of life after which a rank counts as dead and the others stop."""
+    data_timeout: float = 300.0
+    """Seconds without data after which the run saves a checkpoint and ends, naming the files that it waits for."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
     log_utterances: bool = True

@@ -1,30 +1,84 @@
 """A run's training data before it is batched: its rows, the tokenizer, the length index; found, or made once."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from canter.corpus.build import build_index
-from canter.corpus.counting import prompt_length
-from canter.corpus.index import LengthIndex, Source
-from canter.corpus.manifest import Utterance
-from canter.corpus.mixture import leaves, mixture_of
-from canter.corpus.sources import open_source
+from canter.corpus.columns import Columns
+from canter.corpus.counting import PromptCheck, prompt_length
+from canter.corpus.index import VERIFIED_ROWS, LengthIndex
+from canter.corpus.manifest import Problem, Utterance, no_usable_row
+from canter.corpus.mixture import Group, leaves, sources_of
+from canter.corpus.sources import open_source, read_unit, units_of
 from canter.errors import ConfigError
 from canter.inference.transcribe import checkpoint_of
 from canter.models.model import SpeechModel
 from canter.text import Characters, load_tokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
+from canter.training.data import prompt_and_text
 from canter.training.run import Run
+
+
+def columns_of(config: TrainConfig) -> Columns:
+    """Return the columns that the configuration names."""
+    return Columns(config.text_column or "", config.lang_column or "", config.audio_column or "")
 
 
 def utterances(config: TrainConfig) -> Iterator[Utterance]:
     """The rows of the training manifests, with the tags of their sources."""
-    mixture = mixture_of(config.manifest)
-    for source in leaves(mixture) if mixture else (Source(str(path)) for path in config.manifest):
-        for row in open_source(source.path, audio=source.audio):
+    sources = sources_of(config.manifest, columns_of(config))
+    for source in leaves(sources) if isinstance(sources, Group) else sources:
+        for row in open_source(source.path, audio=source.audio, columns=source.columns):
             if isinstance(row, Utterance):
                 yield source.tagged(row)
+
+
+Numbered = tuple[str, int, Utterance | Problem]
+"""The file that a row is of, its line, and what it holds."""
+
+
+def validation_rows(config: TrainConfig) -> list[Numbered]:
+    """Return the rows of the validation manifests. Raises ManifestError for one that has none to use."""
+    found: list[Numbered] = []
+    columns = columns_of(config)
+    for path in config.valid:
+        for unit in units_of(str(path), columns=columns):
+            found += ((unit.path, line, row) for line, row in read_unit(unit, columns=columns))
+    return found
+
+
+def usable_rows(
+    rows: Iterable[Numbered], tokenizer: Any, longest_seconds: float, most_tokens: float
+) -> tuple[list[Utterance], list[Problem]]:
+    """Return the utterances that the model can take, by what their rows say, and a problem for each other row.
+
+    Raises ManifestError where there are rows but none can be used.
+    """
+    usable: list[Utterance] = []
+    problems: list[Problem] = []
+    prompts = PromptCheck(tokenizer)
+    for file, line, row in rows:
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        reason = prompts.fault(row)
+        if reason is None and row.duration > longest_seconds:
+            reason = f"longer than the model takes: {row.duration:g} s, at most {longest_seconds:g} s"
+        if reason is None and math.isfinite(most_tokens):
+            prompt, text = prompt_and_text(tokenizer, row)
+            count = len(prompt) + len(text) + 1  # the end token
+            if count > most_tokens:
+                reason = f"more tokens than the model has positions for: {count}, at most {most_tokens}"
+        if reason is None:
+            usable.append(row)
+        else:
+            problems.append(Problem(file, line, reason))
+    if problems and not usable:
+        raise no_usable_row("--valid", problems)
+    return usable, problems
 
 
 def find_tokenizer(
@@ -70,8 +124,14 @@ def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthInd
     """The run's length index, built where it is not there yet."""
     path = run.folder / "lengths.arrow"
     if path.exists():
-        return LengthIndex.open(path)
-    sources = mixture_of(config.manifest) or config.manifest
+        index = LengthIndex.open(path)
+        if run.writes and len(index) > VERIFIED_ROWS:
+            index.verify()
+        return index
     return build_index(
-        sources, path, tokenizer, prompt_tokens=prompt_length(tokenizer, utterances(config)), progress=True
+        sources_of(config.manifest, columns_of(config)),
+        path,
+        tokenizer,
+        prompt_tokens=prompt_length(tokenizer, utterances(config)),
+        progress=True,
     )

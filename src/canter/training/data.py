@@ -1,16 +1,16 @@
 """Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
 
+import copy
+import errno
 import math
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,15 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem, Utterance
 from canter.errors import AudioError, CanterError, ManifestError
 from canter.models.model import Batch
+from canter.processes import end_with_parent, ignore_signals
 from canter.text import Characters, Tokenizer
 from canter.training.speed import speeds_of
+from canter.training.waiting import Patience, Puller, children_of, prefetch_within_limit
 
 SECONDS_TOLERANCE = 0.25
 SHARE_TOLERANCE = 0.1
+MOST_NAMED = 8  # files that a message names
+MORE_FILES = "raise the limit on open files (ulimit -n) or take fewer --workers"
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class MicroBatches(torch.utils.data.Dataset):
         self.index, self.tokenizer, self.characters = index, tokenizer, characters
         self.sample_rate, self.speeds, self.seed = sample_rate, speeds, seed
         self.longest_seconds, self.most_tokens = longest_seconds, most_tokens
+        self.reading: Tensor | None = None
+        """Row that each worker is reading, -1 for none (workers,), in memory that they share."""
 
     def __getitem__(self, address: Address) -> Loaded:
         examples, skipped = [], []
@@ -93,6 +99,7 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.speeds:
             speeds = speeds_of(address.rows, self.seed, address.epoch, self.speeds)
         for row, speed in zip(address.rows.tolist(), speeds.tolist()):
+            self._note(row)
             try:
                 utterance = self.index.utterance(row)
             except ManifestError as error:  # not one bad file: the whole plan is of another manifest
@@ -100,8 +107,23 @@ class MicroBatches(torch.utils.data.Dataset):
             try:
                 examples.append(self.example(utterance, row, speed))
             except AudioError as error:
+                if _out_of_files(error):  # not one bad file
+                    return Loaded(address, None, skipped, CanterError(f"{error}; {MORE_FILES}"))
                 skipped.append(Problem(utterance.audio_filepath, row, str(error)))
+        self._note(-1)
         return Loaded(address, collate(examples, self.tokenizer.pad) if examples else None, skipped)
+
+    def _note(self, row: int) -> None:
+        if self.reading is not None:
+            worker = torch.utils.data.get_worker_info()
+            self.reading[worker.id if worker else 0] = row
+
+    def being_read(self) -> str:
+        """Return the rows that are being read now, with their files."""
+        rows = [row for row in ([] if self.reading is None else self.reading.tolist()) if row >= 0]
+        return ", ".join(
+            f"row {row} ({self.index.utterance(row).audio_filepath})" for row in rows[:MOST_NAMED]
+        )
 
     def example(self, utterance: Utterance, row: int = -1, speed: float = 1.0) -> Example:
         """Audio and targets of one utterance, spoken ``speed`` times as fast. Raises AudioError where the file is
@@ -123,8 +145,8 @@ class MicroBatches(torch.utils.data.Dataset):
                 f"{utterance.audio_filepath}: {len(audio) / self.sample_rate:.2f} s are more than the "
                 f"{self.longest_seconds:g} s that the model takes; cut it"
             )
-        prompt = self.tokenizer.prompt(utterance)
-        tokens = [*prompt, *self.tokenizer.encode(utterance.text, utterance.lang), self.tokenizer.end]
+        prompt, text = prompt_and_text(self.tokenizer, utterance)
+        tokens = [*prompt, *text, self.tokenizer.end]
         if len(tokens) > self.most_tokens:
             raise AudioError(
                 f"{utterance.audio_filepath}: its text has {len(tokens)} tokens with prompt and end, more than the "
@@ -132,6 +154,15 @@ class MicroBatches(torch.utils.data.Dataset):
             )
         characters = self.characters.encode(utterance.text) if self.characters else []
         return Example(audio, tokens, len(prompt), characters, row)
+
+
+def prompt_and_text(tokenizer: Tokenizer, utterance: Utterance) -> tuple[list[int], list[int]]:
+    """Return the token ids of an utterance's prompt and of its text. Raises AudioError, naming the utterance, where its
+    language or task is none of the tokenizer's."""
+    try:
+        return tokenizer.prompt(utterance), tokenizer.encode(utterance.text, utterance.text_lang)
+    except (CanterError, ValueError, KeyError) as error:
+        raise AudioError(f"{utterance.audio_filepath}: prompt cannot be made: {error}") from None
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
@@ -161,8 +192,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
 def start_worker(_: int) -> None:
     """Has a data worker end with the process that it works for, however that ends, and not before: Ctrl-C reaches
     every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still needs its data."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals(signal.SIGINT, signal.SIGTERM)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -176,13 +206,7 @@ def start_worker(_: int) -> None:
             os._exit(1)
 
     sys.excepthook = complain
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """DataLoader's own watchdog looks at the fork server, which waits for the workers."""
-    parent.join()
-    os._exit(1)
+    end_with_parent()  # DataLoader's own watchdog looks at the fork server, which waits for the workers
 
 
 def _start_server() -> None:
@@ -206,16 +230,35 @@ class _Stream(torch.utils.data.Sampler):
         return self.addresses
 
 
+def _out_of_files(error: BaseException) -> bool:
+    """Return whether a file could not be opened because too many are open."""
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def load_ahead(
-    dataset: MicroBatches, addresses: Iterator[Address], workers: int, pin: bool = False
-) -> Iterator[Loaded]:
-    """Micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: this one)."""
+    dataset: MicroBatches,
+    addresses: Iterator[Address],
+    workers: int,
+    pin: bool = False,
+    patience: Patience | None = None,
+    held: int = 1,
+) -> Generator[Loaded]:
+    """Micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: a thread of this one).
+
+    ``held`` of them are in use at a time. Raises CanterError where data does not come within ``patience.limit``, and
+    StoppedWaitingError where the run is asked to stop while it waits.
+    """
+    patience = patience or Patience()
+    dataset = copy.copy(dataset)
+    dataset.reading = torch.full((max(1, workers),), -1).share_memory_()
     context: dict[str, Any] = {}
     if workers:
+        prefetch = prefetch_within_limit(workers, held, patience.say)
         _start_server()
         context = {
             "multiprocessing_context": "forkserver",
-            "prefetch_factor": 8,
+            "prefetch_factor": prefetch,
             "worker_init_fn": start_worker,
         }
     with warnings.catch_warnings():
@@ -230,16 +273,30 @@ def load_ahead(
             pin_memory=pin,
             **context,
         )
-        micro_batches = iter(loader)
+        micro_batches, children = children_of(lambda: iter(loader))
+    puller = Puller(micro_batches, children, dataset.being_read)
+    del micro_batches  # it ends with the puller
     try:
-        for one in micro_batches:
+        while (one := _next_of(puller, patience)) is not None:
             if one.fatal is not None:
                 raise one.fatal
             yield one
     except RuntimeError as error:
+        if "Too many open files" in str(error):
+            raise CanterError(f"data workers have too many open files; {MORE_FILES}") from None
         if "DataLoader worker" in str(error):
             raise CanterError(
                 f"a data worker died: {error}. Was it out of memory? Try fewer --workers; the run continues where "
                 "its last checkpoint is"
             ) from None
         raise
+    finally:
+        puller.close()
+
+
+def _next_of(puller: Puller[Loaded], patience: Patience) -> Loaded | None:
+    """Return the next micro-batch, None at the end: a generator must not raise StopIteration."""
+    try:
+        return puller.next(patience)
+    except StopIteration:
+        return None

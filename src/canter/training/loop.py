@@ -1,9 +1,11 @@
 """The training loop: the plan's steps, one after another, shared out to the ranks there are."""
 
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +29,22 @@ from canter.training.signals import finish_step_on_signals
 from canter.training.skipped import check_share
 from canter.training.state import put_back, take_snapshot
 from canter.training.steps import PlannedStep, Steps
+from canter.training.waiting import Patience, StoppedWaitingError
 from canter.training.weights import Average, compile_layers, freeze, to_training
-from canter.tuning.memory import is_out_of_memory
+from canter.tuning.memory import is_out_of_memory, retry_once
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """This rank's micro-batches of a step."""
+
+    loaded: list[Loaded]
+    counts: Counts
+    """Targets of the step over all ranks."""
+    wait: float
+    """Seconds that the rank waited for them."""
+    began: float
+    """When it began to, by ``time.perf_counter``."""
 
 
 class Trainer:
@@ -83,6 +99,7 @@ class Trainer:
         self.saved = -1  # the step of the last checkpoint
         self.reopen = False  # data is to be loaded anew, by a smaller budget, from the next window on
         self.drawn = False  # all that was to be loaded has been asked for
+        self.stopping: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
         self.pace = Pace(config, predicted_seconds / steps, settled.get("timed", 0))
         self.pace.plan(0, steps)
 
@@ -91,10 +108,10 @@ class Trainer:
         newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
         if newest is None:
             if self.ranks.first:
-                self.run.forget_after(0)  # steps that a run logged which ended before it saved any
+                self.run.forget_after(0, self.say)  # steps of a run that ended before it saved any
             return False
         snapshot = read_snapshot(newest, self.model)
-        self.progress = Progress(**snapshot.state)
+        self.progress = Progress.from_state(snapshot.state, newest / "training" / "state.json")
         if self.progress.plan not in ("", self.upcoming.plan.fingerprint):
             if not self.config.allow_changes:
                 raise CheckpointError(
@@ -108,7 +125,7 @@ class Trainer:
         self.upcoming.tightenings = self.progress.tightenings
         self.saved = self.progress.step
         if self.ranks.first:
-            self.run.forget_after(self.progress.step)
+            self.run.forget_after(self.progress.step, self.say)
             if self.run.changed:
                 self._event("changed", settings=self.run.changed)
         self.pace.plan(self.progress.step, self.steps)
@@ -118,26 +135,33 @@ class Trainer:
         """Runs to the last step, or until interrupted; either way the last step is saved."""
         config, progress = self.config, self.progress
         to_training(self.model)
+        loader = None
         try:
             with finish_step_on_signals() as stopping:
+                self.stopping = stopping.is_set
                 if progress.step and self._validates(progress.step) and not self._validated():
                     self._validate()  # the run was killed before it was through
-                loader, stopped = self._open(), False
+                loader, stopped, failed = self._open(), False, ""
                 while progress.step < self.steps and not stopped:
-                    planned, stopped = self._step(loader, stopping.is_set)
+                    loaded, failed, stopped = self._load(loader)
+                    if stopped:
+                        break
+                    planned, stopped = self._step(loaded)
                     done = progress.step
                     if done == self.pace.at:
                         self._settle_steps()
                         if self.drawn:  # up to what was the last step then
+                            loader.close()
                             loader = self._open()
                     if self.reopen and planned.after.window != planned.window:
+                        loader.close()
                         loader, self.reopen = self._open(), False
                     if done < self.steps and not stopped:
                         if done % (config.save_every or config.valid_every) == 0 or self._validates(done):
                             self._save()
                         if self._validates(done):
                             self._validate()
-                if stopped:
+                if stopped and not failed:
                     self.say(f"asked to stop: step {progress.step} is the last, and saved")
                 if progress.step > self.saved and progress.step > 0:
                     self._save()
@@ -145,14 +169,19 @@ class Trainer:
                     self._validate()
                 self.checkpoints.wait()
                 self.ranks.table([0.0])  # a launcher ends those that are left once one has gone
+                if failed:
+                    raise CanterError(failed)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise CanterError(
                 f"step {progress.step + 1}: memory ran out outside of a micro-batch ({str(error)[:200]}), where "
-                "nothing can be cut; lower limit_bytes in the run's budget.json, or take a smaller model"
+                "nothing can be cut; lower limit_bytes in the run's budget.json and add --allow-changes, or take a "
+                "smaller model"
             ) from error
         finally:
+            if loader is not None:
+                loader.close()
             self.checkpoints.wait()
         if stopped:
             raise KeyboardInterrupt
@@ -160,12 +189,25 @@ class Trainer:
 
     # -- one step --
 
-    def _open(self) -> Iterator[Loaded]:
+    def _open(self) -> Generator[Loaded]:
         """Micro-batches from the next step on, loaded ahead."""
         progress, self.drawn = self.progress, False
         addresses = self.upcoming.addresses(progress.position, progress.epoch, progress.step)
-        pin = self.device.type == "cuda"
-        return load_ahead(self.data, self._until_the_end(addresses), self.config.workers, pin=pin)
+        return load_ahead(
+            self.data,
+            self._until_the_end(addresses),
+            self.config.workers,
+            pin=self.device.type == "cuda",
+            patience=Patience(self.config.data_timeout, lambda: self.stopping(), self._tell),
+            held=math.ceil(self.upcoming.plan.micro_batches_per_step / self.ranks.size),
+        )
+
+    def _tell(self, line: str) -> None:
+        """Print what concerns this rank, whichever it is."""
+        if self.ranks.first:
+            self.say(line)
+        else:
+            print(f"canter: rank {self.ranks.rank}: {line}", file=sys.stderr, flush=True)
 
     def _until_the_end(self, addresses: Iterator[Any]) -> Iterator[Any]:
         for address in addresses:
@@ -174,16 +216,39 @@ class Trainer:
                 return
             yield address
 
-    def _step(self, loader: Iterator[Loaded], stopping: Callable[[], bool]) -> tuple[PlannedStep, bool]:
-        """Takes a step; returns it, and whether a rank was asked to stop."""
-        began, step = time.perf_counter(), self.progress.step
+    def _load(self, loader: Iterator[Loaded]) -> tuple[LoadedStep, str, bool]:
+        """Load the micro-batches of the next step; return them, why a rank could not load its own, and whether the run
+        ends before this step: for that reason, or because a rank that was asked to stop waits for data.
+
+        The ranks agree on it, so that none waits for one that has no data, and what is done so far can be saved.
+        """
+        began = time.perf_counter()
         loaded: list[Loaded] = []
-        while not loaded or not loaded[-1].address.last:
-            loaded.append(next(loader))
+        failed, stopped = "", False
+        try:
+            while not loaded or not loaded[-1].address.last:
+                loaded.append(next(loader))
+        except StoppedWaitingError:
+            stopped = True
+        except CanterError as error:
+            if self.progress.step == 0:
+                raise  # there is nothing to save
+            failed = str(error)
         wait = time.perf_counter() - began
+        own = Counts.of([one.batch for one in loaded if one.batch is not None])
+        table = self.ranks.table([own.tokens, own.characters, stopped or bool(failed), bool(failed)])
+        tokens, characters, ends, faults = table.sum(0).astype(int).tolist()
+        if faults:
+            said = [one for one in self.ranks.objects(failed) if one]
+            failed = said[0]
+        return LoadedStep(loaded, Counts(tokens, characters), wait, began), failed, bool(ends)
+
+    def _step(self, ready: LoadedStep) -> tuple[PlannedStep, bool]:
+        """Take a step; return it, and whether a rank was asked to stop."""
+        began, step = ready.began, self.progress.step
+        loaded, counts = ready.loaded, ready.counts
         batches = [one.batch for one in loaded if one.batch is not None]
         planned = self.upcoming.taken(step)
-        counts = Counts.of(batches, self.ranks)
         alone = self.schedule.position(step) < (self.config.loss.ctc_alone or 0.0) * self.schedule.steps
         if self.shards:
             self.shards.gather()
@@ -203,13 +268,13 @@ class Trainer:
             attention=computed.attention,
             ctc=computed.ctc,
             seconds=computed.seconds,
-            wait=wait,
+            wait=ready.wait,
             frames=max((self._frames(b) for b in batches), default=0),
             padded=round(self.model.padded_seconds * self.data.sample_rate),
             skipped=len(problems),
             cuts=len(computed.cuts) + len(computed.unfit),
             memory_peak=self._memory_peak(),
-            stopping=float(stopping()),
+            stopping=float(self.stopping()),
         )
         parts = Parts(self.ranks.table(part.values()))
         left = counts.less(parts.lost_tokens.sum(), parts.lost_characters.sum())
@@ -262,11 +327,11 @@ class Trainer:
         if self.shards:
             self.shards.sum_gradients(lambda batch: self.gradient.objective(batch, alone))
         elif finite:
-            self.ranks.sum_gradients(self.optimizers.parameters)
+            retry_once(lambda: self.ranks.sum_gradients(self.optimizers.parameters))
         if not finite:
             self.gradient.discard()
             return self.optimizers.peak * self.optimizers.factor(step), math.nan, False
-        rate, norm = self.optimizers.step(step)
+        rate, norm = retry_once(lambda: self.optimizers.step(step))
         if not math.isfinite(norm):
             self.gradient.discard()
             return rate, norm, False

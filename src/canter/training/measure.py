@@ -87,6 +87,9 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
         precisions = tuple(p for p in precisions if p == given) or precisions
     cores = torch.get_num_threads()
     threads = {config.threads} if config.threads else {1, cores} if on_cpu else {cores}
+    if config.budget is not None and not config.threads and on_cpu:
+        given = Budget.load(config.budget).measured_on.get("threads")
+        threads = {given} if isinstance(given, int) and 1 <= given <= cores else threads
     if len(precisions) == len(threads) == 1:
         return precisions[0], next(iter(threads))
     frames = max(1, round(TIMED_SECONDS / planned_frame_seconds(model)))

@@ -58,25 +58,39 @@ class Muon(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every, "turn": 0}
         super().__init__(parameters, defaults)
+        self._moved: set[tuple[int, int, int]] = (
+            set()
+        )  # in a step that broke off: the momenta that are updated
+        self._updated: set[tuple[int, int, int]] = set()  # and the weights
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for group in self.param_groups:
+        """Update the weights. A step that ran out of memory may be called again, and resumes where it stopped."""
+        for number, group in enumerate(self.param_groups):
             by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     rows, columns = parameter.shape
                     by_shape[rows, columns].append(parameter)
             for (rows, columns), parameters in by_shape.items():
+                key = (number, rows, columns)
+                if key in self._updated:
+                    continue
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 buffers = [self._buffer(p) for p in parameters]
-                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                if key not in self._moved:
+                    torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                    self._moved.add(key)
                 updates = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov
                 directions = self._directions(parameters, updates, group["every"], group["turn"])
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, directions, alpha=-rate)
+                self._updated.add(key)
+        for group in self.param_groups:
             group["turn"] = (group["turn"] + 1) % group["every"]
+        self._moved.clear()
+        self._updated.clear()
 
     def _directions(
         self, parameters: list[Tensor], updates: list[Tensor], every: int, turn: int

@@ -80,6 +80,8 @@ class Optimizers:
                 every=config.matrix_every,
             )
             self.parts.append((muon, config.matrix_learning_rate))
+        self._norm: float | None = None  # of a step that broke off once its gradient was clipped
+        self._updated: set[tuple[int, int]] = set()  # parts and groups of that step that are updated
 
     def factor(self, step: int) -> float:
         """Return the learning rate at a step (from 0), as a fraction of the peak."""
@@ -98,17 +100,48 @@ class Optimizers:
         return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, step: int) -> tuple[float, float]:
-        """Clips, updates the weights, clears the gradients; returns (learning rate, gradient norm). A gradient that is
-        not finite changes nothing."""
-        norm = float(self.clip())
-        factor = self.factor(step)
-        for optimizer, peak in self.parts:
+        """Clip, update the weights and clear the gradients; return (learning rate, gradient norm). A gradient that is
+        not finite changes nothing.
+
+        A step that ran out of memory may be called again: it resumes where it stopped, so its result is the same.
+        """
+        if self._norm is None:
+            self._norm = float(self.clip())
+        norm, factor = self._norm, self.factor(step)
+        for number, (optimizer, peak) in enumerate(self.parts):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             if math.isfinite(norm):
-                optimizer.step()
+                self._update(number, optimizer)
+        for optimizer, _ in self.parts:
             optimizer.zero_grad(set_to_none=True)
+        self._norm, self._updated = None, set()
         return self.peak * factor, norm
+
+    def _update(self, number: int, optimizer: torch.optim.Optimizer) -> None:
+        """Update the weights of one optimiser, those left out that a step which broke off has updated."""
+        if isinstance(optimizer, Muon):
+            if (number, 0) not in self._updated:
+                optimizer.step()
+                self._updated.add((number, 0))
+            return
+        groups = optimizer.param_groups
+        try:
+            for place, group in enumerate(groups):
+                if (number, place) in self._updated:
+                    continue
+                optimizer.param_groups = [
+                    group
+                ]  # the fused update of one group allocates before it changes any
+                optimizer.step()
+                self._updated.add((number, place))
+        except BaseException:
+            for weight, state in list(optimizer.state.items()):
+                if "exp_avg_sq" not in state:  # made last: this state is not whole
+                    del optimizer.state[weight]
+            raise
+        finally:
+            optimizer.param_groups = groups
 
     def clip(self) -> Tensor:
         """Scales the gradient down to the largest norm allowed; returns the norm before."""

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ import yaml
 
 from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
-from canter.errors import BudgetError, ConfigError
+from canter.corpus.utterance import Utterance
+from canter.errors import BudgetError, CheckpointError, ConfigError
 from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
 from canter.models.checkpoint import load_model
@@ -23,15 +25,16 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget
+from canter.planning.lengths import ModelLimits
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
-from canter.text import Characters, Tokenizer
+from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.training import trackers
-from canter.training.batches import BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
+from canter.training.batches import MADE_BY, BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
-from canter.training.corpus import find_index, find_tokenizer
+from canter.training.corpus import find_index, find_tokenizer, usable_rows, validation_rows
 from canter.training.data import MicroBatches
 from canter.training.defaults import decided, describe_defaults
 from canter.training.measure import (
@@ -43,8 +46,10 @@ from canter.training.measure import (
     training_step,
 )
 from canter.training.ranks import ALONE, Ranks
-from canter.training.run import Run
+from canter.training.run import Run, writing
+from canter.training.skipped import list_problems
 from canter.training.speed import AtSpeed
+from canter.training.weights import frozen_names
 from canter.tuning.fit import measure_budget, within
 from canter.tuning.memory import lasting_heap, steady_heap
 from canter.tuning.probe import Prober
@@ -72,6 +77,8 @@ class Prepared:
     data: MicroBatches
     steps: int
     precision: str
+    valid: list[Utterance]
+    """Rows of --valid that can be used."""
     predicted_seconds: float
     """Of all steps, by the budget."""
 
@@ -96,20 +103,30 @@ def prepare(
     if ranks.first and (told := describe_defaults(config)):
         say(told)
     config = decided(config)
-    chosen = strategy(config.strategy, **({} if config.mixing is None else {"mixing": config.mixing}))
+    dials = {"mixing": config.mixing, "mix_steps": config.mix_steps or None}
+    chosen = strategy(config.strategy, **{name: dial for name, dial in dials.items() if dial is not None})
     trackers.check(config.track)
     device = choose_device(config.device)
+    check_files(config)
+    rows = validation_rows(config)
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
+        run.verify(config.allow_changes, say)
         Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
     initial = load_initial(config, run, say, load)
+    if initial is not None:
+        check_freeze(config, initial)
     tokenizer, characters = find_tokenizer(config, run, initial, say)
     index = find_index(config, run, tokenizer)
     if index.problems:
-        say(f"{len(index.problems)} rows left out, listed in {run.folder}/lengths.skipped.jsonl")
+        listed = run.folder / "lengths.skipped.jsonl"
+        say(f"{len(index.problems)} rows left out, listed in {listed}: {index.problems[0]}")
     torch.manual_seed(config.seed)
     model = initial or SpeechModel(model_config(config, tokenizer, characters))
     model.to(device).tokenizer = tokenizer
+    valid, problems = usable_rows(rows, tokenizer, model.longest_seconds, model.positions)
+    if ranks.first:
+        list_problems(run.folder / "valid.skipped.jsonl", problems, say)
     if device.type == "cpu":
         lasting_heap()
     settled = run.settled()
@@ -120,11 +137,18 @@ def prepare(
         precision, threads = choose_speed(config, model, say)
     torch.set_num_threads(config.threads or threads)
     micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
+    measures = config.budget is None and not (run.folder / "budget.json").exists()
     budget = find_budget(config, run, model, index, precision, micro_batches, say, track)
+    if measures and ranks.first:
+        say(
+            f"budget measured here and kept in {run.folder}/budget.json: another run of this command measures its own, "
+            f"and may make other batches and steps; '--budget {run.folder}/budget.json' gives it the same"
+        )
     if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
         steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
-    for name, value in (("tokens_per_frame", fastest(index, budget)), ("window_seconds", longest(index))):
+    known = within(index, model.longest_seconds, model.positions)
+    for name, value in (("tokens_per_frame", fastest(known, budget)), ("window_seconds", longest(known))):
         told = model.generation.get(name)
         if told or initial is None:  # what others have trained may have heard faster and longer speech
             model.generation[name] = max(told or 0.0, value)
@@ -136,14 +160,23 @@ def prepare(
             "has none; leave one of them out"
         )
     if "batch_limits" in settled:
-        limits = BatchLimits(**settled["batch_limits"])
+        limits = _limits(settled["batch_limits"], run)
     else:
-        limits = choose_limits(config, index, budget, ranks.size, micro_batches, device.type == "cpu")
+        limits = choose_limits(config, known, budget, ranks.size, micro_batches, device.type == "cpu")
+    slowest = min(config.augment.speed, default=1.0)
+    bounds = ModelLimits(model.longest_seconds, model.positions)
+    # a run that was begun before plans knew of them goes on without
+    bounded = settled.get("model_limits", not settled)
+    if not (bounded and bounds.exceeded(index, slowest)):
+        bounds = ModelLimits()
     plan, sizes, step_seconds = plan_batches(
         limits,
         budget,
         planned,
-        slowest=min(config.augment.speed, default=1.0),
+        planned if bounds == ModelLimits() else known,
+        slowest=slowest,
+        longest_seconds=bounds.seconds,
+        most_tokens=bounds.tokens,
         ranks=ranks.size,
         strategy=chosen,
         seed=config.seed,
@@ -164,6 +197,7 @@ def prepare(
         "micro_batches_per_step": micro_batches,
         "batch_limits": dataclasses.asdict(limits),
         "batches": dataclasses.asdict(sizes),
+        "model_limits": bounded,
     }
     run.settle(settled | found)
     data = MicroBatches(
@@ -188,8 +222,44 @@ def prepare(
         data,
         steps,
         precision,
+        valid,
         steps * step_seconds,
     )
+
+
+def check_files(config: TrainConfig) -> None:
+    """Read what the configuration names and what is cheap to read, before anything is measured: the budget, the
+    tokenizer, the patterns of parameters to freeze.
+
+    Raises BudgetError, ConfigError or ManifestError for what cannot be used.
+    """
+    if config.budget is not None and not (config.output / "budget.json").exists():
+        Budget.load(config.budget)
+    if config.tokenizer is not None and not (config.output / "tokenizer").exists():
+        load_tokenizer(config.tokenizer)
+    if config.init is None and config.freeze:
+        names = SimpleNamespace(vocab_size=config.vocabulary, pad=0)  # shapes do not matter here
+        with torch.device("meta"):
+            model = SpeechModel(model_config(config, cast(Tokenizer, names), Characters("ab")))
+        check_freeze(config, model)
+
+
+def check_freeze(config: TrainConfig, model: Any) -> None:
+    """Raise ConfigError where a pattern of --freeze matches nothing, or a step would have nothing to train."""
+    frozen = frozen_names(model, config.freeze)
+    heard = [name for name, _ in model.named_parameters() if not name.startswith("decoder.")]
+    if config.freeze and config.loss.ctc_alone and frozen.issuperset(heard):
+        raise ConfigError(
+            f"--freeze {' '.join(config.freeze)} leaves nothing to train while CTC is trained alone; set "
+            "--loss.ctc-alone 0"
+        )
+
+
+def _limits(values: dict[str, Any], run: Run) -> BatchLimits:
+    try:
+        return BatchLimits(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{run.folder}/run.json: batch_limits is damaged ({error})") from None
 
 
 def fastest(index: LengthIndex, budget: Budget) -> float:
@@ -314,7 +384,8 @@ def find_budget(
             budget.require(**{name: here[name] for name in DECIDING})
         except BudgetError as error:
             raise BudgetError(f"{config.budget}: {error}") from None
-        budget.save(path)
+        with writing(path):
+            budget.save(path)
         return budget
     device = next(model.parameters()).device
     frame_seconds = planned_frame_seconds(model)
@@ -341,15 +412,27 @@ def find_budget(
     )
     for _ in progress:  # fewer may have been enough
         pass
-    budget.save(path)
+    budget = dataclasses.replace(budget, measured_on=dict(budget.measured_on) | {MADE_BY: "canter train"})
+    with writing(path):
+        budget.save(path)
     return budget
 
 
 def plan_batches(
-    limits: BatchLimits, budget: Budget, index: Any, *, slowest: float, ranks: int, **settings: Any
+    limits: BatchLimits,
+    budget: Budget,
+    index: Any,
+    known: Any,
+    *,
+    slowest: float,
+    ranks: int,
+    **settings: Any,
 ) -> tuple[Plan, BatchSizes, float]:
-    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step."""
-    held = limited(budget, limits.seconds, index, slowest)
+    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step.
+
+    known: the utterances that can be used, by which the batches' seconds are limited.
+    """
+    held = limited(budget, limits.seconds, known, slowest)
     plan = Plan(index, held, min_steps=1, **settings)
     table, seconds, steps = predicted(plan, ranks)
     enough = steps >= limits.min_steps
@@ -377,8 +460,11 @@ def as_begun(config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
         return config
     settled = Run(config.output).settled()
     if settled and "batches" not in settled:
-        before = yaml.safe_load((config.output / "config.yaml").read_text(encoding="utf-8"))
-        settled[BEGUN_WITH] = before.get("batch_seconds", 24.0)
+        held = config.output / "config.yaml"
+        try:
+            settled[BEGUN_WITH] = yaml.safe_load(held.read_text(encoding="utf-8")).get("batch_seconds", 24.0)
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(f"{held} cannot be read: {' '.join(str(error).split())}; put it back") from None
     if BEGUN_WITH not in settled:
         return config
     begun = settled[BEGUN_WITH]

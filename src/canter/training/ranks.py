@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from canter.errors import CanterError, ConfigError
+from canter.processes import end_with_launcher
+from canter.tuning.memory import is_out_of_memory, retry_once
 
 BUCKET_BYTES = 64 * 2**20  # of gradients reduced in one piece
 IN_FLIGHT = 2  # buckets being reduced at a time
@@ -110,18 +112,25 @@ class Ranks:
                     dist.broadcast(tensor, 0)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sums gradients over ranks, in buckets. A parameter without a gradient on any rank stays without; on a rank
-        that computed nothing the others' sum appears."""
-        if self.size == 1:
+        """Sum gradients over ranks, in buckets. A parameter without a gradient on any rank stays without; on a rank
+        that computed nothing the others' sum appears.
+
+        Memory for the buckets is allocated before the ranks exchange anything. Where a rank lacks it, all ranks reduce
+        gradient by gradient, in place: a rank that stopped in the middle would leave the others waiting. So a call
+        that raises an out-of-memory error has exchanged nothing, and may be repeated.
+        """
+        if self.size == 1 or not parameters:
             return
-        have = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        room = _bucket_memory(parameters)
+        have = torch.tensor([*(p.grad is not None for p in parameters), not room], dtype=torch.int32)
         with self._together():
             dist.all_reduce(have, dist.ReduceOp.MAX)
+        *somewhere, short = have.tolist()
         gradients = []
-        for parameter, somewhere in zip(parameters, have.tolist(), strict=True):
-            if somewhere:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+        for parameter, one in zip(parameters, somewhere, strict=True):
+            if one and parameter.grad is None:
+                parameter.grad = self._zeros_like(parameter)
+            if one and parameter.grad is not None:
                 gradients.append(parameter.grad)
         flying: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
 
@@ -132,13 +141,30 @@ class Ranks:
             torch._foreach_copy_(bucket, sums)
 
         with self._together():
-            for bucket in _buckets(gradients):
-                flat = torch.cat([g.reshape(-1) for g in bucket])
-                flying.append((dist.all_reduce(flat, async_op=True), flat, bucket))
+            for number, bucket in (
+                enumerate([g] for g in gradients) if short else enumerate(_buckets(gradients))
+            ):
                 if len(flying) == IN_FLIGHT:
                     land()
+                if len(bucket) == 1 and bucket[0].is_contiguous():
+                    dist.all_reduce(bucket[0])
+                    continue
+                flat = torch.cat([g.reshape(-1) for g in bucket], out=_part_of(room, number, bucket))
+                flying.append((dist.all_reduce(flat, async_op=True), flat, bucket))
             while flying:
                 land()
+
+    def _zeros_like(self, parameter: Tensor) -> Tensor:
+        """Return a gradient of zeros. Raises CanterError, once the ranks exchange gradients, where it does not fit."""
+        try:
+            return retry_once(lambda: torch.zeros_like(parameter))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CanterError(
+                f"rank {self.rank} of {self.size}: memory ran out for the gradients themselves "
+                f"({str(error)[:200]}); use a smaller model, --parallel shard, or fewer processes a device"
+            ) from None
 
     # -- when one is lost --
 
@@ -172,6 +198,28 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _bucket_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return IN_FLIGHT flat buffers of bytes; none where they do not fit in memory."""
+    size = min(BUCKET_BYTES, sum(parameter.nbytes for parameter in parameters))
+    device = parameters[0].device
+    try:
+        return retry_once(
+            lambda: [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)]
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return []
+
+
+def _part_of(room: Sequence[Tensor], number: int, bucket: Sequence[Tensor]) -> Tensor | None:
+    """Return a flat view for the bucket of this number; None where there is no such memory."""
+    size = sum(tensor.nbytes for tensor in bucket)
+    if not room or size > room[0].nbytes:
+        return None
+    return room[number % IN_FLIGHT][:size].view(bucket[0].dtype)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -221,6 +269,8 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
             "all of them started, and is the port free and reachable?"
         ) from None
     ranks = Ranks(rank, size, local, store)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher(ranks._lost("torchrun is gone"))
     pulse = _Pulse(ranks, timeout)
     pulse.start()
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from canter.errors import CheckpointError
 from canter.models.model import Batch
 
 
@@ -119,3 +120,22 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
+
+    @classmethod
+    def from_state(cls, values: Any, source: Any) -> "Progress":
+        """Return the inverse of ``state``. Raises CheckpointError, naming ``source``, for fields that are unknown or of
+        another type."""
+        kinds: dict[str, tuple[type, ...]] = {
+            name: (type(value),) for name, value in vars(cls()).items() if value is not None
+        }
+        kinds |= {"position": (dict, type(None)), "wer": (float, int, type(None))}
+        for name in ("seconds", "audio_seconds"):
+            kinds[name] = (float, int)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{source} holds a {type(values).__name__}, not a JSON object")
+        for name, value in values.items():
+            if name not in kinds:
+                raise CheckpointError(f"{source}: unknown field {name!r}; was it written by a newer Canter?")
+            if not isinstance(value, kinds[name]) or isinstance(value, bool):
+                raise CheckpointError(f"{source}: {name} is {value!r}; the training state is damaged")
+        return cls(**values)

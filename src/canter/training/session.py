@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from canter.corpus.manifest import Utterance
-from canter.corpus.sources import open_source
 from canter.models.checkpoint import load_model
 from canter.training.config import TrainConfig
 from canter.training.loop import Trainer
@@ -19,6 +17,7 @@ from canter.training.run import claimed
 from canter.training.skipped import list_left_out
 from canter.training.trackers import tracked
 from canter.training.validation import spread_over, validator
+from canter.training.waiting import raise_file_limit
 
 Watch = Callable[[int, int], AbstractContextManager[Callable[[StepReport], None]]]
 
@@ -46,13 +45,13 @@ def train(
     it on the first rank alone. ``load`` reads --init (see ``prepare``). Raises KeyboardInterrupt, once all is
     saved, where the run was asked to stop.
     """
+    raise_file_limit()
     with (
         joined(config.device, config.rank_timeout) as ranks,
         claimed(config.output) if ranks.first else nullcontext(),
     ):
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
-        rows = [row for path in config.valid for row in open_source(path) if isinstance(row, Utterance)]
         prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
         listed = prepared.run.folder / "left_out.jsonl"
         if ranks.first and (prepared.run.changed or not listed.exists()):
@@ -62,8 +61,8 @@ def train(
         validate = None
         if config.valid:
             rate = prepared.data.sample_rate
-            chosen = spread_over(rows, config.valid_utterances)
             limits = prepared.data.longest_seconds, prepared.data.most_tokens
+            chosen = spread_over(prepared.valid, config.valid_utterances)
             validate = validator(chosen, prepared.tokenizer, rate, prepared.precision, ranks, say, *limits)
         trainer = Trainer(
             prepared.config,

@@ -3,11 +3,15 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from canter.corpus.index import LengthIndex
+from canter.corpus.utterance import Problem
 from canter.errors import CanterError
 from canter.planning.plan import Plan
+from canter.redaction import redacted
 from canter.training.checkpoints import write_whole
 from canter.training.ranks import Ranks
 from canter.training.reports import Progress
@@ -21,9 +25,20 @@ def list_left_out(path: Path, index: LengthIndex, plan: Plan) -> int:
     for row, reason in plan.left_out():
         lengths = f"{index.seconds[row]:.2f} s, {index.tokens[row]} tokens"
         reason = f"{reason}: {lengths}"
-        lines.append({"file": index.utterance(row).audio_filepath, "line": row, "reason": reason})
+        file = redacted(index.utterance(row).audio_filepath)
+        lines.append({"file": file, "line": row, "reason": reason})
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
+
+
+def list_problems(path: Path, problems: Sequence[Problem], say: Callable[[str], None]) -> None:
+    """Write the validation rows that cannot be used, and say how many they are, with the first."""
+    if problems:
+        lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in problems)
+        write_whole(path, "".join(lines))
+        say(f"{len(problems)} validation rows left out, listed in {path}: {problems[0]}")
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) -> None:
@@ -40,9 +55,14 @@ def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) ->
 
 def summary(listed: Path, most: int = 4) -> str:
     """The most frequent reasons of a skipped.jsonl, with how often each."""
-    with listed.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    kinds = Counter(kind_of(row["reason"], row["file"]) for row in rows)
+    kinds: Counter[str] = Counter()
+    with listed.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                kinds[kind_of(row["reason"], row["file"])] += 1
+            except (ValueError, KeyError, TypeError, AttributeError):
+                kinds["unreadable line of this list"] += 1
     parts = [f"{count} x {kind}" for kind, count in kinds.most_common(most)]
     more = len(kinds) - most
     return ", ".join(parts) + (f" and {more} other reasons" if more > 0 else "")

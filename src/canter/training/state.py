@@ -40,9 +40,12 @@ def put_back(
                 copy_into(targets[name], tensor)
     else:
         fit_tensors(model, snapshot.weights, source)
-    optimizers.load_state_dict(_as_parameters(snapshot.optimizers, optimizers, source))
-    if average is not None:
-        average.load(snapshot.average or snapshot.weights)
+    try:
+        optimizers.load_state_dict(_as_parameters(snapshot.optimizers, optimizers, source))
+        if average is not None:
+            average.load(snapshot.average or snapshot.weights)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{source}: the training state beside it is damaged ({error!r})") from None
 
 
 def _whole(value: Any) -> Any:

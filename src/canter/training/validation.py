@@ -17,8 +17,10 @@ from canter.evaluation.wer import score
 from canter.inference.engine import engine_for
 from canter.inference.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
+from canter.redaction import redacted
 from canter.text import Tokenizer
 from canter.text.languages import same
+from canter.training.data import prompt_and_text
 from canter.training.ranks import ALONE, Ranks
 
 EXAMPLES = 5
@@ -48,8 +50,8 @@ def validator(
     for utterance in utterances[ranks.rank :: ranks.size]:
         try:
             audio = load_utterance(utterance, sample_rate)
-            prompt = tokenizer.prompt(utterance)
-            tokens = len(prompt) + len(tokenizer.encode(utterance.text, utterance.lang)) + 1  # the end's
+            prompt, text = prompt_and_text(tokenizer, utterance)
+            tokens = len(prompt) + len(text) + 1  # the end's
             _refuse_too_long(utterance, len(audio) / sample_rate, tokens, longest_seconds, most_tokens)
         except AudioError as error:
             problems.append(str(error))
@@ -83,7 +85,10 @@ def validator(
             "set": scored_set,
             **translations(pairs),
             "examples": [{"text": done[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
-            "transcripts": [row_from_utterance(u) | {"pred_text": text} for u, text in pairs],
+            "transcripts": [
+                row_from_utterance(u) | {"audio_filepath": redacted(u.audio_filepath), "pred_text": text}
+                for u, text in pairs
+            ],
         }
 
     return validate

@@ -1,5 +1,6 @@
 """What is done with weights besides updating them: frozen by name, averaged, compiled."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -14,21 +15,39 @@ from canter.models.norm import MaskedBatchNorm
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
-    """Takes parameters whose names match a pattern ('encoder.layers.0.*') out of training; returns how many numbers
-    they hold. Raises ConfigError for a pattern that matches none, and where all are taken."""
-    names = dict(model.named_parameters())
+    """Take parameters whose names match a pattern ('encoder.layers.0.*') out of training; return how many numbers
+    they hold. Raises ConfigError as ``frozen_names``."""
+    frozen = frozen_names(model, patterns)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def frozen_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Return the names of the parameters that match a pattern. Raises ConfigError for a pattern that matches none,
+    and where nothing would be left to train."""
+    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
     for pattern in patterns:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
-            parts = sorted({".".join(name.split(".")[:2]) for name in names})
-            raise ConfigError(
-                f"--freeze {pattern!r} matches no parameter; they begin with {', '.join(parts)}"
+            near = difflib.get_close_matches(
+                pattern, [*names, *(f"{_first_two(name)}.*" for name in names)], n=1
             )
-        for name in matched:
-            names[name].requires_grad_(False)
-    if all(not p.requires_grad for p in names.values()):
+            hint = f"did you mean '{near[0]}'? They" if near else "they"
+            parts = sorted({_first_two(name) for name in names})
+            raise ConfigError(
+                f"--freeze {pattern!r} matches no parameter; {hint} begin with {', '.join(parts)}"
+            )
+        frozen.update(matched)
+    if names and len(frozen) == len(names):
         raise ConfigError(f"--freeze {' '.join(patterns)} leaves nothing to train")
-    return sum(p.numel() for p in names.values() if not p.requires_grad)
+    return frozen
+
+
+def _first_two(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 def to_training(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ ALLOCATION_FAILED = re.compile(
 )
 
 
+T = TypeVar("T")
+
+
 class OutOfMemory(RuntimeError):
     """A step asked for more than the cap; ``wanted`` bytes at least, above what there was before it."""
 
@@ -41,6 +44,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and ALLOCATION_FAILED.search(str(error)) is not None
+
+
+def retry_once(work: Callable[[], T]) -> T:
+    """Return ``work()``; where it runs out of memory, return cached memory to the device and call it once more.
+
+    ``work`` must be safe to repeat: it allocates before it changes anything, or resumes where it stopped.
+    """
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    give_back()  # outside of the handler: the exception holds on to tensors
+    return work()
 
 
 class LiveBytes(TorchDispatchMode):

@@ -4,13 +4,14 @@ there."""
 import os
 from pathlib import Path
 
+from canter.corpus.columns import ANY, Columns
 from canter.corpus.manifest import open_manifest, utterance_from_row
 from canter.corpus.utterance import NumberedFinds
 from canter.errors import ManifestError
 
 
 def read_commonvoice(
-    path: str, *, require_text: bool = True, measure_durations: bool = False
+    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
 ) -> NumberedFinds:
     """``train.tsv`` and its like (columns ``path``, ``sentence``, ``locale``). Tabs part fields, nothing
     is quoted.
@@ -21,6 +22,7 @@ def read_commonvoice(
     durations = _durations(folder / "clip_durations.tsv")
     with open_manifest(path) as file:
         header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")
+        columns.check(header, path)
         if not {"path", "sentence"} <= set(header):
             raise ManifestError(f"{path} has no columns path and sentence; it has {', '.join(header)}")
         for number, line in enumerate(file, 2):
@@ -35,14 +37,14 @@ def read_commonvoice(
                 yield number, f"wrong number of fields: {len(values)}, not {len(header)}"
                 continue
             row = dict(zip(header, values, strict=True))
-            clip = row["path"]
+            clip = row[columns.audio or "path"]
             yield (
                 number,
                 utterance_from_row(
                     {
                         "audio_filepath": os.path.join("clips", clip) if clip else None,
-                        "text": row["sentence"],
-                        "lang": row.get("locale") or None,
+                        "text": row[columns.text or "sentence"],
+                        "lang": row.get(columns.lang or "locale") or None,
                         "duration": durations.get(clip),
                     },
                     folder,

@@ -1,27 +1,34 @@
-"""Hugging Face datasets on disk (``Dataset.save_to_disk``), read with Arrow alone.
+"""Hugging Face data sets as they lie: Arrow files (``Dataset.save_to_disk``) and Parquet (the Hub), by Arrow alone.
 
-Audio inside the Arrow file is not copied out: it lies there uncompressed, so an utterance names its byte
-range, as for a tar. A duration that no column gives is read from the audio's header.
+Audio inside an Arrow file is uncompressed, so an utterance names its byte range, as for a tar; audio inside Parquet is
+named by row group and row. Nothing is copied out. A duration that no column gives is read from the audio's header.
 """
+
+from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from canter.corpus.audio import member_ref
+from canter.corpus.columns import ANY, AUDIO_NAMES, TEXT_NAMES, Columns, common_fields
 from canter.corpus.manifest import utterance_from_row
-from canter.corpus.readers.common import common_fields
+from canter.corpus.parquet import Place, leaf, open_parquet, parquet_ref
+from canter.corpus.remote import folder_of, refuse_special
 from canter.corpus.utterance import NumberedFinds
 from canter.errors import ManifestError
 
-PATH_NAMES = ("audio", "audio_filepath", "path", "file", "audio_path")
+BYTES_NAMES = ("audio", "audio_bytes", "bytes", "wav", "flac", "mp3")
+ROWS_AT_ONCE = 1024  # of the small columns
 
 
 def dataset_files(folder: str) -> list[str]:
-    """The Arrow files of a saved dataset, in order. Raises `ManifestError` for a folder of several splits."""
+    """Return the Arrow files of a saved data set, in order. Raises ManifestError for a folder of several splits."""
     if os.path.exists(os.path.join(folder, "dataset_dict.json")):
         splits = ", ".join(
             sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
@@ -31,7 +38,7 @@ def dataset_files(folder: str) -> list[str]:
     try:
         with open(state, encoding="utf-8") as file:
             names = [one["filename"] for one in json.load(file)["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(
             f"{state} does not list a dataset's files ({error}); save the dataset again"
         ) from None
@@ -42,41 +49,149 @@ def dataset_files(folder: str) -> list[str]:
 
 
 def read_huggingface(
-    path: str, *, require_text: bool = True, measure_durations: bool = False
+    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
 ) -> NumberedFinds:
-    """One Arrow file of a saved dataset, with a column of audio (bytes and/or path) or of paths."""
+    """Yield the rows of one Arrow file of a saved data set, with a column of audio (bytes and/or path) or of paths."""
     path = os.path.abspath(path)
     reader, whole = open_arrow(path)
-    name = audio_column(reader.schema)
-    if name is None:
-        raise ManifestError(f"{path} has no column of audio; it has {', '.join(reader.schema.names)}")
+    name = chosen_audio(reader.schema, columns, path)
     count = getattr(reader, "num_record_batches", None)
     batches = reader if count is None else (reader.get_batch(number) for number in range(count))
+    rows = _Rows(reader.schema, name, path, columns, require_text)
     number = 0
     try:
         for batch in batches:
-            others = [
-                one for one in batch.schema.names if one != name and _small(batch.schema.field(one).type)
-            ]
-            fields = batch.select(others).to_pylist() if others else [{}] * batch.num_rows
-            audio = _audio_refs(batch.column(name), path, whole)
-            for row, where in zip(fields, audio, strict=True):
+            for column in batch.columns:
+                _validate(column)
+            for row in rows.of(batch, _references(batch.column(name), path, whole)):
                 number += 1
-                row = common_fields(row)
-                row["audio_filepath"] = where
-                yield (
-                    number,
-                    utterance_from_row(
-                        row, os.path.dirname(path), require_text=require_text, measure_durations=True
-                    ),
-                )
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        yield number + 1, f"damaged Arrow file: {error}"
+                yield number, row
+    except (pa.ArrowException, OSError, ValueError, OverflowError, IndexError) as error:
+        yield number + 1, f"damaged Arrow file: {' '.join(str(error).split())[:200]}"
+
+
+def read_parquet(
+    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
+) -> NumberedFinds:
+    """Yield the rows of one Parquet file, whose audio (bytes and/or path, or paths) stays where it is."""
+    file = open_parquet(path)
+    name = chosen_audio(file.schema_arrow, columns, path)
+    rows = _Rows(file.schema_arrow, name, path, columns, require_text)
+    number = 0
+    for group in range(file.num_row_groups):
+        first = number
+        try:
+            for batch, references in _group(file, group, name, path, rows.small):
+                for row in rows.of(batch, references):
+                    number += 1
+                    yield number, row
+        except (pa.ArrowException, OSError, ValueError, OverflowError, IndexError) as error:
+            yield number + 1, f"damaged Parquet file: {' '.join(str(error).split())[:200]}"
+        number = first + file.metadata.row_group(group).num_rows
+
+
+def _group(
+    file: pq.ParquetFile, group: int, name: str, path: str, small: list[str]
+) -> Iterator[tuple[pa.RecordBatch, list[str | None]]]:
+    """Yield the small columns of a row group, a thousand rows at a time, and where the audio of each row is."""
+    kind = file.schema_arrow.field(name).type
+    if not (pa.types.is_struct(kind) or _is_binary(kind)):
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[*small, name]):
+            yield batch, _strings(batch.column(name))
+        return
+    bytes_in = f"{name}.bytes" if pa.types.is_struct(kind) else name
+    path_in = [f"{name}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else []
+    inside = _is_inside(file, group, bytes_in)
+    start = 0
+    # without a column the batches would have no rows
+    read = [*small, *path_in] or [bytes_in]
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=read):
+        names = _strings(leaf(batch, path_in[0])) if path_in else [None] * batch.num_rows
+        there = [inside] * batch.num_rows if isinstance(inside, bool) else inside[start:][: batch.num_rows]
+        references = [
+            parquet_ref(path, os.path.basename(one or str(start + row)), Place(bytes_in, group, start + row))
+            if held
+            else one
+            for row, (one, held) in enumerate(zip(names, there, strict=True))
+        ]
+        start += batch.num_rows
+        yield batch.select([one for one in small if one in batch.schema.names]), references
+
+
+def _is_inside(file: pq.ParquetFile, group: int, column: str) -> bool | list[bool]:
+    """Return for the rows of a group whether they hold the audio's bytes: all, none, or one by one."""
+    details = file.metadata.row_group(group)
+    for number in range(details.num_columns):
+        one = details.column(number)
+        if one.path_in_schema == column:
+            if one.statistics is not None and one.statistics.has_null_count:
+                if one.statistics.null_count == 0:
+                    return True
+                if one.statistics.null_count == details.num_rows:
+                    return False
+            break
+    else:
+        return False
+    batches = file.iter_batches(16, row_groups=[group], columns=[column])
+    return [valid for batch in batches for valid in leaf(batch, column).is_valid().to_pylist()]
+
+
+class _Rows:
+    """Turns batches of a table into utterances."""
+
+    def __init__(self, schema: pa.Schema, audio: str, path: str, columns: Columns, require_text: bool):
+        columns.check(schema.names, path, require_text)
+        self.small = [one.name for one in schema if one.name != audio and _is_small(one.type)]
+        self.names = class_names(schema)
+        self.columns, self.require_text, self.folder = columns, require_text, folder_of(path)
+
+    def of(self, batch: pa.RecordBatch, audio: list[str | None]) -> Iterator[Any]:
+        """Yield an utterance, or the reason why there is none, for each row."""
+        values = {name: self._values(batch.column(name), name) for name in self.small}
+        for row, where in enumerate(audio):
+            fields = {name: column[row] for name, column in values.items()}
+            broken = next((name for name, value in fields.items() if isinstance(value, bytes)), None)
+            if broken is not None:
+                yield f"invalid UTF-8: in column {broken}"
+                continue
+            found = common_fields(fields, self.columns)
+            found["audio_filepath"] = where
+            yield utterance_from_row(
+                found, self.folder, require_text=self.require_text, measure_durations=True
+            )
+
+    def _values(self, column: Any, name: str) -> list[Any]:
+        if _is_text(column.type):
+            return _strings(column)
+        values = column.to_pylist()
+        names = self.names.get(name)
+        if names is None:
+            return values
+        return [names[one] if isinstance(one, int) and 0 <= one < len(names) else None for one in values]
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of the classes of each ClassLabel column, which a data set's schema lists."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = {
+            str(name): one["names"]
+            for name, one in features.items()
+            if isinstance(one, dict) and one.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+    return {
+        name: names
+        for name, names in found.items()
+        if isinstance(names, list) and all(isinstance(one, str) for one in names)
+    }
 
 
 def open_arrow(path: str) -> tuple[Any, pa.Buffer]:
-    """A reader of an Arrow file, stream or random-access, and the mapped bytes it reads."""
+    """Return a reader of an Arrow file, stream or random-access, and the mapped bytes it reads."""
     try:
+        refuse_special(path)
         whole = pa.memory_map(path).read_buffer()
         source = pa.BufferReader(whole)
         if whole[:6].to_pybytes() == b"ARROW1":
@@ -84,27 +199,111 @@ def open_arrow(path: str) -> tuple[Any, pa.Buffer]:
         return pa.ipc.open_stream(source), whole
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(f"{path} is not an Arrow file ({error})") from None
 
 
-def audio_column(schema: pa.Schema) -> str | None:
-    """The column with audio: a struct of bytes and path, or else a string column of a customary name."""
+def audio_column(schema: pa.Schema, columns: Columns = ANY) -> str | None:
+    """Return the column with audio: the one chosen, else a struct of bytes and path, bytes, or paths in a column of a
+    customary name."""
+    if columns.audio:
+        return columns.audio if columns.audio in schema.names else None
     for field in schema:
-        if pa.types.is_struct(field.type) and {"bytes", "path"} <= {one.name for one in field.type}:
+        inside = {one.name for one in field.type} if pa.types.is_struct(field.type) else set[str]()
+        if "bytes" in inside and ("path" in inside or field.name in BYTES_NAMES):
             return field.name
-    names = (name for name in PATH_NAMES if name in schema.names)
-    return next((name for name in names if pa.types.is_string(schema.field(name).type)), None)
+    fits: tuple[tuple[tuple[str, ...], Callable[[pa.DataType], bool]], ...] = (
+        (BYTES_NAMES, _is_binary),
+        (AUDIO_NAMES, _is_text),
+    )
+    for names, fit in fits:
+        for name in names:
+            if name in schema.names and fit(schema.field(name).type):
+                return name
+    return None
 
 
-def _small(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_primitive(kind) or pa.types.is_large_string(kind)
+def holds_audio(schema: pa.Schema, columns: Columns = ANY) -> bool:
+    """Return whether a table is one of utterances; else its lengths can be planned with."""
+    name = audio_column(schema, columns)
+    if name is None:
+        return False
+    inside = not _is_text(schema.field(name).type)
+    return (
+        inside or bool(columns) or bool(set(TEXT_NAMES) & set(schema.names)) or "duration" not in schema.names
+    )
 
 
-def _audio_refs(column: Any, path: str, whole: pa.Buffer) -> list[str | None]:
-    if not pa.types.is_struct(column.type):
+def chosen_audio(schema: pa.Schema, columns: Columns, path: str) -> str:
+    """Return the column with audio. Raises ManifestError, with the columns that there are, for a table without one."""
+    columns.check(schema.names, path)
+    name = audio_column(schema, columns)
+    if name is None:
+        raise ManifestError(
+            f"{path} has no column of audio; name it (--audio-column); it has {', '.join(schema.names)}"
+        )
+    kind = schema.field(name).type
+    if not (
+        _is_text(kind)
+        or _is_binary(kind)
+        or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    ):
+        raise ManifestError(
+            f"{path}: column {name} is of type {str(kind)[:80]}; audio is a path, bytes, or bytes and path of an Audio "
+            "column of datasets"
+        )
+    return name
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_small(kind: pa.DataType) -> bool:
+    return _is_text(kind) or pa.types.is_primitive(kind)
+
+
+def _validate(column: Any) -> None:
+    """Raise ArrowInvalid where a column's buffers are too short; texts may hold what is no UTF-8."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.view(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+    column.validate(full=True)
+
+
+def _strings(column: Any) -> list[Any]:
+    """Return the texts of a column; what is not UTF-8 stays bytes."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
         return column.to_pylist()
-    names, blobs = column.field("path").to_pylist(), column.field("bytes")
+    except UnicodeDecodeError:
+        raw = column.view(
+            pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        ).to_pylist()
+    return [one if one is None else _decoded(one) for one in raw]
+
+
+def _decoded(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _references(column: Any, path: str, whole: pa.Buffer) -> list[str | None]:
+    """Return where the audio of each row of an Arrow file is: its byte range, or its path."""
+    if _is_text(column.type):
+        return _strings(column)
+    struct = pa.types.is_struct(column.type)
+    blobs = column.field("bytes") if struct else column
+    named = struct and column.type.get_field_index("path") >= 0
+    names = _strings(column.field("path")) if named else [None] * len(column)
     _, offsets, data = blobs.buffers()
     wide = pa.types.is_large_binary(blobs.type)
     ends = np.frombuffer(offsets, np.int64 if wide else np.int32)[blobs.offset :][: len(blobs) + 1]

@@ -1,27 +1,25 @@
 """Tables of lengths alone, Parquet or Arrow: enough to plan with, where the audio is elsewhere."""
 
-import os
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
 from canter.corpus.manifest import LONGEST_SECONDS
+from canter.corpus.parquet import open_parquet
 from canter.corpus.readers.huggingface import open_arrow
+from canter.corpus.remote import absolute, suffix_of
 from canter.corpus.utterance import Problem
 from canter.errors import ManifestError
 
 
 def table_schema(path: str) -> pa.Schema:
     """The columns of a Parquet or Arrow file. Raises `ManifestError` where it is neither."""
-    if not path.endswith(".parquet"):
-        return open_arrow(path)[0].schema
-    try:
-        return pyarrow.parquet.read_schema(path)
-    except FileNotFoundError:
-        raise ManifestError(f"{path} does not exist") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ManifestError(f"{path} is not a Parquet file ({error})") from None
+    return open_parquet(path).schema_arrow if suffix_of(path) == ".parquet" else open_arrow(path)[0].schema
+
+
+def is_lengths(schema: pa.Schema) -> bool:
+    """Return whether a table has the columns of lengths."""
+    return "duration" in schema.names and bool({"num_tokens", "tokens"} & set(schema.names))
 
 
 def read_lengths(
@@ -44,12 +42,14 @@ def read_lengths(
         if not (pa.types.is_integer(kind) or (name == "duration" and pa.types.is_floating(kind))):
             raise ManifestError(f"{path}: column {name} is of type {kind}, not a number")
     try:
-        if path.endswith(".parquet"):
-            table = pyarrow.parquet.read_table(path, columns=["duration", tokens_name])
+        if suffix_of(path) == ".parquet":
+            table = open_parquet(path).read(columns=["duration", tokens_name])
         else:
             table = open_arrow(path)[0].read_all().select(["duration", tokens_name])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ManifestError(f"{path} is damaged ({error})") from None
+        for name in ("duration", tokens_name):
+            table[name].validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ManifestError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
     seconds = table["duration"].cast(pa.float64()).to_numpy()
     nulls = table[tokens_name].is_null().to_numpy()
     tokens = table[tokens_name].fill_null(0).cast(pa.int64()).to_numpy()
@@ -69,5 +69,5 @@ def read_lengths(
             reason = f"{tokens_name} out of range: {value}"
         else:
             reason = f"duration is not a positive number of seconds: {seconds[row]}"
-        problems.append(Problem(os.path.abspath(path), int(row) + 1, reason))
+        problems.append(Problem(absolute(path), int(row) + 1, reason))
     return seconds[good], tokens[good] + extra, np.flatnonzero(good), problems

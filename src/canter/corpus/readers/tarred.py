@@ -1,9 +1,11 @@
 """Tars read by byte range: NeMo's tarred manifests and WebDataset shards."""
 
 import posixpath
-from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 from canter.corpus.audio import member_ref
+from canter.corpus.columns import ANY, Columns, common_fields
 from canter.corpus.manifest import (
     expand_shards,
     open_manifest,
@@ -12,14 +14,19 @@ from canter.corpus.manifest import (
     utterance_from_row,
     without_sub,
 )
-from canter.corpus.readers.common import AUDIO_SUFFIXES, common_fields
+from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.remote import absolute
 from canter.corpus.tar import Member, walk_tar
 from canter.corpus.utterance import Found, NumberedFinds, Problem
 
 
 def read_nemo_tarred(
-    path: str, audio: str, *, require_text: bool = True, measure_durations: bool = False
+    path: str,
+    audio: str,
+    *,
+    require_text: bool = True,
+    measure_durations: bool = False,
+    columns: Columns = ANY,
 ) -> NumberedFinds:
     """A NeMo manifest whose ``audio_filepath`` names members of tars: one, or several told apart by
     ``shard_id``.
@@ -42,7 +49,7 @@ def read_nemo_tarred(
         row = parse_line(line)
         if not isinstance(row, dict):
             return row if isinstance(row, str) else utterance_from_row(row, "")
-        name, shard = row.get("audio_filepath"), row.get("shard_id", 0)
+        name, shard = columns.of(row, "audio"), row.get("shard_id", 0)
         if isinstance(name, str) and not row.get("_skipme"):
             if len(tars) > 1 and (type(shard) is not int or not 0 <= shard < len(tars)):
                 return f"shard_id is not one of the {len(tars)} tars: {shard!r}"
@@ -51,8 +58,12 @@ def read_nemo_tarred(
             member = members(tar).get(name) or members(tar).get(without_sub(name))
             if member is None:
                 return f"no such member in the tar: {name!r} is not in {tar}"
-            row["audio_filepath"] = member_ref(absolute(tar), member.name, member.start, member.size)
-        return utterance_from_row(row, "", require_text=require_text, measure_durations=measure_durations)
+            row[columns.audio or "audio_filepath"] = member_ref(
+                absolute(tar), member.name, member.start, member.size
+            )
+        return utterance_from_row(
+            row, "", require_text=require_text, measure_durations=measure_durations, columns=columns
+        )
 
     for row in read_json_lines(path, parse):
         yield from ((problem.line, problem) for problem in told)
@@ -61,63 +72,97 @@ def read_nemo_tarred(
 
 
 def read_webdataset(
-    path: str, *, require_text: bool = True, measure_durations: bool = False
+    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
 ) -> NumberedFinds:
-    """A WebDataset tar: neighbouring members ``KEY.flac``, ``KEY.txt`` and/or ``KEY.json`` are one sample.
+    """Yield the samples of a WebDataset tar: members ``KEY.flac`` with ``KEY.txt`` and/or ``KEY.json``.
 
-    The JSON may hold any manifest field; a ``duration`` it does not give is read from the audio's header.
-    Format: the WebDataset specification (key: the path up to the first dot of its last part).
+    The JSON may hold any manifest field; a ``duration`` it does not give is read from the audio's header. Members of a
+    sample need not be neighbours. Format: the WebDataset specification (the key is the path up to the first dot of its
+    last part); where a key has several audio files, as of ``a.1.flac`` and ``a.2.flac``, each is a sample, with the
+    members that share its name up to the last dot.
     """
-    with open_manifest(path) as file:
-        for key, members in _samples(path):
-            if isinstance(key, Problem):
-                yield key.line, key
-                continue
-            number = min(member.number for member in members.values())
-            row = {}
-            if "json" in members:
-                _, start, size, number = members["json"]
-                file.seek(start)
-                row = parse_line(file.read(size))
-                if not isinstance(row, dict):
-                    why = row if isinstance(row, str) else f"{key}.json is not an object"
-                    yield number, why
-                    continue
-            found = [kind for kind in members if "." + kind.rsplit(".", 1)[-1] in AUDIO_SUFFIXES]
-            if not found:
-                yield number, f"no audio in the sample: {key!r} has {', '.join(members)}"
-                continue
-            name, start, size, number = members[found[0]]
-            row = common_fields(row)
-            row["audio_filepath"] = member_ref(absolute(path), name, start, size)
-            text = next(
-                (members[kind] for kind in ("txt", "text", "transcript", "lab") if kind in members), None
-            )
-            if text is not None:
-                file.seek(text.start)
-                try:
-                    row["text"] = file.read(text.size).decode().strip()
-                except UnicodeDecodeError as error:
-                    yield text.number, f"invalid UTF-8: {error.reason} in {text.name!r}"
-                    continue
-            result = utterance_from_row(row, "", require_text=require_text, measure_durations=True)
-            yield number, f"{result} ({key})" if isinstance(result, str) else result
-
-
-def _samples(path: str) -> Iterator[tuple[str | Problem, dict[str, Member]]]:
-    """``(key, {extension: member})``, or a Problem in the key's place."""
-    key, members = None, {}
+    samples: list[_Sample] = []
+    open_keys: dict[str, _Sample] = {}
     for member in walk_tar(path):
         if isinstance(member, Problem):
-            yield member, {}
+            yield member.line, member
             continue
         folder, base = posixpath.split(member.name)
         stem, _, extension = base.partition(".")
-        this = posixpath.join(folder, stem)
-        if this != key and members:
-            yield key or "", members
-            members = {}
-        key = this
-        members[extension.lower()] = member
-    if members:
-        yield key or "", members
+        key, extension = posixpath.join(folder, stem), extension.lower()
+        sample = open_keys.get(key)
+        if sample is None or extension in sample.members:  # a key again is a sample of its own
+            sample = open_keys[key] = _Sample(key, {})
+            samples.append(sample)
+        sample.members[extension] = member
+    with open_manifest(path) as file:
+        for sample in samples:
+            for one in sample.split():
+                number, row = _webdataset_row(one, path, file, columns)
+                if isinstance(row, dict):
+                    row = utterance_from_row(row, "", require_text=require_text, measure_durations=True)
+                    row = f"{row} ({one.key})" if isinstance(row, str) else row
+                yield number, row
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Members of a tar that belong together, by their extensions: what follows the key and a dot, in lower case."""
+
+    key: str
+    members: dict[str, Member]
+
+    @property
+    def audio(self) -> list[str]:
+        return [one for one in self.members if "." + one.rsplit(".", 1)[-1] in AUDIO_SUFFIXES]
+
+    def split(self) -> "list[_Sample]":
+        """Return a sample for each name up to the last dot, where not all audio is named after the key itself.
+
+        Members named after the key are then every sample's, unless there is audio among them.
+        """
+        groups: dict[str, dict[str, Member]] = {}
+        for extension, member in self.members.items():
+            name, _, kind = extension.rpartition(".")
+            groups.setdefault(name, {})[kind] = member
+        spoken = {one.rpartition(".")[0] for one in self.audio}
+        if len(groups) == 1 or spoken <= {""}:
+            return [self]
+        shared = {} if "" in spoken else groups.pop("", {})
+        return [
+            _Sample(f"{self.key}.{name}" if name else self.key, {**shared, **members})
+            for name, members in groups.items()
+        ]
+
+    def get(self, *kinds: str) -> Member | None:
+        """Return the member of the first kind that is there, named after the key or after the audio."""
+        name = self.audio[0].rpartition(".")[0] if self.audio else ""
+        wanted = (one for kind in kinds for one in (f"{name}.{kind}" if name else kind, kind))
+        return next((self.members[one] for one in wanted if one in self.members), None)
+
+
+def _webdataset_row(
+    sample: _Sample, path: str, file: BinaryIO, columns: Columns
+) -> tuple[int, dict[str, Any] | str]:
+    """Return the number of the sample's member that counts, and its row or the reason why there is none."""
+    number = min(member.number for member in sample.members.values())
+    if not sample.audio:
+        return number, f"no audio in the sample: {sample.key!r} has {', '.join(sample.members)}"
+    row: Any = {}
+    described = sample.get("json")
+    if described is not None:
+        file.seek(described.start)
+        row = parse_line(file.read(described.size))
+        if not isinstance(row, dict):
+            return described.number, row if isinstance(row, str) else f"{described.name} is not an object"
+    name, start, size, number = sample.members[sample.audio[0]]
+    row = common_fields(row, columns)
+    row["audio_filepath"] = member_ref(absolute(path), name, start, size)
+    text = None if columns.text else sample.get("txt", "text", "transcript", "lab")
+    if text is not None:
+        file.seek(text.start)
+        try:
+            row["text"] = file.read(text.size).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            return text.number, f"invalid UTF-8: {error.reason} in {text.name!r}"
+    return number, row

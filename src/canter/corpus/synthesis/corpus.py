@@ -13,12 +13,10 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ from canter.corpus.synthesis.espeak import SAMPLE_RATE, espeak
 from canter.corpus.synthesis.sentences import GRAMMARS, is_test, normalised
 from canter.corpus.synthesis.voices import Voice, voices
 from canter.errors import CanterError
+from canter.processes import start_pool_worker
 
 FORMAT = "canter-synthesis/1"
 BATCH = 64
@@ -197,9 +196,8 @@ def _speak_all(
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(["canter.corpus.synthesis.corpus"])
-    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=ignore_interrupt, max_tasks_per_child=1
+        workers, mp_context=context, initializer=start_pool_worker, max_tasks_per_child=1
     )
     try:
         for future in as_completed([pool.submit(_speak, folder, batch) for batch in missing]):

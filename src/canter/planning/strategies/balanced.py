@@ -18,13 +18,16 @@ from canter.errors import PlanError
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths
 from canter.planning.strategies.base import Cut, Cutter, in_steps, least_batches, maxima, nothing, reorder
+from canter.planning.strategies.exchange import exchanged
+from canter.planning.strategies.mixed_steps import mixed_sizes
 from canter.planning.strategies.recut import recut
 from canter.planning.strategies.strips import strips
 
 GROUPS = 64  # quantiles of T at which the width of strips is worked out
 TIME_CLASS = 1.008  # batches whose times differ by no more than this factor may change places between steps
 SPARE = 1.005  # times the batches that are needed, where a search is to follow: with none empty it gets stuck
-SMALL = 8192  # utterances of a window up to which strips are tried beside the snake
+SMALL = 8192  # utterances of a window up to which strips are tried beside the snake, and like batches exchange some
+FEW_TOGETHER = 16  # utterances in a batch, on average, below which batches exchange some
 WORTH_A_SEARCH = 8  # utterances in a batch, on average, below which strips leave a search nothing to find
 RETRY = 256  # batches to which one is added where they did not fit, and M at least
 TAIL = 1.65  # standard deviations of tokens above the mean from where on utterances are sparse
@@ -37,9 +40,12 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Balanced:
     """mixing: parts a window is dealt into at random before each is sorted; need not be whole. The mixing pool grows
     with the number of parts, padding with its square root. 0 is 1 with a local search after it (see `recut`): the
-    least padding, at some thousand utterances a second instead of millions; for sets of up to some ten thousand."""
+    least padding, at some thousand utterances a second instead of millions; for sets of up to some ten thousand.
+    mix_steps: shrink some batches so that a step holds short and long utterances together (see `mixed_steps`); fills
+    a few per cent less of the memory. Not with mixing 0."""
 
     mixing: float = 1.0
+    mix_steps: bool = False
     name: ClassVar[str] = "balanced"
     default_window: ClassVar[int | None] = 50_000
     strips_up_to: ClassVar[int] = SMALL
@@ -51,6 +57,8 @@ class Balanced:
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         if not (self.mixing >= 1 or self.mixing == 0):
             raise PlanError(f"balanced: mixing is {self.mixing}; it must be 0 (least padding), or 1 or more")
+        if self.mix_steps and self.mixing == 0:
+            raise PlanError("balanced: mixing 0 (least padding) excludes mix_steps; set mixing to 1 or more")
 
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             if len(lengths) == 0:
@@ -58,8 +66,9 @@ class Balanced:
             order = snake(lengths, budget, max(1.0, self.mixing), rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
             spare = SPARE if self.mixing == 0 else 1.0
+            least = least_batches(per_step, least_steps)
             batches = even_batches(
-                frames, tokens, budget, per_step, spare, least_batches(per_step, least_steps)
+                frames, tokens, budget, per_step, spare, least, rng if self.mix_steps else None
             )
             count = len(batches) - 1
             if len(order) <= self.strips_up_to and self.mixing <= 1 and 1 < count < len(order):
@@ -68,7 +77,9 @@ class Balanced:
                     order, batches, lengths, budget
                 ):
                     order, batches = found
-                    frames, tokens = lengths.frames[order], lengths.tokens[order]
+                if self.mixing == 1 and len(order) < FEW_TOGETHER * count:
+                    order = exchanged(order, batches, lengths.frames, lengths.tokens, budget, rng)
+                frames, tokens = lengths.frames[order], lengths.tokens[order]
             if self.mixing == 0 and len(order) >= self.worth_a_search * count:
                 moved, batches = recut(batches, frames, tokens, budget, rng)
                 order, frames, tokens = order[moved], frames[moved], tokens[moved]
@@ -173,22 +184,28 @@ def even_batches(
     multiple: int,
     spare: float = 1.0,
     least: int = 1,
+    mix: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Return offsets of batches of about equal memory over a sequence of alike neighbours.
 
     Their number is a multiple of M, or `least` where fewer would do.
 
     No batch is over the budget. Where there are fewer utterances than batches, each is a batch. spare: how many times
-    the batches that are needed there are to be. least: least number of batches.
+    the batches that are needed there are to be. least: least number of batches. mix: shrink some batches so that steps
+    can be mixed in length.
     """
     n = len(frames)
     done = np.concatenate([[0.0], np.cumsum(batch_share(frames, tokens, budget))])
-    count = max(least, max(1, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple)
-    while count < n:
-        batches = fill(frames, tokens, budget, done, count)
+    if mix is not None and done[-1] > multiple:
+        sizes = mixed_sizes(frames, tokens, budget, done, multiple, least, mix)
+    else:
+        sizes = np.ones(max(least, max(1, math.ceil((spare * done[-1] - 0.25) / multiple)) * multiple))
+    while len(sizes) < n:
+        batches = fill(frames, tokens, budget, done, sizes)
         if batches is not None:
             return batches
-        count = (count // multiple + max(1, count // (RETRY * multiple))) * multiple
+        count = (len(sizes) // multiple + max(1, len(sizes) // (RETRY * multiple))) * multiple
+        sizes = np.concatenate([sizes, np.full(count - len(sizes), sizes.mean())])
     return np.arange(n + 1)
 
 
@@ -208,20 +225,21 @@ def batch_share(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.nd
 
 
 def fill(
-    frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarray, count: int
+    frames: np.ndarray, tokens: np.ndarray, budget: Budget, done: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray | None:
-    """Cuts exactly `count` batches, each an equal share of what is left; None if they do not fit.
+    """Return offsets of as many batches as there are sizes, each of its part of what is left; None if they do not fit.
 
-    done: (n + 1,) batches' worth before each utterance.
+    done: (n + 1,) full batches before each utterance. sizes: (count,) relative to each other.
     """
     room, cost = budget.limit_bytes - budget.fixed_bytes, budget.memory
     longest = np.maximum.reduce
     n, offsets, start, size = len(frames), [0], 0, 1
     prefix, total = done.data, float(done[-1])
     a, b, c, d, e = cost.T, cost.TT, cost.U, cost.TU, cost.UU
-    for left in range(count, 0, -1):
-        # a little more than an even share, so that where the estimate is too low the last do not overflow
-        share = (1.002 + 0.1 / left) * (total - prefix[start]) / left
+    to_come = np.cumsum(sizes[::-1])[::-1]
+    for left, part, rest in zip(range(len(sizes), 0, -1), sizes.tolist(), to_come.tolist()):
+        # a little more than its part, so that where the estimate is too low the last do not overflow
+        share = (1.002 + 0.1 / left) * (total - prefix[start]) * part / rest
         limit = room * (min(1.0, share) if left > 1 else 1.0)
         most = n - start - (left - 1)  # leave one utterance for each batch to come
         if most < 1:

@@ -1,0 +1,174 @@
+"""Recognise audio and video files by their content. The name of a file decides only where its content is unknown."""
+
+import os
+from pathlib import Path
+
+from canter.corpus.headers import FRAMES
+from canter.corpus.readers.common import AUDIO_SUFFIXES
+from canter.corpus.remote import is_url, read_bytes
+
+HEAD = 8192  # bytes that are looked at
+MANIFEST_SUFFIXES = frozenset(
+    (
+        ".jsonl",
+        ".json",
+        ".tsv",
+        ".csv",
+        ".psv",
+        ".txt",
+        ".scp",
+        ".yaml",
+        ".yml",
+        ".tar",
+        ".parquet",
+        ".arrow",
+        ".feather",
+    )
+)
+SOURCE_CODE = {".ts", ".mts"}  # TypeScript as well as MPEG-TS
+
+# (where, bytes, name of the format)
+_SIGNATURES = (
+    (0, b"fLaC", "FLAC"),
+    (0, b"OggS", "Ogg"),
+    (0, b"ID3", "MP3"),
+    (0, b"\x1a\x45\xdf\xa3", "Matroska or WebM"),
+    (0, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "WMA or WMV"),
+    (0, b"FLV\x01", "FLV"),
+    (0, b"\x00\x00\x01\xba", "MPEG program stream"),
+    (0, b".snd", "AU"),
+    (0, b"dns.", "AU"),
+    (0, b"caff", "CAF"),
+    (0, b"riff\x2e\x91\xcf\x11", "Wave64"),
+    (0, b"NIST_1A", "NIST SPHERE"),
+    (0, b"#!AMR", "AMR"),
+    (0, b"\x7f\xfe\x80\x01", "DTS"),
+    (0, b"\xfe\x7f\x01\x80", "DTS"),
+    (0, b"MAC ", "Monkey's Audio"),
+    (0, b"wvpk", "WavPack"),
+    (0, b"TTA1", "True Audio"),
+    (0, b"MPCK", "Musepack"),
+    (0, b"MP+", "Musepack"),
+    (0, b"tBaK", "TAK"),
+    (0, b"ajkg", "Shorten"),
+    (0, b"Creative Voice File", "VOC"),
+    (0, b".RMF", "RealMedia"),
+    (0, b"DSD ", "DSF"),
+    (0, b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "MXF"),
+    (0, b".SoX", "SoX"),
+    (0, b"XoS.", "SoX"),
+    (0, b"PVF1", "PVF"),
+    (0, b"qoaf", "QOA"),
+    (0, b"ADIF", "AAC"),
+    (4, b"\xf8\x72\x6f\xba", "TrueHD"),
+)
+_RIFF = {b"WAVE": "WAV", b"AVI ": "AVI"}
+_FORM = {b"AIFF": "AIFF", b"AIFC": "AIFF", b"8SVX": "8SVX", b"16SV": "16SV"}
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # that MP4 and QuickTime begin with
+_IMAGES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis", b"crx ", b"jp2 ")
+
+
+def format_of(head: bytes) -> str | None:
+    """Return the name of the audio or video format that a file with these first bytes has, None for any other file."""
+    for place, wanted, name in _SIGNATURES:
+        if head.startswith(wanted, place):
+            return name
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
+        return _RIFF.get(head[8:12])
+    if head[:4] == b"FORM":
+        return _FORM.get(head[8:12])
+    if head[4:8] in _BOXES and not (head[4:8] == b"ftyp" and head[8:12] in _IMAGES):
+        return "MP4 or QuickTime"
+    for start, size in ((0, 188), (4, 192)):
+        if len(head) > start + 2 * size and all(head[start + size * number] == 0x47 for number in range(3)):
+            return "MPEG transport stream"
+    return _framed(head)
+
+
+def _framed(head: bytes) -> str | None:
+    """Return the format of a raw stream whose first two frames follow each other."""
+    if len(head) < 8:
+        return None
+    word = int.from_bytes(head[:2], "big")
+    size, name = 0, None
+    if word & 0xFFF6 == 0xFFF0:
+        size, name = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5, "AAC"
+    elif word >= 0xFFE0 and (frame := FRAMES.get(int.from_bytes(head[1:3], "big"))):
+        size, name = frame[0], "MP3"
+    elif word == 0x0B77 and head[5] >> 3 <= 16:
+        following = head.find(b"\x0b\x77", 64)
+        size, name = max(0, following), "AC-3"
+    elif word & 0xFFE0 == 0x56E0:
+        size, name = ((word & 0x1F) << 8 | head[2]) + 3, "AAC"
+    again = head[size : size + 2]
+    return (
+        name
+        if size > 7 and len(again) == 2 and (again[0], again[1] & 0xF0) == (head[0], head[1] & 0xF0)
+        else None
+    )
+
+
+def is_data(head: bytes) -> bool:
+    """Return whether a file with these first bytes is JSON, Arrow, Parquet, a tar or compressed by gzip."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return text.startswith((b"{", b"[", b"\x1f\x8b", b"PAR1", b"ARROW1")) or head[257:262] == b"ustar"
+
+
+def is_text(head: bytes) -> bool:
+    """Return whether these bytes are text in UTF-8."""
+    try:
+        head[:-4].decode() if len(head) == HEAD else head.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def head_of(path: str) -> bytes:
+    """Return the first bytes of a file or URL, none where it cannot be read."""
+    try:
+        return read_bytes(path, 0, HEAD)
+    except (OSError, ValueError, ImportError):
+        return b""
+
+
+def is_media(path: str) -> bool:
+    """Return whether a path or URL names one audio or video file, not a folder or a manifest.
+
+    The content decides: ``talk.txt`` that holds a WAV is media, ``talk.wav`` that holds JSON is a manifest. For
+    content that is neither, the suffix decides, and a file without a known one is taken for media.
+    """
+    suffix = Path(path.removesuffix(".gz")).suffix.lower()
+    if os.path.isdir(path):
+        return False
+    there = os.path.isfile(path)
+    if not there and (suffix in AUDIO_SUFFIXES or suffix in MANIFEST_SUFFIXES or not is_url(path)):
+        return suffix in AUDIO_SUFFIXES
+    head = head_of(path)
+    if format_of(head):
+        return True
+    if is_data(head) or suffix in MANIFEST_SUFFIXES:
+        return False
+    return suffix in AUDIO_SUFFIXES or there
+
+
+def media_in(folder: str) -> tuple[list[str], list[str]]:
+    """Return all audio and video files below a folder, in the order of their paths, and all other files.
+
+    Hidden files are left out of both.
+    """
+    media, others = list[str](), list[str]()
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if not name.startswith("."):
+                path = os.path.join(root, name)
+                (media if _is_media_in_folder(path) else others).append(path)
+    return sorted(media), sorted(others)
+
+
+def _is_media_in_folder(path: str) -> bool:
+    if not os.path.isfile(path):  # reading from a pipe could wait for ever
+        return False
+    suffix, head = os.path.splitext(path)[1].lower(), head_of(path)
+    if suffix in AUDIO_SUFFIXES and not (suffix in SOURCE_CODE and is_text(head)):
+        return True  # whatever is wrong with it, reading it will say so
+    return format_of(head) is not None
