@@ -56,7 +56,9 @@ def main() -> int:
         figures: dict[str, dict[str, float]] = {"serve": served(model, short, long, options)}
         for way in ("transcribe", "python file", "python array"):
             before, peak = (peak_of(way, model, file, folder) for file in (short, long))
-            given = 60 * (options.minutes - 1) * RATE * 4 / MIB if way == "python array" else 0.0  # by the caller
+            given = (
+                60 * (options.minutes - 1) * RATE * 4 / MIB if way == "python array" else 0.0
+            )  # by the caller
             figures[way] = {"minute": before, "hour": peak, "given": given, "above": peak - before - given}
             print(f"{way}: {figures[way]}", flush=True)
     if options.json:

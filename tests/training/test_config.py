@@ -70,7 +70,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("skip_limit: 3", "must be between 0 and 1"),
         ("precision: fp8", "none of auto, bf16, float32"),
         ("- 1", "expected a mapping"),
-        ("a: [", "not readable as YAML"),
+        ("a: [", "is not YAML"),
         ("model: {width: 100, heads: 3}", "not a multiple"),
         ("loss: {ctc_weight: 0.0, ctc_alone: 0.1}", "ctc-alone"),
     ],

@@ -24,13 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from canter.errors import CheckpointError
-from canter.models.files import (
-    check_safetensors,
-    read_json,
-    refuse_adapter,
-    stored_bytes,
-    tensor_files,
-)
+from canter.models.files import check_safetensors, read_json, refuse_adapter, stored_bytes, tensor_files
 from canter.models.generation import check_generation
 from canter.models.hub import checkpoint_of
 from canter.models.ranges import SMALL
@@ -135,7 +129,10 @@ def check_folder(folder: Path) -> None:
     more parameters than its weights have bytes.
     """
     config_file = folder / "config.json"
-    if (folder / "adapter_config.json").exists():
+    refuse_adapter(folder)
+    if (
+        folder / "adapter_config.json"
+    ).exists():  # beside a model: peft, where it is installed, would load it too
         raise CheckpointError(
             f"{folder} holds an adapter, not a whole model; merge it into its base model first"
         )

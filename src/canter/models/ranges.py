@@ -78,7 +78,7 @@ def check_config(config: ModelConfig, source: str | Path, stored: int | None = N
             f"decoder.pad {decoder.pad} is beyond the vocabulary of {decoder.vocabulary}",
         ),
         (
-            decoder.positions * decoder.width > MOST_POSITION_VALUES,
+            not decoder.learned_positions and decoder.positions * decoder.width > MOST_POSITION_VALUES,
             f"decoder.positions {decoder.positions} of width {decoder.width} take more than "
             f"{MOST_POSITION_VALUES:,} values",
         ),
@@ -120,7 +120,7 @@ def least_parameters(config: ModelConfig) -> int:
     return (
         encoder.layers * encoder.width * (4 * encoder.width + 2 * feedforward)
         + decoder.layers * decoder.width * (8 * decoder.width + 2 * decoder.feedforward)
-        + decoder.vocabulary * decoder.width
+        + (decoder.vocabulary + decoder.positions * decoder.learned_positions) * decoder.width
         + config.ctc_vocabulary * config.ctc_upsampling * encoder.width
         + getattr(encoder, "positions", 0) * encoder.width
         + getattr(encoder, "subsampling_channels", 0) * config.features.mels // 8 * encoder.width

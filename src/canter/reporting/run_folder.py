@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from canter.corpus.index import LengthIndex
-from canter.errors import BudgetError, ConfigError, ManifestError
+from canter.errors import BudgetError, CheckpointError, ConfigError, ManifestError
 from canter.planning.budget import Budget
+from canter.untrusted import parse_yaml
 
 Row = dict[str, Any]
 WHOLE_LOG = 4 * 2**20  # bytes up to which utterances.jsonl is read in full
@@ -62,8 +62,8 @@ class Run:
     def settings(self) -> Row:
         """The configuration as a mapping; empty where it is missing or no YAML."""
         try:
-            value = yaml.safe_load(self.config)
-        except yaml.YAMLError:
+            value = parse_yaml(self.config, "config.yaml")
+        except CheckpointError:
             return {}
         return value if isinstance(value, dict) else {}
 

@@ -101,7 +101,7 @@ def _history(kept: list[tuple[Row, list[Row]]]) -> list[Html]:
 
 
 def _key(row: Row) -> tuple[object, ...]:
-    return row.get("audio_filepath"), row.get("offset"), row["text"]
+    return str(row.get("audio_filepath")), str(row.get("offset")), row["text"]
 
 
 def _errors(rows: list[Row]) -> dict[tuple[object, ...], int]:

@@ -22,6 +22,7 @@ from canter.errors import CanterError, CheckpointError
 from canter.models.checkpoint import read_weights, save_model
 from canter.models.files import read_tensors
 from canter.models.model import SpeechModel
+from canter.models.torchfile import load_saved
 from canter.text import Characters
 
 STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors"
@@ -30,6 +31,7 @@ VERIFIED = "checksums"  # in the state: the checkpoint was written with checksum
 CONFIG, SETTLED = "config.yaml", "run.json"  # of the run, of which each checkpoint has a copy
 BEST = "best.json"
 DAMAGED = ".damaged-"
+MOST_OPERATIONS = 10_000_000  # opcodes of the optimisers' pickle: a tensor takes about 45
 NAME = re.compile(r"step-\d+")
 
 
@@ -226,7 +228,8 @@ def read_snapshot(folder: Path, model: Any = None) -> Snapshot:
     try:
         state = json.loads((beside / STATE).read_text(encoding="utf-8"))
         state.pop(VERIFIED, None)
-        optimizers = torch.load(beside / OPTIMIZERS, map_location="cpu", weights_only=True)
+        with open(beside / OPTIMIZERS, "rb") as file:
+            optimizers = load_saved(file, OPTIMIZERS, MOST_OPERATIONS)
         for one in optimizers:
             names = [name for group in one["param_groups"] for name in group["params"]]
             if not all(isinstance(values, dict) for values in one["state"].values()):
