@@ -77,7 +77,7 @@ class Transcript:
     lost_seconds: float = 0.0
     """Seconds of the audio that are damaged or missing; the rest is transcribed."""
     warnings: tuple[str, ...] = ()
-    """What is wrong with the audio: losses and where they begin, channels that cancel each other out."""
+    """Faults of the audio: losses and where they begin, channels that cancel each other out."""
     language_probability: float | None = None
     """Probability of the language that was detected, over all of the speech; None where it was stated."""
     _item: Item | None = field(default=None, compare=False)

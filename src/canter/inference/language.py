@@ -1,4 +1,4 @@
-"""Which language is spoken where: pure functions of the probabilities that a model gives to stretches of audio."""
+"""Decide which language is spoken where: pure functions of the probabilities that a model gives to stretches of audio."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

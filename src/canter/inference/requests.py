@@ -97,11 +97,11 @@ class Hypothesis:
     languages: tuple[float, ...] = ()
     """Probability of each of the request's languages, where the language was detected."""
     alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
-    """Of beams: tokens and sums of log probabilities, best first."""
+    """Tokens and sums of log probabilities of all beams, best first."""
     alignment: Alignment | None = None
     rest: "Hypothesis | None" = None
-    """Of the audio from ``rest_begins`` seconds on, where this one ended before its audio did, or another language
-    begins there."""
+    """Hypothesis of the audio from ``rest_begins`` seconds on, where this one ended before its audio did, or another
+    language begins there."""
     rest_begins: float = 0.0
 
     @property

@@ -40,7 +40,7 @@ class Row:
     logprob: float = 0.0
     """Sum of the tokens' natural-log probabilities, the end token's included, where they were asked for."""
     steps: list[float] = field(default_factory=list)
-    """Of a scored row of greedy search, the log probability of each token."""
+    """Log probability of each token, for scored rows of greedy search."""
     finished: bool = False
     """Whether an end token ended it."""
     allowed: float = math.inf

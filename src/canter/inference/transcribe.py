@@ -55,7 +55,7 @@ class Transcription:
     lost_seconds: float = 0.0
     """Seconds of the audio that are damaged or missing."""
     warnings: tuple[str, ...] = ()
-    """What is wrong with the audio: losses, channels that cancel each other out."""
+    """Faults of the audio: losses, channels that cancel each other out."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What ``generation_config.json`` may say: how a model wants to be decoded, in Hugging Face's words."""
+"""Check ``generation_config.json``, Hugging Face's description of how a model is to be decoded."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
 
 
 class _Server(uvicorn.Server):
-    """Ends at once when it is told to before it serves: loading a model's kernels may take long."""
+    """Server that ends at once on a signal before it serves: loading a model's kernels may take long."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if not self.started:

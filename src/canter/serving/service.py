@@ -61,7 +61,7 @@ class Audio:
     """An upload, decoded."""
 
     pieces: list[Piece]
-    """What the model takes at once, of long audio where somebody speaks; their samples are `Stored`."""
+    """Windows that the model takes at once, where somebody speaks; their samples are `Stored`."""
     samples: Samples
     """The file in which all of them lie."""
     seconds: float
@@ -70,7 +70,7 @@ class Audio:
     upload: float = 0.0
     """Seconds that it took to arrive."""
     warnings: tuple[str, ...] = ()
-    """What is wrong with it: losses, channels that cancel each other out."""
+    """Faults of the audio: losses, channels that cancel each other out."""
 
     def close(self) -> None:
         self.samples.close()
@@ -83,11 +83,11 @@ class Heard:
     segments: list[Segment]
     """Which nothing will change any more; the next ones in order."""
     language: str
-    """Of the audio: as it was asked for, or detected in what was heard so far."""
+    """Language of the audio: the one asked for, or the one detected so far."""
     timing: Timing
     """Of the request, so far."""
     language_probability: float | None = None
-    """Of the language, where it was detected."""
+    """Probability of a detected language; None where it was asked for."""
 
 
 class Service:

@@ -158,7 +158,7 @@ class _Form:
         self._header_name, self._header_value, self._header_bytes = bytearray(), bytearray(), 0
         self._name = ""
         self._text: bytearray | None = None
-        """Of the field that is being read; None while it is the file."""
+        """Text of the field that is being read; None while it is the file."""
 
     def callbacks(self) -> Any:
         """Return the functions that the parser calls."""

@@ -30,7 +30,7 @@ class StoppedWaitingError(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a run waits for its data, and what it does meanwhile."""
+    """Wait for a run's data with messages, a limit, and an ear for signals."""
 
     limit: float = 300.0
     """Seconds of waiting after which the run ends."""
