@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import random
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for file in files:
         chance.shuffle(file)
     items[:] = [item for file in files for item in file]
+
+
+def pytest_configure() -> None:
+    """Let the commands that tests start hear Ctrl-C, which a shell has what it starts in the background ignore."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
