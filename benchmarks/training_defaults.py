@@ -90,6 +90,7 @@ def measure(index: LengthIndex, budget: Budget, ranks: int, config: TrainConfig)
         limits,
         budget,
         index,
+        index,
         slowest=1.0,
         ranks=ranks,
         strategy=Balanced(),

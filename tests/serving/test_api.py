@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from canter.models.checkpoint import load_model
 from canter.serving.app import _rendered
 from canter.serving.protocol import Asked
 from canter.serving.scheduler import Timing
-from canter.serving.service import Audio, Heard
+from canter.serving.service import Audio, Heard, Samples
 
 from .conftest import Running, noise, running, wav
 
@@ -219,11 +220,10 @@ def test_cues_of_the_service_end_where_sentences_do(live):
     """A Canary's one segment of forty seconds; what would be markup is escaped."""
     text = "It is said that 1 < 2 & 3 > 2. " + "This is a sentence of some words, and it goes on. " * 6
     heard = [Heard([Segment(0.0, 40.0, text.strip())], "en", Timing())]
-    audio = Audio([], 40.0, 0.0)
     for form in ("srt", "vtt"):
-        body = _rendered(
-            live.service, heard, audio, Asked("transcribe", "en", response_format=form)
-        ).body.decode()
+        asked = Asked("transcribe", "en", response_format=form)
+        with closing(Audio([], Samples(), 40.0, 0.0)) as audio:
+            body = _rendered(live.service, heard, audio, asked).body.decode()
         cues = body.removeprefix("WEBVTT\n\n").strip().split("\n\n")
         assert len(cues) > 6
         assert all(cue.rstrip().endswith((".", ",")) for cue in cues)
@@ -234,7 +234,8 @@ def test_numbers_that_json_does_not_have(live):
     words = (Word(0.0, 1.0, " one", float("nan")),)
     segment = Segment(0.0, 1.0, "one", words=words, avg_logprob=float("-inf"))
     asked = Asked("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
-    answer = _rendered(live.service, [Heard([segment], "en", Timing())], Audio([], 1.0, 0.0), asked)
+    with closing(Audio([], Samples(), 1.0, 0.0)) as audio:
+        answer = _rendered(live.service, [Heard([segment], "en", Timing())], audio, asked)
     value = json.loads(answer.body, parse_constant=lambda name: pytest.fail(name))
     assert value["segments"][0]["avg_logprob"] is None
     assert value["words"] == [{"word": "one", "start": 0.0, "end": 1.0}]

@@ -154,7 +154,7 @@ def _read_folder(folder: Path) -> SpeechModel:
         if model.characters.size != model.config.ctc_vocabulary:
             raise CheckpointError(
                 f"{folder / CHARACTERS} has {model.characters.size - 1} characters, but {config_file} has a CTC head "
-                f"of {model.config.ctc_vocabulary} outputs; they do not belong together"
+                f"of {model.config.ctc_vocabulary} outputs; they do not belong together: copy both anew"
             )
     if (folder / GENERATION).exists():
         told, decoder = read_json(folder / GENERATION), model.config.decoder

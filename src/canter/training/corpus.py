@@ -12,7 +12,6 @@ from canter.corpus.index import VERIFIED_ROWS, LengthIndex
 from canter.corpus.manifest import Problem, Utterance, no_usable_row
 from canter.corpus.mixture import Group, leaves, sources_of
 from canter.corpus.sources import open_source, read_unit, units_of
-from canter.errors import ConfigError
 from canter.inference.transcribe import checkpoint_of
 from canter.models.model import SpeechModel
 from canter.text import Characters, load_tokenizer, train_tokenizer
@@ -92,11 +91,6 @@ def find_tokenizer(
         alphabet = Characters("")  # without a CTC head nothing is written in characters
         if initial.ctc is not None:
             alphabet = Characters.load(checkpoint_of(config.init))
-        if initial.ctc is not None and alphabet.size != initial.config.ctc_vocabulary:
-            raise ConfigError(
-                f"--init {config.init}: its CTC head has {initial.config.ctc_vocabulary} outputs, but its alphabet "
-                f"{alphabet.size}; set --loss.ctc-weight 0 --loss.ctc-alone 0 to leave the head out"
-            )
         folder.mkdir(exist_ok=True)
         initial.tokenizer.save(folder)
         alphabet.save(folder)
