@@ -33,7 +33,7 @@ def cached(model: SpeechModel) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_whole_windows_fit_the_memory(dtype):
-    model = canary(6, dtype)
+    model = canary(3, dtype)
     rows = decoder_rows(model, CPU)
     assert 8 < rows < 64
     assert rows * cached(model) <= CACHED < (rows + 1) * cached(model)

@@ -160,7 +160,7 @@ class Engine:
         self.model.eval()
         source, waiting, more = iter(batches), deque[_Encoded](), True
         search = self._search()
-        live = _Live(self.model.decoder.cache(search.beams), search)
+        live = _Live(self.model.decoder.cache(search.beams, self.rows), search)
         steps = self._fixed_steps()
         if self.front:
             self.front.wait_stream(torch.cuda.current_stream(self.device))

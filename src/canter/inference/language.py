@@ -1,4 +1,4 @@
-"""Decide which language is spoken where: pure functions of the probabilities that a model gives to stretches of audio."""
+"""Decide which language is spoken where: pure functions of the probabilities that a model gives to speech."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

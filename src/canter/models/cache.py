@@ -67,11 +67,13 @@ class DecoderCache:
     among beams rewrites that mask; keys and values, cross-attention's above all, are never copied.
     """
 
-    def __init__(self, config: CacheShape, like: Tensor, beams: int = 1):
-        """An empty cache of the device of ``like``, and of its type or autocast's; it grows as rows come."""
+    def __init__(self, config: CacheShape, like: Tensor, beams: int = 1, most: int = 0):
+        """Make an empty cache of the device of ``like``, and of its type or autocast's; it grows as rows come. On a CPU
+        room for ``most`` rows is made at once, for it takes no memory until they come, and growing needs both buffers.
+        """
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        self.beams = beams
+        self.beams, self.most = beams, most
         self.cross = like.new_zeros(config.layers, 2, 0, config.heads, 0, config.width // config.heads)
         self.own = self.cross.clone()
         self.cross_mask = like.new_zeros(0, 0)
@@ -113,7 +115,7 @@ class DecoderCache:
         more, longer = max(0, self.rows + rows - slots), max(0, rounded(frames) - size)
         if more or longer:
             if self.on_cpu:  # so that a queue that grows row by row copies it few times
-                more = more and max(more, slots)
+                more = more and max(more, slots, self.most - slots)
             self.cross = self._grown(self.cross, slots + more, size + longer)
             # A slot that never had a row attends, for fixed shapes compute it too and a NaN would stay in there.
             self.cross_mask = F.pad(F.pad(self.cross_mask, (0, longer), value=-math.inf), (0, 0, 0, more))

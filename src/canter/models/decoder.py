@@ -57,6 +57,7 @@ def gelu(x: Tensor) -> Tensor:
 
 ACTIVATIONS = {"relu": F.relu, "gelu": gelu}
 FEW = 5  # rows, up to which a product with a vocabulary's matrix is faster the other way round
+PROJECTED = 2  # rows whose keys and values are made together on a CPU: more are no faster, and take memory
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
@@ -188,9 +189,9 @@ class Decoder(Stack):
         """The layers, by their type."""
         return cast(Iterable[DecoderLayer], self.layers)
 
-    def cache(self, beams: int = 1) -> DecoderCache:
-        """An empty cache, for ``admit`` to fill, of rows with so many beams."""
-        return DecoderCache(self.config, like=self.embedding.weight, beams=beams)
+    def cache(self, beams: int = 1, rows: int = 0) -> DecoderCache:
+        """Return an empty cache, for ``admit`` to fill, of rows with so many beams; usually of at most ``rows`` rows."""
+        return DecoderCache(self.config, like=self.embedding.weight, beams=beams, most=rows)
 
     def admit(
         self,
@@ -217,11 +218,14 @@ class Decoder(Stack):
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
         cache.reserve(len(prompts), frames, before=size, after=cache.beams)
         cache.add([len(prompt) for prompt in prompts], encoded_lengths)
-        encoded = encoded[:, :frames]
-        for layer, cross in zip(self.blocks, cache.cross.unbind(0)):
-            keys, values = layer.cross_attention.project(encoded)
-            cross[0, first : cache.rows, :, :frames] = keys
-            cross[1, first : cache.rows, :, :frames] = values
+        together = PROJECTED if cache.on_cpu else len(prompts)
+        for begin in range(first, cache.rows, together):
+            some = slice(begin, min(begin + together, cache.rows))
+            part = encoded[begin - first : some.stop - first, :frames]
+            for layer, cross in zip(self.blocks, cache.cross.unbind(0)):
+                keys, values = layer.cross_attention.project(part)
+                cross[0, some, :, :frames] = keys
+                cross[1, some, :, :frames] = values
         padding = self.config.pad
         tokens = upload([[padding] * (size - len(prompt)) + prompt for prompt in prompts], encoded.device)
         cache.column -= size
