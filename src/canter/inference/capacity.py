@@ -7,9 +7,8 @@ import torch
 
 from canter.models.model import SpeechModel
 
-CACHED = (
-    192 * 2**20
-)  # bytes of the keys and values of cross-attention on a CPU; more rows are hardly faster there
+# bytes of the keys and values of cross-attention on a CPU; more rows are hardly faster there
+CACHED = 192 * 2**20
 FEWEST, MOST, MOST_ON_GPU = 8, 64, 128  # rows of the decoder
 
 

@@ -190,7 +190,7 @@ class Decoder(Stack):
         return cast(Iterable[DecoderLayer], self.layers)
 
     def cache(self, beams: int = 1, rows: int = 0) -> DecoderCache:
-        """Return an empty cache, for ``admit`` to fill, of rows with so many beams; usually of at most ``rows`` rows."""
+        """Return an empty cache, for ``admit`` to fill, of so many beams a row and usually at most ``rows`` rows."""
         return DecoderCache(self.config, like=self.embedding.weight, beams=beams, most=rows)
 
     def admit(
