@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +55,6 @@ WINDOW = 4  # times the decoder's rows: items that are batched together
 ARRAY_SECONDS = 1800.0  # of arrays that wait in memory at most
 LOUDEST = 16.0  # that float samples may reach; beyond, they are integers' values
 HEADERS = 4  # threads that read headers
-_FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 
 
 @dataclass(frozen=True, repr=False)
@@ -604,8 +602,6 @@ def _told(given: _Given, error: str) -> str:
         given.item.utterance is not None and given.close is not None
     ):  # a temporary file, whose name says nothing
         error = error.replace(given.item.utterance.audio_filepath, given.shown or "what was given")
-    if "duration" not in given.item.row:
-        error = _FOR_MANIFESTS.sub("", error)
     if given.shown and os.path.basename(given.shown) not in error:
         error = f"{given.shown}: {error}"
     return error

@@ -299,7 +299,7 @@ def _refuse_large(path: str, samples: float, size: int) -> None:
     if samples > LARGE_LOAD and 4 * samples > MOST_GROWTH * size:
         raise AudioError(
             f"{path}: its {size:,} bytes unpack to more than {4 * samples / 2**20:,.0f} MiB of samples, which no "
-            "recording does; remove the row"
+            "recording does; leave it out"
         )
 
 
@@ -463,7 +463,7 @@ def _missing(
         if short > max(SHORT_SECONDS, share * (promised or got + short)):
             return short, (
                 f"{path} is truncated: its header promises {stretch.offset + got + short:.2f} s, {got:.2f} s are "
-                "there; copy the file again or remove the row"
+                "there; copy the file again or leave it out"
             )
     elif wanted - got > max(SHORT_SECONDS, share * wanted):
         return wanted - got, (
@@ -494,7 +494,7 @@ def _no_sample(path: str, stretch: _Stretch, kept: _Kept | None) -> str:
     if kept is not None and kept.warnings:
         return f"{path} is damaged, and nothing of it can be decoded: {kept.warnings[0]}"
     where = f" from {stretch.offset:g} s on" if stretch.offset else ""
-    return f"{path} holds no sample{where}; remove the row"
+    return f"{path} holds no sample{where}; leave it out"
 
 
 def _refuse_unlikely(path: str, rate: int, channels: int) -> None:
@@ -503,7 +503,7 @@ def _refuse_unlikely(path: str, rate: int, channels: int) -> None:
     if not LEAST_RATE <= rate <= MOST_RATE or channels > MOST_CHANNELS:
         raise AudioError(
             f"{path} claims {channels} channels at {rate:,} Hz, which no recording has (at most {MOST_CHANNELS} "
-            f"channels and {LEAST_RATE:,} to {MOST_RATE:,} Hz are read); remove the row"
+            f"channels and {LEAST_RATE:,} to {MOST_RATE:,} Hz are read); leave it out"
         )
 
 
@@ -522,7 +522,7 @@ def _open(path: str):
             else:
                 file = stack.enter_context(open_binary(path))
             if not file.seek(0, os.SEEK_END):
-                raise AudioError(f"{path} is empty (0 bytes); copy it again or remove the row")
+                raise AudioError(f"{path} is empty (0 bytes); copy it again or leave it out")
             file.seek(0)
             yield file
     except FileNotFoundError:
@@ -538,7 +538,7 @@ def _open(path: str):
         raise AudioError(f"{path} cannot be read: {reason or error}") from None
     except Exception as error:  # a decoder may raise anything: it is this file's fault, and no other's
         raise AudioError(
-            f"{path} cannot be decoded ({type(error).__name__}: {error}); it is damaged, or no audio: remove the row"
+            f"{path} cannot be decoded ({type(error).__name__}: {error}); it is damaged, or no audio: leave it out"
         ) from None
 
 

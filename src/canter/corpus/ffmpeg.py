@@ -352,7 +352,7 @@ def open_coded(path: str, file: BinaryIO, reason: str, track: int | None = None)
         except Exception as error:  # PyAV raises AttributeError, UnicodeDecodeError and others
             raise AudioError(_refusal(path, file, reason, error)) from None
         if coded.rate < 1 or coded.channels < 1:  # FFmpeg takes some text for a sound format
-            raise AudioError(f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; remove the row")
+            raise AudioError(f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; leave it out")
         yield coded
 
 
@@ -361,16 +361,16 @@ def _refusal(path: str, file: BinaryIO, reason: str, error: Exception) -> str:
     file.seek(0)
     known = format_of(file.read(HEAD))
     if isinstance(error, _NoTrack):
-        return f"{path} cannot be read: {error}; remove the row"
+        return f"{path} cannot be read: {error}; leave it out"
     if known and isinstance(error, OSError | ValueError) and getattr(error, "errno", 0) != NOT_ALLOWED:
         return (
             f"{path} is damaged or truncated: it begins as {known}, but FFmpeg cannot read it ({_plain(error)}); copy "
-            "the file again or remove the row"
+            "the file again or leave it out"
         )
     told = _plain(error)
     if getattr(error, "errno", 0) == NOT_ALLOWED:
         told = "its format is none that holds audio itself"
-    return f"{path} is not audio: {reason}; FFmpeg says: {told}; remove the row"
+    return f"{path} is not audio: {reason}; FFmpeg says: {told}; leave it out"
 
 
 def _plain(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """From an upload to the segments of its transcript, through the one engine that all requests share."""
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
@@ -30,7 +29,6 @@ from canter.serving.upload import anonymous_file, disk_told, path_of, write_all
 from canter.text.languages import is_said, resolve
 from canter.text.whisper import WhisperTokenizer
 
-_FOR_MANIFESTS = re.compile(r"(;| or) remove the row")
 DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
 
@@ -212,7 +210,7 @@ class Service:
         try:
             audio = self._stored(self.listeners["none"].pieces(counted()))
         except AudioError as error:
-            text = _FOR_MANIFESTS.sub("", str(error)).replace(path, name)
+            text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
         seconds, reading = heard / self.rate, time.perf_counter() - begun
         return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))

@@ -137,7 +137,7 @@ class MicroBatches(torch.utils.data.Dataset):
                 f"has {seconds:.2f} s; correct the manifest"
             )
         if not audio.any():
-            raise AudioError(f"{utterance.audio_filepath} is silent: every sample is 0; remove the row")
+            raise AudioError(f"{utterance.audio_filepath} is silent: every sample is 0; leave it out")
         if speed != 1:
             audio = soxr.resample(audio, self.sample_rate * speed, self.sample_rate, quality="HQ")
         if len(audio) > self.longest_seconds * self.sample_rate:
