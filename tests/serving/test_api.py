@@ -285,7 +285,12 @@ def test_models(client):
         ({"language": ""}, openai.BadRequestError, "must be told the language", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
-        ({"stream": True, "response_format": "srt"}, openai.BadRequestError, "use json or text", None),
+        (
+            {"stream": True, "response_format": "verbose_json"},
+            openai.BadRequestError,
+            "use json or text",
+            None,
+        ),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "'colour' is not a field", "colour"),
         ({"extra_body": {"to_language": "de"}}, openai.BadRequestError, "translations", "to_language"),
         ({"chunking_strategy": {"type": "server_vad"}}, openai.BadRequestError, "not a field", None),

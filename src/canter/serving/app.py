@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from canter import __version__
 from canter.inference.formats import finite, srt, vtt, whisper_json
 from canter.inference.requests import Request as Wanted
+from canter.inference.segments import Segment
 from canter.inference.subtitles import SENTENCES
 from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
@@ -28,6 +29,7 @@ from canter.serving.service import Audio, Heard, Service, joint
 from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
+WRITERS = {"srt": srt, "vtt": vtt}
 OPEN = ("/", "/health")  # without an API key
 COUNTED = (
     "/v1/audio/transcriptions",
@@ -315,8 +317,10 @@ async def _events(
 ) -> AsyncIterator[str]:
     """Yield OpenAI's events: a ``transcript.text.delta`` for each segment as soon as it is decoded, and a
     ``transcript.text.done`` with the whole. Ours have the ``segment`` with its times beside the delta, and the
-    ``language`` of the audio, its ``duration`` in seconds and the ``timing``."""
-    text, timing, number, language = "", Timing(), 0, asked.language
+    ``language`` of the audio, its ``duration`` in seconds and the ``timing``; where ``response_format`` is one of
+    subtitles, the last event has these files as ``subtitles``."""
+    text, timing, language = "", Timing(), asked.language
+    segments: list[Segment] = []
     probability: float | None = None
     try:
         async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
@@ -326,13 +330,18 @@ async def _events(
                 for segment in heard.segments:
                     delta = joint(text, segment.text) + segment.text
                     text += delta
-                    times = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
+                    times = {
+                        "id": len(segments),
+                        "start": segment.start,
+                        "end": segment.end,
+                        "text": segment.text,
+                    }
                     if "word" in asked.granularities:
                         times["words"] = [
                             {"word": word.text.strip(), "start": word.start, "end": word.end}
                             for word in segment.words
                         ]
-                    number += 1
+                    segments.append(segment)
                     yield _event(
                         {
                             "type": "transcript.text.delta",
@@ -348,6 +357,8 @@ async def _events(
             done["warnings"] = list(audio.warnings)
         if probability is not None:
             done["language_probability"] = round(probability, 4)
+        if asked.response_format in WRITERS:
+            done["subtitles"] = {name: write(segments, SENTENCES) for name, write in WRITERS.items()}
         yield _event(done | {"timing": _milliseconds(audio, timing)})
     except ApiError as error:
         yield _event(error.body)
@@ -382,9 +393,8 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
         text += joint(text, segment.text) + segment.text
     if asked.response_format == "text":
         return PlainTextResponse(text + "\n", headers=headers)
-    if asked.response_format in ("srt", "vtt"):
-        write = {"srt": srt, "vtt": vtt}[asked.response_format]
-        return PlainTextResponse(write(segments, SENTENCES), headers=headers)
+    if asked.response_format in WRITERS:
+        return PlainTextResponse(WRITERS[asked.response_format](segments, SENTENCES), headers=headers)
     if asked.response_format == "json":
         return JSONResponse({"text": text, "usage": _usage(audio)}, headers=headers)
     language = heard[-1].language if heard else asked.language or service.tokenizer.languages[0]

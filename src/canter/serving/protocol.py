@@ -94,10 +94,11 @@ def _consistent(values: Mapping[str, str], asked: Asked, includes: bool) -> None
     """Raises ApiError for what would be ignored."""
     if asked.task == "transcribe" and asked.to_language:
         raise ApiError(400, "'to_language' is for /v1/audio/translations", "to_language")
-    if asked.stream and asked.response_format not in ("json", "text"):
+    if asked.stream and asked.response_format == "verbose_json":
         raise ApiError(
             400,
-            f"a stream has no response_format {asked.response_format}; use json or text",
+            "a stream has no response_format verbose_json, its events have the times: use json or text, or srt or vtt "
+            "for subtitles in the last event",
             "response_format",
         )
     if "word" in asked.granularities and asked.response_format != "verbose_json" and not asked.stream:

@@ -269,7 +269,7 @@ class Service:
     def _listener(self, asked: Asked) -> Listener:
         """Return what asks the model for the times that the answer needs; cues end where sentences do, at the times of
         their words where the model can tell those."""
-        cues = asked.response_format in SUBTITLES and not asked.stream
+        cues = asked.response_format in SUBTITLES
         return self.listeners["word" if cues and self.engine.aligns else asked.timestamps]
 
     def request(self, asked: Asked) -> Request:
