@@ -229,8 +229,20 @@ def test_an_epoch_is_scaled_from_the_batches_that_were_taken(trained: Path):
     assert half.own.figures.hours == pytest.approx(whole.own.figures.hours, rel=0.03)
 
 
-def test_rows_that_are_not_the_indexs_are_not_compared(trained: Path):
-    (trained / "utterances.jsonl").write_text('{"step": 1, "epoch": 0, "rows": [[120]]}\n')
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "epoch": 0, "rows": [[120]]}',
+        '{"step": 1, "epoch": 0, "rows": [[1, [2]], [3]]}',
+        '{"step": 1, "epoch": 0, "rows": [["one", 2]]}',
+        '{"step": 1, "epoch": 0, "rows": [1]}',
+        '{"step": 1, "epoch": "first", "rows": [[1]]}',
+        "[" * 100_000,
+    ],
+    ids=["beyond", "nested", "text", "flat", "epoch", "deep"],
+)
+def test_rows_that_are_not_the_indexs_are_not_compared(trained: Path, line: str):
+    (trained / "utterances.jsonl").write_text(line + "\n")
     assert gain(read_run(trained)) is None
     (trained / "utterances.jsonl").unlink()
     assert gain(read_run(trained)) is None

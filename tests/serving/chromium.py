@@ -77,6 +77,10 @@ class Chromium:
         return json.loads(message)
 
     def open(self, url: str) -> None:
+        """Open a page; what earlier pages asked for and complained of is forgotten."""
+        self.send("Page.navigate", url="about:blank")
+        self.wait("document.readyState === 'complete'")
+        self.events.clear()
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 

@@ -16,7 +16,7 @@ from canter.planning.budget import Budget
 from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.plan import Plan
 from canter.planning.strategies import Bucket2D, Random, Strategy
-from canter.reporting.run_folder import Row, Run
+from canter.reporting.run_folder import Row, Run, is_number
 from canter.training.speed import speeds_of
 
 MOST_ROWS = 200_000  # utterances planned; more are sampled
@@ -139,8 +139,11 @@ def _taken(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Return seconds and tokens (n,) of the utterances of the logged steps, in their order, and the first utterance of
     each micro-batch and the first micro-batch of each step. None where rows are not the index's."""
-    speeds = tuple((run.settings.get("augment") or {}).get("speed") or ())
-    seed = run.settings.get("seed") or 0
+    augment, seed = run.settings.get("augment"), run.settings.get("seed") or 0
+    speeds = (augment.get("speed") if isinstance(augment, dict) else None) or ()
+    if type(seed) is not int or not isinstance(speeds, list | tuple) or not all(map(is_number, speeds)):
+        return None
+    speeds = tuple(speeds)
     rows: list[int] = []
     epochs, batches, steps = [], [], []
     for row in logged:

@@ -94,9 +94,7 @@ class Run:
         path = self.folder / "utterances.jsonl"
         if not path.exists():
             return []
-        return [
-            row for row in map(_object, _sampled_lines(path)) if row and isinstance(row.get("rows"), list)
-        ]
+        return [row for row in map(_object, _sampled_lines(path)) if row and _names_rows(row)]
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
@@ -168,7 +166,7 @@ def read_json_lines(path: Path, missing: list[str]) -> list[Row]:
 def _object(line: str | bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -187,6 +185,17 @@ def _sampled_lines(path: Path) -> Iterator[bytes]:
             yield file.readline()
 
 
+def _names_rows(row: Row) -> bool:
+    """Return whether a line of ``utterances.jsonl`` has the index rows of each micro-batch, and a whole epoch."""
+    batches, epoch = row.get("rows"), row.get("epoch") or 0
+    return (
+        isinstance(batches, list)
+        and all(isinstance(batch, list) and all(type(one) is int for one in batch) for batch in batches)
+        and type(epoch) is int
+        and epoch >= 0
+    )
+
+
 def _is_step(row: Row) -> bool:
     return isinstance(row.get("step"), int)
 
@@ -203,7 +212,7 @@ def _json(path: Path, missing: list[str]) -> Row:
     text = _text(path, missing)
     try:
         value = json.loads(text) if text else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         missing.append(f"{path.name} is not JSON: {error}.")
         return {}
     return value if isinstance(value, dict) else {}
