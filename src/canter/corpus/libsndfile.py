@@ -90,12 +90,7 @@ class Sound:
                     sound.read(min(size, start - skipped))
             elif start:
                 place = self._seek(start)
-            while end is None or place < end:
-                samples = sound.read(
-                    size if end is None else min(size, end - place), "float32", always_2d=True
-                )
-                if not len(samples):
-                    break
+            for samples in _blocks(sound, place, size, end):
                 place += len(samples)
                 yield samples
         except soundfile.LibsndfileError as error:
@@ -127,12 +122,7 @@ class Sound:
             if not place or sound.frames != UNSTATED:
                 if place:
                     sound.seek(place)
-                while end is None or place < end:
-                    samples = sound.read(
-                        step if end is None else min(step, end - place), "float32", always_2d=True
-                    )
-                    if not len(samples):
-                        break
+                for samples in _blocks(sound, place, step, end):
                     place += len(samples)
                     yield samples
         if not self._keep or (end is not None and place >= end):
@@ -203,3 +193,13 @@ def checked(file: BinaryIO) -> Header:
 def reason_of(error: soundfile.LibsndfileError) -> str:
     """Return libsndfile's own words for an error."""
     return error.error_string.strip().removeprefix("Error : ").rstrip(".")
+
+
+def _blocks(sound: Any, place: int, size: int, end: int | None) -> Iterator[np.ndarray]:
+    """Yield (S, C) float32, ``size`` samples at a time, of a sound that is at ``place``: to its end, or to ``end``."""
+    while end is None or place < end:
+        samples = sound.read(size if end is None else min(size, end - place), "float32", always_2d=True)
+        if not len(samples):
+            return
+        place += len(samples)
+        yield samples
