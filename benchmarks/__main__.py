@@ -90,9 +90,7 @@ def run(name: str) -> bool:
         return True
     with tempfile.TemporaryDirectory() as scratch:
         for line in RUNS[name]:
-            words = [
-                w.replace("$shared", shared or "").replace("$scratch", scratch) for w in shlex.split(line)
-            ]
+            words = [w.replace("$shared", shared or "").replace("$scratch", scratch) for w in shlex.split(line)]
             if subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode:
                 return False
     return True

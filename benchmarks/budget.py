@@ -35,17 +35,17 @@ import torch
 
 from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
-from canter.models.checkpoint import load_model
+from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
 from canter.planning.lengths import Lengths
 from canter.planning.strategies import Bucket2D
 from canter.planning.strategies.bucket_2d import batch_sizes
+from canter.runtime import LiveBytes, give_back, is_out_of_memory, resident, steady_heap
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import training_step
 from canter.training.prepare import model_config
 from canter.tuning.fit import MOST_PROBES, measure_budget, within
-from canter.tuning.memory import LiveBytes, give_back, is_out_of_memory, resident, steady_heap
 from canter.tuning.probe import Probe, Prober, TrainingStep
 from canter.tuning.search import search
 from canter.tuning.simulate import Simulator, parse_bytes
@@ -118,9 +118,7 @@ def fitted(args: argparse.Namespace) -> tuple[Budget, list[Probe], dict]:
     return budget, probes, {"steps": steps, "out_of_memory": events, "seconds": round(seconds, 1), **told}
 
 
-def running(
-    tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: float, heap: bool, count: bool
-) -> None:
+def running(tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: float, heap: bool, count: bool) -> None:
     """Tells of each shape: peak resident bytes, seconds, and with ``count`` the tensors' bytes; None where it did not
     fit. Above ``cap``, weights included, the kernel ends the process. (RLIMIT_DATA would count address space that glibc
     keeps and holds nothing in.)"""
@@ -196,9 +194,7 @@ def predict(args: argparse.Namespace) -> dict:
         row = {"shape": shape, "predicted": round(float(budget.bytes(*shape))), "measured": peak}
         rows.append(row | {"predicted_seconds": float(budget.step_seconds(*shape)), "seconds": took})
     for row in rows[: args.compared]:
-        [[row["glibc_default"], _, row["tensors"]]] = fresh(
-            args.model, [row["shape"]], heap=False, count=True
-        )
+        [[row["glibc_default"], _, row["tensors"]]] = fresh(args.model, [row["shape"]], heap=False, count=True)
     [simulated] = forked(simulating, args.model, shapes[: args.compared])
 
     def off(one: str, other: str, some: list[dict]) -> list[float]:
@@ -214,9 +210,7 @@ def predict(args: argparse.Namespace) -> dict:
         "time_error_worst": max(times),
         "glibc_default_takes_more_median": statistics.median(more),
         "glibc_default_takes_more_worst": max(more),
-        "tensors_of_measured": statistics.median(
-            row["tensors"] / row["measured"] for row in rows[: args.compared]
-        ),
+        "tensors_of_measured": statistics.median(row["tensors"] / row["measured"] for row in rows[: args.compared]),
         "simulated_tensors_error_worst": max(abs(s / r["tensors"] - 1) for s, r in zip(simulated, rows)),
         "budget": budget.as_json(),
         "probes": [[*p.shape, round(p.bytes), round(p.seconds, 4), p.fits] for p in probes],
@@ -351,9 +345,7 @@ def written(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(LIMITS))
     parser.add_argument("model")
     parser.add_argument("lengths", type=Path)

@@ -25,11 +25,11 @@ from rich.table import Table
 
 from canter.cli.demo import machine
 from canter.cli.progress import TrainingProgress, say, track
-from canter.corpus.synthesis import synthesise
+from canter.demo.synthesis import synthesise
 from canter.training.config import ModelShape, TrainConfig
+from canter.training.feed.steps import Steps
 from canter.training.prepare import prepare
 from canter.training.session import train
-from canter.training.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,7 @@ def shared(options: Options) -> TrainConfig:
         precision="float32",
         workers=0,
         track=(),
-        model=ModelShape(
-            width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]
-        ),
+        model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
     folder = prepare(config, say, track).run.folder
     return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
@@ -127,9 +125,7 @@ def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Op
     taken: dict[str, list[float]] = {name: [] for name in arms}
     runs = {}
     for name, settings in arms.items():
-        prepared = prepare(
-            replace(base, output=options.output / f"timed-{label(name)}", **settings), say, track
-        )
+        prepared = prepare(replace(base, output=options.output / f"timed-{label(name)}", **settings), say, track)
         addresses = Steps(prepared.plan).addresses(None, 0, 0)
         runs[name] = Rig(base, prepared.model, prepared.precision), prepared.data, addresses
     for number in range(options.timed + 1):
@@ -179,9 +175,7 @@ def mean(rows: list[dict[str, Any]], equal: str, arm: str, key: str) -> float:
 
 
 def show(rows: list[dict[str, Any]], arms: list[str]) -> None:
-    table = Table(
-        "equal", "strategy", "steps", "minutes", "audio, s a step", "padding", "WER, each seed", "mean"
-    )
+    table = Table("equal", "strategy", "steps", "minutes", "audio, s a step", "padding", "WER, each seed", "mean")
     for equal in ("updates", "time"):
         for name in arms:
             rates = [row["wer"] for row in rows if (row["equal"], row["arm"]) == (equal, name)]

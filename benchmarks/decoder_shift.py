@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-from canter.inference.shift import canary_config, matched_encoder_layers, measure_ways
+from canter.bench.shift import canary_config, matched_encoder_layers, measure_ways
 from canter.models.model import SpeechModel
 
 LENGTHS = "data/lengths/librispeech_devtest_en.parquet"
@@ -84,9 +84,7 @@ def run(options: Options) -> None:
     for shape in options.shapes:
         encoder, decoder = shape.split("/")
         layers = (
-            matched_encoder_layers(deep_encoder, deep_decoder, int(decoder), width)
-            if encoder == "="
-            else int(encoder)
+            matched_encoder_layers(deep_encoder, deep_decoder, int(decoder), width) if encoder == "=" else int(encoder)
         )
         torch.manual_seed(0)
         with torch.device(device):

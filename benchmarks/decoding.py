@@ -20,9 +20,9 @@ import pyarrow.parquet as parquet
 import torch
 import tyro
 
-from canter.inference.capacity import encoder_batches
-from canter.inference.requests import EngineConfig, Request
-from canter.inference.shift import ForcedLengths, measure_shift
+from canter.bench.shift import ForcedLengths, measure_shift
+from canter.inference.engine.capacity import encoder_batches
+from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -81,9 +81,7 @@ def queue(model: SpeechModel, utterances: list[tuple[float, int]], rows: int) ->
     engine = ForcedLengths(model, EngineConfig(rows=rows, max_repeats=0))
     frames = [model.encoder_frames(seconds) for seconds, _ in utterances]
     batches = encoder_batches(frames, engine.frames, rows)
-    requests = (
-        [Request(noise(utterances[i][0]), PROMPT, (i, utterances[i][1])) for i in batch] for batch in batches
-    )
+    requests = ([Request(noise(utterances[i][0]), PROMPT, (i, utterances[i][1])) for i in batch] for batch in batches)
     counts = [tokens for _, tokens in utterances]
     assert sum(len(found.tokens) for found in engine.run(requests)) == sum(counts)
     counters = engine.counters

@@ -25,12 +25,12 @@ from rich.table import Table
 from canter.cli.demo import TEST_UTTERANCES, machine, recipe
 from canter.cli.progress import TrainingProgress, say, track
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.corpus.synthesis import Corpus, synthesise
+from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import score
-from canter.inference.engine import Engine
-from canter.inference.requests import EngineConfig
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe
-from canter.models.checkpoint import load_model
+from canter.models.formats.checkpoint import load_model
 from canter.training.session import train
 
 
@@ -109,9 +109,7 @@ def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[st
 
 
 def main(options: Options) -> None:
-    corpus = synthesise(
-        options.output / "corpus", utterances=options.utterances, test_utterances=TEST_UTTERANCES
-    )
+    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=TEST_UTTERANCES)
     rows = []
     for steps, seed, folder, seconds in runs_of(options, corpus):
         for way, figures in decoded(options, corpus, folder).items():

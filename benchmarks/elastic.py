@@ -28,9 +28,9 @@ import tyro
 from resilience import command, keep, lines, newest, reached, steps_of
 from safetensors.torch import load_file
 
-from canter.corpus.synthesis import synthesise
+from canter.demo.synthesis import synthesise
 from canter.planning.budget import Budget
-from canter.tuning.memory import MMAP_THRESHOLD, resident, tensor_bytes
+from canter.runtime import MMAP_THRESHOLD, resident, tensor_bytes
 
 STAGES = ((1, 0), (2, 2), (4, 4), (1, 0))  # ranks, workers of each
 OVER = 1.25  # the budget, as a multiple of the truth
@@ -66,9 +66,7 @@ def compared(folder: Path, other: Path) -> dict[str, Any]:
         "rows_identical": [rows for rows, _ in ours] == [rows for rows, _ in theirs],
         "largest_loss_difference": float(f"{max(differences):.2g}"),
         "loss_difference_of_the_first_ten_steps": float(f"{max(differences[:10]):.2g}"),
-        "weights_difference": float(
-            f"{change / sum(float(t.square().sum()) for t in b.values()) ** 0.5:.2g}"
-        ),
+        "weights_difference": float(f"{change / sum(float(t.square().sum()) for t in b.values()) ** 0.5:.2g}"),
         "last_loss": [round(ours[-1][1], 6), round(theirs[-1][1], 6)],
     }
 
@@ -196,9 +194,7 @@ def over_the_truth(folder: Path, manifest: Path) -> Budget:
         measured = Budget.load(run / "budget.json")
         heap = {"mmap_threshold": MMAP_THRESHOLD}  # freed memory goes back at once, as 'canter tune' has it
         limit = measured.fixed_bytes + ROOM
-        dataclasses.replace(measured, limit_bytes=limit, measured_on=dict(measured.measured_on) | heap).save(
-            path
-        )
+        dataclasses.replace(measured, limit_bytes=limit, measured_on=dict(measured.measured_on) | heap).save(path)
     return Budget.load(path)
 
 

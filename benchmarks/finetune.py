@@ -39,9 +39,9 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.evaluation.wer import Score, paired_difference, score
-from canter.inference.engine import Engine
-from canter.inference.requests import Request
-from canter.models.checkpoint import load_model
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import Request
+from canter.models.formats.checkpoint import load_model
 from canter.planning import Budget, Plan
 
 LONGEST = 30.0
@@ -135,9 +135,7 @@ def trainer_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: 
         args=_arguments(options, folder, remove_unused_columns=False),
         plan=Plan(index, budget, strategy, seed=options.seed),
         train_dataset=SpeechDataset(index, processor.tokenizer),
-        data_collator=SpeechCollator(
-            processor.feature_extractor, model.config.decoder_start_token_id, padded
-        ),
+        data_collator=SpeechCollator(processor.feature_extractor, model.config.decoder_start_token_id, padded),
         callbacks=[_turns(turn)],
     )
     trainer.train()
@@ -302,10 +300,7 @@ def write_data(options: Options, data: Path) -> LengthIndex:
     for name, manifests in (("train", options.train), ("valid", options.valid)):
         rows = utterances_of(manifests, options, name == "train")
         if name == "valid":
-            rows = [
-                rows[i]
-                for i in sorted(set(np.linspace(0, len(rows) - 1, options.valid_utterances, dtype=int)))
-            ]
+            rows = [rows[i] for i in sorted(set(np.linspace(0, len(rows) - 1, options.valid_utterances, dtype=int)))]
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = load_model(options.model).tokenizer

@@ -81,9 +81,7 @@ def clip(seconds: float = 0.6, seed: int = 0) -> np.ndarray:
 
 def files_below(folder: Path) -> Files:
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
@@ -150,9 +148,7 @@ class Manifests(Area):
             for number, path in enumerate(paths)
         ]  # fmt: skip
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        cuts = b"".join(
-            json.dumps(self._cut(row, number)).encode() + b"\n" for number, row in enumerate(rows)
-        )
+        cuts = b"".join(json.dumps(self._cut(row, number)).encode() + b"\n" for number, row in enumerate(rows))
         made: dict[str, Files] = {
             "nemo": {"train.jsonl": lines},
             "nemo_gz": {"train.jsonl.gz": gzip.compress(lines)},
@@ -313,9 +309,7 @@ class Sounds(Area):
             stream = io.BytesIO()
             try:
                 rate = 48000 if kind == "opus" else RATE
-                soundfile.write(
-                    stream, clip(1.0), rate, format=self.NAMES.get(kind, kind.upper()), subtype=subtype
-                )
+                soundfile.write(stream, clip(1.0), rate, format=self.NAMES.get(kind, kind.upper()), subtype=subtype)
             except soundfile.LibsndfileError:
                 continue
             write_files(folder / kind, {f"a.{kind}": stream.getvalue()})
@@ -326,9 +320,7 @@ class Sounds(Area):
                 stream = io.BytesIO()
                 with contextlib.suppress(av.FFmpegError, ValueError):
                     with av.open(stream, "w", format=container) as out:
-                        track: Any = out.add_stream(
-                            codec, rate=48000 if codec == "libopus" else RATE, layout="mono"
-                        )
+                        track: Any = out.add_stream(codec, rate=48000 if codec == "libopus" else RATE, layout="mono")
                         frame = av.AudioFrame.from_ndarray(clip(1.0)[None], format="fltp", layout="mono")
                         frame.sample_rate = RATE
                         for packet in [*track.encode(frame), *track.encode(None)]:
@@ -386,15 +378,9 @@ def small_canary(tokenizer: Any, ctc: bool = False) -> Any:
     from canter.models.model import ModelConfig, SpeechModel
 
     torch.manual_seed(0)
-    encoder = FastConformerConfig(
-        layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
-    )
-    decoder = DecoderConfig(
-        layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=32
-    )
-    model = SpeechModel(
-        ModelConfig(FeatureConfig(mels=16), encoder, decoder, ctc_vocabulary=5 if ctc else 0)
-    ).eval()
+    encoder = FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16)
+    decoder = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=32)
+    model = SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder, ctc_vocabulary=5 if ctc else 0)).eval()
     model.tokenizer = tokenizer
     return model
 
@@ -405,12 +391,12 @@ class Models(Area):
     def prepare(self, folder: Path) -> None:
         import torch
 
-        from canter.models.checkpoint import save_model
         from canter.models.decoder import DecoderConfig
         from canter.models.features import WhisperFeatureConfig
-        from canter.models.hf import write_hf
+        from canter.models.formats.checkpoint import save_model
+        from canter.models.formats.huggingface import write_hf
+        from canter.models.formats.nemo_export import write_nemo
         from canter.models.model import ModelConfig, SpeechModel
-        from canter.models.nemo_export import write_nemo
         from canter.models.whisper import WhisperEncoderConfig
         from canter.text import Characters, SentencePieceTokenizer
 
@@ -430,9 +416,7 @@ class Models(Area):
             learned_positions=True, embedding_norm=False, activation="gelu", key_bias=False, head_bias=False,
             pad=letters.pad,
         )  # fmt: skip
-        whisper = SpeechModel(
-            ModelConfig(WhisperFeatureConfig(mels=16, pad_seconds=2.0), encoder, decoder)
-        ).eval()
+        whisper = SpeechModel(ModelConfig(WhisperFeatureConfig(mels=16, pad_seconds=2.0), encoder, decoder)).eval()
         whisper.generation = {
             "suppress_tokens": [1, 2], "begin_suppress_tokens": [3], "eos_token_id": letters.end,
             "alignment_heads": [[0, 1]],
@@ -572,8 +556,8 @@ class Requests(Area):
         super().start(folder)
         import logging
 
-        from canter.inference.engine import Engine
-        from canter.inference.requests import EngineConfig
+        from canter.inference.engine.engine import Engine
+        from canter.inference.engine.requests import EngineConfig
         from canter.serving.app import create_app
         from canter.serving.config import ServiceConfig
         from canter.serving.service import Service
@@ -685,9 +669,7 @@ class Requests(Area):
             if message["type"] == "http.response.start":
                 status.append(message["status"])
 
-        headers = [
-            (name.encode(), value.encode("latin-1", "replace")) for name, value in request["headers"].items()
-        ]
+        headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in request["headers"].items()]
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request["method"],
             "scheme": "http",
@@ -768,9 +750,7 @@ def work(options: Options) -> None:
             area.check(kind, place)
     lines.write(json.dumps({"ready": True}) + "\n")
     for number in range(options.first, options.cases or area.cases):
-        lines.write(
-            json.dumps(run_case(area, options.seed, number, options.output / "case" / area.name)) + "\n"
-        )
+        lines.write(json.dumps(run_case(area, options.seed, number, options.output / "case" / area.name)) + "\n")
 
 
 # -- all cases --
@@ -915,12 +895,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Any:
 
     shown = Table("area", "cases", "read", "refused", "failed", "slowest s", "most MiB")
     for name, results in found.items():
-        count = {
-            what: sum(one["outcome"] == what for one in results) for what in ("read", "refused", "failed")
-        }
-        slowest, largest = (
-            max((one[what] for one in results), default=0.0) for what in ("seconds", "mebibytes")
-        )
+        count = {what: sum(one["outcome"] == what for one in results) for what in ("read", "refused", "failed")}
+        slowest, largest = (max((one[what] for one in results), default=0.0) for what in ("seconds", "mebibytes"))
         shown.add_row(
             name,
             str(len(results)),

@@ -31,11 +31,11 @@ from canter.planning import Budget, Plan
 from canter.planning.bins import Bins
 from canter.planning.budget import Polynomial
 from canter.planning.strategies import Bucket2D
+from canter.runtime import give_back, is_out_of_memory, peak_of, steady_heap
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
 from canter.training.prepare import choose_device
 from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
-from canter.tuning.memory import give_back, is_out_of_memory, peak_of, steady_heap
 from canter.tuning.probe import Prober, Shape, TrainingStep
 from canter.tuning.search import search
 
@@ -72,9 +72,7 @@ def lengths(path: Path | None, small: bool) -> LengthIndex:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lengths", type=Path, nargs="?")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--probes", type=int, default=MOST_PROBES)
@@ -139,9 +137,7 @@ def median(values: Iterable[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def fitted(
-    prober: Prober, index: LengthIndex, frame_seconds: float, probes: int
-) -> tuple[Budget, dict[str, Any]]:
+def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int) -> tuple[Budget, dict[str, Any]]:
     began = time.perf_counter()
     budget = measure_budget(prober, index, frame_seconds, most_probes=probes, say=print)
     told = {

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 import tyro
 
-from canter.inference.capacity import encoder_batches
-from canter.inference.graphs import FixedSteps
-from canter.inference.int8 import quantize
-from canter.inference.requests import EngineConfig, Request
-from canter.inference.shift import ForcedLengths, canary_config, measure_ways
+from canter.bench.shift import ForcedLengths, canary_config, measure_ways
+from canter.inference.engine.capacity import encoder_batches
+from canter.inference.engine.graphs import FixedSteps
+from canter.inference.engine.int8 import quantize
+from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.decoder import DecoderConfig
 from canter.models.device import choose_device
 from canter.models.features import WhisperFeatureConfig
-from canter.models.hf import write_hf
+from canter.models.formats.huggingface import write_hf
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 
@@ -101,9 +101,7 @@ def ours(model: SpeechModel, clips, tokens, options: Options) -> dict[str, float
     begun = time.perf_counter()
     done = sum(
         len(found.tokens)
-        for found in engine.run(
-            [Request(clips[i], PROMPT, (i, tokens[i])) for i in batch] for batch in batches
-        )
+        for found in engine.run([Request(clips[i], PROMPT, (i, tokens[i])) for i in batch] for batch in batches)
     )
     synchronize()
     seconds = time.perf_counter() - begun
@@ -185,9 +183,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def step_time(
-    model: SpeechModel, rows: int, frames: int, past: int, bytes_a_second: float
-) -> dict[str, float]:
+def step_time(model: SpeechModel, rows: int, frames: int, past: int, bytes_a_second: float) -> dict[str, float]:
     """One decoder step of so many rows beside what reading weights, keys and values takes."""
     decoder, config = model.decoder.eval(), model.config.decoder
     weight = decoder.embedding.weight
@@ -285,9 +281,7 @@ def run(options: Options) -> None:
     if options.ways and not late("2 x 2"):
         shapes = {"2/2": (2, 2), "3/1": (3, 1)} if options.smoke else {"24/24": (24, 24), "32/4": (32, 4)}
         width = 64 if options.smoke else 1024
-        models = {
-            shape: build(canary_config(*layers, width), device, dtype) for shape, layers in shapes.items()
-        }
+        models = {shape: build(canary_config(*layers, width), device, dtype) for shape, layers in shapes.items()}
         some = slice(None, 256)
         ways = measure_ways(
             models,

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.models.model import SpeechModel
+from canter.runtime import give_back, steady_heap
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
 from canter.training.prepare import choose_device
-from canter.training.weights import compile_layers
+from canter.training.step.weights import compile_layers
 from canter.tuning.fit import measure_budget
-from canter.tuning.memory import give_back, steady_heap
 from canter.tuning.probe import Probe, Prober, gib
 
 MATRIX = 8192  # width of the matrices whose product is timed
@@ -100,9 +100,7 @@ def main(options: Options) -> None:
     if options.compile:
         compile_layers(model)
     index = lengths(options.lengths, options.tiny)
-    settings = TrainConfig(
-        optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)
-    )
+    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
     limit = TINY_LIMIT if options.tiny else memory_limit(device, print)
     step = training_step(settings, model, precision, 4, copied=False)
     prober = Prober(step, limit, told=lambda probe: told(probe, time.perf_counter() - began))

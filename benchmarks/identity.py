@@ -29,11 +29,11 @@ import tyro
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.evaluation.wer import score
-from canter.inference.engine import Engine
-from canter.inference.int8 import load_in
-from canter.inference.repetition import RepetitionGuard
-from canter.inference.requests import EngineConfig, Hypothesis, Request
-from canter.inference.search import Greedy, Row
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.int8 import load_in
+from canter.inference.engine.repetition import RepetitionGuard
+from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
+from canter.inference.engine.search import Greedy, Row
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
 NEAR = 1e-4
@@ -43,8 +43,7 @@ NEAR = 1e-4
 class Options:
     model: Path = SHARED / "models/whisper-tiny.en"
     manifests: tuple[Path, ...] = tuple(
-        SHARED / "data/speech" / name / "manifest.jsonl"
-        for name in ("librivox_mini", "commonvoice61_sample", "an4")
+        SHARED / "data/speech" / name / "manifest.jsonl" for name in ("librivox_mini", "commonvoice61_sample", "an4")
     )
     """Whose English clips to decode."""
     most: int = 1000

@@ -79,9 +79,7 @@ def make_manifest(rows: int, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--build-rows", type=int, default=1_000_000)
     parser.add_argument("--output", type=Path)
@@ -102,9 +100,7 @@ def main() -> None:
             start = time.perf_counter()
             target = Path(folder, f"built{workers}.arrow")
             index = build_index(manifest, target, UnitCounter("chars"), workers=workers)
-            result[f"build_rows_per_second_{workers}_workers"] = round(
-                len(index) / (time.perf_counter() - start)
-            )
+            result[f"build_rows_per_second_{workers}_workers"] = round(len(index) / (time.perf_counter() - start))
         start = time.perf_counter()
         for row in np.random.default_rng(0).integers(0, len(index), 10_000):
             index.utterance(int(row))

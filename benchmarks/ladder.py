@@ -14,11 +14,11 @@ from canter.corpus.index import LengthIndex
 from canter.models.model import Batch, SpeechModel
 from canter.planning import Budget, Plan
 from canter.training.config import TrainConfig
-from canter.training.data import Loaded
 from canter.training.defaults import decided
-from canter.training.gradient import Counts, Gradient
-from canter.training.optimizers import Optimizers
-from canter.training.steps import Steps
+from canter.training.feed.data import Loaded
+from canter.training.feed.steps import Steps
+from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.optimizers import Optimizers
 
 STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")
 RATE = 16000

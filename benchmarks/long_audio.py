@@ -56,9 +56,7 @@ def main() -> int:
         figures: dict[str, dict[str, float]] = {"serve": served(model, short, long, options)}
         for way in ("transcribe", "python file", "python array"):
             before, peak = (peak_of(way, model, file, folder) for file in (short, long))
-            given = (
-                60 * (options.minutes - 1) * RATE * 4 / MIB if way == "python array" else 0.0
-            )  # by the caller
+            given = 60 * (options.minutes - 1) * RATE * 4 / MIB if way == "python array" else 0.0  # by the caller
             figures[way] = {"minute": before, "hour": peak, "given": given, "above": peak - before - given}
             print(f"{way}: {figures[way]}", flush=True)
     if options.json:
@@ -70,21 +68,17 @@ def random_model(folder: Path) -> Path:
     """Write a model of Canary's kind, whose decoder stops after a few tokens, and return its folder."""
     import torch
 
-    from canter.models.checkpoint import save_model
     from canter.models.decoder import DecoderConfig
     from canter.models.fastconformer import FastConformerConfig
     from canter.models.features import FeatureConfig
+    from canter.models.formats.checkpoint import save_model
     from canter.models.model import ModelConfig, SpeechModel
     from canter.text import train_tokenizer
 
     tokenizer = train_tokenizer(["one two three", "four five"] * 20, languages=["en"], vocab_size=30)
     torch.manual_seed(0)
-    encoder = FastConformerConfig(
-        layers=1, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=80
-    )
-    decoder = DecoderConfig(
-        layers=1, width=32, heads=2, feedforward=64, vocabulary=tokenizer.vocab_size, positions=512
-    )
+    encoder = FastConformerConfig(layers=1, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=80)
+    decoder = DecoderConfig(layers=1, width=32, heads=2, feedforward=64, vocabulary=tokenizer.vocab_size, positions=512)
     model = SpeechModel(ModelConfig(FeatureConfig(mels=80), encoder, decoder)).eval()
     with torch.no_grad():
         model.decoder.head_bias[tokenizer.end] = 5.0
@@ -185,9 +179,7 @@ def peak_of(way: str, model: Path, file: Path, folder: Path) -> float:
         code += f"canter.load(model).transcribe({read})"
         arguments = [str(model), str(file)]
     code += "\nprint(open('/proc/self/status').read(), file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True)
     found = re.search(r"VmHWM:\s+(\d+)", done.stderr)
     if done.returncode or not found:
         sys.exit(done.stderr)

@@ -26,7 +26,7 @@ from canter.models.decoder import DecoderConfig
 from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig, length_mask
-from canter.models.hf import write_hf
+from canter.models.formats.huggingface import write_hf
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 
@@ -178,16 +178,10 @@ def main(options: Options) -> None:
             "transformers": transformers.__version__,
             "device": str(device),
         }
-        print(
-            json.dumps(
-                {"options": asdict(options), **versions, "rows": [asdict(row) for row in rows]}, indent=2
-            )
-        )
+        print(json.dumps({"options": asdict(options), **versions, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     for row in rows:
-        print(
-            f"{row.name:38} {row.least_seconds:8.3f} s {row.median_seconds:8.3f} s {row.mebibytes:9.1f} MiB"
-        )
+        print(f"{row.name:38} {row.least_seconds:8.3f} s {row.median_seconds:8.3f} s {row.mebibytes:9.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -109,9 +109,7 @@ def spoil(draw: random.Random, value: Any, times: int | None = None) -> Any:
 
 
 def _places(value: Any, depth: int = 0) -> Any:
-    entries = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in entries:
         yield value, key
         if depth < 40:
@@ -177,13 +175,9 @@ def spoilt_tar(draw: random.Random, data: bytes) -> bytes:
                 if what == 0:
                     continue
                 if what == 1:
-                    info.name = draw.choice(
-                        ("../x", "/etc/x", "a" * 300, "é\x01", ".", name + ".x", "x/" + name)
-                    )
+                    info.name = draw.choice(("../x", "/etc/x", "a" * 300, "é\x01", ".", name + ".x", "x/" + name))
                 elif what == 2:
-                    info.type = draw.choice(
-                        (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"S")
-                    )
+                    info.type = draw.choice((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"S"))
                     info.linkname = draw.choice(("/etc/passwd", name, "../../x"))
                     new.addfile(info)
                     continue
@@ -273,9 +267,7 @@ def spoilt_gzip(draw: random.Random, content: bytes, name: str) -> bytes:
     return gzip.compress(spoilt_member(draw, name, gzip.decompress(content)), 1)
 
 
-def spoilt_files(
-    draw: random.Random, files: Mapping[str, bytes], among: tuple[str, ...] = ()
-) -> dict[str, bytes]:
+def spoilt_files(draw: random.Random, files: Mapping[str, bytes], among: tuple[str, ...] = ()) -> dict[str, bytes]:
     """Return the files of a folder, of which one to three are spoilt, missing, empty, or another's bytes.
 
     ``among`` are endings of the names to choose from.

@@ -41,9 +41,7 @@ def ladder(index: LengthIndex, budget: Budget) -> str:
             ("balanced, window 50,000, mixing 4.5", Balanced(4.5), 50_000),
             ("balanced, window 200,000", Balanced(), 200_000),
         ]
-        out.append(
-            f"{ranks} ranks, one micro-batch each:\n\n{markdown(compare(index, budget, rows, ranks=ranks))}"
-        )
+        out.append(f"{ranks} ranks, one micro-batch each:\n\n{markdown(compare(index, budget, rows, ranks=ranks))}")
     return "\n".join(out)
 
 
@@ -146,9 +144,7 @@ def against_lhotse(index: LengthIndex, budget: Budget, count: int, ranks: int = 
     gc.collect()
     for window in (50_000, 200_000):
         plan, spent = timed_epoch(index, budget, window, ranks)
-        lines.append(
-            _row(f"Canter balanced, window {window:,}", plan.figures(ranks), len(index) / spent, base or 1.0)
-        )
+        lines.append(_row(f"Canter balanced, window {window:,}", plan.figures(ranks), len(index) / spent, base or 1.0))
     return "\n".join([*lines, "", resumed])
 
 
@@ -193,9 +189,7 @@ def latency(path: Path, index: LengthIndex, budget: Budget) -> str:
     start = time.perf_counter()
     opened = LengthIndex.open(path)
     Plan(opened, budget, micro_batches_per_step=8).cut(0).step(0)
-    lines.append(
-        f"- first batch after opening {len(index):,} rows: {1e3 * (time.perf_counter() - start):.0f} ms"
-    )
+    lines.append(f"- first batch after opening {len(index):,} rows: {1e3 * (time.perf_counter() - start):.0f} ms")
     for ranks in (1, 8, 64, 512):
         plan = Plan(index, budget, micro_batches_per_step=ranks, window=200_000)
         steps = len(plan.cut(0))
@@ -244,9 +238,7 @@ def _take(items, count):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lengths", type=Path)
     parser.add_argument("budget", type=Path)
     parser.add_argument("--lhotse", type=int, default=200_000, help="cuts Lhotse is timed on")

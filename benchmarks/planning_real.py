@@ -44,9 +44,7 @@ def row_of(path: Path, budget: Budget) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("budget", type=Path)
     parser.add_argument("sets", type=Path, nargs="+")
     parser.add_argument("--share", type=float, default=0.5, help="of the budget's memory")

@@ -36,9 +36,7 @@ def indexes(path: Path, samples: int) -> Iterator[tuple[str, LengthIndex]]:
         yield f"{path.stem}, 3 h ({seed})", LengthIndex(seconds[some], tokens[some])
 
 
-def row_of(
-    name: str, index: LengthIndex, budget: Budget, ranks: int, per_step: int, least: int
-) -> tuple[str, bool]:
+def row_of(name: str, index: LengthIndex, budget: Budget, ranks: int, per_step: int, least: int) -> tuple[str, bool]:
     """Return a table row, and whether `balanced` pads less and takes no longer."""
     two = Plan(index, budget, Bucket2D(), micro_batches_per_step=per_step, min_steps=least).figures(ranks)
     plan = Plan(index, budget, Balanced(), micro_batches_per_step=per_step, min_steps=two.steps)
@@ -54,9 +52,7 @@ def row_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("budget", type=Path)
     parser.add_argument("sets", type=Path, nargs="+")
     parser.add_argument("--samples", type=int, default=1, help="random samples of each set")

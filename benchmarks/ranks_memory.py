@@ -31,14 +31,14 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import Batch, ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
+from canter.runtime import CLEAR, give_back, resident, steady_heap
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.defaults import decided
-from canter.training.gradient import Counts, Gradient
+from canter.training.distributed.ranks import Ranks, joined
+from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
-from canter.training.optimizers import Optimizers
-from canter.training.ranks import Ranks, joined
-from canter.training.shards import Shards
-from canter.tuning.memory import CLEAR, give_back, resident, steady_heap
+from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.optimizers import Optimizers
 from canter.tuning.sharding import Sharding
 
 WAYS = ("none", "replicate", "shard", "ddp", "ddp, views", "fsdp")
@@ -160,9 +160,7 @@ def measured(way: str, sizes: tuple[int, int], shape: tuple[int, int, int]) -> i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--frames", type=int, default=30)

@@ -24,15 +24,15 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
 from canter.inference.transcribe import checkpoint_of
-from canter.models.checkpoint import load_model, save_model
 from canter.models.cost import parameters
+from canter.models.formats.checkpoint import load_model, save_model
 from canter.models.model import SpeechModel
 from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, reshape
 from canter.models.timing import measure
 from canter.planning.budget import Budget
 from canter.text import Characters
 from canter.training.config import ModelShape, TrainConfig, load_config
-from canter.training.data import MicroBatches, collate
+from canter.training.feed.data import MicroBatches, collate
 from canter.training.session import train
 from canter.training.validation import spread_over, validator
 
@@ -141,9 +141,7 @@ def run(options: Options) -> dict[str, Any]:
     config = load_config(options.run / "config.yaml", relative=False)
     manifests = options.valid or config.valid
     if not manifests:
-        raise ConfigError(
-            f"{options.run} has no validation manifest to measure WER on; name one with --valid"
-        )
+        raise ConfigError(f"{options.run} has no validation manifest to measure WER on; name one with --valid")
     source = checkpoint_of(options.run)
     model = load_model(source)
     rows = [row for path in manifests for row in open_source(path) if isinstance(row, Utterance)]

@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from canter.corpus.manifest import write_manifest
-from canter.corpus.synthesis import synthesise
+from canter.demo.synthesis import synthesise
 from canter.planning.budget import Budget
 
 MODEL = shlex.split("""
@@ -98,17 +98,13 @@ def kills(options: Options) -> dict[str, Any] | None:
             return None
         way = "starting" if trial % 10 == 4 else "writing" if trial % 2 else "training"
         draw = random.Random(options.seed + trial)
-        found = one_kill(
-            command(options.ranks, corpus.train_manifest, killed, *more), killed, goals[trial], way, draw
-        )
+        found = one_kill(command(options.ranks, corpus.train_manifest, killed, *more), killed, goals[trial], way, draw)
         found["differing"] = differing(killed, straight)
         with journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         if found["traceback"]:
             raise SystemExit(found["said"])
-    done = subprocess.run(
-        command(options.ranks, corpus.train_manifest, killed, *more), capture_output=True, text=True
-    )
+    done = subprocess.run(command(options.ranks, corpus.train_manifest, killed, *more), capture_output=True, text=True)
     rows = [*lines(journal), {"resumed": resumed_at(done.stderr)}]
     redone = [a["last"] - b["resumed"] for a, b in itertools.pairwise(rows) if b["resumed"] is not None]
     a, b = (steps_of(folder) for folder in (straight, killed))
@@ -134,9 +130,7 @@ def kills(options: Options) -> dict[str, Any] | None:
 def ends_of_others(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds_until_the_others_ended": [round(row["seconds_to_end"], 1) for row in rows],
-        "others_said_why": sum(
-            "another rank was lost" in row["said"] or "sign of life" in row["said"] for row in rows
-        ),
+        "others_said_why": sum("another rank was lost" in row["said"] or "sign of life" in row["said"] for row in rows),
     }
 
 
@@ -300,9 +294,7 @@ def harms(folder: Path) -> dict[str, Any]:
         soundfile.write(path, bad, 16000, subtype="FLOAT")
         return path
 
-    return {
-        f.__name__: f for f in (cut, missing, empty, noise, silent, wrong_rate, wrong_duration, not_finite)
-    }
+    return {f.__name__: f for f in (cut, missing, empty, noise, silent, wrong_rate, wrong_duration, not_finite)}
 
 
 def broken(options: Options) -> dict[str, Any]:
@@ -341,9 +333,7 @@ def broken(options: Options) -> dict[str, Any]:
         "named_though_sound": len(named.keys() - told.keys()),
         "trained_on": used,
         "examples": {
-            name: next((named[p] for p in told if told[p] == name and p in named), "").replace(
-                f"{folder}/", ""
-            )
+            name: next((named[p] for p in told if told[p] == name and p in named), "").replace(f"{folder}/", "")
             for name, _ in ways
         },
     }

@@ -95,10 +95,7 @@ def environment(options: Options) -> dict[str, str]:
 def transcribe(options: Options, clips: list[Clip], folder: Path) -> tuple[float, dict[str, str]]:
     """RTFx of the command over the clips, and the texts by name."""
     manifest, output = folder / "clips.jsonl", folder / "out.jsonl"
-    rows = [
-        {"audio_filepath": clip.name, "duration": clip.seconds, "lang": options.lang, "text": ""}
-        for clip in clips
-    ]
+    rows = [{"audio_filepath": clip.name, "duration": clip.seconds, "lang": options.lang, "text": ""} for clip in clips]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "canter", "transcribe", str(options.model), str(manifest)]
     done = subprocess.run(
@@ -108,9 +105,7 @@ def transcribe(options: Options, clips: list[Clip], folder: Path) -> tuple[float
         text=True,
         check=True,
     )
-    texts = {
-        row["audio_filepath"]: row["pred_text"] for row in map(json.loads, output.read_text().splitlines())
-    }
+    texts = {row["audio_filepath"]: row["pred_text"] for row in map(json.loads, output.read_text().splitlines())}
     output.unlink()
     return json.loads(done.stdout)["rtfx"], texts
 
@@ -120,9 +115,7 @@ class Server:
 
     def __init__(self, options: Options):
         command = [sys.executable, "-m", "canter", "serve", str(options.model), "--port", "0"]
-        self.process = subprocess.Popen(
-            command, env=environment(options), stderr=subprocess.PIPE, text=True, bufsize=1
-        )
+        self.process = subprocess.Popen(command, env=environment(options), stderr=subprocess.PIPE, text=True, bufsize=1)
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
         found = re.search(r"http://[^:]+:(\d+)/", line)
@@ -314,9 +307,7 @@ def main() -> int:
             metrics = server.metrics()
         finally:
             server.close()
-    left = {
-        name: metrics[f"canter_{name}"] for name in ("requests_inside", "pieces_waiting", "pieces_inside")
-    }
+    left = {name: metrics[f"canter_{name}"] for name in ("requests_inside", "pieces_waiting", "pieces_inside")}
     result = {
         "model": options.model.name,
         "clips": len(clips),

@@ -25,12 +25,12 @@ from rich.table import Table
 from canter.cli.demo import machine
 from canter.cli.progress import say, track
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
-from canter.corpus.synthesis import synthesise
-from canter.models.checkpoint import load_model
+from canter.demo.synthesis import synthesise
+from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget
 from canter.training.config import ModelShape, TrainConfig
-from canter.training.data import collate
+from canter.training.feed.data import collate
 from canter.training.prepare import Prepared, prepare
 from canter.training.validation import spread_over
 
@@ -93,26 +93,20 @@ def fine_tuned(options: Options, corpus: str) -> TrainConfig:
 
 def from_scratch(options: Options) -> TrainConfig:
     """A run of a small model on the synthesised corpus."""
-    corpus = synthesise(
-        options.output / "corpus", utterances=options.utterances, test_utterances=2 * options.valid
-    )
+    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=2 * options.valid)
     return TrainConfig(
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "demo" / "shared",
         vocabulary=600,
-        model=ModelShape(
-            width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]
-        ),
+        model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
 
 
 def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
     """The task's configuration, whose tokenizer and budget are made once."""
     config = (
-        from_scratch(options)
-        if task == "demo"
-        else fine_tuned(options, {"librivox": "librivox_mini"}.get(task, task))
+        from_scratch(options) if task == "demo" else fine_tuned(options, {"librivox": "librivox_mini"}.get(task, task))
     )
     config = replace(
         config,

@@ -23,9 +23,9 @@ import canter
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.evaluation.wer import score
-from canter.inference.engine import Engine
-from canter.inference.reading import words_of
-from canter.inference.requests import EngineConfig, Request
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.transcript.reading import words_of
 from canter.models.model import SpeechModel
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
@@ -36,8 +36,7 @@ WINDOW = 30.0
 class Options:
     model: Path = SHARED / "models/whisper-tiny.en"
     manifests: tuple[Path, ...] = tuple(
-        SHARED / "data/speech" / name / "manifest.jsonl"
-        for name in ("librivox_mini", "commonvoice61_sample", "an4")
+        SHARED / "data/speech" / name / "manifest.jsonl" for name in ("librivox_mini", "commonvoice61_sample", "an4")
     )
     """One table each."""
     limit: int = 60
@@ -69,9 +68,7 @@ def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> di
     """Speed and WER of every way on a manifest's utterances."""
     tokenizer = model.tokenizer
     rows = [
-        row
-        for row in read_manifest(manifest)
-        if isinstance(row, Utterance) and row.duration < 28 and row.lang == "en"
+        row for row in read_manifest(manifest) if isinstance(row, Utterance) and row.duration < 28 and row.lang == "en"
     ]
     rows = rows[:: max(1, len(rows) // options.limit)][: options.limit]
     clips = [load_audio(row.audio_filepath) for row in rows]
@@ -86,15 +83,11 @@ def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> di
         taken = time.perf_counter() - begun
         total = score(texts, heard, ["en"] * len(texts)).total
         found.append({"way": name, "seconds": taken, "rtfx": seconds / taken, "wer": total.wer})
-        print(
-            f"{name:22} {taken:7.1f} s  RTFx {seconds / taken:6.1f}  WER {100 * total.wer:6.1f} %", flush=True
-        )
+        print(f"{name:22} {taken:7.1f} s  RTFx {seconds / taken:6.1f}  WER {100 * total.wer:6.1f} %", flush=True)
 
     def alone() -> list[str]:
         engine = Engine(model, tokenizer.end, EngineConfig(rows=options.rows, frames=6000))
-        return [
-            tokenizer.decode(one.tokens) for one in engine.decode(Request(clip, prompt) for clip in clips)
-        ]
+        return [tokenizer.decode(one.tokens) for one in engine.decode(Request(clip, prompt) for clip in clips)]
 
     def together() -> list[str]:
         gap = round(options.gap * 16000)

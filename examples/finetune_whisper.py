@@ -72,9 +72,7 @@ def main(options: Options) -> None:
         args=args,
         plan=canter.Plan(index, budget, micro_batches_per_step=options.micro_batches),
         train_dataset=SpeechDataset(index, processor.tokenizer),
-        data_collator=SpeechCollator(
-            processor.feature_extractor, model.config.decoder_start_token_id, padded=False
-        ),
+        data_collator=SpeechCollator(processor.feature_extractor, model.config.decoder_start_token_id, padded=False),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
     trainer.save_model(str(options.output / "model"))

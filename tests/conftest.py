@@ -129,9 +129,7 @@ def whisper_bytes():
 
     def make(*languages: str) -> tokenizers.Tokenizer:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        backend = tokenizers.Tokenizer(
-            models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, [])
-        )
+        backend = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         names = ("endoftext", "startoftranscript", *languages, "translate", "transcribe", "startofprev", "nospeech",
@@ -157,9 +155,7 @@ def polyglot(whisper_bytes):
     config = ModelConfig(
         WhisperFeatureConfig(mels=16),
         WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=16, mels=16),
-        DecoderConfig(
-            layers=1, width=16, heads=2, feedforward=16, vocabulary=tokenizer.vocab_size, positions=20
-        ),
+        DecoderConfig(layers=1, width=16, heads=2, feedforward=16, vocabulary=tokenizer.vocab_size, positions=20),
     )
     model = SpeechModel(config).eval()
     ids = {name: tokenizer.special_id(f"<|{name}|>") for name in ("en", "es", "fr")}
@@ -197,9 +193,7 @@ def spoken_tones():
         time = numpy.arange(16000) / 16000
         noise = numpy.random.default_rng(0).normal(size=16000)
         sounds = {"e": numpy.sin(600 * numpy.pi * time), "s": numpy.sin(10000 * numpy.pi * time), "?": noise}
-        parts = [
-            numpy.r_[0.2 * sounds.get(word, 0 * time), numpy.zeros(round(16000 * pause))] for word in words
-        ]
+        parts = [numpy.r_[0.2 * sounds.get(word, 0 * time), numpy.zeros(round(16000 * pause))] for word in words]
         return numpy.concatenate(parts).astype(numpy.float32)
 
     return make

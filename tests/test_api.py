@@ -16,18 +16,16 @@ import torch
 
 import canter
 from canter.cli.main import main
-from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import WhisperTokenizer, train_tokenizer
 
 SHARED = os.environ.get("CANTER_SHARED")
-needs_shared = pytest.mark.skipif(
-    not SHARED, reason="CANTER_SHARED names no folder with a Whisper model and speech"
-)
+needs_shared = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with a Whisper model and speech")
 SEED = 35  # of weights with which greedy texts differ from clip to clip, and with the prompt
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
@@ -51,12 +49,8 @@ def canary_folder(tmp_path_factory) -> Path:
     """A small Canary in English and German, saved."""
     tokenizer = train_tokenizer(SENTENCES * 20, languages=["en", "de"], vocab_size=40)
     torch.manual_seed(SEED)
-    encoder = FastConformerConfig(
-        layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16
-    )
-    decoder = DecoderConfig(
-        layers=2, width=48, heads=4, feedforward=96, vocabulary=tokenizer.vocab_size, positions=64
-    )
+    encoder = FastConformerConfig(layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16)
+    decoder = DecoderConfig(layers=2, width=48, heads=4, feedforward=96, vocabulary=tokenizer.vocab_size, positions=64)
     model = sharpened(SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder)))
     with torch.no_grad():
         model.decoder.head_bias[[tokenizer.special_id(token) for token in tokenizer.special]] = -1000.0
@@ -83,9 +77,7 @@ def whisper(whisper_bytes, tmp_path_factory) -> canter.Recognizer:
         "no_timestamps_token_id": tokenizer.special_id("<|notimestamps|>"),
         "decoder_start_token_id": tokenizer.special_id("<|startoftranscript|>"),
     }
-    return canter.load(
-        save_model(model, tmp_path_factory.mktemp("whisper") / "model", tokenizer), device="cpu"
-    )
+    return canter.load(save_model(model, tmp_path_factory.mktemp("whisper") / "model", tokenizer), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +102,7 @@ def clips(tmp_path_factory) -> list[str]:
 
 
 def speech(corpus: str, count: int) -> list[str]:
-    return [
-        str(path) for path in sorted(Path(SHARED or "", "data", "speech", corpus).rglob("*.flac"))[:count]
-    ]
+    return [str(path) for path in sorted(Path(SHARED or "", "data", "speech", corpus).rglob("*.flac"))[:count]]
 
 
 # -- the module --
@@ -120,8 +110,7 @@ def speech(corpus: str, count: int) -> list[str]:
 
 def test_importing_canter_imports_no_torch_and_no_numpy():
     code = (
-        "import canter, sys; canter.CanterError, dir(canter); "
-        "sys.exit(not {'torch', 'numpy'}.isdisjoint(sys.modules))"
+        "import canter, sys; canter.CanterError, dir(canter); sys.exit(not {'torch', 'numpy'}.isdisjoint(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -286,10 +275,7 @@ def test_a_model_that_needs_a_language_says_so(canary, clips):
 
 
 def test_languages_as_people_write_them(canary, whisper, clips):
-    texts = {
-        canary.transcribe(clips[3], language=one).text
-        for one in ("de", "DE", "German", "de-AT", "deu", "ger")
-    }
+    texts = {canary.transcribe(clips[3], language=one).text for one in ("de", "DE", "German", "de-AT", "deu", "ger")}
     assert len(texts) == 1
     for written in ("jv", "jw", "Javanese", "jav"):  # Whisper's token is <|jw|>
         assert whisper.transcribe(clips[0], language=written).language == "jv"
@@ -350,9 +336,7 @@ def test_many_give_results_in_order_bad_files_among_them(canary, clips, bad):
         *clips[1:7],
     ]
     results = list(canary.transcribe(given, language="en"))
-    assert [result.path for result in results] == [
-        None if isinstance(one, np.ndarray) else one for one in given
-    ]
+    assert [result.path for result in results] == [None if isinstance(one, np.ndarray) else one for one in given]
     texts = [alone[number].text for number in (7, 0, 3, 1, 2, 3, 4, 5, 6)]
     assert [result.text for result in results if result.error is None] == texts
     errors = {result.path: result.error for result in results if result.error is not None}
@@ -386,9 +370,7 @@ def test_recordings_are_recognised_by_their_content(canary, clips, tmp_path):
 
 
 def test_results_do_not_depend_on_the_batch(canary, clips):
-    texts = [
-        [one.text for one in canary.transcribe(clips, language="en", batch_size=size)] for size in (1, 3, 64)
-    ]
+    texts = [[one.text for one in canary.transcribe(clips, language="en", batch_size=size)] for size in (1, 3, 64)]
     assert texts[0] == texts[1] == texts[2]
     beams = [one.text for one in canary.transcribe(clips, language="en", beam_size=3)]
     assert beams == [canary.transcribe(clip, language="en", beam_size=3).text for clip in clips]
@@ -418,9 +400,7 @@ def test_manifests_and_folders_among_many_are_what_they_hold(canary, clips, tmp_
         {"audio_filepath": clips[5], "duration": 1.9, "lang": "fr"},
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        canter.CanterError, match=r"train.jsonl is a manifest, not one recording; .*transcribe\(\["
-    ):
+    with pytest.raises(canter.CanterError, match=r"train.jsonl is a manifest, not one recording; .*transcribe\(\["):
         canary.transcribe("train.jsonl", language="en")
     with pytest.raises(canter.CanterError, match="is a folder, not one recording"):
         canary.transcribe(Path(clips[0]).parent, language="en")
@@ -432,9 +412,7 @@ def test_manifests_and_folders_among_many_are_what_they_hold(canary, clips, tmp_
     assert all(segment.start >= 0.5 and segment.end <= 1.5 for segment in results[1].segments)
     assert "fr" in (results[2].error or "")
     assert "no.jsonl does not exist" in (results[-1].error or "")
-    assert [result.text for result in results[3:-1]] == [
-        one.text for one in canary.transcribe(clips, language="en")
-    ]
+    assert [result.text for result in results[3:-1]] == [one.text for one in canary.transcribe(clips, language="en")]
 
 
 def test_the_command_and_the_face_write_the_same(canary, canary_folder, clips, tmp_path):
@@ -456,10 +434,7 @@ def test_subtitles_are_shaped_as_the_command_shapes_them(canary, canary_folder, 
     given = ["--language", "en", "--max-line-width", "12", "--max-line-count", "1", "-o", str(command)]
     assert main(["transcribe", str(canary_folder), clips[5], *given]) == 0
     found = canary.transcribe(clips[5], language="en", timestamps="word")
-    assert (
-        found.save(tmp_path / "face.srt", max_line_width=12, max_line_count=1).read_text()
-        == command.read_text()
-    )
+    assert found.save(tmp_path / "face.srt", max_line_width=12, max_line_count=1).read_text() == command.read_text()
     with pytest.raises(canter.CanterError, match=r"options of \.srt and \.vtt"):
         found.save(tmp_path / "face.txt", max_line_width=12)
     with pytest.raises(canter.CanterError, match="timestamps='word'"):
@@ -549,10 +524,7 @@ def test_a_budget_is_measured_and_leaves_the_model_as_it_was(canary, manifest):
 
 
 def test_training_goes_through_the_face(canary_folder, manifest, tmp_path):
-    rows = [
-        json.loads(line) | {"duration": 0.4 + 0.3 * n}
-        for n, line in enumerate(manifest.read_text().splitlines())
-    ]
+    rows = [json.loads(line) | {"duration": 0.4 + 0.3 * n} for n, line in enumerate(manifest.read_text().splitlines())]
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = canter.TrainConfig(

@@ -24,6 +24,8 @@ ROOMS = (
     "reporting",
     "serving",
     "integrations",
+    "bench",
+    "demo",
     "cli",
 )
 WITHOUT_TORCH = ("corpus", "planning")
@@ -60,13 +62,7 @@ def broken_arrows(source: str, package: list[str]) -> list[str]:
         first, *rest = name.split(".")
         if first == "torch" and room in WITHOUT_TORCH:
             broken.append(f"{line}: {name}")
-        if (
-            room
-            and first == "canter"
-            and rest
-            and rest[0] in ROOMS
-            and ROOMS.index(rest[0]) > ROOMS.index(room)
-        ):
+        if room and first == "canter" and rest and rest[0] in ROOMS and ROOMS.index(rest[0]) > ROOMS.index(room):
             broken.append(f"{line}: {name}")
     return broken
 
@@ -104,12 +100,9 @@ def test_arrows_are_really_checked():
 
 def test_index_and_planning_load_without_torch():
     """Also through others: what they import may not import torch either."""
-    names = [
-        ".".join(dotted(path)) for path in MODULES if dotted(path)[1:2] and dotted(path)[1] in WITHOUT_TORCH
-    ]
+    names = [".".join(dotted(path)) for path in MODULES if dotted(path)[1:2] and dotted(path)[1] in WITHOUT_TORCH]
     code = (
-        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-        "sys.exit('torch' in sys.modules)"
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nsys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "torch was imported"

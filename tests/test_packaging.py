@@ -139,14 +139,10 @@ def test_modules_import_what_is_declared():
 
 def test_lower_bounds_are_those_that_are_tested():
     pins = dict(
-        line.split("==")
-        for line in (ROOT / "oldest.txt").read_text().splitlines()
-        if line and not line.startswith("#")
+        line.split("==") for line in (ROOT / "oldest.txt").read_text().splitlines() if line and not line.startswith("#")
     )
     tested = {canonicalize_name(name): version for name, version in pins.items()}
-    requirements = [
-        line for line in [*PROJECT["dependencies"], *EXTRAS["models"]] if names_of([line]) <= set(tested)
-    ]
+    requirements = [line for line in [*PROJECT["dependencies"], *EXTRAS["models"]] if names_of([line]) <= set(tested)]
     assert names_of(requirements) == set(tested) >= names_of(PROJECT["dependencies"])
     for line in requirements:
         requirement = Requirement(line)
@@ -178,9 +174,7 @@ def test_a_command_without_its_extra_is_one_line(tmp_path: Path):
     )
 
 
-def python(
-    executable: Path | str, *arguments: str, cwd: Path, **environment: str
-) -> subprocess.CompletedProcess:
+def python(executable: Path | str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run Python as a user would, with no trace of this repository in its environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CANTER"))}
     command = [str(executable), *arguments]
@@ -295,12 +289,8 @@ def pip(interpreter: Path, *arguments: str) -> subprocess.CompletedProcess:
 def planner(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment into which `pip install canter` went, and nothing else."""
     interpreter = environment_in(tmp_path_factory.mktemp("planner") / "environment")
-    done = pip(
-        interpreter, "install", "--no-compile", "--constraint", str(ROOT / "constraints.txt"), str(wheel)
-    )
-    if done.returncode and re.search(
-        r"from versions: none|connection|Temporary failure|timed out", done.stderr
-    ):
+    done = pip(interpreter, "install", "--no-compile", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
+    if done.returncode and re.search(r"from versions: none|connection|Temporary failure|timed out", done.stderr):
         pytest.skip(f"pip reaches no package index: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     return interpreter
@@ -310,9 +300,7 @@ def planner(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_planner_installs_without_torch_and_runs(planner: Path, tmp_path: Path):
     installed = packages_of(planner)
     assert not (installed / "torch").exists()
-    size = sum(
-        path.stat().st_size for path in installed.rglob("*") if path.is_file() and not path.is_symlink()
-    )
+    size = sum(path.stat().st_size for path in installed.rglob("*") if path.is_file() and not path.is_symlink())
     assert size < PLANNER_MEGABYTES * 1e6
 
     seconds = [1.0 + number % 17 for number in range(400)]

@@ -65,9 +65,7 @@ def checked(tmp_path_factory) -> dict[str, list[str]]:
     (folder / "program.py").write_text(PROGRAM)
     (folder / "mistakes.py").write_text(MISTAKES)
     source = str(Path(canter.__file__).parent.parent)
-    (folder / "pyrightconfig.json").write_text(
-        json.dumps({"extraPaths": [source], "typeCheckingMode": "strict"})
-    )
+    (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [source], "typeCheckingMode": "strict"}))
     command = [
         str(pyright if pyright.exists() else "pyright"),
         "--outputjson",

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from canter.api import build_index, load, measure_budget, score, train
     from canter.corpus.index import LengthIndex
     from canter.errors import CanterError
-    from canter.inference.segments import Segment, Word
+    from canter.inference.recognizer import Recognizer, Transcript
+    from canter.inference.transcript.segments import Segment, Word
     from canter.planning import Budget, Plan, analytic_budget
     from canter.planning.sampler import PlanSampler
-    from canter.recognizer import Recognizer, Transcript
     from canter.training.config import TrainConfig
 
 __all__ = [
@@ -53,18 +53,18 @@ if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mi
         "LengthIndex": "canter.corpus.index",
         "Plan": "canter.planning",
         "PlanSampler": "canter.planning.sampler",
-        "Recognizer": "canter.recognizer",
-        "Segment": "canter.inference.segments",
+        "Recognizer": "canter.inference.recognizer",
+        "Segment": "canter.inference.transcript.segments",
         "TrainConfig": "canter.training.config",
-        "Transcript": "canter.recognizer",
-        "Word": "canter.inference.segments",
+        "Transcript": "canter.inference.recognizer",
+        "Word": "canter.inference.transcript.segments",
         "analytic_budget": "canter.planning",
         "build_index": "canter.api",
         "load": "canter.api",
         "measure_budget": "canter.api",
         "score": "canter.api",
         "train": "canter.api",
-        "load_model": "canter.models.checkpoint",  # of 0.1, for what still uses it
+        "load_model": "canter.models.formats.checkpoint",  # of 0.1, for what still uses it
     }
 
     def __getattr__(name: str):

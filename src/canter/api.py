@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from canter.corpus.mixture import Group
     from canter.evaluation.normalize import Normalization
     from canter.evaluation.wer import Score
+    from canter.inference.recognizer import Recognizer
     from canter.planning import Budget
-    from canter.recognizer import Recognizer
     from canter.text.tokenizer import Tokenizer
     from canter.training.config import TrainConfig
 
@@ -48,10 +48,10 @@ def load(
     Raises CheckpointError for what is no model or cannot be found, ConfigError for a device or precision that is not
     here.
     """
+    from canter.inference.recognizer import Recognizer
     from canter.loading import load_module
     from canter.models.device import choose_device
     from canter.models.hub import checkpoint_of
-    from canter.recognizer import Recognizer
 
     chosen = choose_device(device)
     if precision not in ("auto", "float32", "bf16", "int8"):
@@ -111,9 +111,7 @@ def build_index(
         counter = load_counter(name if name in UNITS else checkpoint_of(name))
     if prompt_tokens is None:
         prompt_tokens = prompt_length(counter, _rows(listed))
-    target = (
-        Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
-    )
+    target = Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
     return build(
         listed,
         target,
@@ -134,9 +132,7 @@ def _rows(sources: Group | list[Source]) -> Iterator[Utterance]:
 
     for source in leaves(sources) if isinstance(sources, Group) else sources:
         with suppress(ManifestError):
-            for row in open_source(
-                source.path, audio=source.audio, measure_durations=True, columns=source.columns
-            ):
+            for row in open_source(source.path, audio=source.audio, measure_durations=True, columns=source.columns):
                 if isinstance(row, Utterance):
                     yield source.tagged(row)
 
@@ -177,12 +173,12 @@ def measure_budget(
     ``canter tune`` does the same with more choices. Raises BudgetError where nothing can be measured.
     """
     from canter.cli.progress import counting, say
+    from canter.inference.recognizer import Recognizer
     from canter.models.device import choose_device
-    from canter.recognizer import Recognizer
+    from canter.runtime import MMAP_THRESHOLD, steady_heap
     from canter.training.config import OptimizerConfig, TrainConfig
     from canter.training.measure import measured_on, memory_limit, planned_frame_seconds, training_step
     from canter.tuning import fit
-    from canter.tuning.memory import MMAP_THRESHOLD, steady_heap
     from canter.tuning.probe import Prober
 
     if probes < 1:

@@ -32,9 +32,9 @@ def load_module(
     """
     import torch
 
-    from canter.inference.int8 import load_in
+    from canter.inference.engine.int8 import load_in
     from canter.models.device import choose_device
-    from canter.models.hf import foreign_type
+    from canter.models.formats.huggingface import foreign_type
 
     device = choose_device(str(device))
     if backend == "canter" or (backend == "auto" and foreign_type(path) is None):

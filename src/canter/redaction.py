@@ -7,9 +7,7 @@ import re
 
 # scheme://user:password@host; the second form has a "/" in its password, which is no port. A member of a container
 # ends with @START+BYTES (see canter.corpus.audio).
-_USER = re.compile(
-    r"(?<=://)(?:[^\s/?#@]+@(?!\d+\+\d))+|(?<=://)[^\s/:@\[\]]+:(?!\d+(?:[/?#]|$))[^\s@]+@(?!\d+\+\d)"
-)
+_USER = re.compile(r"(?<=://)(?:[^\s/?#@]+@(?!\d+\+\d))+|(?<=://)[^\s/:@\[\]]+:(?!\d+(?:[/?#]|$))[^\s@]+@(?!\d+\+\d)")
 _PARAMETER = re.compile(
     r"(?P<mark>[?&;#])(?P<name>[\w.~%+\[\]-]+)=(?P<value>[^&;#\s\"'<>()]*?)"
     r"(?=[,.:]*(?:[&;#\s\"'<>()]|$))"

@@ -150,17 +150,11 @@ def read_json_value(path: str | Path, error: type[CanterError] = CheckpointError
     return parse_json(read_limited(path, MOST_JSON_BYTES, error), path, error)
 
 
-def read_yaml_value(
-    path: str | Path, error: type[CanterError] = CheckpointError, loader: Any = _Loader
-) -> Any:
+def read_yaml_value(path: str | Path, error: type[CanterError] = CheckpointError, loader: Any = _Loader) -> Any:
     """Return the value of a YAML file; see `read_limited` and `parse_yaml`."""
     return parse_yaml(read_limited(path, MOST_YAML_BYTES, error), path, error, loader)
 
 
 def is_file_name(name: Any) -> bool:
     """Return whether ``name`` is the bare name of a file, so that joining it to a folder stays in that folder."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and not any(character in name for character in "/\\\0")
-    )
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(character in name for character in "/\\\0")

@@ -28,10 +28,7 @@ def test_without_data_a_line_says_so():
     done = bench("planning", "serving")
     assert done.returncode == 0
     assert (
-        done.stdout.count(
-            "passed over: it takes real lengths or speech from the folder that CANTER_SHARED names"
-        )
-        == 2
+        done.stdout.count("passed over: it takes real lengths or speech from the folder that CANTER_SHARED names") == 2
     )
     assert bench("nothing").returncode == 2
 

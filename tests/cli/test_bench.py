@@ -7,10 +7,10 @@ import pytest
 import soundfile
 
 from canter.cli.main import main
-from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import train_tokenizer
 
@@ -20,9 +20,7 @@ def model(tmp_path_factory) -> str:
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en", "de"], vocab_size=40)
     config = ModelConfig(
         features=FeatureConfig(mels=16),
-        encoder=FastConformerConfig(
-            layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
-        ),
+        encoder=FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16),
         decoder=DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=16),
     )
     return str(save_model(SpeechModel(config), tmp_path_factory.mktemp("model") / "m", tokenizer))

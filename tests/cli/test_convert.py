@@ -11,11 +11,11 @@ import canter
 from canter.cli import convert, info
 from canter.cli.main import main
 from canter.errors import CheckpointError, ConfigError
-from canter.models.checkpoint import save_model
 from canter.models.cost import parameters, utterance_cost
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 
 CONFIG = ModelConfig(

@@ -43,9 +43,7 @@ def test_the_demo_leaves_a_summary_and_a_page_that_needs_nothing_else(tmp_path):
     deep, shallow = parameters.values()
     assert abs(deep / shallow - 1) < 0.05
     rows = [json.loads(line) for line in (output / "test.transcribed.jsonl").read_text().splitlines()]
-    train = {
-        json.loads(line)["text"] for line in (output / "corpus" / "train.jsonl").read_text().splitlines()
-    }
+    train = {json.loads(line)["text"] for line in (output / "corpus" / "train.jsonl").read_text().splitlines()}
     assert all("pred_text" in row and row["text"] not in train for row in rows)
     page = (output / "report.html").read_text()
     assert "<svg" in page

@@ -34,9 +34,7 @@ def manifests(tmp_path, monkeypatch):
 def test_index_then_inspect(manifests, capsys):
     with open("a.jsonl", "a") as file:
         file.write('{\n{"audio_filepath": "c.wav", "duration": 1.0, "text": "%s"}\n' % ("fast [b]" * 60))
-    assert (
-        main(["index", "a.jsonl", "b.jsonl", "-o", "l.arrow", "--tokenizer", "chars", "--workers", "1"]) == 0
-    )
+    assert main(["index", "a.jsonl", "b.jsonl", "-o", "l.arrow", "--tokenizer", "chars", "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "51 utterances" in out
     assert "left out 1: invalid JSON" in out
@@ -52,9 +50,7 @@ def test_index_then_inspect(manifests, capsys):
 
 
 def test_json_of_both(manifests, capsys):
-    assert (
-        main(["index", "a.jsonl", "b.jsonl", "--tokenizer", "bytes", "--prompt-tokens", "4", "--json"]) == 0
-    )
+    assert main(["index", "a.jsonl", "b.jsonl", "--tokenizer", "bytes", "--prompt-tokens", "4", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["rows"] == 50
     assert [source["weight"] for source in facts["sources"]] == pytest.approx([0.8, 0.2])
@@ -157,18 +153,13 @@ def test_columns_are_named_alike_by_every_command(tmp_path, monkeypatch, capsys)
     assert main(["index", "t.csv", "-o", "l.arrow", "--tokenizer", "chars", *columns]) == 0
     assert LengthIndex.open("l.arrow").tokens.tolist() == [number + 2 for number in range(30)]
     assert LengthIndex.open("l.arrow").utterance(3).audio_filepath == f"{tmp_path}/3.wav"
-    index = canter.build_index(
-        "t.csv", tokenizer="chars", text_column="said", audio_column="clip", progress=False
-    )
+    index = canter.build_index("t.csv", tokenizer="chars", text_column="said", audio_column="clip", progress=False)
     assert index.tokens.tolist() == LengthIndex.open("l.arrow").tokens.tolist()
     capsys.readouterr()
     assert main(["inspect", "t.csv", "--tokenizer", "chars", "--json", *columns]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == sum(range(2, 32))
     for command in ("plan", "compare"):
-        assert (
-            main([command, "t.csv", "--json", *columns, *(["--ranks", "2"] if command == "compare" else [])])
-            == 0
-        )
+        assert main([command, "t.csv", "--json", *columns, *(["--ranks", "2"] if command == "compare" else [])]) == 0
         assert json.loads(capsys.readouterr().out)
     assert main(["plan", "t.csv", "--audio-column", "sound"]) == 1
     error = capsys.readouterr().err

@@ -26,9 +26,7 @@ def write_lengths(path, seconds, tokens):
 def table(tmp_path):
     rng = np.random.default_rng(0)
     seconds = rng.uniform(1, 20, 1500)
-    return write_lengths(
-        tmp_path / "set.parquet", seconds, (seconds * 3 + rng.integers(5, 30, 1500)).astype(int)
-    )
+    return write_lengths(tmp_path / "set.parquet", seconds, (seconds * 3 + rng.integers(5, 30, 1500)).astype(int))
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +92,7 @@ def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
 
 
 def test_min_steps_and_limits_in_tokens_per_second(tmp_path, capsys):
-    path = write_lengths(
-        tmp_path / "set.parquet", [5.0] * 300 + [20.0] * 100, [20] * 299 + [101] + [300] * 100
-    )
+    path = write_lengths(tmp_path / "set.parquet", [5.0] * 300 + [20.0] * 100, [20] * 299 + [101] + [300] * 100)
     options = [
         str(path),
         "--ranks",
@@ -172,17 +168,13 @@ def test_the_planning_commands_import_no_torch(manifest):
         f"codes = [main([name, {str(manifest)!r}, '--json']) for name in ('plan', 'inspect')]; "
         "sys.exit(any(codes) or 'torch' in sys.modules)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def test_plan_says_what_limits_the_batches(table, capsys):
     assert main(["plan", str(table), "--ranks", "2"]) == 0
     out = capsys.readouterr().out
-    assert re.search(
-        r"batches: \d+\.\d% of the memory filled .* 50 steps an epoch; limited by --min-steps 50", out
-    )
+    assert re.search(r"batches: \d+\.\d% of the memory filled .* 50 steps an epoch; limited by --min-steps 50", out)
     assert main(["plan", str(table), "--ranks", "2", "--min-steps", "1", "--json"]) == 0
     limits = json.loads(capsys.readouterr().out)["limits"]
     assert limits["by"] == "memory"
@@ -228,9 +220,7 @@ def test_what_can_be_read_neither_as_manifest_nor_as_index(table, command, tmp_p
     line = refused([command, tmp_path / "junk.txt"], capsys)
     assert f"{tmp_path}/junk.txt:1: invalid JSON" in line
     assert "canter index" in line
-    assert "--tokenizer counts the tokens of a manifest" in refused(
-        [command, table, "--tokenizer", "chars"], capsys
-    )
+    assert "--tokenizer counts the tokens of a manifest" in refused([command, table, "--tokenizer", "chars"], capsys)
 
 
 def test_a_plan_that_has_nowhere_to_go(table, capsys):

@@ -19,10 +19,10 @@ import torch
 
 from canter.cli.main import main
 from canter.cli.serve import SPINS, Options, load_engine
-from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import train_tokenizer
 
@@ -31,12 +31,8 @@ from canter.text import train_tokenizer
 def folder(tmp_path_factory) -> Path:
     tokenizer = train_tokenizer(["one two three", "four five"] * 20, languages=["en"], vocab_size=30)
     torch.manual_seed(0)
-    encoder = FastConformerConfig(
-        layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
-    )
-    decoder = DecoderConfig(
-        layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=64
-    )
+    encoder = FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16)
+    decoder = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=64)
     model = SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder))
     return save_model(model, tmp_path_factory.mktemp("serve") / "little", tokenizer)
 
@@ -149,14 +145,14 @@ def test_loading_leaves_no_threads(folder):
 
 SLOW_LOADING = """
 import sys, time
-import canter.inference.int8
+import canter.inference.engine.int8
 from canter.cli.main import main
 
 def load_in(*_):
     print("loading", file=sys.stderr, flush=True)
     time.sleep(3600)
 
-canter.inference.int8.load_in = load_in
+canter.inference.engine.int8.load_in = load_in
 sys.exit(main(sys.argv[1:]))
 """
 

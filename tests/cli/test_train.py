@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from canter.cli.main import main
-from canter.corpus.synthesis import synthesise
+from canter.demo.synthesis import synthesise
 from canter.planning.budget import Budget
 
 SMALL = shlex.split("""
@@ -103,9 +103,7 @@ def test_a_run_goes_on_wherever_it_is(spoken, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_mistakes_take_one_line(spoken, tmp_path, capsys, more, says):
-    (tmp_path / "broken.jsonl").write_text(
-        '{"audio_filepath": "a.wav", "duration": -1, "text": "x"}\nnot json\n'
-    )
+    (tmp_path / "broken.jsonl").write_text('{"audio_filepath": "a.wav", "duration": -1, "text": "x"}\nnot json\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file.txt").write_text("")
     filled = [part.format(tmp=tmp_path, train=spoken.train_manifest) for part in more]

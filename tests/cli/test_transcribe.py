@@ -16,10 +16,10 @@ import soundfile
 from canter.cli.main import main
 from canter.cli.transcribe import Options, destination, identity, style_of, timestamps_of
 from canter.inference.transcribe import Transcription
-from canter.models.checkpoint import load_model, save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.checkpoint import load_model, save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import Characters, train_tokenizer
 
@@ -30,9 +30,7 @@ def model(tmp_path_factory) -> str:
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en", "de"], vocab_size=40)
     config = ModelConfig(
         features=FeatureConfig(mels=16),
-        encoder=FastConformerConfig(
-            layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
-        ),
+        encoder=FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16),
         decoder=DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=48),
     )
     return str(save_model(SpeechModel(config), tmp_path_factory.mktemp("model") / "m", tokenizer))
@@ -132,14 +130,12 @@ def test_the_suffix_decides(model, clips, tmp_path, monkeypatch, suffix, start):
 
 def test_a_log_gets_lines_with_the_speed_so_far(model, clips, monkeypatch, capsys):
     monkeypatch.setattr("canter.cli.progress.TranscriptionProgress.EVERY_SECONDS", 0.0)
-    monkeypatch.setattr("canter.inference.engine.EVENT_SECONDS", 0.0)
+    monkeypatch.setattr("canter.inference.engine.engine.EVENT_SECONDS", 0.0)
     files = [str(clips / name) for name in ("good.wav", "silence.wav", "bad-nan.wav")]
     assert main(["transcribe", model, *files, "--lang", "en"]) == 1
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("transcribing: ")]
-    share = re.compile(
-        r"transcribing: ([\d.]+) of 2 s of audio \((\d+)%\), (\d) of 3 finished  RTFx [\d.]+  "
-    )
+    share = re.compile(r"transcribing: ([\d.]+) of 2 s of audio \((\d+)%\), (\d) of 3 finished  RTFx [\d.]+  ")
     seen = [match for line in lines if (match := share.match(line))]
     assert len(seen) == len(lines) > 6
     percents = [int(match[2]) for match in seen]
@@ -308,7 +304,7 @@ def test_options_of_subtitles_that_do_not_go_together(model, clips, capsys, give
 
 
 def test_a_model_without_times_of_words(model, clips, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("canter.inference.engine.Engine.aligns", False)
+    monkeypatch.setattr("canter.inference.engine.engine.Engine.aligns", False)
     out = tmp_path / "x.srt"
     arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]
     assert main(arguments) == 0

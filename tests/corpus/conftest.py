@@ -58,9 +58,7 @@ def encode() -> Encode:
         form = stream.codec_context.format.name
         resampler = av.AudioResampler(format=form, layout="mono", rate=rate)
         for place in range(0, len(samples), size):
-            frame = av.AudioFrame.from_ndarray(
-                samples[None, place : place + size], format="fltp", layout="mono"
-            )
+            frame = av.AudioFrame.from_ndarray(samples[None, place : place + size], format="fltp", layout="mono")
             frame.rate = rate
             for piece in resampler.resample(frame):
                 piece.pts = place + round(start * rate)

@@ -290,9 +290,7 @@ def m4a(path, samples):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
         for start in range(0, len(samples), 1024):
-            frame = av.AudioFrame.from_ndarray(
-                samples[None, start : start + 1024], format="fltp", layout="mono"
-            )
+            frame = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], format="fltp", layout="mono")
             frame.rate = 16000
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -442,11 +440,7 @@ def test_transcription_keeps_what_a_truncated_file_has(wav):
     found, blocks = decode_utterance(row), audio_blocks(row, seconds=0.2, keep_damaged=True)
     assert sum(map(len, blocks)) == len(found.samples) == 8000
     assert found.lost_seconds == blocks.lost_seconds == 0.5
-    assert (
-        found.warnings
-        == blocks.warnings
-        == ("0.50 s of its audio are lost, from 0.50 s on: it is truncated",)
-    )
+    assert found.warnings == blocks.warnings == ("0.50 s of its audio are lost, from 0.50 s on: it is truncated",)
 
 
 def test_standard_input_is_a_file(wav, monkeypatch):

@@ -42,9 +42,7 @@ def unfinalised(kind: str, size: bytes | None = None) -> bytes:
         return patched(data, (data.index(b"ds64") + 8, bytes(24)), (data.index(b"data") + 4, b"\xff" * 4))
     if kind == "AIFF":
         data = encoded("AIFF", subtype="PCM_16")
-        return patched(
-            data, (data.index(b"COMM") + 10, bytes(4)), (data.index(b"SSND") + 4, size or bytes(4))
-        )
+        return patched(data, (data.index(b"COMM") + 10, bytes(4)), (data.index(b"SSND") + 4, size or bytes(4)))
     if kind == "AU":
         return patched(encoded("AU", subtype="PCM_16"), (8, size or bytes(4)))
     if kind == "CAF":
@@ -125,15 +123,11 @@ def test_an_mp3_of_speech_without_a_tag_is_read_as_ffmpeg_reads_it():
     assert len(found) == len(wanted) == 127_872  # 5.75 s of speech and a codec's delay
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert audio_seconds(path) == 127_872 / 22050
-    part = load_audio(
-        path, sample_rate=22050, offset=4.0, duration=1.0
-    )  # beyond the 2.63 s that were guessed
+    part = load_audio(path, sample_rate=22050, offset=4.0, duration=1.0)  # beyond the 2.63 s that were guessed
     np.testing.assert_allclose(part, wanted[4 * 22050 : 5 * 22050], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "before", [b"", bytes(500), b"\xff\xfb\x90" + bytes(70), b"ID3\4\0\0\0\0\1\0" + bytes(428)]
-)
+@pytest.mark.parametrize("before", [b"", bytes(500), b"\xff\xfb\x90" + bytes(70), b"ID3\4\0\0\0\0\1\0" + bytes(428)])
 def test_an_mp3_may_begin_with_something_else(tmp_path, mp3, before):
     path, whole = tmp_path / "a.mp3", without_tag(mp3)
     path.write_bytes(whole)
@@ -217,6 +211,6 @@ def test_a_header_of_any_bytes_is_checked_in_time(data):
     assert len(view.read(200)) <= 200
 
 
-SAMPLES = {
-    kind: encoded(kind, NOISE[:4000]) for kind in ("WAV", "AIFF", "AU", "CAF", "W64", "FLAC", "MP3", "OGG")
-} | {"MKV": (Path(__file__).parent / "data" / "clip_audio_starts_at_5s.mkv").read_bytes()[:4000]}
+SAMPLES = {kind: encoded(kind, NOISE[:4000]) for kind in ("WAV", "AIFF", "AU", "CAF", "W64", "FLAC", "MP3", "OGG")} | {
+    "MKV": (Path(__file__).parent / "data" / "clip_audio_starts_at_5s.mkv").read_bytes()[:4000]
+}

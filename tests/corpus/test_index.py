@@ -97,17 +97,13 @@ def test_lengths_that_no_utterance_has(arguments, message):
         LengthIndex(*arguments)
 
 
-lengths = st.lists(
-    st.tuples(st.floats(0.01, 1000), st.integers(0, 65535), st.integers(0, 3)), min_size=1, max_size=50
-)
+lengths = st.lists(st.tuples(st.floats(0.01, 1000), st.integers(0, 65535), st.integers(0, 3)), min_size=1, max_size=50)
 
 
 @given(lengths)
 def test_any_lengths_survive_the_disk(tmp_path_factory, given_rows):
     seconds, tokens, source = (list(column) for column in zip(*given_rows, strict=True))
-    index = LengthIndex(
-        seconds, tokens, [Source("x", str(number), 1.0 + number) for number in range(4)], source
-    )
+    index = LengthIndex(seconds, tokens, [Source("x", str(number), 1.0 + number) for number in range(4)], source)
     path = tmp_path_factory.mktemp("index") / "l.arrow"
     index.save(path)
     again = LengthIndex.open(path)
@@ -331,9 +327,7 @@ def test_a_folder_with_its_index_can_move(tmp_path):
     write_manifest(tmp_path / "old" / "m.jsonl", rows(3))
     build_index(tmp_path / "old" / "m.jsonl", tmp_path / "old" / "l.arrow", Letters())
     (tmp_path / "old").rename(tmp_path / "new")
-    assert (
-        LengthIndex.open(tmp_path / "new" / "l.arrow").utterance(2).audio_filepath == f"{tmp_path}/new/2.wav"
-    )
+    assert LengthIndex.open(tmp_path / "new" / "l.arrow").utterance(2).audio_filepath == f"{tmp_path}/new/2.wav"
 
 
 def test_tags_stand_in_for_missing_fields_and_count(tmp_path, manifest):
@@ -358,9 +352,7 @@ def test_groups_become_weights(tmp_path):
     np.testing.assert_allclose(natural.weights, [0.1, 0.3, 0.6])
     a, b, c = sources
     nested = Group([Group([a, b], weight=3.0), replace(c, weight=1.0)])
-    np.testing.assert_allclose(
-        build_index(nested, tmp_path / "l.arrow", Letters()).weights, [3 / 16, 9 / 16, 1 / 4]
-    )
+    np.testing.assert_allclose(build_index(nested, tmp_path / "l.arrow", Letters()).weights, [3 / 16, 9 / 16, 1 / 4])
     flat = Group(sources, temperature=0.0)
     np.testing.assert_allclose(build_index(flat, tmp_path / "l.arrow", Letters()).weights, [1 / 3] * 3)
     half = build_index(Group(sources, temperature=0.5), tmp_path / "l.arrow", Letters()).weights
@@ -371,9 +363,7 @@ def test_durations_can_be_measured(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(24000), 16000)
     lines = [{"audio_filepath": name, "text": "x"} for name in ("a.wav", "b.wav")]
     write_manifest(tmp_path / "m.jsonl", lines)
-    with pytest.raises(
-        ManifestError, match="duration missing: give it in seconds, or let --measure-durations"
-    ):
+    with pytest.raises(ManifestError, match="duration missing: give it in seconds, or let --measure-durations"):
         build_index(tmp_path / "m.jsonl", tmp_path / "l.arrow", Letters())
     index = build_index(tmp_path / "m.jsonl", tmp_path / "l.arrow", Letters(), measure_durations=True)
     assert index.seconds.tolist() == [1.5]
@@ -412,9 +402,7 @@ def test_a_changed_byte_is_found_wherever_it_is(tmp_path, seed):
     again = LengthIndex.open(path)
     assert again.fingerprint == written.fingerprint
     for at in random.integers(0, len(content), 40):
-        path.write_bytes(
-            content[:at] + bytes([content[at] ^ 1 << int(random.integers(8))]) + content[at + 1 :]
-        )
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << int(random.integers(8))]) + content[at + 1 :])
         try:
             found = LengthIndex.open(path)
         except ManifestError as error:
@@ -432,7 +420,5 @@ def test_large_indexes_are_verified_when_asked(tmp_path, monkeypatch):
     content = path.read_bytes()
     at = content.index(np.full(4, 1.5, np.float32).tobytes())
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    with pytest.raises(
-        ManifestError, match=r"lengths.arrow is damaged: what it holds is not what was written"
-    ):
+    with pytest.raises(ManifestError, match=r"lengths.arrow is damaged: what it holds is not what was written"):
         LengthIndex.open(path).verify()

@@ -99,9 +99,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("row", "kind"), BAD, ids=[f"{number}-{kind}" for number, (_, kind) in enumerate(BAD)]
-)
+@pytest.mark.parametrize(("row", "kind"), BAD, ids=[f"{number}-{kind}" for number, (_, kind) in enumerate(BAD)])
 def test_a_bad_row_is_listed_with_file_and_line(tmp_path, row, kind):
     path = lines(tmp_path / "m.jsonl", GOOD, b"", row, {**GOOD, "text": "other"})
     first, problem, last = read_manifest(path)
@@ -123,9 +121,7 @@ def test_duplicates_are_listed(tmp_path):
 
 def test_no_usable_row_is_an_error_that_says_why(tmp_path):
     path = lines(tmp_path / "m.jsonl", b"{", {**GOOD, "duration": -3})
-    with pytest.raises(
-        ManifestError, match=r"no usable row:\n.*m\.jsonl:1: invalid JSON.*\n.*:2: duration is neg"
-    ):
+    with pytest.raises(ManifestError, match=r"no usable row:\n.*m\.jsonl:1: invalid JSON.*\n.*:2: duration is neg"):
         list(read_manifest(path))
     with pytest.raises(ManifestError, match="it is empty"):
         list(read_manifest(lines(tmp_path / "empty.jsonl")))

@@ -46,9 +46,7 @@ def test_temperature_goes_down_into_groups_until_another_is_given():
 
 members = st.recursive(
     st.builds(Source, st.just("p"), weight=st.floats(0.01, 100)),
-    lambda inner: st.builds(
-        Group, st.lists(inner, min_size=1, max_size=3), st.floats(0.01, 100), st.floats(0, 2)
-    ),
+    lambda inner: st.builds(Group, st.lists(inner, min_size=1, max_size=3), st.floats(0.01, 100), st.floats(0, 2)),
     max_leaves=8,
 )
 

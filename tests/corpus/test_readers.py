@@ -500,9 +500,7 @@ def test_tables_of_lengths(tmp_path, suffix):
 
 
 def test_tables_with_num_tokens_count_as_they_stand(tmp_path):
-    pyarrow.parquet.write_table(
-        pa.table({"duration": [1.0, 1.0], "num_tokens": [5, 5]}), tmp_path / "l.parquet"
-    )
+    pyarrow.parquet.write_table(pa.table({"duration": [1.0, 1.0], "num_tokens": [5, 5]}), tmp_path / "l.parquet")
     index = build_index(tmp_path / "l.parquet", tmp_path / "i.arrow", prompt_tokens=3)
     assert index.tokens.tolist() == [5, 5], "and equal lengths are not taken for duplicates"
 
@@ -560,8 +558,7 @@ def bucket(tmp_path):
 @pytest.mark.parametrize("name", ["m.jsonl", "m.jsonl.gz"])
 def test_manifests_at_urls(audio, tmp_path, bucket, name):
     rows = "".join(
-        json.dumps({"audio_filepath": f"../x/../audio/{n}.flac", "duration": SECONDS[n], "text": TEXTS[n]})
-        + "\n"
+        json.dumps({"audio_filepath": f"../x/../audio/{n}.flac", "duration": SECONDS[n], "text": TEXTS[n]}) + "\n"
         for n in range(5)
     ).encode()
     (tmp_path / "lists").mkdir()
@@ -584,10 +581,7 @@ def test_tars_at_urls_are_read_by_range(tarred, tmp_path, bucket):
         f"- manifest_filepath: {home}/sharded_manifests/manifest_{{0..1}}.json\n"
         f"  tarred_audio_filepaths: {home}/audio_{{0..1}}.tar\n"
     )
-    assert (
-        len(build_index(read_mixture(tmp_path / "mix.yaml"), tmp_path / "mix.arrow", UnitCounter("chars")))
-        == 5
-    )
+    assert len(build_index(read_mixture(tmp_path / "mix.yaml"), tmp_path / "mix.arrow", UnitCounter("chars"))) == 5
 
 
 def test_webdataset_at_a_url(tmp_path, bucket):
@@ -633,9 +627,7 @@ def hub_table(numbers=range(5), **columns):
 @pytest.mark.parametrize("compression", ["snappy", "none", "zstd"])
 @pytest.mark.parametrize("group", [1, 2, 5])
 def test_parquet_is_read_in_place(tmp_path, compression, group):
-    pyarrow.parquet.write_table(
-        hub_table(), tmp_path / "hub.parquet", compression=compression, row_group_size=group
-    )
+    pyarrow.parquet.write_table(hub_table(), tmp_path / "hub.parquet", compression=compression, row_group_size=group)
     before = sorted(tmp_path.rglob("*"))
     assert check(tmp_path / "hub.parquet", tmp_path) == []
     index = LengthIndex.open(tmp_path / "check.arrow")
@@ -672,9 +664,7 @@ def test_folders_of_parquet_shards_and_splits(tmp_path, folder):
         pyarrow.parquet.write_table(hub_table(numbers), home / folder / name)
     assert check(home, tmp_path) == []
     pyarrow.parquet.write_table(hub_table([0]), home / folder / "test-00000-of-00001.parquet")
-    with pytest.raises(
-        ManifestError, match=r"several splits \(.*test, .*train\); name one by its files: '"
-    ) as told:
+    with pytest.raises(ManifestError, match=r"several splits \(.*test, .*train\); name one by its files: '") as told:
         units_of(str(home))
     pattern = str(told.value).split("'")[1]
     assert check(pattern, tmp_path) == []
@@ -691,9 +681,7 @@ def test_folders_of_parquet_shards_and_splits(tmp_path, folder):
         units_of(str(home / "nothing*.parquet"))
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str
-)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_tables_of_paths(audio, tmp_path, kind, suffix):
     paths = pa.array([f"audio/{number}.flac" for number in range(5)])
@@ -723,9 +711,7 @@ def test_parquet_with_some_audio_inside(audio, tmp_path):
         {"bytes": flac(4), "path": "4.flac"},
     ]
     texts = [*TEXTS[:3], "a", "b", "c", *TEXTS[3:]]
-    pyarrow.parquet.write_table(
-        pa.table({"audio": rows, "text": texts}), tmp_path / "h.parquet", row_group_size=3
-    )
+    pyarrow.parquet.write_table(pa.table({"audio": rows, "text": texts}), tmp_path / "h.parquet", row_group_size=3)
     problems = check(tmp_path / "h.parquet", tmp_path)
     assert [(one.line, one.kind) for one in problems] == [
         (4, "audio_filepath missing"), (5, "audio_filepath missing"), (6, "audio cannot be read"),
@@ -776,8 +762,7 @@ def test_damaged_parquet(tmp_path):
 def test_columns_can_be_named(audio, tmp_path):
     """In a table, in JSON and in a mixture, for one utterance as for the index."""
     rows = [
-        {"wav_on_disk": f"audio/{n}.flac", "text": "not this", "normalised": TEXTS[n], "tongue": "de"}
-        for n in range(5)
+        {"wav_on_disk": f"audio/{n}.flac", "text": "not this", "normalised": TEXTS[n], "tongue": "de"} for n in range(5)
     ]
     columns = Columns("normalised", "tongue", "wav_on_disk")
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
@@ -796,10 +781,7 @@ def test_columns_can_be_named(audio, tmp_path):
         (tmp_path / "mix.yaml").write_text(
             f"- {{path: {name}, text_column: normalised, lang_column: tongue, audio_column: wav_on_disk}}\n"
         )
-        assert (
-            len(build_index(read_mixture(tmp_path / "mix.yaml"), tmp_path / "m.arrow", UnitCounter("chars")))
-            == 5
-        )
+        assert len(build_index(read_mixture(tmp_path / "mix.yaml"), tmp_path / "m.arrow", UnitCounter("chars"))) == 5
     for name in ("t.parquet", "t.csv"):
         with pytest.raises(ManifestError, match="has no column 'words' of text; it has wav_on_disk, text"):
             list(open_source(tmp_path / name, columns=Columns(text="words", audio="wav_on_disk")))
@@ -951,9 +933,7 @@ def test_one_json_array(cuts, audio, tmp_path, indent):
     assert (problem.line, problem.kind) == (6, "not a JSON object")
     (tmp_path / "cuts.json").write_text(json.dumps([cut.to_dict() for cut in cuts], indent=indent))
     assert check(tmp_path / "cuts.json", tmp_path) == []
-    speechbrain = {
-        f"u{n}": {"wav": f"audio/{n}.flac", "length": SECONDS[n], "words": TEXTS[n]} for n in range(5)
-    }
+    speechbrain = {f"u{n}": {"wav": f"audio/{n}.flac", "length": SECONDS[n], "words": TEXTS[n]} for n in range(5)}
     (tmp_path / "brain.json").write_text(json.dumps(speechbrain, indent=indent))
     assert check(tmp_path / "brain.json", tmp_path) == []
     assert next(iter(open_source(tmp_path / "brain.json"))).id == "u0"
@@ -1018,9 +998,7 @@ def test_tables_without_a_column_of_text_name_what_they_have(audio, tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     (tmp_path / "t.csv").write_text("file,said\n" + "".join(f"audio/{n}.flac,{TEXTS[n]}\n" for n in range(5)))
     for name in ("t.parquet", "t.csv"):
-        with pytest.raises(
-            ManifestError, match=r"has no column of text; name it .--text-column.; it has file, said"
-        ):
+        with pytest.raises(ManifestError, match=r"has no column of text; name it .--text-column.; it has file, said"):
             build_index(tmp_path / name, tmp_path / "i.arrow", UnitCounter("chars"))
         found = list(open_source(tmp_path / name, require_text=False))
         assert [row.duration for row in found] == list(SECONDS)
@@ -1029,9 +1007,7 @@ def test_tables_without_a_column_of_text_name_what_they_have(audio, tmp_path):
 
 def test_queries_of_urls_are_no_suffix(tmp_path, bucket):
     pyarrow.parquet.write_table(hub_table(), tmp_path / "h.parquet?token=a.b")
-    pyarrow.parquet.write_table(
-        pa.table({"duration": [1.0], "tokens": [3]}), tmp_path / "l.parquet?token=a.b"
-    )
+    pyarrow.parquet.write_table(pa.table({"duration": [1.0], "tokens": [3]}), tmp_path / "l.parquet?token=a.b")
     home = bucket()
     assert check(f"{home}/h.parquet?token=a.b", tmp_path) == []
     assert len(build_index(f"{home}/l.parquet?token=a.b", tmp_path / "i.arrow")) == 1

@@ -21,9 +21,7 @@ NAMES = ("a.jsonl", "a.jsonl.gz", "a.tar", "a.tsv", "a.arrow", "a.parquet", "a.j
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pipe_is_no_manifest(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(
-        ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"
-    ):
+    with pytest.raises(ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"):
         list(open_source(tmp_path / name))
     with pytest.raises(ManifestError, match="a named pipe, not a regular file"):
         build_index(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))

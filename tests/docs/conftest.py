@@ -13,9 +13,9 @@ import torch
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.hf import write_hf
+from canter.models.formats.huggingface import write_hf
+from canter.models.formats.nemo_export import write_nemo
 from canter.models.model import ModelConfig, SpeechModel
-from canter.models.nemo_export import write_nemo
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import WhisperTokenizer, train_tokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer
@@ -47,9 +47,7 @@ def write_video(path: Path, samples: np.ndarray, codec: str) -> None:
             grey = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 128, np.uint8), format="rgb24")
             file.mux(picture.encode(grey))
         file.mux(picture.encode())
-        frame = av.AudioFrame.from_ndarray(
-            (samples[None] * 32767).astype(np.int16), format="s16", layout="mono"
-        )
+        frame = av.AudioFrame.from_ndarray((samples[None] * 32767).astype(np.int16), format="s16", layout="mono")
         frame.sample_rate = RATE
         resampler = av.AudioResampler(sound.format.name, "mono", sound.rate, frame_size=sound.frame_size)
         for part in [*resampler.resample(frame), *resampler.resample(None)]:
@@ -87,12 +85,8 @@ def small_canary(tmp_path_factory) -> Path:
     models = dict.fromkeys(("en", "de"), shared.models[""])
     tokenizer = SentencePieceTokenizer(shared.special, models, shared.prompt_format, shared.defaults)
     torch.manual_seed(0)
-    encoder = FastConformerConfig(
-        layers=1, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=32
-    )
-    decoder = DecoderConfig(
-        layers=1, width=32, heads=2, feedforward=64, vocabulary=tokenizer.vocab_size, positions=256
-    )
+    encoder = FastConformerConfig(layers=1, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=32)
+    decoder = DecoderConfig(layers=1, width=32, heads=2, feedforward=64, vocabulary=tokenizer.vocab_size, positions=256)
     model = SpeechModel(ModelConfig(FeatureConfig(mels=32), encoder, decoder)).eval()
     return write_nemo(model, tmp_path_factory.mktemp("canary") / "canary.nemo", tokenizer)
 
@@ -154,13 +148,9 @@ def write_common_voice(folder: Path) -> None:
                 file = f"common_voice_en_{part}_{number}_{round(100 * speed)}.mp3"
                 samples = clip(name)
                 length = int(len(samples) / speed)
-                samples = np.interp(
-                    np.linspace(0, len(samples) - 1, length), np.arange(len(samples)), samples
-                )
+                samples = np.interp(np.linspace(0, len(samples) - 1, length), np.arange(len(samples)), samples)
                 soundfile.write(folder / "clips" / file, samples, RATE, format="MP3")
                 durations.append(f"{file}\t{round(1000 * length / RATE)}")
-                lines.append(
-                    "\t".join([f"{number:064x}", file, "0", text, "", "2", "0", "", "", "", "", "en", ""])
-                )
+                lines.append("\t".join([f"{number:064x}", file, "0", text, "", "2", "0", "", "", "", "", "en", ""]))
         (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n")
     (folder / "clip_durations.tsv").write_text("\n".join(durations) + "\n")

@@ -76,9 +76,7 @@ def blocks_of(markdown: str) -> list[Block]:
             elif kind == "interrupt":
                 block.interrupt = match[1]
             else:
-                assert match[1] in text, (
-                    f"{match[1]!r} is not in the block that it is to be replaced in:\n{text}"
-                )
+                assert match[1] in text, f"{match[1]!r} is not in the block that it is to be replaced in:\n{text}"
                 text = text.replace(match[1], match[2])
         if language == "python":
             assert not appended, "options cannot be appended to Python"

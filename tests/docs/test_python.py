@@ -35,9 +35,7 @@ def files(tmp_path_factory, small_whisper) -> Path:
     folder = tmp_path_factory.mktemp("files")
     soundfile.write(folder / "a.wav", clip("sense_0880"), RATE)
     soundfile.write(folder / "b.flac", clip("sense_0930"), RATE)
-    soundfile.write(
-        folder / "talk.mp4", clip("sense_0880"), RATE, format="FLAC"
-    )  # media are known by content
+    soundfile.write(folder / "talk.mp4", clip("sense_0880"), RATE, format="FLAC")  # media are known by content
     write_manifest(folder / "train.jsonl", list(CLIPS), [0.9, 1.0, 1.1])
     write_manifest(folder / "valid.jsonl", list(CLIPS), [1.05])
     index = canter.build_index(
@@ -78,9 +76,7 @@ def private(source: str, allowed: tuple[str, ...] = ()) -> list[str]:
             found += [f"canter.{alias.name}" for alias in node.names if alias.name not in canter.__all__]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("canter."):
             found += [node.module or ""]
-        elif (
-            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "canter"
-        ):
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "canter":
             found += [f"canter.{node.attr}"] if node.attr not in canter.__all__ else []
     return [name for name in found if not name.startswith(allowed or "\0")]
 

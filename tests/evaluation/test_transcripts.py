@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 from canter.errors import ManifestError
 from canter.evaluation.transcripts import read_transcripts
 
-values = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=2)
-)
-fields = st.sampled_from(
-    ["text", "pred_text", "lang", "target_lang", "id", "audio_filepath", "offset", "_skipme"]
-)
+values = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=2))
+fields = st.sampled_from(["text", "pred_text", "lang", "target_lang", "id", "audio_filepath", "offset", "_skipme"])
 
 
 @given(
@@ -63,9 +59,7 @@ def test_fields_and_reasons(tmp_path: Path):
 
 def test_a_torn_gzip_is_named_and_what_came_before_is_kept(tmp_path: Path):
     path = tmp_path / "result.jsonl.gz"
-    rows = "".join(
-        json.dumps({"text": f"{n * 7919 % 1000}", "pred_text": f"{n}"}) + "\n" for n in range(20_000)
-    )
+    rows = "".join(json.dumps({"text": f"{n * 7919 % 1000}", "pred_text": f"{n}"}) + "\n" for n in range(20_000))
     whole = gzip.compress(rows.encode())
     path.write_bytes(whole[: len(whole) // 2])
     transcripts, problems = read_transcripts(path)

@@ -8,10 +8,10 @@ import soundfile
 import torch
 
 from canter.corpus.manifest import write_manifest
-from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import train_tokenizer
@@ -64,9 +64,7 @@ def whisper(tokenizer, tmp_path):
 def canary(tokenizer, tmp_path):
     """The folder of a small model with BatchNorm."""
     torch.manual_seed(0)
-    encoder = FastConformerConfig(
-        layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=20
-    )
+    encoder = FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=20)
     decoder = DecoderConfig(1, 16, 2, 32, tokenizer.vocab_size, 50)
     model = SpeechModel(ModelConfig(FeatureConfig(mels=20), encoder, decoder))
     model.tokenizer = tokenizer

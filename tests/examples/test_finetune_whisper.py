@@ -42,6 +42,4 @@ def test_goes_on_where_it_stopped(run, start, manifest, tmp_path):
     transformers.WhisperProcessor.from_pretrained(tmp_path / "cut" / "model")
     trained = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "cut" / "model")
     before = load_file(start / "model.safetensors")
-    assert not torch.equal(
-        trained.model.decoder.embed_tokens.weight, before["model.decoder.embed_tokens.weight"]
-    )
+    assert not torch.equal(trained.model.decoder.embed_tokens.weight, before["model.decoder.embed_tokens.weight"])

@@ -7,9 +7,7 @@ pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not instal
 torch = pytest.importorskip("torch")
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.*does not have many workers", "ignore:Checkpoint directory .* not empty"
-    ),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:Checkpoint directory .* not empty"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have"),
     pytest.mark.filterwarnings("ignore:.*TF32|.*isinstance.*LeafSpec", "ignore::DeprecationWarning"),
 ]

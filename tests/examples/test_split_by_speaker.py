@@ -7,10 +7,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "split_by_speaker.py"
 
 
 def test_no_speaker_is_on_both_sides(tmp_path):
-    rows = [
-        {"audio_filepath": f"{i}.wav", "duration": 1.0, "text": "a", "speaker": f"s{i % 30}"}
-        for i in range(90)
-    ]
+    rows = [{"audio_filepath": f"{i}.wav", "duration": 1.0, "text": "a", "speaker": f"s{i % 30}"} for i in range(90)]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, SCRIPT, tmp_path / "all.jsonl", tmp_path / "out", "0.3"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -12,9 +12,9 @@ import soundfile
 from canter.corpus.manifest import Utterance
 from canter.errors import ManifestError
 from canter.inference.inputs import Defaults, Item, read_items
-from canter.inference.segments import Segment
 from canter.inference.transcribe import Transcription
-from canter.inference.writers import (
+from canter.inference.transcript.segments import Segment
+from canter.inference.transcript.writers import (
     file_names,
     remove_stale,
     render,
@@ -28,9 +28,7 @@ from canter.inference.writers import (
 def test_results_have_urls_without_their_secrets():
     url = "https://u:s3cr3t@host/data/talk.wav?X-Amz-Signature=s3cr3t&part=2"
     other = "https://host/data/call?token=s3cr3t"
-    rows = [
-        {"audio_filepath": path, "duration": 1.0, "source": url, "text": "a", "n": 3} for path in (url, other)
-    ]
+    rows = [{"audio_filepath": path, "duration": 1.0, "source": url, "text": "a", "n": 3} for path in (url, other)]
     items = [Item(row, Utterance(str(row["audio_filepath"]), 1.0, text="a")) for row in rows]
     items.append(Item({"audio_filepath": url}, None, f"{url} cannot be read"))
     found = [Transcription("one"), Transcription("two"), Transcription("", error=items[-1].problem)]

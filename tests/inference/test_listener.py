@@ -9,12 +9,12 @@ import soundfile
 import torch
 
 from canter.corpus.manifest import Utterance
-from canter.inference.alignment import Alignment
-from canter.inference.engine import Engine
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import Hypothesis
 from canter.inference.inputs import Defaults, read_items, require_language
-from canter.inference.reading import Fallback
-from canter.inference.requests import Hypothesis
 from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
+from canter.inference.transcript.alignment import Alignment
+from canter.inference.transcript.reading import Fallback
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -64,9 +64,7 @@ class Told(Engine):
             tokens += new
             text += new if isinstance(one, str) else []
         times = tuple(np.linspace(0.0, 0.5, len(text) + 1).tolist())
-        return replace(
-            found, tokens=tokens, logprob=0.0, alignment=Alignment(tuple(text), times, (1.0,) * len(text))
-        )
+        return replace(found, tokens=tokens, logprob=0.0, alignment=Alignment(tuple(text), times, (1.0,) * len(text)))
 
 
 def test_where_whisper_ends_before_its_window_the_rest_is_decoded(whisper, tmp_path):
@@ -75,9 +73,7 @@ def test_where_whisper_ends_before_its_window_the_rest_is_decoded(whisper, tmp_p
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 1.0, 1.0], 2.5: [0.5, " three", 2.2, 2.2]}
     engine = Told(whisper, said)
     config = TranscribeConfig(timestamps="word")
-    (found,) = transcribe(
-        engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 6.0, "")], config=config
-    )
+    (found,) = transcribe(engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 6.0, "")], config=config)
     assert engine.heard == [6.0, 3.5, 2.5]
     assert found.text == "one two three"
     words = [word for one in found.segments for word in one.words]
@@ -100,18 +96,14 @@ def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path)
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 3.5], 5.0: [" two three"]}
     engine = Told(whisper, said)
     config = TranscribeConfig(vad="none", window_seconds=6.0, overlap_seconds=3.0)
-    (found,) = transcribe(
-        engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 8.0, "")], config=config
-    )
+    (found,) = transcribe(engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 8.0, "")], config=config)
     assert dict(zip(engine.heard, engine.stamped, strict=True)) == {6.0: True, 3.5: True, 5.0: False}
     assert found.text == "one two three"
 
 
 @pytest.mark.parametrize("fallback", [Fallback(), None])
 def test_silence_is_told_with_and_without_fallback(whisper, fallback):
-    listener = Listener(
-        Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback)
-    )
+    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback))
     request = listener.request({"source_lang": "en"})
     assert request.scored
     tokens = whisper.tokenizer.encode(" thank you")

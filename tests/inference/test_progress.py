@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from canter.cli.progress import TranscriptionProgress, clock
 from canter.corpus.manifest import Utterance
-from canter.inference.engine import Engine
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig
 from canter.inference.progress import Decoded, Tally
-from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import TranscribeConfig, transcribe_events, transcribe_stream
 from canter.text import train_tokenizer
 
@@ -72,7 +72,7 @@ def engine():
 @pytest.mark.parametrize("window", [None, 1.0])
 def test_progress_between_transcriptions(engine, window, tmp_path, monkeypatch):
     """Also of one long file, of which nothing is finished before the end."""
-    monkeypatch.setattr("canter.inference.engine.EVENT_SECONDS", 0.0)
+    monkeypatch.setattr("canter.inference.engine.engine.EVENT_SECONDS", 0.0)
     clips = noises(6) if window is None else [np.concatenate(noises(6))]
     utterances = []
     for number, clip in enumerate(clips):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
 from canter.inference.resume import Partial, partial_files, read_done, remove, row_key
-from canter.inference.segments import Segment, Word
 from canter.inference.transcribe import Transcription
+from canter.inference.transcript.segments import Segment, Word
 
 ROWS = [Utterance(f"/{number}.wav", 1.5, "", lang="en") for number in range(4)]
 SPOKEN = Transcription(
@@ -114,9 +114,7 @@ def test_the_key_is_that_of_the_file_that_was_read(tmp_path):
 
 def test_what_is_kept_is_json(tmp_path):
     first = tmp_path / "out.jsonl.partial"
-    odd = replace(
-        SPOKEN, segments=(Segment(0.0, 1.5, "a", avg_logprob=float("-inf")),), language_probability=0.5
-    )
+    odd = replace(SPOKEN, segments=(Segment(0.0, 1.5, "a", avg_logprob=float("-inf")),), language_probability=0.5)
     write(first, {}, [(ROWS[0], odd)])
     for line in first.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))

@@ -10,10 +10,10 @@ import soundfile
 
 from canter.cli.main import main
 from canter.errors import CheckpointError, ManifestError
-from canter.inference.engine import Engine
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig
 from canter.inference.inputs import read_items
 from canter.inference.progress import Decoded
-from canter.inference.requests import EngineConfig
 from canter.inference.transcribe import (
     Listener,
     TranscribeConfig,
@@ -21,7 +21,7 @@ from canter.inference.transcribe import (
     transcribe,
     transcribe_events,
 )
-from canter.models.checkpoint import save_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import train_tokenizer
 
 from .conftest import noises, small_model

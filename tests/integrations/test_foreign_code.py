@@ -83,9 +83,7 @@ def planted(sound, tmp_path, monkeypatch):
         for name in ("pytorch_model.bin", "model.pt", "optimizer.pt", "training_args.bin", "tokenizer.pkl", "vocab.pkl",
                      "flax_model.msgpack", "tf_model.h5", "adapter_model.bin"):  # fmt: skip
             (folder / name).write_bytes(pickled)
-        (folder / "chat_template.jinja").write_text(
-            "{{ cycler.__init__.__globals__.os.system('touch ' + marker) }}"
-        )
+        (folder / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('touch ' + marker) }}")
         (folder / "custom_generate" / "requirements.txt").write_text("evil")
         autos = dict.fromkeys(AUTO, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
         for name in (
@@ -175,9 +173,7 @@ def test_an_archive_of_nemo(tmp_path, shared):
 
     def archive(name, config):
         with tarfile.open(tmp_path / name, "w") as tar:
-            for member, data in (
-                members | {"./model_config.yaml": config, "./evil.py": b"import os"}
-            ).items():
+            for member, data in (members | {"./model_config.yaml": config, "./evil.py": b"import os"}).items():
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -185,9 +181,7 @@ def test_an_archive_of_nemo(tmp_path, shared):
 
     config = members["./model_config.yaml"]
     target = f"_target_: pathlib.Path.touch\n_args_: [{marker}]\n".encode()
-    canter.load_model(
-        archive("target.nemo", config.replace(b"_target_: nemo", b"_target_: os.system #") + target)
-    )
+    canter.load_model(archive("target.nemo", config.replace(b"_target_: nemo", b"_target_: os.system #") + target))
     call = f"\nextra: !!python/object/apply:pathlib.Path.touch [{marker}]\n".encode()
     with pytest.raises(CheckpointError, match="could not determine a constructor"):
         canter.load_model(archive("tag.nemo", config + call))

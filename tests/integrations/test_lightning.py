@@ -18,7 +18,7 @@ from canter.models.features import WhisperFeatureConfig  # noqa: E402
 from canter.models.model import ModelConfig, SpeechModel  # noqa: E402
 from canter.models.whisper import WhisperEncoderConfig  # noqa: E402
 from canter.planning import Budget, Plan  # noqa: E402
-from canter.training.data import Address, Example, Loaded, collate  # noqa: E402
+from canter.training.feed.data import Address, Example, Loaded, collate  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

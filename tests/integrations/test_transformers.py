@@ -14,7 +14,7 @@ from canter.corpus.manifest import write_manifest
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.data import Address, Example, MicroBatches, collate
+from canter.training.feed.data import Address, Example, MicroBatches, collate
 from canter.training.measure import planned_frame_seconds, synthetic_batch, training_step
 from canter.tuning.fit import measure_budget
 from canter.tuning.probe import Prober
@@ -149,9 +149,7 @@ def test_tuned_and_planned(family, adapted):
     )
     assert all(torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
     assert budget.step_seconds(2, int(frames.max()), 10) > 0
-    plan = Plan(
-        LengthIndex(seconds, tokens, ["x"]), replace(budget, limit_bytes=budget.bytes(4, frames.max(), 11))
-    )
+    plan = Plan(LengthIndex(seconds, tokens, ["x"]), replace(budget, limit_bytes=budget.bytes(4, frames.max(), 11)))
     rows = [row for step in plan for micro_batch in step for row in micro_batch.tolist()]
     assert sorted(rows) == list(range(30))
 

@@ -156,9 +156,7 @@ def test_tuned_and_told_of(moonshine, corpus, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     model = TransformersModel.from_pretrained(moonshine)
     parts = told["parameters"]
-    assert (
-        parts["total"] == sum(p.numel() for p in model.parameters()) == sum(parts.values()) - parts["total"]
-    )
+    assert parts["total"] == sum(p.numel() for p in model.parameters()) == sum(parts.values()) - parts["total"]
     assert told["config"]["encoder"] == {"kind": "MoonshineEncoder", "layers": 2, "width": 16}
     assert told["utterance"]["frames"] == model.exact_frames(2.0)
     assert told["utterance"]["encoder_flops"] > told["utterance"]["decoder_flops"] > 0
@@ -195,9 +193,7 @@ def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_pat
         (["tune", "{model}", "--simulate", "8GiB", "-o", "{tmp}/b.json"], "--simulate and --compile"),
     ],
 )
-def test_what_other_commands_have_nothing_for_takes_one_line(
-    moonshine, corpus, tmp_path, capsys, arguments, says
-):
+def test_what_other_commands_have_nothing_for_takes_one_line(moonshine, corpus, tmp_path, capsys, arguments, says):
     filled = [part.format(model=moonshine, clip=corpus / "0.wav", tmp=tmp_path) for part in arguments]
     assert main(filled) == 1
     assert says in capsys.readouterr().err
@@ -245,9 +241,7 @@ def test_damaged_folders(moonshine, tmp_path):
     pickled = copy("pickled")
     (pickled / "model.safetensors").unlink()
     torch.save(weights, pickled / "pytorch_model.bin")
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors is missing; .*pickled weights are not read"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing; .*pickled weights are not read"):
         TransformersModel.from_pretrained(pickled)
 
 

@@ -85,9 +85,7 @@ def test_settings_that_lie(folder, file, changes, message):
         load_parts(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "config.json"]
-)
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "config.json"])
 def test_files_that_never_end_or_never_answer(folder, name):
     path = folder("moonshine")
     (path / name).unlink(missing_ok=True)

@@ -113,9 +113,7 @@ def test_rows_are_the_plans_and_the_gradient_is_the_whole_steps(tmp_path):
         batch = collator()([clips[row] for row in rows.tolist()])
         logits = accept_short_audio(before)(**batch).logits.detach()
         labels = batch["labels"]
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="sum"
-        ).item()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
         count += int((labels != -100).sum())
     assert losses(trainer)[0] == pytest.approx(total / count, rel=1e-5)
 
@@ -172,8 +170,7 @@ def together(folder, address, ranks, steps, resume=False):
     context = multiprocessing.get_context("fork")
     folder.mkdir(exist_ok=True)
     processes = [
-        context.Process(target=take_part, args=(folder, rank, ranks, address, steps, resume))
-        for rank in range(ranks)
+        context.Process(target=take_part, args=(folder, rank, ranks, address, steps, resume)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -264,15 +261,9 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize("kind", ["torch", "datasets", "none"])
 def test_data_without_rows_by_number_is_refused_in_one_line(tmp_path, kind):
     datasets = pytest.importorskip("datasets")
-    stream = (
-        datasets.IterableDataset.from_generator(lambda: iter(Clips())) if kind == "datasets" else Stream()
-    )
-    args = transformers.Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none"
-    )
-    message = (
-        "give the Trainer its train_dataset" if kind == "none" else r"train_dataset is a \w+ \w+, .*streaming"
-    )
+    stream = datasets.IterableDataset.from_generator(lambda: iter(Clips())) if kind == "datasets" else Stream()
+    args = transformers.Seq2SeqTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+    message = "give the Trainer its train_dataset" if kind == "none" else r"train_dataset is a \w+ \w+, .*streaming"
     data = None if kind == "none" else stream
     with pytest.raises(PlanError, match=message):
         PlannedSeq2SeqTrainer(whisper(), args, collator(), data, plan=plan_of(Clips()))

@@ -13,9 +13,7 @@ def small_config(**changes) -> ModelConfig:
     """Encoder and decoder of different widths, with a projection and a CTC head between and beside them."""
     settings = {
         "features": FeatureConfig(mels=32),
-        "encoder": FastConformerConfig(
-            layers=2, width=24, heads=2, feedforward=48, subsampling_channels=8, mels=32
-        ),
+        "encoder": FastConformerConfig(layers=2, width=24, heads=2, feedforward=48, subsampling_channels=8, mels=32),
         "decoder": DecoderConfig(layers=2, width=32, heads=4, feedforward=64, vocabulary=50, positions=64),
         "ctc_vocabulary": 11,
     }

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from canter.models.norm import merge_pending
-from canter.training.half import HalfWeights
-from canter.training.weights import compile_layers
+from canter.training.step.half import HalfWeights
+from canter.training.step.weights import compile_layers
 
 from .conftest import small_model, small_whisper
 from .test_invariance import make_batch

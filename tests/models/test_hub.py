@@ -11,10 +11,10 @@ import pytest
 import canter
 from canter.cli.main import main
 from canter.errors import CheckpointError
-from canter.models.checkpoint import save_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.checkpoint import save_model
 from canter.models.hub import _wanted, checkpoint_of, is_hub_name
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import train_tokenizer
@@ -29,9 +29,7 @@ def cache(tmp_path_factory) -> Path:
     """A cache with one whole model, under `main` and the tag `v1`, one without weights, and one of 2 commits."""
     root = tmp_path_factory.mktemp("hub")
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en"], vocab_size=40)
-    encoder = FastConformerConfig(
-        layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16
-    )
+    encoder = FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16)
     decoder = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=48)
     model = SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder))
     snapshots = root / "models--someone--tiny-canary" / "snapshots"
@@ -59,12 +57,7 @@ def offline(cache, monkeypatch, tmp_path) -> Path:
 
 def test_a_name_stands_for_its_snapshot(offline):
     assert checkpoint_of(NAME) == offline / COMMIT
-    assert (
-        checkpoint_of(NAME, "v1")
-        == checkpoint_of(f"{NAME}@v1")
-        == checkpoint_of(f"{NAME}@{OLD}")
-        == offline / OLD
-    )
+    assert checkpoint_of(NAME, "v1") == checkpoint_of(f"{NAME}@v1") == checkpoint_of(f"{NAME}@{OLD}") == offline / OLD
     assert canter.load(NAME, device="cpu").languages == ("en",)
     assert canter.load(NAME, device="cpu", revision="v1").name == NAME
 
@@ -125,9 +118,7 @@ def test_only_the_files_that_are_read_are_wanted():
     assert _wanted("nvidia/canary", ["README.md", "canary.nemo"], dict) == ["canary.nemo"]
     with pytest.raises(CheckpointError, match=r"holds 2 \.nemo files"):
         _wanted(NAME, ["a.nemo", "b.nemo"], dict)
-    with pytest.raises(
-        CheckpointError, match=r"neither model\.safetensors with a config\.json nor a \.nemo file"
-    ):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors with a config\.json nor a \.nemo file"):
         _wanted(NAME, ["config.json", "pytorch_model.bin"], dict)
 
 

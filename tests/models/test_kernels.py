@@ -84,9 +84,7 @@ def same(ours, theirs, given):
         (theirs, [one.detach().float().requires_grad_() for one in given]),
     ):
         y = function(*inputs)
-        weights = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(
-            y.shape
-        )  # neither constant nor drawn twice
+        weights = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)  # neither constant nor drawn twice
         found.append([y, *torch.autograd.grad(y, inputs, weights.to(y.dtype))])
     for one, other in zip(*found, strict=True):
         assert one.shape == other.shape
@@ -164,9 +162,7 @@ def test_relative_bias():
         return _shift(scores.transpose(0, 1)).masked_fill(~valid[:, None, None, :], -9.0)
 
     def ours(scores):
-        return conformer.relative_bias(scores, valid).clamp(
-            min=-9.0
-        )  # for the least number has no finite square
+        return conformer.relative_bias(scores, valid).clamp(min=-9.0)  # for the least number has no finite square
 
     same(ours, theirs, [random(3, 2, 21, 48)])
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import canter
 from canter.cli import reshape as command
 from canter.errors import ConfigError
-from canter.models.checkpoint import save_model
 from canter.models.cost import parameters
+from canter.models.formats.checkpoint import save_model
 from canter.models.reshape import encoder_layers_that_keep, grown_layers, kept_layers, reshape
 from canter.models.timing import StackTime, measure
 
@@ -127,9 +127,7 @@ def test_times_are_predicted_from_layers():
 def test_command(tmp_path, capsys):
     save_model(small_model(), tmp_path / "model")
     options = {"decoder_layers": 1, "seconds": 1.0, "tokens": 4, "batch": 1}
-    command.run(
-        command.Options(tmp_path / "model", tmp_path / "a", keep_parameters=True, json=True, **options)
-    )
+    command.run(command.Options(tmp_path / "model", tmp_path / "a", keep_parameters=True, json=True, **options))
     figures = json.loads(capsys.readouterr().out)
     assert figures["after"]["decoder_layers"] == 1
     assert figures["after"]["encoder_layers"] == canter.load_model(tmp_path / "a").config.encoder.layers

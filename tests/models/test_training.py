@@ -27,9 +27,7 @@ def test_spec_augment_depends_on_the_seed_alone():
     augmented = spec_augment(features, lengths, seeds, config)
     for row in range(3):
         size = int(lengths[row])
-        alone = spec_augment(
-            features[row : row + 1, :size], lengths[row : row + 1], seeds[row : row + 1], config
-        )
+        alone = spec_augment(features[row : row + 1, :size], lengths[row : row + 1], seeds[row : row + 1], config)
         assert torch.equal(alone[0], augmented[row, :size])
     again = spec_augment(features, lengths, [8, 6, 7], config)
     assert not torch.equal(again[0], augmented[0])

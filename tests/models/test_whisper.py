@@ -110,9 +110,7 @@ def test_silence_is_computed_once(sizes, seconds, seed):
 
 def test_the_convolutions_run_over_what_sounds(ours, speech):
     seen = []
-    hook = ours.encoder.conv2.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0].shape[2])
-    )
+    hook = ours.encoder.conv2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2]))
     features, frames = ours.features(*padded(speech))
     ours.encode(features, frames)
     ours.encode(features + torch.rand(3000, 1), frames)

@@ -8,9 +8,7 @@ from canter.planning import Budget, Polynomial
 def lengths(count: int, seed: int = 0, sources: int = 1) -> LengthIndex:
     """Speech-like lengths: short commands, read speech, long turns; tokens about proportional with a tail."""
     rng = np.random.default_rng(seed)
-    seconds = np.where(
-        rng.random(count) < 0.4, rng.gamma(3, 0.8, count) + 0.5, rng.uniform(2, 20, count)
-    ).round(3)
+    seconds = np.where(rng.random(count) < 0.4, rng.gamma(3, 0.8, count) + 0.5, rng.uniform(2, 20, count)).round(3)
     tokens = np.round(seconds * 3.2 * np.exp(rng.normal(0, 0.35, count))) + 8
     names = [f"source{i}" for i in range(sources)]
     return LengthIndex(seconds, tokens.astype(np.int64), names, np.sort(rng.integers(0, sources, count)))

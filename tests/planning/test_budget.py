@@ -11,9 +11,7 @@ from canter.planning.shapes import SHAPES
 
 
 def test_cost_is_the_polynomial_of_the_design():
-    budget = Budget(
-        1e12, Polynomial(1, 2, 3, 4, 5), Polynomial(6, 7, 8, 9, 10), fixed_bytes=11, fixed_seconds=12
-    )
+    budget = Budget(1e12, Polynomial(1, 2, 3, 4, 5), Polynomial(6, 7, 8, 9, 10), fixed_bytes=11, fixed_seconds=12)
     t, u, b = 13, 17, 3
     assert budget.bytes(b, t, u) == 11 + b * (t + 2 * t * t + 3 * u + 4 * t * u + 5 * u * u)
     assert budget.step_seconds(b, t, u) == 12 + b * (6 * t + 7 * t * t + 8 * u + 9 * t * u + 10 * u * u)

@@ -58,9 +58,7 @@ def test_what_the_model_cannot_take_is_left_out_and_listed(budget, grid):
     index = lengths(300)
     seconds, tokens = np.array(index.seconds), np.array(index.tokens)
     seconds[3], seconds[4], tokens[5], tokens[6] = 30.5, 30.0, 449, 448
-    plan = Plan(
-        LengthIndex(seconds, tokens), budget, longest_seconds=30.0, most_tokens=448, window=100, grid=grid
-    )
+    plan = Plan(LengthIndex(seconds, tokens), budget, longest_seconds=30.0, most_tokens=448, window=100, grid=grid)
     out = {3: "longer than the model takes", 5: "more tokens than the model has positions for"}
     assert {row: reason for row, reason in plan.left_out() if row < 7} == out
     rows = sorted(row for step in plan for rows in step for row in rows.tolist())
@@ -264,14 +262,9 @@ def test_limits_in_tokens_per_second_by_duration(budget):
     assert plan.max_tokens_per_second == ((10.1, 30.0), (20.0, 25.0), (40.0, 20.0))
     same = Plan(index, budget, max_tokens_per_second=rate_limits("10.1:30 20:25 40:20"))
     assert same.fingerprint == plan.fingerprint
-    assert (
-        Plan(index, budget, max_tokens_per_second=plan.max_tokens_per_second).fingerprint == plan.fingerprint
-    )
+    assert Plan(index, budget, max_tokens_per_second=plan.max_tokens_per_second).fingerprint == plan.fingerprint
     others = [None, 30, [(10.1, 30)], [(10.1, 30), (20, 25), (40, 21)]]
-    assert (
-        len({Plan(index, budget, max_tokens_per_second=o).fingerprint for o in others} | {plan.fingerprint})
-        == 5
-    )
+    assert len({Plan(index, budget, max_tokens_per_second=o).fingerprint for o in others} | {plan.fingerprint}) == 5
     assert rate_limits(["25"]) == rate_limits("25") == rate_limits(25) == 25.0
     assert rate_limits(()) is None
 

@@ -94,9 +94,7 @@ def test_resumes_at_the_last_step_of_an_epoch_and_after_it(workers):
     for state, wanted in ((states[-2], epoch[-1:]), (states[-1], following)):
         resumed, loader = loader_of(small_plan(micro_batches_per_step=per_step), workers=workers)
         resumed.load_state_dict(state)
-        assert [batch.tolist() for batch in resumed.follow(loader)] == [
-            rows for step in wanted for rows in step
-        ]
+        assert [batch.tolist() for batch in resumed.follow(loader)] == [rows for step in wanted for rows in step]
     assert resumed.state_dict()["epoch"] == 2
 
 

@@ -32,9 +32,7 @@ KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(
     st.integers(100, 3000),
     st.booleans(),
 )
-def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(
-    rows, kind, per_step, window, limit, gridded
-):
+def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(rows, kind, per_step, window, limit, gridded):
     index = LengthIndex(*np.array(rows).T[:1], np.array([u for _, u in rows]))
     budget = Budget(float(limit), Polynomial(T=1.0, TT=1e-4, U=0.3, TU=1e-3), fixed_bytes=50.0)
     plan = Plan(
@@ -98,8 +96,7 @@ def test_an_epoch_has_at_least_min_steps_where_there_are_utterances_enough(
 def test_batches_become_smaller_evenly_to_reach_min_steps(kind, window, budget):
     index = lengths(3000)
     plans = [
-        Plan(index, budget, kind, window=window, micro_batches_per_step=4, min_steps=steps)
-        for steps in (1, 120, 300)
+        Plan(index, budget, kind, window=window, micro_batches_per_step=4, min_steps=steps) for steps in (1, 120, 300)
     ]
     figures = [plan.figures() for plan in plans]
     assert [f.utterances for f in figures] == [3000] * 3
@@ -138,9 +135,7 @@ def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
     roomy = Budget(1e13, budget.memory, budget.time)
     for count in (2, 60, 400, 899):
         room = roomy if count == 2 else budget
-        found = [
-            strips(some.frames, some.tokens, room, count, np.random.default_rng(seed)) for seed in (0, 0, 1)
-        ]
+        found = [strips(some.frames, some.tokens, room, count, np.random.default_rng(seed)) for seed in (0, 0, 1)]
         for order, batches in found:
             assert sorted(order.tolist()) == list(range(900))
             assert len(batches) - 1 == count
@@ -188,9 +183,7 @@ def test_mixed_steps_hold_short_and_long_utterances_and_take_hardly_longer(per_s
     seconds = np.concatenate(
         [rng.uniform(1, 5, 15_000), 10 + 6.5 * rng.beta(2.2, 1.1, 25_000), 16 + 24 * rng.beta(1, 1.8, 10_000)]
     )
-    index = LengthIndex(
-        seconds, (seconds * 3.2 * np.exp(rng.normal(0, 0.35, len(seconds))) + 8).astype(np.int64)
-    )
+    index = LengthIndex(seconds, (seconds * 3.2 * np.exp(rng.normal(0, 0.35, len(seconds))) + 8).astype(np.int64))
     full, mixed = (
         Plan(index, budget, Balanced(mix_steps=mix), micro_batches_per_step=per_step, min_steps=1).figures()
         for mix in (False, True)
@@ -297,17 +290,13 @@ def test_how_many_utterances_corners_can_take_together(rows, corners):
         shares = assign(np.bincount(kinds, minlength=1 << len(corners)).tolist(), taken)
         assert [sum(share) for share in zip(*shares.values())] == taken
         assert {kind: sum(share) for kind, share in shares.items()} == {k: kinds.count(k) for k in kinds}
-        assert all(
-            not some or kind >> k & 1 for kind, share in shares.items() for k, some in enumerate(share)
-        )
+        assert all(not some or kind >> k & 1 for kind, share in shares.items() for k, some in enumerate(share))
 
 
 def test_length_does_not_drift_over_the_epoch(budget):
     plan = Plan(lengths(40_000), budget, Balanced(), window=10_000, micro_batches_per_step=2)
     table = plan.table()
-    per_step = np.add.reduceat(table.audio_seconds, table.steps[:-1]) / np.add.reduceat(
-        table.size, table.steps[:-1]
-    )
+    per_step = np.add.reduceat(table.audio_seconds, table.steps[:-1]) / np.add.reduceat(table.size, table.steps[:-1])
     part = len(per_step) // 10
     for end in (per_step[:part], per_step[-part:]):
         assert abs(end.mean() / per_step.mean() - 1) < 0.08
@@ -351,13 +340,11 @@ def test_synchronised_ranks_draw_from_one_bucket(budget):
     plan = Plan(index, budget, kind, micro_batches_per_step=4)
     bins = kind.bins(index, budget)
     same = sum(
-        len({int(b) for batch in step for b in bins.assign(Lengths.of(index, batch, budget))}) == 1
-        for step in plan
+        len({int(b) for batch in step for b in bins.assign(Lengths.of(index, batch, budget))}) == 1 for step in plan
     )
     assert same >= len(plan) - 12  # but for the buckets' rests
     waits = [
-        Plan(index, budget, Bucket2D(6, 2, sync), micro_batches_per_step=4).figures().waiting
-        for sync in (True, False)
+        Plan(index, budget, Bucket2D(6, 2, sync), micro_batches_per_step=4).figures().waiting for sync in (True, False)
     ]
     assert waits[0] < waits[1]
 
@@ -394,8 +381,7 @@ def test_optimal_bins_cost_no_more_than_any_others(budget):
     def cost(edges):
         bucket = np.searchsorted(edges, usable.seconds)
         return sum(
-            (bucket == b).sum() * budget.utterance_seconds(budget.frames(edge), 10)
-            for b, edge in enumerate(edges)
+            (bucket == b).sum() * budget.utterance_seconds(budget.frames(edge), 10) for b, edge in enumerate(edges)
         )
 
     found = cost(optimal_bins(usable, budget, 3).seconds)

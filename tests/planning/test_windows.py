@@ -112,9 +112,7 @@ def test_blocks_follow_the_shards():
     # 200 rows a shard, 60 of which are a 256th of a window
     assert Windows(sharded(300, 200), 0, 0, 15_360).blocks == [58]  # of 4 windows of 15,000
     assert Windows(sharded(300, 200), 0, 0, 60_000).blocks == [200]  # no more than a shard
-    assert Windows(sharded(300, 200, origin="part{}.jsonl"), 0, 0, 60_000).blocks == [
-        200
-    ]  # shards of a manifest
+    assert Windows(sharded(300, 200, origin="part{}.jsonl"), 0, 0, 60_000).blocks == [200]  # shards of a manifest
     assert Windows(sharded(1, 60_000, origin="part{}.jsonl"), 0, 0, 60_000).blocks == [1]  # one manifest
     assert Windows(sharded(1, 60_000), 0, 0, 60_000).blocks == [234]  # one tar
     assert Windows(sharded(300, 200), 0, 0, 60_000, block=7).blocks == [7]  # what was asked for

@@ -50,9 +50,7 @@ def test_levels_and_marks_are_named():
     assert [text.get_text() for text in figure.axes[0].texts] == ["here"]
 
 
-@given(
-    st.lists(st.one_of(st.floats(-9, 9), st.just(float("nan"))), min_size=1, max_size=50), st.integers(1, 60)
-)
+@given(st.lists(st.one_of(st.floats(-9, 9), st.just(float("nan"))), min_size=1, max_size=50), st.integers(1, 60))
 def test_downsampling_keeps_least_and_greatest(values, most):
     places, lows, highs = figures.downsampled(values, most)
     assert len(places) == min(most, len(values))

@@ -87,8 +87,7 @@ def test_the_same_figure_is_the_same_text():
 def test_mistakes_are_marked():
     shown = html.marked("the cat sat on it there", "the bat sat it there now", "en")
     assert shown == (
-        'the <mark title="for: cat">bat</mark> sat <del>on</del> it there '
-        '<ins title="not in the reference">now</ins>'
+        'the <mark title="for: cat">bat</mark> sat <del>on</del> it there <ins title="not in the reference">now</ins>'
     )
     assert html.marked("a b", "a b", "en") == "a b"
     assert html.marked("a", "", "en") == "<del>a</del>"

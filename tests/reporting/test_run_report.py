@@ -252,13 +252,8 @@ def test_rows_that_are_not_the_indexs_are_not_compared(trained: Path, line: str)
 def test_validation_transcripts_are_those_of_the_best_with_every_kind_of_error(folder: Path):
     (folder / "validation").mkdir()
     for step, heard in ((40, "one to five"), (60, "one two tree more")):
-        rows = [
-            {"audio_filepath": "/a/first.wav", "duration": 2.0, "text": "one two three", "pred_text": heard}
-        ]
-        rows += [
-            {"audio_filepath": f"{n}.wav", "duration": 1.0, "text": "yes", "pred_text": "yes"}
-            for n in range(9)
-        ]
+        rows = [{"audio_filepath": "/a/first.wav", "duration": 2.0, "text": "one two three", "pred_text": heard}]
+        rows += [{"audio_filepath": f"{n}.wav", "duration": 1.0, "text": "yes", "pred_text": "yes"} for n in range(9)]
         path = folder / "validation" / f"step-{step:06d}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = run_report(folder)
@@ -274,10 +269,7 @@ def test_validation_transcripts_are_those_of_the_best_with_every_kind_of_error(f
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = run_report(folder)
     assert "Most errors" not in page
-    assert (
-        '<mark title="for: two">to</mark> <mark title="for: three">five</mark>'
-        in page.split("by validation")[1]
-    )
+    assert '<mark title="for: two">to</mark> <mark title="for: three">five</mark>' in page.split("by validation")[1]
 
 
 def test_curves_of_one_point_are_left_out(metrics):
@@ -294,9 +286,7 @@ def test_steps_settled_anew_are_marked_in_the_learning_rate(metrics):
 
 def test_the_page_of_a_long_run_is_small(folder: Path, metrics):
     row = next(row for row in metrics if row["kind"] == "train")
-    rows = (
-        row | {"step": step, "loss": 3 + step % 7, "seconds": 0.5 + step % 3} for step in range(1, 20_001)
-    )
+    rows = (row | {"step": step, "loss": 3 + step % 7, "seconds": 0.5 + step % 3} for step in range(1, 20_001))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     page = run_report(folder)
     assert "20,000 steps" in page

@@ -17,8 +17,8 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 import torch
 
-from canter.inference.engine import Engine
-from canter.inference.requests import EngineConfig
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
@@ -40,12 +40,8 @@ def small_model(end_bias: float = 1.0) -> SpeechModel:
     go on to the limit."""
     tokenizer = train_tokenizer(SENTENCES * 20, languages=["en", "de"], vocab_size=40)
     torch.manual_seed(SEED)
-    encoder = FastConformerConfig(
-        layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16
-    )
-    decoder = DecoderConfig(
-        layers=2, width=48, heads=4, feedforward=96, vocabulary=tokenizer.vocab_size, positions=512
-    )
+    encoder = FastConformerConfig(layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16)
+    decoder = DecoderConfig(layers=2, width=48, heads=4, feedforward=96, vocabulary=tokenizer.vocab_size, positions=512)
     model = SpeechModel(ModelConfig(FeatureConfig(mels=16), encoder, decoder)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -134,9 +130,7 @@ def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **setting
     thread.start()
     try:
         came_about(lambda: server.started or not thread.is_alive())
-        assert server.started, (
-            f"the service did not come up; its thread {'waits' if thread.is_alive() else 'ended'}"
-        )
+        assert server.started, f"the service did not come up; its thread {'waits' if thread.is_alive() else 'ended'}"
         yield Running(service, listening.getsockname()[1])
     finally:
         server.should_exit = True
@@ -156,9 +150,7 @@ def whisper(whisper_bytes) -> SpeechModel:
     tokenizer = WhisperTokenizer(whisper_bytes("en", "es").to_str())
     torch.manual_seed(0)
     encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
-    decoder = DecoderConfig(
-        layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=128
-    )
+    decoder = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=tokenizer.vocab_size, positions=128)
     features = WhisperFeatureConfig(mels=16, pad_seconds=0.0)
     model = SpeechModel(ModelConfig(features, encoder, decoder)).eval()
     model.generation = {"no_timestamps_token_id": tokenizer.special_id("<|notimestamps|>")}

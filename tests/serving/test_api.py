@@ -12,11 +12,11 @@ import pytest
 from starlette.requests import Request
 
 from canter.corpus.manifest import Utterance
-from canter.inference.engine import Engine
-from canter.inference.requests import EngineConfig
-from canter.inference.segments import Segment, Word
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import Listener, transcribe
-from canter.models.checkpoint import load_model
+from canter.inference.transcript.segments import Segment, Word
+from canter.models.formats.checkpoint import load_model
 from canter.serving.app import _rendered
 from canter.serving.protocol import Asked
 from canter.serving.scheduler import Timing
@@ -63,9 +63,7 @@ def test_json_is_what_the_engine_says(client, expected):
 
 @pytest.mark.parametrize("form", ["text", "srt", "vtt"])
 def test_text_formats(client, expected, form):
-    found = client.audio.transcriptions.create(
-        model="whisper-1", file=clip(4), language="en", response_format=form
-    )
+    found = client.audio.transcriptions.create(model="whisper-1", file=clip(4), language="en", response_format=form)
     wanted = {
         "text": expected[4] + "\n",
         "srt": f"1\n00:00:00,000 --> 00:00:02,480\n{expected[4]}\n\n",
@@ -179,17 +177,12 @@ def test_silence_is_an_empty_transcript(client, live):
     assert (found.text, found.segments, found.duration) == ("", [], 4.0)
     for form, text in (("text", "\n"), ("srt", ""), ("vtt", "WEBVTT\n\n")):
         assert (
-            client.audio.transcriptions.create(
-                model="small", file=silence, language="en", response_format=form
-            )
-            == text
+            client.audio.transcriptions.create(model="small", file=silence, language="en", response_format=form) == text
         )
     (done,) = client.audio.transcriptions.create(model="small", file=silence, language="en", stream=True)
     assert (done.type, done.text) == ("transcript.text.done", "")
     late = ("late.wav", wav(np.r_[np.zeros(16000 * 5, np.float32), noise(2.0)]))
-    found = client.audio.transcriptions.create(
-        model="small", file=late, language="en", response_format="verbose_json"
-    )
+    found = client.audio.transcriptions.create(model="small", file=late, language="en", response_format="verbose_json")
     assert found.segments[0].start == pytest.approx(4.7, abs=0.2)
 
 

@@ -17,9 +17,7 @@ TEXT = "document.getElementById('text').textContent"
 FACTS = "[...document.querySelectorAll('#facts li')].map(one => one.textContent)"
 CLICK = "document.querySelector('#text {}').click(); "
 PLAYING = "[current, player.paused, $('text').querySelector('.now') === $('text').children[current]]"
-WIDTHS = (
-    "[...document.querySelectorAll('#bar rect')].map(one => [one.dataset.stage, one.width.baseVal.value])"
-)
+WIDTHS = "[...document.querySelectorAll('#bar rect')].map(one => [one.dataset.stage, one.width.baseVal.value])"
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +99,9 @@ def test_segments_and_words_play_and_can_be_walked_by_keyboard(browser, folder, 
     assert count > 1
     assert browser.run("seen") == count  # each was shown while the stream went on
     assert browser.run(FACTS) == ["Language English", "Duration 59.0 s", f"Segments {count}"]
-    assert browser.run(
-        "[...document.querySelectorAll('#text p')].map(one => one.textContent)"
-    ) == browser.run("segments.map(one => one.text)")
+    assert browser.run("[...document.querySelectorAll('#text p')].map(one => one.textContent)") == browser.run(
+        "segments.map(one => one.text)"
+    )
 
     at, playing = browser.run(CLICK.format("li:nth-child(2) .at") + "[player.currentTime, " + PLAYING + "]")
     assert at == pytest.approx(browser.run("segments[1].start"), abs=0.2)
@@ -131,9 +129,7 @@ def test_segments_and_words_play_and_can_be_walked_by_keyboard(browser, folder, 
         browser.run("clock(segments[1].start)"),
     ]
     press(browser, "ArrowRight")
-    assert browser.run("player.currentTime") == pytest.approx(
-        browser.run("segments[1].words[1].start"), abs=1e-4
-    )
+    assert browser.run("player.currentTime") == pytest.approx(browser.run("segments[1].words[1].start"), abs=1e-4)
     browser.run("player.currentTime = segments[1].start")
     press(browser, "ArrowUp")
     assert browser.run("current") == 0

@@ -22,7 +22,7 @@ import soundfile
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from canter.corpus.audio import audio_blocks
-from canter.inference.engine import Engine
+from canter.inference.engine.engine import Engine
 from canter.serving import app, service, upload
 from canter.serving.config import ServiceConfig
 from canter.serving.protocol import ApiError
@@ -187,9 +187,7 @@ def test_long_uploads_wait_on_disk(model):
         assert not any(isinstance(piece.samples, np.ndarray) for piece in audio.pieces)
         audio.close()
     reader.close()
-    assert (
-        peaks[1] - peaks[0] < 2**23
-    )  # where blocks begin makes a difference; eight minutes more have 29 MiB
+    assert peaks[1] - peaks[0] < 2**23  # where blocks begin makes a difference; eight minutes more have 29 MiB
 
 
 def test_leaving_ends_the_reading(model, monkeypatch):
@@ -386,9 +384,7 @@ def test_only_its_own_names_reach_it(model, bound):
 
         def status(host: str) -> int:
             with connection(live) as client:
-                client.sendall(
-                    f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
-                )
+                client.sendall(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 return int(answer_of(client)[9:12])
 
         ours = [

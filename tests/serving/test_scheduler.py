@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from canter.inference.engine import Engine
-from canter.inference.requests import EngineConfig, Request
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig, Request
 from canter.serving.scheduler import EngineFailure, Outcome, Scheduler, Stored
 
 from .conftest import PATIENCE, came_about, held, noise
@@ -220,9 +220,7 @@ def test_idle_costs_nothing(scheduler_of):
 def test_closing_fails_what_is_left(model, scheduler_of):
     scheduler, got = scheduler_of(rows=1), Collected(3)
     scheduler.submit(requests(model, [1.0, 1.0, 1.0]), got)
-    opening = threading.Thread(
-        target=lambda: came_about(lambda: scheduler._closed) and scheduler.engine.door.set()
-    )
+    opening = threading.Thread(target=lambda: came_about(lambda: scheduler._closed) and scheduler.engine.door.set())
     opening.start()
     scheduler.close(PATIENCE)
     opening.join()
@@ -247,9 +245,7 @@ def test_one_of_several_live_rows_leaves(endless, caplog):
             assert came_about(lambda: engine.counters.steps >= 3)
             scheduler.cancel(ticket)
         assert kept.all.wait(PATIENCE)
-        assert [kept.outcomes[piece].hypothesis.tokens for piece in range(2)] == [
-            found.tokens for found in wanted[1:]
-        ]
+        assert [kept.outcomes[piece].hypothesis.tokens for piece in range(2)] == [found.tokens for found in wanted[1:]]
         assert not gone.outcomes
         assert "the engine failed" not in caplog.text
     finally:

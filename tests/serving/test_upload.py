@@ -38,9 +38,7 @@ def file_part(value: bytes, name: str = "file", kind: str = "audio/wav") -> byte
 END = b"--xb--\r\n"
 
 
-def read(
-    chunks: Iterable[Any], kind: str = KIND, config: ServiceConfig | None = None, **headers: str
-) -> FormData:
+def read(chunks: Iterable[Any], kind: str = KIND, config: ServiceConfig | None = None, **headers: str) -> FormData:
     """Return the form of a body in so many chunks; None: the client breaks off, ...: it hangs."""
     left = iter(chunks)
 
@@ -55,9 +53,7 @@ def read(
     given = {"content-type": kind, **{name.replace("_", "-"): value for name, value in headers.items()}}
     raw = [(name.encode(), value.encode()) for name, value in given.items()]
     return asyncio.run(
-        read_form(
-            Request({"type": "http", "method": "POST", "headers": raw}, receive), config or ServiceConfig()
-        )
+        read_form(Request({"type": "http", "method": "POST", "headers": raw}, receive), config or ServiceConfig())
     )
 
 

@@ -31,9 +31,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("written", "code"), [(one, code) for code, ways in WAYS.items() for one in ways.split()]
-)
+@pytest.mark.parametrize(("written", "code"), [(one, code) for code, ways in WAYS.items() for one in ways.split()])
 def test_all_ways_to_write_a_language(written, code):
     assert canonical(written) == code
     assert same(written, code)
@@ -57,9 +55,7 @@ def test_a_models_own_codes_are_found():
 
 
 def test_an_unknown_language_names_itself_and_those_known():
-    with pytest.raises(
-        ConfigError, match=r"^'kab' \(Kabyle\) is not a language of this model; it knows en, de$"
-    ):
+    with pytest.raises(ConfigError, match=r"^'kab' \(Kabyle\) is not a language of this model; it knows en, de$"):
         resolve("kab", ["en", "de"])
     with pytest.raises(ConfigError, match=r"^'klingon' is not the name or code of a language; it knows en$"):
         resolve("klingon", ["en"])

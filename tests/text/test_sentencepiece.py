@@ -47,9 +47,7 @@ def test_a_translation_and_its_punctuation(tokenizer):
 
 
 def test_an_unknown_language_is_named(tokenizer):
-    with pytest.raises(
-        ConfigError, match=r"'fr' \(French\) is not a language of this model; it knows en, es"
-    ):
+    with pytest.raises(ConfigError, match=r"'fr' \(French\) is not a language of this model; it knows en, es"):
         tokenizer.prompt(Utterance("a.wav", 1.0, "la", lang="fr"))
 
 

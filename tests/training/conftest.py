@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from canter.corpus.synthesis import synthesise
+from canter.demo.synthesis import synthesise
 from canter.planning.budget import Budget
 from canter.training.config import LossConfig, ModelShape, TrainConfig
 
@@ -33,9 +33,7 @@ def a_config(spoken, folder):
         precision="float32",
         valid_every=4,
         valid_utterances=3,
-        model=ModelShape(
-            encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40
-        ),
+        model=ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40),
         loss=LossConfig(ctc_alone=0.25),
     )
 
@@ -87,9 +85,7 @@ def memory_cap(bytes_kept):
 
 def as_rank(rank, ranks, port, answers, work, *arguments):
     """Runs ``work`` as torchrun would start it, and answers with what it returned or said."""
-    server = (
-        multiprocessing.forkserver._forkserver
-    )  # of the process that this one was forked from: not ours to use
+    server = multiprocessing.forkserver._forkserver  # of the process that this one was forked from: not ours to use
     server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     os.environ |= {
         "RANK": str(rank),

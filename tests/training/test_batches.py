@@ -28,9 +28,7 @@ from canter.training.session import train
 from .conftest import stopping_after, unwatched
 
 SHARED = os.environ.get("CANTER_SHARED")
-needs_shared = pytest.mark.skipif(
-    not SHARED, reason="CANTER_SHARED names no folder with speech and whisper-tiny.en"
-)
+needs_shared = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with speech and whisper-tiny.en")
 HOURS = 3600.0
 
 
@@ -110,9 +108,7 @@ def test_seconds_are_a_cap(plain, read_speech):
     _, batches, line = prepared(config)
     assert 40 < batches["seconds"] <= 48
     assert "limited by --batch-seconds 48" in line
-    _, _, line = prepared(
-        dataclasses.replace(config, batch_seconds=1e4, output=config.output.with_name("more"))
-    )
+    _, _, line = prepared(dataclasses.replace(config, batch_seconds=1e4, output=config.output.with_name("more")))
     assert "limited by memory" in line
 
 
@@ -128,9 +124,7 @@ def test_few_utterances_cannot_make_fifty_updates(plain, spoken):
     _, batches, line = prepared(few)
     assert batches["steps"] < 50
     assert "limited by the number of utterances: one each makes fewer than 50 updates" in line
-    made, batches, line = prepared(
-        dataclasses.replace(few, min_steps=100, output=plain.output.with_name("least"))
-    )
+    made, batches, line = prepared(dataclasses.replace(few, min_steps=100, output=plain.output.with_name("least")))
     assert batches["steps"] == len(made.index) == 40
     assert "limited by the number of utterances: one each makes fewer than 100 updates" in line
 
@@ -146,9 +140,7 @@ def test_an4_at_its_own_lengths(plain):
 @needs_shared
 def test_a_padded_whisper_gets_more_than_one_utterance(plain):
     manifest = Path(SHARED or "") / "data/speech/an4/manifest.jsonl"
-    Budget(limit_bytes=8e9, fixed_bytes=6e8, memory=Polynomial(T=3e8, U=1e6), frame_seconds=30.0).save(
-        plain.budget
-    )
+    Budget(limit_bytes=8e9, fixed_bytes=6e8, memory=Polynomial(T=3e8, U=1e6), frame_seconds=30.0).save(plain.budget)
     config = dataclasses.replace(
         plain,
         manifest=(manifest,),

@@ -110,14 +110,10 @@ def test_differences_leave_out_what_changes_no_step():
     config = TrainConfig(steps=5)
     assert differences(dataclasses.replace(config, workers=4, threads=1), config) == []
     assert differences(dataclasses.replace(config, seed=2), config) == ["seed: 0 -> 2"]
-    assert differences(dataclasses.replace(config, model=ModelShape(width=32)), config) == [
-        "model.width: 144 -> 32"
-    ]
+    assert differences(dataclasses.replace(config, model=ModelShape(width=32)), config) == ["model.width: 144 -> 32"]
 
 
-@pytest.mark.parametrize(
-    "url", ["s3://bucket/train.jsonl", "/here/https:/host/m.jsonl::/here/https:/host/a.tar"]
-)
+@pytest.mark.parametrize("url", ["s3://bucket/train.jsonl", "/here/https:/host/m.jsonl::/here/https:/host/a.tar"])
 def test_a_url_is_for_a_mixture(url):
     with pytest.raises(ConfigError, match=r"is a URL; name it in a mixture's YAML"):
         rooted(TrainConfig(manifest=(Path(url),)))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from canter.models.model import Batch
 from canter.training.config import LossConfig
-from canter.training.data import Address, Loaded
+from canter.training.feed.data import Address, Loaded
 from canter.training.session import train
 
 from .conftest import unwatched
@@ -28,9 +28,7 @@ def test_a_run_takes_the_steps_of_one_on_a_cpu(quiet, tmp_path):
     train(quiet, unwatched)
     other = dataclasses.replace(quiet, device="cpu", output=tmp_path / "cpu")
     train(other, unwatched)
-    assert [row["utterances"] for row in rows(quiet, "train")] == [
-        row["utterances"] for row in rows(other, "train")
-    ]
+    assert [row["utterances"] for row in rows(quiet, "train")] == [row["utterances"] for row in rows(other, "train")]
     assert losses(quiet)[:3] == pytest.approx(losses(other)[:3], rel=1e-3)
 
 
@@ -75,9 +73,7 @@ def test_what_does_not_fit_is_cut_to_the_same_losses(quiet, tmp_path):
 
 def test_what_workers_load_is_pinned():
     ones = torch.ones(2, dtype=torch.long)
-    batch = Batch(
-        torch.zeros(2, 9), 9 * ones, torch.ones(2, 4).long(), 4 * ones, ones, ones[:, None], ones, ones
-    )
+    batch = Batch(torch.zeros(2, 9), 9 * ones, torch.ones(2, 4).long(), 4 * ones, ones, ones[:, None], ones, ones)
     loaded = Loaded(Address(0, 0, True, np.arange(2)), batch, []).pin_memory()
     assert loaded.batch.audio.is_pinned()
     assert loaded.batch.tokens.is_pinned()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from canter.cli import reshape
 from canter.errors import CheckpointError, ConfigError
-from canter.models.checkpoint import load_model, save_model
+from canter.models.formats.checkpoint import load_model, save_model
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
 from canter.training.prepare import prepare
@@ -70,9 +70,7 @@ def test_it_trains_on_and_resumes_without_the_checkpoint_it_came_from(onwards, t
 def test_a_reshaped_checkpoint(onwards, trained, tmp_path):
     """The alphabet of its CTC head goes along."""
     reshape.run(
-        reshape.Options(
-            trained, tmp_path / "reshaped", encoder_layers=3, seconds=0.5, tokens=3, batch=1, json=True
-        )
+        reshape.Options(trained, tmp_path / "reshaped", encoder_layers=3, seconds=0.5, tokens=3, batch=1, json=True)
     )
     finished = train(dataclasses.replace(onwards, init=tmp_path / "reshaped", steps=1), unwatched)
     assert finished.prepared.model.config.encoder.layers == 3

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from canter.cli.progress import TrainingProgress
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
-from canter.models.checkpoint import load_model
+from canter.models.formats.checkpoint import load_model
 from canter.planning.budget import Budget, Polynomial
 from canter.training.config import AugmentConfig
-from canter.training.pace import Pace
+from canter.training.run.pace import Pace
 from canter.training.session import train
 
 from .conftest import stopping_after
@@ -83,9 +83,7 @@ def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monke
 
 def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
     """From a checkpoint before, with the learning rate that it had; and that does not jump."""
-    monkeypatch.setattr(
-        "canter.training.prepare.choose_steps", lambda *_: 40
-    )  # estimated again after the 20th
+    monkeypatch.setattr("canter.training.prepare.choose_steps", lambda *_: 40)  # estimated again after the 20th
     monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
     config = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), track=(), save_every=8)
     train(config, unwatched)
@@ -107,9 +105,7 @@ def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spok
     for row in rows:
         row |= {"audio_filepath": str(spoken.train_manifest.parent / row["audio_filepath"])}
     rows.sort(key=lambda row: row["duration"])
-    write_manifest(
-        tmp_path / "few.jsonl", [{k: v for k, v in row.items() if k != "lang"} for row in rows[:5]]
-    )
+    write_manifest(tmp_path / "few.jsonl", [{k: v for k, v in row.items() if k != "lang"} for row in rows[:5]])
     write_manifest(tmp_path / "many.jsonl", rows[5:])
     (tmp_path / "mix.yaml").write_text(
         "- {path: few.jsonl, weight: 0.5, tags: {lang: en}}\n- {path: many.jsonl, weight: 0.5}\n"
@@ -128,9 +124,7 @@ def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spok
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(resumed, stopping_after(3))
     train(resumed, unwatched)
-    assert (resumed.output / "utterances.jsonl").read_text() == (
-        config.output / "utterances.jsonl"
-    ).read_text()
+    assert (resumed.output / "utterances.jsonl").read_text() == (config.output / "utterances.jsonl").read_text()
     assert losses(resumed) == losses(config)
     fast = dataclasses.replace(config, output=tmp_path / "fast", augment=AugmentConfig(speed=(0.9, 1.1)))
     with pytest.raises(ConfigError, match=r"mix\.yaml, whose sources have weights"):
@@ -177,10 +171,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, micro_batches)
 
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     """A step of two micro-batches equals one of their union, without BatchNorm's per-micro-batch statistics."""
-    from canter.training.data import Address, collate
-    from canter.training.gradient import Counts
+    from canter.training.feed.data import Address, collate
     from canter.training.loop import Trainer
     from canter.training.prepare import prepare
+    from canter.training.step.gradient import Counts
 
     prepared = prepare(config)
     trainer = Trainer(
@@ -211,15 +205,13 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
 
 def test_augmentation_is_the_utterance_s_own(config):
     """Drawn from (seed, epoch, row): the same beside other batch-mates, another in the next epoch."""
-    from canter.training.data import collate
+    from canter.training.feed.data import collate
     from canter.training.loop import Trainer
     from canter.training.prepare import prepare
 
     config = dataclasses.replace(config, augment=AugmentConfig(frequency_masks=1, frequency_width=20))
     made = prepare(config)
-    trainer = Trainer(
-        made.config, made.run, made.model, made.plan, made.data, made.steps, precision="float32"
-    )
+    trainer = Trainer(made.config, made.run, made.model, made.plan, made.data, made.steps, precision="float32")
     one, two = (made.data.example(made.index.utterance(row), row) for row in (3, 4))
     alone, frames = trainer.gradient.features(collate([one], made.tokenizer.pad), epoch=0)
     together, _ = trainer.gradient.features(collate([two, one], made.tokenizer.pad), epoch=0)
@@ -280,9 +272,7 @@ def test_steps_of_a_run_that_was_killed_before_it_saved_are_forgotten(config, tm
 
 def test_what_the_plan_leaves_out_is_told_and_listed(config, tmp_path):
     Budget.from_batch_seconds(3.0).save(tmp_path / "small.json")
-    config = dataclasses.replace(
-        config, budget=tmp_path / "small.json", batch_seconds=None, valid=(), steps=2
-    )
+    config = dataclasses.replace(config, budget=tmp_path / "small.json", batch_seconds=None, valid=(), steps=2)
     said = []
     finished = train(config, unwatched, said.append)
     listed = [json.loads(line) for line in (config.output / "left_out.jsonl").read_text().splitlines()]

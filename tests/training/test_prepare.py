@@ -13,11 +13,11 @@ from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.training.batches import limited
 from canter.training.config import LossConfig, TrainConfig
+from canter.training.feed.speed import AtSpeed
 from canter.training.measure import choose_speed, synthetic_batch
-from canter.training.pace import Pace
 from canter.training.prepare import choose_steps, predicted, prepare
+from canter.training.run.pace import Pace
 from canter.training.session import train
-from canter.training.speed import AtSpeed
 
 from .conftest import unwatched
 
@@ -163,6 +163,4 @@ def test_patterns_are_those_of_the_model_that_is_trained(config):
     config = dataclasses.replace(config, freeze=("encoder.*", "ctc.*"), steps=1, valid=(), loss=loss)
     finished = train(config, unwatched)
     frozen = {name for name, p in finished.prepared.model.named_parameters() if not p.requires_grad}
-    assert frozen == {
-        name for name in dict(finished.prepared.model.named_parameters()) if name[:3] in ("enc", "ctc")
-    }
+    assert frozen == {name for name in dict(finished.prepared.model.named_parameters()) if name[:3] in ("enc", "ctc")}

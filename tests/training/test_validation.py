@@ -15,7 +15,7 @@ from canter.models.features import WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import train_tokenizer
-from canter.training.checkpoints import Checkpoints
+from canter.training.run.checkpoints import Checkpoints
 from canter.training.session import train
 from canter.training.validation import fingerprint, translations, validator
 
@@ -30,9 +30,7 @@ def rows(spoken):
 
 @pytest.fixture
 def tokenizer(rows, tmp_path):
-    return train_tokenizer(
-        [row.text for row in rows], {str(row.lang) for row in rows}, 60, tmp_path / "tokenizer"
-    )
+    return train_tokenizer([row.text for row in rows], {str(row.lang) for row in rows}, 60, tmp_path / "tokenizer")
 
 
 def test_what_the_model_cannot_take_is_left_out_and_named(rows, tokenizer):
@@ -47,9 +45,7 @@ def test_what_the_model_cannot_take_is_left_out_and_named(rows, tokenizer):
     ).eval()
     assert rows[-2].duration < model.longest_seconds < rows[-1].duration
     said = []
-    validate = validator(
-        rows, tokenizer, 16000, "float32", say=said.append, longest_seconds=model.longest_seconds
-    )
+    validate = validator(rows, tokenizer, 16000, "float32", say=said.append, longest_seconds=model.longest_seconds)
     with torch.inference_mode():
         assert validate(model, 0)["utterances"] == len(rows) - 1
     assert len(said) == 1

@@ -61,7 +61,7 @@ def formula():
 @pytest.fixture
 def known_costs(monkeypatch, formula):
     """Makes every Prober measure by the formula; a step over its cap runs out of memory."""
-    from canter.tuning.memory import OutOfMemory
+    from canter.runtime import OutOfMemory
     from canter.tuning.probe import Prober
 
     def peak(self, shape, cap):

@@ -30,9 +30,7 @@ def test_a_budget_explains_its_probes():
         size = 1e6 + b * (1000 * t + 3 * t * t + 500 * u)
         probes.append(Probe(int(b), int(t), int(u), int(size), 0.01 + b * (1e-4 * t + 1e-6 * t * u)))
     held_up = Probe(5, 50, 20, probes[0].bytes, 9.0)  # by something else on the machine
-    budget = fit(
-        [*probes, Probe(*held_up.shape, 1e6 + 5 * (50e3 + 7500 + 1e4), 9.0)], 1e12, 0.08, {"model": "x"}
-    )
+    budget = fit([*probes, Probe(*held_up.shape, 1e6 + 5 * (50e3 + 7500 + 1e4), 9.0)], 1e12, 0.08, {"model": "x"})
     for p in probes:
         assert abs(budget.bytes(p.batch, p.frames, p.tokens) / p.bytes - 1) < 0.01
         assert abs(budget.step_seconds(p.batch, p.frames, p.tokens) / p.seconds - 1) < 0.01

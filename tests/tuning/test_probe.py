@@ -30,7 +30,7 @@ OWN = """
 import json
 import torch
 from torch import nn
-from canter.tuning.memory import steady_heap
+from canter.runtime import steady_heap
 from canter.tuning.probe import Prober, TrainingStep
 
 torch.set_num_threads(1)
@@ -130,9 +130,7 @@ def test_probes_are_kept_and_another_limit_reads_them(tmp_path):
     assert not Prober(growing(), 60e6, {"device": "H100"}, path).kept
 
 
-@pytest.mark.parametrize(
-    "line", ["{", json.dumps({"format": "canter-probes/1", "measured_on": {}, "seconds": 1})]
-)
+@pytest.mark.parametrize("line", ["{", json.dumps({"format": "canter-probes/1", "measured_on": {}, "seconds": 1})])
 def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "budget.probes.jsonl"
     path.write_text(line + "\n")

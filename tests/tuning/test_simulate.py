@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from canter.errors import BudgetError
-from canter.training import ranks
+from canter.runtime import LiveBytes
+from canter.training.distributed import ranks
 from canter.tuning.fit import measure_budget
-from canter.tuning.memory import LiveBytes
 from canter.tuning.sharding import IN_FLIGHT_BYTES, Sharding, largest_unit, with_sharding
 from canter.tuning.simulate import Simulator, parse_bytes
 

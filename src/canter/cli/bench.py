@@ -11,7 +11,7 @@ import tyro
 from canter.errors import CanterError, ConfigError
 
 if TYPE_CHECKING:
-    from canter.evaluation.speed import Clip, Speed
+    from canter.bench.speed import Clip, Speed
     from canter.models.model import SpeechModel
 
 NOISE_CLIPS, NOISE_SECONDS = 32, (2.0, 15.0)  # without --audio
@@ -62,15 +62,15 @@ def run(options: Options) -> None:
 
     import torch
 
-    from canter.evaluation.speed import CanterSystem, System, measure
-    from canter.inference.engine import Engine
-    from canter.inference.int8 import quantize
-    from canter.inference.requests import EngineConfig
+    from canter.bench.peers import load_peer, parse_peer, working_folder
+    from canter.bench.speed import CanterSystem, System, measure
+    from canter.inference.engine.engine import Engine
+    from canter.inference.engine.int8 import quantize
+    from canter.inference.engine.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of
-    from canter.integrations.peers import load_peer, parse_peer, working_folder
-    from canter.models.checkpoint import load_model
     from canter.models.device import choose_device
-    from canter.tuning.memory import lasting_heap
+    from canter.models.formats.checkpoint import load_model
+    from canter.runtime import lasting_heap
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     default = {"bf16": "bfloat16"}.get(options.precision, options.precision)
@@ -110,7 +110,7 @@ def run(options: Options) -> None:
     for reason in left_out[:5]:
         print(f"canter: left out: {reason}", file=sys.stderr)
     if options.json:
-        from canter.inference.writers import write_whole
+        from canter.inference.transcript.writers import write_whole
 
         value = {
             "model": str(options.model),
@@ -131,9 +131,9 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
     """The clips, longest first, and why others were left out. ConfigError where none can be used."""
     import numpy as np
 
+    from canter.bench.speed import Clip
     from canter.corpus.audio import load_utterance
     from canter.corpus.manifest import Utterance
-    from canter.evaluation.speed import Clip
     from canter.inference.inputs import Defaults, read_items
 
     tokenizer, rate = model.tokenizer, model.config.features.sample_rate
@@ -159,9 +159,7 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
             audio = load_utterance(utterance, rate)
             seconds = len(audio) / rate
             if seconds > (most := model.longest_seconds):
-                raise ConfigError(
-                    f"{utterance.audio_filepath} is {seconds:.1f} s long; at most {most:g} s fit"
-                )
+                raise ConfigError(f"{utterance.audio_filepath} is {seconds:.1f} s long; at most {most:g} s fit")
             clips.append(Clip(audio, seconds, tuple(tokenizer.prompt(utterance))))
         except CanterError as error:
             left_out.append(str(error))
@@ -207,9 +205,7 @@ def show(speeds: "dict[str, Speed]", clips: "list[Clip]") -> None:
         table.add_column(name, justify="right")
     first = next(iter(speeds.values()))
     for name, speed in speeds.items():
-        latency = (
-            f"{1000 * speed.latency_seconds[percentile]:,.0f} ms" for percentile in ("p50", "p95", "p99")
-        )
+        latency = (f"{1000 * speed.latency_seconds[percentile]:,.0f} ms" for percentile in ("p50", "p95", "p99"))
         table.add_row(
             name,
             f"{speed.rtfx:,.1f}",

@@ -51,8 +51,8 @@ SHIFT_WIDTH = 256
 
 def run(options: Options) -> None:
     from canter.cli.progress import console, say
+    from canter.demo.report import demo_report
     from canter.reporting import html
-    from canter.reporting.demo_report import demo_report
 
     began = time.perf_counter()
     stages = Stages(say)
@@ -75,9 +75,7 @@ def run(options: Options) -> None:
         shift_decoder(options, prepared, summary)
     summary["times"] = stages.seconds | {"total": time.perf_counter() - began}
     summary["machine"] = machine()
-    (output / "summary.json").write_text(
-        json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     html.write(demo_report(summary), output / "report.html")
     minutes = summary["times"]["total"] / 60
     console.rule()
@@ -105,7 +103,7 @@ def synthesise_corpus(options: Options, summary: dict[str, Any]):
     """Speaks the corpus, or finds it there."""
     from canter.cli.progress import counting
     from canter.corpus.manifest import Utterance, read_manifest
-    from canter.corpus.synthesis import synthesise
+    from canter.demo.synthesis import synthesise
 
     count = options.utterances or (300 if options.quick else 6000)
     tests = 24 if options.quick else TEST_UTTERANCES
@@ -192,9 +190,7 @@ def climb_ladder(prepared, longest: int, summary: dict[str, Any]) -> None:
     strategies = [("random", Random(), None), ("duration", Duration(), None), ("bucket_1d", Bucket1D(), None)]
     strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
     rungs = list(compare(index, with_room_for(longest, prepared), strategies, ranks=1))
-    command.show(
-        rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest, as predicted"
-    )
+    command.show(rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest, as predicted")
     summary["room_for_longest"] = longest
     summary["strategies"] = {
         rung.name: plain(rung.as_json())
@@ -234,8 +230,8 @@ def compare_speed(prepared, seconds: float, longest: int, summary: dict[str, Any
     from canter.planning.compare import compare
     from canter.planning.plan import Plan
     from canter.planning.strategies import Balanced, Random
-    from canter.training.gradient import Counts, Gradient
-    from canter.training.steps import Steps
+    from canter.training.feed.steps import Steps
+    from canter.training.step.gradient import Counts, Gradient
 
     budget, strategies = with_room_for(longest, prepared), {"random": Random(), "balanced": Balanced()}
     gradient = Gradient(prepared.config, prepared.model.train(), prepared.precision)
@@ -256,9 +252,7 @@ def compare_speed(prepared, seconds: float, longest: int, summary: dict[str, Any
                 audio[name] += float(loaded.batch.audio_lengths.sum()) / prepared.data.sample_rate
             gradient.discard()
         turn += 1
-    ladder = list(
-        compare(prepared.index, budget, [(name, s, None) for name, s in strategies.items()], ranks=1)
-    )
+    ladder = list(compare(prepared.index, budget, [(name, s, None) for name, s in strategies.items()], ranks=1))
     measured = {name: audio[name] / max(taken[name], 1e-9) for name in plans}
     summary["measured_speed"] = {
         "audio_seconds_a_second": measured,
@@ -278,10 +272,10 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     from canter.cli.progress import say
     from canter.corpus.manifest import Utterance, read_manifest, write_manifest
     from canter.evaluation.wer import score
-    from canter.inference.engine import Engine
-    from canter.inference.requests import EngineConfig
+    from canter.inference.engine.engine import Engine
+    from canter.inference.engine.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of, transcribe
-    from canter.models.checkpoint import load_model
+    from canter.models.formats.checkpoint import load_model
 
     model = load_model(checkpoint_of(prepared.run.folder))
     tokenizer = prepared.tokenizer
@@ -298,9 +292,7 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
 
     def scored(hypotheses: Sequence[str], kept: Callable[[dict], bool] = lambda _: True):
         chosen = [i for i, row in enumerate(rows) if kept(row)]
-        return score(
-            [rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none"
-        ).total
+        return score([rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none").total
 
     joint = scored(texts)
     languages = sorted({row["lang"] for row in rows})
@@ -310,9 +302,7 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
         "ctc_weight": CTC_WEIGHT,
         "wer_seen": scored(texts, lambda row: row["speaker_seen"]).wer,
         "wer_unseen": scored(texts, lambda row: not row["speaker_seen"]).wer,
-        "wer_by_language": {
-            lang: scored(texts, lambda row, lang=lang: row["lang"] == lang).wer for lang in languages
-        },
+        "wer_by_language": {lang: scored(texts, lambda row, lang=lang: row["lang"] == lang).wer for lang in languages},
         "attention_wer": scored(attention).wer,
         "ctc_wer": scored(ctc).wer,
         "rtfx": engine.counters.rtfx,
@@ -333,8 +323,8 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
     """Two models of equal size, one with a deep decoder and one with a shallow one, under every cache."""
     import torch
 
+    from canter.bench.shift import measure_shift
     from canter.cli.progress import say
-    from canter.inference.shift import measure_shift
     from canter.models.model import SpeechModel
     from canter.training.prepare import model_config
 
@@ -357,8 +347,7 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
     lengths = torch.full((batch,), seconds * rate)
     rows = measure_shift(models, audio, lengths, tokens, repeats=1 if options.quick else 2)
     summary["decoder_shift"] = {
-        f"{row.shape} {row.cache}": asdict(row) | {"seconds": row.encoder_seconds + row.decoder_seconds}
-        for row in rows
+        f"{row.shape} {row.cache}": asdict(row) | {"seconds": row.encoder_seconds + row.decoder_seconds} for row in rows
     }
     for row in rows:
         say(

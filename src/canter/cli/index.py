@@ -49,9 +49,7 @@ def run(options: Options) -> int | None:
     from canter.errors import ConfigError
 
     if not options.sources:
-        raise ConfigError(
-            "nothing to index: name a manifest, for example: canter index train.jsonl -o lengths.arrow"
-        )
+        raise ConfigError("nothing to index: name a manifest, for example: canter index train.jsonl -o lengths.arrow")
     if options.prompt_tokens < 0:
         raise ConfigError(f"--prompt-tokens is {options.prompt_tokens}; it must be 0 or more")
     if options.workers < 1:

@@ -43,12 +43,10 @@ def run(options: Options) -> int | None:
         show(figures, str(options.model))
 
 
-def describe(
-    model: SpeechModel | TransformersModel, seconds: float, tokens_per_second: float
-) -> dict[str, Any]:
+def describe(model: SpeechModel | TransformersModel, seconds: float, tokens_per_second: float) -> dict[str, Any]:
     """Everything that is shown, in numbers: operations, bytes, seconds, frames, tokens."""
-    from canter.models.checkpoint import config_to_json
     from canter.models.cost import parameters, utterance_cost
+    from canter.models.formats.checkpoint import config_to_json
     from canter.models.model import SpeechModel
 
     tokens = max(1, min(model.positions, round(seconds * tokens_per_second)))

@@ -95,9 +95,7 @@ def open_lengths(
 
     if prompt_tokens < 0:
         raise PlanError(f"--prompt-tokens is {prompt_tokens}; it must be 0 or more")
-    several = any(
-        mark in str(path) for mark in ("{", "_OP_", "::", "*")
-    )  # shards, or a manifest and its tars
+    several = any(mark in str(path) for mark in ("{", "_OP_", "::", "*"))  # shards, or a manifest and its tars
     if not path.exists() and not several:
         raise ManifestError(f"{path} does not exist; make it with: canter index MANIFEST -o {path.name}")
     stored = path.suffix != ".parquet" and path.is_file() and is_index(path)
@@ -211,9 +209,7 @@ def choose_budget(path: Path | None, model: str | None, memory: float | None) ->
     if path is None:
         return analytic_budget(model or "canary-1b", 80.0 if memory is None else memory)
     if memory is not None:
-        raise BudgetError(
-            f"--memory is for the analytic budget; {path} has a limit of its own (memory.limit_bytes)"
-        )
+        raise BudgetError(f"--memory is for the analytic budget; {path} has a limit of its own (memory.limit_bytes)")
     budget = Budget.load(path)
     if model is not None:
         try:

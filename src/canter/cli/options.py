@@ -37,9 +37,7 @@ def _polish(options: type) -> None:
 
     told = {
         one.arg_name: one.description
-        for kind in reversed(
-            options.__mro__[:-1]
-        )  # inherited fields have their docstrings where they are declared
+        for kind in reversed(options.__mro__[:-1])  # inherited fields have their docstrings where they are declared
         for one in docstring_parser.parse_from_object(kind).params
     }
     hints = typing.get_type_hints(options, include_extras=True)
@@ -102,9 +100,7 @@ def _constructor(hint: Any) -> Any:
             return number(given[0])
         except ValueError:
             what = "a whole number" if number is int else "a number"
-            raise ValueError(
-                f"expected {', '.join([*words, 'none'])} or {what}, found '{given[0]}'"
-            ) from None
+            raise ValueError(f"expected {', '.join([*words, 'none'])} or {what}, found '{given[0]}'") from None
 
     return PrimitiveConstructorSpec(
         nargs=1,

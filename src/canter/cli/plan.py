@@ -48,9 +48,7 @@ def run(options: Options) -> int | None:
     if options.strategy != "balanced":
         for name, value in dials.items():
             if value != getattr(Balanced(), name):
-                raise PlanError(
-                    f"--{name.replace('_', '-')} is a dial of 'balanced'; {options.strategy} has none"
-                )
+                raise PlanError(f"--{name.replace('_', '-')} is a dial of 'balanced'; {options.strategy} has none")
         dials = {}
     if options.emit and not options.emit.parent.is_dir():
         raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
@@ -136,9 +134,7 @@ def show(
     ):
         table.add_row(name, text)
     console = Console()
-    console.print(
-        f"{options.index.name}: {options.strategy}, {options.ranks} ranks", style="bold", highlight=False
-    )
+    console.print(f"{options.index.name}: {options.strategy}, {options.ranks} ranks", style="bold", highlight=False)
     console.print(table)
     console.print(limits.line("--min-steps"), highlight=False, soft_wrap=True)
     for row, reason in left_out[:5]:

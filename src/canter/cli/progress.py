@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from canter.training.reports import StepReport
+from canter.training.run.reports import StepReport
 
 console = Console(stderr=True)
 
@@ -144,9 +144,7 @@ class TranscriptionProgress:
         self.bar.update(self.task, completed=decoded, speed=speed)
         if not (self.hidden or console.is_terminal) and now - self.said >= self.EVERY_SECONDS:
             self.said = now
-            share = (
-                f"{decoded:,.0f} of {self.seconds:,.0f} s of audio ({decoded / max(self.seconds, 1e-9):.0%})"
-            )
+            share = f"{decoded:,.0f} of {self.seconds:,.0f} s of audio ({decoded / max(self.seconds, 1e-9):.0%})"
             text = f"{self.label}: {share}, {self.finished:,} of {self.utterances:,} finished  {speed}"
             console.print(text, highlight=False, soft_wrap=True)
 

@@ -46,7 +46,7 @@ class Options:
 def run(options: Options) -> int | None:
     from canter.errors import ConfigError
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.checkpoint import load_model, save_model
+    from canter.models.formats.checkpoint import load_model, save_model
     from canter.models.reshape import encoder_layers_that_keep, reshape
     from canter.models.timing import measure
     from canter.text.characters import FILE as ALPHABET
@@ -64,9 +64,7 @@ def run(options: Options) -> int | None:
     if options.keep_parameters or options.keep_flops:
         what = "parameters" if options.keep_parameters else "flops"
         encoder = encoder_layers_that_keep(what, model.config, decoder, options.seconds, options.tokens)
-    reshaped = reshape(
-        model, encoder_layers=encoder, decoder_layers=decoder, growth=options.growth, kept=options.kept
-    )
+    reshaped = reshape(model, encoder_layers=encoder, decoder_layers=decoder, growth=options.growth, kept=options.kept)
     save_model(reshaped, options.output)
     if (source / ALPHABET).exists():  # of the CTC head
         Characters.load(source).save(options.output)

@@ -102,7 +102,7 @@ def run(options: Options) -> None:
             summary["difference"] = asdict(difference)
         if translations:
             summary["translation"] = {name: asdict(one) for name, one in translations.items()}
-        from canter.inference.formats import json_text
+        from canter.inference.transcript.formats import json_text
 
         print(json_text(summary, indent=2))
         return
@@ -117,9 +117,7 @@ def run(options: Options) -> None:
     if result.total.words:
         console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
     else:
-        console.print(
-            "The references have no words, so there is no error rate; words transcribed are insertions.\n"
-        )
+        console.print("The references have no words, so there is no error rate; words transcribed are insertions.\n")
     if difference and result.total.words:
         console.print(
             f"WER against {options.against}: {difference.wer:+.2%}, 95 % interval {difference.low:+.2%} to "

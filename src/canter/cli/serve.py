@@ -15,7 +15,7 @@ from canter.errors import ConfigError
 from canter.extras import needed_by
 
 if TYPE_CHECKING:
-    from canter.inference.engine import Engine
+    from canter.inference.engine.engine import Engine
 
 KEYS = "CANTER_API_KEYS"
 FILES = 2**16  # open at once, at most
@@ -84,11 +84,11 @@ def run(options: Options) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from canter.inference.transcribe import checkpoint_of
     from canter.models.device import choose_device
+    from canter.runtime import LARGEST_THRESHOLD, steady_heap
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, host_names, is_loopback, make_server
     from canter.serving.service import Service
-    from canter.tuning.memory import LARGEST_THRESHOLD, steady_heap
 
     if options.max_repeats < 0:
         raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no limit, or more")
@@ -140,9 +140,9 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
     """The engine, made in a thread that ends, and its OpenMP threads with it: those of a thread that computes stay for
     as long as it does, and while more of them live than there are cores, OpenMP has all of them sleep almost at once
     (100 looks) wherever they wait for each other, several times a layer."""
-    from canter.inference.engine import Engine
-    from canter.inference.int8 import load_in
-    from canter.inference.requests import EngineConfig
+    from canter.inference.engine.engine import Engine
+    from canter.inference.engine.int8 import load_in
+    from canter.inference.engine.requests import EngineConfig
 
     loaded: Future[Engine] = Future()
 

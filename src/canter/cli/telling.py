@@ -13,13 +13,11 @@ from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from canter.inference.inputs import Item
-    from canter.inference.subtitles import SubtitleStyle
-    from canter.inference.writers import FolderOutput
+    from canter.inference.transcript.subtitles import SubtitleStyle
+    from canter.inference.transcript.writers import FolderOutput
 
 
-def without_words(
-    checkpoint: Path, style: "SubtitleStyle", kinds: list[str], quiet: bool
-) -> Literal["segment"]:
+def without_words(checkpoint: Path, style: "SubtitleStyle", kinds: list[str], quiet: bool) -> Literal["segment"]:
     """Return the times that subtitles are made of where the model cannot tell when a word was said. Raises ConfigError
     where that will not do."""
     if style.needs_words:
@@ -40,7 +38,7 @@ def tell_what_is_not_taken(inputs: Sequence[str]) -> None:
     """Print how many files of each folder are not transcribed, and the first."""
     from canter.corpus.media import media_in
     from canter.corpus.sources import units_of
-    from canter.inference.formats import SUFFIXES
+    from canter.inference.transcript.formats import SUFFIXES
 
     ours = {*SUFFIXES.values(), ".partial"}
     for path in inputs:
@@ -49,11 +47,7 @@ def tell_what_is_not_taken(inputs: Sequence[str]) -> None:
         with contextlib.suppress(ManifestError):  # reading the inputs will say so
             if [unit.kind for unit in units_of(path)] != ["folder"]:
                 continue
-        others = [
-            file
-            for file in media_in(os.path.abspath(path))[1]
-            if os.path.splitext(file)[1].lower() not in ours
-        ]
+        others = [file for file in media_in(os.path.abspath(path))[1] if os.path.splitext(file)[1].lower() not in ours]
         if others:
             number = f"{len(others):,} files are" if len(others) > 1 else "1 file is"
             print(
@@ -72,7 +66,7 @@ def into_folder(
     quiet: bool,
 ) -> "tuple[list[Item], FolderOutput]":
     """Return the items to transcribe, and the files of each in the output folder."""
-    from canter.inference.writers import FolderOutput, file_names
+    from canter.inference.transcript.writers import FolderOutput, file_names
 
     names = file_names(items, roots)
     each = [kind for kind in kinds if kind != "nemo"]

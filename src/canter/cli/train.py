@@ -67,7 +67,7 @@ def run(config: TrainConfig | None) -> None:
         return
     from canter.cli.models import load_any
     from canter.cli.progress import TrainingProgress, say, track
-    from canter.training.checkpoints import Checkpoints
+    from canter.training.run.checkpoints import Checkpoints
     from canter.training.session import train
 
     finished = train(config, TrainingProgress, say, track, load_any)

@@ -32,13 +32,13 @@ DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", 
 
 if TYPE_CHECKING:
     from canter.corpus.manifest import Utterance
-    from canter.inference.engine import Engine
+    from canter.inference.engine.engine import Engine
     from canter.inference.inputs import Item
     from canter.inference.progress import Decoded
     from canter.inference.ranks import Ranks
-    from canter.inference.subtitles import SubtitleStyle
     from canter.inference.transcribe import Transcription
-    from canter.inference.writers import FolderOutput
+    from canter.inference.transcript.subtitles import SubtitleStyle
+    from canter.inference.transcript.writers import FolderOutput
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,11 @@ def run(options: Options) -> int:
         ranks.close()
 
 
-def transcribe_inputs(
-    options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "Ranks"
-) -> int:
+def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "Ranks") -> int:
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.writers import check_renderable, json_text, remove_stale, render, write_results
+    from canter.inference.transcript.writers import check_renderable, json_text, remove_stale, render, write_results
     from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)
@@ -222,8 +220,8 @@ def transcribe_inputs(
 
 def style_of(options: Options, kinds: list[str]) -> "SubtitleStyle":
     """Return how subtitles are laid out. Raises ConfigError for options that do not go with the others."""
-    from canter.inference.formats import SUBTITLES
-    from canter.inference.subtitles import SubtitleStyle
+    from canter.inference.transcript.formats import SUBTITLES
+    from canter.inference.transcript.subtitles import SubtitleStyle
 
     style = SubtitleStyle(
         options.cues,
@@ -233,13 +231,9 @@ def style_of(options: Options, kinds: list[str]) -> "SubtitleStyle":
         options.highlight_words,
     )
     if (style.shaped or style.cues != "auto") and not {*SUBTITLES} & {*kinds}:
-        raise ConfigError(
-            f"{told_of(options)}: for subtitles, and the format is {kinds[0]}; add --format srt or vtt"
-        )
+        raise ConfigError(f"{told_of(options)}: for subtitles, and the format is {kinds[0]}; add --format srt or vtt")
     if style.needs_words and options.timestamps in ("none", "segment"):
-        raise ConfigError(
-            f"{told_of(options)}: needs times of words; leave out --timestamps {options.timestamps}"
-        )
+        raise ConfigError(f"{told_of(options)}: needs times of words; leave out --timestamps {options.timestamps}")
     if style.ignored:
         print(f"canter: {style.ignored}", file=sys.stderr)
     return style
@@ -257,12 +251,12 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     import torch
 
     from canter.cli.models import load_any
-    from canter.inference.engine import engine_for
-    from canter.inference.int8 import load_in
-    from canter.inference.requests import EngineConfig
+    from canter.inference.engine.engine import engine_for
+    from canter.inference.engine.int8 import load_in
+    from canter.inference.engine.requests import EngineConfig
     from canter.models.device import choose_device
-    from canter.models.hf import foreign_type
-    from canter.tuning.memory import lasting_heap
+    from canter.models.formats.huggingface import foreign_type
+    from canter.runtime import lasting_heap
 
     device = str(choose_device(options.device))
     if device == "cpu":
@@ -296,9 +290,7 @@ def refuse_ours(options: Options, checkpoint: Path) -> None:
     }
     told = [name for name, value in asked.items() if value]
     if told:
-        raise ConfigError(
-            f"{', '.join(told)}: {checkpoint} runs through transformers, which has no such thing"
-        )
+        raise ConfigError(f"{', '.join(told)}: {checkpoint} runs through transformers, which has no such thing")
 
 
 def work_through(
@@ -380,7 +372,7 @@ def work_through(
 
 def destination(options: Options) -> tuple[bool, list[str]]:
     """Whether the output is a folder, and the formats. Raises ConfigError for what does not go together."""
-    from canter.inference.formats import FORMATS, SUFFIXES
+    from canter.inference.transcript.formats import FORMATS, SUFFIXES
 
     kind, output = options.format, options.output
     for name, value in (("batch-size", options.batch_size), ("beam", options.beam)):
@@ -395,9 +387,7 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     if options.skip_existing and not (output and (output.is_dir() or not output.suffix)):
         raise ConfigError("--skip-existing: name a folder as --output")
     if options.skip_existing and kind in (None, "nemo", "all"):
-        raise ConfigError(
-            "--skip-existing is for formats with a file an utterance: add --format srt, vtt, txt, ..."
-        )
+        raise ConfigError("--skip-existing is for formats with a file an utterance: add --format srt, vtt, txt, ...")
     if output and output.suffix == ".gz":
         raise ConfigError(f"{output}: transcripts are not compressed; name it without .gz")
     if output is None:
@@ -415,11 +405,9 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     return folder, [kind or suffixes.get(output.suffix, "nemo")]
 
 
-def timestamps_of(
-    options: Options, kinds: Sequence[str], style: "SubtitleStyle"
-) -> Literal["none", "segment", "word"]:
+def timestamps_of(options: Options, kinds: Sequence[str], style: "SubtitleStyle") -> Literal["none", "segment", "word"]:
     """Return the times to ask the model for."""
-    from canter.inference.formats import SUBTITLES
+    from canter.inference.transcript.formats import SUBTITLES
 
     if options.timestamps != "auto":
         return options.timestamps
@@ -449,9 +437,7 @@ def agree_on_items(items: "Sequence[Item]", ranks: "Ranks") -> None:
     for item in items:
         rows.update(json.dumps(item.row, sort_keys=True).encode())
     if len(set(ranks.all_gather(rows.hexdigest()))) > 1:
-        raise ConfigError(
-            "the ranks found different rows: every machine needs the same files at the same paths"
-        )
+        raise ConfigError("the ranks found different rows: every machine needs the same files at the same paths")
 
 
 def watched(

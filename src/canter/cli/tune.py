@@ -105,9 +105,7 @@ def run(options: Options) -> None:
         _ = amount and parse_bytes(amount)
     for name in ("probes", "buckets", "sub_buckets"):
         if getattr(options, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
-            )
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     subject = choose_subject(options, say)
@@ -115,9 +113,7 @@ def run(options: Options) -> None:
     total = options.probes if options.method == "fit" else options.buckets * options.sub_buckets
     with counting("measuring", total) as progress:
         prober = make_prober(options, subject, say)
-        budget, text = measure(
-            options, prober, index, subject, lambda done: progress(min(done, total), total), say
-        )
+        budget, text = measure(options, prober, index, subject, lambda done: progress(min(done, total), total), say)
     state = prober.step.state_bytes
     budget = with_sharding(budget, sharding, subject.model, state)
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +167,8 @@ def measure(
 
 
 def make_prober(options: Options, subject: Subject, say: Callable[[str], None]) -> Prober:
+    from canter.runtime import MMAP_THRESHOLD, steady_heap
     from canter.training.measure import memory_limit
-    from canter.tuning.memory import MMAP_THRESHOLD, steady_heap
     from canter.tuning.probe import Prober
     from canter.tuning.simulate import OVERHEAD, Simulator, parse_bytes
 
@@ -275,9 +271,9 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
 def of_config(config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
     """The model that a configuration describes; without data, with a vocabulary of the size it asks for."""
     from canter.models.model import SpeechModel
-    from canter.training.corpus import find_index, find_tokenizer
+    from canter.training.feed.corpus import find_index, find_tokenizer
     from canter.training.prepare import load_initial, model_config
-    from canter.training.run import Run
+    from canter.training.run.folder import Run
 
     with tempfile.TemporaryDirectory() as folder:
         inside = Run.open(dataclasses.replace(config, output=Path(folder) / "run"))

@@ -158,9 +158,7 @@ def load_utterance(utterance: Utterance, sample_rate: int = 16000) -> np.ndarray
     return _load(utterance.audio_filepath, _stretch_of(utterance), sample_rate)
 
 
-def decode_utterance(
-    utterance: Utterance, sample_rate: int = 16000, *, track: int | None = None
-) -> DecodedAudio:
+def decode_utterance(utterance: Utterance, sample_rate: int = 16000, *, track: int | None = None) -> DecodedAudio:
     """Return the utterance's samples with whatever can be decoded of a damaged file.
 
     Where time stamps or frame numbers tell how much is missing, silence is in its place. Raises `AudioError` where
@@ -187,9 +185,7 @@ def audio_blocks(
     """
     kept = _Kept()
     stretch = _stretch_of(utterance, track)
-    blocks = _resampled_blocks(
-        utterance.audio_filepath, stretch, sample_rate, seconds, kept if keep_damaged else None
-    )
+    blocks = _resampled_blocks(utterance.audio_filepath, stretch, sample_rate, seconds, kept if keep_damaged else None)
     return AudioBlocks(blocks, kept)
 
 
@@ -349,9 +345,7 @@ def _blocks(
     manifest promise; with ``kept`` what is lost is noted there instead."""
     rate, channels, channel = source.rate, source.channels, stretch.channel
     if channel is not None and channel >= channels:
-        raise AudioError(
-            f"{path} has no channel {channel}: it has {channels}, counted from 0; correct the manifest"
-        )
+        raise AudioError(f"{path} has no channel {channel}: it has {channels}, counted from 0; correct the manifest")
     size = max(1, min(round(seconds * rate), BLOCK_SAMPLES // channels))
     mixed = channels > 1 and channel is None
     section = min(round(SECTION * rate), BLOCK_SAMPLES // channels) if mixed else size
@@ -372,9 +366,7 @@ def _blocks(
         finite = np.isfinite(samples)
         if not finite.all():
             bad = start + got + int(np.flatnonzero(~finite)[0])
-            raise AudioError(
-                f"{path}: sample {bad} is not a finite number; write the file anew as 16-bit PCM or FLAC"
-            )
+            raise AudioError(f"{path}: sample {bad} is not a finite number; write the file anew as 16-bit PCM or FLAC")
         got += len(samples)
         if got > wanted:
             over.append(samples)
@@ -451,9 +443,7 @@ def _check_end(
         kept.warnings.append(_lost(missing, Loss(stretch.offset + got, missing, "it is truncated")))
 
 
-def _missing(
-    path: str, source: "Sound | Coded", stretch: _Stretch, got: float, share: float
-) -> tuple[float, str]:
+def _missing(path: str, source: "Sound | Coded", stretch: _Stretch, got: float, share: float) -> tuple[float, str]:
     """Return the seconds that are missing at the end of a stretch of which ``got`` were read, and the message; 0 where
     they are fewer than 0.2 or the given fraction of the whole."""
     wanted, stated = stretch.duration, stretch.stated

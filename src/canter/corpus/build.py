@@ -187,9 +187,7 @@ def _merge(mixture: Sequence[Source], parts: Sequence[Part], counting: Counting)
             count = len(one["seconds"])
             kept = keep[seen : seen + count]
             seen += count
-            found += [
-                Problem(file, line + lines, why) for file, line, why in json.loads(one["problems"].tobytes())
-            ]
+            found += [Problem(file, line + lines, why) for file, line, why in json.loads(one["problems"].tobytes())]
             again = one["line"][~kept] if not kept.all() else ()
             found += [Problem(part.unit.path, int(line) + lines, DUPLICATE) for line in again]
             lines += int(one["lines"])
@@ -237,9 +235,7 @@ def _first_of_each(loaded: Sequence[dict[str, Any]]) -> np.ndarray:
     return keep
 
 
-def _progress(
-    done: Iterator[Part], parts: Sequence[Part], waiting: Sequence[Part], show: bool
-) -> Iterator[Part]:
+def _progress(done: Iterator[Part], parts: Sequence[Part], waiting: Sequence[Part], show: bool) -> Iterator[Part]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

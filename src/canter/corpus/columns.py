@@ -48,9 +48,7 @@ class Columns:
         for one in fields(self):
             chosen = getattr(self, one.name)
             if chosen and chosen not in names:
-                raise ManifestError(
-                    f"{path} has no column {chosen!r} of {one.name}; it has {', '.join(names)}"
-                )
+                raise ManifestError(f"{path} has no column {chosen!r} of {one.name}; it has {', '.join(names)}")
 
 
 ANY = Columns()

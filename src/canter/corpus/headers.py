@@ -78,9 +78,7 @@ class _View(io.RawIOBase):
         if whence == os.SEEK_CUR:
             offset += self._place
         elif whence == os.SEEK_END:
-            offset += (
-                ENDLESS if self._header.endless else self._file.seek(0, os.SEEK_END) - self._header.first
-            )
+            offset += ENDLESS if self._header.endless else self._file.seek(0, os.SEEK_END) - self._header.first
         self._place = max(0, offset)
         return self._place
 
@@ -504,9 +502,7 @@ def _first_frame(window: _Window, place: int) -> int | None:
     return None
 
 
-def _walk(
-    window: _Window, place: int, known: Mapping[bytes, int], seconds: float
-) -> tuple[int, tuple[Loss, ...]]:
+def _walk(window: _Window, place: int, known: Mapping[bytes, int], seconds: float) -> tuple[int, tuple[Loss, ...]]:
     """Return the number of frames of so many ``seconds`` from ``place`` on, and the gaps between them."""
     frames, used, losses = 0, 0, list[Loss]()
     while place + 4 <= window.end:

@@ -75,9 +75,7 @@ class Source:
             object.__setattr__(self, "columns", Columns(**self.columns))
         unknown = set(self.tags) - set(OPTIONAL_TEXT)
         if unknown:
-            raise ManifestError(
-                f"source {self.name}: tag {min(unknown)!r} is none of {', '.join(OPTIONAL_TEXT)}"
-            )
+            raise ManifestError(f"source {self.name}: tag {min(unknown)!r} is none of {', '.join(OPTIONAL_TEXT)}")
 
     def tagged(self, row: Utterance) -> Utterance:
         """A row of this source, with the tags that it has no fields of its own for."""
@@ -136,18 +134,12 @@ class LengthIndex:
         bad = ~(np.isfinite(self.seconds) & (self.seconds > 0))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise ManifestError(
-                f"row {row}: duration {self.seconds[row]} is not a positive number of seconds"
-            )
+            raise ManifestError(f"row {row}: duration {self.seconds[row]} is not a positive number of seconds")
         named = ["all"] if sources is None else sources
-        self.sources: tuple[Source, ...] = tuple(
-            Source(s, name=s) if isinstance(s, str) else s for s in named
-        )
+        self.sources: tuple[Source, ...] = tuple(Source(s, name=s) if isinstance(s, str) else s for s in named)
         if source_of is None:
             if len(self.sources) != 1:
-                raise ManifestError(
-                    f"{len(self.sources)} sources need source_of, the (N,) position of each row's"
-                )
+                raise ManifestError(f"{len(self.sources)} sources need source_of, the (N,) position of each row's")
             source_of = np.zeros(len(self.seconds), np.uint16)
         source_of = np.asarray(source_of)
         if source_of.shape != self.seconds.shape:
@@ -166,9 +158,7 @@ class LengthIndex:
         self.path: Path | None = path
         if problems is not None:
             self.problems = list(problems)
-        self.skipped: dict[str, int] = (
-            dict(skipped) if skipped is not None else count_problems(problems or ())
-        )
+        self.skipped: dict[str, int] = dict(skipped) if skipped is not None else count_problems(problems or ())
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -187,10 +177,7 @@ class LengthIndex:
             return []
         path = skipped_path(self.path)
         with open(path, encoding="utf-8", errors="replace") as file:
-            return [
-                _problem(line) or Problem(str(path), number, UNREADABLE)
-                for number, line in enumerate(file, 1)
-            ]
+            return [_problem(line) or Problem(str(path), number, UNREADABLE) for number, line in enumerate(file, 1)]
 
     @property
     def fingerprint(self) -> str:
@@ -252,9 +239,7 @@ class LengthIndex:
         shard = self.shards[place >> PLACE_BITS] if self.shards else None
         if shard is None or not shard.path:
             what = shard.origin if shard else "this index"
-            raise ManifestError(
-                f"{what} holds lengths alone, so row {row} has no audio; index a manifest instead"
-            )
+            raise ManifestError(f"{what} holds lengths alone, so row {row} has no audio; index a manifest instead")
         stale = "index it again (canter index)"
         try:
             with open_binary(shard.path) as file:
@@ -263,12 +248,8 @@ class LengthIndex:
         except OSError as error:
             raise ManifestError(f"{shard.path} cannot be read ({error.strerror}); {stale}") from None
         source = self.sources[int(self.source_of[row])]
-        columns = (
-            source.columns if shard.path == shard.origin else ANY
-        )  # else they were written out by their fields
-        found = utterance_from_line(
-            line, os.path.dirname(shard.path), measure_durations=True, columns=columns
-        )
+        columns = source.columns if shard.path == shard.origin else ANY  # else they were written out by their fields
+        found = utterance_from_line(line, os.path.dirname(shard.path), measure_durations=True, columns=columns)
         if not isinstance(found, Utterance) or np.float32(found.duration) != self.seconds[row]:
             raise ManifestError(f"{shard.path} has changed since it was indexed (row {row}); {stale}")
         return source.tagged(found)

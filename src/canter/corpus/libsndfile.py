@@ -97,12 +97,7 @@ class Sound:
             yield from self._after_damage(place, size, end, error)
             return
         promised = self.promised
-        if (
-            self._keep
-            and most is None
-            and promised
-            and round(promised * self.rate) > place + FINE * self.rate
-        ):
+        if self._keep and most is None and promised and round(promised * self.rate) > place + FINE * self.rate:
             yield from self._from_ffmpeg(place, size)
 
     def _seek(self, start: int) -> int:

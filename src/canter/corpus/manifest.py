@@ -142,9 +142,7 @@ def utterance_from_row(
                 value.encode()
             except UnicodeEncodeError:
                 return f"half a surrogate pair, which is no character: {shown(value)}"
-    return Utterance(
-        path, duration, text, offset, num_tokens=num_tokens, id=name, channel_selector=channel, **extra
-    )
+    return Utterance(path, duration, text, offset, num_tokens=num_tokens, id=name, channel_selector=channel, **extra)
 
 
 def _is_translation(row: Mapping[str, Any]) -> bool:
@@ -154,9 +152,7 @@ def _is_translation(row: Mapping[str, Any]) -> bool:
 
 def _seconds(value: object, name: str) -> float | str:
     if value is None:
-        return (
-            f"{name} missing: give it in seconds, or let --measure-durations read it from the audio's header"
-        )
+        return f"{name} missing: give it in seconds, or let --measure-durations read it from the audio's header"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"{name} is not a number: {shown(value)}"
     if value != value or abs(value) == math.inf:
@@ -282,9 +278,7 @@ def read_nemo(
     return read_json_lines(path, parse)
 
 
-def read_manifest(
-    path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False
-) -> Rows:
+def read_manifest(path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False) -> Rows:
     """The utterances of a NeMo JSONL manifest (``.gz`` too), and a `Problem` for each row that is none.
 
     Raises `ManifestError` at the end where there was no usable row, with the first problems. Without

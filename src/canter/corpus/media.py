@@ -101,11 +101,7 @@ def _framed(head: bytes) -> str | None:
     elif word & 0xFFE0 == 0x56E0:
         size, name = ((word & 0x1F) << 8 | head[2]) + 3, "AAC"
     again = head[size : size + 2]
-    return (
-        name
-        if size > 7 and len(again) == 2 and (again[0], again[1] & 0xF0) == (head[0], head[1] & 0xF0)
-        else None
-    )
+    return name if size > 7 and len(again) == 2 and (again[0], again[1] & 0xF0) == (head[0], head[1] & 0xF0) else None
 
 
 def is_data(head: bytes) -> bool:

@@ -61,9 +61,7 @@ class Group:
         weights = [member.weight for member in self.members]
         if len({weight is None for weight in weights}) > 1:
             name = self.members[weights.index(None)].name
-            raise ManifestError(
-                f"{name} has no weight while others in {self.name} have one: give all, or none"
-            )
+            raise ManifestError(f"{name} has no weight while others in {self.name} have one: give all, or none")
 
 
 def leaves(group: Group) -> Iterator[Source]:
@@ -93,11 +91,7 @@ def mixture_of(paths: Sequence[str | os.PathLike[str]]) -> Group | None:
 def with_columns(group: Group, columns: Columns) -> Group:
     """Return the group with these columns for the sources that name none of their own."""
     members = [
-        with_columns(one, columns)
-        if isinstance(one, Group)
-        else one
-        if one.columns
-        else replace(one, columns=columns)
+        with_columns(one, columns) if isinstance(one, Group) else one if one.columns else replace(one, columns=columns)
         for one in group.members
     ]
     return replace(group, members=members)
@@ -145,9 +139,7 @@ def _file(path: Path, tags: Mapping[str, str], depth: int) -> Group:
 
 def _group(entry: Any, file: Path, where: str, tags: Mapping[str, str], depth: int) -> Group:
     if depth > DEEPEST:
-        raise ConfigError(
-            f"{file}: {where}: groups are nested more than {DEEPEST} deep; does a file include itself?"
-        )
+        raise ConfigError(f"{file}: {where}: groups are nested more than {DEEPEST} deep; does a file include itself?")
     if not isinstance(entry, dict) or "input_cfg" not in entry:
         raise ConfigError(f"{file}: {where} is not a list of sources, nor a group with an input_cfg")
     _check(entry, file, where)
@@ -160,12 +152,8 @@ def _group(entry: Any, file: Path, where: str, tags: Mapping[str, str], depth: i
         temperature = group.temperature if temperature is None else temperature
         return Group(group.members, weight, temperature, name)
     if not isinstance(content, list):
-        raise ConfigError(
-            f"{file}: {where}: input_cfg must be a list, or the path of a YAML file that holds one"
-        )
-    members = [
-        _member(one, file, f"{where}[{position}]", inner, depth) for position, one in enumerate(content)
-    ]
+        raise ConfigError(f"{file}: {where}: input_cfg must be a list, or the path of a YAML file that holds one")
+    members = [_member(one, file, f"{where}[{position}]", inner, depth) for position, one in enumerate(content)]
     return Group(members, weight, temperature, name)
 
 
@@ -178,9 +166,7 @@ def _member(entry: Any, file: Path, where: str, tags: Mapping[str, str], depth: 
     _check(entry, file, where)
     path, audio = entry[keys[0]], entry.get("tarred_audio_filepaths") or ""
     if not isinstance(path, str) or not isinstance(audio, str):
-        raise ConfigError(
-            f"{file}: {where}: give one path; several are written x_{{0..3}}.json, or as several entries"
-        )
+        raise ConfigError(f"{file}: {where}: give one path; several are written x_{{0..3}}.json, or as several entries")
     inner = {**tags, **_tags(entry, file, where)}
     weight = _number(entry, "weight", file, where)
     audio = below(file.parent, audio) if audio else ""
@@ -191,9 +177,7 @@ def _member(entry: Any, file: Path, where: str, tags: Mapping[str, str], depth: 
 def _check(entry: Mapping[str, Any], file: Path, where: str) -> None:
     unknown = sorted(str(key) for key in set(entry) - KNOWN)
     if unknown:
-        raise ConfigError(
-            f"{file}: {where}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}"
-        )
+        raise ConfigError(f"{file}: {where}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(KNOWN))}")
 
 
 def _tags(entry: Mapping[str, Any], file: Path, where: str) -> dict[str, str]:

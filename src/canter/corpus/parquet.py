@@ -93,9 +93,7 @@ class _Reader:
         if self.at != (place.column, place.group) or place.row < self.start:
             if not 0 <= place.group < self.file.num_row_groups:
                 raise IndexError(f"it has {self.file.num_row_groups} row groups")
-            self.batches = self.file.iter_batches(
-                ROWS_AT_ONCE, row_groups=[place.group], columns=[place.column]
-            )
+            self.batches = self.file.iter_batches(ROWS_AT_ONCE, row_groups=[place.group], columns=[place.column])
             self.at, self.batch, self.start = (place.column, place.group), None, 0
         while self.batch is None or place.row >= self.start + self.batch.num_rows:
             self.start += 0 if self.batch is None else self.batch.num_rows

@@ -164,9 +164,7 @@ def read_part(part: Part, counting: Counting) -> Part:
             for number, row in _until_empty(rows, part.unit.path, problems):
                 if take(place, number, row):
                     assert isinstance(row, Utterance)
-                    place += file.write(
-                        json.dumps(row_from_utterance(row), ensure_ascii=False).encode() + b"\n"
-                    )
+                    place += file.write(json.dumps(row_from_utterance(row), ensure_ascii=False).encode() + b"\n")
     if len(columns["place"]) and columns["place"][-1] >= 1 << PLACE_BITS:
         raise ManifestError(f"{part.unit.path} is larger than {1 << PLACE_BITS} bytes; cut it into shards")
     stored: dict[str, Any] = {name: np.array(columns[name], dtype) for name, dtype in _COLUMNS.items()}

@@ -190,9 +190,7 @@ def _reason(url: str, error: Exception) -> str | None:
         if status in (404, 410) and isinstance(error, FileNotFoundError):
             return None
         phrase = next((str(one) for error in chain if (one := getattr(error, "message", None))), "")
-        hint = (
-            "; check its credentials, and that its signature has not expired" if status in (401, 403) else ""
-        )
+        hint = "; check its credentials, and that its signature has not expired" if status in (401, 403) else ""
         return f"the server answers {status} {phrase}".rstrip() + hint
     host = _host(url)
     for one in chain:

@@ -84,14 +84,10 @@ def units_of(path: str, audio: str = "", columns: Columns = ANY) -> list[Unit]:
             return [Unit("nemo_tarred", paths[0], audio)]
         tars = expand_shards(audio)
         if len(tars) != len(paths):
-            raise ManifestError(
-                f"{len(paths)} manifests ({path}) but {len(tars)} tars ({audio}): name one for each"
-            )
+            raise ManifestError(f"{len(paths)} manifests ({path}) but {len(tars)} tars ({audio}): name one for each")
         return [Unit("nemo_tarred", manifest, tar) for manifest, tar in zip(paths, tars, strict=True)]
     return [
-        unit
-        for one in paths
-        for unit in (_in_folder(one, columns) if os.path.isdir(one) else [_of_file(one, columns)])
+        unit for one in paths for unit in (_in_folder(one, columns) if os.path.isdir(one) else [_of_file(one, columns)])
     ]
 
 
@@ -122,9 +118,7 @@ def read_unit(
 ) -> Iterator[tuple[int, Utterance | Problem]]:
     """The rows of one unit, each with its line (or the like). Raises `ManifestError` if none is usable."""
     if unit.kind == LENGTHS:
-        raise ManifestError(
-            f"{unit.path} is a table of lengths alone: it can be planned with, but has no audio"
-        )
+        raise ManifestError(f"{unit.path} is a table of lengths alone: it can be planned with, but has no audio")
     arguments = (unit.path, unit.audio) if unit.audio else (unit.path,)
     found = READERS[unit.kind](
         *arguments, require_text=require_text, measure_durations=measure_durations, columns=columns
@@ -147,9 +141,7 @@ def open_source(
     Raises `ManifestError` where that is nothing Canter reads, or has no usable row.
     """
     units = units_of(os.fspath(path), audio, columns)
-    read = functools.partial(
-        read_unit, require_text=require_text, measure_durations=measure_durations, columns=columns
-    )
+    read = functools.partial(read_unit, require_text=require_text, measure_durations=measure_durations, columns=columns)
     return (row for _, row in read(units[0])) if len(units) == 1 else _chain(units, read)
 
 
@@ -282,8 +274,7 @@ def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
     if audio_files(folder):
         return [Unit("folder", folder)]
     raise ManifestError(
-        f"{folder} holds nothing that Canter reads: no manifest, cuts, dataset, tars, "
-        "tables or audio (docs/corpus.md)"
+        f"{folder} holds nothing that Canter reads: no manifest, cuts, dataset, tars, tables or audio (docs/corpus.md)"
     )
 
 
@@ -295,9 +286,7 @@ def _of_one_split(folder: str, files: list[str]) -> list[str]:
     if len(names) < 2 or not any(SPLIT.search(name.lower()) for name in names):
         return files
     first = next((name for name in names if "train" in name), min(names))
-    pattern = (
-        names[first] if SHARD.sub("", names[first]) == names[first] else f"{os.path.join(folder, first)}*"
-    )
+    pattern = names[first] if SHARD.sub("", names[first]) == names[first] else f"{os.path.join(folder, first)}*"
     raise ManifestError(
         f"{folder} holds several splits ({', '.join(sorted(names))}); name one by its files: '{pattern}'"
     )
@@ -309,16 +298,12 @@ def _tarred(folder: str, tars: list[str], found: Callable[[str], list[str]]) -> 
     single = found("tarred_audio_manifest.json*")
     if sharded:
         if len(sharded) != len(tars):
-            raise ManifestError(
-                f"{folder} has {len(tars)} tars but {len(sharded)} sharded manifests: name them both"
-            )
+            raise ManifestError(f"{folder} has {len(tars)} tars but {len(sharded)} sharded manifests: name them both")
         yield from (Unit("nemo_tarred", manifest, tar) for manifest, tar in zip(sharded, tars, strict=True))
     elif single:
         numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", one) for one in tars]
         if {(one and int(one[2])) for one in numbers} != set(range(len(tars))):
-            raise ManifestError(
-                f"{folder}: the tars are not numbered 0 to {len(tars) - 1}; name them in the path"
-            )
+            raise ManifestError(f"{folder}: the tars are not numbered 0 to {len(tars) - 1}; name them in the path")
         stem = numbers[0][1] if numbers[0] else ""
         yield Unit("nemo_tarred", single[0], f"{stem}{{0..{len(tars) - 1}}}.tar")
     else:

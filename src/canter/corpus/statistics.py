@@ -96,10 +96,7 @@ def summarise(index: LengthIndex, *, z_bound: float = 4.0, most_outliers: int = 
         len(index),
         float(seconds.sum() / 3600),
         int(tokens.sum()),
-        {
-            name: [float(value) for value in np.quantile(column, QUANTILES)]
-            for name, column in columns.items()
-        },
+        {name: [float(value) for value in np.quantile(column, QUANTILES)] for name, column in columns.items()},
         float(mean),
         std,
         z_bound,
@@ -126,9 +123,7 @@ def joint_histogram(
     counts = np.zeros((seconds_bins, tokens_bins), np.int64)
     for start in range(0, len(index), CHUNK):
         part = slice(start, start + CHUNK)
-        x = np.minimum(
-            (index.seconds[part] * (seconds_bins / most_seconds)).astype(np.int64), seconds_bins - 1
-        )
+        x = np.minimum((index.seconds[part] * (seconds_bins / most_seconds)).astype(np.int64), seconds_bins - 1)
         y = np.minimum(index.tokens[part] // width, tokens_bins - 1)
         counts += np.bincount(x * tokens_bins + y, minlength=counts.size).reshape(counts.shape)
     return counts, np.linspace(0, most_seconds, seconds_bins + 1), np.arange(tokens_bins + 1) * width

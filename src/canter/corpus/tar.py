@@ -51,9 +51,7 @@ def walk_tar(path: str) -> Iterator[Member | Problem]:
                     yield Member(name, info.offset_data, info.size, number)
     except (tarfile.TarError, OSError, ValueError) as error:
         if not number:
-            raise ManifestError(
-                f"{path} is not a plain tar ({error}); unpack compressed ones first"
-            ) from None
+            raise ManifestError(f"{path} is not a plain tar ({error}); unpack compressed ones first") from None
         yield Problem(path, number + 1, f"damaged tar: {error}")
 
 

@@ -62,9 +62,7 @@ def normalizer(rule: Normalization, lang: str | None = None) -> Callable[[str], 
         return str
     code = language(lang)
     if rule == "standard":
-        return (
-            _standard_english(is_said(lang)) if code == "en" else _standard(code in LETTERS, code in DOTLESS)
-        )
+        return _standard_english(is_said(lang)) if code == "en" else _standard(code in LETTERS, code in DOTLESS)
     return _english() if rule == "leaderboard" and code == "en" else _basic(code in WHISPER_LETTERS)
 
 

@@ -38,9 +38,7 @@ def score_translations(
     """
     require("sacrebleu", "the score of translations (BLEU, chrF)")
     if not len(references) == len(hypotheses) == len(langs):
-        raise ValueError(
-            f"{len(references)} references, {len(hypotheses)} hypotheses, {len(langs)} languages"
-        )
+        raise ValueError(f"{len(references)} references, {len(hypotheses)} hypotheses, {len(langs)} languages")
     rows: dict[str, list[int]] = {}
     for row, lang in enumerate(langs):
         rows.setdefault(language(lang) if is_said(lang) else "und", []).append(row)
@@ -56,6 +54,4 @@ def _score(references: list[str], hypotheses: list[str], lang: str) -> Translati
 
     bleu, chrf = BLEU(tokenize=TOKENIZERS.get(lang, DEFAULT_TOKENIZER)), CHRF()
     words, characters = (metric.corpus_score(hypotheses, [references]).score for metric in (bleu, chrf))
-    return TranslationScore(
-        len(references), words, characters, str(bleu.get_signature()), str(chrf.get_signature())
-    )
+    return TranslationScore(len(references), words, characters, str(bleu.get_signature()), str(chrf.get_signature()))

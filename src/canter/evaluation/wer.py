@@ -157,9 +157,7 @@ def score(
     return Score(total, languages, utterances, empty, left_out, uncounted)
 
 
-def wer_interval(
-    score: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def wer_interval(score: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Bootstrap confidence interval of the WER, resampling utterances (Bisani & Ney, ICASSP 2004).
 
     It is (NaN, NaN) where the references have no words at all. Resamples without a reference word are left out.

@@ -171,13 +171,7 @@ def _items(path: str, track: int | None = None) -> Iterator[Item]:
     if is_media(path):
         yield _audio(absolute(path), track)
         return
-    if (
-        not is_url(path)
-        and not os.path.exists(path)
-        and "::" not in path
-        and "{" not in path
-        and "_OP_" not in path
-    ):
+    if not is_url(path) and not os.path.exists(path) and "::" not in path and "{" not in path and "_OP_" not in path:
         raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
     units = _units(path)
     if [unit.kind for unit in units] == ["folder"]:
@@ -235,9 +229,7 @@ def _completed(item: Item, defaults: Defaults) -> Item:
     if utterance is None:
         return item
     changes: dict[str, str] = {}
-    if defaults.language and not any(
-        map(is_said, (utterance.lang, utterance.source_lang, utterance.target_lang))
-    ):
+    if defaults.language and not any(map(is_said, (utterance.lang, utterance.source_lang, utterance.target_lang))):
         changes["lang"] = defaults.language
     if defaults.task and not utterance.taskname:
         changes["taskname"] = defaults.task

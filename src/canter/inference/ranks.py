@@ -74,9 +74,7 @@ def work(model: SpeechModel, utterances: Sequence[Utterance]) -> np.ndarray:
         windows = np.ones(len(seconds))
         frames = np.ceil(seconds / model.frame_seconds)
     tokens = np.maximum(1.0, seconds * TOKENS_PER_SECOND)
-    encoder, decoder = (
-        sum(weight.numel() for weight in part.parameters()) for part in (model.encoder, model.decoder)
-    )
+    encoder, decoder = (sum(weight.numel() for weight in part.parameters()) for part in (model.encoder, model.decoder))
     wide, deep = config.encoder.width, config.encoder.layers
     return windows * frames * (encoder + 2 * deep * wide * frames) + tokens * (
         decoder + 2 * config.decoder.layers * config.decoder.width * frames

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
-from canter.inference.formats import json_text
-from canter.inference.segments import Segment, Word
 from canter.inference.transcribe import Transcription
+from canter.inference.transcript.formats import json_text
+from canter.inference.transcript.segments import Segment, Word
 
 OURS = ("text", "num_tokens", "id")  # of an utterance, but without a part in its transcript
 
@@ -114,9 +114,7 @@ class Partial:
                 _cut_torn_line(path)
             self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}); choose another --output"
-            ) from None
+            raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --output") from None
         if not self._file.tell():
             self._write(dict(identity))
 

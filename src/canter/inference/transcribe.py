@@ -14,15 +14,15 @@ import numpy as np
 from canter.corpus.audio import AudioBlocks, DecodedAudio, audio_blocks, decode_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, ConfigError
-from canter.inference import language
-from canter.inference.capacity import encoder_batches, usual_window
-from canter.inference.engine import Engine
-from canter.inference.pieces import Piece, cut, trimmed
+from canter.inference.engine.capacity import encoder_batches, usual_window
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import Hypothesis, Request, Underway
 from canter.inference.progress import Decoded, Tally
-from canter.inference.reading import Assembly, Fallback, ended_early, in_speech, segments_of, skipped
-from canter.inference.requests import Hypothesis, Request, Underway
-from canter.inference.segments import Segment
-from canter.inference.vad import DETECTORS, FRAME
+from canter.inference.transcript import language
+from canter.inference.transcript.pieces import Piece, cut, trimmed
+from canter.inference.transcript.reading import Assembly, Fallback, ended_early, in_speech, segments_of, skipped
+from canter.inference.transcript.segments import Segment
+from canter.inference.transcript.vad import DETECTORS, FRAME
 from canter.models.hub import checkpoint_of as checkpoint_of
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
@@ -123,9 +123,7 @@ class Listener:
         if slot is None:
             raise ConfigError("this model takes no text before what it transcribes")
         most = self.engine.model.config.decoder.positions // 2
-        text = " ".join(
-            context[-16 * most :].split()
-        )  # more than fits, so that a book costs no more than a page
+        text = " ".join(context[-16 * most :].split())  # more than fits, so that a book costs no more than a page
         ids = self.tokenizer.prompt_ids({**slots, slot: text})
         over = max(0, len(ids) - most)
         return ids[:1] + ids[1 + over :]  # before the text stands <|startofprev|>, or <|startofcontext|>
@@ -163,9 +161,7 @@ class Listener:
         for block in blocks:
             begun.append(block)
             if sum(map(len, begun)) > self.window * self.rate:
-                overlap = (
-                    self.config.overlap_seconds if self.engine.aligns else 0.0
-                )  # nothing could join them
+                overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # nothing could join them
                 yield from cut(chain(begun, blocks), self.detector, self.window, overlap, self.rate)
                 return
         if begun:
@@ -209,9 +205,7 @@ class Listener:
             nearby=nearby.samples if nearby else None,
         )
 
-    def segments(
-        self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None
-    ) -> list[Segment]:
+    def segments(self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None) -> list[Segment]:
         """Return the segments of a piece of so many seconds; none where Whisper heard nobody speak. ``voiced``: where
         somebody speaks in it (see `Piece`)."""
         found: list[Segment] = []
@@ -365,9 +359,7 @@ class _Open:
 class _Queue:
     """What waits for the engine, read ahead in threads, and what has not come back whole."""
 
-    def __init__(
-        self, listener: Listener, groups: Iterable[Iterable[tuple[int, Job]]], longest_seconds: float
-    ):
+    def __init__(self, listener: Listener, groups: Iterable[Iterable[tuple[int, Job]]], longest_seconds: float):
         self.listener, self.groups, self.longest = listener, groups, longest_seconds
         self.open: dict[int, _Open] = {}
         self.failed: deque[tuple[int, Transcription]] = deque()
@@ -440,9 +432,7 @@ class _Queue:
             request = self._begin(index, job)
             audio = job.audio
             if audio is None:
-                decoded = decode_utterance(
-                    job.utterance, self.listener.rate, track=self.listener.config.audio_track
-                )
+                decoded = decode_utterance(job.utterance, self.listener.rate, track=self.listener.config.audio_track)
                 audio = decoded.samples
                 self._note(index, decoded)
             self._count(index, audio)

@@ -51,14 +51,10 @@ class PlanCutSampler(CutSampler):
     has no empty batch.
     """
 
-    def __init__(
-        self, cuts: CutSet, plan: Plan, *, world_size: int | None = None, rank: int | None = None
-    ) -> None:
+    def __init__(self, cuts: CutSet, plan: Plan, *, world_size: int | None = None, rank: int | None = None) -> None:
         super().__init__(shuffle=True, drop_last=False, world_size=world_size, rank=rank, seed=plan.seed)
         if len(cuts) != len(plan.index):
-            raise PlanError(
-                f"{len(cuts)} cuts and an index of {len(plan.index)} rows: they must be the same, in order"
-            )
+            raise PlanError(f"{len(cuts)} cuts and an index of {len(plan.index)} rows: they must be the same, in order")
         if plan.micro_batches_per_step % self.world_size:
             raise PlanError(
                 f"{self.world_size} ranks do not divide the plan's {plan.micro_batches_per_step} micro-batches per step"
@@ -67,9 +63,7 @@ class PlanCutSampler(CutSampler):
         self._sampler = PlanSampler(plan, self.rank, self.world_size)
         self._rows: Iterator[list[int]] | None = None
         self._followed = False
-        self._owed: deque[int] = (
-            deque()
-        )  # for each batch drawn and not yet taken: the plan's batches it stands for
+        self._owed: deque[int] = deque()  # for each batch drawn and not yet taken: the plan's batches it stands for
 
     def set_epoch(self, epoch: int) -> None:
         self._sampler.set_epoch(epoch)

@@ -21,7 +21,7 @@ from canter.models.norm import merge_pending
 from canter.planning.plan import MicroBatch, Plan
 from canter.planning.sampler import StepSampler
 from canter.planning.windows import mix
-from canter.training.data import Address, MicroBatches, start_worker
+from canter.training.feed.data import Address, MicroBatches, start_worker
 
 logger = logging.getLogger(__name__)
 Step = list[tuple[int, Batch | None]]
@@ -43,9 +43,7 @@ class PlanDataModule(pl.LightningDataModule):
 
     def __init__(self, plan: Plan, data: MicroBatches, *, workers: int = 0):
         super().__init__()
-        self.plan = plan.within(
-            *(getattr(data, name, math.inf) for name in ("longest_seconds", "most_tokens"))
-        )
+        self.plan = plan.within(*(getattr(data, name, math.inf) for name in ("longest_seconds", "most_tokens")))
         self.data, self.workers = data, workers
         log_left_out(self.plan)
 
@@ -57,9 +55,7 @@ class PlanDataModule(pl.LightningDataModule):
             sampler=_StepNumbers(steps, lambda: trainer.global_step),
             batch_size=None,
             num_workers=self.workers,
-            generator=torch.Generator().manual_seed(
-                self.plan.seed
-            ),  # leaves the model's own randomness alone
+            generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the model's own randomness alone
             multiprocessing_context="forkserver" if self.workers else None,
             worker_init_fn=start_worker,
         )

@@ -5,6 +5,6 @@ merges the statistics of BatchNorm once a step, in the order of the plan.
 """
 
 from canter.models.norm import merge_pending
-from canter.training.data import MicroBatches, collate
+from canter.training.feed.data import MicroBatches, collate
 
 __all__ = ["MicroBatches", "collate", "merge_pending"]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
 from canter.errors import CheckpointError
-from canter.inference.capacity import encoder_batches
-from canter.inference.requests import EngineConfig
+from canter.inference.engine.capacity import encoder_batches
+from canter.inference.engine.requests import EngineConfig
 from canter.integrations.transformers_engine import GenerateEngine
 from canter.integrations.transformers_files import load_parts
 from canter.integrations.transformers_tokenizer import TransformersTokenizer
 from canter.models.cost import UtteranceCost, flops, kept_for_backward
-from canter.models.files import read_tensors, whole_folder
+from canter.models.formats.files import read_tensors, whole_folder
 from canter.models.model import Batch, Loss, attention_loss
 
 __all__ = ["TransformersModel", "TransformersTokenizer"]
@@ -74,9 +74,7 @@ class TransformersModel(nn.Module):
         model, extractor, tokenizer = load_parts(name, **kwargs)
         try:
             found = cls(model, extractor, tokenizer, prompt)
-            _ = (
-                found.frame_seconds
-            )  # of the model without storage: that the encoder takes what the extractor gives
+            _ = found.frame_seconds  # of the model without storage: that the encoder takes what the extractor gives
         except Exception as error:  # whatever transformers raises in a forward pass with such settings
             raise CheckpointError(f"{name}: its parts do not belong together ({error})") from None
         return found

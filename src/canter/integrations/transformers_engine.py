@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterable
 from typing import Any
 
-from canter.inference.engine import Engine
-from canter.inference.requests import EngineConfig, Hypothesis, Request, Underway
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway
 
 FRAME_SECONDS = 0.08  # in which the engine's settings count encoder frames
 

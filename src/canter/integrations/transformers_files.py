@@ -24,10 +24,10 @@ from transformers import (
 from transformers.utils import logging
 
 from canter.errors import CheckpointError
-from canter.models.files import check_safetensors, read_json, refuse_adapter, stored_bytes, tensor_files
-from canter.models.generation import check_generation
+from canter.models.formats.files import check_safetensors, read_json, refuse_adapter, stored_bytes, tensor_files
+from canter.models.formats.generation import check_generation
+from canter.models.formats.ranges import SMALL
 from canter.models.hub import checkpoint_of
-from canter.models.ranges import SMALL
 
 # How every part is read: with transformers' own classes alone, and from the disk alone.
 SAFELY = {"trust_remote_code": False, "local_files_only": True}
@@ -97,9 +97,7 @@ def _plain_generation(model: Any, folder: Path) -> GenerationConfig:
     known = vars(plain).keys() - set(GENERATION)
     kept = {name: value for name, value in vars(model.generation_config).items() if name not in known}
     size = model.get_output_embeddings().weight.shape[0]
-    for name, value in check_generation(
-        kept, source if source.exists() else folder / "config.json", size
-    ).items():
+    for name, value in check_generation(kept, source if source.exists() else folder / "config.json", size).items():
         setattr(plain, name, value)
     return plain
 
@@ -130,15 +128,9 @@ def check_folder(folder: Path) -> None:
     """
     config_file = folder / "config.json"
     refuse_adapter(folder)
-    if (
-        folder / "adapter_config.json"
-    ).exists():  # beside a model: peft, where it is installed, would load it too
-        raise CheckpointError(
-            f"{folder} holds an adapter, not a whole model; merge it into its base model first"
-        )
-    settings = {
-        name: read_json(folder / f"{name}.json") for name in SETTINGS if (folder / f"{name}.json").exists()
-    }
+    if (folder / "adapter_config.json").exists():  # beside a model: peft, where it is installed, would load it too
+        raise CheckpointError(f"{folder} holds an adapter, not a whole model; merge it into its base model first")
+    settings = {name: read_json(folder / f"{name}.json") for name in SETTINGS if (folder / f"{name}.json").exists()}
     config = settings.get("config") or read_json(config_file)
     for name in settings.keys() & {"config", "preprocessor_config", "processor_config"}:
         for setting, value in _numbers(settings[name]):
@@ -173,9 +165,7 @@ def check_folder(folder: Path) -> None:
     weights = folder / "model.safetensors"
     for file in tensor_files(weights):
         if not file.exists():
-            raise CheckpointError(
-                f"{file} is missing; copy the whole model folder (pickled weights are not read)"
-            )
+            raise CheckpointError(f"{file} is missing; copy the whole model folder (pickled weights are not read)")
         check_safetensors(file)
     with _quietly(folder), torch.device("meta"):
         shapes = AutoModelForSpeechSeq2Seq.from_config(AutoConfig.from_pretrained(folder, **SAFELY))

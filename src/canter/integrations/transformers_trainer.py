@@ -76,9 +76,7 @@ class PlanTrainerMixin:
         plan = plan.within(*_limits_of(kwargs.get("model", args[0] if args else None)))
         if plan.model is not None:
             count = len(plan.left_out())
-            logger.warning(
-                "%d of %d utterances are in no batch: the model cannot take them", count, len(plan.index)
-            )
+            logger.warning("%d of %d utterances are in no batch: the model cannot take them", count, len(plan.index))
         ranks, rank = settings.world_size, settings.process_index
         self._steps = StepSampler(plan, rank, ranks, first=self._first_step)
         _follow_the_plan(settings, self._steps.accumulation)
@@ -126,9 +124,7 @@ class PlanTrainerMixin:
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator().manual_seed(
-                self.plan.seed
-            ),  # leaves the model's own randomness alone
+            generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the model's own randomness alone
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -208,9 +204,7 @@ def _follow_the_plan(settings: Any, accumulation: int) -> None:
         ignored.append("auto_find_batch_size")
         settings.auto_find_batch_size = False
     if ignored:
-        warnings.warn(
-            f"{', '.join(ignored)}: has no effect, the plan says what a step is", UserWarning, stacklevel=4
-        )
+        warnings.warn(f"{', '.join(ignored)}: has no effect, the plan says what a step is", UserWarning, stacklevel=4)
     settings.gradient_accumulation_steps = accumulation
     settings.average_tokens_across_devices = True
 
@@ -289,9 +283,7 @@ class SpeechCollator:
             padding="max_length" if self.padded else "longest",
             pad_to_multiple_of=None if self.padded else 2 * self.extractor.hop_length,
         ).input_features
-        labels = [
-            torch.tensor(example["labels"][example["labels"][0] == self.start :]) for example in examples
-        ]
+        labels = [torch.tensor(example["labels"][example["labels"][0] == self.start :]) for example in examples]
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         return {"input_features": features, "labels": padded}
 

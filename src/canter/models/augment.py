@@ -23,9 +23,7 @@ class SpecAugmentConfig:
     """The widest of them, as a share of the utterance."""
 
 
-def spec_augment(
-    features: Tensor, lengths: Tensor, seeds: Sequence[int], config: SpecAugmentConfig
-) -> Tensor:
+def spec_augment(features: Tensor, lengths: Tensor, seeds: Sequence[int], config: SpecAugmentConfig) -> Tensor:
     """features (B, F, M), lengths (B,) in frames, a seed for each utterance -> features with bands of mel
     bins and stretches of frames set to 0, which is their mean."""
     _, frames, mels = features.shape

@@ -120,9 +120,7 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(y)
         return x + self.dropout(self.feed_forward(x))
 
-    def step(
-        self, x: Tensor, own: Tensor, cross: Tensor, own_mask: Tensor | None, cross_mask: Tensor | None
-    ) -> Tensor:
+    def step(self, x: Tensor, own: Tensor, cross: Tensor, own_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
         """New tokens x (B, N, D), whose keys and values go to the last N columns of ``own`` (2, B, H, U, K);
         ``cross`` (2, B, H, T, K); additive masks, or None where all is attended."""
         h = self.norm_self(x)
@@ -177,9 +175,7 @@ class Decoder(Stack):
         """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
         end, where causal attention never looks. ValueError for more tokens than there are positions."""
         if tokens.shape[1] > self.config.positions:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions"
-            )
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions")
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         mask = attention_mask(encoded_lengths, encoded.shape[1])
         return self.head(self.run(x, encoded, mask, layer_drop=self.config.layer_drop))
@@ -275,9 +271,7 @@ class Decoder(Stack):
         cache.column += n
         return x
 
-    def cross_weights(
-        self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
+    def cross_weights(self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Where the tokens (U,) of one row look: ``cross`` (L, 2, H, T, K) of its cache, ``heads`` pairs of
         layer and head -> weights (heads, U, T), float32, and logits (U, V)."""
         x = self.embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
@@ -294,9 +288,7 @@ class Decoder(Stack):
             x = x + layer.feed_forward(x)
         return torch.stack([found[pair] for pair in heads]), self.head(x)[0]
 
-    def fixed_step(
-        self, tokens: Tensor, column: Tensor, cache: DecoderCache, columns: int, frames: int
-    ) -> Tensor:
+    def fixed_step(self, tokens: Tensor, column: Tensor, cache: DecoderCache, columns: int, frames: int) -> Tensor:
         """As ``step``, of shapes and addresses that do not change from step to step, for CUDA graphs.
 
         tokens (R, N) of the first R slots, live or not; ``column`` (1,) is the cache's, on the device, below

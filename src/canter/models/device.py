@@ -22,9 +22,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"--device {name}: no such device; use cpu, cuda or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: there are only {torch.cuda.device_count()} GPUs here, cuda:0 the first"
-        )
+        raise ConfigError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs here, cuda:0 the first")
     if device.type == "cuda":
         _suit_changing_shapes()
     return device

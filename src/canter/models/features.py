@@ -94,9 +94,7 @@ class LogMel(nn.Module):
         """Valid feature frames of so many samples (an int or a tensor)."""
         return samples // self.config.hop
 
-    def forward(
-        self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in
         frames.
 
@@ -168,9 +166,7 @@ class WhisperLogMel(nn.Module):
             return samples * 0 + round(config.pad_seconds * config.sample_rate) // config.hop
         return (samples + config.hop - 1) // config.hop
 
-    def forward(
-        self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,)
         in frames.
 
@@ -183,8 +179,7 @@ class WhisperLogMel(nn.Module):
             if audio.shape[1] > size and int(lengths.max()) > size:
                 seconds = int(lengths.max()) / config.sample_rate
                 raise ValueError(
-                    f"an utterance of {seconds:.2f} s is longer than Whisper's {config.pad_seconds:g} s; "
-                    "cut it first"
+                    f"an utterance of {seconds:.2f} s is longer than Whisper's {config.pad_seconds:g} s; cut it first"
                 )
         with torch.autocast(audio.device.type, enabled=False):
             audio = audio.float()
@@ -198,9 +193,7 @@ class WhisperLogMel(nn.Module):
             audio = F.pad(audio, (0, width - audio.shape[1]))
             ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
             audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
-            spectrum = torch.stft(
-                audio, config.n_fft, config.hop, window=self.taper, center=False, return_complex=True
-            )
+            spectrum = torch.stft(audio, config.n_fft, config.hop, window=self.taper, center=False, return_complex=True)
             power = power_of(spectrum[:, :, :heard])
             features = torch.matmul(self.filters, power).clamp(min=1e-10).log10().transpose(1, 2)
             features = F.pad(features, (0, 0, 0, total - heard), value=-10.0)

@@ -82,7 +82,7 @@ def _like(name: str) -> str:
 
 def _refuse_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
-        from canter.models.files import refuse_adapter  # with torch
+        from canter.models.formats.files import refuse_adapter  # with torch
 
         refuse_adapter(folder)
 
@@ -99,9 +99,7 @@ def _of_run(path: Path) -> Path:
                 raise ValueError(f"its checkpoint is {name!r:.80}")
             chosen = checkpoints / name
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{best} is damaged ({error}); name a folder of {checkpoints} instead"
-            ) from None
+            raise CheckpointError(f"{best} is damaged ({error}); name a folder of {checkpoints} instead") from None
         if chosen.is_dir():
             return chosen
     whole = sorted(file.parent for file in checkpoints.glob("step-*/config.json"))
@@ -127,9 +125,7 @@ def _of_hub(name: str, revision: str | None) -> Path:
                 if gated
                 else "no file or folder here, and no public model of the Hugging Face hub"
             )
-            raise CheckpointError(
-                f"{name}: {why}; for a private or gated model log in with 'hf auth login'"
-            ) from None
+            raise CheckpointError(f"{name}: {why}; for a private or gated model log in with 'hf auth login'") from None
         except CheckpointError:
             raise
         except Exception as error:  # the client's errors differ by version; what the cache holds will do
@@ -145,7 +141,7 @@ def _short(error: Exception) -> str:
 def _fetched(name: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
-    from canter.models.files import read_json
+    from canter.models.formats.files import read_json
 
     info = HfApi().model_info(name, revision=revision, timeout=SECONDS)
     files = [file.rfilename for file in info.siblings or []]
@@ -163,7 +159,7 @@ def _fetched(name: str, revision: str | None) -> Path:
 def _cached(name: str, revision: str | None, why: str) -> Path:
     from huggingface_hub import constants, errors, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
-    from canter.models.files import read_json
+    from canter.models.formats.files import read_json
 
     at = f"@{revision}" if revision else ""
     told = f" --revision {revision}" if revision else ""
@@ -204,7 +200,7 @@ def _wanted(name: str, files: Sequence[str], read_index: Any) -> list[str]:
     if "config.json" in files and WEIGHTS in files:
         return [*settings, WEIGHTS]
     if "config.json" in files and WEIGHTS_INDEX in files:
-        from canter.models.files import shard_names
+        from canter.models.formats.files import shard_names
 
         shards = shard_names(read_index(), f"{name}: {WEIGHTS_INDEX}")
         return [*settings, WEIGHTS_INDEX, *shards]

@@ -81,9 +81,7 @@ class Batch:
         return self if keep.all() else self.take(keep.nonzero()[:, 0]) if keep.any() else None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
-        )
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
     def pin_memory(self) -> "Batch":
         """In memory that a GPU reads from by itself; DataLoader asks for it by this name."""
@@ -136,11 +134,7 @@ class SpeechModel(nn.Module):
         narrow, wide = config.encoder.width, config.decoder.width
         self.projection = nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
         self.decoder = Decoder(config.decoder)
-        self.ctc = (
-            nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary)
-            if config.ctc_vocabulary
-            else None
-        )
+        self.ctc = nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary) if config.ctc_vocabulary else None
 
     # What training, tuning and decoding ask of any model, ours or another library's (docs/models.md).
 

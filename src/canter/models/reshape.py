@@ -15,7 +15,7 @@ from torch import Tensor
 
 from canter.errors import ConfigError
 from canter.models.cost import parameters, utterance_cost
-from canter.models.fitting import build
+from canter.models.formats.fitting import build
 from canter.models.model import ModelConfig, SpeechModel
 
 Growth = Literal["identity", "copy"]
@@ -61,15 +61,11 @@ def reshape(
     encoder, decoder = model.config.encoder, model.config.decoder
     wide, deep = encoder_layers or encoder.layers, decoder_layers or decoder.layers
     if deep > decoder.layers:
-        raise ConfigError(
-            f"--decoder-layers {deep} is more than the {decoder.layers} there are; decoders only shrink"
-        )
+        raise ConfigError(f"--decoder-layers {deep} is more than the {decoder.layers} there are; decoders only shrink")
     if min(wide, deep) < 1:
         raise ConfigError("encoder and decoder need at least one layer each")
     if wide > encoder.layers and growth == "identity" and not model.encoder.outputs:
-        raise ConfigError(
-            "this encoder does not tell how to make a layer of no effect; take the growth 'copy'"
-        )
+        raise ConfigError("this encoder does not tell how to make a layer of no effect; take the growth 'copy'")
     config = with_layers(model.config, wide, deep)
     fresh = build(config, "reshape")
     tensors = {name: x for name, x in model.state_dict().items() if ".layers." not in name}

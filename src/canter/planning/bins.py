@@ -70,9 +70,7 @@ def estimate_bins(lengths: Lengths, rows: int, columns: int = 1) -> Bins:
     return Bins(seconds, tokens)
 
 
-def optimal_bins(
-    lengths: Lengths, budget: Budget, rows: int, columns: int = 1, resolution: int = 400
-) -> Bins:
+def optimal_bins(lengths: Lengths, budget: Budget, rows: int, columns: int = 1, resolution: int = 400) -> Bins:
     """Bins that make the expected padded cost least: dynamic programming over duration edges, then over token edges.
 
     The cost of a bin is its count times the seconds of one utterance padded to the bin's corner. Candidate edges

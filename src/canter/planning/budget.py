@@ -77,9 +77,7 @@ class Budget:
             if not math.isfinite(value) or value < 0:
                 raise BudgetError(f"budget: {name} is {value}; it must be a finite number, zero or more")
         if self.frame_seconds == 0:
-            raise BudgetError(
-                "budget: frame_seconds is 0; it is the seconds of one encoder frame, such as 0.08"
-            )
+            raise BudgetError("budget: frame_seconds is 0; it is the seconds of one encoder frame, such as 0.08")
         if self.limit_bytes <= self.fixed_bytes:
             raise BudgetError(
                 f"budget: memory.limit_bytes ({self.limit_bytes:.0f}) leaves nothing above memory.fixed_bytes "
@@ -173,9 +171,7 @@ class Budget:
         try:
             value = read_json_value(path, BudgetError)
         except FileNotFoundError:
-            raise BudgetError(
-                f"{path}: no such budget; make one with 'canter tune', or name a model shape"
-            ) from None
+            raise BudgetError(f"{path}: no such budget; make one with 'canter tune', or name a model shape") from None
         except OSError as error:
             raise BudgetError(f"{path} cannot be read ({error.strerror or error})") from None
         try:
@@ -213,9 +209,7 @@ def _object(value: Any, name: str, required: set[str], optional: set[str]) -> di
     for key in sorted(required - value.keys()):
         raise BudgetError(f"budget: {prefix}{key} is missing")
     for key in sorted(value.keys() - required - optional):
-        raise BudgetError(
-            f"budget: {prefix}{key} is not a field; known: {', '.join(sorted(required | optional))}"
-        )
+        raise BudgetError(f"budget: {prefix}{key} is not a field; known: {', '.join(sorted(required | optional))}")
     return value
 
 

@@ -12,9 +12,7 @@ from canter.errors import PlanError
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 
-SCHEMA = pa.schema(
-    [("step", pa.int64()), ("micro_batch", pa.int32()), ("rank", pa.int32()), ("row", pa.int64())]
-)
+SCHEMA = pa.schema([("step", pa.int64()), ("micro_batch", pa.int32()), ("rank", pa.int32()), ("row", pa.int64())])
 
 
 def write_plan(plan: Plan, path: str | Path, ranks: int = 1) -> None:
@@ -37,9 +35,7 @@ def write_plan(plan: Plan, path: str | Path, ranks: int = 1) -> None:
                 size = np.diff(cut.batches)
                 columns = [np.repeat(np.arange(len(cut)) + before, batches), number, rank]
                 arrays = [*(np.repeat(column, size) for column in columns), cut.rows]
-                writer.write_table(
-                    pa.table([pa.array(a, f.type) for a, f in zip(arrays, SCHEMA)], schema=SCHEMA)
-                )
+                writer.write_table(pa.table([pa.array(a, f.type) for a, f in zip(arrays, SCHEMA)], schema=SCHEMA))
                 before += len(cut)
         partial.replace(path)
     finally:

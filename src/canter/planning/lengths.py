@@ -61,9 +61,7 @@ class Lengths:
         return Lengths(self.seconds[rows], self.frames[rows], self.tokens[rows])
 
     @classmethod
-    def of(
-        cls, index: Index, rows: np.ndarray | slice, budget: Budget, grid: tuple[int, int] = (1, 1)
-    ) -> Lengths:
+    def of(cls, index: Index, rows: np.ndarray | slice, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Lengths:
         """Of some rows of an index; `grid` rounds T and U up to multiples."""
         seconds = np.asarray(index.seconds[rows])
         tokens = np.asarray(index.tokens[rows]).astype(np.int64)
@@ -103,9 +101,7 @@ class ModelLimits:
         """Return whether any utterance of the index is longer, spoken at its ``slowest`` speed."""
         if not len(index):
             return False
-        return (
-            float(np.max(index.seconds)) / slowest > self.seconds or int(np.max(index.tokens)) > self.tokens
-        )
+        return float(np.max(index.seconds)) / slowest > self.seconds or int(np.max(index.tokens)) > self.tokens
 
 
 def rate_limits(value: float | str | Sequence[Any] | None) -> RateLimits:
@@ -134,9 +130,7 @@ def rate_limits(value: float | str | Sequence[Any] | None) -> RateLimits:
 
 def _rate_limit(word: Any, alone: bool) -> tuple[float, float]:
     """Return (duration, limit) of a pair or of a word such as "10:30"; "25" alone has no bound on duration."""
-    parts = (
-        word.split(":") if isinstance(word, str) else [word] if isinstance(word, int | float) else list(word)
-    )
+    parts = word.split(":") if isinstance(word, str) else [word] if isinstance(word, int | float) else list(word)
     try:
         numbers = [float(part) for part in parts]
     except (TypeError, ValueError):

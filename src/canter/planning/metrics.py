@@ -48,9 +48,7 @@ class BatchTable:
         before = np.cumsum([0] + [len(t.size) for t in tables])
         steps = [t.steps[1:] + start for t, start in zip(tables, before)]
         columns = {
-            f.name: np.concatenate([getattr(t, f.name) for t in tables])
-            for f in fields(cls)
-            if f.name != "steps"
+            f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(cls) if f.name != "steps"
         }
         return cls(**columns, steps=np.concatenate([[0], *steps]).astype(np.int64))
 

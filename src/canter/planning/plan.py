@@ -77,9 +77,7 @@ class Position:
         try:
             epoch, window, step = (value[name] for name in ("epoch", "window", "step"))
             if not all(isinstance(n, int) and n >= 0 for n in (epoch, window, step)):
-                raise PlanError(
-                    f"position: epoch, window and step must be whole numbers, zero or more: {value}"
-                )
+                raise PlanError(f"position: epoch, window and step must be whole numbers, zero or more: {value}")
             return cls(epoch, window, step, str(value["plan"]))
         except KeyError as error:
             raise PlanError(f"position: {error.args[0]} is missing") from None
@@ -189,9 +187,7 @@ class Plan:
     def at_epoch(self, epoch: int) -> Plan:
         """The same plan for another epoch; what was learnt of the index is shared."""
         other = object.__new__(Plan)
-        other.__dict__.update(
-            {k: v for k, v in self.__dict__.items() if k not in ("_fingerprint", "table_of_steps")}
-        )
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_fingerprint", "table_of_steps")})
         other.epoch, other._recent = epoch, OrderedDict()
         other.windows = Windows(self.index, self.seed, epoch, self.window, self.endless, self.block)
         return other
@@ -356,11 +352,7 @@ class Plan:
 
     def position(self, number: int) -> Position:
         """Position of the step `number`: the state of a run that has taken the steps before it."""
-        return (
-            self._position(*self._find(number))
-            if number < len(self)
-            else self._position(self.windows.count or 0, 0)
-        )
+        return self._position(*self._find(number)) if number < len(self) else self._position(self.windows.count or 0, 0)
 
     def number(self, position: Position) -> int:
         """The step number of a position."""
@@ -447,9 +439,7 @@ class Plan:
         if near and len(self._form(0, least_steps=1).batches) < len(cut.batches):
             short = len(cut) < self.least_steps(0)
             by: Cause = "utterances" if short else "min_steps"
-        elif len(cut.batches) <= self.micro_batches_per_step + 1 and room < FULL * (
-            own.limit_bytes - own.fixed_bytes
-        ):
+        elif len(cut.batches) <= self.micro_batches_per_step + 1 and room < FULL * (own.limit_bytes - own.fixed_bytes):
             by = "utterances"
         elif memory is not None and float(used.mean()) < FULL * budget.limit_bytes:
             by = "batch_seconds"

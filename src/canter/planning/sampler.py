@@ -95,9 +95,7 @@ class StepSampler:
     the next pass goes on there. Every utterance still comes exactly once an epoch.
     """
 
-    def __init__(
-        self, plan: Plan, rank: int = 0, ranks: int = 1, first: Callable[[], int] = lambda: 0
-    ) -> None:
+    def __init__(self, plan: Plan, rank: int = 0, ranks: int = 1, first: Callable[[], int] = lambda: 0) -> None:
         if not 0 <= rank < ranks:
             raise PlanError(f"rank {rank} of {ranks}: ranks count from 0")
         self.rank, self.ranks, self.first = rank, ranks, first

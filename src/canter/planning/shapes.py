@@ -61,9 +61,7 @@ def check_shape(budget: Budget, model: str) -> None:
     shape = known_shape(model)
     named = str(budget.measured_on.get("model", "")).removeprefix("analytic ")
     if named in SHAPES and named != model:
-        raise BudgetError(
-            f"the budget is of {named}, not of {model}: name that model, or none, or another budget"
-        )
+        raise BudgetError(f"the budget is of {named}, not of {model}: name that model, or none, or another budget")
     if budget.frame_seconds != shape.frame_seconds:
         raise BudgetError(
             f"the budget counts frames of {budget.frame_seconds:g} s and {model} has frames of "

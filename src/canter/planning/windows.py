@@ -27,9 +27,7 @@ def mix(*parts: int) -> int:
     """64 well-mixed bits of some integers (splitmix64's finaliser, chained)."""
     state = 0x9E3779B97F4A7C15
     for part in parts:
-        state = (
-            state + (part & 0xFFFFFFFFFFFFFFFF) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15
-        ) & 0xFFFFFFFFFFFFFFFF
+        state = (state + (part & 0xFFFFFFFFFFFFFFFF) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31

@@ -43,17 +43,13 @@ def budget_figure(
         f"memory, {unit}",
     )
     timed = [p for p in fitting if np.isfinite(p.seconds)]
-    _against(
-        middle, [budget.step_seconds(*p.shape) for p in timed], [p.seconds for p in timed], "a step, seconds"
-    )
+    _against(middle, [budget.step_seconds(*p.shape) for p in timed], [p.seconds for p in timed], "a step, seconds")
     _largest(figure, right, budget, np.asarray(seconds, float), np.asarray(tokens, float))
     return figure
 
 
 @styled
-def largest_batches(
-    budget: Budget, seconds: Values, tokens: Values, *, size: tuple[float, float] = HALF
-) -> Figure:
+def largest_batches(budget: Budget, seconds: Values, tokens: Values, *, size: tuple[float, float] = HALF) -> Figure:
     """The largest batch over duration and tokens, with the utterances (N,) on top."""
     figure = Figure(figsize=size, layout="constrained")
     _largest(figure, figure.subplots(), budget, np.asarray(seconds, float), np.asarray(tokens, float))
@@ -100,9 +96,7 @@ def _largest(figure: Figure, axes: Axes, budget: Budget, seconds: np.ndarray, to
         lines = axes.contour(x, y, grid, levels=levels, colors="white", linewidths=0.8)
         axes.clabel(lines, fmt="%d", fontsize=8.5)
     stride = slice(None, None, max(1, len(seconds) // SHOWN))
-    axes.scatter(
-        seconds[stride], tokens[stride], s=3, color="white", alpha=0.5, linewidths=0, rasterized=True
-    )
+    axes.scatter(seconds[stride], tokens[stride], s=3, color="white", alpha=0.5, linewidths=0, rasterized=True)
     alone = budget.max_batch(budget.frames(seconds[stride]), tokens[stride].astype(np.int64)) < 1
     axes.scatter(seconds[stride][alone], tokens[stride][alone], s=9, color=VERMILLION, linewidths=0)
     axes.set(xlabel="seconds", ylabel="tokens", xlim=(0, right), ylim=(0, top))

@@ -235,9 +235,7 @@ def rank_timeline(seconds: Sequence[Sequence[float]], *, size: tuple[float, floa
     slowest = table.max(axis=1)
     starts = np.concatenate([[0.0], np.cumsum(slowest)[:-1]])
     for rank in range(ranks):
-        axes.broken_barh(
-            list(zip(starts, slowest)), (rank - 0.4, 0.8), facecolors=GRID, rasterized=table.size > 5000
-        )
+        axes.broken_barh(list(zip(starts, slowest)), (rank - 0.4, 0.8), facecolors=GRID, rasterized=table.size > 5000)
         colors = [(BLUE, SKY)[step % 2] for step in range(len(table))]
         axes.broken_barh(
             list(zip(starts, table[:, rank])),
@@ -313,9 +311,7 @@ def ladder(
     axes.barh(rows, hours * share, left=hours * (1 - share), height=0.62, color=GRID)
     for row, total, part in zip(rows, hours, share):
         label = f"{total:.3g} {unit}  ·  {part:.1%} padding"
-        axes.annotate(
-            label, (total, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=10
-        )
+        axes.annotate(label, (total, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=10)
     axes.set_yticks(rows, names, fontsize=10.5, color=INK)
     axes.set_xlim(0, hours.max() * 1.24)
     axes.invert_yaxis()

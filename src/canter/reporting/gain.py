@@ -17,7 +17,7 @@ from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.plan import Plan
 from canter.planning.strategies import Bucket2D, Random, Strategy
 from canter.reporting.run_folder import Row, Run, is_number
-from canter.training.speed import speeds_of
+from canter.training.feed.speed import speeds_of
 
 MOST_ROWS = 200_000  # utterances planned; more are sampled
 FILLED = 0.9  # fraction of the memory that a run's largest batch must take for memory to be its limit
@@ -105,9 +105,7 @@ def gain(run: Run) -> Gain | None:
     batch = _typical(seconds, batches, table)
     drawn = np.random.default_rng(0).choice(planned.seconds, min(len(batch), len(planned)), replace=False)
     audio = float(np.sum(index.seconds, dtype=np.float64))
-    return Gain(
-        others, own, fills, len(planned), own.figures.utterances, len(index), audio, batch, drawn.tolist()
-    )
+    return Gain(others, own, fills, len(planned), own.figures.utterances, len(index), audio, batch, drawn.tolist())
 
 
 def _batching(name: str, found: Figures, utterances: int, work: float | None = None) -> Batching:
@@ -117,9 +115,7 @@ def _batching(name: str, found: Figures, utterances: int, work: float | None = N
     return Batching(name, replace(found, hours=found.hours * (work or times)), found.steps * times)
 
 
-def _of_mean_batch(
-    mean: float, plan: Callable[[float], Figures], budget: Budget, index: LengthIndex
-) -> Figures:
+def _of_mean_batch(mean: float, plan: Callable[[float], Figures], budget: Budget, index: LengthIndex) -> Figures:
     """Return the figures of a plan whose memory is limited (by bisection) so that its mean batch is about ``mean``."""
     frames, tokens = budget.frames(np.asarray(index.seconds)), np.asarray(index.tokens, np.int64)
     alone = budget.bytes(1, frames, tokens)

@@ -124,8 +124,7 @@ def table(
 
     def line(tag: str, cells: Sequence[object]) -> list[Html]:
         return [
-            element(tag, cell, class_="text" if place < text_columns else "number")
-            for place, cell in enumerate(cells)
+            element(tag, cell, class_="text" if place < text_columns else "number") for place, cell in enumerate(cells)
         ]
 
     body = [
@@ -136,9 +135,7 @@ def table(
     return element("div", element("table", head, element("tbody", *body)), class_="table")
 
 
-def transcripts(
-    examples: Iterable[tuple[str, str, str, str | None]], normalize: Normalization = "standard"
-) -> Html:
+def transcripts(examples: Iterable[tuple[str, str, str, str | None]], normalize: Normalization = "standard") -> Html:
     """Return references above hypotheses, errors marked: rows of (label, reference, hypothesis, language)."""
     blocks = []
     for label, reference, hypothesis, lang in examples:
@@ -233,7 +230,5 @@ def write(document: Html, path: str | os.PathLike[str]) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"the page cannot be written to {path} ({error.strerror}); name another file"
-        ) from None
+        raise ConfigError(f"the page cannot be written to {path} ({error.strerror}); name another file") from None
     return path

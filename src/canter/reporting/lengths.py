@@ -55,9 +55,7 @@ def lengths_figure(index: LengthIndex, path: str | Path, summary: Summary, title
     top.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)
     right.tick_params(bottom=False, labelbottom=False, left=False, labelleft=False)
     joint.spines[["top", "right"]].set_visible(False)
-    top.set_title(
-        f"{title}: {summary.rows:,} utterances, {summary.hours:,.1f} hours", loc="left", fontsize=11
-    )
+    top.set_title(f"{title}: {summary.rows:,} utterances, {summary.hours:,.1f} hours", loc="left", fontsize=11)
     figure.colorbar(mesh, ax=right, label="utterances", shrink=0.8)
     try:
         figure.savefig(path, dpi=150)

@@ -124,9 +124,7 @@ def _throughput(run: Run, found: Gain | None) -> Iterator[Html]:
     if timed > 1:
         median = float(np.nanmedian(seconds))
         series = {"seconds": (steps.tolist(), seconds.tolist())}
-        top = 4 * float(
-            np.nanquantile(seconds, 0.9)
-        )  # a first step that waits for workers would flatten the rest
+        top = 4 * float(np.nanquantile(seconds, 0.9))  # a first step that waits for workers would flatten the rest
         drawing = figures.curves({"seconds": (steps, np.minimum(seconds, top))}, smoothed=True)
         caption = f"Seconds a step: median {median:.3g}, 95% below {np.nanquantile(seconds, 0.95):.3g}."
         yield _curve(drawing, "Step time", caption, series, "{:.3g}")
@@ -140,9 +138,7 @@ def _throughput(run: Run, found: Gain | None) -> Iterator[Html]:
     if np.isfinite(wait).sum() > 1 and np.nansum(wait) > NEGLIGIBLE * np.nansum(seconds) > 0:
         share = wait / np.maximum(seconds, 1e-9)
         drawing = figures.curves({"wait": (steps, share)}, percent=True, smoothed=True)
-        caption = (
-            f"Fraction of a step in which the device had nothing to do; {duration(np.nansum(wait))} in all."
-        )
+        caption = f"Fraction of a step in which the device had nothing to do; {duration(np.nansum(wait))} in all."
         series = {"waiting": (steps.tolist(), share.tolist())}
         yield _curve(drawing, "Waiting for data", caption, series, "{:.1%}")
 

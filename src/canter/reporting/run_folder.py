@@ -85,9 +85,7 @@ class Run:
         """Return the transcripts kept of the validation at ``step``; empty without any."""
         path = self.folder / "validation" / f"step-{step:06d}.jsonl"
         rows = read_json_lines(path, []) if path.exists() else []
-        return [
-            row for row in rows if isinstance(row.get("text"), str) and isinstance(row.get("pred_text"), str)
-        ]
+        return [row for row in rows if isinstance(row.get("text"), str) and isinstance(row.get("pred_text"), str)]
 
     def logged_steps(self) -> list[Row]:
         """Return rows of ``utterances.jsonl``: all, or of a long run about `SAMPLED_STEPS` evenly spaced ones."""
@@ -118,9 +116,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if repeated > 0:
         missing.append(f"{repeated} steps were repeated after a resume; the last time counts.")
     listed = {
-        name: read_json_lines(folder / f"{name}.jsonl", missing)
-        if (folder / f"{name}.jsonl").exists()
-        else []
+        name: read_json_lines(folder / f"{name}.jsonl", missing) if (folder / f"{name}.jsonl").exists() else []
         for name in ("skipped", "left_out", "lengths.skipped")
     }
     checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*") if path.is_dir())

@@ -184,9 +184,7 @@ def comparison(run: Run, found: Gain) -> str:
     if found.fills_memory:
         limit = "The memory budget limits the batches, of this run and of the others."
     else:
-        limit = (
-            f"{limited_by(run)} The others have batches of the same mean size, so as many updates an epoch."
-        )
+        limit = f"{limited_by(run)} The others have batches of the same mean size, so as many updates an epoch."
     whole = f"all {len(index):,}" if found.utterances == len(index) else f"a sample of {found.utterances:,}"
     text = (
         f"{limit} Predicted figures are the planner's, for {whole} utterances of lengths.arrow, with the memory and "
@@ -277,9 +275,7 @@ def problems(run: Run, count: int = 50) -> list[Html]:
         rows = []
         for row in run.events[:count]:
             rest = {k: v for k, v in row.items() if k not in ("kind", "step", "what", "time", "rows")}
-            rows.append(
-                (row.get("step", ""), row.get("what", ""), ", ".join(f"{k} {v}" for k, v in rest.items()))
-            )
+            rows.append((row.get("step", ""), row.get("what", ""), ", ".join(f"{k} {v}" for k, v in rest.items())))
         more = f", the first {count} of {len(run.events):,}" if len(run.events) > count else ""
         blocks += [
             html.element("h3", f"Events{more}"),
@@ -322,10 +318,7 @@ def resolved(run: Run) -> list[tuple[str, str]]:
             for key, value in run.settled.items()
             if not isinstance(value, dict) and key != "checksum"
         ),
-        *(
-            (f"batches: {key.replace('_', ' ')}", value)
-            for key, value in (run.settled.get("batches") or {}).items()
-        ),
+        *((f"batches: {key.replace('_', ' ')}", value) for key, value in (run.settled.get("batches") or {}).items()),
         ("batching strategy", run.settings.get("strategy")),
     ]
     optimizer = run.settings.get("optimizer")
@@ -337,11 +330,7 @@ def resolved(run: Run) -> list[tuple[str, str]]:
     return [
         (
             name,
-            f"{value:,.4g}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value),
+            f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
         )
         for name, value in rows
         if value is not None

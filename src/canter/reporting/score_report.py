@@ -82,6 +82,4 @@ def _frequent(result: Score) -> list[tuple[str, str, str]]:
 def _utterance(item: ScoredUtterance, transcript: Transcript) -> Html:
     reference = " ".join(word for _, word, _ in item.alignment if word)
     label = f"{transcript.name}, line {transcript.line}"
-    return html.transcript(
-        label, f"WER {percent(item.counts.wer, 0)}", reference, html.aligned(item.alignment)
-    )
+    return html.transcript(label, f"WER {percent(item.counts.wer, 0)}", reference, html.aligned(item.alignment))

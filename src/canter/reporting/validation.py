@@ -42,9 +42,7 @@ def validation_transcripts(run: Run) -> list[Html]:
 
 def _kept(run: Run, row: Row) -> list[Row]:
     """Return a validation's transcripts: those kept of all its utterances, else the few in the metrics."""
-    examples = [
-        e for e in row.get("examples") or () if isinstance(e, dict) and "text" in e and "pred_text" in e
-    ]
+    examples = [e for e in row.get("examples") or () if isinstance(e, dict) and "text" in e and "pred_text" in e]
     return run.transcripts(row["step"]) or examples
 
 

@@ -18,10 +18,10 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from canter import __version__
-from canter.inference.formats import finite, srt, vtt, whisper_json
-from canter.inference.requests import Request as Wanted
-from canter.inference.segments import Segment
-from canter.inference.subtitles import SENTENCES
+from canter.inference.engine.requests import Request as Wanted
+from canter.inference.transcript.formats import finite, srt, vtt, whisper_json
+from canter.inference.transcript.segments import Segment
+from canter.inference.transcript.subtitles import SENTENCES
 from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
@@ -115,9 +115,7 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         if name not in service.config.names:
-            raise ApiError(
-                404, f"there is no model {name!r} here, only {model['id']!r}", "model", "model_not_found"
-            )
+            raise ApiError(404, f"there is no model {name!r} here, only {model['id']!r}", "model", "model_not_found")
         return JSONResponse(model)
 
     @app.post("/v1/audio/transcriptions", openapi_extra=_BODY)
@@ -226,9 +224,7 @@ def _is_key(given: bytes, keys: frozenset[str]) -> bool:
     for key in keys:
         with contextlib.suppress(UnicodeEncodeError):
             known.add(key.encode("latin-1"))
-    matches = [
-        hmac.compare_digest(given, one) for one in known
-    ]  # all of them, so that the time tells nothing
+    matches = [hmac.compare_digest(given, one) for one in known]  # all of them, so that the time tells nothing
     return any(matches)
 
 
@@ -312,9 +308,7 @@ class _Client:
             pass
 
 
-async def _events(
-    service: Service, client: _Client, audio: Audio, asked: Asked, wanted: Wanted
-) -> AsyncIterator[str]:
+async def _events(service: Service, client: _Client, audio: Audio, asked: Asked, wanted: Wanted) -> AsyncIterator[str]:
     """Yield OpenAI's events: a ``transcript.text.delta`` for each segment as soon as it is decoded, and a
     ``transcript.text.done`` with the whole. Ours have the ``segment`` with its times beside the delta, and the
     ``language`` of the audio, its ``duration`` in seconds and the ``timing``; where ``response_format`` is one of
@@ -338,8 +332,7 @@ async def _events(
                     }
                     if "word" in asked.granularities:
                         times["words"] = [
-                            {"word": word.text.strip(), "start": word.start, "end": word.end}
-                            for word in segment.words
+                            {"word": word.text.strip(), "start": word.start, "end": word.end} for word in segment.words
                         ]
                     segments.append(segment)
                     yield _event(
@@ -411,9 +404,7 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
     words = [word for segment in value["segments"] for word in segment.pop("words", [])]
     if "word" in asked.granularities:
         # Without the space before each that Whisper's files have, as OpenAI's API gives words.
-        value["words"] = [
-            {"word": word["word"].strip(), "start": word["start"], "end": word["end"]} for word in words
-        ]
+        value["words"] = [{"word": word["word"].strip(), "start": word["start"], "end": word["end"]} for word in words]
         if "segment" not in asked.granularities:
             del value["segments"]
     return JSONResponse(finite(value | {"usage": _usage(audio), "timing": milliseconds}), headers=headers)

@@ -50,14 +50,10 @@ class _EngineCounters(Collector):
 class Metrics:
     """Counters of one service, in a registry of its own."""
 
-    def __init__(
-        self, scheduler: Scheduler, requests: Callable[[], float], audio_inside: Callable[[], float]
-    ):
+    def __init__(self, scheduler: Scheduler, requests: Callable[[], float], audio_inside: Callable[[], float]):
         disable_created_metrics()  # a line more for each figure, which nobody draws
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "canter_requests", "Requests answered.", ["endpoint", "status"], registry=registry
-        )
+        self.requests = Counter("canter_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
         self.latency = Histogram(
             "canter_request_seconds",
             "From a request's header to the end of its answer.",
@@ -66,9 +62,7 @@ class Metrics:
             registry=registry,
         )
         self.audio = Counter("canter_audio_seconds", "Seconds of audio transcribed.", registry=registry)
-        self.refused = Counter(
-            "canter_refused", "Requests turned away before any work.", ["reason"], registry=registry
-        )
+        self.refused = Counter("canter_refused", "Requests turned away before any work.", ["reason"], registry=registry)
         self.cancelled = Counter("canter_cancelled", "Requests given up half-way.", registry=registry)
         for name, text, value in (
             ("canter_requests_inside", "Requests in the service.", requests),

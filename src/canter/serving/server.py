@@ -16,12 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from canter.errors import ConfigError
 
 ANY_ADDRESS = "*.*.*.*"
-RECEIVED_BYTES = (
-    2**14
-)  # taken from a socket at once: what the event loop does before it looks at other clients
-MOST_SHREDS = (
-    1000  # chunks of a body (chunked transfer encoding) from which on they must be SHRED_BYTES on average
-)
+RECEIVED_BYTES = 2**14  # taken from a socket at once: what the event loop does before it looks at other clients
+MOST_SHREDS = 1000  # chunks of a body (chunked transfer encoding) from which on they must be SHRED_BYTES on average
 SHRED_BYTES = 64
 HEADER_BYTES = 2**16  # of a request
 
@@ -89,9 +85,7 @@ class _Unshredded(h11.Connection):
             self._chunks += 1
             self._bytes += len(event.data)
             tiny = self._chunks > MOST_SHREDS and self._bytes < SHRED_BYTES * self._chunks
-            if (
-                tiny and self.our_state is h11.SEND_RESPONSE
-            ):  # later nothing can be answered, nor is it read for long
+            if tiny and self.our_state is h11.SEND_RESPONSE:  # later nothing can be answered, nor is it read for long
                 raise h11.RemoteProtocolError("the body comes in too small chunks")
         elif isinstance(event, h11.Request):
             self._chunks = self._bytes = 0

@@ -14,13 +14,13 @@ import numpy as np
 from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
-from canter.inference.engine import Engine
-from canter.inference.formats import SUBTITLES
-from canter.inference.pieces import Piece
-from canter.inference.reading import UNSPACED, Assembly
-from canter.inference.requests import Request
-from canter.inference.segments import Segment
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import Request
 from canter.inference.transcribe import Listener, TranscribeConfig
+from canter.inference.transcript.formats import SUBTITLES
+from canter.inference.transcript.pieces import Piece
+from canter.inference.transcript.reading import UNSPACED, Assembly
+from canter.inference.transcript.segments import Segment
 from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
 from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
@@ -227,15 +227,11 @@ class Service:
             raise
         return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
 
-    def _blocks(
-        self, path: str, name: str, stop: threading.Event, warnings: list[str]
-    ) -> Iterator[np.ndarray]:
+    def _blocks(self, path: str, name: str, stop: threading.Event, warnings: list[str]) -> Iterator[np.ndarray]:
         """Yield the upload's samples in blocks (S,) that take a moment each, and note what is
         damaged."""
         density, heard = self._density(path, name), 0
-        blocks = audio_blocks(
-            Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True
-        )
+        blocks = audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True)
         for block in blocks:
             _go_on(stop)
             heard += len(block)

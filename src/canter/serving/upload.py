@@ -137,9 +137,7 @@ async def _read(request: Request, form: "_Form", config: ServiceConfig) -> None:
 
 
 def _too_large(config: ServiceConfig) -> ApiError:
-    return ApiError(
-        413, f"the body is over {config.max_bytes / 2**20:g} MiB; send less audio, or compress it", "file"
-    )
+    return ApiError(413, f"the body is over {config.max_bytes / 2**20:g} MiB; send less audio, or compress it", "file")
 
 
 class _Form:

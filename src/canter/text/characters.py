@@ -43,9 +43,7 @@ class Characters:
 
     def save(self, folder: str | Path) -> None:
         """Writes `characters.json` into the folder."""
-        (Path(folder) / FILE).write_text(
-            json.dumps(self.symbols, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (Path(folder) / FILE).write_text(json.dumps(self.symbols, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @property
     def size(self) -> int:

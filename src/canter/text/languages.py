@@ -309,11 +309,7 @@ def resolve(written: str, known: Sequence[str]) -> str:
         return found
     code = canonical(written)
     name = english_name(code) if code else ""
-    what = (
-        f"{written!r} ({name})"
-        if code and name.casefold() not in (code, written.casefold())
-        else f"{written!r}"
-    )
+    what = f"{written!r} ({name})" if code and name.casefold() not in (code, written.casefold()) else f"{written!r}"
     if code is None:
         raise ConfigError(f"{what} is not the name or code of a language; {listed(known)}")
     raise ConfigError(f"{what} is not a language of this model; {listed(known)}")

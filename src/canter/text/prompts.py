@@ -57,8 +57,7 @@ def utterance_slots(utterance: Utterance) -> dict[str, str]:
     nothing of the language spoken. Languages stay as they are written; "auto" is none.
     """
     spoken, lang, written = (
-        value if is_said(value) else None
-        for value in (utterance.source_lang, utterance.lang, utterance.target_lang)
+        value if is_said(value) else None for value in (utterance.source_lang, utterance.lang, utterance.target_lang)
     )
     source = spoken or lang
     if not source and TASKS.get(utterance.taskname or "") != "<|translate|>":
@@ -79,9 +78,7 @@ def prompt_ids(vocabulary: Vocabulary, name: str, slots: Mapping[str, str]) -> l
         raise ConfigError(f"'{name}' is not a prompt format; there are {', '.join(FORMATS)}")
     unknown = slots.keys() - DEFAULTS.keys() - {"source_lang", "target_lang", "prompt_language"}
     if unknown:
-        raise ConfigError(
-            f"{', '.join(sorted(unknown))}: not a slot of prompts; there are {', '.join(DEFAULTS)}"
-        )
+        raise ConfigError(f"{', '.join(sorted(unknown))}: not a slot of prompts; there are {', '.join(DEFAULTS)}")
     slots = {**DEFAULTS, **slots}
     ids: list[int] = []
     for part in FORMATS[name]:

@@ -68,8 +68,7 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{prompt_format!r:.80} is not a prompt format; there are {', '.join(FORMATS)}")
         self.prompt_format, self.defaults = prompt_format, dict(defaults or {})
         self._processors = {
-            lang: sentencepiece.SentencePieceProcessor(model_proto=model)
-            for lang, model in self.models.items()
+            lang: sentencepiece.SentencePieceProcessor(model_proto=model) for lang, model in self.models.items()
         }
         self._starts = [len(self.special)]
         for processor in self._processors.values():
@@ -143,9 +142,7 @@ class SentencePieceTokenizer:
 
     def special_id(self, token: str) -> int:
         if token not in self._special_ids:
-            languages = (
-                f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
-            )
+            languages = f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
             raise ConfigError(f"the tokenizer has no special token {token}{languages}")
         return self._special_ids[token]
 
@@ -219,9 +216,7 @@ def read_models(names: Mapping[str, str], read: Callable[[str], bytes]) -> dict[
     for lang, name in names.items():
         models[lang] = read(name)
         if sum(map(len, models.values())) > MOST_MODELS_BYTES:
-            raise CheckpointError(
-                f"its SentencePiece models have more than {MOST_MODELS_BYTES:,} bytes; refused"
-            )
+            raise CheckpointError(f"its SentencePiece models have more than {MOST_MODELS_BYTES:,} bytes; refused")
     return models
 
 

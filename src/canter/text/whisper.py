@@ -89,9 +89,7 @@ class WhisperTokenizer:
             if not same(slots.get(name, "en"), "en"):
                 raise ConfigError(f"{name} is '{slots[name]}', but this Whisper knows English only")
         if TASKS.get(slots.get("task", "")) == TASKS["translate"]:
-            raise ConfigError(
-                "the task is to translate, but this Whisper knows English only and cannot; leave it out"
-            )
+            raise ConfigError("the task is to translate, but this Whisper knows English only and cannot; leave it out")
         return prompt_ids(self, "whisper_english", slots)
 
     def save(self, folder: str | Path) -> None:

@@ -75,9 +75,7 @@ def steps_in(config: TrainConfig, index: LengthIndex, budget: Budget, ranks: int
 def cpu_seconds(index: LengthIndex, budget: Budget) -> float:
     """Return the padded audio at which a step's fixed part is ``FIXED_SHARE`` of its time."""
     frames, tokens = budget.frames(np.asarray(index.seconds)), np.asarray(index.tokens, np.int64)
-    a_second = float(np.sum(budget.utterance_seconds(frames, tokens))) / (
-        float(np.sum(frames)) * budget.frame_seconds
-    )
+    a_second = float(np.sum(budget.utterance_seconds(frames, tokens))) / (float(np.sum(frames)) * budget.frame_seconds)
     seconds = (1 / FIXED_SHARE - 1) * budget.fixed_seconds / max(a_second, 1e-12)
     return min(max(seconds, CPU_SECONDS[0]), CPU_SECONDS[1])
 
@@ -133,9 +131,7 @@ class BatchSizes:
             seconds=float(np.max(table.size * table.frames)) * memory.frame_seconds,
             memory_filled=float(np.mean(used)) / (memory.limit_bytes - memory.fixed_bytes),
             steps=steps,
-            limited_by=why(
-                limits, steps, enough, _counts_seconds(limits, memory, plan), int(table.size.max()) == 1
-            ),
+            limited_by=why(limits, steps, enough, _counts_seconds(limits, memory, plan), int(table.size.max()) == 1),
         )
 
     def __str__(self) -> str:
@@ -148,9 +144,7 @@ class BatchSizes:
 
 def _counts_seconds(limits: BatchLimits, memory: Budget, plan: Budget) -> bool:
     """Return whether a micro-batch is full by ``limits.seconds`` before the memory is."""
-    return limits.seconds is not None and plan.limit_bytes >= int(
-        limits.seconds / memory.frame_seconds + 1e-6
-    )
+    return limits.seconds is not None and plan.limit_bytes >= int(limits.seconds / memory.frame_seconds + 1e-6)
 
 
 def why(limits: BatchLimits, steps: int, enough: bool, by_seconds: bool, single: bool) -> str:
@@ -190,6 +184,4 @@ def limited(budget: Budget, batch_seconds: float | None, index: LengthIndex, slo
     most = float(np.max(budget.utterance_bytes(frames[fits], tokens[fits]) / frames[fits]))
     in_memory = (budget.limit_bytes - budget.fixed_bytes) / most
     limit = max(min(batch_seconds / budget.frame_seconds, in_memory), float(frames[fits].max()))
-    return dataclasses.replace(
-        budget, limit_bytes=float(int(limit + 1e-6)), fixed_bytes=0.0, memory=Polynomial(T=1.0)
-    )
+    return dataclasses.replace(budget, limit_bytes=float(int(limit + 1e-6)), fixed_bytes=0.0, memory=Polynomial(T=1.0))

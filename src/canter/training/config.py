@@ -279,9 +279,7 @@ class TrainConfig:
                     "them out, or change its layers with 'canter reshape' first"
                 )
         if self.model.width % self.model.heads:
-            raise ConfigError(
-                f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}"
-            )
+            raise ConfigError(f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}")
 
 
 def _use_paths(config: TrainConfig) -> None:
@@ -322,9 +320,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, re.compile(r"(?![-+]?[0-9][0-9_]*:)" + pattern.pattern, re.X)) for tag, pattern in resolvers
-    ]
+    first: [(tag, re.compile(r"(?![-+]?[0-9][0-9_]*:)" + pattern.pattern, re.X)) for tag, pattern in resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -338,9 +334,7 @@ def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
     try:
         content = read_yaml_value(path, ConfigError, _Loader)
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; 'canter train --print-config' prints one to start from"
-        ) from None
+        raise ConfigError(f"{path}: no such file; 'canter train --print-config' prints one to start from") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
     if content is None:
@@ -365,13 +359,7 @@ def from_mapping(cls: type, content: Any, where: str, base: Path | None = None) 
             raise ConfigError(f"{where}: unknown setting '{key}'; {hint}")
         if hints[key] == RateLimits:  # a number, pairs or texts, which it reads by itself
             values[key] = None if value == "none" else value
-        elif (
-            key == "init"
-            and base
-            and isinstance(value, str)
-            and not (base / value).exists()
-            and is_hub_name(value)
-        ):
+        elif key == "init" and base and isinstance(value, str) and not (base / value).exists() and is_hub_name(value):
             values[key] = Path(value)
         else:
             values[key] = _coerce(value, hints[key], f"{where}: {key}", base)
@@ -392,9 +380,7 @@ def _coerce(value: Any, hint: Any, where: str, base: Path | None) -> Any:
             return None
         if isinstance(value, str) and value.lower() == "none" and optional and not {str, Path} & set(kinds):
             return None
-        words = [
-            word for kind in kinds for word in typing.get_args(kind) if typing.get_origin(kind) is Literal
-        ]
+        words = [word for kind in kinds for word in typing.get_args(kind) if typing.get_origin(kind) is Literal]
         if isinstance(value, str) and value in words:
             return value
         numbers = [kind for kind in kinds if typing.get_origin(kind) is not Literal]

@@ -16,22 +16,22 @@ from canter.models.model import Batch, SpeechModel
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
-from canter.training.checkpoints import Checkpoints, read_snapshot
+from canter.runtime import is_out_of_memory, retry_once
 from canter.training.config import TrainConfig
-from canter.training.data import Loaded, MicroBatches, load_ahead
-from canter.training.gradient import Computed, Counts, Gradient, weighted
-from canter.training.optimizers import Optimizers, Schedule
-from canter.training.pace import Pace
-from canter.training.ranks import ALONE, Ranks
-from canter.training.reports import Part, Parts, Progress, StepReport
-from canter.training.run import Run
-from canter.training.signals import finish_step_on_signals
-from canter.training.skipped import check_share
-from canter.training.state import put_back, take_snapshot
-from canter.training.steps import PlannedStep, Steps
-from canter.training.waiting import Patience, StoppedWaitingError
-from canter.training.weights import Average, compile_layers, freeze, to_training
-from canter.tuning.memory import is_out_of_memory, retry_once
+from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.feed.data import Loaded, MicroBatches, load_ahead
+from canter.training.feed.skipped import check_share
+from canter.training.feed.steps import PlannedStep, Steps
+from canter.training.feed.waiting import Patience, StoppedWaitingError
+from canter.training.run.checkpoints import Checkpoints, read_snapshot
+from canter.training.run.folder import Run
+from canter.training.run.pace import Pace
+from canter.training.run.reports import Part, Parts, Progress, StepReport
+from canter.training.run.signals import finish_step_on_signals
+from canter.training.run.state import put_back, take_snapshot
+from canter.training.step.gradient import Computed, Counts, Gradient, weighted
+from canter.training.step.optimizers import Optimizers, Schedule
+from canter.training.step.weights import Average, compile_layers, freeze, to_training
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Trainer:
         ranks.same([*model.parameters(), *model.buffers()])
         self.shards = None
         if ranks.size > 1 and config.parallel == "shard":
-            from canter.training.shards import Shards
+            from canter.training.distributed.shards import Shards
 
             self.shards = Shards(model, self.device, ranks)
         if config.compile:

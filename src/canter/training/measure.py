@@ -15,9 +15,9 @@ from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
-from canter.training.half import half_weights
-from canter.training.optimizers import Optimizers
-from canter.training.weights import compile_layers
+from canter.training.step.half import half_weights
+from canter.training.step.optimizers import Optimizers
+from canter.training.step.weights import compile_layers
 from canter.tuning.probe import TrainingStep
 
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
@@ -134,9 +134,7 @@ def memory_limit(
             "estimate for another device with --simulate"
         )
     if limit <= reserve:
-        raise BudgetError(
-            f"a reserve of {reserve / 2**30:.1f} GiB leaves nothing of {limit / 2**30:.1f} GiB; lower it"
-        )
+        raise BudgetError(f"a reserve of {reserve / 2**30:.1f} GiB leaves nothing of {limit / 2**30:.1f} GiB; lower it")
     return limit - reserve
 
 

@@ -16,27 +16,29 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
 from canter.corpus.utterance import Utterance
 from canter.errors import BudgetError, CheckpointError, ConfigError
-from canter.inference.requests import EngineConfig
+from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
-from canter.models.checkpoint import load_model
 from canter.models.decoder import DecoderConfig
 from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.checkpoint import load_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget
 from canter.planning.lengths import ModelLimits
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
+from canter.runtime import lasting_heap, steady_heap
 from canter.text import Characters, Tokenizer, load_tokenizer
-from canter.training import trackers
 from canter.training.batches import MADE_BY, BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
-from canter.training.checkpoints import Checkpoints
 from canter.training.config import TrainConfig
-from canter.training.corpus import find_index, find_tokenizer, usable_rows, validation_rows
-from canter.training.data import MicroBatches
 from canter.training.defaults import decided, describe_defaults
+from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.feed.corpus import find_index, find_tokenizer, usable_rows, validation_rows
+from canter.training.feed.data import MicroBatches
+from canter.training.feed.skipped import list_problems
+from canter.training.feed.speed import AtSpeed
 from canter.training.measure import (
     DECIDING,
     choose_speed,
@@ -45,13 +47,10 @@ from canter.training.measure import (
     planned_frame_seconds,
     training_step,
 )
-from canter.training.ranks import ALONE, Ranks
-from canter.training.run import Run, writing
-from canter.training.skipped import list_problems
-from canter.training.speed import AtSpeed
-from canter.training.weights import frozen_names
+from canter.training.run.checkpoints import Checkpoints
+from canter.training.run.folder import Run, trackers, writing
+from canter.training.step.weights import frozen_names
 from canter.tuning.fit import measure_budget, within
-from canter.tuning.memory import lasting_heap, steady_heap
 from canter.tuning.probe import Prober
 
 MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
@@ -319,9 +318,7 @@ def load_initial(
     if not isinstance(model, SpeechModel):
         refuse_ours(config)
     if model.tokenizer is None:
-        raise ConfigError(
-            f"--init {config.init}: the checkpoint has no tokenizer, without which it cannot be trained"
-        )
+        raise ConfigError(f"--init {config.init}: the checkpoint has no tokenizer, without which it cannot be trained")
     if config.pad_seconds is not None:
         pad_to(model, config.pad_seconds, config.init)
     if not config.loss.ctc_weight and model.ctc is not None:
@@ -329,9 +326,7 @@ def load_initial(
             say("the checkpoint's CTC head is left out; --loss.ctc-weight 0.3 trains it on")
         model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
     elif config.loss.ctc_weight and model.ctc is None:
-        raise ConfigError(
-            f"--init {config.init}: the checkpoint has no CTC head; leave --loss.ctc-weight out"
-        )
+        raise ConfigError(f"--init {config.init}: the checkpoint has no CTC head; leave --loss.ctc-weight out")
     return model
 
 
@@ -390,9 +385,7 @@ def find_budget(
     device = next(model.parameters()).device
     frame_seconds = planned_frame_seconds(model)
     known = within(index, model.longest_seconds, model.positions)
-    most_frames, probe_seconds = probe_bounds(
-        config, known, frame_seconds, micro_batches, device.type == "cpu"
-    )
+    most_frames, probe_seconds = probe_bounds(config, known, frame_seconds, micro_batches, device.type == "cpu")
     progress = iter(track(list(range(PROBES)), "measuring"))
     prober = Prober(
         training_step(config, model, precision, prompt=1),

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from canter.models.checkpoint import load_model
+from canter.models.formats.checkpoint import load_model
 from canter.training.config import TrainConfig
+from canter.training.distributed.ranks import joined
+from canter.training.feed.skipped import list_left_out
+from canter.training.feed.waiting import raise_file_limit
 from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
-from canter.training.ranks import joined
-from canter.training.rehearsal import rehearse
-from canter.training.reports import Progress, StepReport
-from canter.training.run import claimed
-from canter.training.skipped import list_left_out
-from canter.training.trackers import tracked
+from canter.training.run.folder import claimed
+from canter.training.run.reports import Progress, StepReport
+from canter.training.run.trackers import tracked
+from canter.training.step.rehearsal import rehearse
 from canter.training.validation import spread_over, validator
-from canter.training.waiting import raise_file_limit
 
 Watch = Callable[[int, int], AbstractContextManager[Callable[[StepReport], None]]]
 
@@ -88,9 +88,7 @@ def train(
         done = trainer.progress.step
         if config.largest_first and done < prepared.steps:
             rehearse(trainer, prepared.budget, say)
-        trackers = (
-            tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
-        )
+        trackers = tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
             progress = trainer.train()
         return Finished(prepared, progress, ranks.first)

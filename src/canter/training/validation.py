@@ -14,14 +14,14 @@ from canter.corpus.manifest import Utterance, row_from_utterance
 from canter.errors import AudioError, ManifestError
 from canter.evaluation.translation import score_translations
 from canter.evaluation.wer import score
-from canter.inference.engine import engine_for
-from canter.inference.requests import EngineConfig, Request
+from canter.inference.engine.engine import engine_for
+from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 from canter.redaction import redacted
 from canter.text import Tokenizer
 from canter.text.languages import same
-from canter.training.data import prompt_and_text
-from canter.training.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.feed.data import prompt_and_text
 
 EXAMPLES = 5
 
@@ -98,15 +98,11 @@ def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
     """BLEU by target language of those utterances that are translated, and its mean as "bleu"; empty without any, or
     without sacrebleu."""
     rows = [
-        (u, text)
-        for u, text in pairs
-        if u.target_lang and u.source_lang and not same(u.target_lang, u.source_lang)
+        (u, text) for u, text in pairs if u.target_lang and u.source_lang and not same(u.target_lang, u.source_lang)
     ]
     if not rows or not find_spec("sacrebleu"):
         return {}
-    scores = score_translations(
-        [u.text for u, _ in rows], [t for _, t in rows], [u.target_lang for u, _ in rows]
-    )
+    scores = score_translations([u.text for u, _ in rows], [t for _, t in rows], [u.target_lang for u, _ in rows])
     by_language = {f"bleu_{lang}": score.bleu for lang, score in scores.items()}
     return {"bleu": sum(by_language.values()) / len(by_language), **by_language}
 

@@ -289,16 +289,12 @@ class _Search:
         if self.most_frames is not None:
             batch = min(batch, share / FILLED * self.most_frames / frames)
         if self.probe_seconds is not None:
-            batch = min(
-                batch, share / FILLED * self.probe_seconds / float(budget.utterance_seconds(frames, tokens))
-            )
+            batch = min(batch, share / FILLED * self.probe_seconds / float(budget.utterance_seconds(frames, tokens)))
         return max(1, int(batch))
 
     def extremes(self, budget: Budget) -> list[Shape]:
         """The plan's extreme batches, made smaller where a probe may not be as large."""
-        shapes = [
-            Shape(min(b, self.bounded(budget, t, u, 1.0)), t, u) for b, t, u in corners(self.index, budget)
-        ]
+        shapes = [Shape(min(b, self.bounded(budget, t, u, 1.0)), t, u) for b, t, u in corners(self.index, budget)]
         return list(dict.fromkeys(shape for shape in shapes if shape.tokens > 1))
 
     def fitted(self, unseen: Sequence[float] = ()) -> Budget:

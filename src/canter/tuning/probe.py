@@ -19,7 +19,7 @@ from torch import nn
 
 from canter.errors import BudgetError
 from canter.models.norm import merge_pending
-from canter.tuning.memory import OutOfMemory, give_back, is_out_of_memory, peak_of, tensor_bytes
+from canter.runtime import OutOfMemory, give_back, is_out_of_memory, peak_of, tensor_bytes
 
 Step = Callable[[int, int, int], None]
 """Runs one whole training step (forward, loss, backward, update) on a synthetic batch of B utterances, T encoder
@@ -189,9 +189,7 @@ class Prober:
                     peak, seconds = self._peak(shape, None)
         except OutOfMemory as error:
             return Probe(*shape, max(state + error.wanted, self.limit_bytes), math.nan, False)
-        if (
-            device.type == "cuda"
-        ):  # the first step of a shape finds its kernels and asks the driver for memory
+        if device.type == "cuda":  # the first step of a shape finds its kernels and asks the driver for memory
             seconds = self._run(shape)
         return Probe(*shape, state + peak, seconds, peak <= free)
 
@@ -230,9 +228,7 @@ class Prober:
         for measured_on, probe in read_probes(self.journal) if self.journal.exists() else ():
             fits = probe.bytes <= self.limit_bytes
             if measured_on == dict(self.measured_on) and (probe.fits or not fits):
-                self.kept[probe.shape] = replace(
-                    probe, fits=fits
-                )  # what broke a lower limit may fit this one
+                self.kept[probe.shape] = replace(probe, fits=fits)  # what broke a lower limit may fit this one
 
     def _write(self, probe: Probe) -> None:
         if self.journal is None:
@@ -266,9 +262,7 @@ def _capped(device: torch.device, step: TrainingStep, cap: float | None):
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(
-        min(1.0, (cap + torch.cuda.memory_reserved(device)) / total), device
-    )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap + torch.cuda.memory_reserved(device)) / total), device)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from torch import nn
 
 from canter.errors import BudgetError
 from canter.planning.budget import Budget
-from canter.tuning.memory import tensor_bytes
+from canter.runtime import tensor_bytes
 
 GATHERED = 2  # units whose weights are whole at a time: the one at work and the one fetched ahead
 IN_FLIGHT_BYTES = 2 * 64 * 2**20  # of gradients that `canter train` has flat copies of at a time
@@ -60,11 +60,7 @@ class Sharding:
 def largest_unit(model: nn.Module) -> int:
     """Bytes of the largest part that is gathered at once: a layer of a stack, or what belongs to no layer."""
     layers = [
-        layer
-        for stack in model.modules()
-        if isinstance(stack, nn.ModuleList)
-        for layer in stack
-        if len(stack) > 1
+        layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack if len(stack) > 1
     ]
     sizes = [tensor_bytes(layer.parameters()) for layer in layers]
     inside = {id(p) for layer in layers for p in layer.parameters()}
@@ -78,6 +74,4 @@ def with_sharding(budget: Budget, sharding: Sharding, model: nn.Module, state_by
     if sharding.kind == "none":
         return budget
     told = {**budget.measured_on, "sharding": sharding.kind, "ranks": sharding.ranks}
-    return dataclasses.replace(
-        budget, fixed_bytes=max(0.0, budget.fixed_bytes + float(int(extra))), measured_on=told
-    )
+    return dataclasses.replace(budget, fixed_bytes=max(0.0, budget.fixed_bytes + float(int(extra))), measured_on=told)

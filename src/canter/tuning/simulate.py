@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from canter.errors import BudgetError
-from canter.tuning.memory import LiveBytes
+from canter.runtime import LiveBytes
 from canter.tuning.probe import Probe, Prober, Shape, TrainingStep
 
 OVERHEAD = 0.06  # of a device's memory: the context, workspaces and fragmentation

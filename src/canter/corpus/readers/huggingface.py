@@ -30,18 +30,14 @@ ROWS_AT_ONCE = 1024  # of the small columns
 def dataset_files(folder: str) -> list[str]:
     """Return the Arrow files of a saved data set, in order. Raises ManifestError for a folder of several splits."""
     if os.path.exists(os.path.join(folder, "dataset_dict.json")):
-        splits = ", ".join(
-            sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
-        )
+        splits = ", ".join(sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))))
         raise ManifestError(f"{folder} holds several splits ({splits}); name one: {folder.rstrip('/')}/SPLIT")
     state = os.path.join(folder, "state.json")
     try:
         with open(state, encoding="utf-8") as file:
             names = [one["filename"] for one in json.load(file)["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ManifestError(
-            f"{state} does not list a dataset's files ({error}); save the dataset again"
-        ) from None
+        raise ManifestError(f"{state} does not list a dataset's files ({error}); save the dataset again") from None
     for name in names:
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ManifestError(f"{state}: {name!r} is not the name of a file beside it")
@@ -156,9 +152,7 @@ class _Rows:
                 continue
             found = common_fields(fields, self.columns)
             found["audio_filepath"] = where
-            yield utterance_from_row(
-                found, self.folder, require_text=self.require_text, measure_durations=True
-            )
+            yield utterance_from_row(found, self.folder, require_text=self.require_text, measure_durations=True)
 
     def _values(self, column: Any, name: str) -> list[Any]:
         if _is_text(column.type):
@@ -229,9 +223,7 @@ def holds_audio(schema: pa.Schema, columns: Columns = ANY) -> bool:
     if name is None:
         return False
     inside = not _is_text(schema.field(name).type)
-    return (
-        inside or bool(columns) or bool(set(TEXT_NAMES) & set(schema.names)) or "duration" not in schema.names
-    )
+    return inside or bool(columns) or bool(set(TEXT_NAMES) & set(schema.names)) or "duration" not in schema.names
 
 
 def chosen_audio(schema: pa.Schema, columns: Columns, path: str) -> str:
@@ -243,11 +235,7 @@ def chosen_audio(schema: pa.Schema, columns: Columns, path: str) -> str:
             f"{path} has no column of audio; name it (--audio-column); it has {', '.join(schema.names)}"
         )
     kind = schema.field(name).type
-    if not (
-        _is_text(kind)
-        or _is_binary(kind)
-        or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-    ):
+    if not (_is_text(kind) or _is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
         raise ManifestError(
             f"{path}: column {name} is of type {str(kind)[:80]}; audio is a path, bytes, or bytes and path of an Audio "
             "column of datasets"
@@ -283,9 +271,7 @@ def _strings(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        raw = column.view(
-            pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        ).to_pylist()
+        raw = column.view(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).to_pylist()
     return [one if one is None else _decoded(one) for one in raw]
 
 
@@ -310,9 +296,7 @@ def _references(column: Any, path: str, whole: pa.Buffer) -> list[str | None]:
     inside = blobs.is_valid().to_numpy(zero_copy_only=False)
     base = data.address - whole.address if data is not None else 0
     return [
-        member_ref(
-            path, os.path.basename(name or str(at)), base + int(ends[at]), int(ends[at + 1] - ends[at])
-        )
+        member_ref(path, os.path.basename(name or str(at)), base + int(ends[at]), int(ends[at + 1] - ends[at]))
         if inside[at]
         else name
         for at, name in enumerate(names)

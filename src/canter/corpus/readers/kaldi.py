@@ -29,9 +29,7 @@ def read_kaldi(
     audio = dict(_table(folder, "wav.scp"))
     texts, langs = dict(_table(folder, "text")), dict(_table(folder, "utt2lang"))
     if require_text and not texts:
-        raise ManifestError(
-            f"{folder} has no file text, or an empty one: what its utterances say is not known"
-        )
+        raise ManifestError(f"{folder} has no file text, or an empty one: what its utterances say is not known")
     cut = os.path.exists(os.path.join(folder, "segments"))
     lasting = dict(_table(folder, "utt2dur")) if cut else dict(_table(folder, "reco2dur"))
     lasting = lasting or dict(_table(folder, "utt2dur"))
@@ -81,9 +79,7 @@ def _table(folder: str, name: str) -> Iterator[tuple[str, str]]:
         return
     with open_manifest(path) as file:
         for line in file:
-            key, _, rest = (
-                line.decode("utf-8-sig", errors="replace").strip().replace("\t", " ").partition(" ")
-            )
+            key, _, rest = line.decode("utf-8-sig", errors="replace").strip().replace("\t", " ").partition(" ")
             if key:
                 yield key, rest.strip()
 

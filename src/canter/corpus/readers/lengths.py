@@ -34,8 +34,7 @@ def read_lengths(
     tokens_name = next((name for name in ("num_tokens", "tokens") if name in schema.names), None)
     if "duration" not in schema.names or tokens_name is None:
         raise ManifestError(
-            f"{path} needs the columns duration (seconds) and num_tokens, or tokens; it has "
-            f"{', '.join(schema.names)}"
+            f"{path} needs the columns duration (seconds) and num_tokens, or tokens; it has {', '.join(schema.names)}"
         )
     for name in ("duration", tokens_name):
         kind = schema.field(name).type
@@ -55,13 +54,7 @@ def read_lengths(
     tokens = table[tokens_name].fill_null(0).cast(pa.int64()).to_numpy()
     extra = 0 if tokens_name == "num_tokens" else prompt_tokens + 1
     problems = []
-    good = (
-        (seconds > 0)
-        & (seconds <= LONGEST_SECONDS)
-        & ~nulls
-        & (tokens >= 0)
-        & (tokens + extra <= most_tokens)
-    )
+    good = (seconds > 0) & (seconds <= LONGEST_SECONDS) & ~nulls & (tokens >= 0) & (tokens + extra <= most_tokens)
     good &= tokens + extra > 0
     for row in np.flatnonzero(~good):
         if seconds[row] > 0 and seconds[row] <= LONGEST_SECONDS:

@@ -103,17 +103,13 @@ def _row_from_cut(cut: Any, columns: Columns = ANY) -> dict[str, Any] | str:
     if not isinstance(recording, dict) or not isinstance(supervisions, list):
         return "cut without a recording: features alone cannot be read"
     if recording.get("transforms"):
-        return (
-            "recording with transforms: they exist on paper alone; save the audio first (CutSet.save_audios)"
-        )
+        return "recording with transforms: they exist on paper alone; save the audio first (CutSet.save_audios)"
     sources = recording.get("sources")
     if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
         return "recording of several files: save it as one first (CutSet.save_audios)"
     kind, source = sources[0].get("type"), sources[0].get("source")
     if kind not in ("file", "url", "shar"):
-        return (
-            f"recording in a {kind!r:.60}: only files, URLs and Shar can be read again; save the audio first"
-        )
+        return f"recording in a {kind!r:.60}: only files, URLs and Shar can be read again; save the audio first"
     channel = _channel(cut.get("channel"), sources[0].get("channels"))
     if isinstance(channel, str):
         return channel
@@ -135,9 +131,7 @@ def _row_from_cut(cut: Any, columns: Columns = ANY) -> dict[str, Any] | str:
                 return f"text goes beyond the cut: spoken from {start:g} to {stop:g} s of a cut of {end:g} s"
         if text:
             texts.append(text)
-        lang = lang or (
-            one.get(columns.lang, told.get(columns.lang)) if columns.lang else one.get("language")
-        )
+        lang = lang or (one.get(columns.lang, told.get(columns.lang)) if columns.lang else one.get("language"))
         custom = {**told, **custom}
     row = {field: custom.get(field) for field in (*OPTIONAL_TEXT, "num_tokens", "answer", "_skipme")}
     row["lang"] = lang if columns.lang else row["lang"] or lang
@@ -166,9 +160,7 @@ def _channel(wanted: Any, there: Any) -> int | str | None:
     if not isinstance(there, list):
         return None
     wanted = wanted if isinstance(wanted, list) else [wanted]
-    if not all(type(one) is int for one in there) or not all(
-        type(one) is int or one is None for one in wanted
-    ):
+    if not all(type(one) is int for one in there) or not all(type(one) is int or one is None for one in wanted):
         return f"channels that are not numbers: {shown(wanted)} of {shown(there)}"
     if wanted == [None] or len(there) < 2 or set(wanted) == set(there):
         return None

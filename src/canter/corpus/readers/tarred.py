@@ -58,9 +58,7 @@ def read_nemo_tarred(
             member = members(tar).get(name) or members(tar).get(without_sub(name))
             if member is None:
                 return f"no such member in the tar: {name!r} is not in {tar}"
-            row[columns.audio or "audio_filepath"] = member_ref(
-                absolute(tar), member.name, member.start, member.size
-            )
+            row[columns.audio or "audio_filepath"] = member_ref(absolute(tar), member.name, member.start, member.size)
         return utterance_from_row(
             row, "", require_text=require_text, measure_durations=measure_durations, columns=columns
         )
@@ -141,9 +139,7 @@ class _Sample:
         return next((self.members[one] for one in wanted if one in self.members), None)
 
 
-def _webdataset_row(
-    sample: _Sample, path: str, file: BinaryIO, columns: Columns
-) -> tuple[int, dict[str, Any] | str]:
+def _webdataset_row(sample: _Sample, path: str, file: BinaryIO, columns: Columns) -> tuple[int, dict[str, Any] | str]:
     """Return the number of the sample's member that counts, and its row or the reason why there is none."""
     number = min(member.number for member in sample.members.values())
     if not sample.audio:

@@ -33,9 +33,7 @@ def _depthwise(
         there = (source >= 0) & (source < T)
         if not FLIPPED:
             there = there & (tl.load(valid + start + source, mask=there, other=0) != 0)
-        value = tl.load(
-            x + (start + source)[:, None] * D + d[None, :], mask=there[:, None] & wide[None, :], other=0.0
-        )
+        value = tl.load(x + (start + source)[:, None] * D + d[None, :], mask=there[:, None] & wide[None, :], other=0.0)
         tap = tl.load(weight + d * K + (K - 1 - k if FLIPPED else k), mask=wide, other=0.0)
         out += value.to(tl.float32) * tap.to(tl.float32)[None, :]
     within = t < T
@@ -110,9 +108,7 @@ def depthwise(x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 @torch.library.custom_op("canter::depthwise_backward", mutates_args=())
-def _depthwise_backward(
-    gradient: Tensor, x: Tensor, valid: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _depthwise_backward(gradient: Tensor, x: Tensor, valid: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, gradient = x.contiguous(), gradient.contiguous()
     (b, t, d), k = x.shape, weight.shape[2]
     blocks, taps = triton.cdiv(t, FRAMES), triton.next_power_of_2(k + 1)

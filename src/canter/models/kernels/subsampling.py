@@ -97,10 +97,7 @@ def _next_forward(
     within, wide = p < total, c < C
     b, f1, m1 = _place(p, F1, M1)
     length = tl.load(lengths + b, mask=within, other=0).to(tl.int32)
-    out = (
-        tl.zeros((P, D), tl.float32)
-        + tl.load(table + 9 * C + c, mask=wide, other=0.0).to(tl.float32)[None, :]
-    )
+    out = tl.zeros((P, D), tl.float32) + tl.load(table + 9 * C + c, mask=wide, other=0.0).to(tl.float32)[None, :]
     for n in range(9):
         a, e = n // 3, n % 3
         f, m = 2 * f1 + a - 1, 2 * m1 + e - 1
@@ -248,9 +245,7 @@ class _Next(torch.autograd.Function):
         return for_y, None, *_untabled(tables, weight)
 
 
-def start(
-    x: Tensor, lengths: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> Tensor:
+def start(x: Tensor, lengths: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """A 3x3 convolution of stride 2 of one channel, ReLU, and a depthwise one of stride 2: x (B, F, M), of which
     ``lengths`` (B,) frames are valid, weights (C, 1, 3, 3), biases (C,) -> (B, F2, M2, C). What is past an
     utterance's end is zero before either."""

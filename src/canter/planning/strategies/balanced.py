@@ -67,15 +67,11 @@ class Balanced:
             frames, tokens = lengths.frames[order], lengths.tokens[order]
             spare = SPARE if self.mixing == 0 else 1.0
             least = least_batches(per_step, least_steps)
-            batches = even_batches(
-                frames, tokens, budget, per_step, spare, least, rng if self.mix_steps else None
-            )
+            batches = even_batches(frames, tokens, budget, per_step, spare, least, rng if self.mix_steps else None)
             count = len(batches) - 1
             if len(order) <= self.strips_up_to and self.mixing <= 1 and 1 < count < len(order):
                 found = strips(lengths.frames, lengths.tokens, budget, count, rng)
-                if found and padded_seconds(*found, lengths, budget) < padded_seconds(
-                    order, batches, lengths, budget
-                ):
+                if found and padded_seconds(*found, lengths, budget) < padded_seconds(order, batches, lengths, budget):
                     order, batches = found
                 if self.mixing == 1 and len(order) < FEW_TOGETHER * count:
                     order = exchanged(order, batches, lengths.frames, lengths.tokens, budget, rng)
@@ -281,9 +277,7 @@ def deal(
     seconds = budget.step_seconds(np.diff(batches), longest, maxima(tokens, batches))
     steps = count // per_step
     by_time = np.argsort(seconds, kind="stable")
-    by_time = np.roll(
-        by_time, -(count - steps * per_step)
-    )  # the quickest are left for a last step that is not whole
+    by_time = np.roll(by_time, -(count - steps * per_step))  # the quickest are left for a last step that is not whole
     chosen = np.empty(count, np.int64)
     begin = 0
     while begin < steps:  # classes of steps within which batches may change places
@@ -319,7 +313,6 @@ def without_drift(total: np.ndarray, size: np.ndarray, rng: np.random.Generator)
         return sequences[0]
     excess = total - size * (total.sum() / size.sum())
     tips = [
-        np.cumsum(values[sequences], axis=1) / max(float(values.std()), 1e-9)
-        for values in (mean - mean.mean(), excess)
+        np.cumsum(values[sequences], axis=1) / max(float(values.std()), 1e-9) for values in (mean - mean.mean(), excess)
     ]
     return sequences[np.argmin((tips[0] ** 2 + 0.1 * tips[1] ** 2).sum(axis=1))]

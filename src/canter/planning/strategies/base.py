@@ -72,9 +72,7 @@ def least_batches(per_step: int, steps: int) -> int:
     return steps * per_step - per_step // 2
 
 
-def enough_batches(
-    form: Callable[[float], np.ndarray], utterances: int, per_step: int, least_steps: int
-) -> np.ndarray:
+def enough_batches(form: Callable[[float], np.ndarray], utterances: int, per_step: int, least_steps: int) -> np.ndarray:
     """Return offsets of the largest batches that make at least `least_steps` steps, or a batch for each utterance.
 
     form: makes the offsets of batches that are filled to a share, from 0 to 1, of what the strategy fills them to.

@@ -64,9 +64,7 @@ class Bucket2D:
             count = np.bincount(bucket, minlength=len(bins))
             first = np.concatenate([[0], np.cumsum(count)])
             used = np.flatnonzero(count)
-            corners = (
-                np.maximum.reduceat(values[order], first[used]) for values in (lengths.frames, lengths.tokens)
-            )
+            corners = (np.maximum.reduceat(values[order], first[used]) for values in (lengths.frames, lengths.tokens))
             most = np.minimum(sizes[used], budget.max_batch(*corners))
 
             def form(share: float) -> np.ndarray:

@@ -37,9 +37,7 @@ class Duration:
 
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             effective = effective_seconds(lengths, self.quadratic)
-            batches = enough_batches(
-                lambda share: capped(effective, share * cap), len(lengths), per_step, least_steps
-            )
+            batches = enough_batches(lambda share: capped(effective, share * cap), len(lengths), per_step, least_steps)
             return shuffled_steps(np.arange(len(lengths)), batches, per_step, rng)
 
         return cut

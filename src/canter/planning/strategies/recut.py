@@ -57,9 +57,7 @@ def recut(
             rows = np.concatenate([members[b] for b in group])
             sizes = np.array([len(members[b]) for b in group])
             first = int(rng.integers(0, steps.shape[2] - MOVES))
-            anew = cut_anew(
-                frames[rows], tokens[rows], sizes, steps[:, :, first : first + MOVES], budget, scale
-            )
+            anew = cut_anew(frames[rows], tokens[rows], sizes, steps[:, :, first : first + MOVES], budget, scale)
             idle = 0 if anew else idle + 1
             for batch, inside in zip(group, anew):
                 members[batch] = rows[inside]
@@ -113,9 +111,7 @@ def cut_anew(
     may = ((i <= t[:, best, None]) & (j <= u[:, best, None])).T @ (1 << np.arange(q))
     own = frames * scale[0] + tokens * scale[1]
     batches: list[list[np.ndarray]] = [[] for _ in range(q)]
-    for corners, shares in assign(
-        np.bincount(may, minlength=1 << q).tolist(), taken[:, best].tolist()
-    ).items():
+    for corners, shares in assign(np.bincount(may, minlength=1 << q).tolist(), taken[:, best].tolist()).items():
         inside = np.flatnonzero(may == corners)
         inside = inside[np.argsort(own[inside], kind="stable")]  # the shorter to the cheaper corner
         for batch, part in zip(batches, np.split(inside, np.cumsum(shares)[:-1])):
@@ -137,9 +133,7 @@ def most_placed(below: np.ndarray, t: np.ndarray, u: np.ndarray, high: int, fits
         np.minimum(low_t[old], t[k], out=low_t[new])
         np.minimum(low_u[old], u[k], out=low_u[new])
         np.add(room[old], fits[k], out=room[new])
-    reached = below[
-        low_t * high + low_u
-    ]  # below all corners of S; by inclusion and exclusion, below any of them
+    reached = below[low_t * high + low_u]  # below all corners of S; by inclusion and exclusion, below any of them
     reached[[s for s in range(1 << q) if s.bit_count() % 2 == 0]] *= -1
     reached[0] = 0
     for k in range(q):

@@ -149,8 +149,6 @@ class StripTable:
         while end:
             reach = int(last[end])
             begin = end - reach - 1
-            found.append(
-                (int(self.edges[begin]), int(self.edges[end]), int(self.pieces[reach, way[end, reach]]))
-            )
+            found.append((int(self.edges[begin]), int(self.edges[end]), int(self.pieces[reach, way[end, reach]])))
             end = begin
         return found[::-1]

@@ -1,0 +1,1 @@
+"""Measure decoding speed beside other frameworks."""

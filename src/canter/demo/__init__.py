@@ -1,0 +1,1 @@
+"""The demo: a synthetic corpus, a run and its report."""

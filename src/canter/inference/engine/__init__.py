@@ -1,0 +1,1 @@
+"""Decode a batch of requests: caches, search, rules, quantisation."""

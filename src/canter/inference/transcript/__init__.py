@@ -1,0 +1,1 @@
+"""Make transcripts of hypotheses: long audio, timestamps, languages, writers."""

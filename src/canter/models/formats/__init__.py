@@ -1,0 +1,1 @@
+"""Models on disk: Canter's own format, Hugging Face's and NeMo's."""

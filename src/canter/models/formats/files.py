@@ -1,0 +1,185 @@
+"""Files and folders that appear whole or not at all, and clear errors for those that cannot be read."""
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from canter.errors import CheckpointError
+from canter.untrusted import is_file_name, read_json_value
+
+MOST_HEADER_BYTES = 4 * 2**20
+"""Header of a safetensors file; 10,000 tensors take about 1 MiB."""
+
+
+@contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """Yields a new folder beside ``target`` that takes its name once the block is through, in place of a
+    model folder that had it; if the block fails it is removed and ``target`` is as before.
+
+    Raises CheckpointError where ``target`` is a file, a folder of something else, or a model folder with folders
+    in it, which no model has: that is not ours to replace.
+    """
+    target = Path(target).absolute()
+    if target.exists():
+        inside = list(target.iterdir()) if target.is_dir() else [target]
+        weights = any(path.suffix in (".safetensors", ".bin") for path in inside)
+        if inside and not (weights and (target / "config.json").is_file()):
+            raise CheckpointError(f"{target} exists and is not a model folder; choose another name")
+        folders = ", ".join(sorted(path.name for path in inside if path.is_dir()))
+        if folders:
+            raise CheckpointError(
+                f"{target} holds more than a model ({folders}) and is not replaced; choose another name"
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield fresh
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
+        fresh.chmod(0o777 & ~_umask())
+        if target.exists():
+            old = fresh.with_suffix(".old")
+            target.rename(old)
+            fresh.rename(target)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(target)
+        _to_disk(target.parent)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """As ``whole_folder`` for one file, which replaces a file of that name."""
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    os.close(handle)
+    fresh = Path(name)
+    try:
+        yield fresh
+        _to_disk(fresh)
+        fresh.chmod(0o666 & ~_umask())
+        fresh.rename(target)
+        _to_disk(target.parent)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder of PEFT's that holds an adapter without the model which it changes."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file() or any(folder.glob("model*.safetensors")):
+        return
+    base = None
+    with suppress(CheckpointError):
+        base = read_json(adapter).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder} is a PEFT adapter of {base or 'a model that it does not name'}, not a model: merge the two "
+        "(merge_and_unload() in peft, then save_pretrained(FOLDER) of model and processor) and name that folder"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; CheckpointError if it is anything else, or beyond the limits of `canter.untrusted`."""
+    try:
+        value = read_json_value(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a model folder has config.json and model.safetensors") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def shard_names(index: Any, source: str | Path) -> list[str]:
+    """Return the files that a ``.safetensors.index.json`` lists, sorted.
+
+    Raises CheckpointError for what is no such index, and for a shard that is outside its folder or no safetensors file.
+    """
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(f"{source} has no weight_map; copy the model folder again")
+    for name in weights.values():
+        if not is_file_name(name):
+            raise CheckpointError(f"{source} names a shard outside its folder, {name!r:.80}; refused")
+        if not name.endswith(".safetensors") or any(character in name for character in "*?["):
+            raise CheckpointError(f"{source} names {name!r:.80}, which is no name of a safetensors file; refused")
+    return sorted(set(weights.values()))
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """Return ``path``, or the shards that its ``.index.json`` lists where there is no such file."""
+    index = path.with_name(path.name + ".index.json")
+    if os.path.lexists(path) or not index.exists():
+        return [path]
+    return [path.with_name(name) for name in shard_names(read_json(index), index)]
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the size of a safetensors file or of all its shards; what is missing counts nothing."""
+    return sum(file.stat().st_size for file in tensor_files(path) if file.exists())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file, or of the shards that its ``.index.json`` lists.
+
+    Raises CheckpointError for a file that is missing, truncated, or whose header is not what its size says.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in tensor_files(path):
+        try:
+            check_safetensors(file)
+            tensors |= load_file(file)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing; copy the whole model folder") from None
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from None
+    return tensors
+
+
+def check_safetensors(path: Path) -> None:
+    """Check the kind of a safetensors file and the length of its header, which is parsed whole.
+
+    Raises CheckpointError, and FileNotFoundError where there is no such file.
+    """
+    size = path.stat()
+    if not stat.S_ISREG(size.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if not 2 <= header <= min(size.st_size - 8, MOST_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file (a header of {header:,} bytes in a file of "
+            f"{size.st_size:,})"
+        )

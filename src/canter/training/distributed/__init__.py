@@ -1,0 +1,1 @@
+"""Train on several ranks: collectives, failure detection, sharding."""

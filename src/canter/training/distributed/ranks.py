@@ -1,0 +1,366 @@
+"""The processes that train together: who they are, what they tell one another, and how they end when one is lost.
+
+Started by ``torchrun`` or by SLURM's ``srun``; a process alone is rank 0 of 1, and nothing here then costs anything.
+Small values travel on the CPU (gloo), gradients on the device's own network (NCCL on GPUs).
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from canter.errors import CanterError, ConfigError
+from canter.processes import end_with_launcher
+from canter.runtime import is_out_of_memory, retry_once
+
+BUCKET_BYTES = 64 * 2**20  # of gradients reduced in one piece
+IN_FLIGHT = 2  # buckets being reduced at a time
+BEAT = 1.0  # seconds between signs of life
+GRACE = 5.0  # seconds that a rank has to end by itself once another has failed
+FAILED = "failed"
+MEETING = timedelta(minutes=10)  # for all ranks to start
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others of its run."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    """Rank on this machine: the number of its GPU."""
+    store: Any = field(default=None, repr=False)
+    heard: list[str] = field(default_factory=list, repr=False)
+    """Why another rank failed, where it said so."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files."""
+        return self.rank == 0
+
+    # -- small values --
+
+    def table(self, values: Sequence[float]) -> np.ndarray:
+        """Every rank's values (K,), to all of them: (ranks, K) float64."""
+        if self.size == 1:
+            return np.array([values], np.float64)
+        mine = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._together():
+            dist.all_gather(rows, mine)
+        return torch.stack(rows).numpy()
+
+    def objects(self, value: T) -> list[T]:
+        """Every rank's value, to all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._together():
+            dist.all_gather_object(values, value)
+        return values
+
+    def agreed(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with self._together():
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """``work()`` on rank 0, and once it is through, however long that takes, on all others at the same time."""
+        if self.size == 1:
+            return work()
+        key = "first is through"
+        if self.first:
+            result = work()
+            self.store.set(key, "1")
+            return result
+        while not self._known(key):
+            self._raise_if_one_failed()
+            time.sleep(0.1)
+        return work()
+
+    # -- tensors --
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            with self._together():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors by those of rank 0."""
+        if self.size > 1:
+            with self._together(), torch.no_grad():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum gradients over ranks, in buckets. A parameter without a gradient on any rank stays without; on a rank
+        that computed nothing the others' sum appears.
+
+        Memory for the buckets is allocated before the ranks exchange anything. Where a rank lacks it, all ranks reduce
+        gradient by gradient, in place: a rank that stopped in the middle would leave the others waiting. So a call
+        that raises an out-of-memory error has exchanged nothing, and may be repeated.
+        """
+        if self.size == 1 or not parameters:
+            return
+        room = _bucket_memory(parameters)
+        have = torch.tensor([*(p.grad is not None for p in parameters), not room], dtype=torch.int32)
+        with self._together():
+            dist.all_reduce(have, dist.ReduceOp.MAX)
+        *somewhere, short = have.tolist()
+        gradients = []
+        for parameter, one in zip(parameters, somewhere, strict=True):
+            if one and parameter.grad is None:
+                parameter.grad = self._zeros_like(parameter)
+            if one and parameter.grad is not None:
+                gradients.append(parameter.grad)
+        flying: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
+
+        def land() -> None:
+            work, flat, bucket = flying.popleft()
+            work.wait()
+            sums = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in bucket]), bucket)]
+            torch._foreach_copy_(bucket, sums)
+
+        with self._together():
+            for number, bucket in enumerate([g] for g in gradients) if short else enumerate(_buckets(gradients)):
+                if len(flying) == IN_FLIGHT:
+                    land()
+                if len(bucket) == 1 and bucket[0].is_contiguous():
+                    dist.all_reduce(bucket[0])
+                    continue
+                flat = torch.cat([g.reshape(-1) for g in bucket], out=_part_of(room, number, bucket))
+                flying.append((dist.all_reduce(flat, async_op=True), flat, bucket))
+            while flying:
+                land()
+
+    def _zeros_like(self, parameter: Tensor) -> Tensor:
+        """Return a gradient of zeros. Raises CanterError, once the ranks exchange gradients, where it does not fit."""
+        try:
+            return retry_once(lambda: torch.zeros_like(parameter))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CanterError(
+                f"rank {self.rank} of {self.size}: memory ran out for the gradients themselves "
+                f"({str(error)[:200]}); use a smaller model, --parallel shard, or fewer processes a device"
+            ) from None
+
+    # -- when one is lost --
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what all ranks do at the same time: says what happened where another rank has gone."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo's "Connection closed by peer", NCCL's DistBackendError
+            for _ in range(10):  # the one that failed may be about to say why
+                self._raise_if_one_failed()
+                time.sleep(0.1)
+            raise CanterError(self._lost(" ".join(str(error).split())[:200])) from None
+
+    def _raise_if_one_failed(self) -> None:
+        if reason := self.heard[0] if self.heard else self._known(FAILED):
+            raise CanterError(reason)
+
+    def _known(self, key: str) -> str:
+        """What was said under ``key``; empty where nothing was."""
+        try:
+            return self.store.get(key).decode() if self.store.check([key]) else ""
+        except RuntimeError:
+            raise CanterError(self._lost("the process that held the ranks together is gone")) from None
+
+    def _lost(self, what: str) -> str:
+        return (
+            f"rank {self.rank} of {self.size}: another rank was lost ({what}); the same command goes on from the "
+            "last checkpoint"
+        )
+
+
+ALONE = Ranks()
+
+
+def _bucket_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return IN_FLIGHT flat buffers of bytes; none where they do not fit in memory."""
+    size = min(BUCKET_BYTES, sum(parameter.nbytes for parameter in parameters))
+    device = parameters[0].device
+    try:
+        return retry_once(lambda: [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)])
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return []
+
+
+def _part_of(room: Sequence[Tensor], number: int, bucket: Sequence[Tensor]) -> Tensor | None:
+    """Return a flat view for the bucket of this number; None where there is no such memory."""
+    size = sum(tensor.nbytes for tensor in bucket)
+    if not room or size > room[0].nbytes:
+        return None
+    return room[number % IN_FLIGHT][:size].view(bucket[0].dtype)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbouring tensors of one type, up to BUCKET_BYTES together."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or filled + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
+    """The ranks that this process was started among, connected until the block is left.
+
+    A rank that leaves by an exception tells the others, which end with its message; one that gives no sign of life for
+    ``timeout`` seconds is taken for dead. Raises ConfigError where the launcher's environment is incomplete.
+    """
+    place = _place(os.environ)
+    if place is None:
+        yield ALONE
+        return
+    rank, size, local = place
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local)
+    try:
+        base, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"canter/{attempt}", base)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=30),
+        )
+    except RuntimeError as error:  # of the store, the network or the time
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise CanterError(
+            f"rank {rank} of {size} did not meet the others at {where} ({' '.join(str(error).split())[:200]}); were "
+            "all of them started, and is the port free and reachable?"
+        ) from None
+    ranks = Ranks(rank, size, local, store)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher(ranks._lost("torchrun is gone"))
+    pulse = _Pulse(ranks, timeout)
+    pulse.start()
+    try:
+        yield ranks
+        ranks.table([0.0])  # no rank leaves while another may still need it
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        said = reason if reason.startswith("rank ") else f"rank {rank} of {size} ended: {reason}"
+        with suppress(RuntimeError):  # without a connection there is nobody to tell
+            if not store.check([FAILED]) and not isinstance(error, KeyboardInterrupt):
+                store.set(FAILED, said)
+                if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                    time.sleep(2 * BEAT)  # the store ends with this process: the others read it before
+        raise
+    finally:
+        pulse.stop()
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _place(environment: Any) -> tuple[int, int, int] | None:
+    """(rank, ranks, rank on this machine) as torchrun or srun say; None for a process alone."""
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in environment:
+        job = int(environment.get("SLURM_JOB_ID", 0))
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+        environment.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    size = int(environment.get("WORLD_SIZE", 1))
+    if size == 1:
+        return None
+    missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start the ranks with "
+            "'torchrun --nproc-per-node N -m canter train ...' or with srun"
+        )
+    return int(environment["RANK"]), size, int(environment["LOCAL_RANK"])
+
+
+def _first_host(nodes: str) -> str:
+    """The first machine of a SLURM node list, which scontrol can expand."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"cannot expand SLURM's node list {nodes!r} ({error}); set MASTER_ADDR to the first machine"
+        ) from None
+    return listed.stdout.split()[0]
+
+
+class _Pulse(threading.Thread):
+    """Tells the next rank that this one lives and watches the one before; ends the process, whatever it waits for,
+    once a rank has failed or fallen silent. Gloo notices a dead peer itself, NCCL waits for it."""
+
+    def __init__(self, ranks: Ranks, timeout: float):
+        super().__init__(daemon=True)
+        self.ranks, self.timeout = ranks, timeout
+        self.store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+        self.over = threading.Event()
+
+    def stop(self) -> None:
+        self.over.set()
+
+    def run(self) -> None:
+        ranks, watched = self.ranks, (self.ranks.rank - 1) % self.ranks.size
+        heard, last, count = time.monotonic(), "", 0
+        while not self.over.wait(BEAT):
+            try:
+                count += 1
+                self.store.set(f"pulse/{ranks.rank}", str(count))
+                if self.store.check([FAILED]):
+                    return self._end(self.store.get(FAILED).decode())
+                said = self.store.get(f"pulse/{watched}").decode() if self.store.check([f"pulse/{watched}"]) else ""
+            except RuntimeError:
+                return self._end(ranks._lost("the process that held the ranks together is gone"))
+            if said != last:
+                heard, last = time.monotonic(), said
+            elif time.monotonic() - heard > self.timeout:
+                reason = (
+                    f"rank {watched} of {ranks.size} gave no sign of life for {self.timeout:g} s; the same "
+                    "command goes on from the last checkpoint"
+                )
+                with suppress(RuntimeError):
+                    self.store.set(FAILED, reason)
+                return self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        """Leaves the main thread a moment to end in order, then ends the process."""
+        self.ranks.heard.append(reason)
+        if self.over.wait(GRACE):
+            return
+        print(f"canter: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)

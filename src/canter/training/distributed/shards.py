@@ -1,0 +1,64 @@
+"""Training state shared out to ranks (FSDP2): each keeps its part of weights, gradients and optimiser state.
+
+FSDP's ranks meet in every layer, and would wait for ever for one that ran out of memory or has fewer micro-batches.
+So weights are gathered once, before the step's first micro-batch; ranks then compute on their own, as many
+micro-batches as they have and cut as they must; and the gradients are summed and scattered once, at the end of the
+step. Optimiser state and the weights between steps are sharded; a step itself needs room for all weights and gradients.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from canter.models.model import Batch, SpeechModel
+from canter.models.norm import frozen_statistics
+from canter.training.distributed.ranks import Ranks
+
+
+class Shards:
+    """``model`` sharded over all ranks, in place: its parameters become DTensors."""
+
+    def __init__(self, model: SpeechModel, device: torch.device, ranks: Ranks):
+        self.model, self.device, self.ranks = model, device, ranks
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        for stack in (model.encoder, model.decoder):
+            for layer in getattr(stack, "layers", ()):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        register_fsdp_forward_method(model, "loss")
+        self.modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.root = self.modules[0]
+        self.root.set_reshard_after_backward(False)
+
+    def gather(self) -> None:
+        """Has all weights whole on every rank, until ``scatter``; what is computed meanwhile meets nobody."""
+        self.root.set_requires_gradient_sync(False)
+        for module in self.modules:
+            module.unshard()
+
+    def scatter(self) -> None:
+        """Leaves each rank its part of the weights."""
+        for module in self.modules:
+            module.reshard()
+
+    def sum_gradients(self, objective: Callable[[Batch], Tensor]) -> None:
+        """Sums gradients over ranks and leaves each its part, through the backward pass of a tiny batch of weight
+        zero, which every rank runs; then scatters the weights."""
+        self.root.set_requires_gradient_sync(True)
+        with frozen_statistics():
+            (objective(self._tiny()) * 0).backward()
+        self.scatter()
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.ranks.size)  # FSDP takes the mean
+
+    def _tiny(self) -> Batch:
+        """An utterance of a few frames."""
+        samples = round(4 * self.model.frame_seconds * self.model.config.features.sample_rate)
+        one = torch.ones(1, dtype=torch.long)
+        audio = 0.1 * torch.sin(torch.arange(samples, dtype=torch.float32))[None]
+        tokens = torch.zeros(1, 3, dtype=torch.long)
+        return Batch(audio, one * samples, tokens, one * 3, one, tokens[:, :1] + 1, one, one * 0).to(self.device)

@@ -1,0 +1,1 @@
+"""Deliver the micro-batches of the plan: loading ahead, speed perturbation, damaged data."""

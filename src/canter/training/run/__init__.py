@@ -1,0 +1,1 @@
+"""Keep a run on disk: its folder, checkpoints, logs and trackers."""

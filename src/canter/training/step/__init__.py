@@ -1,0 +1,1 @@
+"""Compute one optimiser step: gradients, optimisers, out-of-memory fallback."""

@@ -1,0 +1,67 @@
+"""The peers that Canter is measured beside compute the same: whisper-tiny.en says the same in all of them."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from canter import load_model
+from canter.bench.peers import load_peer, parse_peer
+from canter.bench.speed import CanterSystem, Clip
+from canter.corpus.audio import load_audio
+from canter.errors import ConfigError
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig
+
+SHARED = Path(os.environ.get("CANTER_SHARED", ""))
+needs_whisper = pytest.mark.skipif(
+    not os.environ.get("CANTER_SHARED"), reason="CANTER_SHARED does not name the folder of shared models"
+)
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """A model, clips, and what Canter hears in them."""
+    model = load_model(SHARED / "models" / "whisper-tiny.en")
+    files = sorted((SHARED / "data/speech/an4/flac").iterdir())[:3]
+    prompt = tuple(model.prompt(source_lang="en"))
+    clips = [Clip(audio, len(audio) / 16000, prompt) for audio in map(load_audio, files)]
+    return model, clips, CanterSystem(Engine(model, model.tokenizer.end, EngineConfig()))(clips)
+
+
+@needs_whisper
+@pytest.mark.filterwarnings("ignore")  # of the peers, while they load
+@pytest.mark.parametrize("spec", ["transformers", "ctranslate2"])
+def test_a_peer_says_the_same(spoken, tmp_path, spec):
+    if not importlib.util.find_spec(spec):
+        pytest.skip(f"{spec} is not installed")
+    model, clips, expected = spoken
+    peer = load_peer(model, *parse_peer(spec, "float32"), batch=2, work=tmp_path)
+    assert peer(clips) == expected
+    assert peer.details() == {}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("whisperx", "there are transformers, ctranslate2"),
+        ("transformers:int8", "transformers has float32"),
+    ],
+)
+def test_what_there_is_not(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_peer(spec, "float32")
+
+
+def test_a_type_of_its_own(monkeypatch):
+    import canter.bench.peers as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: name == "ctranslate2")
+    assert parse_peer("ctranslate2:int8", "float32") == ("ctranslate2", "int8")
+    assert parse_peer("ctranslate2", "bfloat16") == ("ctranslate2", "bfloat16")
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    assert parse_peer("transformers", "int8") == ("transformers", "float32")
+    monkeypatch.setattr(module, "find_spec", lambda name: False)
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'canter\[hf\]'"):
+        parse_peer("transformers", "float32")

@@ -1,0 +1,164 @@
+"""Several ranks, as real processes over gloo: the same steps, whoever computes them, and no hanging."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+from datetime import timedelta
+
+import pytest
+
+from canter.errors import CanterError, ConfigError
+from canter.training.config import OptimizerConfig
+from canter.training.distributed.ranks import _place, joined
+from canter.training.session import train
+from canter.training.step import gradient
+
+from .conftest import memory_cap, stopping_after, unwatched
+
+
+def rows(config, name):
+    return [json.loads(line) for line in (config.output / name).read_text().splitlines()]
+
+
+def steps(config):
+    """{step: (rows, loss)} of a run."""
+    losses = {row["step"]: row["loss"] for row in rows(config, "metrics.jsonl") if row["kind"] == "train"}
+    assert list(losses) == list(range(1, len(losses) + 1))
+    return {row["step"]: (row["rows"], losses[row["step"]]) for row in rows(config, "utterances.jsonl")}
+
+
+def assert_same_steps(ours, theirs):
+    assert [step for step, _ in ours.values()] == [step for step, _ in theirs.values()]
+    assert [loss for _, loss in ours.values()] == pytest.approx([loss for _, loss in theirs.values()], rel=2e-4)
+
+
+def train_on(rank, config, stop=None):
+    return train(config, stopping_after(stop) if stop and rank == 0 else unwatched).progress.step
+
+
+def killed_at_three(rank, config):
+    """The last rank is killed in the middle of its third step."""
+    compute = gradient.Gradient.compute
+
+    def dying(self, loaded, counts, step, alone):
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(self, loaded, counts, step, alone)
+
+    gradient.Gradient.compute = dying
+    return train(config, unwatched).progress.step
+
+
+def short_of_memory(rank, config, limit):
+    """The last rank has less memory than the budget says."""
+    if rank == 1:
+        with memory_cap(limit):
+            return train(config, unwatched).progress.step
+    return train(config, unwatched).progress.step
+
+
+@pytest.fixture
+def shared(config):
+    """Four micro-batches a step, two windows an epoch."""
+    return dataclasses.replace(config, micro_batches_per_step=4, window=20, save_every=2, valid=())
+
+
+def test_any_number_of_ranks_and_workers_takes_the_same_steps(shared, tmp_path, on_ranks):
+    train(shared, unwatched)
+    elastic = dataclasses.replace(shared, output=tmp_path / "elastic")
+    for ranks, workers, stop in ((1, 0, 3), (2, 2, 5), (4, 0, 7), (1, 4, None)):
+        answers = on_ranks(ranks, train_on, dataclasses.replace(elastic, workers=workers), stop)
+        if stop is None:
+            assert answers == [(8, "")]
+        else:
+            assert all(f"pulled the plug after step {stop}" in error for _, error in answers), answers
+    assert_same_steps(steps(elastic), steps(shared))
+    seen = [row for of_step, _ in list(steps(elastic).values())[:2] for some in of_step for row in some]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_state_may_be_sharded(shared, tmp_path, on_ranks, parallel):
+    shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw", ema=0.9), steps=4)
+    train(shared, unwatched)
+    other = dataclasses.replace(shared, output=tmp_path / parallel, parallel=parallel)
+    assert on_ranks(2, train_on, other, 3) == [
+        (None, f"RuntimeError: {PLUG}"),
+        (None, f"CanterError: rank 0 of 2 ended: {PLUG}"),
+    ]
+    assert on_ranks(2, train_on, other) == [(4, ""), (4, "")]
+    assert_same_steps(steps(other), steps(shared))
+
+
+# Python 3.12 warns of forking where threads are
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+PLUG = "pulled the plug after step 3"
+
+
+def test_a_rank_without_work_takes_part(shared, tmp_path, on_ranks):
+    one = dataclasses.replace(shared, micro_batches_per_step=1, steps=3)
+    train(one, unwatched)
+    two = dataclasses.replace(one, output=tmp_path / "two")
+    assert on_ranks(2, train_on, two) == [(3, ""), (3, "")]
+    assert_same_steps(steps(two), steps(one))
+    assert all(0 in map(round, [s * 1000 for s in row["rank_seconds"]]) for row in rows(two, "metrics.jsonl"))
+
+
+def test_a_killed_rank_ends_the_others_with_a_message(shared, on_ranks):
+    first, second = on_ranks(2, killed_at_three, shared)
+    assert second is None
+    assert first[1].startswith("CanterError: rank 0 of 2: another rank was lost")
+    assert "goes on from the last checkpoint" in first[1]
+    assert on_ranks(2, train_on, shared) == [(8, ""), (8, "")]
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_a_rank_out_of_memory_cuts_and_none_hangs(shared, tmp_path, on_ranks, parallel):
+    shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw"), steps=3, window=50)
+    train(shared, unwatched)
+    short = dataclasses.replace(shared, output=tmp_path / "short", parallel=parallel)
+    assert on_ranks(2, short_of_memory, short, 4_000_000) == [(3, ""), (3, "")]
+    cuts = [row for row in rows(short, "metrics.jsonl") if row["kind"] == "event"]
+    assert cuts
+    assert {row["what"] for row in cuts} == {"out of memory"}
+    assert_same_steps(steps(short), steps(shared))
+
+
+def test_ranks_that_do_not_meet_say_where(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        place = {
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("canter.training.distributed.ranks.MEETING", timedelta(seconds=1))
+        says = pytest.raises(CanterError, match=rf"rank 1 of 2 did not meet the others at 127.0.0.1:{port}")
+        with says, joined("cpu"):
+            pass
+
+
+def test_the_launcher_s_environment(monkeypatch):
+    assert _place({}) is None
+    assert _place({"WORLD_SIZE": "1", "RANK": "0"}) is None
+    with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        _place({"WORLD_SIZE": "2", "RANK": "0"})
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "node7,node9",
+        "SLURM_JOB_ID": "77",
+    }
+    assert _place(slurm) == (2, 3, 1)
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("node7", "20077")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as ranks:
+        assert (ranks.rank, ranks.size) == (0, 1)
