@@ -1,17 +1,23 @@
-"""One place that loads a model: Canter's own where Canter reads the checkpoint, else transformers'."""
+"""Load and save models of any format: Canter's own model where Canter reads the checkpoint, else transformers'."""
 
 # pyright: strict
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from canter.errors import CheckpointError, ConfigError
 from canter.extras import require
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from canter.integrations.transformers import TransformersModel
+    from canter.models.model import SpeechModel
+    from canter.models.protocol import AnyModel
 
 Precision = Literal["float32", "bf16", "int8"]
 Backend = Literal["auto", "canter", "transformers"]
@@ -48,6 +54,31 @@ def load_module(
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return TransformersModel.from_pretrained(path, dtype=dtype).to(device)
+
+
+def save_module(model: AnyModel, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+    """Write a model folder in the model's own format, whole or not at all, and return it.
+
+    ``weights`` stand in for the model's state dict: those of an earlier step, or an average. Raises CheckpointError
+    where the folder holds something else.
+    """
+    if model.format == "canter":
+        from canter.models.formats.checkpoint import save_model
+
+        return save_model(cast("SpeechModel", model), folder, weights=weights)
+    return cast("TransformersModel", model).save(folder, weights)
+
+
+def read_weights(model: AnyModel, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors that `save_module` wrote, by their names in the state dict of ``model``.
+
+    Raises CheckpointError for files that are missing or damaged.
+    """
+    if model.format == "canter":
+        from canter.models.formats.files import read_tensors
+
+        return read_tensors(folder / "model.safetensors")
+    return cast("TransformersModel", model).read_weights(folder)
 
 
 def _check_window(model: Any, path: Path) -> None:

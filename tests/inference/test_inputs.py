@@ -1,9 +1,6 @@
 """What rows leave open is filled in, what is no input is an item with a problem, and nothing ends the rest."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,12 +13,10 @@ from canter.inference.transcribe import Transcription
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.writers import (
     file_names,
-    remove_stale,
     render,
     result_row,
     segments_of,
     write_results,
-    write_whole,
 )
 
 
@@ -40,21 +35,6 @@ def test_results_have_urls_without_their_secrets():
         assert "s3cr3t" not in written
         assert written.count("https://host/data/talk.wav?part=2") >= 2
     assert file_names(items) == ["talk", "call", "talk-2"]
-
-
-def test_what_killed_processes_left_is_removed(tmp_path):
-    """But not what a process that runs writes, nor files of others."""
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    stale = tmp_path / f".a.srt.{ended.pid}.part"
-    kept = [tmp_path / f".a.srt.{os.getpid()}.part", tmp_path / ".a.part", tmp_path / f"a.{ended.pid}.part"]
-    for path in (stale, *kept):
-        path.write_text("half")
-    remove_stale([tmp_path, tmp_path / "absent"])
-    assert not stale.exists()
-    assert all(path.exists() for path in kept)
-    write_whole(tmp_path / "a.srt", ["whole"])
-    assert (tmp_path / "a.srt").read_text() == "whole"
 
 
 @pytest.fixture

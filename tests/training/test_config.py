@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canter.errors import ConfigError
+from canter.fields import from_mapping
 from canter.training.config import (
     LossConfig,
     ModelShape,
@@ -15,7 +16,6 @@ from canter.training.config import (
     TrainConfig,
     differences,
     dump_config,
-    from_mapping,
     load_config,
     rooted,
 )

@@ -110,7 +110,7 @@ def run(options: Options) -> None:
     for reason in left_out[:5]:
         print(f"canter: left out: {reason}", file=sys.stderr)
     if options.json:
-        from canter.inference.transcript.writers import write_whole
+        from canter.inference.transcript.writers import write_output
 
         value = {
             "model": str(options.model),
@@ -123,7 +123,7 @@ def run(options: Options) -> None:
             "machine": machine(device, [package for package, _ in peers]),
             "systems": {name: asdict(speed) for name, speed in speeds.items()},
         }
-        write_whole(options.json, [json.dumps(value, indent=2) + "\n"])
+        write_output(options.json, [json.dumps(value, indent=2) + "\n"])
         print(f"written: {options.json}", file=sys.stderr)
 
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from canter.files import write_text
+
 
 @dataclass(frozen=True)
 class Options:
@@ -75,7 +77,7 @@ def run(options: Options) -> None:
         shift_decoder(options, prepared, summary)
     summary["times"] = stages.seconds | {"total": time.perf_counter() - began}
     summary["machine"] = machine()
-    (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     html.write(demo_report(summary), output / "report.html")
     minutes = summary["times"]["total"] / 60
     console.rule()

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 if TYPE_CHECKING:
-    from canter.integrations.transformers import TransformersModel
-    from canter.models.model import SpeechModel
+    pass
 
 OPTIMIZER_BYTES = 16  # a parameter in training: weight, gradient and two moments, float32
 
@@ -43,14 +42,13 @@ def run(options: Options) -> int | None:
         show(figures, str(options.model))
 
 
-def describe(model: SpeechModel | TransformersModel, seconds: float, tokens_per_second: float) -> dict[str, Any]:
+def describe(model: Any, seconds: float, tokens_per_second: float) -> dict[str, Any]:
     """Everything that is shown, in numbers: operations, bytes, seconds, frames, tokens."""
     from canter.models.cost import parameters, utterance_cost
     from canter.models.formats.checkpoint import config_to_json
-    from canter.models.model import SpeechModel
 
     tokens = max(1, min(model.positions, round(seconds * tokens_per_second)))
-    if isinstance(model, SpeechModel):
+    if "cost_model" in model.supports:
         config, parts, cost = (
             config_to_json(model.config), parameters(model), utterance_cost(model.config, seconds, tokens)
         )  # fmt: skip

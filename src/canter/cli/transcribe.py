@@ -131,10 +131,11 @@ def run(options: Options) -> int:
 
 
 def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "Ranks") -> int:
+    from canter.files import remove_stale
     from canter.inference.inputs import Defaults, read_items, require_language
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.transcript.writers import check_renderable, json_text, remove_stale, render, write_results
+    from canter.inference.transcript.writers import check_renderable, json_text, render, write_results
     from canter.text.whisper import WhisperTokenizer
 
     checkpoint = checkpoint_of(options.model)

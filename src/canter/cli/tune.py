@@ -231,9 +231,8 @@ def choose_index(options: Options, subject: Subject, say: Callable[[str], None])
 def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
     """The model to measure. Raises ConfigError or CheckpointError for what is neither checkpoint nor configuration."""
     from canter.cli.models import load_any
-    from canter.errors import ConfigError
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.model import SpeechModel
+    from canter.models.protocol import Capability, check_support
     from canter.training.config import TrainConfig, load_config
 
     path = options.model
@@ -243,8 +242,9 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
             config = dataclasses.replace(config, manifest=options.manifest)
         return of_config(adjusted(config, options), options, say)
     model = load_any(checkpoint_of(path), backend=options.backend)
-    if not isinstance(model, SpeechModel) and (options.simulate or options.compile):
-        raise ConfigError(f"{path}: --simulate and --compile need a model of Canter's own")
+    given = {"--simulate": bool(options.simulate), "--compile": options.compile}
+    needed: dict[str, Capability] = {"--simulate": "cost_model", "--compile": "compile"}
+    check_support(model, {name: needed[name] for name, on in given.items() if on}, path)
     return of_speech_model(model, adjusted(TrainConfig(init=path), options), options, say)
 
 

@@ -27,6 +27,7 @@ from canter.corpus.manifest import count_problems, utterance_from_line
 from canter.corpus.remote import open_binary, refuse_special
 from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
 from canter.errors import ManifestError
+from canter.files import replacing, write_text
 
 FORMAT = "canter-index/1"
 PLACE_BITS = 40
@@ -275,18 +276,10 @@ class LengthIndex:
         header["checksum"] = _checksum(places, header)
         columns = [pa.array(column) for column in (self.seconds, self.tokens, self.source_of, places)]
         schema = pa.schema(_SCHEMA, metadata={"canter": json.dumps(header)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with pa.OSFile(os.fspath(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with replacing(path) as fresh:
+            with pa.OSFile(os.fspath(fresh), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
                 writer.write_batch(pa.record_batch(columns, schema=schema))
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            with open(skipped_path(path), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.problems)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            write_text(skipped_path(path), (json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.problems))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LengthIndex":

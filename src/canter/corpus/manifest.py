@@ -19,7 +19,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from canter.corpus.columns import ANY, Columns
@@ -42,6 +41,7 @@ from canter.corpus.utterance import (
     Utterance,
 )
 from canter.errors import ManifestError
+from canter.files import write_text
 
 TRANSLATION = ("ast", "s2t_translation", "translate")  # values of taskname
 NO_ANSWER = ("", "na")  # what Canary's manifests hold for audio to be transcribed
@@ -334,20 +334,17 @@ def row_from_utterance(utterance: Utterance) -> dict[str, Any]:
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | Utterance]) -> int:
-    """Writes rows as NeMo JSONL, whole or not at all (a temporary file is renamed); returns how many."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write rows as NeMo JSONL, whole or not at all, and return their number."""
     count = 0
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                row = row_from_utterance(row) if isinstance(row, Utterance) else row
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for row in rows:
+            row = row_from_utterance(row) if isinstance(row, Utterance) else row
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+            count += 1
+
+    write_text(path, lines())
     return count
 
 

@@ -4,7 +4,6 @@ What is known of a part is in ``KEY.npz``, under a key of everything it depends 
 written out as ``KEY.jsonl`` beside it, and read from there again.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from canter.corpus.remote import is_url
 from canter.corpus.sources import LENGTHS, Unit, read_unit
 from canter.corpus.utterance import Problem, Utterance
 from canter.errors import CanterError, ManifestError
+from canter.files import replacing
 
 PART_BYTES = 8 << 20
 KEPT = re.compile(r"[0-9a-f]{24}\.(npz|jsonl)(\.\d+)?")  # the names of parts, whole and begun
@@ -159,7 +159,7 @@ def read_part(part: Part, counting: Counting) -> Part:
         columns["seconds"], columns["tokens"], columns["place"], problems = table
     else:
         rows = read_unit(part.unit, measure_durations=counting.measure_durations, columns=part.columns)
-        with _whole(lines_path(counting, part)) as partial, open(partial, "wb") as file:
+        with replacing(lines_path(counting, part), durable=False) as partial, open(partial, "wb") as file:
             place = 0
             for number, row in _until_empty(rows, part.unit.path, problems):
                 if take(place, number, row):
@@ -170,7 +170,7 @@ def read_part(part: Part, counting: Counting) -> Part:
     stored: dict[str, Any] = {name: np.array(columns[name], dtype) for name, dtype in _COLUMNS.items()}
     listed = json.dumps([astuple(problem) for problem in problems]).encode()
     stored |= {"lines": np.int64(number), "problems": np.frombuffer(listed, np.uint8)}
-    with _whole(part_path(counting, part)) as partial, open(partial, "wb") as file:
+    with replacing(part_path(counting, part), durable=False) as partial, open(partial, "wb") as file:
         np.savez(file, **stored)
     return part
 
@@ -184,17 +184,6 @@ def _until_empty(
     except ManifestError as error:
         if not problems:
             problems.append(Problem(path, 0, f"unusable: {error}"))
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` if all goes well: a part is whole or absent."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_part(counting: Counting, part: Part) -> dict[str, Any]:

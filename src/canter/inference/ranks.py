@@ -63,7 +63,7 @@ def work(model: SpeechModel, utterances: Sequence[Utterance]) -> np.ndarray:
     library's model only seconds are known.
     """
     seconds = np.array([utterance.duration for utterance in utterances], dtype=np.float64)
-    if not isinstance(model, SpeechModel):
+    if "cost_model" not in model.supports:
         return seconds
     config = model.config
     padded = getattr(config.features, "pad_seconds", 0.0)

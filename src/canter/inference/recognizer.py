@@ -31,7 +31,7 @@ from canter.inference.transcribe import Job, Listener, TranscribeConfig, Transcr
 from canter.inference.transcript.formats import SUBTITLES, SUFFIXES
 from canter.inference.transcript.segments import Segment, Word
 from canter.inference.transcript.subtitles import SubtitleStyle
-from canter.inference.transcript.writers import json_text, render_one, result_row, segments_of, write_whole
+from canter.inference.transcript.writers import json_text, render_one, result_row, segments_of, write_output
 from canter.redaction import redacted
 from canter.text.languages import canonical
 from canter.text.tokenizer import Tokenizer
@@ -133,7 +133,7 @@ class Transcript:
             text = json_text(result_row(item, found, timed=bool(self.words))) + "\n"
         else:
             text = render_one(item, found, kind, style)
-        write_whole(path, [text])
+        write_output(path, [text])
         return path
 
     def __str__(self) -> str:
@@ -210,9 +210,9 @@ class Recognizer:
         A model of Canter's own is written in Canter's format (``canter convert`` writes others), a model of
         transformers in that of transformers. Raises CheckpointError where the folder holds something else.
         """
-        from canter.models.formats.checkpoint import save_model
+        from canter.loading import save_module
 
-        return save_model(self._module, Path(folder))
+        return save_module(self._module, Path(folder))
 
     def __repr__(self) -> str:
         device = next(self._module.parameters()).device

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from canter.integrations.transformers_engine import GenerateEngine
 from canter.integrations.transformers_files import load_parts
 from canter.integrations.transformers_tokenizer import TransformersTokenizer
 from canter.models.cost import UtteranceCost, flops, kept_for_backward
-from canter.models.formats.files import read_tensors, whole_folder
+from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.model import Batch, Loss, attention_loss
+from canter.models.protocol import Capability
 
 __all__ = ["TransformersModel", "TransformersTokenizer"]
 POSITIONS = ("max_target_positions", "max_position_embeddings")  # a decoder's, by architecture
@@ -43,7 +44,6 @@ class TransformersModel(nn.Module):
     """
 
     ctc = None
-    generation: Mapping[str, Any] = {}  # what an engine of ours would heed; their generate has its own
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class TransformersModel(nn.Module):
         self.model: Any = model
         self.extractor: Any = extractor
         self.recomputes = False
+        self.generation: dict[str, Any] = {}  # for an engine of ours; their generate has its own
         start = self._setting("decoder_start_token_id")
         if prompt is None and start is None:
             raise ValueError(f"{type(model).__name__} has no decoder_start_token_id; give a prompt")
@@ -87,6 +88,16 @@ class TransformersModel(nn.Module):
     def _setting(self, name: str) -> Any:
         value = getattr(self.model.generation_config, name, None)
         return getattr(self.model.config, name, None) if value is None else value
+
+    @property
+    def format(self) -> str:
+        """Name of the format that it is saved in (see `canter.loading`)."""
+        return "transformers"
+
+    @property
+    def supports(self) -> Set[Capability]:
+        """Nothing but training, tuning and decoding by transformers' own ``generate``."""
+        return frozenset()
 
     @property
     def sample_rate(self) -> int:
@@ -232,7 +243,7 @@ class TransformersModel(nn.Module):
             for name, tensor in (weights or self.state_dict()).items()
             if name not in tied
         }
-        with whole_folder(folder) as fresh:
+        with replacing_model(folder) as fresh:
             save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
             parts = (self.model.config, self.model.generation_config, self.extractor)
             for part in (*parts, *([self.tokenizer.tokenizer] if self.tokenizer else [])):

@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from canter.corpus.audio import load_utterance
 from canter.corpus.index import LengthIndex
 from canter.errors import ConfigError, PlanError
+from canter.files import write_text
 from canter.planning.plan import Plan
 from canter.planning.sampler import StepSampler
 from canter.planning.windows import mix
@@ -218,7 +219,7 @@ class _KeepPlan(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            (folder / STATE).write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
+            write_text(folder / STATE, json.dumps({"plan": self.fingerprint}) + "\n")
 
 
 @dataclass

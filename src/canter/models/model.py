@@ -5,9 +5,9 @@ V: vocabulary, C: characters.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from canter.models.decoder import Decoder, DecoderConfig
 from canter.models.encoder import EncoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig, length_mask
+from canter.models.protocol import Capability
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import Characters
 
@@ -115,6 +116,9 @@ def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -
     return total, bears.sum()
 
 
+SUPPORTED = frozenset(get_args(Capability))
+
+
 class SpeechModel(nn.Module):
     """Audio to scores of text. Every method takes lengths, and padding never changes a valid position.
 
@@ -136,7 +140,17 @@ class SpeechModel(nn.Module):
         self.decoder = Decoder(config.decoder)
         self.ctc = nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary) if config.ctc_vocabulary else None
 
-    # What training, tuning and decoding ask of any model, ours or another library's (docs/models.md).
+    # What any model offers; see `canter.models.protocol`.
+
+    @property
+    def format(self) -> str:
+        """Name of the format that it is saved in (see `canter.loading`)."""
+        return "canter"
+
+    @property
+    def supports(self) -> Set[Capability]:
+        """What Canter's own models can do: everything."""
+        return SUPPORTED
 
     @property
     def frame_seconds(self) -> float:

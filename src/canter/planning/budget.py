@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from canter.errors import BudgetError
+from canter.files import write_text
 from canter.untrusted import read_json_value
 
 FORMAT = "canter-budget/1"
@@ -163,7 +164,8 @@ class Budget:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+        """Write the budget file, whole or not at all."""
+        write_text(path, json.dumps(self.as_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Budget:

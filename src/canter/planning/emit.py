@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from canter.errors import PlanError
+from canter.files import replacing
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 
@@ -20,23 +21,18 @@ def write_plan(plan: Plan, path: str | Path, ranks: int = 1) -> None:
     count = plan.windows.count
     if count is None:
         raise PlanError("an endless stream cannot be written out")
-    path, before = Path(path), 0
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with pq.ParquetWriter(partial, SCHEMA) as writer:
-            for window in range(count):
-                cut = plan.cut(window)
-                batches = np.diff(cut.steps)
-                number = np.arange(len(cut.batches) - 1) - np.repeat(cut.steps[:-1], batches)
-                rank = np.zeros(len(number), np.int32)
-                for step in range(len(cut)) if ranks > 1 else ():
-                    for r, share in enumerate(share_out(plan.step_seconds(window, step), ranks)):
-                        rank[cut.steps[step] + np.array(share, np.int64)] = r
-                size = np.diff(cut.batches)
-                columns = [np.repeat(np.arange(len(cut)) + before, batches), number, rank]
-                arrays = [*(np.repeat(column, size) for column in columns), cut.rows]
-                writer.write_table(pa.table([pa.array(a, f.type) for a, f in zip(arrays, SCHEMA)], schema=SCHEMA))
-                before += len(cut)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    before = 0
+    with replacing(path) as fresh, pq.ParquetWriter(fresh, SCHEMA) as writer:
+        for window in range(count):
+            cut = plan.cut(window)
+            batches = np.diff(cut.steps)
+            number = np.arange(len(cut.batches) - 1) - np.repeat(cut.steps[:-1], batches)
+            rank = np.zeros(len(number), np.int32)
+            for step in range(len(cut)) if ranks > 1 else ():
+                for r, share in enumerate(share_out(plan.step_seconds(window, step), ranks)):
+                    rank[cut.steps[step] + np.array(share, np.int64)] = r
+            size = np.diff(cut.batches)
+            columns = [np.repeat(np.arange(len(cut)) + before, batches), number, rank]
+            arrays = [*(np.repeat(column, size) for column in columns), cut.rows]
+            writer.write_table(pa.table([pa.array(a, f.type) for a, f in zip(arrays, SCHEMA)], schema=SCHEMA))
+            before += len(cut)

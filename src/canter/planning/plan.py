@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from canter.errors import PlanError
+from canter.files import replacing
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.lengths import (
@@ -292,10 +292,8 @@ class Plan:
         """The table of the steps in each window, written to the cache folder."""
         table = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if path := self._table_path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npy")
-            np.save(partial, table)
-            partial.replace(path)  # whole or not at all, whoever else writes it
+            with replacing(path, durable=False) as fresh, open(fresh, "wb") as file:
+                np.save(file, table)
         return table
 
     # -- steps --

@@ -20,6 +20,7 @@ from canter import __version__
 from canter.errors import ConfigError
 from canter.evaluation.normalize import Normalization
 from canter.evaluation.wer import Operation, percent, score
+from canter.files import write_text
 from canter.reporting.figures import BLUE, GRID, INK, MUTED, STYLE
 
 # these colours of the figures follow the page's light or dark theme
@@ -221,14 +222,8 @@ def write(document: Html, path: str | os.PathLike[str]) -> Path:
     """Writes the page, whole or not at all; makes its folder where it is missing. Raises ConfigError where it cannot
     be written."""
     path = Path(path)
-    partial = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(document, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, document)
     except OSError as error:
         raise ConfigError(f"the page cannot be written to {path} ({error.strerror}); name another file") from None
     return path

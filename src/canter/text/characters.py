@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from canter.errors import CheckpointError
+from canter.files import write_text
 from canter.untrusted import read_json_value
 
 FILE = "characters.json"
@@ -43,7 +44,7 @@ class Characters:
 
     def save(self, folder: str | Path) -> None:
         """Writes `characters.json` into the folder."""
-        (Path(folder) / FILE).write_text(json.dumps(self.symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(Path(folder) / FILE, json.dumps(self.symbols, ensure_ascii=False) + "\n")
 
     @property
     def size(self) -> int:

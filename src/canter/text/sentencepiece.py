@@ -21,6 +21,7 @@ import sentencepiece
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
+from canter.files import write_bytes, write_text
 from canter.text.languages import canonical, find, is_said
 from canter.text.prompts import FORMATS, prompt_ids, utterance_slots
 from canter.untrusted import is_file_name, read_json_value, read_limited
@@ -158,7 +159,7 @@ class SentencePieceTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         files = {lang: f"tokenizer.{lang}.model" if lang else "tokenizer.model" for lang in self.models}
         for lang, model in self.models.items():
-            (folder / files[lang]).write_bytes(model)
+            write_bytes(folder / files[lang], model)
         values = {
             "format": FORMAT,
             "prompt_format": self.prompt_format,
@@ -166,7 +167,7 @@ class SentencePieceTokenizer:
             "models": files,
             "special": self.special,
         }
-        (folder / FILE).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / FILE, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def of_model(

@@ -8,6 +8,7 @@ import tokenizers
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
+from canter.files import write_text
 from canter.text.languages import same
 from canter.text.prompts import TASKS, prompt_ids, utterance_slots
 from canter.untrusted import read_limited
@@ -95,7 +96,7 @@ class WhisperTokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE).write_text(self.serialised, encoding="utf-8")
+        write_text(Path(folder) / FILE, self.serialised)
 
     @classmethod
     def load(cls, file: str | Path) -> "WhisperTokenizer":

@@ -2,24 +2,40 @@
 situation are in `canter.training.defaults`."""
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from canter.errors import ConfigError, PlanError
+from canter.fields import Read, from_mapping, to_mapping
 from canter.models.hub import is_hub_name
 from canter.planning.lengths import RateLimits, rate_limits
 from canter.untrusted import read_yaml_value
+
+
+def _limits_given(value: Any, _: Path | None) -> Any:
+    """Return a number, pairs or texts, which TrainConfig reads by itself."""
+    return None if value == "none" else value
+
+
+def _initial_model(value: Any, base: Path | None) -> Path | None:
+    """Return a path, or a name on the hub as it is."""
+    if value is None or isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(f"expected Path, found {value!r:.80}")
+    if base is None or (not (base / value).exists() and is_hub_name(value)):
+        return Path(value)
+    return base / value
+
 
 # Settings that may differ between the starts of a run: its steps compute the same.
 # fmt: off
@@ -145,7 +161,7 @@ class TrainConfig:
     """Validation manifests (default: no validation; the last checkpoint counts as the best)."""
     output: Path = Path("runs/default")
     """Folder of the run. A folder that holds a run of the same configuration is resumed."""
-    init: Path | None = None
+    init: Annotated[Path | None, Read(_initial_model)] = None
     """Checkpoint to fine-tune: weights, shape and tokenizer are its own (default: train from scratch)."""
     pad_seconds: float | None = None
     """With --init and a Whisper: pad every utterance to this many seconds; 0 keeps each at its own length, which is
@@ -183,7 +199,7 @@ class TrainConfig:
     min_steps: int | None = None
     """Minimum optimiser steps an epoch; batches are made smaller for it (default: 50 with --batch-seconds auto, more
     for short runs; else no minimum)."""
-    max_tokens_per_second: RateLimits = None
+    max_tokens_per_second: Annotated[RateLimits, Read(_limits_given)] = None
     """Leave out utterances with more tokens a second: one limit such as 25, or limits up to a duration in seconds such
     as 10:30 20:25 40:20. They are counted, and listed in left_out.jsonl (default: no limit)."""
     micro_batches_per_step: int | None = None
@@ -339,85 +355,10 @@ def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
     if content is None:
         content = {}
-    return from_mapping(TrainConfig, content, str(path), path.parent if relative else None)
+    return from_mapping(TrainConfig, content, str(path), base=path.parent if relative else None)
 
 
-def from_mapping(cls: type, content: Any, where: str, base: Path | None = None) -> Any:
-    """A mapping to the frozen dataclass ``cls``; ``base`` is what relative paths are relative to.
-
-    Raises ConfigError for unknown keys and for values of the wrong type.
-    """
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where}: expected a mapping of settings, found {content!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in content.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
-            raise ConfigError(f"{where}: unknown setting '{key}'; {hint}")
-        if hints[key] == RateLimits:  # a number, pairs or texts, which it reads by itself
-            values[key] = None if value == "none" else value
-        elif key == "init" and base and isinstance(value, str) and not (base / value).exists() and is_hub_name(value):
-            values[key] = Path(value)
-        else:
-            values[key] = _coerce(value, hints[key], f"{where}: {key}", base)
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _coerce(value: Any, hint: Any, where: str, base: Path | None) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_mapping(typing.cast(type, hint), value, where, base)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [kind for kind in arguments if kind is not type(None)]
-        optional = len(kinds) < len(arguments)
-        if value is None and optional:
-            return None
-        if isinstance(value, str) and value.lower() == "none" and optional and not {str, Path} & set(kinds):
-            return None
-        words = [word for kind in kinds for word in typing.get_args(kind) if typing.get_origin(kind) is Literal]
-        if isinstance(value, str) and value in words:
-            return value
-        numbers = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
-        return _coerce(value, (numbers or kinds)[0], where, base)
-    if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_coerce(item, arguments[0], where, base) for item in items)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, arguments))}")
-        return value
-    if hint is Path and isinstance(value, str):
-        return base / value if base is not None else Path(value)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 2e-3 as a string
-        except (ValueError, OverflowError):
-            pass
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """The configuration as plain values, for YAML or JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def dump_config(config: TrainConfig, comments: Mapping[str, str] = types.MappingProxyType({})) -> str:
+def dump_config(config: TrainConfig, comments: Mapping[str, str] = MappingProxyType({})) -> str:
     """Return the configuration as YAML, with ``comments`` behind the settings that they name."""
     text = yaml.safe_dump(to_mapping(config), sort_keys=False, width=math.inf)
     lines = []

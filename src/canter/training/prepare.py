@@ -24,6 +24,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats.checkpoint import load_model
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.protocol import AnyModel, Capability, check_support
 from canter.planning.budget import Budget
 from canter.planning.lengths import ModelLimits
 from canter.planning.metrics import BatchTable, figures
@@ -47,8 +48,9 @@ from canter.training.measure import (
     planned_frame_seconds,
     training_step,
 )
+from canter.training.run import trackers
 from canter.training.run.checkpoints import Checkpoints
-from canter.training.run.folder import Run, trackers, writing
+from canter.training.run.folder import Run, writing
 from canter.training.step.weights import frozen_names
 from canter.tuning.fit import measure_budget, within
 from canter.tuning.probe import Prober
@@ -315,8 +317,7 @@ def load_initial(
         return None
     goes_on = bool(run.checkpoints)
     model = load(run.checkpoints[-1] if goes_on else checkpoint_of(config.init))
-    if not isinstance(model, SpeechModel):
-        refuse_ours(config)
+    check_model(config, model)
     if model.tokenizer is None:
         raise ConfigError(f"--init {config.init}: the checkpoint has no tokenizer, without which it cannot be trained")
     if config.pad_seconds is not None:
@@ -330,20 +331,15 @@ def load_initial(
     return model
 
 
-def refuse_ours(config: TrainConfig) -> None:
-    """Raises ConfigError for settings that only Canter's own models have a meaning for."""
-    asked = {
-        "--pad-seconds": config.pad_seconds is not None,
-        "--compile": config.compile,
-        "--parallel shard": config.parallel == "shard",
-        "--augment masks": config.augment.frequency_masks or config.augment.time_masks,
+def check_model(config: TrainConfig, model: AnyModel) -> None:
+    """Raise ConfigError for settings that the model of --init does not support."""
+    given: dict[str, tuple[Capability, bool]] = {
+        "--pad-seconds": ("any_length", config.pad_seconds is not None),
+        "--compile": ("compile", config.compile),
+        "--parallel shard": ("shard", config.parallel == "shard"),
+        "--augment masks": ("spec_augment", bool(config.augment.frequency_masks or config.augment.time_masks)),
     }
-    told = [name for name, value in asked.items() if value]
-    if told:
-        raise ConfigError(
-            f"{', '.join(told)}: needs a model of Canter's own, and --init {config.init} is another library's; leave "
-            "it out"
-        )
+    check_support(model, {name: needed for name, (needed, on) in given.items() if on}, f"--init {config.init}")
 
 
 def pad_to(model: SpeechModel, seconds: float, source: Path) -> None:

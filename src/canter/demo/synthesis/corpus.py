@@ -28,6 +28,7 @@ from canter.demo.synthesis.espeak import SAMPLE_RATE, espeak
 from canter.demo.synthesis.sentences import GRAMMARS, is_test, normalised
 from canter.demo.synthesis.voices import Voice, voices
 from canter.errors import CanterError
+from canter.files import write_text
 from canter.processes import start_pool_worker
 
 FORMAT = "canter-synthesis/1"
@@ -112,7 +113,7 @@ def synthesise(
         seconds = _speak_all(folder, list(parts.values()), workers, report)
     for part, spoken in parts.items():
         lines = [json.dumps(_row(one, seconds[one.file]), ensure_ascii=False) for one in spoken]
-        _write(folder / f"{part}.jsonl", "".join(f"{line}\n" for line in lines))
+        write_text(folder / f"{part}.jsonl", "".join(f"{line}\n" for line in lines))
     return Corpus(
         folder / "train.jsonl",
         folder / "test.jsonl",
@@ -163,13 +164,7 @@ def _claim(folder: Path, settings: dict) -> None:
         raise CanterError(f"{folder}: the folder is not empty and holds no corpus.json; choose another folder")
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(settings, indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(file.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 def _speak_all(

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from canter.models.model import SpeechModel
-
 # bytes of the keys and values of cross-attention on a CPU; more rows are hardly faster there
 CACHED = 192 * 2**20
 FEWEST, MOST, MOST_ON_GPU = 8, 64, 128  # rows of the decoder
@@ -29,7 +27,7 @@ def decoder_rows(model: Any, device: torch.device) -> int:
     than with 24, in three times the memory, and a row waits longer for its turn."""
     on_gpu = device.type == "cuda"
     most = MOST_ON_GPU if on_gpu else MOST
-    if not isinstance(model, SpeechModel):
+    if "cached_decoding" not in model.supports:
         return most
     room = torch.cuda.get_device_properties(device).total_memory // 4 if on_gpu else CACHED
     decoder, weight = model.config.decoder, model.decoder.embedding.weight

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -559,12 +560,12 @@ def _of_nearby(row: _Encoded) -> _Encoded:
     return replace(row, request=replace(row.request, audio=row.request.nearby), until=None)
 
 
-def engine_for(model: SpeechModel, end: int, config: EngineConfig) -> Engine:
+def engine_for(model: Any, end: int, config: EngineConfig) -> Engine:
     """Return what decodes ``model``: another library's model brings an engine of its own.
 
     Raises ConfigError where that one is asked for joint decoding.
     """
-    if isinstance(model, SpeechModel):
+    if "cached_decoding" in model.supports:
         return Engine(model, end, config)
     if config.ctc_weight:
         raise ConfigError("--ctc-weight: another library decodes this model, by attention only; leave it out")

@@ -4,7 +4,6 @@ Whisper's (`canter.inference.transcript.formats`) are one file an utterance; ``n
 with ``pred_text`` added to every row, or ``error`` to one that could not be transcribed.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from canter.corpus.audio import STANDARD_INPUT
 from canter.errors import ConfigError
+from canter.files import write_text
 from canter.inference.inputs import Item
 from canter.inference.transcribe import Transcription
 from canter.inference.transcript.formats import (
@@ -62,7 +62,7 @@ def write(transcript: Transcribed, path: str | Path, kind: str | None = None, st
     if kind in SUBTITLES and style.needs_words and any(not segment.words for segment in segments):
         raise ConfigError(f"{path}: these subtitles need the times of words: transcribe with timestamps='word'")
     segments = [_to_milliseconds(segment) for segment in segments]
-    write_whole(path, [render_segments(kind, transcript.text, segments, transcript.language, style)])
+    write_output(path, [render_segments(kind, transcript.text, segments, transcript.language, style)])
 
 
 def _whole(text: str, segments: Sequence[Segment], duration: float, tokens: tuple[int, ...] = ()) -> Sequence[Segment]:
@@ -201,7 +201,7 @@ class FolderOutput:
         """Write the files of an utterance; of one that failed none."""
         if transcription.error is None:
             for kind, path in self.files(index):
-                write_whole(path, [render_one(item, transcription, kind, self.style)])
+                write_output(path, [render_one(item, transcription, kind, self.style)])
 
 
 def write_results(
@@ -223,12 +223,12 @@ def write_results(
         (kind,) = kinds
         if kind != "nemo" and all(transcription.error is not None for transcription in transcriptions):
             return []
-        write_whole(target, render(items, transcriptions, kind, timed, style))
+        write_output(target, render(items, transcriptions, kind, timed, style))
         return [target]
     written: list[Path] = []
     if "nemo" in kinds:
         written.append(target / "transcripts.jsonl")
-        write_whole(written[-1], render(items, transcriptions, "nemo", timed))
+        write_output(written[-1], render(items, transcriptions, "nemo", timed))
     files = FolderOutput(target, names or file_names(items), [kind for kind in kinds if kind != "nemo"], style)
     for index, (item, transcription) in enumerate(zip(items, transcriptions)):
         files.write(index, item, transcription)
@@ -279,36 +279,9 @@ def _line(row: Mapping[str, Any]) -> str:
     return json_text(row) + "\n"
 
 
-def remove_stale(folders: Iterable[Path]) -> None:
-    """Remove the unfinished files that processes left in the folders when they were killed (see `write_whole`)."""
-    for folder in {*folders}:
-        for path in folder.glob(".*.part"):
-            process = path.name.split(".")[-2]
-            if process.isdigit() and not _is_running(int(process)):
-                path.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
+def write_output(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file, whole or not at all. Raises ConfigError where it cannot be written."""
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Writes a file whole or not at all. Raises ConfigError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(pieces)
-        os.replace(partial, path)
+        write_text(path, pieces)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --output") from None
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.models.device import choose_device
-from canter.models.formats.files import read_json, read_tensors, refuse_adapter, stored_bytes, whole_folder
+from canter.models.formats.files import read_json, read_tensors, refuse_adapter, replacing_model, stored_bytes
 from canter.models.formats.fitting import build, check_vocabulary, fit_tensors
 from canter.models.formats.generation import check_generation
 from canter.models.formats.huggingface import read_hf
@@ -83,14 +83,12 @@ def save_model(
     whole and replaces a model folder of that name. ``weights`` may stand in for the model's state dict: a copy of
     it from an earlier step, or an average. Returns the folder.
 
-    A model of another library writes itself. Raises CheckpointError if the folder holds something else or the
+    Raises CheckpointError if the folder holds something else or the
     tokenizer has more ids than the model.
     """
-    if not isinstance(model, SpeechModel):
-        return model.save(folder, weights)
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, folder)
-    with whole_folder(folder) as fresh:
+    with replacing_model(folder) as fresh:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or model.state_dict()).items()}
         save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
@@ -103,13 +101,6 @@ def save_model(
         config = {"format": FORMAT, "tokenizer": tokenizer is not None, **config_to_json(model.config)}
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
-
-
-def read_weights(folder: Path, model: Any = None) -> dict[str, Tensor]:
-    """The tensors that ``save_model`` wrote, by their names in the state dict of ``model``, by default one of ours."""
-    if model is not None and not isinstance(model, SpeechModel):
-        return model.read_weights(folder)
-    return read_tensors(folder / "model.safetensors")
 
 
 def load_model(

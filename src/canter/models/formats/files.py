@@ -1,9 +1,7 @@
 """Files and folders that appear whole or not at all, and clear errors for those that cannot be read."""
 
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from canter.errors import CheckpointError
+from canter.files import replacing_folder
 from canter.untrusted import is_file_name, read_json_value
 
 MOST_HEADER_BYTES = 4 * 2**20
@@ -21,9 +20,8 @@ MOST_HEADER_BYTES = 4 * 2**20
 
 
 @contextmanager
-def whole_folder(target: str | Path) -> Iterator[Path]:
-    """Yields a new folder beside ``target`` that takes its name once the block is through, in place of a
-    model folder that had it; if the block fails it is removed and ``target`` is as before.
+def replacing_model(target: str | Path) -> Iterator[Path]:
+    """Context manager that yields a new folder; on leaving it, that replaces ``target``, see `replacing_folder`.
 
     Raises CheckpointError where ``target`` is a file, a folder of something else, or a model folder with folders
     in it, which no model has: that is not ours to replace.
@@ -39,58 +37,8 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
             raise CheckpointError(
                 f"{target} holds more than a model ({folders}) and is not replaced; choose another name"
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
+    with replacing_folder(target) as fresh:
         yield fresh
-        for file in fresh.rglob("*"):
-            if file.is_file():
-                _to_disk(file)
-        fresh.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = fresh.with_suffix(".old")
-            target.rename(old)
-            fresh.rename(target)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(target)
-        _to_disk(target.parent)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def whole_file(target: str | Path) -> Iterator[Path]:
-    """As ``whole_folder`` for one file, which replaces a file of that name."""
-    target = Path(target).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    os.close(handle)
-    fresh = Path(name)
-    try:
-        yield fresh
-        _to_disk(fresh)
-        fresh.chmod(0o666 & ~_umask())
-        fresh.rename(target)
-        _to_disk(target.parent)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -14,7 +14,7 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.formats.files import read_json, read_tensors, stored_bytes, whole_folder
+from canter.models.formats.files import read_json, read_tensors, replacing_model, stored_bytes
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
@@ -348,7 +348,7 @@ def write_hf(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> P
     tensors = without_ctc(model, folder)
     if layout.sines_first:
         tensors = _permuted(tensors, _sines_first(config.decoder.width).to(model.decoder.embedding.weight.device))
-    with whole_folder(folder) as fresh:
+    with replacing_model(folder) as fresh:
         if tokenizer is not None:
             tokenizer.save(fresh)
         save_file(layout.names.theirs(tensors), fresh / SAFETENSORS, metadata={"format": "pt"})

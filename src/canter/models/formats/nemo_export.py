@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from canter.errors import CheckpointError
+from canter.files import replacing
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.formats.files import whole_file
 from canter.models.formats.fitting import check_vocabulary, without_ctc
 from canter.models.formats.nemo import EMBEDDING, HEAD_WEIGHT, NAMES, POSITIONS, WEIGHTS
 from canter.models.model import ModelConfig, SpeechModel
@@ -41,7 +41,7 @@ def write_nemo(model: SpeechModel, path: str | Path, tokenizer: Any = None) -> P
     config = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     members = dict(files.values())
     members |= {CONFIG: config.encode(), WEIGHTS: weights.getvalue()}
-    with whole_file(path) as fresh, tarfile.open(fresh, "w") as tar:
+    with replacing(path) as fresh, tarfile.open(fresh, "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(f"./{name}")
             info.size, info.mode = len(content), 0o644

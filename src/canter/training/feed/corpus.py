@@ -84,7 +84,7 @@ def find_tokenizer(
     config: TrainConfig, run: Run, initial: SpeechModel | None, say: Callable[[str], None]
 ) -> tuple[Tokenizer, Characters]:
     """The run's tokenizer and alphabet: those of --init or --tokenizer, or made from the transcripts, once."""
-    if initial is not None and not isinstance(initial, SpeechModel):
+    if initial is not None and "characters" not in initial.supports:
         return initial.tokenizer, Characters("")  # another library's, which its checkpoints bring along
     folder = run.folder / "tokenizer"
     if config.init is not None and initial is not None and not (folder / "characters.json").exists():

@@ -10,10 +10,10 @@ from pathlib import Path
 from canter.corpus.index import LengthIndex
 from canter.corpus.utterance import Problem
 from canter.errors import CanterError
+from canter.files import write_text
 from canter.planning.plan import Plan
 from canter.redaction import redacted
 from canter.training.distributed.ranks import Ranks
-from canter.training.run.checkpoints import write_whole
 from canter.training.run.reports import Progress
 
 FEWEST = 20  # unusable utterances are allowed, whatever their share
@@ -27,7 +27,7 @@ def list_left_out(path: Path, index: LengthIndex, plan: Plan) -> int:
         reason = f"{reason}: {lengths}"
         file = redacted(index.utterance(row).audio_filepath)
         lines.append({"file": file, "line": row, "reason": reason})
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
 
 
@@ -35,7 +35,7 @@ def list_problems(path: Path, problems: Sequence[Problem], say: Callable[[str], 
     """Write the validation rows that cannot be used, and say how many they are, with the first."""
     if problems:
         lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in problems)
-        write_whole(path, "".join(lines))
+        write_text(path, "".join(lines))
         say(f"{len(problems)} validation rows left out, listed in {path}: {problems[0]}")
     else:
         path.unlink(missing_ok=True)

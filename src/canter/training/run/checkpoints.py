@@ -1,7 +1,6 @@
 """The checkpoints of a run: copied in a moment, written by a thread beside the next steps, whole or not at all, and
 verified by their checksums before a run goes on from them."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from canter.errors import CanterError, CheckpointError
-from canter.models.formats.checkpoint import read_weights, save_model
+from canter.files import replacing_folder, to_disk, write_text
+from canter.loading import read_weights, save_module
 from canter.models.formats.files import read_tensors
 from canter.models.formats.torchfile import load_saved
 from canter.models.model import SpeechModel
@@ -79,7 +79,7 @@ class Checkpoints:
         content = json.dumps({"checkpoint": self.path(step).name, **kept}) + "\n"
 
         def write() -> None:
-            write_whole(self.folder / BEST, content)
+            write_text(self.folder / BEST, content)
             self._prune()  # the one that was best
 
         self.pending.append(self.thread.submit(write))
@@ -107,25 +107,15 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _write(self, snapshot: Snapshot, model: SpeechModel, characters: Characters | None) -> None:
-        final = self.path(snapshot.state["step"])
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with replacing_folder(self.path(snapshot.state["step"])) as partial:
             self._fill(partial, snapshot, model, characters)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk has no room for half of one
-            raise
-        replaced = final.with_name(f".{final.name}.replaced")
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        to_disk(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+            for log in self.logs:
+                to_disk(log)
         self._prune()
 
     def _fill(self, partial: Path, snapshot: Snapshot, model: SpeechModel, characters: Characters | None) -> None:
-        """Write the files of a checkpoint and have the system write them out."""
-        save_model(model, partial, weights=snapshot.average or snapshot.weights)
+        """Write the files of a checkpoint."""
+        save_module(model, partial, weights=snapshot.average or snapshot.weights)
         if characters is not None:
             characters.save(partial)
         beside = partial / "training"
@@ -136,11 +126,9 @@ class Checkpoints:
         for name in (CONFIG, SETTLED):
             if (self.folder.parent / name).is_file():
                 shutil.copyfile(self.folder.parent / name, beside / name)
-        write_whole(beside / STATE, json.dumps(snapshot.state | {VERIFIED: True}, indent=2) + "\n")
+        write_text(beside / STATE, json.dumps(snapshot.state | {VERIFIED: True}, indent=2) + "\n")
         sums = {str(file.relative_to(partial)): checksum(file) for file in partial.rglob("*") if file.is_file()}
-        write_whole(beside / CHECKSUMS, json.dumps(sums, indent=2, sort_keys=True) + "\n")
-        for file in (*partial.rglob("*"), partial, *self.logs):
-            to_disk(file)
+        write_text(beside / CHECKSUMS, json.dumps(sums, indent=2, sort_keys=True) + "\n")
 
     def _prune(self) -> None:
         best = self.best()
@@ -231,7 +219,7 @@ def read_snapshot(folder: Path, model: Any = None) -> Snapshot:
             f"{beside}: training state is damaged ({' '.join(str(error).split())[:200]}); remove {folder} to go on "
             "from the one before it"
         ) from None
-    weights = read_weights(folder, model)
+    weights = read_weights(model, folder)
     if (beside / WEIGHTS).exists():
         return Snapshot(state, read_tensors(beside / WEIGHTS), optimizers, weights)
     return Snapshot(state, weights, optimizers)
@@ -269,31 +257,3 @@ def checksum(path: Path) -> str:
 def text_checksum(text: str) -> str:
     """32 hex digits over a text (BLAKE2b)."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Writes a text file so that it is there whole or as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-    to_disk(path.parent)
-
-
-def to_disk(path: Path) -> None:
-    """Has the system write a file or a folder's entries out; nothing where there is none."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

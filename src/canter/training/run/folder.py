@@ -33,14 +33,14 @@ import numpy as np
 
 from canter.corpus.manifest import Problem
 from canter.errors import CheckpointError, ConfigError
+from canter.fields import from_mapping, to_mapping
+from canter.files import to_disk, write_text
 from canter.training.config import (
     TrainConfig,
     changes,
     dump_config,
-    from_mapping,
     load_config,
     rooted,
-    to_mapping,
 )
 from canter.training.run.checkpoints import (
     CONFIG,
@@ -48,8 +48,6 @@ from canter.training.run.checkpoints import (
     Checkpoints,
     checksum,
     text_checksum,
-    to_disk,
-    write_whole,
 )
 
 CHECKSUM = "checksum"  # in run.json, over all else that it holds
@@ -138,7 +136,7 @@ class Run:
             _refuse_other_content(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(held, dump_config(settings))
+            write_text(held, dump_config(settings))
             (folder / "checkpoints").mkdir(exist_ok=True)
         told = tuple(f"{name}: {before} -> {now}" for name, before, now in changed)
         return cls(folder, changed=told, config=to_mapping(settings))
@@ -219,7 +217,7 @@ class Run:
         path = self.folder / "validation" / f"step-{step:06d}.jsonl"
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _append(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
         if lines and self.writes:
@@ -337,7 +335,7 @@ def _void(folder: Path, settled: dict[str, Any], changed: Sequence[str], config:
 def _write_settled(folder: Path, values: Mapping[str, Any]) -> None:
     """Write run.json, with a checksum over all else that it holds."""
     text = json.dumps({name: value for name, value in values.items() if name != CHECKSUM}, indent=2)
-    write_whole(folder / SETTLED, json.dumps(json.loads(text) | {CHECKSUM: text_checksum(text)}, indent=2) + "\n")
+    write_text(folder / SETTLED, json.dumps(json.loads(text) | {CHECKSUM: text_checksum(text)}, indent=2) + "\n")
 
 
 def read_settled(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from canter.extras import needed_by, require
-from canter.training.config import TrainConfig, to_mapping
+from canter.fields import to_mapping
+from canter.training.config import TrainConfig
 from canter.training.run.folder import Run
 
 Track = Callable[[int, Mapping[str, Any]], None]

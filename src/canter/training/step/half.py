@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from canter.models.model import SpeechModel
+from canter.models.protocol import AnyModel, module_of
 
 
 class HalfWeights:
@@ -55,9 +55,9 @@ class HalfWeights:
         self.sums = {}
 
 
-def half_weights(model: nn.Module, precision: str) -> HalfWeights | None:
+def half_weights(model: AnyModel, precision: str) -> HalfWeights | None:
     """How a step of ``model`` computes in bf16 if not by autocast: Canter's own models on a GPU, whose layers compute
     in the type of their weights. Not shards of weights, which FSDP holds."""
     first = next(model.parameters())
-    own = isinstance(model, SpeechModel) and not isinstance(first, DTensor)
-    return HalfWeights(model) if precision == "bf16" and own and first.is_cuda else None
+    own = "bf16_weights" in model.supports and not isinstance(first, DTensor)
+    return HalfWeights(module_of(model)) if precision == "bf16" and own and first.is_cuda else None
