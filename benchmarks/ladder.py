@@ -11,7 +11,8 @@ from torch import Tensor
 
 from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
-from canter.models.model import Batch, SpeechModel
+from canter.models.batch import Batch
+from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided

@@ -26,10 +26,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from canter.models.batch import Batch
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.model import Batch, ModelConfig, SpeechModel
+from canter.models.model import ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
 from canter.runtime import CLEAR, give_back, resident, steady_heap
 from canter.training.config import OptimizerConfig, TrainConfig

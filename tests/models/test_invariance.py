@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canter.models.batch import Batch
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import length_mask
-from canter.models.model import Batch
 from canter.models.norm import MaskedBatchNorm, merge_pending
 
 from .conftest import small_model

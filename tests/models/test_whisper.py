@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import canter
+from canter.models.batch import Batch
 from canter.models.features import WhisperFeatureConfig
-from canter.models.model import Batch
 
 from .conftest import small_whisper
 

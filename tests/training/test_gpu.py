@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from canter.models.model import Batch
+from canter.models.batch import Batch
 from canter.training.config import LossConfig
 from canter.training.feed.data import Address, Loaded
 from canter.training.session import train

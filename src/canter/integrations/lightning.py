@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from canter.errors import PlanError
-from canter.models.model import Batch
+from canter.models.batch import Batch
 from canter.models.norm import merge_pending
 from canter.planning.plan import MicroBatch, Plan
 from canter.planning.sampler import StepSampler

@@ -24,9 +24,9 @@ from canter.inference.engine.requests import EngineConfig
 from canter.integrations.transformers_engine import GenerateEngine
 from canter.integrations.transformers_files import load_parts
 from canter.integrations.transformers_tokenizer import TransformersTokenizer
+from canter.models.batch import Batch, Loss, attention_loss
 from canter.models.cost import UtteranceCost, flops, kept_for_backward
 from canter.models.formats.files import read_tensors, replacing_model
-from canter.models.model import Batch, Loss, attention_loss
 from canter.models.protocol import Capability
 
 __all__ = ["TransformersModel", "TransformersTokenizer"]

@@ -15,7 +15,7 @@ from canter.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from canter.models.model import Batch, Loss
+    from canter.models.batch import Batch, Loss
     from canter.text.tokenizer import Tokenizer
 
 Capability = Literal[

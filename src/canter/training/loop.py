@@ -12,7 +12,8 @@ import torch
 
 from canter.corpus.manifest import Problem
 from canter.errors import CanterError, CheckpointError
-from canter.models.model import Batch, SpeechModel
+from canter.models.batch import Batch
+from canter.models.model import SpeechModel
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from canter.errors import BudgetError
-from canter.models.model import Batch, SpeechModel
+from canter.models.batch import Batch
+from canter.models.model import SpeechModel
 from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
 from canter.training.config import TrainConfig

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 import canter
 from canter.errors import CheckpointError
+from canter.models.batch import Batch
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats import files
 from canter.models.formats.huggingface import foreign_type, write_hf
-from canter.models.model import Batch
 
 from .conftest import small_model, small_whisper
 from .test_invariance import make_batch

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 import canter
 from canter.errors import CheckpointError
+from canter.models.batch import Batch
 from canter.models.features import length_mask
 from canter.models.formats import files
 from canter.models.formats.nemo import NAMES, opened
 from canter.models.formats.nemo_export import special_tokens_model, write_nemo
-from canter.models.model import Batch
 
 from .conftest import small_model, small_whisper
 

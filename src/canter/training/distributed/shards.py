@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from canter.models.model import Batch, SpeechModel
+from canter.models.batch import Batch
+from canter.models.model import SpeechModel
 from canter.models.norm import frozen_statistics
 from canter.training.distributed.ranks import Ranks
 

@@ -22,7 +22,7 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem, Utterance
 from canter.errors import AudioError, CanterError, ManifestError
-from canter.models.model import Batch
+from canter.models.batch import Batch
 from canter.processes import end_with_parent, ignore_signals
 from canter.text import Characters, Tokenizer
 from canter.training.feed.speed import speeds_of

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from canter.errors import CheckpointError
-from canter.models.model import Batch
+from canter.models.batch import Batch
 
 
 @dataclass(frozen=True)

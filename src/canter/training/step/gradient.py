@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from canter.models.augment import SpecAugmentConfig, spec_augment
-from canter.models.model import Batch, Loss, SpeechModel
+from canter.models.batch import Batch, Loss
+from canter.models.model import SpeechModel
 from canter.models.norm import MaskedBatchNorm
 from canter.runtime import give_back, is_out_of_memory
 from canter.training.config import LossConfig, TrainConfig

@@ -1,0 +1,90 @@
+"""A micro-batch, and the sums of its losses.
+
+B: utterances, S: samples, U: tokens, V: vocabulary, C: characters.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from canter.models.features import length_mask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, padded on the right. ``rows`` (B,) are the utterances' rows of the length index."""
+
+    audio: Tensor  # (B, S) float32
+    audio_lengths: Tensor  # (B,) samples
+    tokens: Tensor  # (B, U): prompt, text, end
+    token_lengths: Tensor  # (B,)
+    prompt_lengths: Tensor  # (B,)
+    characters: Tensor  # (B, C) CTC targets
+    character_lengths: Tensor  # (B,)
+    rows: Tensor  # (B,)
+
+    def on_grid(self, samples: int, tokens: int) -> "Batch":
+        """Audio, tokens and characters padded to multiples, so that compiled code meets few shapes."""
+
+        def fill(x: Tensor, step: int) -> Tensor:
+            return F.pad(x, (0, -x.shape[1] % step))
+
+        return replace(
+            self,
+            audio=fill(self.audio, samples),
+            tokens=fill(self.tokens, tokens),
+            characters=fill(self.characters, tokens),
+        )
+
+    def take(self, rows: Tensor) -> "Batch":
+        """The utterances at ``rows`` (n,) alone, without the padding that only the others needed."""
+        part = {name: getattr(self, name)[rows] for name in self.__dataclass_fields__}
+        for padded, lengths in (
+            ("audio", "audio_lengths"),
+            ("tokens", "token_lengths"),
+            ("characters", "character_lengths"),
+        ):
+            part[padded] = part[padded][:, : int(part[lengths].max())]
+        return Batch(**part)
+
+    def without(self, rows: Collection[int]) -> "Batch | None":
+        """The utterances that are not of these rows of the index; None where there are no others."""
+        keep = torch.tensor([row not in rows for row in self.rows.tolist()], device=self.rows.device)
+        return self if keep.all() else self.take(keep.nonzero()[:, 0]) if keep.any() else None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU reads from by itself; DataLoader asks for it by this name."""
+        return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over the targets that bear loss, and their counts: divided only once the whole step has been
+    summed, so that a step's gradient does not depend on how it was cut into micro-batches."""
+
+    attention: Tensor
+    attention_count: Tensor
+    ctc: Tensor
+    ctc_count: Tensor
+
+
+def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """logits (B, U - 1, V) of the tokens after the first -> (sum of cross-entropy over text and end tokens, their
+    count); prompt and padding bear none. Label smoothing as NeMo's SmoothedCrossEntropyLoss."""
+    targets = batch.tokens[:, 1:]
+    size, v = targets.shape[1], logits.shape[-1]
+    bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        torch.where(bears, targets, -100).flatten(),
+        ignore_index=-100,
+        reduction="sum",
+        label_smoothing=label_smoothing * v / (v - 1),
+    )
+    return total, bears.sum()
