@@ -6,6 +6,7 @@ under a hidden name, is on the disk before it gets its name, and its name is on 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -29,6 +30,8 @@ def replacing(target: str | os.PathLike[str], *, durable: bool = True) -> Iterat
     target = Path(target).absolute()
     fresh: Path | None = None
     try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name[:200]}.{os.getpid()}-{next(_numbers)}{PARTIAL}")
         fresh.touch(mode=0o600, exist_ok=False)

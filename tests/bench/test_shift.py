@@ -15,7 +15,7 @@ from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 
-from .conftest import noises, small_model
+from ..inference.conftest import noises, small_model
 
 
 def batch(count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,10 +123,10 @@ def test_encoder_and_logits(ours, theirs, speech, extracted):
     tokens = torch.tensor([[50257, 50362, 383, 2068, 7586, 21831]] * 2)
     expected = theirs(input_features=extracted, decoder_input_ids=tokens)
     encoded, lengths = ours.encode(*ours.features(*padded(speech)))
-    assert (encoded - expected.encoder_last_hidden_state).abs().max() < 1e-4
+    assert (encoded - expected.encoder_last_hidden_state).abs().max() < 2e-4
     assert (ours.logits(encoded, lengths, tokens) - expected.logits).abs().max() < 1e-3  # of magnitude 50
     log_probs = ours.log_probs(encoded, lengths, tokens)
-    assert (log_probs - expected.logits.log_softmax(-1)).abs().max() < 1e-4
+    assert (log_probs - expected.logits.log_softmax(-1)).abs().max() < 2e-4
 
 
 def test_loss(ours, theirs, speech, extracted):

@@ -13,7 +13,7 @@ from canter.training.feed.data import Address, Loaded
 from canter.training.session import train
 
 from .conftest import unwatched
-from .test_recovery import losses, rows
+from .step.test_recovery import losses, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -12,7 +12,7 @@ from canter.inference.engine.requests import EngineConfig
 from canter.models.cache import DecoderCache
 from canter.models.model import SpeechModel
 
-from .conftest import END
+from ..conftest import END
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

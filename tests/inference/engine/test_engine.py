@@ -14,7 +14,7 @@ from canter.inference.engine.ctc import ctc_greedy
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
 
-from .conftest import END, noises, small_model
+from ..conftest import END, noises, small_model
 
 UNGUARDED = {"max_repeats": 0}
 

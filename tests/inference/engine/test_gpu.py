@@ -8,7 +8,7 @@ import torch
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 
-from .conftest import END, small_model
+from ..conftest import END, small_model
 from .test_engine import UNGUARDED, expected, requests
 
 pytestmark = [

@@ -10,7 +10,7 @@ from canter.inference.engine.int8 import Int8Linear, load_in, quantize
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 
-from .conftest import END, noises, small_model
+from ..conftest import END, noises, small_model
 
 
 @torch.inference_mode()

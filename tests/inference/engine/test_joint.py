@@ -21,7 +21,7 @@ from canter.inference.engine.search import CANDIDATES, BeamSearch, Row
 from canter.models.formats.checkpoint import load_model, save_model
 from canter.text import Characters, train_tokenizer
 
-from .conftest import END, noises, small_model
+from ..conftest import END, noises, small_model
 
 CPU = torch.device("cpu")
 Text = tuple[int, ...]

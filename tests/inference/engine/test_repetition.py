@@ -14,7 +14,7 @@ from canter.inference.engine.requests import EngineConfig, Request
 from canter.inference.engine.rules import Rules
 from canter.inference.engine.search import Greedy, Row
 
-from .conftest import END, noises, small_model
+from ..conftest import END, noises, small_model
 
 FIRST = 5  # the least id that is no special token
 

@@ -15,7 +15,7 @@ from canter.inference.engine.requests import EngineConfig, Request
 from canter.inference.engine.rules import Rules
 from canter.inference.engine.search import best
 
-from .conftest import END, noises, small_model
+from ..conftest import END, noises, small_model
 
 
 def requests(count: int = 12, **more) -> list[Request]:

@@ -14,7 +14,7 @@ from canter.errors import CheckpointError
 from canter.models.formats.checkpoint import load_model, save_model
 from canter.models.hub import checkpoint_of
 
-from .conftest import small_model
+from ..conftest import small_model
 
 
 @dataclass

@@ -13,7 +13,7 @@ from canter.models.formats.checkpoint import save_model
 from canter.models.formats.huggingface import write_hf
 from canter.text import Characters, train_tokenizer
 
-from .conftest import small_model, small_whisper
+from ..conftest import small_model, small_whisper
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from canter.models.features import FeatureConfig
 from canter.models.formats import files
 from canter.models.formats.huggingface import foreign_type, write_hf
 
-from .conftest import small_model, small_whisper
-from .test_invariance import make_batch
+from ..conftest import small_model, small_whisper
+from ..test_invariance import make_batch
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from canter.models.formats import files
 from canter.models.formats.nemo import NAMES, opened
 from canter.models.formats.nemo_export import special_tokens_model, write_nemo
 
-from .conftest import small_model, small_whisper
+from ..conftest import small_model, small_whisper
 
 VARIANTS = ("a", "b", "d_switches")
 

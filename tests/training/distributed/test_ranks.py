@@ -15,7 +15,7 @@ from canter.training.distributed.ranks import _place, joined
 from canter.training.session import train
 from canter.training.step import gradient
 
-from .conftest import memory_cap, stopping_after, unwatched
+from ..conftest import memory_cap, stopping_after, unwatched
 
 
 def rows(config, name):

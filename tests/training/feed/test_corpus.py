@@ -15,7 +15,7 @@ from canter.training.config import load_config
 from canter.training.feed.corpus import usable_rows, validation_rows
 from canter.training.session import train
 
-from .conftest import unwatched
+from ..conftest import unwatched
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from canter.training.config import load_config
 from canter.training.run.folder import Run
 from canter.training.session import train
 
-from .conftest import a_config, stopping_after, unwatched
-from .test_checkpoints import log, losses
+from ..conftest import a_config, stopping_after, unwatched
+from ..run.test_checkpoints import log, losses
 
 HARMS = ("cut", "flipped", "empty", "list", "object", "text", "number", "null", "removed")
 JSON = {"list": b"[]", "object": b"{}", "text": b'"x"', "number": b"3", "null": b"null", "empty": b""}

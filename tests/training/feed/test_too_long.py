@@ -15,7 +15,7 @@ from canter.text import train_tokenizer
 from canter.training.feed.data import MicroBatches
 from canter.training.session import train
 
-from .conftest import unwatched
+from ..conftest import unwatched
 
 
 def test_audio_and_text_beyond_the_models(tmp_path):

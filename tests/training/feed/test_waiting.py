@@ -23,8 +23,8 @@ from canter.training.loop import Trainer
 from canter.training.prepare import prepare
 from canter.training.session import train
 
-from .conftest import unwatched
-from .test_checkpoints import losses
+from ..conftest import unwatched
+from ..run.test_checkpoints import losses
 
 # Python 3.12 warns of forking where threads are
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -15,7 +15,7 @@ from canter.training.prepare import prepare
 from canter.training.run.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
 from canter.training.session import train
 
-from .conftest import stopping_after, unwatched
+from ..conftest import stopping_after, unwatched
 
 
 def log(config, name="metrics.jsonl"):

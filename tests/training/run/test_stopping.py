@@ -14,7 +14,7 @@ from canter.training.run.folder import claimed
 from canter.training.run.signals import finish_step_on_signals
 from canter.training.session import train
 
-from .conftest import unwatched
+from ..conftest import unwatched
 from .test_checkpoints import losses
 
 # Python 3.12 warns of forking where threads are

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from canter.errors import ConfigError
 from canter.training.session import train
 
-from .conftest import stopping_after, unwatched
+from ..conftest import stopping_after, unwatched
 
 
 class Calls:

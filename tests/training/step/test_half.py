@@ -16,7 +16,7 @@ from canter.training.session import train
 from canter.training.step import gradient
 from canter.training.step.half import HalfWeights, half_weights
 
-from .conftest import unwatched
+from ..conftest import unwatched
 from .test_recovery import losses, rows
 
 

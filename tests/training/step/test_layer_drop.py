@@ -11,7 +11,7 @@ from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
 from canter.training.session import train
 
-from .conftest import unwatched
+from ..conftest import unwatched
 
 
 def train_on(rank, config):

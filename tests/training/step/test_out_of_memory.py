@@ -18,8 +18,8 @@ from canter.training.session import train
 from canter.training.step.gradient import Gradient
 from canter.training.step.optimizers import Optimizers
 
-from .conftest import unwatched
-from .test_ranks import assert_same_steps, rows, steps
+from ..conftest import unwatched
+from ..distributed.test_ranks import assert_same_steps, rows, steps
 
 # Python 3.12 warns of forking where threads are
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -18,7 +18,7 @@ from canter.training.session import train
 from canter.training.step.gradient import Counts, Gradient
 from canter.training.step.optimizers import Optimizers
 
-from .conftest import memory_cap, unwatched
+from ..conftest import memory_cap, unwatched
 
 
 def rows(config, kind):

@@ -11,8 +11,8 @@ from canter.planning.plan import Plan
 from canter.training.session import train
 from canter.training.step.rehearsal import largest, missing_state
 
-from .conftest import memory_cap, unwatched
-from .test_loop import losses, weights
+from ..conftest import memory_cap, unwatched
+from ..test_loop import losses, weights
 
 
 def test_the_largest_by_the_memory_budget_is_found():

@@ -23,7 +23,7 @@ from canter.training.session import train
 from canter.training.step.optimizers import Optimizers, Schedule
 from canter.training.step.weights import Average, compile_layers, freeze, to_training
 
-from .conftest import unwatched
+from ..conftest import unwatched
 
 
 def factors(steps=100, **settings):
