@@ -41,6 +41,12 @@ class DecoderConfig:
     """Whether attention keys have a bias; Whisper's have none."""
     head_bias: bool = True
     """Whether the head has a bias beside the embedding's weight; Whisper's has none."""
+    tied: bool = True
+    """Whether the head shares the embedding's weight; OWSM's has a weight of its own."""
+    scale_embedding: bool = False
+    """Whether embedded tokens are multiplied by sqrt(width) and sinusoids are not divided by it (OWSM)."""
+    epsilon: float = 1e-5
+    """Of every LayerNorm; OWSM's is 1e-12."""
     dropout: float = 0.0
     """Of embeddings and of what each sub-layer adds."""
     dropout_attention: float = 0.0
@@ -100,9 +106,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         d = config.width
         attention = (d, config.heads, config.dropout_attention, config.key_bias)
-        self.norm_self, self.self_attention = nn.LayerNorm(d), Attention(*attention)
-        self.norm_cross, self.cross_attention = nn.LayerNorm(d), Attention(*attention)
-        self.norm_feed_forward = nn.LayerNorm(d)
+        self.norm_self, self.self_attention = nn.LayerNorm(d, config.epsilon), Attention(*attention)
+        self.norm_cross, self.cross_attention = nn.LayerNorm(d, config.epsilon), Attention(*attention)
+        self.norm_feed_forward = nn.LayerNorm(d, config.epsilon)
         self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
@@ -144,26 +150,32 @@ class Decoder(Stack):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width, padding_idx=config.pad)
         # NeMo divides the sinusoids by sqrt(width) instead of multiplying the embedding by it.
-        table = sinusoids(config.positions, config.width) / math.sqrt(config.width)
+        self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
+        table = sinusoids(config.positions, config.width) * (self.scale / math.sqrt(config.width))
         if config.learned_positions:
             self.positions = nn.Parameter(table)
         else:
             self.register_buffer("positions", table, persistent=False)
         self.embedding_norm = nn.LayerNorm(config.width) if config.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, config.epsilon)
+        if not config.tied:
+            self.output = nn.Parameter(torch.empty(config.vocabulary, config.width).normal_(std=config.width**-0.5))
         bias = nn.Parameter(torch.zeros(config.vocabulary)) if config.head_bias else None
         self.register_parameter("head_bias", bias)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = (self.embedding(tokens) + self.positions[positions]).to(self.embedding.weight.dtype)
+        x = self.embedding(tokens)
+        if self.scale != 1:
+            x = x * self.scale
+        x = (x + self.positions[positions]).to(self.embedding.weight.dtype)
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
         """x (B, U, D) -> logits (B, U, V)."""
-        x, weight = self.norm(x), self.embedding.weight
+        x, weight = self.norm(x), self.embedding.weight if self.config.tied else self.output
         rows = x.shape[0] * x.shape[1]
         if 1 < rows <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
             # MKL copies the right-hand matrix, 80 MB in Whisper, before it multiplies; so that is to be the small one.

@@ -201,3 +201,85 @@ class WhisperLogMel(nn.Module):
             loudest = features.masked_fill(~valid, -10.0).amax((1, 2), keepdim=True)
             features = (torch.maximum(features, loudest - 8.0) + 4.0) / 4.0
             return features * valid, frames
+
+
+@dataclass(frozen=True)
+class EspnetFeatureConfig:
+    """ESPnet's log-mel with global normalisation: 25 ms windows every 10 ms, centred, natural logarithm."""
+
+    sample_rate: int = 16000
+    mels: int = 128
+    n_fft: int = 512
+    window: int = 400
+    """Window length in samples."""
+    hop: int = 160
+    """Frame shift in samples."""
+    pad_seconds: float = 30.0
+    """Seconds that every utterance is padded to with silence, as OWSM was trained; 0: its own length."""
+    dither: float = 0.0
+    """Standard deviation of the noise added to samples in training."""
+
+    def build(self) -> "EspnetLogMel":
+        return EspnetLogMel(self)
+
+
+class EspnetLogMel(nn.Module):
+    """Audio to ESPnet's features (``DefaultFrontend`` and ``GlobalMVN``), with the mean and deviation of its training
+    data. Unpadded, an utterance's frames are the first ones of its 30 s."""
+
+    filters: Tensor
+    taper: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: EspnetFeatureConfig):
+        super().__init__()
+        self.config = config
+        filters = slaney_mel_filters(config.sample_rate, config.n_fft, config.mels)
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
+        self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
+        self.register_buffer("mean", torch.zeros(config.mels))
+        self.register_buffer("deviation", torch.ones(config.mels))
+
+    def frames(self, samples):
+        """Return the feature frames of a number of samples (an int or a tensor): of the padded length, if there is
+        one."""
+        config = self.config
+        if config.pad_seconds:
+            return samples * 0 + round(config.pad_seconds * config.sample_rate) // config.hop + 1
+        return samples // config.hop + 1
+
+    def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in frames.
+
+        In training mode each utterance's seed draws its dither; without seeds there is none. Raises ValueError for
+        audio longer than the padded length.
+        """
+        config = self.config
+        size = audio.shape[1]
+        if config.pad_seconds:
+            size = round(config.pad_seconds * config.sample_rate)
+            if audio.shape[1] > size and int(lengths.max()) > size:
+                seconds = int(lengths.max()) / config.sample_rate
+                raise ValueError(
+                    f"an utterance of {seconds:.2f} s is longer than the model's {config.pad_seconds:g} s; cut it first"
+                )
+        with torch.autocast(audio.device.type, enabled=False):
+            audio = audio.float()
+            if self.training and config.dither and seeds is not None:
+                audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
+            audio = audio * length_mask(lengths, audio.shape[1])
+            frames, total, pad = self.frames(lengths), int(self.frames(size)), config.n_fft // 2
+            sounding = min(total, (audio.shape[1] + pad) // config.hop + 1)  # later windows see silence
+            width = max(size if sounding == total else sounding * config.hop, pad + 1)  # the start is mirrored
+            audio = F.pad(audio[:, :width], (0, max(0, width - audio.shape[1])))
+            ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
+            audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
+            spectrum = torch.stft(
+                audio, config.n_fft, config.hop, config.window, self.taper, center=False, return_complex=True
+            )
+            power = power_of(spectrum[:, :, :sounding])
+            features = torch.matmul(self.filters, power).clamp(min=1e-10).log().transpose(1, 2)
+            features = F.pad(features, (0, 0, 0, total - features.shape[1]), value=float(np.log(np.float32(1e-10))))
+            features = (features - self.mean) / self.deviation
+            return features * length_mask(frames, total)[:, :, None], frames

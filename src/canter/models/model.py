@@ -15,23 +15,28 @@ from torch import Tensor, nn
 
 from canter.models.batch import Batch, Loss, attention_loss
 from canter.models.decoder import Decoder, DecoderConfig
+from canter.models.ebranchformer import EBranchformerConfig
 from canter.models.encoder import EncoderConfig
 from canter.models.fastconformer import FastConformerConfig
-from canter.models.features import FeatureConfig, WhisperFeatureConfig
+from canter.models.features import EspnetFeatureConfig, FeatureConfig, WhisperFeatureConfig
 from canter.models.protocol import Capability
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import Characters
 
 # The kinds that a checkpoint can name; a new encoder joins by one line here.
-FEATURES: dict[str, type] = {"nemo": FeatureConfig, "whisper": WhisperFeatureConfig}
-ENCODERS: dict[str, type] = {"fastconformer": FastConformerConfig, "whisper": WhisperEncoderConfig}
+FEATURES: dict[str, type] = {"nemo": FeatureConfig, "whisper": WhisperFeatureConfig, "espnet": EspnetFeatureConfig}
+ENCODERS: dict[str, type] = {
+    "fastconformer": FastConformerConfig,
+    "whisper": WhisperEncoderConfig,
+    "e_branchformer": EBranchformerConfig,
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shapes of all parts of a model."""
 
-    features: FeatureConfig | WhisperFeatureConfig = field(default_factory=FeatureConfig)
+    features: FeatureConfig | WhisperFeatureConfig | EspnetFeatureConfig = field(default_factory=FeatureConfig)
     encoder: EncoderConfig = field(default_factory=FastConformerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     ctc_vocabulary: int = 0
@@ -141,7 +146,9 @@ class SpeechModel(nn.Module):
         length)."""
         features = replace(self.config.features, **changes)
         self.config = replace(self.config, features=features)
+        kept = self.features.state_dict()  # statistics, which do not change with the settings
         self.features = features.build().to(self.features.filters.device).train(self.training)
+        self.features.load_state_dict(kept)
         self.encoder.same_lengths = self.padded_seconds > 0
 
     def encoder_frames(self, seconds: float) -> int:
