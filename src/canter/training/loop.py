@@ -19,7 +19,7 @@ from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.runtime import is_out_of_memory, retry_once
 from canter.training.config import TrainConfig
-from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import Loaded, MicroBatches, load_ahead
 from canter.training.feed.skipped import check_share
 from canter.training.feed.steps import PlannedStep, Steps
@@ -69,7 +69,7 @@ class Trainer:
         precision: str,
         predicted_seconds: float = 0.0,
         budget: Budget | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
         validate: Callable[[SpeechModel, int], dict[str, Any]] | None = None,
         report: Callable[[StepReport], None] = lambda _: None,
         track: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
@@ -81,7 +81,7 @@ class Trainer:
         self.precision = precision
         if config.freeze:
             say(f"{freeze(model, config.freeze):,} parameters stay as they are")
-        ranks.same([*model.parameters(), *model.buffers()])
+        ranks.broadcast([*model.parameters(), *model.buffers()])
         self.shards = None
         if ranks.size > 1 and config.parallel == "shard":
             from canter.training.distributed.shards import Shards
@@ -106,7 +106,7 @@ class Trainer:
 
     def restore(self) -> bool:
         """Goes back to the newest checkpoint of the run; false where there is none."""
-        newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
+        newest = self.ranks.broadcast_object(next(iter(reversed(self.checkpoints.whole())), None))
         if newest is None:
             if self.ranks.first:
                 self.run.forget_after(0, self.say)  # steps of a run that ended before it saved any
@@ -169,7 +169,7 @@ class Trainer:
                 if not stopped and not self._validated():
                     self._validate()
                 self.checkpoints.wait()
-                self.ranks.table([0.0])  # a launcher ends those that are left once one has gone
+                self.ranks.all_gather([0.0])  # a launcher ends those that are left once one has gone
                 if failed:
                     raise CanterError(failed)
         except (RuntimeError, MemoryError) as error:
@@ -237,10 +237,10 @@ class Trainer:
             failed = str(error)
         wait = time.perf_counter() - began
         own = Counts.of([one.batch for one in loaded if one.batch is not None])
-        table = self.ranks.table([own.tokens, own.characters, stopped or bool(failed), bool(failed)])
+        table = self.ranks.all_gather([own.tokens, own.characters, stopped or bool(failed), bool(failed)])
         tokens, characters, ends, faults = table.sum(0).astype(int).tolist()
         if faults:
-            said = [one for one in self.ranks.objects(failed) if one]
+            said = [one for one in self.ranks.all_gather_objects(failed) if one]
             failed = said[0]
         return LoadedStep(loaded, Counts(tokens, characters), wait, began), failed, bool(ends)
 
@@ -277,7 +277,7 @@ class Trainer:
             memory_peak=self._memory_peak(),
             stopping=float(self.stopping()),
         )
-        parts = Parts(self.ranks.table(part.values()))
+        parts = Parts(self.ranks.all_gather(part.values()))
         left = counts.less(parts.lost_tokens.sum(), parts.lost_characters.sum())
         loss, ctc, attention = self._losses(parts, left, alone)
         self.gradient.correct(counts, left, alone)
@@ -400,12 +400,12 @@ class Trainer:
         if not count:
             return
         self.progress.skipped += count
-        self.run.skip(step, [problem for some in self.ranks.objects(problems) for problem in some])
+        self.run.skip(step, [problem for some in self.ranks.all_gather_objects(problems) for problem in some])
         check_share(self.run.folder / "skipped.jsonl", self.progress, self.config.skip_limit, self.ranks)
 
     def _tighten(self, step: int, planned: PlannedStep, computed: Computed) -> None:
         """Logs micro-batches that did not fit, and makes the budget smaller from the next window on."""
-        cuts = [cut for some in self.ranks.objects(computed.cuts) for cut in some]
+        cuts = [cut for some in self.ranks.all_gather_objects(computed.cuts) for cut in some]
         for cut in sorted(cuts, key=lambda cut: cut.number):
             limit = self.upcoming.tighten(planned, cut.number)
             self._event("out of memory", **cut.as_json(), size=len(planned.rows[cut.number]), limit=limit)
@@ -426,7 +426,7 @@ class Trainer:
         is."""
         progress = self.progress
         steps = self.pace.steps(progress.step, self.steps, progress.seconds)
-        self.steps = self.ranks.agreed(steps)
+        self.steps = self.ranks.broadcast_object(steps)
         self.schedule.stretch(progress.step, self.steps)
         self.run.settle(
             self.run.settled()
@@ -446,7 +446,7 @@ class Trainer:
         """Whether the step reached has its validation already, or there is none to be had."""
         if self.validate is None or self.progress.step == 0:
             return True
-        return self.ranks.agreed(self.ranks.first and self.run.validated(self.progress.step))
+        return self.ranks.broadcast_object(self.ranks.first and self.run.validated(self.progress.step))
 
     def _save(self) -> None:
         """Copies everything and has it written while the run goes on."""

@@ -35,7 +35,7 @@ from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.training.batches import MADE_BY, BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided, describe_defaults
-from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.corpus import find_index, find_tokenizer, usable_rows, validation_rows
 from canter.training.feed.data import MicroBatches
 from canter.training.feed.skipped import list_problems
@@ -88,7 +88,7 @@ def prepare(
     config: TrainConfig,
     say: Callable[[str], None] = lambda _: None,
     track: Callable[[list, str], Iterable] = lambda items, _: items,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     load: Callable[[Path], Any] = load_model,
 ) -> Prepared:
     """Makes or continues the run of ``config``; ``say`` is told what was decided, ``track`` shows progress. On ranks

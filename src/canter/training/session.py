@@ -8,7 +8,7 @@ from typing import Any
 
 from canter.models.formats.checkpoint import load_model
 from canter.training.config import TrainConfig
-from canter.training.distributed.ranks import joined
+from canter.training.distributed.ranks import process_group
 from canter.training.feed.skipped import list_left_out
 from canter.training.feed.waiting import raise_file_limit
 from canter.training.loop import Trainer
@@ -47,12 +47,12 @@ def train(
     """
     raise_file_limit()
     with (
-        joined(config.device, config.rank_timeout) as ranks,
+        process_group(config.device, config.rank_timeout) as ranks,
         claimed(config.output) if ranks.first else nullcontext(),
     ):
         if not ranks.first:
             watch, say, track = _unwatched, lambda _: None, lambda items, _: items
-        prepared = ranks.in_turn(lambda: prepare(config, say, track, ranks, load))
+        prepared = ranks.rank_0_first(lambda: prepare(config, say, track, ranks, load))
         listed = prepared.run.folder / "left_out.jsonl"
         if ranks.first and (prepared.run.changed or not listed.exists()):
             count = list_left_out(listed, prepared.index, prepared.plan)

@@ -20,7 +20,7 @@ from canter.models.model import SpeechModel
 from canter.redaction import redacted
 from canter.text import Tokenizer
 from canter.text.languages import same
-from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import prompt_and_text
 
 EXAMPLES = 5
@@ -31,7 +31,7 @@ def validator(
     tokenizer: Tokenizer,
     sample_rate: int,
     precision: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     say: Callable[[str], None] = lambda _: None,
     longest_seconds: float = math.inf,
     most_tokens: float = math.inf,
@@ -58,12 +58,12 @@ def validator(
             continue
         kept.append(utterance)
         requests.append(Request(audio, prompt))
-    if left_out := [problem for some in ranks.objects(problems) for problem in some]:
+    if left_out := [problem for some in ranks.all_gather_objects(problems) for problem in some]:
         told = f"{len(left_out)} of {len(utterances)} validation utterances cannot be used: {left_out[0]}"
         if len(left_out) == len(utterances):
             raise ManifestError(told)
         say(told)
-    scored_set = fingerprint([utterance for part in ranks.objects(kept) for utterance in part])
+    scored_set = fingerprint([utterance for part in ranks.all_gather_objects(kept) for utterance in part])
 
     def validate(model: SpeechModel, step: int) -> dict[str, Any]:
         engine = engine_for(model, tokenizer.end, EngineConfig())
@@ -72,7 +72,7 @@ def validator(
             hypotheses = engine.decode(requests)
         texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
         pairs = [
-            pair for part in ranks.objects(list(zip(kept, texts))) for pair in part
+            pair for part in ranks.all_gather_objects(list(zip(kept, texts))) for pair in part
         ]  # in the ranks' order, the same at every validation
         done, texts = [u for u, _ in pairs], [text for _, text in pairs]
         scored = score([u.text for u in done], texts, [u.lang for u in done], normalize="none")
@@ -80,7 +80,7 @@ def validator(
         return {
             "wer": scored.total.wer,
             "cer": scored.total.cer,
-            "rtfx": float(ranks.table([engine.counters.rtfx]).sum()),
+            "rtfx": float(ranks.all_gather([engine.counters.rtfx]).sum()),
             "utterances": len(done),
             "set": scored_set,
             **translations(pairs),

@@ -11,7 +11,7 @@ import pytest
 
 from canter.errors import CanterError, ConfigError
 from canter.training.config import OptimizerConfig
-from canter.training.distributed.ranks import _place, joined
+from canter.training.distributed.ranks import _place, process_group
 from canter.training.session import train
 from canter.training.step import gradient
 
@@ -141,7 +141,7 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("canter.training.distributed.ranks.MEETING", timedelta(seconds=1))
         says = pytest.raises(CanterError, match=rf"rank 1 of 2 did not meet the others at 127.0.0.1:{port}")
-        with says, joined("cpu"):
+        with says, process_group("cpu"):
             pass
 
 
@@ -160,5 +160,5 @@ def test_the_launcher_s_environment(monkeypatch):
     assert _place(slurm) == (2, 3, 1)
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("node7", "20077")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         assert (ranks.rank, ranks.size) == (0, 1)

@@ -12,7 +12,7 @@ from canter.errors import CanterError
 from canter.runtime import retry_once
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.distributed import ranks as ranks_module
-from canter.training.distributed.ranks import joined
+from canter.training.distributed.ranks import process_group
 from canter.training.loop import Trainer
 from canter.training.session import train
 from canter.training.step.gradient import Gradient
@@ -105,7 +105,7 @@ def sums(rank, short, device_full):
         torch.empty = Failing(torch.empty, 0, 1)  # also once what was cached is given back
     if rank in device_full:
         torch.zeros_like = Failing(torch.zeros_like, 0, 1)
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         ranks.sum_gradients(weights)
         again = [None if w.grad is None else w.grad.clone() for w in weights]
     return [None if g is None else g.unique().tolist() for g in again]

@@ -53,7 +53,7 @@ class Ranks:
 
     # -- small values --
 
-    def table(self, values: Sequence[float]) -> np.ndarray:
+    def all_gather(self, values: Sequence[float]) -> np.ndarray:
         """Every rank's values (K,), to all of them: (ranks, K) float64."""
         if self.size == 1:
             return np.array([values], np.float64)
@@ -63,7 +63,7 @@ class Ranks:
             dist.all_gather(rows, mine)
         return torch.stack(rows).numpy()
 
-    def objects(self, value: T) -> list[T]:
+    def all_gather_objects(self, value: T) -> list[T]:
         """Every rank's value, to all of them."""
         if self.size == 1:
             return [value]
@@ -72,7 +72,7 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def agreed(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
@@ -81,7 +81,7 @@ class Ranks:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def rank_0_first(self, work: Callable[[], T]) -> T:
         """``work()`` on rank 0, and once it is through, however long that takes, on all others at the same time."""
         if self.size == 1:
             return work()
@@ -97,14 +97,14 @@ class Ranks:
 
     # -- tensors --
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         if self.size > 1:
             with self._together():
                 dist.all_reduce(tensor)
         return tensor
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors by those of rank 0."""
         if self.size > 1:
             with self._together(), torch.no_grad():
@@ -195,7 +195,7 @@ class Ranks:
         )
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def _bucket_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -233,7 +233,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
+def process_group(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
     """The ranks that this process was started among, connected until the block is left.
 
     A rank that leaves by an exception tells the others, which end with its message; one that gives no sign of life for
@@ -241,7 +241,7 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
     """
     place = _place(os.environ)
     if place is None:
-        yield ALONE
+        yield SINGLE_RANK
         return
     rank, size, local = place
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -271,7 +271,7 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
     pulse.start()
     try:
         yield ranks
-        ranks.table([0.0])  # no rank leaves while another may still need it
+        ranks.all_gather([0.0])  # no rank leaves while another may still need it
     except BaseException as error:
         reason = str(error) or type(error).__name__
         said = reason if reason.startswith("rank ") else f"rank {rank} of {size} ended: {reason}"

@@ -46,7 +46,7 @@ def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) ->
     seen = progress.utterances + progress.skipped
     if progress.skipped <= max(FEWEST, limit * seen):
         return
-    told = ranks.agreed(summary(listed) if ranks.first else "")
+    told = ranks.broadcast_object(summary(listed) if ranks.first else "")
     raise CanterError(
         f"{progress.skipped} of {seen} utterances could not be used (see {listed}): {told}; mend the manifest, or "
         "allow more with --skip-limit"

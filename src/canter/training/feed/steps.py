@@ -10,7 +10,7 @@ from canter.errors import CanterError
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan, Position
-from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import Address
 from canter.training.feed.speed import AtSpeed
 from canter.training.step.recovery import next_limit, tightened
@@ -37,7 +37,7 @@ class Steps:
     """Hands out addresses ahead of the steps; ``taken(step)`` gives back what the plan said of one."""
 
     plan: Plan
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_RANK
     memory: Budget | None = None
     """Of the memory there is; none: the plan's."""
     tightenings: list[list[float]] = field(default_factory=list)

@@ -20,7 +20,7 @@ from canter.models.model import SpeechModel
 from canter.models.norm import MaskedBatchNorm
 from canter.runtime import give_back, is_out_of_memory
 from canter.training.config import LossConfig, TrainConfig
-from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import Loaded
 from canter.training.step.half import half_weights
 from canter.training.step.recovery import Cut, cut_more
@@ -34,10 +34,10 @@ class Counts:
     characters: int
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> "Counts":
+    def of(cls, batches: Sequence[Batch], ranks: Ranks = SINGLE_RANK) -> "Counts":
         tokens = sum(int((b.token_lengths - b.prompt_lengths).sum()) for b in batches)
         characters = sum(int(b.character_lengths.sum()) for b in batches)
-        tokens, characters = ranks.table([tokens, characters]).sum(0).astype(int).tolist()
+        tokens, characters = ranks.all_gather([tokens, characters]).sum(0).astype(int).tolist()
         return cls(tokens, characters)
 
     def less(self, tokens: float, characters: float) -> "Counts":
@@ -63,7 +63,7 @@ class Computed:
 class Gradient:
     """Computes, cuts where memory runs out, and sums over ranks."""
 
-    def __init__(self, config: TrainConfig, model: SpeechModel, precision: str, ranks: Ranks = ALONE):
+    def __init__(self, config: TrainConfig, model: SpeechModel, precision: str, ranks: Ranks = SINGLE_RANK):
         self.config, self.model, self.precision, self.ranks = config, model, precision, ranks
         self.device = next(model.parameters()).device
         masks = {k: v for k, v in vars(config.augment).items() if k != "speed"}
@@ -154,7 +154,7 @@ class Gradient:
                     room.copy_(torch.cat([torch.ones(1), *(part.flatten().float().cpu() for part in found)]))
         for norm in norms:
             norm.pending.clear()
-        for row in self.ranks.sum(table):  # all ranks but one gave zeros: the sum is exact
+        for row in self.ranks.all_reduce(table):  # all ranks but one gave zeros: the sum is exact
             for norm, part in zip(norms, row.split(sizes)):
                 if part[0]:
                     mean, variance = part[1:].to(self.device).chunk(2)
