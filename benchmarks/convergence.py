@@ -78,7 +78,7 @@ def shared(options: Options) -> TrainConfig:
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "shared",
-        vocabulary=600,
+        vocab_size=600,
         batch_seconds=options.batch_seconds,
         valid_every=1_000_000,
         valid_utterances=200,

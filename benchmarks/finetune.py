@@ -168,10 +168,9 @@ def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: b
         precision="float32",
         device="cpu",
         workers=0,
-        short_first=False,
         valid_every=10**9,
         track=(),
-        loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0, label_smoothing=0.0),
+        loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0, label_smoothing=0.0),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=options.learning_rate,

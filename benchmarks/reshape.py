@@ -31,7 +31,7 @@ from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, reshap
 from canter.models.timing import measure
 from canter.planning.budget import Budget
 from canter.text import Characters
-from canter.training.config import ModelShape, TrainConfig, load_config
+from canter.training.config import ModelShape, TrainConfig, load_run_config
 from canter.training.feed.data import MicroBatches, collate
 from canter.training.session import train
 from canter.training.validation import spread_over, validator
@@ -85,7 +85,6 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
         budget=options.output / "budget.json",
         precision=settled["precision"],
         threads=settled["threads"],
-        short_first=False,
         valid_every=options.steps,
         valid_utterances=options.utterances,
         optimizer=replace(
@@ -93,7 +92,7 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
             learning_rate=options.rate * rates.learning_rate,
             matrix_learning_rate=options.rate * rates.matrix_learning_rate,
         ),
-        loss=replace(config.loss, ctc_alone=0.0),
+        loss=replace(config.loss, ctc_warmup=0.0),
     )
 
 
@@ -138,7 +137,7 @@ def cut_losses(model: SpeechModel, rows: list[Utterance], layers: int) -> dict[s
 
 
 def run(options: Options) -> dict[str, Any]:
-    config = load_config(options.run / "config.yaml", relative=False)
+    config = load_run_config(options.run / "config.yaml")
     manifests = options.valid or config.valid
     if not manifests:
         raise ConfigError(f"{options.run} has no validation manifest to measure WER on; name one with --valid")

@@ -94,7 +94,7 @@ def measure(index: LengthIndex, budget: Budget, ranks: int, config: TrainConfig)
         slowest=1.0,
         ranks=ranks,
         strategy=Balanced(),
-        window=min(config.window, len(index)),
+        window=min(config.batching_window, len(index)),
         micro_batches_per_step=ranks,
     )
     return dataclasses.asdict(sizes) | {"hours": float(np.sum(index.seconds)) / 3600, "line": str(sizes)}

@@ -98,7 +98,7 @@ def from_scratch(options: Options) -> TrainConfig:
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "demo" / "shared",
-        vocabulary=600,
+        vocab_size=600,
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
 

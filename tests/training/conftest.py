@@ -24,7 +24,7 @@ def a_config(spoken, folder):
         manifest=(spoken.train_manifest,),
         valid=(spoken.test_manifest,),
         output=folder / "run",
-        vocabulary=100,
+        vocab_size=100,
         budget=folder / "budget.json",
         steps=8,
         batch_seconds=12.0,
@@ -34,7 +34,7 @@ def a_config(spoken, folder):
         valid_every=4,
         valid_utterances=3,
         model=ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40),
-        loss=LossConfig(ctc_alone=0.25),
+        loss=LossConfig(ctc_warmup=0.25),
     )
 
 

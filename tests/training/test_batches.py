@@ -20,7 +20,15 @@ from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.shapes import analytic_budget
 from canter.text import train_tokenizer
 from canter.training.batches import choose_limits, limited, probe_bounds, why
-from canter.training.config import LossConfig, ModelShape, TrainConfig, dump_config, load_config
+from canter.training.config import (
+    RENAMED,
+    LossConfig,
+    ModelShape,
+    TrainConfig,
+    dump_config,
+    load_config,
+    load_run_config,
+)
 from canter.training.defaults import print_config
 from canter.training.prepare import prepare
 from canter.training.session import train
@@ -148,7 +156,7 @@ def test_a_padded_whisper_gets_more_than_one_utterance(plain):
         tokenizer=None,
         model=ModelShape(),
         loss=LossConfig(),
-        vocabulary=TrainConfig.vocabulary,
+        vocab_size=TrainConfig.vocab_size,
     )
     made, batches, _ = prepared(config)
     assert made.budget.frame_seconds == 30
@@ -265,6 +273,12 @@ def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tm
     settings = yaml.safe_load((began.output / "config.yaml").read_text())
     for name in ("min_steps", "max_tokens_per_second"):
         del settings[name]
+    for old, new in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        inside = settings[group] if group else settings
+        inside[name] = inside.pop(new.rpartition(".")[2])
+    settings["short_first"] = False
+    settings["optimizer"]["matrix_every"] = 2
     (began.output / "config.yaml").write_text(yaml.safe_dump(settings))
     settled = json.loads((began.output / "run.json").read_text())
     kept = ("precision", "threads", "steps", "micro_batches_per_step")
@@ -323,7 +337,7 @@ def test_batch_seconds_in_a_file(tmp_path, text, value):
     config = load_config(tmp_path / "c.yaml")
     assert config.batch_seconds == value
     (tmp_path / "d.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "d.yaml", relative=False) == config
+    assert load_run_config(tmp_path / "d.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -360,7 +374,7 @@ def test_limits_on_tokens_a_second_in_a_file_and_as_flags(tmp_path, yaml_text, f
     assert given is not None
     assert given.max_tokens_per_second == value
     (tmp_path / "d.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "d.yaml", relative=False) == config
+    assert load_run_config(tmp_path / "d.yaml") == config
 
 
 def test_a_limit_that_cannot_be(tmp_path):

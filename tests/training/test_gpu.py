@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 @pytest.fixture
 def quiet(config):
-    return dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), device="cuda")
+    return dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_warmup=0.0), device="cuda")
 
 
 @pytest.mark.usefixtures("without_tf32")

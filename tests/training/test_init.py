@@ -39,7 +39,7 @@ def onwards(config, trained, tmp_path):
         output=tmp_path / "onwards",
         steps=4,
         model=ModelShape(),
-        vocabulary=TrainConfig.vocabulary,
+        vocab_size=TrainConfig.vocab_size,
         loss=LossConfig(ctc_weight=0.3),
     )
 

@@ -111,7 +111,7 @@ def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spok
         "- {path: few.jsonl, weight: 0.5, tags: {lang: en}}\n- {path: many.jsonl, weight: 0.5}\n"
     )
     config = dataclasses.replace(
-        config, manifest=(tmp_path / "mix.yaml",), valid=(), steps=None, epochs=2.0, window=20, save_every=1
+        config, manifest=(tmp_path / "mix.yaml",), valid=(), steps=None, epochs=2.0, batching_window=20, save_every=1
     )
     finished = train(config, unwatched)
     steps = [json.loads(line) for line in (config.output / "utterances.jsonl").read_text().splitlines()]

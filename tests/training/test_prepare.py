@@ -140,7 +140,7 @@ def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
         ({"freeze": ("*",)}, r"--freeze \* leaves nothing to train"),
         (
             {"freeze": ("encoder.*", "ctc.*")},
-            "nothing to train while CTC is trained alone; set --loss.ctc-alone 0",
+            "nothing to train while CTC is trained alone; set --loss.ctc-warmup 0",
         ),
         ({"tokenizer": "nowhere"}, "nowhere"),
         ({"budget": "nowhere.json"}, r"nowhere.json: no such budget"),
@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read_or_measured(config, m
 
 
 def test_patterns_are_those_of_the_model_that_is_trained(config):
-    loss = LossConfig(ctc_alone=0.0)
+    loss = LossConfig(ctc_warmup=0.0)
     config = dataclasses.replace(config, freeze=("encoder.*", "ctc.*"), steps=1, valid=(), loss=loss)
     finished = train(config, unwatched)
     frozen = {name for name, p in finished.prepared.model.named_parameters() if not p.requires_grad}

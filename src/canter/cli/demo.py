@@ -151,7 +151,7 @@ def recipe(manifest: Path, output: Path, **settings: Any):
     return TrainConfig(
         manifest=(manifest,),
         output=output,
-        vocabulary=VOCABULARY,
+        vocab_size=VOCABULARY,
         batch_seconds=BATCH_SECONDS,
         valid_every=100_000,
         **settings,
@@ -160,10 +160,10 @@ def recipe(manifest: Path, output: Path, **settings: Any):
 
 def training_minutes(run: Path, spent: float) -> float:
     """Return the minutes of training: what is left of the demo's, or those of a run that is resumed."""
-    from canter.training.config import load_config
+    from canter.training.config import load_run_config
 
     if (run / "config.yaml").exists():
-        return load_config(run / "config.yaml").minutes or TRAINING_MINUTES[1]
+        return load_run_config(run / "config.yaml").minutes or TRAINING_MINUTES[1]
     least, most = TRAINING_MINUTES
     return round(min(max(TOTAL_MINUTES - AFTER_TRAINING - spent, least), most), 2)
 

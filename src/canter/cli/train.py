@@ -12,7 +12,7 @@ from pathlib import Path
 
 from canter.corpus.manifest import expand_shards
 from canter.errors import ConfigError
-from canter.training.config import TrainConfig, load_config
+from canter.training.config import TrainConfig, load_config, load_run_config
 from canter.training.defaults import print_config
 
 Options = TrainConfig
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     folder = file if file is not None and (file / "config.yaml").exists() else None
     if folder is not None:  # a run's: go on with it, wherever it is by now
-        default = load_config(folder / "config.yaml", relative=False)
+        default = load_run_config(folder / "config.yaml")
         default = dataclasses.replace(default, output=folder, allow_changes=False)
     else:
         default = load_config(file) if file is not None else TrainConfig()

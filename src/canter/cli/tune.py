@@ -278,7 +278,7 @@ def of_config(config: TrainConfig, options: Options, say: Callable[[str], None])
     with tempfile.TemporaryDirectory() as folder:
         inside = Run.open(dataclasses.replace(config, output=Path(folder) / "run"))
         initial = load_initial(config, inside, say)
-        index, tokenizer = None, SimpleNamespace(vocab_size=config.vocabulary, pad=0)
+        index, tokenizer = None, SimpleNamespace(vocab_size=config.vocab_size, pad=0)
         characters = SimpleNamespace(size=40)
         if config.manifest:
             tokenizer, characters = find_tokenizer(config, inside, initial, say)

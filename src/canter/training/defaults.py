@@ -21,11 +21,11 @@ def decided(config: TrainConfig) -> TrainConfig:
     name = matrices if optimizer.name == "auto" else optimizer.name
     rate = (2e-3 if scratch else 3e-5) if optimizer.learning_rate is None else optimizer.learning_rate
     weight = (0.3 if scratch else 0.0) if loss.ctc_weight is None else loss.ctc_weight
-    alone = (0.2 if scratch and weight else 0.0) if loss.ctc_alone is None else loss.ctc_alone
+    alone = (0.2 if scratch and weight else 0.0) if loss.ctc_warmup is None else loss.ctc_warmup
     return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(optimizer, name=name, learning_rate=rate),
-        loss=dataclasses.replace(loss, ctc_weight=weight, ctc_alone=alone),
+        loss=dataclasses.replace(loss, ctc_weight=weight, ctc_warmup=alone),
     )
 
 

@@ -95,7 +95,7 @@ class Trainer:
         self.average = Average(model, config.optimizer.ema) if config.optimizer.ema else None
         self.gradient = Gradient(config, model, precision, ranks)
         self.upcoming = Steps(plan, ranks, budget)
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", config.keep, run.logs)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", config.keep_checkpoints, run.logs)
         self.progress = Progress(plan=plan.fingerprint)
         self.saved = -1  # the step of the last checkpoint
         self.reopen = False  # data is to be loaded anew, by a smaller budget, from the next window on
@@ -250,7 +250,7 @@ class Trainer:
         loaded, counts = ready.loaded, ready.counts
         batches = [one.batch for one in loaded if one.batch is not None]
         planned = self.upcoming.taken(step)
-        alone = self.schedule.position(step) < (self.config.loss.ctc_alone or 0.0) * self.schedule.steps
+        alone = self.schedule.position(step) < (self.config.loss.ctc_warmup or 0.0) * self.schedule.steps
         if self.shards:
             self.shards.gather()
         computed = self.gradient.compute(loaded, counts, step, alone)
@@ -360,10 +360,10 @@ class Trainer:
         rows = [int(row) for some in planned.rows for row in some]
         self._event("not finite", loss=report.loss, gradient_norm=report.gradient_norm, rows=rows)
         self.say(f"step {report.step}: loss {report.loss}, gradient {report.gradient_norm}: left out")
-        if progress.bad >= self.config.bad_steps:
+        if progress.bad >= self.config.max_bad_steps:
             raise CanterError(
                 f"step {report.step}: the loss is {report.loss}, its gradient {report.gradient_norm}, and the "
-                f"{progress.bad} steps up to here (--bad-steps) were left out for that; lower "
+                f"{progress.bad} steps up to here (--max-bad-steps) were left out for that; lower "
                 f"--optimizer.learning-rate, or look at the audio of rows {rows[:5]} ... of lengths.arrow"
             )
 
@@ -401,7 +401,7 @@ class Trainer:
             return
         self.progress.skipped += count
         self.run.skip(step, [problem for some in self.ranks.all_gather_objects(problems) for problem in some])
-        check_share(self.run.folder / "skipped.jsonl", self.progress, self.config.skip_limit, self.ranks)
+        check_share(self.run.folder / "skipped.jsonl", self.progress, self.config.max_skipped, self.ranks)
 
     def _tighten(self, step: int, planned: PlannedStep, computed: Computed) -> None:
         """Logs micro-batches that did not fit, and makes the budget smaller from the next window on."""

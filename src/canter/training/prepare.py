@@ -113,7 +113,7 @@ def prepare(
     run = Run.open(config, writes=ranks.first)
     if ranks.first:
         run.verify(config.allow_changes, say)
-        Checkpoints(run.folder / "checkpoints", config.keep).tidy(say)
+        Checkpoints(run.folder / "checkpoints", config.keep_checkpoints).tidy(say)
     initial = load_initial(config, run, say, load)
     if initial is not None:
         check_freeze(config, initial)
@@ -181,11 +181,10 @@ def prepare(
         ranks=ranks.size,
         strategy=chosen,
         seed=config.seed,
-        window=min(config.window, len(index)),
+        window=min(config.batching_window, len(index)),
         micro_batches_per_step=micro_batches,
         max_tokens_per_second=config.max_tokens_per_second,
         endless=weighted,
-        curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
         version=FIRST_VERSION if BEGUN_WITH in settled else VERSION,
     )
@@ -239,7 +238,7 @@ def check_files(config: TrainConfig) -> None:
     if config.tokenizer is not None and not (config.output / "tokenizer").exists():
         load_tokenizer(config.tokenizer)
     if config.init is None and config.freeze:
-        names = SimpleNamespace(vocab_size=config.vocabulary, pad=0)  # shapes do not matter here
+        names = SimpleNamespace(vocab_size=config.vocab_size, pad=0)  # shapes do not matter here
         with torch.device("meta"):
             model = SpeechModel(model_config(config, cast(Tokenizer, names), Characters("ab")))
         check_freeze(config, model)
@@ -249,10 +248,10 @@ def check_freeze(config: TrainConfig, model: Any) -> None:
     """Raise ConfigError where a pattern of --freeze matches nothing, or a step would have nothing to train."""
     frozen = frozen_names(model, config.freeze)
     heard = [name for name, _ in model.named_parameters() if not name.startswith("decoder.")]
-    if config.freeze and config.loss.ctc_alone and frozen.issuperset(heard):
+    if config.freeze and config.loss.ctc_warmup and frozen.issuperset(heard):
         raise ConfigError(
             f"--freeze {' '.join(config.freeze)} leaves nothing to train while CTC is trained alone; set "
-            "--loss.ctc-alone 0"
+            "--loss.ctc-warmup 0"
         )
 
 

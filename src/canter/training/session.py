@@ -86,7 +86,7 @@ def train(
             minutes = prepared.predicted_seconds / 60
             say(f"{prepared.steps} steps, about {minutes:.1f} minutes by the budget")
         done = trainer.progress.step
-        if config.largest_first and done < prepared.steps:
+        if config.check_memory and done < prepared.steps:
             rehearse(trainer, prepared.budget, say)
         trackers = tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:

@@ -62,7 +62,7 @@ def short_of_memory(rank, config, limit):
 @pytest.fixture
 def shared(config):
     """Four micro-batches a step, two windows an epoch."""
-    return dataclasses.replace(config, micro_batches_per_step=4, window=20, save_every=2, valid=())
+    return dataclasses.replace(config, micro_batches_per_step=4, batching_window=20, save_every=2, valid=())
 
 
 def test_any_number_of_ranks_and_workers_takes_the_same_steps(shared, tmp_path, on_ranks):
@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_the_others_with_a_message(shared, on_ranks):
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_a_rank_out_of_memory_cuts_and_none_hangs(shared, tmp_path, on_ranks, parallel):
-    shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw"), steps=3, window=50)
+    shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw"), steps=3, batching_window=50)
     train(shared, unwatched)
     short = dataclasses.replace(shared, output=tmp_path / "short", parallel=parallel)
     assert on_ranks(2, short_of_memory, short, 4_000_000) == [(3, ""), (3, "")]

@@ -53,7 +53,7 @@ def test_a_run_reads_parquet_in_place(config, hub, spoken, tmp_path):
         output=tmp_path / "other",
         tokenizer=before.run.folder / "tokenizer",
         text_column="said",
-        lang_column="tongue",
+        language_column="tongue",
         audio_column="speech",
         steps=4,
     )

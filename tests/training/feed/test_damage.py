@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from canter.errors import CanterError
-from canter.training.config import load_config
+from canter.training.config import load_run_config
 from canter.training.run.folder import Run
 from canter.training.session import train
 
@@ -167,7 +167,7 @@ def test_a_damaged_setting_is_never_trained_with(stopped, tmp_path):
     shutil.copytree(stopped[0].output, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 4"))
-    config = dataclasses.replace(load_config(run / "config.yaml", relative=False), output=run)
+    config = dataclasses.replace(load_run_config(run / "config.yaml"), output=run)
     with pytest.raises(CanterError, match=r"another configuration \(seed: 0 -> 4\)"):
         train(config, unwatched)
 

@@ -28,7 +28,7 @@ def losses(config):
 
 @pytest.fixture
 def quiet(config):
-    return dataclasses.replace(config, valid=(), save_every=2, keep=3, track=())
+    return dataclasses.replace(config, valid=(), save_every=2, keep_checkpoints=3, track=())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training/optimizers.pt", "training/state.json"])
@@ -129,7 +129,7 @@ def test_a_run_killed_before_its_best_was_marked_marks_it(config, monkeypatch):
 
 
 def test_checkpoints_are_kept_by_count_and_the_best_besides(config):
-    train(dataclasses.replace(config, save_every=1, keep=2, track=()), unwatched)
+    train(dataclasses.replace(config, save_every=1, keep_checkpoints=2, track=()), unwatched)
     best = json.loads((config.output / "checkpoints" / "best.json").read_text())["checkpoint"]
     names = {path.name for path in (config.output / "checkpoints").glob("step-*")}
     assert {"step-000007", "step-000008", best} == names
@@ -205,12 +205,12 @@ def newest(config):
 
 def test_changed_options_hold_and_the_next_change_is_asked_for_again(quiet):
     train(dataclasses.replace(quiet, steps=2), unwatched)
-    optimizer = dataclasses.replace(quiet.optimizer, weight_decay=0.5, matrix_every=1)
+    optimizer = dataclasses.replace(quiet.optimizer, weight_decay=0.5)
     changed = dataclasses.replace(quiet, steps=3, optimizer=optimizer)
     train(dataclasses.replace(changed, allow_changes=True), unwatched)
     adamw, muon = newest(quiet).optimizers
     assert [group["weight_decay"] for group in adamw["param_groups"]] == [0.5, 0.0]
-    assert (muon["param_groups"][0]["weight_decay"], muon["param_groups"][0]["every"]) == (0.5, 1)
+    assert muon["param_groups"][0]["weight_decay"] == 0.5
     with pytest.raises(ConfigError, match=r"steps: 3 -> 4.*--allow-changes"):
         train(dataclasses.replace(changed, steps=4), unwatched)
 

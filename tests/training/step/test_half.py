@@ -83,7 +83,7 @@ def test_what_is_frozen_has_no_gradient_and_what_was_collected_is_forgotten(mode
 
 def test_a_run_learns_as_in_float32_cuts_and_saves_whole_weights(config, tmp_path, monkeypatch):
     rate = OptimizerConfig(schedule="constant", warmup=1)
-    quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), optimizer=rate)
+    quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_warmup=0.0), optimizer=rate)
     train(quiet, unwatched)
     monkeypatch.setattr(gradient, "half_weights", lambda model, precision: HalfWeights(model))
     half = dataclasses.replace(quiet, output=tmp_path / "half", precision="bf16")

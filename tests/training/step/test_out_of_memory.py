@@ -190,7 +190,7 @@ def test_two_ranks_survive_what_one_survives_and_take_the_same_steps(config, tmp
         track=(),
         steps=7,
         micro_batches_per_step=4,
-        loss=LossConfig(ctc_alone=0.0),
+        loss=LossConfig(ctc_warmup=0.0),
         optimizer=OptimizerConfig(schedule="constant", warmup=1),
     )
     where = {(1, 0): "forward", (2, 1): "backward", (3, 2): "forward", (3, 3): "backward"}

@@ -37,10 +37,10 @@ def skipped(config):
 @pytest.fixture
 def quiet(config):
     loss, rate = (
-        LossConfig(ctc_alone=0.0),
+        LossConfig(ctc_warmup=0.0),
         OptimizerConfig(schedule="constant", warmup=1),
     )  # whatever the steps are
-    return dataclasses.replace(config, valid=(), window=20, track=(), loss=loss, optimizer=rate)
+    return dataclasses.replace(config, valid=(), batching_window=20, track=(), loss=loss, optimizer=rate)
 
 
 def test_what_does_not_fit_is_cut_to_the_same_losses_and_the_budget_learns(quiet, tmp_path):
@@ -78,14 +78,14 @@ def test_a_run_whose_budget_was_tightened_resumes_to_the_same_steps(quiet, tmp_p
 
 def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
     with memory_cap(300_000):
-        finished = train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
+        finished = train(dataclasses.replace(quiet, steps=2, max_skipped=1.0), unwatched)
     assert finished.progress.step == 2
     assert any("do not fit in memory even alone" in row["reason"] for row in skipped(quiet))
 
 
 def test_the_gradient_is_a_mean_over_what_is_left(quiet):
     """One utterance of four does not fit even alone: its targets do not count either."""
-    prepared = prepare(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)))
+    prepared = prepare(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0)))
     model, true = prepared.model, prepared.model.loss_of
     lengths = np.asarray(prepared.index.seconds)
     four = np.argsort(lengths)[-4:]
@@ -112,7 +112,7 @@ def test_the_gradient_is_a_mean_over_what_is_left(quiet):
 
 def test_what_does_not_fit_alone_counts_in_no_figure_of_its_step(quiet):
     with memory_cap(300_000):
-        train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
+        train(dataclasses.replace(quiet, steps=2, max_skipped=1.0), unwatched)
     lost = [row["step"] for row in skipped(quiet)]
     planned = [json.loads(line) for line in (quiet.output / "utterances.jsonl").read_text().splitlines()]
     for row, plan in zip(rows(quiet, "train"), planned, strict=True):
@@ -173,7 +173,7 @@ def test_a_step_without_a_finite_loss_or_gradient_changes_nothing(quiet, monkeyp
 def test_too_many_of_them_in_a_row_end_the_run(quiet, monkeypatch):
     spoiled(monkeypatch, set(range(2, 8)))
     with pytest.raises(CanterError, match=r"step 5: .* 3 steps up to here .* lower --optimizer.learning-rate"):
-        train(dataclasses.replace(quiet, bad_steps=3), unwatched)
+        train(dataclasses.replace(quiet, max_bad_steps=3), unwatched)
 
 
 def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path):

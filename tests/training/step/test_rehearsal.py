@@ -32,7 +32,7 @@ def test_the_largest_by_the_memory_budget_is_found():
 def test_a_run_is_the_same_with_and_without(config, tmp_path):
     config = dataclasses.replace(config, valid=(), model=dataclasses.replace(config.model, dropout=0.1))
     train(config, unwatched)
-    without = dataclasses.replace(config, largest_first=False, output=tmp_path / "without")
+    without = dataclasses.replace(config, check_memory=False, output=tmp_path / "without")
     train(without, unwatched)
     assert losses(config) == losses(without)
     ours, theirs = weights(config), weights(without)
@@ -43,7 +43,7 @@ def test_what_does_not_fit_is_told_before_the_first_step(config):
     said = []
     config = dataclasses.replace(config, valid=(), steps=1)
     with memory_cap(1_000_000):
-        train(dataclasses.replace(config, skip_limit=1.0), unwatched, said.append)
+        train(dataclasses.replace(config, max_skipped=1.0), unwatched, said.append)
     told = [line for line in said if line.startswith("the largest micro-batch, ")]
     assert len(told) == 1
     assert "does not fit in memory" in told[0]

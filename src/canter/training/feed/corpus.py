@@ -23,7 +23,7 @@ from canter.training.run.folder import Run
 
 def columns_of(config: TrainConfig) -> Columns:
     """Return the columns that the configuration names."""
-    return Columns(config.text_column or "", config.lang_column or "", config.audio_column or "")
+    return Columns(config.text_column or "", config.language_column or "", config.audio_column or "")
 
 
 def utterances(config: TrainConfig) -> Iterator[Utterance]:
@@ -106,7 +106,7 @@ def find_tokenizer(
         else:
             with warnings.catch_warnings(record=True) as notices:
                 warnings.simplefilter("always")
-                trained = train_tokenizer(texts, languages, config.vocabulary, folder)
+                trained = train_tokenizer(texts, languages, config.vocab_size, folder)
             for notice in notices:
                 say(str(notice.message))
             say(f"tokenizer of {trained.vocab_size} tokens trained on {len(texts)} transcripts")

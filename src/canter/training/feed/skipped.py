@@ -49,7 +49,7 @@ def check_share(listed: Path, progress: Progress, limit: float, ranks: Ranks) ->
     told = ranks.broadcast_object(summary(listed) if ranks.first else "")
     raise CanterError(
         f"{progress.skipped} of {seen} utterances could not be used (see {listed}): {told}; mend the manifest, or "
-        "allow more with --skip-limit"
+        "allow more with --max-skipped"
     )
 
 

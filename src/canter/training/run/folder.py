@@ -33,13 +33,14 @@ import numpy as np
 
 from canter.corpus.manifest import Problem
 from canter.errors import CheckpointError, ConfigError
-from canter.fields import from_mapping, to_mapping
+from canter.fields import to_mapping
 from canter.files import to_disk, write_text
 from canter.training.config import (
     TrainConfig,
     changes,
+    config_of_run,
     dump_config,
-    load_config,
+    load_run_config,
     rooted,
 )
 from canter.training.run.checkpoints import (
@@ -80,7 +81,7 @@ STEPS, BATCHES = ("steps", "scheduled", "schedule"), ("batch_limits",)
 VOID = {
     "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
     **dict.fromkeys(
-        ("text_column", "lang_column", "audio_column"),
+        ("text_column", "language_column", "audio_column"),
         ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
     ),
     "budget": ("budget.json", *STEPS, *BATCHES),
@@ -124,9 +125,9 @@ class Run:
         settled = read_settled(folder)
         if settled:
             if "config" in settled:
-                before = from_mapping(TrainConfig, settled["config"], str(folder / SETTLED))
+                before = config_of_run(settled["config"], str(folder / SETTLED))
             else:  # of an older Canter
-                before = load_config(held, relative=False)
+                before = load_run_config(held)
             changed = changes(config, rooted(before))
             _refuse(folder, changed, config.allow_changes)
             _void(folder, settled, [name for name, _, _ in changed], to_mapping(settings))

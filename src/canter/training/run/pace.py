@@ -23,7 +23,7 @@ class Pace:
 
     def plan(self, step: int, steps: int) -> None:
         """Chooses when to settle next, for a run at ``step`` of ``steps``."""
-        shares = sorted({0.02, (self.config.loss.ctc_alone or 0.0) + 0.08, *LATER})
+        shares = sorted({0.02, (self.config.loss.ctc_warmup or 0.0) + 0.08, *LATER})
         if self.config.minutes is None or self.config.steps is not None or self.settled >= len(shares):
             self.at = None
         else:

@@ -10,6 +10,9 @@ from torch.distributed.tensor import DTensor
 from canter.training.config import OptimizerConfig
 from canter.training.step.muon import Muon
 
+MATRIX_EVERY = 2
+"""Steps between Newton-Schulz iterations; the steps in between reuse the last update direction."""
+
 
 class Schedule:
     """Position in a learning-rate schedule of ``steps`` steps, of a run whose number of steps may change on the way.
@@ -75,7 +78,7 @@ class Optimizers:
                 matrices,
                 config.matrix_learning_rate,
                 weight_decay=config.weight_decay,
-                every=config.matrix_every,
+                every=MATRIX_EVERY,
             )
             self.parts.append((muon, config.matrix_learning_rate))
         self._norm: float | None = None  # of a step that broke off once its gradient was clipped
