@@ -44,7 +44,7 @@ from canter.planning.strategies.bucket_2d import batch_sizes
 from canter.runtime import LiveBytes, give_back, is_out_of_memory, resident, steady_heap
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import training_step
-from canter.training.prepare import model_config
+from canter.training.subject import model_config
 from canter.tuning.fit import MOST_PROBES, measure_budget, within
 from canter.tuning.probe import Probe, Prober, TrainingStep
 from canter.tuning.search import search

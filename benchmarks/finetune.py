@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -143,16 +142,18 @@ def trainer_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: 
 
 
 def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: bool = False) -> None:
+    from canter.events import Events
     from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-    from canter.training.session import train
+    from canter.training.recipe import run_training
+    from canter.training.run.reports import StepReport
 
     index = LengthIndex.open(data / "train.arrow")
     strategy, budget = _batches(options, index, padded)
     budget.save(data / f"{folder.name}.json")
 
-    @contextmanager
-    def watch(steps: int, done: int):
-        yield lambda report: turn(report.loss)
+    class Turns(Events[StepReport]):
+        def step(self, report: StepReport) -> None:
+            turn(report.loss)
 
     config = TrainConfig(
         manifest=(data / "train.jsonl",),
@@ -179,7 +180,7 @@ def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: b
             schedule="constant",
         ),
     )
-    finished = train(config, watch)
+    finished = run_training(config, Turns())
     finished.prepared.run.folder.joinpath("model").symlink_to(max(folder.glob("checkpoints/step-*")))
 
 

@@ -24,6 +24,7 @@ import torch
 from canter.corpus.index import LengthIndex
 from canter.models.cost import utterance_cost
 from canter.models.decoder import DecoderConfig
+from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -34,7 +35,6 @@ from canter.planning.strategies import Bucket2D
 from canter.runtime import give_back, is_out_of_memory, peak_of, steady_heap
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
 from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
 from canter.tuning.probe import Prober, Shape, TrainingStep
 from canter.tuning.search import search

@@ -26,11 +26,11 @@ from ladder import Arm, Rig
 from rich.console import Console
 from rich.table import Table
 
+from canter.models.device import choose_device
 from canter.models.model import SpeechModel
 from canter.runtime import give_back, steady_heap
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
 from canter.training.step.weights import compile_layers
 from canter.tuning.fit import measure_budget
 from canter.tuning.probe import Probe, Prober, gib

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TrainingEvents
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
@@ -33,8 +33,8 @@ from canter.planning.budget import Budget
 from canter.text import Characters
 from canter.training.config import ModelShape, TrainConfig, load_run_config
 from canter.training.feed.data import MicroBatches, collate
-from canter.training.session import train
-from canter.training.validation import spread_over, validator
+from canter.training.recipe import run_training
+from canter.training.validation import Validator, spread_over
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
 
 def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str, Any]:
     """Shape and WER of one shape, whose further training starts here."""
-    finished = train(config, TrainingProgress, say, track)
-    lines = map(json.loads, finished.prepared.run.metrics.read_text(encoding="utf-8").splitlines())
+    finished = run_training(config, TrainingEvents())
+    lines = map(json.loads, finished.prepared.run.log.metrics.read_text(encoding="utf-8").splitlines())
     rows = list(lines)
     valid = [row for row in rows if row["kind"] == "valid"][-1]
     return {
@@ -162,7 +162,8 @@ def run(options: Options) -> dict[str, Any]:
     if model.ctc is not None:
         Characters.load(source).save(start)
 
-    validate = validator(rows, model.tokenizer, model.sample_rate, "float32")
+    lengths = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
+    validate = Validator(rows, MicroBatches(lengths, model.tokenizer, None, model.sample_rate), "float32")
     seconds = 2 * (
         config.batch_seconds if isinstance(config.batch_seconds, float) else 24.0
     )  # the run's own setting is what bounds the batches of both shapes
@@ -170,7 +171,7 @@ def run(options: Options) -> dict[str, Any]:
     shapes = {}
     for name, one, init in (("trained", model, source), ("reshaped", reshaped, start)):
         with torch.inference_mode():
-            before = validate(one.eval(), 0)["wer"]
+            before = validate(one.eval()).metrics["wer"]
         shapes[name] = figures(one, before, onwards(options, config, init, name))
 
     size = (options.seconds, options.tokens, options.batch)

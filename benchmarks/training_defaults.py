@@ -22,9 +22,8 @@ from canter.corpus.index import LengthIndex
 from canter.planning import Budget, analytic_budget
 from canter.planning.budget import Polynomial
 from canter.planning.strategies import Balanced
-from canter.training.batches import choose_limits
 from canter.training.config import TrainConfig
-from canter.training.prepare import plan_batches
+from canter.training.schedule import choose_limits, plan_batches
 
 PADDED = 30.0
 

@@ -222,17 +222,15 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Train a model as ``config`` says, or continue the run that its output folder holds, and return that folder.
 
     `load` takes the folder for the run's best checkpoint. Under ``torchrun`` or ``srun`` all ranks call it together.
-    Raises ConfigError for settings that cannot be, ManifestError for data that cannot be used.
+    Raises ConfigError for settings that cannot be used, ManifestError for data that cannot be used.
     """
-    from canter.cli.models import load_any
-    from canter.cli.progress import TrainingProgress, say, track  # pyright: ignore[reportUnknownVariableType]
-    from canter.training.session import train as run  # pyright: ignore[reportUnknownVariableType]
+    from canter.training.recipe import run_training
 
-    if progress:
-        finished = run(config, TrainingProgress, say, track, load_any)
-    else:
-        finished = run(config, lambda steps, done: nullcontext(_silent), load=load_any)
-    return finished.prepared.run.folder
+    if not progress:
+        return run_training(config).prepared.run.folder
+    from canter.cli.progress import TrainingEvents
+
+    return run_training(config, TrainingEvents()).prepared.run.folder
 
 
 def score(

@@ -270,20 +270,20 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
 
 def of_config(config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
     """The model that a configuration describes; without data, with a vocabulary of the size it asks for."""
+    from canter.cli.progress import TrainingEvents
     from canter.models.model import SpeechModel
     from canter.training.feed.corpus import find_index, find_tokenizer
-    from canter.training.prepare import load_initial, model_config
-    from canter.training.run.folder import Run
+    from canter.training.subject import load_initial, model_config
 
     with tempfile.TemporaryDirectory() as folder:
-        inside = Run.open(dataclasses.replace(config, output=Path(folder) / "run"))
-        initial = load_initial(config, inside, say)
+        inside, events = Path(folder), TrainingEvents()
+        initial = load_initial(config, events)
         index, tokenizer = None, SimpleNamespace(vocab_size=config.vocab_size, pad=0)
         characters = SimpleNamespace(size=40)
         if config.manifest:
-            tokenizer, characters = find_tokenizer(config, inside, initial, say)
+            tokenizer, characters = find_tokenizer(config, inside, initial, events)
             if options.index is None:
-                index = find_index(config, inside, tokenizer)
+                index = find_index(config, inside, tokenizer, events)
         model = initial or SpeechModel(model_config(config, tokenizer, characters))  # type: ignore[arg-type]
         if index is not None:
             index = in_memory(index)

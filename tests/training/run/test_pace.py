@@ -3,7 +3,7 @@
 import pytest
 
 from canter.training.config import LossConfig, TrainConfig
-from canter.training.run.pace import Pace
+from canter.training.schedule import Pace
 
 
 def simulated(minutes: float, promised: float, seconds_at) -> tuple[float, int]:

@@ -14,11 +14,10 @@ from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.distributed import ranks as ranks_module
 from canter.training.distributed.ranks import process_group
 from canter.training.loop import Trainer
-from canter.training.session import train
+from canter.training.recipe import run_training
 from canter.training.step.gradient import Gradient
 from canter.training.step.optimizers import Optimizers
 
-from ..conftest import unwatched
 from ..distributed.test_ranks import assert_same_steps, rows, steps
 
 # Python 3.12 warns of forking where threads are
@@ -177,7 +176,7 @@ def train_injected(rank, config, where, outside=False):
 
     Trainer.__init__, ranks_module.Ranks.sum_gradients, Optimizers._update = begin, summed, updated
     try:
-        return train(config, unwatched).progress.step
+        return run_training(config).progress.step
     finally:
         Trainer.__init__, Gradient._micro_batch, ranks_module.Ranks.sum_gradients = init, compute, reduce
         Optimizers._update, torch.empty = update, empty
@@ -217,7 +216,7 @@ def never_fits(rank, config):
     step = Optimizers.step
     if rank == 1:
         Optimizers.step = lambda self, number: full() if number else step(self, number)
-    return train(config, unwatched).progress.step
+    return run_training(config).progress.step
 
 
 def test_only_memory_that_runs_out_is_tried_again():
