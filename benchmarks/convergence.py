@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.demo import machine
-from canter.cli.progress import TrainingEvents, say
+from canter.cli.progress import TerminalEvents, say
 from canter.demo.synthesis import synthesise
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.steps import Steps
@@ -88,7 +88,7 @@ def shared(options: Options) -> TrainConfig:
         track=(),
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
-    folder = prepare_run(config, TrainingEvents()).run.folder
+    folder = prepare_run(config, TerminalEvents()).run.folder
     return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
 
 
@@ -97,7 +97,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     metrics = config.output / "metrics.jsonl"
     last = _logged(metrics)[-1] if metrics.exists() else {}
     if (last.get("kind"), last.get("step")) != ("valid", config.steps):
-        run_training(config, TrainingEvents())
+        run_training(config, TerminalEvents())
     lines = _logged(metrics)
     steps = [line for line in lines if line["kind"] == "train"]
     valid = next(line for line in reversed(lines) if line["kind"] == "valid")
@@ -125,7 +125,7 @@ def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Op
     runs = {}
     for name, settings in arms.items():
         prepared = prepare_run(
-            replace(base, output=options.output / f"timed-{label(name)}", **settings), TrainingEvents()
+            replace(base, output=options.output / f"timed-{label(name)}", **settings), TerminalEvents()
         )
         addresses = Steps(prepared.schedule.plan).addresses(None, 0, 0)
         runs[name] = (

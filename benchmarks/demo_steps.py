@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.demo import TEST_UTTERANCES, machine, recipe
-from canter.cli.progress import TrainingEvents, say
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import score
@@ -66,7 +66,7 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
                 if budget.exists():
                     settings["budget"] = budget
                 config = recipe(corpus.train_manifest, folder, threads=options.threads, track=(), **settings)
-                finished = run_training(config, TrainingEvents())
+                finished = run_training(config, TerminalEvents())
                 if not budget.exists():
                     finished.prepared.schedule.budget.save(budget)
                 done.write_text(json.dumps(finished.progress.seconds), encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from canter.cli.progress import TrainingEvents
+from canter.cli.progress import TerminalEvents
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
@@ -98,7 +98,7 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
 
 def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str, Any]:
     """Shape and WER of one shape, whose further training starts here."""
-    finished = run_training(config, TrainingEvents())
+    finished = run_training(config, TerminalEvents())
     lines = map(json.loads, finished.prepared.run.log.metrics.read_text(encoding="utf-8").splitlines())
     rows = list(lines)
     valid = [row for row in rows if row["kind"] == "valid"][-1]

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.demo import machine
-from canter.cli.progress import TrainingEvents, say
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
 from canter.demo.synthesis import synthesise
 from canter.models.formats.checkpoint import load_model
@@ -123,7 +123,7 @@ def base_of(options: Options, task: str) -> tuple[TrainConfig, PreparedRun]:
     budget = options.output / f"{task}.json"
     seconds = max(options.batch_seconds)
     Budget.from_batch_seconds(seconds, frame_seconds=0.02 if config.init else 0.08).save(budget)
-    prepared = prepare_run(replace(config, budget=budget), TrainingEvents())
+    prepared = prepare_run(replace(config, budget=budget), TerminalEvents())
     config = prepared.config
     return (config if config.init else replace(config, tokenizer=prepared.run.folder / "tokenizer")), prepared
 
@@ -154,7 +154,7 @@ def results(options: Options) -> Iterator[dict[str, Any]]:
             for seed in range(options.seeds):
                 folder = options.output / task / f"{cap:g}-{seed}"
                 config = replace(base, output=folder, batch_seconds=cap, seed=seed)
-                made = prepare_run(config, TrainingEvents())
+                made = prepare_run(config, TerminalEvents())
                 updates = len(made.schedule.plan)
                 kept = folder / "result.json"
                 if not kept.exists():

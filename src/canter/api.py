@@ -228,9 +228,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
 
     if not progress:
         return run_training(config).prepared.run.folder
-    from canter.cli.progress import TrainingEvents
+    from canter.cli.progress import TerminalEvents
 
-    return run_training(config, TrainingEvents()).prepared.run.folder
+    return run_training(config, TerminalEvents()).prepared.run.folder
 
 
 def score(

@@ -136,12 +136,12 @@ def synthesise_corpus(options: Options, summary: dict[str, Any]):
 
 def prepare_run(options: Options, corpus, spent: float):
     """Make tokenizer, index, budget and plan of the demo's run, ``spent`` minutes after the demo began."""
-    from canter.cli.progress import TrainingEvents
+    from canter.cli.progress import TerminalEvents
     from canter.training.recipe import prepare_run
 
     output = options.output / ("run-quick" if options.quick else "run")
     minutes = options.minutes or (0.3 if options.quick else training_minutes(output, spent))
-    return prepare_run(recipe(corpus.train_manifest, output, minutes=minutes, seed=options.seed), TrainingEvents())
+    return prepare_run(recipe(corpus.train_manifest, output, minutes=minutes, seed=options.seed), TerminalEvents())
 
 
 def recipe(manifest: Path, output: Path, **settings: Any):
@@ -206,10 +206,10 @@ def climb_ladder(prepared, longest: int, summary: dict[str, Any]) -> None:
 
 def train_model(config, summary: dict[str, Any]) -> None:
     """Train to the last step."""
-    from canter.cli.progress import TrainingEvents
+    from canter.cli.progress import TerminalEvents
     from canter.training.recipe import run_training
 
-    finished = run_training(config, TrainingEvents())
+    finished = run_training(config, TerminalEvents())
     metrics = finished.prepared.run.log.metrics.read_text(encoding="utf-8").splitlines()
     progress = finished.progress
     rows = [json.loads(line) for line in metrics]

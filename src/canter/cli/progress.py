@@ -49,7 +49,7 @@ def say(text: str) -> None:
     console.print(text, highlight=False)
 
 
-class TrainingEvents(Events[StepReport]):
+class TerminalEvents(Events[StepReport]):
     """Messages and progress of a training run on standard error."""
 
     def message(self, text: str) -> None:

@@ -64,11 +64,11 @@ def _refuse_missing(folder: Path, config: TrainConfig) -> None:
 def run(config: TrainConfig | None) -> None:
     if config is None:
         return
-    from canter.cli.progress import TrainingEvents
+    from canter.cli.progress import TerminalEvents
     from canter.training.recipe import run_training
     from canter.training.run.checkpoints import Checkpoints
 
-    events = TrainingEvents()
+    events = TerminalEvents()
     finished = run_training(config, events)
     if not finished.first:
         return

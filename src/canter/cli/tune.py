@@ -270,13 +270,13 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
 
 def of_config(config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
     """The model that a configuration describes; without data, with a vocabulary of the size it asks for."""
-    from canter.cli.progress import TrainingEvents
+    from canter.cli.progress import TerminalEvents
     from canter.models.model import SpeechModel
     from canter.training.feed.corpus import find_index, find_tokenizer
     from canter.training.subject import load_initial, model_config
 
     with tempfile.TemporaryDirectory() as folder:
-        inside, events = Path(folder), TrainingEvents()
+        inside, events = Path(folder), TerminalEvents()
         initial = load_initial(config, events)
         index, tokenizer = None, SimpleNamespace(vocab_size=config.vocab_size, pad=0)
         characters = SimpleNamespace(size=40)
