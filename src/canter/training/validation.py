@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from canter.redaction import redacted
 from canter.text.languages import same
 from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import MicroBatches, prompt_and_text
+from canter.training.run.checkpoints import Scores
 from canter.training.run.reports import StepReport
 
 EXAMPLES = 5
@@ -31,9 +31,9 @@ EXAMPLES = 5
 class Validation:
     """Result of a validation."""
 
-    metrics: dict[str, Any]
+    metrics: Scores
     """WER and CER of the unnormalised texts, BLEU of translations, RTFx, examples and the "set" of utterances."""
-    transcripts: list[dict[str, Any]]
+    transcripts: list[dict[str, object]]
     """Manifest rows of the utterances, with ``pred_text``."""
 
 

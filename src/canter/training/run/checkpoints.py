@@ -40,13 +40,15 @@ BEST = "best.json"
 DAMAGED = ".damaged-"
 MAX_OPERATIONS = 10_000_000  # opcodes of the optimisers' pickle: a tensor takes about 45
 NAME = re.compile(r"step-\d+")
+Scores = Mapping[str, Any]
+"""Metrics of a validation: "wer", "bleu" if translations are validated, "set" of utterances."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Everything that a run is resumed from, in CPU memory that training no longer touches."""
 
-    state: dict[str, Any]
+    state: dict[str, object]
     """JSON; ``state["step"]`` names the checkpoint."""
     weights: dict[str, Tensor]
     optimizers: list[dict[str, Any]]
@@ -72,7 +74,7 @@ class Checkpoints:
         self.wait()
         self.pending.append(self.thread.submit(self._write, snapshot, model, characters))
 
-    def is_best(self, metrics: Mapping[str, Any]) -> bool:
+    def is_best(self, metrics: Scores) -> bool:
         """Return whether a validation is at least as good as the best so far, by BLEU if it has one, else by WER.
 
         A validation of other utterances, or with another score, cannot be compared and counts as the best.
@@ -84,7 +86,7 @@ class Checkpoints:
             return True
         return metrics["bleu"] >= best["bleu"] if "bleu" in best else metrics["wer"] <= best["wer"]
 
-    def set_best(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def set_best(self, step: int, metrics: Scores) -> None:
         """Mark the checkpoint of ``step`` as the best so far; return when that is on disk."""
         kept = {name: metrics[name] for name in ("wer", "bleu", "set") if name in metrics}
         content = json.dumps({"checkpoint": self.path(step).name, **kept}) + "\n"
@@ -155,7 +157,7 @@ class Checkpoints:
         """Return the folders of complete checkpoints, oldest first."""
         return [path for path in self._all() if (path / "training" / STATE).exists()]
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> Scores | None:
         """Return {"checkpoint", "wer", "set"}, and "bleu" of translations, of the best validation so far, if any.
 
         Raises CheckpointError if the file is damaged.
@@ -271,7 +273,7 @@ def text_checksum(text: str) -> str:
 
 
 def take_snapshot(
-    state: dict[str, Any], model: AnyModel, optimizers: Optimizers, average: Average | None, ranks: Ranks
+    state: dict[str, object], model: AnyModel, optimizers: Optimizers, average: Average | None, ranks: Ranks
 ) -> Snapshot | None:
     """Return a copy of the training state on rank 0, None on others. All ranks together gather shards."""
     sharded = any(isinstance(p, DTensor) for p in model.parameters())

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.utterance import Problem
 from canter.errors import CanterError, CheckpointError, ConfigError
 from canter.extras import needed_by, require
+from canter.fields import from_mapping
 from canter.files import write_text
 from canter.models.batch import Batch
 from canter.planning.plan import Plan
@@ -126,7 +126,7 @@ class Progress:
     step: int = 0
     """Number of steps taken."""
     epoch: int = 0
-    position: dict[str, Any] | None = None
+    position: dict | None = None
     """Position of the plan within the epoch; None at its start."""
     seconds: float = 0.0
     """Time spent in training steps, over all starts."""
@@ -139,7 +139,7 @@ class Progress:
     """WER of the last validation."""
     plan: str = ""
     """Fingerprint of the plan."""
-    tightenings: list[list[float]] = field(default_factory=list)
+    tightenings: list = field(default_factory=list)
     """Budgets that out-of-memory errors made smaller; see `canter.training.feed.steps`."""
 
     def add(self, report: StepReport) -> None:
@@ -149,26 +149,13 @@ class Progress:
         self.audio_seconds += report.audio_seconds
         self.utterances += report.utterances
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return dict(vars(self))
 
     @classmethod
     def from_state(cls, values: object, source: object) -> Progress:
         """Return the inverse of ``state``. Raise CheckpointError, naming ``source``, for unknown fields and types."""
-        kinds: dict[str, tuple[type, ...]] = {
-            name: (type(value),) for name, value in vars(cls()).items() if value is not None
-        }
-        kinds |= {"position": (dict, type(None)), "wer": (float, int, type(None))}
-        for name in ("seconds", "audio_seconds"):
-            kinds[name] = (float, int)
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{source} holds a {type(values).__name__}, not a JSON object")
-        for name, value in values.items():
-            if name not in kinds:
-                raise CheckpointError(f"{source}: unknown field {name!r}; was it written by a newer Canter?")
-            if not isinstance(value, kinds[name]) or isinstance(value, bool):
-                raise CheckpointError(f"{source}: {name} is {value!r}; the training state is damaged")
-        return cls(**values)
+        return from_mapping(cls, values, str(source), error=CheckpointError)
 
 
 # -- log files --
@@ -222,7 +209,9 @@ class RunLog:
         lines = [{"file": p.file, "line": p.line, "reason": p.reason, "step": step} for p in problems]
         self._append(self.skipped, lines)
 
-    def add_validation(self, step: int, metrics: Mapping[str, object], transcripts: Sequence[Mapping[str, Any]]):
+    def add_validation(
+        self, step: int, metrics: Mapping[str, object], transcripts: Sequence[Mapping[str, object]]
+    ) -> None:
         """Write the transcripts of a validation to validation/step-NNNNNN.jsonl, then append its metrics.
 
         Without the line of metrics, a resumed run validates again.
@@ -345,7 +334,7 @@ def kind_of(reason: str, file: str) -> str:
 
 
 @contextmanager
-def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int) -> Iterator[Tracker]:
+def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
     """Context manager that yields a function for (step, metrics), which passes numbers on to all trackers.
 
     settings: the run's configuration as plain values. step: the step from which the run starts or resumes.
@@ -372,7 +361,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 @contextmanager
-def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Iterator[Tracker]:
+def _tensorboard(folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
     from torch.utils.tensorboard import SummaryWriter
 
     # steps that an earlier start logged after its last checkpoint are taken again, and hidden
@@ -386,7 +375,7 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Iterat
 
 
 @contextmanager
-def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Iterator[Tracker]:
+def _wandb(folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
     with needed_by("--track wandb"):
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
     started = wandb.init(
@@ -404,7 +393,7 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Iterator[Tra
 
 
 @contextmanager
-def _trackio(folder: Path, settings: Mapping[str, Any], step: int) -> Iterator[Tracker]:
+def _trackio(folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
     with needed_by("--track trackio"):
         import trackio  # pyright: ignore[reportMissingImports]  # an extra
     trackio.init(project="canter", name=folder.resolve().name, config=dict(settings), resume="allow")
