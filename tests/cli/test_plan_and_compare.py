@@ -87,7 +87,7 @@ def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
     assert np.load(kept).tolist()[-1] == steps
     plan = Plan(LengthIndex.open(tmp_path / "lengths.arrow"), analytic_budget(), window=1000,
                 micro_batches_per_step=2, cache=tmp_path / "lengths.steps")  # fmt: skip
-    plan.cut = None  # type: ignore[assignment]
+    object.__setattr__(plan, "cut", None)  # the table is enough
     assert len(plan) == steps
 
 

@@ -88,9 +88,7 @@ def run(options: Options) -> int | None:
     for _, reason in left_out:
         reasons[reason] = reasons.get(reason, 0) + 1
     if options.emit:
-        from canter.planning.emit import write_plan
-
-        write_plan(plan, options.emit, options.ranks)
+        plan.write(options.emit, options.ranks)
     if options.json:
         value = {
             **asdict(figures),

@@ -185,7 +185,6 @@ def prepare(
         micro_batches_per_step=micro_batches,
         max_tokens_per_second=config.max_tokens_per_second,
         endless=weighted,
-        curriculum="short_first" if config.short_first else None,
         cache=run.folder / ".cache",
         version=FIRST_VERSION if BEGUN_WITH in settled else VERSION,
     )
