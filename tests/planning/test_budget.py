@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from canter.errors import BudgetError
 from canter.planning import Budget, Polynomial, analytic_budget
+from canter.planning.budget import parse_memory
 from canter.planning.shapes import SHAPES
 
 
@@ -110,3 +111,17 @@ def test_unknown_or_too_large_shape():
         analytic_budget("canary-1B")
     with pytest.raises(BudgetError, match="leave no room"):
         analytic_budget("canary-1b", 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80", 80e9), ("80GB", 80e9), ("80GiB", 80 * 2**30), ("0.5 tb", 5e11), ("512MiB", 2**29), (" 1.5KB", 1500)],
+)
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "80G", "1e3", "nan", "80 GB free", "1..5GB"])
+def test_what_is_no_size_of_memory(text):
+    with pytest.raises(BudgetError, match=r"--memory is .*such as 80GiB"):
+        parse_memory(text, "--memory")

@@ -1,4 +1,4 @@
-"""The ladder of batching strategies on your lengths: what each pads, fills, waits and costs."""
+"""Compare batching strategies on your lengths: padding, memory filled, waiting and time of each."""
 
 from __future__ import annotations
 
@@ -18,39 +18,29 @@ if TYPE_CHECKING:
     from canter.planning.compare import Rung
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(PlanOptions):
     ranks: int = 8
-    """GPUs that share the micro-batches of a step."""
-    json: bool = False
-    """Rows as JSON on standard output."""
+    """Number of GPUs that share the micro-batches of a step."""
     markdown: bool = False
-    """Rows as a Markdown table on standard output."""
+    """Print the rows as a Markdown table."""
     figure: Path | None = None
-    """Also draw the ladder into this PNG."""
+    """Draw the comparison into this PNG."""
 
 
 def run(options: Options) -> int | None:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from canter.cli.lengths import (
-        check_ranks,
-        choose_budget,
-        is_estimated,
-        none_fits,
-        open_lengths,
-        progress_console,
-        tell_skipped,
-    )
+    from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped, progress_console
     from canter.planning.compare import compare, ladder, markdown
     from canter.planning.lengths import rate_limits
 
     if options.figure:
         require("matplotlib", "--figure")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
+    index = options.open_index()
     check_ranks(options.ranks, len(index), "utterances")
-    budget = choose_budget(options.budget, options.model, options.memory)
-    strategies = ladder(options.window, options.mixing, options.mix_steps)
+    budget = options.choose_budget()
+    strategies = ladder(options.batching_window, options.mixing, options.mix_steps)
     rows = []
     with Progress(
         SpinnerColumn(),
@@ -75,14 +65,12 @@ def run(options: Options) -> int | None:
                 raise none_fits(index, budget)
             rows.append(row)
             progress.update(task, advance=1, description=following)
-    tell_skipped(index)
+    print_skipped(index)
     if options.figure:
         from canter.reporting.ladder import ladder_figure
 
         ladder_figure(rows, options.figure)
     if options.json:
-        from canter.cli.lengths import plain
-
         value = {
             "budget": budget.as_json(),
             "tokens_estimated": is_estimated(index),
@@ -95,22 +83,20 @@ def run(options: Options) -> int | None:
         made = budget.measured_on
         named = options.budget.name if options.budget else f"{made['model']} on {made['device']}"
         estimated = ", tokens estimated" if is_estimated(index) else ""
-        show(
-            rows,
-            f"{options.index.name}: {len(index):,} utterances{estimated}, {named}, {options.ranks} ranks",
-        )
+        title = f"{options.index.name}: {len(index):,} utterances{estimated}, {named}, {options.ranks} ranks"
+        print_comparison(rows, title)
 
 
 CAPTION = "speed at equal GPUs and GPUs at equal wall time are against the first row"
-# what a narrow terminal loses first; a column of zeros before all
+# columns that a narrow terminal drops, the first ones first, after columns of zeros
 EXPENDABLE: tuple[str, ...] = (
     "steps", "epoch hours", "padded audio", "padded tokens", "left out", "over", "GPUs", "waiting", "step mixing",
     "mean batch", "mixing pool", "memory filled",
 )  # fmt: skip
 
 
-def show(rows: Sequence[Rung], title: str, caption: str | None = CAPTION) -> None:
-    """Prints the ladder. A row is a line: a terminal too narrow for all columns gets fewer; a pipe gets all."""
+def print_comparison(rows: Sequence[Rung], title: str, caption: str | None = CAPTION) -> None:
+    """Print a line for each row. A terminal too narrow for all columns gets fewer; a pipe gets all."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -133,13 +119,13 @@ def show(rows: Sequence[Rung], title: str, caption: str | None = CAPTION) -> Non
     console.print(table)
     missing = [name for name in COLUMNS if name not in shown]
     if missing:
-        console.print(f"no room for {', '.join(missing)}: --markdown and --json have all", highlight=False)
+        console.print(f"no room for {', '.join(missing)}: --markdown and --json print all", highlight=False)
     if caption:
         console.print(caption, style="dim", highlight=False)
 
 
 def ladder_table(values: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Table:
-    """The last row stands out; header words one below the other."""
+    """Return the table with a bold last row and one header word a line."""
     from rich import box
     from rich.table import Table
 
