@@ -39,17 +39,17 @@ def test_round_trip(tmp_path, budget):
     ("change", "message"),
     [
         ({"format": "canter-budget/9"}, "format is 'canter-budget/9'"),
-        ({"memory": 3}, "memory is int"),
-        ({"memory.limit_bytes": "40GB"}, "memory.limit_bytes is '40GB'"),
+        ({"memory": 3}, "memory: expected a mapping of settings, found 3"),
+        ({"memory.limit_bytes": "40GB"}, "memory: limit_bytes: expected float, found '40GB'"),
         ({"memory.limit_bytes": float("nan")}, "memory.limit_bytes is nan"),
-        ({"memory.limit_bytes": True}, "memory.limit_bytes is True"),
+        ({"memory.limit_bytes": True}, "memory: limit_bytes: expected float, found True"),
         ({"memory.limit_bytes": 1}, "leaves nothing above memory.fixed_bytes"),
         ({"memory.per_utterance_bytes.TT": -1.0}, "memory.per_utterance_bytes.TT is -1.0"),
-        ({"memory.per_utterance_bytes.TX": 1.0}, "memory.per_utterance_bytes.TX is not a field"),
+        ({"memory.per_utterance_bytes.TX": 1.0}, "memory: per_utterance_bytes: unknown setting 'TX'"),
         ({"time.per_utterance_seconds": {}}, "time.per_utterance_seconds is zero for every term"),
         ({"frame_seconds": 0}, "frame_seconds is 0"),
-        ({"speed": 1}, "speed is not a field"),
-        ({"time": None}, "time is NoneType"),
+        ({"speed": 1}, "unknown setting 'speed'"),
+        ({"time": None}, "time: expected a mapping of settings, found None"),
     ],
 )
 def test_a_malformed_budget_names_file_field_and_value(tmp_path, budget, change, message):

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -267,8 +268,13 @@ def progress_console() -> Console:
     return Console(stderr=True)
 
 
-def plain(value: object) -> object:
-    """Return a JSON value with null for infinities and NaN, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def plain(values: Mapping[str, object]) -> dict[str, object]:
+    """Return a JSON object with null for infinities and NaN, which JSON lacks."""
+    return {
+        key: plain(value) if isinstance(value, dict) else None if _is_infinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
