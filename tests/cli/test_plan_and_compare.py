@@ -14,7 +14,7 @@ from canter.cli import compare as command
 from canter.cli.main import main
 from canter.corpus.index import LengthIndex
 from canter.planning import Plan, analytic_budget
-from canter.planning.compare import COLUMNS, compare, ladder
+from canter.planning.compare import compare, ladder
 
 
 def write_lengths(path, seconds, tokens):
@@ -51,7 +51,7 @@ def test_a_strategy_is_one_line_however_narrow_the_terminal(rungs, columns, monk
         assert len([line for line in lines if line.startswith(f" {name}  ")]) == 1
     head = " ".join(lines[:4])
     assert {"compute", "speed"} <= set(head.split())
-    missing = [name for name in COLUMNS if name.split()[-1] not in head.split()]
+    missing = [name for name in rungs[0].cells() if name.split()[-1] not in head.split()]
     note = " ".join(lines[-5:])
     assert bool(missing) == (columns < 128)
     assert all(name in note for name in missing)
@@ -62,9 +62,9 @@ def test_a_pipe_gets_all_columns(rungs, monkeypatch, capsys):
     command.print_comparison(rungs, "a title", caption=None)
     lines = lines_of(capsys.readouterr().out)
     assert lines[0] == "a title"
-    assert all(word in " ".join(lines) for name in COLUMNS for word in name.split())
+    assert all(word in " ".join(lines) for name in rungs[0].cells() for word in name.split())
     row = next(line for line in lines if line.startswith(" balanced"))
-    assert len(row.split()) == len(COLUMNS) + 1
+    assert len(row.split()) == len(rungs[0].cells()) + 1
 
 
 def test_compare_needs_nothing_but_lengths(table, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from canter.cli.main import main
-from canter.planning.compare import COLUMNS, compare, ladder, markdown
+from canter.planning.compare import compare, ladder, markdown
 
 from .conftest import lengths
 
@@ -43,7 +43,7 @@ def test_the_command_prints_json_markdown_and_a_figure(table, budget, tmp_path, 
     assert capsys.readouterr().out.startswith("| strategy | padded audio |")
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert all(name.split()[0] in shown for name in COLUMNS)
+    assert all(word in shown for word in ("strategy", "padded", "compute", "waiting", "pool", "speed", "GPUs"))
 
 
 def test_plan_command_emits_every_row(table, tmp_path, capsys):

@@ -29,9 +29,10 @@ class Options(PlanOptions):
 
 
 def run(options: Options) -> int | None:
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.console import Console
+    from rich.progress import track
 
-    from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped, progress_console
+    from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped
     from canter.planning.compare import compare, ladder, markdown
     from canter.planning.lengths import rate_limits
 
@@ -41,30 +42,22 @@ def run(options: Options) -> int | None:
     check_ranks(options.ranks, len(index), "utterances")
     budget = options.choose_budget()
     strategies = ladder(options.batching_window, options.mixing, options.mix_steps)
+    found = compare(
+        index,
+        budget,
+        strategies,
+        ranks=options.ranks,
+        micro_batches_per_step=options.micro_batches_per_step,
+        seed=options.seed,
+        min_steps=options.min_steps,
+        max_tokens_per_second=rate_limits(options.max_tokens_per_second),
+    )
+    bar = track(found, "planning", total=len(strategies), console=Console(stderr=True), transient=True)
     rows = []
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=progress_console(),
-        transient=True,
-    ) as progress:
-        task = progress.add_task(strategies[0][0], total=len(strategies))
-        found = compare(
-            index,
-            budget,
-            strategies,
-            ranks=options.ranks,
-            micro_batches_per_step=options.micro_batches_per_step,
-            seed=options.seed,
-            min_steps=options.min_steps,
-            max_tokens_per_second=rate_limits(options.max_tokens_per_second),
-        )
-        for row, following in zip(found, [*(name for name, _, _ in strategies[1:]), "done"]):
-            if not row.figures.utterances:
-                raise none_fits(index, budget)
-            rows.append(row)
-            progress.update(task, advance=1, description=following)
+    for row in bar:
+        if not row.figures.utterances:
+            raise none_fits(index, budget)
+        rows.append(row)
     print_skipped(index)
     if options.figure:
         from canter.reporting.ladder import ladder_figure
@@ -100,14 +93,12 @@ def print_comparison(rows: Sequence[Rung], title: str, caption: str | None = CAP
     from rich.console import Console
     from rich.measure import Measurement
 
-    from canter.planning.compare import COLUMNS, cells
-
     console = Console()
     wide = console.options.update(max_width=1000)
-    values = [dict(zip(COLUMNS, cells(row))) for row in rows]
+    values = [row.cells() for row in rows]
     idle = [name for name in ("over", "left out") if all(value[name] == "0" for value in values)]
     expendable = [*idle, *(name for name in EXPENDABLE if name not in idle)]
-    shown = list(COLUMNS)
+    shown = list(values[0])
     table = ladder_table(values, shown)
     while (needs := Measurement.get(console, wide, table).maximum) > console.width and expendable:
         if not console.is_terminal:
@@ -117,7 +108,7 @@ def print_comparison(rows: Sequence[Rung], title: str, caption: str | None = CAP
         table = ladder_table(values, shown)
     console.print(title, style="bold", highlight=False)
     console.print(table)
-    missing = [name for name in COLUMNS if name not in shown]
+    missing = [name for name in values[0] if name not in shown]
     if missing:
         console.print(f"no room for {', '.join(missing)}: --markdown and --json print all", highlight=False)
     if caption:

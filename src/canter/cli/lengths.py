@@ -16,8 +16,6 @@ import tyro
 from canter.errors import ManifestError, PlanError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from canter.corpus.columns import Columns
     from canter.corpus.index import LengthIndex
     from canter.planning import Budget
@@ -259,13 +257,6 @@ def print_skipped(index: LengthIndex) -> None:
         print(f"left out of {index.path or 'the table'}, {count:,}: {kind}", file=sys.stderr)
     for problem in index.problems[:3] if index.skipped else ():
         print(f"  {problem.file}:{problem.line}: {problem.reason}", file=sys.stderr)
-
-
-def progress_console() -> Console:
-    """Return a console on standard error, so that standard output stays machine-readable."""
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def plain(values: Mapping[str, object]) -> dict[str, object]:
