@@ -192,7 +192,9 @@ def climb_ladder(prepared, longest: int, summary: dict[str, Any]) -> None:
     strategies = [("random", Random(), None), ("duration", Duration(), None), ("bucket_1d", Bucket1D(), None)]
     strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
     rungs = list(compare(index, with_room_for(longest, prepared), strategies, ranks=1))
-    command.show(rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest, as predicted")
+    command.print_comparison(
+        rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest, as predicted"
+    )
     summary["room_for_longest"] = longest
     summary["strategies"] = {
         rung.name: plain(rung.as_json())

@@ -131,4 +131,4 @@ class PlanCutSampler(CutSampler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._sampler.load_state_dict(state_dict)
-        super().set_epoch(self._sampler.plan.epoch)
+        super().set_epoch(self._sampler.epoch)

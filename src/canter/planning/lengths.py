@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -44,6 +44,13 @@ class Index(Protocol):
     def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class PerEpoch(Protocol):
+    """An index whose lengths differ between epochs, as with speed perturbation."""
+
+    def at_epoch(self, epoch: int) -> Index: ...
 
 
 @dataclass(frozen=True, slots=True)

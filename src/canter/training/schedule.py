@@ -7,7 +7,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -339,16 +338,12 @@ def choose_schedule(
     bounded = record.get("model_limits", not record)  # runs that began without these limits resume without
     bounds = subject.limits if bounded and subject.limits.exceeded(index, slowest) else ModelLimits()
     planned = AtSpeed(index, config.seed, 0, speeds) if speeds else index
-    plan, sizes, step_seconds = plan_batches(
-        limits,
-        budget,
+    plan = Plan(
         planned,
-        planned if bounds == ModelLimits() else usable,
-        slowest=slowest,
+        budget,
+        strategy_of(config),
         longest_seconds=bounds.seconds,
         most_tokens=bounds.tokens,
-        ranks=ranks,
-        strategy=strategy_of(config),
         seed=config.seed,
         window=min(config.batching_window, len(index)),
         micro_batches_per_step=micro_batches,
@@ -357,6 +352,8 @@ def choose_schedule(
         cache=run.folder / ".cache",
         version=FIRST_VERSION if is_first_version(record) else VERSION,
     )
+    known = planned if bounds == ModelLimits() else usable
+    plan, sizes, step_seconds = plan_batches(plan, limits, known, ranks, slowest)
     events.message(str(sizes))
     steps = record.get("steps") or choose_steps(config, step_seconds, sizes.steps)
     decisions = {
@@ -376,20 +373,21 @@ def strategy_of(config: TrainConfig) -> Strategy:
 
 
 def plan_batches(
-    limits: BatchLimits, budget: Budget, index: Index, usable: Index, *, slowest: float, ranks: int, **settings: Any
+    plan: Plan, limits: BatchLimits, usable: Index, ranks: int, slowest: float = 1.0
 ) -> tuple[Plan, BatchSizes, float]:
-    """Return the plan of ``index`` within budget and limits, its batch sizes and the predicted seconds of a step.
+    """Return ``plan`` within the limits, its batch sizes and the mean predicted seconds of a step.
 
-    usable: the utterances that bound the batches' seconds. settings: further arguments of `Plan`.
+    plan: plan whose only bound is the memory budget. usable: the utterances that bound the batches' seconds.
     """
-    narrowed = limited(budget, limits.seconds, usable, slowest)
-    plan = Plan(index, narrowed, min_steps=1, **settings)
+    memory = plan.budgets[0][1]
+    narrowed = limited(memory, limits.seconds, usable, slowest)
+    plan = dataclasses.replace(plan, budget=narrowed, min_steps=1)
     table, seconds, steps = predicted(plan, ranks)
     enough = steps >= limits.min_steps
     if not enough:
-        plan = Plan(index, narrowed, min_steps=limits.min_steps, **settings)
+        plan = dataclasses.replace(plan, min_steps=limits.min_steps)
         table, seconds, steps = predicted(plan, ranks)
-    return plan, BatchSizes.of(table, steps, budget, narrowed, limits, enough), seconds
+    return plan, BatchSizes.of(table, steps, memory, narrowed, limits, enough), seconds
 
 
 def predicted(plan: Plan, ranks: int) -> tuple[BatchTable, float, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -33,7 +33,7 @@ class Validation:
 
     metrics: Scores
     """WER and CER of the unnormalised texts, BLEU of translations, RTFx, examples and the "set" of utterances."""
-    transcripts: list[dict[str, object]]
+    transcripts: Sequence[Mapping[str, object]]
     """Manifest rows of the utterances, with ``pred_text``."""
 
 

@@ -48,7 +48,7 @@ Scores = Mapping[str, Any]
 class Snapshot:
     """Everything that a run is resumed from, in CPU memory that training no longer touches."""
 
-    state: dict[str, object]
+    state: dict[str, Any]
     """JSON; ``state["step"]`` names the checkpoint."""
     weights: dict[str, Tensor]
     optimizers: list[dict[str, Any]]

@@ -3,15 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from canter.models.norm import MaskedBatchNorm
-from canter.planning.budget import Budget
-from canter.planning.lengths import Index, exclusions
-from canter.planning.lengths import Lengths as PlanLengths
-
-TIGHTER = 0.9  # of what a micro-batch would have used, the limit of those to come
 
 
 @dataclass(frozen=True)
@@ -43,20 +37,3 @@ def cut_more(model: torch.nn.Module, number: int, before: Cut | None) -> Cut:
             return Cut(number, 1, 2, True)
         return Cut(number, 2, 1, False)
     return Cut(number, 2 * before.parts, before.decoder_parts, True)
-
-
-def tightened(budget: Budget, index: Index, limits: list[float]) -> Budget:
-    """``budget`` with the lowest of these limits in bytes, but never so low that an utterance which fitted is left
-    out."""
-    if not limits:
-        return budget
-    lengths = PlanLengths.of(index, slice(None), budget)
-    usable = exclusions(lengths, budget, None) == 0
-    alone = budget.bytes(1, lengths.frames[usable], lengths.tokens[usable])
-    least = float(np.max(alone)) if usable.any() else budget.limit_bytes
-    return dataclasses.replace(budget, limit_bytes=min(budget.limit_bytes, max(min(limits), least)))
-
-
-def next_limit(budget: Budget, needed: float) -> float:
-    """The limit that a micro-batch of ``needed`` predicted bytes teaches, which did not fit."""
-    return budget.fixed_bytes + TIGHTER * (min(needed, budget.limit_bytes) - budget.fixed_bytes)

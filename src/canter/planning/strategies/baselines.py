@@ -1,4 +1,4 @@
-"""A cap on the padded seconds of a batch, without buckets and in 1-D buckets: the incumbents' defaults."""
+"""The defaults of other data loaders: a fixed batch size, a cap on padded seconds, the cap in 1-D buckets."""
 
 from __future__ import annotations
 
@@ -12,49 +12,76 @@ from canter.errors import PlanError
 from canter.planning.bins import estimate_bins
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import Cut, Cutter, enough_batches, none_usable, shuffled_steps
+from canter.planning.strategies.base import (
+    Cut,
+    Cutter,
+    Strategy,
+    enough_batches,
+    in_steps,
+    none_usable,
+    shuffled_steps,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Duration:
-    """Batches of at most `max_seconds`: their size times the longest
-    effective duration, seconds + seconds^2 / quadratic.
+class Random(Strategy):
+    """Shuffled batches of `batch_size` utterances; None is the largest size that fits with any utterances."""
 
-    The bound holds for every batch of two or more; an utterance that alone exceeds it gets a batch of its own.
-    max_seconds None takes 360, or less where the budget holds less of the costliest utterances.
+    batch_size: int | None = None
+    name: ClassVar[str] = "random"
+
+    def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
+        size = self.batch_size
+        if size is None:
+            lengths = sample(index, budget, grid)
+            longest = (int(lengths.frames.max()), int(lengths.tokens.max())) if len(lengths) else (1, 1)
+            size = max(1, budget.max_batch(*longest))
+        if size < 1:
+            raise PlanError(f"random: batch_size is {size}; it must be at least 1")
+
+        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
+            n = len(lengths)
+
+            def form(part: float) -> np.ndarray:
+                return np.append(np.arange(0, n, max(1, int(part * size))), n)
+
+            batches = enough_batches(form, n, per_step, least_steps)
+            return Cut(np.arange(n), batches, in_steps(len(batches) - 1, per_step))
+
+        return cut
+
+
+@dataclass(frozen=True, slots=True)
+class Duration(Strategy):
+    """Batches of at most `max_seconds`: size times the longest effective duration, seconds + seconds^2 / quadratic.
+
+    The bound holds for every batch of two or more utterances; a single utterance that exceeds it is a batch. None is
+    360 seconds, or less where the budget holds less of the costliest utterances.
     """
 
     max_seconds: float | None = None
     quadratic: float | None = None
     name: ClassVar[str] = "duration"
-    default_window: ClassVar[int | None] = None
-
-    def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
-        return None
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         cap = seconds_cap(self.max_seconds, index, budget, grid)
 
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             effective = effective_seconds(lengths, self.quadratic)
-            batches = enough_batches(lambda share: capped(effective, share * cap), len(lengths), per_step, least_steps)
+            batches = enough_batches(lambda part: capped(effective, part * cap), len(lengths), per_step, least_steps)
             return shuffled_steps(np.arange(len(lengths)), batches, per_step, rng)
 
         return cut
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket1D:
-    """`Duration` inside `buckets` bins of equal audio."""
+class Bucket1D(Strategy):
+    """`Duration` within `buckets` bins of equal audio."""
 
     buckets: int = 30
     max_seconds: float | None = None
     quadratic: float | None = 30.0
     name: ClassVar[str] = "bucket_1d"
-    default_window: ClassVar[int | None] = None
-
-    def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
-        return None
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         cap = seconds_cap(self.max_seconds, index, budget, grid)
@@ -70,8 +97,8 @@ class Bucket1D:
             effective = effective_seconds(lengths, self.quadratic)[order]
             edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=len(bins)))
 
-            def form(share: float) -> np.ndarray:
-                ends = [capped(effective[a:b], share * cap)[1:] + a for a, b in pairwise(edges)]
+            def form(part: float) -> np.ndarray:
+                ends = [capped(effective[a:b], part * cap)[1:] + a for a, b in pairwise(edges)]
                 return np.concatenate([[0], *ends]).astype(np.int64)
 
             batches = enough_batches(form, len(lengths), per_step, least_steps)
@@ -97,13 +124,13 @@ def seconds_cap(cap: float | None, index: Index, budget: Budget, grid: tuple[int
 
 
 def capped(effective: np.ndarray, cap: float) -> np.ndarray:
-    """Offsets of batches taken in order, each as long as its size times its longest stays within the cap."""
+    """Return offsets of batches in order, each the largest whose size times its longest duration is within the cap."""
     offsets, start, n = [0], 0, len(effective)
     while start < n:
         guess = int(cap / effective[start]) + 2
         longest = np.maximum.accumulate(effective[start : start + guess])
         fits = np.searchsorted(longest * np.arange(1, len(longest) + 1), cap, side="right")
-        while fits == len(longest) and start + len(longest) < n:  # all fitted: look further
+        while fits == len(longest) and start + len(longest) < n:  # all fitted: try more
             guess *= 2
             longest = np.maximum.accumulate(effective[start : start + guess])
             fits = np.searchsorted(longest * np.arange(1, len(longest) + 1), cap, side="right")
