@@ -31,10 +31,9 @@ from canter.planning import Budget, Plan
 from canter.planning.bins import Bins
 from canter.planning.budget import Polynomial
 from canter.planning.strategies import Bucket2D
-from canter.runtime import give_back, is_out_of_memory, peak_of, steady_heap
+from canter.runtime import choose_device, is_out_of_memory, map_large_blocks, peak_of, release_memory
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
 from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
 from canter.tuning.probe import Prober, Shape, TrainingStep
 from canter.tuning.search import search
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(args.device)
     torch.manual_seed(0)
     if device.type == "cpu":
-        steady_heap()
+        map_large_blocks()
     config = canary(args.tiny)
     with device:
         model = SpeechModel(config).to(device)
@@ -176,7 +175,7 @@ def run_extremes(
     shapes += [Shape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
     shapes = shapes[:most]
     random.Random(0).shuffle(shapes)
-    give_back()
+    release_memory()
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
@@ -192,7 +191,7 @@ def run_extremes(
                 raise
         if not needed:  # outside of the handler: the traceback holds the step's tensors
             step.clear()
-            give_back()
+            release_memory()
             events += 1
             continue
         rows.append(

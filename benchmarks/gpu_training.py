@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.models.model import SpeechModel
-from canter.runtime import give_back, steady_heap
+from canter.runtime import choose_device, map_large_blocks, release_memory
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
 from canter.training.step.weights import compile_layers
 from canter.tuning.fit import measure_budget
 from canter.tuning.probe import Probe, Prober, gib
@@ -90,7 +89,7 @@ def main(options: Options) -> None:
     device = choose_device(options.device)
     cuda = device.type == "cuda"
     if not cuda:
-        steady_heap()
+        map_large_blocks()
     precision = "bf16" if cuda else "float32"
     rate = matrix_rate(device, torch.bfloat16 if cuda else torch.float32, 256 if options.tiny else MATRIX)
     torch.manual_seed(0)
@@ -123,7 +122,7 @@ def main(options: Options) -> None:
         "strategies": {},
     }
     for name in options.strategies:
-        give_back()
+        release_memory()
         arm = Arm(name, rig, index, budget)
         for _ in range(WARM_UP):
             arm.step(timed=False)

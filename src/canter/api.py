@@ -50,8 +50,8 @@ def load(
     """
     from canter.inference.recognizer import Recognizer
     from canter.loading import load_module
-    from canter.models.device import choose_device
     from canter.models.hub import checkpoint_of
+    from canter.runtime import choose_device
 
     chosen = choose_device(device)
     if precision not in ("auto", "float32", "bf16", "int8"):
@@ -174,8 +174,7 @@ def measure_budget(
     """
     from canter.cli.progress import counting, say
     from canter.inference.recognizer import Recognizer
-    from canter.models.device import choose_device
-    from canter.runtime import MMAP_THRESHOLD, steady_heap
+    from canter.runtime import MMAP_THRESHOLD, choose_device, map_large_blocks
     from canter.training.config import OptimizerConfig, TrainConfig
     from canter.training.measure import measured_on, memory_limit, planned_frame_seconds, training_step
     from canter.tuning import fit
@@ -199,7 +198,7 @@ def measure_budget(
             told = measured_on(config, module, precision)
         finally:
             module.recompute_activations(recomputed)
-        if device.type == "cpu" and steady_heap():
+        if device.type == "cpu" and map_large_blocks():
             told["mmap_threshold"] = MMAP_THRESHOLD
         limit = memory_limit(device, tell, None if limit_gib is None else limit_gib * 2**30)
         prober = Prober(step, limit, told, None)

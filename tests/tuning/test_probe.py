@@ -30,11 +30,11 @@ OWN = """
 import json
 import torch
 from torch import nn
-from canter.runtime import steady_heap
+from canter.runtime import map_large_blocks
 from canter.tuning.probe import Prober, TrainingStep
 
 torch.set_num_threads(1)
-steady_heap()
+map_large_blocks()
 layer = nn.Linear(64, 64)
 
 def run(batch, frames, tokens):

@@ -36,12 +36,9 @@ class Options:
     """The budget file to write."""
     method: Literal["fit", "search"] = "fit"
     """'fit': at most --probes steps and two polynomials; 'search': OOMptimizer, bucket by bucket."""
-    simulate: str | None = None
-    """Estimate for a device of so much memory, such as 80GiB, that is not here; nothing is run."""
-    limit: str | None = None
-    """What a step may use, weights included, such as 8GiB; none: 95 % of a GPU's free memory, half of a CPU's."""
-    reserve: str | None = None
-    """Of the limit, kept for your own needs."""
+    memory: str | None = None
+    """Memory that a step may use, weights included, such as 8GiB or 8 (GB) (default: 95 % of a GPU's free memory, half
+    of a CPU's)."""
     probes: int = 40
     """Steps that 'fit' may measure."""
     minutes: float = 3.0
@@ -52,10 +49,8 @@ class Options:
     """Buckets in a row, by tokens; 1 makes 1-D buckets."""
     nemo: bool = False
     """Print bucket_duration_bins and bucket_batch_size for a NeMo or Lhotse configuration."""
-    figures: Path | None = None
+    figure: Path | None = None
     """Write a PNG: predicted against measured, and the largest batch for every length."""
-    backend: Literal["auto", "canter", "transformers"] = "auto"
-    """What trains a checkpoint; 'auto': Canter where it has the architecture, else transformers."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Of a checkpoint's steps; 'auto': bf16 on a GPU, float32 on a CPU, and a configuration's own."""
     optimizer: Literal["muon", "adamw"] | None = None
@@ -64,13 +59,6 @@ class Options:
     """Activation checkpointing: layers are computed again in the backward pass."""
     compile: bool = False
     """Compile the layers of encoder and decoder, as a configuration's `compile` does."""
-    sharding: Literal["none", "replicate", "shard", "ddp", "fsdp"] = "none"
-    """How --ranks share the model: 'replicate' or 'shard' as `canter train --parallel`, 'ddp' or 'fsdp' as elsewhere in
-    PyTorch. What that adds is computed, and added to the budget."""
-    ranks: int = 1
-    """Of the training that is planned."""
-    flops: float = 250e12
-    """Operations a second of the device that --simulate stands for."""
     device: str = "auto"
     """'cpu', 'cuda' or 'auto'."""
     threads: int | None = None
@@ -96,13 +84,9 @@ def run(options: Options) -> None:
     from canter.cli.progress import counting, say
     from canter.errors import ConfigError
     from canter.tuning.fit import within
-    from canter.tuning.sharding import Sharding, with_sharding
-    from canter.tuning.simulate import parse_bytes
 
     began = time.perf_counter()
-    sharding = Sharding(options.sharding, options.ranks)
-    for amount in (options.simulate, options.limit, options.reserve):  # before anything is loaded
-        _ = amount and parse_bytes(amount)
+    limit = parse_memory(options.memory) if options.memory else None  # before anything is loaded
     for name in ("probes", "buckets", "sub_buckets"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
@@ -112,23 +96,39 @@ def run(options: Options) -> None:
     index = within(choose_index(options, subject, say), subject.longest_seconds, subject.most_tokens)
     total = options.probes if options.method == "fit" else options.buckets * options.sub_buckets
     with counting("measuring", total) as progress:
-        prober = make_prober(options, subject, say)
+        prober = make_prober(options, subject, limit, say)
         budget, text = measure(options, prober, index, subject, lambda done: progress(min(done, total), total), say)
-    state = prober.step.state_bytes
-    budget = with_sharding(budget, sharding, subject.model, state)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     budget.save(options.output)
-    if options.figures:
+    if options.figure:
         from canter.reporting.budget_figures import budget_figure
 
         figure = budget_figure(budget, prober.fitting, index.seconds, index.tokens)
-        options.figures.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.figures, dpi=150, facecolor="white")
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.figure, dpi=150, facecolor="white")
     for line in summary(budget, prober, time.perf_counter() - began):
         say(line)
-    say(f"{options.output} written" + (f", {options.figures} drawn" if options.figures else ""))
+    say(f"{options.output} written" + (f", {options.figure} drawn" if options.figure else ""))
     if text:
         print(text)
+
+
+def parse_memory(text: str) -> float:
+    """Return the bytes of '80GiB', '80GB', '512M', or '80' (GB). Raises BudgetError for anything else."""
+    import math
+    import re
+
+    from canter.errors import BudgetError
+
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
+    value = 0.0
+    if found:
+        number, unit, binary, byte = found.groups()
+        power = "KMGT".find(unit.upper()) + 1 if unit else 0 if byte else 3
+        value = float(number) * (1024 if binary or (unit and not byte) else 1000) ** power
+    if not value > 0 or not math.isfinite(value):
+        raise BudgetError(f"{text!r} is no amount of memory; write it as '80GiB' or '12GB'")
+    return value
 
 
 def measure(
@@ -154,7 +154,7 @@ def measure(
         text = bucketing_config(bins, everything, found.sizes.tolist())
         return budget_of(prober, found, subject.frame_seconds), text
     prober.told = lambda _: told(prober.spent)
-    slow = prober.step.device.type == "cpu" and options.simulate is None
+    slow = prober.step.device.type == "cpu"
     budget = measure_budget(
         prober,
         index,
@@ -166,27 +166,18 @@ def measure(
     return budget, bucketing_config(strategy.bins(index, budget), budget) if options.nemo else ""
 
 
-def make_prober(options: Options, subject: Subject, say: Callable[[str], None]) -> Prober:
-    from canter.runtime import MMAP_THRESHOLD, steady_heap
+def make_prober(options: Options, subject: Subject, limit: float | None, say: Callable[[str], None]) -> Prober:
+    from canter.runtime import MMAP_THRESHOLD, map_large_blocks
     from canter.training.measure import memory_limit
     from canter.tuning.probe import Prober
-    from canter.tuning.simulate import OVERHEAD, Simulator, parse_bytes
 
-    reserve = parse_bytes(options.reserve) if options.reserve else 0.0
-    limit = parse_bytes(options.limit) if options.limit else None
-    if options.simulate:
-        told = {**subject.measured_on, "device": f"simulated {options.simulate}"}
-        size = parse_bytes(options.simulate) * (1 - OVERHEAD) if limit is None else limit
-        say(f"simulated: {size / 2**30:.1f} GiB, {options.flops:.3g} operations a second; a GPU will differ")
-        make = subject.make
-        return Simulator(subject.model, lambda m: make(m, False), size - reserve, told, flops=options.flops)
     step = subject.make(subject.model, True)
     journal = options.output.with_suffix(".probes.jsonl")
     journal.parent.mkdir(parents=True, exist_ok=True)
-    told = subject.measured_on | ({"reserve_bytes": reserve} if reserve else {})
-    if step.device.type == "cpu" and steady_heap():
+    told = dict(subject.measured_on)
+    if step.device.type == "cpu" and map_large_blocks():
         told["mmap_threshold"] = MMAP_THRESHOLD
-    prober = Prober(step, memory_limit(step.device, say, limit, reserve), told, journal)
+    prober = Prober(step, memory_limit(step.device, say, limit), told, journal)
     if prober.kept:
         say(f"{len(prober.kept)} probes of an earlier run are taken from {journal}")
     return prober
@@ -232,7 +223,7 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
     """The model to measure. Raises ConfigError or CheckpointError for what is neither checkpoint nor configuration."""
     from canter.cli.models import load_any
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.protocol import Capability, check_support
+    from canter.models.protocol import check_support
     from canter.training.config import TrainConfig, load_config
 
     path = options.model
@@ -241,10 +232,9 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
         if options.manifest:
             config = dataclasses.replace(config, manifest=options.manifest)
         return of_config(adjusted(config, options), options, say)
-    model = load_any(checkpoint_of(path), backend=options.backend)
-    given = {"--simulate": bool(options.simulate), "--compile": options.compile}
-    needed: dict[str, Capability] = {"--simulate": "cost_model", "--compile": "compile"}
-    check_support(model, {name: needed[name] for name, on in given.items() if on}, path)
+    model = load_any(checkpoint_of(path))
+    if options.compile:
+        check_support(model, {"--compile": "compile"}, path)
     return of_speech_model(model, adjusted(TrainConfig(init=path), options), options, say)
 
 
@@ -263,7 +253,7 @@ def adjusted(config: TrainConfig, options: Options) -> TrainConfig:
         precision=precision,
         device=device,
         budget=None,
-        compile=(config.compile or options.compile) and options.simulate is None,  # it needs values
+        compile=config.compile or options.compile,
     )
     return decided(config)
 
@@ -302,7 +292,7 @@ def in_memory(index: LengthIndex) -> LengthIndex:
 def of_speech_model(model: Any, config: TrainConfig, options: Options, say: Callable[[str], None]) -> Subject:
     import torch
 
-    from canter.models.device import choose_device
+    from canter.runtime import choose_device
     from canter.training.measure import (
         choose_speed,
         measured_on,
@@ -314,9 +304,8 @@ def of_speech_model(model: Any, config: TrainConfig, options: Options, say: Call
     if options.recompute:
         model.recompute_activations()
     precision = config.precision
-    if options.simulate is None:
-        model.to(device)
-    if precision == "auto" and (options.simulate or device.type == "cuda"):
+    model.to(device)
+    if precision == "auto" and device.type == "cuda":
         precision = "bf16"
     elif precision == "auto" and options.model is not None and options.model.suffix not in (".yaml", ".yml"):
         precision = "float32"

@@ -113,10 +113,9 @@ def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], N
     return chosen
 
 
-def memory_limit(
-    device: torch.device, say: Callable[[str], None], limit: float | None = None, reserve: float = 0.0
-) -> float:
-    """Bytes a step may use, weights included: ``limit``, or a GPU's free memory, or half of a CPU's; less ``reserve``.
+def memory_limit(device: torch.device, say: Callable[[str], None], limit: float | None = None) -> float:
+    """Return the bytes that a step may use, weights included: ``limit``, or most of a GPU's free memory, or half of a
+    CPU's.
 
     Raises BudgetError for a limit that the machine does not have.
     """
@@ -132,11 +131,9 @@ def memory_limit(
     if limit > room:
         raise BudgetError(
             f"the limit of {limit / 2**30:.1f} GiB is more than the {room / 2**30:.1f} GiB there are; lower it, or "
-            "estimate for another device with --simulate"
+            "plan for another device with 'canter plan --model SHAPE --memory SIZE'"
         )
-    if limit <= reserve:
-        raise BudgetError(f"a reserve of {reserve / 2**30:.1f} GiB leaves nothing of {limit / 2**30:.1f} GiB; lower it")
-    return limit - reserve
+    return limit
 
 
 def planned_frame_seconds(model: SpeechModel) -> float:

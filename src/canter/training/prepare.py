@@ -19,7 +19,6 @@ from canter.errors import BudgetError, CheckpointError, ConfigError
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
 from canter.models.decoder import DecoderConfig
-from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats.checkpoint import load_model
@@ -30,7 +29,7 @@ from canter.planning.lengths import ModelLimits
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import strategy
-from canter.runtime import lasting_heap, steady_heap
+from canter.runtime import choose_device, keep_freed_memory, map_large_blocks
 from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.training.batches import MADE_BY, BatchLimits, BatchSizes, choose_limits, limited, probe_bounds
 from canter.training.config import TrainConfig
@@ -129,7 +128,7 @@ def prepare(
     if ranks.first:
         list_problems(run.folder / "valid.skipped.jsonl", problems, say)
     if device.type == "cpu":
-        lasting_heap()
+        keep_freed_memory()
     settled = run.settled()
     if settled and "batches" not in settled:  # Canter 0.1 began it
         settled[BEGUN_WITH] = config.batch_seconds
@@ -146,7 +145,7 @@ def prepare(
             f"and may make other batches and steps; '--budget {run.folder}/budget.json' gives it the same"
         )
     if device.type == "cpu" and "mmap_threshold" in budget.measured_on:
-        steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
+        map_large_blocks(int(budget.measured_on["mmap_threshold"]))  # memory as it was measured
     planned = AtSpeed(index, config.seed, 0, config.augment.speed) if config.augment.speed else index
     known = within(index, model.longest_seconds, model.positions)
     for name, value in (("tokens_per_frame", fastest(known, budget)), ("window_seconds", longest(known))):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from canter.models.formats.checkpoint import load_model
+from canter.runtime import raise_file_limit
 from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import joined
 from canter.training.feed.skipped import list_left_out
-from canter.training.feed.waiting import raise_file_limit
 from canter.training.loop import Trainer
 from canter.training.prepare import Prepared, prepare
 from canter.training.run.folder import claimed

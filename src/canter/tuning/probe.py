@@ -19,7 +19,7 @@ from torch import nn
 
 from canter.errors import BudgetError
 from canter.models.norm import merge_pending
-from canter.runtime import OutOfMemory, give_back, is_out_of_memory, peak_of, tensor_bytes
+from canter.runtime import OutOfMemory, is_out_of_memory, peak_of, release_memory, tensor_bytes
 
 Step = Callable[[int, int, int], None]
 """Runs one whole training step (forward, loss, backward, update) on a synthetic batch of B utterances, T encoder
@@ -219,7 +219,7 @@ class Prober:
         seconds = self.clock() - start
         if failed:  # outside the handler: the traceback holds the step's tensors
             self.step.clear()
-            give_back()
+            release_memory()
             raise OutOfMemory(failed)
         return seconds
 

@@ -153,13 +153,6 @@ def children_of(start: Callable[[], T]) -> tuple[T, list[BaseProcess]]:
 # -- open files --
 
 
-def raise_file_limit() -> None:
-    """Raise this process's soft limit on open files to the hard one, for itself and what it starts."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def prefetch_within_limit(workers: int, held: int, say: Callable[[str], None] = lambda _: None) -> int:
     """Return the number of micro-batches that each worker may load ahead within the limit on open files.
 

@@ -18,7 +18,7 @@ from canter.models.augment import SpecAugmentConfig, spec_augment
 from canter.models.batch import Batch, Loss
 from canter.models.model import SpeechModel
 from canter.models.norm import MaskedBatchNorm
-from canter.runtime import give_back, is_out_of_memory
+from canter.runtime import is_out_of_memory, release_memory
 from canter.training.config import LossConfig, TrainConfig
 from canter.training.distributed.ranks import ALONE, Ranks
 from canter.training.feed.data import Loaded
@@ -125,7 +125,7 @@ class Gradient:
             self.half.clear()
         for norm in self.norms:
             norm.pending.clear()
-        give_back()
+        release_memory()
 
     def correct(self, before: Counts, after: Counts, alone: bool) -> None:
         """Makes the gradient, a mean over the step's targets, one over those that are left where utterances did not
