@@ -46,8 +46,8 @@ from canter.runtime import LiveBytes, is_out_of_memory, map_large_blocks, releas
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import training_step
 from canter.training.prepare import model_config
-from canter.tuning.fit import MOST_PROBES, measure_budget, within
-from canter.tuning.probe import Probe, Prober, TrainingStep
+from canter.tuning.fit import MOST_PROBES, fit_budget, within
+from canter.tuning.probe import Probe, ProbedStep, Prober
 from canter.tuning.search import search
 
 LIMITS = {"predict": "512MiB", "methods": "192MiB", "epoch": "256MiB", "resting": "1GiB"}
@@ -67,7 +67,7 @@ def make_model(name: str) -> SpeechModel:
     return SpeechModel(model_config(TrainConfig(), sizes, sizes))  # type: ignore[arg-type]
 
 
-def make_step(model: Any, copied: bool = False) -> TrainingStep:
+def make_step(model: Any, copied: bool = False) -> ProbedStep:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
     return training_step(config, model, "float32", 1, copied=copied)
 
@@ -106,7 +106,7 @@ def fitting(tell: Callable, args: argparse.Namespace, journal: Path | None) -> N
     prober = Prober(step, parse_memory(args.limit), journal=journal, clock=time.process_time)
     began = time.perf_counter()
     frame_seconds = make_model(args.model).frame_seconds
-    budget = measure_budget(prober, lengths(args), frame_seconds, most_probes=args.probes, say=print)
+    budget = fit_budget(prober, lengths(args), frame_seconds, most_probes=args.probes, say=print)
     seconds = time.perf_counter() - began
     tell((budget.as_json(), prober.probes, prober.steps, prober.out_of_memory, seconds))
 

@@ -34,8 +34,8 @@ from canter.planning.strategies import Bucket2D
 from canter.runtime import choose_device, is_out_of_memory, map_large_blocks, peak_of, release_memory
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
-from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
-from canter.tuning.probe import Prober, Shape, TrainingStep
+from canter.tuning.fit import MOST_PROBES, corners, fit_budget, within
+from canter.tuning.probe import BatchShape, ProbedStep, Prober
 from canter.tuning.search import search
 
 ERRORS = ("memory_error", "time_error", "margin", "error_unseen")
@@ -138,7 +138,7 @@ def median(values: Iterable[float]) -> float | None:
 
 def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int) -> tuple[Budget, dict[str, Any]]:
     began = time.perf_counter()
-    budget = measure_budget(prober, index, frame_seconds, most_probes=probes, say=print)
+    budget = fit_budget(prober, index, frame_seconds, most_probes=probes, say=print)
     told = {
         "steps": prober.steps,
         "out_of_memory": prober.out_of_memory,
@@ -164,7 +164,7 @@ def searched(prober: Prober, bins: Bins, frame_seconds: float) -> dict[str, Any]
 
 
 def run_extremes(
-    step: TrainingStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
+    step: ProbedStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
 ) -> tuple[list[dict[str, Any]], int]:
     """Runs the corners and the largest micro-batches of the balanced plan in random order, one after another without
     emptying the cache, as training does, where the process may have ``limit`` bytes. Returns a row of each that fitted,
@@ -172,7 +172,7 @@ def run_extremes(
     device, table = step.device, Plan(index, budget).batch_table(0)
     largest = np.argsort(-budget.bytes(table.size, table.frames, table.tokens))[:most]
     shapes = list(corners(index, budget))
-    shapes += [Shape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
+    shapes += [BatchShape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
     shapes = shapes[:most]
     random.Random(0).shuffle(shapes)
     release_memory()
@@ -209,7 +209,7 @@ def run_extremes(
     return rows, events
 
 
-def taken(step: TrainingStep, shape: Shape) -> tuple[int, float]:
+def taken(step: ProbedStep, shape: BatchShape) -> tuple[int, float]:
     """(peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a CPU."""
     device, seconds = step.device, 0.0
 

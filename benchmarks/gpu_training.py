@@ -31,7 +31,7 @@ from canter.runtime import choose_device, map_large_blocks, release_memory
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import memory_limit, training_step
 from canter.training.step.weights import compile_layers
-from canter.tuning.fit import measure_budget
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Probe, Prober, gib
 
 MATRIX = 8192  # width of the matrices whose product is timed
@@ -103,7 +103,7 @@ def main(options: Options) -> None:
     limit = TINY_LIMIT if options.tiny else memory_limit(device, print)
     step = training_step(settings, model, precision, 4, copied=False)
     prober = Prober(step, limit, told=lambda probe: told(probe, time.perf_counter() - began))
-    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    budget = fit_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
     tuned, events = time.perf_counter() - began, prober.out_of_memory
     print(f"budget: {prober.steps} steps, {events} out of memory, {tuned:.0f} s", flush=True)
     del prober, step  # and with it the optimiser of the probes

@@ -18,7 +18,7 @@ from canter.training.config import TrainConfig
 from canter.training.defaults import decided
 from canter.training.feed.data import Loaded
 from canter.training.feed.steps import Steps
-from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.gradient import Gradient, TargetCounts
 from canter.training.step.optimizers import Optimizers
 
 STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")
@@ -68,14 +68,14 @@ class Rig:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        counts = Counts.of([one.batch for one in loaded if one.batch is not None])
-        computed = self.gradient.compute(loaded, counts, number, alone=False)
+        counts = TargetCounts.of([one.batch for one in loaded if one.batch is not None])
+        computed = self.gradient.compute(loaded, counts, number, ctc_only=False)
         self.optimizers.step(number)
         self.gradient.merge_statistics(computed.numbers, len(loaded))
         if on_gpu:
             torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
-        return len(computed.cuts) + len(computed.unfit), peak
+        return len(computed.splits) + len(computed.unfit), peak
 
 
 class Arm:

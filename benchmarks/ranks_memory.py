@@ -38,7 +38,7 @@ from canter.training.defaults import decided
 from canter.training.distributed.ranks import Ranks, joined
 from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
-from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.gradient import Gradient, TargetCounts
 from canter.training.step.optimizers import Optimizers
 
 WAYS = ("none", "replicate", "shard", "ddp", "ddp, views", "fsdp")
@@ -96,7 +96,7 @@ def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], Non
         if shards:
             shards.gather()
         if way in ("replicate", "shard"):
-            gradient.backward(batch, Counts.of([batch]), alone=False, epoch=0)
+            gradient.backward(batch, TargetCounts.of([batch]), ctc_only=False, epoch=0)
         else:
             whole(batch).backward()
         if shards:

@@ -26,7 +26,7 @@ from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import training_step
-from canter.tuning.fit import measure_budget
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Prober
 
 
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
     model = model_of(options)
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
     prober = Prober(training_step(config, model, "float32", prompt=4), options.memory * 1e9)
-    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    budget = fit_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
     rig = Rig(config, model, "float32")
     arms = [Arm(name, rig, index, budget, options.seed) for name in STRATEGIES]
     for arm in arms:

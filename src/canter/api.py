@@ -203,7 +203,7 @@ def measure_budget(
         limit = memory_limit(device, tell, None if limit_gib is None else limit_gib * 2**30)
         prober = Prober(step, limit, told, None)
         prober.told = lambda _: advance(min(prober.spent, probes), probes)
-        return fit.measure_budget(
+        return fit.fit_budget(
             prober,
             fit.within(index, module.longest_seconds, module.positions),
             planned_frame_seconds(module),

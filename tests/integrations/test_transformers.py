@@ -16,7 +16,7 @@ from canter.planning.plan import Plan
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.feed.data import Address, Example, MicroBatches, collate
 from canter.training.measure import planned_frame_seconds, synthetic_batch, training_step
-from canter.tuning.fit import measure_budget
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Prober
 
 transformers = pytest.importorskip("transformers")
@@ -140,7 +140,7 @@ def test_tuned_and_planned(family, adapted):
     unit = planned_frame_seconds(adapted)
     frames = Budget.from_batch_seconds(unit, frame_seconds=unit).frames(seconds)
     step = training_step(TrainConfig(optimizer=OptimizerConfig(name="adamw")), adapted, "float32", prompt=1)
-    budget = measure_budget(
+    budget = fit_budget(
         Prober(step, 2e9, {"model": family}),
         LengthIndex(seconds, tokens, ["x"]),
         unit,

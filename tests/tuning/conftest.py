@@ -9,7 +9,7 @@ from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import training_step
-from canter.tuning.probe import TrainingStep
+from canter.tuning.probe import ProbedStep
 
 
 def small_model() -> SpeechModel:
@@ -21,7 +21,7 @@ def small_model() -> SpeechModel:
     return SpeechModel(ModelConfig(FeatureConfig(mels=40), encoder, decoder, ctc_vocabulary=20))
 
 
-def small_step(model: SpeechModel, copied: bool = True) -> TrainingStep:
+def small_step(model: SpeechModel, copied: bool = True) -> ProbedStep:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
     return training_step(config, model, "float32", 1, copied=copied)
 
@@ -74,4 +74,4 @@ def known_costs(monkeypatch, formula):
 
     monkeypatch.setattr(Prober, "_peak", peak)
     layer = torch.nn.Linear(10, 10)
-    return TrainingStep(layer, [], lambda b, t, u: None)
+    return ProbedStep(layer, [], lambda b, t, u: None)

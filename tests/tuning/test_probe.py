@@ -10,7 +10,7 @@ from torch import nn
 from canter.errors import BudgetError
 from canter.training import measure
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.tuning.probe import Prober, TrainingStep
+from canter.tuning.probe import ProbedStep, Prober
 
 from .conftest import small_step
 
@@ -23,7 +23,7 @@ def growing(width=64):
         layer(torch.randn(batch * frames, width)).relu().square().sum().backward()
         layer.zero_grad()
 
-    return TrainingStep(layer, [], run)
+    return ProbedStep(layer, [], run)
 
 
 OWN = """
@@ -31,7 +31,7 @@ import json
 import torch
 from torch import nn
 from canter.runtime import map_large_blocks
-from canter.tuning.probe import Prober, TrainingStep
+from canter.tuning.probe import Prober, ProbedStep
 
 torch.set_num_threads(1)
 map_large_blocks()
@@ -41,7 +41,7 @@ def run(batch, frames, tokens):
     layer(torch.randn(batch * frames, 64)).relu().square().sum().backward()
     layer.zero_grad()
 
-prober = Prober(TrainingStep(layer, [], run), 4e9)
+prober = Prober(ProbedStep(layer, [], run), 4e9)
 prober(500, 50, 1, expected=0)  # whatever the first of such steps loads stays
 print(json.dumps([prober(batch, 50, 1, expected=0).bytes for batch in (1000, 2000)]))
 """
@@ -85,7 +85,7 @@ def test_a_step_that_compiles_is_measured_once_it_has():
         ran.append((batch, frames, tokens))
         clock[0] += 60.0 if ran.count(ran[-1]) == 1 else 2.0
 
-    prober = Prober(TrainingStep(nn.Linear(1, 1), [], run, compiled=True), 1e9, clock=lambda: clock[0])
+    prober = Prober(ProbedStep(nn.Linear(1, 1), [], run, compiled=True), 1e9, clock=lambda: clock[0])
     prober.warm_up(1, 5, 5)
     assert prober(2, 5, 5, expected=0).seconds == 2.0
     assert ran == [(1, 5, 5), (2, 5, 5), (2, 5, 5)]
@@ -107,7 +107,7 @@ def test_an_error_that_is_not_memory_is_not_hidden():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Prober(TrainingStep(nn.Linear(1, 1), [], run), 1e9)(1, 1, 1)
+        Prober(ProbedStep(nn.Linear(1, 1), [], run), 1e9)(1, 1, 1)
 
 
 def test_not_even_one_utterance(model):

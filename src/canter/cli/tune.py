@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from canter.corpus.index import LengthIndex
     from canter.planning import Budget
     from canter.training.config import TrainConfig
-    from canter.tuning.probe import Prober, TrainingStep
+    from canter.tuning.probe import ProbedStep, Prober
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Subject:
     """What is measured: a model, how a step is made of (a copy of) it, and what that is called."""
 
     model: Any
-    make: Callable[[Any, bool], TrainingStep]
+    make: Callable[[Any, bool], ProbedStep]
     frame_seconds: float
     longest_seconds: float
     most_tokens: int
@@ -143,7 +143,7 @@ def measure(
     from canter.integrations.nemo import bucketing_config
     from canter.planning import Budget
     from canter.planning.strategies import Bucket2D
-    from canter.tuning.fit import measure_budget
+    from canter.tuning.fit import fit_budget
     from canter.tuning.search import budget_of, search
 
     strategy = Bucket2D(options.buckets, options.sub_buckets)
@@ -155,7 +155,7 @@ def measure(
         return budget_of(prober, found, subject.frame_seconds), text
     prober.told = lambda _: told(prober.spent)
     slow = prober.step.device.type == "cpu"
-    budget = measure_budget(
+    budget = fit_budget(
         prober,
         index,
         subject.frame_seconds,

@@ -30,7 +30,7 @@ from canter.training.run.pace import Pace
 from canter.training.run.reports import Part, Parts, Progress, StepReport
 from canter.training.run.signals import finish_step_on_signals
 from canter.training.run.state import put_back, take_snapshot
-from canter.training.step.gradient import Computed, Counts, Gradient, weighted
+from canter.training.step.gradient import ComputedGradient, Gradient, TargetCounts, weighted_loss
 from canter.training.step.optimizers import Optimizers, Schedule
 from canter.training.step.weights import Average, compile_layers, freeze, to_training
 
@@ -40,7 +40,7 @@ class LoadedStep:
     """This rank's micro-batches of a step."""
 
     loaded: list[Loaded]
-    counts: Counts
+    counts: TargetCounts
     """Targets of the step over all ranks."""
     wait: float
     """Seconds that the rank waited for them."""
@@ -236,13 +236,13 @@ class Trainer:
                 raise  # there is nothing to save
             failed = str(error)
         wait = time.perf_counter() - began
-        own = Counts.of([one.batch for one in loaded if one.batch is not None])
+        own = TargetCounts.of([one.batch for one in loaded if one.batch is not None])
         table = self.ranks.table([own.tokens, own.characters, stopped or bool(failed), bool(failed)])
         tokens, characters, ends, faults = table.sum(0).astype(int).tolist()
         if faults:
             said = [one for one in self.ranks.objects(failed) if one]
             failed = said[0]
-        return LoadedStep(loaded, Counts(tokens, characters), wait, began), failed, bool(ends)
+        return LoadedStep(loaded, TargetCounts(tokens, characters), wait, began), failed, bool(ends)
 
     def _step(self, ready: LoadedStep) -> tuple[PlannedStep, bool]:
         """Take a step; return it, and whether a rank was asked to stop."""
@@ -256,11 +256,11 @@ class Trainer:
         computed = self.gradient.compute(loaded, counts, step, alone)
         problems = [problem for one in loaded for problem in one.skipped]
         problems += self._unfit(loaded, computed)
-        lost = Counts(0, 0)
+        lost = TargetCounts(0, 0)
         if computed.unfit:
-            own = Counts.of(batches)
+            own = TargetCounts.of(batches)
             batches = [some for one in batches if (some := one.without(computed.unfit)) is not None]
-            used = Counts.of(batches)
+            used = TargetCounts.of(batches)
             lost = own.less(used.tokens, used.characters)
         part = Part.of(
             batches,
@@ -273,7 +273,7 @@ class Trainer:
             frames=max((self._frames(b) for b in batches), default=0),
             padded=round(self.model.padded_seconds * self.data.sample_rate),
             skipped=len(problems),
-            cuts=len(computed.cuts) + len(computed.unfit),
+            cuts=len(computed.splits) + len(computed.unfit),
             memory_peak=self._memory_peak(),
             stopping=float(self.stopping()),
         )
@@ -314,14 +314,14 @@ class Trainer:
         self.report(report)
         return planned, bool(parts.stopping.any())
 
-    def _losses(self, parts: Any, counts: Counts, alone: bool) -> tuple[float, float, float | None]:
+    def _losses(self, parts: Any, counts: TargetCounts, alone: bool) -> tuple[float, float, float | None]:
         """(loss, CTC, attention) of the step, over all ranks."""
         ctc = float(parts.ctc.sum()) / max(1, counts.characters)
         attention = None if alone else float(parts.attention.sum()) / max(1, counts.tokens)
-        return weighted(self.config.loss, ctc, attention), ctc, attention
+        return weighted_loss(self.config.loss, ctc, attention), ctc, attention
 
     def _update(
-        self, step: int, alone: bool, finite: bool, computed: Computed, planned: PlannedStep
+        self, step: int, alone: bool, finite: bool, computed: ComputedGradient, planned: PlannedStep
     ) -> tuple[float, float, bool]:
         """Updates the weights by all ranks' gradients; returns (learning rate, gradient norm, whether both loss and
         gradient were finite). A step that is not changes nothing: neither weights nor statistics."""
@@ -378,7 +378,7 @@ class Trainer:
 
     # -- what goes wrong --
 
-    def _unfit(self, loaded: list[Loaded], computed: Computed) -> list[Problem]:
+    def _unfit(self, loaded: list[Loaded], computed: ComputedGradient) -> list[Problem]:
         """Utterances that do not fit in memory even alone."""
         batches = [one.batch for one in loaded if one.batch is not None] if computed.unfit else []
         seconds = {
@@ -403,9 +403,9 @@ class Trainer:
         self.run.skip(step, [problem for some in self.ranks.objects(problems) for problem in some])
         check_share(self.run.folder / "skipped.jsonl", self.progress, self.config.skip_limit, self.ranks)
 
-    def _tighten(self, step: int, planned: PlannedStep, computed: Computed) -> None:
+    def _tighten(self, step: int, planned: PlannedStep, computed: ComputedGradient) -> None:
         """Logs micro-batches that did not fit, and makes the budget smaller from the next window on."""
-        cuts = [cut for some in self.ranks.objects(computed.cuts) for cut in some]
+        cuts = [cut for some in self.ranks.objects(computed.splits) for cut in some]
         for cut in sorted(cuts, key=lambda cut: cut.number):
             limit = self.upcoming.tighten(planned, cut.number)
             self._event("out of memory", **cut.as_json(), size=len(planned.rows[cut.number]), limit=limit)

@@ -16,10 +16,10 @@ from canter.models.norm import merge_pending
 from canter.planning.budget import Budget
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
-from canter.training.step.half import half_weights
+from canter.training.step.half import bf16_weights
 from canter.training.step.optimizers import Optimizers
 from canter.training.step.weights import compile_layers
-from canter.tuning.probe import TrainingStep
+from canter.tuning.probe import ProbedStep
 
 CHARACTERS_A_SECOND = 15  # of the synthetic batches that are timed
 TIMED_STEPS = 5
@@ -53,13 +53,13 @@ def synthetic_batch(model: SpeechModel, batch: int, frames: int, tokens: int, pr
 
 def training_step(
     config: TrainConfig, model: SpeechModel, precision: str, prompt: int, *, copied: bool = True
-) -> TrainingStep:
+) -> ProbedStep:
     """A whole step on a synthetic batch (B, T, U), on a copy of ``model`` unless ``copied`` is false."""
     model, config = (copy.deepcopy(model) if copied else model).train(), decided(config)
     if config.compile:
         compile_layers(model)
     device = next(model.parameters()).device
-    optimizers, half = Optimizers(model, config.optimizer, steps=1000), half_weights(model, precision)
+    optimizers, half = Optimizers(model, config.optimizer, steps=1000), bf16_weights(model, precision)
 
     def step(batch: int, frames: int, tokens: int) -> None:
         data = synthetic_batch(model, batch, frames, tokens, prompt)
@@ -72,7 +72,7 @@ def training_step(
         merge_pending(model)
         optimizers.step(0)
 
-    return TrainingStep(model, [part for part, _ in optimizers.parts], step, config.compile)
+    return ProbedStep(model, [part for part, _ in optimizers.parts], step, config.compile)
 
 
 def choose_speed(config: TrainConfig, model: SpeechModel, say: Callable[[str], None]) -> tuple[str, int]:

@@ -51,7 +51,7 @@ from canter.training.run import trackers
 from canter.training.run.checkpoints import Checkpoints
 from canter.training.run.folder import Run, writing
 from canter.training.step.weights import frozen_names
-from canter.tuning.fit import measure_budget, within
+from canter.tuning.fit import fit_budget, within
 from canter.tuning.probe import Prober
 
 MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
@@ -389,7 +389,7 @@ def find_budget(
         journal=run.folder / "budget.probes.jsonl",
         told=lambda _: next(progress, None),
     )
-    budget = measure_budget(
+    budget = fit_budget(
         prober,
         known,
         frame_seconds,

@@ -16,7 +16,7 @@ from canter.errors import BudgetError
 from canter.planning.budget import TERMS, Budget, Polynomial
 from canter.planning.lengths import Index
 from canter.planning.plan import Plan
-from canter.tuning.probe import Probe, Prober, Shape, gib
+from canter.tuning.probe import BatchShape, Probe, Prober, gib
 
 MOST_PROBES = 40
 MOST_EVENTS = 5  # out of memory, after which nothing is run that is not expected to fit easily
@@ -120,7 +120,7 @@ def anchors(frames: np.ndarray, tokens: np.ndarray, shares: Sequence[float]) -> 
     return sorted(found)
 
 
-def corners(index: Index, budget: Budget) -> list[Shape]:
+def corners(index: Index, budget: Budget) -> list[BatchShape]:
     """Shapes that stand out among the micro-batches of a balanced plan of ``index``: largest in every respect the
     budget knows of, and smallest."""
     cut = Plan(index, budget, window=min(WINDOW, len(index)), min_steps=1).cut(0)
@@ -144,10 +144,10 @@ def corners(index: Index, budget: Budget) -> list[Shape]:
         -u,
         size / t,
     )
-    found: dict[Shape, None] = {}
+    found: dict[BatchShape, None] = {}
     for values in highest:
         i = int(np.argmax(values))
-        found[Shape(int(b[i]), int(t[i]), int(u[i]))] = None
+        found[BatchShape(int(b[i]), int(t[i]), int(u[i]))] = None
     return list(found)
 
 
@@ -161,7 +161,7 @@ def margin(budget: Budget, probes: Sequence[Probe]) -> float:
     return max(LEAST_MARGIN, *over, *(1.01 * share + 0.005 for share in broke))
 
 
-def measure_budget(
+def fit_budget(
     prober: Prober,
     index: Index,
     frame_seconds: float,
@@ -278,7 +278,7 @@ class _Search:
             share = min(share, 0.3)
         batch = self.bounded(budget, t, u, share)
         batch = min(batch, 16 * max(p.batch for p in known))  # no leap into the unknown
-        shape = Shape(batch, t, u)
+        shape = BatchShape(batch, t, u)
         if self.left and shape not in self.prober.known:
             self.prober(*shape, expected=float(budget.bytes(*shape)))
 
@@ -292,9 +292,9 @@ class _Search:
             batch = min(batch, share / FILLED * self.probe_seconds / float(budget.utterance_seconds(frames, tokens)))
         return max(1, int(batch))
 
-    def extremes(self, budget: Budget) -> list[Shape]:
+    def extremes(self, budget: Budget) -> list[BatchShape]:
         """The plan's extreme batches, made smaller where a probe may not be as large."""
-        shapes = [Shape(min(b, self.bounded(budget, t, u, 1.0)), t, u) for b, t, u in corners(self.index, budget)]
+        shapes = [BatchShape(min(b, self.bounded(budget, t, u, 1.0)), t, u) for b, t, u in corners(self.index, budget)]
         return list(dict.fromkeys(shape for shape in shapes if shape.tokens > 1))
 
     def fitted(self, unseen: Sequence[float] = ()) -> Budget:

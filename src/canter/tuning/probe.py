@@ -30,7 +30,7 @@ GUARDED = 0.7  # of what is free: a probe expected above it, or about which noth
 
 
 @dataclass(frozen=True)
-class TrainingStep:
+class ProbedStep:
     """A step with what it keeps from one to the next."""
 
     model: nn.Module
@@ -65,7 +65,7 @@ class TrainingStep:
         merge_pending(self.model)
 
 
-class Shape(NamedTuple):
+class BatchShape(NamedTuple):
     """Of a padded batch: B utterances of T frames and U tokens."""
 
     batch: int
@@ -87,8 +87,8 @@ class Probe:
     fits: bool = True
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.batch, self.frames, self.tokens)
+    def shape(self) -> BatchShape:
+        return BatchShape(self.batch, self.frames, self.tokens)
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Prober:
     keeps every probe as it is made; probes in it that were made on the same thing (``measured_on``) are not made again.
     """
 
-    step: TrainingStep
+    step: ProbedStep
     limit_bytes: float
     measured_on: Mapping[str, Any] = field(default_factory=dict)
     journal: Path | None = None
@@ -108,9 +108,9 @@ class Prober:
     """Tells the time of steps; `time.process_time` leaves out what other processes of a shared CPU take."""
     steps: int = 0
     """Training steps run."""
-    known: dict[Shape, Probe] = field(default_factory=dict)
+    known: dict[BatchShape, Probe] = field(default_factory=dict)
     """Probes asked for, in that order."""
-    kept: dict[Shape, Probe] = field(default_factory=dict)
+    kept: dict[BatchShape, Probe] = field(default_factory=dict)
     """Probes of an earlier run, to be asked for."""
     _warm: bool = False
 
@@ -148,7 +148,7 @@ class Prober:
             return
         self._warm = True
         try:
-            self._peak(Shape(batch, frames, tokens), self.limit_bytes)
+            self._peak(BatchShape(batch, frames, tokens), self.limit_bytes)
         except OutOfMemory as error:
             raise BudgetError(
                 f"not even one utterance of {frames} frames and {tokens} tokens fits: it asked for "
@@ -164,7 +164,7 @@ class Prober:
     def __call__(self, batch: int, frames: int, tokens: int, expected: float | None = None) -> Probe:
         """Measures a step of this shape, or returns what is known of it. ``expected`` bytes well under the limit
         let it run without a cap, which is needed for its time to mean anything on a CPU."""
-        shape = Shape(batch, frames, tokens)
+        shape = BatchShape(batch, frames, tokens)
         if shape not in self.known:
             if shape in self.kept:
                 self.known[shape] = self.kept[shape]
@@ -175,7 +175,7 @@ class Prober:
             self.told(self.known[shape])
         return self.known[shape]
 
-    def _measure(self, shape: Shape, expected: float | None) -> Probe:
+    def _measure(self, shape: BatchShape, expected: float | None) -> Probe:
         state, device = self.step.state_bytes, self.step.device
         free = self.limit_bytes - state
         guarded = device.type == "cuda" or expected is None or expected - state > GUARDED * free
@@ -193,7 +193,7 @@ class Prober:
             seconds = self._run(shape)
         return Probe(*shape, state + peak, seconds, peak <= free)
 
-    def _peak(self, shape: Shape, cap: float | None) -> tuple[int, float]:
+    def _peak(self, shape: BatchShape, cap: float | None) -> tuple[int, float]:
         seconds = math.nan
 
         def run() -> None:
@@ -202,7 +202,7 @@ class Prober:
 
         return peak_of(run, self.step.device, cap), seconds
 
-    def _run(self, shape: Shape, cap: float | None = None) -> float:
+    def _run(self, shape: BatchShape, cap: float | None = None) -> float:
         """Seconds of one step. OutOfMemory where it did not fit."""
         device, self.steps = self.step.device, self.steps + 1
         start = self.clock()
@@ -256,7 +256,7 @@ def read_probes(journal: Path) -> list[tuple[dict[str, Any], Probe]]:
 
 
 @contextlib.contextmanager
-def _capped(device: torch.device, step: TrainingStep, cap: float | None):
+def _capped(device: torch.device, step: ProbedStep, cap: float | None):
     """On CUDA the allocator refuses more than ``cap`` bytes above what is in use; elsewhere nothing is done here."""
     if device.type != "cuda" or cap is None:
         yield

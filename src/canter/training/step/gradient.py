@@ -22,37 +22,37 @@ from canter.runtime import is_out_of_memory, release_memory
 from canter.training.config import LossConfig, TrainConfig
 from canter.training.distributed.ranks import ALONE, Ranks
 from canter.training.feed.data import Loaded
-from canter.training.step.half import half_weights
-from canter.training.step.recovery import Cut, cut_more
+from canter.training.step.half import bf16_weights
+from canter.training.step.recovery import SplitMicroBatch, split_more
 
 
 @dataclass(frozen=True)
-class Counts:
+class TargetCounts:
     """Targets of a step that bear loss, over all ranks, known before any of it is computed."""
 
     tokens: int
     characters: int
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> "Counts":
+    def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> "TargetCounts":
         tokens = sum(int((b.token_lengths - b.prompt_lengths).sum()) for b in batches)
         characters = sum(int(b.character_lengths.sum()) for b in batches)
         tokens, characters = ranks.table([tokens, characters]).sum(0).astype(int).tolist()
         return cls(tokens, characters)
 
-    def less(self, tokens: float, characters: float) -> "Counts":
-        return Counts(self.tokens - int(tokens), self.characters - int(characters))
+    def less(self, tokens: float, characters: float) -> "TargetCounts":
+        return TargetCounts(self.tokens - int(tokens), self.characters - int(characters))
 
 
 @dataclass(frozen=True)
-class Computed:
+class ComputedGradient:
     """What this rank computed of a step; the gradient is in the parameters, not yet summed over ranks."""
 
     attention: float
     """Sum of cross-entropy."""
     ctc: float
     seconds: float
-    cuts: list[Cut] = field(default_factory=list)
+    splits: list[SplitMicroBatch] = field(default_factory=list)
     """Micro-batches that did not fit in memory."""
     unfit: list[int] = field(default_factory=list)
     """Rows that do not fit even alone, and were left out."""
@@ -69,19 +69,19 @@ class Gradient:
         masks = {k: v for k, v in vars(config.augment).items() if k != "speed"}
         self.augment = SpecAugmentConfig(**masks)
         self.norms = [m for m in model.modules() if isinstance(m, MaskedBatchNorm)]
-        self.half = half_weights(model, precision)
+        self.half = bf16_weights(model, precision)
         self.autocast = precision == "bf16" and self.half is None
 
-    def compute(self, loaded: Sequence[Loaded], counts: Counts, step: int, alone: bool) -> Computed:
-        """Forward and backward of each micro-batch; ``alone``: CTC only."""
+    def compute(self, loaded: Sequence[Loaded], counts: TargetCounts, step: int, ctc_only: bool) -> ComputedGradient:
+        """Forward and backward of each micro-batch; ``ctc_only``: CTC only."""
         with self.weights():
-            return self._compute(loaded, counts, step, alone)
+            return self._compute(loaded, counts, step, ctc_only)
 
     def weights(self) -> AbstractContextManager:
         """In this context a backward pass may be run."""
         return self.half or nullcontext()
 
-    def _compute(self, loaded: Sequence[Loaded], counts: Counts, step: int, alone: bool) -> Computed:
+    def _compute(self, loaded: Sequence[Loaded], counts: TargetCounts, step: int, ctc_only: bool) -> ComputedGradient:
         """As ``compute``.
 
         A micro-batch that runs out of memory is cut (see ``recovery``), and the step started anew, as the backward
@@ -89,7 +89,7 @@ class Gradient:
         end of its step.
         """
         began = time.perf_counter()
-        cuts: dict[int, Cut] = {}
+        cuts: dict[int, SplitMicroBatch] = {}
         unfit: list[int] = []
         while True:
             sums: list[Tensor] = []
@@ -99,7 +99,7 @@ class Gradient:
                 if one.batch is None:
                     continue
                 try:
-                    found = self._micro_batch(one, counts, step, alone, cuts.get(one.address.number), unfit)
+                    found = self._micro_batch(one, counts, step, ctc_only, cuts.get(one.address.number), unfit)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -116,7 +116,7 @@ class Gradient:
             _next_cut(self.model, failed, cuts, unfit)
         # one synchronisation a step
         attention, ctc = torch.stack(sums).double().sum(0).tolist() if sums else (0.0, 0.0)
-        return Computed(attention, ctc, time.perf_counter() - began, list(cuts.values()), unfit, numbers)
+        return ComputedGradient(attention, ctc, time.perf_counter() - began, list(cuts.values()), unfit, numbers)
 
     def discard(self) -> None:
         """Forgets gradients and statistics computed so far."""
@@ -127,11 +127,11 @@ class Gradient:
             norm.pending.clear()
         release_memory()
 
-    def correct(self, before: Counts, after: Counts, alone: bool) -> None:
+    def correct(self, before: TargetCounts, after: TargetCounts, ctc_only: bool) -> None:
         """Makes the gradient, a mean over the step's targets, one over those that are left where utterances did not
         fit: by tokens, or characters where there is CTC alone."""
         if after != before:
-            had, left = (before.characters, after.characters) if alone else (before.tokens, after.tokens)
+            had, left = (before.characters, after.characters) if ctc_only else (before.tokens, after.tokens)
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(had / max(1, left))
@@ -163,7 +163,13 @@ class Gradient:
     # -- one micro-batch --
 
     def _micro_batch(
-        self, one: Loaded, counts: Counts, step: int, alone: bool, cut: Cut | None, unfit: Sequence[int]
+        self,
+        one: Loaded,
+        counts: TargetCounts,
+        step: int,
+        ctc_only: bool,
+        cut: SplitMicroBatch | None,
+        unfit: Sequence[int],
     ) -> list[Tensor]:
         """Backward; returns sums of (cross-entropy, CTC) (2,)."""
         batch = one.batch
@@ -174,13 +180,13 @@ class Gradient:
         batch = batch.to(self.device)
         epoch = one.address.epoch
         if cut is None:
-            return [self.backward(batch, counts, alone, epoch)]
+            return [self.backward(batch, counts, ctc_only, epoch)]
         before = [len(norm.pending) for norm in self.norms]
         sums = []
         with self._recomputing(cut.recompute):
             for rows in torch.arange(len(batch.rows)).tensor_split(min(cut.parts, len(batch.rows))):
                 piece = batch if cut.parts == 1 else batch.take(rows.to(self.device))
-                sums.append(self._backward_in_parts(piece, counts, alone, epoch, cut.decoder_parts))
+                sums.append(self._backward_in_parts(piece, counts, ctc_only, epoch, cut.decoder_parts))
         for norm, size in zip(self.norms, before):  # one entry a micro-batch, whatever its pieces
             pieces = [piece for piece in norm.pending[size:] if piece is not None]
             if len(pieces) > 1:
@@ -188,23 +194,23 @@ class Gradient:
                 norm.pending[size:] = [(torch.stack(means).mean(0), torch.stack(variances).mean(0))]
         return sums
 
-    def backward(self, batch: Batch, counts: Counts, alone: bool, epoch: int) -> Tensor:
+    def backward(self, batch: Batch, counts: TargetCounts, ctc_only: bool, epoch: int) -> Tensor:
         """Adds the batch's part of the step's gradient; returns (cross-entropy, CTC) sums (2,)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model.loss(
                 batch,
-                attention=not alone,
+                attention=not ctc_only,
                 label_smoothing=self.config.loss.label_smoothing,
                 features=self.features(batch, epoch),
             )
-            self._objective(loss, counts, alone).backward()
+            self._objective(loss, counts, ctc_only).backward()
         self._collect()
         return torch.stack([loss.attention.detach(), loss.ctc.detach()])
 
-    def _backward_in_parts(self, batch: Batch, counts: Counts, alone: bool, epoch: int, parts: int) -> Tensor:
+    def _backward_in_parts(self, batch: Batch, counts: TargetCounts, ctc_only: bool, epoch: int, parts: int) -> Tensor:
         """As ``backward``, with decoder and heads taking ``parts`` pieces of the encoded batch one by one."""
         if parts == 1:
-            return self.backward(batch, counts, alone, epoch)
+            return self.backward(batch, counts, ctc_only, epoch)
         total = torch.zeros(2, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             encoded, lengths = self.model.encode(*self.features(batch, epoch))
@@ -214,10 +220,10 @@ class Gradient:
                     leaf[rows],
                     lengths[rows],
                     batch.take(rows),
-                    attention=not alone,
+                    attention=not ctc_only,
                     label_smoothing=self.config.loss.label_smoothing,
                 )
-                self._objective(loss, counts, alone).backward()
+                self._objective(loss, counts, ctc_only).backward()
                 self._collect()
                 total += torch.stack([loss.attention.detach(), loss.ctc.detach()])
             if encoded.requires_grad:
@@ -229,14 +235,14 @@ class Gradient:
         if self.half:
             self.half.collect()
 
-    def objective(self, batch: Batch, alone: bool) -> Tensor:
+    def objective(self, batch: Batch, ctc_only: bool) -> Tensor:
         """What is minimised, of one batch by itself."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return self._objective(self.model.loss(batch, attention=not alone), Counts.of([batch]), alone)
+            return self._objective(self.model.loss(batch, attention=not ctc_only), TargetCounts.of([batch]), ctc_only)
 
-    def _objective(self, loss: Loss, counts: Counts, alone: bool) -> Tensor:
+    def _objective(self, loss: Loss, counts: TargetCounts, ctc_only: bool) -> Tensor:
         ctc = loss.ctc / max(1, counts.characters)
-        return weighted(self.config.loss, ctc, None if alone else loss.attention / max(1, counts.tokens))
+        return weighted_loss(self.config.loss, ctc, None if ctc_only else loss.attention / max(1, counts.tokens))
 
     def features(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
         """Features (B, F, M), augmented, and their lengths (B,)."""
@@ -256,7 +262,7 @@ class Gradient:
             self.model.recompute_activations(before)
 
 
-def _next_cut(model: SpeechModel, failed: Loaded, cuts: dict[int, Cut], unfit: list[int]) -> None:
+def _next_cut(model: SpeechModel, failed: Loaded, cuts: dict[int, SplitMicroBatch], unfit: list[int]) -> None:
     """Notes how the failed micro-batch is to be computed; where single utterances do not fit, leaves out the one
     that costs most."""
     assert failed.batch is not None
@@ -266,10 +272,10 @@ def _next_cut(model: SpeechModel, failed: Loaded, cuts: dict[int, Cut], unfit: l
         lengths = dict(zip(failed.batch.rows.tolist(), failed.batch.audio_lengths.tolist()))
         unfit.append(max(left, key=lengths.__getitem__))
     else:
-        cuts[number] = cut_more(model, number, before)
+        cuts[number] = split_more(model, number, before)
 
 
-def weighted(config: LossConfig, ctc: Any, attention: Any) -> Any:
+def weighted_loss(config: LossConfig, ctc: Any, attention: Any) -> Any:
     """Both losses by their weights; ``attention`` None stands for CTC alone."""
     if attention is None:
         return ctc

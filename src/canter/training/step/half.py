@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from canter.models.protocol import AnyModel, module_of
 
 
-class HalfWeights:
+class Bf16Weights:
     """A context in which a model's parameters are copies in bf16; on leaving it they are what they were, with the
     gradients that ``collect`` summed in float32 (FSDP's MixedPrecisionPolicy does the same)."""
 
@@ -19,7 +19,7 @@ class HalfWeights:
         self.sums: dict[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
-    def __enter__(self) -> "HalfWeights":
+    def __enter__(self) -> "Bf16Weights":
         self.whole = [parameter.data for parameter in self.parameters]
         self.half = self.half or [torch.empty_like(weight, dtype=torch.bfloat16) for weight in self.whole]
         torch._foreach_copy_(self.half, self.whole)
@@ -55,9 +55,9 @@ class HalfWeights:
         self.sums = {}
 
 
-def half_weights(model: AnyModel, precision: str) -> HalfWeights | None:
+def bf16_weights(model: AnyModel, precision: str) -> Bf16Weights | None:
     """How a step of ``model`` computes in bf16 if not by autocast: Canter's own models on a GPU, whose layers compute
     in the type of their weights. Not shards of weights, which FSDP holds."""
     first = next(model.parameters())
     own = "bf16_weights" in model.supports and not isinstance(first, DTensor)
-    return HalfWeights(module_of(model)) if precision == "bf16" and own and first.is_cuda else None
+    return Bf16Weights(module_of(model)) if precision == "bf16" and own and first.is_cuda else None

@@ -15,7 +15,7 @@ TIGHTER = 0.9  # of what a micro-batch would have used, the limit of those to co
 
 
 @dataclass(frozen=True)
-class Cut:
+class SplitMicroBatch:
     """A micro-batch that ran out of memory, and how it is computed instead."""
 
     number: int
@@ -31,7 +31,7 @@ class Cut:
         return dataclasses.asdict(self)
 
 
-def cut_more(model: torch.nn.Module, number: int, before: Cut | None) -> Cut:
+def split_more(model: torch.nn.Module, number: int, before: SplitMicroBatch | None) -> SplitMicroBatch:
     """The next smaller way to compute a micro-batch.
 
     Cutting in two gives the same gradient unless BatchNorm takes its statistics of all utterances at once. Then the
@@ -40,9 +40,9 @@ def cut_more(model: torch.nn.Module, number: int, before: Cut | None) -> Cut:
     """
     if before is None:
         if any(isinstance(module, MaskedBatchNorm) and module.training for module in model.modules()):
-            return Cut(number, 1, 2, True)
-        return Cut(number, 2, 1, False)
-    return Cut(number, 2 * before.parts, before.decoder_parts, True)
+            return SplitMicroBatch(number, 1, 2, True)
+        return SplitMicroBatch(number, 2, 1, False)
+    return SplitMicroBatch(number, 2 * before.parts, before.decoder_parts, True)
 
 
 def tightened(budget: Budget, index: Index, limits: list[float]) -> Budget:

@@ -11,7 +11,7 @@ from canter.planning.plan import Plan
 from canter.runtime import is_out_of_memory
 from canter.training.loop import Trainer
 from canter.training.measure import planned_frame_seconds, synthetic_batch
-from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.gradient import Gradient, TargetCounts
 from canter.training.step.muon import Muon
 from canter.training.step.optimizers import Optimizers
 
@@ -62,7 +62,7 @@ def fits(gradient: Gradient, optimizers: Optimizers, shape: tuple[int, int, int]
             state = torch.empty(missing_state(optimizers), dtype=torch.uint8, device=device)
             data = synthetic_batch(model, batch, frames, tokens, prompt=1)
             with gradient.weights():
-                gradient.backward(data, Counts.of([data]), alone=False, epoch=0)
+                gradient.backward(data, TargetCounts.of([data]), ctc_only=False, epoch=0)
             fitted = True
             del state
         except (RuntimeError, MemoryError) as error:
