@@ -34,17 +34,19 @@ import numpy as np
 import torch
 
 from canter.cli.lengths import open_lengths
-from canter.cli.tune import parse_memory
 from canter.corpus.index import LengthIndex
+from canter.events import Printed
 from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
+from canter.planning.bins import Bins
+from canter.planning.budget import parse_memory
 from canter.planning.lengths import Lengths
 from canter.planning.strategies import Bucket2D
 from canter.planning.strategies.bucket_2d import batch_sizes
 from canter.runtime import LiveBytes, is_out_of_memory, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import training_step
+from canter.training.measure import SyntheticStep
 from canter.training.prepare import model_config
 from canter.tuning.fit import MOST_PROBES, fit_budget, within
 from canter.tuning.probe import Probe, ProbedStep, Prober
@@ -69,7 +71,7 @@ def make_model(name: str) -> SpeechModel:
 
 def make_step(model: Any, copied: bool = False) -> ProbedStep:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
-    return training_step(config, model, "float32", 1, copied=copied)
+    return SyntheticStep(config, model, "float32", copied=copied)
 
 
 def lengths(args: argparse.Namespace) -> LengthIndex:
@@ -103,10 +105,9 @@ def fitting(tell: Callable, args: argparse.Namespace, journal: Path | None) -> N
     """Tells budget, probes, steps, events and seconds of `fit`."""
     map_large_blocks()
     step = make_step(make_model(args.model))
-    prober = Prober(step, parse_memory(args.limit), journal=journal, clock=time.process_time)
+    prober = Prober(step, parse_memory(args.limit), journal=journal, events=Printed(), clock=time.process_time)
     began = time.perf_counter()
-    frame_seconds = make_model(args.model).frame_seconds
-    budget = fit_budget(prober, lengths(args), frame_seconds, most_probes=args.probes, say=print)
+    budget = fit_budget(prober, lengths(args), most_probes=args.probes)
     seconds = time.perf_counter() - began
     tell((budget.as_json(), prober.probes, prober.steps, prober.out_of_memory, seconds))
 
@@ -153,7 +154,7 @@ def running(tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: flo
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            step.clear()
+            step.discard()
             tell([None, None, None])
 
 
@@ -211,11 +212,11 @@ def predict(args: argparse.Namespace) -> dict:
     }
 
 
-def searching(tell: Callable, args: argparse.Namespace, bins: Any, frame_seconds: float) -> None:
+def searching(tell: Callable, args: argparse.Namespace, bins: Bins) -> None:
     map_large_blocks()
     prober = Prober(make_step(make_model(args.model)), parse_memory(args.limit))
     began = time.perf_counter()
-    found = search(prober, bins, frame_seconds)
+    found = search(prober, bins)
     seconds = time.perf_counter() - began
     tell((found.sizes, [round(p.bytes) for p in prober.probes], found.steps, found.out_of_memory, seconds))
 
@@ -226,7 +227,7 @@ def methods(args: argparse.Namespace) -> dict:
     budget, _, told = fitted(args)
     bins = Bucket2D(30, 2).bins(index, budget)
     corners = [(int(budget.frames(s)), max(2, u)) for s, u in bins.edges]
-    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins, budget.frame_seconds)
+    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins)
     counts = np.bincount(bins.assign(Lengths.of(index, slice(None), budget)), minlength=len(bins))
     limit = parse_memory(args.limit)
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from canter.corpus.index import LengthIndex
+from canter.events import Printed
 from canter.models.cost import utterance_cost
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -33,7 +34,7 @@ from canter.planning.budget import Polynomial
 from canter.planning.strategies import Bucket2D
 from canter.runtime import choose_device, is_out_of_memory, map_large_blocks, peak_of, release_memory
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import memory_limit, training_step
+from canter.training.measure import SyntheticStep, memory_limit
 from canter.tuning.fit import MOST_PROBES, corners, fit_budget, within
 from canter.tuning.probe import BatchShape, ProbedStep, Prober
 from canter.tuning.search import search
@@ -92,13 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
     index = lengths(args.lengths, args.tiny)
     settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
     precision = "float32" if device.type == "cpu" else "bf16"
-    step = training_step(settings, model, precision, 1, copied=False)
-    limit = TINY_LIMIT if args.tiny else memory_limit(device, print)
+    step = SyntheticStep(settings, model, precision, copied=False)
+    limit = TINY_LIMIT if args.tiny else memory_limit(device, events=Printed())
 
-    budget, fit = fitted(Prober(step, limit), index, model.frame_seconds, args.probes)
+    budget, fit = fitted(Prober(step, limit, events=Printed()), index, args.probes)
     bins = Bucket2D(args.search_buckets, 2).bins(index, budget)
     fit["sizes"] = [int(budget.max_batch(budget.frames(s), u)) for s, u in bins.edges]
-    found = searched(Prober(step, limit), bins, budget.frame_seconds)
+    found = searched(Prober(step, limit), bins)
     flops = training_flops(config, model.frame_seconds)
     rows, events = run_extremes(step, index, budget, limit, args.steps, args.seconds)
     for row in rows:
@@ -136,9 +137,9 @@ def median(values: Iterable[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int) -> tuple[Budget, dict[str, Any]]:
+def fitted(prober: Prober, index: LengthIndex, probes: int) -> tuple[Budget, dict[str, Any]]:
     began = time.perf_counter()
-    budget = fit_budget(prober, index, frame_seconds, most_probes=probes, say=print)
+    budget = fit_budget(prober, index, most_probes=probes)
     told = {
         "steps": prober.steps,
         "out_of_memory": prober.out_of_memory,
@@ -149,9 +150,9 @@ def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int
     return budget, told
 
 
-def searched(prober: Prober, bins: Bins, frame_seconds: float) -> dict[str, Any]:
+def searched(prober: Prober, bins: Bins) -> dict[str, Any]:
     began = time.perf_counter()
-    found = search(prober, bins, frame_seconds)
+    found = search(prober, bins)
     told = {
         "buckets": len(bins),
         "steps": found.steps,
@@ -190,7 +191,7 @@ def run_extremes(
             if not is_out_of_memory(error):
                 raise
         if not needed:  # outside of the handler: the traceback holds the step's tensors
-            step.clear()
+            step.discard()
             release_memory()
             events += 1
             continue

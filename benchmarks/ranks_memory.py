@@ -38,8 +38,7 @@ from canter.training.defaults import decided
 from canter.training.distributed.ranks import Ranks, joined
 from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
-from canter.training.step.gradient import Gradient, TargetCounts
-from canter.training.step.optimizers import Optimizers
+from canter.training.step.gradient import TrainingStep
 
 WAYS = ("none", "replicate", "shard", "ddp", "ddp, views", "fsdp")
 RANKS = 2
@@ -89,22 +88,18 @@ def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], Non
     if way.startswith("ddp"):
         views = way.endswith("views")
         whole = DistributedDataParallel(whole, gradient_as_bucket_view=views)
-    optimizers = Optimizers(model, config.optimizer, steps=100)
-    gradient = Gradient(config, model, "float32", ranks)
+    ours = TrainingStep(config, model, "float32", 100, ranks=ranks, shards=shards)
 
     def step(batch: Batch) -> None:
         if shards:
             shards.gather()
-        if way in ("replicate", "shard"):
-            gradient.backward(batch, TargetCounts.of([batch]), ctc_only=False, epoch=0)
-        else:
-            whole(batch).backward()
-        if shards:
-            shards.sum_gradients(lambda one: gradient.objective(one, False))
-        elif way == "replicate":
-            ranks.sum_gradients(optimizers.parameters)
+        if way in ("none", "replicate", "shard"):
+            ours.backward(batch)
+            ours.update(0, numbers=[ranks.rank], count=ranks.size)
+            return
+        whole(batch).backward()
         merge_pending(model)
-        optimizers.step(0)
+        ours.optimizers.step(0)
 
     return step
 

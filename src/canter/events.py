@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-Report = TypeVar("Report")
+Report = TypeVar("Report", contravariant=True)
 
 
 class Events(Generic[Report]):
@@ -39,3 +39,10 @@ class Events(Generic[Report]):
 
 QUIET: Events[object] = Events()
 """Tells nobody anything."""
+
+
+class Printed(Events[object]):
+    """Messages on standard output, for scripts."""
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)

@@ -62,7 +62,7 @@ def test_a_configuration_is_measured_and_read_by_plan(files, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--memory", "many"), "'many' is no amount of memory"),
+        (("--memory", "many"), "--memory is 'many'; give a size"),
         (("--probes", "0"), "--probes is 0; it must be at least 1"),
         (("--memory", "900TB"), "is more than the"),
         (("--memory", "1MiB"), "not even one utterance"),

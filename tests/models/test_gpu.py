@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from canter.models.norm import merge_pending
-from canter.training.step.half import Bf16Weights
+from canter.training.step.gradient import Bf16Weights
 from canter.training.step.weights import compile_layers
 
 from .conftest import small_model, small_whisper

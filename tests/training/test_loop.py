@@ -174,7 +174,7 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     from canter.training.feed.data import Address, collate
     from canter.training.loop import Trainer
     from canter.training.prepare import prepare
-    from canter.training.step.gradient import TargetCounts
+    from canter.training.step.gradient import Objective, TargetCounts
 
     prepared = prepare(config)
     trainer = Trainer(
@@ -193,9 +193,9 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     gradients = []
     for parts in ([examples], [examples[:2], examples[2:]]):
         batches = [collate(part, pad) for part in parts]
-        counts = TargetCounts.of(batches)
+        objective = Objective(prepared.config.loss, TargetCounts.of(batches))
         for batch in batches:
-            trainer.gradient.backward(batch, counts, ctc_only=False, epoch=0)
+            trainer.gradient.backward(batch, objective, epoch=0)
         gradients.append({n: p.grad.clone() for n, p in prepared.model.named_parameters()})
         prepared.model.zero_grad()
     for name, one in gradients[0].items():

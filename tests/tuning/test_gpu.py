@@ -36,7 +36,7 @@ def test_a_step_over_the_limit_is_an_event_after_which_smaller_ones_still_run(st
 
 def test_a_plan_made_with_the_budget_fits(step, index):
     prober = Prober(step, LIMIT)
-    budget = fit_budget(prober, index, 0.08, most_probes=20)
+    budget = fit_budget(prober, index, most_probes=20)
     table = Plan(index, budget).batch_table(0)
     largest = np.argsort(-budget.bytes(table.size, table.frames, table.tokens))[:5]
     torch.cuda.synchronize()

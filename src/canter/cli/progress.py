@@ -2,8 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Never, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,8 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from canter.events import Events
 from canter.training.run.reports import StepReport
 
+T = TypeVar("T")
 console = Console(stderr=True)
 
 
@@ -27,7 +30,7 @@ def _bar(name: str) -> Progress:
     )
 
 
-def track(items: list, name: str) -> Iterator:
+def track(items: Sequence[T], name: str) -> Iterator[T]:
     """Yields ``items`` under a progress bar."""
     with _bar(name) as bar:
         yield from bar.track(items)
@@ -44,6 +47,16 @@ def counting(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
 def say(text: str) -> None:
     """A line on standard error."""
     console.print(text, highlight=False)
+
+
+class TerminalEvents(Events[Never]):
+    """Messages and progress bars on standard error."""
+
+    def message(self, text: str) -> None:
+        say(text)
+
+    def progress(self, items: Sequence[T], name: str) -> Iterable[T]:
+        return track(items, name)
 
 
 class TrainingProgress:

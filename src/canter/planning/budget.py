@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,6 +28,15 @@ from canter.untrusted import read_json_value
 FORMAT = "canter-budget/1"
 TERMS = ("T", "TT", "U", "TU", "UU")
 Number = TypeVar("Number", float, np.ndarray)
+
+
+def parse_memory(text: str, name: str = "memory") -> int:
+    """Return the bytes of a size such as "80GiB", "80GB" or "80" (GB). Raises BudgetError that names ``name``."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(?:([KMGT])(i?)B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise BudgetError(f"{name} is {text!r}; give a size such as 80GiB, 80GB or 80 (GB)")
+    number, unit, binary = found.groups()
+    return round(float(number) * (1024 if binary else 1000) ** (" KMGT".index((unit or "G").upper())))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from canter.models.model import SpeechModel
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
-from canter.runtime import is_out_of_memory, retry_once
+from canter.runtime import is_out_of_memory
 from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import ALONE, Ranks
 from canter.training.feed.data import Loaded, MicroBatches, load_ahead
@@ -30,9 +30,9 @@ from canter.training.run.pace import Pace
 from canter.training.run.reports import Part, Parts, Progress, StepReport
 from canter.training.run.signals import finish_step_on_signals
 from canter.training.run.state import put_back, take_snapshot
-from canter.training.step.gradient import ComputedGradient, Gradient, TargetCounts, weighted_loss
-from canter.training.step.optimizers import Optimizers, Schedule
-from canter.training.step.weights import Average, compile_layers, freeze, to_training
+from canter.training.step.gradient import ComputedGradient, TargetCounts, TrainingStep, weighted_loss
+from canter.training.step.optimizers import Schedule
+from canter.training.step.weights import compile_layers, freeze, to_training
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Trainer:
             compile_layers(model)
         settled = run.settled()
         self.schedule = Schedule(settled.get("scheduled", steps), settled.get("schedule", ()))
-        self.optimizers = Optimizers(model, config.optimizer, steps, self.schedule)
-        self.average = Average(model, config.optimizer.ema) if config.optimizer.ema else None
-        self.gradient = Gradient(config, model, precision, ranks)
+        self.training_step = TrainingStep(config, model, precision, steps, self.schedule, ranks, self.shards)
+        self.gradient, self.optimizers = self.training_step.gradient, self.training_step.optimizers
+        self.average = self.training_step.average
         self.upcoming = Steps(plan, ranks, budget)
         self.checkpoints = Checkpoints(run.folder / "checkpoints", config.keep, run.logs)
         self.progress = Progress(plan=plan.fingerprint)
@@ -188,6 +188,13 @@ class Trainer:
             raise KeyboardInterrupt
         return progress
 
+    def first_window(self) -> tuple[Plan, int]:
+        """Return the plan of the next step, and the window that the step is in."""
+        plan = self.upcoming.plan_of(self.progress.epoch)
+        place = self.upcoming.position(self.progress.position, plan)
+        window = place.window if place is not None else 0
+        return plan, 0 if window == plan.windows.count else window  # the epoch is through
+
     # -- one step --
 
     def _open(self) -> Generator[Loaded]:
@@ -281,7 +288,9 @@ class Trainer:
         left = counts.less(parts.lost_tokens.sum(), parts.lost_characters.sum())
         loss, ctc, attention = self._losses(parts, left, alone)
         self.gradient.correct(counts, left, alone)
-        rate, norm, finite = self._update(step, alone, math.isfinite(loss), computed, planned)
+        update = self.training_step.update(
+            step, computed.numbers, len(planned.rows), ctc_only=alone, finite=math.isfinite(loss)
+        )
         predicted = [float(planned.seconds[s].sum()) for s in share_out(planned.seconds, self.ranks.size)]
         report = StepReport(
             step=step + 1,
@@ -290,8 +299,8 @@ class Trainer:
             loss=loss,
             loss_ctc=ctc,
             loss_attention=attention,
-            learning_rate=rate,
-            gradient_norm=norm,
+            learning_rate=update.learning_rate,
+            gradient_norm=update.gradient_norm,
             seconds=time.perf_counter() - began,
             data_wait_seconds=float(parts.wait.mean()),
             audio_seconds=float(parts.samples.sum()) / self.data.sample_rate,
@@ -307,7 +316,7 @@ class Trainer:
             wer=self.progress.wer,
         )
         self.pace.took(max(predicted), report.seconds)
-        self._account(report, planned, finite)
+        self._account(report, planned, update.finite)
         self._skip(step + 1, problems, int(parts.skipped.sum()))
         if parts.cuts.any():
             self._tighten(step, planned, computed)
@@ -319,27 +328,6 @@ class Trainer:
         ctc = float(parts.ctc.sum()) / max(1, counts.characters)
         attention = None if alone else float(parts.attention.sum()) / max(1, counts.tokens)
         return weighted_loss(self.config.loss, ctc, attention), ctc, attention
-
-    def _update(
-        self, step: int, alone: bool, finite: bool, computed: ComputedGradient, planned: PlannedStep
-    ) -> tuple[float, float, bool]:
-        """Updates the weights by all ranks' gradients; returns (learning rate, gradient norm, whether both loss and
-        gradient were finite). A step that is not changes nothing: neither weights nor statistics."""
-        if self.shards:
-            self.shards.sum_gradients(lambda batch: self.gradient.objective(batch, alone))
-        elif finite:
-            retry_once(lambda: self.ranks.sum_gradients(self.optimizers.parameters))
-        if not finite:
-            self.gradient.discard()
-            return self.optimizers.peak * self.optimizers.factor(step), math.nan, False
-        rate, norm = retry_once(lambda: self.optimizers.step(step))
-        if not math.isfinite(norm):
-            self.gradient.discard()
-            return rate, norm, False
-        self.gradient.merge_statistics(computed.numbers, len(planned.rows))
-        if self.average:
-            self.average.update(self.model, step)
-        return rate, norm, True
 
     def _account(self, report: StepReport, planned: PlannedStep, finite: bool) -> None:
         """Moves the progress on and logs the step. Raises CanterError after too many steps that are not finite."""

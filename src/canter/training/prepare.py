@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
 from canter.corpus.utterance import Utterance
 from canter.errors import BudgetError, CheckpointError, ConfigError
+from canter.events import Events
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of
 from canter.models.decoder import DecoderConfig
@@ -39,27 +40,33 @@ from canter.training.feed.corpus import find_index, find_tokenizer, usable_rows,
 from canter.training.feed.data import MicroBatches
 from canter.training.feed.skipped import list_problems
 from canter.training.feed.speed import AtSpeed
-from canter.training.measure import (
-    DECIDING,
-    choose_speed,
-    measured_on,
-    memory_limit,
-    planned_frame_seconds,
-    training_step,
-)
+from canter.training.measure import DECIDING, choose_speed, make_prober, measured_on, planned_frame_seconds
 from canter.training.run import trackers
 from canter.training.run.checkpoints import Checkpoints
 from canter.training.run.folder import Run, writing
 from canter.training.step.weights import frozen_names
 from canter.tuning.fit import fit_budget, within
-from canter.tuning.probe import Prober
 
+T = TypeVar("T")
 MORE_SPEED = 1.25  # than the fastest utterance's may be that of one to transcribe
 LEAST_SPEED = 0.1  # tokens a frame
 LEAST_WINDOW = 10  # seconds
 SEEN_WINDOWS = 4  # of an endless plan, from which the mean of its steps is taken
 BEGUN_WITH = "batch_seconds of 0.1"  # in run.json
 PROBES = 16  # of a budget measured at the start of a run; 'canter tune' makes more
+
+
+class Callbacks(Events[object]):
+    """Messages and progress that go to two functions."""
+
+    def __init__(self, say: Callable[[str], None], track: Callable[[list, str], Iterable]):
+        self.say, self.track = say, track
+
+    def message(self, text: str) -> None:
+        self.say(text)
+
+    def progress(self, items: Sequence[T], name: str) -> Iterable[T]:
+        return self.track(list(items), name)
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def prepare(
         settled[BEGUN_WITH] = config.batch_seconds
     precision, threads = settled.get("precision"), settled.get("threads")
     if precision is None or threads is None:
-        precision, threads = choose_speed(config, model, say)
+        precision, threads = choose_speed(config, model, Callbacks(say, track))
     torch.set_num_threads(config.threads or threads)
     micro_batches = settled.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     measures = config.budget is None and not (run.folder / "budget.json").exists()
@@ -381,25 +388,10 @@ def find_budget(
     frame_seconds = planned_frame_seconds(model)
     known = within(index, model.longest_seconds, model.positions)
     most_frames, probe_seconds = probe_bounds(config, known, frame_seconds, micro_batches, device.type == "cpu")
-    progress = iter(track(list(range(PROBES)), "measuring"))
-    prober = Prober(
-        training_step(config, model, precision, prompt=1),
-        memory_limit(device, say),
-        here,
-        journal=run.folder / "budget.probes.jsonl",
-        told=lambda _: next(progress, None),
+    prober = make_prober(
+        config, model, precision, journal=run.folder / "budget.probes.jsonl", events=Callbacks(say, track)
     )
-    budget = fit_budget(
-        prober,
-        known,
-        frame_seconds,
-        most_probes=PROBES,
-        most_frames=most_frames,
-        probe_seconds=probe_seconds,
-        say=say,
-    )
-    for _ in progress:  # fewer may have been enough
-        pass
+    budget = fit_budget(prober, known, most_probes=PROBES, most_frames=most_frames, probe_seconds=probe_seconds)
     budget = dataclasses.replace(budget, measured_on=dict(budget.measured_on) | {MADE_BY: "canter train"})
     with writing(path):
         budget.save(path)

@@ -12,11 +12,11 @@ from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import joined
 from canter.training.feed.skipped import list_left_out
 from canter.training.loop import Trainer
-from canter.training.prepare import Prepared, prepare
+from canter.training.measure import check_memory
+from canter.training.prepare import Callbacks, Prepared, prepare
 from canter.training.run.folder import claimed
 from canter.training.run.reports import Progress, StepReport
 from canter.training.run.trackers import tracked
-from canter.training.step.rehearsal import rehearse
 from canter.training.validation import spread_over, validator
 
 Watch = Callable[[int, int], AbstractContextManager[Callable[[StepReport], None]]]
@@ -87,7 +87,7 @@ def train(
             say(f"{prepared.steps} steps, about {minutes:.1f} minutes by the budget")
         done = trainer.progress.step
         if config.largest_first and done < prepared.steps:
-            rehearse(trainer, prepared.budget, say)
+            check_memory(trainer.training_step, *trainer.first_window(), prepared.budget, Callbacks(say, track))
         trackers = tracked(prepared.config, prepared.run, done) if ranks.first else nullcontext(lambda *_: None)
         with trackers as trainer.track, watch(prepared.steps, done) as trainer.report:
             progress = trainer.train()

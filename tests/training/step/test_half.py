@@ -14,7 +14,7 @@ from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.measure import synthetic_batch
 from canter.training.session import train
 from canter.training.step import gradient
-from canter.training.step.half import Bf16Weights, bf16_weights
+from canter.training.step.gradient import Bf16Weights, bf16_weights
 
 from ..conftest import unwatched
 from .test_recovery import losses, rows
@@ -73,7 +73,7 @@ def test_what_is_frozen_has_no_gradient_and_what_was_collected_is_forgotten(mode
         with Bf16Weights(model) as half:
             backward(model, batch)
             half.collect()
-            half.clear()
+            half.sums = {}
             raise RuntimeError("on the way")
 
     with pytest.raises(RuntimeError, match="on the way"):

@@ -130,10 +130,10 @@ def inject(model, where):
     armed = []
     compute = Gradient._micro_batch
 
-    def micro_batch(self, one, counts, step, alone, cut, unfit):
-        phase = where.get((step, one.address.number)) if cut is None else None
+    def micro_batch(self, one, objective, step, split, unfit):
+        phase = where.get((step, one.address.number)) if split is None else None
         armed[:] = [phase] if phase else []
-        return compute(self, one, counts, step, alone, cut, unfit)
+        return compute(self, one, objective, step, split, unfit)
 
     def forward(*_):
         if armed == ["forward"]:

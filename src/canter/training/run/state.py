@@ -10,8 +10,7 @@ from canter.errors import CheckpointError
 from canter.models.formats.fitting import fit_tensors
 from canter.training.distributed.ranks import Ranks
 from canter.training.run.checkpoints import Snapshot
-from canter.training.step.optimizers import Optimizers
-from canter.training.step.weights import Average, copy_into
+from canter.training.step.optimizers import Average, Optimizers, copy_into
 
 
 def take_snapshot(
