@@ -8,10 +8,10 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from canter.errors import ConfigError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from canter.evaluation.normalize import Normalization
     from canter.evaluation.wer import Score
     from canter.inference.recognizer import Recognizer
+    from canter.models.protocol import AnyModel
     from canter.planning import Budget
     from canter.text.tokenizer import Tokenizer
     from canter.training.config import TrainConfig
@@ -50,8 +51,8 @@ def load(
     """
     from canter.inference.recognizer import Recognizer
     from canter.loading import load_module
-    from canter.models.device import choose_device
     from canter.models.hub import checkpoint_of
+    from canter.runtime import choose_device
 
     chosen = choose_device(device)
     if precision not in ("auto", "float32", "bf16", "int8"):
@@ -161,61 +162,47 @@ def measure_budget(
     minutes: float = 3.0,
     progress: bool = True,
 ) -> Budget:
-    """Measure training steps of ``model`` here, and return what fits into memory and how long it takes.
+    """Measure training steps of ``model`` on this device, and return what fits into memory and how long it takes.
 
-    model: as `load` gives it, or what `load` takes; it is copied, and stays as it is.
+    model: a loaded model, or what `load` takes; it is copied, and not changed.
     index: the lengths that plans will be made for.
-    optimizer, precision, recompute: of the training that is planned ("auto": bf16 on a GPU, float32 on a CPU;
+    optimizer, precision, recompute: those of the planned training ("auto": bf16 on a GPU, float32 on a CPU;
         ``recompute``: activation checkpointing).
-    limit_gib: what a step may use, weights included; None: 95 % of a GPU's free memory, half of a CPU's.
-    probes, minutes: steps to measure, and about how long that may take.
+    limit_gib: memory that a step may use, weights included (None: 95 % of a GPU's free memory, half of a CPU's).
+    probes, minutes: maximum number of steps to measure, and about how long that may take on a CPU.
 
-    ``canter tune`` does the same with more choices. Raises BudgetError where nothing can be measured.
+    ``canter tune`` does the same with more choices. Raises BudgetError if nothing can be measured.
     """
-    from canter.cli.progress import counting, say
+    from canter.cli.progress import TerminalEvents
+    from canter.events import QUIET
     from canter.inference.recognizer import Recognizer
-    from canter.models.device import choose_device
-    from canter.runtime import MMAP_THRESHOLD, steady_heap
+    from canter.runtime import choose_device
     from canter.training.config import OptimizerConfig, TrainConfig
-    from canter.training.measure import measured_on, memory_limit, planned_frame_seconds, training_step
-    from canter.tuning import fit
-    from canter.tuning.probe import Prober
+    from canter.training.measure import make_prober
+    from canter.tuning.fit import fit_budget, within
 
     if probes < 1:
         raise ConfigError(f"probes is {probes}; it must be at least 1")
     recognizer = model if isinstance(model, Recognizer) else load(model, precision="float32")
-    module: Any = recognizer.module
+    module: AnyModel = cast(Any, recognizer.module)
     device = next(module.parameters()).device
     config = TrainConfig(optimizer=OptimizerConfig(name=optimizer), device=str(choose_device(str(device))))
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "float32"
+    events = TerminalEvents() if progress else QUIET
+    memory = None if limit_gib is None else limit_gib * 2**30
     recomputed = module.recomputes
-    tell: Callable[[str], None] = say if progress else _silent
-    bar: Any = counting("measuring", probes) if progress else nullcontext(_silent)
-    with bar as advance:
-        try:
-            module.recompute_activations(recompute or recomputed)
-            step = training_step(config, module, precision, prompt=1)
-            told = measured_on(config, module, precision)
-        finally:
-            module.recompute_activations(recomputed)
-        if device.type == "cpu" and steady_heap():
-            told["mmap_threshold"] = MMAP_THRESHOLD
-        limit = memory_limit(device, tell, None if limit_gib is None else limit_gib * 2**30)
-        prober = Prober(step, limit, told, None)
-        prober.told = lambda _: advance(min(prober.spent, probes), probes)
-        return fit.measure_budget(
-            prober,
-            fit.within(index, module.longest_seconds, module.positions),
-            planned_frame_seconds(module),
-            most_probes=probes,
-            probe_seconds=2 * 60 * minutes / probes if device.type == "cpu" else None,
-            say=tell,
-        )
-
-
-def _silent(*_: object) -> None:
-    """Take the place of a progress bar, or of a line on standard error."""
+    module.recompute_activations(recompute or recomputed)
+    try:
+        prober = make_prober(config, module, precision, memory=memory, exact=True, events=events)
+    finally:
+        module.recompute_activations(recomputed)
+    return fit_budget(
+        prober,
+        within(index, module.longest_seconds, module.positions),
+        most_probes=probes,
+        probe_seconds=2 * 60 * minutes / probes if device.type == "cpu" else None,
+    )
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:

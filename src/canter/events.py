@@ -39,3 +39,10 @@ class Events(Generic[Report]):
 
 QUIET: Events[object] = Events()
 """Listener that ignores everything."""
+
+
+class Printed(Events[object]):
+    """Messages on standard output, for scripts."""
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)

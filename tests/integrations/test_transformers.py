@@ -15,8 +15,8 @@ from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.feed.data import Address, Example, MicroBatches, collate
-from canter.training.measure import planned_frame_seconds, synthetic_batch, training_step
-from canter.tuning.fit import measure_budget
+from canter.training.measure import SyntheticStep, planned_frame_seconds, synthetic_batch
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Prober
 
 transformers = pytest.importorskip("transformers")
@@ -139,11 +139,10 @@ def test_tuned_and_planned(family, adapted):
     seconds, tokens = np.linspace(0.5, 1.5, 30).astype(np.float32), np.arange(30) % 8 + 3
     unit = planned_frame_seconds(adapted)
     frames = Budget.from_batch_seconds(unit, frame_seconds=unit).frames(seconds)
-    step = training_step(TrainConfig(optimizer=OptimizerConfig(name="adamw")), adapted, "float32", prompt=1)
-    budget = measure_budget(
+    step = SyntheticStep(TrainConfig(optimizer=OptimizerConfig(name="adamw")), adapted, "float32")
+    budget = fit_budget(
         Prober(step, 2e9, {"model": family}),
         LengthIndex(seconds, tokens, ["x"]),
-        unit,
         most_probes=8,
         most_frames=2 * int(frames.max()),
     )

@@ -190,7 +190,7 @@ def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_pat
         (["transcribe", "{model}", "{clip}", "--precision", "int8"], "--precision int8"),
         (["reshape", "{model}", "-o", "{tmp}/x", "--decoder-layers", "1"], "model_type is 'moonshine'"),
         (["convert", "{model}", "{tmp}/x"], "model_type is 'moonshine'"),
-        (["tune", "{model}", "--simulate", "8GiB", "-o", "{tmp}/b.json"], "--simulate: "),
+        (["tune", "{model}", "--compile", "-o", "{tmp}/b.json"], "--compile: "),
     ],
 )
 def test_what_other_commands_have_nothing_for_takes_one_line(moonshine, corpus, tmp_path, capsys, arguments, says):

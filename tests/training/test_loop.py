@@ -160,7 +160,7 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     from canter.training.feed.data import Address, collate
     from canter.training.loop import Trainer
     from canter.training.recipe import prepare_run
-    from canter.training.step.gradient import Counts
+    from canter.training.step.gradient import Objective, TargetCounts
 
     prepared = prepare_run(config)
     trainer = Trainer(prepared)
@@ -171,9 +171,9 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     gradients = []
     for parts in ([examples], [examples[:2], examples[2:]]):
         batches = [collate(part, pad) for part in parts]
-        counts = Counts.of(batches)
+        objective = Objective(prepared.config.loss, TargetCounts.of(batches))
         for batch in batches:
-            trainer.gradient.backward(batch, counts, alone=False, epoch=0)
+            trainer.gradient.backward(batch, objective, epoch=0)
         gradients.append({n: p.grad.clone() for n, p in prepared.subject.model.named_parameters()})
         prepared.subject.model.zero_grad()
     for name, one in gradients[0].items():

@@ -68,9 +68,8 @@ def run(options: Options) -> None:
     from canter.inference.engine.int8 import quantize
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.device import choose_device
     from canter.models.formats.checkpoint import load_model
-    from canter.runtime import lasting_heap
+    from canter.runtime import choose_device, keep_freed_memory
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     default = {"bf16": "bfloat16"}.get(options.precision, options.precision)
@@ -79,7 +78,7 @@ def run(options: Options) -> None:
         torch.set_num_threads(options.threads)
     device = str(choose_device(options.device))
     if device == "cpu":  # for all systems: they share the process
-        lasting_heap()
+        keep_freed_memory()
     checkpoint = checkpoint_of(options.model)
     model = load_model(checkpoint, device=device, dtype=dtype)
     clips, left_out = load_clips(options, model)

@@ -235,7 +235,7 @@ def compare_speed(prepared, seconds: float, longest: int, summary: dict[str, Any
     from canter.planning.plan import Plan
     from canter.planning.strategies import Balanced, Random
     from canter.training.feed.steps import Steps
-    from canter.training.step.gradient import Counts, Gradient
+    from canter.training.step.gradient import Gradient, TargetCounts
 
     budget, strategies = with_room_for(longest, prepared), {"random": Random(), "balanced": Balanced()}
     gradient = Gradient(prepared.config, prepared.subject.model.train(), prepared.subject.precision)
@@ -250,7 +250,7 @@ def compare_speed(prepared, seconds: float, longest: int, summary: dict[str, Any
             if loaded.batch is None:
                 continue
             began = time.perf_counter()
-            gradient.compute([loaded], Counts.of([loaded.batch]), turn, alone=False)
+            gradient.compute([loaded], TargetCounts.of([loaded.batch]), turn, ctc_only=False)
             if turn:  # the first waits for memory
                 taken[name] += time.perf_counter() - began
                 audio[name] += float(loaded.batch.audio_lengths.sum()) / prepared.data.micro_batches.sample_rate

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     if folder is not None:
         _refuse_missing(folder, config)
     if printing:
-        from canter.models.device import choose_device
+        from canter.runtime import choose_device
 
         sys.stdout.write(print_config(config, choose_device(config.device).type))
         return None

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
+from typing import cast
 
 import torch
 
@@ -19,9 +20,11 @@ from canter.errors import CanterError, CheckpointError
 from canter.events import QUIET, Events
 from canter.fields import to_mapping
 from canter.models.batch import Batch
+from canter.models.model import SpeechModel
 from canter.models.protocol import module_of
 from canter.planning.elastic import share_out
-from canter.runtime import is_out_of_memory, retry_once
+from canter.planning.plan import Plan
+from canter.runtime import is_out_of_memory
 from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.corpus import TrainingData
@@ -39,9 +42,9 @@ from canter.training.run.reports import (
     open_trackers,
 )
 from canter.training.schedule import Pace, TrainingSchedule
-from canter.training.step.gradient import Computed, Counts, Gradient, weighted
-from canter.training.step.optimizers import Optimizers, Schedule
-from canter.training.step.weights import Average, compile_layers, freeze, to_training
+from canter.training.step.gradient import ComputedGradient, TargetCounts, TrainingStep, weighted_loss
+from canter.training.step.optimizers import Schedule
+from canter.training.step.weights import compile_layers, freeze, to_training
 from canter.training.subject import Subject
 
 SAME_SIGNAL = 1.0  # seconds within which signals are one: 'timeout', 'uv run' and batch systems pass them twice
@@ -63,7 +66,7 @@ class LoadedStep:
     """This rank's micro-batches of a step."""
 
     loaded: list[Loaded]
-    counts: Counts
+    counts: TargetCounts
     """Targets of the step over all ranks."""
     wait: float
     """Seconds that this rank waited for data."""
@@ -107,12 +110,14 @@ class Trainer:
 
             self.shards = Shards(self.model, self.device, ranks)
         if config.compile:
-            compile_layers(self.model)  # pyright: ignore[reportArgumentType]
+            compile_layers(cast(SpeechModel, self.model))
         record = self.run.recorded()
         self.schedule = Schedule(record.get("scheduled", self.steps), record.get("schedule", ()))
-        self.optimizers = Optimizers(self.module, config.optimizer, self.steps, self.schedule)
-        self.average = Average(self.module, config.optimizer.ema) if config.optimizer.ema else None
-        self.gradient = Gradient(config, self.model, subject.precision, ranks)  # pyright: ignore[reportArgumentType]
+        self.training_step = TrainingStep(
+            config, self.model, subject.precision, self.steps, self.schedule, ranks, self.shards
+        )
+        self.gradient, self.optimizers = self.training_step.gradient, self.training_step.optimizers
+        self.average = self.training_step.average
         self.upcoming = Steps(schedule.plan, ranks, schedule.budget)
         self.checkpoints = Checkpoints(self.run.folder / "checkpoints", config.keep_checkpoints, self.log.files)
         self.progress = Progress(plan=schedule.plan.fingerprint)
@@ -207,6 +212,13 @@ class Trainer:
 
     # -- data --
 
+    def next_window(self) -> tuple[Plan, int]:
+        """Return the plan of the next step, and the step's window."""
+        plan = self.upcoming.plan_of(self.progress.epoch)
+        place = self.upcoming.position(self.progress.position, plan)
+        window = place.window if place is not None else 0
+        return plan, 0 if window == plan.windows.count else window  # the epoch may be complete
+
     def _open(self) -> Generator[Loaded]:
         """Load micro-batches ahead, from the next step on."""
         self.drawn = False
@@ -253,12 +265,12 @@ class Trainer:
                 raise  # there is nothing to save
             error = str(caught)
         wait = time.perf_counter() - began
-        mine = Counts.of([one.batch for one in loaded if one.batch is not None])
+        mine = TargetCounts.of([one.batch for one in loaded if one.batch is not None])
         table = self.ranks.all_gather([mine.tokens, mine.characters, stopped or bool(error), bool(error)])
         tokens, characters, ends, errors = table.sum(0).astype(int).tolist()
         if errors:
             error = next(one for one in self.ranks.all_gather_objects(error) if one)
-        return LoadedStep(loaded, Counts(tokens, characters), wait, began, bool(ends), error)
+        return LoadedStep(loaded, TargetCounts(tokens, characters), wait, began, bool(ends), error)
 
     # -- one step --
 
@@ -275,9 +287,11 @@ class Trainer:
         counts = ready.counts.less(reports.lost_tokens.sum(), reports.lost_characters.sum())
         ctc = float(reports.ctc.sum()) / max(1, counts.characters)
         attention = None if ctc_only else float(reports.attention.sum()) / max(1, counts.tokens)
-        loss = weighted(self.config.loss, ctc, attention)
+        loss = weighted_loss(self.config.loss, ctc, attention)
         self.gradient.correct(ready.counts, counts, ctc_only)
-        rate, norm, finite = self._update(step, ctc_only, math.isfinite(loss), computed, planned)
+        update = self.training_step.update(
+            step, computed.numbers, len(planned.rows), ctc_only=ctc_only, finite=math.isfinite(loss)
+        )
         predicted = [float(planned.seconds[s].sum()) for s in share_out(planned.seconds, self.ranks.size)]
         report = StepReport(
             step=step + 1,
@@ -286,8 +300,8 @@ class Trainer:
             loss=loss,
             loss_ctc=ctc,
             loss_attention=attention,
-            learning_rate=rate,
-            gradient_norm=norm,
+            learning_rate=update.learning_rate,
+            gradient_norm=update.gradient_norm,
             seconds=time.perf_counter() - ready.began,
             data_wait_seconds=float(reports.wait.mean()),
             audio_seconds=float(reports.samples.sum()) / self.data.sample_rate,
@@ -303,20 +317,20 @@ class Trainer:
             wer=self.progress.wer,
         )
         self.pace.took(max(predicted), report.seconds)
-        self._account(report, planned, finite)
+        self._account(report, planned, update.finite)
         self._skip(step + 1, problems, reports)
         if reports.splits.any():
             self._tighten(step, planned, computed)
         self.events.step(report)
         return planned, bool(reports.stopping.any())
 
-    def _report_rank(self, ready: LoadedStep, computed: Computed, skipped: int) -> RankReport:
+    def _report_rank(self, ready: LoadedStep, computed: ComputedGradient, skipped: int) -> RankReport:
         """Return this rank's numbers of the step."""
-        batches, lost = ready.batches, Counts(0, 0)
+        batches, lost = ready.batches, TargetCounts(0, 0)
         if computed.unfit:
-            loaded = Counts.of(batches)
+            loaded = TargetCounts.of(batches)
             batches = [some for one in batches if (some := one.without(computed.unfit)) is not None]
-            used = Counts.of(batches)
+            used = TargetCounts.of(batches)
             lost = loaded.less(used.tokens, used.characters)
         seconds = [batch.audio.shape[1] / self.data.sample_rate for batch in batches]
         memory_peak = 0.0
@@ -332,36 +346,12 @@ class Trainer:
             wait=ready.wait,
             frames=max(map(self.model.encoder_frames, seconds), default=0),
             skipped=skipped,
-            splits=len(computed.cuts) + len(computed.unfit),
+            splits=len(computed.splits) + len(computed.unfit),
             lost_tokens=lost.tokens,
             lost_characters=lost.characters,
             memory_peak=memory_peak,
             stopping=self.stopping.is_set(),
         )
-
-    def _update(
-        self, step: int, ctc_only: bool, finite: bool, computed: Computed, planned: PlannedStep
-    ) -> tuple[float, float, bool]:
-        """Update the weights with the gradients of all ranks.
-
-        Returns (learning rate, gradient norm, whether loss and gradient are finite). A non-finite step changes neither
-        weights nor statistics.
-        """
-        if self.shards:
-            self.shards.sum_gradients(lambda batch: self.gradient.objective(batch, ctc_only))
-        elif finite:
-            retry_once(lambda: self.ranks.sum_gradients(self.optimizers.parameters))
-        if not finite:
-            self.gradient.discard()
-            return self.optimizers.peak * self.optimizers.factor(step), math.nan, False
-        rate, norm = retry_once(lambda: self.optimizers.step(step))
-        if not math.isfinite(norm):
-            self.gradient.discard()
-            return rate, norm, False
-        self.gradient.merge_statistics(computed.numbers, len(planned.rows))
-        if self.average:
-            self.average.update(self.module, step)
-        return rate, norm, True
 
     def _account(self, report: StepReport, planned: PlannedStep, finite: bool) -> None:
         """Add the step to progress and logs. Raise CanterError after too many non-finite steps."""
@@ -391,7 +381,7 @@ class Trainer:
 
     # -- unusable utterances, and micro-batches that do not fit in memory --
 
-    def _unfit(self, ready: LoadedStep, computed: Computed) -> list[Problem]:
+    def _unfit(self, ready: LoadedStep, computed: ComputedGradient) -> list[Problem]:
         """Return a problem for each utterance that does not fit in memory as a batch of one."""
         seconds = {
             row: samples / self.data.sample_rate
@@ -417,9 +407,9 @@ class Trainer:
             self.log.add_skipped(step, [problem for some in everyone for problem in some])
             check_skipped(self.log, self.progress, self.config.max_skipped, self.ranks)
 
-    def _tighten(self, step: int, planned: PlannedStep, computed: Computed) -> None:
+    def _tighten(self, step: int, planned: PlannedStep, computed: ComputedGradient) -> None:
         """Log micro-batches that did not fit, and lower the budget from the next window on."""
-        splits = [split for some in self.ranks.all_gather_objects(computed.cuts) for split in some]
+        splits = [split for some in self.ranks.all_gather_objects(computed.splits) for split in some]
         for split in sorted(splits, key=lambda split: split.number):
             size = len(planned.rows[split.number])
             limit = self.upcoming.tighten(planned, split.number)

@@ -7,21 +7,19 @@ from dataclasses import dataclass
 
 from canter.errors import ConfigError
 from canter.events import QUIET, Events
-from canter.models.device import choose_device
 from canter.planning.budget import Budget
-from canter.runtime import lasting_heap, steady_heap
+from canter.runtime import choose_device, keep_freed_memory, map_large_blocks, raise_file_limit
 from canter.text import load_tokenizer
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided, describe_defaults
 from canter.training.distributed.ranks import SINGLE_RANK, Ranks, process_group
 from canter.training.feed.corpus import find_index, find_tokenizer, load_data, validation_rows
-from canter.training.feed.data import raise_file_limit
 from canter.training.loop import PreparedRun, Trainer
+from canter.training.measure import check_memory
 from canter.training.run.checkpoints import Checkpoints
 from canter.training.run.folder import BEGUN_WITH, RunFolder, claimed, is_first_version, with_first_batch_seconds
 from canter.training.run.reports import Progress, StepReport, check_trackers, list_left_out, list_problems
 from canter.training.schedule import choose_schedule, find_budget, strategy_of
-from canter.training.step.rehearsal import rehearse
 from canter.training.subject import build_model, check_freeze, choose_subject, load_initial, set_decoding_limits
 
 
@@ -66,7 +64,7 @@ def run_training(config: TrainConfig, events: Events[StepReport] = QUIET) -> Fin
             minutes = schedule.steps * schedule.step_seconds / 60
             events.message(f"{schedule.steps} steps, about {minutes:.1f} minutes by the budget")
         if config.check_memory and trainer.progress.step < schedule.steps:
-            rehearse(trainer, schedule.budget, events.message)
+            check_memory(trainer.training_step, *trainer.next_window(), schedule.budget, events)
         return FinishedRun(prepared, trainer.train(), ranks.first)
 
 
@@ -102,12 +100,12 @@ def prepare_run(config: TrainConfig, events: Events[StepReport] = QUIET, ranks: 
 
     # budget -> plan
     if choose_device(config.device).type == "cpu":
-        lasting_heap()
+        keep_freed_memory()
     subject = choose_subject(config, model, record, events)
     micro_batches = record.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     budget = find_budget(config, run.folder, subject, index, micro_batches, events)
     if subject.device.type == "cpu" and "mmap_threshold" in budget.measured_on:
-        steady_heap(int(budget.measured_on["mmap_threshold"]))  # memory must behave as it was measured
+        map_large_blocks(int(budget.measured_on["mmap_threshold"]))  # memory must behave as it was measured
     set_decoding_limits(model, subject.usable(index), budget, scratch=initial is None)
     schedule = choose_schedule(config, run, subject, index, budget, micro_batches, ranks.size, events)
     decisions = {"precision": subject.precision, "threads": subject.threads, **schedule.decisions}

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Never
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from canter.training.config import TrainConfig
 from canter.training.defaults import EPOCH_STEPS, RUN_STEPS, min_epoch_steps
 from canter.training.feed.speed import AtSpeed
 from canter.training.run.folder import Record, RunFolder, is_first_version
-from canter.training.run.reports import StepReport, writing
+from canter.training.run.reports import writing
 from canter.training.subject import Subject
 
 MADE_BY = "made_by"  # key in measured_on: a run measured the budget for itself
@@ -47,7 +48,7 @@ def find_budget(
     subject: Subject,
     index: LengthIndex,
     micro_batches: int,
-    events: Events[StepReport] = QUIET,
+    events: Events[Never] = QUIET,
 ) -> Budget:
     """Return the budget in ``folder``, which --budget or a measurement makes if it is not there yet.
 
@@ -58,7 +59,7 @@ def find_budget(
     path = folder / "budget.json"
     if path.exists():
         return Budget.load(path)
-    here = measured_on(config, subject.model, subject.precision)  # pyright: ignore[reportArgumentType]
+    here = measured_on(config, subject.model, subject.precision)
     if config.budget is not None:
         budget = Budget.load(config.budget)
         try:
@@ -77,43 +78,16 @@ def find_budget(
 
 
 def _measure(
-    config: TrainConfig,
-    folder: Path,
-    subject: Subject,
-    index: LengthIndex,
-    micro_batches: int,
-    events: Events[StepReport],
+    config: TrainConfig, folder: Path, subject: Subject, index: LengthIndex, micro_batches: int, events: Events[Never]
 ) -> Budget:
-    from canter.training.measure import measured_on, memory_limit, planned_frame_seconds, training_step
-    from canter.tuning.fit import measure_budget
-    from canter.tuning.probe import Prober
+    from canter.training.measure import make_prober, planned_frame_seconds
+    from canter.tuning.fit import fit_budget
 
-    model, frame_seconds = subject.model, planned_frame_seconds(subject.model)  # pyright: ignore[reportArgumentType]
-    usable = subject.usable(index)
-    max_frames, probe_seconds = probe_bounds(config, usable, frame_seconds, micro_batches, subject.device.type == "cpu")
-    progress = iter(events.progress(range(PROBES), "measuring"))
-
-    def advance(_: object) -> None:
-        next(progress, None)
-
-    prober = Prober(
-        training_step(config, model, subject.precision, prompt=1),  # pyright: ignore[reportArgumentType]
-        memory_limit(subject.device, events.message),
-        measured_on(config, model, subject.precision),  # pyright: ignore[reportArgumentType]
-        journal=folder / "budget.probes.jsonl",
-        told=advance,
-    )
-    budget = measure_budget(
-        prober,
-        usable,
-        frame_seconds,
-        most_probes=PROBES,
-        most_frames=max_frames,
-        probe_seconds=probe_seconds,
-        say=events.message,
-    )
-    for _ in progress:  # fewer probes may have been enough
-        pass
+    usable, on_cpu = subject.usable(index), subject.device.type == "cpu"
+    bounds = probe_bounds(config, usable, planned_frame_seconds(subject.model), micro_batches, on_cpu)
+    journal = folder / "budget.probes.jsonl"
+    prober = make_prober(config, subject.model, subject.precision, journal=journal, events=events)
+    budget = fit_budget(prober, usable, most_probes=PROBES, most_frames=bounds[0], probe_seconds=bounds[1])
     return dataclasses.replace(budget, measured_on=dict(budget.measured_on) | {MADE_BY: "canter train"})
 
 
@@ -313,7 +287,7 @@ def choose_schedule(
     budget: Budget,
     micro_batches: int,
     ranks: int,
-    events: Events[StepReport] = QUIET,
+    events: Events[Never] = QUIET,
 ) -> TrainingSchedule:
     """Return the steps of a run: the decisions in its run.json, and otherwise what ``config`` and ``budget`` make.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Never, cast
 
 import numpy as np
 import torch
@@ -17,19 +17,18 @@ from canter.corpus.index import LengthIndex
 from canter.errors import ConfigError
 from canter.events import QUIET, Events
 from canter.models.decoder import DecoderConfig
-from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.protocol import AnyModel, Capability, check_support, module_of
 from canter.planning.budget import Budget
 from canter.planning.lengths import ModelLimits
+from canter.runtime import choose_device
 from canter.text.characters import Characters
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
 from canter.training.measure import choose_speed
 from canter.training.run.folder import Record
-from canter.training.run.reports import StepReport
 from canter.training.step.weights import frozen_names
 
 RATE_MARGIN = 1.25  # highest token rate in transcription, as a multiple of the highest in training
@@ -59,7 +58,7 @@ class Subject:
 
 
 def choose_subject(
-    config: TrainConfig, model: AnyModel, record: Record | None = None, events: Events[StepReport] = QUIET
+    config: TrainConfig, model: AnyModel, record: Record | None = None, events: Events[Never] = QUIET
 ) -> Subject:
     """Return ``model`` on its device, with the fastest precision and number of threads that ``config`` leaves open.
 
@@ -69,7 +68,7 @@ def choose_subject(
     model.to(device)
     precision, threads = (record or {}).get("precision"), (record or {}).get("threads")
     if precision is None or threads is None:
-        precision, threads = choose_speed(config, model, events.message)  # pyright: ignore[reportArgumentType]
+        precision, threads = choose_speed(config, model, events)
     torch.set_num_threads(config.threads or threads)
     return Subject(model, device, precision, threads)
 
@@ -116,7 +115,7 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characte
 
 
 def load_initial(
-    config: TrainConfig, events: Events[StepReport] = QUIET, checkpoints: Sequence[Path] = ()
+    config: TrainConfig, events: Events[Never] = QUIET, checkpoints: Sequence[Path] = ()
 ) -> AnyModel | None:
     """Return the model of --init, if any; of a run with ``checkpoints``, that of the newest one.
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Never
 
 import torch
 
@@ -22,7 +23,6 @@ from canter.text.languages import same
 from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import MicroBatches, prompt_and_text
 from canter.training.run.checkpoints import Scores
-from canter.training.run.reports import StepReport
 
 EXAMPLES = 5
 
@@ -50,7 +50,7 @@ class Validator:
         data: MicroBatches,
         precision: str,
         ranks: Ranks = SINGLE_RANK,
-        events: Events[StepReport] = QUIET,
+        events: Events[Never] = QUIET,
     ):
         """Read the audio of ``utterances``; ``data`` gives tokenizer, sample rate and the model's limits."""
         self.tokenizer, self.precision, self.ranks = data.tokenizer, precision, ranks

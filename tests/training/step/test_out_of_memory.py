@@ -69,7 +69,7 @@ def three_steps(model, attempt):
 
 @pytest.mark.parametrize("name", ["zeros_like", "_foreach_lerp", "stack", "_foreach_norm", "_foreach_mul_", "baddbmm"])
 def test_an_update_that_runs_out_of_memory_anywhere_is_finished_to_the_same_bits(monkeypatch, name):
-    monkeypatch.setattr("canter.runtime.give_back", lambda: None)  # takes longer than all else
+    monkeypatch.setattr("canter.runtime.release_memory", lambda: None)  # takes longer than all else
     model = TwoLayers()
     straight, one = three_steps(copy.deepcopy(model), lambda step: step())
     counting = Failing(getattr(torch, name))
@@ -129,10 +129,10 @@ def inject(model, where):
     armed = []
     compute = Gradient._micro_batch
 
-    def micro_batch(self, one, counts, step, alone, cut, unfit):
-        phase = where.get((step, one.address.number)) if cut is None else None
+    def micro_batch(self, one, objective, step, split, unfit):
+        phase = where.get((step, one.address.number)) if split is None else None
         armed[:] = [phase] if phase else []
-        return compute(self, one, counts, step, alone, cut, unfit)
+        return compute(self, one, objective, step, split, unfit)
 
     def forward(*_):
         if armed == ["forward"]:

@@ -14,7 +14,7 @@ from canter.runtime import is_out_of_memory
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.feed.data import Address
 from canter.training.recipe import prepare_run, run_training
-from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.gradient import Gradient, TargetCounts
 from canter.training.step.optimizers import Optimizers
 
 from ..conftest import Messages, memory_cap
@@ -97,10 +97,10 @@ def test_the_gradient_is_a_mean_over_what_is_left(quiet):
 
         model.loss_of = loss_of
         one = prepared.data.micro_batches[Address(0, 0, True, rows, 0)]
-        gradient, counts = Gradient(prepared.config, model, "float32"), Counts.of([one.batch])
-        computed = gradient.compute([one], counts, 0, alone=False)
+        gradient, counts = Gradient(prepared.config, model, "float32"), TargetCounts.of([one.batch])
+        computed = gradient.compute([one], counts, 0, ctc_only=False)
         assert computed.unfit == ([] if too_large is None else [too_large])
-        gradient.correct(counts, Counts.of([one.batch.without(computed.unfit)]), alone=False)
+        gradient.correct(counts, TargetCounts.of([one.batch.without(computed.unfit)]), ctc_only=False)
         found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         gradient.discard()
         return torch.cat([part.flatten() for part in found])

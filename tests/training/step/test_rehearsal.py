@@ -8,8 +8,8 @@ import torch
 from canter.corpus.index import LengthIndex
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import Plan
+from canter.training.measure import largest_shape
 from canter.training.recipe import run_training
-from canter.training.step.rehearsal import largest, missing_state
 
 from ..conftest import Messages, memory_cap
 from ..test_loop import losses, weights
@@ -20,7 +20,8 @@ def test_the_largest_by_the_memory_budget_is_found():
     index = LengthIndex(rng.uniform(1, 20, 500).astype(np.float32), rng.integers(5, 60, 500))
     budget = Budget(limit_bytes=1e9, memory=Polynomial(T=1e5, TT=2e3, TU=100.0), fixed_bytes=1e6)
     plan = Plan(index, budget, window=500)
-    shape = largest(plan, 0, budget)
+    shape = largest_shape(plan, 0, budget)
+    assert shape is not None
     sizes = []
     for step in plan:
         for rows in step:
@@ -62,7 +63,7 @@ def test_state_still_to_be_made_is_counted(config):
 
     model = finished.prepared.subject.model
     optimizers = Optimizers(model, finished.prepared.config.optimizer, 1)
-    wanted = missing_state(optimizers)
+    wanted = optimizers.missing_bytes()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizers.step(0)
@@ -71,4 +72,4 @@ def test_state_still_to_be_made_is_counted(config):
         if isinstance(value, torch.Tensor) and value.ndim
     ]  # fmt: skip
     assert wanted == sum(made)
-    assert missing_state(optimizers) == 0
+    assert optimizers.missing_bytes() == 0

@@ -20,8 +20,8 @@ from canter.training.feed.speed import AtSpeed, speeds_of
 from canter.training.feed.steps import Steps
 from canter.training.recipe import run_training
 from canter.training.run.reports import kind_of
-from canter.training.step.optimizers import Optimizers, Schedule
-from canter.training.step.weights import Average, compile_layers, freeze, to_training
+from canter.training.step.optimizers import Average, Optimizers, Schedule
+from canter.training.step.weights import compile_layers, freeze, to_training
 
 
 def factors(steps=100, **settings):

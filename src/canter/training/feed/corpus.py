@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Never
 
 from canter.corpus.build import build_index
 from canter.corpus.columns import Columns
@@ -20,7 +21,6 @@ from canter.text import Characters, load_tokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
 from canter.training.feed.data import MicroBatches, prompt_and_text
-from canter.training.run.reports import StepReport
 from canter.training.subject import has_ctc_head
 
 Numbered = tuple[str, int, Utterance | Problem]
@@ -117,7 +117,7 @@ def usable_rows(
 
 
 def find_tokenizer(
-    config: TrainConfig, folder: Path, initial: AnyModel | None = None, events: Events[StepReport] = QUIET
+    config: TrainConfig, folder: Path, initial: AnyModel | None = None, events: Events[Never] = QUIET
 ) -> tuple[Tokenizer, Characters]:
     """Return tokenizer and alphabet: those of --init or --tokenizer, or trained on the transcripts.
 
@@ -139,7 +139,7 @@ def find_tokenizer(
     return load_tokenizer(kept), Characters.load(kept)
 
 
-def _make_tokenizer(config: TrainConfig, folder: Path, events: Events[StepReport]) -> Characters:
+def _make_tokenizer(config: TrainConfig, folder: Path, events: Events[Never]) -> Characters:
     """Write the tokenizer of --tokenizer, or one trained on the transcripts; return their alphabet."""
     texts: list[str] = []
     languages: set[str] = set()
@@ -159,7 +159,7 @@ def _make_tokenizer(config: TrainConfig, folder: Path, events: Events[StepReport
 
 
 def find_index(
-    config: TrainConfig, folder: Path, tokenizer: Tokenizer, events: Events[StepReport] = QUIET, verify: bool = True
+    config: TrainConfig, folder: Path, tokenizer: Tokenizer, events: Events[Never] = QUIET, verify: bool = True
 ) -> LengthIndex:
     """Return the length index of the training data in ``folder``, which is built if it is not there yet.
 

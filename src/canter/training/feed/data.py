@@ -338,13 +338,6 @@ def children_of(start: Callable[[], T]) -> tuple[T, list[BaseProcess]]:
     return value, [child for child in multiprocessing.active_children() if child not in before]
 
 
-def raise_file_limit() -> None:
-    """Raise this process's soft limit on open files to the hard one, for itself and what it starts."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def prefetch_within_limit(workers: int, held: int, warn: Callable[[str], None] = lambda _: None) -> int:
     """Return the number of micro-batches that each worker may load ahead within the limit on open files.
 

@@ -29,8 +29,7 @@ from canter.models.formats.torchfile import load_saved
 from canter.models.protocol import AnyModel, module_of
 from canter.text.characters import Characters
 from canter.training.distributed.ranks import Ranks
-from canter.training.step.optimizers import Optimizers
-from canter.training.step.weights import Average, copy_into
+from canter.training.step.optimizers import Average, Optimizers, copy_into
 
 STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors"
 CHECKSUMS = "checksums.json"

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import yaml
 
@@ -50,7 +50,7 @@ from canter.training.run.checkpoints import (
     checksum,
     text_checksum,
 )
-from canter.training.run.reports import RunLog, StepReport, writing
+from canter.training.run.reports import RunLog, writing
 
 BEGUN_WITH = "batch_seconds of 0.1"  # key in run.json: Canter 0.1 began the run
 CHECKSUM = "checksum"  # key in run.json, over all its other content
@@ -310,7 +310,7 @@ def is_first_version(record: Record) -> bool:
     return BEGUN_WITH in record or (bool(record) and "batches" not in record)
 
 
-def with_first_batch_seconds(config: TrainConfig, events: Events[StepReport] = QUIET) -> TrainConfig:
+def with_first_batch_seconds(config: TrainConfig, events: Events[Never] = QUIET) -> TrainConfig:
     """Return ``config`` with the --batch-seconds of a run that Canter 0.1 began, if it is 'auto'.
 
     The default of 0.1 was another, and the steps of the run must stay the same.
