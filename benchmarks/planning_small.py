@@ -3,8 +3,8 @@
     python benchmarks/planning_small.py BUDGET.json SET.parquet ... [--samples 1] [--out FILE.md]
 
 A set has the columns `duration` (seconds) and `tokens` (of the text). Each is planned completely and, where it is
-longer, in random samples of three hours. `bucket_2d` 30x2 (ranks in step) makes as many steps as its buckets need, or at
-least 50; `balanced` is then asked for the same number. Figures are exact and repeatable.
+longer, in random samples of three hours. `bucket_2d` 30x2 (ranks in step) makes as many steps as its buckets need, or
+at least 50; `balanced` is then asked for the same number. Figures are exact and repeatable.
 """
 
 import argparse
