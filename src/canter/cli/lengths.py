@@ -245,7 +245,7 @@ def check_ranks(ranks: int, micro_batches: int, what: str = "micro-batches") -> 
 
 
 def none_fits(index: LengthIndex, budget: Budget) -> PlanError:
-    room = (budget.limit_bytes - budget.fixed_bytes) / 1e9
+    room = budget.room_bytes / 1e9
     return PlanError(
         f"none of the {len(index):,} utterances can be used with this budget ({room:.3g} GB above the fixed part): "
         "raise its limit, or split the utterances"

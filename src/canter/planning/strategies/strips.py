@@ -104,7 +104,7 @@ class StripTable:
         units = -(-(front + n) // unit)
         padded = np.concatenate([np.full(front, -1), tokens, np.full(units * unit - front - n, -1)])
         edges = np.clip(np.arange(units + 1) * unit - front, 0, n)
-        room = budget.limit_bytes - budget.fixed_bytes
+        room = budget.room_bytes
         typical = float(budget.time(frames, tokens).sum()) / count
         reaches = min(units, max(1, round(WIDEST * mean / unit)))
         sizes = unit * np.arange(1, reaches + 1)
