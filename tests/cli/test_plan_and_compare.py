@@ -201,8 +201,6 @@ def refused(arguments, capsys):
         (["--batching-window", "0"], "window is 0"),
         (["--mixing", "nan"], "mixing is nan"),
         (["--min-steps", "0"], "min_steps is 0"),
-        (["--max-tokens-per-second", "fast"], "max_tokens_per_second has 'fast'; give one limit such as 25"),
-        (["--max-tokens-per-second", "10:0"], "max_tokens_per_second is 10:0; durations and limits must be"),
         (["--prompt-tokens", "-1"], "--prompt-tokens is -1"),
         (["--memory", "nan"], "--memory is 'nan'; give a size such as 80GiB"),
         (["--memory", "10GiB"], "10.7374 GB leave no room for a batch"),
@@ -212,6 +210,21 @@ def refused(arguments, capsys):
 )
 def test_settings_that_cannot_be(table, command, arguments, message, capsys):
     assert message in refused([command, table, *arguments], capsys)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("fast", "max_tokens_per_second has 'fast'; give one limit such as 25"),
+        ("10:0", "max_tokens_per_second is 10:0; durations and limits must be positive"),
+    ],
+)
+def test_limits_in_tokens_per_second_that_cannot_be(table, command, limit, message, capsys):
+    """They are read as those of `canter train`: an invalid one is an error of usage."""
+    with pytest.raises(SystemExit):
+        main([command, str(table), "--max-tokens-per-second", limit])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("command", ["plan", "compare", "inspect"])

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -76,8 +78,6 @@ def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
         return [set(plan.cut(w).rows.tolist()) for w in range(plan.windows.count)]
 
     same = members()
-    from dataclasses import replace
-
     assert members(budget=replace(budget, limit_bytes=5e9)) == same
     assert members(micro_batches_per_step=7) == same
     assert members(strategy="bucket_2d") == same
@@ -156,8 +156,6 @@ def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
 
 
 def test_a_budget_that_changes_in_mid_run_leaves_earlier_windows_alone(index, budget):
-    from dataclasses import replace
-
     smaller = replace(budget, limit_bytes=4e9)
     before, after = Plan(index, budget, window=500), Plan(index, [(0, budget), (3, smaller)], window=500)
     alone = Plan(index, smaller, window=500)
@@ -260,8 +258,6 @@ def test_limits_in_tokens_per_second_by_duration(budget):
 
 
 def test_limits_say_why_batches_are_no_larger(budget):
-    from dataclasses import replace
-
     def limits(count, strategy="balanced", memory=None, own=budget, **options):
         return Plan(lengths(count), own, strategy, micro_batches_per_step=4, **options).limits(memory)
 
@@ -352,3 +348,44 @@ def test_mixing_pool_counts_pairs():
     # pairs of the first epoch: 3 + 1, of which (0, 1) and (3, 4) meet again; mean batch 5 / 2
     assert mixing_pool(first, second) == pytest.approx(2.5 / (2 / 4))
     assert mixing_pool(np.array([0, 0]), np.array([0, 1])) == float("inf")
+
+
+KEPT = {  # (strategy, version): fingerprint and hash of the steps, as Canter 0.1 made them
+    ("random", 2): ("76f711397ed7d55e", "7eade04035b2"),
+    ("random", 4): ("2348ad348958c96e", "7eade04035b2"),
+    ("duration", 2): ("65dc330df9f74c07", "c6dc0ac92f55"),
+    ("duration", 4): ("4b11485d13c3c544", "c6dc0ac92f55"),
+    ("bucket_1d", 2): ("49a2cdcb2a214600", "b9cda34d64c0"),
+    ("bucket_1d", 4): ("1490b31d86897432", "b9cda34d64c0"),
+    ("bucket_2d", 2): ("c42232c1a96a00c4", "fedc62691650"),
+    ("bucket_2d", 4): ("62b8abb3e9e8580f", "fedc62691650"),
+    ("balanced", 2): ("38ff5f198f398a86", "be77ca8c8399"),
+    ("balanced", 4): ("efea0e3600f1aa9f", "1408b6c40513"),
+}
+
+
+@pytest.mark.parametrize(("name", "version"), KEPT)
+def test_plans_of_earlier_versions_keep_fingerprint_and_steps(name, version):
+    """Runs that were begun with them resume; whoever changes steps must raise VERSION."""
+    number = np.arange(900)
+    index = LengthIndex((1 + (number * 7 % 50) / 5).astype(np.float32), 5 + number * 11 % 60)
+    budget = Budget(2e9, Polynomial(T=2e6, U=1e6, TU=1e3))
+    settings = {"window": 400, "micro_batches_per_step": 3, "seed": 1, "min_steps": 1 if version == 2 else None}
+    plan = Plan(index, budget, name, version=version, **settings)
+    rows = np.concatenate([np.append(rows, -1) for step in plan for rows in step])
+    assert (plan.fingerprint, hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:12]) == KEPT[name, version]
+
+
+def test_mixing_0_of_canter_0_1_is_another_plan():
+    """Its local search is gone, so a position of such a run must be refused."""
+    index = LengthIndex((1 + (np.arange(900) * 7 % 50) / 5).astype(np.float32), np.full(900, 9))
+    plan = Plan(index, Budget.from_batch_seconds(60), Balanced(0.0))
+    assert plan.fingerprint != "9800e6f58a279792"
+
+
+def test_a_plan_is_a_value(index, budget):
+    plan = Plan(index, budget, window=700, seed=3)
+    assert_same(list(replace(plan, epoch=2)), list(Plan(index, budget, window=700, seed=3, epoch=2)))
+    assert replace(plan, strategy="random").fingerprint == Plan(index, budget, "random", window=700, seed=3).fingerprint
+    with pytest.raises(FrozenInstanceError):
+        plan.seed = 4  # type: ignore[misc]

@@ -34,7 +34,6 @@ def run(options: Options) -> int | None:
 
     from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped
     from canter.planning.compare import compare, ladder, markdown
-    from canter.planning.lengths import rate_limits
 
     if options.figure:
         require("matplotlib", "--figure")
@@ -50,7 +49,7 @@ def run(options: Options) -> int | None:
         micro_batches_per_step=options.micro_batches_per_step,
         seed=options.seed,
         min_steps=options.min_steps,
-        max_tokens_per_second=rate_limits(options.max_tokens_per_second),
+        max_tokens_per_second=options.max_tokens_per_second,
     )
     bar = track(found, "planning", total=len(strategies), console=Console(stderr=True), transient=True)
     rows = []

@@ -88,13 +88,13 @@ def print_summary(index: LengthIndex, summary: Summary, name: str) -> None:
 def print_sources(console: Console, summary: Summary) -> None:
     from rich.table import Table
 
-    headings = ("utterances", "hours", "share of draws", "mean seconds", "mean tokens", "tokens/s")
+    headings = ("utterances", "hours", "% of draws", "mean seconds", "mean tokens", "tokens/s")
     table = Table("source", *headings, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for one in summary.sources:
         means = (f"{value:.2f}" for value in (one.mean_seconds, one.mean_tokens, one.tokens_per_second))
-        table.add_row(one.name, f"{one.rows:,}", f"{one.hours:,.2f}", f"{100 * one.weight:.2f} %", *means)
+        table.add_row(one.name, f"{one.rows:,}", f"{one.hours:,.2f}", f"{100 * one.weight:.2f}", *means)
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from canter.errors import ManifestError, PlanError
+from canter.planning.lengths import RateLimits
 
 if TYPE_CHECKING:
     from canter.corpus.columns import Columns
@@ -84,7 +85,7 @@ class PlanOptions(LengthOptions):
     min_steps: int | None = None
     """Minimum number of optimiser steps an epoch; batches become smaller evenly to reach it. 1 makes the largest
     batches (default: 50, or fewer where a step would have less than 16 utterances)."""
-    max_tokens_per_second: tuple[str, ...] = ()
+    max_tokens_per_second: RateLimits = None
     """Leave out utterances with more tokens a second: one limit such as `25`, or limits up to a duration in seconds
     such as `10:30 20:25 40:20`."""
     seed: int = 0
@@ -244,7 +245,7 @@ def check_ranks(ranks: int, micro_batches: int, what: str = "micro-batches") -> 
 
 
 def none_fits(index: LengthIndex, budget: Budget) -> PlanError:
-    room = (budget.limit_bytes - budget.fixed_bytes) / 1e9
+    room = budget.room_bytes / 1e9
     return PlanError(
         f"none of the {len(index):,} utterances can be used with this budget ({room:.3g} GB above the fixed part): "
         "raise its limit, or split the utterances"

@@ -34,7 +34,6 @@ def run(options: Options) -> int | None:
     from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped, steps_folder
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
-    from canter.planning.lengths import rate_limits
     from canter.planning.strategies import Balanced, Bucket2D
 
     settings = {"mixing": options.mixing, "mix_steps": options.mix_steps}
@@ -67,7 +66,7 @@ def run(options: Options) -> int | None:
             options.ranks if options.micro_batches_per_step is None else options.micro_batches_per_step
         ),
         min_steps=options.min_steps,
-        max_tokens_per_second=rate_limits(options.max_tokens_per_second),
+        max_tokens_per_second=options.max_tokens_per_second,
         cache=steps_folder(index),
     )
     figures = plan.figures(options.ranks)

@@ -1,4 +1,4 @@
-"""Which utterances go together, at which step, on which rank. NumPy only; usable without torch."""
+"""Planning: batches of utterances, optimiser steps and their ranks. Needs NumPy and no torch."""
 
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.metrics import Limits

@@ -111,6 +111,11 @@ class Budget:
             measured_on={"model": f"{seconds:g} seconds a batch"},
         )
 
+    @property
+    def room_bytes(self) -> float:
+        """Memory for utterances: the limit without the fixed bytes."""
+        return self.limit_bytes - self.fixed_bytes
+
     @overload
     def frames(self, seconds: float) -> int: ...
     @overload
@@ -150,7 +155,7 @@ class Budget:
     def max_batch(self, frames: Array, tokens: Array) -> Array: ...
     def max_batch(self, frames, tokens):
         """Return the largest B that fits when padded to (T, U); zero where a single utterance does not fit."""
-        room = (self.limit_bytes - self.fixed_bytes) / np.maximum(self.memory(frames, tokens), 1e-30)
+        room = self.room_bytes / np.maximum(self.memory(frames, tokens), 1e-30)
         size = np.floor(np.minimum(room, 2**31)).astype(np.int64)
         # the quotient may have been rounded up to an integer, so the product is checked
         size = size - (self.bytes(size, frames, tokens) > self.limit_bytes)

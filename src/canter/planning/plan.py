@@ -160,8 +160,8 @@ class Plan:
             raise PlanError(f"micro_batches_per_step is {self.micro_batches_per_step}; it must be at least 1")
         if self.epoch < 0:
             raise PlanError(f"epoch is {self.epoch}; epochs count from 0")
-        if self.least < 1:
-            raise PlanError(f"min_steps is {self.least}; it must be at least 1")
+        if self.minimum_steps < 1:
+            raise PlanError(f"min_steps is {self.minimum_steps}; it must be at least 1")
         if min(self.grid) < 1:
             raise PlanError(f"grid is {self.grid}; both numbers must be at least 1")
         rate_limits(self.max_tokens_per_second)
@@ -192,7 +192,7 @@ class Plan:
         return Windows(self.index, self.seed, self.epoch, size, self.endless, self.block)
 
     @property
-    def least(self) -> int:
+    def minimum_steps(self) -> int:
         """Minimum number of steps of the epoch."""
         if self.min_steps is not None:
             return self.min_steps
@@ -240,8 +240,8 @@ class Plan:
             rate_limits(self.max_tokens_per_second), self.grid, self.windows.blocks, self.endless,
             None,  # the place of a setting of Canter 0.1
         ]  # fmt: skip
-        if self.least > 1:  # plans without it keep the fingerprint that they had
-            parts.append(self.least)
+        if self.minimum_steps > 1:  # plans without it keep the fingerprint that they had
+            parts.append(self.minimum_steps)
         if self.model is not None:
             parts.append([self.model.seconds, self.model.tokens])
         if options.get("mixing") == 0:  # Canter 0.1 searched for less padding there, and made other steps
@@ -279,8 +279,8 @@ class Plan:
         """Return the minimum number of steps of a window: its fraction of `min_steps`."""
         count = self.windows.count
         if count is None:
-            return math.ceil(self.least * self.windows.size / len(self.index))
-        before, after = (-(-self.least * w // count) for w in (window, window + 1))
+            return math.ceil(self.minimum_steps * self.windows.size / len(self.index))
+        before, after = (-(-self.minimum_steps * w // count) for w in (window, window + 1))
         return max(1, after - before)
 
     @cached_property
@@ -442,7 +442,7 @@ class Plan:
         budget = memory or own
         count, steps = len(table.size), len(table.steps) - 1
         if not count:
-            return Limits("memory", 0.0, 0.0, 0, self.least, self.micro_batches_per_step, 0.0)
+            return Limits("memory", 0.0, 0.0, 0, self.minimum_steps, self.micro_batches_per_step, 0.0)
         if self.windows.count is None:
             steps = round(steps * len(self.index) / (windows * self.windows.size))
         else:
@@ -455,7 +455,7 @@ class Plan:
         if near and len(self._form(0, least_steps=1).batches) < len(cut.batches):
             short = len(cut) < self.least_steps(0)
             by: Cause = "utterances" if short else "min_steps"
-        elif len(cut.batches) <= self.micro_batches_per_step + 1 and room < FULL * (own.limit_bytes - own.fixed_bytes):
+        elif len(cut.batches) <= self.micro_batches_per_step + 1 and room < FULL * own.room_bytes:
             by = "utterances"
         elif memory is not None and float(used.mean()) < FULL * budget.limit_bytes:
             by = "batch_seconds"
@@ -466,9 +466,9 @@ class Plan:
         return Limits(
             by,
             memory_filled=float(used.mean()) / budget.limit_bytes,
-            room_filled=float((used - budget.fixed_bytes).mean()) / (budget.limit_bytes - budget.fixed_bytes),
+            room_filled=float((used - budget.fixed_bytes).mean()) / budget.room_bytes,
             steps=steps,
-            min_steps=self.least,
+            min_steps=self.minimum_steps,
             per_step=self.micro_batches_per_step,
             mean_batch=float(table.size.mean()),
         )

@@ -150,7 +150,7 @@ class Strata:
         u = np.add.reduceat(tokens, edges[:-1]) / count
         variance = np.add.reduceat(tokens * tokens, edges[:-1]) / count - u * u
         density = count / (frames[edges[1:] - 1] - frames[edges[:-1]] + 1)
-        size = (budget.limit_bytes - budget.fixed_bytes) / budget.memory(t, u)
+        size = budget.room_bytes / budget.memory(t, u)
         return cls(count, t, u, np.sqrt(np.maximum(variance, 0)), density, size)
 
     def strip_width(self, budget: Budget) -> np.ndarray:
@@ -219,7 +219,7 @@ def mixed_sizes(
     edges = np.unique(np.searchsorted(full, np.arange(math.ceil(total) + 1)).clip(0, n))
     edges[-1] = n
     t, u = (np.maximum.reduceat(values, edges[:-1]) for values in (frames, tokens))
-    seconds = budget.time(t, u) * (budget.limit_bytes - budget.fixed_bytes) / budget.memory(t, u)
+    seconds = budget.time(t, u) * budget.room_bytes / budget.memory(t, u)
     ascending = np.sort(seconds)
     below = np.searchsorted(ascending, seconds, side="left")
     chance = (below / len(seconds)) ** 2
@@ -256,7 +256,7 @@ def batch_share(frames: np.ndarray, tokens: np.ndarray, budget: Budget) -> np.nd
 
     It includes the padding of a batch at that place and a part of the half utterance that on average no longer fits.
     """
-    room = budget.limit_bytes - budget.fixed_bytes
+    room = budget.room_bytes
     work = budget.memory(frames, tokens).astype(np.float64)
     for _ in range(2):
         done = np.cumsum(work)
@@ -275,7 +275,7 @@ def fill(
 
     done: (n + 1,) full batches before each utterance. sizes: (count,) relative to each other.
     """
-    room, cost = budget.limit_bytes - budget.fixed_bytes, budget.memory
+    room, cost = budget.room_bytes, budget.memory
     longest = np.maximum.reduce
     n, offsets, start, size = len(frames), [0], 0, 1
     prefix, total = done.data, float(done[-1])
@@ -327,7 +327,7 @@ def exchanged(
     order: (n,) positions. batches: (count + 1,) offsets in it. frames, tokens: (n,) by position.
     """
     members = np.split(order, batches[1:-1])
-    room = budget.limit_bytes - budget.fixed_bytes
+    room = budget.room_bytes
 
     def bounds(rows: np.ndarray) -> tuple[int, int]:
         return int(frames[rows].max()), int(tokens[rows].max())

@@ -25,9 +25,6 @@ class Cut:
     batches: np.ndarray
     steps: np.ndarray
 
-    def batch(self, number: int) -> np.ndarray:
-        return self.order[self.batches[number] : self.batches[number + 1]]
-
 
 # (lengths of the window in shuffled order, M, generator of the window, minimum number of steps) -> its steps
 Cutter = Callable[[Lengths, int, np.random.Generator, int], Cut]

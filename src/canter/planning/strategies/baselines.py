@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from canter.errors import PlanError
-from canter.planning.bins import estimate_bins
+from canter.planning.bins import Bins, estimate_bins
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
 from canter.planning.strategies.base import (
@@ -64,14 +64,7 @@ class Duration(Strategy):
     name: ClassVar[str] = "duration"
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
-        cap = seconds_cap(self.max_seconds, index, budget, grid)
-
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
-            effective = effective_seconds(lengths, self.quadratic)
-            batches = enough_batches(lambda part: capped(effective, part * cap), len(lengths), per_step, least_steps)
-            return shuffled_steps(np.arange(len(lengths)), batches, per_step, rng)
-
-        return cut
+        return capped_cutter(seconds_cap(self.max_seconds, index, budget, grid), self.quadratic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +81,27 @@ class Bucket1D(Strategy):
         usable = sample(index, budget, grid)
         if len(usable) == 0:
             return none_usable
-        bins = estimate_bins(usable, self.buckets)
-
-        def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
-            bucket = bins.assign(lengths)
-            order = np.argsort(bucket, kind="stable")
-            bucket = bucket[order]
-            effective = effective_seconds(lengths, self.quadratic)[order]
-            edges = np.flatnonzero(np.diff(bucket, prepend=-1, append=len(bins)))
-
-            def form(part: float) -> np.ndarray:
-                ends = [capped(effective[a:b], part * cap)[1:] + a for a, b in pairwise(edges)]
-                return np.concatenate([[0], *ends]).astype(np.int64)
-
-            batches = enough_batches(form, len(lengths), per_step, least_steps)
-            return shuffled_steps(order, batches, per_step, rng)
-
-        return cut
+        return capped_cutter(cap, self.quadratic, estimate_bins(usable, self.buckets))
 
 
-def effective_seconds(lengths: Lengths, quadratic: float | None) -> np.ndarray:
-    seconds = lengths.seconds.astype(np.float64)
-    return seconds if quadratic is None else seconds + seconds**2 / quadratic
+def capped_cutter(cap: float, quadratic: float | None, bins: Bins | None = None) -> Cutter:
+    """Return a cutter into batches of at most `cap` effective seconds, each from one of the bins."""
+
+    def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
+        bucket = np.zeros(len(lengths), np.int64) if bins is None else bins.assign(lengths)
+        order = np.argsort(bucket, kind="stable")
+        effective = lengths.seconds[order].astype(np.float64)
+        if quadratic is not None:
+            effective += effective**2 / quadratic
+        edges = np.flatnonzero(np.diff(bucket[order], prepend=-1, append=1 if bins is None else len(bins)))
+
+        def form(part: float) -> np.ndarray:
+            ends = [capped(effective[a:b], part * cap)[1:] + a for a, b in pairwise(edges)]
+            return np.concatenate([[0], *ends]).astype(np.int64)
+
+        return shuffled_steps(order, enough_batches(form, len(order), per_step, least_steps), per_step, rng)
+
+    return cut
 
 
 def seconds_cap(cap: float | None, index: Index, budget: Budget, grid: tuple[int, int]) -> float:
