@@ -90,7 +90,7 @@ def build_index(
     Rows that cannot be used are counted in ``index.skipped`` and listed in ``index.problems``. Raises ManifestError for
     a source that cannot be read or has no usable row.
     """
-    from canter.corpus.build import build_index as build
+    from canter.corpus.build import index_sources
     from canter.corpus.columns import Columns
     from canter.corpus.counting import UNITS, prompt_length
     from canter.corpus.index import Source
@@ -112,7 +112,7 @@ def build_index(
     if prompt_tokens is None:
         prompt_tokens = prompt_length(counter, _rows(listed))
     target = Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
-    return build(
+    return index_sources(
         listed,
         target,
         counter,

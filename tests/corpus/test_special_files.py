@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from canter.corpus.audio import audio_seconds, load_audio
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem
@@ -24,7 +24,7 @@ def test_a_pipe_is_no_manifest(tmp_path, name):
     with pytest.raises(ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"):
         list(open_source(tmp_path / name))
     with pytest.raises(ManifestError, match="a named pipe, not a regular file"):
-        build_index(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
+        index_sources(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
 
 
 def test_a_pipe_is_no_mixture_and_no_index(tmp_path):

@@ -43,7 +43,7 @@ from canter.processes import start_pool_worker
 READERS = 4  # counts up when readers take rows otherwise than before: what they left in .parts is read anew
 
 
-def build_index(
+def index_sources(
     sources: str | os.PathLike[str] | Group | Iterable[str | os.PathLike[str] | Source],
     output: str | os.PathLike[str],
     tokenizer: Encoder | None = None,

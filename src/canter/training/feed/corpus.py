@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.columns import Columns
 from canter.corpus.counting import PromptCheck, prompt_length
 from canter.corpus.index import VERIFIED_ROWS, LengthIndex
@@ -122,7 +122,7 @@ def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthInd
         if run.writes and len(index) > VERIFIED_ROWS:
             index.verify()
         return index
-    return build_index(
+    return index_sources(
         sources_of(config.manifest, columns_of(config)),
         path,
         tokenizer,
