@@ -12,7 +12,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-import canter.corpus.parts
+import canter.corpus.build
 from canter.corpus.build import index_sources
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex, Source, skipped_path
@@ -241,7 +241,7 @@ def test_a_large_file_is_read_in_parts_with_the_same_result(tmp_path, monkeypatc
     lines += ["\n", lines[3]]
     path.write_text("".join(lines))
     whole = index_sources(path, tmp_path / "whole.arrow", Letters())
-    monkeypatch.setattr(canter.corpus.parts, "PART_BYTES", 500)
+    monkeypatch.setattr(canter.corpus.build, "PART_BYTES", 500)
     parts = index_sources(path, tmp_path / "parts.arrow", Letters())
     assert len(list((tmp_path / "parts.arrow.parts").glob("*.npz"))) > 10
     for name in ("seconds", "tokens", "places", "problems", "skipped", "shards", "fingerprint"):

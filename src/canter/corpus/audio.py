@@ -11,7 +11,6 @@ import io
 import itertools
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -23,16 +22,14 @@ import numpy as np
 import soundfile
 import soxr
 
+from canter.corpus.containers import read_member
 from canter.corpus.ffmpeg import Coded, open_coded
 from canter.corpus.headers import Loss
 from canter.corpus.libsndfile import UNSTATED, Sound, checked, reason_of
-from canter.corpus.parquet import place_of, read_audio
-from canter.corpus.remote import is_url, open_binary, read_bytes, stamp
-from canter.corpus.tar import Member, walk_tar
+from canter.corpus.remote import is_url, open_binary, read_bytes
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError, ManifestError
 
-_MEMBER = re.compile(r"(?P<file>.+?)::(?P<name>.*?)(?:@(?P<start>\d+)\+(?P<bytes>\d+))?", re.DOTALL)
 STANDARD_INPUT = "-"
 SHORT_SECONDS, SHORT_SHARE = 0.2, 0.02  # how much less than the duration asked for still is rounding
 WHOLE_SECONDS, WHOLE_SHARE = 0.25, 0.1  # and than the manifest's, of a whole file: what training forgives too
@@ -43,17 +40,6 @@ SECTION = 30.0  # seconds over which it is decided how channels are mixed
 CANCELLED = 0.05
 # Samples from which a load is refused if it has more than so many bytes for each byte of its file.
 LARGE_LOAD, MOST_GROWTH = 1 << 26, 1000
-
-
-def member_ref(file: str | os.PathLike[str], name: str, start: int, size: int) -> str:
-    """Return the name that a manifest has for ``size`` bytes from byte ``start`` of a container."""
-    return f"{os.fspath(file)}::{name}@{start}+{size}"
-
-
-def container_of(path: str) -> str:
-    """Return the file on disk that holds the audio: the container of a member, or the path itself."""
-    match = _MEMBER.fullmatch(path)
-    return match["file"] if match else path
 
 
 @dataclass(frozen=True)
@@ -502,9 +488,9 @@ def _open(path: str):
     """A seekable binary file on a path, URL or container member."""
     try:
         with contextlib.ExitStack() as stack:
-            match = _MEMBER.fullmatch(path)
-            if match and not os.path.exists(path):
-                file = io.BytesIO(_read_member(path, match))
+            member = read_member(path)
+            if member is not None:
+                file = io.BytesIO(member)
             elif is_url(path):
                 file = io.BytesIO(read_bytes(path))
             elif path == STANDARD_INPUT:
@@ -539,24 +525,3 @@ def _standard_input() -> "IO[bytes]":
     shutil.copyfileobj(sys.stdin.buffer, file)
     file.flush()
     return file
-
-
-def _read_member(path: str, match: re.Match[str]) -> bytes:
-    file, name, start, size = match.group("file", "name", "start", "bytes")
-    if start is None and (place := place_of(name)):
-        return read_audio(file, place)
-    if start is None:
-        members = _tar_members(file, stamp(file))
-        if name not in members:
-            raise AudioError(f"{path}: there is no {name!r} among the {len(members)} members of {file}")
-        start, size = members[name]
-    data = read_bytes(file, int(start), int(size))
-    if len(data) < int(size):
-        raise AudioError(f"{path}: {file} ends within it: truncated, or changed since it was indexed")
-    return data
-
-
-@functools.lru_cache(maxsize=16)
-def _tar_members(path: str, version: str) -> dict[str, tuple[int, int]]:
-    """``{name: (first byte, bytes)}``. ``version`` keeps a changed tar from the cache."""
-    return {one.name: (one.start, one.size) for one in walk_tar(path) if isinstance(one, Member)}

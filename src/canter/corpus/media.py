@@ -4,27 +4,16 @@ import os
 from pathlib import Path
 
 from canter.corpus.headers import FRAMES
-from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.remote import is_url, read_bytes
 
 HEAD = 8192  # bytes that are looked at
-MANIFEST_SUFFIXES = frozenset(
-    (
-        ".jsonl",
-        ".json",
-        ".tsv",
-        ".csv",
-        ".psv",
-        ".txt",
-        ".scp",
-        ".yaml",
-        ".yml",
-        ".tar",
-        ".parquet",
-        ".arrow",
-        ".feather",
-    )
-)
+_AUDIO = """
+wav flac mp3 ogg oga opus m4a mp4 aac webm wma aif aiff au caf w64 sph nist mkv mka mov avi m4v m4b mpg mpeg ts mts 3gp
+flv wmv amr mp2 mpga ac3 eac3 dts m2ts m4r 3g2 ogv spx ape wv tta rm ra mxf rf64 bwf snd
+"""
+_MANIFEST = "jsonl json tsv csv psv txt scp yaml yml tar parquet arrow feather"
+AUDIO_SUFFIXES = frozenset("." + one for one in _AUDIO.split())
+MANIFEST_SUFFIXES = frozenset("." + one for one in _MANIFEST.split())
 SOURCE_CODE = {".ts", ".mts"}  # TypeScript as well as MPEG-TS
 
 # (where, bytes, name of the format)

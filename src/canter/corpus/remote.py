@@ -67,6 +67,12 @@ def below(folder: str | os.PathLike[str], path: str) -> str:
     return f"{protocol}://{posixpath.normpath(posixpath.join(place, path))}"
 
 
+def from_working_folder(path: str) -> str:
+    """Return the absolute form of a relative path that exists in the working folder, and any other path unchanged."""
+    relative = not (is_url(path) or path.startswith("/") or "\0" in path)
+    return os.path.abspath(path) if relative and os.path.exists(path) else path
+
+
 def size_of(path: str) -> int:
     """Bytes. Raises `OSError`, as all of these do, where there is no such file."""
     if not is_url(path):
