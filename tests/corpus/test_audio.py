@@ -21,7 +21,7 @@ from canter.corpus.audio import (
     stated_seconds,
 )
 from canter.corpus.containers import Member, member_ref, walk_tar
-from canter.corpus.ffmpeg import open_coded
+from canter.corpus.ffmpeg import open_ffmpeg_track
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError
 
@@ -325,7 +325,7 @@ def test_of_a_long_m4a_the_segment_alone_is_decoded(tmp_path):
         wanted = whole[round(offset * 16000) :][: len(found)]
         assert len(found) == round(duration * 16000)
         assert np.abs(found - wanted).mean() < 0.05 * np.abs(wanted).mean()
-    with Watched(path) as file, open_coded(str(path), file, "") as coded:
+    with Watched(path) as file, open_ffmpeg_track(str(path), file, "") as coded:
         next(coded.read(32 * 16000, 16000))
         assert file.taken < path.stat().st_size / 2
     with pytest.raises(AudioError, match=r"gives 1\.\d+ s from 39 s on where the manifest says 2\.00 s"):

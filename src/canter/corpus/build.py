@@ -117,7 +117,7 @@ class IndexPart:
 
     @property
     def in_place(self) -> bool:
-        """Whether rows can be read again from the unit itself, line by line."""
+        """True if rows can be read again from the unit itself, line by line."""
         return _is_seekable(self.unit)
 
 

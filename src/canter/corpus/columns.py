@@ -59,7 +59,7 @@ ANY = Columns()
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How the rows of a source become utterances."""
+    """Options for turning the rows of a source into utterances."""
 
     require_text: bool = True
     """Refuse rows without a text, which can only be transcribed."""

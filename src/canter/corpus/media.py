@@ -1,4 +1,4 @@
-"""Recognise audio and video files by their content. The name of a file decides only where its content is unknown."""
+"""Recognise audio and video files by their content; the name decides only where the content is unknown."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from canter.corpus.headers import FRAMES
 from canter.corpus.remote import is_url, read_bytes
 
-HEAD = 8192  # bytes that are looked at
+HEAD = 8192  # bytes that are examined
 _AUDIO = """
 wav flac mp3 ogg oga opus m4a mp4 aac webm wma aif aiff au caf w64 sph nist mkv mka mov avi m4v m4b mpg mpeg ts mts 3gp
 flv wmv amr mp2 mpga ac3 eac3 dts m2ts m4r 3g2 ogv spx ape wv tta rm ra mxf rf64 bwf snd
@@ -53,12 +53,12 @@ _SIGNATURES = (
 )
 _RIFF = {b"WAVE": "WAV", b"AVI ": "AVI"}
 _FORM = {b"AIFF": "AIFF", b"AIFC": "AIFF", b"8SVX": "8SVX", b"16SV": "16SV"}
-_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # that MP4 and QuickTime begin with
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # first in MP4 and QuickTime
 _IMAGES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis", b"crx ", b"jp2 ")
 
 
 def format_of(head: bytes) -> str | None:
-    """Return the name of the audio or video format that a file with these first bytes has, None for any other file."""
+    """Return the name of the audio or video format of a file with these first bytes, or None."""
     for place, wanted, name in _SIGNATURES:
         if head.startswith(wanted, place):
             return name
@@ -75,7 +75,7 @@ def format_of(head: bytes) -> str | None:
 
 
 def _framed(head: bytes) -> str | None:
-    """Return the format of a raw stream whose first two frames follow each other."""
+    """Return the format of a raw stream that begins with two consecutive frames, or None."""
     if len(head) < 8:
         return None
     word = int.from_bytes(head[:2], "big")
@@ -94,7 +94,7 @@ def _framed(head: bytes) -> str | None:
 
 
 def is_data(head: bytes) -> bool:
-    """Return whether a file with these first bytes is JSON, Arrow, Parquet, a tar or compressed by gzip."""
+    """Return whether a file with these first bytes is JSON, Arrow, Parquet, a tar or gzip."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return text.startswith((b"{", b"[", b"\x1f\x8b", b"PAR1", b"ARROW1")) or head[257:262] == b"ustar"
 
@@ -109,7 +109,7 @@ def is_text(head: bytes) -> bool:
 
 
 def head_of(path: str) -> bytes:
-    """Return the first bytes of a file or URL, none where it cannot be read."""
+    """Return the first bytes of a file or URL, b"" where it cannot be read."""
     try:
         return read_bytes(path, 0, HEAD)
     except (OSError, ValueError, ImportError):
@@ -119,8 +119,8 @@ def head_of(path: str) -> bytes:
 def is_media(path: str) -> bool:
     """Return whether a path or URL names one audio or video file, not a folder or a manifest.
 
-    The content decides: ``talk.txt`` that holds a WAV is media, ``talk.wav`` that holds JSON is a manifest. For
-    content that is neither, the suffix decides, and a file without a known one is taken for media.
+    The content decides: a ``talk.txt`` that holds a WAV is media, a ``talk.wav`` that holds JSON is a manifest. For
+    other content the suffix decides, and a file without a known suffix is media.
     """
     suffix = Path(path.removesuffix(".gz")).suffix.lower()
     if os.path.isdir(path):
@@ -137,10 +137,7 @@ def is_media(path: str) -> bool:
 
 
 def media_in(folder: str) -> tuple[list[str], list[str]]:
-    """Return all audio and video files below a folder, in the order of their paths, and all other files.
-
-    Hidden files are left out of both.
-    """
+    """Return all audio and video files below a folder, sorted, and all other files; hidden files are skipped."""
     media, others = list[str](), list[str]()
     for root, _, names in os.walk(folder):
         for name in names:
@@ -151,9 +148,9 @@ def media_in(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _is_media_in_folder(path: str) -> bool:
-    if not os.path.isfile(path):  # reading from a pipe could wait for ever
+    if not os.path.isfile(path):  # reading from a pipe could block
         return False
     suffix, head = os.path.splitext(path)[1].lower(), head_of(path)
     if suffix in AUDIO_SUFFIXES and not (suffix in SOURCE_CODE and is_text(head)):
-        return True  # whatever is wrong with it, reading it will say so
+        return True  # the reader reports what is wrong with it
     return format_of(head) is not None
