@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 
 OPEN_SIZE = 0x7FFF0000  # writers to a pipe leave 32-bit data sizes of at least this in the header
 ENDLESS = 1 << 40  # bytes claimed for an MP3 whose length must not be guessed from its size
@@ -52,11 +52,11 @@ class Header:
     """True if the length that libsndfile reports is a guess."""
     losses: tuple[LostAudio, ...] = ()
 
-    def view(self, file: BinaryIO) -> "BinaryIO | _View":
+    def view(self, file: BinaryIO) -> BinaryIO:
         """Return the file with the header corrected, for libsndfile to read."""
         if not self.patches and not self.first and not self.endless:
             return file
-        return _View(file, self)
+        return cast(BinaryIO, _View(file, self))
 
 
 class _View(io.RawIOBase):
@@ -82,7 +82,7 @@ class _View(io.RawIOBase):
         self._place = max(0, offset)
         return self._place
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = self._place + self._header.first
         if self._header.endless and 0 < ENDLESS - self._place <= TAG:  # mpg123 searches a tag at the end
             data = bytes(min(len(buffer), ENDLESS - self._place))
@@ -144,7 +144,7 @@ class _Window:
         self._data, self._base = b"", 0
 
     def around(self, place: int, size: int) -> tuple[bytes, int]:
-        """Return the bytes in memory and the position of ``place`` in them, with ``size`` bytes after it if they exist."""
+        """Return the bytes in memory and the position of ``place`` in them; ``size`` bytes follow it if they exist."""
         begin = place - self._base
         if begin < 0 or begin + min(size, self.end - place) > len(self._data):
             self._file.seek(place)
