@@ -207,11 +207,7 @@ def stated_seconds(path: str | os.PathLike[str]) -> float | None:
     or of an impossible sampling rate.
     """
     path = os.fspath(path)
-    with (
-        _open(path) as file,
-        contextlib.suppress(soundfile.LibsndfileError),
-        soundfile.SoundFile(file) as sound,
-    ):
+    with _open(path) as file, contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(file) as sound:
         _refuse_unlikely(path, sound.samplerate, sound.channels)
         if sound.frames < UNSTATED:
             return sound.frames / sound.samplerate

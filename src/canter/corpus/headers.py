@@ -10,7 +10,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -173,35 +173,37 @@ class _Window:
 
 
 def _chunks(
-    file: BinaryIO, place: int, size: int, order: str, wanted: Sequence[bytes]
+    file: BinaryIO, place: int, end: int, header: str, padding: int = 2, inclusive: bool = False
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, first byte and size of the wanted chunks of a RIFF, up to the sample data."""
+    """Yield name, first byte of the content, and stated size of each chunk of a file of ``end`` bytes.
+
+    ``header`` is the format of a chunk's name and size; the size includes the header if ``inclusive``.
+    """
+    head = struct.calcsize(header)
     for _ in range(MOST_CHUNKS):
-        if place + 8 > size:
+        if place + head > end:
             return
         file.seek(place)
-        name, length = struct.unpack(f"{order}4sI", file.read(8))
-        if name in wanted:
-            yield name, place + 8, length
-            if name in (b"data", b"SSND"):
-                return
-        place += 8 + length + length % 2
+        name, length = struct.unpack(header, file.read(head))
+        yield name, place + head, length
+        step = max(head, length) if inclusive else head + max(0, length)
+        place += -(-step // padding) * padding
 
 
-def _are_chunks(file: BinaryIO, place: int, size: int, order: str) -> bool:
+def _are_chunks(file: BinaryIO, place: int, end: int, order: str) -> bool:
     """Return whether only complete chunks, or nothing, follow ``place``."""
-    while place + 8 <= size:
-        file.seek(place)
-        name, length = struct.unpack(f"{order}4sI", file.read(8))
+    for name, content, length in _chunks(file, place, end, f"{order}4sI"):
         if not name.isascii() or not name.decode().isprintable():
             return False
-        place += 8 + length + length % 2
-    return place - size in range(-7, 2)
+        place = content + length + length % 2
+    return place - end in range(-7, 2)
 
 
 def _data(declared: int, there: int, is_open: bool, patches: list[tuple[int, bytes]]) -> Header:
-    """Return the header's check for ``declared`` bytes of sample data of which ``there`` exist; the patches apply to a
-    header that leaves the size open."""
+    """Return the check of a header that declares ``declared`` bytes of sample data, of which ``there`` exist.
+
+    The patches apply if it leaves the size open.
+    """
     if is_open and there > 0:
         return Header(tuple(patches))
     if declared > there:
@@ -209,76 +211,66 @@ def _data(declared: int, there: int, is_open: bool, patches: list[tuple[int, byt
     return Header()
 
 
-def _wav(file: BinaryIO, head: bytes, size: int) -> Header:
+def _wav(file: BinaryIO, head: bytes, end: int) -> Header:
     order, long = (">" if head[:4] == b"RIFX" else "<"), None
-    for name, place, length in _chunks(file, 12, size, order, (b"ds64", b"data")):
+    for name, place, length in _chunks(file, 12, end, f"{order}4sI"):
+        there = end - place
         if name == b"ds64":
             file.seek(place + 8)
             long = (place + 8, struct.unpack("<Q", file.read(8))[0])
-            continue
-        there = size - place
-        if long and head[:4] == b"RF64" and length == 0xFFFFFFFF:
+        elif name == b"data" and long and head[:4] == b"RF64" and length == 0xFFFFFFFF:
             declared, patch = long[1], [(long[0], struct.pack("<Q", there))]
             return _data(declared, there, declared in (0, 2**64 - 1), patch)
-        patch = [(place - 4, struct.pack(f"{order}I", min(there, 0xFFFFFFFF)))]
-        is_open = length >= OPEN_SIZE and length > there
-        is_open |= length == 0 and not _are_chunks(file, place, size, order)
-        return _data(length, there, is_open, patch)
+        elif name == b"data":
+            patch = [(place - 4, struct.pack(f"{order}I", min(there, 0xFFFFFFFF)))]
+            is_open = length >= OPEN_SIZE and length > there
+            is_open |= length == 0 and not _are_chunks(file, place, end, order)
+            return _data(length, there, is_open, patch)
     return Header()
 
 
-def _aiff(file: BinaryIO, size: int) -> Header:
+def _aiff(file: BinaryIO, end: int) -> Header:
     frames = None
-    for name, place, length in _chunks(file, 12, size, ">", (b"COMM", b"SSND")):
+    for name, place, length in _chunks(file, 12, end, ">4sI"):
+        there = end - place
         if name == b"COMM":
             file.seek(place)
             channels, _, bits = struct.unpack(">hIh", file.read(8))
             frames = (place + 2, max(1, channels * ((bits + 7) // 8)))
-            continue
-        there = size - place
-        patch = [(place - 4, struct.pack(">I", min(there, 0xFFFFFFFF)))]
-        if frames:
-            patch.append((frames[0], struct.pack(">I", max(0, there - 8) // frames[1])))
-        is_open = length >= OPEN_SIZE and length > there
-        is_open |= length in (0, 8) and not _are_chunks(file, place + length, size, ">")
-        return _data(length, there, is_open, patch)
+        elif name == b"SSND":
+            patch = [(place - 4, struct.pack(">I", min(there, 0xFFFFFFFF)))]
+            if frames:
+                patch.append((frames[0], struct.pack(">I", max(0, there - 8) // frames[1])))
+            is_open = length >= OPEN_SIZE and length > there
+            is_open |= length in (0, 8) and not _are_chunks(file, place + length, end, ">")
+            return _data(length, there, is_open, patch)
     return Header()
 
 
-def _au(head: bytes, size: int) -> Header:
+def _au(head: bytes, end: int) -> Header:
     order = ">" if head[:4] == b".snd" else "<"
     start, length = struct.unpack(f"{order}II", head[4:12])
     is_open = length in (0, 0xFFFFFFFF)
-    return _data(length, size - start, is_open, [(8, struct.pack(f"{order}I", max(0, size - start)))])
+    return _data(length, end - start, is_open, [(8, struct.pack(f"{order}I", max(0, end - start)))])
 
 
-def _caf(file: BinaryIO, size: int) -> Header:
-    place = 8
-    while place + 12 <= size:
-        file.seek(place)
-        name, length = struct.unpack(">4sq", file.read(12))
+def _caf(file: BinaryIO, end: int) -> Header:
+    for name, place, length in _chunks(file, 8, end, ">4sq", padding=1):
         if name == b"data":
-            there = size - place - 12
-            patch = (place + 4, struct.pack(">q", there))
+            there = end - place
+            patch = (place - 8, struct.pack(">q", there))
             if length > there:  # libsndfile does not open such a file
                 return Header((patch,), missing=1 - there / length)
             return _data(length, there, length in (-1, 0, 4), [patch])
-        place += 12 + max(0, length)
     return Header()
 
 
-def _w64(file: BinaryIO, size: int) -> Header:
-    place = 40
-    while place + 24 <= size:
-        file.seek(place)
-        name, length = struct.unpack("<16sQ", file.read(24))
+def _w64(file: BinaryIO, end: int) -> Header:
+    for name, place, length in _chunks(file, 40, end, "<16sQ", padding=8, inclusive=True):
         if name == b"data" + _W64_TAIL:
-            there = size - place
+            there = end - place + 24
             is_open = length in (0, 24, 2**64 - 1) or length >= 2**63
-            return _data(length, there, is_open, [(place + 16, struct.pack("<Q", there))])
-        if length < 24:
-            break
-        place += (length + 7) // 8 * 8
+            return _data(length, there, is_open, [(place - 8, struct.pack("<Q", there))])
     return Header()
 
 

@@ -36,12 +36,7 @@ RANGE = re.compile(r"[_-]*(\{\d+\.\.\d+\}|_OP_\d+\.\.\d+_CL_)")  # of shards, in
 MOST_TOKENS = np.iinfo(np.uint16).max
 MOST_SOURCES = np.iinfo(np.uint16).max + 1
 VERIFIED_ROWS = 1_000_000  # up to which an index is verified whenever it is opened: 16 MB, some 50 ms
-_SCHEMA = [
-    ("seconds", pa.float32()),
-    ("tokens", pa.uint16()),
-    ("source", pa.uint16()),
-    ("place", pa.uint64()),
-]
+_SCHEMA = [("seconds", pa.float32()), ("tokens", pa.uint16()), ("source", pa.uint16()), ("place", pa.uint64())]
 _TYPES = (np.float32, np.uint16, np.uint16, np.uint64)  # the same for NumPy
 
 

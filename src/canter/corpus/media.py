@@ -16,41 +16,17 @@ AUDIO_SUFFIXES = frozenset("." + one for one in _AUDIO.split())
 MANIFEST_SUFFIXES = frozenset("." + one for one in _MANIFEST.split())
 SOURCE_CODE = {".ts", ".mts"}  # TypeScript as well as MPEG-TS
 
-# (where, bytes, name of the format)
-_SIGNATURES = (
-    (0, b"fLaC", "FLAC"),
-    (0, b"OggS", "Ogg"),
-    (0, b"ID3", "MP3"),
-    (0, b"\x1a\x45\xdf\xa3", "Matroska or WebM"),
-    (0, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "WMA or WMV"),
-    (0, b"FLV\x01", "FLV"),
-    (0, b"\x00\x00\x01\xba", "MPEG program stream"),
-    (0, b".snd", "AU"),
-    (0, b"dns.", "AU"),
-    (0, b"caff", "CAF"),
-    (0, b"riff\x2e\x91\xcf\x11", "Wave64"),
-    (0, b"NIST_1A", "NIST SPHERE"),
-    (0, b"#!AMR", "AMR"),
-    (0, b"\x7f\xfe\x80\x01", "DTS"),
-    (0, b"\xfe\x7f\x01\x80", "DTS"),
-    (0, b"MAC ", "Monkey's Audio"),
-    (0, b"wvpk", "WavPack"),
-    (0, b"TTA1", "True Audio"),
-    (0, b"MPCK", "Musepack"),
-    (0, b"MP+", "Musepack"),
-    (0, b"tBaK", "TAK"),
-    (0, b"ajkg", "Shorten"),
-    (0, b"Creative Voice File", "VOC"),
-    (0, b".RMF", "RealMedia"),
-    (0, b"DSD ", "DSF"),
-    (0, b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "MXF"),
-    (0, b".SoX", "SoX"),
-    (0, b"XoS.", "SoX"),
-    (0, b"PVF1", "PVF"),
-    (0, b"qoaf", "QOA"),
-    (0, b"ADIF", "AAC"),
-    (4, b"\xf8\x72\x6f\xba", "TrueHD"),
-)
+# first bytes of a file -> name of the format
+_SIGNATURES = {
+    b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\x1a\x45\xdf\xa3": "Matroska or WebM",
+    bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"): "WMA or WMV", b"FLV\x01": "FLV",
+    b"\x00\x00\x01\xba": "MPEG program stream", b".snd": "AU", b"dns.": "AU", b"caff": "CAF",
+    b"riff\x2e\x91\xcf\x11": "Wave64", b"NIST_1A": "NIST SPHERE", b"#!AMR": "AMR", b"\x7f\xfe\x80\x01": "DTS",
+    b"\xfe\x7f\x01\x80": "DTS", b"MAC ": "Monkey's Audio", b"wvpk": "WavPack", b"TTA1": "True Audio",
+    b"MPCK": "Musepack", b"MP+": "Musepack", b"tBaK": "TAK", b"ajkg": "Shorten", b"Creative Voice File": "VOC",
+    b".RMF": "RealMedia", b"DSD ": "DSF", b"\x06\x0e\x2b\x34\x02\x05\x01\x01": "MXF", b".SoX": "SoX", b"XoS.": "SoX",
+    b"PVF1": "PVF", b"qoaf": "QOA", b"ADIF": "AAC",
+}  # fmt: skip
 _RIFF = {b"WAVE": "WAV", b"AVI ": "AVI"}
 _FORM = {b"AIFF": "AIFF", b"AIFC": "AIFF", b"8SVX": "8SVX", b"16SV": "16SV"}
 _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # first in MP4 and QuickTime
@@ -59,9 +35,11 @@ _IMAGES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif
 
 def format_of(head: bytes) -> str | None:
     """Return the name of the audio or video format of a file with these first bytes, or None."""
-    for place, wanted, name in _SIGNATURES:
-        if head.startswith(wanted, place):
+    for start, name in _SIGNATURES.items():
+        if head.startswith(start):
             return name
+    if head[4:8] == b"\xf8\x72\x6f\xba":
+        return "TrueHD"
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
         return _RIFF.get(head[8:12])
     if head[:4] == b"FORM":

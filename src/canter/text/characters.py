@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from canter.errors import CheckpointError
@@ -12,7 +11,6 @@ from canter.files import write_text
 from canter.untrusted import read_json_value
 
 FILE = "characters.json"
-BLANK = 0
 
 
 class Characters:
@@ -62,7 +60,3 @@ class Characters:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, which hold no blank."""
         return "".join(self.symbols[number - 1] for number in ids)
-
-    def collapse(self, outputs: Iterable[int]) -> str:
-        """Return the text of one output a frame: repetitions are merged and blanks removed (Graves et al., 2006)."""
-        return self.decode(number for number, _ in groupby(outputs) if number != BLANK)
