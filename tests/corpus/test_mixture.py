@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from canter.corpus.columns import Columns
 from canter.corpus.index import Source
 from canter.corpus.mixture import Group, fractions, leaves, read_mixture
 from canter.errors import CanterError, ConfigError, ManifestError
@@ -35,6 +36,13 @@ def test_nested_groups_with_tags(tmp_path):
     assert (b.path, b.tags) == (f"{tmp_path}/b.jsonl", {"lang": "fr", "pnc": "yes"})
     assert (c.path, c.tags) == (f"{tmp_path}/c.jsonl.gz", {"lang": "de", "pnc": "yes"})
     np.testing.assert_allclose(fractions(group, [1, 1, 1]), [0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("name", ["language_column", "lang_column"])
+def test_the_language_column_has_a_second_name_in_old_files(tmp_path, name):
+    (tmp_path / "mix.yaml").write_text(f"- {{path: a.csv, {name}: tongue, text_column: said}}\n")
+    (source,) = leaves(read_mixture(tmp_path / "mix.yaml"))
+    assert source.columns == Columns("said", "tongue", "")
 
 
 def test_temperature_goes_down_into_groups_until_another_is_given():
