@@ -22,16 +22,18 @@ LONGEST_PLAIN = 32  # a parameter's value of at least so many characters is take
 
 
 def redacted(text: str) -> str:
-    """Return the text without the secrets of its URLs: user name and password, and parameters of a query that may sign
-    or authorise the request, by their names or their length. A URL without secrets is unchanged."""
+    """Return the text without the secrets of its URLs; a URL without secrets is unchanged.
+
+    Secrets are user name and password, and parameters of a query that may sign or authorise the request, by their names
+    or their length.
+    """
     if "://" in text:
         text = _USER.sub("", text)
     return _without_parameters(text) if "=" in text and ("?" in text or "://" in text) else text
 
 
 def _without_parameters(text: str) -> str:
-    """Return the text without parameters that may be secrets; if the first of a query is removed, the next one gets
-    its "?"."""
+    """Return the text without parameters that may be secrets; the first remaining one of a query gets the "?"."""
     found: list[str] = []
     end, opening = 0, ""
     for match in _PARAMETER.finditer(text):

@@ -360,8 +360,10 @@ class _Decoding:
         self.damage.add(lost, f"{amount}, from {losses[0].at:.2f} s on: {losses[0].reason}" if losses else None)
 
     def _missing(self, source: Track, got: float, fraction: float) -> tuple[float, str]:
-        """Return the seconds missing at the end where ``got`` were read, and the message; 0 for fewer than 0.2 s or
-        the given fraction of the segment."""
+        """Return the seconds missing at the end where ``got`` were read, and a message.
+
+        Less than 0.2 s, or than the given fraction of the segment, counts as 0.
+        """
         path, segment = self.path, self.segment
         wanted, stated = segment.duration, segment.stated
         if wanted is None:

@@ -94,11 +94,11 @@ CHARACTERS_A_TOKEN = 3
 
 @dataclass(frozen=True)
 class TokenEstimate:
-    """A token counter that estimates a subword tokenizer: a token for three Latin, Greek or Cyrillic characters, spaces
-    and punctuation included, and a token for every other character.
+    """A token counter that estimates the tokens of a subword tokenizer.
 
-    Whisper's multilingual tokenizer makes a token of 2.7 to 4.7 characters in LibriSpeech, LJ Speech, CSS10 Spanish and
-    Common Voice Russian, and 0.7 to 2.6 tokens of a character of other scripts in Common Voice.
+    Three Latin, Greek or Cyrillic characters, spaces and punctuation included, make a token, and so does every other
+    character. Whisper's multilingual tokenizer makes a token of 2.7 to 4.7 characters in LibriSpeech, LJ Speech, CSS10
+    Spanish and Common Voice Russian, and 0.7 to 2.6 tokens of a character of other scripts in Common Voice.
     """
 
     @property

@@ -220,8 +220,10 @@ class FFmpegTrack:
             yield min(missing, timeline.place - start)
 
     def _frames(self, start: int, timeline: Timeline) -> Iterator[tuple[Any, list[tuple[float, str]]]]:
-        """Yield frames from sample ``start`` or earlier, each with the faults before it (seconds, reason); the frame is
-        None for faults at the end."""
+        """Yield frames from sample ``start`` or earlier, each with the faults before it as (seconds, reason).
+
+        The frame is None for faults at the end.
+        """
         early = start - round(BEFORE * self.rate)
         if early > 0 and self._format in SEEKABLE:
             first, _ = next(self._decoded(), (None, []))
@@ -261,8 +263,7 @@ class FFmpegTrack:
             yield None, faults
 
     def _packets(self, *streams: Any) -> Iterator[Any]:
-        """Yield the packets of the streams (default: of all); errors of the file's structure are skipped where packets
-        follow."""
+        """Yield the packets of the streams (default: all), after errors of the file's structure too."""
         faults = 0
         while faults < MOST_FAULTS:
             packets = self._container.demux(*streams)

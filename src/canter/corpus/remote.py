@@ -129,7 +129,7 @@ def list_files(pattern: str) -> list[str]:
 class _RemoteFile(io.RawIOBase):
     """A file of fsspec with a separate position (readers of ``memory://`` share one), whose errors are OSErrors."""
 
-    def __init__(self, url: str, file: Any):
+    def __init__(self, url: str, file: BinaryIO):
         self._url, self._file, self._place = url, file, 0
 
     def readable(self) -> bool:
@@ -150,7 +150,7 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def readinto(self, target: Any) -> int:
+    def readinto(self, target: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         with _file_system(self._url):
             if self._file.seekable():
                 self._file.seek(self._place)

@@ -24,10 +24,10 @@ __all__ = [
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer:
-    """Return the tokenizer in a folder (Canter's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a
-    SentencePiece ``.model`` with Canary's special tokens.
+    """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    Raises CheckpointError if there is none.
+    It may be a folder (Canter's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece ``.model``
+    with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":

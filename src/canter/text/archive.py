@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Self, TypeVar
 
 from canter.errors import CanterError, CheckpointError
-from canter.untrusted import MOST_YAML_BYTES, parse_yaml
+from canter.untrusted import MOST_YAML_BYTES, Json, parse_yaml
 
 CONFIG = "model_config.yaml"
 MOST_MEMBERS = 1000
@@ -90,7 +90,7 @@ class Archive:
                 )
             return file.read()
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Json]:
         """Return the archive's YAML as plain values. Raises CheckpointError where it is not a mapping."""
         values = parse_yaml(self.read(CONFIG, MOST_YAML_BYTES), f"{self.path}: {CONFIG}")
         if not isinstance(values, dict):

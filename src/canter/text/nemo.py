@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
 from canter.errors import CheckpointError
 from canter.text.archive import Archive, open_archive
 from canter.text.sentencepiece import MOST_TOKENIZER_BYTES, SentencePieceTokenizer, read_models
+from canter.untrusted import Json
 
 SPECIAL = "spl_tokens"  # NeMo's name for the vocabulary of special tokens
 
 
-def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str, int], bytes]) -> SentencePieceTokenizer:
+def nemo_tokenizer(config: Mapping[str, Json], read: Callable[[str, int], bytes]) -> SentencePieceTokenizer:
     """Return the tokenizer of a NeMo configuration; ``read(name, most)`` returns a member of its archive.
 
     It is an aggregate of special tokens and languages (canary-1b and flash), or one SentencePiece model with the

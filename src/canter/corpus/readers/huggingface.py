@@ -205,8 +205,11 @@ def open_arrow(path: str) -> tuple[Reader, pa.Buffer]:
 
 
 def audio_column(schema: pa.Schema, columns: Columns = ANY) -> str | None:
-    """Return the column with audio: the chosen one, else the first with a struct of bytes and path, with bytes, or with
-    paths under a customary name; None where there is none."""
+    """Return the column with audio, or None.
+
+    It is the chosen one, else the first with a struct of bytes and path, with bytes, or with paths under a customary
+    name.
+    """
     if columns.audio:
         return columns.audio if columns.audio in schema.names else None
     for field in schema:

@@ -1,8 +1,7 @@
-"""Kaldi's data folders, which ESPnet uses too: ``wav.scp`` and ``text``; optional are ``segments``, ``utt2lang``,
-``utt2dur`` and ``reco2dur``.
+"""Kaldi's data folders, which ESPnet uses too.
 
-A command in ``wav.scp`` (a line that ends or begins with ``|``) is never executed. Format: kaldi-asr.org, "Data
-preparation".
+They hold ``wav.scp`` and ``text``, and optionally ``segments``, ``utt2lang``, ``utt2dur`` and ``reco2dur``. A command
+in ``wav.scp`` (a line that ends or begins with ``|``) is never executed. Format: kaldi-asr.org, "Data preparation".
 """
 
 import os

@@ -20,8 +20,10 @@ Json = dict[str, object]
 
 
 def read_lhotse(path: str, options: ReadOptions) -> NumberedRows:
-    """Yield the cuts of a manifest. A relative audio path is relative to the working folder if there is such a file,
-    else to the manifest's folder."""
+    """Yield the cuts of a manifest.
+
+    A relative audio path is relative to the working folder if there is such a file, else to the manifest's folder.
+    """
     base = folder_of(path)
     return read_json_lines(path, lambda line: utterance_from_cut(parse_line(line), base, options))
 
