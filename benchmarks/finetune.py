@@ -33,7 +33,7 @@ import torch
 import tyro
 
 from canter.corpus.audio import load_utterance
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
@@ -305,7 +305,7 @@ def write_data(options: Options, data: Path) -> LengthIndex:
         (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = load_model(options.model).tokenizer
     prompt = len(tokenizer.prompt_ids({"source_lang": options.lang, "target_lang": options.lang}))
-    return build_index([data / "train.jsonl"], data / "train.arrow", tokenizer, prompt_tokens=prompt)
+    return index_sources([data / "train.jsonl"], data / "train.arrow", tokenizer, prompt_tokens=prompt)
 
 
 def in_turns(options: Options, data: Path) -> dict[str, list[tuple[float, float]]]:

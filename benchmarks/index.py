@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import PLACE_BITS, LengthIndex, Shard, Source
 
@@ -99,7 +99,7 @@ def main() -> None:
         for workers in (1, 2):
             start = time.perf_counter()
             target = Path(folder, f"built{workers}.arrow")
-            index = build_index(manifest, target, UnitCounter("chars"), workers=workers)
+            index = index_sources(manifest, target, UnitCounter("chars"), workers=workers)
             result[f"build_rows_per_second_{workers}_workers"] = round(len(index) / (time.perf_counter() - start))
         start = time.perf_counter()
         for row in np.random.default_rng(0).integers(0, len(index), 10_000):

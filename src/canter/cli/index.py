@@ -42,7 +42,7 @@ class Options(ColumnOptions):
 
 
 def run(options: Options) -> int | None:
-    from canter.corpus.build import build_index
+    from canter.corpus.build import index_sources
     from canter.corpus.mixture import Group, sources_of
     from canter.errors import ConfigError
 
@@ -62,7 +62,7 @@ def run(options: Options) -> int | None:
 
         tokenizer = load_counter(options.tokenizer)
     start = time.monotonic()
-    index = build_index(
+    index = index_sources(
         group,
         options.output,
         tokenizer,

@@ -159,7 +159,7 @@ def index_manifest(
     path: Path, prompt_tokens: int, tokenizer: str | None, columns: Columns | None = None
 ) -> LengthIndex:
     """Return the length index of a manifest, a folder or a mixture in YAML, under a progress bar."""
-    from canter.corpus.build import build_index
+    from canter.corpus.build import index_sources
     from canter.corpus.columns import ANY
     from canter.corpus.counting import TokenEstimate
     from canter.corpus.mixture import sources_of
@@ -174,7 +174,7 @@ def index_manifest(
     name = f"{path.stem[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow"
     large = path.is_file() and path.stat().st_size > LARGE_MANIFEST
     try:
-        index = build_index(
+        index = index_sources(
             sources_of([path], columns or ANY),
             cache_folder() / name,
             counter,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.columns import Columns
 from canter.corpus.counting import PromptCheck, prompt_length
 from canter.corpus.index import VERIFIED_ROWS, LengthIndex
@@ -171,7 +171,7 @@ def find_index(
         if verify and len(index) > VERIFIED_ROWS:
             index.verify()
     else:
-        index = build_index(
+        index = index_sources(
             sources_of(config.manifest, columns_of(config)),
             path,
             tokenizer,
