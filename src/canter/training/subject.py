@@ -203,7 +203,7 @@ def set_decoding_limits(model: AnyModel, index: LengthIndex, budget: Budget, scr
     seconds, tokens = np.asarray(index.seconds), np.asarray(index.tokens, np.int64) - EngineConfig().extra_tokens
     rate = max(MIN_RATE, RATE_MARGIN * float(np.max(tokens / budget.frames(seconds))))
     window = max(MIN_WINDOW, math.ceil(1.1 * float(np.max(seconds))))
+    settings = cast(dict[str, float], model.generation)
     for name, value in (("tokens_per_frame", round(rate, 3)), ("window_seconds", window)):
-        known = model.generation.get(name)
-        if known or scratch:
-            model.generation[name] = max(known or 0.0, value)
+        if settings.get(name) or scratch:
+            settings[name] = max(settings.get(name) or 0.0, value)
