@@ -9,9 +9,9 @@ import canter
 from canter.errors import CheckpointError
 from canter.models import model as room
 from canter.models.cost import parameters, utterance_cost
-from canter.models.encoder import Encoder
 from canter.models.features import length_mask
 from canter.models.formats.checkpoint import save_model
+from canter.models.layers import Encoder
 
 from .conftest import small_model
 from .test_invariance import make_batch

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from canter.models.batch import Batch, Loss, attention_loss
 from canter.models.decoder import Decoder, DecoderConfig
-from canter.models.encoder import EncoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
+from canter.models.layers import EncoderConfig
 from canter.models.protocol import Capability
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import Characters

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from canter.errors import CheckpointError
-from canter.models.decoder import ACTIVATIONS
+from canter.models.layers import ACTIVATIONS
 from canter.models.model import ModelConfig
 
 # Field of any part -> least and greatest value. A new part may use these names and add its own.
