@@ -224,14 +224,14 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     `load` takes the folder for the run's best checkpoint. Under ``torchrun`` or ``srun`` all ranks call it together.
     Raises ConfigError for settings that cannot be, ManifestError for data that cannot be used.
     """
-    from canter.cli.models import load_any
     from canter.cli.progress import TrainingProgress, say, track  # pyright: ignore[reportUnknownVariableType]
+    from canter.loading import load_module
     from canter.training.session import train as run  # pyright: ignore[reportUnknownVariableType]
 
     if progress:
-        finished = run(config, TrainingProgress, say, track, load_any)
+        finished = run(config, TrainingProgress, say, track, load_module)
     else:
-        finished = run(config, lambda steps, done: nullcontext(_silent), load=load_any)
+        finished = run(config, lambda steps, done: nullcontext(_silent), load=load_module)
     return finished.prepared.run.folder
 
 

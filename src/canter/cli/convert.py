@@ -33,9 +33,10 @@ def run(options: Options) -> int | None:
     import torch
 
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.formats.checkpoint import load_model, save_model
+    from canter.loading import load_model
+    from canter.models.formats.checkpoint import save_model
     from canter.models.formats.huggingface import write_hf
-    from canter.models.formats.nemo_export import write_nemo
+    from canter.models.formats.nemo import write_nemo
 
     checkpoint = checkpoint_of(source)
     for path in (source.resolve(), checkpoint.resolve()):

@@ -65,12 +65,12 @@ def _refuse_missing(folder: Path, config: TrainConfig) -> None:
 def run(config: TrainConfig | None) -> None:
     if config is None:
         return
-    from canter.cli.models import load_any
     from canter.cli.progress import TrainingProgress, say, track
+    from canter.loading import load_module
     from canter.training.run.checkpoints import Checkpoints
     from canter.training.session import train
 
-    finished = train(config, TrainingProgress, say, track, load_any)
+    finished = train(config, TrainingProgress, say, track, load_module)
     if not finished.first:
         return
     progress, run_ = finished.progress, finished.prepared.run

@@ -54,8 +54,6 @@ class Options:
     """Print bucket_duration_bins and bucket_batch_size for a NeMo or Lhotse configuration."""
     figures: Path | None = None
     """Write a PNG: predicted against measured, and the largest batch for every length."""
-    backend: Literal["auto", "canter", "transformers"] = "auto"
-    """What trains a checkpoint; 'auto': Canter where it has the architecture, else transformers."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Of a checkpoint's steps; 'auto': bf16 on a GPU, float32 on a CPU, and a configuration's own."""
     optimizer: Literal["muon", "adamw"] | None = None
@@ -230,8 +228,8 @@ def choose_index(options: Options, subject: Subject, say: Callable[[str], None])
 
 def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
     """The model to measure. Raises ConfigError or CheckpointError for what is neither checkpoint nor configuration."""
-    from canter.cli.models import load_any
     from canter.inference.transcribe import checkpoint_of
+    from canter.loading import load_module
     from canter.models.protocol import Capability, check_support
     from canter.training.config import TrainConfig, load_config
 
@@ -241,7 +239,7 @@ def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
         if options.manifest:
             config = dataclasses.replace(config, manifest=options.manifest)
         return of_config(adjusted(config, options), options, say)
-    model = load_any(checkpoint_of(path), backend=options.backend)
+    model = load_module(checkpoint_of(path))
     given = {"--simulate": bool(options.simulate), "--compile": options.compile}
     needed: dict[str, Capability] = {"--simulate": "cost_model", "--compile": "compile"}
     check_support(model, {name: needed[name] for name, on in given.items() if on}, path)

@@ -104,19 +104,23 @@ class TransformersModel(nn.Module):
         """Samples a second that the extractor wants."""
         return self.extractor.sampling_rate
 
-    @cached_property
+    @property
     def padded_seconds(self) -> float:
-        """To how many seconds every utterance is padded; 0: to the longest of its batch."""
-        return self.extractor.n_samples / self.sample_rate if self._pads_to_length() else 0.0
+        """Seconds that every utterance is padded to; 0: to the longest of its batch."""
+        return self.extractor.n_samples / self.sample_rate if self._pads_to_length else 0.0
 
     @property
     def longest_seconds(self) -> float:
         """Of the utterances that the model can take."""
         return self.padded_seconds or math.inf
 
-    @cached_property
+    @property
     def frame_seconds(self) -> float:
-        """Seconds of audio for each encoder frame."""
+        """Seconds of audio per encoder frame."""
+        return self._frame_seconds
+
+    @cached_property
+    def _frame_seconds(self) -> float:
         if self.padded_seconds:
             return self.padded_seconds / self.exact_frames(self.padded_seconds)
         return round(10.0 / (self.exact_frames(20.0) - self.exact_frames(10.0)), 6)
@@ -176,6 +180,7 @@ class TransformersModel(nn.Module):
             return round(self.padded_seconds / self.frame_seconds)
         return max(1, round(seconds / self.frame_seconds + self._first_frames))
 
+    @cached_property
     def _pads_to_length(self) -> bool:
         return inspect.signature(self.extractor.__call__).parameters["padding"].default == "max_length"
 
@@ -184,7 +189,7 @@ class TransformersModel(nn.Module):
 
         ValueError for audio longer than the model's fixed length, which the extractor would cut without a word.
         """
-        most = self.extractor.n_samples if self._pads_to_length() else math.inf
+        most = self.extractor.n_samples if self._pads_to_length else math.inf
         longest = max(map(len, audio))
         if longest > most:
             raise ValueError(
@@ -195,7 +200,7 @@ class TransformersModel(nn.Module):
             list(audio),
             sampling_rate=self.sample_rate,
             return_tensors="pt",
-            padding="max_length" if self._pads_to_length() else "longest",
+            padding="max_length" if self._pads_to_length else "longest",
             return_attention_mask=True,
         )
         inputs = {name: extracted[name] for name in (self.model.main_input_name, "attention_mask")}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import joined
 from canter.training.feed.skipped import list_left_out

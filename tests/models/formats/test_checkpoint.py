@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import canter
 from canter.errors import CheckpointError
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.models.hub import checkpoint_of
 
 from ..conftest import small_model

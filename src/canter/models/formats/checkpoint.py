@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from canter.errors import CheckpointError
-from canter.models.device import choose_device
-from canter.models.formats.files import read_json, read_tensors, refuse_adapter, replacing_model, stored_bytes
+from canter.models.formats.files import read_json, read_tensors, replacing_model, stored_bytes
 from canter.models.formats.fitting import build, check_vocabulary, fit_tensors
 from canter.models.formats.generation import check_generation
-from canter.models.formats.huggingface import read_hf
-from canter.models.formats.nemo import read_nemo
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel
 from canter.text import Characters, load_tokenizer
 from canter.text.characters import FILE as CHARACTERS
@@ -103,32 +99,13 @@ def save_model(
     return Path(folder)
 
 
-def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> SpeechModel:
-    """Reads the model at ``path``, in evaluation mode, its weights as ``dtype`` on ``device``; the features
-    stay float32. ``model.tokenizer`` is the folder's, or None if it has none.
+def read_folder(folder: Path) -> SpeechModel:
+    """Return the model of a folder that `save_model` wrote, with its tokenizer, characters and generation settings.
 
-    Raises CheckpointError for what is no model, is truncated, or whose tensors do not fit its configuration, and
-    ConfigError for a device that is not here.
+    Raises CheckpointError for what is no such folder, is truncated, or whose tensors do not fit its configuration.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a model folder or a .nemo file")
-    model = _read_folder(path) if path.is_dir() else read_nemo(path)
-    check_vocabulary(model, model.tokenizer, path)
-    for part in model.children():
-        if part is not model.features:
-            part.to(dtype)
-    return model.to(choose_device(str(device))).eval()
-
-
-def _read_folder(folder: Path) -> SpeechModel:
     config_file = folder / "config.json"
-    refuse_adapter(folder)
     values = read_json(config_file)
-    if "model_type" in values:
-        return read_hf(folder)
     if values.pop("format", None) != FORMAT:
         raise CheckpointError(f"{config_file} is not a Canter model (its format is not {FORMAT})")
     has_tokenizer = values.pop("tokenizer", False)

@@ -90,13 +90,12 @@ def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> 
         )
 
 
-def without_ctc(model: SpeechModel, target: str | Path) -> dict[str, Tensor]:
-    """The state dict for formats that have no auxiliary CTC head; warns if the model has one."""
-    tensors = model.state_dict()
-    if model.ctc is not None:
+def without_ctc(tensors: Mapping[str, Tensor], target: str | Path) -> dict[str, Tensor]:
+    """Return the tensors for a format that has no auxiliary CTC head; warn if there is one."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("ctc.")}
+    if len(kept) < len(tensors):
         warnings.warn(f"{target}: the format has no auxiliary CTC head; it is left out", stacklevel=3)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ctc.")}
-    return tensors
+    return kept
 
 
 class Renaming:
