@@ -25,7 +25,7 @@ from canter.integrations.transformers_engine import GenerateEngine
 from canter.integrations.transformers_files import load_parts
 from canter.integrations.transformers_tokenizer import TransformersTokenizer
 from canter.models.batch import Batch, Loss, attention_loss
-from canter.models.cost import UtteranceCost, flops, kept_for_backward
+from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.protocol import Capability
 
@@ -304,33 +304,22 @@ class TransformersModel(nn.Module):
         }
 
     def cost(self, seconds: float, tokens: int) -> UtteranceCost:
-        """Of an utterance of so many seconds and tokens, measured on noise."""
+        """Return FLOPs and memory of an utterance of ``seconds`` and ``tokens``, measured on noise."""
         noise = np.random.default_rng(0).standard_normal(round(seconds * self.sample_rate))
         inputs = self.inputs([noise.astype(np.float32)])
         ids = torch.zeros(1, tokens, dtype=torch.long, device=self.model.device)
         decoder = self.model.get_decoder()
-
-        def encode() -> Any:
-            return self.model.get_encoder()(**inputs)
-
-        with torch.no_grad():
-            encoded = encode()
-
-        def decode(states: Any = encoded) -> Tensor:
-            return self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits
-
-        frames = encoded.last_hidden_state.shape[1]
         config = decoder.config
         heads = getattr(config, "num_key_value_heads", None)
-        kept = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
-        return UtteranceCost(
-            seconds=seconds,
-            frames=frames,
-            tokens=tokens,
-            encoder_flops=flops(encode),
-            decoder_flops=flops(decode),
-            training_bytes=kept_for_backward(self, lambda: decode(encode()).float().log_softmax(-1).sum()),
-            cache_values=2 * len(decoder.layers) * kept * (frames + tokens),
+        width = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
+
+        return measure_cost(
+            self,
+            seconds,
+            tokens,
+            encode=lambda: self.model.get_encoder()(**inputs),
+            decode=lambda states: self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits,
+            cached=2 * len(decoder.layers) * width,
         )
 
     # -- decoding --
