@@ -36,7 +36,7 @@ import torch
 from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
 from canter.events import Printed
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
 from canter.planning.bins import Bins

@@ -30,7 +30,7 @@ from canter.evaluation.wer import score
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.training.recipe import run_training
 
 

@@ -40,7 +40,7 @@ from canter.corpus.sources import open_source
 from canter.evaluation.wer import Score, paired_difference, score
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.planning import Budget, Plan
 
 LONGEST = 30.0

@@ -395,7 +395,7 @@ class Models(Area):
         from canter.models.features import WhisperFeatureConfig
         from canter.models.formats.checkpoint import save_model
         from canter.models.formats.huggingface import write_hf
-        from canter.models.formats.nemo_export import write_nemo
+        from canter.models.formats.nemo import write_nemo
         from canter.models.model import ModelConfig, SpeechModel
         from canter.models.whisper import WhisperEncoderConfig
         from canter.text import Characters, SentencePieceTokenizer

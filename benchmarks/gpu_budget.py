@@ -23,11 +23,10 @@ import torch
 
 from canter.corpus.index import LengthIndex
 from canter.events import Printed
-from canter.models.cost import utterance_cost
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.model import ModelConfig, SpeechModel
+from canter.models.model import ModelConfig, SpeechModel, utterance_cost
 from canter.planning import Budget, Plan
 from canter.planning.bins import Bins
 from canter.planning.budget import Polynomial

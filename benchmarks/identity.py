@@ -30,10 +30,10 @@ from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.evaluation.wer import score
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.int8 import load_in
 from canter.inference.engine.repetition import RepetitionGuard
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
 from canter.inference.engine.search import Greedy, Row
+from canter.loading import load_module
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
 NEAR = 1e-4
@@ -111,7 +111,7 @@ class Decoding:
     """One precision's model on clips, in batches of several sizes."""
 
     def __init__(self, options: Options, precision: Literal["float32", "bf16", "int8"]):
-        self.model = load_in(precision, options.model, "cpu")
+        self.model = load_module(options.model, precision=precision)
         self.precision = precision
         self.prompt = self.model.tokenizer.prompt_ids({"source_lang": "en", "target_lang": "en"})
 

@@ -24,11 +24,10 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
 from canter.inference.transcribe import checkpoint_of
-from canter.models.cost import parameters
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import SpeechModel
-from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, reshape
-from canter.models.timing import measure
+from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, measure_times, reshape
 from canter.planning.budget import Budget
 from canter.text import Characters
 from canter.training.config import ModelShape, TrainConfig, load_run_config
@@ -105,7 +104,7 @@ def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str,
     return {
         "encoder_layers": model.config.encoder.layers,
         "decoder_layers": model.config.decoder.layers,
-        "parameters": sum(parameters(model).values()),
+        "parameters": sum(model.parts().values()),
         "wer_before": before,
         "wer_after": valid["wer"],
         "cer_after": valid["cer"],
@@ -175,7 +174,7 @@ def run(options: Options) -> dict[str, Any]:
         shapes[name] = figures(one, before, onwards(options, config, init, name))
 
     size = (options.seconds, options.tokens, options.batch)
-    old, new = measure(model, *size), measure(reshaped, *size)
+    old, new = measure_times(model, *size), measure_times(reshaped, *size)
     times = {
         part: {
             "trained": getattr(old, part).of(getattr(model.config, part).layers),

@@ -26,7 +26,7 @@ from canter.cli.demo import machine
 from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
 from canter.demo.synthesis import synthesise
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget
 from canter.training.config import ModelShape, TrainConfig

@@ -64,7 +64,7 @@ if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mi
         "measure_budget": "canter.api",
         "score": "canter.api",
         "train": "canter.api",
-        "load_model": "canter.models.formats.checkpoint",  # of 0.1, for what still uses it
+        "load_model": "canter.loading",  # of 0.1, for what still uses it
     }
 
     def __getattr__(name: str):

@@ -35,12 +35,14 @@ def from_mapping(
     base: Path | None = None,
     error: type[CanterError] = ConfigError,
     known: Mapping[str, type] | None = None,
+    exact: bool = False,
 ) -> T:
     """Return the dataclass ``cls`` with the fields in ``content``; other fields take their defaults.
 
     where: file (and field) that errors name.
     base: folder that relative paths are relative to.
     known: types of fields that ``cls`` leaves open (a union or a Protocol).
+    exact: numbers in quotes are refused, as JSON has no need of them.
 
     Raises ``error`` where ``content`` is not a mapping, and for unknown fields (with the nearest known one), values of
     another type, and missing fields without a default.
@@ -55,7 +57,7 @@ def from_mapping(
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
             raise error(f"{where}: unknown setting '{str(key)[:80]}'; {hint}")
-        values[key] = _value(value, hints[key], f"{where}: {key}", base, error)
+        values[key] = _value(value, hints[key], f"{where}: {key}", base, error, exact)
     missing = [
         name
         for name, field in fields.items()
@@ -69,23 +71,23 @@ def from_mapping(
         raise error(f"{where}: {reason}") from None
 
 
-def _value(value: object, hint: Any, where: str, base: Path | None, error: type[CanterError]) -> object:
+def _value(value: object, hint: Any, where: str, base: Path | None, error: type[CanterError], exact: bool) -> object:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         reader = next((mark for mark in arguments[1:] if isinstance(mark, Read)), None)
         if reader is None:
-            return _value(value, arguments[0], where, base, error)
+            return _value(value, arguments[0], where, base, error, exact)
         try:
             return reader.function(value, base)
         except error as reason:
             raise error(f"{where}: {reason}") from None
     if dataclasses.is_dataclass(hint):
-        return from_mapping(typing.cast(type, hint), value, where, base=base, error=error)
+        return from_mapping(typing.cast(type, hint), value, where, base=base, error=error, exact=exact)
     if origin in (typing.Union, types.UnionType):
-        return _one_of(value, arguments, where, base, error)
+        return _one_of(value, arguments, where, base, error, exact)
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_value(item, arguments[0], where, base, error) for item in items)
+        return tuple(_value(item, arguments[0], where, base, error, exact) for item in items)
     if origin is Literal:
         if value not in arguments:
             raise error(f"{where}: {value!r:.80} is none of {', '.join(map(str, arguments))}")
@@ -96,7 +98,7 @@ def _value(value: object, hint: Any, where: str, base: Path | None, error: type[
         return value
     if hint is Path and isinstance(value, str):
         return base / value if base is not None else Path(value)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float if exact else int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 2e-3 as a string
         except (ValueError, OverflowError):
@@ -107,7 +109,7 @@ def _value(value: object, hint: Any, where: str, base: Path | None, error: type[
 
 
 def _one_of(
-    value: object, arguments: tuple[Any, ...], where: str, base: Path | None, error: type[CanterError]
+    value: object, arguments: tuple[Any, ...], where: str, base: Path | None, error: type[CanterError], exact: bool
 ) -> object:
     """Return the value of a union: None, one of its literals, or a value of its first other type."""
     kinds = [kind for kind in arguments if kind is not types.NoneType]
@@ -120,7 +122,7 @@ def _one_of(
     if isinstance(value, str) and value in words:
         return value
     others = [kind for kind in kinds if typing.get_origin(kind) is not Literal]
-    return _value(value, (others or kinds)[0], where, base, error)
+    return _value(value, (others or kinds)[0], where, base, error, exact)
 
 
 def to_mapping(value: object) -> dict[str, Json]:

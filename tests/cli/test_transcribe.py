@@ -16,10 +16,11 @@ import soundfile
 from canter.cli.main import main
 from canter.cli.transcribe import Options, destination, identity, style_of, timestamps_of
 from canter.inference.transcribe import Transcription
+from canter.loading import load_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import Characters, train_tokenizer
 

@@ -14,7 +14,7 @@ from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
-from canter.models.formats.nemo_export import write_nemo
+from canter.models.formats.nemo import write_nemo
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import WhisperTokenizer, train_tokenizer

@@ -16,7 +16,7 @@ from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import Listener, transcribe
 from canter.inference.transcript.segments import Segment, Word
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.serving.app import _rendered
 from canter.serving.protocol import Asked
 from canter.serving.scheduler import Timing

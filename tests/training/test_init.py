@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from canter.cli import reshape
 from canter.errors import CheckpointError, ConfigError
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
 from canter.training.recipe import prepare_run, run_training

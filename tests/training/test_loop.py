@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from canter.cli.progress import TrainingProgress
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.planning.budget import Budget, Polynomial
 from canter.training.config import AugmentConfig
 from canter.training.recipe import run_training

@@ -9,7 +9,8 @@ import pytest
 
 from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget
 from canter.text import train_tokenizer

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from canter.models.decoder import Decoder
 from canter.models.features import length_mask
+from canter.models.layers import KeyValues
 
 CACHES = ("hidden", "full", "none")
 
@@ -68,11 +69,9 @@ def _with_hidden_states(decoder: Decoder, encoded: Tensor, lengths: Tensor, prom
         for index, layer in enumerate(decoder.blocks):
             before = hidden[index]
             hidden[index] = states = x if before is None else torch.cat([before, x], dim=1)
-            keys, values = layer.self_attention.project(layer.norm_self(states))
-            x = x + layer.self_attention(layer.norm_self(x), keys, values, mask=causal)
-            keys, values = layer.cross_attention.project(encoded)
-            x = x + layer.cross_attention(layer.norm_cross(x), keys, values, mask=mask)
-            x = x + layer.feed_forward(x)
+            past = KeyValues(*layer.self_attention.project(layer.norm_self(states)))
+            x = layer.attend(x, layer.norm_self, layer.self_attention, past, causal)
+            x = layer.feed_forward(layer.attend(x, layer.norm_cross, layer.cross_attention, encoded, mask))
         return decoder.head(x[:, -1])
 
     return advance, advance(prompt)

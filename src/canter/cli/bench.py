@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     from canter.inference.engine.int8 import quantize
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.formats.checkpoint import load_model
+    from canter.loading import load_model
     from canter.runtime import choose_device, keep_freed_memory
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32

@@ -279,7 +279,7 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     from canter.inference.engine.engine import Engine
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of, transcribe
-    from canter.models.formats.checkpoint import load_model
+    from canter.loading import load_model
 
     model = load_model(checkpoint_of(prepared.run.folder))
     tokenizer = prepared.data.tokenizer

@@ -251,11 +251,9 @@ def told_of(options: Options) -> str:
 def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     import torch
 
-    from canter.cli.models import load_any
     from canter.inference.engine.engine import engine_for
-    from canter.inference.engine.int8 import load_in
     from canter.inference.engine.requests import EngineConfig
-    from canter.models.formats.huggingface import foreign_type
+    from canter.loading import format_of, load_module
     from canter.runtime import choose_device, keep_freed_memory
 
     device = str(choose_device(options.device))
@@ -263,11 +261,9 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         keep_freed_memory()
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    if foreign_type(checkpoint):
+    if not format_of(checkpoint).native:
         refuse_ours(options, checkpoint)
-        model = load_any(checkpoint, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    else:
-        model = load_in(options.precision, checkpoint, device)
+    model = load_module(checkpoint, device, options.precision)
     if model.tokenizer is None:
         raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
     config = EngineConfig(

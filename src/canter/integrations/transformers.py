@@ -5,9 +5,12 @@ B: utterances, S: samples, T: encoder frames, U: tokens, V: vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
-from collections.abc import Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,21 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
-from canter.errors import CheckpointError
+from canter.corpus.manifest import Utterance
+from canter.errors import CheckpointError, ConfigError
 from canter.inference.engine.capacity import encoder_batches
-from canter.inference.engine.requests import EngineConfig
-from canter.integrations.transformers_engine import GenerateEngine
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway
 from canter.integrations.transformers_files import load_parts
-from canter.integrations.transformers_tokenizer import TransformersTokenizer
 from canter.models.batch import Batch, Loss, attention_loss
-from canter.models.cost import UtteranceCost, flops, kept_for_backward
+from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.protocol import Capability
+from canter.text.languages import find
+from canter.text.prompts import utterance_slots
 
-__all__ = ["TransformersModel", "TransformersTokenizer"]
 POSITIONS = ("max_target_positions", "max_position_embeddings")  # a decoder's, by architecture
 TOKENS_PER_SECOND, EXTRA_TOKENS = 12.5, 10  # what a clip may be transcribed in
 PREFIX = "model."  # of our names of their tensors
+FRAME_SECONDS = 0.08  # the engine's settings count encoder frames of this duration
 
 
 class TransformersModel(nn.Module):
@@ -104,19 +109,23 @@ class TransformersModel(nn.Module):
         """Samples a second that the extractor wants."""
         return self.extractor.sampling_rate
 
-    @cached_property
+    @property
     def padded_seconds(self) -> float:
-        """To how many seconds every utterance is padded; 0: to the longest of its batch."""
-        return self.extractor.n_samples / self.sample_rate if self._pads_to_length() else 0.0
+        """Seconds that every utterance is padded to; 0: to the longest of its batch."""
+        return self.extractor.n_samples / self.sample_rate if self._pads_to_length else 0.0
 
     @property
     def longest_seconds(self) -> float:
         """Of the utterances that the model can take."""
         return self.padded_seconds or math.inf
 
-    @cached_property
+    @property
     def frame_seconds(self) -> float:
-        """Seconds of audio for each encoder frame."""
+        """Seconds of audio per encoder frame."""
+        return self._frame_seconds
+
+    @cached_property
+    def _frame_seconds(self) -> float:
         if self.padded_seconds:
             return self.padded_seconds / self.exact_frames(self.padded_seconds)
         return round(10.0 / (self.exact_frames(20.0) - self.exact_frames(10.0)), 6)
@@ -176,6 +185,7 @@ class TransformersModel(nn.Module):
             return round(self.padded_seconds / self.frame_seconds)
         return max(1, round(seconds / self.frame_seconds + self._first_frames))
 
+    @cached_property
     def _pads_to_length(self) -> bool:
         return inspect.signature(self.extractor.__call__).parameters["padding"].default == "max_length"
 
@@ -184,7 +194,7 @@ class TransformersModel(nn.Module):
 
         ValueError for audio longer than the model's fixed length, which the extractor would cut without a word.
         """
-        most = self.extractor.n_samples if self._pads_to_length() else math.inf
+        most = self.extractor.n_samples if self._pads_to_length else math.inf
         longest = max(map(len, audio))
         if longest > most:
             raise ValueError(
@@ -195,7 +205,7 @@ class TransformersModel(nn.Module):
             list(audio),
             sampling_rate=self.sample_rate,
             return_tensors="pt",
-            padding="max_length" if self._pads_to_length() else "longest",
+            padding="max_length" if self._pads_to_length else "longest",
             return_attention_mask=True,
         )
         inputs = {name: extracted[name] for name in (self.model.main_input_name, "attention_mask")}
@@ -299,33 +309,22 @@ class TransformersModel(nn.Module):
         }
 
     def cost(self, seconds: float, tokens: int) -> UtteranceCost:
-        """Of an utterance of so many seconds and tokens, measured on noise."""
+        """Return FLOPs and memory of an utterance of ``seconds`` and ``tokens``, measured on noise."""
         noise = np.random.default_rng(0).standard_normal(round(seconds * self.sample_rate))
         inputs = self.inputs([noise.astype(np.float32)])
         ids = torch.zeros(1, tokens, dtype=torch.long, device=self.model.device)
         decoder = self.model.get_decoder()
-
-        def encode() -> Any:
-            return self.model.get_encoder()(**inputs)
-
-        with torch.no_grad():
-            encoded = encode()
-
-        def decode(states: Any = encoded) -> Tensor:
-            return self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits
-
-        frames = encoded.last_hidden_state.shape[1]
         config = decoder.config
         heads = getattr(config, "num_key_value_heads", None)
-        kept = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
-        return UtteranceCost(
-            seconds=seconds,
-            frames=frames,
-            tokens=tokens,
-            encoder_flops=flops(encode),
-            decoder_flops=flops(decode),
-            training_bytes=kept_for_backward(self, lambda: decode(encode()).float().log_softmax(-1).sum()),
-            cache_values=2 * len(decoder.layers) * kept * (frames + tokens),
+        width = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
+
+        return measure_cost(
+            self,
+            seconds,
+            tokens,
+            encode=lambda: self.model.get_encoder()(**inputs),
+            decode=lambda states: self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits,
+            cached=2 * len(decoder.layers) * width,
         )
 
     # -- decoding --
@@ -402,3 +401,110 @@ class TransformersModel(nn.Module):
             stop = next((place for place, token in enumerate(row) if token in ends), len(row))
             found.append(row[:stop])
         return found
+
+
+class GenerateEngine(Engine):
+    """`Engine` over the model's own ``generate``: a batch is decoded whole, by beam search where there are several
+    beams. Of the settings ``rows``, ``frames`` (of 80 ms), ``beams`` and ``length_penalty`` count."""
+
+    aligns = False
+
+    def __init__(self, model: Any, end: int, config: EngineConfig):
+        self.generation: dict[str, Any] = {}
+        if config.beams > 1:
+            self.generation = {"num_beams": config.beams, "length_penalty": config.length_penalty or 0.0}
+        super().__init__(model, end, config)
+        self.frames = round(self.frames * FRAME_SECONDS / model.frame_seconds)
+
+    def events(
+        self,
+        batches: Iterable[list[Request]],
+        cancelled: Callable[[Hashable], bool] | None = None,
+    ) -> Generator[Hypothesis | Underway]:
+        model: Any = self.model
+        for batch in batches:
+            requests = [one for one in batch if cancelled is None or not cancelled(one.key)]
+            if not requests:
+                continue
+            began = time.perf_counter()
+            audio, prompts = [one.audio for one in requests], [one.prompt for one in requests]
+            limits = [model.limit(clip, prompt) for clip, prompt in zip(audio, prompts)]
+            found = model.transcribe(audio, prompts, batch_seconds=math.inf, limits=limits, **self.generation)
+            seconds = time.perf_counter() - began
+            steps = max(map(len, found)) + 1
+            self.counters.seconds += seconds
+            self.counters.decoder_seconds += seconds
+            self.counters.audio_seconds += sum(map(len, audio)) / model.sample_rate
+            self.counters.steps += steps
+            self.counters.row_steps += steps * len(found)
+            self.counters.useful_row_steps += sum(len(tokens) + 1 for tokens in found)
+            for request, tokens, limit in zip(requests, found, limits):
+                prompt = tuple(request.prompt)
+                yield Hypothesis(request.key, tokens, len(tokens) < limit, prompt=prompt)
+
+
+class TransformersTokenizer:
+    """A tokenizer of transformers as a `canter.text.Tokenizer`.
+
+    ``prompt_tokens`` are the decoder's first ones, the same for every utterance; where ``language_ids`` are given, the
+    one of the language that is written follows.
+    """
+
+    detects_language = False
+
+    def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int], language_ids: Mapping[str, int] | None = None):
+        self.tokenizer, self.prompt_tokens = tokenizer, list(prompt_tokens)
+        self.language_ids = dict(language_ids or {})
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+        self.end = int(tokenizer.eos_token_id)
+        self.pad = self.end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.language_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        told = [type(self.tokenizer).__name__, rules, self.prompt_tokens, self.language_ids]
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+
+    def encode(self, text: str, lang: str | None = None) -> list[int]:
+        """Ids of ``text``, without the special tokens that the tokenizer would put around it."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special).strip()
+
+    def special_id(self, token: str) -> int:
+        """ConfigError for what is no token of its own."""
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ConfigError(f"the tokenizer has no token {token!r}")
+        return int(found)
+
+    def prompt(self, utterance: Utterance) -> list[int]:
+        return self.prompt_ids(utterance_slots(utterance))
+
+    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
+        """Of the slots only ``target_lang`` counts, where there are languages to choose from."""
+        if not self.language_ids:
+            return list(self.prompt_tokens)
+        language = slots.get("target_lang") or slots.get("source_lang")
+        language = None if language is None else find(language, self.language_ids) or language
+        if language not in self.language_ids:
+            named = "names no language" if language is None else f"names the language '{language}'"
+            raise ConfigError(
+                f"an utterance {named}, and the model writes {', '.join(self.language_ids)}: give 'lang' in the "
+                "manifest, or --language"
+            )
+        return [*self.prompt_tokens, self.language_ids[language]]
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)

@@ -25,8 +25,8 @@ from transformers.utils import logging
 
 from canter.errors import CheckpointError
 from canter.models.formats.files import check_safetensors, read_json, refuse_adapter, stored_bytes, tensor_files
+from canter.models.formats.fitting import SMALL
 from canter.models.formats.generation import check_generation
-from canter.models.formats.ranges import SMALL
 from canter.models.hub import checkpoint_of
 
 # How every part is read: with transformers' own classes alone, and from the disk alone.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from canter.models.cache import ROUND, DecoderCache
 from canter.models.features import attention_mask
-from canter.models.stack import Stack
+from canter.models.layers import Attention, KeyValues, Stack, TransformerLayer, rates, sinusoids
 from canter.runtime import upload
 
 
@@ -50,50 +50,11 @@ class DecoderConfig:
     """Probability that training leaves a layer out."""
 
 
-def gelu(x: Tensor) -> Tensor:
-    """In place where no gradient is asked for: the widest tensor of a layer need not exist twice."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
-ACTIVATIONS = {"relu": F.relu, "gelu": gelu}
 FEW = 5  # rows, up to which a product with a vocabulary's matrix is faster the other way round
 PROJECTED = 2  # rows whose keys and values are made together on a CPU: more are no faster, and take memory
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
-    """(positions, D): sine on even, cosine on odd columns (Vaswani et al., 2017)."""
-    rate = torch.exp(torch.arange(0, width, 2) * -(math.log(10000.0) / width))
-    angle = torch.arange(positions)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, key_bias: bool = True):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
-        self.key = nn.Linear(width, width, bias=key_bias)
-
-    def split(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N, K)."""
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> keys, values (B, H, N, K)."""
-        return self.split(self.key(source)), self.split(self.value(source))
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        """x (B, U, D), keys and values (B, H, N, K), mask boolean, true where attended -> (B, U, D)."""
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            self.split(self.query(x)), keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(TransformerLayer):
     """Pre-norm self-attention, cross-attention and feed-forward, each residual."""
 
     def __init__(self, config: DecoderConfig):
@@ -102,35 +63,25 @@ class DecoderLayer(nn.Module):
         attention = (d, config.heads, config.dropout_attention, config.key_bias)
         self.norm_self, self.self_attention = nn.LayerNorm(d), Attention(*attention)
         self.norm_cross, self.cross_attention = nn.LayerNorm(d), Attention(*attention)
-        self.norm_feed_forward = nn.LayerNorm(d)
-        self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
-        self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
-        self.dropout_activation = nn.Dropout(config.dropout_activation)
+        self.build_feed_forward(d, config.feedforward, config.activation, config.dropout, config.dropout_activation)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout_activation(self.activation(self.up(self.norm_feed_forward(x)))))
+    def forward(
+        self,
+        x: Tensor,
+        encoded: Tensor | KeyValues,
+        encoded_mask: Tensor | None,
+        past: KeyValues | None = None,
+        past_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the layer's output (B, U, D) for tokens ``x`` (B, U, D).
 
-    def forward(self, x: Tensor, encoded: Tensor, encoded_mask: Tensor | None) -> Tensor:
-        """Teacher forcing: x (B, U, D), encoded (B, T, D), encoded_mask (B, 1, 1, T) or None -> (B, U, D)."""
-        h = self.norm_self(x)
-        x = x + self.dropout(self.self_attention(h, *self.self_attention.project(h), causal=True))
-        h = self.norm_cross(x)
-        y = self.cross_attention(h, *self.cross_attention.project(encoded), mask=encoded_mask)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.feed_forward(x))
-
-    def step(self, x: Tensor, own: Tensor, cross: Tensor, own_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        """New tokens x (B, N, D), whose keys and values go to the last N columns of ``own`` (2, B, H, U, K);
-        ``cross`` (2, B, H, T, K); additive masks, or None where all is attended."""
-        h = self.norm_self(x)
-        keys, values = own.unbind(0)
-        new_keys, new_values = self.self_attention.project(h)
-        keys[:, :, -x.shape[1] :] = new_keys
-        values[:, :, -x.shape[1] :] = new_values
-        x = x + self.self_attention(h, keys, values, mask=own_mask)
-        x = x + self.cross_attention(self.norm_cross(x), *cross.unbind(0), mask=cross_mask)
-        return x + self.feed_forward(x)
+        ``encoded`` is the encoder's output (B, T, D), or its keys and values from a cache. Without ``past`` tokens
+        attend to those before them (teacher forcing); else to ``past``, which takes up their keys and values.
+        Masks broadcast to (B, H, U, T) and (B, H, U, N); None: everything is attended.
+        """
+        x = self.attend(x, self.norm_self, self.self_attention, past, past_mask, causal=past is None)
+        x = self.attend(x, self.norm_cross, self.cross_attention, encoded, encoded_mask)
+        return self.feed_forward(x)
 
 
 class Decoder(Stack):
@@ -144,7 +95,7 @@ class Decoder(Stack):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width, padding_idx=config.pad)
         # NeMo divides the sinusoids by sqrt(width) instead of multiplying the embedding by it.
-        table = sinusoids(config.positions, config.width) / math.sqrt(config.width)
+        table = sinusoids(torch.arange(config.positions), rates(config.width)) / math.sqrt(config.width)
         if config.learned_positions:
             self.positions = nn.Parameter(table)
         else:
@@ -265,10 +216,24 @@ class Decoder(Stack):
             cross_mask = cache.cross_mask[rows, None, None, :size]
         own = cache.own[:, :, rows, :, oldest : column + n]
         cross = cache.cross[:, :, rows, :, :size]
-        x = self.embed(tokens, place)
-        for layer, layer_own, layer_cross in zip(self.blocks, own.unbind(0), cross.unbind(0)):
-            x = layer.step(x, layer_own, layer_cross, own_mask, cross_mask)
         cache.column += n
+        return self._run_cached(tokens, place, own, own_mask, cross, cross_mask, slice(-n, None))
+
+    def _run_cached(
+        self,
+        tokens: Tensor,
+        places: Tensor,
+        own: Tensor,
+        own_mask: Tensor | None,
+        cross: Tensor,
+        cross_mask: Tensor | None,
+        columns: slice | Tensor,
+    ) -> Tensor:
+        """Return hidden states (B, N, D) of tokens (B, N), whose keys and values go to ``columns`` of ``own``."""
+        x = self.embed(tokens, places)
+        for layer, (keys, values), encoded in zip(self.blocks, own.unbind(0), cross.unbind(0)):
+            past = KeyValues(keys, values, columns)
+            x = layer.forward(x, KeyValues(*encoded.unbind(0)), cross_mask, past, own_mask)  # never the compiled layer
         return x
 
     def cross_weights(self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -276,16 +241,14 @@ class Decoder(Stack):
         layer and head -> weights (heads, U, T), float32, and logits (U, V)."""
         x = self.embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
         found: dict[tuple[int, int], Tensor] = {}
-        for number, (layer, (keys, values)) in enumerate(zip(self.blocks, cross.unbind(0))):
-            h = layer.norm_self(x)
-            x = x + layer.self_attention(h, *layer.self_attention.project(h), causal=True)
-            h = layer.norm_cross(x)
-            for head in (head for one, head in heads if one == number):
-                query = layer.cross_attention.split(layer.cross_attention.query(h))[0, head].float()
-                scores = query @ keys[head].float().T / math.sqrt(query.shape[-1])
-                found[number, head] = scores.softmax(-1)
-            x = x + layer.cross_attention(h, keys[None], values[None])
-            x = x + layer.feed_forward(x)
+        for number, (layer, encoded) in enumerate(zip(self.blocks, cross[:, :, None].unbind(0))):
+            keys, values = encoded.unbind(0)
+            x = layer.attend(x, layer.norm_self, layer.self_attention, causal=True)
+            if any(number == one for one, _ in heads):
+                weights = layer.cross_attention.weights(layer.norm_cross(x), keys)[0]
+                found |= {(one, head): weights[head] for one, head in heads if one == number}
+            x = layer.attend(x, layer.norm_cross, layer.cross_attention, KeyValues(keys, values))
+            x = layer.feed_forward(x)
         return torch.stack([found[pair] for pair in heads]), self.head(x)[0]
 
     def fixed_step(self, tokens: Tensor, column: Tensor, cache: DecoderCache, columns: int, frames: int) -> Tensor:
@@ -305,13 +268,4 @@ class Decoder(Stack):
         if n == 1:  # slots without a row attend to something, else they would become NaN
             own_mask = own_mask.masked_fill(index == column, 0.0)
         cross_mask = cache.cross_mask[:r, None, None, :frames]
-        x = self.embed(tokens, place)
-        for layer, (keys, values), layer_cross in zip(self.blocks, own.unbind(0), cross.unbind(0)):
-            h = layer.norm_self(x)
-            new_keys, new_values = layer.self_attention.project(h)
-            keys.index_copy_(2, written, new_keys.to(keys.dtype))
-            values.index_copy_(2, written, new_values.to(values.dtype))
-            x = x + layer.self_attention(h, keys, values, mask=own_mask)
-            x = x + layer.cross_attention(layer.norm_cross(x), *layer_cross.unbind(0), mask=cross_mask)
-            x = x + layer.feed_forward(x)
-        return self.head(x)
+        return self.head(self._run_cached(tokens, place, own, own_mask, cross, cross_mask, written))

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models import kernels
-from canter.models.encoder import Encoder
 from canter.models.features import length_mask
+from canter.models.layers import Encoder, rates, sinusoids
 from canter.models.norm import MaskedBatchNorm
 
 if kernels.AVAILABLE:
@@ -164,9 +164,7 @@ def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
     N is a multiple of ALIGNED: a GPU's matrix units want rows of scores that are."""
     count = -(-(2 * size - 1) // ALIGNED) * ALIGNED
     distance = torch.arange(size - 1, size - 1 - count, -1, dtype=torch.float32, device=device)
-    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
-    angle = distance[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+    return sinusoids(distance, rates(width, device))
 
 
 class RelativeAttention(nn.Module):

@@ -6,17 +6,17 @@ whose outputs are zero), or as working copies (depth up-scaling, Kim et al., 202
 function but starts with more to learn from.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from canter.errors import ConfigError
-from canter.models.cost import parameters, utterance_cost
 from canter.models.formats.fitting import build
-from canter.models.model import ModelConfig, SpeechModel
+from canter.models.model import ModelConfig, SpeechModel, utterance_cost
 
 Growth = Literal["identity", "copy"]
 Kept = Literal["even", "spread", "first", "last"]
@@ -79,7 +79,7 @@ def reshape(
     tensors |= stacked
     tensors |= _stack(model, "decoder", [(place, False) for place in kept_layers(deep, decoder.layers, kept)])
     fresh.load_state_dict(tensors)
-    fresh.tokenizer, fresh.generation = model.tokenizer, dict(model.generation)
+    fresh.tokenizer, fresh.characters, fresh.generation = model.tokenizer, model.characters, dict(model.generation)
     if deep != decoder.layers:
         fresh.generation.pop("alignment_heads", None)  # they name layers by their old numbers
     return fresh.to(model.decoder.embedding.weight.device).train(model.training)
@@ -132,7 +132,7 @@ def encoder_layers_that_keep(
         shape = with_layers(config, encoder, decoder)
         if what == "parameters":
             with torch.device("meta"):
-                return sum(parameters(SpeechModel(shape)).values())
+                return sum(SpeechModel(shape).parts().values())
         cost = utterance_cost(shape, seconds, tokens)
         return cost.encoder_flops + cost.decoder_flops
 
@@ -140,3 +140,79 @@ def encoder_layers_that_keep(
     aim, smaller = size(now, config.decoder.layers), size(now, decoder_layers)
     layer = size(now + 1, decoder_layers) - smaller
     return max(1, now + round((aim - smaller) / layer))
+
+
+@dataclass(frozen=True)
+class StackTime:
+    """Seconds of a stack: what does not depend on its depth, and a layer."""
+
+    rest: float
+    layer: float
+
+    def of(self, layers: int) -> float:
+        """Seconds with so many layers."""
+        return self.rest + layers * self.layer
+
+
+@dataclass(frozen=True)
+class DecodingTime:
+    """Seconds to encode a batch and to decode it with caches."""
+
+    encoder: StackTime
+    decoder: StackTime
+
+
+@torch.no_grad()
+def measure_times(model: SpeechModel, seconds: float = 10.0, tokens: int = 40, batch: int = 4) -> DecodingTime:
+    """Times ``model`` as it is and with one layer left, on a batch of silence of so many seconds and
+    tokens."""
+    was_training = model.training
+    model.eval()
+    device = model.decoder.embedding.weight.device
+    samples = round(seconds * model.config.features.sample_rate)
+    audio = torch.zeros(batch, samples, device=device)
+    features, frames = model.features(audio, torch.full((batch,), samples, device=device))
+    encoded, lengths = model.encode(features, frames)
+    projected, sizes = model.projection(encoded), lengths.tolist()
+
+    def decode() -> None:
+        cache = model.decoder.cache()
+        model.decoder.admit([[0]] * batch, projected, sizes, cache)
+        step = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        for _ in range(tokens - 1):
+            model.decoder.step(step, cache)
+
+    try:
+        return DecodingTime(
+            encoder=_by_depth(model.encoder, lambda: model.encode(features, frames)),
+            decoder=_by_depth(model.decoder, decode),
+        )
+    finally:
+        model.train(was_training)
+
+
+def _by_depth(part: nn.Module, run: Callable[[], object]) -> StackTime:
+    layers, config = part.layers, part.config
+    assert isinstance(layers, nn.ModuleList)
+    whole = seconds_of(run)
+    if len(layers) == 1:
+        return StackTime(0.0, whole)
+    try:
+        part.layers, part.config = layers[:1], replace(config, layers=1)  # pyright: ignore
+        one = seconds_of(run)
+    finally:
+        part.layers, part.config = layers, config
+    layer = max(0.0, (whole - one) / (len(layers) - 1))
+    return StackTime(max(0.0, whole - len(layers) * layer), layer)
+
+
+def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
+    """The least of ``repeats``, after one run to warm up: what else runs on the machine only adds."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

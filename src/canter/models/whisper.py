@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from canter.models.decoder import Attention, gelu
-from canter.models.encoder import Encoder
 from canter.models.features import attention_mask, length_mask
+from canter.models.layers import Attention, Encoder, TransformerLayer, gelu, sinusoids
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,7 @@ class WhisperEncoderConfig:
         return WhisperEncoder(self)
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
-    """(positions, D): sines in the first half of the columns, cosines in the second."""
-    rate = 10000 ** -(torch.arange(width // 2) / (width // 2 - 1))
-    angle = torch.arange(positions)[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-class WhisperLayer(nn.Module):
+class WhisperLayer(TransformerLayer):
     """Pre-norm self-attention and feed-forward, each residual."""
 
     def __init__(self, config: WhisperEncoderConfig):
@@ -51,17 +43,11 @@ class WhisperLayer(nn.Module):
         d = config.width
         self.norm_attention = nn.LayerNorm(d)
         self.attention = Attention(d, config.heads, config.dropout_attention, key_bias=False)
-        self.norm_feed_forward = nn.LayerNorm(d)
-        self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
-        self.dropout = nn.Dropout(config.dropout)
-        self.dropout_activation = nn.Dropout(config.dropout_activation)
+        self.build_feed_forward(d, config.feedforward, "gelu", config.dropout, config.dropout_activation)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, D), mask (B, 1, 1, T), None where all is attended -> (B, T, D)."""
-        h = self.norm_attention(x)
-        x = x + self.dropout(self.attention(h, *self.attention.project(h), mask=mask))
-        h = self.dropout_activation(gelu(self.up(self.norm_feed_forward(x))))
-        return x + self.dropout(self.down(h))
+        """Return the layer's output (B, T, D) for ``x`` (B, T, D); mask (B, 1, 1, T), None where all is attended."""
+        return self.feed_forward(self.attend(x, self.norm_attention, self.attention, mask=mask))
 
 
 class WhisperEncoder(Encoder):
@@ -75,7 +61,9 @@ class WhisperEncoder(Encoder):
         self.config = config
         self.conv1 = nn.Conv1d(config.mels, config.width, 3, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
-        self.register_buffer("positions", sinusoids(config.positions, config.width))
+        half = config.width // 2
+        rates = 10000 ** -(torch.arange(half) / (half - 1))
+        self.register_buffer("positions", sinusoids(torch.arange(config.positions), rates, alternate=False))
         self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)

@@ -18,7 +18,8 @@ from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.inference.engine.rules import Rules
 from canter.inference.engine.search import CANDIDATES, BeamSearch, Row
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import Characters, train_tokenizer
 
 from ..conftest import END, noises, small_model

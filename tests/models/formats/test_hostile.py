@@ -91,7 +91,7 @@ def test_every_size_has_a_range(folder, kind, setting, within_200_mib):
     path = folder(kind)
     for value in BEYOND:
         edit(path / "config.json", {setting: value})
-        assert_refused(path, r"must be|missing")
+        assert_refused(path, r"must be|missing|expected")
 
 
 @pytest.mark.parametrize("setting", ["encoder.layers", "decoder.layers", "ctc_vocabulary", "decoder.pad"])
@@ -99,7 +99,7 @@ def test_counts_that_may_be_0_have_a_range_too(folder, setting, within_200_mib):
     path = folder("own")
     for value in BEYOND[1:]:
         edit(path / "config.json", {setting: value})
-        assert_refused(path, "must be")
+        assert_refused(path, "must be|expected")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_fractions_have_a_range(folder, setting):
     path = folder("own")
     for value in (-0.1, 1.1, 10**400, True, "0.1", None, float("nan"), float("inf")):
         edit(path / "config.json", {setting: value})
-        assert_refused(path, "must be")
+        assert_refused(path, "must be|expected")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_fractions_have_a_range(folder, setting):
         ("encoder.norm", "group", "must be 'batch' or 'layer'"),
         ("decoder.activation", "__import__", "must be 'relu' or 'gelu'"),
         ("encoder.kind", ["x"], r"kind \['x'\]"),
-        ("encoder", 3, "encoder is 3"),
-        ("decoder", None, "not a JSON object"),
+        ("encoder", 3, "encoder: expected a mapping of settings, found 3"),
+        ("decoder", None, "decoder: expected a mapping of settings, found None"),
         ("model_type", ["whisper"], "model_type is"),
     ],
 )

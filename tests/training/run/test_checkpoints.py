@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from canter.errors import CanterError, ConfigError
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.training.config import OptimizerConfig
 from canter.training.recipe import prepare_run, run_training
 from canter.training.run.checkpoints import Checkpoints, Snapshot, damage, read_snapshot

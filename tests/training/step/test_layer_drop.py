@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
 from canter.training.recipe import run_training

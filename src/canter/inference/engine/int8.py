@@ -7,17 +7,12 @@ Rows are rounded apart and sums are of whole numbers, so a row's result does not
 K: inputs.
 """
 
-from pathlib import Path
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from canter.errors import ConfigError
-from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 
-Precision = Literal["float32", "bf16", "int8"]
 # Processors without VNNI add two products in 16 bits: 2 x 255 x 63 fits there, 2 x 255 x 127 does not.
 WEIGHTS, INPUTS, ZERO = 63, 127, 128
 
@@ -83,12 +78,3 @@ def quantize(model: SpeechModel) -> SpeechModel:
             child = getattr(layer.cross_attention, name)
             setattr(layer.cross_attention, name, Int8Linear(child.weight, child.bias))
     return model
-
-
-def load_in(precision: Precision, path: str | Path, device: str) -> SpeechModel:
-    """The model at ``path`` for inference. Raises ConfigError for int8 anywhere but on a CPU, CheckpointError as
-    ``load_model``."""
-    if precision == "int8" and device != "cpu":
-        raise ConfigError(f"--precision int8 runs on a CPU alone, not on {device}: use bf16 there")
-    model = load_model(path, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return quantize(model) if precision == "int8" else model

@@ -224,15 +224,6 @@ WHISPER = Layout(
 LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
 
 
-def foreign_type(folder: str | Path) -> str | None:
-    """The ``model_type`` of a Hugging Face folder of an architecture that is not read here; None of anything else."""
-    source = Path(folder) / "config.json"
-    kind = read_json(source).get("model_type") if source.is_file() else None
-    if kind is not None and not isinstance(kind, str):
-        raise CheckpointError(f"{source}: model_type is {kind!r:.80}; it must be a string")
-    return None if kind in LAYOUTS else kind
-
-
 def read_hf(folder: str | Path) -> SpeechModel:
     """The Canary or Whisper in a folder that transformers wrote (safetensors only).
 
@@ -242,13 +233,7 @@ def read_hf(folder: str | Path) -> SpeechModel:
     folder = Path(folder)
     source = folder / "config.json"
     values = read_json(source)
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in LAYOUTS:
-        raise CheckpointError(
-            f"{source}: model_type is {kind!r:.80}; read are {' and '.join(map(repr, LAYOUTS))}. Others run through "
-            "transformers, in canter tune, train, transcribe and info alone"
-        )
-    layout = LAYOUTS[kind]
+    layout = LAYOUTS[values["model_type"]]
     features_file = folder / "preprocessor_config.json"
     sound = read_json(features_file) if features_file.exists() else {}
     model = build(_our_config(layout, values, sound, source), source, stored_bytes(folder / SAFETENSORS))
@@ -328,7 +313,12 @@ def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
     return permuted
 
 
-def write_hf(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> Path:
+def write_hf(
+    model: SpeechModel,
+    folder: str | Path,
+    tokenizer: Any = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Writes ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files. A
     CTC head has no place there: it is left out, with a warning.
 
@@ -345,7 +335,7 @@ def write_hf(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> P
     values, sound = _their_config(layout, config)
     _check_expressible(config, _our_config(layout, values, sound, folder), folder)
     values |= {name: generation[name] for name in TOKEN_IDS if name in generation}
-    tensors = without_ctc(model, folder)
+    tensors = without_ctc(weights or model.state_dict(), folder)
     if layout.sines_first:
         tensors = _permuted(tensors, _sines_first(config.decoder.width).to(model.decoder.embedding.weight.device))
     with replacing_model(folder) as fresh:
