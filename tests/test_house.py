@@ -50,7 +50,8 @@ COINAGES = {
 def house() -> dict[str, list[str]]:
     """What `benchmarks/house.py` finds in the sources, by rule."""
     spec = importlib.util.spec_from_file_location("house", ROOT / "benchmarks" / "house.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script.findings(SOURCE)
