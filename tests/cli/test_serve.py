@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 import torch
 
 from canter.cli.main import main
-from canter.cli.serve import SPINS, Options, load_engine
+from canter.cli.serve import SPINS, Options, load_in_thread
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
@@ -76,7 +76,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
             said = process.stderr.read()
     assert process.wait(timeout=1800) == code
     assert "Traceback" not in said
-    assert ("everybody who reaches this address may use it" in said) == (host == "0.0.0.0")
+    assert ("any client may use this address" in said) == (host == "0.0.0.0")
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         (["MODEL", "--port", "TAKEN"], "choose another --host or --port"),
         (["MODEL", "--port", "70000"], "choose another --host or --port"),
         (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
-        (["MODEL", "--lang", "xx"], "--lang: 'xx' is not a language of this model; it knows en"),
-        (["MODEL", "--queue", "0"], "queue is 0"),
-        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: 0, no limit, or more"),
+        (["MODEL", "--language", "xx"], "--language: 'xx' is not a language of this model; it knows en"),
+        (["MODEL", "--max-requests", "0"], "max_requests is 0"),
+        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: give 0, which is no limit, or more"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
         (["MODEL", "--api-keys", "empty.txt"], "holds no key"),
@@ -132,7 +132,7 @@ def test_loading_leaves_no_threads(folder):
     torch.set_num_threads(2)  # which makes a thread of another kind
     before = {*os.listdir("/proc/self/task")}
     try:
-        load_engine(Options(folder), folder, "cpu")
+        load_in_thread(Options(folder), folder, "cpu")
     finally:
         torch.set_num_threads(threads)
     for _ in range(30_000):  # they end a moment after the thread whose they are
@@ -145,14 +145,14 @@ def test_loading_leaves_no_threads(folder):
 
 SLOW_LOADING = """
 import sys, time
-import canter.inference.engine.int8
+import canter.loading
 from canter.cli.main import main
 
-def load_in(*_):
+def load_module(*_, **__):
     print("loading", file=sys.stderr, flush=True)
     time.sleep(3600)
 
-canter.inference.engine.int8.load_in = load_in
+canter.loading.load_module = load_module
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -25,7 +25,7 @@ from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.serving.app import create_app
-from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ServiceConfig
 from canter.serving.server import bind, make_server
 from canter.serving.service import Service
 from canter.text import WhisperTokenizer, train_tokenizer
@@ -122,7 +122,7 @@ def held(engine: Engine, after: int = 0) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
     """Serves ``model`` on a free port while the block runs."""
-    config = replace(ServiceConfig(names=("small", "whisper-1"), longest_seconds=300.0), **settings)
+    config = replace(ServiceConfig(names=("small", "whisper-1"), max_seconds=300.0), **settings)
     service = Service(Engine(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
     listening = bind("127.0.0.1", 0)
     server = make_server(create_app(service), config.upload_timeout)

@@ -17,10 +17,10 @@ from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import Listener, transcribe
 from canter.inference.transcript.segments import Segment, Word
 from canter.models.formats.checkpoint import load_model
-from canter.serving.app import _rendered
-from canter.serving.protocol import Asked
+from canter.serving.app import Result
+from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
-from canter.serving.service import Audio, Heard, Samples
+from canter.serving.service import Audio, Samples, TranscriptUpdate
 
 from .conftest import Running, noise, running, wav
 
@@ -209,26 +209,29 @@ def test_languages_are_weighed_and_told_apart(polyglot, spoken_tones):
         assert (named.language, hasattr(named, "language_probability")) == ("en", False)
 
 
-def test_cues_of_the_service_end_where_sentences_do(live):
+def test_cues_of_the_service_end_where_sentences_do():
     """A Canary's one segment of forty seconds; what would be markup is escaped."""
     text = "It is said that 1 < 2 & 3 > 2. " + "This is a sentence of some words, and it goes on. " * 6
-    heard = [Heard([Segment(0.0, 40.0, text.strip())], "en", Timing())]
+    update = TranscriptUpdate([Segment(0.0, 40.0, text.strip())], "en", Timing())
     for form in ("srt", "vtt"):
-        asked = Asked("transcribe", "en", response_format=form)
         with closing(Audio([], Samples(), 40.0, 0.0)) as audio:
-            body = _rendered(live.service, heard, audio, asked).body.decode()
+            result = Result(audio, AudioRequest("transcribe", "en", response_format=form))
+            result.add(update)
+            body = result.response("en").body.decode()
         cues = body.removeprefix("WEBVTT\n\n").strip().split("\n\n")
         assert len(cues) > 6
         assert all(cue.rstrip().endswith((".", ",")) for cue in cues)
         assert ("1 &lt; 2 &amp; 3 &gt; 2." in body) == (form == "vtt")
 
 
-def test_numbers_that_json_does_not_have(live):
+def test_numbers_that_json_does_not_have():
     words = (Word(0.0, 1.0, " one", float("nan")),)
     segment = Segment(0.0, 1.0, "one", words=words, avg_logprob=float("-inf"))
-    asked = Asked("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
+    fields = AudioRequest("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
     with closing(Audio([], Samples(), 1.0, 0.0)) as audio:
-        answer = _rendered(live.service, [Heard([segment], "en", Timing())], audio, asked)
+        result = Result(audio, fields)
+        result.add(TranscriptUpdate([segment], "en", Timing()))
+        answer = result.response("en")
     value = json.loads(answer.body, parse_constant=lambda name: pytest.fail(name))
     assert value["segments"][0]["avg_logprob"] is None
     assert value["words"] == [{"word": "one", "start": 0.0, "end": 1.0}]

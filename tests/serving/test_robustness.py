@@ -24,8 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from canter.corpus.audio import audio_blocks
 from canter.inference.engine.engine import Engine
 from canter.serving import app, service, upload
-from canter.serving.config import ServiceConfig
-from canter.serving.protocol import ApiError
+from canter.serving.protocol import ApiError, ServiceConfig
 from canter.serving.server import ANY_ADDRESS, MOST_SHREDS, RECEIVED_BYTES, SHRED_BYTES, host_names
 from canter.serving.service import Service
 
@@ -479,7 +478,7 @@ def test_leaving_a_stream(endless):
 
 
 def test_a_full_service_says_so(endless):
-    with running(endless, queue=2) as live:
+    with running(endless, max_requests=2) as live:
         body = form(wav(noise(30.0)))
         with connection(live) as first, connection(live) as second, held(live.service.engine):
             for client in (first, second):
@@ -492,7 +491,7 @@ def test_a_full_service_says_so(endless):
 
 
 def test_audio_inside_is_limited(endless):
-    with running(endless, queue_seconds=40.0) as live, ThreadPoolExecutor(1) as pool:
+    with running(endless, max_total_seconds=40.0) as live, ThreadPoolExecutor(1) as pool:
         body = form(wav(noise(30.0)))
         with connection(live) as client, held(live.service.engine) as go_on:
             client.sendall(head(len(body)) + body)

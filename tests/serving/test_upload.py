@@ -18,8 +18,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from canter.serving import upload
-from canter.serving.config import ServiceConfig
-from canter.serving.protocol import ApiError
+from canter.serving.protocol import ApiError, ServiceConfig
 from canter.serving.upload import FIELD_BYTES, MOST_FIELDS, anonymous_file, path_of, read_form
 
 KIND = "multipart/form-data; boundary=xb"

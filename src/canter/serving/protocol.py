@@ -1,13 +1,12 @@
-"""What clients may ask, in the words of OpenAI's audio API, and what they are told when it cannot be done."""
+"""Settings of the service, and the fields and errors of OpenAI's audio API."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
-from canter.serving.config import ServiceConfig
 from canter.text.languages import is_said, resolve
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -19,33 +18,72 @@ FIELDS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ServiceConfig:
+    """Names, access rules and limits of the service."""
+
+    names: tuple[str, ...] = ("canter", "whisper-1")
+    """Names by which clients may ask for the model; the first one is shown."""
+    keys: frozenset[str] = frozenset()
+    """API keys; a request must carry one of them. No key is needed if this is empty."""
+    hosts: frozenset[str] | None = None
+    """Names and addresses under which the service may be addressed, in lower case and without a port; `ANY_ADDRESS`
+    among them allows every IP address. None allows any name."""
+    language: str | None = None
+    """Language of requests that name none."""
+    languages: tuple[str, ...] = ()
+    """Languages of the model; the service fills them in."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """Voice activity detector; see `TranscribeConfig`."""
+    max_bytes: int = 100 * 2**20
+    """Maximum size of a request's body."""
+    max_seconds: float = 3600.0
+    """Maximum length of the audio in a request."""
+    max_requests: int = 256
+    """Maximum number of requests inside at once, including those that wait."""
+    max_total_seconds: float = 7200.0
+    """Maximum seconds of audio inside at once (64 kB of disk each)."""
+    timeout: float = 300.0
+    """Maximum seconds from the end of a request's body to its answer."""
+    upload_timeout: float = 60.0
+    """Maximum seconds in which a request's header, and then its body, must arrive."""
+    readers: int = 2
+    """Number of threads that decode audio."""
+
+    def __post_init__(self):
+        for name in ("max_bytes", "max_seconds", "max_requests", "max_total_seconds", "timeout", "upload_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        if not self.names or not all(self.names):
+            raise ConfigError("the model needs a name that clients can ask for")
+
+
 class ApiError(CanterError):
-    """What is answered with a status other than 200."""
+    """An answer with a status other than 200, worded as OpenAI's API words errors."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
     @property
-    def body(self) -> dict[str, Any]:
-        """As OpenAI's API words errors."""
+    def body(self) -> dict[str, dict[str, str | None]]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request's wishes; the audio apart."""
+class AudioRequest:
+    """The fields of one request, without its file."""
 
     task: str
     """``transcribe`` or ``translate``."""
     language: str | None = None
-    """Of the audio; None: not said."""
+    """Language of the audio; None if the request names none."""
     to_language: str | None = None
-    """Of the text, where it is another."""
+    """Language of the text, if it is another."""
     prompt: str = ""
-    """Text that came before."""
+    """Text that precedes the audio."""
     response_format: str = "json"
     temperature: float = 0.0
     stream: bool = False
@@ -53,14 +91,14 @@ class Asked:
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
-        """What of the times the answer needs."""
+        """The finest times that the answer contains."""
         if "word" in self.granularities:
             return "word"
         return "segment" if self.stream or self.response_format in ("srt", "vtt", "verbose_json") else "none"
 
 
-def read_asked(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, Asked]:
-    """The file and the wishes of a form. Raises ApiError naming the field and the value."""
+def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, AudioRequest]:
+    """Return the file and the fields of a form. Raise ApiError, naming the field and its value, for what is invalid."""
     unknown = sorted(form.keys() - FIELDS)
     if unknown:
         raise ApiError(400, f"{unknown[0]!r} is not a field of this service", unknown[0], "unknown_parameter")
@@ -68,45 +106,40 @@ def read_asked(form: FormData, task: str, config: ServiceConfig) -> tuple[Upload
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
     values = {name: value for name, value in form.items() if isinstance(value, str)}
-    model = values.get("model") or config.names[0]
-    if model not in config.names:
-        raise ApiError(
-            404,
-            f"there is no model {model!r} here, only {config.names[0]!r}",
-            "model",
-            "model_not_found",
-        )
-    asked = Asked(
+    check_model(values.get("model") or config.names[0], config)
+    request = AudioRequest(
         task,
-        _language(values, "language", config) or config.lang,
+        _language(values, "language", config) or config.language,
         _language(values, "to_language", config),
         values.get("prompt", "").strip(),
         _choice(values, "response_format", FORMATS, "json"),
         _temperature(values),
-        _flag(values, "stream"),
+        _choice(values, "stream", ("true", "false", "True", "False", "1", "0"), "false") in ("true", "True", "1"),
         _granularities(form),
     )
-    _consistent(values, asked, "include[]" in form)
-    return file, asked
+    _check_combination(values, request, "include[]" in form)
+    return file, request
 
 
-def _consistent(values: Mapping[str, str], asked: Asked, includes: bool) -> None:
-    """Raises ApiError for what would be ignored."""
-    if asked.task == "transcribe" and asked.to_language:
+def check_model(name: str, config: ServiceConfig) -> None:
+    """Raise ApiError (404) if the service's model does not have this name."""
+    if name not in config.names:
+        text = f"there is no model {name!r} here, only {config.names[0]!r}"
+        raise ApiError(404, text, "model", "model_not_found")
+
+
+def _check_combination(values: Mapping[str, str], request: AudioRequest, includes: bool) -> None:
+    """Raise ApiError for a field that would be ignored."""
+    if request.task == "transcribe" and request.to_language:
         raise ApiError(400, "'to_language' is for /v1/audio/translations", "to_language")
-    if asked.stream and asked.response_format == "verbose_json":
-        raise ApiError(
-            400,
+    if request.stream and request.response_format == "verbose_json":
+        text = (
             "a stream has no response_format verbose_json, its events have the times: use json or text, or srt or vtt "
-            "for subtitles in the last event",
-            "response_format",
         )
-    if "word" in asked.granularities and asked.response_format != "verbose_json" and not asked.stream:
-        raise ApiError(
-            400,
-            "times of words need response_format verbose_json, or stream",
-            "timestamp_granularities[]",
-        )
+        raise ApiError(400, f"{text}for subtitles in the last event", "response_format")
+    if "word" in request.granularities and request.response_format != "verbose_json" and not request.stream:
+        text = "times of words need response_format verbose_json, or stream"
+        raise ApiError(400, text, "timestamp_granularities[]")
     if includes:
         raise ApiError(400, "'include[]' is not supported", "include[]")
     if values.get("chunking_strategy", "auto") != "auto":
@@ -120,16 +153,8 @@ def _choice(values: Mapping[str, str], name: str, known: tuple[str, ...], defaul
     return value
 
 
-def _flag(values: Mapping[str, str], name: str) -> bool:
-    return _choice(values, name, ("true", "false", "True", "False", "1", "0"), "false") in (
-        "true",
-        "True",
-        "1",
-    )
-
-
 def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> str | None:
-    """The model's code of a language, however it is written; None where none is named."""
+    """Return the model's code of the language in a field, None if the field names none."""
     value = values.get(name, "").strip()[:40]
     if not is_said(value):
         return None
@@ -151,12 +176,9 @@ def _temperature(values: Mapping[str, str]) -> float:
 
 
 def _granularities(form: FormData) -> tuple[str, ...]:
-    given = [*form.getlist("timestamp_granularities[]"), *form.getlist("timestamp_granularities")]
+    given = [str(one) for name in ("[]", "") for one in form.getlist(f"timestamp_granularities{name}")]
     for value in given:
         if value not in GRANULARITIES:
-            raise ApiError(
-                400,
-                f"timestamp granularity {str(value)[:40]!r} is not one of {', '.join(GRANULARITIES)}",
-                "timestamp_granularities[]",
-            )
-    return tuple(str(value) for value in given) or ("segment",)
+            text = f"timestamp granularity {value[:40]!r} is not one of {', '.join(GRANULARITIES)}"
+            raise ApiError(400, text, "timestamp_granularities[]")
+    return tuple(given) or ("segment",)
