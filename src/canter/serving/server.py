@@ -105,8 +105,14 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
         _timer: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
 
-        def __init__(self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, object]):
-            super().__init__(config, server_state, app_state)
+        def __init__(
+            self,
+            config: uvicorn.Config,
+            server_state: ServerState,
+            app_state: dict[str, object],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ):
+            super().__init__(config, server_state, app_state, _loop)
             self.conn = _Unshredded(h11.SERVER, config.h11_max_incomplete_event_size or HEADER_BYTES)
 
         def connection_made(self, transport: asyncio.Transport) -> None:
