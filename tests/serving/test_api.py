@@ -278,7 +278,7 @@ def test_models(client):
             "'English!' is not the name or code of",
             "language",
         ),
-        ({"language": ""}, openai.BadRequestError, "must be told the language", "language"),
+        ({"language": ""}, openai.BadRequestError, "needs the language of the audio", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
         (
