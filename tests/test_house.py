@@ -37,7 +37,7 @@ COINAGES = {
     r"what is left\b": "remaining",
     r"the rest\b": "the others, the remaining ...",
     r"one by one\b": "one at a time, individually",
-    r"(?<!there )is no\b(?! longer| more)": "is not a",
+    r"(?<!there )is no\b(?! \w+er\b| more| less)": "is not a",
     r"whole\b(?! numbers?\b| sentences?\b)": "complete, all of",
     r"(processor|processors)\b(?! config)": "CPU",
     r"own (and|or|/) ?cross": "self-attention and cross-attention",
