@@ -46,6 +46,10 @@ COINAGES = {
 """Invented or borrowed words, and the terms that stand for them: those that a reader searches for."""
 
 
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 @pytest.fixture(scope="module")
 def house() -> dict[str, list[str]]:
     """What `benchmarks/house.py` finds in the sources, by rule."""
@@ -106,17 +110,17 @@ def test_the_list_of_commands_uses_the_terms_of_the_field():
     assert coinages(usage()) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_use_the_terms_of_the_field(page: Path):
     found = [
-        f"{page.name}:{number}: {problem}" for number, line in prose(page.read_text()) for problem in coinages(line)
+        f"{name_of(page)}:{number}: {problem}" for number, line in prose(page.read_text()) for problem in coinages(line)
     ]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_lines_of_prose_fit_a_screen(page: Path):
-    long = [f"{page.name}:{number}" for number, line in prose(page.read_text()) if len(line) > PROSE_COLUMNS]
+    long = [f"{name_of(page)}:{number}" for number, line in prose(page.read_text()) if len(line) > PROSE_COLUMNS]
     assert not long, f"break these lines at {PROSE_COLUMNS} characters: {', '.join(long)}"
 
 
