@@ -35,14 +35,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 MODULES = sorted(SOURCE.rglob("*.py"))
 WRITTEN = [
     path
-    for pattern in (
-        "*.md",
-        "docs/**/*.md",
-        "src/**/*.py",
-        "examples/**/*.*",
-        "benchmarks/*.py",
-        "benchmarks/*.md",
-    )
+    for pattern in ("*.md", "docs/**/*.md", "src/**/*.py", "examples/**/*.*", "benchmarks/*.py", "benchmarks/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
 NAMED = re.compile(r"canter\[([^\]\\]+)\]|\bextra ['`]+(\w+)['`]")
@@ -188,10 +181,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package, reason=f"{package} is not installed (extra 'dev')")
     folder = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-d", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -215,10 +205,7 @@ def test_the_wheel_is_typed_licensed_and_nothing_else(wheel: Path):
         names = files.namelist()
     assert "canter/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert {name.partition("/")[0] for name in names} == {
-        "canter",
-        f"canter-{canter.__version__}.dist-info",
-    }
+    assert {name.partition("/")[0] for name in names} == {"canter", f"canter-{canter.__version__}.dist-info"}
     sources = {str(path.relative_to(SOURCE.parent)) for path in MODULES}
     assert sources <= set(names)
     assert {"canter/serving/page.html", "canter/reporting/page.css"} <= set(names)
@@ -254,15 +241,7 @@ def test_the_source_archive_holds_what_a_build_needs(built: Path):
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     first = {name.partition("/")[0] for name in names}
-    assert first == {
-        "src",
-        "README.md",
-        "CHANGELOG.md",
-        "LICENSE",
-        "pyproject.toml",
-        "PKG-INFO",
-        ".gitignore",
-    }
+    assert first == {"src", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
     assert {str(path.relative_to(ROOT)) for path in MODULES} <= names
 
 
@@ -279,9 +258,7 @@ def packages_of(interpreter: Path) -> Path:
 
 def pip(interpreter: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(interpreter), *arguments],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "pip", "--python", str(interpreter), *arguments], capture_output=True, text=True
     )
 
 

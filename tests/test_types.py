@@ -66,12 +66,7 @@ def checked(tmp_path_factory) -> dict[str, list[str]]:
     (folder / "mistakes.py").write_text(MISTAKES)
     source = str(Path(canter.__file__).parent.parent)
     (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [source], "typeCheckingMode": "strict"}))
-    command = [
-        str(pyright if pyright.exists() else "pyright"),
-        "--outputjson",
-        "--pythonpath",
-        sys.executable,
-    ]
+    command = [str(pyright if pyright.exists() else "pyright"), "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     found: dict[str, list[str]] = {"program.py": [], "mistakes.py": []}
     for one in json.loads(done.stdout)["generalDiagnostics"]:

@@ -188,11 +188,7 @@ class Shell:
         """Start a command that stays, and wait until it answers."""
         with (self.folder / "service.log").open("w") as log:
             process = subprocess.Popen(
-                ["bash", "-c", f"exec {line}"],
-                cwd=self.folder,
-                env=self.environment(),
-                stdout=log,
-                stderr=log,
+                ["bash", "-c", f"exec {line}"], cwd=self.folder, env=self.environment(), stdout=log, stderr=log
             )
         self.running.append(process)
         while True:

@@ -112,11 +112,7 @@ def test_translation_and_prompt(client, expected):
 
 def test_words_have_times(client, expected):
     found = client.audio.transcriptions.create(
-        model="small",
-        file=clip(4),
-        language="en",
-        response_format="verbose_json",
-        timestamp_granularities=["word"],
+        model="small", file=clip(4), language="en", response_format="verbose_json", timestamp_granularities=["word"]
     )
     assert found.segments is None
     assert " ".join(word.word.strip() for word in found.words) == expected[4]
@@ -160,10 +156,7 @@ def test_whisper_detects_the_language(whisper):
         assert ask(language=detected.language).text == detected.text
         assert detected.language_probability >= 0.5
         prompted = ask(prompt="before")  # the language is detected first, then the prompt is built
-        assert (prompted.language, prompted.language_probability) == (
-            detected.language,
-            detected.language_probability,
-        )
+        assert (prompted.language, prompted.language_probability) == (detected.language, detected.language_probability)
         assert prompted.text == ask(prompt="before", language=detected.language).text
         assert ask(language="en", prompt="before " * 400).language == "en"
         assert client._client.get(f"{live.url}/health").json()["targets"] == ["en"]
@@ -272,30 +265,15 @@ def test_models(client):
             "'xx' is not a language of this model; it knows de, en",
             "language",
         ),
-        (
-            {"language": "English!"},
-            openai.BadRequestError,
-            "'English!' is not the name or code of",
-            "language",
-        ),
+        ({"language": "English!"}, openai.BadRequestError, "'English!' is not the name or code of", "language"),
         ({"language": ""}, openai.BadRequestError, "needs the language of the audio", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
-        (
-            {"stream": True, "response_format": "verbose_json"},
-            openai.BadRequestError,
-            "use json or text",
-            None,
-        ),
+        ({"stream": True, "response_format": "verbose_json"}, openai.BadRequestError, "use json or text", None),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "'colour' is not a field", "colour"),
         ({"extra_body": {"to_language": "de"}}, openai.BadRequestError, "translations", "to_language"),
         ({"chunking_strategy": {"type": "server_vad"}}, openai.BadRequestError, "not a field", None),
-        (
-            {"timestamp_granularities": ["word"]},
-            openai.BadRequestError,
-            "need response_format verbose_json",
-            None,
-        ),
+        ({"timestamp_granularities": ["word"]}, openai.BadRequestError, "need response_format verbose_json", None),
     ],
 )
 def test_what_cannot_be_done_is_said(client, live, changes, error, message, param):

@@ -135,12 +135,7 @@ def test_what_is_left_of_damaged_audio_is_transcribed(live):
 
 def test_unusual_audio_is_taken(live):
     mono = noise(1.0)
-    for samples, rate in [
-        (np.stack([mono, mono], 1), 16000),
-        (mono, 8000),
-        (mono, 96000),
-        (mono[:1], 16000),
-    ]:
+    for samples, rate in [(np.stack([mono, mono], 1), 16000), (mono, 8000), (mono, 96000), (mono[:1], 16000)]:
         assert ask(live, wav(samples, rate))[0] == 200
     lied = ask(live, wav(mono), "speech.mp3")
     assert lied == ask(live, wav(mono), "speech.wav")
@@ -386,15 +381,7 @@ def test_only_its_own_names_reach_it(model, bound):
                 client.sendall(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 return int(answer_of(client)[9:12])
 
-        ours = [
-            "localhost",
-            "LOCALHOST:1",
-            "127.0.0.1:8000",
-            "[::1]",
-            "[::1]:8000",
-            "speech.example.com",
-            "localhost.",
-        ]
+        ours = ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]", "[::1]:8000", "speech.example.com", "localhost."]
         assert {host: status(host) for host in ours} == dict.fromkeys(ours, 200)
         others = [
             "evil.example.com",

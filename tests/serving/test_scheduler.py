@@ -188,10 +188,7 @@ def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
 def test_cancelled_before_and_in_the_engine(model, scheduler_of):
     scheduler = scheduler_of(rows=1)
     gone, waiting, kept = Collected(1), Collected(2), Collected(1)
-    tickets = [
-        scheduler.submit(requests(model, [2.0]), gone),
-        scheduler.submit(requests(model, [2.0, 1.0]), waiting),
-    ]
+    tickets = [scheduler.submit(requests(model, [2.0]), gone), scheduler.submit(requests(model, [2.0, 1.0]), waiting)]
     scheduler.submit(requests(model, [1.0]), kept)
     assert came_about(lambda: bool(scheduler.inside))
     for ticket in tickets:

@@ -114,11 +114,7 @@ PIECES = [
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from(PIECES) | st.binary(max_size=8), max_size=25),
-    st.booleans(),
-    st.integers(1, 6000),
-)
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=8), max_size=25), st.booleans(), st.integers(1, 6000))
 def test_whatever_comes_is_a_form_or_refused(pieces, begun, size):
     body = (b"--xb\r\n" if begun else b"") + b"".join(pieces)
     error = None
@@ -173,10 +169,7 @@ def test_text_is_utf_8_only(codec, charset):
     """Any other charset is refused by its name, before anything is decoded."""
     long = b"a" * 60_000
     body = part("prompt", long) + file_part(b"x") + END
-    assert refused(body, kind=f"{KIND}; charset={charset}") == (
-        400,
-        f"the form is in charset {charset!r}; send UTF-8",
-    )
+    assert refused(body, kind=f"{KIND}; charset={charset}") == (400, f"the form is in charset {charset!r}; send UTF-8")
     body = part("prompt", long, kind=f"text/plain; charset={charset}") + file_part(b"x") + END
     assert refused(body) == (400, f"field 'prompt' is in charset {charset!r}; send UTF-8")
     assert Counting.used == 0
@@ -186,10 +179,7 @@ def test_utf_8_may_be_named():
     body = part("prompt", "größer".encode(), kind='text/plain; charset="UTF-8"') + file_part(b"x") + END
     assert contents(read([body], kind=f"{KIND}; charset=utf-8"))[0] == [("prompt", "größer")]
     assert contents(read([file_part(b"x", kind="audio/wav; charset=binary") + END]))[1] == b"x"
-    assert refused(part("prompt", b"gr\xf6") + END) == (
-        400,
-        "field 'prompt' is not UTF-8 (byte 2); send UTF-8",
-    )
+    assert refused(part("prompt", b"gr\xf6") + END) == (400, "field 'prompt' is not UTF-8 (byte 2); send UTF-8")
 
 
 @pytest.mark.parametrize(

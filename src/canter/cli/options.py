@@ -18,11 +18,7 @@ KINDS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 
 
 def parse(
-    options: type[T],
-    arguments: Sequence[str],
-    prog: str,
-    description: str | None,
-    default: T | None = None,
+    options: type[T], arguments: Sequence[str], prog: str, description: str | None, default: T | None = None
 ) -> T:
     """Return the options in ``arguments``, the others from ``default`` or the defaults of the dataclass."""
     import tyro
