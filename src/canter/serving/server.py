@@ -102,8 +102,8 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
     """
 
     class TimedProtocol(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
-        _unread: asyncio.TimerHandle | None = None
+        _header: asyncio.TimerHandle | None = None
+        _answer: asyncio.TimerHandle | None = None
 
         def __init__(
             self,
@@ -118,47 +118,45 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             transport.max_size = RECEIVED_BYTES  # pyright: ignore[reportAttributeAccessIssue]  # read by asyncio's own
-            self._watch()
+            self._time_header()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch()
+            self._time_header()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._unread = self.loop.call_later(seconds, self.transport.abort)
+            self._answer = self.loop.call_later(seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
-            self._read_on()
+            self._answer = _cancelled(self._answer)
             super().resume_writing()
 
-        def _read_on(self) -> None:
-            if self._unread:
-                self._unread.cancel()
-                self._unread = None
-
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
-            self._read_on()
+            self._header, self._answer = _cancelled(self._header), _cancelled(self._answer)
             super().connection_lost(exc)
 
-        def _stop(self) -> None:
-            if self._timer:
-                self._timer.cancel()
-                self._timer = None
+        @property
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
 
-        def _watch(self) -> None:
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(seconds, self._close)
+        def _time_header(self) -> None:
+            if self._answering:
+                self._header = _cancelled(self._header)
+            elif self._header is None:
+                self._header = self.loop.call_later(seconds, self._close)
 
         def _close(self) -> None:
-            self._timer = None
-            if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._header = None
+            if not self.transport.is_closing() and not self._answering:
                 self.transport.close()
 
     return TimedProtocol
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class _Server(uvicorn.Server):

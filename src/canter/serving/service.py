@@ -261,21 +261,30 @@ class Service:
             self._reading.discard(stop)
 
     def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
-        start, path, read, warnings = time.perf_counter(), path_of(file), 0, list[str]()
-
-        def counted() -> Iterator[np.ndarray]:
-            nonlocal read
-            for block in self._blocks(path, name, stop, warnings):
-                read += len(block)
-                yield block
-
+        start, path, samples = time.perf_counter(), path_of(file), 0
         try:
-            audio = self._stored(self.listeners["none"].pieces(counted()))
+            header = audio_info(path)
+            density = header.rate * header.channels
+            if header.seconds is not None:
+                self._check_length(header.seconds, density, name)
+            utterance = Utterance(path, 0.0, text="")
+            blocks = audio_blocks(utterance, self.rate, min(30.0, BLOCK / density), keep_damaged=True)
+
+            def checked() -> Iterator[np.ndarray]:
+                nonlocal samples
+                for block in blocks:
+                    if stop.is_set():  # the error reaches a client only if the service is closing
+                        raise _closing()
+                    samples += len(block)
+                    self._check_length(samples / self.rate, density, name)
+                    yield block
+
+            audio = self._stored(self.listeners["none"].pieces(checked()))
         except AudioError as error:
             text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
-        seconds, reading = read / self.rate, time.perf_counter() - start
-        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))
+        seconds, reading = samples / self.rate, time.perf_counter() - start
+        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(blocks.warnings))
 
     def _stored(self, pieces: Iterable[Piece]) -> Audio:
         """Return the pieces as an upload whose samples are on disk."""
@@ -288,28 +297,6 @@ class Service:
             samples.close()
             raise
         return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
-
-    def _blocks(self, path: str, name: str, stop: threading.Event, warnings: list[str]) -> Iterator[np.ndarray]:
-        """Yield the upload's samples in short blocks (S,), and append faults of the audio to ``warnings``."""
-        density, read = self._density(path, name), 0
-        blocks = audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True)
-        for block in blocks:
-            _check_stop(stop)
-            read += len(block)
-            self._check_length(read / self.rate, density, name)
-            yield block
-        warnings += blocks.warnings
-
-    def _density(self, path: str, name: str) -> int:
-        """Return the number of values, over all channels, in a second of the upload.
-
-        Raises ApiError if its header already says that it is too long.
-        """
-        header = audio_info(path)
-        density = header.rate * header.channels
-        if header.seconds is not None:
-            self._check_length(header.seconds, density, name)
-        return density
 
     def _check_length(self, seconds: float, density: int, name: str) -> None:
         longest = self.config.max_seconds
@@ -400,11 +387,6 @@ def _discard(running: "Future[Audio]") -> None:
     """Close the result of a cancelled reading."""
     if not running.cancelled() and running.exception() is None:
         running.result().close()
-
-
-def _check_stop(stop: threading.Event) -> None:
-    if stop.is_set():  # the error reaches a client only if the service is closing
-        raise _closing()
 
 
 def _closing() -> ApiError:
