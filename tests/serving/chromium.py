@@ -109,7 +109,7 @@ class Chromium:
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
     def complaints(self) -> list[str]:
-        """What the console and the page's scripts reported as errors."""
+        """Errors that the console and the page's scripts reported."""
         found = []
         for event in self.events:
             if event["method"] == "Runtime.exceptionThrown":

@@ -36,8 +36,10 @@ SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three on
 
 
 def small_model(end_bias: float = 1.0) -> SpeechModel:
-    """A random Canary in English and German, whose text differs with the audio; a low ``end_bias`` makes it
-    go on to the limit."""
+    """Return a random Canary in English and German, whose text differs with the audio.
+
+    A low ``end_bias`` makes it decode up to the limit.
+    """
     tokenizer = train_tokenizer(SENTENCES * 20, languages=["en", "de"], vocab_size=40)
     torch.manual_seed(SEED)
     encoder = FastConformerConfig(layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16)
@@ -83,7 +85,7 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def quiet(self, seconds: float = PATIENCE) -> bool:
-        """Waits until nobody is inside any more; whether that came about."""
+        """Wait until no request is inside, and return whether that happened."""
         service = self.service
         return came_about(
             lambda: not (service.requests or service.scheduler.waiting or service.scheduler.inside), seconds

@@ -39,7 +39,7 @@ def client(live):
 
 @pytest.fixture(scope="module")
 def expected(model, tmp_path_factory) -> dict[int, str]:
-    """By seed, what the engine alone makes of clips."""
+    """Transcripts of clips by the engine without a service, by seed."""
     root = tmp_path_factory.mktemp("clips")
     utterances = []
     for seed in range(6):
@@ -143,7 +143,7 @@ def test_temperature_draws_other_tokens(client, expected):
 
 
 def test_whisper_detects_the_language(whisper):
-    """Without a language the likeliest is taken, as if it had been asked for."""
+    """Without a language the likeliest is used, as if it had been requested."""
     with running(whisper) as live, client_of(live) as client:
 
         def ask(**wishes):
@@ -232,7 +232,7 @@ def test_numbers_that_json_does_not_have():
 
 @pytest.mark.parametrize("text", ["one two three ", "日本語"])
 def test_of_a_long_prompt_the_end_counts(whisper, monkeypatch, text):
-    """With or without spaces; it is tokenised once, and no more of it than could fit."""
+    """The end of a long prompt counts, with or without spaces; it is tokenised once, and only what could fit."""
     seen, tokenizer = [], whisper.tokenizer
     listener, encode = Listener(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda given: seen.append(len(given)) or encode(given))
@@ -326,7 +326,8 @@ def test_paths_that_clients_think_of_are_counted_together(model):
 
 
 def test_the_path_that_is_asked_for_decides_on_the_key(model, monkeypatch):
-    """And not the URL, which some versions of Starlette make of a Host header such as ``localhost:/health?``."""
+    """The path decides, not the URL, which some versions of Starlette derive from a Host header like
+    ``localhost:/health?``."""
     monkeypatch.setattr(Request, "url", property(lambda self: SimpleNamespace(path="/health")))
     with running(model, keys=frozenset({"sesame"})) as live, client_of(live) as client:
         assert client._client.get(f"{live.url}/metrics").status_code == 401
@@ -357,7 +358,7 @@ def test_other_sites_and_names_are_refused(model):
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's, of translations
 @pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with Whisper and speech")
 def test_whisper_with_the_openai_client():
-    """Two clips at once: what the engine alone hears in them, and what an English model cannot do."""
+    """Two clips at once give the same text as the engine; an English model refuses what it cannot do."""
     from concurrent.futures import ThreadPoolExecutor
 
     folder = Path(str(SHARED))

@@ -1,4 +1,4 @@
-"""Bad audio, bad clients, too many of them, and an engine that fails: refused in time, and the rest goes on."""
+"""Bad audio, bad clients, too many clients, and an engine that fails: refused in time, without harm to others."""
 
 import asyncio
 import errno
@@ -98,7 +98,7 @@ def flac(seconds: int) -> bytes:
 
 
 def dense_flac(seconds: int) -> bytes:
-    """A short file that promises so many seconds of eight channels at the highest rate that FLAC has."""
+    """Return a short file whose header claims the given seconds of eight channels at FLAC's highest rate."""
     promise = 655_350 << 44 | 7 << 41 | 15 << 36 | 655_350 * seconds
     return (short := flac(1))[:18] + promise.to_bytes(8, "big") + short[26:]
 
@@ -142,7 +142,7 @@ def test_unusual_audio_is_taken(live):
 
 
 class Gate:
-    """In place of ``audio_blocks``: gives its blocks, each once the service has told a reader to stop."""
+    """Stand-in for ``audio_blocks`` that yields each block once the service has asked the reader to stop."""
 
     def __init__(self, service: Service):
         self.service, self.blocks = service, 0
@@ -164,7 +164,7 @@ class Gate:
 
 
 def test_long_uploads_wait_on_disk(model):
-    """What is held while they are read does not grow with their length, and what waits holds no samples."""
+    """Memory of a reading does not grow with the length of the audio, and waiting pieces hold no samples."""
     reader = Service(Engine(model, model.tokenizer.end), ServiceConfig())
     peaks: list[int] = []
     for minutes in (2, 10):
@@ -355,7 +355,7 @@ def test_charsets_are_refused(live, charset):
 
 
 def test_a_full_disk_is_507(model, monkeypatch):
-    """While the upload comes, and while its samples are kept."""
+    """The disk may be full while the upload arrives, and while its samples are written."""
     with running(model) as live:
         for module in (upload, service):
             with monkeypatch.context() as full:
@@ -406,7 +406,7 @@ def test_names_of_a_service():
 
 
 def test_keys_may_have_any_letters(model):
-    """Clients send them in UTF-8 or in Latin-1; what is neither is no key, and no error."""
+    """Clients send keys in UTF-8 or in Latin-1; any other encoding is a wrong key, not an error."""
     keys = frozenset({"schlüssel", "鍵", "plain"})
     with running(model, keys=keys) as live:
 
@@ -494,7 +494,7 @@ def test_audio_inside_is_limited(endless):
 
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_time_that_is_over(endless, stream, monkeypatch):
-    """By a clock that stands still until the audio has been read, and an engine that would never answer."""
+    """The clock stands still until the audio has been read, and the engine never answers."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, perf_counter=time.perf_counter)
     monkeypatch.setattr(app, "time", clock)
     with running(endless, timeout=PATIENCE) as live, held(live.service.engine):
@@ -526,7 +526,7 @@ class Failing(Engine):
 
 
 def test_an_engine_that_fails_fails_nobody_else(model):
-    """Whoever shared a batch with the audio that the engine fails on is decoded all the same."""
+    """Requests that shared a batch with the audio on which the engine fails are decoded all the same."""
     poison = noise(1.0, 9)
     poison[0] = 0.5
     with running(model) as live:

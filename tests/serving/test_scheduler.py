@@ -104,7 +104,7 @@ def test_stored_audio_is_shared_while_somebody_holds_it(tmp_path):
 
 
 def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, scheduler_of):
-    """While the engine is busy ten pieces come; with a budget of 40 frames the oldest's batch is the first."""
+    """Ten pieces arrive while the engine is busy; with a budget of 40 frames the oldest one's batch is first."""
     scheduler = scheduler_of(frames=40, rows=16)
     first, rest = Collected(1), Collected(10)
     scheduler.submit(requests(model, [0.3]), first)
@@ -123,7 +123,7 @@ def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, schedul
 
 
 def seconds_of(scheduler: Scheduler) -> list[float]:
-    """Of the audio that was encoded, batch for batch; each of one piece."""
+    """Return the seconds of audio of each encoded batch, all of one piece."""
     assert all(len(batch) == 1 for batch in scheduler.engine.batches)
     return [round(batch[0] / 16000, 2) for batch in scheduler.engine.batches]
 
@@ -141,7 +141,7 @@ def test_tickets_take_turns(model, scheduler_of):
 
 
 def test_who_comes_later_starves_nobody(model, scheduler_of):
-    """With every batch two more tickets come, more than are taken; long audio has its turns all the same."""
+    """Two more tickets arrive with every batch, more than are taken; long audio still gets its turns."""
     scheduler, got = scheduler_of(frames=1), Collected(3)
     encode = scheduler.engine._encode
 
@@ -229,7 +229,7 @@ def test_closing_fails_what_is_left(model, scheduler_of):
 
 
 def test_one_of_several_live_rows_leaves(endless, caplog):
-    """The others move up in the engine's caches and go on as if nothing had been."""
+    """The other rows move up in the engine's caches, and their results are unchanged."""
     clips = requests(endless, [2.0, 3.0, 4.0])
     wanted = Engine(endless, endless.tokenizer.end).decode(clips)
     engine = Engine(endless, endless.tokenizer.end)

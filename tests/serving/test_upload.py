@@ -38,7 +38,7 @@ END = b"--xb--\r\n"
 
 
 def read(chunks: Iterable[Any], kind: str = KIND, config: ServiceConfig | None = None, **headers: str) -> FormData:
-    """Return the form of a body in so many chunks; None: the client breaks off, ...: it hangs."""
+    """Return the form of a body in these chunks; at None the client disconnects, at ... it hangs."""
     left = iter(chunks)
 
     async def receive() -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_the_last_line_may_have_no_end():
 
 
 class Counting(codecs.Codec):
-    """A codec that nobody may use."""
+    """A codec that must not be used."""
 
     used = 0
 
@@ -199,7 +199,7 @@ def test_utf_8_may_be_named():
     ],
 )
 def test_what_costs_much_is_refused_early(body, message):
-    """After few chunks: the rest of the body is not even taken."""
+    """The body is refused after a few chunks, and its remainder is not read."""
     taken = 0
 
     def chunks() -> Iterable[bytes]:
@@ -288,7 +288,7 @@ def test_a_disk_that_is_really_full(monkeypatch):
 
 
 def test_files_have_no_name(monkeypatch, tmp_path):
-    """So none is left when the process is killed."""
+    """The file has no name, so none is left when the process is killed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     form = read([file_part(b"x" * 5000) + END])
     assert not [*tmp_path.iterdir()]
