@@ -1,4 +1,4 @@
-"""What the guides ask a reader to have: recordings, tables, manifests and models, all small."""
+"""The files that the guides expect of a reader: recordings, tables, manifests and models, all small."""
 
 import json
 import os

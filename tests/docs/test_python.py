@@ -1,7 +1,7 @@
 """Run every Python block of the README and the documentation, page by page, in a folder of small real files.
 
-The pages that `test_guides` runs, shell and Python together, are left to it. A block that is not run says so right
-before it: ``<!-- test: skip "REASON" -->``. All blocks, run or not, use the public names of `canter` alone.
+The pages with shell and Python blocks that `test_guides` runs are left out. A block that is not run says so right
+before it: ``<!-- test: skip "REASON" -->``. All blocks, run or not, use only the public names of `canter`.
 """
 
 import ast
@@ -93,7 +93,7 @@ def test_an_example_uses_the_public_names_and_the_integrations(example: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_python_of_a_page_is_overlooked(page: Path):
-    """Blocks that are indented, or fenced or marked in another way, would be run by nobody."""
+    """No test would run blocks that are indented, or fenced or marked in another way."""
     text = page.read_text()
     fences = len(re.findall(r"^\s*(?:```|~~~)\s*(?:python|py|pycon)\b", text, re.MULTILINE))
     assert fences == sum(bool(block.python) for block in blocks_of(text))
