@@ -157,7 +157,7 @@ def test_a_bug_is_not_hidden(command):
     [(["--help"], ""), (["--help"], "1"), (["compare", "--help"], ""), (["train", "--print-config"], "1")],
 )
 def test_a_reader_that_leaves_early_is_no_error(arguments, unbuffered):
-    """As in ``canter --help | head -1``; here it has left before a word is written, which no speed can change."""
+    """The reader of ``canter --help | head -1`` closes the pipe early; here it is closed before the first word."""
     reading, writing = os.pipe()
     os.close(reading)
     try:

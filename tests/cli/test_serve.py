@@ -56,7 +56,7 @@ def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
     ("host", "how", "code"), [("127.0.0.1", signal.SIGINT, 0), ("0.0.0.0", signal.SIGTERM, -signal.SIGTERM)]
 )
 def test_serves_until_told_to_stop(folder, host, how, code):
-    """On this machine alone by default; else it is said that anybody may use it."""
+    """The service is for this machine only by default; otherwise it warns that any client may use it."""
     process, url, line = started(folder, *([] if host == "127.0.0.1" else ["--host", host]))
     assert process.stderr is not None
     try:
@@ -158,7 +158,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_it_can_be_interrupted_while_the_model_loads(folder):
-    """At once, though the thread that loads cannot be told to stop."""
+    """Ctrl-C ends the process at once, although the loading thread cannot be stopped."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_LOADING, "serve", str(folder), "--port", "0"],
         stderr=subprocess.PIPE,

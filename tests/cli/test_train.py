@@ -127,7 +127,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(spoken, tmp_path):
     metrics = run / "metrics.jsonl"
 
     def interrupted(number: int, after: int) -> str:
-        """What the command says when it is sent a signal once ``after`` steps are logged."""
+        """Return the output of the command that gets a signal once ``after`` steps are logged."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -26,7 +26,7 @@ from canter.text import Characters, train_tokenizer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a model of a Canary's kind, which needs to be told the language."""
+    """A folder with a small Canary, which needs the language of the audio."""
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en", "de"], vocab_size=40)
     config = ModelConfig(
         features=FeatureConfig(mels=16),
