@@ -1,5 +1,4 @@
-"""What training needs: augmentation from seeds, dropouts, layer drop, recomputed activations, bf16,
-compilation."""
+"""Training features of models: seeded augmentation, dropout, layer drop, recomputed activations, bf16, compilation."""
 
 from dataclasses import replace
 
@@ -49,7 +48,7 @@ def test_spec_augment_masks_no_more_than_configured(size, seed, width, count, sh
 
 
 def test_spec_augment_masks_as_much_as_expected():
-    """Mean share of masked bins over many seeds: widths are uniform, so about half the widest."""
+    """The mean fraction of masked bins over many seeds is about half of the widest mask, because widths are uniform."""
     config = SpecAugmentConfig(frequency_masks=1, frequency_width=20, time_masks=0)
     kept = spec_augment(torch.ones(500, 10, 80), torch.full((500,), 10), list(range(500)), config)
     assert (1 - kept.mean()).item() == pytest.approx(10 / 80, rel=0.1)

@@ -83,8 +83,10 @@ def test_longer_than_thirty_seconds_is_refused(ours):
     st.integers(0, 9),
 )
 def test_silence_is_computed_once(sizes, seconds, seed):
-    """Features of the samples alone are those of all of them; convolutions, their gradient too, of what sounds and a
-    little silence are those of the whole window, whether it has an even or an odd number of frames."""
+    """Features of the samples without padding equal those of the padded window.
+
+    So do convolutions and their gradients over the audio and a little silence, for odd and even numbers of frames.
+    """
     model = small_whisper()
     model.set_features(pad_seconds=seconds)
     generator = torch.Generator().manual_seed(seed)
