@@ -82,7 +82,7 @@ def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monke
 
 
 def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
-    """From a checkpoint before, with the learning rate that it had; and that does not jump."""
+    """A run resumes from an earlier checkpoint with that checkpoint's learning rate, without a jump."""
     monkeypatch.setattr("canter.training.prepare.choose_steps", lambda *_: 40)  # estimated again after the 20th
     monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
     config = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), track=(), save_every=8)

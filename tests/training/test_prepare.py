@@ -54,7 +54,7 @@ def test_the_longest_utterance_goes_alone_at_any_speed():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_minutes_are_those_of_the_ranks_there_are(ranks):
-    """Of a run that goes as the budget has it, settled anew or not."""
+    """A run at the speed of the budget takes the given minutes, with or without new estimates of its steps."""
     random = np.random.default_rng(0)
     index = LengthIndex(random.uniform(1, 12, 4000).astype(np.float32), random.integers(5, 60, 4000))
     budget = dataclasses.replace(BYTES, time=Polynomial(T=1e-3, U=1e-4), fixed_seconds=0.02)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 
 @contextmanager
 def leased(path):
-    """Whoever opens the file waits until the block is left: its lease is not given up."""
+    """A process that opens the file waits until the block ends, because its lease is not given up."""
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with open(path, "rb+") as file:
@@ -55,7 +55,7 @@ def soon(monkeypatch):
 
 @pytest.fixture
 def slow(config, spoken, tmp_path):
-    """A run of six steps, and the file of a row that its fourth step alone needs."""
+    """A run of six steps, and the file of a row that only its fourth step needs."""
     rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(spoken.train_manifest.parent / row["audio_filepath"])
@@ -100,7 +100,7 @@ def test_a_file_that_never_answers_ends_the_run_saved_and_named(slow, soon, monk
 
 
 def asked_to_stop(rank, config):
-    """The process that waits for its data gets SIGTERM; it alone."""
+    """SIGTERM goes only to the process that waits for its data."""
 
     def say_and_stop(self, line):
         if "waiting for data" in line:
@@ -204,7 +204,7 @@ def test_open_files_that_run_out_are_no_fault_of_a_row(config):
 
 
 def test_few_open_files_are_enough_for_a_worker(config):
-    """As many as the check asks for."""
+    """Workers load as far ahead as the check allows."""
     prepared = prepare(config)
     addresses = [Address(step, 0, True, np.array([step]), 0) for step in range(20)]
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

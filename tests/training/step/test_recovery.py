@@ -1,4 +1,4 @@
-"""What a run survives: memory that runs out, losses that are no numbers."""
+"""Errors that a run survives: out of memory, and losses that are not finite."""
 
 import dataclasses
 import json
@@ -84,7 +84,7 @@ def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
 
 
 def test_the_gradient_is_a_mean_over_what_is_left(quiet):
-    """One utterance of four does not fit even alone: its targets do not count either."""
+    """One utterance of four does not fit even by itself: its targets do not count either."""
     prepared = prepare(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)))
     model, true = prepared.model, prepared.model.loss_of
     lengths = np.asarray(prepared.index.seconds)

@@ -39,7 +39,7 @@ def test_a_cosine_falls_to_its_floor():
 
 
 def test_the_learning_rate_does_not_jump_where_steps_are_estimated_again():
-    """Nor does it where a run goes on, or goes back to a checkpoint before."""
+    """The learning rate does not jump when a run resumes, or returns to an earlier checkpoint."""
     schedule = Schedule(1000)
     optimizers = Optimizers(nn.Linear(4, 4), OptimizerConfig(name="adamw", learning_rate=1.0), 1000, schedule)
     before = [optimizers.factor(step) for step in range(20)]
