@@ -1,4 +1,4 @@
-"""What rows leave open is filled in, what is no input is an item with a problem, and nothing ends the rest."""
+"""Unset fields of rows get defaults, invalid input becomes an item with a problem, and no item stops the others."""
 
 import json
 
@@ -139,7 +139,7 @@ def test_several_utterances_in_one_file():
 
 
 def test_names_that_are_no_utf8_are_written_in_ascii(tmp_path):
-    """A file name of other bytes, or such an escape in a manifest's field, is no reason to lose the other rows."""
+    """A file name in other bytes, or such an escape in a manifest, does not lose the other rows."""
     rows = [{"audio_filepath": "sch\udcf6n.wav"}, {"audio_filepath": "schön.wav", "speaker": "Jörg"}]
     items = [Item(row, None) for row in rows]
     results = [Transcription("größer"), Transcription("größer")]

@@ -1,5 +1,5 @@
-"""What a Whisper is asked, and what is made of it: rests of windows, languages, silence. The weights are random, so
-what the model says is given where it matters."""
+"""Requests to a Whisper and their results: continued windows, languages, silence. The weights are random, so tests that
+depend on the model's output set it."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ SECOND = 50  # of timestamps
 
 @pytest.fixture(scope="module")
 def whisper(whisper_bytes) -> SpeechModel:
-    """In English and Spanish; its tokens are bytes and timestamps."""
+    """A Whisper of English and Spanish, whose tokens are bytes and timestamps."""
     tokenizer = WhisperTokenizer(whisper_bytes("en", "es").to_str())
     torch.manual_seed(0)
     encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
@@ -44,7 +44,7 @@ def whisper(whisper_bytes) -> SpeechModel:
 
 
 class Told(Engine):
-    """Says of audio of so many seconds what it is told to: text and times."""
+    """Engine that returns the given text and times for audio of the given seconds."""
 
     def __init__(self, model: SpeechModel, said: dict[float, list[str | float]]):
         super().__init__(model, model.tokenizer.end)
@@ -91,7 +91,7 @@ def test_without_timestamps_nothing_is_decoded_again(whisper, tmp_path):
 
 
 def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path):
-    """Where nobody wants any too: they tell where the sentence begins that the cut went through."""
+    """Timestamps are requested even if not wanted: they show where a sentence that the window split begins."""
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 8) * 0.1, 16000)
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 3.5], 5.0: [" two three"]}
     engine = Told(whisper, said)

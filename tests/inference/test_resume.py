@@ -1,4 +1,4 @@
-"""What a stopped transcription leaves behind is read whole, from any number of processes, and from no other model."""
+"""Results of a stopped transcription are read completely, from any number of processes, and from no other model."""
 
 import json
 import os
@@ -80,7 +80,8 @@ def test_rows_are_known_by_what_they_ask_for():
 
 
 def test_a_file_that_was_replaced_is_transcribed_anew(tmp_path):
-    """Of the same path, and even of the same size; in an archive too. What is no local file goes by its name."""
+    """A replaced file of the same path and even size is transcribed again, also in an archive; other sources go by
+    name."""
     for name in ("a.wav", "archive.tar"):
         (tmp_path / name).write_bytes(b"one")
     for path in (str(tmp_path / "a.wav"), f"{tmp_path / 'archive.tar'}::a.wav@0+3"):

@@ -1,4 +1,4 @@
-"""Files, folders and manifests to rows in their order; bad ones are named and never end the rest."""
+"""Files, folders and manifests give rows in order; bad ones are named and never stop the others."""
 
 import json
 import re

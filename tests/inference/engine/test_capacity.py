@@ -1,4 +1,4 @@
-"""What an engine takes at once where nobody says."""
+"""Default batch sizes of an engine."""
 
 from types import SimpleNamespace
 

@@ -26,7 +26,7 @@ def requests(count: int = 40) -> list[Request]:
 
 @torch.inference_mode()
 def teacher_forced(model, request: Request, tokens_per_frame: float = 1.0, extra: int = 10) -> list[int]:
-    """Greedy decoding of one clip by the forward pass of training, over the whole prefix at every token."""
+    """Decode one clip greedily by the forward pass of training, over the complete prefix at every token."""
     features = model.features(torch.from_numpy(request.audio)[None], torch.tensor([len(request.audio)]))
     encoded, lengths = model.encode(*features)
     prompt = list(request.prompt)
@@ -68,7 +68,7 @@ def test_rows_are_useful_and_slots_are_full(model):
 
 
 def test_what_ends_early_goes_on_with_the_rest_of_its_audio(model):
-    """The rest, twice, is what the engine says of that audio alone; nothing is counted again."""
+    """The audio after each early end gives the engine's result for that audio; nothing is counted twice."""
     left = [1.2, 0.5]  # seconds at which the hypotheses of one of them end
 
     def rest(found, seconds):

@@ -209,7 +209,7 @@ def test_the_slow_prefix_probabilities_are_those_of_all_alignments():
 
 @torch.inference_mode()
 def slow_joint(request: Request, weight: float, beams: int, limit: int) -> tuple[list[int], float]:
-    """Joint search with whole prefixes computed anew -> tokens, score."""
+    """Return tokens and score of joint search that recomputes complete prefixes."""
     count = CANDIDATES if beams == 1 else 2 * beams
     model = joint_model()
     spelling = spelling_of(model)

@@ -24,7 +24,7 @@ def requests(count: int = 12, **more) -> list[Request]:
 
 @torch.inference_mode()
 def slow_beams(model, request: Request, beams: int, limit: int, in_place: bool, penalty: float):
-    """Beam search with the forward pass of training over every whole prefix -> tokens, sum; best first."""
+    """Return tokens and sums of beam search by the forward pass of training over complete prefixes, best first."""
     features = model.features(torch.from_numpy(request.audio)[None], torch.tensor([len(request.audio)]))
     encoded, lengths = model.encode(*features)
     prompt, running, done = list(request.prompt), [((), 0.0)], []
@@ -163,7 +163,7 @@ def test_fixed_shapes_give_the_same(model, beams, monkeypatch):
 
 
 class Replayed(FixedSteps):
-    """As CUDA graphs are: a step runs on the buffers that were there when its shape was first seen."""
+    """Like a CUDA graph, a step runs on the buffers that existed when its shape was first seen."""
 
     def _capture(self, key, cache, tokens):
         assert self.captured or self.pool is None  # one whose graphs are all gone cannot be captured into

@@ -156,7 +156,7 @@ def test_where_a_hypothesis_ended_early(times, seconds, expected):
 
 
 def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
-    """Frames of so many seconds, true within the spans."""
+    """Return a mask of frames of the given length in seconds, true within the spans."""
     found = np.zeros(round(seconds * 50), bool)
     for start, end in spans:
         found[round(start * 50) : round(end * 50)] = True
@@ -174,7 +174,7 @@ def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
     ],
 )
 def test_after_one_timestamp_the_detector_is_asked(spans, expected):
-    """It says that nobody speaks after it, which a window that ends too early says too."""
+    """The model reports silence after the text, as it also does after a window that ends too early."""
     tokens = [FIRST, *tokens_of("ab"), FIRST + 100]
     found = ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, voiced(*spans, seconds=10.0))
     assert found == (None if expected is None else pytest.approx(expected, abs=0.03))
@@ -186,7 +186,7 @@ def test_after_one_timestamp_the_detector_is_asked(spans, expected):
 
 
 def test_speech_without_text_is_decoded_again():
-    """A word for sixteen seconds of speech: the rest begins in the pause after that word."""
+    """One word stands for sixteen seconds of speech: decoding continues in the pause after that word."""
     tokens = [FIRST, *tokens_of("abc" * 20), FIRST + 250, FIRST + 250, *tokens_of("de"), FIRST + 1050]
     speech = voiced((0.0, 6.4), (6.8, 12.0), (12.5, 21.0), seconds=22.0)
     asked = (Hypothesis(None, tokens, True), Spelled(), 22.0, FIRST)
@@ -272,7 +272,7 @@ def test_where_one_heard_nothing_the_other_is_kept_whole():
 
 
 def test_one_that_fell_silent_loses_nothing():
-    """What the first piece did not hear of the overlap comes from the second, though a word is alike in both."""
+    """Words of the overlap that the first piece misses come from the second, even if one word is similar in both."""
     before = [Word(n, n + 0.5, f" {text}", 1.0) for n, text in enumerate(["as", "he", "was"])]
     after = [Word(3 + n, 3.5 + n, f" {text}", 1.0) for n, text in enumerate(["he", "might", "even"])]
     assert joined(before, after, 2.5, 5.5) == (3, 0)

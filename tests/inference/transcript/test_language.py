@@ -1,4 +1,4 @@
-"""Which language a recording has, how certain that is, and where another one begins."""
+"""The language of a recording, its probability, and the place at which another language begins."""
 
 from dataclasses import replace
 

@@ -138,7 +138,7 @@ def test_the_rate_is_the_models():
 
 
 def test_a_quiet_voice_beside_a_loud_one_is_heard():
-    """30 dB below it and 20 above the noise; the noise itself is no speech."""
+    """Speech 30 dB below other speech and 20 dB above the noise is found; the noise is not speech."""
     samples = speech([(1.0, 3.0), (2.0, 3.0), (2.0, 3.0)])
     quiet = slice(round(6.0 * RATE), round(9.0 * RATE))
     random = np.random.default_rng(1)
@@ -166,7 +166,7 @@ def test_energy_follows_the_voice():
     st.sampled_from([oracle, energy, None]),
 )
 def test_what_fits_the_window_loses_long_silence_alone(spans, after, detector):
-    """One piece where nobody is silent for long, and the audio as it is where that is so at the ends too."""
+    """Audio without long silence is one piece, unchanged if its ends have none either."""
     samples = np.r_[speech(spans), 1e-4 * np.random.default_rng(1).normal(size=round(after * RATE))]
     samples = samples.astype(np.float32)
     pieces = trimmed(samples, detector, window=60.0)
@@ -188,7 +188,7 @@ def test_what_fits_the_window_loses_long_silence_alone(spans, after, detector):
 
 
 def test_the_end_of_the_last_piece_is_no_piece_of_its_own():
-    """What comes after the last word was heard with it; alone, a breath of even noise passes for speech."""
+    """Audio after the last word was decoded with it; as a separate piece, even noise would pass for speech."""
     samples = speech([(0.2, 3.0), (0.5, 2.0)])
     samples = np.r_[samples, 2e-3 * np.random.default_rng(1).normal(size=round(0.5 * RATE))].astype(np.float32)
     for window in (30.0, 4.0):

@@ -25,7 +25,7 @@ KINDS = ("sentence", "whisper")
 
 
 def spoken(text: str, start: float = 0.0, seconds: float = 0.3) -> Segment:
-    """A segment whose words follow one another, each so many seconds long."""
+    """Return a segment of consecutive words, each of the given length in seconds."""
     texts = text.split()
     words = [Word(start + n * seconds, start + (n + 1) * seconds, word, 1.0) for n, word in enumerate(texts)]
     return Segment(start, start + len(texts) * seconds, text, words=tuple(words))
@@ -189,7 +189,7 @@ def test_scripts_without_spaces_take_two_columns_a_character():
 
 
 def test_words_that_are_not_the_whole_text_lose_none_of_it():
-    """As where an alignment ends before the text does."""
+    """Words without times occur if an alignment ends before the text does."""
     segment = Segment(0.0, 2.0, "one two three", words=(Word(0.0, 0.5, "one", 1.0),))
     for kind in KINDS:
         assert "".join(lines_of([segment], SubtitleStyle(kind))).split() == ["one", "two", "three"]
