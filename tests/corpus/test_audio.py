@@ -72,7 +72,7 @@ def test_rounded_durations_are_forgiven_and_wrong_ones_not(wav):
 
 
 def both(utterance, **options):
-    """What the two ways to read an utterance give, which must be the same."""
+    """Return the results of the two ways to read an utterance, which must be equal."""
     whole, *blocks = load_utterance(utterance, **options), *audio_blocks(utterance, seconds=0.3, **options)
     return whole, np.concatenate(blocks)
 

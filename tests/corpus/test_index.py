@@ -386,7 +386,7 @@ def test_a_source_is_named_after_its_path(path, name):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_changed_byte_is_found_wherever_it_is(tmp_path, seed):
-    """Or the file is no index any more; what is opened is what was written."""
+    """If the file is not an index any more, the opened one keeps the values that were written."""
     path = tmp_path / "lengths.arrow"
     random = np.random.default_rng(seed)
     sources = [Source("a.jsonl", tags={"lang": "de"}), Source("b.jsonl")]

@@ -58,7 +58,7 @@ def audio(tmp_path):
 
 
 def check(path, tmp_path, numbers=range(5)):
-    """What is read from `path` is the five utterances, directly and by an index; returns the problems."""
+    """Check that `path` reads as the five utterances, directly and by an index, and return the problems."""
     found = list(open_source(path))
     rows = [row for row in found if isinstance(row, Utterance)]
     index = build_index(path, tmp_path / "check.arrow", UnitCounter("chars"), prompt_tokens=2)
@@ -226,7 +226,7 @@ def test_compressed_and_broken_tars(tmp_path):
 
 @pytest.mark.parametrize("order", ["sorted", "audio last"])
 def test_webdataset_members_apart_and_beside(tmp_path, order):
-    """Members of a sample need not be neighbours; what macOS and pax leave beside files is no sample."""
+    """Members of a sample need not be neighbours; files that macOS and pax add are ignored."""
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         for number in range(5):
             add(tar, f"d/{number}.txt", TEXTS[number].encode())
@@ -760,7 +760,7 @@ def test_damaged_parquet(tmp_path):
 
 
 def test_columns_can_be_named(audio, tmp_path):
-    """In a table, in JSON and in a mixture, for one utterance as for the index."""
+    """Column names work in a table, in JSON and in a mixture, for one utterance and for the index."""
     rows = [
         {"wav_on_disk": f"audio/{n}.flac", "text": "not this", "normalised": TEXTS[n], "tongue": "de"} for n in range(5)
     ]

@@ -1,4 +1,4 @@
-"""URLs from a real server: what goes wrong is told as it is, and without passwords and signatures."""
+"""URLs from a real server: errors are reported by their cause, without passwords and signatures."""
 
 import http.server
 import io
@@ -53,7 +53,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def closed() -> str:
-    """An address at which nobody listens."""
+    """An address without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return f"127.0.0.1:{found.getsockname()[1]}"
 

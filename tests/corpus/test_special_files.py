@@ -48,7 +48,7 @@ def test_special_audio_is_named(tmp_path):
 
 
 def test_rows_whose_audio_is_a_pipe_are_left_out(tmp_path):
-    """Where durations are read from the audio; in tars and texts of a folder too."""
+    """Special files are refused where durations are read from the audio, also in tars and in texts of a folder."""
     for name in ("pipe.wav", "a.tar"):
         os.mkfifo(tmp_path / name)
     rows = [{"audio_filepath": name, "text": "a"} for name in ("pipe.wav", "a.tar::b.wav")]
