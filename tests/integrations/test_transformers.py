@@ -155,7 +155,7 @@ def test_tuned_and_planned(family, adapted):
 
 
 def alone(adapted, audio, prompt, limit, **settings):
-    """What the family's own ``generate`` makes of one clip."""
+    """Return the output of the family's own ``generate`` for one clip."""
     sequences = transformers.generation.GenerationMixin.generate(
         adapted.model,
         **adapted.inputs([audio]),

@@ -1,4 +1,4 @@
-"""Models of transformers' architectures through the command line: tuned, trained, resumed, transcribed, told of."""
+"""Models of transformers' architectures through the commands: tune, train, resume, transcribe, info."""
 
 import copy
 import itertools
