@@ -130,7 +130,7 @@ def test_utterances_of_a_small_set_meet_others_in_the_next_epoch(budget):
 
 
 def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
-    """And as many batches as wanted, none over the budget, others in every epoch."""
+    """The number of batches is as requested, none is over the budget, and they differ between epochs."""
     some = Lengths.of(lengths(900, seed=4), slice(None), budget)
     roomy = Budget(1e13, budget.memory, budget.time)
     for count in (2, 60, 400, 899):
@@ -203,7 +203,7 @@ def test_mixed_steps_are_an_option_of_plans_that_leave_room(index, budget):
 
 
 def test_the_ladder_descends(budget):
-    """Each rung pads less than the one before, and balanced least at a good share of the mixing."""
+    """Each strategy pads less than the one before, and balanced least at a good fraction of the mixing."""
     index = lengths(20_000)
     kinds = [Random(), Bucket1D(), Bucket2D(30, 2), Bucket2D(30, 5), Balanced()]
     padded = [Plan(index, budget, kind).figures().padded_compute for kind in kinds]
