@@ -81,8 +81,8 @@ def pytest_runtest_call() -> None:
 
 @contextlib.contextmanager
 def port_of_our_own() -> Iterator[int]:
-    """A TCP port that nobody else is given meanwhile: bound here and not listened on, so that whoever sets
-    SO_REUSEADDR, as torch does, can listen there."""
+    """A free TCP port that no other process gets: it is bound here without listening, so that torch, which sets
+    SO_REUSEADDR, can listen on it."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
@@ -106,7 +106,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def within_200_mib() -> Iterator[None]:
-    """While the test runs, this process may take 200 MiB more of address space than it has."""
+    """Limit the address space of this process to 200 MiB more than it has while the test runs."""
     resource = pytest.importorskip("resource")
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -120,7 +120,7 @@ def within_200_mib() -> Iterator[None]:
 
 @pytest.fixture
 def without_tf32(monkeypatch):
-    """On a GPU convolutions round to TF32 unless told otherwise."""
+    """Switch TF32 off, to which convolutions on a GPU round by default."""
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
 
 

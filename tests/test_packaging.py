@@ -355,8 +355,11 @@ def closure(extra: str) -> Iterator[importlib.metadata.Distribution]:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("CANTER_WHEEL_TEST"), reason="make wheel-test runs it")
 def test_the_wheel_with_all_extras_transcribes(wheel: Path, shared: Path, tmp_path: Path):
-    """What `pip install canter[all]` brings suffices: of this environment's packages only those are linked into one
-    beside it, where pip then finds nothing missing. That saves installing torch a second time."""
+    """The packages of `pip install canter[all]` suffice.
+
+    Only those of this environment's packages are linked into another one, in which pip then finds nothing missing. That
+    saves installing torch a second time.
+    """
     interpreter = environment_in(tmp_path / "environment")
     folder = packages_of(interpreter)
     for distribution in closure("all"):

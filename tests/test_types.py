@@ -57,7 +57,7 @@ canter.lod("x")
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory) -> dict[str, list[str]]:
-    """What pyright says of both programs in strict mode: the rules that each breaks, by line."""
+    """Errors of pyright in strict mode in both programs: the rules that are broken, by line."""
     pyright = Path(sys.executable).parent / "pyright"
     if not pyright.exists() and not shutil.which("pyright"):
         pytest.skip("pyright is not installed")

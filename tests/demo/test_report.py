@@ -1,4 +1,4 @@
-"""The demo's page, whole and in parts."""
+"""The page of the demo, complete and in parts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The report of whole, partial and damaged run folders."""
+"""The report of complete, partial and damaged run folders."""
 
 import json
 from pathlib import Path
