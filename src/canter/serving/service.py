@@ -202,10 +202,10 @@ class Service:
 
     async def warm_up(self) -> None:
         """Decode a second of silence, so that the first request does not pay for initialisation."""
-        asked = AudioRequest("transcribe", self.config.language or self.tokenizer.languages[0])
+        fields = AudioRequest("transcribe", self.config.language or self.tokenizer.languages[0])
         audio = self._stored([Piece(0.0, np.zeros(self.rate, np.float32))])
         try:
-            async for _ in self.segments(audio, asked, self.request(asked)):
+            async for _ in self.segments(audio, fields, self.request(fields)):
                 pass
         finally:
             audio.close()
@@ -308,50 +308,50 @@ class Service:
             text += f"the limit of {longest * MAX_DENSITY:,.0f}: convert it to 16 kHz mono"
             raise ApiError(400, text, "file", "audio_too_long")
 
-    def _listener(self, asked: AudioRequest) -> Listener:
+    def _listener(self, fields: AudioRequest) -> Listener:
         """Return the listener that asks the model for the times that the answer contains.
 
         Subtitles need the times of words, if the model has them: their cues end with sentences.
         """
-        cues = asked.response_format in SUBTITLES
-        return self.listeners["word" if cues and self.engine.aligns else asked.timestamps]
+        cues = fields.response_format in SUBTITLES
+        return self.listeners["word" if cues and self.engine.aligns else fields.timestamps]
 
-    def request(self, asked: AudioRequest) -> Request:
+    def request(self, fields: AudioRequest) -> Request:
         """Return the engine's request, without audio. Raise ApiError, naming the field, if the model cannot do it."""
         languages = self.tokenizer.languages
         known = ", ".join(languages)
-        source = asked.language or (languages[0] if len(languages) == 1 else None)
-        if asked.task == "translate" and not self.targets:
+        source = fields.language or (languages[0] if len(languages) == 1 else None)
+        if fields.task == "translate" and not self.targets:
             raise ApiError(400, f"this model knows {languages[0]} only and does not translate", "model")
         if source is None and not self.detects:
             text = f"this model needs the language of the audio: {known}"
             raise ApiError(400, text, "language", "missing_language")
         if source and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
-        target = source if asked.task == "transcribe" else asked.to_language or "en"
-        if asked.task == "translate" and target not in self.targets:
+        target = source if fields.task == "transcribe" else fields.to_language or "en"
+        if fields.task == "translate" and target not in self.targets:
             text = f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}"
             raise ApiError(400, text, "to_language")
         given = {"source_lang": source, "target_lang": target}
         slots = {name: value for name, value in given.items() if value}
-        slots["task"] = "asr" if asked.task == "transcribe" else "ast"
-        listener = self._listener(asked)
+        slots["task"] = "asr" if fields.task == "transcribe" else "ast"
+        listener = self._listener(fields)
         if listener.config.timestamps != "none" and "timestamp" in self._slots:
             slots["timestamp"] = "yes"
         try:
-            request = listener.request(slots, asked.prompt)
+            request = listener.request(slots, fields.prompt)
         except ConfigError:
             raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
-        if asked.temperature:
-            request = replace(request, temperature=asked.temperature, retry=None)
+        if fields.temperature:
+            request = replace(request, temperature=fields.temperature, retry=None)
         return request
 
-    async def segments(self, audio: Audio, asked: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
+    async def segments(self, audio: Audio, fields: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
         """Yield the transcript in order, as soon as a piece is decoded; ``request`` is the result of `Service.request`.
 
         Closing the iterator early cancels the remaining pieces.
         """
-        listener = self._listener(asked)
+        listener = self._listener(fields)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -374,7 +374,7 @@ class Service:
                 settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
                 assembly.languages += listener.languages(found, seconds)
                 detected, probability = listener.spoken(assembly.languages)
-                language = asked.language or detected or self.tokenizer.languages[0]
+                language = fields.language or detected or self.tokenizer.languages[0]
                 yield TranscriptUpdate(settled, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds)
         finally:
