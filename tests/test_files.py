@@ -88,7 +88,7 @@ def test_many_writers_of_one_file_leave_one_of_their_contents(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_killed_writer_leaves_the_file_whole(tmp_path):
+def test_a_killed_writer_leaves_the_file_complete(tmp_path):
     target = tmp_path / "a.txt"
     write_text(target, "before")
     code = (

@@ -145,7 +145,7 @@ def test_lower_bounds_are_those_that_are_tested():
         assert version == bound.version or version.startswith(f"{bound.version}.0")
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch):
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch):
     assert extras.install("transformers") == "pip install 'canter[hf]'"
     extras.require("json", "everybody")  # what is there
     monkeypatch.setitem(sys.modules, "matplotlib", None)

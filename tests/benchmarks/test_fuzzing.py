@@ -23,7 +23,7 @@ def fuzzing(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_mutations_depend_on_the_generator_alone(fuzzing):
+def test_mutations_depend_only_on_the_generator(fuzzing):
     mutations = fuzzing.mutations
     row = {"text": "a", "duration": 1.5, "tags": ["x", {"y": None}]}
     lines = b"\n".join([json.dumps(row).encode()] * 3)

@@ -156,7 +156,7 @@ def test_a_bug_is_not_hidden(command):
     ("arguments", "unbuffered"),
     [(["--help"], ""), (["--help"], "1"), (["compare", "--help"], ""), (["train", "--print-config"], "1")],
 )
-def test_a_reader_that_leaves_early_is_no_error(arguments, unbuffered):
+def test_a_reader_that_closes_early_is_not_an_error(arguments, unbuffered):
     """The reader of ``canter --help | head -1`` closes the pipe early; here it is closed before the first word."""
     reading, writing = os.pipe()
     os.close(reading)

@@ -55,7 +55,7 @@ def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
 @pytest.mark.parametrize(
     ("host", "how", "code"), [("127.0.0.1", signal.SIGINT, 0), ("0.0.0.0", signal.SIGTERM, -signal.SIGTERM)]
 )
-def test_serves_until_told_to_stop(folder, host, how, code):
+def test_serves_until_a_signal(folder, host, how, code):
     """The service is for this machine only by default; otherwise it warns that any client may use it."""
     process, url, line = started(folder, *([] if host == "127.0.0.1" else ["--host", host]))
     assert process.stderr is not None

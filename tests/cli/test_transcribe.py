@@ -67,7 +67,7 @@ def rows_of(path: Path) -> dict[str, dict]:
     return {Path(row["audio_filepath"]).name: row for row in rows}
 
 
-def test_broken_files_are_named_and_the_rest_goes_on(model, clips, tmp_path, capsys):
+def test_broken_files_are_named_and_others_continue(model, clips, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     (tmp_path / "nothing").mkdir()
     inputs = [str(tmp_path / "nothing"), str(clips), str(clips / "absent.wav")]
@@ -339,7 +339,7 @@ def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out.jsonl"]
 
 
-def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, free_port):
+def test_two_ranks_share_a_manifest_and_resume_from_one(model, clips, tmp_path, free_port):
     """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
     lines = [
         {

@@ -152,7 +152,7 @@ def test_one_manifest_over_several_tars_is_indexed_and_follows_each(tarred, tmp_
     np.testing.assert_allclose(load_utterance(index.utterance(4)), sound(4), atol=1e-4)
 
 
-def test_unsafe_members_are_told(tarred):
+def test_unsafe_members_are_reported(tarred):
     with tarfile.open(tarred / "audio_1.tar", "a") as tar:
         add(tar, "../../evil.flac", flac(0))
         link = tarfile.TarInfo("link.flac")
@@ -899,7 +899,7 @@ def test_kaldi(audio, tmp_path):
     assert next(iter(open_source(folder))).lang == "de"
 
 
-def test_kaldi_segments_and_what_is_no_file(audio, tmp_path):
+def test_kaldi_segments_and_missing_files(audio, tmp_path):
     run = tmp_path / "executed"
     (tmp_path / "wav.scp").write_text(
         f"a audio/0.flac\nb touch {run} |\nc raw.ark:1234\nd | touch {run}\ne audio/2.flac\n"

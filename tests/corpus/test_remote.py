@@ -70,7 +70,7 @@ READ = [remote.size_of, remote.stamp, remote.read_bytes, lambda url: remote.open
         (500, "the server answers 500 Internal Server Error"),
     ],
 )
-def test_what_the_server_says_is_told(server, read, status, reason):
+def test_server_errors_are_reported(server, read, status, reason):
     with pytest.raises(OSError, match=reason) as found:
         read(f"http://u:{SECRET}@{server}/{status}/a.wav?sig={SECRET}")
     assert not isinstance(found.value, FileNotFoundError)

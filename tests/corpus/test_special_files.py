@@ -19,7 +19,7 @@ NAMES = ("a.jsonl", "a.jsonl.gz", "a.tar", "a.tsv", "a.arrow", "a.parquet", "a.j
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pipe_is_no_manifest(tmp_path, name):
+def test_a_pipe_is_refused_as_manifest(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"):
         list(open_source(tmp_path / name))
@@ -27,7 +27,7 @@ def test_a_pipe_is_no_manifest(tmp_path, name):
         build_index(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
 
 
-def test_a_pipe_is_no_mixture_and_no_index(tmp_path):
+def test_a_pipe_is_refused_as_mixture_and_index(tmp_path):
     os.mkfifo(tmp_path / "mix.yaml")
     os.mkfifo(tmp_path / "lengths.arrow")
     with pytest.raises(ConfigError, match="a named pipe, not a regular file"):

@@ -82,7 +82,7 @@ def private(source: str, allowed: tuple[str, ...] = ()) -> list[str]:
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
-def test_a_page_uses_the_public_names_alone(page: Path):
+def test_a_page_uses_only_public_names(page: Path):
     assert [name for block in blocks_of(page.read_text()) for name in private(block.python)] == []
 
 

@@ -67,7 +67,7 @@ class Told(Engine):
         return replace(found, tokens=tokens, logprob=0.0, alignment=Alignment(tuple(text), times, (1.0,) * len(text)))
 
 
-def test_where_whisper_ends_before_its_window_the_rest_is_decoded(whisper, tmp_path):
+def test_audio_after_an_early_end_of_whisper_is_decoded(whisper, tmp_path):
     """A sentence that the window cuts: the first timestamp is written, and then the end."""
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 6) * 0.1, 16000)
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 1.0, 1.0], 2.5: [0.5, " three", 2.2, 2.2]}
@@ -102,7 +102,7 @@ def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path)
 
 
 @pytest.mark.parametrize("fallback", [Fallback(), None])
-def test_silence_is_told_with_and_without_fallback(whisper, fallback):
+def test_silence_is_found_with_and_without_fallback(whisper, fallback):
     listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback))
     request = listener.request({"source_lang": "en"})
     assert request.scored
@@ -114,7 +114,7 @@ def test_silence_is_told_with_and_without_fallback(whisper, fallback):
     assert not listener.segments(replace(unlikely, no_speech=0.9), 3.0)
 
 
-def test_a_language_that_nobody_names_is_detected_for_a_translation_too(whisper, tmp_path):
+def test_an_unset_language_is_detected_for_a_translation_too(whisper, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(800), 16000)
     listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
     asked = {}

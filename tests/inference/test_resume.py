@@ -54,7 +54,7 @@ def test_all_ranks_are_read_and_removed(tmp_path):
 
 
 @given(st.integers(0, 200))
-def test_torn_anywhere_the_whole_lines_stay(tmp_path_factory, cut):
+def test_complete_lines_of_a_torn_file_stay(tmp_path_factory, cut):
     first = tmp_path_factory.mktemp("torn") / "p"
     write(first, {"model": "a"}, [(row, Transcription("é" * 10, (3,))) for row in ROWS])
     size = first.stat().st_size

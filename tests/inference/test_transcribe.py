@@ -73,7 +73,7 @@ def test_batch_size_changes_nothing(folder, tmp_path, batch_size):
     assert results[0] == results[1]
 
 
-def test_bad_items_are_named_and_the_rest_goes_on(folder, tmp_path, capsys):
+def test_bad_items_are_named_and_others_continue(folder, tmp_path, capsys):
     (tmp_path / "noise.wav").write_bytes(b"this is no sound")
     (tmp_path / "empty.wav").write_bytes(b"")
     soundfile.write(tmp_path / "stereo.wav", np.stack([noises(1)[0]] * 2, 1), 8000)
@@ -104,7 +104,7 @@ def test_bad_items_are_named_and_the_rest_goes_on(folder, tmp_path, capsys):
     assert main(["transcribe", str(folder / "run"), str(tmp_path / "empty.wav")]) == 1
 
 
-def test_a_whole_batch_of_bad_files(folder, tmp_path):
+def test_a_batch_of_only_bad_files(folder, tmp_path):
     """The queue does not end where an encoder batch comes to nothing."""
     manifest = tmp_path / "m.jsonl"
     rows = [{"audio_filepath": f"absent{number}.wav", "duration": 9.0, "lang": "en"} for number in range(30)]
@@ -115,7 +115,7 @@ def test_a_whole_batch_of_bad_files(folder, tmp_path):
     assert ["error" in row for row in rows_of(out)] == [True] * 30 + [False]
 
 
-def test_a_language_that_rows_have_of_their_own_is_told_of(folder, tmp_path, capsys):
+def test_languages_of_rows_are_reported(folder, tmp_path, capsys):
     clip = str(folder / "clips" / "03.wav")
     manifest = tmp_path / "one.jsonl"
     rows = [{"audio_filepath": clip, "lang": "en"}, {"audio_filepath": clip}]
@@ -176,7 +176,7 @@ def test_misuse_is_one_line(folder, capsys, monkeypatch, arguments, message):
     assert "Traceback" not in errors
 
 
-def test_stopped_transcription_goes_on(folder, tmp_path, monkeypatch, capsys):
+def test_stopped_transcription_resumes(folder, tmp_path, monkeypatch, capsys):
     """Stopped by Ctrl-C after some results: these are kept, the others added, and the result is the same."""
     import canter.inference.transcribe as module
 

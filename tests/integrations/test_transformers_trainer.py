@@ -97,7 +97,7 @@ def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def test_rows_are_the_plans_and_the_gradient_is_the_whole_steps(tmp_path):
+def test_rows_are_the_plans_and_the_gradient_is_that_of_the_step(tmp_path):
     trainer = trainer_of(tmp_path, 2, dropout=0.0)
     before = whisper(0.0)
     trainer.train()

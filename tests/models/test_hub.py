@@ -177,7 +177,7 @@ def test_the_best_checkpoint_is_one_of_the_run(tmp_path, content):
 
 
 @pytest.mark.parametrize("shard", ["*.safetensors", "../x.safetensors", "evil.py", "a/b.safetensors", 5])
-def test_an_index_of_the_hub_fetches_safetensors_alone(shard):
+def test_an_index_of_the_hub_fetches_only_safetensors(shard):
     files = ["config.json", "model.safetensors.index.json", "evil.py", "pytorch_model.bin"]
     with pytest.raises(CheckpointError, match="refused"):
         _wanted("a/b", files, lambda: {"weight_map": {"x": shard}})

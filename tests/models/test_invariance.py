@@ -53,7 +53,7 @@ def model():
 @settings(max_examples=25)
 @given(lengths, paddings, seeds)
 @torch.no_grad()
-def test_alone_or_in_company(model, sizes, padding, seed):
+def test_single_or_in_a_batch(model, sizes, padding, seed):
     """A single utterance equals the same one in a batch with longer ones and junk as padding, to 1e-4."""
     batch = make_batch(sizes, padding, seed, junk=7.0)
     encoded, encoded_lengths, log_probs = run(model, batch)

@@ -165,7 +165,7 @@ def test_greedy(ours, theirs, speech, extracted):
 @settings(max_examples=25)
 @given(st.lists(st.integers(100, 12000), min_size=1, max_size=4), st.integers(0, 9000), st.integers(0, 9))
 @torch.no_grad()
-def test_any_length_alone_or_in_company(sizes, padding, seed):
+def test_any_length_single_or_in_a_batch(sizes, padding, seed):
     model = small_whisper()
     generator = torch.Generator().manual_seed(seed)
     audio = torch.full((len(sizes), max(sizes) + padding), 7.0)  # what is past the end must not matter

@@ -151,7 +151,7 @@ def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
         assert sorted(seen) == list(range(len(index)))
 
 
-def test_a_budget_that_changes_in_mid_run_leaves_earlier_windows_alone(index, budget):
+def test_a_budget_that_changes_within_a_run_keeps_earlier_windows(index, budget):
     from dataclasses import replace
 
     smaller = replace(budget, limit_bytes=4e9)

@@ -157,7 +157,7 @@ def test_an_endless_stream_has_min_steps_in_as_many_utterances_as_the_index_has(
 
 @pytest.mark.parametrize("per_step", [1, 3, 8])
 @pytest.mark.parametrize("mixing", [1.0, 3.0])
-def test_balanced_gives_each_window_whole_steps_full_and_even(budget, per_step, mixing):
+def test_balanced_gives_each_window_complete_full_and_even_steps(budget, per_step, mixing):
     plan = Plan(lengths(24_000), budget, Balanced(mixing), window=8000, micro_batches_per_step=per_step)
     for window in range(3):
         assert np.all(np.diff(plan.cut(window).steps) == per_step)
@@ -303,7 +303,7 @@ def test_length_does_not_drift_over_the_epoch(budget):
 
 
 @pytest.mark.parametrize(("count", "within"), [(16, 0.2), (36, 0.08), (300, 0.03)])
-def test_first_and_last_steps_are_as_long_as_the_rest(count, within):
+def test_first_and_last_steps_are_as_long_as_others(count, within):
     """Even where few steps hold most utterances, as those of the shortest do."""
     rng = np.random.default_rng(count)
     starts = set()

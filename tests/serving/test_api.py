@@ -82,7 +82,7 @@ def test_verbose_json(client, expected):
     assert segment.tokens
 
 
-def test_stream_gives_segments_then_the_whole(client, expected):
+def test_stream_gives_segments_then_the_complete_text(client, expected):
     events = list(client.audio.transcriptions.create(model="small", file=clip(3), language="en", stream=True))
     assert [event.type for event in events] == ["transcript.text.delta", "transcript.text.done"]
     assert events[0].delta == events[-1].text == expected[3]
@@ -179,7 +179,7 @@ def test_silence_is_an_empty_transcript(client, live):
     assert found.segments[0].start == pytest.approx(4.7, abs=0.2)
 
 
-def test_languages_are_weighed_and_told_apart(polyglot, spoken_tones):
+def test_languages_are_weighed_and_distinguished(polyglot, spoken_tones):
     """A recording in two languages is decoded in both; verbose_json and the stream give the longer one, how probable
     it is, and the prompt changes nothing of it."""
     audio = ("tones.wav", wav(spoken_tones("eeeessssss")))

@@ -525,7 +525,7 @@ class Failing(Engine):
         return super()._encode(batch)
 
 
-def test_an_engine_that_fails_fails_nobody_else(model):
+def test_an_engine_that_fails_on_one_request_serves_the_others(model):
     """Requests that shared a batch with the audio on which the engine fails are decoded all the same."""
     poison = noise(1.0, 9)
     poison[0] = 0.5

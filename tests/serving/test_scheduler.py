@@ -91,7 +91,7 @@ def test_stored_audio_is_read_when_it_is_taken(model, scheduler_of, tmp_path):
         assert isinstance(got.outcomes[piece].hypothesis.key.request.audio, Stored)
 
 
-def test_stored_audio_is_shared_while_somebody_holds_it(tmp_path):
+def test_stored_audio_is_shared_while_it_is_in_use(tmp_path):
     with open(tmp_path / "samples", "w+b", buffering=0) as file:
         file.write(noise(1.0).tobytes())
         stored = Stored(file, 0, 16000)
@@ -140,7 +140,7 @@ def test_tickets_take_turns(model, scheduler_of):
     assert seconds_of(scheduler) == [0.3, 1.0, 0.5, 2.0, 1.1, 2.1, 1.2, 1.3]
 
 
-def test_who_comes_later_starves_nobody(model, scheduler_of):
+def test_later_requests_do_not_starve_earlier_ones(model, scheduler_of):
     """Two more tickets arrive with every batch, more than are taken; long audio still gets its turns."""
     scheduler, got = scheduler_of(frames=1), Collected(3)
     encode = scheduler.engine._encode
@@ -159,7 +159,7 @@ def test_who_comes_later_starves_nobody(model, scheduler_of):
     assert [order.index(length) for length in (1.0, 1.1, 1.2)] == [0, 3, 10]
 
 
-def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
+def test_a_last_piece_is_decoded_before_more_of_long_audio(model, scheduler_of):
     """However long an encoder's batch takes."""
     scheduler, long, short = scheduler_of(frames=1), Collected(5), Collected(1)
     encode = scheduler.engine._encode

@@ -42,7 +42,7 @@ def test_micro_batches_hold_to_seconds_and_memory(rows, batch_seconds, memory):
                 assert longest * 0.08 * len(batch) <= max(batch_seconds, frames.max() * 0.08) + 1e-6
 
 
-def test_the_longest_utterance_goes_alone_at_any_speed():
+def test_the_longest_utterance_fits_by_itself_at_any_speed():
     index = LengthIndex(np.full(50, 30.0, np.float32), np.full(50, 40))
     speeds = (0.9, 1.0, 1.1)
     for epoch in range(4):

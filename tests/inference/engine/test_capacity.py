@@ -32,7 +32,7 @@ def cached(model: SpeechModel) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_whole_windows_fit_the_memory(dtype):
+def test_rows_of_complete_windows_fit_the_memory(dtype):
     model = canary(3, dtype)
     rows = decoder_rows(model, CPU)
     assert 8 < rows < 64
@@ -44,7 +44,7 @@ def test_small_models_have_many_rows_and_no_model_less_than_eight(model):
     assert decoder_rows(canary(24), CPU) == 8
 
 
-def test_a_model_that_heard_short_windows_has_more_rows():
+def test_a_model_of_short_windows_has_more_rows():
     model = canary(6)
     model.generation = {"window_seconds": 10.0}
     assert decoder_rows(model, CPU) > 2 * decoder_rows(canary(6), CPU)

@@ -67,7 +67,7 @@ def test_rows_are_useful_and_slots_are_full(model):
     assert counters.audio_seconds == pytest.approx(sum(len(item.audio) for item in requests()) / 16000)
 
 
-def test_what_ends_early_goes_on_with_the_rest_of_its_audio(model):
+def test_decoding_continues_after_an_early_end(model):
     """The audio after each early end gives the engine's result for that audio; nothing is counted twice."""
     left = [1.2, 0.5]  # seconds at which the hypotheses of one of them end
 

@@ -195,7 +195,7 @@ def test_repeated_words_are_kept(recognizer, cases):
     assert "stop it" in guarded.lower()
 
 
-def test_clips_without_silence_are_heard_as_before(model, recognizer, spoken):
+def test_clips_without_silence_are_decoded_as_before(model, recognizer, spoken):
     """Detectors change no text of theirs."""
     texts = [
         [one.text for one in recognizer.transcribe([clip for clip, _ in spoken], vad=vad)] for vad in ("energy", "none")

@@ -265,7 +265,7 @@ def test_nothing_alike_parts_in_the_middle():
     assert joined(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
 
 
-def test_where_one_heard_nothing_the_other_is_kept_whole():
+def test_if_one_piece_is_empty_the_other_is_kept():
     heard = spoken(["hello", "there", "friend"], 27.0)
     assert joined([], heard, 27.0, 30.0) == (0, 0)
     assert joined(heard, [], 27.0, 30.0) == (3, 0)
@@ -278,7 +278,7 @@ def test_one_that_fell_silent_loses_nothing():
     assert joined(before, after, 2.5, 5.5) == (3, 0)
 
 
-def test_segments_are_given_once_they_are_settled():
+def test_segments_are_returned_once_they_are_final():
     assembly = Assembly()
     one = Segment(0.0, 1.0, "a", (1,), tuple(spoken(["a"])))
     assert assembly.add(1, [one], 5.0, 0.0) == []

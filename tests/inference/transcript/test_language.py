@@ -36,7 +36,7 @@ def test_the_language_is_the_most_probable_over_all_of_the_speech(parts):
 
 
 @given(pieces, st.integers(0, 2), st.floats(0.01, 0.5))
-def test_a_stray_piece_speaks_for_nobody(parts, other, stray):
+def test_a_stray_piece_does_not_decide_the_language(parts, other, stray):
     """However certain: a second of speech outweighs half a second of a cough."""
     parts = [(1.0 + length, [0.9, 0.05, 0.05]) for length, _ in parts]
     certain = [float(k == other) for k in range(3)]

@@ -137,7 +137,7 @@ def test_the_rate_is_the_models():
     assert [one.end for one in found] == pytest.approx([one.end for one in known], abs=0.1)
 
 
-def test_a_quiet_voice_beside_a_loud_one_is_heard():
+def test_a_quiet_voice_next_to_a_loud_one_is_speech():
     """Speech 30 dB below other speech and 20 dB above the noise is found; the noise is not speech."""
     samples = speech([(1.0, 3.0), (2.0, 3.0), (2.0, 3.0)])
     quiet = slice(round(6.0 * RATE), round(9.0 * RATE))
@@ -165,7 +165,7 @@ def test_energy_follows_the_voice():
     st.floats(0.0, 8.0),
     st.sampled_from([oracle, energy, None]),
 )
-def test_what_fits_the_window_loses_long_silence_alone(spans, after, detector):
+def test_audio_that_fits_the_window_loses_only_long_silence(spans, after, detector):
     """Audio without long silence is one piece, unchanged if its ends have none either."""
     samples = np.r_[speech(spans), 1e-4 * np.random.default_rng(1).normal(size=round(after * RATE))]
     samples = samples.astype(np.float32)
@@ -187,7 +187,7 @@ def test_what_fits_the_window_loses_long_silence_alone(spans, after, detector):
                 assert edge == pytest.approx(silence - MARGIN, abs=0.1)
 
 
-def test_the_end_of_the_last_piece_is_no_piece_of_its_own():
+def test_the_end_of_the_last_piece_is_not_another_piece():
     """Audio after the last word was decoded with it; as a separate piece, even noise would pass for speech."""
     samples = speech([(0.2, 3.0), (0.5, 2.0)])
     samples = np.r_[samples, 2e-3 * np.random.default_rng(1).normal(size=round(0.5 * RATE))].astype(np.float32)
@@ -196,7 +196,7 @@ def test_the_end_of_the_last_piece_is_no_piece_of_its_own():
         assert len(list(cut([samples], energy, window))) == (1 if window == 30.0 else 2)
 
 
-def test_where_somebody_speaks_is_told():
+def test_places_of_speech_are_returned():
     (piece,) = trimmed(speech([(6.0, 3.0)]), energy, window=30.0)
     assert piece.start == pytest.approx(6.0 - MARGIN, abs=0.05)
     places = np.flatnonzero(piece.voiced) * FRAME + piece.start

@@ -164,7 +164,7 @@ def test_a_short_cue_stays_for_a_second_where_there_is_room():
     assert (second.start, second.end) == (1.4, 2.4)
 
 
-def test_a_pause_that_an_alignment_gives_to_a_word_is_no_part_of_the_cue():
+def test_a_pause_that_an_alignment_gives_to_a_word_is_not_in_the_cue():
     words = (Word(0.0, 0.5, "So", 1.0), Word(0.5, 9.0, "then.", 1.0), Word(9.0, 10.0, "Go.", 1.0))
     found = cues_of([Segment(0.0, 10.0, "So then. Go.", words=words)])
     assert [(cue.start, round(cue.end, 3)) for cue in found] == [(0.0, 1.9), (9.0, 10.0)]
@@ -188,7 +188,7 @@ def test_scripts_without_spaces_take_two_columns_a_character():
     assert all(len(line) <= WIDTH // 2 for cue in found for line in cue.split("\n"))
 
 
-def test_words_that_are_not_the_whole_text_lose_none_of_it():
+def test_text_without_words_is_kept():
     """Words without times occur if an alignment ends before the text does."""
     segment = Segment(0.0, 2.0, "one two three", words=(Word(0.0, 0.5, "one", 1.0),))
     for kind in KINDS:

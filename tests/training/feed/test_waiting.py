@@ -120,7 +120,7 @@ def test_a_run_that_waits_for_data_obeys_sigterm(slow, on_ranks, ranks):
     assert on_ranks(ranks, asked_to_stop, config) == [(6, "")] * ranks
 
 
-def test_a_named_pipe_is_no_audio_and_is_skipped(slow):
+def test_a_named_pipe_is_skipped_as_audio(slow):
     config, _, path, row = slow
     path.unlink()
     os.mkfifo(path)
@@ -130,7 +130,7 @@ def test_a_named_pipe_is_no_audio_and_is_skipped(slow):
     assert skipped["reason"] == f"{path} cannot be read: a named pipe, not a regular file; write it to a file first"
 
 
-def test_waiting_is_told_and_ends():
+def test_waiting_is_reported_and_ends():
     hold, said = threading.Event(), []
 
     def values():

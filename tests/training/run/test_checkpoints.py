@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(quiet, tmp_path, f
     assert steps == list(range(1, 9))
 
 
-def test_what_a_killed_writer_left_is_no_checkpoint(quiet):
+def test_files_of_a_killed_writer_are_not_a_checkpoint(quiet):
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(quiet, stopping_after(5))
     folder = quiet.output / "checkpoints"
@@ -83,7 +83,7 @@ def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, more):
     assert train(quiet, unwatched).progress.step == 8
 
 
-def test_a_disk_that_is_full_before_the_first_checkpoint_is_told_of_truthfully(quiet, tmp_path):
+def test_a_full_disk_before_the_first_checkpoint_is_reported(quiet, tmp_path):
     """There is nothing to resume from, and no partial checkpoint uses up the disk."""
     prepare(quiet)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

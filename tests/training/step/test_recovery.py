@@ -76,7 +76,7 @@ def test_a_run_whose_budget_was_tightened_resumes_to_the_same_steps(quiet, tmp_p
     assert outputs[0] == outputs[1]
 
 
-def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
+def test_an_utterance_that_does_not_fit_by_itself_is_skipped_and_named(quiet):
     with memory_cap(300_000):
         finished = train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
     assert finished.progress.step == 2
@@ -110,7 +110,7 @@ def test_the_gradient_is_a_mean_over_what_is_left(quiet):
     assert with_it.norm() == pytest.approx(float(without_it.norm()), rel=0.05)
 
 
-def test_what_does_not_fit_alone_counts_in_no_figure_of_its_step(quiet):
+def test_an_utterance_that_does_not_fit_by_itself_counts_in_no_figure(quiet):
     with memory_cap(300_000):
         train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
     lost = [row["step"] for row in skipped(quiet)]
@@ -176,7 +176,7 @@ def test_too_many_of_them_in_a_row_end_the_run(quiet, monkeypatch):
         train(dataclasses.replace(quiet, bad_steps=3), unwatched)
 
 
-def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path):
+def test_validation_audio_that_cannot_be_read_is_reported(quiet, spoken, tmp_path):
     rows = [json.loads(line) for line in spoken.test_manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(spoken.test_manifest.parent / row["audio_filepath"])

@@ -165,7 +165,7 @@ def test_a_plan_batches_by_the_lengths_of_its_epoch():
         assert all(np.ceil(seconds[batch] / 0.08).max() * 0.08 * len(batch) <= 60.08 for batch in batches)
 
 
-def test_an_utterance_is_heard_at_the_speed_that_the_plan_knows(config):
+def test_an_utterance_has_the_speed_that_the_plan_knows(config):
     config = dataclasses.replace(config, augment=AugmentConfig(speed=(0.8, 1.25)), steps=4, track=(), valid=())
     finished = train(config, unwatched)
     data, index = finished.prepared.data, finished.prepared.index
