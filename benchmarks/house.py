@@ -22,9 +22,10 @@ FRAGMENT = re.compile(
     r"(Of|What|Whether|Where|As|How|Those|Which|Who|Whose|When|Why|That|With|Without|For|From|In|On|By|At|To|And|Or"
     r"|Not|More|Less|Until|While|So|If)\b"
 )
-"""First words of a docstring that is no whole sentence."""
+"""First words of a docstring that is a fragment of a sentence."""
+OPTION_CLASS = re.compile(r"\w*Options|TrainConfig|ModelShape|(Optimizer|Loss|Augment)Config")
 COMMAND_NAMES = {"Options", "run", "parse"}
-"""Names that every module of a command has: the interface of the command line, not two ideas."""
+"""Names that every command defines: the interface of the command line."""
 TRAINING = """
 import collections, json, sys, threading, wave
 from pathlib import Path
@@ -78,14 +79,15 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def option_names(tree: ast.Module) -> list[str]:
-    """Return the fields of a module's classes of options: the flags of a command."""
-    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    """Return the flags of a command: fields of its classes of options that are neither positional nor a group."""
     return [
         field.target.id
-        for node in classes
-        if re.fullmatch(r"\w*Options|TrainConfig|ModelShape|(Optimizer|Loss|Augment)Config", node.name)
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and OPTION_CLASS.fullmatch(node.name)
         for field in node.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if "Positional" not in ast.unparse(field.annotation)
+        if not OPTION_CLASS.fullmatch(ast.unparse(field.annotation))
     ]
 
 
@@ -141,7 +143,7 @@ def findings(source: Path) -> dict[str, list[str]]:
 
 
 def count(source: Path) -> dict[str, int]:
-    """Count everything that can be read off the sources."""
+    """Count files, lines and findings in the sources."""
     files = [path.read_text() for path in (source / "canter").rglob("*.py")]
     sizes = {"files": len(files), "lines": sum(text.count("\n") for text in files)}
     return sizes | {name: len(found) for name, found in findings(source).items()}
