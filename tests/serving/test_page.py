@@ -178,7 +178,7 @@ def test_errors_are_one_line(browser, folder, live):
         (502, "<html>\n<h1>Bad gateway</h1>", "The service answered 502"),
         (400, '{"error": {"message": "two\\nlines"}}', "two lines"),
         (200, 'data: {"type": "transcript.text.delta", "segment": {"start": 0, "end": 1, "text": "a"}}\n\n',
-         "The connection broke off"),
+         "The connection failed"),
         (200, 'data: {"error": {"message": "not finished in time"}}\n\n', "not finished in time"),
     ):  # fmt: skip
         browser.run("$('problem').hidden = true; asked = fetch; window.fetch = async (url, options) => "
