@@ -88,7 +88,7 @@ def test_serves_until_a_signal(folder, host, how, code):
         (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
         (["MODEL", "--language", "xx"], "--language: 'xx' is not a language of this model; it knows en"),
         (["MODEL", "--max-requests", "0"], "max_requests is 0"),
-        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: give 0, which is no limit, or more"),
+        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: give 0 (no limit) or more"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
         (["MODEL", "--api-keys", "empty.txt"], "holds no key"),

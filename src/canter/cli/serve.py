@@ -49,7 +49,7 @@ class Options:
     long audio is split in pauses. `silero` needs the extra `vad`; `none` keeps all and splits into overlapping
     windows."""
     max_repeats: int = 3
-    """Number of repeats to keep if the model repeats the same words for longer than the audio lasts; 0 is no limit.
+    """Number of repeats to keep if the model repeats the same words for longer than the audio lasts; 0 disables this.
     Whisper models have their own rule instead."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` selects a GPU if there is one."""
@@ -91,7 +91,7 @@ def run(options: Options) -> int:
     from canter.serving.service import Service
 
     if options.max_repeats < 0:
-        raise ConfigError(f"--max-repeats {options.max_repeats}: give 0, which is no limit, or more")
+        raise ConfigError(f"--max-repeats {options.max_repeats}: give 0 (no limit) or more")
     keys = read_keys(options.api_keys)
     local = is_loopback(options.host)
     checkpoint = checkpoint_of(options.model)
