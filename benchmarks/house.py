@@ -133,7 +133,7 @@ def findings(source: Path) -> dict[str, list[str]]:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and node.name not in COMMAND_NAMES:
                 names[node.name].add(place)
-        if {"cli", "training"} & set(path.parts):
+        if {"cli", "training", "serving"} & set(path.parts):
             result["options of all commands"] += option_names(tree)
     result["options (distinct)"] = sorted(set(result["options of all commands"]))
     result["public names that stand twice"] = [

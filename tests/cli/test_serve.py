@@ -87,7 +87,7 @@ def test_serves_until_a_signal(folder, host, how, code):
         (["MODEL", "--port", "70000"], "choose another --host or --port"),
         (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
         (["MODEL", "--language", "xx"], "--language: 'xx' is not a language of this model; it knows en"),
-        (["MODEL", "--max-requests", "0"], "max_requests is 0"),
+        (["MODEL", "--max-requests", "0"], "--max-requests is 0"),
         (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: give 0 (no limit) or more"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),

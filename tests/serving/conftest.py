@@ -25,7 +25,7 @@ from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.serving.app import create_app
-from canter.serving.protocol import ServiceConfig
+from canter.serving.config import ServiceConfig
 from canter.serving.server import bind, make_server
 from canter.serving.service import Service
 from canter.text import WhisperTokenizer, train_tokenizer

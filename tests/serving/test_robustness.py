@@ -24,7 +24,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from canter.corpus.audio import audio_blocks
 from canter.inference.engine.engine import Engine
 from canter.serving import app, service, upload
-from canter.serving.protocol import ApiError, ServiceConfig
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ApiError
 from canter.serving.server import ANY_ADDRESS, MOST_SHREDS, RECEIVED_BYTES, SHRED_BYTES, host_names
 from canter.serving.service import Service
 
@@ -242,7 +243,7 @@ def test_bad_forms(live, body, kind, status, message):
 @pytest.fixture(scope="module")
 def strict(model):
     """Takes small bodies only, and waits for them."""
-    with running(model, max_bytes=200_000, upload_timeout=PATIENCE) as found:
+    with running(model, max_megabytes=200_000 / 2**20, upload_timeout=PATIENCE) as found:
         yield found
 
 
@@ -478,7 +479,7 @@ def test_a_full_service_says_so(endless):
 
 
 def test_audio_inside_is_limited(endless):
-    with running(endless, max_total_seconds=40.0) as live, ThreadPoolExecutor(1) as pool:
+    with running(endless, max_minutes=40 / 60) as live, ThreadPoolExecutor(1) as pool:
         body = form(wav(noise(30.0)))
         with connection(live) as client, held(live.service.engine) as go_on:
             client.sendall(head(len(body)) + body)

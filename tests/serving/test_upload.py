@@ -18,7 +18,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from canter.serving import upload
-from canter.serving.protocol import ApiError, ServiceConfig
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ApiError
 from canter.serving.upload import FIELD_BYTES, MOST_FIELDS, anonymous_file, path_of, read_form
 
 KIND = "multipart/form-data; boundary=xb"
@@ -249,8 +250,8 @@ def test_whatever_goes_wrong_the_file_is_closed(opened):
     for chunks, options, status in [
         ((begun, None), {}, 499),
         ((begun, b"\r\n--xb\r\nno header\r\n\r\n"), {}, 400),
-        ((begun, b"x" * 2000), {"config": ServiceConfig(max_bytes=1000)}, 413),
-        ((begun,), {"content_length": "1001", "config": ServiceConfig(max_bytes=1000)}, 413),
+        ((begun, b"x" * 2000), {"config": ServiceConfig(max_megabytes=1000 / 2**20)}, 413),
+        ((begun,), {"content_length": "1001", "config": ServiceConfig(max_megabytes=1000 / 2**20)}, 413),
         ((begun,), {"content_length": "9" * 5000}, 413),
         ((begun, ...), {"config": hasty}, 408),
         ((file_part(b"x"), part("prompt", b"\xff"), END), {}, 400),

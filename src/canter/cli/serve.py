@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ import tyro
 
 from canter.errors import ConfigError
 from canter.extras import needed_by
+from canter.serving.config import ServiceConfig, ServiceOptions
 
 if TYPE_CHECKING:
     from canter.inference.engine.engine import Engine
@@ -23,7 +24,7 @@ SPINS = "1000"  # some 10 microseconds; a decoder step takes tens of millisecond
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ServiceOptions):
     model: tyro.conf.Positional[Path]
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
@@ -41,13 +42,6 @@ class Options:
     """Further names by which clients may address the service (the Host header), such as the name of a proxy or a
     container; `*` allows any. Requests under other names are refused, because they may come from pages of other sites
     (DNS rebinding)."""
-    language: str | None = None
-    """Language of requests that name none, as a code or in English (default: detect it, with a multilingual
-    Whisper)."""
-    vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector. Silence of at least 2 s at the ends of a recording, and of 5 s inside, is left out, and
-    long audio is split in pauses. `silero` needs the extra `vad`; `none` keeps all and splits into overlapping
-    windows."""
     max_repeats: int = 3
     """Number of repeats to keep if the model repeats the same words for longer than the audio lasts; 0 disables this.
     Whisper models have their own rule instead."""
@@ -57,18 +51,6 @@ class Options:
     """bf16 is faster on a GPU, int8 on a CPU; transcripts may then depend on requests decoded at the same time."""
     batch_size: int | None = None
     """Maximum number of audio chunks decoded together (default: 8 to 128 by model and device)."""
-    max_megabytes: float = 100.0
-    """Maximum size of a request in MiB."""
-    max_seconds: float = 3600.0
-    """Maximum length of a request's audio in seconds."""
-    max_requests: int = 256
-    """Maximum number of requests at once, including waiting ones; further ones get status 503."""
-    max_minutes: float = 120.0
-    """Maximum minutes of audio at once, in all requests together."""
-    timeout: float = 300.0
-    """Maximum seconds from the end of a request's body to its answer."""
-    upload_timeout: float = 60.0
-    """Maximum seconds in which a request's body must arrive."""
 
 
 def run(options: Options) -> int:
@@ -86,7 +68,6 @@ def run(options: Options) -> int:
     from canter.models.hub import checkpoint_of
     from canter.runtime import LARGEST_THRESHOLD, steady_heap
     from canter.serving.app import create_app
-    from canter.serving.protocol import ServiceConfig
     from canter.serving.server import bind, host_names, is_loopback, make_server
     from canter.serving.service import Service
 
@@ -96,17 +77,10 @@ def run(options: Options) -> int:
     local = is_loopback(options.host)
     checkpoint = checkpoint_of(options.model)
     config = ServiceConfig(
+        **{field.name: getattr(options, field.name) for field in fields(ServiceOptions)},
         names=options.name or (options.model.resolve().name, "whisper-1"),
         keys=keys,
         hosts=host_names(options.host, options.allowed_hosts),
-        language=options.language,
-        vad=options.vad,
-        max_bytes=int(options.max_megabytes * 2**20),
-        max_seconds=options.max_seconds,
-        max_requests=options.max_requests,
-        max_total_seconds=60 * options.max_minutes,
-        timeout=options.timeout,
-        upload_timeout=options.upload_timeout,
     )
     allow_files()
     listening = bind(options.host, options.port)

@@ -22,7 +22,8 @@ from canter.inference.engine.requests import Request as EngineRequest
 from canter.inference.transcript.formats import finite, srt, vtt, whisper_json
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
-from canter.serving.protocol import ApiError, AudioRequest, ServiceConfig, check_model, read_fields
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ApiError, AudioRequest, check_model, read_fields
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
 from canter.serving.service import Audio, Service, TranscriptUpdate, joint

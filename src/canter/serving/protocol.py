@@ -1,4 +1,4 @@
-"""Settings of the service, and the fields and errors of OpenAI's audio API."""
+"""Fields and errors of OpenAI's audio API."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
+from canter.serving.config import ServiceConfig
 from canter.text.languages import is_said, resolve
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -16,46 +17,6 @@ FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ServiceConfig:
-    """Names, access rules and limits of the service."""
-
-    names: tuple[str, ...] = ("canter", "whisper-1")
-    """Names by which clients may ask for the model; the first one is shown."""
-    keys: frozenset[str] = frozenset()
-    """API keys; a request must carry one of them. No key is needed if this is empty."""
-    hosts: frozenset[str] | None = None
-    """Names and addresses under which the service may be addressed, in lower case and without a port; `ANY_ADDRESS`
-    among them allows every IP address. None allows any name."""
-    language: str | None = None
-    """Language of requests that name none."""
-    languages: tuple[str, ...] = ()
-    """Languages of the model; the service fills them in."""
-    vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector; see `TranscribeConfig`."""
-    max_bytes: int = 100 * 2**20
-    """Maximum size of a request's body."""
-    max_seconds: float = 3600.0
-    """Maximum length of the audio in a request."""
-    max_requests: int = 256
-    """Maximum number of requests inside at once, including those that wait."""
-    max_total_seconds: float = 7200.0
-    """Maximum seconds of audio inside at once (64 kB of disk each)."""
-    timeout: float = 300.0
-    """Maximum seconds from the end of a request's body to its answer."""
-    upload_timeout: float = 60.0
-    """Maximum seconds in which a request's header, and then its body, must arrive."""
-    readers: int = 2
-    """Number of threads that decode audio."""
-
-    def __post_init__(self):
-        for name in ("max_bytes", "max_seconds", "max_requests", "max_total_seconds", "timeout", "upload_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
-        if not self.names or not all(self.names):
-            raise ConfigError("the model needs a name that clients can ask for")
 
 
 class ApiError(CanterError):

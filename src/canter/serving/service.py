@@ -32,7 +32,8 @@ from canter.inference.transcript.formats import SUBTITLES
 from canter.inference.transcript.pieces import Piece
 from canter.inference.transcript.reading import UNSPACED, Assembly
 from canter.inference.transcript.segments import Segment
-from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest, ServiceConfig
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
 from canter.serving.upload import anonymous_file, disk_errors, path_of, write_all
 from canter.text.languages import is_said, resolve
@@ -224,7 +225,7 @@ class Service:
     @contextmanager
     def room_for(self, audio: Audio) -> Iterator[None]:
         """Context manager that counts a request's audio as inside. Raise ApiError (503) if the service is full."""
-        if self.seconds + audio.seconds > max(self.config.max_total_seconds, audio.seconds):
+        if self.seconds + audio.seconds > max(60 * self.config.max_minutes, audio.seconds):
             raise self._busy()
         self.seconds += audio.seconds
         try:

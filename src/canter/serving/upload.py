@@ -17,7 +17,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.requests import ClientDisconnect, Request
 
-from canter.serving.protocol import ApiError, ServiceConfig
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ApiError
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
