@@ -1,4 +1,4 @@
-"""The interface as clients see it: the openai package, and requests by hand."""
+"""The interface as clients see it: the openai package, and raw requests."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_words_have_times(client, expected):
 
 
 def test_long_audio_comes_in_segments(client, model, tmp_path):
-    """Three stretches with pauses between, longer together than the model's window of 40 s."""
+    """Three parts with pauses between them, together longer than the model's window of 40 s."""
     pause = np.zeros(16000 * 2, np.float32)
     samples = np.concatenate([noise(20.0, 1), pause, noise(17.0, 2), pause, noise(18.0, 3)])
     (tmp_path / "long.wav").write_bytes(wav(samples))
@@ -180,8 +180,10 @@ def test_silence_is_an_empty_transcript(client, live):
 
 
 def test_languages_are_weighed_and_distinguished(polyglot, spoken_tones):
-    """A recording in two languages is decoded in both; verbose_json and the stream give the longer one, how probable
-    it is, and the prompt changes nothing of it."""
+    """A recording in two languages is decoded in both.
+
+    `verbose_json` and the stream return the longer one with its probability, and a prompt does not change that.
+    """
     audio = ("tones.wav", wav(spoken_tones("eeeessssss")))
     with running(polyglot) as live, client_of(live) as client:
         found = client.audio.transcriptions.create(model="small", file=audio, response_format="verbose_json")
@@ -203,7 +205,7 @@ def test_languages_are_weighed_and_distinguished(polyglot, spoken_tones):
 
 
 def test_cues_of_the_service_end_where_sentences_do():
-    """A Canary's one segment of forty seconds; what would be markup is escaped."""
+    """A single segment of forty seconds from a Canary is split into cues; markup is escaped."""
     text = "It is said that 1 < 2 & 3 > 2. " + "This is a sentence of some words, and it goes on. " * 6
     update = TranscriptUpdate([Segment(0.0, 40.0, text.strip())], "en", Timing())
     for form in ("srt", "vtt"):

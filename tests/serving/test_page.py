@@ -1,4 +1,4 @@
-"""The page in a real browser: a file and the microphone are transcribed, segments play, and the time is drawn."""
+"""The page in a real browser: a file and the microphone are transcribed, segments play, and the stages are drawn."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_file_microphone_and_errors(browser, folder, live):
 
 
 def press(browser, key: str) -> None:
-    """Press a key of the keyboard."""
+    """Press a key."""
     for kind in ("rawKeyDown", "keyUp"):
         browser.send("Input.dispatchKeyEvent", type=kind, key=key, code="Space" if key == " " else key)
 

@@ -35,7 +35,7 @@ BOUNDARY = "x-canter-boundary"
 
 
 def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
-    """A multipart body."""
+    """Return a multipart body."""
     parts = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
         for key, value in {"language": "en", **fields}.items()
@@ -46,7 +46,7 @@ def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
 
 
 def post(live: Running, body: bytes, **headers: str) -> tuple[int, Any]:
-    """Status and JSON of a transcription."""
+    """Return status and JSON of a transcription."""
     kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     request = Request(f"{live.url}/v1/audio/transcriptions", body, {**kind, **headers})
     try:
@@ -186,7 +186,7 @@ def test_long_uploads_wait_on_disk(model):
 
 
 def test_leaving_ends_the_reading(model, monkeypatch):
-    """The thread is free again after a block, of nine, and not after the file."""
+    """The thread is free again after one block of nine, not at the end of the file."""
     with running(model, readers=1) as live:
         gate = Gate(live.service)
         monkeypatch.setattr(service, "audio_blocks", gate)
@@ -201,7 +201,7 @@ def test_leaving_ends_the_reading(model, monkeypatch):
 
 
 def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
-    """None of its files ever has a name, so nothing is left of them."""
+    """Its files never have a name, so none is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     closing = Service(Engine(model, model.tokenizer.end), ServiceConfig())
     gate = Gate(closing)
@@ -242,20 +242,20 @@ def test_bad_forms(live, body, kind, status, message):
 
 @pytest.fixture(scope="module")
 def strict(model):
-    """Takes small bodies only, and waits for them."""
+    """A service that accepts only small bodies, and waits for them."""
     with running(model, max_megabytes=200_000 / 2**20, upload_timeout=PATIENCE) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def hasty(model):
-    """Waits half a second for a request: for tests that never send all of one."""
+    """A service that waits half a second for a request, for tests that never send a complete one."""
     with running(model, upload_timeout=0.5) as found:
         yield found
 
 
 def answer_of(client: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+    """Return everything that arrives until the server closes."""
     found = b""
     while data := client.recv(1 << 16):
         found += data
@@ -299,7 +299,7 @@ def test_a_header_that_hangs(hasty, start):
 
 
 def test_a_client_that_drips_its_header(hasty):
-    """It is cut off, though a letter more comes all the time."""
+    """The connection is closed, although another character arrives all the time."""
 
     def drip() -> bool:
         client.sendall(b"y")
@@ -312,7 +312,7 @@ def test_a_client_that_drips_its_header(hasty):
 
 
 def test_a_body_in_shreds_is_refused(live):
-    """A chunk of a byte takes the event loop as long as one of 16 KiB: after a thousand no more are parsed."""
+    """A chunk of a byte costs the event loop as much as one of 16 KiB: after a thousand, no more are parsed."""
     with connection(live) as client:
         client.sendall(head(0) + b"1\r\n-\r\n" * (MOST_SHREDS + 1))
         assert answer_of(client).startswith(b"HTTP/1.1 400 ")
@@ -326,7 +326,7 @@ def test_a_body_in_shreds_is_refused(live):
 
 
 def test_little_is_taken_at_once(live, monkeypatch):
-    """The event loop looks at others in between, however much one client has sent."""
+    """The event loop serves other clients in between, however much one client has sent."""
     sizes: list[int] = []
     received = H11Protocol.data_received
     monkeypatch.setattr(
@@ -337,7 +337,7 @@ def test_little_is_taken_at_once(live, monkeypatch):
 
 
 def test_a_client_that_reads_nothing_is_cut_off(model):
-    """Its answer, larger than what sockets hold, is given up; the service is quiet again."""
+    """An unread answer that is larger than the sockets' buffers is given up, and the service is idle again."""
     with running(model, upload_timeout=0.3) as live:
         page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
         with connection(live) as client:
@@ -373,7 +373,7 @@ def fail_to_write(*_: Any) -> None:
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
 def test_only_its_own_names_reach_it(model, bound):
-    """A page of another site whose name leads here (DNS rebinding) sends that name."""
+    """A page of another site whose name resolves to this address (DNS rebinding) sends that name."""
     hosts = host_names(bound, ["Speech.example.com"])
     with running(model, hosts=hosts) as live:
 
@@ -431,7 +431,7 @@ def test_leaving_during_the_upload(strict):
 
 
 def test_leaving_takes_the_row_out_of_the_engine(endless):
-    """A client that leaves: its rows go, those of the others are decoded as ever, waiting ones are forgotten."""
+    """When a client disconnects, its rows and waiting pieces go; the rows of others are decoded as before."""
     with running(endless, rows=2) as live, ThreadPoolExecutor(1) as pool:
         _, alone = ask(live, wav(noise(3.0)))
         steps = live.service.engine.counters.steps
@@ -517,7 +517,7 @@ def test_time_that_is_over(endless, stream, monkeypatch):
 
 
 class Failing(Engine):
-    """Fails on audio whose first sample is 0.5."""
+    """Engine that fails on audio whose first sample is 0.5."""
 
     def _encode(self, batch):
         if any(abs(item.audio[0] - 0.5) < 1e-3 for item in batch):

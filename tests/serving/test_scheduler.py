@@ -15,7 +15,7 @@ from .conftest import PATIENCE, came_about, held, noise
 
 
 class Recorder(Engine):
-    """Remembers the lengths of the batches that it encodes; waits at the door until it is let in."""
+    """Engine that records the lengths of the batches that it encodes, and waits at a door before each."""
 
     def __init__(self, model, **settings):
         super().__init__(model, model.tokenizer.end, EngineConfig(**settings))
@@ -29,7 +29,7 @@ class Recorder(Engine):
 
 
 class Collected:
-    """Outcomes of tickets, by piece, and when all are there."""
+    """Outcomes of tickets by piece, and an event for the last one."""
 
     def __init__(self, pieces: int):
         self.outcomes: dict[int, Outcome] = {}
@@ -72,7 +72,7 @@ def test_hypotheses_are_the_engines(model, scheduler_of):
 
 
 def test_stored_audio_is_read_when_it_is_taken(model, scheduler_of, tmp_path):
-    """Neither what waits nor what was decoded holds samples; audio that cannot be read fails by itself."""
+    """Neither waiting nor decoded requests hold samples; only the request whose audio cannot be read fails."""
     clips = requests(model, [1.0, 0.5, 2.0])
     wanted = Engine(model, model.tokenizer.end).decode(clips)
     scheduler, got = scheduler_of(), Collected(4)
@@ -129,7 +129,7 @@ def seconds_of(scheduler: Scheduler) -> list[float]:
 
 
 def test_tickets_take_turns(model, scheduler_of):
-    """Long audio lets the others have a piece each between two of its own."""
+    """Between two pieces of long audio each of the other tickets gets one piece."""
     scheduler, got = scheduler_of(frames=1), [Collected(4), Collected(1), Collected(2)]
     scheduler.submit(requests(model, [0.3]), Collected(1))
     assert came_about(lambda: bool(scheduler.engine.batches))
@@ -160,7 +160,7 @@ def test_later_requests_do_not_starve_earlier_ones(model, scheduler_of):
 
 
 def test_a_last_piece_is_decoded_before_more_of_long_audio(model, scheduler_of):
-    """However long an encoder's batch takes."""
+    """The order does not depend on how long an encoder batch takes."""
     scheduler, long, short = scheduler_of(frames=1), Collected(5), Collected(1)
     encode = scheduler.engine._encode
 
@@ -204,7 +204,7 @@ def test_cancelled_before_and_in_the_engine(model, scheduler_of):
 
 
 def test_idle_costs_nothing(scheduler_of):
-    """An engine without work waits, it does not spin."""
+    """An idle engine waits without spinning."""
     scheduler = scheduler_of()
     scheduler.engine.door.set()
     before = scheduler.engine.counters.steps

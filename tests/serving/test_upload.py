@@ -1,4 +1,4 @@
-"""Multipart forms: what is read of them, and what is refused before it costs anything."""
+"""Multipart forms: accepted fields, and refusals before any expensive work."""
 
 import asyncio
 import codecs
@@ -64,7 +64,7 @@ def refused(*chunks: Any, **options: Any) -> tuple[int, str]:
 
 
 def contents(form: FormData) -> tuple[list[tuple[str, str]], bytes]:
-    """Return the text fields, and what the file holds."""
+    """Return the text fields and the content of the file."""
     file = form["file"]
     assert isinstance(file, UploadFile)
     with file.file:
@@ -81,7 +81,7 @@ def contents(form: FormData) -> tuple[list[tuple[str, str]], bytes]:
     st.integers(1, 400),
 )
 def test_what_was_sent_is_read(data, texts, size):
-    """However the body is cut into chunks."""
+    """The result does not depend on how the body is split into chunks."""
     if b"\r\n--xb" in b"\r\n" + data:
         data = data.replace(b"--xb", b"--xc")
     body = b"".join(part("prompt", text.encode()) for text in texts) + file_part(data) + END
@@ -233,7 +233,7 @@ def test_the_content_type_is_bounded(kind, status):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The files that reading forms opens."""
+    """Record the files that reading forms opens."""
     found: list[Any] = []
 
     def recorded() -> Any:
@@ -281,7 +281,7 @@ def test_a_full_disk_says_so(opened, monkeypatch, number, status, message):
 
 
 def test_a_disk_that_is_really_full(monkeypatch):
-    """/dev/full stands for it."""
+    """The device /dev/full stands for a full disk."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     monkeypatch.setattr(upload, "anonymous_file", lambda: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
