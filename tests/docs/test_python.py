@@ -31,7 +31,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, small_whisper) -> Path:
-    """Real speech and what is made of it, under the names that the pages use."""
+    """Real speech and files made from it, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("files")
     soundfile.write(folder / "a.wav", clip("sense_0880"), RATE)
     soundfile.write(folder / "b.flac", clip("sense_0930"), RATE)
@@ -48,7 +48,7 @@ def files(tmp_path_factory, small_whisper) -> Path:
 
 @pytest.fixture
 def here(files, small_hub, tmp_path, monkeypatch) -> Path:
-    """A folder of its own with the files, no network, and a cache that holds the model of the pages."""
+    """A new folder with the files, no network, and a cache that holds the model of the pages."""
     constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_hub))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -67,7 +67,7 @@ def test_the_python_of_a_page_runs(page: Path, here: Path):
 
 
 def private(source: str, allowed: tuple[str, ...] = ()) -> list[str]:
-    """Return what a program takes from canter beside its public names."""
+    """Return the names of canter that a program uses and that are not public."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
