@@ -1,4 +1,4 @@
-"""`canter serve` as a program: what it says, how it ends, and what it refuses to start with."""
+"""`canter serve` as a program: its messages, how it ends, and settings that it refuses."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
-    """The process, its address, and what it said."""
+    """Return the process, its address, and its first line."""
     process = subprocess.Popen(
         [sys.executable, "-m", "canter", "serve", str(folder), "--port", "0", *arguments],
         stderr=subprocess.PIPE,
@@ -110,7 +110,7 @@ def test_misuse_is_one_line(folder, tmp_path, capsys, monkeypatch, arguments, me
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP there")
 def test_threads_look_out_for_a_moment():
-    """OpenMP, which tells its settings as it is loaded, has this one from the command."""
+    """OpenMP prints its settings when it is loaded; the command sets this one."""
     names = {*os.environ} - {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     environment = {**{name: os.environ[name] for name in names}, "OMP_DISPLAY_ENV": "VERBOSE"}
     command = [sys.executable, "-m", "canter", "serve", "absent"]
@@ -127,7 +127,7 @@ def test_how_threads_wait_is_left_to_the_user(monkeypatch, own):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
 def test_loading_leaves_no_threads(folder):
-    """OpenMP's threads sleep instead of looking out where more are alive than there are cores."""
+    """OpenMP's threads sleep instead of spinning while there are more of them than cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # which makes a thread of another kind
     before = {*os.listdir("/proc/self/task")}
