@@ -46,13 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure() -> None:
-    """Let the commands that tests start hear Ctrl-C, which a shell has what it starts in the background ignore."""
+    """Let commands that tests start receive Ctrl-C, which shells disable for background processes."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports made out of garbage collections, which a run of training asks for at its start."""
+    """Exclude objects of the imports from garbage collection, which a training run triggers at its start."""
     gc.collect()
     gc.freeze()
 
@@ -70,7 +70,7 @@ def seed_everything() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Random numbers of a test, and of what is built for it, do not depend on the tests before it."""
+    """Seed random numbers, so that no test depends on the tests before it."""
     seed_everything()
 
 
@@ -97,7 +97,7 @@ def free_port() -> Callable[[], contextlib.AbstractContextManager[int]]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real speech and models that are not part of the project."""
+    """The folder of real speech and models, which is not part of the project."""
     folder = os.environ.get("CANTER_SHARED")
     if not folder:
         pytest.skip("CANTER_SHARED does not name the folder of shared fixtures")
@@ -143,7 +143,7 @@ def whisper_bytes():
 
 @pytest.fixture(scope="session")
 def polyglot(whisper_bytes):
-    """A Whisper by hand that takes a low tone for English, of which it writes "e", and a high one for Spanish, "s"."""
+    """A Whisper built by hand that writes "e" for a low tone, which is English, and "s" for a high one, Spanish."""
     import torch
 
     from canter.models.decoder import DecoderConfig
@@ -187,8 +187,10 @@ def polyglot(whisper_bytes):
 
 @pytest.fixture(scope="session")
 def spoken_tones():
-    """``spoken_tones("ees", pause=...)``: (S,) words of a second in that order at 16 kHz, low for "e" and high for "s",
-    noise for "?", and a second of silence for " "."""
+    """``spoken_tones("ees", pause=...)``: (S,) words of a second in that order at 16 kHz.
+
+    A low tone is "e", a high tone "s", noise "?", and a second of silence " ".
+    """
 
     def make(words: str, pause: float = 0.3) -> numpy.ndarray:
         time = numpy.arange(16000) / 16000

@@ -80,7 +80,7 @@ def test_module_keeps_to_its_place(path: Path):
 
 
 def test_modules_do_not_import_in_a_circle():
-    """Inside a room too, and through imports in functions."""
+    """The rule also holds inside a room, and for imports in functions."""
     names = {".".join(dotted(path)): path for path in MODULES}
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
@@ -110,7 +110,7 @@ def test_arrows_are_really_checked():
 
 
 def test_index_and_planning_load_without_torch():
-    """Also through others: what they import may not import torch either."""
+    """Modules that they import may not import torch either."""
     names = [".".join(dotted(path)) for path in MODULES if dotted(path)[1:2] and dotted(path)[1] in WITHOUT_TORCH]
     code = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nsys.exit('torch' in sys.modules)"

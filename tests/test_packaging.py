@@ -53,7 +53,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def declared(extra: str) -> set[str]:
-    """The packages that an extra asks for, those of the extras in it too."""
+    """Return the packages of an extra, including those of the extras in it."""
     found = set()
     for line in EXTRAS[extra]:
         requirement = Requirement(line)
@@ -65,7 +65,7 @@ def declared(extra: str) -> set[str]:
 
 
 def imported(path: Path) -> dict[str, bool]:
-    """Other projects' packages that a module imports, and whether it does so as it is loaded."""
+    """Return the other projects' packages that a module imports, and whether it does so when it is loaded."""
     found: dict[str, bool] = {}
 
     def look(node: ast.AST, at_once: bool) -> None:
@@ -120,7 +120,7 @@ def test_messages_name_the_extra_that_brings_the_package():
 
 
 def test_modules_import_what_is_declared():
-    """The planner imports only what it installs. So does every command as it is loaded: its help needs no more."""
+    """The planner imports only what it installs, and so does every command when it is loaded, as for its help."""
     for path in MODULES:
         found, place = imported(path), path.relative_to(SOURCE).parts
         assert set(found) <= CORE | set(extras.EXTRA_OF) | BESIDE, path
@@ -168,7 +168,7 @@ def test_a_command_without_its_extra_is_one_line(tmp_path: Path):
 
 
 def python(executable: Path | str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python as a user would, with no trace of this repository in its environment."""
+    """Run Python as a user would, without this repository in its environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CANTER"))}
     command = [str(executable), *arguments]
     return subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
@@ -246,7 +246,7 @@ def test_the_source_archive_holds_what_a_build_needs(built: Path):
 
 
 def environment_in(folder: Path) -> Path:
-    """The interpreter of a new virtual environment without pip of its own."""
+    """The interpreter of a new virtual environment without its own pip."""
     venv.create(folder, symlinks=True)
     return folder / "bin" / "python"
 
@@ -264,7 +264,7 @@ def pip(interpreter: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def planner(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment into which `pip install canter` went, and nothing else."""
+    """The interpreter of an environment with only `pip install canter`."""
     interpreter = environment_in(tmp_path_factory.mktemp("planner") / "environment")
     done = pip(interpreter, "install", "--no-compile", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
     if done.returncode and re.search(r"from versions: none|connection|Temporary failure|timed out", done.stderr):
@@ -308,7 +308,7 @@ def test_the_planner_installs_without_torch_and_runs(planner: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_face_of_the_planner_needs_no_torch(planner: Path, tmp_path: Path):
-    """Every public name is there, or says which extra brings it."""
+    """Every public name exists, or its error names the extra that brings it."""
     code = (
         "import canter, json, sys\n"
         "from canter.planning import Plan\n"
@@ -328,7 +328,7 @@ def test_the_face_of_the_planner_needs_no_torch(planner: Path, tmp_path: Path):
 
 
 def closure(extra: str) -> Iterator[importlib.metadata.Distribution]:
-    """The distributions of this environment that `pip install canter[extra]` asks for, directly or through others."""
+    """Return the distributions of `pip install canter[extra]` in this environment, direct and indirect ones."""
     waiting = [Requirement(line) for line in PROJECT["dependencies"]]
     waiting += [requirement for name in declared(extra) for requirement in [Requirement(name)]]
     waiting += [Requirement(line) for line in EXTRAS[extra] if Requirement(line).name != "canter"]

@@ -32,7 +32,7 @@ def typed(text: str) -> list[list[str]]:
 
 
 def wrong(words: list[str], options: dict[str, str], targets: set[str]) -> str | None:
-    """Return what a command line names that does not exist, or None. ``options`` caches the help of each command."""
+    """Return the first name in a command line that does not exist, or None. ``options`` caches the help of commands."""
     program, *rest = words
     if program == "torchrun" and "canter" in rest:
         program, *rest = rest[rest.index("canter") :]

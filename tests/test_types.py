@@ -1,4 +1,4 @@
-"""A user's program type-checks against the face, and gets real types from it."""
+"""A user's program type-checks against the public names, and gets real types from them."""
 
 import json
 import shutil
