@@ -9,11 +9,11 @@ import soundfile
 import torch
 
 from canter.corpus.manifest import Utterance
+from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Hypothesis
 from canter.inference.inputs import Defaults, read_items, require_language
 from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
-from canter.inference.transcript.alignment import Alignment
 from canter.inference.transcript.reading import Fallback
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig

@@ -14,11 +14,11 @@ import numpy as np
 from canter.corpus.audio import AudioBlocks, DecodedAudio, audio_blocks, decode_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError, ConfigError
+from canter.inference.engine import language
 from canter.inference.engine.capacity import encoder_batches, usual_window
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Hypothesis, Request, Underway
 from canter.inference.progress import Decoded, Tally
-from canter.inference.transcript import language
 from canter.inference.transcript.pieces import Piece, cut, trimmed
 from canter.inference.transcript.reading import Assembly, Fallback, ended_early, in_speech, segments_of, skipped
 from canter.inference.transcript.segments import Segment

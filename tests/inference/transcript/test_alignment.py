@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canter.inference.engine.alignment import Alignment, path_starts
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.transcript.alignment import Alignment, path_starts
 from canter.inference.transcript.reading import (
     Assembly,
     Fallback,

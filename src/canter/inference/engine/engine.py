@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from canter.errors import ConfigError
+from canter.inference.engine import language
+from canter.inference.engine.alignment import align
 from canter.inference.engine.capacity import decoder_rows, encoder_batches, encoder_frames
 from canter.inference.engine.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
 from canter.inference.engine.graphs import FixedSteps
@@ -30,8 +32,6 @@ from canter.inference.engine.requests import Counters, EngineConfig, Hypothesis,
 from canter.inference.engine.rules import Rules
 from canter.inference.engine.search import BeamSearch, Greedy, Row, Search
 from canter.inference.engine.timer import Timer
-from canter.inference.transcript import language
-from canter.inference.transcript.alignment import align
 from canter.models.cache import swap_out
 from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel

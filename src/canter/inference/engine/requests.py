@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from canter.inference.transcript.alignment import Alignment
+from canter.inference.engine.alignment import Alignment
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from statistics import median
 
 import numpy as np
 
+from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.transcript.alignment import Alignment
 from canter.inference.transcript.segments import UNSPACED, Segment, Word
 from canter.inference.transcript.vad import FRAME
 from canter.text.sentencepiece import SentencePieceTokenizer

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 
 from canter.corpus.manifest import Utterance
+from canter.inference.engine import language
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import (
@@ -17,7 +18,6 @@ from canter.inference.transcribe import (
     Transcription,
     transcribe_jobs,
 )
-from canter.inference.transcript import language
 
 seconds = st.floats(0.01, 3600.0)
 shares = st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3).map(lambda found: [x / sum(found) for x in found])
