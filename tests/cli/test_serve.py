@@ -145,14 +145,14 @@ def test_loading_leaves_no_threads(folder):
 
 SLOW_LOADING = """
 import sys, time
-import canter.inference.engine.int8
+import canter.loading
 from canter.cli.main import main
 
-def load_in(*_):
+def load_module(*_, **__):
     print("loading", file=sys.stderr, flush=True)
     time.sleep(3600)
 
-canter.inference.engine.int8.load_in = load_in
+canter.loading.load_module = load_module
 sys.exit(main(sys.argv[1:]))
 """
 

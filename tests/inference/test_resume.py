@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
+from canter.inference.recording import Transcription
 from canter.inference.resume import Partial, partial_files, read_done, remove, row_key
-from canter.inference.transcribe import Transcription
 from canter.inference.transcript.segments import Segment, Word
 
 ROWS = [Utterance(f"/{number}.wav", 1.5, "", lang="en") for number in range(4)]

@@ -82,8 +82,8 @@ def run(options: Options) -> int:
     # time where another process takes one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    from canter.inference.transcribe import checkpoint_of
     from canter.models.device import choose_device
+    from canter.models.hub import checkpoint_of
     from canter.runtime import LARGEST_THRESHOLD, steady_heap
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
@@ -140,22 +140,15 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
     """The engine, made in a thread that ends, and its OpenMP threads with it: those of a thread that computes stay for
     as long as it does, and while more of them live than there are cores, OpenMP has all of them sleep almost at once
     (100 looks) wherever they wait for each other, several times a layer."""
-    from canter.inference.engine.engine import Engine
-    from canter.inference.engine.int8 import load_in
+    from canter.inference import loading
     from canter.inference.engine.requests import EngineConfig
 
+    config = EngineConfig(rows=options.batch_size, max_repeats=options.max_repeats)
     loaded: Future[Engine] = Future()
 
     def load() -> None:
         try:
-            model = load_in(options.precision, checkpoint, device)
-            loaded.set_result(
-                Engine(
-                    model,
-                    model.tokenizer.end,
-                    EngineConfig(rows=options.batch_size, max_repeats=options.max_repeats),
-                )
-            )
+            loaded.set_result(loading.load_engine(checkpoint, config, device=device, precision=options.precision))
         except BaseException as error:
             loaded.set_exception(error)
 

@@ -1,49 +1,52 @@
-"""Decide which language is spoken where: pure functions of the probabilities that a model gives to speech."""
+"""Language detection: which language a recording has, and where it changes, from the probabilities of a model.
+
+These are pure functions; `Engine` and `canter.inference.languages` call them.
+"""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-SURE = 0.5
-"""Probability from which a piece's own language is believed."""
+CERTAIN = 0.5
+"""Minimum probability for which the language of a chunk is decided by that chunk only."""
 CHANGE = 0.7
-"""Probability of a language, in the speech before a change and after it, for which audio is cut there ..."""
-LEAST_SPEECH = 2.5
-"""... and seconds of speech that either side has."""
-SWITCH = 6.0
-"""Price of a change, in seconds times natural-log probability: a second of certainty is worth 3.9 (see FAINT)."""
-FAINT = 0.02
-"""No language counts as less probable than this in a stretch of speech."""
-STRETCH = 1.2
-"""Seconds that a stretch of speech must last for its language to be told."""
+"""Minimum mean probability of the languages on both sides of a change."""
+MIN_SPEECH = 2.5
+"""Minimum seconds of speech on both sides of a change."""
+SWITCH_COST = 6.0
+"""Cost of a change, in seconds times natural-log probability: a certain second counts 3.9 (see MIN_PROBABILITY)."""
+MIN_PROBABILITY = 0.02
+"""Lower bound of the probability of any language in a span of speech."""
+MIN_SPAN = 1.2
+"""Minimum seconds of a span of speech in which the language is detected."""
 PAUSE = 0.1
-"""Seconds without speech between two stretches."""
+"""Minimum seconds without speech between two spans."""
 
 
-def weighted(parts: Iterable[tuple[float, Sequence[float]]]) -> np.ndarray:
-    """Return the mean of the probabilities (K,) of parts, each weighted with its seconds; empty without parts."""
-    found = [(seconds, np.asarray(shares, float)) for seconds, shares in parts if len(shares)]
+def weighted_mean(parts: Iterable[tuple[float, Sequence[float]]]) -> np.ndarray:
+    """Return the mean probabilities (K,) of parts, each weighted with its seconds; empty without parts."""
+    found = [(seconds, np.asarray(probabilities, float)) for seconds, probabilities in parts if len(probabilities)]
     if not found:
         return np.zeros(0)
     total = sum(seconds for seconds, _ in found)
     if total <= 0:
-        return np.mean([shares for _, shares in found], axis=0)
-    return np.sum([seconds * shares for seconds, shares in found], axis=0) / total
+        return np.mean([probabilities for _, probabilities in found], axis=0)
+    return np.sum([seconds * probabilities for seconds, probabilities in found], axis=0) / total
 
 
 def spoken(parts: Iterable[tuple[float, Sequence[float]]]) -> tuple[int, float] | None:
-    """Return which language a recording has by the probabilities of its parts and their seconds, and how probable it
-    is; None where nothing was detected."""
-    mean = weighted(parts)
+    """Return the index and the probability of a recording's language, from the seconds and the probabilities of its
+    parts; None where nothing was detected."""
+    mean = weighted_mean(parts)
     return (int(mean.argmax()), float(mean.max())) if len(mean) else None
 
 
-def stretches(voiced: np.ndarray, frame: float, least: float = STRETCH) -> list[tuple[float, float]]:
-    """Return stretches of speech, in seconds, whose languages can be told apart: parted by pauses, the shortest
-    joined with a neighbour, across the shorter pause, until each lasts ``least`` seconds.
+def speech_spans(voiced: np.ndarray, frame: float, least: float = MIN_SPAN) -> list[tuple[float, float]]:
+    """Return spans of speech, in seconds, that are long enough to detect their languages.
 
-    voiced (F,): whether somebody speaks, in frames of ``frame`` seconds.
+    Spans are separated by pauses. The shortest is merged with a neighbour, across the shorter pause, until each lasts
+    at least ``least`` seconds. voiced (F,): True where somebody speaks, in frames of ``frame`` seconds.
     """
     edges = np.diff(np.r_[0, voiced.astype(int), 0])
     runs = zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist())
@@ -65,33 +68,33 @@ def stretches(voiced: np.ndarray, frame: float, least: float = STRETCH) -> list[
 
 
 def with_pauses(places: Sequence[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
-    """Return the stretches with half of the pause on either side, so that they cover all of the audio: what the encoder
-    knows of a stretch stands in the frames beside it too."""
+    """Return the spans extended by half of the pause on either side, so that they cover the audio: encoder output of
+    the frames beside a span depends on it too."""
     edges = [0.0, *((before[1] + after[0]) / 2 for before, after in pairwise(places)), seconds]
     return [*pairwise(edges)]
 
 
 def _pause(found: Sequence[tuple[float, float]], one: int, other: int) -> float:
-    """Return the tenths of a second between two neighbours."""
+    """Return the seconds between two neighbours, rounded to tenths."""
     first, second = sorted((one, other))
     return round(found[second][0] - found[first][1], 1)
 
 
-def change(places: Sequence[tuple[float, float]], shares: Sequence[Sequence[float]]) -> float | None:
-    """Return the time at which the language first changes for certain, in the middle of the pause; None for no change.
+def change(places: Sequence[tuple[float, float]], probabilities: Sequence[Sequence[float]]) -> float | None:
+    """Return the time of the first certain change of language, in the middle of the pause; None without one.
 
-    ``places``: stretches of speech in order, in seconds; ``shares``: the probabilities (K,) of each. The languages are
-    those of the likeliest path through the stretches, at the price SWITCH a change.
+    ``places``: spans of speech in order, in seconds; ``probabilities``: those of the K languages in each. The languages
+    are those of the most probable path through the spans (Viterbi), at SWITCH_COST a change.
     """
     if len(places) < 2:
         return None
     seconds = np.array([end - start for start, end in places])
-    scores = seconds[:, None] * np.log(np.maximum(np.asarray(shares, float), FAINT))
+    scores = seconds[:, None] * np.log(np.maximum(np.asarray(probabilities, float), MIN_PROBABILITY))
     best, came = scores[0], []
     for row in scores[1:]:
-        stays = best >= best.max() - SWITCH
+        stays = best >= best.max() - SWITCH_COST
         came.append(np.where(stays, np.arange(len(row)), best.argmax()))
-        best = np.maximum(best, best.max() - SWITCH) + row
+        best = np.maximum(best, best.max() - SWITCH_COST) + row
     path = [int(best.argmax())]
     for back in reversed(came):
         path.append(int(back[path[-1]]))
@@ -101,7 +104,7 @@ def change(places: Sequence[tuple[float, float]], shares: Sequence[Sequence[floa
         return None
     after = next((place for place in range(first, len(path)) if path[place] != path[first]), len(path))
     for side in (slice(0, first), slice(first, after)):
-        certain = weighted(zip(seconds[side], shares[side]))[path[side.start]]
-        if seconds[side].sum() < LEAST_SPEECH or certain < CHANGE:
+        certain = weighted_mean(zip(seconds[side], probabilities[side]))[path[side.start]]
+        if seconds[side].sum() < MIN_SPEECH or certain < CHANGE:
             return None
     return (places[first - 1][1] + places[first][0]) / 2
