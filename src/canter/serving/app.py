@@ -20,12 +20,13 @@ from starlette.exceptions import HTTPException
 from canter import __version__
 from canter.inference.engine.requests import Request as Wanted
 from canter.inference.transcript.formats import finite, srt, vtt, whisper_json
+from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
 from canter.serving.protocol import ApiError, Asked, read_asked
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
-from canter.serving.service import Audio, Heard, Service, joint
+from canter.serving.service import Audio, Heard, Service
 from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
@@ -322,7 +323,7 @@ async def _events(service: Service, client: _Client, audio: Audio, asked: Asked,
                 heard = await client.wait_for(anext(found))
                 timing, language, probability = heard.timing, heard.language, heard.language_probability
                 for segment in heard.segments:
-                    delta = joint(text, segment.text) + segment.text
+                    delta = space_between(text, segment.text) + segment.text
                     text += delta
                     times = {
                         "id": len(segments),
@@ -383,7 +384,7 @@ def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) 
     headers = {"Server-Timing": ", ".join(f"{name};dur={value}" for name, value in milliseconds.items())}
     text = ""
     for segment in segments:
-        text += joint(text, segment.text) + segment.text
+        text += space_between(text, segment.text) + segment.text
     if asked.response_format == "text":
         return PlainTextResponse(text + "\n", headers=headers)
     if asked.response_format in WRITERS:

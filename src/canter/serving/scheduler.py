@@ -14,9 +14,8 @@ from typing import BinaryIO
 import numpy as np
 
 from canter.errors import CanterError
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.requests import Hypothesis, Request
+from canter.inference.engine.requests import Hypothesis, Request, encoder_batches
 
 log = logging.getLogger("canter.serving")
 Spent = tuple[float, float, float]  # seconds in features, encoder and decoder

@@ -16,10 +16,10 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.inference.transcribe import Listener, TranscribeConfig
+from canter.inference.languages import detects_language
+from canter.inference.recording import Recording, TranscribeConfig, Transcriber
+from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
-from canter.inference.transcript.pieces import Piece
-from canter.inference.transcript.reading import UNSPACED, Assembly
 from canter.inference.transcript.segments import Segment
 from canter.serving.config import ServiceConfig
 from canter.serving.metrics import Metrics
@@ -27,7 +27,6 @@ from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
 from canter.serving.upload import anonymous_file, disk_told, path_of, write_all
 from canter.text.languages import is_said, resolve
-from canter.text.whisper import WhisperTokenizer
 
 DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
@@ -58,7 +57,7 @@ class Samples:
 class Audio:
     """An upload, decoded."""
 
-    pieces: list[Piece]
+    pieces: list[Chunk]
     """Windows that the model takes at once, where somebody speaks; their samples are `Stored`."""
     samples: Samples
     """The file in which all of them lie."""
@@ -104,8 +103,8 @@ class Service:
         config = replace(config, lang=lang, languages=tokenizer.languages)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.config.features.sample_rate
-        self.listeners = {
-            timestamps: Listener(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
+        self.transcribers = {
+            timestamps: Transcriber(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
             for timestamps in TIMESTAMPS
         }
         self.requests = 0
@@ -126,11 +125,11 @@ class Service:
     @property
     def detects(self) -> bool:
         """Whether the model can tell the language: Whisper's prompt names it at once after its first token."""
-        return isinstance(self.tokenizer, WhisperTokenizer) and len(self.tokenizer.languages) > 1
+        return detects_language(self.tokenizer)
 
     @property
     def _slots(self) -> tuple[str, ...]:
-        return self.listeners["none"].format
+        return self.transcribers["none"].format
 
     def close(self) -> None:
         for stop in self._reading:
@@ -141,7 +140,7 @@ class Service:
     async def warm_up(self) -> None:
         """Decodes a second of silence, so that the first request finds everything in place."""
         asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
-        audio = self._stored([Piece(0.0, np.zeros(self.rate, np.float32))])
+        audio = self._stored([Chunk(0.0, np.zeros(self.rate, np.float32))])
         try:
             async for _ in self.segments(audio, asked, self.request(asked)):
                 pass
@@ -208,16 +207,16 @@ class Service:
                 yield block
 
         try:
-            audio = self._stored(self.listeners["none"].pieces(counted()))
+            audio = self._stored(self.transcribers["none"].chunks(counted()))
         except AudioError as error:
             text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
         seconds, reading = heard / self.rate, time.perf_counter() - begun
         return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))
 
-    def _stored(self, pieces: Iterable[Piece]) -> Audio:
+    def _stored(self, pieces: Iterable[Chunk]) -> Audio:
         """Return the pieces as an upload whose samples are on disk."""
-        samples, kept = Samples(), list[Piece]()
+        samples, kept = Samples(), list[Chunk]()
         try:
             for piece in pieces:
                 # In place of an array: what waits is only asked for its length, and the scheduler reads it.
@@ -262,11 +261,11 @@ class Service:
                 "audio_too_long",
             )
 
-    def _listener(self, asked: Asked) -> Listener:
+    def _transcriber(self, asked: Asked) -> Transcriber:
         """Return what asks the model for the times that the answer needs; cues end where sentences do, at the times of
         their words where the model can tell those."""
         cues = asked.response_format in SUBTITLES
-        return self.listeners["word" if cues and self.engine.aligns else asked.timestamps]
+        return self.transcribers["word" if cues and self.engine.aligns else asked.timestamps]
 
     def request(self, asked: Asked) -> Request:
         """What the engine is asked, the audio apart. Raises ApiError naming the field that does not fit the
@@ -291,21 +290,19 @@ class Service:
         given = {"source_lang": source, "target_lang": target}
         slots = {name: value for name, value in given.items() if value}
         slots["task"] = "asr" if asked.task == "transcribe" else "ast"
-        listener = self._listener(asked)
-        if listener.config.timestamps != "none" and "timestamp" in self._slots:
-            slots["timestamp"] = "yes"
+        transcriber = self._transcriber(asked)
         try:
-            request = listener.request(slots, asked.prompt)
+            request = transcriber.request(transcriber.with_timestamps(slots), asked.prompt)
         except ConfigError:
             raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
         if asked.temperature:
-            request = replace(request, temperature=asked.temperature, retry=None)
+            request = transcriber.at_temperature(request, asked.temperature)
         return request
 
     async def segments(self, audio: Audio, asked: Asked, request: Request) -> AsyncGenerator[Heard]:
         """What is heard, piece by piece in order, as soon as it is decoded; ``request`` is what ``request``
         made of ``asked``. Leaving the iteration early takes the rest out of the engine."""
-        listener = self._listener(asked)
+        transcriber = self._transcriber(asked)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -313,23 +310,18 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        requests = [one for _, one in listener.requests(request, audio.pieces)]
-        assembly = Assembly()
-        assembly.total = len(requests)
+        recording = Recording(transcriber, request)
+        requests = list(recording.requests(audio.pieces))
         ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
                 outcome = await outcomes.get()
-                found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
-                if found is None:
+                if outcome.hypothesis is None:
                     raise ApiError(500, str(outcome.error))
-                seconds = len(piece.samples) / self.rate
-                segments = listener.segments(found, seconds, piece.voiced)
-                settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
-                assembly.languages += listener.languages(found, seconds)
-                detected, probability = listener.spoken(assembly.languages)
+                final = recording.add(outcome.piece, outcome.hypothesis)
+                detected, probability = recording.detected or (None, None)
                 language = asked.language or detected or self.tokenizer.languages[0]
-                yield Heard(settled, language, outcome.timing, probability)
+                yield Heard(final, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds)
         finally:
             if ticket.left:
@@ -350,8 +342,3 @@ def _go_on(stop: threading.Event) -> None:
 
 def _closing() -> ApiError:
     return ApiError(503, "the service is shutting down", code="overloaded")
-
-
-def joint(text: str, more: str) -> str:
-    """What stands between two stretches of a transcript: nothing in scripts without spaces."""
-    return " " if text and more and not (UNSPACED.match(more) and UNSPACED.search(text[-1:])) else ""
