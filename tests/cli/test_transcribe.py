@@ -288,10 +288,7 @@ def test_one_file_goes_to_stdout(model, clips, capsys, monkeypatch):
         (["--max-line-width", "0"], "max line width 0: at least 1"),
         (["--max-line-width", "30"], "--max-line-width: for subtitles, and the format is txt"),
         (["--cues", "sentence", "--format", "tsv"], "--cues: for subtitles, and the format is tsv"),
-        (
-            ["--highlight-words", "--format", "srt", "--timestamps", "segment"],
-            "leave out --timestamps segment",
-        ),
+        (["--highlight-words", "--format", "srt", "--timestamps", "segment"], "leave out --timestamps segment"),
         (["--skip-existing", "--format", "srt"], "name a folder"),
         (["--skip-existing", "-o", "folder"], "add --format srt"),
     ],
@@ -342,13 +339,7 @@ def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clip
 def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, free_port):
     """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
     lines = [
-        {
-            "audio_filepath": str(clips / name),
-            "lang": "en",
-            "id": f"{name}{offset}",
-            "offset": offset,
-            "duration": 0.1,
-        }
+        {"audio_filepath": str(clips / name), "lang": "en", "id": f"{name}{offset}", "offset": offset, "duration": 0.1}
         for name in ("good.wav", "stereo.wav", "8khz.wav")
         for offset in (0.0, 0.1, 0.2, 0.3)
     ]
@@ -369,12 +360,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
         partial.add(utterance, Transcription("kept"))
     partial.close()
     with free_port() as port:
-        together = {
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
@@ -396,11 +382,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
     expected = [json.loads(line) for line in alone.read_text().splitlines()]
     assert [row.get("pred_text") for row in rows[:3]] == ["kept"] * 3
     assert rows[3:] == expected[3:]
-    kept = [
-        "alone.jsonl.partial",
-        "out.jsonl.partial",
-        "out.jsonl.partial-1",
-    ]  # for when bad-nan.wav is mended
+    kept = ["alone.jsonl.partial", "out.jsonl.partial", "out.jsonl.partial-1"]  # for when bad-nan.wav is mended
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(["alone.jsonl", "m.jsonl", "out.jsonl", *kept])
 

@@ -98,15 +98,7 @@ def test_names_are_never_the_same():
 
 
 def test_names_keep_folders_and_tell_suffixes_apart():
-    files = [
-        "/v/a.mp4",
-        "/v/a.mkv",
-        "/v/sub/a.mp4",
-        "/v/sub/b.mp4",
-        "/w/a.mp4",
-        "/v/sub/b.mp4",
-        "/else/c.x.wav",
-    ]
+    files = ["/v/a.mp4", "/v/a.mkv", "/v/sub/a.mp4", "/v/sub/b.mp4", "/w/a.mp4", "/v/sub/b.mp4", "/else/c.x.wav"]
     names = file_names([Item({"audio_filepath": file}, None) for file in files], ["/v", "/w"])
     assert names == ["a.mp4", "a.mkv", "sub/a", "sub/b", "a.mp4-2", "sub/b-2", "c.x"]
 

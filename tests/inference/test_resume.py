@@ -35,10 +35,7 @@ def test_everything_comes_back_but_failures(tmp_path):
     first = tmp_path / "out.jsonl.partial"
     write(first, {"model": "a"}, [(ROWS[0], SPOKEN), (ROWS[1], Transcription("", error="gone"))])
     write(first, {"model": "a"}, [(ROWS[2], Transcription(""))])
-    assert read_done(first, {"model": "a"}) == {
-        row_key(ROWS[0]): SPOKEN,
-        row_key(ROWS[2]): Transcription(""),
-    }
+    assert read_done(first, {"model": "a"}) == {row_key(ROWS[0]): SPOKEN, row_key(ROWS[2]): Transcription("")}
 
 
 def test_all_ranks_are_read_and_removed(tmp_path):

@@ -178,7 +178,7 @@ def transcribe_inputs(
             written = write_results(items, found.transcriptions, options.output, kinds, folder, timed, style, names)
         else:
             sys.stdout.writelines(render(items, found.transcriptions, kinds[0], timed, style))
-        summary = Summary.of(checkpoint, ranks.size, items, found, seconds, written)
+        summary = TranscriptionSummary.of(checkpoint, ranks.size, items, found, seconds, written)
         if options.json:
             print(json_text(asdict(summary), indent=2))
         summary.show(display)
@@ -404,8 +404,8 @@ def report_other_languages(items: "Sequence[Item]", asked: str, events: Events["
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Summary of a transcription, which --json prints as an object."""
+class TranscriptionSummary:
+    """TranscriptionSummary of a transcription, which --json prints as an object."""
 
     model: str
     ranks: int
@@ -425,7 +425,7 @@ class Summary:
     @classmethod
     def of(
         cls, model: Path, ranks: int, items: "Sequence[Item]", found: "BulkResult", seconds: float, written: list[Path]
-    ) -> "Summary":
+    ) -> "TranscriptionSummary":
         pairs, counters = list(zip(items, found.transcriptions)), found.counters
         failed = [{"audio_filepath": item.path, "error": result.error} for item, result in pairs if result.error]
         return cls(

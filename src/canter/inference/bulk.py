@@ -107,7 +107,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Finished:
+class ItemFinished:
     """Report of the transcription of one item."""
 
     index: int
@@ -115,7 +115,7 @@ class Finished:
     transcription: Transcription
 
 
-Report = Started | Decoded | Finished
+Report = Started | Decoded | ItemFinished
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def transcribe_items(
             results[index] = result
             if file:
                 file.add(utterance, result, keys[number])
-            events.step(Finished(index, items[index], result))
+            events.step(ItemFinished(index, items[index], result))
     finally:
         if file:
             file.close()

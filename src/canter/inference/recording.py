@@ -83,7 +83,7 @@ class Transcriber:
     """One engine with a tokenizer and settings: it makes prompts, chunks and requests, and reads hypotheses."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: TranscribeConfig | None = None):
-        """Raises ConfigError where ``vad`` needs an extra that is not installed."""
+        """Raise ConfigError where ``vad`` needs an extra that is not installed."""
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
         self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
         self.policy: WhisperPolicy | None = None
@@ -249,7 +249,7 @@ class Recording:
     """One recording in decoding: the requests of its chunks, and the transcript of those whose hypotheses are back."""
 
     def __init__(self, transcriber: Transcriber, request: Request, number: int = 0):
-        """``request`` is what all chunks have in common (see `Transcriber.request`); ``number`` goes into the keys."""
+        """Begin a recording: all chunks have ``request`` in common; ``number`` identifies the recording in keys."""
         self.transcriber, self.request, self.number = transcriber, request, number
         self._assembly = Assembly()
         self._chunks: list[tuple[ChunkKey, float, np.ndarray]] = []  # with overlap and ``voiced``, without samples

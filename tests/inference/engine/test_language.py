@@ -134,9 +134,7 @@ def test_a_context_before_needs_no_language(polyglot, spoken_tones):
     found = heard(polyglot, spoken_tones("ssss"), prompt="so they said")
     assert (found.language, found.language_probability) == ("es", plain.language_probability)
     listener = Transcriber(
-        Engine(polyglot, polyglot.tokenizer.end),
-        polyglot.tokenizer,
-        TranscribeConfig(prompt="so they said"),
+        Engine(polyglot, polyglot.tokenizer.end), polyglot.tokenizer, TranscribeConfig(prompt="so they said")
     )
     (hypothesis,) = listener.engine.decode([replace(listener.request({}), audio=spoken_tones("ssss"))])
     assert list(hypothesis.prompt) == listener.prompt({"source_lang": "es"}, "so they said")

@@ -171,11 +171,7 @@ def test_a_pause_that_an_alignment_gives_to_a_word_is_no_part_of_the_cue():
 
 def test_without_times_of_words_a_segment_is_divided_by_its_characters():
     found = cues_of([Segment(10.0, 22.0, "One two three. Four five six. Seven.")])
-    assert [(round(cue.start, 1), round(cue.end, 1)) for cue in found] == [
-        (10.0, 14.9),
-        (14.9, 19.7),
-        (19.7, 22.0),
-    ]
+    assert [(round(cue.start, 1), round(cue.end, 1)) for cue in found] == [(10.0, 14.9), (14.9, 19.7), (19.7, 22.0)]
     assert ["".join(cue.words) for cue in found] == ["One two three.", "Four five six.", "Seven."]
 
 

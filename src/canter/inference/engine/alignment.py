@@ -88,9 +88,7 @@ def path_starts(cost: np.ndarray) -> np.ndarray:
         here = np.arange(low, high)
         ways = np.stack([before[low:high], last[low:high], last[low + 1 : high + 1]])
         steps[diagonal, low:high] = best = np.where(
-            (ways[0] < ways[1]) & (ways[0] < ways[2]),
-            0,
-            np.where((ways[1] < ways[0]) & (ways[1] < ways[2]), 1, 2),
+            (ways[0] < ways[1]) & (ways[0] < ways[2]), 0, np.where((ways[1] < ways[0]) & (ways[1] < ways[2]), 1, 2)
         )
         now = np.full(rows + 1, np.inf)
         now[low + 1 : high + 1] = ways[best, np.arange(high - low)] + cost[here, diagonal - here]

@@ -69,8 +69,8 @@ def spelling_of(model: SpeechModel) -> Spelling:
             "characters.json and a SentencePiece tokenizer); leave the option out"
         )
     texts = [tokenizer.piece(token).replace("▁", " ") for token in range(model.vocabulary)]
-    spoken = [bool(not text.strip() or tokenizer.decode([token])) for token, text in enumerate(texts)]
-    symbols = [tuple(characters.encode(text)) if says else () for text, says in zip(texts, spoken)]
+    is_text = [bool(not text.strip() or tokenizer.decode([token])) for token, text in enumerate(texts)]
+    symbols = [tuple(characters.encode(text)) if written else () for text, written in zip(texts, is_text)]
     return Spelling(symbols, separator=next(iter(characters.encode(" ")), None))
 
 

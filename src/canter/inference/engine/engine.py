@@ -26,14 +26,7 @@ from canter.inference.engine import language
 from canter.inference.engine.alignment import align
 from canter.inference.engine.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
 from canter.inference.engine.graphs import FixedSteps
-from canter.inference.engine.requests import (
-    Counters,
-    EngineConfig,
-    Hypothesis,
-    Request,
-    Underway,
-    encoder_batches,
-)
+from canter.inference.engine.requests import Counters, EngineConfig, Hypothesis, Request, Underway, encoder_batches
 from canter.inference.engine.search import BeamSearch, Greedy, RepetitionGuard, Row, Rules, Search
 from canter.models.cache import DecoderCache, swap_out
 from canter.models.device import on_stream, upload
@@ -201,9 +194,7 @@ class Engine:
         return [replace(found[number], key=item.key) for number, item in enumerate(requests)]
 
     def run(
-        self,
-        batches: Iterable[list[Request]],
-        cancelled: Callable[[Hashable], bool] | None = None,
+        self, batches: Iterable[list[Request]], cancelled: Callable[[Hashable], bool] | None = None
     ) -> Iterator[Hypothesis]:
         """Yield hypotheses as they finish: `events` without the progress reports."""
         with contextlib.closing(self.events(batches, cancelled)) as events:
@@ -212,9 +203,7 @@ class Engine:
                     yield event
 
     def events(
-        self,
-        batches: Iterable[list[Request]],
-        cancelled: Callable[[Hashable], bool] | None = None,
+        self, batches: Iterable[list[Request]], cancelled: Callable[[Hashable], bool] | None = None
     ) -> Generator[Hypothesis | Underway]:
         """Yield hypotheses as they finish, and a few times per second the progress of the other rows.
 
@@ -359,7 +348,7 @@ class Engine:
         return min(positions - len(request.prompt), self._tokens_of(frames))
 
     def _tokens_of(self, frames: int) -> int:
-        """Return the maximum number of tokens of audio of so many encoder frames, positions of the decoder apart."""
+        """Return the maximum number of tokens of audio of ``frames`` encoder frames."""
         rate = self.config.tokens_per_frame
         if rate is None:
             rate = self.model.generation.get("tokens_per_frame", 1.0)
@@ -634,7 +623,7 @@ def _of_nearby_audio(row: _Encoded) -> _Encoded:
 
 
 class _WithEngine(Protocol):
-    """Model of another library, with an engine of its own."""
+    """Model of another library, which brings its engine."""
 
     def engine(self, end: int, config: EngineConfig) -> Engine: ...
 

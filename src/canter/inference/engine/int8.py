@@ -40,19 +40,7 @@ class Int8Linear(nn.Module):
         largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True)).clamp_(min=1e-12)
         rounded = (rows * (INPUTS / largest)).round_().add_(ZERO).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            1.0,
-            ZERO,
-            self.weight,
-            self.scale,
-            self.zero,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            rounded, 1.0, ZERO, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         y = torch.addcmul(self.bias, product, largest, value=1 / INPUTS, out=product)
         return y.view(*x.shape[:-1], -1).to(x.dtype)

@@ -50,7 +50,7 @@ class DecodingPolicy(Protocol):
         ...
 
     def continue_at(self, hypothesis: "Hypothesis", seconds: float, /) -> float | None:
-        """Return the time in seconds from which to decode the audio again, as a request of its own; None where the
+        """Return the time in seconds from which to decode the audio again, as a separate request; None where the
         hypothesis covers all ``seconds`` of it."""
         ...
 
@@ -78,8 +78,7 @@ class Request:
     """Spans of speech, in seconds. Where the language changes between two of them with certainty, the audio is divided
     there, and each part is decoded in its own language."""
     nearby_audio: np.ndarray | None = None
-    """Other audio (S,) of the same recording, which counts in language detection where this chunk alone is uncertain.
-    """
+    """Other audio (S,) of the same recording, which counts in language detection where this chunk is uncertain."""
     scored: bool = False
     """Compute log probabilities and the probability of no speech."""
     aligned: bool = False

@@ -204,10 +204,7 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
 def _language_fields(transcription: Transcription) -> dict[str, object]:
     if transcription.language_probability is None:
         return {}
-    return {
-        "language": transcription.language,
-        "language_probability": round(transcription.language_probability, 4),
-    }
+    return {"language": transcription.language, "language_probability": round(transcription.language_probability, 4)}
 
 
 def _nemo_segment(segment: Segment) -> dict[str, object]:

@@ -193,11 +193,7 @@ def ended_early(
 
 
 def skipped(
-    hypothesis: Hypothesis,
-    tokenizer: Tokenizer,
-    seconds: float,
-    first_timestamp: int,
-    voiced: np.ndarray | None,
+    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int, voiced: np.ndarray | None
 ) -> float | None:
     """Return the time from which to decode on where the last segment of a Whisper's hypothesis has next to no text for
     the speech in it, so that the model has skipped some: the first pause after the usual duration of the text. None
@@ -213,9 +209,9 @@ def skipped(
     size = len(tokenizer.decode(part).encode())
     if here[round(begin / FRAME) : round(end / FRAME)].sum() * FRAME < max(MUCH_SPEECH, size / SPARSE_RATE):
         return None
-    said = round((begin + max(MIN_SPEECH_AFTER, size / USUAL_RATE)) / FRAME)
-    pauses = np.flatnonzero(~here[said:])
-    place = (said + int(pauses[0])) * FRAME if len(pauses) else seconds
+    first = round((begin + max(MIN_SPEECH_AFTER, size / USUAL_RATE)) / FRAME)
+    pauses = np.flatnonzero(~here[first:])
+    place = (first + int(pauses[0])) * FRAME if len(pauses) else seconds
     return place if seconds - place > MUCH_SPEECH / 2 else None
 
 

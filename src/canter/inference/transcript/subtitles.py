@@ -140,14 +140,14 @@ def _highlighted(words: Sequence[Word]) -> Iterator[Cue]:
 def _as_whisper(segments: Sequence[Segment], style: SubtitleStyle) -> Iterator[list[Word]]:
     width, rows = style.max_line_width or 1000, style.max_line_count
     every = style.max_words_per_line or 1000
-    whole = style.max_line_width is None or rows is None  # segments stay cues of their own
+    separate = style.max_line_width is None or rows is None  # every segment begins a cue
     cue: list[Word] = []
     used, row = 0, 1  # columns of the line, and its number
     last = 0.0
     for segment in segments:
         for number, word in enumerate(_timed(segment)):
-            paused = bool(cue) and not whole and word.start - last > WHISPER_PAUSE
-            apart = bool(cue) and whole and number % every == 0
+            paused = bool(cue) and not separate and word.start - last > WHISPER_PAUSE
+            apart = bool(cue) and separate and number % every == 0
             last = word.start
             if used and used + len(word.text) <= width and not paused and not apart:
                 cue.append(word)
