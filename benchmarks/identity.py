@@ -31,9 +31,8 @@ from canter.corpus.manifest import Utterance, read_manifest
 from canter.evaluation.wer import score
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.int8 import load_in
-from canter.inference.engine.repetition import RepetitionGuard
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
-from canter.inference.engine.search import Greedy, Row
+from canter.inference.engine.search import Greedy, RepetitionGuard, Row
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
 NEAR = 1e-4

@@ -38,15 +38,18 @@ def load_module(
     """
     import torch
 
-    from canter.inference.engine.int8 import load_in
+    from canter.inference.engine.int8 import quantize
     from canter.models.device import choose_device
+    from canter.models.formats.checkpoint import load_model
     from canter.models.formats.huggingface import foreign_type
 
     device = choose_device(str(device))
     if backend == "canter" or (backend == "auto" and foreign_type(path) is None):
-        model = load_in(precision, path, str(device))
+        if precision == "int8" and device.type != "cpu":
+            raise ConfigError(f"--precision int8 runs only on a CPU, not on {device}: use bf16 there")
+        model = load_model(path, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         _check_window(model, path)
-        return model
+        return quantize(model) if precision == "int8" else model
     require("transformers", f"{path}: this model")
     if precision == "int8":
         raise ConfigError(f"{path} runs through transformers, which has no int8 here: use float32 or bf16")

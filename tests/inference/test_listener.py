@@ -9,11 +9,13 @@ import soundfile
 import torch
 
 from canter.corpus.manifest import Utterance
+from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.inputs import Defaults, read_items, require_language
-from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
-from canter.inference.transcript.alignment import Alignment
+from canter.inference.inputs import read_items
+from canter.inference.languages import Defaults
+from canter.inference.recording import TranscribeConfig, Transcriber
+from canter.inference.transcribe import transcribe
 from canter.inference.transcript.reading import Fallback
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
@@ -95,7 +97,7 @@ def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path)
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 8) * 0.1, 16000)
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 3.5], 5.0: [" two three"]}
     engine = Told(whisper, said)
-    config = TranscribeConfig(vad="none", window_seconds=6.0, overlap_seconds=3.0)
+    config = TranscribeConfig(vad="none", chunk_seconds=6.0, overlap_seconds=3.0)
     (found,) = transcribe(engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 8.0, "")], config=config)
     assert dict(zip(engine.heard, engine.stamped, strict=True)) == {6.0: True, 3.5: True, 5.0: False}
     assert found.text == "one two three"
@@ -103,20 +105,22 @@ def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path)
 
 @pytest.mark.parametrize("fallback", [Fallback(), None])
 def test_silence_is_found_with_and_without_fallback(whisper, fallback):
-    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback))
+    listener = Transcriber(
+        Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback)
+    )
     request = listener.request({"source_lang": "en"})
     assert request.scored
     tokens = whisper.tokenizer.encode(" thank you")
     unlikely = Hypothesis(None, tokens, True, logprob=-3.0 * len(tokens))
-    assert request.retry
-    assert request.retry(unlikely) == (0.2 if fallback else None)
+    assert request.policy
+    assert request.policy.retry(unlikely) == (0.2 if fallback else None)
     assert listener.segments(unlikely, 3.0)
     assert not listener.segments(replace(unlikely, no_speech=0.9), 3.0)
 
 
 def test_an_unset_language_is_detected_for_a_translation_too(whisper, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(800), 16000)
-    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
+    listener = Transcriber(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
     asked = {}
     for language in (None, "es"):
         for task in (None, "transcribe", "translate"):
@@ -134,6 +138,6 @@ def test_an_unset_language_is_detected_for_a_translation_too(whisper, tmp_path):
         ("es", "transcribe"): (0, False),
         ("es", "translate"): (0, True),
     }
-    (item,) = read_items([tmp_path / "a.wav"], defaults=Defaults(task="translate"))
-    (refused,) = require_language([item], ["en", "es"])  # for a model that detects none
+    needed = Defaults(task="translate", required=("en", "es"))  # of a model that detects none
+    (refused,) = read_items([tmp_path / "a.wav"], defaults=needed)
     assert "names no language" in str(refused.problem)

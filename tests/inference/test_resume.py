@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
+from canter.inference.recording import Transcription
 from canter.inference.resume import Partial, partial_files, read_done, remove, row_key
-from canter.inference.transcribe import Transcription
 from canter.inference.transcript.segments import Segment, Word
 
 ROWS = [Utterance(f"/{number}.wav", 1.5, "", lang="en") for number in range(4)]
@@ -35,10 +35,7 @@ def test_everything_comes_back_but_failures(tmp_path):
     first = tmp_path / "out.jsonl.partial"
     write(first, {"model": "a"}, [(ROWS[0], SPOKEN), (ROWS[1], Transcription("", error="gone"))])
     write(first, {"model": "a"}, [(ROWS[2], Transcription(""))])
-    assert read_done(first, {"model": "a"}) == {
-        row_key(ROWS[0]): SPOKEN,
-        row_key(ROWS[2]): Transcription(""),
-    }
+    assert read_done(first, {"model": "a"}) == {row_key(ROWS[0]): SPOKEN, row_key(ROWS[2]): Transcription("")}
 
 
 def test_all_ranks_are_read_and_removed(tmp_path):

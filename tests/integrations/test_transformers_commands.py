@@ -122,7 +122,7 @@ def moonshine(tmp_path_factory):
 def test_long_audio_is_cut_and_timed(moonshine, tmp_path):
     audio = np.concatenate([np.concatenate([clip, np.zeros(8000, np.float32)]) for clip in clips(SECONDS)])
     soundfile.write(tmp_path / "long.wav", audio, 16000)
-    arguments = ["transcribe", str(moonshine), str(tmp_path / "long.wav"), "--window-seconds", "3"]
+    arguments = ["transcribe", str(moonshine), str(tmp_path / "long.wav"), "--chunk-seconds", "3"]
     assert main([*arguments, "--output", str(tmp_path / "x.json")]) == 0
     segments = json.loads((tmp_path / "x.json").read_text())["segments"]
     assert len(segments) >= 3
@@ -137,7 +137,7 @@ def test_long_audio_is_cut_and_timed(moonshine, tmp_path):
 
 
 def test_beams(moonshine, corpus, tmp_path, capsys):
-    assert main(["transcribe", str(moonshine), str(corpus / "2.wav"), "--beam", "3"]) == 0
+    assert main(["transcribe", str(moonshine), str(corpus / "2.wav"), "--beam-size", "3"]) == 0
     model = TransformersModel.from_pretrained(moonshine)
     audio = soundfile.read(corpus / "2.wav", dtype="float32")[0]
     expected = model.transcribe([audio], num_beams=3, length_penalty=0.0)[0]

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from canter.corpus.manifest import Utterance
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.transcribe import Listener, transcribe
+from canter.inference.recording import Transcriber
+from canter.inference.transcribe import transcribe
 from canter.inference.transcript.segments import Segment, Word
 from canter.models.formats.checkpoint import load_model
 from canter.serving.app import Result
@@ -236,7 +237,7 @@ def test_numbers_that_json_does_not_have():
 def test_of_a_long_prompt_the_end_counts(whisper, monkeypatch, text):
     """The end of a long prompt counts, with or without spaces; it is tokenised once, and only what could fit."""
     seen, tokenizer = [], whisper.tokenizer
-    listener, encode = Listener(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
+    listener, encode = Transcriber(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda given: seen.append(len(given)) or encode(given))
     slots = {"source_lang": "en", "target_lang": "en"}
     bare, found = listener.prompt(slots, ""), listener.prompt(slots, text * 10_000)

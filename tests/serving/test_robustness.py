@@ -165,7 +165,7 @@ class Gate:
 
 
 def test_long_uploads_wait_on_disk(model):
-    """Memory of a reading does not grow with the length of the audio, and waiting pieces hold no samples."""
+    """Memory of a reading does not grow with the length of the audio, and waiting chunks hold no samples."""
     reader = Service(Engine(model, model.tokenizer.end), ServiceConfig())
     peaks: list[int] = []
     for minutes in (2, 10):
@@ -178,8 +178,8 @@ def test_long_uploads_wait_on_disk(model):
             finally:
                 tracemalloc.stop()
         assert audio.seconds == 60 * minutes
-        assert len(audio.pieces) >= minutes
-        assert not any(isinstance(piece.samples, np.ndarray) for piece in audio.pieces)
+        assert len(audio.chunks) >= minutes
+        assert not any(isinstance(chunk.samples, np.ndarray) for chunk in audio.chunks)
         audio.close()
     reader.close()
     assert peaks[1] - peaks[0] < 2**23  # where blocks begin makes a difference; eight minutes more have 29 MiB
@@ -431,7 +431,7 @@ def test_leaving_during_the_upload(strict):
 
 
 def test_leaving_takes_the_row_out_of_the_engine(endless):
-    """When a client disconnects, its rows and waiting pieces go; the rows of others are decoded as before."""
+    """When a client disconnects, its rows and waiting chunks go; the rows of others are decoded as before."""
     with running(endless, rows=2) as live, ThreadPoolExecutor(1) as pool:
         _, alone = ask(live, wav(noise(3.0)))
         steps = live.service.engine.counters.steps

@@ -32,10 +32,10 @@ def run(options: Options) -> int | None:
 
     import torch
 
-    from canter.inference.transcribe import checkpoint_of
     from canter.models.formats.checkpoint import load_model, save_model
     from canter.models.formats.huggingface import write_hf
     from canter.models.formats.nemo_export import write_nemo
+    from canter.models.hub import checkpoint_of
 
     checkpoint = checkpoint_of(source)
     for path in (source.resolve(), checkpoint.resolve()):

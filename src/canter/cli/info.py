@@ -33,7 +33,7 @@ def run(options: Options) -> int | None:
     if options.seconds <= 0 or options.tokens_per_second <= 0:
         raise ConfigError("--seconds and --tokens-per-second must be above 0")
     from canter.cli.models import load_any
-    from canter.inference.transcribe import checkpoint_of
+    from canter.models.hub import checkpoint_of
 
     figures = describe(load_any(checkpoint_of(options.model)), options.seconds, options.tokens_per_second)
     if options.json:

@@ -45,8 +45,8 @@ class Options:
 
 def run(options: Options) -> int | None:
     from canter.errors import ConfigError
-    from canter.inference.transcribe import checkpoint_of
     from canter.models.formats.checkpoint import load_model, save_model
+    from canter.models.hub import checkpoint_of
     from canter.models.reshape import encoder_layers_that_keep, reshape
     from canter.models.timing import measure
     from canter.text.characters import FILE as ALPHABET

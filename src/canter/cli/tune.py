@@ -231,7 +231,7 @@ def choose_index(options: Options, subject: Subject, say: Callable[[str], None])
 def choose_subject(options: Options, say: Callable[[str], None]) -> Subject:
     """The model to measure. Raises ConfigError or CheckpointError for what is neither checkpoint nor configuration."""
     from canter.cli.models import load_any
-    from canter.inference.transcribe import checkpoint_of
+    from canter.models.hub import checkpoint_of
     from canter.models.protocol import Capability, check_support
     from canter.training.config import TrainConfig, load_config
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
 from canter.errors import CheckpointError
-from canter.inference.engine.capacity import encoder_batches
-from canter.inference.engine.requests import EngineConfig
+from canter.inference.engine.requests import EngineConfig, encoder_batches
 from canter.integrations.transformers_engine import GenerateEngine
 from canter.integrations.transformers_files import load_parts
 from canter.integrations.transformers_tokenizer import TransformersTokenizer

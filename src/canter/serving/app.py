@@ -20,13 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from canter import __version__
 from canter.inference.engine.requests import Request as EngineRequest
 from canter.inference.transcript.formats import finite, srt, vtt, whisper_json
+from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
 from canter.serving.config import ServiceConfig
 from canter.serving.protocol import ApiError, AudioRequest, check_model, read_fields
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
-from canter.serving.service import Audio, Service, TranscriptUpdate, joint
+from canter.serving.service import Audio, Service, TranscriptUpdate
 from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
@@ -308,7 +309,7 @@ class Result:
         self.language_probability = update.language_probability
         added = []
         for segment in update.segments:
-            delta = joint(self.text, segment.text) + segment.text
+            delta = space_between(self.text, segment.text) + segment.text
             self.text += delta
             added.append((delta, segment))
         self.segments += update.segments

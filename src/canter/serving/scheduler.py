@@ -13,9 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from canter.errors import CanterError
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.requests import Hypothesis, Request
+from canter.inference.engine.requests import Hypothesis, Request, encoder_batches
 
 log = logging.getLogger("canter.serving")
 StageSeconds = tuple[float, float, float]  # of features, encoder and decoder
@@ -71,34 +70,34 @@ class Stored:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hypothesis of one piece of a ticket, or the error that ended it."""
+    """Hypothesis of one chunk of a ticket, or the error that ended it."""
 
-    piece: int
+    chunk: int
     hypothesis: Hypothesis | None
     error: Exception | None
     timing: Timing
 
 
 class Ticket:
-    """Pieces of one request's audio."""
+    """Chunks of one request's audio."""
 
-    def __init__(self, pieces: int, deliver: Callable[[Outcome], None]):
+    def __init__(self, chunks: int, deliver: Callable[[Outcome], None]):
         self.deliver = deliver
-        """Called in the engine's thread, once for every piece, unless the ticket is cancelled."""
-        self.left = pieces
+        """Called in the engine's thread, once for every chunk, unless the ticket is cancelled."""
+        self.left = chunks
         self.cancelled = False
         self.arrived = time.perf_counter()
         self.entered: tuple[float, StageSeconds] | None = None
-        """Time at which the engine took the first piece, and its seconds in each stage until then."""
+        """Time at which the engine took the first chunk, and its seconds in each stage until then."""
         self.turn = 0
-        """Number of the batch that held its latest piece, or after which it arrived."""
+        """Number of the batch that held its latest chunk, or after which it arrived."""
 
 
 class _Entry:
-    """A piece in the queue or the engine; the key of its request."""
+    """A chunk in the queue or the engine; the key of its request."""
 
-    def __init__(self, ticket: Ticket, piece: int, request: Request, frames: int):
-        self.ticket, self.piece, self.frames = ticket, piece, frames
+    def __init__(self, ticket: Ticket, chunk: int, request: Request, frames: int):
+        self.ticket, self.chunk, self.frames = ticket, chunk, frames
         self.request = request
         self.attempts = 0
 
@@ -132,21 +131,21 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Number of pieces that the engine has not taken yet."""
+        """Number of chunks that the engine has not taken yet."""
         return len(self._waiting)
 
     @property
     def inside(self) -> int:
-        """Number of pieces in the engine."""
+        """Number of chunks in the engine."""
         return len(self._inside)
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[Outcome], None]) -> Ticket:
-        """Queue the pieces of one request; their outcomes are delivered as they finish, in any order."""
+        """Queue the chunks of one request; their outcomes are delivered as they finish, in any order."""
         rate = self.engine.model.sample_rate
         ticket = Ticket(len(requests), deliver)
         entries = [
-            _Entry(ticket, piece, request, self.engine.model.encoder_frames(len(request.audio) / rate))
-            for piece, request in enumerate(requests)
+            _Entry(ticket, chunk, request, self.engine.model.encoder_frames(len(request.audio) / rate))
+            for chunk, request in enumerate(requests)
         ]
         with self._changed:
             if not self.alive:
@@ -165,7 +164,7 @@ class Scheduler:
             self._changed.notify()
 
     def close(self, seconds: float = 10.0) -> None:
-        """End the thread within ``seconds``; unfinished pieces fail."""
+        """End the thread within ``seconds``; unfinished chunks fail."""
         with self._changed:
             self._closed = True
             left = [*self._waiting, *self._inside]
@@ -223,9 +222,9 @@ class Scheduler:
         return found
 
     def _take(self) -> list[_Entry]:
-        """Remove the next batch from the queue: the piece whose turn it is, with pieces of similar length.
+        """Remove the next batch from the queue: the chunk whose turn it is, with chunks of similar length.
 
-        A piece that was in the engine when it failed is decoded in a batch of its own.
+        A chunk that was in the engine when it failed is decoded in a batch of its own.
         """
         if self._retried in self._inside:
             return []
@@ -247,7 +246,7 @@ class Scheduler:
         return batch
 
     def _in_turn(self) -> list[_Entry]:
-        """Return the queue round robin: the first piece of every ticket, then the second of each, and so on.
+        """Return the queue round robin: the first chunk of every ticket, then the second of each, and so on.
 
         Within a round the ticket with the earliest turn comes first, and among equal ones the oldest.
         """
@@ -261,7 +260,7 @@ class Scheduler:
         return [self._waiting[index] for index in order]
 
     def _must_yield(self, ticket: Ticket) -> bool:
-        """Return whether the last pieces of other tickets should be decoded before more of ``ticket`` is encoded.
+        """Return whether the last chunks of other tickets should be decoded before more of ``ticket`` is encoded.
 
         They would wait for the encoder; the decoder gets as much time for them as the encoder took for the last batch.
         """
@@ -283,10 +282,10 @@ class Scheduler:
         entered, before = ticket.entered or (time.perf_counter(), spent)
         timing = Timing(entered - ticket.arrived, *(now - then for now, then in zip(spent, before)))
         ticket.left -= 1
-        ticket.deliver(Outcome(entry.piece, hypothesis, error, timing))
+        ticket.deliver(Outcome(entry.chunk, hypothesis, error, timing))
 
     def _recover(self, error: Exception) -> None:
-        """Fail pieces that were in the engine individually; queue the others again, to be decoded one at a time."""
+        """Fail chunks that were in the engine individually; queue the others again, to be decoded one at a time."""
         log.error("the engine failed: %s", error, exc_info=error)
         with self._changed:
             failed = [entry for entry in self._inside if entry.attempts > 1]

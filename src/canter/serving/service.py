@@ -27,17 +27,16 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.inference.transcribe import Listener, TranscribeConfig
+from canter.inference.languages import detects_language
+from canter.inference.recording import Recording, TranscribeConfig, Transcriber
+from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
-from canter.inference.transcript.pieces import Piece
-from canter.inference.transcript.reading import UNSPACED, Assembly
 from canter.inference.transcript.segments import Segment
 from canter.serving.config import ServiceConfig
 from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
 from canter.serving.upload import anonymous_file, disk_errors, path_of, write_all
 from canter.text.languages import is_said, resolve
-from canter.text.whisper import WhisperTokenizer
 
 MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded between two checks that the client is still there
@@ -69,10 +68,10 @@ class Samples:
 class Audio:
     """Decoded audio of an upload."""
 
-    pieces: list[Piece]
+    chunks: list[Chunk]
     """Windows with speech, each short enough for the model; their samples are `Stored`."""
     samples: Samples
-    """File with the samples of all pieces."""
+    """File with the samples of all chunks."""
     seconds: float
     reading: float
     """Seconds that decoding and segmentation took."""
@@ -87,7 +86,7 @@ class Audio:
 
 @dataclass(frozen=True)
 class TranscriptUpdate:
-    """Segments and language of a transcript that became final with one more piece."""
+    """Segments and language of a transcript that became final with one more chunk."""
 
     segments: list[Segment]
     """The next segments in order, which are final."""
@@ -139,8 +138,8 @@ class Metrics:
         for name, text, value in (
             ("canter_requests_inside", "Requests in the service.", lambda: service.requests),
             ("canter_audio_seconds_inside", "Seconds of audio in the service.", lambda: service.seconds),
-            ("canter_pieces_waiting", "Pieces of audio that wait for the engine.", lambda: service.scheduler.waiting),
-            ("canter_pieces_inside", "Pieces of audio in the engine.", lambda: service.scheduler.inside),
+            ("canter_pieces_waiting", "Chunks of audio that wait for the engine.", lambda: service.scheduler.waiting),
+            ("canter_pieces_inside", "Chunks of audio in the engine.", lambda: service.scheduler.inside),
         ):
             Gauge(name, text, registry=registry).set_function(value)
         registry.register(_EngineCounters(service.scheduler))
@@ -167,8 +166,8 @@ class Service:
         config = replace(config, language=language, languages=tokenizer.languages)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.sample_rate
-        self.listeners = {
-            timestamps: Listener(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
+        self.transcribers = {
+            timestamps: Transcriber(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
             for timestamps in TIMESTAMPS
         }
         self.requests = 0
@@ -189,11 +188,11 @@ class Service:
     @property
     def detects(self) -> bool:
         """Whether the model detects the language of the audio, as multilingual Whisper models do."""
-        return isinstance(self.tokenizer, WhisperTokenizer) and len(self.tokenizer.languages) > 1
+        return detects_language(self.tokenizer)
 
     @property
     def _slots(self) -> tuple[str, ...]:
-        return self.listeners["none"].format
+        return self.transcribers["none"].format
 
     def close(self) -> None:
         for stop in self._reading:
@@ -204,7 +203,7 @@ class Service:
     async def warm_up(self) -> None:
         """Decode a second of silence, so that the first request does not pay for initialisation."""
         fields = AudioRequest("transcribe", self.config.language or self.tokenizer.languages[0])
-        audio = self._stored([Piece(0.0, np.zeros(self.rate, np.float32))])
+        audio = self._stored([Chunk(0.0, np.zeros(self.rate, np.float32))])
         try:
             async for _ in self.segments(audio, fields, self.request(fields)):
                 pass
@@ -280,24 +279,24 @@ class Service:
                     self._check_length(samples / self.rate, density, name)
                     yield block
 
-            audio = self._stored(self.listeners["none"].pieces(checked()))
+            audio = self._stored(self.transcribers["none"].chunks(checked()))
         except AudioError as error:
             text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
         seconds, reading = samples / self.rate, time.perf_counter() - start
         return replace(audio, seconds=seconds, reading=reading, warnings=tuple(blocks.warnings))
 
-    def _stored(self, pieces: Iterable[Piece]) -> Audio:
-        """Return the pieces as an upload whose samples are on disk."""
-        samples, kept = Samples(), list[Piece]()
+    def _stored(self, chunks: Iterable[Chunk]) -> Audio:
+        """Return the chunks as an upload whose samples are on disk."""
+        samples, kept = Samples(), list[Chunk]()
         try:
-            for piece in pieces:
+            for chunk in chunks:
                 # A waiting request needs only the length of its samples; the scheduler reads them.
-                kept.append(replace(piece, samples=cast(np.ndarray, samples.add(piece.samples))))
+                kept.append(replace(chunk, samples=cast(np.ndarray, samples.add(chunk.samples))))
         except BaseException:
             samples.close()
             raise
-        return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
+        return Audio(kept, samples, sum(len(chunk.samples) for chunk in kept) / self.rate, 0.0)
 
     def _check_length(self, seconds: float, density: int, name: str) -> None:
         longest = self.config.max_seconds
@@ -309,13 +308,13 @@ class Service:
             text += f"the limit of {longest * MAX_DENSITY:,.0f}: convert it to 16 kHz mono"
             raise ApiError(400, text, "file", "audio_too_long")
 
-    def _listener(self, fields: AudioRequest) -> Listener:
-        """Return the listener that asks the model for the times that the answer contains.
+    def _transcriber(self, fields: AudioRequest) -> Transcriber:
+        """Return the transcriber that asks the model for the times that the answer contains.
 
         Subtitles need the times of words, if the model has them: their cues end with sentences.
         """
         cues = fields.response_format in SUBTITLES
-        return self.listeners["word" if cues and self.engine.aligns else fields.timestamps]
+        return self.transcribers["word" if cues and self.engine.aligns else fields.timestamps]
 
     def request(self, fields: AudioRequest) -> Request:
         """Return the engine's request, without audio. Raise ApiError, naming the field, if the model cannot do it."""
@@ -336,23 +335,20 @@ class Service:
         given = {"source_lang": source, "target_lang": target}
         slots = {name: value for name, value in given.items() if value}
         slots["task"] = "asr" if fields.task == "transcribe" else "ast"
-        listener = self._listener(fields)
-        if listener.config.timestamps != "none" and "timestamp" in self._slots:
-            slots["timestamp"] = "yes"
+        transcriber = self._transcriber(fields)
         try:
-            request = listener.request(slots, fields.prompt)
+            request = transcriber.request(transcriber.with_timestamps(slots), fields.prompt)
         except ConfigError:
             raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
         if fields.temperature:
-            request = replace(request, temperature=fields.temperature, retry=None)
+            request = transcriber.at_temperature(request, fields.temperature)
         return request
 
     async def segments(self, audio: Audio, fields: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
-        """Yield the transcript in order, as soon as a piece is decoded; ``request`` is the result of `Service.request`.
+        """Yield the transcript in order, as soon as a chunk is decoded; ``request`` is the result of `Service.request`.
 
-        Closing the iterator early cancels the remaining pieces.
+        Closing the iterator early cancels the remaining chunks.
         """
-        listener = self._listener(fields)
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -360,23 +356,18 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        requests = [one for _, one in listener.requests(request, audio.pieces)]
-        assembly = Assembly()
-        assembly.total = len(requests)
+        recording = Recording(self._transcriber(fields), request)
+        requests = list(recording.requests(audio.chunks))
         ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
                 outcome = await outcomes.get()
-                found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
-                if found is None:
+                if outcome.hypothesis is None:
                     raise ApiError(500, str(outcome.error))
-                seconds = len(piece.samples) / self.rate
-                segments = listener.segments(found, seconds, piece.voiced)
-                settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
-                assembly.languages += listener.languages(found, seconds)
-                detected, probability = listener.spoken(assembly.languages)
+                final = recording.add(outcome.chunk, outcome.hypothesis)
+                detected, probability = recording.detected or (None, None)
                 language = fields.language or detected or self.tokenizer.languages[0]
-                yield TranscriptUpdate(settled, language, outcome.timing, probability)
+                yield TranscriptUpdate(final, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds)
         finally:
             if ticket.left:
@@ -392,8 +383,3 @@ def _discard(running: "Future[Audio]") -> None:
 
 def _closing() -> ApiError:
     return ApiError(503, "the service is shutting down", code="overloaded")
-
-
-def joint(text: str, more: str) -> str:
-    """Return the separator of two parts of a transcript: a space, or nothing in scripts without spaces."""
-    return " " if text and more and not (UNSPACED.match(more) and UNSPACED.search(text[-1:])) else ""

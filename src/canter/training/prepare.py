@@ -17,12 +17,12 @@ from canter.corpus.mixture import is_weighted, mixture_of
 from canter.corpus.utterance import Utterance
 from canter.errors import BudgetError, CheckpointError, ConfigError
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.transcribe import checkpoint_of
 from canter.models.decoder import DecoderConfig
 from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats.checkpoint import load_model
+from canter.models.hub import checkpoint_of
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.protocol import AnyModel, Capability, check_support
 from canter.planning.budget import Budget

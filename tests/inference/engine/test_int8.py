@@ -1,13 +1,16 @@
 """Layers in int8: near the float ones, exact where they can be, and a row's result is its own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.int8 import Int8Linear, load_in, quantize
+from canter.inference.engine.int8 import Int8Linear, quantize
 from canter.inference.engine.requests import EngineConfig, Request
+from canter.loading import load_module
 from canter.models.model import SpeechModel
 
 from ..conftest import END, noises, small_model
@@ -61,8 +64,9 @@ def test_elsewhere_than_on_a_processor(monkeypatch):
         model = SpeechModel(small_model().config)
     with pytest.raises(ConfigError, match="this model is on meta"):
         quantize(model)
+    monkeypatch.setattr("canter.models.device.choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(ConfigError, match="not on cuda"):
-        load_in("int8", "nowhere", "cuda")
+        load_module(Path("nowhere"), "cuda", "int8", "canter")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="oneDNN"):
         quantize(small_model())

@@ -16,8 +16,7 @@ from canter.errors import ConfigError
 from canter.inference.engine.ctc import IMPOSSIBLE, Joint, PrefixScorer, Spelling, spelling_of
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.inference.engine.rules import Rules
-from canter.inference.engine.search import CANDIDATES, BeamSearch, Row
+from canter.inference.engine.search import CANDIDATES, BeamSearch, Row, Rules
 from canter.models.formats.checkpoint import load_model, save_model
 from canter.text import Characters, train_tokenizer
 

@@ -9,10 +9,8 @@ import torch
 from hypothesis import example, given
 
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.repetition import LEAST_REPEATS, RepetitionGuard
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.inference.engine.rules import Rules
-from canter.inference.engine.search import Greedy, Row
+from canter.inference.engine.search import LEAST_REPEATS, Greedy, RepetitionGuard, Row, Rules
 
 from ..conftest import END, noises, small_model
 

@@ -1,21 +1,23 @@
 """The path is the cheapest one; words join to the text; pieces join without lost or doubled words."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canter.inference.engine.alignment import Alignment, path_starts
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.transcript.alignment import Alignment, path_starts
 from canter.inference.transcript.reading import (
     Assembly,
     Fallback,
+    WhisperPolicy,
     compression_ratio,
     ended_early,
     in_speech,
-    joined,
+    join_overlap,
     segments_of,
     skipped,
     words_of,
@@ -262,20 +264,20 @@ def test_pieces_join(count, shared, worse_end, worse_start, seed):
 
 
 def test_nothing_alike_parts_in_the_middle():
-    assert joined(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
+    assert join_overlap(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
 
 
 def test_if_one_piece_is_empty_the_other_is_kept():
     heard = spoken(["hello", "there", "friend"], 27.0)
-    assert joined([], heard, 27.0, 30.0) == (0, 0)
-    assert joined(heard, [], 27.0, 30.0) == (3, 0)
+    assert join_overlap([], heard, 27.0, 30.0) == (0, 0)
+    assert join_overlap(heard, [], 27.0, 30.0) == (3, 0)
 
 
 def test_one_that_fell_silent_loses_nothing():
     """Words of the overlap that the first piece misses come from the second, even if one word is similar in both."""
     before = [Word(n, n + 0.5, f" {text}", 1.0) for n, text in enumerate(["as", "he", "was"])]
     after = [Word(3 + n, 3.5 + n, f" {text}", 1.0) for n, text in enumerate(["he", "might", "even"])]
-    assert joined(before, after, 2.5, 5.5) == (3, 0)
+    assert join_overlap(before, after, 2.5, 5.5) == (3, 0)
 
 
 def test_segments_are_returned_once_they_are_final():
@@ -291,13 +293,18 @@ def test_segments_are_returned_once_they_are_final():
 
 def test_fallback():
     rule = Fallback()
+
+    def retry(hypothesis, text):
+        tokenizer = SimpleNamespace(decode=lambda tokens: text)
+        return WhisperPolicy(tokenizer, rule).retry(hypothesis)
+
     good = Hypothesis(None, [1] * 9, True, logprob=-1.0)
-    assert rule.retry(good, "a text that is said once") is None
+    assert retry(good, "a text that is said once") is None
     assert compression_ratio("abc " * 50) > 2.4
-    assert rule.retry(good, "abc " * 50) == 0.2
-    assert rule.retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=0.2), "a") == 0.4
-    assert rule.retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=1.0), "a") is None
+    assert retry(good, "abc " * 50) == 0.2
+    assert retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=0.2), "a") == 0.4
+    assert retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=1.0), "a") is None
     silence = Hypothesis(None, [1] * 9, True, logprob=-11.0, no_speech=0.9)
-    assert rule.retry(silence, "a") is None
+    assert retry(silence, "a") is None
     assert rule.silent(silence)
     assert not rule.silent(Hypothesis(None, [1] * 9, True, logprob=-1.0, no_speech=0.9))

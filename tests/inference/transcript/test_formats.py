@@ -10,10 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canter.inference.inputs import Item
-from canter.inference.transcribe import Transcription
-from canter.inference.transcript.formats import SUFFIXES, json_text, render_segments, srt, timestamp, vtt, whisper_json
+from canter.inference.recording import Transcription
+from canter.inference.transcript.formats import (
+    SUFFIXES,
+    json_text,
+    render,
+    render_one,
+    render_segments,
+    srt,
+    timestamp,
+    vtt,
+    whisper_json,
+)
 from canter.inference.transcript.segments import Segment, Word
-from canter.inference.transcript.writers import render, render_one
 
 GOLDEN = Path(__file__).parent / "golden_formats"
 

@@ -12,7 +12,7 @@ from canter.corpus.index import VERIFIED_ROWS, LengthIndex
 from canter.corpus.manifest import Problem, Utterance, no_usable_row
 from canter.corpus.mixture import Group, leaves, sources_of
 from canter.corpus.sources import open_source, read_unit, units_of
-from canter.inference.transcribe import checkpoint_of
+from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
 from canter.text import Characters, load_tokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
