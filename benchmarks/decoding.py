@@ -21,8 +21,7 @@ import torch
 import tyro
 
 from canter.bench.shift import ForcedLengths, measure_shift
-from canter.inference.engine.capacity import encoder_batches
-from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.model import ModelConfig, SpeechModel

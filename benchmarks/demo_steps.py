@@ -29,8 +29,9 @@ from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import score
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.transcribe import checkpoint_of, transcribe
+from canter.inference.transcribe import transcribe
 from canter.loading import load_model
+from canter.models.hub import checkpoint_of
 from canter.training.recipe import run_training
 
 

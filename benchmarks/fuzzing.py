@@ -565,7 +565,7 @@ class Requests(Area):
         logging.disable(logging.CRITICAL)
         model = small_canary(small_parts()[0])
         config = ServiceConfig(
-            names=("small", "whisper-1"), max_bytes=2**20, longest_seconds=60.0, upload_timeout=5.0,
+            names=("small", "whisper-1"), max_megabytes=1.0, max_seconds=60.0, upload_timeout=5.0,
             hosts=frozenset(("localhost", "127.0.0.1")),
         )  # fmt: skip
         engine = Engine(model, model.tokenizer.end, EngineConfig(rows=4, frames=256))

@@ -28,10 +28,9 @@ import torch
 import tyro
 
 from canter.bench.shift import ForcedLengths, canary_config, measure_ways
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
-from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf

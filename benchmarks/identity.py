@@ -30,9 +30,8 @@ from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.evaluation.wer import score
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.repetition import RepetitionGuard
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
-from canter.inference.engine.search import Greedy, Row
+from canter.inference.engine.search import Greedy, RepetitionGuard, Row
 from canter.loading import load_module
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))

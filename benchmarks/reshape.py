@@ -23,9 +23,9 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
-from canter.inference.transcribe import checkpoint_of
 from canter.loading import load_model
 from canter.models.formats.checkpoint import save_model
+from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
 from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, measure_times, reshape
 from canter.planning.budget import Budget

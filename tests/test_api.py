@@ -227,7 +227,7 @@ def test_one_bad_file_raises_what_is_wrong_with_it(canary, bad, name):
         (None, "NoneType None is no audio"),
     ],
 )
-def test_what_is_no_audio_is_refused_in_one_line(canary, array, message):
+def test_files_that_are_not_audio_are_refused_in_one_line(canary, array, message):
     with pytest.raises(canter.CanterError, match=message):
         canary.transcribe(array, language="en")
 
@@ -289,7 +289,7 @@ def test_translation_into_the_language_asked_for(canary, whisper, clips):
     english = canary.transcribe(clips[4], language="German", task="translate", target_language="English")
     assert english.text != plain.text
     assert english.language == "en"
-    with pytest.raises(canter.CanterError, match="a Whisper translates into English alone"):
+    with pytest.raises(canter.CanterError, match="a Whisper translates only into English"):
         whisper.transcribe(clips[4], language="es", task="translate", target_language="es")
 
 
@@ -443,7 +443,7 @@ def test_subtitles_are_shaped_as_the_command_shapes_them(canary, canary_folder, 
         found.save(tmp_path / "face.srt", max_line_width=0)
 
 
-def test_a_model_is_saved_whole(canary, clips, tmp_path):
+def test_a_model_is_saved_completely(canary, clips, tmp_path):
     again = canter.load(canary.save(tmp_path / "copy"))
     assert again.transcribe(clips[0], language="en").text == canary.transcribe(clips[0], language="en").text
     (tmp_path / "notes").mkdir()
@@ -470,12 +470,12 @@ def test_words_have_times_and_texts(tiny_en):
     assert [word for segment in found.segments for word in segment.words] == list(words)
     assert found.language == "en"
     for wrong in ({"language": "de"}, {"task": "translate"}):
-        with pytest.raises(canter.CanterError, match=r"it knows en|knows one language alone"):
+        with pytest.raises(canter.CanterError, match=r"it knows en|knows only one language"):
             tiny_en.transcribe(clip, **wrong)
 
 
 @needs_shared
-def test_real_speech_is_heard_as_the_command_hears_it(tiny_en, tmp_path, capsys):
+def test_real_speech_is_transcribed_as_by_the_command(tiny_en, tmp_path, capsys):
     files = speech("an4", 3)
     out = tmp_path / "out.jsonl"
     model = str(Path(SHARED or "") / "models" / "whisper-tiny.en")

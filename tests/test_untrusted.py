@@ -1,4 +1,4 @@
-"""Readers of files that somebody else made: the value that the plain parser gives, or one of our errors."""
+"""Readers of untrusted files: the value that the plain parser gives, or one of our errors."""
 
 import contextlib
 import json

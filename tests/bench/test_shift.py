@@ -57,7 +57,7 @@ def test_shift_table():
 
 
 def test_both_ways_decode_the_same_queue():
-    """Every row as long as it was told to be; the released way waits for the longest of a batch, ours does not."""
+    """Every row is as long as requested; the released method waits for the longest row of a batch, ours does not."""
     models = {"1/3": small_model(1, 3), "3/1": small_model(3, 1)}
     clips, tokens = noises(9), [2, 30, 3, 4, 2, 25, 3, 2, 4]
     rows = measure_ways(models, clips, tokens, repeats=1, rows=4, batch=9)

@@ -48,7 +48,7 @@ def test_a_runs_folder_stands_for_its_checkpoint(folder, tmp_path, capsys):
     assert (tmp_path / "copy" / "model.safetensors").exists()
 
 
-def test_what_is_no_archive_takes_one_line(tmp_path, capsys):
+def test_a_file_that_is_not_an_archive_is_one_line(tmp_path, capsys):
     (tmp_path / "a.wav").write_bytes(b"not an archive")
     assert main(["info", str(tmp_path / "a.wav")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The whole way, as small as it goes."""
+"""The complete demo, as small as possible."""
 
 import json
 import re

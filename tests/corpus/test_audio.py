@@ -70,7 +70,7 @@ def test_rounded_durations_are_forgiven_and_wrong_ones_not(wav):
 
 
 def both(utterance, **options):
-    """What the two ways to read an utterance give, which must be the same."""
+    """Return the results of the two ways to read an utterance, which must be equal."""
     whole, *blocks = load_utterance(utterance, **options), *audio_blocks(utterance, seconds=0.3, **options)
     return whole, np.concatenate(blocks)
 
@@ -214,7 +214,7 @@ def test_rates_and_channels_that_no_recording_has(tmp_path, rate, channels):
             read(path)
 
 
-def test_a_block_holds_so_many_samples_of_all_channels(wav, monkeypatch):
+def test_a_block_counts_samples_of_all_channels(wav, monkeypatch):
     monkeypatch.setattr(canter.corpus.audio, "BLOCK_SAMPLES", 1000)
     blocks = [*audio_blocks(Utterance(str(wav), 1.0, ""))]
     assert [len(block) for block in blocks] == [1000] * 16
@@ -271,7 +271,7 @@ def test_members_that_are_not_there(tar):
         load_audio(f"{tar}x::a.wav")
 
 
-def test_unsafe_and_torn_tars_are_told(tar):
+def test_unsafe_and_torn_tars_are_reported(tar):
     found = list(walk_tar(str(tar)))
     assert [one.line for one in found if not isinstance(one, Member)] == [2, 3]
     data = tar.read_bytes()
@@ -315,7 +315,7 @@ class Watched(io.FileIO):
         return data
 
 
-def test_of_a_long_m4a_the_segment_alone_is_decoded(tmp_path):
+def test_only_the_segment_of_a_long_m4a_is_decoded(tmp_path):
     path = tmp_path / "a.m4a"
     phase = np.cumsum(np.linspace(200, 2000, 40 * 16000)) / 16000  # a sweep: no two stretches are alike
     m4a(path, (0.5 * np.sin(2 * math.pi * phase)).astype(np.float32))
@@ -413,7 +413,7 @@ def damaged_flac(tmp_path):
 
 
 @pytest.mark.parametrize("ffmpeg", [True, False])
-def test_a_damaged_frame_of_flac_is_silent_and_the_rest_in_its_place(damaged_flac, monkeypatch, ffmpeg):
+def test_a_damaged_frame_of_flac_is_silent_and_others_in_place(damaged_flac, monkeypatch, ffmpeg):
     if not ffmpeg:
         monkeypatch.setitem(sys.modules, "av", None)
     path, samples = damaged_flac

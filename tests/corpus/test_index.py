@@ -139,7 +139,7 @@ def test_an_opened_index_is_mapped_read_only_and_pickled_by_path(tmp_path):
     assert memory.tokens.tolist() == [2]
 
 
-def test_what_is_no_index(tmp_path):
+def test_files_that_are_not_an_index_are_refused(tmp_path):
     with pytest.raises(ManifestError, match=r"does not exist; make it with: canter index"):
         LengthIndex.open(tmp_path / "none.arrow")
     (tmp_path / "words.arrow").write_bytes(b"words" * 100)
@@ -279,7 +279,7 @@ def test_nothing_but_parts_is_removed_and_no_other_index_has_them(tmp_path, mani
     assert first.utterance(2).audio_filepath == f"{tmp_path}/2.wav"
 
 
-def test_an_interrupted_build_goes_on(tmp_path):
+def test_an_interrupted_build_resumes(tmp_path):
     for name in "abc":
         write_manifest(tmp_path / f"{name}.jsonl", rows(5, start=5 * ord(name)))
 
@@ -386,7 +386,7 @@ def test_a_source_is_named_after_its_path(path, name):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_changed_byte_is_found_wherever_it_is(tmp_path, seed):
-    """Or the file is no index any more; what is opened is what was written."""
+    """If the file is not an index any more, the opened one keeps the values that were written."""
     path = tmp_path / "lengths.arrow"
     random = np.random.default_rng(seed)
     sources = [Source("a.jsonl", tags={"lang": "de"}), Source("b.jsonl")]

@@ -1,4 +1,4 @@
-"""NeMo manifests: what is read, what is refused and how it is told."""
+"""NeMo manifests: accepted rows, refused rows, and the messages about them."""
 
 import contextlib
 import gzip

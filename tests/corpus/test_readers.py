@@ -58,7 +58,7 @@ def audio(tmp_path):
 
 
 def check(path, tmp_path, numbers=range(5)):
-    """What is read from `path` is the five utterances, directly and by an index; returns the problems."""
+    """Check that `path` reads as the five utterances, directly and by an index, and return the problems."""
     found = list(open_source(path))
     rows = [row for row in found if isinstance(row, Utterance)]
     index = index_sources(path, tmp_path / "check.arrow", UnitCounter("chars"), prompt_tokens=2)
@@ -152,7 +152,7 @@ def test_one_manifest_over_several_tars_is_indexed_and_follows_each(tarred, tmp_
     np.testing.assert_allclose(load_utterance(index.utterance(4)), sound(4), atol=1e-4)
 
 
-def test_unsafe_members_are_told(tarred):
+def test_unsafe_members_are_reported(tarred):
     with tarfile.open(tarred / "audio_1.tar", "a") as tar:
         add(tar, "../../evil.flac", flac(0))
         link = tarfile.TarInfo("link.flac")
@@ -226,7 +226,7 @@ def test_compressed_and_broken_tars(tmp_path):
 
 @pytest.mark.parametrize("order", ["sorted", "audio last"])
 def test_webdataset_members_apart_and_beside(tmp_path, order):
-    """Members of a sample need not be neighbours; what macOS and pax leave beside files is no sample."""
+    """Members of a sample need not be neighbours; files that macOS and pax add are ignored."""
     with tarfile.open(tmp_path / "w.tar", "w") as tar:
         for number in range(5):
             add(tar, f"d/{number}.txt", TEXTS[number].encode())
@@ -760,7 +760,7 @@ def test_damaged_parquet(tmp_path):
 
 
 def test_columns_can_be_named(audio, tmp_path):
-    """In a table, in JSON and in a mixture, for one utterance as for the index."""
+    """Column names work in a table, in JSON and in a mixture, for one utterance and for the index."""
     rows = [
         {"wav_on_disk": f"audio/{n}.flac", "text": "not this", "normalised": TEXTS[n], "tongue": "de"} for n in range(5)
     ]
@@ -899,7 +899,7 @@ def test_kaldi(audio, tmp_path):
     assert next(iter(open_source(folder))).lang == "de"
 
 
-def test_kaldi_segments_and_what_is_no_file(audio, tmp_path):
+def test_kaldi_segments_and_missing_files(audio, tmp_path):
     run = tmp_path / "executed"
     (tmp_path / "wav.scp").write_text(
         f"a audio/0.flac\nb touch {run} |\nc raw.ark:1234\nd | touch {run}\ne audio/2.flac\n"

@@ -1,4 +1,4 @@
-"""URLs from a real server: what goes wrong is told as it is, and without passwords and signatures."""
+"""URLs from a real server: errors are reported by their cause, without passwords and signatures."""
 
 import http.server
 import io
@@ -53,7 +53,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def closed() -> str:
-    """An address at which nobody listens."""
+    """An address without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return f"127.0.0.1:{found.getsockname()[1]}"
 
@@ -70,7 +70,7 @@ READ = [remote.size_of, remote.stamp, remote.read_bytes, lambda url: remote.open
         (500, "the server answers 500 Internal Server Error"),
     ],
 )
-def test_what_the_server_says_is_told(server, read, status, reason):
+def test_server_errors_are_reported(server, read, status, reason):
     with pytest.raises(OSError, match=reason) as found:
         read(f"http://u:{SECRET}@{server}/{status}/a.wav?sig={SECRET}")
     assert not isinstance(found.value, FileNotFoundError)

@@ -21,7 +21,7 @@ NAMES = ("a.jsonl", "a.jsonl.gz", "a.tar", "a.tsv", "a.arrow", "a.parquet", "a.j
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pipe_is_no_manifest(tmp_path, name):
+def test_a_pipe_is_refused_as_manifest(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"):
         list(open_source(tmp_path / name))
@@ -29,7 +29,7 @@ def test_a_pipe_is_no_manifest(tmp_path, name):
         index_sources(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
 
 
-def test_a_pipe_is_no_mixture_and_no_index(tmp_path):
+def test_a_pipe_is_refused_as_mixture_and_index(tmp_path):
     os.mkfifo(tmp_path / "mix.yaml")
     os.mkfifo(tmp_path / "lengths.arrow")
     with pytest.raises(ConfigError, match="a named pipe, not a regular file"):
@@ -50,7 +50,7 @@ def test_special_audio_is_named(tmp_path):
 
 
 def test_rows_whose_audio_is_a_pipe_are_left_out(tmp_path):
-    """Where durations are read from the audio; in tars and texts of a folder too."""
+    """Special files are refused where durations are read from the audio, also in tars and in texts of a folder."""
     for name in ("pipe.wav", "a.tar"):
         os.mkfifo(tmp_path / name)
     rows = [{"audio_filepath": name, "text": "a"} for name in ("pipe.wav", "a.tar::b.wav")]

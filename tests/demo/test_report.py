@@ -1,4 +1,4 @@
-"""The demo's page, whole and in parts."""
+"""The page of the demo, complete and in parts."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def summary(metrics) -> dict:
     }  # fmt: skip
 
 
-def test_whole_page(summary):
+def test_complete_page(summary):
     page = demo_report(summary)
     for told in (
         "3,000 utterances, 3.5 hours of speech", "7 min 1 s", 'class="value">2.0%<',

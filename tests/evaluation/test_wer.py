@@ -160,7 +160,7 @@ def test_letters_and_vowel_signs_count_and_typography_does_not(text, pred_text, 
     before=st.sampled_from(["", "word ", "कि "]),
 )
 def test_a_combining_mark_more_is_an_error(lang, base, mark, before):
-    """In every script but Latin; a variation selector is no letter."""
+    """Combining marks count in every script except Latin; a variation selector is not a letter."""
     assume("VARIATION SELECTOR" not in unicodedata.name(mark, "VARIATION SELECTOR"))
     with_mark, without = before + base + mark, before + base
     for reference, hypothesis in ((with_mark, without), (without, with_mark)):

@@ -63,7 +63,7 @@ def test_state_continues_where_it_was():
 
 
 class Ids(Dataset):
-    """What a Lhotse dataset is to a loader: a batch of cuts in, a batch out."""
+    """Dataset with the interface of Lhotse's: a batch of cuts in, a batch out."""
 
     def __getitem__(self, cuts):
         return [cut.id for cut in cuts]

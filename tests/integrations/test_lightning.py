@@ -122,7 +122,7 @@ def test_what_the_model_cannot_take_is_in_no_batch(tmp_path, caplog):
     assert PlanDataModule(plan_of(clips), clips).plan.fingerprint == plan_of(clips).fingerprint
 
 
-def test_steps_are_the_plans_and_the_loss_is_the_whole_steps(tmp_path, caplog):
+def test_steps_are_the_plans_and_the_loss_is_that_of_the_step(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "canter.integrations.lightning"):
         losses, _, clips = fit(tmp_path, 3, dropout=0.0)
     plan = plan_of(clips)

@@ -66,7 +66,7 @@ def test_frames_are_those_of_the_encoder(adapted, seconds):
     assert abs(adapted.encoder_frames(seconds) - encoded.shape[1]) <= 1
 
 
-def test_told_of(family, adapted):
+def test_info(family, adapted):
     layers, cost = adapted.layers(), adapted.cost(1.0, 5)
     assert layers["encoder"]["layers"] == layers["decoder"]["layers"] == 2
     assert layers["encoder"]["width"] == layers["decoder"]["width"] == 16
@@ -154,7 +154,7 @@ def test_tuned_and_planned(family, adapted):
 
 
 def alone(adapted, audio, prompt, limit, **settings):
-    """What the family's own ``generate`` makes of one clip."""
+    """Return the output of the family's own ``generate`` for one clip."""
     sequences = transformers.generation.GenerationMixin.generate(
         adapted.model,
         **adapted.inputs([audio]),

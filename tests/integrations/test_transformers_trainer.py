@@ -97,7 +97,7 @@ def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def test_rows_are_the_plans_and_the_gradient_is_the_whole_steps(tmp_path):
+def test_rows_are_the_plans_and_the_gradient_is_that_of_the_step(tmp_path):
     trainer = trainer_of(tmp_path, 2, dropout=0.0)
     before = whisper(0.0)
     trainer.train()
@@ -220,7 +220,7 @@ def test_evaluates_and_predicts_as_ever(tmp_path):
 
 
 def test_short_audio_and_thirty_seconds(caplog):
-    """At its full length nothing changes; at its own, an utterance is what it is with positions cut off."""
+    """At full length the output is unchanged; at its own length an utterance equals one with positions removed."""
     plain, short = whisper(0.0).eval(), accept_short_audio(whisper(0.0)).eval()
     example = [Clips()[4]]
     full = collator(padded=True)(example)

@@ -1,4 +1,4 @@
-"""On a GPU the models compute what they compute on a CPU."""
+"""Models compute the same on a GPU as on a CPU."""
 
 import copy
 

@@ -26,7 +26,7 @@ NAME, COMMIT, OLD = "someone/tiny-canary", "a" * 40, "b" * 40
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A cache with one whole model, under `main` and the tag `v1`, one without weights, and one of 2 commits."""
+    """A cache with one complete model, under `main` and the tag `v1`, one without weights, and one of 2 commits."""
     root = tmp_path_factory.mktemp("hub")
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en"], vocab_size=40)
     encoder = FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16)
@@ -132,7 +132,7 @@ def test_commands_take_a_hub_name(offline, tmp_path, capsys):
 
 
 def test_the_environment_names_the_cache(cache, tmp_path):
-    """As a user sets it, HF_HOME and HF_HUB_OFFLINE, in a process of its own."""
+    """HF_HOME and HF_HUB_OFFLINE are honoured, in a separate process, as a user sets them."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "hub").symlink_to(cache)
@@ -177,7 +177,7 @@ def test_the_best_checkpoint_is_one_of_the_run(tmp_path, content):
 
 
 @pytest.mark.parametrize("shard", ["*.safetensors", "../x.safetensors", "evil.py", "a/b.safetensors", 5])
-def test_an_index_of_the_hub_fetches_safetensors_alone(shard):
+def test_an_index_of_the_hub_fetches_only_safetensors(shard):
     files = ["config.json", "model.safetensors.index.json", "evil.py", "pytorch_model.bin"]
     with pytest.raises(CheckpointError, match="refused"):
         _wanted("a/b", files, lambda: {"weight_map": {"x": shard}})

@@ -19,9 +19,10 @@ seeds = st.integers(0, 1000)
 
 
 def make_batch(sizes: list[int], padding: int, seed: int, junk: float = 0.0) -> Batch:
-    """Random audio and tokens of these lengths in samples, ``padding`` samples and some tokens wider than
-    needed; what is past an utterance's end is ``junk``. An utterance's content depends on its place and the
-    seed alone."""
+    """Return random audio and tokens of these lengths in samples, padded by ``padding`` samples and some tokens.
+
+    Padding is filled with ``junk``. An utterance's content depends only on its place and the seed.
+    """
     wide, u = max(sizes) + padding, 12 + padding // 1000
     audio = torch.full((len(sizes), wide), junk)
     tokens = torch.full((len(sizes), u), int(junk != 0))
@@ -52,8 +53,8 @@ def model():
 @settings(max_examples=25)
 @given(lengths, paddings, seeds)
 @torch.no_grad()
-def test_alone_or_in_company(model, sizes, padding, seed):
-    """An utterance alone, or among longer ones in a batch padded with junk: the same to 1e-4."""
+def test_single_or_in_a_batch(model, sizes, padding, seed):
+    """A single utterance equals the same one in a batch with longer ones and junk as padding, to 1e-4."""
     batch = make_batch(sizes, padding, seed, junk=7.0)
     encoded, encoded_lengths, log_probs = run(model, batch)
     for row, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""What the kernels for a GPU compute, beside torch's own operations; without a GPU in Triton's interpreter."""
+"""GPU kernels compute the same as torch's own operations; without a GPU they run in Triton's interpreter."""
 
 import importlib
 import os
@@ -65,7 +65,7 @@ def test_they_compile_for_a_gpu_that_is_not_there(name):
 
 @pytest.mark.skipif(HERE, reason="this is the interpreter, or a GPU")
 def test_in_the_interpreter():
-    """In a process of its own, for Triton reads the variable when it is imported."""
+    """The test needs a separate process, because Triton reads the variable when it is imported."""
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(pytest_, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

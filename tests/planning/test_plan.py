@@ -138,7 +138,7 @@ def test_a_sharded_index_is_drawn_in_blocks_and_another_sharding_is_another_plan
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 11), min_size=1, max_size=6), st.integers(1, 12), st.data())
 def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
-    """However often the number of ranks changes in mid-epoch, the same steps go on."""
+    """The same steps follow, however often the number of ranks changes within an epoch."""
     index = lengths(400, seed=5)
     budget = Budget.from_batch_seconds(60)
     plan = Plan(index, budget, window=150, micro_batches_per_step=per_step)
@@ -155,7 +155,8 @@ def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
         assert sorted(seen) == list(range(len(index)))
 
 
-def test_a_budget_that_changes_in_mid_run_leaves_earlier_windows_alone(index, budget):
+def test_a_budget_that_changes_within_a_run_keeps_earlier_windows(index, budget):
+
     smaller = replace(budget, limit_bytes=4e9)
     before, after = Plan(index, budget, window=500), Plan(index, [(0, budget), (3, smaller)], window=500)
     alone = Plan(index, smaller, window=500)
@@ -295,7 +296,7 @@ def test_a_window_in_which_nothing_fits():
 
 @pytest.mark.parametrize("name", ["bucket_2d", "balanced"])
 def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, budget, tmp_path):
-    """Figures from plan.parquet, the lengths and the budget's JSON alone, in plain Python."""
+    """Compute the figures from plan.parquet, the lengths and the budget's JSON only, in plain Python."""
     ranks, per_step = 3, 4
     plan = Plan(index, budget, name, window=1000, micro_batches_per_step=per_step)
     plan.write(tmp_path / "plan.parquet", ranks)

@@ -129,7 +129,7 @@ def test_utterances_of_a_small_set_meet_others_in_the_next_epoch(budget):
 
 
 def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
-    """And as many batches as wanted, none over the budget, others in every epoch."""
+    """The number of batches is as requested, none is over the budget, and they differ between epochs."""
     some = Lengths.of(lengths(900, seed=4), slice(None), budget)
     roomy = Budget(1e13, budget.memory, budget.time)
     for count in (2, 60, 400, 899):
@@ -156,7 +156,7 @@ def test_an_endless_stream_has_min_steps_in_as_many_utterances_as_the_index_has(
 
 @pytest.mark.parametrize("per_step", [1, 3, 8])
 @pytest.mark.parametrize("mixing", [1.0, 3.0])
-def test_balanced_gives_each_window_whole_steps_full_and_even(budget, per_step, mixing):
+def test_balanced_gives_each_window_complete_full_and_even_steps(budget, per_step, mixing):
     plan = Plan(lengths(24_000), budget, Balanced(mixing), window=8000, micro_batches_per_step=per_step)
     for window in range(3):
         assert np.all(np.diff(plan.cut(window).steps) == per_step)
@@ -200,7 +200,7 @@ def test_mixed_steps_make_another_plan(index, budget):
 
 
 def test_the_ladder_descends(budget):
-    """Each rung pads less than the one before, and balanced least at a good share of the mixing."""
+    """Each strategy pads less than the one before, and balanced least at a good fraction of the mixing."""
     index = lengths(20_000)
     kinds = [Random(), Bucket1D(), Bucket2D(30, 2), Bucket2D(30, 5), Balanced()]
     padded = [Plan(index, budget, kind).figures().padded_compute for kind in kinds]
@@ -238,7 +238,7 @@ def test_length_does_not_drift_over_the_epoch(budget):
 
 
 @pytest.mark.parametrize(("count", "within"), [(16, 0.2), (36, 0.08), (300, 0.03)])
-def test_first_and_last_steps_are_as_long_as_the_rest(count, within):
+def test_first_and_last_steps_are_as_long_as_others(count, within):
     """Even where few steps hold most utterances, as those of the shortest do."""
     rng = np.random.default_rng(count)
     starts = set()

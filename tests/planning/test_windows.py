@@ -120,7 +120,7 @@ def test_blocks_follow_the_shards():
 
 
 @pytest.mark.parametrize("sources", [1, 3])
-def test_windows_of_an_epoch_are_read_in_whole_blocks(sources):
+def test_windows_of_an_epoch_are_read_in_complete_blocks(sources):
     index = sharded(100, 120, sources)
     windows = Windows(index, 0, 0, 4000 * sources)
     size = len(index) // sources

@@ -90,7 +90,7 @@ def test_any_number_of_batches(count):
     assert len(figure.axes[0].collections[0].get_offsets()) == count
 
 
-def test_settings_of_the_process_are_left_alone():
+def test_settings_of_the_process_do_not_change():
     before = dict(matplotlib.rcParams)
     figures.split_bars(["a", "b"], {"encoder": [1, 2], "decoder": [3, 4]}, xlabel="seconds")
     figures.lengths([1.0, 2.0], [3.0, 4.0])

@@ -106,7 +106,7 @@ def test_table_marks_the_best_row():
     assert "<thead>" not in html.table(["", ""], [["a", "b"]])
 
 
-def test_write_is_whole_or_not_at_all(tmp_path: Path):
+def test_write_is_atomic(tmp_path: Path):
     target = tmp_path / "new" / "report.html"
     assert html.write(html.Html("first"), target) == target
     with pytest.raises(UnicodeEncodeError):

@@ -1,4 +1,4 @@
-"""The report of whole, partial and damaged run folders."""
+"""The report of complete, partial and damaged run folders."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, metrics) -> Path:
     return run
 
 
-def test_everything_is_told(folder: Path):
+def test_everything_is_shown(folder: Path):
     page = run_report(folder)
     for told in (
         "Run an4", "60 steps", "WER in validation", "Loss", "Error rates in validation", "Learning rate",
@@ -128,7 +128,7 @@ def test_the_budget_is_drawn_with_the_lengths_it_is_for(folder: Path):
     assert "Largest batch" not in run_report(folder)
 
 
-def test_what_is_no_run_folder(tmp_path: Path):
+def test_folders_that_are_not_runs_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="neither metrics"):
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -277,7 +277,7 @@ def test_curves_of_one_point_are_left_out(metrics):
     assert drawn == []
 
 
-def test_steps_settled_anew_are_marked_in_the_learning_rate(metrics):
+def test_new_estimates_of_steps_are_marked_in_the_learning_rate(metrics):
     rows = [row | {"steps": 60 if row["step"] < 30 else 80} for row in metrics if row["kind"] == "train"]
     assert settled_anew(rows) == {"80 steps": 30}
     assert "estimated again" in curves(rows, [])[-1]

@@ -1,4 +1,4 @@
-"""Archives that are not what they seem are refused at once, whoever opens them."""
+"""Forged archives are refused at once by every reader."""
 
 import gzip
 import io

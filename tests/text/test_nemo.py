@@ -76,7 +76,7 @@ def test_saved_as_a_folder_it_is_the_same(nemo, tmp_path):
     assert again.encode(case["text"], case["lang"]) == case["ids"]
 
 
-def test_what_is_no_archive_is_named(tmp_path):
+def test_files_that_are_not_archives_are_named(tmp_path):
     (tmp_path / "x.nemo").write_bytes(b"no tar")
     with pytest.raises(CheckpointError, match=r"x\.nemo"):
         load_tokenizer(tmp_path / "x.nemo")

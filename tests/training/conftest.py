@@ -75,7 +75,7 @@ def stopping_after(step, said=None):
 
 @contextmanager
 def memory_cap(bytes_kept):
-    """Out of memory where autograd keeps more than so many bytes for a backward pass, as a full device would be."""
+    """Run out of memory if autograd keeps more than this number of bytes for a backward pass, as on a full device."""
     kept = [0, 0]  # now, at most
 
     class Held:
@@ -112,8 +112,11 @@ def as_rank(rank, ranks, port, answers, work, *arguments):
 
 @pytest.fixture
 def on_ranks(free_port):
-    """``on_ranks(ranks, work, *arguments)``: the (result, error) of ``work(rank, *arguments)`` on each of so many
-    processes, None for one that was killed."""
+    """``on_ranks(ranks, work, *arguments)``: (result, error) of ``work(rank, *arguments)`` on each of ``ranks``
+    processes.
+
+    A killed process gives None.
+    """
     context = multiprocessing.get_context("fork")  # all is imported here: a rank starts at once
 
     def run(ranks, work, *arguments):

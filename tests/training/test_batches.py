@@ -1,4 +1,4 @@
-"""How large the batches of a run are by default, and what is said of it, through the preparation of a run."""
+"""Default batch sizes of a run and the messages about them, through the preparation of a run."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ HOURS = 3600.0
 
 @pytest.fixture(scope="module")
 def read_speech(tmp_path_factory):
-    """``read_speech(hours)``: a manifest of LibriSpeech-like lengths, whose audio nobody opens."""
+    """``read_speech(hours)``: a manifest of LibriSpeech-like lengths, whose audio is never opened."""
     folder = tmp_path_factory.mktemp("read")
 
     def write(hours: float) -> Path:
@@ -75,7 +75,7 @@ def plain(config, tmp_path_factory):
 
 
 def prepared(config):
-    """What ``prepare`` makes of a configuration, the figures of its batches, and the line that it says of them."""
+    """Return the result of ``prepare`` for a configuration, the figures of its batches, and its message about them."""
     said = []
     made = prepare_run(config, Messages(said))
     batches = json.loads((config.output / "run.json").read_text())["batches"]
@@ -242,7 +242,7 @@ def test_a_run_keeps_what_was_chosen(plain, read_speech):
     [(24.0, "ab360423357efdd9", 96, "7c85d7c9e2605246"), (None, "9e7477c06a32356f", 17, "f0769d0123a50fa1")],
 )
 def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, rows):
-    """As Canter 0.1 made them: positions in its checkpoints hold."""
+    """Batches are those of Canter 0.1, so that positions in its checkpoints hold."""
     seconds = np.random.default_rng(0).integers(4, 120, 400).astype(np.float32) / 8
     index = LengthIndex(seconds, (3 + 3 * seconds).astype(np.int64))
     budget = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
@@ -261,7 +261,7 @@ def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, 
 
 @pytest.mark.parametrize("cap", [24.0, None])
 def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tmp_path, monkeypatch):
-    """By the command that began them, which left --batch-seconds to its default of 24, or said None."""
+    """The command that began these runs left --batch-seconds at its default of 24, or gave None."""
     config = dataclasses.replace(config, valid=(), batch_seconds=cap, save_every=2, track=())
     monkeypatch.setattr("canter.training.schedule.VERSION", FIRST_VERSION)
     run_training(config)

@@ -32,7 +32,7 @@ def test_a_run_takes_the_steps_of_one_on_a_cpu(quiet, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_stopped_run_goes_on(quiet, tmp_path, precision):
+def test_a_stopped_run_resumes(quiet, tmp_path, precision):
     # a rate that does not depend on how many steps are asked for
     optimizer = dataclasses.replace(quiet.optimizer, schedule="constant", warmup=1.0)
     whole = dataclasses.replace(quiet, precision=precision, workers=1, optimizer=optimizer)

@@ -76,7 +76,7 @@ def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monke
 
 
 def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
-    """From a checkpoint before, with the learning rate that it had; and that does not jump."""
+    """A run resumes from an earlier checkpoint with that checkpoint's learning rate, without a jump."""
     monkeypatch.setattr("canter.training.schedule.choose_steps", lambda *_: 40)  # estimated again after the 20th
     monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
     config = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), track=(), save_every=8)
@@ -93,7 +93,7 @@ def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config,
     assert rates[-1] == pytest.approx(0.01 * 2e-3)
 
 
-def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spoken, tmp_path):
+def test_a_mixture_is_drawn_by_its_weights_and_resumes(config, spoken, tmp_path):
     """Two sources of very unequal size, drawn equally often; rows take their source's tags."""
     rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
     for row in rows:
@@ -136,7 +136,7 @@ def test_every_utterance_once_an_epoch(config):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, micro_batches):
+def test_a_stopped_run_resumes_bit_exactly(config, tmp_path, micro_batches):
     config = dataclasses.replace(
         config,
         micro_batches_per_step=micro_batches,
@@ -245,7 +245,7 @@ def test_steps_of_a_run_that_was_killed_before_it_saved_are_forgotten(config, tm
         assert len({file.read_text() if file.exists() else "" for file in files}) == 1
 
 
-def test_what_the_plan_leaves_out_is_told_and_listed(config, tmp_path):
+def test_rows_that_the_plan_leaves_out_are_reported_and_listed(config, tmp_path):
     Budget.from_batch_seconds(3.0).save(tmp_path / "small.json")
     config = dataclasses.replace(config, budget=tmp_path / "small.json", batch_seconds=None, valid=(), steps=2)
     said = []

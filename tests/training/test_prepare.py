@@ -40,7 +40,7 @@ def test_micro_batches_hold_to_seconds_and_memory(rows, batch_seconds, memory):
                 assert longest * 0.08 * len(batch) <= max(batch_seconds, frames.max() * 0.08) + 1e-6
 
 
-def test_the_longest_utterance_goes_alone_at_any_speed():
+def test_the_longest_utterance_fits_by_itself_at_any_speed():
     index = LengthIndex(np.full(50, 30.0, np.float32), np.full(50, 40))
     speeds = (0.9, 1.0, 1.1)
     for epoch in range(4):
@@ -52,7 +52,7 @@ def test_the_longest_utterance_goes_alone_at_any_speed():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_minutes_are_those_of_the_ranks_there_are(ranks):
-    """Of a run that goes as the budget has it, recorded anew or not."""
+    """A run at the speed of the budget takes the given minutes, with or without new estimates of its steps."""
     random = np.random.default_rng(0)
     index = LengthIndex(random.uniform(1, 12, 4000).astype(np.float32), random.integers(5, 60, 4000))
     budget = dataclasses.replace(BYTES, time=Polynomial(T=1e-3, U=1e-4), fixed_seconds=0.02)

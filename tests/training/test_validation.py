@@ -1,4 +1,4 @@
-"""What is validated, and which checkpoint is the best by it."""
+"""The validated utterances, and the choice of the best checkpoint."""
 
 import dataclasses
 import json

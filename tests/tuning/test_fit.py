@@ -101,7 +101,7 @@ def test_where_the_formula_is_wrong_the_margin_grows(known_costs, formula, index
             assert p.bytes <= budget.bytes(*p.shape) * (1 + budget.measured_on["margin"]) * 1.0001
 
 
-def test_what_does_not_fit_alone_is_told(known_costs, formula, index):
+def test_an_utterance_that_does_not_fit_by_itself_is_reported(known_costs, formula, index):
     said = Messages()
     prober = Prober(known_costs, formula.bytes(1, 80, 20), events=said)
     budget = fit_budget(prober, index)

@@ -51,7 +51,7 @@ print(json.dumps([prober(batch, 50, 1, expected=0).bytes for batch in (1000, 200
 
 
 def test_memory_grows_with_the_batch():
-    """In a process of its own: what one holds depends on all that it has done before."""
+    """The test needs a separate process, because the memory of a process depends on its history."""
     done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, check=True)
     one, two = json.loads(done.stdout)
     activations = 1000 * 50 * 64 * 4

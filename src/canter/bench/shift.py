@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from canter.bench.naive import CACHES, generate
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig

@@ -67,8 +67,8 @@ def run(options: Options) -> None:
     from canter.inference.engine.engine import Engine
     from canter.inference.engine.int8 import quantize
     from canter.inference.engine.requests import EngineConfig
-    from canter.inference.transcribe import checkpoint_of
     from canter.loading import load_model
+    from canter.models.hub import checkpoint_of
     from canter.runtime import choose_device, keep_freed_memory
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
@@ -109,7 +109,7 @@ def run(options: Options) -> None:
     for reason in left_out[:5]:
         print(f"canter: left out: {reason}", file=sys.stderr)
     if options.json:
-        from canter.inference.transcript.writers import write_output
+        from canter.inference.transcript.formats import write_output
 
         value = {
             "model": str(options.model),
@@ -133,7 +133,8 @@ def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], lis
     from canter.bench.speed import Clip
     from canter.corpus.audio import load_utterance
     from canter.corpus.manifest import Utterance
-    from canter.inference.inputs import Defaults, read_items
+    from canter.inference.inputs import read_items
+    from canter.inference.languages import Defaults
 
     tokenizer, rate = model.tokenizer, model.config.features.sample_rate
     if tokenizer is None:

@@ -278,8 +278,9 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     from canter.evaluation.wer import score
     from canter.inference.engine.engine import Engine
     from canter.inference.engine.requests import EngineConfig
-    from canter.inference.transcribe import checkpoint_of, transcribe
+    from canter.inference.transcribe import transcribe
     from canter.loading import load_model
+    from canter.models.hub import checkpoint_of
 
     model = load_model(checkpoint_of(prepared.run.folder))
     tokenizer = prepared.data.tokenizer

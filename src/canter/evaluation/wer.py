@@ -216,7 +216,7 @@ def _ratio(errors: int, total: int) -> float:
 
 
 def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Operation, str, str]]:
-    """jiwer's chunks, word by word."""
+    """Jiwer's chunks, word by word."""
     for chunk in chunks:
         span = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
         for step in range(span):

@@ -23,9 +23,8 @@ from transformers.generation.utils import GenerationMixin
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway
+from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway, encoder_batches
 from canter.integrations.transformers_files import load_parts
 from canter.models.batch import Batch, Loss, attention_loss
 from canter.models.cost import UtteranceCost, measure_cost
@@ -213,7 +212,7 @@ class TransformersModel(nn.Module):
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """audio (B, S), lengths (B,) -> what the encoder takes, and its attention mask."""
+        """Audio (B, S), lengths (B,) -> what the encoder takes, and its attention mask."""
         rows = audio.cpu().numpy()
         inputs = self.inputs([row[:size] for row, size in zip(rows, lengths.tolist(), strict=True)])
         return inputs[self.model.main_input_name], inputs["attention_mask"]

@@ -24,7 +24,7 @@ class SpecAugmentConfig:
 
 
 def spec_augment(features: Tensor, lengths: Tensor, seeds: Sequence[int], config: SpecAugmentConfig) -> Tensor:
-    """features (B, F, M), lengths (B,) in frames, a seed for each utterance -> features with bands of mel
+    """Features (B, F, M), lengths (B,) in frames, a seed for each utterance -> features with bands of mel
     bins and stretches of frames set to 0, which is their mean."""
     _, frames, mels = features.shape
     bands = np.ones((len(seeds), mels), dtype=bool)
@@ -55,7 +55,7 @@ def noise(lengths: Tensor, size: int, seeds: Sequence[int]) -> Tensor:
 
 
 def change_speed(audio: Tensor, lengths: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """audio (B, S) and lengths (B,) in samples, each utterance ``factor`` times as fast (pitch goes with
+    """Audio (B, S) and lengths (B,) in samples, each utterance ``factor`` times as fast (pitch goes with
     it), by resampling in the frequency domain -> audio, lengths ``round(length / factor)``.
 
     Raises ValueError for a factor that is not positive.

@@ -75,7 +75,7 @@ class Loss:
 
 
 def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """logits (B, U - 1, V) of the tokens after the first -> (sum of cross-entropy over text and end tokens, their
+    """Logits (B, U - 1, V) of the tokens after the first -> (sum of cross-entropy over text and end tokens, their
     count); prompt and padding bear none. Label smoothing as NeMo's SmoothedCrossEntropyLoss."""
     targets = batch.tokens[:, 1:]
     size, v = targets.shape[1], logits.shape[-1]

@@ -113,7 +113,7 @@ class Decoder(Stack):
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
-        """x (B, U, D) -> logits (B, U, V)."""
+        """X (B, U, D) -> logits (B, U, V)."""
         x, weight = self.norm(x), self.embedding.weight
         rows = x.shape[0] * x.shape[1]
         if 1 < rows <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -123,7 +123,7 @@ class Decoder(Stack):
         return F.linear(x, weight, self.head_bias)
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
+        """Tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
         end, where causal attention never looks. ValueError for more tokens than there are positions."""
         if tokens.shape[1] > self.config.positions:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions")
@@ -186,7 +186,7 @@ class Decoder(Stack):
         return self.head(self._advance(tokens, cache))
 
     def _advance(self, tokens: Tensor, cache: DecoderCache, first: int | None = None) -> Tensor:
-        """tokens (B, N) of all live rows, or the prompts of those from slot ``first`` on -> hidden states
+        """Tokens (B, N) of all live rows, or the prompts of those from slot ``first`` on -> hidden states
         (B, N, D)."""
         rows, column, n = slice(first or 0, cache.rows), cache.column, tokens.shape[1]
         starts, frames = cache.starts[rows], cache.frames[rows]

@@ -74,13 +74,13 @@ class _StridedConvolution(torch.autograd.Function):
 
     @staticmethod
     def columns(x: Tensor, valid: Tensor, mels: int) -> Tensor:
-        """x (B, 1, F, M), valid (B, F') -> (B F' M', 10): each window's nine values, and 1 for the bias."""
+        """X (B, 1, F, M), valid (B, F') -> (B F' M', 10): each window's nine values, and 1 for the bias."""
         mask = valid[:, None, :, None].expand(-1, 1, -1, mels).flatten(2).to(x.dtype)
         return torch.cat([F.unfold(x, 3, padding=1, stride=2) * mask, mask], dim=1).mT.flatten(0, 1)
 
     @staticmethod
     def forward(ctx, x, valid, mels, weight):
-        """weight (C, 10), the bias last -> (B F' M', C)."""
+        """Weight (C, 10), the bias last -> (B F' M', C)."""
         ctx.save_for_backward(x, valid)
         ctx.mels = mels
         return torch.mm(_StridedConvolution.columns(x, valid, mels).to(weight.dtype), weight.mT)
@@ -183,7 +183,7 @@ class RelativeAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(torch.zeros(config.heads, d // config.heads))
 
     def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """x (B, T, D), positions (N, D), N at least 2T-1, valid (B, T) -> (B, T, D)."""
+        """X (B, T, D), positions (N, D), N at least 2T-1, valid (B, T) -> (B, T, D)."""
         b, t, d = x.shape
         q = self.linear_q(x).view(b, t, self.heads, -1)
         k = self.linear_k(x).view(b, t, self.heads, -1).transpose(1, 2)
@@ -237,7 +237,7 @@ class Convolution(nn.Module):
         return self.pointwise_conv2(F.silu(x, inplace=not torch.is_grad_enabled()))
 
     def _depthwise(self, x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, T, D), valid (B, T), weight (D, 1, k) -> (B, T, D). On a CPU in two dimensions, of which one is empty:
+        """X (B, T, D), valid (B, T), weight (D, 1, k) -> (B, T, D). On a CPU in two dimensions, of which one is empty:
         those have kernels for channels that are last in memory, as they are here, and take half the time."""
         if kernels.usable(x):
             return conformer.depthwise(x, valid, weight, bias)

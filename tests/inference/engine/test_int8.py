@@ -42,7 +42,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert all(torch.equal(layer(x[n : n + 1])[0], together[n]) for n in range(len(x)))
 
 
-def test_the_whole_model():
+def test_the_complete_model():
     model = quantize(small_model())
     small = {name for name, part in model.named_modules() if isinstance(part, Int8Linear)}
     assert len([name for name in small if name.startswith("encoder.layers.")]) == 2 * 11

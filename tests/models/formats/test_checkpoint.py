@@ -134,8 +134,8 @@ def test_tokenizer_must_fit(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_an_adapter_is_told_from_a_model(tmp_path):
-    """As PEFT writes it: a few matrices that change a model which lies elsewhere."""
+def test_an_adapter_is_distinguished_from_a_model(tmp_path):
+    """A PEFT adapter holds a few matrices that change a model in another folder."""
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/whisper-tiny"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     for read in (load_model, checkpoint_of):

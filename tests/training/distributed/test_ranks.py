@@ -1,4 +1,4 @@
-"""Several ranks, as real processes over gloo: the same steps, whoever computes them, and no hanging."""
+"""Several ranks, as real processes over gloo: the same steps on any number of ranks, and no hanging."""
 
 import dataclasses
 import json

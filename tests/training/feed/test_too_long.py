@@ -1,4 +1,4 @@
-"""What a model cannot take is in no batch and named; what turns out so when it is read is skipped."""
+"""Utterances that a model cannot take are in no batch and are listed; those found while reading are skipped."""
 
 import dataclasses
 import json

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 
 @contextmanager
 def leased(path):
-    """Whoever opens the file waits until the block is left: its lease is not given up."""
+    """A process that opens the file waits until the block ends, because its lease is not given up."""
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with open(path, "rb+") as file:
@@ -53,7 +53,7 @@ def soon(monkeypatch):
 
 @pytest.fixture
 def slow(config, spoken, tmp_path):
-    """A run of six steps, and the file of a row that its fourth step alone needs."""
+    """A run of six steps, and the file of a row that only its fourth step needs."""
     rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(spoken.train_manifest.parent / row["audio_filepath"])
@@ -99,7 +99,7 @@ def test_a_file_that_never_answers_ends_the_run_saved_and_named(slow, soon, monk
 
 
 def asked_to_stop(rank, config):
-    """The process that waits for its data gets SIGTERM; it alone."""
+    """SIGTERM goes only to the process that waits for its data."""
 
     def say_and_stop(self, line):
         if "waiting for data" in line:
@@ -119,7 +119,7 @@ def test_a_run_that_waits_for_data_obeys_sigterm(slow, on_ranks, ranks):
     assert on_ranks(ranks, asked_to_stop, config) == [(6, "")] * ranks
 
 
-def test_a_named_pipe_is_no_audio_and_is_skipped(slow):
+def test_a_named_pipe_is_skipped_as_audio(slow):
     config, _, path, row = slow
     path.unlink()
     os.mkfifo(path)
@@ -129,7 +129,7 @@ def test_a_named_pipe_is_no_audio_and_is_skipped(slow):
     assert skipped["reason"] == f"{path} cannot be read: a named pipe, not a regular file; write it to a file first"
 
 
-def test_waiting_is_told_and_ends():
+def test_waiting_is_reported_and_ends():
     hold, said = threading.Event(), []
 
     def values():
@@ -203,7 +203,7 @@ def test_open_files_that_run_out_are_no_fault_of_a_row(config):
 
 
 def test_few_open_files_are_enough_for_a_worker(config):
-    """As many as the check asks for."""
+    """Workers load as far ahead as the check allows."""
     prepared = prepare_run(config)
     addresses = [Address(step, 0, True, np.array([step]), 0) for step in range(20)]
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

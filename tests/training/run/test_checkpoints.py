@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, verified, and settings that may change between starts."""
+"""Checkpoints are complete or absent, and verified; some settings may change between starts."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(quiet, tmp_path, f
     assert steps == list(range(1, 9))
 
 
-def test_what_a_killed_writer_left_is_no_checkpoint(quiet):
+def test_files_of_a_killed_writer_are_not_a_checkpoint(quiet):
     with pytest.raises(RuntimeError, match="pulled the plug"):
         run_training(quiet, stopping_after(5))
     folder = quiet.output / "checkpoints"
@@ -82,8 +82,8 @@ def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, more):
     assert run_training(quiet).progress.step == 8
 
 
-def test_a_disk_that_is_full_before_the_first_checkpoint_is_told_of_truthfully(quiet, tmp_path):
-    """Nothing is there to go on from, and no half of a checkpoint takes what room is left."""
+def test_a_full_disk_before_the_first_checkpoint_is_reported(quiet, tmp_path):
+    """There is nothing to resume from, and no partial checkpoint uses up the disk."""
     prepare_run(quiet)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
@@ -239,7 +239,7 @@ def test_another_optimizer_may_have_the_matrices(quiet):
 
 
 def test_training_state_that_numbers_its_parameters_is_read_or_refused(quiet, tmp_path):
-    """As it was written once."""
+    """The file has the format of an earlier version."""
     run_training(quiet)
     again = dataclasses.replace(quiet, output=tmp_path / "again")
     with pytest.raises(RuntimeError, match="pulled the plug"):

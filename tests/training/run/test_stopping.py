@@ -1,4 +1,4 @@
-"""Being asked to stop by whoever starts a run, and another process in its folder."""
+"""Requests to stop a run, and another process in its folder."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_data_workers_end_with_a_run_that_is_killed(config, tmp_path, on_ranks):
 
 
 def gone(group):
-    """Whether no process of the group is left."""
+    """Return whether all processes of the group have ended."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

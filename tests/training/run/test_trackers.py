@@ -52,7 +52,7 @@ def trackio(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_run_that_goes_on_is_one_run(config, request, name):
+def test_a_resumed_run_is_one_run(config, request, name):
     calls = request.getfixturevalue(name)
     config = dataclasses.replace(config, track=(name,), steps=4, valid_every=2)
     with pytest.raises(RuntimeError, match="pulled the plug"):
@@ -80,7 +80,7 @@ def test_tensorboard(config):
     assert [event.step for event in events.Scalars("valid/wer")] == [2]
 
 
-def test_one_that_is_missing_is_told_before_anything_is_made(config, monkeypatch):
+def test_a_missing_tracker_is_reported_before_any_work(config, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--track wandb needs wandb, which is not installed"):

@@ -80,7 +80,7 @@ def test_what_is_frozen_has_no_gradient_and_what_was_collected_is_forgotten(mode
     assert all(one.grad is None and one.dtype == torch.float32 for one in model.parameters())
 
 
-def test_a_run_learns_as_in_float32_cuts_and_saves_whole_weights(config, tmp_path, monkeypatch):
+def test_a_run_learns_as_in_float32_splits_and_saves_float32_weights(config, tmp_path, monkeypatch):
     rate = OptimizerConfig(schedule="constant", warmup=1)
     quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_warmup=0.0), optimizer=rate)
     run_training(quiet)

@@ -1,4 +1,4 @@
-"""Layers left out at random: a step is the same whoever computes it, BatchNorm's running statistics included."""
+"""Layers left out at random: a step, including BatchNorm's running statistics, is the same on any rank."""
 
 import dataclasses
 

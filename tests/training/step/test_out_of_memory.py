@@ -45,7 +45,7 @@ class Failing:
 
 
 class TwoLayers(nn.Module):
-    """Matrices of two shapes for Muon, the rest for AdamW."""
+    """A model with matrices of two shapes for Muon, and other parameters for AdamW."""
 
     def __init__(self):
         super().__init__()

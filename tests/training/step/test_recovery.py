@@ -1,4 +1,4 @@
-"""What a run survives: memory that runs out, losses that are no numbers."""
+"""Errors that a run survives: out of memory, and losses that are not finite."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_a_run_whose_budget_was_tightened_resumes_to_the_same_steps(quiet, tmp_p
     assert outputs[0] == outputs[1]
 
 
-def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
+def test_an_utterance_that_does_not_fit_by_itself_is_skipped_and_named(quiet):
     with memory_cap(300_000):
         finished = run_training(dataclasses.replace(quiet, steps=2, max_skipped=1.0))
     assert finished.progress.step == 2
@@ -83,7 +83,7 @@ def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
 
 
 def test_the_gradient_is_a_mean_over_what_is_left(quiet):
-    """One utterance of four does not fit even alone: its targets do not count either."""
+    """One utterance of four does not fit even by itself: its targets do not count either."""
     prepared = prepare_run(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0)))
     model, true = prepared.subject.model, prepared.subject.model.loss_of
     lengths = np.asarray(prepared.data.index.seconds)
@@ -109,7 +109,7 @@ def test_the_gradient_is_a_mean_over_what_is_left(quiet):
     assert with_it.norm() == pytest.approx(float(without_it.norm()), rel=0.05)
 
 
-def test_what_does_not_fit_alone_counts_in_no_figure_of_its_step(quiet):
+def test_an_utterance_that_does_not_fit_by_itself_counts_in_no_figure(quiet):
     with memory_cap(300_000):
         run_training(dataclasses.replace(quiet, steps=2, max_skipped=1.0))
     lost = [row["step"] for row in skipped(quiet)]
@@ -175,7 +175,7 @@ def test_too_many_of_them_in_a_row_end_the_run(quiet, monkeypatch):
         run_training(dataclasses.replace(quiet, max_bad_steps=3))
 
 
-def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path):
+def test_validation_audio_that_cannot_be_read_is_reported(quiet, spoken, tmp_path):
     rows = [json.loads(line) for line in spoken.test_manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(spoken.test_manifest.parent / row["audio_filepath"])

@@ -40,7 +40,7 @@ def test_a_run_is_the_same_with_and_without(config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_does_not_fit_is_told_before_the_first_step(config):
+def test_batches_that_do_not_fit_are_reported_before_the_first_step(config):
     said = []
     config = dataclasses.replace(config, valid=(), steps=1)
     with memory_cap(1_000_000):

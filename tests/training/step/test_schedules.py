@@ -37,7 +37,7 @@ def test_a_cosine_falls_to_its_floor():
 
 
 def test_the_learning_rate_does_not_jump_where_steps_are_estimated_again():
-    """Nor does it where a run goes on, or goes back to a checkpoint before."""
+    """The learning rate does not jump when a run resumes, or returns to an earlier checkpoint."""
     schedule = Schedule(1000)
     optimizers = Optimizers(nn.Linear(4, 4), OptimizerConfig(name="adamw", learning_rate=1.0), 1000, schedule)
     before = [optimizers.factor(step) for step in range(20)]
@@ -163,7 +163,7 @@ def test_a_plan_batches_by_the_lengths_of_its_epoch():
         assert all(np.ceil(seconds[batch] / 0.08).max() * 0.08 * len(batch) <= 60.08 for batch in batches)
 
 
-def test_an_utterance_is_heard_at_the_speed_that_the_plan_knows(config):
+def test_an_utterance_has_the_speed_that_the_plan_knows(config):
     config = dataclasses.replace(config, augment=AugmentConfig(speed=(0.8, 1.25)), steps=4, track=(), valid=())
     finished = run_training(config)
     data, index = finished.prepared.data.micro_batches, finished.prepared.data.index

@@ -204,7 +204,7 @@ def _shift_back(gradient, valid, out, T, N, batch, heads, R: tl.constexpr, S: tl
 
 @torch.library.custom_op("canter::relative_bias", mutates_args=())
 def relative_bias(scores: Tensor, valid: Tensor) -> Tensor:
-    """scores (H, B, T, N) by distance, from T - 1 down, and valid (B, T) -> (B, H, T, T) by key, the type's least
+    """Scores (H, B, T, N) by distance, from T - 1 down, and valid (B, T) -> (B, H, T, T) by key, the type's least
     number where the key is not valid."""
     h, b, t, n = scores.shape
     out = scores.new_empty(b, h, t, t)

@@ -1,4 +1,4 @@
-"""Which language a recording has, how certain that is, and where another one begins."""
+"""The language of a recording, its probability, and the place at which another language begins."""
 
 from dataclasses import replace
 
@@ -8,16 +8,11 @@ import pytest
 from hypothesis import given
 
 from canter.corpus.manifest import Utterance
+from canter.inference.engine import language
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.transcribe import (
-    Job,
-    Listener,
-    TranscribeConfig,
-    Transcription,
-    transcribe_jobs,
-)
-from canter.inference.transcript import language
+from canter.inference.recording import TranscribeConfig, Transcriber, Transcription
+from canter.inference.transcribe import Job, transcribe_jobs
 
 seconds = st.floats(0.01, 3600.0)
 shares = st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3).map(lambda found: [x / sum(found) for x in found])
@@ -36,7 +31,7 @@ def test_the_language_is_the_most_probable_over_all_of_the_speech(parts):
 
 
 @given(pieces, st.integers(0, 2), st.floats(0.01, 0.5))
-def test_a_stray_piece_speaks_for_nobody(parts, other, stray):
+def test_a_stray_piece_does_not_decide_the_language(parts, other, stray):
     """However certain: a second of speech outweighs half a second of a cough."""
     parts = [(1.0 + length, [0.9, 0.05, 0.05]) for length, _ in parts]
     certain = [float(k == other) for k in range(3)]
@@ -52,7 +47,7 @@ def test_nothing_detected():
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 400)), max_size=12), st.floats(0.5, 6.0))
 def test_stretches_are_in_order_and_long_enough(runs, least):
     voiced = np.concatenate([np.zeros(0, bool), *([False] * quiet + [True] * loud for quiet, loud in runs)])
-    found = language.stretches(voiced.astype(bool), 0.02, least)
+    found = language.speech_spans(voiced.astype(bool), 0.02, least)
     inside = np.zeros(len(voiced), bool)
     for start, end in found:
         assert not inside[round(start / 0.02) : round(end / 0.02)].any()
@@ -88,8 +83,8 @@ def test_where_the_language_changes(found, place):
 
 
 def heard(model, audio: np.ndarray, window: float | None = None, rows: int = 4, **settings) -> Transcription:
-    config = TranscribeConfig(fallback=None, window_seconds=window, **settings)
-    listener = Listener(Engine(model, model.tokenizer.end, rows_of(rows)), model.tokenizer, config)
+    config = TranscribeConfig(fallback=None, chunk_seconds=window, **settings)
+    listener = Transcriber(Engine(model, model.tokenizer.end, rows_of(rows)), model.tokenizer, config)
     ((_, found),) = transcribe_jobs(listener, [[(0, Job(Utterance("tones", 0.0, ""), len(audio) / 16000, audio))]])
     return found
 
@@ -136,22 +131,20 @@ def test_languages_do_not_depend_on_the_batch(polyglot, spoken_tones):
 
 def test_a_context_before_needs_no_language(polyglot, spoken_tones):
     plain = heard(polyglot, spoken_tones("ssss"))
-    found = heard(polyglot, spoken_tones("ssss"), context="so they said")
+    found = heard(polyglot, spoken_tones("ssss"), prompt="so they said")
     assert (found.language, found.language_probability) == ("es", plain.language_probability)
-    listener = Listener(
-        Engine(polyglot, polyglot.tokenizer.end),
-        polyglot.tokenizer,
-        TranscribeConfig(context="so they said"),
+    listener = Transcriber(
+        Engine(polyglot, polyglot.tokenizer.end), polyglot.tokenizer, TranscribeConfig(prompt="so they said")
     )
     (hypothesis,) = listener.engine.decode([replace(listener.request({}), audio=spoken_tones("ssss"))])
     assert list(hypothesis.prompt) == listener.prompt({"source_lang": "es"}, "so they said")
 
 
 def test_a_stated_language_is_not_detected(polyglot, spoken_tones):
-    listener = Listener(Engine(polyglot, polyglot.tokenizer.end), polyglot.tokenizer)
+    listener = Transcriber(Engine(polyglot, polyglot.tokenizer.end), polyglot.tokenizer)
     assert not listener.request({"source_lang": "en"}).languages
     config = TranscribeConfig(fallback=None)
-    listener = Listener(Engine(polyglot, polyglot.tokenizer.end, rows_of(2)), polyglot.tokenizer, config)
+    listener = Transcriber(Engine(polyglot, polyglot.tokenizer.end, rows_of(2)), polyglot.tokenizer, config)
     utterance = Utterance("tones", 0.0, "", lang="fr")
     ((_, found),) = transcribe_jobs(listener, [[(0, Job(utterance, 10.4, spoken_tones("eeeessss")))]])
     assert (found.language, found.language_probability, len(found.segments)) == ("fr", None, 1)
