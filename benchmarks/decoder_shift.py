@@ -186,7 +186,7 @@ def _engine_way(
 def _released_way(
     model: SpeechModel, clips: Sequence[np.ndarray], tokens: Sequence[int], batch: int, prompt
 ) -> tuple[float, float, float, float]:
-    """Return the figures of `_engine_way`. Clips are sorted by length, longest first; a batch ends with its last row."""
+    """Return the figures of `_engine_way`. Clips are sorted, longest first; a batch ends with its last row."""
     device = next(model.parameters()).device
     order = sorted(range(len(clips)), key=lambda place: -len(clips[place]))
     encoder = decoder = 0.0

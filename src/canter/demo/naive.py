@@ -37,8 +37,8 @@ def generate(decoder: Decoder, encoded: Tensor, lengths: Tensor, prompt: Tensor,
     return torch.cat(chosen, dim=1)
 
 
-# Each of these reads the prompt, and returns a function of the next tokens (B, 1) -> logits (B, V), and the logits after
-# the prompt.
+# Each of these reads the prompt, and returns a function from the next tokens (B, 1) to logits (B, V), and the logits
+# after the prompt.
 Start = tuple[Callable[[Tensor], Tensor], Tensor]
 
 
