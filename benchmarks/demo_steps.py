@@ -26,7 +26,7 @@ from canter.cli.demo import TEST_UTTERANCES, machine, recipe
 from canter.cli.progress import TrainingProgress, say, track
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.demo.synthesis import Corpus, synthesise
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe
@@ -93,7 +93,7 @@ def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[st
         )
         began = time.perf_counter()
         results = transcribe(engine, model.tokenizer, utterances)
-        rates = score(references, [result.text for result in results], normalize="none").total
+        rates = score_texts(references, [result.text for result in results], normalize="none").total
         found[name] = {
             "wer": rates.wer,
             "cer": rates.cer,
@@ -102,7 +102,7 @@ def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[st
         }
         if name == "attention" and model.characters is not None:
             texts = [model.characters.decode(result.ctc or ()) for result in results]
-            rates = score(references, texts, normalize="none").total
+            rates = score_texts(references, texts, normalize="none").total
             found["CTC"] = {"wer": rates.wer, "cer": rates.cer}
         kept.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found

@@ -38,7 +38,7 @@ from canter.corpus.build import build_index
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
-from canter.evaluation.wer import Score, paired_difference, score
+from canter.evaluation.wer import Score, paired_difference, score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
 from canter.models.formats.checkpoint import load_model
@@ -344,7 +344,7 @@ def wer_of(model_folder: Path, data: Path, padded: bool, lang: str) -> Score:
     with torch.inference_mode():
         hypotheses = Engine(model, model.tokenizer.end).decode(requests)
     texts = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-    return score([row.text for row in rows], texts, [lang] * len(rows))
+    return score_texts([row.text for row in rows], texts, [lang] * len(rows))
 
 
 def summary(options: Options, data: Path, index: LengthIndex) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     """Transcribe the test part by joint decoding, by attention only and by CTC only, and score all three."""
     from canter.cli.progress import say
     from canter.corpus.manifest import Utterance, read_manifest, write_manifest
-    from canter.evaluation.wer import score
+    from canter.evaluation.wer import score_texts
     from canter.inference.engine.engine import Engine
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.transcribe import checkpoint_of, transcribe
@@ -294,7 +294,7 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
 
     def scored(hypotheses: Sequence[str], kept: Callable[[dict], bool] = lambda _: True):
         chosen = [i for i, row in enumerate(rows) if kept(row)]
-        return score([rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none").total
+        return score_texts([rows[i]["text"] for i in chosen], [hypotheses[i] for i in chosen], normalize="none").total
 
     joint = scored(texts)
     languages = sorted({row["lang"] for row in rows})

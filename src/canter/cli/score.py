@@ -17,7 +17,7 @@ from canter.evaluation.wer import (
     ScoredUtterance,
     paired_difference,
     percent,
-    score,
+    score_texts,
     wer_interval,
 )
 
@@ -149,7 +149,7 @@ def load(path: str, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
 
 
 def scored(transcripts: list[Transcript], options: Options) -> Score:
-    return score(
+    return score_texts(
         [row.text for row in transcripts],
         [row.pred_text for row in transcripts],
         [row.lang for row in transcripts],

@@ -93,7 +93,7 @@ class Score:
         return array[:, 0], array[:, 1]
 
 
-def score(
+def score_texts(
     references: Sequence[str],
     hypotheses: Sequence[str],
     langs: Sequence[str | None] | None = None,

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from canter import __version__
 from canter.errors import ConfigError
 from canter.evaluation.normalize import Normalization
-from canter.evaluation.wer import Operation, percent, score
+from canter.evaluation.wer import Operation, percent, score_texts
 from canter.files import write_text
 from canter.reporting.figures import BLUE, GRID, INK, MUTED, STYLE
 
@@ -140,7 +140,7 @@ def transcripts(examples: Iterable[tuple[str, str, str, str | None]], normalize:
     """Return references above hypotheses, errors marked: rows of (label, reference, hypothesis, language)."""
     blocks = []
     for label, reference, hypothesis, lang in examples:
-        scored = score([reference], [hypothesis], [lang], normalize=normalize)
+        scored = score_texts([reference], [hypothesis], [lang], normalize=normalize)
         wer = f"WER {percent(scored.wer, 0)}" if scored.utterances else ""
         blocks.append(transcript(label, wer, reference, marked(reference, hypothesis, lang, normalize)))
     return element("div", *blocks, class_="transcripts")
@@ -159,7 +159,7 @@ def transcript(label: object, rate: str, reference: str, hypothesis: Html) -> Ht
 
 def marked(reference: str, hypothesis: str, lang: str | None, normalize: Normalization = "standard") -> Html:
     """Return the normalised hypothesis with its errors marked (see `aligned`)."""
-    scored = score([reference], [hypothesis], [lang], normalize=normalize)
+    scored = score_texts([reference], [hypothesis], [lang], normalize=normalize)
     if not scored.utterances:
         return escape(hypothesis or "(nothing)")
     return aligned(scored.utterances[0].alignment)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from canter.evaluation.wer import Score, ScoredUtterance, score
+from canter.evaluation.wer import Score, ScoredUtterance, score_texts
 from canter.reporting import html
 from canter.reporting.html import Html
 from canter.reporting.run_folder import Row, Run, is_number
@@ -19,7 +19,7 @@ def validation_transcripts(run: Run) -> list[Html]:
         return []
     row, rows = min(kept, key=lambda pair: (_rate(pair[0]), -pair[0]["step"]))
     # as the validation scores: the texts as they are
-    scored = score(*_texts(rows), [one.get("lang") for one in rows], normalize="none")
+    scored = score_texts(*_texts(rows), [one.get("lang") for one in rows], normalize="none")
     if not scored.utterances:
         return []
     worst = scored.worst(WORST)
@@ -58,7 +58,7 @@ def _summary(scored: Score, rows: list[Row]) -> Html:
     """Return a table of the errors by kind."""
     total = scored.total
     right = sum(not item.counts.errors for item in scored.utterances)
-    plain = score(*_texts(rows), [row.get("lang") for row in rows], normalize="standard")
+    plain = score_texts(*_texts(rows), [row.get("lang") for row in rows], normalize="standard")
     header = ("utterances", "without an error", "words", "substituted", "inserted", "deleted", "WER", "CER")
     cells = [
         f"{total.utterances:,}", f"{right / total.utterances:.0%}", f"{total.words:,}", f"{total.substitutions:,}",
@@ -90,7 +90,7 @@ def _history(kept: list[tuple[Row, list[Row]]]) -> list[Html]:
     places = np.unique(np.linspace(0, len(found) - 1, HISTORY).astype(int))
     cells = []
     for step, one in (found[place] for place in places):
-        scored = score([one["text"]], [one["pred_text"]], [one.get("lang")], normalize="none")
+        scored = score_texts([one["text"]], [one["pred_text"]], [one.get("lang")], normalize="none")
         heard = html.marked(one["text"], one["pred_text"], one.get("lang"), "none")
         cells.append((step, f"{scored.wer:.0%}", heard))
     cells.append(("", "", html.element("span", found[0][1]["text"], class_="reference")))
@@ -104,5 +104,5 @@ def _key(row: Row) -> tuple[object, ...]:
 
 def _errors(rows: list[Row]) -> dict[tuple[object, ...], int]:
     """Return the word errors of each utterance."""
-    scored = score(*_texts(rows), [row.get("lang") for row in rows], normalize="none")
+    scored = score_texts(*_texts(rows), [row.get("lang") for row in rows], normalize="none")
     return {_key(rows[item.index]): item.counts.errors for item in scored.utterances}

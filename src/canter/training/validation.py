@@ -13,7 +13,7 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance, row_from_utterance
 from canter.errors import AudioError, ManifestError
 from canter.evaluation.translation import score_translations
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import engine_for
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
@@ -75,7 +75,7 @@ def validator(
             pair for part in ranks.objects(list(zip(kept, texts))) for pair in part
         ]  # in the ranks' order, the same at every validation
         done, texts = [u for u, _ in pairs], [text for _, text in pairs]
-        scored = score([u.text for u in done], texts, [u.lang for u in done], normalize="none")
+        scored = score_texts([u.text for u in done], texts, [u.lang for u in done], normalize="none")
         spread = range(0, len(done), max(1, len(done) // EXAMPLES))
         return {
             "wer": scored.total.wer,
