@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from canter.evaluation.normalize import normalizer
-from canter.evaluation.wer import Counts, paired_difference, rtfx, score_texts, wer_interval
+from canter.evaluation.wer import ErrorCounts, paired_difference, rtfx, score_texts, wer_interval
 
 words = st.lists(st.sampled_from("abcdef"), max_size=7).map(" ".join)
 pairs = st.lists(st.tuples(words, words), min_size=1, max_size=6)
@@ -36,7 +36,7 @@ def test_rates_are_edit_distances_summed_before_dividing(texts):
     assert result.wer == pytest.approx(errors / total if total else undefined, nan_ok=True)
     assert result.total.character_errors == sum(edit_distance(list(a), list(b)) for a, b in texts)
     assert result.total.words == total
-    assert sum((item.counts for item in result.utterances), Counts()) == result.total
+    assert sum((item.counts for item in result.utterances), ErrorCounts()) == result.total
 
 
 @given(pairs)

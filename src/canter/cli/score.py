@@ -9,10 +9,10 @@ import tyro
 from canter.corpus.manifest import Problem
 from canter.errors import ConfigError, ManifestError
 from canter.evaluation.normalize import Normalization
-from canter.evaluation.transcripts import Transcript, read_transcripts
+from canter.evaluation.transcripts import ScoredTranscript, read_transcripts
 from canter.evaluation.translation import TranslationScore, score_translations
 from canter.evaluation.wer import (
-    Counts,
+    ErrorCounts,
     Score,
     ScoredUtterance,
     paired_difference,
@@ -136,7 +136,7 @@ def run(options: Options) -> None:
         print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
 
 
-def load(path: str, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
+def load(path: str, skip_bad: bool) -> tuple[list[ScoredTranscript], list[Problem]]:
     """The transcripts of a result; `ManifestError` for rows without them, unless those may be skipped."""
     transcripts, problems = read_transcripts(path)
     if problems and not (skip_bad and transcripts):
@@ -148,7 +148,7 @@ def load(path: str, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
     return transcripts, problems
 
 
-def scored(transcripts: list[Transcript], options: Options) -> Score:
+def scored(transcripts: list[ScoredTranscript], options: Options) -> Score:
     return score_texts(
         [row.text for row in transcripts],
         [row.pred_text for row in transcripts],
@@ -157,7 +157,7 @@ def scored(transcripts: list[Transcript], options: Options) -> Score:
     )
 
 
-def summarize(counts: Counts) -> dict[str, float]:
+def summarize(counts: ErrorCounts) -> dict[str, float]:
     return {"wer": counts.wer, "cer": counts.cer, **asdict(counts)}
 
 
@@ -188,7 +188,7 @@ def table(result: Score):
     return table
 
 
-def aligned(item: ScoredUtterance, transcript: Transcript, width: int):
+def aligned(item: ScoredUtterance, transcript: ScoredTranscript, width: int):
     """Reference over hypothesis, word under word, errors coloured, wrapped at the terminal's width."""
     from rich.text import Text
 

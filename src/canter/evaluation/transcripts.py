@@ -10,7 +10,7 @@ from canter.corpus.manifest import Problem, open_manifest, parse_line, scan_line
 
 
 @dataclass(frozen=True, slots=True)
-class Transcript:
+class ScoredTranscript:
     """A reference and its hypothesis. ``name`` is its audio, with the offset where there is one."""
 
     text: str
@@ -20,14 +20,14 @@ class Transcript:
     line: int
 
 
-def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[Transcript], list[Problem]]:
+def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[ScoredTranscript], list[Problem]]:
     """The rows that can be scored, and a `Problem` for each that cannot; ``_skipme`` rows are neither.
 
     An empty ``pred_text`` is a transcript (all deletions), a missing one is a problem. A row's language is
     its ``target_lang``, else its ``lang``, else its ``source_lang``. Raises `ManifestError` where the file cannot
     be opened.
     """
-    transcripts: list[Transcript] = []
+    transcripts: list[ScoredTranscript] = []
     problems: list[Problem] = []
     number = 0
     with open_manifest(path) as file:
@@ -46,14 +46,14 @@ def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[Transcript], li
     return transcripts, problems
 
 
-def _transcript(row: dict[str, Any], line: int) -> Transcript:
+def _transcript(row: dict[str, Any], line: int) -> ScoredTranscript:
     """The transcript of a row that `_unusable` found nothing wrong with."""
     name = str(row.get("id") or row.get("audio_filepath") or f"line {line}")
     offset = row.get("offset")
     if offset and isinstance(offset, (int, float)):
         name += f" @ {offset:g} s"
     lang = row.get("target_lang") or row.get("lang") or row.get("source_lang")
-    return Transcript(row["text"], row["pred_text"], lang, name, line)
+    return ScoredTranscript(row["text"], row["pred_text"], lang, name, line)
 
 
 def _unusable(row: object) -> str | None:

@@ -19,7 +19,7 @@ Operation = Literal["equal", "substitute", "delete", "insert"]
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ErrorCounts:
     """Errors of some utterances; adds up."""
 
     utterances: int = 0
@@ -43,8 +43,8 @@ class Counts:
     def cer(self) -> float:
         return _ratio(self.character_errors, self.characters)
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+    def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
+        return ErrorCounts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class ScoredUtterance:
     """
 
     index: int
-    counts: Counts
+    counts: ErrorCounts
     alignment: tuple[tuple[Operation, str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    total: Counts
-    languages: dict[str, Counts]
+    total: ErrorCounts
+    languages: dict[str, ErrorCounts]
     """By language code, the most frequent first; ``und`` holds those without one."""
     utterances: list[ScoredUtterance]
     empty_references: int
@@ -122,7 +122,7 @@ def score_texts(
     empty = left.count("")
     uncounted = sum(len(text.split()) for reference, text in zip(left, right) if reference in unscored)
     if not kept:
-        return Score(Counts(), {}, [], empty, len(left), uncounted)
+        return Score(ErrorCounts(), {}, [], empty, len(left), uncounted)
 
     left, right = [left[row] for row in kept], [right[row] for row in kept]
     by_word = jiwer.process_words(left, right)
@@ -136,7 +136,7 @@ def score_texts(
         words, guesses = by_word.references[place], by_word.hypotheses[place]
         alignment = tuple(_pairs(by_word.alignments[place], words, guesses))
         operations = [operation for operation, _, _ in alignment]
-        counts = Counts(
+        counts = ErrorCounts(
             utterances=1,
             words=len(words),
             substitutions=operations.count("substitute"),
@@ -151,9 +151,9 @@ def score_texts(
         )
         utterances.append(ScoredUtterance(row, counts, alignment))
         groups.setdefault(language(langs[row]) if is_said(langs[row]) else "und", []).append(counts)
-    languages = {name: sum(group, Counts()) for name, group in groups.items()}
+    languages = {name: sum(group, ErrorCounts()) for name, group in groups.items()}
     languages = dict(sorted(languages.items(), key=lambda item: (-item[1].utterances, item[0])))
-    total, left_out = sum(languages.values(), Counts()), len(references) - len(kept)
+    total, left_out = sum(languages.values(), ErrorCounts()), len(references) - len(kept)
     return Score(total, languages, utterances, empty, left_out, uncounted)
 
 

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from canter.evaluation.transcripts import Transcript
+from canter.evaluation.transcripts import ScoredTranscript
 from canter.evaluation.translation import TranslationScore
-from canter.evaluation.wer import Counts, Score, ScoredUtterance, percent
+from canter.evaluation.wer import ErrorCounts, Score, ScoredUtterance, percent
 from canter.reporting import html
 from canter.reporting.html import Html
 
@@ -16,7 +16,7 @@ NOTHING = "∅"
 def score_page(
     name: str,
     result: Score,
-    transcripts: Sequence[Transcript],
+    transcripts: Sequence[ScoredTranscript],
     worst: Sequence[ScoredUtterance],
     interval: tuple[float, float],
     translations: dict[str, TranslationScore],
@@ -62,7 +62,7 @@ def _rates(result: Score) -> Html:
     return html.table(header, [_rate(name, counts) for name, counts in rows], best=len(rows) - 1)
 
 
-def _rate(name: str, counts: Counts) -> tuple[str, ...]:
+def _rate(name: str, counts: ErrorCounts) -> tuple[str, ...]:
     numbers = (counts.substitutions, counts.deletions, counts.insertions)
     sizes = (f"{counts.utterances:,}", f"{counts.words:,}", percent(counts.wer), percent(counts.cer))
     return name, *sizes, *(f"{number:,}" for number in numbers)
@@ -79,7 +79,7 @@ def _frequent(result: Score) -> list[tuple[str, str, str]]:
     return [(word, guess, f"{count:,}") for (word, guess), count in errors.most_common(FREQUENT)]
 
 
-def _utterance(item: ScoredUtterance, transcript: Transcript) -> Html:
+def _utterance(item: ScoredUtterance, transcript: ScoredTranscript) -> Html:
     reference = " ".join(word for _, word, _ in item.alignment if word)
     label = f"{transcript.name}, line {transcript.line}"
     return html.transcript(label, f"WER {percent(item.counts.wer, 0)}", reference, html.aligned(item.alignment))
