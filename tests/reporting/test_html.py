@@ -57,7 +57,7 @@ def test_text_is_escaped_everywhere(title, text, other):
 
 
 def test_page_fetches_nothing():
-    drawing = figures.curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [4, 3])}, smoothed=True)
+    drawing = figures.draw_curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [4, 3])}, smoothed=True)
     page = html.page("t", "l", html.figure(drawing, "Loss", "caption"))
     checked = Checker(page)
     assert all(reference.startswith(("#", "data:")) for reference in checked.references)
@@ -72,14 +72,14 @@ def test_page_fetches_nothing():
 
 
 def test_figures_follow_the_theme():
-    drawing = html.figure(figures.curves({"a": ([1, 2], [3, 4])}, xlabel="step"), "t")
+    drawing = html.figure(figures.draw_curves({"a": ([1, 2], [3, 4])}, xlabel="step"), "t")
     assert "var(--muted)" in drawing
     assert not any(color in drawing for color in (figures.INK, figures.MUTED, figures.GRID))
 
 
 def test_the_same_figure_is_the_same_text():
     def draw():
-        return html.figure(figures.histogram([1.0, 2.0, 2.0], xlabel="x"), "t")
+        return html.figure(figures.draw_histogram([1.0, 2.0, 2.0], xlabel="x"), "t")
 
     assert draw() == draw()
 

@@ -77,7 +77,7 @@ def run(options: Options) -> int | None:
             progress.update(task, advance=1, description=following)
     tell_skipped(index)
     if options.figure:
-        from canter.reporting.ladder import ladder_figure
+        from canter.reporting.figures import ladder_figure
 
         ladder_figure(rows, options.figure)
     if options.json:

@@ -119,7 +119,7 @@ def run(options: Options) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     budget.save(options.output)
     if options.figures:
-        from canter.reporting.budget_figures import budget_figure
+        from canter.reporting.figures import budget_figure
 
         figure = budget_figure(budget, prober.fitting, index.seconds, index.tokens)
         options.figures.parent.mkdir(parents=True, exist_ok=True)

@@ -114,12 +114,12 @@ def ladder(summary: Summary) -> list[Html]:
             "Drawn from this corpus, a row an utterance: twelve as chance brings them, and as many of like "
             "length as take the same memory. Grey is computed like the rest, and thrown away."
         )
-        drawing = figures.padding_picture(_two_batches(seconds))
+        drawing = figures.draw_padding(_two_batches(seconds))
         blocks.append(html.figure(drawing, "What padding is", caption, wide=True))
     if all("epoch_hours" in row and "padded_compute" in row for row in strategies.values()):
         hours = [strategies[name]["epoch_hours"] for name in names]
         padded = [strategies[name]["padded_compute"] for name in names]
-        drawing = figures.ladder(names, hours, padded, best=best)
+        drawing = figures.draw_epochs(names, hours, padded, best=best)
         caption = "Predicted time of an epoch; grey is the part of the compute spent on padding."
         blocks.append(html.figure(drawing, "One epoch", caption, wide=True))
     columns = {
@@ -182,7 +182,7 @@ def corpus(summary: Summary) -> list[Html]:
     blocks = [html.table(["", ""], shown)] if shown else []
     lengths = np.asarray(data.get("lengths") or np.empty((0, 2)), dtype=float)
     if len(lengths):
-        drawing = figures.lengths(lengths[:, 0], lengths[:, 1])
+        drawing = figures.draw_lengths(lengths[:, 0], lengths[:, 1])
         blocks.insert(
             0,
             html.figure(drawing, "Lengths", "Each point is an utterance; above, how many of each duration."),
@@ -269,7 +269,7 @@ def decoder_shift(summary: Summary) -> list[Html]:
     if all("encoder_seconds" in row and "decoder_seconds" in row for row in rows):
         names = [f"{row['shape']}, {CACHES.get(row['cache'], row['cache'])}" for row in rows]
         parts = {part: [row[f"{part}_seconds"] for row in rows] for part in ("encoder", "decoder")}
-        drawing = figures.split_bars(names, parts, xlabel="seconds for one batch")
+        drawing = figures.draw_stacked_bars(names, parts, xlabel="seconds for one batch")
         blocks.append(html.figure(drawing, "Encoder and decoder", wide=True))
     lead = (
         "Two models of equal size. The encoder runs once an utterance, the decoder once a token: "

@@ -34,16 +34,16 @@ def curves(train: Sequence[Row], valid: Sequence[Row]) -> list[Html]:
     if series:
         wide = bool(rates)
         size = figures.WIDE if wide else figures.HALF
-        drawing = figures.curves(series, smoothed=True, zero=False, marks=phases(train), size=size)
+        drawing = figures.draw_curves(series, smoothed=True, zero=False, marks=phases(train), size=size)
         caption = "Faint: each step. Line: running mean." if len(train) > 20 else ""
         drawings.append(_curve(drawing, "Loss", caption, series, "{:.3g}", wide=wide))
     if rates:
-        drawing = figures.curves(rates, percent=True, markers=True)
+        drawing = figures.draw_curves(rates, percent=True, markers=True)
         caption = "Held-out utterances, decoded in full."
         drawings.append(_curve(drawing, "Error rates in validation", caption, rates, "{:.1%}"))
     names = sorted({key for row in valid for key in row if key.startswith("bleu_")})
     if scores := {name.removeprefix("bleu_"): points for name in names if (points := _points(valid, name))}:
-        drawing = figures.curves(scores, markers=True)
+        drawing = figures.draw_curves(scores, markers=True)
         title = f"BLEU in validation, into {', '.join(scores)}"
         drawings.append(_curve(drawing, title, "0 to 100.", scores, "{:.1f}"))
     if points := _points(train, "learning_rate"):
@@ -51,7 +51,7 @@ def curves(train: Sequence[Row], valid: Sequence[Row]) -> list[Html]:
         caption = "As each step used it."
         if marks:
             caption += " Dotted: the number of steps was estimated again, to fit --minutes."
-        drawing = figures.curves({"learning rate": points}, marks=marks)
+        drawing = figures.draw_curves({"learning rate": points}, marks=marks)
         drawings.append(_curve(drawing, "Learning rate", caption, {"learning rate": points}, "{:.2e}"))
     return drawings
 
@@ -81,7 +81,7 @@ def efficiency(run: Run, found: Gain | None) -> list[Html]:
     known = np.flatnonzero(np.isfinite(frames) & np.isfinite(tokens) & np.isfinite(batch))
     if len(known) > 1:
         known = known[:: max(1, len(known) // 3000)]
-        drawing = figures.batch_shapes(frames[known], tokens[known], batch[known])
+        drawing = figures.draw_batch_shapes(frames[known], tokens[known], batch[known])
         caption = "Short utterances share large batches, long ones small batches."
         alt = f"Batches of {batch[known].min():.0f} to {batch[known].max():.0f} utterances."
         drawings.append(html.figure(drawing, "Batch shapes", caption, alt=alt))
@@ -89,14 +89,14 @@ def efficiency(run: Run, found: Gain | None) -> list[Html]:
         series = {"of the budget, predicted": points}
         if (peak := _points(run.train, "memory_peak")) and max(peak[1]) > 0:
             series["of the device, peak measured"] = peak
-        drawing = figures.curves(series, percent=True, smoothed=True)
+        drawing = figures.draw_curves(series, percent=True, smoothed=True)
         caption = "Memory of a micro-batch as a fraction of what there is."
         drawings.append(_curve(drawing, "Memory filled", caption, series, "{:.1%}"))
     ranks = [row["rank_seconds"] for row in run.train if isinstance(row.get("rank_seconds"), list)]
     if ranks and len(ranks[-1]) > 1:
         last = [row for row in ranks if len(row) == len(ranks[-1])][-TIMELINE:]
         caption = f"The last {len(last)} steps: computing in colour, waiting for the slowest rank in grey."
-        drawings.append(html.figure(figures.rank_timeline(last), "Ranks", caption, wide=True))
+        drawings.append(html.figure(figures.draw_rank_timeline(last), "Ranks", caption, wide=True))
     if not drawings:
         return []
     lead = "Where the time went: on speech, on padding, or waiting."
@@ -110,7 +110,7 @@ def _throughput(run: Run, found: Gain | None) -> Iterator[Html]:
     if np.nansum(seconds) > 0 and np.isfinite(audio).sum() > 1:
         window = max(5, len(steps) // 40)
         rate = figures.smooth(audio, window) / np.maximum(figures.smooth(seconds, window), 1e-9)
-        drawing = figures.curves({"rate": (steps, rate)})
+        drawing = figures.draw_curves({"rate": (steps, rate)})
         series = {"hours per hour": (steps.tolist(), rate.tolist())}
         caption = f"Running mean over {window} steps."
         yield _curve(drawing, "Audio hours per wall hour", caption, series, "{:,.0f}")
@@ -118,18 +118,18 @@ def _throughput(run: Run, found: Gain | None) -> Iterator[Html]:
         levels = {}
         if found:
             levels = {f"{row.name}, predicted": row.figures.padded_audio for row in found.others}
-        drawing = figures.curves({"this run": points}, percent=True, smoothed=True, levels=levels)
+        drawing = figures.draw_curves({"this run": points}, percent=True, smoothed=True, levels=levels)
         caption = "Fraction of the encoder's input that is padding, step by step."
         yield _curve(drawing, "Padded audio", caption, {"padding": points}, "{:.1%}")
     if timed > 1:
         median = float(np.nanmedian(seconds))
         series = {"seconds": (steps.tolist(), seconds.tolist())}
         top = 4 * float(np.nanquantile(seconds, 0.9))  # a first step that waits for workers would flatten the rest
-        drawing = figures.curves({"seconds": (steps, np.minimum(seconds, top))}, smoothed=True)
+        drawing = figures.draw_curves({"seconds": (steps, np.minimum(seconds, top))}, smoothed=True)
         caption = f"Seconds a step: median {median:.3g}, 95% below {np.nanquantile(seconds, 0.95):.3g}."
         yield _curve(drawing, "Step time", caption, series, "{:.3g}")
         yield html.figure(
-            figures.histogram(seconds, xlabel="seconds"),
+            figures.draw_histogram(seconds, xlabel="seconds"),
             "Distribution of step times",
             "Number of steps by their time. Even steps mean that no rank waits long.",
             alt=caption,
@@ -137,7 +137,7 @@ def _throughput(run: Run, found: Gain | None) -> Iterator[Html]:
     wait = run.column("data_wait_seconds")
     if np.isfinite(wait).sum() > 1 and np.nansum(wait) > NEGLIGIBLE * np.nansum(seconds) > 0:
         share = wait / np.maximum(seconds, 1e-9)
-        drawing = figures.curves({"wait": (steps, share)}, percent=True, smoothed=True)
+        drawing = figures.draw_curves({"wait": (steps, share)}, percent=True, smoothed=True)
         caption = f"Fraction of a step in which the device had nothing to do; {duration(np.nansum(wait))} in all."
         series = {"waiting": (steps.tolist(), share.tolist())}
         yield _curve(drawing, "Waiting for data", caption, series, "{:.1%}")

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from canter.reporting import figures, html
-from canter.reporting.budget_figures import budget_figure, largest_batches
+from canter.reporting.figures import budget_figure, draw_largest_batches
 from canter.reporting.gain import Gain, gain
 from canter.reporting.html import Card, Html
 from canter.reporting.run_curves import curves, duration, efficiency
@@ -110,10 +110,10 @@ def batching(run: Run, found: Gain | None) -> list[Html]:
     names = [row.name for row in rows]
     hours = [row.figures.hours for row in rows]
     padded = [row.figures.padded_compute for row in rows]
-    picture = figures.padding_picture(
+    picture = figures.draw_padding(
         {f"{len(found.drawn)} drawn at random": found.drawn, "A batch of this run": found.batch}
     )
-    ladder = figures.ladder(names, hours, padded, best="this run")
+    ladder = figures.draw_epochs(names, hours, padded, best="this run")
     bars = ", ".join(f"{row.name} {duration(3600 * row.figures.hours)}" for row in rows)
     header = (
         "batches", "", "padded compute", "padded audio", "memory filled", "mean batch", "updates an epoch",
@@ -231,7 +231,7 @@ def budgeted(run: Run) -> list[Html]:
         drawing = budget_figure(budget, fitting, index.seconds, index.tokens)
         caption = f"Left, {len(fitting)} steps measured before the run, against the budget made from them. {caption}"
     else:
-        drawing = largest_batches(budget, index.seconds, index.tokens)
+        drawing = draw_largest_batches(budget, index.seconds, index.tokens)
     lead = "What fits on the device, and how long it takes."
     return [html.section("Budget", lead, html.figure(drawing, "Largest batch", caption, wide=bool(fitting)))]
 
