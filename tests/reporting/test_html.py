@@ -47,7 +47,7 @@ def test_text_is_escaped_everywhere(title, text, other):
         html.cards([(title, text, other)]),
         html.table([title, text], [[other, title]]),
         html.section(title, text, html.note(other), html.details(text, html.element("pre", other))),
-        html.transcripts([(title, text, other, "en")]),
+        html.transcripts(html.compared(title, text, other, "en")),
     )
     page_tags, plain_tags = (set(Checker(document).tags) for document in (page, html.page("t", "l")))
     assert page_tags - plain_tags <= {
@@ -69,6 +69,12 @@ def test_page_fetches_nothing():
     told = html.figure(drawing, "Loss", alt="It falls <fast>.", numbers=html.table(["step"], [[1]]))
     assert 'aria-label="Loss. It falls &lt;fast&gt;."' in told
     assert "<summary>Numbers</summary>" in told
+
+
+def test_a_section_of_empty_blocks_is_left_out():
+    assert html.section("Budget", "Memory.", html.Html(), html.grid()) == ""
+    assert "<h2>Problems</h2>" in html.section("Problems", "None.")
+    assert "<h2>Budget</h2>" in html.section("Budget", "Memory.", html.Html(), html.note("x"))
 
 
 def test_figures_follow_the_theme():
@@ -108,8 +114,8 @@ def test_table_marks_the_best_row():
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path):
     target = tmp_path / "new" / "report.html"
-    assert html.write(html.Html("first"), target) == target
+    assert html.write_page(html.Html("first"), target) == target
     with pytest.raises(UnicodeEncodeError):
-        html.write(html.Html("\ud800"), target)
+        html.write_page(html.Html("\ud800"), target)
     assert target.read_text() == "first"
     assert [path.name for path in target.parent.iterdir()] == ["report.html"]

@@ -78,7 +78,7 @@ def run(options: Options) -> None:
     summary["times"] = stages.seconds | {"total": time.perf_counter() - began}
     summary["machine"] = machine()
     write_text(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    html.write(demo_report(summary), output / "report.html")
+    html.write_page(demo_report(summary), output / "report.html")
     minutes = summary["times"]["total"] / 60
     console.rule()
     say(

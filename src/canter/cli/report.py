@@ -19,7 +19,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from canter.reporting.html import write
+    from canter.reporting.html import write_page
     from canter.reporting.run_report import run_report
 
-    print(write(run_report(options.run), options.output or options.run / "report.html"))
+    print(write_page(run_report(options.run), options.output or options.run / "report.html"))

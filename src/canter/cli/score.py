@@ -69,10 +69,10 @@ def run(options: Options) -> None:
         )
     worst = result.worst(options.worst)
     if options.html:
-        from canter.reporting.html import write
+        from canter.reporting.html import write_page
         from canter.reporting.score_report import score_page
 
-        write(
+        write_page(
             score_page(PurePath(options.result).name, result, transcripts, worst, interval, translations),
             options.html,
         )
