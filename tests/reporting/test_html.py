@@ -73,7 +73,6 @@ def test_page_fetches_nothing():
 
 def test_a_section_of_empty_blocks_is_left_out():
     assert html.section("Budget", "Memory.", html.Html(), html.grid()) == ""
-    assert "<h2>Problems</h2>" in html.section("Problems", "None.")
     assert "<h2>Budget</h2>" in html.section("Budget", "Memory.", html.Html(), html.note("x"))
 
 

@@ -108,8 +108,8 @@ def gain(run: RunRecord) -> Gain | None:
 
 
 def _batching(name: str, found: Figures, utterances: int, work: float | None = None) -> Batching:
-    """Scale figures to an epoch of ``utterances``; ``work`` is the epoch's useful compute as a multiple of theirs (default:
-    in proportion to the utterances)."""
+    """Scale figures to an epoch of ``utterances``; ``work`` is the epoch's useful compute as a multiple of theirs, by
+    default in proportion to the utterances."""
     times = utterances / found.utterances
     return Batching(name, replace(found, hours=found.hours * (work or times)), found.steps * times)
 

@@ -222,9 +222,7 @@ def _transcripts(run: RunRecord) -> Html:
     kept = [(row, found) for row in run.valid if (found := _validation_rows(run, row))]
     if not kept:
         return Html()
-    row, rows = min(
-        kept, key=lambda pair: (pair[0]["wer"] if is_number(pair[0].get("wer")) else np.inf, -pair[0]["step"])
-    )
+    row, rows = min(kept, key=lambda pair: (_rate(pair[0]), -pair[0]["step"]))
     scored = _scored(rows)
     if not scored.utterances:
         return Html()
@@ -240,7 +238,7 @@ def _transcripts(run: RunRecord) -> Html:
     best = " of the best checkpoint" if run.best.get("checkpoint") == f"step-{row['step']:06d}" else ""
     lead = (
         f"Validation{best} at step {row['step']:,}, {len(rows):,} held-out utterances: the reference in grey, the "
-        "transcript below it. Texts are compared without normalisation; the normalised WER ignores case and punctuation."
+        "transcript below it. Texts are not normalised; the normalised WER ignores case and punctuation."
     )
     return html.section("Transcripts", lead, *blocks, *_history(kept))
 
@@ -249,6 +247,10 @@ def _validation_rows(run: RunRecord, row: Row) -> list[Row]:
     """Return the transcripts of a validation: those kept of all its utterances, else the few in the metrics."""
     examples = [e for e in row.get("examples") or () if isinstance(e, dict) and "text" in e and "pred_text" in e]
     return run.transcripts(row["step"]) or examples
+
+
+def _rate(row: Row) -> float:
+    return row["wer"] if is_number(row.get("wer")) else np.inf
 
 
 def _scored(rows: Sequence[Row], *, normalized: bool = False) -> Score:
@@ -370,11 +372,13 @@ def _problems(run: RunRecord) -> Html:
             html.element("h3", f"Events{more}"),
             html.table(["step", "what", "details"], rows, text_columns=3),
         ]
-    if blocks:
-        return html.section(
-            "Problems", "Utterances that were not used, and unusual events; the run continued.", *blocks
+    lead = "Utterances that were not used, and unusual events; the run continued."
+    if not blocks and run.train:
+        lead, blocks = (
+            "",
+            [html.element("p", "None: every utterance was used, and no step was unusual.", class_="lead")],
         )
-    return html.section("Problems", "None: every utterance was used, and no step was unusual.") if run.train else Html()
+    return html.section("Problems", lead, *blocks)
 
 
 def _settings(run: RunRecord) -> Html:
@@ -389,7 +393,7 @@ def _settings(run: RunRecord) -> Html:
         for title, text in (("Configuration", run.config), ("Budget", budget), ("Checkpoints", checkpoints))
         if text
     ]
-    return html.section("Settings", "Resolved settings, and the complete files.", Html(), *blocks)
+    return html.section("Settings", "Resolved settings, and the complete files.", *blocks)
 
 
 def _resolved(run: RunRecord) -> list[tuple[str, str]]:
