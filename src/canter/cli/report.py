@@ -1,6 +1,6 @@
-"""Write a training run as one self-contained HTML page: what it reached, what its batches gained, transcripts, curves.
+"""Write a training run as one self-contained HTML page: results, gain of its batches, transcripts and curves.
 
-Works on runs that are still going or broke off.
+The run may be unfinished or interrupted.
 """
 
 from dataclasses import dataclass

@@ -374,10 +374,8 @@ def _problems(run: RunRecord) -> Html:
         ]
     lead = "Utterances that were not used, and unusual events; the run continued."
     if not blocks and run.train:
-        lead, blocks = (
-            "",
-            [html.element("p", "None: every utterance was used, and no step was unusual.", class_="lead")],
-        )
+        lead, none = "", "None: every utterance was used, and no step was unusual."
+        blocks = [html.element("p", none, class_="lead")]
     return html.section("Problems", lead, *blocks)
 
 
