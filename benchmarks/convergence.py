@@ -23,9 +23,9 @@ from ladder import Rig
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
 from canter.cli.progress import TrainingProgress, say, track
 from canter.demo.synthesis import synthesise
+from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.steps import Steps
 from canter.training.prepare import prepare
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
     show(rows, list(arms_of(options)))
     if options.json:
         figures = {"options": {k: v for k, v in vars(options).items() if k not in ("output", "json")}}
-        figures |= {"machine": machine(), "runs": rows}
+        figures |= {"machine": describe_machine(), "runs": rows}
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -22,15 +22,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import TEST_UTTERANCES, machine, recipe
 from canter.cli.progress import TrainingProgress, say, track
 from canter.corpus.manifest import Utterance, read_manifest
+from canter.demo.config import FULL
+from canter.demo.pipeline import recipe
 from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe
 from canter.models.formats.checkpoint import load_model
+from canter.reporting.machine import describe_machine
 from canter.training.session import train
 
 
@@ -109,7 +111,7 @@ def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[st
 
 
 def main(options: Options) -> None:
-    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=TEST_UTTERANCES)
+    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=FULL.test_utterances)
     rows = []
     for steps, seed, folder, seconds in runs_of(options, corpus):
         for way, figures in decoded(options, corpus, folder).items():
@@ -117,7 +119,7 @@ def main(options: Options) -> None:
     show(rows)
     path = options.json or options.output / f"{date.today()}-demo-steps.json"
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "json")}
-    figures = {"options": settings, "machine": machine(), "runs": rows}
+    figures = {"options": settings, "machine": describe_machine(), "runs": rows}
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     say(f"written: {path}")
 

@@ -22,13 +22,13 @@ from convergence import run, up_to
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
 from canter.cli.progress import say, track
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
 from canter.demo.synthesis import synthesise
 from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget
+from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.data import collate
 from canter.training.prepare import Prepared, prepare
@@ -174,7 +174,7 @@ def main(options: Options) -> None:
         rows = sorted([*rows, row], key=lambda r: (r["task"], r["batch_seconds"], r["seed"]))
         if options.json:
             told = {k: v for k, v in vars(options).items() if not isinstance(v, Path | None)}
-            figures = {"options": told, "machine": machine(), "runs": rows}
+            figures = {"options": told, "machine": describe_machine(), "runs": rows}
             options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     table = Table("task", "batch, s", "updates an epoch", "updates", "audio, h", "WER", "validation loss")
     for (task, cap), group in groupby(rows, key=lambda r: (r["task"], r["batch_seconds"])):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-Report = TypeVar("Report")
+Report = TypeVar("Report", contravariant=True)
 
 
 class Events(Generic[Report]):

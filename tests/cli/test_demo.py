@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from canter.cli.demo import recipe, training_minutes
 from canter.cli.main import main
+from canter.demo.pipeline import recipe, training_minutes
 from canter.training.config import dump_config
 
 

@@ -9,6 +9,8 @@ utterances, so a fresh process speaks each batch: the audio depends on the seed 
 workers nor on where an earlier run was interrupted.
 """
 
+from __future__ import annotations
+
 import ctypes
 import hashlib
 import json
@@ -19,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -30,6 +33,9 @@ from canter.events import QUIET, Events
 from canter.extras import needed_by
 from canter.files import replacing, write_text
 from canter.processes import start_pool_worker
+
+if TYPE_CHECKING:
+    from canter.training.run.reports import StepReport
 
 FORMAT = "canter-synthesis/1"
 BATCH = 64
@@ -156,7 +162,7 @@ def synthesise(
     test_utterances: int = 200,
     seed: int = 0,
     workers: int | None = None,
-    events: Events[object] = QUIET,
+    events: Events[StepReport] = QUIET,
 ) -> Corpus:
     """Synthesise the corpus in ``folder``, or complete it.
 
@@ -218,7 +224,9 @@ def _claim(folder: Path, settings: Mapping[str, object]) -> None:
     write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
-def _speak_all(folder: Path, parts: Sequence[list[Spoken]], workers: int, events: Events[object]) -> dict[str, float]:
+def _speak_all(
+    folder: Path, parts: Sequence[list[Spoken]], workers: int, events: Events[StepReport]
+) -> dict[str, float]:
     """Synthesise every utterance that is missing, and return the seconds of each file."""
     seconds: dict[str, float] = {}
     missing = []
@@ -236,7 +244,7 @@ def _speak_all(folder: Path, parts: Sequence[list[Spoken]], workers: int, events
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_pool_worker, max_tasks_per_child=1)
     try:
         done = as_completed([pool.submit(_speak, folder, batch) for batch in missing])
-        for _ in events.progress(missing, f"speaking, {BATCH} utterances each"):
+        for _ in events.progress(missing, "speaking"):
             seconds |= next(done).result()
     finally:
         pool.shutdown(cancel_futures=True)
