@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +67,7 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
                 settings: dict[str, Any] = {"steps": steps, "seed": seed, "save_every": 100, "keep": 1}
                 if budget.exists():
                     settings["budget"] = budget
-                config = recipe(corpus.train_manifest, folder, threads=options.threads, track=(), **settings)
+                config = replace(recipe(corpus.train_manifest, folder), threads=options.threads, track=(), **settings)
                 finished = train(config, TrainingProgress, say, track)
                 if not budget.exists():
                     finished.prepared.budget.save(budget)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from canter.demo.config import (
     DemoConfig,
     Scale,
 )
-from canter.demo.report import CorpusFigures, MeasuredSpeed, ShiftFigures, Strategy, Summary, demo_report
+from canter.demo.report import CorpusFigures, MeasuredSpeed, ShiftFigures, StrategyFigures, DemoSummary, demo_report
 from canter.demo.shift import measure_shift
 from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import ErrorCounts, score_texts
@@ -57,7 +57,7 @@ from canter.training.session import Finished, train
 from canter.training.step.gradient import Counts, Gradient
 
 
-def run_demo(config: DemoConfig, events: Events[StepReport]) -> Summary:
+def run_demo(config: DemoConfig, events: Events[StepReport]) -> DemoSummary:
     """Run all stages, write ``summary.json`` and ``report.html``, and return the summary.
 
     An interrupted demo resumes at the stage it was in.
@@ -73,7 +73,7 @@ def run_demo(config: DemoConfig, events: Events[StepReport]) -> Summary:
         times[name] = time.perf_counter() - start
 
     scale = QUICK if config.quick else FULL
-    summary: Summary = {"quick": config.quick}
+    summary: DemoSummary = {"quick": config.quick}
     with stage("synthesise"):
         corpus = synthesise(
             config.output / "corpus",
@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig, events: Events[StepReport]) -> Summary:
     with stage("index, budget, train"):
         folder = config.output / scale.run
         minutes = config.minutes or scale.minutes or training_minutes(folder, (time.perf_counter() - began) / 60)
-        settings = recipe(corpus.train_manifest, folder, minutes=minutes, seed=config.seed)
+        settings = replace(recipe(corpus.train_manifest, folder), minutes=minutes, seed=config.seed)
         finished = train_run(settings, events)
         summary |= describe_training(finished)
     run = finished.prepared
@@ -123,15 +123,10 @@ def describe_corpus(corpus: Corpus) -> CorpusFigures:
     }
 
 
-def recipe(manifest: Path, output: Path, **settings: Any) -> TrainConfig:
-    """Return the configuration of the demo's run; ``settings`` give its duration and seed."""
+def recipe(manifest: Path, output: Path) -> TrainConfig:
+    """Return the configuration of the demo's run, without its duration."""
     return TrainConfig(
-        manifest=(manifest,),
-        output=output,
-        vocabulary=VOCAB_SIZE,
-        batch_seconds=BATCH_SECONDS,
-        valid_every=100_000,
-        **settings,
+        manifest=(manifest,), output=output, vocabulary=VOCAB_SIZE, batch_seconds=BATCH_SECONDS, valid_every=100_000
     )
 
 
@@ -154,7 +149,7 @@ def train_run(config: TrainConfig, events: Events[StepReport]) -> Finished:
     return train(config, watch, events.message, events.progress)
 
 
-def describe_training(finished: Finished) -> Summary:
+def describe_training(finished: Finished) -> DemoSummary:
     """Return the summary's figures of the training run."""
     run = finished.prepared
     rows = [json.loads(line) for line in run.run.metrics.read_text(encoding="utf-8").splitlines()]
@@ -178,13 +173,13 @@ def with_room_for(longest: int, index: LengthIndex, budget: Budget) -> Budget:
     return replace(budget, limit_bytes=float(limit))
 
 
-def compare_strategies(index: LengthIndex, budget: Budget, longest: int, events: Events[StepReport]) -> Summary:
+def compare_strategies(index: LengthIndex, budget: Budget, longest: int, events: Events[StepReport]) -> DemoSummary:
     """Compare the strategies on the corpus as the budget predicts, in a memory for ``longest`` of the longest."""
     strategies = [("random", Random(), None), ("duration", Duration(), None), ("bucket_1d", Bucket1D(), None)]
     strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
     rungs = list(compare(index, with_room_for(longest, index, budget), strategies, ranks=1))
     events.message(f"{len(index):,} utterances, memory for {longest} of the longest, predicted:")
-    found: dict[str, Strategy] = {}
+    found: dict[str, StrategyFigures] = {}
     for rung in rungs:
         figures = rung.figures
         events.message(
@@ -193,7 +188,7 @@ def compare_strategies(index: LengthIndex, budget: Budget, longest: int, events:
         )
         values = {key: _finite(value) for key, value in rung.as_json().items()}
         found[rung.name] = cast(
-            "Strategy",
+            "StrategyFigures",
             values | {"padding": figures.padded_audio, "epoch_hours": figures.hours, "speedup": rung.speed},
         )
     return {"room_for_longest": longest, "strategies": found}
@@ -210,7 +205,7 @@ def sample_lengths(index: LengthIndex, most: int = 2000) -> list[list[float]]:
     return np.stack([index.seconds[sample], index.tokens[sample]], axis=1).astype(float).round(2).tolist()
 
 
-def transcribe_test(engine: Engine, corpus: Corpus, output: Path, events: Events[StepReport]) -> Summary:
+def transcribe_test(engine: Engine, corpus: Corpus, output: Path, events: Events[StepReport]) -> DemoSummary:
     """Transcribe the test part by joint decoding, by attention only and by CTC only, and score all three."""
     model, tokenizer = engine.model, engine.model.tokenizer
     characters = model.characters

@@ -34,7 +34,7 @@ class CorpusFigures(TypedDict):
     """[seconds, tokens] of a sample of utterances."""
 
 
-class Strategy(TypedDict):
+class StrategyFigures(TypedDict):
     """Predicted figures of a batching strategy."""
 
     padded_audio: float
@@ -73,14 +73,14 @@ class ShiftFigures(TypedDict):
     parameters: int
 
 
-class Summary(TypedDict, total=False):
+class DemoSummary(TypedDict, total=False):
     """Figures of a demo, as ``summary.json`` holds them; a section without figures is left out of the page."""
 
     quick: bool
     utterances: int
     audio_hours: float
     corpus: CorpusFigures
-    strategies: dict[str, Strategy]
+    strategies: dict[str, StrategyFigures]
     """Figures by strategy; the first is the baseline."""
     room_for_longest: int
     """Memory that ``strategies`` are predicted for, in utterances as long as the longest."""
@@ -111,7 +111,7 @@ class Summary(TypedDict, total=False):
     """Seconds by stage, and ``total``."""
 
 
-def demo_report(summary: Summary) -> Html:
+def demo_report(summary: DemoSummary) -> Html:
     """Return the complete page of a demo."""
     return html.page(
         "From a manifest to transcripts, without the padding",
@@ -128,7 +128,7 @@ def demo_report(summary: Summary) -> Html:
     )
 
 
-def _opening(summary: Summary) -> Html:
+def _opening(summary: DemoSummary) -> Html:
     corpus = summary.get("corpus")
     made = [f"{corpus['utterances']:,} utterances" if corpus else "a corpus"]
     if corpus:
@@ -141,7 +141,7 @@ def _opening(summary: Summary) -> Html:
     return Html("".join(html.escape(part) for part in parts))
 
 
-def _headline(summary: Summary) -> list[html.Card]:
+def _headline(summary: DemoSummary) -> list[html.Card]:
     cards: list[html.Card] = []
     strategies = summary.get("strategies", {})
     names = list(strategies)
@@ -176,7 +176,7 @@ def _headline(summary: Summary) -> list[html.Card]:
     return cards
 
 
-def _ladder(summary: Summary) -> Html:
+def _ladder(summary: DemoSummary) -> Html:
     strategies = summary.get("strategies")
     if not strategies:
         return Html()
@@ -220,7 +220,7 @@ def _ladder(summary: Summary) -> Html:
     return html.section("Batching strategies", lead + ".", *blocks, *_speed(summary))
 
 
-def _speed(summary: Summary) -> list[Html]:
+def _speed(summary: DemoSummary) -> list[Html]:
     """Return the measured training speed, beside the prediction of the budget."""
     speed = summary.get("measured_speed")
     if not speed:
@@ -236,7 +236,7 @@ def _speed(summary: Summary) -> list[Html]:
     return [caption, table]
 
 
-def _corpus(summary: Summary) -> Html:
+def _corpus(summary: DemoSummary) -> Html:
     data = summary.get("corpus")
     if not data:
         return Html()
@@ -264,7 +264,7 @@ def _corpus(summary: Summary) -> Html:
     return html.section("The corpus", lead, html.grid(*blocks))
 
 
-def _training(summary: Summary) -> Html:
+def _training(summary: DemoSummary) -> Html:
     rows = summary.get("training") or []
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "valid")}
     drawings = [*curves(kinds["train"], kinds["valid"])]
@@ -281,7 +281,7 @@ def _training(summary: Summary) -> Html:
     return html.section("Training", ", ".join(parts) + ".", html.grid(*drawings))
 
 
-def _transcripts(summary: Summary) -> Html:
+def _transcripts(summary: DemoSummary) -> Html:
     rates = [
         ("all test sentences", summary.get("wer")),
         ("voices of training", summary.get("wer_seen")),
@@ -306,7 +306,7 @@ def _transcripts(summary: Summary) -> Html:
     return html.section("Transcripts", lead, *blocks)
 
 
-def _decoder_shift(summary: Summary) -> Html:
+def _decoder_shift(summary: DemoSummary) -> Html:
     rows = _shift_rows(summary)
     if not rows:
         return Html()
@@ -345,7 +345,7 @@ def _decoder_shift(summary: Summary) -> Html:
     return html.section("Deep and shallow decoders", lead, *blocks)
 
 
-def _times(summary: Summary) -> Html:
+def _times(summary: DemoSummary) -> Html:
     given = summary.get("times") or {}
     stages = {name.replace("_", " "): float(value) for name, value in given.items() if name != "total"}
     total = _total(given)
@@ -373,7 +373,7 @@ def _times(summary: Summary) -> Html:
     return html.section("Times", lead, bar, html.table(["stage", "time", "fraction"], rows))
 
 
-def _machine(summary: Summary) -> Html:
+def _machine(summary: DemoSummary) -> Html:
     facts = summary.get("machine")
     if not facts:
         return Html()
@@ -382,7 +382,7 @@ def _machine(summary: Summary) -> Html:
     return html.section("The machine", "All times on this page were measured on it.", listed)
 
 
-def _best(summary: Summary) -> str:
+def _best(summary: DemoSummary) -> str:
     """Return ``balanced`` where it was planned, else the strategy with the least padded compute."""
     strategies = summary.get("strategies", {})
     least = min(strategies, key=lambda name: strategies[name].get("padded_compute", 1.0))
@@ -407,7 +407,7 @@ def _two_batches(seconds: Sequence[float], size: int = 12) -> dict[str, list[flo
     return {f"{size} at random": drawn.tolist(), f"{count} of similar length": alike[:count].tolist()}
 
 
-def _shift_rows(summary: Summary) -> list[ShiftFigures]:
+def _shift_rows(summary: DemoSummary) -> list[ShiftFigures]:
     return list((summary.get("decoder_shift") or {}).values())
 
 
