@@ -31,7 +31,7 @@ from canter.demo.config import (
     DemoConfig,
     Scale,
 )
-from canter.demo.report import CorpusFigures, MeasuredSpeed, ShiftFigures, StrategyFigures, DemoSummary, demo_report
+from canter.demo.report import CorpusFigures, DemoSummary, MeasuredSpeed, ShiftFigures, StrategyFigures, demo_report
 from canter.demo.shift import measure_shift
 from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import ErrorCounts, score_texts
