@@ -1,12 +1,12 @@
-"""WER of the demo's recipe after fixed numbers of steps, for several seeds, by every way of decoding.
+"""Measure the WER of the demo's recipe after fixed numbers of steps, for several seeds, with every decoding method.
 
     python benchmarks/demo_steps.py -o FOLDER [--steps 1400 3500] [--seeds 3] [--json FILE]
 
 `canter demo` takes the steps that fit its minutes, so how well it ends depends on the machine; here the number of steps
 is given. All runs share the corpus (that of seed 0, as the demo's) and the measured budget, and differ in their seed:
 initial weights and order. Each is decoded by attention only, by CTC only, and jointly at every --weights, by greedy
-search and with --beam beams; decoder seconds are wall-clock. Started again, it resumes where it was: finished runs and
-decodings stay.
+search and with --beam beams; decoder seconds are wall-clock. The same command resumes: finished runs and
+decodings are kept.
 """
 
 import json
@@ -41,7 +41,7 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     steps: tuple[int, ...] = (1400, 3500)
-    """Numbers of steps; each is a run of its own, whose learning rate falls to its end."""
+    """Numbers of steps; each is a separate run, whose learning rate reaches its floor."""
     seeds: int = 3
     utterances: int = 6000
     """Training utterances of the corpus."""
@@ -56,7 +56,7 @@ class Options:
 
 
 def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, float]]:
-    """Train each run, unless it is finished -> steps, seed, folder, training seconds."""
+    """Train each run, unless it is finished, and yield (steps, seed, folder, training seconds)."""
     budget = options.output / "budget.json"
     for steps in options.steps:
         for seed in range(options.seeds):
@@ -76,7 +76,7 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
 
 
 def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[str, float]]:
-    """Return WER, CER and decoder seconds of a run by way of decoding; each way is decoded once."""
+    """Return WER, CER and decoder seconds of a run by decoding method; each is decoded once."""
     ways = [("attention", 0.0, 1), *((f"joint {weight:g}", weight, 1) for weight in options.weights)]
     if options.beam > 1:
         beams = [(f"{name}, {options.beam} beams", weight, options.beam) for name, weight, _ in ways]

@@ -22,9 +22,9 @@ FRAGMENT = re.compile(
     r"(Of|What|Whether|Where|As|How|Those|Which|Who|Whose|When|Why|That|With|Without|For|From|In|On|By|At|To|And|Or"
     r"|Not|More|Less|Until|While|So|If)\b"
 )
-"""First words of a docstring that is no whole sentence."""
+"""First words of a docstring that is not a complete sentence."""
 COMMAND_NAMES = {"Options", "run", "parse"}
-"""Names that every module of a command has: the interface of the command line, not two ideas."""
+"""Names that the module of every command has."""
 TRAINING = """
 import collections, json, sys, threading, wave
 from pathlib import Path
@@ -89,7 +89,7 @@ def public_any(tree: ast.Module) -> int:
 
 
 def count(source: Path) -> dict[str, int]:
-    """Count everything that can be read off the sources."""
+    """Count everything that can be read from the sources."""
     root = source / "canter"
     result: collections.Counter[str] = collections.Counter()
     names: dict[str, set[str]] = collections.defaultdict(set)
@@ -106,10 +106,10 @@ def count(source: Path) -> dict[str, int]:
             re.findall(r"os\.replace\(|(?:partial|fresh|unfinished)\.(?:replace|rename)\(", text)
         )
         for node in [tree, *functions_and_classes(tree)]:
-            told = ast.get_docstring(node)
-            if told:
+            docstring = ast.get_docstring(node)
+            if docstring:
                 result["docstrings"] += 1
-                result["docstrings that are fragments"] += bool(FRAGMENT.match(told))
+                result["docstrings that are fragments"] += bool(FRAGMENT.match(docstring))
         for node in tree.body:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and node.name not in COMMAND_NAMES:

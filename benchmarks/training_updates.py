@@ -1,4 +1,4 @@
-"""How many updates an epoch should have: WER and validation loss after the same audio, by the size of the batch.
+"""Measure the effect of the number of updates per epoch: WER and validation loss after equal audio, by batch size.
 
     python benchmarks/training_updates.py -o FOLDER --whisper MODEL --speech FOLDER [--tasks an4 demo] [--json FILE]
 
@@ -40,27 +40,27 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     whisper: Path
-    """Folder of a Whisper, for an4 and librivox."""
+    """Folder of a Whisper, for the tasks an4 and librivox."""
     speech: Path
     """Folder that holds an4/ and librivox_mini/, each with a manifest.jsonl."""
     tasks: tuple[str, ...] = ("an4", "librivox", "demo")
-    """Which of them."""
+    """Tasks to run."""
     batch_seconds: tuple[float, ...] = (16.0, 64.0, 4.0, 32.0, 8.0, 128.0)
-    """Caps on a batch, in seconds of padded audio."""
+    """Maximum sizes of a batch, in seconds of padded audio."""
     epochs: tuple[float, float, float] = (1.0, 2.0, 3.0)
-    """Of an4, librivox and demo."""
+    """Epochs of an4, librivox and demo."""
     rows: int = 120
-    """Training utterances of an4 and librivox, evenly spread."""
+    """Training utterances of an4 and librivox, evenly spaced."""
     utterances: int = 400
-    """Of the synthesised corpus."""
+    """Training utterances of the synthesised corpus."""
     valid: int = 60
     """Utterances to validate on."""
     longest: float = 5.0
-    """Longer utterances of the synthesised corpus are left out."""
+    """Maximum seconds of an utterance of the synthesised corpus."""
     width: int = 64
-    """Of the model trained from scratch."""
+    """Width of the model trained from scratch."""
     layers: tuple[int, int] = (2, 1)
-    """Its encoder and decoder layers."""
+    """Encoder and decoder layers of the model trained from scratch."""
     seeds: int = 1
     threads: int = 1
     json: Path | None = None
@@ -68,7 +68,7 @@ class Options:
 
 
 def fine_tuned(options: Options, corpus: str) -> TrainConfig:
-    """A run from the Whisper on clips of some speakers, validated on the others."""
+    """Return a run from the Whisper on clips of some speakers, validated on the others."""
     manifest = options.speech / corpus / "manifest.jsonl"
     folder = options.output / corpus
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def fine_tuned(options: Options, corpus: str) -> TrainConfig:
 
 
 def from_scratch(options: Options) -> TrainConfig:
-    """A run of a small model on the synthesised corpus."""
+    """Return a run of a small model on the synthesised corpus."""
     corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=2 * options.valid)
     return TrainConfig(
         manifest=(up_to(options.longest, corpus.train_manifest),),
@@ -104,7 +104,7 @@ def from_scratch(options: Options) -> TrainConfig:
 
 
 def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
-    """The task's configuration, whose tokenizer and budget are made once."""
+    """Return the task's configuration; its tokenizer and budget are made once."""
     config = (
         from_scratch(options) if task == "demo" else fine_tuned(options, {"librivox": "librivox_mini"}.get(task, task))
     )
@@ -129,7 +129,7 @@ def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
 
 @torch.inference_mode()
 def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
-    """Nats a text token of the held-out utterances, by the last checkpoint."""
+    """Return the nats per text token of the held-out utterances, by the last checkpoint."""
     checkpoint = max((folder / "checkpoints").glob("step-*"))
     model = load_model(checkpoint)
     assert isinstance(model, SpeechModel)
