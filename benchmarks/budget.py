@@ -35,20 +35,22 @@ import torch
 
 from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
+from canter.events import Printed
 from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
+from canter.planning.bins import Bins
+from canter.planning.budget import parse_memory
 from canter.planning.lengths import Lengths
 from canter.planning.strategies import Bucket2D
 from canter.planning.strategies.bucket_2d import batch_sizes
-from canter.runtime import LiveBytes, give_back, is_out_of_memory, resident, steady_heap
+from canter.runtime import LiveBytes, is_out_of_memory, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import training_step
-from canter.training.prepare import model_config
-from canter.tuning.fit import MOST_PROBES, measure_budget, within
-from canter.tuning.probe import Probe, Prober, TrainingStep
+from canter.training.measure import SyntheticStep
+from canter.training.subject import model_config
+from canter.tuning.fit import MOST_PROBES, fit_budget, within
+from canter.tuning.probe import Probe, ProbedStep, Prober
 from canter.tuning.search import search
-from canter.tuning.simulate import Simulator, parse_bytes
 
 LIMITS = {"predict": "512MiB", "methods": "192MiB", "epoch": "256MiB", "resting": "1GiB"}
 LONG = 2.0  # seconds of a step that is not run twice
@@ -67,9 +69,9 @@ def make_model(name: str) -> SpeechModel:
     return SpeechModel(model_config(TrainConfig(), sizes, sizes))  # type: ignore[arg-type]
 
 
-def make_step(model: Any, copied: bool = False) -> TrainingStep:
+def make_step(model: Any, copied: bool = False) -> ProbedStep:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
-    return training_step(config, model, "float32", 1, copied=copied)
+    return SyntheticStep(config, model, "float32", copied=copied)
 
 
 def lengths(args: argparse.Namespace) -> LengthIndex:
@@ -101,12 +103,11 @@ def forked(work: Callable, *arguments: Any) -> list:
 
 def fitting(tell: Callable, args: argparse.Namespace, journal: Path | None) -> None:
     """Tells budget, probes, steps, events and seconds of `fit`."""
-    steady_heap()
+    map_large_blocks()
     step = make_step(make_model(args.model))
-    prober = Prober(step, parse_bytes(args.limit), journal=journal, clock=time.process_time)
+    prober = Prober(step, parse_memory(args.limit), journal=journal, events=Printed(), clock=time.process_time)
     began = time.perf_counter()
-    frame_seconds = make_model(args.model).frame_seconds
-    budget = measure_budget(prober, lengths(args), frame_seconds, most_probes=args.probes, say=print)
+    budget = fit_budget(prober, lengths(args), most_probes=args.probes)
     seconds = time.perf_counter() - began
     tell((budget.as_json(), prober.probes, prober.steps, prober.out_of_memory, seconds))
 
@@ -123,20 +124,20 @@ def running(tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: flo
     fit. Above ``cap``, weights included, the kernel ends the process. (RLIMIT_DATA would count address space that glibc
     keeps and holds nothing in.)"""
     if heap:
-        steady_heap()
+        map_large_blocks()
     group = GROUPS / f"canter-{os.getpid()}"
     if cap:
         group.mkdir()
         (group / "cgroup.procs").write_text(str(os.getpid()))
     step = make_step(make_model(name))
     step(1, *shapes[0][1:])  # makes the optimiser's state, and loads what is no tensor
-    give_back()
+    release_memory()
     rest = resident() - step.state_bytes
     if cap:
         held = int((group / "memory.usage_in_bytes").read_text()) - step.state_bytes
         (group / "memory.limit_in_bytes").write_text(str(int(held + cap)))
     for shape in shapes:
-        give_back()
+        release_memory()
         Path("/proc/self/clear_refs").write_text("5")
         try:
             times = []
@@ -153,7 +154,7 @@ def running(tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: flo
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            step.clear()
+            step.discard()
             tell([None, None, None])
 
 
@@ -164,11 +165,6 @@ def fresh(
     if len(told) < len(shapes) and not cap:
         raise RuntimeError(f"{shapes}: the process ended")
     return told + [[None, None, None]] * (len(shapes) - len(told))
-
-
-def simulating(tell: Callable, name: str, shapes: Sequence[Sequence[int]]) -> None:
-    simulator = Simulator(make_model(name), make_step, 1e15)
-    tell([simulator(*shape).bytes for shape in shapes])
 
 
 # -- what is shown --
@@ -195,7 +191,6 @@ def predict(args: argparse.Namespace) -> dict:
         rows.append(row | {"predicted_seconds": float(budget.step_seconds(*shape)), "seconds": took})
     for row in rows[: args.compared]:
         [[row["glibc_default"], _, row["tensors"]]] = fresh(args.model, [row["shape"]], heap=False, count=True)
-    [simulated] = forked(simulating, args.model, shapes[: args.compared])
 
     def off(one: str, other: str, some: list[dict]) -> list[float]:
         return [abs(row[one] / row[other] - 1) for row in some]
@@ -211,18 +206,17 @@ def predict(args: argparse.Namespace) -> dict:
         "glibc_default_takes_more_median": statistics.median(more),
         "glibc_default_takes_more_worst": max(more),
         "tensors_of_measured": statistics.median(row["tensors"] / row["measured"] for row in rows[: args.compared]),
-        "simulated_tensors_error_worst": max(abs(s / r["tensors"] - 1) for s, r in zip(simulated, rows)),
         "budget": budget.as_json(),
         "probes": [[*p.shape, round(p.bytes), round(p.seconds, 4), p.fits] for p in probes],
         "rows": rows,
     }
 
 
-def searching(tell: Callable, args: argparse.Namespace, bins: Any, frame_seconds: float) -> None:
-    steady_heap()
-    prober = Prober(make_step(make_model(args.model)), parse_bytes(args.limit))
+def searching(tell: Callable, args: argparse.Namespace, bins: Bins) -> None:
+    map_large_blocks()
+    prober = Prober(make_step(make_model(args.model)), parse_memory(args.limit))
     began = time.perf_counter()
-    found = search(prober, bins, frame_seconds)
+    found = search(prober, bins)
     seconds = time.perf_counter() - began
     tell((found.sizes, [round(p.bytes) for p in prober.probes], found.steps, found.out_of_memory, seconds))
 
@@ -233,9 +227,9 @@ def methods(args: argparse.Namespace) -> dict:
     budget, _, told = fitted(args)
     bins = Bucket2D(30, 2).bins(index, budget)
     corners = [(int(budget.frames(s)), max(2, u)) for s, u in bins.edges]
-    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins, budget.frame_seconds)
+    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins)
     counts = np.bincount(bins.assign(Lengths.of(index, slice(None), budget)), minlength=len(bins))
-    limit = parse_bytes(args.limit)
+    limit = parse_memory(args.limit)
 
     def row(name: str, sizes: np.ndarray, steps: int, events: int, wall: float) -> dict:
         shapes = [(max(1, int(size)), *corner) for size, corner in zip(sizes, corners)]
@@ -269,7 +263,7 @@ def epoch(args: argparse.Namespace) -> dict:
     size = budget.bytes(table.size, table.frames, table.tokens)
     largest = np.argsort(-size)[: args.count]
     shapes = [(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
-    limit = parse_bytes(args.limit)
+    limit = parse_memory(args.limit)
     results = []
     for start in range(0, len(shapes), A_PROCESS):
         results += fresh(args.model, shapes[start : start + A_PROCESS], cap=limit)
@@ -291,11 +285,11 @@ def resting(args: argparse.Namespace) -> dict:
 
 
 def coming_to_rest(tell: Callable, name: str) -> None:
-    steady_heap()
+    map_large_blocks()
     held: dict[str, Any] = {}
 
     def look(what: str, tensors: int) -> None:
-        give_back()
+        release_memory()
         now = {"anonymous": resident("RssAnon"), "file": resident("RssFile"), "tensors": tensors}
         files, modules = mapped(), set(sys.modules)
         if held:

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.demo.config import FULL
 from canter.demo.pipeline import recipe
@@ -33,7 +33,7 @@ from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe
 from canter.models.formats.checkpoint import load_model
 from canter.reporting.machine import describe_machine
-from canter.training.session import train
+from canter.training.recipe import run_training
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
                 if budget.exists():
                     settings["budget"] = budget
                 config = replace(recipe(corpus.train_manifest, folder), threads=options.threads, track=(), **settings)
-                finished = train(config, TrainingProgress, say, track)
+                finished = run_training(config, TerminalEvents())
                 if not budget.exists():
-                    finished.prepared.budget.save(budget)
+                    finished.prepared.schedule.budget.save(budget)
                 done.write_text(json.dumps(finished.progress.seconds), encoding="utf-8")
             yield steps, seed, folder, float(json.loads(done.read_text(encoding="utf-8")))
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from canter.corpus.index import LengthIndex
+from canter.events import Printed
 from canter.models.cost import utterance_cost
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -31,12 +32,11 @@ from canter.planning import Budget, Plan
 from canter.planning.bins import Bins
 from canter.planning.budget import Polynomial
 from canter.planning.strategies import Bucket2D
-from canter.runtime import give_back, is_out_of_memory, peak_of, steady_heap
+from canter.runtime import choose_device, is_out_of_memory, map_large_blocks, peak_of, release_memory
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
-from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
-from canter.tuning.probe import Prober, Shape, TrainingStep
+from canter.training.measure import SyntheticStep, memory_limit
+from canter.tuning.fit import MOST_PROBES, corners, fit_budget, within
+from canter.tuning.probe import BatchShape, ProbedStep, Prober
 from canter.tuning.search import search
 
 ERRORS = ("memory_error", "time_error", "margin", "error_unseen")
@@ -86,20 +86,20 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(args.device)
     torch.manual_seed(0)
     if device.type == "cpu":
-        steady_heap()
+        map_large_blocks()
     config = canary(args.tiny)
     with device:
         model = SpeechModel(config).to(device)
     index = lengths(args.lengths, args.tiny)
     settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
     precision = "float32" if device.type == "cpu" else "bf16"
-    step = training_step(settings, model, precision, 1, copied=False)
-    limit = TINY_LIMIT if args.tiny else memory_limit(device, print)
+    step = SyntheticStep(settings, model, precision, copied=False)
+    limit = TINY_LIMIT if args.tiny else memory_limit(device, events=Printed())
 
-    budget, fit = fitted(Prober(step, limit), index, model.frame_seconds, args.probes)
+    budget, fit = fitted(Prober(step, limit, events=Printed()), index, args.probes)
     bins = Bucket2D(args.search_buckets, 2).bins(index, budget)
     fit["sizes"] = [int(budget.max_batch(budget.frames(s), u)) for s, u in bins.edges]
-    found = searched(Prober(step, limit), bins, budget.frame_seconds)
+    found = searched(Prober(step, limit), bins)
     flops = training_flops(config, model.frame_seconds)
     rows, events = run_extremes(step, index, budget, limit, args.steps, args.seconds)
     for row in rows:
@@ -137,9 +137,9 @@ def median(values: Iterable[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int) -> tuple[Budget, dict[str, Any]]:
+def fitted(prober: Prober, index: LengthIndex, probes: int) -> tuple[Budget, dict[str, Any]]:
     began = time.perf_counter()
-    budget = measure_budget(prober, index, frame_seconds, most_probes=probes, say=print)
+    budget = fit_budget(prober, index, most_probes=probes)
     told = {
         "steps": prober.steps,
         "out_of_memory": prober.out_of_memory,
@@ -150,9 +150,9 @@ def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int
     return budget, told
 
 
-def searched(prober: Prober, bins: Bins, frame_seconds: float) -> dict[str, Any]:
+def searched(prober: Prober, bins: Bins) -> dict[str, Any]:
     began = time.perf_counter()
-    found = search(prober, bins, frame_seconds)
+    found = search(prober, bins)
     told = {
         "buckets": len(bins),
         "steps": found.steps,
@@ -165,7 +165,7 @@ def searched(prober: Prober, bins: Bins, frame_seconds: float) -> dict[str, Any]
 
 
 def run_extremes(
-    step: TrainingStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
+    step: ProbedStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
 ) -> tuple[list[dict[str, Any]], int]:
     """Runs the corners and the largest micro-batches of the balanced plan in random order, one after another without
     emptying the cache, as training does, where the process may have ``limit`` bytes. Returns a row of each that fitted,
@@ -173,10 +173,10 @@ def run_extremes(
     device, table = step.device, Plan(index, budget).batch_table(0)
     largest = np.argsort(-budget.bytes(table.size, table.frames, table.tokens))[:most]
     shapes = list(corners(index, budget))
-    shapes += [Shape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
+    shapes += [BatchShape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
     shapes = shapes[:most]
     random.Random(0).shuffle(shapes)
-    give_back()
+    release_memory()
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
@@ -191,8 +191,8 @@ def run_extremes(
             if not is_out_of_memory(error):
                 raise
         if not needed:  # outside of the handler: the traceback holds the step's tensors
-            step.clear()
-            give_back()
+            step.discard()
+            release_memory()
             events += 1
             continue
         rows.append(
@@ -210,7 +210,7 @@ def run_extremes(
     return rows, events
 
 
-def taken(step: TrainingStep, shape: Shape) -> tuple[int, float]:
+def taken(step: ProbedStep, shape: BatchShape) -> tuple[int, float]:
     """(peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a CPU."""
     device, seconds = step.device, 0.0
 

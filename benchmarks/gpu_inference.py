@@ -33,11 +33,11 @@ from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.decoder import DecoderConfig
-from canter.models.device import choose_device
 from canter.models.features import WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
+from canter.runtime import choose_device
 
 LENGTHS = "data/lengths/librispeech_devtest_en.parquet"
 PROMPT = (1, 2, 3, 4)

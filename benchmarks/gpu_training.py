@@ -26,14 +26,14 @@ from ladder import Arm, Rig
 from rich.console import Console
 from rich.table import Table
 
+from canter.events import Printed
 from canter.models.model import SpeechModel
-from canter.runtime import give_back, steady_heap
+from canter.runtime import choose_device, map_large_blocks, release_memory
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
+from canter.training.measure import SyntheticStep, memory_limit
 from canter.training.step.weights import compile_layers
-from canter.tuning.fit import measure_budget
-from canter.tuning.probe import Probe, Prober, gib
+from canter.tuning.fit import fit_budget
+from canter.tuning.probe import Prober
 
 MATRIX = 8192  # width of the matrices whose product is timed
 WARM_UP = 3  # steps of a strategy before those that count
@@ -56,12 +56,6 @@ class Options:
     """Compile the layers first, which takes minutes of its own."""
     json: Path | None = None
     """File for the figures."""
-
-
-def told(probe: Probe, seconds: float) -> None:
-    """So that a log says where the time before the first strategy went."""
-    fits = f"{probe.seconds:.2f} s, {gib(probe.bytes)}" if probe.fits else "does not fit"
-    print(f"{seconds:5.0f} s: {probe.batch} x {probe.frames} x {probe.tokens}: {fits}", flush=True)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, repeats: int = 20) -> float:
@@ -90,7 +84,7 @@ def main(options: Options) -> None:
     device = choose_device(options.device)
     cuda = device.type == "cuda"
     if not cuda:
-        steady_heap()
+        map_large_blocks()
     precision = "bf16" if cuda else "float32"
     rate = matrix_rate(device, torch.bfloat16 if cuda else torch.float32, 256 if options.tiny else MATRIX)
     torch.manual_seed(0)
@@ -100,12 +94,14 @@ def main(options: Options) -> None:
     if options.compile:
         compile_layers(model)
     index = lengths(options.lengths, options.tiny)
-    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
-    limit = TINY_LIMIT if options.tiny else memory_limit(device, print)
-    step = training_step(settings, model, precision, 4, copied=False)
-    prober = Prober(step, limit, told=lambda probe: told(probe, time.perf_counter() - began))
-    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
+    limit = TINY_LIMIT if options.tiny else memory_limit(device, events=Printed())
+    step = SyntheticStep(settings, model, precision, 4, copied=False)
+    prober = Prober(step, limit, events=Printed())
+    budget = fit_budget(prober, index, most_probes=options.probes)
     tuned, events = time.perf_counter() - began, prober.out_of_memory
+    for probe in prober.probes:
+        print(probe)
     print(f"budget: {prober.steps} steps, {events} out of memory, {tuned:.0f} s", flush=True)
     del prober, step  # and with it the optimiser of the probes
     rig = Rig(settings, model, precision)
@@ -123,7 +119,7 @@ def main(options: Options) -> None:
         "strategies": {},
     }
     for name in options.strategies:
-        give_back()
+        release_memory()
         arm = Arm(name, rig, index, budget)
         for _ in range(WARM_UP):
             arm.step(timed=False)

@@ -18,8 +18,7 @@ from canter.training.config import TrainConfig
 from canter.training.defaults import decided
 from canter.training.feed.data import Loaded
 from canter.training.feed.steps import Steps
-from canter.training.step.gradient import Counts, Gradient
-from canter.training.step.optimizers import Optimizers
+from canter.training.step.gradient import TargetCounts, TrainingStep
 
 STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")
 RATE = 16000
@@ -58,24 +57,21 @@ class Rig:
     """A model with its optimiser, which all strategies share: what is timed does not depend on the weights."""
 
     def __init__(self, config: TrainConfig, model: SpeechModel, precision: str):
-        self.model, config = model.train(), decided(config)
-        self.device = next(model.parameters()).device
-        self.optimizers = Optimizers(model, config.optimizer, 100_000)
-        self.gradient = Gradient(config, model, precision)
+        self.model, self.device = model.train(), next(model.parameters()).device
+        self.training_step = TrainingStep(decided(config), model, precision, steps=100_000)
 
     def step(self, loaded: list[Loaded], number: int) -> tuple[int, int]:
         """Gradient and update; how many micro-batches ran out of memory and were cut, and on a GPU the peak bytes."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        counts = Counts.of([one.batch for one in loaded if one.batch is not None])
-        computed = self.gradient.compute(loaded, counts, number, alone=False)
-        self.optimizers.step(number)
-        self.gradient.merge_statistics(computed.numbers, len(loaded))
+        counts = TargetCounts.of([one.batch for one in loaded if one.batch is not None])
+        computed = self.training_step.gradient.compute(loaded, counts, number, ctc_only=False)
+        self.training_step.update(number, computed.numbers, len(loaded))
         if on_gpu:
             torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
-        return len(computed.cuts) + len(computed.unfit), peak
+        return len(computed.splits) + len(computed.unfit), peak
 
 
 class Arm:

@@ -32,15 +32,13 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
-from canter.runtime import CLEAR, give_back, resident, steady_heap
+from canter.runtime import CLEAR, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.defaults import decided
-from canter.training.distributed.ranks import Ranks, joined
+from canter.training.distributed.ranks import Ranks, process_group
 from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
-from canter.training.step.gradient import Counts, Gradient
-from canter.training.step.optimizers import Optimizers
-from canter.tuning.sharding import Sharding
+from canter.training.step.gradient import TrainingStep
 
 WAYS = ("none", "replicate", "shard", "ddp", "ddp, views", "fsdp")
 RANKS = 2
@@ -90,35 +88,31 @@ def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], Non
     if way.startswith("ddp"):
         views = way.endswith("views")
         whole = DistributedDataParallel(whole, gradient_as_bucket_view=views)
-    optimizers = Optimizers(model, config.optimizer, steps=100)
-    gradient = Gradient(config, model, "float32", ranks)
+    ours = TrainingStep(config, model, "float32", 100, ranks=ranks, shards=shards)
 
     def step(batch: Batch) -> None:
         if shards:
             shards.gather()
-        if way in ("replicate", "shard"):
-            gradient.backward(batch, Counts.of([batch]), alone=False, epoch=0)
-        else:
-            whole(batch).backward()
-        if shards:
-            shards.sum_gradients(lambda one: gradient.objective(one, False))
-        elif way == "replicate":
-            ranks.sum_gradients(optimizers.parameters)
+        if way in ("none", "replicate", "shard"):
+            ours.backward(batch)
+            ours.update(0, numbers=[ranks.rank], count=ranks.size)
+            return
+        whole(batch).backward()
         merge_pending(model)
-        optimizers.step(0)
+        ours.optimizers.step(0)
 
     return step
 
 
 def peak_of(way: str, sizes: tuple[int, int], shape: tuple[int, int, int], ranks: Ranks) -> int:
     """Return the peak resident bytes of two steps above those of a tiny model distributed in the same way."""
-    steady_heap()
+    map_large_blocks()
     tiny = make_model(2, 32)
     tiny_step = stepper(way, tiny, ranks)
     for _ in range(2):
         tiny_step(synthetic_batch(tiny, 1, 20, 5, 1))
     del tiny, tiny_step
-    give_back()
+    release_memory()
     before = resident()
     CLEAR.write_text("5")
     model = make_model(*sizes)
@@ -136,7 +130,7 @@ def as_rank(tell: Callable, rank: int, port: int, way: str, sizes: tuple, shape:
     if size > 1:
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         tell(peak_of(way, sizes, shape, ranks))
 
 
@@ -170,18 +164,12 @@ def main() -> None:
     sizes, shape = (args.layers, args.width), (1, args.frames, 10)
     model = make_model(*sizes)
     weights = sum(p.nbytes for p in model.parameters())
-    state = 3 * weights + sum(b.nbytes for b in model.buffers())
     alone, rows = 0, []
     for way in WAYS:
         peak = measured(way, sizes, shape)
         alone = alone or peak
-        kind, views = way.split(", ")[0], way.endswith("views")
-        computed = Sharding(kind, 1 if way == "none" else RANKS, views).extra_bytes(model, state)  # type: ignore[arg-type]
-        rows.append({"way": way, "peak": peak, "added": peak - alone, "computed": round(computed)})
-        print(
-            f"{way:12} peak {peak / 2**20:7.0f} MiB, added {(peak - alone) / 2**20:+7.0f}, computed "
-            f"{computed / 2**20:+7.0f}"
-        )
+        rows.append({"way": way, "peak": peak, "added": peak - alone})
+        print(f"{way:12} peak {peak / 2**20:7.0f} MiB, added {(peak - alone) / 2**20:+7.0f}")
     result = {
         "parameters": weights // 4,
         "ranks": RANKS,

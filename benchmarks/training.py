@@ -19,14 +19,15 @@ from ladder import STRATEGIES, Arm, Rig, lengths_of
 from rich.console import Console
 from rich.table import Table
 
+from canter.events import Printed
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.reporting.machine import describe_machine
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-from canter.training.measure import training_step
-from canter.tuning.fit import measure_budget
+from canter.training.measure import SyntheticStep
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Prober
 
 
@@ -76,9 +77,9 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     index = lengths_of(options.lengths, options.longest, 480, options.most)
     model = model_of(options)
-    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
-    prober = Prober(training_step(config, model, "float32", prompt=4), options.memory * 1e9)
-    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
+    prober = Prober(SyntheticStep(config, model, "float32", prompt=4), options.memory * 1e9, events=Printed())
+    budget = fit_budget(prober, index, most_probes=options.probes)
     rig = Rig(config, model, "float32")
     arms = [Arm(name, rig, index, budget, options.seed) for name in STRATEGIES]
     for arm in arms:

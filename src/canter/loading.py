@@ -39,8 +39,8 @@ def load_module(
     import torch
 
     from canter.inference.engine.int8 import load_in
-    from canter.models.device import choose_device
     from canter.models.formats.huggingface import foreign_type
+    from canter.runtime import choose_device
 
     device = choose_device(str(device))
     if backend == "canter" or (backend == "auto" and foreign_type(path) is None):

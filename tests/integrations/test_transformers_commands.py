@@ -64,10 +64,10 @@ def command(corpus, init, output, *more):
     data = str(corpus / "train.jsonl")
     return main(
         ["train", "--manifest", data, "--valid", data, "--init", str(init), "--output", str(output), "--budget",
-         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-alone", "0", "--optimizer.name", "adamw",
+         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-warmup", "0", "--optimizer.name", "adamw",
          "--batch-seconds", "3", "--steps", "4", "--valid-every", "2", "--valid-utterances", "2",
          "--workers", "0", "--threads", "1",
-         "--precision", "float32", "--no-largest-first", *more]
+         "--precision", "float32", "--no-check-memory", *more]
     )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_pat
         (["transcribe", "{model}", "{clip}", "--precision", "int8"], "--precision int8"),
         (["reshape", "{model}", "-o", "{tmp}/x", "--decoder-layers", "1"], "model_type is 'moonshine'"),
         (["convert", "{model}", "{tmp}/x"], "model_type is 'moonshine'"),
-        (["tune", "{model}", "--simulate", "8GiB", "-o", "{tmp}/b.json"], "--simulate: "),
+        (["tune", "{model}", "--compile", "-o", "{tmp}/b.json"], "--compile: "),
     ],
 )
 def test_what_other_commands_have_nothing_for_takes_one_line(moonshine, corpus, tmp_path, capsys, arguments, says):

@@ -75,7 +75,7 @@ def run(options: Options) -> None:
     from canter.models.hub import checkpoint_of
     from canter.models.protocol import check_support
     from canter.reporting.machine import describe_machine
-    from canter.runtime import lasting_heap
+    from canter.runtime import keep_freed_memory
 
     kind = TYPE_OF.get(options.precision, options.precision)
     peers = [parse_peer(spec.strip(), kind) for spec in options.against.split(",") if spec.strip()]
@@ -86,7 +86,7 @@ def run(options: Options) -> None:
     model = engine.model
     device = str(next(model.parameters()).device)
     if device == "cpu":  # for all systems, which share the process
-        lasting_heap()
+        keep_freed_memory()
     clips, left_out = load_clips(engine, options.audio, options.language, options.utterances)
     systems: dict[str, System] = {f"canter {kind}": EngineSystem(engine)}
     with TemporaryDirectory(prefix="canter-bench-") as work:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from canter.inference.engine.engine import Engine
 
 KEYS = "CANTER_API_KEYS"
-FILES = 2**16  # open at once, at most
 SPINS = "1000"  # tens of microseconds at most; a step of the decoder takes tens of milliseconds
 
 
@@ -83,8 +82,7 @@ def run(options: Options) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from canter.inference.transcribe import checkpoint_of
-    from canter.models.device import choose_device
-    from canter.runtime import LARGEST_THRESHOLD, steady_heap
+    from canter.runtime import LARGEST_THRESHOLD, choose_device, map_large_blocks, raise_file_limit
     from canter.serving.app import create_app
     from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, host_names, is_loopback, make_server
@@ -108,12 +106,12 @@ def run(options: Options) -> int:
         timeout=options.timeout,
         upload_timeout=options.upload_timeout,
     )
-    allow_files()
+    raise_file_limit()  # a request takes three files, and the usual limit is 1,024
     listening = bind(options.host, options.port)
     try:
         device = str(choose_device(options.device))
         if device == "cpu":
-            steady_heap(LARGEST_THRESHOLD)
+            map_large_blocks(LARGEST_THRESHOLD)
         engine = load_engine(options, checkpoint, device)
         service = Service(engine, config)
         host, port = listening.getsockname()[:2]
@@ -168,19 +166,6 @@ def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
         os._exit(130)  # nothing can tell the thread to stop, and it may take minutes
     aside.join()
     return engine
-
-
-def allow_files() -> None:
-    """Raise the number of files that this process may have open: a request takes three, the usual limit is 1,024."""
-    try:
-        import resource
-    except ImportError:
-        return
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
-    if limit != resource.RLIM_INFINITY and limit < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def read_keys(file: Path | None) -> frozenset[str]:

@@ -255,13 +255,12 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     from canter.inference.engine.engine import engine_for
     from canter.inference.engine.int8 import load_in
     from canter.inference.engine.requests import EngineConfig
-    from canter.models.device import choose_device
     from canter.models.formats.huggingface import foreign_type
-    from canter.runtime import lasting_heap
+    from canter.runtime import choose_device, keep_freed_memory
 
     device = str(choose_device(options.device))
     if device == "cpu":
-        lasting_heap()
+        keep_freed_memory()
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
     if foreign_type(checkpoint):

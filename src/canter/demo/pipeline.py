@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,12 +49,12 @@ from canter.planning.plan import Plan
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
 from canter.reporting.html import write_page
 from canter.reporting.machine import describe_machine
-from canter.training.config import TrainConfig, load_config
+from canter.training.config import TrainConfig, load_run_config
 from canter.training.feed.steps import Steps
-from canter.training.prepare import Prepared
+from canter.training.loop import PreparedRun
+from canter.training.recipe import FinishedRun, run_training
 from canter.training.run.reports import StepReport
-from canter.training.session import Finished, train
-from canter.training.step.gradient import Counts, Gradient
+from canter.training.step.gradient import Gradient, TargetCounts
 
 
 def run_demo(config: DemoConfig, events: Events[StepReport]) -> DemoSummary:
@@ -88,12 +88,12 @@ def run_demo(config: DemoConfig, events: Events[StepReport]) -> DemoSummary:
         folder = config.output / scale.run
         minutes = config.minutes or scale.minutes or training_minutes(folder, (time.perf_counter() - began) / 60)
         settings = replace(recipe(corpus.train_manifest, folder), minutes=minutes, seed=config.seed)
-        finished = train_run(settings, events)
+        finished = run_training(settings, events)
         summary |= describe_training(finished)
     run = finished.prepared
     with stage("ladder"):
-        summary |= compare_strategies(run.index, run.budget, scale.longest_in_memory, events)
-        figures["lengths"] = sample_lengths(run.index)
+        summary |= compare_strategies(run.data.index, run.schedule.budget, scale.longest_in_memory, events)
+        figures["lengths"] = sample_lengths(run.data.index)
     with stage("transcribe, score"):
         engine = load_engine(folder, EngineConfig(ctc_weight=CTC_WEIGHT), device=settings.device)
         summary |= transcribe_test(engine, corpus, config.output / "test.transcribed.jsonl", events)
@@ -126,41 +126,30 @@ def describe_corpus(corpus: Corpus) -> CorpusFigures:
 def recipe(manifest: Path, output: Path) -> TrainConfig:
     """Return the configuration of the demo's run, without its duration."""
     return TrainConfig(
-        manifest=(manifest,), output=output, vocabulary=VOCAB_SIZE, batch_seconds=BATCH_SECONDS, valid_every=100_000
+        manifest=(manifest,), output=output, vocab_size=VOCAB_SIZE, batch_seconds=BATCH_SECONDS, valid_every=100_000
     )
 
 
 def training_minutes(run: Path, spent: float) -> float:
     """Return the minutes of training: those remaining after ``spent``, or those of a run that is resumed."""
     if (run / "config.yaml").exists():
-        return load_config(run / "config.yaml").minutes or TRAINING_MINUTES[1]
+        return load_run_config(run / "config.yaml").minutes or TRAINING_MINUTES[1]
     least, most = TRAINING_MINUTES
     return round(min(max(TOTAL_MINUTES - AFTER_TRAINING - spent, least), most), 2)
 
 
-def train_run(config: TrainConfig, events: Events[StepReport]) -> Finished:
-    """Train, or resume, the run of ``config``."""
-
-    @contextmanager
-    def watch(steps: int, done: int) -> Iterator[Callable[[StepReport], None]]:
-        with events.running(steps, done):
-            yield events.step
-
-    return train(config, watch, events.message, events.progress)
-
-
-def describe_training(finished: Finished) -> DemoSummary:
+def describe_training(finished: FinishedRun) -> DemoSummary:
     """Return the summary's figures of the training run."""
     run = finished.prepared
-    rows = [json.loads(line) for line in run.run.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in run.run.log.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if row["kind"] == "train"]
     computed = sum(row["audio_seconds"] / (1 - row["padding"]) for row in steps)
     return {
         "train_seconds": finished.progress.seconds,
         "steps": finished.progress.step,
-        "precision": run.precision,
+        "precision": run.subject.precision,
         "trained_audio_hours": finished.progress.audio_seconds / 3600,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in run.subject.model.parameters()),
         "trained_padding": 1 - sum(row["audio_seconds"] for row in steps) / computed,
         "training": rows,
     }
@@ -249,31 +238,30 @@ def transcribe_test(engine: Engine, corpus: Corpus, output: Path, events: Events
     }
 
 
-def measure_training_speed(run: Prepared, scale: Scale, events: Events[StepReport]) -> MeasuredSpeed:
+def measure_training_speed(run: PreparedRun, scale: Scale, events: Events[StepReport]) -> MeasuredSpeed:
     """Measure forward and backward passes on batches of `random` and of `balanced` in turns."""
-    budget, strategies = (
-        with_room_for(scale.speed_longest, run.index, run.budget),
-        {"random": Random(), "balanced": Balanced()},
-    )
-    gradient = Gradient(run.config, run.model.train(), run.precision)
-    plans = {name: Plan(run.index, budget, strategy) for name, strategy in strategies.items()}
+    index, data = run.data.index, run.data.micro_batches
+    budget = with_room_for(scale.speed_longest, index, run.schedule.budget)
+    strategies = {"random": Random(), "balanced": Balanced()}
+    gradient = Gradient(run.config, run.subject.model.train(), run.subject.precision)
+    plans = {name: Plan(index, budget, strategy) for name, strategy in strategies.items()}
     addresses = {name: Steps(plan).addresses(None, 0, 0) for name, plan in plans.items()}
     audio, taken = dict.fromkeys(plans, 0.0), dict.fromkeys(plans, 0.0)
     until = time.perf_counter() + scale.speed_seconds
     turn = 0
     while turn < 2 or time.perf_counter() < until:
         for name in plans:
-            loaded = run.data[next(addresses[name])]
+            loaded = data[next(addresses[name])]
             if loaded.batch is None:
                 continue
             began = time.perf_counter()
-            gradient.compute([loaded], Counts.of([loaded.batch]), turn, alone=False)
+            gradient.compute([loaded], TargetCounts.of([loaded.batch]), turn, ctc_only=False)
             if turn:  # the first pass allocates memory
                 taken[name] += time.perf_counter() - began
-                audio[name] += float(loaded.batch.audio_lengths.sum()) / run.data.sample_rate
+                audio[name] += float(loaded.batch.audio_lengths.sum()) / data.sample_rate
             gradient.discard()
         turn += 1
-    _, predicted = compare(run.index, budget, [(name, s, None) for name, s in strategies.items()], ranks=1)
+    _, predicted = compare(index, budget, [(name, s, None) for name, s in strategies.items()], ranks=1)
     measured = {name: audio[name] / max(taken[name], 1e-9) for name in plans}
     speedup = measured["balanced"] / max(measured["random"], 1e-9)
     events.message(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canter.models.device import upload
+from canter.runtime import upload
 
 ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
 ALIGNED = 64  # bytes, as torch aligns its own memory

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.cache import ROUND, DecoderCache
-from canter.models.device import upload
 from canter.models.features import attention_mask
 from canter.models.stack import Stack
+from canter.runtime import upload
 
 
 @dataclass(frozen=True)

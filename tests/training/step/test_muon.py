@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from canter.training.step.muon import Muon, orthogonalise
+from canter.training.step.optimizers import Muon, orthogonalise
 
 
 def test_singular_values_come_close_to_one():

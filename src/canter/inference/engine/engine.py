@@ -33,8 +33,8 @@ from canter.inference.engine.timer import Timer
 from canter.inference.transcript import language
 from canter.inference.transcript.alignment import align
 from canter.models.cache import swap_out
-from canter.models.device import on_stream, upload
 from canter.models.model import SpeechModel
+from canter.runtime import on_stream, upload
 
 SPEAKABLE = 12.5  # tokens a second that the fastest speech has, by the usual tokenizers
 EVENT_SECONDS = 0.2  # between two values of progress

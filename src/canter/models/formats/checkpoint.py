@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from canter.errors import CheckpointError
-from canter.models.device import choose_device
 from canter.models.formats.files import read_json, read_tensors, refuse_adapter, replacing_model, stored_bytes
 from canter.models.formats.fitting import build, check_vocabulary, fit_tensors
 from canter.models.formats.generation import check_generation
 from canter.models.formats.huggingface import read_hf
 from canter.models.formats.nemo import read_nemo
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel
+from canter.runtime import choose_device
 from canter.text import Characters, load_tokenizer
 from canter.text.characters import FILE as CHARACTERS
 

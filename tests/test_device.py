@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from canter.errors import ConfigError
-from canter.models.device import choose_device
+from canter.runtime import choose_device
 
 
 @pytest.mark.parametrize(
