@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import torch
 import tyro
+from decoder_shift import ForcedLengths
 
-from canter.bench.shift import ForcedLengths, measure_shift
+from canter.demo.shift import measure_shift
 from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig

@@ -48,15 +48,15 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     steps: int = 60
-    """Of the run."""
+    """Steps of the run."""
     ranks: int = 1
-    """Processes of the run that is cut."""
+    """Processes of the run whose memory is limited."""
     json: Path | None = None
     """File for the figures."""
 
 
 def compared(folder: Path, other: Path) -> dict[str, Any]:
-    """Steps and weights of two runs side by side."""
+    """Return steps and weights of two runs side by side."""
     ours, theirs = steps_of(folder), steps_of(other)
     a, b = (load_file(newest(run) / "model.safetensors") for run in (folder, other))
     differences = [abs(x - y) / abs(y) for (_, x), (_, y) in zip(ours, theirs, strict=True)]
@@ -185,7 +185,7 @@ def cuts(options: Options) -> dict[str, Any]:
 
 
 def over_the_truth(folder: Path, manifest: Path) -> Budget:
-    """A budget measured by a short run, held to ROOM, so that a process with that by 1.25 has too little."""
+    """Return a budget measured by a short run, limited to ROOM, so that a process with ROOM / 1.25 has too little."""
     path, run = folder / "budget.json", folder / "measuring"
     if not path.exists():
         shutil.rmtree(run, ignore_errors=True)

@@ -37,7 +37,7 @@ from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
-from canter.evaluation.wer import Score, paired_difference, score
+from canter.evaluation.wer import Score, paired_difference, score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
 from canter.loading import load_model
@@ -57,23 +57,23 @@ class Options:
     valid: tuple[Path, ...]
     """Manifests to measure WER on."""
     arms: tuple[str, ...] = ("transformers", "trainer_30s", "canter_30s", "trainer", "canter")
-    """Which of the arms; the first is what the others are held against."""
+    """Arms to run; the first is the baseline."""
     steps: int = 60
-    """Updates of each arm."""
+    """Number of updates of each arm."""
     batch: int = 8
-    """Utterances an update."""
+    """Utterances per update."""
     learning_rate: float = 1e-5
-    """Constant: the arms' schedules differ otherwise."""
+    """Learning rate, constant, since the arms have different schedules."""
     threads: int = 2
-    """For computing, one arm at a time."""
+    """Threads of the arm that is computing."""
     valid_utterances: int = 120
-    """Transcribed for WER, evenly spread; padded as they were in training."""
+    """Utterances to transcribe for WER, evenly spaced; padded as in training."""
     lang: str = "en"
-    """Utterances of other languages are left out."""
+    """Language; utterances of other languages are left out."""
     split: str | None = None
-    """Where rows say their 'split', train on this one alone, and measure on the others."""
+    """Where rows have a 'split', train only on this one, and measure on the others."""
     held_out: int = 4
-    """Of a manifest that is in both and does not say, one row in so many is for measuring."""
+    """Every nth row is for measuring, of a manifest that is in both lists and has no 'split'."""
     seed: int = 0
     json: Path | None = None
     """Where to write the figures."""
@@ -85,7 +85,7 @@ Turn = Callable[[float], None]
 
 
 def transformers_arm(options: Options, data: Path, folder: Path, turn: Turn) -> None:
-    """As in transformers' examples and course: a dataset with features and labels, a collator that pads both."""
+    """Train as transformers' examples and course do: a dataset with features and labels, a collator that pads both."""
     from canter.integrations.transformers_trainer import SpeechDataset
 
     processor, model = _whisper(options)
@@ -243,7 +243,7 @@ def _keep(model: Any, options: Options, folder: Path) -> None:
 
 
 def _batches(options: Options, index: LengthIndex, padded: bool) -> tuple[str, Budget]:
-    """(strategy, budget) that give about ``options.batch`` utterances an update."""
+    """Return (strategy, budget) that give about ``options.batch`` utterances per update."""
     if padded:  # all cost the same: T is 1
         return "random", Budget.from_batch_seconds(LONGEST * options.batch, frame_seconds=LONGEST)
     wanted = -(-len(index) // options.batch)
@@ -259,7 +259,7 @@ def _batches(options: Options, index: LengthIndex, padded: bool) -> tuple[str, B
 
 
 def work(arm: str, options: Options, data: Path, folder: Path, pipe: Connection) -> None:
-    """An arm's process: after every update it says so, and waits until it is its turn again."""
+    """Process of an arm, which reports every update and then waits for its next turn."""
     torch.set_num_threads(options.threads)
     function, settings = ARMS[arm]
     began = [0.0]
@@ -278,7 +278,7 @@ def work(arm: str, options: Options, data: Path, folder: Path, pipe: Connection)
 
 
 def utterances_of(manifests: tuple[Path, ...], options: Options, training: bool) -> list[dict[str, Any]]:
-    """Manifest rows of the language, of at most 30 s, for training or for measuring; their paths absolute."""
+    """Return manifest rows of the language, up to 30 s, for training or for measuring, with absolute paths."""
     found = []
     for manifest in manifests:
         rows = map(json.loads, manifest.read_text(encoding="utf-8").splitlines())
@@ -296,7 +296,7 @@ def utterances_of(manifests: tuple[Path, ...], options: Options, training: bool)
 
 
 def write_data(options: Options, data: Path) -> LengthIndex:
-    """train.jsonl, valid.jsonl and train.arrow."""
+    """Write train.jsonl, valid.jsonl and train.arrow."""
     for name, manifests in (("train", options.train), ("valid", options.valid)):
         rows = utterances_of(manifests, options, name == "train")
         if name == "valid":
@@ -309,7 +309,7 @@ def write_data(options: Options, data: Path) -> LengthIndex:
 
 
 def in_turns(options: Options, data: Path) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, loss) of every update of every arm."""
+    """Return (seconds, loss) of every update of every arm."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
     for arm in options.arms:
@@ -344,7 +344,7 @@ def wer_of(model_folder: Path, data: Path, padded: bool, lang: str) -> Score:
     with torch.inference_mode():
         hypotheses = Engine(model, model.tokenizer.end).decode(requests)
     texts = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-    return score([row.text for row in rows], texts, [lang] * len(rows))
+    return score_texts([row.text for row in rows], texts, [lang] * len(rows))
 
 
 def summary(options: Options, data: Path, index: LengthIndex) -> dict[str, Any]:

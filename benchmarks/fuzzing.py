@@ -1,4 +1,4 @@
-"""Damaged and hostile input of every kind that Canter reads, made from sound input by structure-aware mutations.
+"""Test Canter with damaged and hostile input of every kind that it reads, made by structure-aware mutations.
 
     python benchmarks/fuzzing.py -o FOLDER [--only manifests audio models runs requests] [--cases N] [--seed S]
 
@@ -54,25 +54,25 @@ PATIENCE = 3  # times its processor time that a case may wait
 @dataclass(frozen=True)
 class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for sound input, results and the inputs that failed."""
+    """Folder for undamaged input, results and the inputs that failed."""
     only: tuple[str, ...] = ()
-    """Areas to run; default: all."""
+    """Areas to run (default: all)."""
     cases: int | None = None
     """Cases of each area (default: 2,000 manifests, 1,000 audio files, 500 models, 300 runs, 1,000 requests)."""
     seed: int = 0
     seconds: float = 10.0
-    """Most processor time of a case; it may wait three times as long, as on a busy machine."""
+    """Maximum CPU seconds of a case; it may take three times as long in wall time, as on a busy machine."""
     mebibytes: int = 500
-    """Most memory of a case, above what the process had before."""
+    """Maximum MiB of a case, above the memory of the process before it."""
     replay: tuple[str, int] | None = None
-    """Area and number of one case to make again; its files stay in FOLDER/replay."""
+    """Area and number of a case to repeat; its files are kept in FOLDER/replay."""
     worker: str | None = None
-    """Run the cases of this area here, from --first on; used by the parent process."""
+    """Run the cases of this area in this process, beginning at --first; used by the parent process."""
     first: int = 0
 
 
 def clip(seconds: float = 0.6, seed: int = 0) -> np.ndarray:
-    """(S,) modulated noise."""
+    """Return modulated noise (S,)."""
     chance = np.random.default_rng(seed)
     samples = round(RATE * seconds)
     rise = np.sin(np.arange(samples) / chance.uniform(300, 3000)) + 1.1
@@ -92,17 +92,17 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 class Area:
-    """One kind of input: sound examples, how a case is made of them, and what Canter does with it."""
+    """A kind of input: undamaged examples, how a case is made from them, and what Canter does with it."""
 
     name: str
     cases: int
 
     def prepare(self, folder: Path) -> None:
-        """Write the sound examples to ``folder``, a subfolder each."""
+        """Write the undamaged examples to ``folder``, each to a subfolder."""
         raise NotImplementedError
 
     def start(self, folder: Path) -> None:
-        """Read the examples; ``folder`` is where ``prepare`` wrote them."""
+        """Read the examples that ``prepare`` wrote to ``folder``."""
         self.folder = folder
         self.examples = {path.name: files_below(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
@@ -112,7 +112,7 @@ class Area:
         return kind, spoilt_files(draw, self.examples[kind])
 
     def check(self, kind: str, folder: Path) -> None:
-        """Have Canter read the case; a CanterError is an answer."""
+        """Let Canter read the case; a CanterError counts as refused."""
         raise NotImplementedError
 
 
@@ -245,7 +245,7 @@ class Manifests(Area):
 
     @staticmethod
     def _odd_table(draw: random.Random, kind: str) -> Files:
-        """A table whose columns have other types than a reader expects."""
+        """Write a table whose columns have other types than a reader expects."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -352,7 +352,7 @@ class Sounds(Area):
 
 @cache
 def small_parts() -> tuple[Any, Any]:
-    """A tokenizer of a few words in English and German, and a byte-level one of Whisper's form."""
+    """Write a tokenizer of a few words in English and German, and a byte-level one as Whisper has."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -575,7 +575,7 @@ class Requests(Area):
         self.loop.run_until_complete(self.inside.__aenter__())
 
     def make(self, draw: random.Random) -> tuple[str, Files]:
-        """A request that the service would answer, with none to four things about it changed."""
+        """Return a valid request with up to four changes."""
         ((name, data),) = self.examples[draw.choice(sorted(self.examples))].items()
         fields: list[tuple[str, bytes, str, str]] = [("file", data, f'; filename="{name}"', "")]
         for field, values in self.SOUND.items():
@@ -687,7 +687,7 @@ AREAS: dict[str, type[Area]] = {cls.name: cls for cls in (Manifests, Sounds, Mod
 
 
 def made(area: Area, seed: int, number: int) -> tuple[str, Files]:
-    """Return the kind of a case and its files; a mutation that cannot be written is drawn anew."""
+    """Return the kind of a case and its files; a mutation that cannot be written is drawn again."""
     for attempt in range(100):
         with contextlib.suppress(Exception):
             return area.make(random.Random(f"{seed}/{area.name}/{number}/{attempt}"))
@@ -696,7 +696,7 @@ def made(area: Area, seed: int, number: int) -> tuple[str, Files]:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Callable[[], float]]:
-    """Yield a function that tells by how many MiB the resident memory has been above that at the start."""
+    """Context manager that yields a function for the peak of the resident memory above its start, in MiB."""
 
     def resident(name: str) -> int:
         with open("/proc/self/status") as file:
@@ -711,7 +711,7 @@ def peak_memory() -> Iterator[Callable[[], float]]:
 
 
 def run_case(area: Area, seed: int, number: int, folder: Path) -> dict[str, Any]:
-    """Make a case, have it read, and return what came of it; its files are gone afterwards."""
+    """Make a case, let Canter read it, remove its files, and return the result."""
     kind, files = made(area, seed, number)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -735,7 +735,7 @@ def run_case(area: Area, seed: int, number: int, folder: Path) -> dict[str, Any]
 
 
 def work(options: Options) -> None:
-    """Run cases here and print a line of JSON for each."""
+    """Run cases in this process and print a line of JSON for each."""
     assert options.worker
     warnings.simplefilter("ignore")
     lines, quiet = os.fdopen(os.dup(1), "w", buffering=1), os.open(os.devnull, os.O_WRONLY)
@@ -770,7 +770,7 @@ def prepare(options: Options, area: type[Area]) -> None:
 
 
 def judge(result: dict[str, Any], options: Options) -> dict[str, Any]:
-    """Return the result, failed where it took too long or too much."""
+    """Return the result, as failed where the case took too much time or memory."""
     if result["outcome"] != "failed":
         limits = {
             "seconds": options.seconds,
@@ -784,7 +784,7 @@ def judge(result: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def run_area(name: str, options: Options, advance: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Run what is left of an area's cases in processes of their own, and return all results."""
+    """Run the remaining cases of an area in child processes, and return all results."""
     area = AREAS[name]
     prepare(options, area)
     log = options.output / f"{name}-{options.seed}.jsonl"
@@ -835,7 +835,7 @@ def run_area(name: str, options: Options, advance: Callable[[int], None]) -> lis
 
 
 def lines_of(child: subprocess.Popen[bytes], patience: float) -> Iterator[bytes]:
-    """Yield a process's lines until it ends, or says nothing for so long (at its start, ten times so long)."""
+    """Yield a process's lines until it ends or prints nothing for ``seconds`` (at its start, ten times that)."""
     assert child.stdout
     wait = 10 * patience
     buffer = b""
@@ -908,7 +908,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def main() -> int:
-    """Exit status: 1 where a case failed, 2 for an unknown area."""
+    """Return the exit status: 1 where a case failed, 2 for an unknown area."""
     options = tyro.cli(Options, description=__doc__)
     options = Options(**{**vars(options), "output": options.output.resolve()})
     if unknown := [name for name in (*options.only, *(options.replay or ())[:1]) if name not in AREAS]:

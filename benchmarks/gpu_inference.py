@@ -26,8 +26,8 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from decoder_shift import ForcedLengths, canary_config, measure_ways
 
-from canter.bench.shift import ForcedLengths, canary_config, measure_ways
 from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
 from canter.inference.engine.requests import EngineConfig, Request, encoder_batches

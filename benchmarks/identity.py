@@ -28,7 +28,7 @@ import tyro
 
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
 from canter.inference.engine.search import Greedy, RepetitionGuard, Row
@@ -186,7 +186,7 @@ def run(options: Options) -> int:
     spell = exact.model.tokenizer.decode
 
     def wer(tokens: list[list[int]], texts: list[str]) -> float:
-        return score(texts, [spell(row) for row in tokens], ["en"] * len(texts)).total.wer
+        return score_texts(texts, [spell(row) for row in tokens], ["en"] * len(texts)).total.wer
 
     found = {batch: exact.greedy(clips, batch) for batch in options.batches}
     first, margins = found[options.batches[0]]

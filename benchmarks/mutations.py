@@ -1,4 +1,4 @@
-"""Structure-aware mutations of bytes, JSON, tables, archives and tensors, each decided by a random generator alone."""
+"""Mutate bytes, JSON, tables, archives and tensors with knowledge of their structure, as a random generator decides."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NUMBERS = (
 
 
 def harm(draw: random.Random, data: bytes, times: int | None = None) -> bytes:
-    """Return ``data`` with a few bytes flipped, cut, repeated, moved or put in, or with an extreme integer."""
+    """Return ``data`` with a few bytes flipped, removed, repeated, moved or inserted, or with an extreme integer."""
     harmed = bytearray(data)
     for _ in range(times or draw.choice((1, 1, 2, 5, 20))):
         if not harmed:
@@ -84,7 +84,7 @@ def harm(draw: random.Random, data: bytes, times: int | None = None) -> bytes:
 
 
 def spoil(draw: random.Random, value: Any, times: int | None = None) -> Any:
-    """Return a JSON value in which some entries, at any depth, are gone, new, moved, or of another type."""
+    """Return a JSON value in which some entries, at any depth, are missing, new, moved, or of another type."""
     holder = json.loads(json.dumps([value]))
     for _ in range(times or draw.choice((1, 1, 2, 3))):
         places = list(_places(holder))
@@ -144,7 +144,7 @@ def spoilt_lines(draw: random.Random, data: bytes) -> bytes:
 
 
 def spoilt_table(draw: random.Random, data: bytes, separator: str) -> bytes:
-    """Return a text table with cells gone, new or moved."""
+    """Return a text table with missing, new or moved cells."""
     rows = [line.split(separator) for line in data.decode().splitlines()]
     for _ in range(draw.choice((1, 2, 5))):
         row = draw.choice(rows)

@@ -1,4 +1,4 @@
-"""What ranks add to a training step's memory, measured on two processes (gloo).
+"""Measure the memory that data parallelism adds to a training step, on two processes (gloo).
 
     python benchmarks/ranks_memory.py [--width 512] [--layers 8] [--json FILE]
 
@@ -45,7 +45,7 @@ RANKS = 2
 
 
 class Whole(nn.Module):
-    """The loss as a forward pass, which DDP asks for."""
+    """Module whose forward pass returns the loss, as DDP needs it."""
 
     def __init__(self, model: SpeechModel):
         super().__init__()
@@ -74,7 +74,7 @@ def make_model(layers: int, width: int) -> SpeechModel:
 
 
 def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], None]:
-    """A whole step on a batch, the model shared in this way."""
+    """Return a function that runs a complete step on a batch, with the model distributed in this way."""
     config = decided(TrainConfig(optimizer=OptimizerConfig(name="adamw")))
     shards = Shards(model, torch.device("cpu"), ranks) if way == "shard" else None
     whole: Any = Whole(model)
@@ -105,7 +105,7 @@ def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], Non
 
 
 def peak_of(way: str, sizes: tuple[int, int], shape: tuple[int, int, int], ranks: Ranks) -> int:
-    """Peak resident bytes of two steps above those of a tiny model shared alike."""
+    """Return the peak resident bytes of two steps above those of a tiny model distributed in the same way."""
     map_large_blocks()
     tiny = make_model(2, 32)
     tiny_step = stepper(way, tiny, ranks)
@@ -135,7 +135,7 @@ def as_rank(tell: Callable, rank: int, port: int, way: str, sizes: tuple, shape:
 
 
 def measured(way: str, sizes: tuple[int, int], shape: tuple[int, int, int]) -> int:
-    """Of rank 0."""
+    """Return the figure of rank 0."""
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -19,12 +19,12 @@ from ladder import STRATEGIES, Arm, Rig, lengths_of
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
 from canter.events import Printed
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
+from canter.reporting.machine import describe_machine
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import SyntheticStep
 from canter.tuning.fit import fit_budget
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
         "lengths": options.lengths.name,
         "utterances": len(index),
         "hours": float(index.seconds.sum()) / 3600,
-        "machine": machine() | {"threads": options.threads},
+        "machine": describe_machine() | {"threads": options.threads},
         "parameters": sum(p.numel() for p in model.parameters()),
         "budget": budget.as_json(),
         "strategies": {arm.name: arm.figures() for arm in arms},

@@ -1,4 +1,4 @@
-"""Show what the defaults of `canter train` make of sets of several sizes: memory filled, batch size, updates an epoch,
+"""Show the defaults of `canter train` for sets of several sizes: memory filled, batch size, updates an epoch,
 and the line that a run prints.
 
     python benchmarks/training_defaults.py LENGTHS LIBRISPEECH AN4 [--json FILE]
@@ -35,13 +35,13 @@ class Options:
     librispeech: tyro.conf.Positional[Path]
     an4: tyro.conf.Positional[Path]
     prompt_tokens: int = 8
-    """Added to the tokens of the tables, with one for the end."""
+    """Tokens of the prompt, added with one for the end to the tokens of the tables."""
     json: Path | None = None
     """File for the figures."""
 
 
 def sample(index: LengthIndex, hours: float) -> LengthIndex:
-    """A random part of an index of about so many hours."""
+    """Return a random part of an index, with about ``hours`` of audio."""
     seconds, tokens = np.asarray(index.seconds), np.asarray(index.tokens)
     rows = np.random.default_rng(0).permutation(len(seconds))
     rows = rows[: int(np.searchsorted(np.cumsum(seconds[rows]), hours * 3600))]
@@ -49,7 +49,7 @@ def sample(index: LengthIndex, hours: float) -> LengthIndex:
 
 
 def padded(budget: Budget) -> Budget:
-    """The budget where a model pads every utterance to 30 s: one frame of 30 s each."""
+    """Return the budget of a model that pads every utterance to 30 s: one frame of 30 s each."""
     frames = PADDED / budget.frame_seconds
     memory, time = (
         Polynomial(T=cost.T * frames + cost.TT * frames**2, U=cost.U, TU=cost.TU * frames, UU=cost.UU)
@@ -59,7 +59,7 @@ def padded(budget: Budget) -> Budget:
 
 
 def cases(options: Options) -> list[tuple[str, LengthIndex, Budget, int, TrainConfig]]:
-    """(name, lengths, budget, ranks, configuration)."""
+    """Return (name, lengths, budget, ranks, configuration) of each case."""
     large = open_lengths(options.lengths)
     libri, an4 = (open_lengths(path, options.prompt_tokens) for path in (options.librispeech, options.an4))
     three = sample(libri, 3.0)
@@ -84,7 +84,7 @@ def cases(options: Options) -> list[tuple[str, LengthIndex, Budget, int, TrainCo
 
 
 def measure(index: LengthIndex, budget: Budget, ranks: int, config: TrainConfig) -> dict[str, Any]:
-    """The batches of a run, by the functions that it calls."""
+    """Return the batches of a run, by the functions that it calls."""
     limits = choose_limits(config, index, budget, ranks, ranks, on_cpu=False)
     window = min(config.batching_window, len(index))
     plan = Plan(index, budget, Balanced(), window=window, micro_batches_per_step=ranks)

@@ -1,4 +1,4 @@
-"""How many updates an epoch should have: WER and validation loss after the same audio, by the size of the batch.
+"""Measure the effect of the number of updates per epoch: WER and validation loss after equal audio, by batch size.
 
     python benchmarks/training_updates.py -o FOLDER --whisper MODEL --speech FOLDER [--tasks an4 demo] [--json FILE]
 
@@ -22,13 +22,13 @@ from convergence import run, up_to
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
 from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
 from canter.demo.synthesis import synthesise
 from canter.loading import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget
+from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.data import collate
 from canter.training.loop import PreparedRun
@@ -41,27 +41,27 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     whisper: Path
-    """Folder of a Whisper, for an4 and librivox."""
+    """Folder of a Whisper, for the tasks an4 and librivox."""
     speech: Path
     """Folder that holds an4/ and librivox_mini/, each with a manifest.jsonl."""
     tasks: tuple[str, ...] = ("an4", "librivox", "demo")
-    """Which of them."""
+    """Tasks to run."""
     batch_seconds: tuple[float, ...] = (16.0, 64.0, 4.0, 32.0, 8.0, 128.0)
-    """Caps on a batch, in seconds of padded audio."""
+    """Maximum sizes of a batch, in seconds of padded audio."""
     epochs: tuple[float, float, float] = (1.0, 2.0, 3.0)
-    """Of an4, librivox and demo."""
+    """Epochs of an4, librivox and demo."""
     rows: int = 120
-    """Training utterances of an4 and librivox, evenly spread."""
+    """Training utterances of an4 and librivox, evenly spaced."""
     utterances: int = 400
-    """Of the synthesised corpus."""
+    """Training utterances of the synthesised corpus."""
     valid: int = 60
     """Utterances to validate on."""
     longest: float = 5.0
-    """Longer utterances of the synthesised corpus are left out."""
+    """Maximum seconds of an utterance of the synthesised corpus."""
     width: int = 64
-    """Of the model trained from scratch."""
+    """Width of the model trained from scratch."""
     layers: tuple[int, int] = (2, 1)
-    """Its encoder and decoder layers."""
+    """Encoder and decoder layers of the model trained from scratch."""
     seeds: int = 1
     threads: int = 1
     json: Path | None = None
@@ -69,7 +69,7 @@ class Options:
 
 
 def fine_tuned(options: Options, corpus: str) -> TrainConfig:
-    """A run from the Whisper on clips of some speakers, validated on the others."""
+    """Return a run from the Whisper on clips of some speakers, validated on the others."""
     manifest = options.speech / corpus / "manifest.jsonl"
     folder = options.output / corpus
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def fine_tuned(options: Options, corpus: str) -> TrainConfig:
 
 
 def from_scratch(options: Options) -> TrainConfig:
-    """A run of a small model on the synthesised corpus."""
+    """Return a run of a small model on the synthesised corpus."""
     corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=2 * options.valid)
     return TrainConfig(
         manifest=(up_to(options.longest, corpus.train_manifest),),
@@ -105,7 +105,7 @@ def from_scratch(options: Options) -> TrainConfig:
 
 
 def base_of(options: Options, task: str) -> tuple[TrainConfig, PreparedRun]:
-    """The task's configuration, whose tokenizer and budget are made once."""
+    """Return the task's configuration; its tokenizer and budget are made once."""
     config = (
         from_scratch(options) if task == "demo" else fine_tuned(options, {"librivox": "librivox_mini"}.get(task, task))
     )
@@ -130,7 +130,7 @@ def base_of(options: Options, task: str) -> tuple[TrainConfig, PreparedRun]:
 
 @torch.inference_mode()
 def valid_loss(prepared: PreparedRun, folder: Path, valid: Path) -> float:
-    """Nats a text token of the held-out utterances, by the last checkpoint."""
+    """Return the nats per text token of the held-out utterances, by the last checkpoint."""
     checkpoint = max((folder / "checkpoints").glob("step-*"))
     model = load_model(checkpoint)
     assert isinstance(model, SpeechModel)
@@ -175,7 +175,7 @@ def main(options: Options) -> None:
         rows = sorted([*rows, row], key=lambda r: (r["task"], r["batch_seconds"], r["seed"]))
         if options.json:
             told = {k: v for k, v in vars(options).items() if not isinstance(v, Path | None)}
-            figures = {"options": told, "machine": machine(), "runs": rows}
+            figures = {"options": told, "machine": describe_machine(), "runs": rows}
             options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     table = Table("task", "batch, s", "updates an epoch", "updates", "audio, h", "WER", "validation loss")
     for (task, cap), group in groupby(rows, key=lambda r: (r["task"], r["batch_seconds"])):

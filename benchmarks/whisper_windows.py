@@ -22,7 +22,7 @@ import tyro
 import canter
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.inference.transcript.reading import words_of
@@ -81,7 +81,7 @@ def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> di
         begun = time.perf_counter()
         heard = decode()
         taken = time.perf_counter() - begun
-        total = score(texts, heard, ["en"] * len(texts)).total
+        total = score_texts(texts, heard, ["en"] * len(texts)).total
         found.append({"way": name, "seconds": taken, "rtfx": seconds / taken, "wer": total.wer})
         print(f"{name:22} {taken:7.1f} s  RTFx {seconds / taken:6.1f}  WER {100 * total.wer:6.1f} %", flush=True)
 

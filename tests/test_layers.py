@@ -117,3 +117,15 @@ def test_index_and_planning_load_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "torch was imported"
+
+
+@pytest.mark.parametrize("room", ["bench", "demo"])
+def test_only_a_commands_own_module_imports_its_room(room):
+    """The demo and the comparison with other frameworks are in nobody's way."""
+    for path in MODULES:
+        parts = dotted(path)
+        if parts[1:2] == [room] or parts[1:] == ["cli", room]:
+            continue
+        package = parts if path.name == "__init__.py" else parts[:-1]
+        found = [name for _, name in imports(path.read_text(), package) if name.split(".")[:2] == ["canter", room]]
+        assert not found, f"{'.'.join(parts)} imports {found[0]}"

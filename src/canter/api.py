@@ -233,9 +233,9 @@ def score(
     ``normalize``: "standard", "leaderboard" as the Open ASR leaderboard does (it ignores the vowel signs of Hindi, Thai
     and other scripts), "basic", or "none". Raises ValueError where there are not as many of each.
     """
-    from canter.evaluation.wer import score as scored
+    from canter.evaluation.wer import score_texts
 
     left = [references] if isinstance(references, str) else list(references)
     right = [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
     langs = [languages] * len(left) if isinstance(languages, str) else languages
-    return scored(left, right, langs, normalize=normalize)
+    return score_texts(left, right, langs, normalize=normalize)

@@ -8,7 +8,7 @@ import pytest
 
 from canter import load_model
 from canter.bench.peers import load_peer, parse_peer
-from canter.bench.speed import CanterSystem, Clip
+from canter.bench.speed import Clip, EngineSystem
 from canter.corpus.audio import load_audio
 from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine
@@ -27,7 +27,7 @@ def spoken():
     files = sorted((SHARED / "data/speech/an4/flac").iterdir())[:3]
     prompt = tuple(model.prompt(source_lang="en"))
     clips = [Clip(audio, len(audio) / 16000, prompt) for audio in map(load_audio, files)]
-    return model, clips, CanterSystem(Engine(model, model.tokenizer.end, EngineConfig()))(clips)
+    return model, clips, EngineSystem(Engine(model, model.tokenizer.end, EngineConfig()))(clips)
 
 
 @needs_whisper

@@ -10,9 +10,9 @@ from canter.corpus.index import LengthIndex
 from canter.errors import ConfigError
 from canter.planning.budget import Budget, Polynomial
 from canter.reporting.gain import gain
-from canter.reporting.run_curves import curves, settled_anew
+from canter.reporting.run_curves import changed_totals, curves, duration
 from canter.reporting.run_folder import read_run
-from canter.reporting.run_report import duration, run_report, weighted_padding
+from canter.reporting.run_report import run_report, word_errors
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_everything_is_shown(folder: Path):
     page = run_report(folder)
     for told in (
         "Run an4", "60 steps", "WER in validation", "Loss", "Error rates in validation", "Learning rate",
-        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time", "What it hears",
+        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time", "Transcripts",
         "seed: 17", "step-000060", "canter-budget/1", "audio missing", "train.jsonl",
     ):  # fmt: skip
         assert told in page, told
@@ -106,7 +106,7 @@ def test_padding_is_weighted_by_audio(folder: Path):
         {"kind": "train", "step": 2, "audio_seconds": 300.0, "padding": 0.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert weighted_padding(read_run(folder)) == pytest.approx(50 / 400)
+    assert read_run(folder).padded_fraction == pytest.approx(50 / 400)
 
 
 def test_the_budget_is_drawn_with_the_lengths_it_is_for(folder: Path):
@@ -274,14 +274,14 @@ def test_validation_transcripts_are_those_of_the_best_with_every_kind_of_error(f
 
 def test_curves_of_one_point_are_left_out(metrics):
     drawn = curves(metrics[:1], [row for row in metrics if row["kind"] == "valid"][:1])
-    assert drawn == []
+    assert list(drawn) == []
 
 
 def test_new_estimates_of_steps_are_marked_in_the_learning_rate(metrics):
     rows = [row | {"steps": 60 if row["step"] < 30 else 80} for row in metrics if row["kind"] == "train"]
-    assert settled_anew(rows) == {"80 steps": 30}
-    assert "estimated again" in curves(rows, [])[-1]
-    assert "settled anew" not in curves([row | {"steps": 60} for row in rows], [])[-1]
+    assert changed_totals(rows) == {"80 steps": 30}
+    assert "estimated again" in list(curves(rows, []))[-1]
+    assert "estimated again" not in list(curves([row | {"steps": 60} for row in rows], []))[-1]
 
 
 def test_the_page_of_a_long_run_is_small(folder: Path, metrics):
@@ -300,3 +300,9 @@ def test_nothing_wrong_is_said_too(folder: Path):
     page = run_report(folder)
     assert "Utterances that fit in no batch" in page
     assert "every utterance was used" not in page
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1], None, float("nan"), 5])
+def test_a_field_of_another_type_ends_no_report(value):
+    row = {"audio_filepath": value, "offset": value, "text": "one two", "pred_text": "one"}
+    assert list(word_errors([row]).values()) == [1]

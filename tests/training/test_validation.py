@@ -11,7 +11,7 @@ import torch
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.errors import ManifestError
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -141,4 +141,4 @@ def test_another_validation_set_begins_a_new_best_and_transcripts_are_kept(confi
     logged = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()][-1]
     assert "transcripts" not in logged
     texts = [row["text"] for row in transcripts], [row["pred_text"] for row in transcripts]
-    assert score(*texts, normalize="none").wer == pytest.approx(logged["wer"])
+    assert score_texts(*texts, normalize="none").wer == pytest.approx(logged["wer"])

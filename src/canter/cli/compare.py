@@ -59,7 +59,7 @@ def run(options: Options) -> int | None:
         rows.append(row)
     print_skipped(index)
     if options.figure:
-        from canter.reporting.ladder import ladder_figure
+        from canter.reporting.figures import ladder_figure
 
         ladder_figure(rows, options.figure)
     if options.json:

@@ -49,7 +49,7 @@ def run(options: Options) -> int | None:
     else:
         print_summary(index, summary, options.index.name)
     if options.figure:
-        from canter.reporting.lengths import lengths_figure
+        from canter.reporting.figures import lengths_figure
 
         lengths_figure(index, options.figure, summary, options.index.stem)
 

@@ -101,7 +101,7 @@ def run(options: Options) -> None:
     budget.save(options.output)
 
     if options.figure:
-        from canter.reporting.budget_figures import budget_figure
+        from canter.reporting.figures import budget_figure
 
         figure = budget_figure(budget, prober.fitting, lengths.seconds, lengths.tokens)
         options.figure.parent.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 from canter.corpus.columns import DEFAULT_OPTIONS, ReadOptions
 from canter.corpus.remote import NO_URLS, below, folder_of, is_url, open_binary, refuse_special, urls_forbidden
-from canter.corpus.utterance import DUPLICATE, OPTIONAL_TEXT, Found, NumberedRows, Problem, Rows, Utterance
+from canter.corpus.utterance import DUPLICATE, OPTIONAL_TEXT, NumberedRows, Problem, Rows, Utterance
 from canter.errors import ManifestError
 from canter.files import write_text
 
+Parsed = TypeVar("Parsed")
 TRANSLATION = ("ast", "s2t_translation", "translate")  # values of taskname
 NO_ANSWER = ("", "na")  # what Canary's manifests hold for audio to be transcribed
 LONGEST_SECONDS = 1e6  # a larger duration is in milliseconds or samples, not in seconds
@@ -209,7 +210,9 @@ def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
         raise ManifestError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Found]) -> NumberedRows:
+def read_json_lines(
+    path: str | os.PathLike[str], parse: Callable[[bytes], Parsed]
+) -> Iterator[tuple[int, Parsed | str]]:
     """Yield the number of every line of a JSONL file, gzip or not, and what ``parse`` returns for it.
 
     A torn gzip is a row that cannot be used.

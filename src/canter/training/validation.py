@@ -13,7 +13,7 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance, row_from_utterance
 from canter.errors import AudioError, ManifestError
 from canter.evaluation.translation import score_translations
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.events import QUIET, Events
 from canter.inference.engine.engine import engine_for
 from canter.inference.engine.requests import EngineConfig, Request
@@ -83,7 +83,7 @@ class Validator:
             hypotheses = engine.decode(self.requests)
         mine = list(zip(self.utterances, (self.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses)))
         pairs = [pair for some in self.ranks.all_gather_objects(mine) for pair in some]  # in the order of ranks
-        scored = score(
+        scored = score_texts(
             [u.text for u, _ in pairs], [text for _, text in pairs], [u.lang for u, _ in pairs], normalize="none"
         )
         examples = pairs[:: max(1, len(pairs) // EXAMPLES)][:EXAMPLES]

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from canter.bench.shift import canary_config
 from canter.inference.engine.engine import CPU_CACHE, Engine, default_frames, default_rows, default_window
 from canter.inference.engine.requests import EngineConfig
 from canter.models.cache import DecoderCache
-from canter.models.model import SpeechModel
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import FeatureConfig
+from canter.models.model import ModelConfig, SpeechModel
 
 from ..conftest import END
 
@@ -18,8 +20,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 def canary(decoder_layers: int, dtype: torch.dtype = torch.float32) -> SpeechModel:
     """Canary's width, without memory."""
+    size = {"width": 1024, "heads": 8, "feedforward": 4096}
+    encoder = FastConformerConfig(layers=1, **size, subsampling_channels=256, mels=128)
+    decoder = DecoderConfig(layers=decoder_layers, **size, vocabulary=5248, positions=1024)
     with torch.device("meta"):
-        return SpeechModel(canary_config(1, decoder_layers, 1024)).to(dtype)
+        return SpeechModel(ModelConfig(features=FeatureConfig(mels=128), encoder=encoder, decoder=decoder)).to(dtype)
 
 
 def cached(model: SpeechModel) -> int:

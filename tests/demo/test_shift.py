@@ -3,19 +3,18 @@
 import pytest
 import torch
 
-from canter.bench.naive import CACHES, generate
-from canter.bench.shift import (
-    WAYS,
-    canary_config,
-    matched_encoder_layers,
-    measure_shift,
-    measure_ways,
-)
+from canter.demo.naive import CACHES, generate
+from canter.demo.shift import measure_shift
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.model import SpeechModel
 
 from ..inference.conftest import noises, small_model
+
+
+@pytest.fixture(scope="module")
+def model() -> SpeechModel:
+    return small_model()
 
 
 def batch(count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,29 +53,3 @@ def test_shift_table():
         assert row.speedup == pytest.approx(row.rtfx / rows[0].rtfx)
         seconds = sum(len(clip) for clip in noises(5)) / 16000
         assert row.rtfx == pytest.approx(seconds / (row.encoder_seconds + row.decoder_seconds))
-
-
-def test_both_ways_decode_the_same_queue():
-    """Every row is as long as requested; the released method waits for the longest row of a batch, ours does not."""
-    models = {"1/3": small_model(1, 3), "3/1": small_model(3, 1)}
-    clips, tokens = noises(9), [2, 30, 3, 4, 2, 25, 3, 2, 4]
-    rows = measure_ways(models, clips, tokens, repeats=1, rows=4, batch=9)
-    assert [(row.shape, row.way) for row in rows] == [(shape, way) for shape in models for way in WAYS]
-    for row in rows:
-        assert row.useful_rows == (pytest.approx(sum(tokens) / (9 * 30)) if row.way == "released" else 1.0)
-        assert row.encoder_seconds + row.decoder_seconds <= row.seconds
-        assert row.rtfx == pytest.approx(sum(map(len, clips)) / 16000 / row.seconds)
-
-
-def test_matched_shapes_have_the_parameters_of_the_first():
-    def size(encoder: int, decoder: int) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in SpeechModel(canary_config(encoder, decoder, 128)).parameters())
-
-    layer = size(2, 1) - size(1, 1)
-    for decoder in (4, 24):
-        matched = matched_encoder_layers(24, 24, decoder, 128)
-        assert abs(size(matched, decoder) - size(24, 24)) <= layer / 2
-    with torch.device("meta"):
-        flash = SpeechModel(canary_config(32, 4))
-    assert sum(p.numel() for p in flash.parameters()) == pytest.approx(883e6, rel=0.02)  # canary-1b-flash

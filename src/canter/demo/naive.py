@@ -1,13 +1,14 @@
-"""Decoding with less cached than the engine does, to measure what each cache is worth.
+"""Decode with less cached than the engine does, to measure the gain of each cache; all three give the same tokens.
 
-``none``: every step runs the forward pass of training over the whole prefix. ``hidden``: the way of the
-released NeMo toolkit, which caches each layer's inputs and projects self- and cross-attention keys and
-values from them anew at every step. ``full``: the engine's own calls. All three give the same tokens.
+``none``: every step runs the training forward pass over the complete prefix. ``hidden``: as the released NeMo toolkit,
+cache each layer's inputs and project the keys and values of self- and cross-attention from them at every step.
+``full``: the calls of the engine, which caches keys and values.
 
 B: rows, T: encoder frames, D: width, P: prompt tokens, U: tokens generated.
 """
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,15 +17,16 @@ from canter.models.decoder import Decoder
 from canter.models.features import length_mask
 from canter.models.layers import KeyValues
 
-CACHES = ("hidden", "full", "none")
+Cache = Literal["hidden", "full", "none"]
+CACHES: tuple[Cache, ...] = get_args(Cache)
 
 
 @torch.inference_mode()
-def generate(decoder: Decoder, encoded: Tensor, lengths: Tensor, prompt: Tensor, tokens: int, cache: str) -> Tensor:
-    """Greedily ``tokens`` tokens for each row, whatever they are (end tokens end nothing).
+def generate(decoder: Decoder, encoded: Tensor, lengths: Tensor, prompt: Tensor, tokens: int, cache: Cache) -> Tensor:
+    """Decode ``tokens`` tokens for each row by greedy search, ignoring end tokens.
 
     encoded (B, T, D) at the decoder's width, lengths (B,), prompt (B, P) -> (B, U). Raises ValueError for a
-    ``cache`` that is none of CACHES.
+    ``cache`` that is not in CACHES.
     """
     if cache not in CACHES:
         raise ValueError(f"no cache {cache!r}; there are {', '.join(CACHES)}")
@@ -36,8 +38,8 @@ def generate(decoder: Decoder, encoded: Tensor, lengths: Tensor, prompt: Tensor,
     return torch.cat(chosen, dim=1)
 
 
-# Each of these reads the prompt and returns how to go on with the next tokens (B, 1) -> logits (B, V),
-# and the first.
+# Each of these reads the prompt, and returns a function from the next tokens (B, 1) to logits (B, V), and the logits
+# after the prompt.
 Start = tuple[Callable[[Tensor], Tensor], Tensor]
 
 

@@ -1,9 +1,7 @@
-"""A small grammar that makes up sentences in two languages, from one word to a handful of clauses.
+"""Generate sentences in two languages from a small grammar, with one word to about fifty.
 
-The vocabulary (about 60 words a language) is chosen so that no two words of a language sound alike and none
-is shared between the languages. A sentence belongs to the test part or to the training part by a hash of
-its text, so that a test sentence is never in training, whatever the seed, the number of utterances or the
-order.
+No two words of a language sound alike, and the languages share none (about 60 words each). A hash of the text decides
+whether a sentence belongs to the test part, so a test sentence is never in training, whatever seed, size or order.
 """
 
 import hashlib
@@ -11,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TEST_SHARE = 8  # one text in so many is kept for the test part
-MEDIAN_WORDS, SPREAD, MAX_WORDS = 8.0, 0.85, 38  # the log-normal length of a sentence, in words
+TEST_EVERY = 8  # one text in eight belongs to the test part
+MEDIAN_WORDS, SPREAD, MAX_WORDS = 8.0, 0.85, 38  # log-normal length of a sentence in words
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -47,18 +45,18 @@ class Grammar:
 
     @property
     def content_words(self) -> tuple[str, ...]:
-        """The words that may be said alone."""
+        """Words that may form a sentence by themselves."""
         nouns = tuple(noun for _, noun in self.nouns)
         return nouns + self.adjectives + self.verbs + self.times + self.numbers + self.greetings
 
     @property
     def vocabulary(self) -> frozenset[str]:
-        """Every word."""
+        """Every word of the language."""
         function_words = self.prepositions + self.conjunctions + (self.every, self.numbered)
         return frozenset(self.content_words + function_words + tuple(article for article, _ in self.nouns))
 
     def sentence(self, rng: np.random.Generator) -> str:
-        """One sentence as it is spoken: lower case, a comma where the speaker pauses."""
+        """Return a sentence as it is spoken: lower case, a comma for each pause."""
         length = min(round(rng.lognormal(np.log(MEDIAN_WORDS), SPREAD)), MAX_WORDS)
         if length <= 1:
             return _choice(rng, self.content_words)
@@ -134,15 +132,15 @@ GRAMMARS = {
 }
 
 
-def normalised(spoken: str) -> str:
-    """The reference text of a spoken sentence: no punctuation."""
+def reference_text(spoken: str) -> str:
+    """Return the reference text of a spoken sentence: no punctuation."""
     return spoken.replace(",", "")
 
 
-def is_test(text: str) -> bool:
-    """Whether the normalised `text` belongs to the test part."""
+def is_test_text(text: str) -> bool:
+    """Return True where a reference text belongs to the test part."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % TEST_SHARE == 0
+    return int.from_bytes(digest) % TEST_EVERY == 0
 
 
 def _choice(rng: np.random.Generator, options: tuple):
