@@ -112,7 +112,7 @@ def read_unit(
     Raises ManifestError at the end if no row is usable.
     """
     if unit.kind == LENGTHS:
-        raise ManifestError(f"{unit.path} is a table of lengths alone: it can be planned with, but has no audio")
+        raise ManifestError(f"{unit.path} is a table of lengths: it can be planned with, but has no audio")
     options = ReadOptions(require_text, measure_durations, columns)
     found = READERS[unit.kind](unit.path, options, *([unit.audio] if unit.audio else []))
     return checked_rows(found, unit.path)

@@ -86,9 +86,9 @@ def _row_from_cut(cut: object, columns: Columns) -> Json | str:
         return f"a {kind} has no single audio file: save it first (CutSet.save_audios or to_shar)"
     recording, supervisions = cut.get("recording"), cut.get("supervisions") or []
     if not isinstance(recording, dict) or not isinstance(supervisions, list):
-        return "cut without a recording: features alone cannot be read"
+        return "cut without a recording: features without audio cannot be read"
     if recording.get("transforms"):
-        return "recording with transforms: they exist on paper alone; save the audio first (CutSet.save_audios)"
+        return "recording with transforms: they are not applied; save the audio first (CutSet.save_audios)"
     sources = recording.get("sources")
     if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
         return "recording of several files: save it as one first (CutSet.save_audios)"
