@@ -16,7 +16,7 @@ from canter.corpus.remote import folder_of, from_working_folder
 from canter.corpus.utterance import OPTIONAL_TEXT, Found, NumberedRows, Problem
 
 TOLERANCE = 0.1  # seconds by which a supervision may reach out of its cut
-Json = dict[str, object]
+JsonObject = dict[str, object]
 
 
 def read_lhotse(path: str, options: ReadOptions) -> NumberedRows:
@@ -75,7 +75,7 @@ def shar_tar(cuts: str) -> str:
     return str(Path(cuts).absolute().with_name(name))
 
 
-def _row_from_cut(cut: object, columns: Columns) -> Json | str:
+def _row_from_cut(cut: object, columns: Columns) -> JsonObject | str:
     if isinstance(cut, str):
         return cut
     if not isinstance(cut, dict):
@@ -104,7 +104,7 @@ def _row_from_cut(cut: object, columns: Columns) -> Json | str:
     if not all(isinstance(one, dict) for one in supervisions):
         return "supervision that is not a JSON object"
     for one in sorted(supervisions, key=_start):
-        inner: Json = one["custom"] if isinstance(one.get("custom"), dict) else {}
+        inner: JsonObject = one["custom"] if isinstance(one.get("custom"), dict) else {}
         text = one.get(columns.text, inner.get(columns.text)) if columns.text else one.get("text")
         if not isinstance(text or "", str):
             return "supervision without a text that is a string"
@@ -135,7 +135,7 @@ def _is_seconds(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= LONGEST_SECONDS
 
 
-def _start(supervision: Json) -> float:
+def _start(supervision: JsonObject) -> float:
     start = supervision.get("start")
     return float(start) if _is_seconds(start) else 0.0
 
