@@ -137,11 +137,11 @@ def synthesise_corpus(options: Options, summary: dict[str, Any]):
 def prepare_run(options: Options, corpus, spent: float):
     """Make tokenizer, index, budget and plan of the demo's run, ``spent`` minutes after the demo began."""
     from canter.cli.progress import TerminalEvents
-    from canter.training.recipe import prepare_run
+    from canter.training.recipe import prepare_training
 
     output = options.output / ("run-quick" if options.quick else "run")
     minutes = options.minutes or (0.3 if options.quick else training_minutes(output, spent))
-    return prepare_run(recipe(corpus.train_manifest, output, minutes=minutes, seed=options.seed), TerminalEvents())
+    return prepare_training(recipe(corpus.train_manifest, output, minutes=minutes, seed=options.seed), TerminalEvents())
 
 
 def recipe(manifest: Path, output: Path, **settings: Any):
