@@ -47,7 +47,7 @@ from canter.planning.strategies.bucket_2d import batch_sizes
 from canter.runtime import LiveBytes, is_out_of_memory, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.measure import SyntheticStep
-from canter.training.prepare import model_config
+from canter.training.subject import model_config
 from canter.tuning.fit import MOST_PROBES, fit_budget, within
 from canter.tuning.probe import Probe, ProbedStep, Prober
 from canter.tuning.search import search

@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.demo import machine
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.demo.synthesis import synthesise
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.steps import Steps
-from canter.training.prepare import prepare
-from canter.training.session import train
+from canter.training.recipe import prepare_run, run_training
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def shared(options: Options) -> TrainConfig:
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "shared",
-        vocabulary=600,
+        vocab_size=600,
         batch_seconds=options.batch_seconds,
         valid_every=1_000_000,
         valid_utterances=200,
@@ -89,7 +88,7 @@ def shared(options: Options) -> TrainConfig:
         track=(),
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
-    folder = prepare(config, say, track).run.folder
+    folder = prepare_run(config, TerminalEvents()).run.folder
     return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
 
 
@@ -98,7 +97,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     metrics = config.output / "metrics.jsonl"
     last = _logged(metrics)[-1] if metrics.exists() else {}
     if (last.get("kind"), last.get("step")) != ("valid", config.steps):
-        train(config, TrainingProgress, say, track)
+        run_training(config, TerminalEvents())
     lines = _logged(metrics)
     steps = [line for line in lines if line["kind"] == "train"]
     valid = next(line for line in reversed(lines) if line["kind"] == "valid")
@@ -125,9 +124,15 @@ def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Op
     taken: dict[str, list[float]] = {name: [] for name in arms}
     runs = {}
     for name, settings in arms.items():
-        prepared = prepare(replace(base, output=options.output / f"timed-{label(name)}", **settings), say, track)
-        addresses = Steps(prepared.plan).addresses(None, 0, 0)
-        runs[name] = Rig(base, prepared.model, prepared.precision), prepared.data, addresses
+        prepared = prepare_run(
+            replace(base, output=options.output / f"timed-{label(name)}", **settings), TerminalEvents()
+        )
+        addresses = Steps(prepared.schedule.plan).addresses(None, 0, 0)
+        runs[name] = (
+            Rig(base, prepared.subject.model, prepared.subject.precision),
+            prepared.data.micro_batches,
+            addresses,
+        )
     for number in range(options.timed + 1):
         for name, (rig, data, addresses) in runs.items():
             start = time.perf_counter()

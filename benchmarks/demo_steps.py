@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.demo import TEST_UTTERANCES, machine, recipe
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.demo.synthesis import Corpus, synthesise
 from canter.evaluation.wer import score
@@ -31,7 +31,7 @@ from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.transcribe import checkpoint_of, transcribe
 from canter.models.formats.checkpoint import load_model
-from canter.training.session import train
+from canter.training.recipe import run_training
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
                 if budget.exists():
                     settings["budget"] = budget
                 config = recipe(corpus.train_manifest, folder, threads=options.threads, track=(), **settings)
-                finished = train(config, TrainingProgress, say, track)
+                finished = run_training(config, TerminalEvents())
                 if not budget.exists():
-                    finished.prepared.budget.save(budget)
+                    finished.prepared.schedule.budget.save(budget)
                 done.write_text(json.dumps(finished.progress.seconds), encoding="utf-8")
             yield steps, seed, folder, float(json.loads(done.read_text(encoding="utf-8")))
 

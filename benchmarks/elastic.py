@@ -37,8 +37,8 @@ OVER = 1.25  # the budget, as a multiple of the truth
 ROOM = 250e6  # bytes of a micro-batch by that budget, weights and optimiser state left out
 LARGER = shlex.split("""
     --model.encoder-layers 4 --model.decoder-layers 2 --model.width 128 --model.subsampling-channels 32
-    --vocabulary 200 --precision float32 --threads 1 --workers 0 --batch-seconds None --window 60
-    --micro-batches-per-step 2 --loss.ctc-alone 0.1
+    --vocab-size 200 --precision float32 --threads 1 --workers 0 --batch-seconds None --batching-window 60
+    --micro-batches-per-step 2 --loss.ctc-warmup 0.1
 """)
 
 
@@ -77,7 +77,7 @@ def compared(folder: Path, other: Path) -> dict[str, Any]:
 def ranks(options: Options) -> dict[str, Any]:
     corpus = synthesise(options.output / "corpus", utterances=200, test_utterances=6, workers=1)
     straight, rounded, elastic = (options.output / name for name in ("straight", "two-threads", "elastic"))
-    more = ["--steps", str(options.steps), "--micro-batches-per-step", "4", "--window", "100"]
+    more = ["--steps", str(options.steps), "--micro-batches-per-step", "4", "--batching-window", "100"]
     more += ["--valid", str(corpus.test_manifest), "--valid-utterances", "2", "--valid-every", "20"]
     for folder, other in ((straight, []), (rounded, ["--threads", "2"]), (elastic, None)):
         shutil.rmtree(folder, ignore_errors=True)

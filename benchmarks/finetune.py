@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 import tyro
 
 from canter.corpus.audio import load_utterance
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
@@ -143,16 +142,18 @@ def trainer_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: 
 
 
 def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: bool = False) -> None:
+    from canter.events import Events
     from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-    from canter.training.session import train
+    from canter.training.recipe import run_training
+    from canter.training.run.reports import StepReport
 
     index = LengthIndex.open(data / "train.arrow")
     strategy, budget = _batches(options, index, padded)
     budget.save(data / f"{folder.name}.json")
 
-    @contextmanager
-    def watch(steps: int, done: int):
-        yield lambda report: turn(report.loss)
+    class Turns(Events[StepReport]):
+        def step(self, report: StepReport) -> None:
+            turn(report.loss)
 
     config = TrainConfig(
         manifest=(data / "train.jsonl",),
@@ -168,10 +169,9 @@ def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: b
         precision="float32",
         device="cpu",
         workers=0,
-        short_first=False,
         valid_every=10**9,
         track=(),
-        loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0, label_smoothing=0.0),
+        loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0, label_smoothing=0.0),
         optimizer=OptimizerConfig(
             name="adamw",
             learning_rate=options.learning_rate,
@@ -180,7 +180,7 @@ def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: b
             schedule="constant",
         ),
     )
-    finished = train(config, watch)
+    finished = run_training(config, Turns())
     finished.prepared.run.folder.joinpath("model").symlink_to(max(folder.glob("checkpoints/step-*")))
 
 
@@ -305,7 +305,7 @@ def write_data(options: Options, data: Path) -> LengthIndex:
         (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = load_model(options.model).tokenizer
     prompt = len(tokenizer.prompt_ids({"source_lang": options.lang, "target_lang": options.lang}))
-    return build_index([data / "train.jsonl"], data / "train.arrow", tokenizer, prompt_tokens=prompt)
+    return index_sources([data / "train.jsonl"], data / "train.arrow", tokenizer, prompt_tokens=prompt)
 
 
 def in_turns(options: Options, data: Path) -> dict[str, list[tuple[float, float]]]:

@@ -494,7 +494,7 @@ class Runs(Area):
 
         data = folder / "data.audio"
         return TrainConfig(
-            manifest=(data / "train.jsonl",), valid=(data / "valid.jsonl",), output=output, vocabulary=60, steps=steps,
+            manifest=(data / "train.jsonl",), valid=(data / "valid.jsonl",), output=output, vocab_size=60, steps=steps,
             budget=data / "budget.json", batch_seconds=4.0, workers=0, threads=1, precision="float32", valid_every=2,
             save_every=2, valid_utterances=2, allow_changes=True, track=(), device="cpu",
             model=ModelShape(encoder_layers=1, decoder_layers=1, width=16, heads=2, subsampling_channels=4, mels=16),

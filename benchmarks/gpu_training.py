@@ -94,7 +94,7 @@ def main(options: Options) -> None:
     if options.compile:
         compile_layers(model)
     index = lengths(options.lengths, options.tiny)
-    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
+    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
     limit = TINY_LIMIT if options.tiny else memory_limit(device, events=Printed())
     step = SyntheticStep(settings, model, precision, 4, copied=False)
     prober = Prober(step, limit, events=Printed())

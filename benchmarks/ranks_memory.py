@@ -35,7 +35,7 @@ from canter.models.norm import merge_pending
 from canter.runtime import CLEAR, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.defaults import decided
-from canter.training.distributed.ranks import Ranks, joined
+from canter.training.distributed.ranks import Ranks, process_group
 from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
 from canter.training.step.gradient import TrainingStep
@@ -130,7 +130,7 @@ def as_rank(tell: Callable, rank: int, port: int, way: str, sizes: tuple, shape:
     if size > 1:
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         tell(peak_of(way, sizes, shape, ranks))
 
 

@@ -36,7 +36,7 @@ from canter.planning.budget import Budget
 
 MODEL = shlex.split("""
     --model.encoder-layers 2 --model.decoder-layers 1 --model.width 64 --model.heads 4 --model.mels 40
-    --model.subsampling-channels 8 --vocabulary 200 --precision float32 --threads 1 --batch-seconds 16
+    --model.subsampling-channels 8 --vocab-size 200 --precision float32 --threads 1 --batch-seconds 16
 """)
 SAME = ("model.safetensors", "training/optimizers.pt")  # of a checkpoint; state.json has the time spent
 STARTING = 8.0  # seconds from its start in which a run is killed that is to be killed while it starts
@@ -87,7 +87,7 @@ def kills(options: Options) -> dict[str, Any] | None:
     if not journal.exists():
         for folder in (straight, killed):
             shutil.rmtree(folder, ignore_errors=True)
-        through = command(options.ranks, corpus.train_manifest, straight, *more, "--keep", "100000")
+        through = command(options.ranks, corpus.train_manifest, straight, *more, "--keep-checkpoints", "100000")
         subprocess.run(through, check=True, capture_output=True)
         journal.touch()
     draw = random.Random(options.seed)

@@ -77,7 +77,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     index = lengths_of(options.lengths, options.longest, 480, options.most)
     model = model_of(options)
-    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
+    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
     prober = Prober(SyntheticStep(config, model, "float32", prompt=4), options.memory * 1e9, events=Printed())
     budget = fit_budget(prober, index, most_probes=options.probes)
     rig = Rig(config, model, "float32")

@@ -21,10 +21,10 @@ from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
 from canter.planning import Budget, analytic_budget
 from canter.planning.budget import Polynomial
+from canter.planning.plan import Plan
 from canter.planning.strategies import Balanced
-from canter.training.batches import choose_limits
 from canter.training.config import TrainConfig
-from canter.training.prepare import plan_batches
+from canter.training.schedule import choose_limits, plan_batches
 
 PADDED = 30.0
 
@@ -86,17 +86,9 @@ def cases(options: Options) -> list[tuple[str, LengthIndex, Budget, int, TrainCo
 def measure(index: LengthIndex, budget: Budget, ranks: int, config: TrainConfig) -> dict[str, Any]:
     """The batches of a run, by the functions that it calls."""
     limits = choose_limits(config, index, budget, ranks, ranks, on_cpu=False)
-    _, sizes, _ = plan_batches(
-        limits,
-        budget,
-        index,
-        index,
-        slowest=1.0,
-        ranks=ranks,
-        strategy=Balanced(),
-        window=min(config.window, len(index)),
-        micro_batches_per_step=ranks,
-    )
+    window = min(config.batching_window, len(index))
+    plan = Plan(index, budget, Balanced(), window=window, micro_batches_per_step=ranks)
+    _, sizes, _ = plan_batches(plan, limits, index, ranks)
     return dataclasses.asdict(sizes) | {"hours": float(np.sum(index.seconds)) / 3600, "line": str(sizes)}
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.demo import machine
-from canter.cli.progress import say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
 from canter.demo.synthesis import synthesise
 from canter.models.formats.checkpoint import load_model
@@ -31,7 +31,8 @@ from canter.models.model import SpeechModel
 from canter.planning import Budget
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.data import collate
-from canter.training.prepare import Prepared, prepare
+from canter.training.loop import PreparedRun
+from canter.training.recipe import prepare_run
 from canter.training.validation import spread_over
 
 
@@ -98,12 +99,12 @@ def from_scratch(options: Options) -> TrainConfig:
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "demo" / "shared",
-        vocabulary=600,
+        vocab_size=600,
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
 
 
-def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
+def base_of(options: Options, task: str) -> tuple[TrainConfig, PreparedRun]:
     """The task's configuration, whose tokenizer and budget are made once."""
     config = (
         from_scratch(options) if task == "demo" else fine_tuned(options, {"librivox": "librivox_mini"}.get(task, task))
@@ -122,13 +123,13 @@ def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
     budget = options.output / f"{task}.json"
     seconds = max(options.batch_seconds)
     Budget.from_batch_seconds(seconds, frame_seconds=0.02 if config.init else 0.08).save(budget)
-    prepared = prepare(replace(config, budget=budget), say, track)
+    prepared = prepare_run(replace(config, budget=budget), TerminalEvents())
     config = prepared.config
     return (config if config.init else replace(config, tokenizer=prepared.run.folder / "tokenizer")), prepared
 
 
 @torch.inference_mode()
-def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
+def valid_loss(prepared: PreparedRun, folder: Path, valid: Path) -> float:
     """Nats a text token of the held-out utterances, by the last checkpoint."""
     checkpoint = max((folder / "checkpoints").glob("step-*"))
     model = load_model(checkpoint)
@@ -137,8 +138,8 @@ def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
     total = count = 0.0
     rows = [row for row in read_manifest(valid) if isinstance(row, Utterance)]
     for start in range(0, len(rows), 8):
-        examples = [prepared.data.example(row) for row in rows[start : start + 8]]
-        loss = model.loss(collate(examples, prepared.tokenizer.pad), label_smoothing=0.0)
+        examples = [prepared.data.micro_batches.example(row) for row in rows[start : start + 8]]
+        loss = model.loss(collate(examples, prepared.data.tokenizer.pad), label_smoothing=0.0)
         total, count = total + float(loss.attention), count + float(loss.attention_count)
     return total / count
 
@@ -146,23 +147,23 @@ def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
 def results(options: Options) -> Iterator[dict[str, Any]]:
     for task in options.tasks:
         base, prepared = base_of(options, task)
-        hours = float(prepared.index.seconds.sum()) / 3600
+        hours = float(prepared.data.index.seconds.sum()) / 3600
         for cap in options.batch_seconds:
             if cap > 1.5 * 3600 * hours:
                 continue
             for seed in range(options.seeds):
                 folder = options.output / task / f"{cap:g}-{seed}"
                 config = replace(base, output=folder, batch_seconds=cap, seed=seed)
-                made = prepare(config, say, track)
-                updates = len(made.plan)
+                made = prepare_run(config, TerminalEvents())
+                updates = len(made.schedule.plan)
                 kept = folder / "result.json"
                 if not kept.exists():
-                    figures = run(replace(config, steps=made.steps, allow_changes=True))
+                    figures = run(replace(config, steps=made.schedule.steps, allow_changes=True))
                     figures |= {"valid_loss": valid_loss(made, folder, config.valid[0])}
                     kept.write_text(json.dumps(figures), encoding="utf-8")
                 figures = json.loads(kept.read_text(encoding="utf-8"))
                 about = {"task": task, "hours": hours, "batch_seconds": cap, "seed": seed}
-                row = about | {"updates_an_epoch": updates, "updates": made.steps} | figures
+                row = about | {"updates_an_epoch": updates, "updates": made.schedule.steps} | figures
                 result = f"WER {row['wer']:.1%}, loss {row['valid_loss']:.3f}"
                 say(f"{task}: {cap:g} s, {updates} updates an epoch, {result}")
                 yield row

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -70,35 +70,35 @@ def build_index(
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     prompt_tokens: int | None = None,
     text_column: str = "",
-    lang_column: str = "",
+    language_column: str = "",
     audio_column: str = "",
     workers: int = 1,
     progress: bool = True,
 ) -> LengthIndex:
-    """Read manifests once, and return the length index that plans are made of.
+    """Read manifests once, and return the length index from which plans are made.
 
-    sources: NeMo manifests, Lhotse cuts, Common Voice tables, folders, ... (whatever ``canter index`` reads), or one
-        YAML of weighted groups.
-    output: the file to keep it in, from where `LengthIndex.open` reads it again; None: a temporary file that goes with
-        this process.
-    tokenizer: what counts tokens: a model's, a folder of one, or "chars" or "bytes"; not needed where rows have
-        ``num_tokens``.
-    prompt_tokens: tokens of the prompt, added to each text's with one for the end; None: as many as the tokenizer's
-        prompt has for the first row.
-    text_column, lang_column, audio_column: names of the columns (or keys of JSON), where they are not customary.
-    workers: processes that read and tokenise.
+    sources: NeMo manifests, Lhotse cuts, Common Voice tables, folders, ... (any source that ``canter index`` reads), or
+        one YAML of weighted groups.
+    output: file of the index, which `LengthIndex.open` opens again; None: a temporary file, removed at the end of this
+        process.
+    tokenizer: the tokenizer of a model, a folder with one, or "chars" or "bytes" to count those; not needed where rows
+        have ``num_tokens``.
+    prompt_tokens: number of prompt tokens, added to the tokens of each text with one for the end; None: the number in
+        the tokenizer's prompt for the first row.
+    text_column, language_column, audio_column: names of the columns (or keys of JSON), where they are not customary.
+    workers: number of processes that read and tokenise.
 
     Rows that cannot be used are counted in ``index.skipped`` and listed in ``index.problems``. Raises ManifestError for
     a source that cannot be read or has no usable row.
     """
-    from canter.corpus.build import build_index as build
+    from canter.corpus.build import index_sources
     from canter.corpus.columns import Columns
     from canter.corpus.counting import UNITS, prompt_length
     from canter.corpus.index import Source
     from canter.corpus.mixture import sources_of
 
     given: Any = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    columns = Columns(text_column, lang_column, audio_column)
+    columns = Columns(text_column, language_column, audio_column)
     if any(isinstance(one, Source) for one in given):
         listed = [one if isinstance(one, Source) else Source(str(one), columns=columns) for one in given]
     else:
@@ -113,7 +113,7 @@ def build_index(
     if prompt_tokens is None:
         prompt_tokens = prompt_length(counter, _rows(listed))
     target = Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
-    return build(
+    return index_sources(
         listed,
         target,
         counter,
@@ -125,7 +125,7 @@ def build_index(
 
 
 def _rows(sources: Group | list[Source]) -> Iterator[Utterance]:
-    """Yield the rows of sources; of those that cannot be read none, as building the index says what is wrong."""
+    """Yield the rows of sources; sources that cannot be read are skipped, because building the index reports them."""
     from canter.corpus.manifest import Utterance
     from canter.corpus.mixture import Group, leaves
     from canter.corpus.sources import open_source
@@ -205,25 +205,19 @@ def measure_budget(
     )
 
 
-def _silent(*_: object) -> None:
-    """Take the place of a progress bar, or of a line on standard error."""
-
-
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Train a model as ``config`` says, or continue the run that its output folder holds, and return that folder.
 
     `load` takes the folder for the run's best checkpoint. Under ``torchrun`` or ``srun`` all ranks call it together.
-    Raises ConfigError for settings that cannot be, ManifestError for data that cannot be used.
+    Raises ConfigError for settings that cannot be used, ManifestError for data that cannot be used.
     """
-    from canter.cli.models import load_any
-    from canter.cli.progress import TrainingProgress, say, track  # pyright: ignore[reportUnknownVariableType]
-    from canter.training.session import train as run  # pyright: ignore[reportUnknownVariableType]
+    from canter.training.recipe import run_training
 
-    if progress:
-        finished = run(config, TrainingProgress, say, track, load_any)
-    else:
-        finished = run(config, lambda steps, done: nullcontext(_silent), load=load_any)
-    return finished.prepared.run.folder
+    if not progress:
+        return run_training(config).prepared.run.folder
+    from canter.cli.progress import TerminalEvents
+
+    return run_training(config, TerminalEvents()).prepared.run.folder
 
 
 def score(

@@ -1,4 +1,4 @@
-"""What a long operation tells while it works: messages, progress and metrics, through one object.
+"""Messages, progress and metrics of a long operation, through one object.
 
 Libraries take an `Events` and call it; the commands hand in one that draws on the terminal, programs one of their own.
 """
@@ -38,7 +38,7 @@ class Events(Generic[Report]):
 
 
 QUIET: Events[object] = Events()
-"""Tells nobody anything."""
+"""Listener that ignores everything."""
 
 
 class Printed(Events[object]):

@@ -88,7 +88,7 @@ def test_temperature_and_mixtures(manifests, capsys):
         (["index", "a.jsonl", "--temperature", "-1"], "must be 0 or more"),
         (["inspect", "none.arrow"], "none.arrow does not exist"),
         (["inspect", "empty.jsonl"], "canter index"),
-        (["inspect", "good.arrow", "--z", "0"], "must be above 0"),
+        (["inspect", "good.arrow", "--outliers", "-1"], "--outliers is -1"),
         (["inspect", "good.arrow", "--figure", "no/such/folder.png"], "cannot be written"),
         (["inspect", "good.arrow", "--figure", "x.words"], "cannot be written"),
     ],

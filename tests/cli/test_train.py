@@ -19,7 +19,7 @@ from canter.planning.budget import Budget
 
 SMALL = shlex.split("""
     --model.encoder-layers 1 --model.decoder-layers 1 --model.width 32 --model.heads 2 --model.subsampling-channels 8
-    --model.mels 40 --batch-seconds 12 --threads 1 --precision float32 --vocabulary 100
+    --model.mels 40 --batch-seconds 12 --threads 1 --precision float32 --vocab-size 100
 """)
 
 

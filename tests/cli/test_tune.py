@@ -13,7 +13,7 @@ from canter.training.config import ModelShape, TrainConfig, dump_config
 def files(tmp_path):
     """A configuration of a small model, and the lengths of 100 utterances."""
     shape = ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40)
-    config = TrainConfig(vocabulary=60, precision="float32", threads=1, model=shape)
+    config = TrainConfig(vocab_size=60, precision="float32", threads=1, model=shape)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     rng = np.random.default_rng(0)
     seconds = rng.uniform(1, 5, 100).astype(np.float32)

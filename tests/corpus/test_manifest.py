@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from canter.corpus.manifest import (
     Problem,
     Utterance,
+    checked_rows,
     count_problems,
     expand_shards,
     read_manifest,
     scan_lines,
-    usable,
     utterance_from_line,
     utterance_from_row,
     without_sub,
@@ -244,7 +244,7 @@ def test_usable_yields_each_utterance_once(kinds):
     distinct = len({kind for kind in kinds if kind in ("a", "b")})
     found = []
     try:
-        for row in usable(enumerate(rows, 1), "f"):
+        for row in checked_rows(enumerate(rows, 1), "f"):
             found.append(row)
     except ManifestError:
         assert distinct == 0

@@ -7,11 +7,13 @@ import socket
 import pytest
 
 from canter.corpus.audio import audio_seconds, load_audio
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
+from canter.corpus.columns import ReadOptions
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem
 from canter.corpus.mixture import read_mixture
+from canter.corpus.readers.folder import read_folder
 from canter.corpus.sources import open_source
 from canter.errors import AudioError, ConfigError, ManifestError
 
@@ -24,7 +26,7 @@ def test_a_pipe_is_no_manifest(tmp_path, name):
     with pytest.raises(ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"):
         list(open_source(tmp_path / name))
     with pytest.raises(ManifestError, match="a named pipe, not a regular file"):
-        build_index(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
+        index_sources(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
 
 
 def test_a_pipe_is_no_mixture_and_no_index(tmp_path):
@@ -63,6 +65,4 @@ def test_rows_whose_audio_is_a_pipe_are_left_out(tmp_path):
 
 
 def read_one(folder):
-    from canter.corpus.readers.folder import read_folder
-
-    return [row for _, row in read_folder(str(folder)) if isinstance(row, Problem)]
+    return [row for _, row in read_folder(str(folder), ReadOptions()) if isinstance(row, Problem)]

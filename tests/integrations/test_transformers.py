@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
 from canter.planning.budget import Budget
@@ -227,7 +227,7 @@ def test_index_and_micro_batches_of_a_manifest(tmp_path):
         rows.append({"audio_filepath": f"{number}.wav", "duration": SECONDS[number], "text": text})
     write_manifest(tmp_path / "train.jsonl", rows)
     tokenizer = TransformersTokenizer(word_tokenizer(pad_token="<pad>", eos_token="</s>"), [START, 5])
-    index = build_index(
+    index = index_sources(
         [tmp_path / "train.jsonl"], tmp_path / "lengths.arrow", tokenizer, prompt_tokens=2, progress=False
     )
     assert index.tokens.tolist() == [5, 4, 6]

@@ -64,10 +64,10 @@ def command(corpus, init, output, *more):
     data = str(corpus / "train.jsonl")
     return main(
         ["train", "--manifest", data, "--valid", data, "--init", str(init), "--output", str(output), "--budget",
-         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-alone", "0", "--optimizer.name", "adamw",
+         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-warmup", "0", "--optimizer.name", "adamw",
          "--batch-seconds", "3", "--steps", "4", "--valid-every", "2", "--valid-utterances", "2",
          "--workers", "0", "--threads", "1",
-         "--precision", "float32", "--no-largest-first", *more]
+         "--precision", "float32", "--no-check-memory", *more]
     )  # fmt: skip
 
 

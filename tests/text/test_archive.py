@@ -12,6 +12,7 @@ from canter.text import load_tokenizer
 from canter.text.archive import Archive, open_archive
 
 CONFIG = b"a: 1\n"
+LOADERS = (canter.load_model, load_tokenizer)  # imported here, before a test limits the memory
 
 
 def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0) -> bytes:
@@ -86,7 +87,7 @@ HOSTILE = {
 def test_refused_by_model_and_tokenizer_alike(tmp_path, name, within_200_mib):
     data, message = HOSTILE[name]
     (tmp_path / "x.nemo").write_bytes(data)
-    for load in (canter.load_model, load_tokenizer):
+    for load in LOADERS:
         with pytest.raises(CheckpointError, match=message) as refused:
             load(tmp_path / "x.nemo")
         assert str(refused.value).startswith(f"{tmp_path}/x.nemo")

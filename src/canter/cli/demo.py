@@ -136,12 +136,12 @@ def synthesise_corpus(options: Options, summary: dict[str, Any]):
 
 def prepare_run(options: Options, corpus, spent: float):
     """Make tokenizer, index, budget and plan of the demo's run, ``spent`` minutes after the demo began."""
-    from canter.cli.progress import say, track
-    from canter.training.prepare import prepare
+    from canter.cli.progress import TerminalEvents
+    from canter.training.recipe import prepare_run
 
     output = options.output / ("run-quick" if options.quick else "run")
     minutes = options.minutes or (0.3 if options.quick else training_minutes(output, spent))
-    return prepare(recipe(corpus.train_manifest, output, minutes=minutes, seed=options.seed), say, track)
+    return prepare_run(recipe(corpus.train_manifest, output, minutes=minutes, seed=options.seed), TerminalEvents())
 
 
 def recipe(manifest: Path, output: Path, **settings: Any):
@@ -151,7 +151,7 @@ def recipe(manifest: Path, output: Path, **settings: Any):
     return TrainConfig(
         manifest=(manifest,),
         output=output,
-        vocabulary=VOCABULARY,
+        vocab_size=VOCABULARY,
         batch_seconds=BATCH_SECONDS,
         valid_every=100_000,
         **settings,
@@ -160,10 +160,10 @@ def recipe(manifest: Path, output: Path, **settings: Any):
 
 def training_minutes(run: Path, spent: float) -> float:
     """Return the minutes of training: what is left of the demo's, or those of a run that is resumed."""
-    from canter.training.config import load_config
+    from canter.training.config import load_run_config
 
     if (run / "config.yaml").exists():
-        return load_config(run / "config.yaml").minutes or TRAINING_MINUTES[1]
+        return load_run_config(run / "config.yaml").minutes or TRAINING_MINUTES[1]
     least, most = TRAINING_MINUTES
     return round(min(max(TOTAL_MINUTES - AFTER_TRAINING - spent, least), most), 2)
 
@@ -172,7 +172,7 @@ def with_room_for(longest: int, prepared):
     """Return the run's budget, limited to a micro-batch of so many of the longest utterances."""
     import numpy as np
 
-    index, budget = prepared.index, prepared.budget
+    index, budget = prepared.data.index, prepared.schedule.budget
     frames = budget.frames(np.asarray(index.seconds))
     limit = np.max(budget.bytes(longest, frames, np.asarray(index.tokens, np.int64)))
     return replace(budget, limit_bytes=float(limit))
@@ -188,11 +188,13 @@ def climb_ladder(prepared, longest: int, summary: dict[str, Any]) -> None:
     from canter.planning.compare import compare
     from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
 
-    index = prepared.index
+    index = prepared.data.index
     strategies = [("random", Random(), None), ("duration", Duration(), None), ("bucket_1d", Bucket1D(), None)]
     strategies += [("bucket_2d", Bucket2D(), None), ("balanced", Balanced(), None)]
     rungs = list(compare(index, with_room_for(longest, prepared), strategies, ranks=1))
-    command.show(rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest, as predicted")
+    command.print_comparison(
+        rungs, f"{len(index):,} utterances of the demo, room for {longest} of the longest, as predicted"
+    )
     summary["room_for_longest"] = longest
     summary["strategies"] = {
         rung.name: plain(rung.as_json())
@@ -206,11 +208,11 @@ def climb_ladder(prepared, longest: int, summary: dict[str, Any]) -> None:
 
 def train_model(config, summary: dict[str, Any]) -> None:
     """Train to the last step."""
-    from canter.cli.progress import TrainingProgress, say, track
-    from canter.training.session import train
+    from canter.cli.progress import TerminalEvents
+    from canter.training.recipe import run_training
 
-    finished = train(config, TrainingProgress, say, track)
-    metrics = finished.prepared.run.metrics.read_text(encoding="utf-8").splitlines()
+    finished = run_training(config, TerminalEvents())
+    metrics = finished.prepared.run.log.metrics.read_text(encoding="utf-8").splitlines()
     progress = finished.progress
     rows = [json.loads(line) for line in metrics]
     steps = [row for row in rows if row["kind"] == "train"]
@@ -218,9 +220,9 @@ def train_model(config, summary: dict[str, Any]) -> None:
     summary |= {
         "train_seconds": progress.seconds,
         "steps": progress.step,
-        "precision": finished.prepared.precision,
+        "precision": finished.prepared.subject.precision,
         "trained_audio_hours": progress.audio_seconds / 3600,
-        "parameters": sum(p.numel() for p in finished.prepared.model.parameters()),
+        "parameters": sum(p.numel() for p in finished.prepared.subject.model.parameters()),
         "trained_padding": 1 - sum(row["audio_seconds"] for row in steps) / computed,
         "training": rows,
     }
@@ -236,25 +238,25 @@ def compare_speed(prepared, seconds: float, longest: int, summary: dict[str, Any
     from canter.training.step.gradient import Gradient, TargetCounts
 
     budget, strategies = with_room_for(longest, prepared), {"random": Random(), "balanced": Balanced()}
-    gradient = Gradient(prepared.config, prepared.model.train(), prepared.precision)
-    plans = {name: Plan(prepared.index, budget, strategy) for name, strategy in strategies.items()}
+    gradient = Gradient(prepared.config, prepared.subject.model.train(), prepared.subject.precision)
+    plans = {name: Plan(prepared.data.index, budget, strategy) for name, strategy in strategies.items()}
     addresses = {name: Steps(plan).addresses(None, 0, 0) for name, plan in plans.items()}
     audio, taken = dict.fromkeys(plans, 0.0), dict.fromkeys(plans, 0.0)
     until = time.perf_counter() + seconds
     turn = 0
     while turn < 2 or time.perf_counter() < until:
         for name in plans:
-            loaded = prepared.data[next(addresses[name])]
+            loaded = prepared.data.micro_batches[next(addresses[name])]
             if loaded.batch is None:
                 continue
             began = time.perf_counter()
             gradient.compute([loaded], TargetCounts.of([loaded.batch]), turn, ctc_only=False)
             if turn:  # the first waits for memory
                 taken[name] += time.perf_counter() - began
-                audio[name] += float(loaded.batch.audio_lengths.sum()) / prepared.data.sample_rate
+                audio[name] += float(loaded.batch.audio_lengths.sum()) / prepared.data.micro_batches.sample_rate
             gradient.discard()
         turn += 1
-    ladder = list(compare(prepared.index, budget, [(name, s, None) for name, s in strategies.items()], ranks=1))
+    ladder = list(compare(prepared.data.index, budget, [(name, s, None) for name, s in strategies.items()], ranks=1))
     measured = {name: audio[name] / max(taken[name], 1e-9) for name in plans}
     summary["measured_speed"] = {
         "audio_seconds_a_second": measured,
@@ -280,14 +282,14 @@ def transcribe_test(output: Path, prepared, corpus, summary: dict[str, Any]) -> 
     from canter.models.formats.checkpoint import load_model
 
     model = load_model(checkpoint_of(prepared.run.folder))
-    tokenizer = prepared.tokenizer
+    tokenizer = prepared.data.tokenizer
     utterances = [row for row in read_manifest(corpus.test_manifest) if isinstance(row, Utterance)]
     rows = [json.loads(line) for line in corpus.test_manifest.read_text(encoding="utf-8").splitlines()]
     engine = Engine(model, tokenizer.end, EngineConfig(ctc_weight=CTC_WEIGHT))
     texts = [result.text for result in transcribe(engine, tokenizer, utterances)]
     alone = transcribe(Engine(model, tokenizer.end, ctc=True), tokenizer, utterances)
     attention = [result.text for result in alone]
-    ctc = [prepared.characters.decode(result.ctc or ()) for result in alone]
+    ctc = [prepared.data.characters.decode(result.ctc or ()) for result in alone]
     for row, text, one, other in zip(rows, texts, attention, ctc, strict=True):
         row |= {"pred_text": text, "pred_text_attention": one, "pred_text_ctc": other}
     write_manifest(output / "test.transcribed.jsonl", rows)
@@ -328,7 +330,7 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
     from canter.bench.shift import measure_shift
     from canter.cli.progress import say
     from canter.models.model import SpeechModel
-    from canter.training.prepare import model_config
+    from canter.training.subject import model_config
 
     models = {}
     for encoder_layers, decoder_layers in (DEEP, SHALLOW):
@@ -341,9 +343,9 @@ def shift_decoder(options: Options, prepared, summary: dict[str, Any]) -> None:
         config = replace(prepared.config, model=shape)
         torch.manual_seed(options.seed)
         models[f"{encoder_layers}/{decoder_layers}"] = SpeechModel(
-            model_config(config, prepared.tokenizer, prepared.characters)
+            model_config(config, prepared.data.tokenizer, prepared.data.characters)
         )
-    rate = prepared.data.sample_rate
+    rate = prepared.data.micro_batches.sample_rate
     batch, seconds, tokens = (4, 4, 12) if options.quick else (16, 8, 28)
     audio = torch.randn(batch, seconds * rate, generator=torch.Generator().manual_seed(options.seed)) * 0.1
     lengths = torch.full((batch,), seconds * rate)

@@ -191,31 +191,25 @@ def load_subject(config: TrainConfig, options: Options, events: Events[Never]) -
     Without training data, a model from scratch has the vocabulary size of the configuration.
     """
     import numpy as np
-    import torch
 
     from canter.cli.lengths import open_lengths
-    from canter.cli.models import load_any
     from canter.corpus.index import LengthIndex
-    from canter.models.model import SpeechModel
     from canter.runtime import choose_device
     from canter.training.feed.corpus import find_index, find_tokenizer
-    from canter.training.prepare import load_initial, model_config
-    from canter.training.run.folder import Run
+    from canter.training.subject import build_model, load_initial
 
     device = choose_device(config.device)
     index = open_lengths(options.index) if options.index else None
     with tempfile.TemporaryDirectory() as folder:
-        inside = Run.open(dataclasses.replace(config, output=Path(folder) / "run"))
-        model = load_initial(config, inside, events.message, load_any)
-        tokenizer, characters = _Sizes(config.vocabulary), _Sizes(40)
+        model = load_initial(config, events)
+        tokenizer, characters = _Sizes(config.vocab_size), _Sizes(40)
         if config.manifest and (index is None or model is None):
-            tokenizer, characters = find_tokenizer(config, inside, model, events.message)
+            tokenizer, characters = find_tokenizer(config, Path(folder), model, events)
             if index is None:
-                found = find_index(config, inside, tokenizer)
+                found = find_index(config, Path(folder), tokenizer, events)
                 index = LengthIndex(np.array(found.seconds), np.array(found.tokens))  # outlives the folder
         if model is None:
-            torch.manual_seed(config.seed)
-            model = SpeechModel(model_config(config, tokenizer, characters))  # type: ignore[arg-type]
+            model = build_model(config, tokenizer, characters)  # type: ignore[arg-type]
     model.to(device)
     if options.recompute:
         model.recompute_activations()

@@ -39,7 +39,7 @@ def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[Transcript], li
                 reason = _unusable(row)
                 if reason:
                     problems.append(Problem(str(path), number, reason))
-                else:
+                elif isinstance(row, dict):
                     transcripts.append(_transcript(row, number))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             problems.append(Problem(str(path), number + 1, f"invalid gzip: {error}"))

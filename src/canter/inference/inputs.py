@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from canter.corpus.audio import STANDARD_INPUT, audio_seconds
+from canter.corpus.columns import ReadOptions
 from canter.corpus.manifest import (
     Problem,
     Utterance,
@@ -15,8 +16,7 @@ from canter.corpus.manifest import (
     scan_lines,
     utterance_from_row,
 )
-from canter.corpus.media import is_media
-from canter.corpus.readers.folder import audio_files
+from canter.corpus.media import is_media, media_in
 from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import Unit, open_source, units_of
 from canter.errors import AudioError, ConfigError, ManifestError
@@ -151,7 +151,7 @@ def files_in(path: str) -> list[str] | None:
     """Return the audio and video files below a folder without a manifest, None for any other path."""
     if not os.path.isdir(path) or [unit.kind for unit in units_of(path)] != ["folder"]:
         return None
-    return audio_files(os.path.abspath(path))
+    return media_in(os.path.abspath(path))[0]
 
 
 def items_of(path: str | os.PathLike[str], defaults: Defaults | None = None) -> Iterator[Item]:
@@ -175,7 +175,7 @@ def _items(path: str, track: int | None = None) -> Iterator[Item]:
         raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
     units = _units(path)
     if [unit.kind for unit in units] == ["folder"]:
-        yield from (_audio(file, track) for file in audio_files(os.path.abspath(path)))
+        yield from (_audio(file, track) for file in media_in(os.path.abspath(path))[0])
     elif [unit.kind for unit in units] == ["nemo"]:
         yield from _nemo(units[0].path)
     else:
@@ -192,7 +192,7 @@ def _units(path: str) -> list[Unit]:
     try:
         return units_of(path)
     except ManifestError:
-        if os.path.isdir(path) and audio_files(path):
+        if os.path.isdir(path) and media_in(path)[0]:
             return [Unit("folder", path)]
         raise
 
@@ -212,11 +212,11 @@ def _nemo(path: str) -> Iterator[Item]:
         for _, number, line in scan_lines(file):
             row = parse_line(line)
             found = (
-                utterance_from_row(row, base, require_text=False, measure_durations=True)
+                utterance_from_row(row, base, ReadOptions(require_text=False, measure_durations=True))
                 if isinstance(row, dict)
                 else row
             )
-            if isinstance(found, Utterance):
+            if isinstance(found, Utterance) and isinstance(row, dict):
                 yield Item(row, found)
             elif found is not None:
                 problem = str(Problem(path, number, str(found)))

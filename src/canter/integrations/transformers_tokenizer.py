@@ -21,6 +21,8 @@ class TransformersTokenizer:
     one of the language that is written follows.
     """
 
+    detects_language = False
+
     def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int], language_ids: Mapping[str, int] | None = None):
         self.tokenizer, self.prompt_tokens = tokenizer, list(prompt_tokens)
         self.language_ids = dict(language_ids or {})

@@ -12,11 +12,10 @@ from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.measure import synthetic_batch
-from canter.training.session import train
+from canter.training.recipe import run_training
 from canter.training.step import gradient
 from canter.training.step.gradient import Bf16Weights, bf16_weights
 
-from ..conftest import unwatched
 from .test_recovery import losses, rows
 
 
@@ -83,11 +82,11 @@ def test_what_is_frozen_has_no_gradient_and_what_was_collected_is_forgotten(mode
 
 def test_a_run_learns_as_in_float32_cuts_and_saves_whole_weights(config, tmp_path, monkeypatch):
     rate = OptimizerConfig(schedule="constant", warmup=1)
-    quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), optimizer=rate)
-    train(quiet, unwatched)
+    quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_warmup=0.0), optimizer=rate)
+    run_training(quiet)
     monkeypatch.setattr(gradient, "bf16_weights", lambda model, precision: Bf16Weights(model))
     half = dataclasses.replace(quiet, output=tmp_path / "half", precision="bf16")
-    train(half, unwatched)
+    run_training(half)
     assert losses(half) == pytest.approx(losses(quiet), rel=0.05)
     assert rows(half, "event") == []
     saved = load_file(half.output / "checkpoints/step-000008/model.safetensors")

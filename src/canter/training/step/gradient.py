@@ -27,7 +27,7 @@ from canter.models.norm import MaskedBatchNorm
 from canter.models.protocol import AnyModel, module_of
 from canter.runtime import is_out_of_memory, release_memory, retry_once
 from canter.training.config import LossConfig, TrainConfig
-from canter.training.distributed.ranks import ALONE, Ranks
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import Loaded
 from canter.training.step.optimizers import Average, Optimizers, Schedule
 
@@ -48,10 +48,10 @@ class TargetCounts:
     characters: int
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], ranks: Ranks = ALONE) -> TargetCounts:
+    def of(cls, batches: Sequence[Batch], ranks: Ranks = SINGLE_RANK) -> TargetCounts:
         tokens = sum(int((b.token_lengths - b.prompt_lengths).sum()) for b in batches)
         characters = sum(int(b.character_lengths.sum()) for b in batches)
-        tokens, characters = ranks.table([tokens, characters]).sum(0).astype(int).tolist()
+        tokens, characters = ranks.all_gather([tokens, characters]).sum(0).astype(int).tolist()
         return cls(tokens, characters)
 
     def less(self, tokens: float, characters: float) -> TargetCounts:
@@ -122,7 +122,7 @@ class ComputedGradient:
 class Gradient:
     """Gradient of a step's micro-batches, each computed with its own seed."""
 
-    def __init__(self, config: TrainConfig, model: AnyModel, precision: str, ranks: Ranks = ALONE):
+    def __init__(self, config: TrainConfig, model: AnyModel, precision: str, ranks: Ranks = SINGLE_RANK):
         self.config, self.model, self.ranks = config, model, ranks
         self.device = next(model.parameters()).device
         masks = {name: value for name, value in vars(config.augment).items() if name != "speed"}
@@ -218,7 +218,7 @@ class Gradient:
                     room.copy_(torch.cat([torch.ones(1), *(part.flatten().float().cpu() for part in found)]))
         for norm in norms:
             norm.pending.clear()
-        for row in self.ranks.sum(table):  # all ranks but one gave zeros: the sum is exact
+        for row in self.ranks.all_reduce(table):  # all ranks but one gave zeros: the sum is exact
             for norm, part in zip(norms, row.split(sizes)):
                 if part[0]:
                     mean, variance = part[1:].to(self.device).chunk(2)
@@ -431,7 +431,7 @@ class TrainingStep:
         precision: str,
         steps: int,
         schedule: Schedule | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
         shards: Shards | None = None,
     ):
         self.config, self.model, self.ranks, self.shards = config, model, ranks, shards

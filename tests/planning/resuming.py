@@ -1,4 +1,4 @@
-"""For the tests of those who build on a plan: restores at every step and compares all that follows."""
+"""Helpers that restore a plan or a sampler at every step and compare all following steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Resumable(Protocol):
 
 
 def assert_same(expected: Any, found: Any, where: str = "") -> None:
-    """Equal nested lists, tuples and dicts of numbers, strings and arrays (NumPy's, or anything it can read)."""
+    """Fail unless these are equal: nested lists, tuples and dicts of numbers, strings and arrays."""
     if isinstance(expected, list | tuple):
         assert isinstance(found, list | tuple), f"{where}: {type(found).__name__} is not a sequence"
         assert len(expected) == len(found), f"{where}: {len(found)} items, expected {len(expected)}"
@@ -35,7 +35,7 @@ def assert_same(expected: Any, found: Any, where: str = "") -> None:
 
 
 def assert_plan_resumes(make: Callable[[], Plan]) -> None:
-    """Fails unless `make()` gives the same steps each time, and a plan resumed at any of its steps, from the JSON of
+    """Fail unless `make()` gives the same steps each time, and a plan resumed at any of its steps, from the JSON of
     its position and without the steps before, gives all that follow."""
     whole = list(make().steps())
     for number, (_, expected) in enumerate(whole):
@@ -49,7 +49,7 @@ def assert_plan_resumes(make: Callable[[], Plan]) -> None:
 
 
 def assert_resumes_everywhere(make: Callable[[], tuple[Resumable, Iterator[Any]]]) -> None:
-    """Fails unless what `make()` returns, (state holder, its iterator), resumes at every item.
+    """Fail unless what `make()` returns, (state holder, its iterator), resumes at every item.
 
     The state is read after each item has been taken; a fresh pair that loads it must give all the items that follow.
     The iterator must not begin before its first item is asked for.
