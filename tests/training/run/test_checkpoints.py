@@ -11,7 +11,7 @@ import torch
 from canter.errors import CanterError, ConfigError
 from canter.loading import load_model
 from canter.training.config import OptimizerConfig
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 from canter.training.run.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
 
 from ..conftest import Messages, stopping_after
@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, more):
 
 def test_a_full_disk_before_the_first_checkpoint_is_reported(quiet, tmp_path):
     """There is nothing to resume from, and no partial checkpoint uses up the disk."""
-    prepare_run(quiet)
+    prepare_training(quiet)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
