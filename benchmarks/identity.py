@@ -110,7 +110,7 @@ class Decoding:
     """Model in one precision, to decode clips in batches of several sizes."""
 
     def __init__(self, options: Options, precision: Literal["float32", "bf16", "int8"]):
-        self.model = load_module(options.model, "cpu", precision, "canter")
+        self.model = load_module(options.model, "cpu", precision)
         self.precision = precision
         self.prompt = self.model.tokenizer.prompt_ids({"source_lang": "en", "target_lang": "en"})
 

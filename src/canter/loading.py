@@ -52,7 +52,7 @@ def load_module(
         return quantize(model) if precision == "int8" else model
     require("transformers", f"{path}: this model")
     if precision == "int8":
-        raise ConfigError(f"{path} runs through transformers, which has no int8 here: use float32 or bf16")
+        raise ConfigError(f"--precision int8: {path} runs through transformers, which has no int8: use float32 or bf16")
     from canter.integrations.transformers import TransformersModel
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -66,7 +66,7 @@ def test_elsewhere_than_on_a_processor(monkeypatch):
         quantize(model)
     monkeypatch.setattr("canter.models.device.choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(ConfigError, match="not on cuda"):
-        load_module(Path("nowhere"), "cuda", "int8", "canter")
+        load_module(Path("nowhere"), "cuda", "int8")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="oneDNN"):
         quantize(small_model())
