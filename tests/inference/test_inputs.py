@@ -11,7 +11,7 @@ from canter.errors import ManifestError
 from canter.inference.inputs import Item, read_items
 from canter.inference.languages import Defaults
 from canter.inference.recording import Transcription
-from canter.inference.transcript.formats import file_names, file_segments, render, result_row, write_results
+from canter.inference.transcript.formats import file_names, file_segments, render, result_row, write_output
 from canter.inference.transcript.segments import Segment
 
 
@@ -131,7 +131,7 @@ def test_names_that_are_no_utf8_are_written_in_ascii(tmp_path):
     items = [Item(row, None) for row in rows]
     results = [Transcription("größer"), Transcription("größer")]
     for kind in ("nemo", "json"):
-        write_results(items, results, tmp_path / kind, [kind], folder=False)
+        write_output(tmp_path / kind, render(items, results, kind))
         text = (tmp_path / kind).read_text()
         found = json.loads(text) if kind == "json" else [json.loads(line) for line in text.splitlines()]
         assert [row["audio_filepath"] for row in found] == [row["audio_filepath"] for row in rows]

@@ -131,10 +131,10 @@ def transcribe_inputs(
     from canter.inference.languages import Defaults
     from canter.inference.recording import TranscribeConfig
     from canter.inference.resume import partial_files, remove
-    from canter.inference.transcript.formats import check_renderable, json_text, render, write_results
+    from canter.inference.transcript.formats import check_renderable, json_text, render, write_output
     from canter.models.hub import checkpoint_of
 
-    display = Display(ranks)
+    display, timed = Display(ranks), options.timestamps in ("segment", "word")
     checkpoint = checkpoint_of(options.model)
     engine = engine_of(options, checkpoint, ranks)
     timestamps = timestamps_of(options, kinds, style)
@@ -173,9 +173,12 @@ def transcribe_inputs(
     failed = sum(result.error is not None for result in found.transcriptions)
     if ranks.rank == 0:
         written: list[Path] = []
-        timed = options.timestamps in ("segment", "word")
-        if options.output:
-            written = write_results(items, found.transcriptions, options.output, kinds, folder, timed, style, names)
+        if display.files:
+            written = [display.files.write_all(items, found.transcriptions)]
+        elif options.output:
+            if kinds[0] == "nemo" or any(result.error is None for result in found.transcriptions):
+                write_output(options.output, render(items, found.transcriptions, kinds[0], timed, style))
+                written = [options.output]
         else:
             sys.stdout.writelines(render(items, found.transcriptions, kinds[0], timed, style))
         summary = TranscriptionSummary.of(checkpoint, ranks.size, items, found, seconds, written)
@@ -359,7 +362,8 @@ def into_folder(
 
     assert options.output
     roots = [os.path.abspath(path) for path in options.inputs if os.path.isdir(path)]
-    files = FolderOutput(options.output, file_names(items, roots), [kind for kind in kinds if kind != "nemo"], style)
+    timed = options.timestamps in ("segment", "word")
+    files = FolderOutput(options.output, file_names(items, roots), kinds, style, timed)
     if not options.skip_existing:
         return items, files
     done = [all(path.exists() for _, path in files.files(index)) for index in range(len(items))]

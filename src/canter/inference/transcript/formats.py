@@ -276,17 +276,18 @@ def _language(item: Item, transcription: Transcription) -> str | None:
 
 @dataclass(frozen=True)
 class FolderOutput:
-    """Folder with one file per utterance and format."""
+    """Folder with ``transcripts.jsonl`` for the format ``nemo``, and one file per utterance for each other format."""
 
     path: Path
     names: Sequence[str]
     """File name of each utterance without suffix; see `file_names`."""
     kinds: Sequence[str]
     style: SubtitleStyle = SENTENCES
+    timed: bool = False
 
     def files(self, index: int) -> list[tuple[str, Path]]:
         """Return the formats and files of an utterance."""
-        return [(kind, self.path / f"{self.names[index]}{SUFFIXES[kind]}") for kind in self.kinds]
+        return [(kind, self.path / f"{self.names[index]}{SUFFIXES[kind]}") for kind in self.kinds if kind != "nemo"]
 
     def write(self, index: int, item: Item, transcription: Transcription) -> None:
         """Write the files of an utterance, unless it failed."""
@@ -294,37 +295,14 @@ class FolderOutput:
             for kind, path in self.files(index):
                 write_output(path, [render_one(item, transcription, kind, self.style)])
 
-
-def write_results(
-    items: Sequence[Item],
-    transcriptions: Sequence[Transcription],
-    target: Path,
-    kinds: Iterable[str],
-    folder: bool,
-    timed: bool = False,
-    style: SubtitleStyle = SENTENCES,
-    names: Sequence[str] | None = None,
-) -> list[Path]:
-    """Write all transcripts to the file ``target``, or into the folder ``target``: ``transcripts.jsonl`` for ``nemo``,
-    else one file per utterance, named by ``names`` or after its audio.
-
-    Return the file, or for the files of a folder the folder.
-    """
-    kinds = list(kinds)
-    if not folder:
-        (kind,) = kinds
-        if kind != "nemo" and all(transcription.error is not None for transcription in transcriptions):
-            return []
-        write_output(target, render(items, transcriptions, kind, timed, style))
-        return [target]
-    written: list[Path] = []
-    if "nemo" in kinds:
-        written.append(target / "transcripts.jsonl")
-        write_output(written[-1], render(items, transcriptions, "nemo", timed))
-    files = FolderOutput(target, names or file_names(items), [kind for kind in kinds if kind != "nemo"], style)
-    for index, (item, transcription) in enumerate(zip(items, transcriptions)):
-        files.write(index, item, transcription)
-    return written or [target]
+    def write_all(self, items: Sequence[Item], transcriptions: Sequence[Transcription]) -> Path:
+        """Write all files, and return the path of the rows in NeMo's format, or of the folder."""
+        for index, (item, transcription) in enumerate(zip(items, transcriptions)):
+            self.write(index, item, transcription)
+        if "nemo" not in self.kinds:
+            return self.path
+        write_output(rows := self.path / "transcripts.jsonl", render(items, transcriptions, "nemo", self.timed))
+        return rows
 
 
 def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[str]:
