@@ -18,7 +18,7 @@ from canter.inference.recording import Transcriber
 from canter.inference.transcribe import transcribe
 from canter.inference.transcript.segments import Segment, Word
 from canter.loading import load_model
-from canter.serving.app import Result
+from canter.serving.app import TranscriptionAnswer
 from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
 from canter.serving.service import Audio, Samples, TranscriptUpdate
@@ -211,7 +211,7 @@ def test_cues_of_the_service_end_where_sentences_do():
     update = TranscriptUpdate([Segment(0.0, 40.0, text.strip())], "en", Timing())
     for form in ("srt", "vtt"):
         with closing(Audio([], Samples(), 40.0, 0.0)) as audio:
-            result = Result(audio, AudioRequest("transcribe", "en", response_format=form))
+            result = TranscriptionAnswer(audio, AudioRequest("transcribe", "en", response_format=form))
             result.add(update)
             body = result.response("en").body.decode()
         cues = body.removeprefix("WEBVTT\n\n").strip().split("\n\n")
@@ -225,7 +225,7 @@ def test_numbers_that_json_does_not_have():
     segment = Segment(0.0, 1.0, "one", words=words, avg_logprob=float("-inf"))
     fields = AudioRequest("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
     with closing(Audio([], Samples(), 1.0, 0.0)) as audio:
-        result = Result(audio, fields)
+        result = TranscriptionAnswer(audio, fields)
         result.add(TranscriptUpdate([segment], "en", Timing()))
         answer = result.response("en")
     value = json.loads(answer.body, parse_constant=lambda name: pytest.fail(name))

@@ -24,7 +24,7 @@ from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
 from canter.serving.config import ServiceConfig
-from canter.serving.protocol import ApiError, AudioRequest, check_model, read_fields
+from canter.serving.protocol import ApiError, AudioRequest, check_model_name, read_fields
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
 from canter.serving.service import Audio, Service, TranscriptUpdate
@@ -109,7 +109,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        check_model(name, config)
+        check_model_name(name, config)
         return JSONResponse(model)
 
     @app.post("/v1/audio/transcriptions", openapi_extra=_BODY)
@@ -248,7 +248,7 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         audio = replace(audio, upload=upload)
         stack.callback(audio.close)
         stack.enter_context(service.room_for(audio))  # before a stream starts, whose status is 200
-        result = Result(audio, fields)
+        result = TranscriptionAnswer(audio, fields)
         if fields.stream:
             return _Stream(_events(service, client, result, wanted), stack.pop_all())
         await client.wait_for(_collect(service, result, wanted))
@@ -295,7 +295,7 @@ class _Client:
             pass
 
 
-class Result:
+class TranscriptionAnswer:
     """Transcript of one request's audio so far, and its answer in every format."""
 
     def __init__(self, audio: Audio, fields: AudioRequest):
@@ -375,13 +375,15 @@ class Result:
         return {name: round(seconds * 1000, 2) for name, seconds in stages.items()}
 
 
-async def _collect(service: Service, result: Result, wanted: EngineRequest) -> None:
+async def _collect(service: Service, result: TranscriptionAnswer, wanted: EngineRequest) -> None:
     async with contextlib.aclosing(service.segments(result.audio, result.fields, wanted)) as updates:
         async for update in updates:
             result.add(update)
 
 
-async def _events(service: Service, client: _Client, result: Result, wanted: EngineRequest) -> AsyncIterator[str]:
+async def _events(
+    service: Service, client: _Client, result: TranscriptionAnswer, wanted: EngineRequest
+) -> AsyncIterator[str]:
     """Yield OpenAI's server-sent events: a delta for each segment as soon as it is decoded, then the last event."""
     number = 0
     try:

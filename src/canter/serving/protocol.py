@@ -67,7 +67,7 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
     values = {name: value for name, value in form.items() if isinstance(value, str)}
-    check_model(values.get("model") or config.names[0], config)
+    check_model_name(values.get("model") or config.names[0], config)
     request = AudioRequest(
         task,
         _language(values, "language", config) or config.language,
@@ -82,7 +82,7 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     return file, request
 
 
-def check_model(name: str, config: ServiceConfig) -> None:
+def check_model_name(name: str, config: ServiceConfig) -> None:
     """Raise ApiError (404) if the service's model does not have this name."""
     if name not in config.names:
         text = f"there is no model {name!r} here, only {config.names[0]!r}"

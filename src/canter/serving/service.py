@@ -187,7 +187,7 @@ class Service:
 
     @property
     def detects(self) -> bool:
-        """Whether the model detects the language of the audio, as multilingual Whisper models do."""
+        """True for a model that detects the language of the audio, such as a multilingual Whisper."""
         return detects_language(self.tokenizer)
 
     @property
