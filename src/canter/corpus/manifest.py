@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar, cast
 
 from canter.corpus.columns import DEFAULT_OPTIONS, ReadOptions
 from canter.corpus.remote import NO_URLS, below, folder_of, is_url, open_binary, refuse_special, urls_forbidden
-from canter.corpus.utterance import DUPLICATE, OPTIONAL_TEXT, Found, NumberedRows, Problem, Rows, Utterance
+from canter.corpus.utterance import DUPLICATE, OPTIONAL_TEXT, NumberedRows, Problem, Rows, Utterance
 from canter.errors import ManifestError
 from canter.files import write_text
 

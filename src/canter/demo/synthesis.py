@@ -74,7 +74,7 @@ class Voice:
 
     @property
     def name(self) -> str:
-        """espeak's name of the voice."""
+        """Name of the voice in espeak-ng."""
         return f"{self.dialect}+{self.variant}" if self.variant else self.dialect
 
     @property
