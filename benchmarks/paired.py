@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("after", type=Path, nargs="?", default=Path(__file__).parents[1] / "src")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=11, help="turns of each tree (default: 11)")
-    parser.add_argument("--utterances", type=int, default=50_000, help="utterances to plan (default: 50000)")
+    parser.add_argument("--utterances", type=int, default=300_000, help="utterances to plan (default: 300000)")
     parser.add_argument("--model", help="model to decode with (default: a small one, trained for four steps)")
     parser.add_argument("--clips", type=int, default=16, help="recordings to decode (default: 16)")
     parser.add_argument("--seconds", type=float, default=10.0, help="maximum seconds of a recording (default: 10)")

@@ -119,8 +119,7 @@ def _standard_english(named: bool) -> Callable[[str], str]:
 
 
 def _plain(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """Return the text in a Unicode normal form, with plain apostrophes, quotes and dashes and without invisible
-    characters."""
+    """Return the text in a Unicode normal form, with plain apostrophes, quotes and dashes, without invisible ones."""
     text = _SELECTORS.sub("", unicodedata.normalize(form, text.translate(_TYPOGRAPHY)).translate(_TYPOGRAPHY))
     if text.isascii():
         return text

@@ -227,8 +227,7 @@ def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Opera
 
 
 def _resampled(errors: np.ndarray, words: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Return the error rates (at most ``samples``,) of seeded resamples with replacement; those without a reference
-    word are left out."""
+    """Return the error rates (at most ``samples``,) of seeded resamples with replacement that have a reference word."""
     rng = np.random.default_rng(seed)
     rates: list[float] = []
     for _ in range(samples if words.any() else 0):

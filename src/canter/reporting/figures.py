@@ -111,8 +111,10 @@ def smooth(values: Values, window: int) -> np.ndarray:
 
 
 def downsampled(values: Values, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (places, lows, highs) of at most ``most`` groups of neighbouring values (N,): the place of each group's
-    middle, its minimum and its maximum; NaN where a group has no value."""
+    """Return (places, minima, maxima) of at most ``most`` groups of neighbouring values (N,).
+
+    A place is the middle of its group. Minimum and maximum are NaN where a group has no value.
+    """
     array = np.asarray(values, dtype=float)
     edges = np.linspace(0, len(array), min(most, len(array)) + 1).astype(int)
     known = np.isfinite(array)
@@ -376,8 +378,10 @@ def budget_figure(
     *,
     size: tuple[float, float] = (11.0, 3.4),
 ) -> Figure:
-    """Draw memory and time of probes, predicted and measured, beside the largest batch for every duration and number of
-    tokens; utterances (N,) are points."""
+    """Draw memory and time of probes, predicted and measured, beside the largest batch by duration and tokens.
+
+    Utterances (N,) are points.
+    """
     figure = Figure(figsize=size, layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
     fitting = [p for p in probes if p.fits]

@@ -108,8 +108,10 @@ def gain(run: RunRecord) -> Gain | None:
 
 
 def _batching(name: str, found: Figures, utterances: int, work: float | None = None) -> Batching:
-    """Scale figures to an epoch of ``utterances``; ``work`` is the epoch's useful compute as a multiple of theirs, by
-    default in proportion to the utterances."""
+    """Scale figures to an epoch of ``utterances``.
+
+    ``work`` is the epoch's useful compute as a multiple of theirs, by default in proportion to the utterances.
+    """
     times = utterances / found.utterances
     return Batching(name, replace(found, hours=found.hours * (work or times)), found.steps * times)
 
@@ -131,8 +133,11 @@ def _of_mean_batch(mean: float, plan: Callable[[float], Figures], budget: Budget
 def _taken(
     run: RunRecord, logged: list[Row], index: LengthIndex
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return seconds and tokens (n,) of the utterances of the logged steps in order, the first utterance of each
-    micro-batch, and the first micro-batch of each step; None where the rows are not those of the index."""
+    """Return the utterances of the logged steps, or None where the rows are not those of the index.
+
+    They are seconds and tokens (n,) in order, the first utterance of each micro-batch, and the first micro-batch of
+    each step.
+    """
     augment, seed = run.settings.get("augment"), run.settings.get("seed") or 0
     speeds = (augment.get("speed") if isinstance(augment, dict) else None) or ()
     if type(seed) is not int or not isinstance(speeds, list | tuple) or not all(map(is_number, speeds)):

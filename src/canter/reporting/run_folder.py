@@ -145,8 +145,10 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def _json_rows(path: Path, missing: list[str]) -> list[Row]:
-    """Return the objects of a JSONL file, or none where it does not exist. Unreadable lines, such as a torn last one,
-    are counted in ``missing``."""
+    """Return the objects of a JSONL file, or none where it does not exist.
+
+    Unreadable lines, such as a torn last one, are counted in ``missing``.
+    """
     if not path.exists():
         return []
     rows: list[Row] = []

@@ -217,8 +217,7 @@ def _limit(run: RunRecord) -> str:
 
 
 def _transcripts(run: RunRecord) -> Html:
-    """Return the section on the best validation: errors by kind, the worst utterances, some at random, and the
-    successive transcripts of one."""
+    """Return the section on the best validation: errors by kind, and utterances with their errors marked."""
     kept = [(row, found) for row in run.valid if (found := _validation_rows(run, row))]
     if not kept:
         return Html()
