@@ -74,11 +74,7 @@ class Voice:
 
     @property
     def name(self) -> str:
-<<<<<<< HEAD
-        """Espeak's name of the voice."""
-=======
         """Name of the voice in espeak-ng."""
->>>>>>> w-bench
         return f"{self.dialect}+{self.variant}" if self.variant else self.dialect
 
     @property
