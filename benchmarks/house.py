@@ -79,14 +79,15 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def option_names(tree: ast.Module) -> list[str]:
-    """Return the flags of a command: fields of its classes of options that are neither positional nor a group."""
+    """Return the flags of a command: fields of its classes of options that are neither positional, nor a
+    group, nor settings of configuration files only."""
     return [
         field.target.id
         for node in tree.body
         if isinstance(node, ast.ClassDef) and OPTION_CLASS.fullmatch(node.name)
         for field in node.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if "Positional" not in ast.unparse(field.annotation)
+        if not re.search("Positional|FileOnly", ast.unparse(field.annotation))
         if not OPTION_CLASS.fullmatch(ast.unparse(field.annotation))
     ]
 

@@ -18,6 +18,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class FileOnly:
+    """Mark, in ``Annotated[TYPE, FileOnly()]``, of a setting that configuration files and Python have, but no flag."""
+
+
+@dataclass(frozen=True)
 class Read:
     """Annotation of a field that a function converts from its plain value: ``Annotated[TYPE, Read(function)]``.
 

@@ -36,7 +36,6 @@ def test_a_configuration_is_measured_and_read_by_plan(files, capsys):
             "400MiB",
             "--probes",
             "8",
-            "--nemo",
             "--buckets",
             "2",
             "--figure",
@@ -44,15 +43,16 @@ def test_a_configuration_is_measured_and_read_by_plan(files, capsys):
         )
         == 0
     )
-    told = capsys.readouterr()
-    assert "bucket_batch_size: [" in told.out
-    assert "memory explained within" in told.err
+    assert "memory explained within" in capsys.readouterr().err
     budget = Budget.load(files / "budget.json")
     assert budget.limit_bytes < 400 * 2**20
     assert budget.measured_on["precision"] == "float32"
     assert (files / "b.png").exists()
     assert len((files / "budget.probes.jsonl").read_text().splitlines()) == budget.measured_on["probes"]
-    assert main(["plan", str(files / "lengths.arrow"), "--budget", str(files / "budget.json"), "--json"]) == 0
+    planned = ["plan", str(files / "lengths.arrow"), "--budget", str(files / "budget.json")]
+    assert main([*planned, "--json"]) == 0
+    assert main([*planned, "--strategy", "bucket_2d", "--bins"]) == 0
+    assert "bucket_batch_size" in capsys.readouterr().out
     assert tune(files, "--memory", "400MiB", "--probes", "8") == 0
     told = " ".join(capsys.readouterr().err.split())
     assert int(re.search(r"(\d+) steps", told)[1]) <= 3  # the warm-up, and what the first run had to repeat

@@ -67,7 +67,7 @@ def command(corpus, init, output, *more):
          str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-warmup", "0", "--optimizer.name", "adamw",
          "--batch-seconds", "3", "--steps", "4", "--valid-every", "2", "--valid-utterances", "2",
          "--workers", "0", "--threads", "1",
-         "--precision", "float32", "--no-check-memory", *more]
+         "--precision", "float32", *more]
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TYPE_OF = {"bf16": "bfloat16"}  # --precision -> the type's name in --against
 PRECISION_OF: dict[str, Literal["float32", "bf16", "int8"]] = {"float32": "float32", "bfloat16": "bf16", "int8": "int8"}
+PEER_BATCH = 16  # utterances that other systems decode together, sorted by length
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,9 @@ class Options:
     """Other systems on the same weights and utterances, separated by commas: `transformers`, `ctranslate2`, or `canter`
     itself. Each may have a type other than --precision, as in `ctranslate2:int8`."""
     batch_size: int | None = None
-    """Maximum number of rows that Canter decodes together (default: chosen from model and device)."""
+    """Maximum number of rows decoded together (default: Canter chooses by model and device; the others take 16)."""
     beam_size: int = 1
     """Above 1, Canter also decodes by beam search of this size, beside its greedy search."""
-    peer_batch_size: int = 16
-    """Utterances that the other systems decode together, sorted by length."""
     language: str | None = None
     """Language of utterances that name none."""
     utterances: int | None = None
@@ -57,7 +56,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    names = ("batch_size", "beam_size", "peer_batch_size", "repeats", "latency_utterances", "utterances", "threads")
+    names = ("batch_size", "beam_size", "repeats", "latency_utterances", "utterances", "threads")
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -77,6 +76,7 @@ def run(options: Options) -> None:
     from canter.reporting.machine import describe_machine
     from canter.runtime import keep_freed_memory
 
+    peer_batch = options.batch_size or PEER_BATCH
     kind = TYPE_OF.get(options.precision, options.precision)
     peers = [parse_peer(spec.strip(), kind) for spec in options.against.split(",") if spec.strip()]
     if options.threads:
@@ -97,7 +97,7 @@ def run(options: Options) -> None:
             else:
                 check_support(model, {"--against": "cached_decoding"}, options.model)
                 weights = load_module(checkpoint, device) if options.precision == "int8" else model
-                system = load_peer(weights, package, type_name, options.peer_batch_size, Path(work))
+                system = load_peer(weights, package, type_name, peer_batch, Path(work))
             systems[f"{package} {type_name}"] = system
         if options.beam_size > 1:
             beams = Engine(model, engine.end, replace(config, beams=options.beam_size))
@@ -116,7 +116,7 @@ def run(options: Options) -> None:
             "left_out": len(left_out),
             "audio_seconds": sum(clip.seconds for clip in clips),
             "beam": options.beam_size,
-            "peer_batch_size": options.peer_batch_size,
+            "peer_batch_size": peer_batch,
             "repeats": options.repeats,
             "latency_clips": options.latency_utterances,
             "precision": options.precision,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 class Options(PlanOptions):
     ranks: int = 8
     """Number of GPUs that share the micro-batches of a step."""
-    markdown: bool = False
-    """Print the rows as a Markdown table."""
     figure: Path | None = None
     """Draw the comparison into this PNG."""
 
@@ -33,7 +30,7 @@ def run(options: Options) -> int | None:
     from rich.progress import track
 
     from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped
-    from canter.planning.compare import compare, ladder, markdown
+    from canter.planning.compare import compare, ladder
 
     if options.figure:
         require("matplotlib", "--figure")
@@ -69,8 +66,6 @@ def run(options: Options) -> int | None:
             "rows": [plain(row.as_json()) for row in rows],
         }
         print(json.dumps(value, indent=2))
-    elif options.markdown:
-        sys.stdout.write(markdown(rows))
     else:
         made = budget.measured_on
         named = options.budget.name if options.budget else f"{made['model']} on {made['device']}"
@@ -109,7 +104,7 @@ def print_comparison(rows: Sequence[Rung], title: str, caption: str | None = CAP
     console.print(table)
     missing = [name for name in values[0] if name not in shown]
     if missing:
-        console.print(f"no room for {', '.join(missing)}: --markdown and --json print all", highlight=False)
+        console.print(f"no room for {', '.join(missing)}: --json prints all", highlight=False)
     if caption:
         console.print(caption, style="dim", highlight=False)
 

@@ -31,8 +31,6 @@ class Options(ColumnOptions):
     `bytes`."""
     prompt_tokens: int = 0
     """Number of prompt tokens, added together with an end token to those of each text."""
-    temperature: float | None = None
-    """Exponent of the sources' weights (by default their rows): 1 keeps them, 0 makes them equal."""
     measure_durations: bool = False
     """Read durations that a manifest lacks from the headers of the audio."""
     workers: int = os.cpu_count() or 1
@@ -54,8 +52,6 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--workers is {options.workers}; it must be 1 or more")
     sources = sources_of(options.sources, options.columns)
     group = sources if isinstance(sources, Group) else Group(sources)
-    if options.temperature is not None:
-        group = Group(group.members, temperature=options.temperature)
     tokenizer = None
     if options.tokenizer:
         from canter.text import load_counter

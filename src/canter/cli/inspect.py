@@ -25,7 +25,7 @@ STANDARD_DEVIATIONS = 4.0  # of tokens per second from the mean, from which a ro
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LengthOptions):
-    outliers: int = 10
+    worst: int = 10
     """Number of outliers to list, the farthest first: rows whose tokens per second are 4 standard deviations or more
     from the mean."""
     figure: Path | None = None
@@ -37,12 +37,12 @@ def run(options: Options) -> int | None:
     from canter.corpus.statistics import QUANTILES, summarise
     from canter.errors import ConfigError
 
-    if options.outliers < 0:
-        raise ConfigError(f"--outliers is {options.outliers}; it must be 0 or more")
+    if options.worst < 0:
+        raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
     if options.figure:
         require("matplotlib", "--figure")
     index = options.open_index()
-    summary = summarise(index, z_bound=STANDARD_DEVIATIONS, most_outliers=options.outliers)
+    summary = summarise(index, z_bound=STANDARD_DEVIATIONS, most_outliers=options.worst)
     if options.json:
         made = {"fingerprint": index.fingerprint, "tokens_estimated": is_estimated(index), "at": QUANTILES}
         print(json.dumps({**made, **asdict(summary)}, indent=2))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from canter.fields import FileOnly
+
 if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec
 
@@ -52,6 +54,9 @@ def _annotate(options: type) -> None:
         bare, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         if dataclasses.is_dataclass(bare):
             _annotate(typing.cast(type, bare))
+            continue
+        if any(isinstance(mark, FileOnly) for mark in marks):
+            options.__annotations__[field.name] = Annotated[hint, tyro.conf.Suppress]
             continue
         text = " ".join((help_texts.get(field.name) or "").split())
         default = metavar = None

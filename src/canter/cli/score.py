@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -44,8 +44,8 @@ class Options:
     """Number of the worst utterances to show, aligned word by word."""
     bleu: bool = False
     """Also compute BLEU and chrF of translations with sacrebleu, without normalisation, by target language."""
-    html: Path | None = None
-    """Write a page with the figures, the most frequent errors and the worst utterances."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """HTML page to write, with the figures, the most frequent errors and the worst utterances."""
     skip_bad: bool = False
     """Score the other rows where some lack a field, instead of stopping."""
     json: bool = False
@@ -86,13 +86,13 @@ def run(options: Options) -> None:
     translations = score_translations(*_columns(transcripts)) if options.bleu else {}
     worst = score.worst(options.worst)
     result = Result(transcripts, problems, score, worst, interval, difference, translations)
-    if options.html:
+    if options.output:
         from canter.reporting.html import write_page
         from canter.reporting.score_report import score_page
 
         name = PurePath(options.result).name
-        write_page(score_page(name, score, transcripts, worst, interval, translations), options.html)
-        print(f"written: {options.html}", file=sys.stderr)
+        write_page(score_page(name, score, transcripts, worst, interval, translations), options.output)
+        print(f"written: {options.output}", file=sys.stderr)
     if options.json:
         from canter.inference.transcript.formats import json_text
 

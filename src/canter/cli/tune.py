@@ -48,11 +48,7 @@ class Options:
     minutes: float = 3.0
     """Approximate time that 'fit' may take on a CPU; slow steps are measured on smaller batches."""
     buckets: int = 30
-    """Number of buckets by duration, for 'search' and --nemo."""
-    sub_buckets: int = 2
-    """Number of buckets by tokens within each of them; 1 makes 1-D buckets."""
-    nemo: bool = False
-    """Print bucket_duration_bins and bucket_batch_size for a NeMo or Lhotse configuration."""
+    """Number of buckets by duration, for 'search', each divided in two by tokens."""
     figure: Path | None = None
     """PNG file to draw: predicted against measured costs, and the largest batch for every length."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -80,7 +76,7 @@ def run(options: Options) -> None:
 
     began, events = time.perf_counter(), TerminalEvents()
     memory = parse_memory(options.memory, "--memory") if options.memory else None
-    for name in ("probes", "buckets", "sub_buckets"):
+    for name in ("probes", "buckets"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     config = choose_config(options)
@@ -114,14 +110,14 @@ def run(options: Options) -> None:
 
 
 def make_budget(options: Options, prober: Prober, index: LengthIndex) -> tuple[Budget, str]:
-    """Return the budget, and the bucket settings for NeMo if they were asked for or searched."""
+    """Return the budget, and the bucket settings for NeMo or Lhotse if they were searched."""
     from canter.integrations.nemo import bucketing_config
     from canter.planning import Budget
     from canter.planning.strategies import Bucket2D
     from canter.tuning.fit import fit_budget
     from canter.tuning.search import budget_of, search
 
-    strategy = Bucket2D(options.buckets, options.sub_buckets)
+    strategy = Bucket2D(options.buckets)
     if options.method == "search":
         unlimited = Budget.from_batch_seconds(1e9, frame_seconds=prober.step.frame_seconds)
         bins = strategy.bins(index, unlimited)
@@ -134,7 +130,7 @@ def make_budget(options: Options, prober: Prober, index: LengthIndex) -> tuple[B
         most_probes=options.probes,
         probe_seconds=2 * 60 * options.minutes / options.probes if slow else None,
     )
-    return budget, bucketing_config(strategy.bins(index, budget), budget) if options.nemo else ""
+    return budget, ""
 
 
 def describe_budget(budget: Budget, prober: Prober, seconds: float) -> list[str]:

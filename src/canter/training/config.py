@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import yaml
 
 from canter.errors import ConfigError, PlanError
-from canter.fields import Read, from_mapping, to_mapping
+from canter.fields import FileOnly, Read, from_mapping, to_mapping
 from canter.models.hub import is_hub_name
 from canter.planning.lengths import RateLimits, rate_limits
 from canter.untrusted import read_yaml_value
@@ -92,7 +92,7 @@ class ModelShape:
     """Model dimension of encoder and decoder; feed-forward layers are four times as wide."""
     heads: int = 4
     """Number of attention heads."""
-    kernel_size: int = 9
+    kernel_size: Annotated[int, FileOnly()] = 9
     """Kernel size of the encoder's depthwise convolution, in 80 ms frames."""
     subsampling_channels: int = 32
     """Channels of the encoder's 8x subsampling."""
@@ -100,7 +100,7 @@ class ModelShape:
     """Number of mel bins of the features."""
     dropout: float = 0.0
     """Dropout probability of inputs, residuals and attention."""
-    positions: int = 512
+    positions: Annotated[int, FileOnly()] = 512
     """Maximum tokens of a sequence, prompt and end token included."""
 
 
@@ -152,11 +152,11 @@ class AugmentConfig:
 
     frequency_masks: int = 0
     """Number of frequency masks (Canary's recipe: 2)."""
-    frequency_width: int = 27
+    frequency_width: Annotated[int, FileOnly()] = 27
     """Maximum width of a frequency mask, in mel bins."""
     time_masks: int = 0
     """Number of time masks (Canary's recipe: 10)."""
-    time_width: float = 0.05
+    time_width: Annotated[float, FileOnly()] = 0.05
     """Maximum width of a time mask, as a fraction of the utterance."""
     speed: tuple[float, ...] = ()
     """Speed perturbation: each utterance gets one of these speeds in each epoch (Ko et al., 2015), such as 0.9 1.0 1.1
@@ -220,7 +220,7 @@ class TrainConfig:
     run's first start)."""
     batching_window: int = 50_000
     """Number of utterances that are batched together. Larger windows pad less, smaller ones mix more."""
-    check_memory: bool = True
+    check_memory: Annotated[bool, FileOnly()] = True
     """Compute the largest micro-batch once before the first step, and warn if it does not fit in memory. The steps stay
     the same."""
     seed: int = 0
@@ -251,15 +251,15 @@ class TrainConfig:
     """Number of newest checkpoints to keep besides the best one."""
     max_skipped: float = 0.1
     """Maximum fraction of utterances that turn out to be unusable; the run stops beyond it."""
-    max_bad_steps: int = 10
+    max_bad_steps: Annotated[int, FileOnly()] = 10
     """Maximum number of consecutive steps with a non-finite loss or gradient; each is skipped, then the run stops."""
-    rank_timeout: float = 60.0
+    rank_timeout: Annotated[float, FileOnly()] = 60.0
     """Seconds without a heartbeat after which a rank counts as dead and the others stop."""
     data_timeout: float = 300.0
     """Seconds without data after which the run saves a checkpoint, names the files that it waits for and ends."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
-    log_utterances: bool = True
+    log_utterances: Annotated[bool, FileOnly()] = True
     """Log the rows of each step to utterances.jsonl."""
     allow_changes: bool = False
     """Resume a run with settings that differ from its own; the new settings hold from then on."""

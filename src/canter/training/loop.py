@@ -372,7 +372,7 @@ class Trainer:
         if progress.bad >= self.config.max_bad_steps:
             raise CanterError(
                 f"step {report.step}: the loss is {report.loss}, its gradient {report.gradient_norm}, and the last "
-                f"{progress.bad} steps (--max-bad-steps) were skipped for that; lower --optimizer.learning-rate, or "
+                f"{progress.bad} steps (max_bad_steps) were skipped for that; lower --optimizer.learning-rate, or "
                 f"check the audio of rows {rows[:5]} ... of lengths.arrow"
             )
 
