@@ -28,7 +28,7 @@ from canter.demo.synthesis import synthesise
 from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.steps import Steps
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def shared(options: Options) -> TrainConfig:
         track=(),
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
-    folder = prepare_run(config, TerminalEvents()).run.folder
+    folder = prepare_training(config, TerminalEvents()).run.folder
     return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
 
 
@@ -124,7 +124,7 @@ def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Op
     taken: dict[str, list[float]] = {name: [] for name in arms}
     runs = {}
     for name, settings in arms.items():
-        prepared = prepare_run(
+        prepared = prepare_training(
             replace(base, output=options.output / f"timed-{label(name)}", **settings), TerminalEvents()
         )
         addresses = Steps(prepared.schedule.plan).addresses(None, 0, 0)

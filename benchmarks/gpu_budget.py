@@ -4,8 +4,8 @@
     python benchmarks/gpu_budget.py --device cpu --tiny              # the same path on a tiny model
 
 LENGTHS has `duration` and `num_tokens`; without it, lengths are drawn (log-normal, 1 to 40 s). `search` is given few
-buckets, so that all fits in eight minutes. A prediction is of what the
-allocator reserves for a shape from an empty cache; beside it stands what the shape needed among others.
+buckets, so that everything fits in eight minutes. A prediction is of the bytes that the allocator reserves for a shape
+from an empty cache; beside it is the memory that the shape needed among others.
 """
 
 from __future__ import annotations
@@ -140,36 +140,38 @@ def median(values: Iterable[float]) -> float | None:
 def fitted(prober: Prober, index: LengthIndex, probes: int) -> tuple[Budget, dict[str, Any]]:
     began = time.perf_counter()
     budget = fit_budget(prober, index, most_probes=probes)
-    told = {
+    found = {
         "steps": prober.steps,
         "out_of_memory": prober.out_of_memory,
         "seconds": round(time.perf_counter() - began, 1),
         **{name: budget.measured_on.get(name) for name in ERRORS},
     }
-    print(f"fit: {told}", flush=True)
-    return budget, told
+    print(f"fit: {found}", flush=True)
+    return budget, found
 
 
 def searched(prober: Prober, bins: Bins) -> dict[str, Any]:
     began = time.perf_counter()
     found = search(prober, bins)
-    told = {
+    found = {
         "buckets": len(bins),
         "steps": found.steps,
         "out_of_memory": found.out_of_memory,
         "seconds": round(time.perf_counter() - began, 1),
         "sizes": found.sizes.tolist(),
     }
-    print(f"search: {told}", flush=True)
-    return told
+    print(f"search: {found}", flush=True)
+    return found
 
 
 def run_extremes(
     step: ProbedStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """Runs the corners and the largest micro-batches of the balanced plan in random order, one after another without
-    emptying the cache, as training does, where the process may have ``limit`` bytes. Returns a row of each that fitted,
-    and how many did not."""
+    """Run the corners and the largest micro-batches of the balanced plan in random order, in a process that may use
+    ``limit`` bytes; return a row for each that fitted, and the number of those that did not.
+
+    The cache is not emptied in between, as in training.
+    """
     device, table = step.device, Plan(index, budget).batch_table(0)
     largest = np.argsort(-budget.bytes(table.size, table.frames, table.tokens))[:most]
     shapes = list(corners(index, budget))
@@ -211,7 +213,8 @@ def run_extremes(
 
 
 def taken(step: ProbedStep, shape: BatchShape) -> tuple[int, float]:
-    """(peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a CPU."""
+    """Return (peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a
+    CPU."""
     device, seconds = step.device, 0.0
 
     def run() -> None:
@@ -231,8 +234,11 @@ def taken(step: ProbedStep, shape: BatchShape) -> tuple[int, float]:
 
 
 def training_flops(config: ModelConfig, frame_seconds: float) -> Callable[[Any, Any], Any]:
-    """Operations of a training step for each utterance padded to (T, U), as a function of both: three times the
-    forward pass, whose cost is a polynomial of T and U, counted at a few lengths on shapes without storage."""
+    """Return a function from (T, U) to the FLOPs of a training step for an utterance padded to them.
+
+    They are three times those of the forward pass, a polynomial of T and U, counted at a few lengths on tensors without
+    storage.
+    """
     shapes = [(25, 8), (100, 60), (250, 8), (250, 200), (500, 60), (500, 200)]
     costs = [utterance_cost(config, t * frame_seconds, u) for t, u in shapes]
     t, u = np.array([(cost.frames, cost.tokens) for cost in costs], float).T

@@ -1,14 +1,14 @@
-"""Training a Canary of 1 B parameters in bf16 on one GPU, strategy by strategy on real lengths: audio hours per hour,
-share of the device's matrix rate, memory filled, batches that ran out of memory.
+"""Training speed of a Canary of 1 B parameters in bf16 on one GPU, for each strategy on real lengths: audio hours per
+hour, MFU, memory filled, batches that ran out of memory.
 
     python benchmarks/gpu_training.py [LENGTHS] [--json FILE]            # under nine minutes on an H200
     python benchmarks/gpu_training.py --device cpu --tiny                # the same path on a tiny model, in float32
 
 LENGTHS is an index or a table with 'duration' and 'tokens'; without it, lengths are drawn (log-normal, 1 to 40 s).
-Audio is noise of those lengths. The budget is measured first, for the memory that the device has; every strategy fills
-it as it can. The matrix rate is measured here: products of square matrices. MFU is three times the operations of a
-forward pass, per second and matrix rate: once with padding counted as work, once without. A batch that does not fit is
-cut in two as in `canter train`, counted, and its time counted with it.
+Audio is noise of those lengths. The budget is measured first, for the memory of the device, and every strategy
+fills it as far as it can. The matrix rate is that of products of square matrices on this device. MFU is three times the
+FLOPs of a forward pass, per second and matrix rate, once with padding counted as work and once without. A batch that
+does not fit is split as in `canter train`, counted, and its time counted with it.
 """
 
 import json
@@ -44,22 +44,22 @@ TINY_LIMIT = 80e6  # bytes
 class Options:
     lengths: tyro.conf.Positional[Path | None] = None
     strategies: tuple[str, ...] = ("random", "balanced", "bucket_2d", "duration", "bucket_1d")
-    """In this order: what is there when time ends should be what tells most."""
+    """Strategies in this order, the most informative first, in case the time runs out."""
     seconds: float = 55.0
-    """Of training for each strategy."""
+    """Seconds of training for each strategy."""
     probes: int = 30
-    """For the budget."""
+    """Number of probes of the budget."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     tiny: bool = False
     """A model of two layers of width 64, 400 utterances, little memory."""
     compile: bool = False
-    """Compile the layers first, which takes minutes of its own."""
+    """Compile the layers first, which takes minutes."""
     json: Path | None = None
     """File for the figures."""
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, repeats: int = 20) -> float:
-    """Operations a second of products of square matrices."""
+    """Return the FLOPs per second of products of square matrices."""
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
 
     def timed(count: int) -> float:
@@ -134,7 +134,7 @@ def main(options: Options) -> None:
 
 
 def work_of(arm: Arm, flops: Callable[[Any, Any], Any], rate: float) -> dict[str, float]:
-    """MFU, padding counted as work and not."""
+    """Return the MFU with padding counted as work, and without."""
     batch, frames, tokens = np.array(arm.shapes).T
     rows = np.concatenate(arm.rows)
     useful = flops(arm.budget.frames(arm.index.seconds[rows]), arm.index.tokens[rows].astype(np.int64)).sum()
@@ -145,8 +145,8 @@ def work_of(arm: Arm, flops: Callable[[Any, Any], Any], rate: float) -> dict[str
 
 
 def memory_of(arm: Arm, limit: float) -> dict[str, float]:
-    """Shares of the limit: what tensors took at the peak of a step, on average, and all that was taken from the device.
-    0 on a CPU."""
+    """Return fractions of the limit: mean peak memory of tensors in a step, and the memory reserved from the device; 0
+    on a CPU."""
     reserved = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
     return {"memory_filled": float(np.mean(arm.peaks)) / limit, "memory_reserved": reserved / limit}
 

@@ -32,7 +32,7 @@ from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.data import collate
 from canter.training.loop import PreparedRun
-from canter.training.recipe import prepare_run
+from canter.training.recipe import prepare_training
 from canter.training.validation import spread_over
 
 
@@ -123,7 +123,7 @@ def base_of(options: Options, task: str) -> tuple[TrainConfig, PreparedRun]:
     budget = options.output / f"{task}.json"
     seconds = max(options.batch_seconds)
     Budget.from_batch_seconds(seconds, frame_seconds=0.02 if config.init else 0.08).save(budget)
-    prepared = prepare_run(replace(config, budget=budget), TerminalEvents())
+    prepared = prepare_training(replace(config, budget=budget), TerminalEvents())
     config = prepared.config
     return (config if config.init else replace(config, tokenizer=prepared.run.folder / "tokenizer")), prepared
 
@@ -154,7 +154,7 @@ def results(options: Options) -> Iterator[dict[str, Any]]:
             for seed in range(options.seeds):
                 folder = options.output / task / f"{cap:g}-{seed}"
                 config = replace(base, output=folder, batch_seconds=cap, seed=seed)
-                made = prepare_run(config, TerminalEvents())
+                made = prepare_training(config, TerminalEvents())
                 updates = len(made.schedule.plan)
                 kept = folder / "result.json"
                 if not kept.exists():

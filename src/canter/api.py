@@ -46,7 +46,7 @@ def load(
     precision: "float32", "bf16" or, on a CPU, "int8"; "auto" is bf16 on a GPU and float32 elsewhere.
     revision: branch, tag or commit of a hub name; "NAME@REVISION" says the same.
 
-    Raises CheckpointError for what is no model or cannot be found, ConfigError for a device or precision that is not
+    Raises CheckpointError for what is not a model or cannot be found, ConfigError for a device or precision that is not
     here.
     """
     from canter.inference.recognizer import Recognizer

@@ -43,7 +43,9 @@ def replacing(target: str | os.PathLike[str], *, durable: bool = True) -> Iterat
         if durable:
             to_disk(target.parent)
     except OSError as error:
-        if error.filename is None or (fresh is not None and Path(os.fspath(error.filename)) == fresh):
+        if error.errno is not None and (
+            error.filename is None or (fresh is not None and Path(os.fspath(error.filename)) == fresh)
+        ):
             raise OSError(error.errno, error.strerror, os.fspath(target)) from None
         raise
     finally:

@@ -69,12 +69,12 @@ def save_module(model: AnyModel, folder: str | Path, weights: Mapping[str, Tenso
     return cast("TransformersModel", model).save(folder, weights)
 
 
-def read_weights(model: AnyModel, folder: Path) -> dict[str, Tensor]:
+def read_weights(model: AnyModel | None, folder: Path) -> dict[str, Tensor]:
     """Return the tensors that `save_module` wrote, by their names in the state dict of ``model``.
 
-    Raises CheckpointError for files that are missing or damaged.
+    None stands for a model in Canter's format. Raises CheckpointError for files that are missing or damaged.
     """
-    if model.format == "canter":
+    if model is None or model.format == "canter":
         from canter.models.formats.files import read_tensors
 
         return read_tensors(folder / "model.safetensors")

@@ -18,7 +18,7 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _SAS = {"se", "sp", "sr", "st", "sv", "spr", "sip", "ske", "skoid", "sks", "skt", "sktid", "skv", "expires"}
-LONGEST_PLAIN = 32  # a parameter's value of at least so many characters is taken for a secret
+LONGEST_PLAIN = 32  # a parameter's value of at least 32 characters is taken for a secret
 
 
 def redacted(text: str) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from canter.corpus.columns import ReadOptions
 from canter.corpus.manifest import Problem, Utterance
 from canter.corpus.media import HEAD, format_of, is_data, is_media, media_in
-from canter.corpus.readers.folder import read_folder
+from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.sources import units_of
 from canter.errors import ManifestError
 
@@ -154,7 +154,7 @@ def test_folders_are_searched_by_content(folder):
 
 def test_a_folder_as_training_data_counts_what_it_does_not_take(folder):
     pytest.importorskip("av", reason="the extra 'av' is not installed")
-    rows = [row for _, row in read_folder(str(folder), ReadOptions(require_text=False))]
+    rows = [row for _, row in read_media_folder(str(folder), ReadOptions(require_text=False))]
     assert [os.path.basename(row.audio_filepath) for row in rows if isinstance(row, Utterance)] == [
         "a.wav", "clip.mov", "noname", "b.mpga", "wrong.txt"
     ]  # fmt: skip

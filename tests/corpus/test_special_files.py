@@ -13,7 +13,7 @@ from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem
 from canter.corpus.mixture import read_mixture
-from canter.corpus.readers.folder import read_folder
+from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.sources import open_source
 from canter.errors import AudioError, ConfigError, ManifestError
 
@@ -65,4 +65,4 @@ def test_rows_whose_audio_is_a_pipe_are_left_out(tmp_path):
 
 
 def read_one(folder):
-    return [row for _, row in read_folder(str(folder), ReadOptions()) if isinstance(row, Problem)]
+    return [row for _, row in read_media_folder(str(folder), ReadOptions()) if isinstance(row, Problem)]

@@ -29,7 +29,7 @@ from canter.training.config import (
     load_run_config,
 )
 from canter.training.defaults import print_config
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 from canter.training.schedule import batch_limit, choose_limits, limited, probe_bounds
 
 from .conftest import Messages, stopping_after
@@ -77,7 +77,7 @@ def plain(config, tmp_path_factory):
 def prepared(config):
     """What ``prepare`` makes of a configuration, the figures of its batches, and the line that it says of them."""
     said = []
-    made = prepare_run(config, Messages(said))
+    made = prepare_training(config, Messages(said))
     batches = json.loads((config.output / "run.json").read_text())["batches"]
     (line,) = [line for line in said if line.startswith("batches: ")]
     return made, batches, line

@@ -12,7 +12,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.models.formats.checkpoint import load_model, save_model
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def onwards(config, trained, tmp_path):
 
 
 def test_a_run_starts_with_weights_shape_and_tokenizer_of_the_checkpoint(onwards, trained):
-    prepared = prepare_run(onwards)
+    prepared = prepare_training(onwards)
     before = load_model(next((trained / "checkpoints").glob("step-*")))
     assert prepared.subject.model.config == before.config
     ours, theirs = prepared.subject.model.state_dict(), before.state_dict()
@@ -70,11 +70,11 @@ def test_a_reshaped_checkpoint(onwards, trained, tmp_path):
     Characters("abc").save(tmp_path / "reshaped")
     config = dataclasses.replace(onwards, init=tmp_path / "reshaped", output=tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"has 3 characters, but .* a CTC head of \d+ outputs"):
-        prepare_run(config)
+        prepare_training(config)
 
 
 def test_without_ctc_the_head_is_left_out(onwards):
-    prepared = prepare_run(dataclasses.replace(onwards, loss=LossConfig()))
+    prepared = prepare_training(dataclasses.replace(onwards, loss=LossConfig()))
     assert prepared.subject.model.ctc is None
     assert prepared.subject.model.config.ctc_vocabulary == 0
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_without_a_ctc_head_wants_its_weight_at_zero(onwards, train
     save_model(model, tmp_path / "attention")
     config = dataclasses.replace(onwards, init=tmp_path / "attention")
     with pytest.raises(ConfigError, match=r"no CTC head; leave --loss.ctc-weight out"):
-        prepare_run(config)
+        prepare_training(config)
     config = dataclasses.replace(config, loss=LossConfig())
     assert run_training(config).progress.step == 4
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(onwards, trained, tmp_path)
     model.tokenizer = None
     save_model(model, tmp_path / "mute")
     with pytest.raises(ConfigError, match="no tokenizer"):
-        prepare_run(dataclasses.replace(onwards, init=tmp_path / "mute"))
+        prepare_training(dataclasses.replace(onwards, init=tmp_path / "mute"))
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,10 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     """A step of two micro-batches equals one of their union, without BatchNorm's per-micro-batch statistics."""
     from canter.training.feed.data import Address, collate
     from canter.training.loop import Trainer
-    from canter.training.recipe import prepare_run
+    from canter.training.recipe import prepare_training
     from canter.training.step.gradient import Objective, TargetCounts
 
-    prepared = prepare_run(config)
+    prepared = prepare_training(config)
     trainer = Trainer(prepared)
     prepared.subject.model.eval()
     rows = list(range(6))
@@ -185,10 +185,10 @@ def test_augmentation_is_the_utterance_s_own(config):
     """Drawn from (seed, epoch, row): the same beside other batch-mates, another in the next epoch."""
     from canter.training.feed.data import collate
     from canter.training.loop import Trainer
-    from canter.training.recipe import prepare_run
+    from canter.training.recipe import prepare_training
 
     config = dataclasses.replace(config, augment=AugmentConfig(frequency_masks=1, frequency_width=20))
-    made = prepare_run(config)
+    made = prepare_training(config)
     trainer = Trainer(made)
     one, two = (made.data.micro_batches.example(made.data.index.utterance(row), row) for row in (3, 4))
     alone, frames = trainer.gradient.features(collate([one], made.data.tokenizer.pad), epoch=0)

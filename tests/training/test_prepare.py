@@ -14,7 +14,7 @@ from canter.planning.plan import Plan
 from canter.training.config import LossConfig, TrainConfig
 from canter.training.feed.speed import AtSpeed
 from canter.training.measure import choose_speed, synthetic_batch
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 from canter.training.schedule import Pace, choose_steps, limited, predicted
 
 from .conftest import Messages
@@ -82,19 +82,21 @@ def test_steps_come_from_the_first_that_is_given(config):
 
 def test_measured_where_no_budget_is_given(config):
     said = []
-    prepared = prepare_run(dataclasses.replace(config, budget=None, precision="auto", threads=None), Messages(said))
+    prepared = prepare_training(
+        dataclasses.replace(config, budget=None, precision="auto", threads=None), Messages(said)
+    )
     assert (config.output / "budget.json").exists()
     assert prepared.subject.precision in ("float32", "bf16")
     assert any("a step takes" in line for line in said)
     assert prepared.schedule.budget.step_seconds(4, 50, 20) > prepared.schedule.budget.step_seconds(1, 50, 20) > 0
     assert prepared.schedule.budget.bytes(4, 50, 20) > prepared.schedule.budget.bytes(4, 25, 20)
-    again = prepare_run(dataclasses.replace(config, budget=None, precision="auto", threads=None))
+    again = prepare_training(dataclasses.replace(config, budget=None, precision="auto", threads=None))
     assert again.schedule.budget == prepared.schedule.budget
     assert again.subject.precision == prepared.subject.precision
 
 
 def test_synthetic_batches_have_the_shape_asked_for(config):
-    model = prepare_run(config).subject.model
+    model = prepare_training(config).subject.model
     batch = synthetic_batch(model, 3, 40, 12, prompt=5)
     encoded, lengths = model.encode(*model.features(batch.audio, batch.audio_lengths))
     assert encoded.shape[:2] == (3, 40)
@@ -107,12 +109,12 @@ def test_a_run_with_the_budget_of_another_takes_the_same_steps(config, tmp_path,
     monkeypatch.setattr("canter.training.schedule.PROBES", 6)
     plain = dataclasses.replace(config, budget=None, steps=None, epochs=1.0, batch_seconds="auto", valid=())
     said = []
-    first = prepare_run(plain, Messages(said))
+    first = prepare_training(plain, Messages(said))
     path = first.run.folder / "budget.json"
     (told,) = [line for line in said if "another run of this command measures its own" in line]
     assert told.endswith(f"'--budget {path}' gives it the same")
     said.clear()
-    second = prepare_run(dataclasses.replace(plain, output=tmp_path / "second", budget=path), Messages(said))
+    second = prepare_training(dataclasses.replace(plain, output=tmp_path / "second", budget=path), Messages(said))
     assert not any("measures its own" in line for line in said)
     assert second.schedule.plan.fingerprint == first.schedule.plan.fingerprint
     kept = ("precision", "threads", "steps", "batch_limits", "batches", "micro_batches_per_step")
@@ -125,7 +127,7 @@ def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
     path = tmp_path / "given.json"
     dataclasses.replace(Budget.from_batch_seconds(60.0), measured_on=given).save(path)
     config = dataclasses.replace(config, budget=path, precision="auto", threads=None)
-    assert choose_speed(config, SpeechModel(ModelConfig()), print) == ("bf16", 1)
+    assert choose_speed(config, SpeechModel(ModelConfig())) == ("bf16", 1)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def make_budget(options: Options, prober: Prober, index: LengthIndex) -> tuple[B
 
 
 def describe_budget(budget: Budget, prober: Prober, seconds: float) -> list[str]:
-    """Return a few lines on a budget that was measured in so many ``seconds``."""
+    """Return a few lines on a budget whose measurement took ``seconds``."""
     found = budget.measured_on
     lines = [
         f"memory explained within {found['memory_error']:.1%}, time within {found['time_error']:.1%} (medians); "

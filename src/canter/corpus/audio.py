@@ -317,7 +317,7 @@ class _Decoding:
             if not finite.all():
                 bad = start + got + int(np.flatnonzero(~finite)[0])
                 raise AudioError(
-                    f"{self.path}: sample {bad} is not a finite number; write the file anew as 16-bit PCM or FLAC"
+                    f"{self.path}: sample {bad} is not a finite number; write the file again as 16-bit PCM or FLAC"
                 )
             got += len(samples)
             if got > wanted:

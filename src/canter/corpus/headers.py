@@ -286,9 +286,9 @@ def _ogg_losses(window: _Window) -> Iterator[LostAudio]:
     numbers, rates = dict[int, int](), dict[int, int]()
     while place + 27 <= end:
         page = window.at(place, 27 + 255 + 255 * 255)
-        whole = page.startswith(b"OggS") and len(page) >= 27 + page[26]
-        size = 27 + page[26] + sum(page[27 : 27 + page[26]]) if whole else 0
-        if not whole or size > len(page) or _ogg_check(page[:size]) != int.from_bytes(page[22:26], "little"):
+        complete = page.startswith(b"OggS") and len(page) >= 27 + page[26]
+        size = 27 + page[26] + sum(page[27 : 27 + page[26]]) if complete else 0
+        if not complete or size > len(page) or _ogg_check(page[:size]) != int.from_bytes(page[22:26], "little"):
             following, tries = window.find(b"OggS", place + 1), tries + 1
             if following >= 0 and tries < MOST_LOSSES:
                 place, damage = following, damage or "a page of the Ogg file is damaged"

@@ -112,7 +112,6 @@ class LengthIndex:
         places: np.ndarray | None = None,
         shards: Sequence[Shard] = (),
         problems: Sequence[Problem] | None = None,
-        skipped: Mapping[str, int] | None = None,
         made_with: Mapping[str, object] | None = None,
     ):
         """Make an index of (N,) durations in seconds and (N,) tokens. Raises ManifestError for impossible lengths."""
@@ -140,26 +139,14 @@ class LengthIndex:
         if len(self.sources) > MOST_SOURCES or source_of.min() < 0 or source_of.max() >= len(self.sources):
             raise ManifestError(f"source_of must lie in 0 … {len(self.sources) - 1}, below {MOST_SOURCES}")
         self.source_of = np.ascontiguousarray(source_of, dtype=np.uint16)
-        self._attach(places, shards, problems, skipped, made_with)
-
-    _header: Mapping[str, object] = {}  # of the file that the index was opened from
-
-    def _attach(
-        self,
-        places: np.ndarray | None,
-        shards: Sequence[Shard],
-        problems: Sequence[Problem] | None,
-        skipped: Mapping[str, int] | None,
-        made_with: Mapping[str, object] | None,
-        path: Path | None = None,
-    ) -> None:
-        self.places = places
-        self.shards = tuple(shards)
-        self.made_with = dict(made_with or {})
-        self.path = path
+        self.places, self.shards = places, tuple(shards)
+        self.made_with: dict[str, object] = dict(made_with or {})
+        self.path: Path | None = None
         if problems is not None:
             self.problems = list(problems)
-        self.skipped = dict(skipped) if skipped is not None else count_problems(problems or ())
+        self.skipped: dict[str, int] = count_problems(problems or ())
+
+    _header: Mapping[str, object] = {}  # of the file that the index was opened from
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -238,7 +225,7 @@ class LengthIndex:
         shard = self.shards[place >> PLACE_BITS] if self.shards else None
         if shard is None or not shard.path:
             what = shard.origin if shard else "this index"
-            raise ManifestError(f"{what} holds lengths alone, so row {row} has no audio; index a manifest instead")
+            raise ManifestError(f"{what} holds only lengths, so row {row} has no audio; index a manifest instead")
         stale = "index it again (canter index)"
         try:
             with open_binary(shard.path) as file:
@@ -309,11 +296,12 @@ class LengthIndex:
         home = str(path.absolute().parent)
         try:
             index.sources = tuple(Source(**source) for source in header["sources"])
-            shards = [
+            index.places, index.path = places, path.absolute()
+            index.shards = tuple(
                 Shard(os.path.join(home, rows) if rows else "", os.path.join(home, origin), *rest)
                 for rows, origin, *rest in header["shards"]
-            ]
-            index._attach(places, shards, None, header["skipped"], header["made_with"], path.absolute())
+            )
+            index.skipped, index.made_with = dict(header["skipped"]), dict(header["made_with"])
             index.__dict__["_fingerprint"] = str(header["fingerprint"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ManifestError(f"{path} has a damaged header ({error!r}); {again}") from None
@@ -357,7 +345,7 @@ def _checksum(places: np.ndarray | None, header: Mapping[str, object]) -> str:
 def _tokens(tokens: npt.ArrayLike) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.dtype.kind not in "iu":
-        raise ManifestError(f"tokens must be whole numbers, not {tokens.dtype}")
+        raise ManifestError(f"tokens must be integers, not {tokens.dtype}")
     if tokens.size and (tokens.min() < 0 or tokens.max() > MOST_TOKENS):
         row = int(np.flatnonzero((tokens < 0) | (tokens > MOST_TOKENS))[0])
         raise ManifestError(f"row {row}: {tokens[row]} tokens; an index holds 0 to {MOST_TOKENS}")

@@ -17,7 +17,7 @@ from canter.corpus.columns import ANY, Columns, ReadOptions
 from canter.corpus.manifest import checked_rows, expand_shards, open_manifest, read_nemo, scan_lines
 from canter.corpus.media import AUDIO_SUFFIXES, MANIFEST_SUFFIXES, format_of, head_of, is_data, media_in
 from canter.corpus.readers.documents import is_document, read_document
-from canter.corpus.readers.folder import read_folder
+from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.readers.huggingface import dataset_files, holds_audio, read_huggingface, read_parquet
 from canter.corpus.readers.kaldi import read_kaldi
 from canter.corpus.readers.lengths import is_lengths, table_schema
@@ -36,7 +36,7 @@ READERS: dict[str, Callable[..., NumberedRows]] = {
     "huggingface": read_huggingface,
     "commonvoice": read_commonvoice,
     "webdataset": read_webdataset,
-    "folder": read_folder,
+    "folder": read_media_folder,
     "parquet": read_parquet,
     "table": read_table,
     "list": read_list,
@@ -112,7 +112,7 @@ def read_unit(
     Raises ManifestError at the end if no row is usable.
     """
     if unit.kind == LENGTHS:
-        raise ManifestError(f"{unit.path} is a table of lengths alone: it can be planned with, but has no audio")
+        raise ManifestError(f"{unit.path} is a table of lengths: it can be planned with, but has no audio")
     options = ReadOptions(require_text, measure_durations, columns)
     found = READERS[unit.kind](unit.path, options, *([unit.audio] if unit.audio else []))
     return checked_rows(found, unit.path)

@@ -92,7 +92,7 @@ def log_left_out(plan: Plan) -> None:
 
 
 class _Loader(DataLoader):
-    """Loader that Lightning may resume within an epoch: the Trainer's number of steps is its whole state."""
+    """Loader that Lightning may resume within an epoch: the Trainer's number of steps is its only state."""
 
     def state_dict(self) -> dict[str, object]:
         return {}

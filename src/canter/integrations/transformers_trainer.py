@@ -321,15 +321,15 @@ class AnyLengthWhisperEncoder(WhisperEncoder):
     """Whisper's encoder of transformers for features (B, M, F) of any even F up to 3,000; see `accept_short_audio`."""
 
     def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole, config = self.embed_positions, self.config
+        positions, config = self.embed_positions, self.config
         frames = input_features.shape[-1] // 2
         self.config = copy.copy(config)
         self.config.max_source_positions = frames
-        self.embed_positions = nn.Embedding.from_pretrained(whole.weight[:frames])
+        self.embed_positions = nn.Embedding.from_pretrained(positions.weight[:frames])
         try:
             return super().forward(input_features, *args, **kwargs)
         finally:
-            self.embed_positions, self.config = whole, config
+            self.embed_positions, self.config = positions, config
 
 
 def accept_short_audio(model: Model) -> Model:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 
@@ -427,7 +427,7 @@ def dump_config(config: TrainConfig, comments: Mapping[str, str] = MappingProxyT
 def changes(ours: TrainConfig, theirs: TrainConfig) -> list[tuple[str, object, object]]:
     """Return (name, their value, our value) of each setting that would change what the steps of a run compute."""
 
-    def flat(value: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    def flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         rows: dict[str, object] = {}
         for key, item in value.items():
             rows |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}

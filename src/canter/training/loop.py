@@ -34,8 +34,6 @@ from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_
 from canter.training.run.folder import RunFolder
 from canter.training.run.reports import (
     Progress,
-    RankReport,
-    RankReports,
     StepReport,
     Tracker,
     check_skipped,
@@ -283,10 +281,10 @@ class Trainer:
             self.shards.gather()
         computed = self.gradient.compute(ready.loaded, ready.counts, step, ctc_only)
         problems = [problem for one in ready.loaded for problem in one.skipped] + self._unfit(ready, computed)
-        reports = self._report_rank(ready, computed, len(problems)).gather(self.ranks)
-        counts = ready.counts.less(reports.lost_tokens.sum(), reports.lost_characters.sum())
-        ctc = float(reports.ctc.sum()) / max(1, counts.characters)
-        attention = None if ctc_only else float(reports.attention.sum()) / max(1, counts.tokens)
+        ranks = self.ranks.all_gather_named(self._numbers(ready, computed, len(problems)))
+        counts = ready.counts.less(ranks["lost_tokens"].sum(), ranks["lost_characters"].sum())
+        ctc = float(ranks["ctc"].sum()) / max(1, counts.characters)
+        attention = None if ctc_only else float(ranks["attention"].sum()) / max(1, counts.tokens)
         loss = weighted_loss(self.config.loss, ctc, attention)
         self.gradient.correct(ready.counts, counts, ctc_only)
         update = self.training_step.update(
@@ -303,55 +301,58 @@ class Trainer:
             learning_rate=update.learning_rate,
             gradient_norm=update.gradient_norm,
             seconds=time.perf_counter() - ready.began,
-            data_wait_seconds=float(reports.wait.mean()),
-            audio_seconds=float(reports.samples.sum()) / self.data.sample_rate,
-            utterances=int(reports.utterances.sum()),
-            batch=int(reports.batch.max()),
-            frames_max=int(reports.frames.max()),
-            tokens_max=int(reports.tokens.max()),
-            padding=float(1 - reports.samples.sum() / padded) if (padded := reports.padded_samples.sum()) else 0.0,
+            data_wait_seconds=float(ranks["wait"].mean()),
+            audio_seconds=float(ranks["samples"].sum()) / self.data.sample_rate,
+            utterances=int(ranks["utterances"].sum()),
+            batch=int(ranks["batch"].max()),
+            frames_max=int(ranks["frames"].max()),
+            tokens_max=int(ranks["tokens"].max()),
+            padding=float(1 - ranks["samples"].sum() / padded) if (padded := ranks["padded_samples"].sum()) else 0.0,
             memory_filled=planned.filled,
-            memory_peak=float(reports.memory_peak.max()),
-            waiting=float(reports.seconds.max() / max(1e-9, reports.seconds.mean())),
-            rank_seconds=tuple(round(float(s), 5) for s in reports.seconds),
+            memory_peak=float(ranks["memory_peak"].max()),
+            waiting=float(ranks["seconds"].max() / max(1e-9, ranks["seconds"].mean())),
+            rank_seconds=tuple(round(float(s), 5) for s in ranks["seconds"]),
             wer=self.progress.wer,
         )
         self.pace.took(max(predicted), report.seconds)
         self._account(report, planned, update.finite)
-        self._skip(step + 1, problems, reports)
-        if reports.splits.any():
+        self._skip(step + 1, problems, int(ranks["skipped"].sum()))
+        if ranks["splits"].any():
             self._tighten(step, planned, computed)
         self.events.step(report)
-        return planned, bool(reports.stopping.any())
+        return planned, bool(ranks["stopping"].any())
 
-    def _report_rank(self, ready: LoadedStep, computed: ComputedGradient, skipped: int) -> RankReport:
-        """Return this rank's numbers of the step."""
+    def _numbers(self, ready: LoadedStep, computed: ComputedGradient, skipped: int) -> dict[str, float]:
+        """Return this rank's numbers of the step, to be gathered from all ranks."""
         batches, lost = ready.batches, TargetCounts(0, 0)
         if computed.unfit:
             loaded = TargetCounts.of(batches)
             batches = [some for one in batches if (some := one.without(computed.unfit)) is not None]
             used = TargetCounts.of(batches)
             lost = loaded.less(used.tokens, used.characters)
-        seconds = [batch.audio.shape[1] / self.data.sample_rate for batch in batches]
-        memory_peak = 0.0
+        memory_peak, rate = 0.0, self.data.sample_rate
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(self.device)
             memory_peak = peak / torch.cuda.get_device_properties(self.device).total_memory
-        return RankReport.of(
-            batches,
-            padded=round(self.model.padded_seconds * self.data.sample_rate),
-            attention=computed.attention,
-            ctc=computed.ctc,
-            seconds=computed.seconds,
-            wait=ready.wait,
-            frames=max(map(self.model.encoder_frames, seconds), default=0),
-            skipped=skipped,
-            splits=len(computed.splits) + len(computed.unfit),
-            lost_tokens=lost.tokens,
-            lost_characters=lost.characters,
-            memory_peak=memory_peak,
-            stopping=self.stopping.is_set(),
-        )
+        padded = round(self.model.padded_seconds * rate)  # samples to which the model pads every utterance
+        return {
+            "attention": computed.attention,
+            "ctc": computed.ctc,
+            "seconds": computed.seconds,
+            "wait": ready.wait,
+            "samples": sum(int(b.audio_lengths.sum()) for b in batches),
+            "padded_samples": sum(len(b.rows) * max(padded, b.audio.shape[1]) for b in batches),
+            "utterances": sum(len(b.rows) for b in batches),
+            "batch": max((len(b.rows) for b in batches), default=0),
+            "frames": max((self.model.encoder_frames(b.audio.shape[1] / rate) for b in batches), default=0),
+            "tokens": max((b.tokens.shape[1] for b in batches), default=0),
+            "skipped": skipped,
+            "splits": len(computed.splits) + len(computed.unfit),
+            "lost_tokens": lost.tokens,
+            "lost_characters": lost.characters,
+            "memory_peak": memory_peak,
+            "stopping": self.stopping.is_set(),
+        }
 
     def _account(self, report: StepReport, planned: PlannedStep, finite: bool) -> None:
         """Add the step to progress and logs. Raise CanterError after too many non-finite steps."""
@@ -398,9 +399,8 @@ class Trainer:
             for row in computed.unfit
         ]
 
-    def _skip(self, step: int, problems: list[Problem], reports: RankReports) -> None:
+    def _skip(self, step: int, problems: list[Problem], count: int) -> None:
         """List the unusable utterances of all ranks. Raise CanterError if they are too many."""
-        count = int(reports.skipped.sum())
         if count:
             self.progress.skipped += count
             everyone = self.ranks.all_gather_objects(problems)

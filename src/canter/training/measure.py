@@ -72,7 +72,8 @@ class SyntheticStep(ProbedStep):
         self.step = TrainingStep(decided(config), model, precision, steps=1000)
 
     def __call__(self, batch: int, frames: int, tokens: int) -> None:
-        self.step.backward(synthetic_batch(self.step.model, batch, frames, tokens, self.prompt))
+        data = synthetic_batch(self.step.model, batch, frames, tokens, self.prompt)
+        self.step.backward(data)  # which stays in memory through the update, as a batch of training does
         self.step.update(0, numbers=[0], count=1)
 
     def tensors(self) -> Iterator[Tensor]:

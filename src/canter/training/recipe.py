@@ -46,7 +46,7 @@ def run_training(config: TrainConfig, events: Events[StepReport] = QUIET) -> Fin
     ):
         if not ranks.first:
             events = QUIET
-        prepared = ranks.rank_0_first(lambda: prepare_run(config, events, ranks))
+        prepared = ranks.rank_0_first(lambda: prepare_training(config, events, ranks))
         run, schedule = prepared.run, prepared.schedule
         left_out = run.folder / "left_out.jsonl"
         if ranks.first and (run.changed or not left_out.exists()):
@@ -68,7 +68,9 @@ def run_training(config: TrainConfig, events: Events[StepReport] = QUIET) -> Fin
         return FinishedRun(prepared, trainer.train(), ranks.first)
 
 
-def prepare_run(config: TrainConfig, events: Events[StepReport] = QUIET, ranks: Ranks = SINGLE_RANK) -> PreparedRun:
+def prepare_training(
+    config: TrainConfig, events: Events[StepReport] = QUIET, ranks: Ranks = SINGLE_RANK
+) -> PreparedRun:
     """Make or find everything that the run of ``config`` needs before its first step, in its folder.
 
     Rank 0 must finish first: other ranks only read. Raises ConfigError for settings that cannot be used, and
@@ -76,7 +78,7 @@ def prepare_run(config: TrainConfig, events: Events[StepReport] = QUIET, ranks: 
     """
     config = with_first_batch_seconds(config, events)
     defaults, config = describe_defaults(config), decided(config)
-    check_config(config)
+    check_settings(config)
     if defaults:
         events.message(defaults)
     rows = validation_rows(config)
@@ -115,7 +117,7 @@ def prepare_run(config: TrainConfig, events: Events[StepReport] = QUIET, ranks: 
     return PreparedRun(config, run, data, subject, schedule)
 
 
-def check_config(config: TrainConfig) -> None:
+def check_settings(config: TrainConfig) -> None:
     """Check everything that is cheap to check, before anything is read or measured.
 
     Raises BudgetError, ConfigError, ManifestError or PlanError for what cannot be used.

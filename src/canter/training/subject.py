@@ -82,33 +82,25 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, characters: Character
 def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> ModelConfig:
     """Return the shape of a model trained from scratch: Canary's architecture at the configured size."""
     shape = config.model
-    return ModelConfig(
-        features=FeatureConfig(mels=shape.mels),
-        encoder=FastConformerConfig(
-            layers=shape.encoder_layers,
-            width=shape.width,
-            heads=shape.heads,
-            feedforward=4 * shape.width,
-            kernel_size=shape.kernel_size,
-            subsampling_channels=shape.subsampling_channels,
-            mels=shape.mels,
-            dropout=shape.dropout,
-            dropout_input=shape.dropout,
-            dropout_attention=shape.dropout,
-        ),
-        decoder=DecoderConfig(
-            layers=shape.decoder_layers,
-            width=shape.width,
-            heads=shape.heads,
-            feedforward=4 * shape.width,
-            vocabulary=tokenizer.vocab_size,
-            positions=shape.positions,
-            pad=tokenizer.pad,
-            dropout=shape.dropout,
-            dropout_attention=shape.dropout,
-        ),
-        ctc_vocabulary=characters.size if config.loss.ctc_weight else 0,
+    shared = {
+        "width": shape.width,
+        "heads": shape.heads,
+        "feedforward": 4 * shape.width,
+        "dropout": shape.dropout,
+        "dropout_attention": shape.dropout,
+    }
+    encoder = FastConformerConfig(
+        layers=shape.encoder_layers,
+        kernel_size=shape.kernel_size,
+        subsampling_channels=shape.subsampling_channels,
+        mels=shape.mels,
+        dropout_input=shape.dropout,
+        **shared,
     )
+    vocabulary = {"vocabulary": tokenizer.vocab_size, "positions": shape.positions, "pad": tokenizer.pad}
+    decoder = DecoderConfig(layers=shape.decoder_layers, **vocabulary, **shared)
+    ctc_vocabulary = characters.size if config.loss.ctc_weight else 0
+    return ModelConfig(FeatureConfig(mels=shape.mels), encoder, decoder, ctc_vocabulary=ctc_vocabulary)
 
 
 # -- a checkpoint to start from --
@@ -203,7 +195,7 @@ def set_decoding_limits(model: AnyModel, index: LengthIndex, budget: Budget, scr
     seconds, tokens = np.asarray(index.seconds), np.asarray(index.tokens, np.int64) - EngineConfig().extra_tokens
     rate = max(MIN_RATE, RATE_MARGIN * float(np.max(tokens / budget.frames(seconds))))
     window = max(MIN_WINDOW, math.ceil(1.1 * float(np.max(seconds))))
+    settings = cast(dict[str, float], model.generation)
     for name, value in (("tokens_per_frame", round(rate, 3)), ("window_seconds", window)):
-        known = model.generation.get(name)
-        if known or scratch:
-            model.generation[name] = max(known or 0.0, value)
+        if settings.get(name) or scratch:
+            settings[name] = max(settings.get(name) or 0.0, value)

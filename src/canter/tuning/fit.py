@@ -261,7 +261,8 @@ class _Exploration:
             if not probe.fits:
                 self.prober.events.message(
                     f"one utterance of {t * self.frame_seconds:.1f} s and {u} tokens asked for {gib(probe.bytes)} of "
-                    f"{gib(self.prober.limit_bytes)}: such will be left out of plans; cut them, or raise the limit"
+                    f"{gib(self.prober.limit_bytes)}: such utterances will be left out of plans; cut their audio, or "
+                    "raise the limit"
                 )
                 continue
             last, fitting = probe, [*fitting, (t, u)]

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import canter
+from canter import files
 from canter.errors import CheckpointError
 from canter.models.batch import Batch
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.formats import files
 from canter.models.formats.huggingface import foreign_type, write_hf
 
 from ..conftest import small_model, small_whisper
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(path):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "_to_disk", full)
+    monkeypatch.setattr(files, "to_disk", full)
     for target in ("model", "new"):
         with pytest.raises(OSError, match="No space left"):
             write_hf(small_canary(layers=3), tmp_path / target)

@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 import canter
+from canter import files
 from canter.errors import CheckpointError
 from canter.models.batch import Batch
 from canter.models.features import length_mask
-from canter.models.formats import files
 from canter.models.formats.nemo import NAMES, opened
 from canter.models.formats.nemo_export import special_tokens_model, write_nemo
 
@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_what_was_there(shared, tmp_path, monkeypatch):
     def full(path):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "_to_disk", full)
+    monkeypatch.setattr(files, "to_disk", full)
     for target in ("x.nemo", "new.nemo"):
         with pytest.raises(OSError, match="No space left"):
             write_nemo(model, tmp_path / target)

@@ -20,7 +20,7 @@ from canter.events import Events
 from canter.training.feed import data
 from canter.training.feed.data import Address, Patience, Puller, StoppedWaitingError, load_ahead, prefetch_within_limit
 from canter.training.loop import Trainer
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 
 from ..run.test_checkpoints import losses
 
@@ -190,7 +190,7 @@ def test_too_few_open_files_are_refused_before_workers_start(monkeypatch):
 
 
 def test_open_files_that_run_out_are_no_fault_of_a_row(config):
-    prepared = prepare_run(config)
+    prepared = prepare_training(config)
     address = Address(0, 0, True, np.array([0, 1]), 0)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
@@ -204,7 +204,7 @@ def test_open_files_that_run_out_are_no_fault_of_a_row(config):
 
 def test_few_open_files_are_enough_for_a_worker(config):
     """As many as the check asks for."""
-    prepared = prepare_run(config)
+    prepared = prepare_training(config)
     addresses = [Address(step, 0, True, np.array([step]), 0) for step in range(20)]
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64 + 3 * 8, before[1]))

@@ -11,7 +11,7 @@ import torch
 from canter.errors import CanterError, ConfigError
 from canter.models.formats.checkpoint import load_model
 from canter.training.config import OptimizerConfig
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 from canter.training.run.checkpoints import Checkpoints, Snapshot, damage, read_snapshot
 
 from ..conftest import Messages, stopping_after
@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_is_named_and_loses_nothing(quiet, more):
 
 def test_a_disk_that_is_full_before_the_first_checkpoint_is_told_of_truthfully(quiet, tmp_path):
     """Nothing is there to go on from, and no half of a checkpoint takes what room is left."""
-    prepare_run(quiet)
+    prepare_training(quiet)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:

@@ -13,7 +13,7 @@ from canter.errors import CanterError, ManifestError
 from canter.runtime import is_out_of_memory
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.feed.data import Address
-from canter.training.recipe import prepare_run, run_training
+from canter.training.recipe import prepare_training, run_training
 from canter.training.step.gradient import Gradient, TargetCounts
 from canter.training.step.optimizers import Optimizers
 
@@ -84,7 +84,7 @@ def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
 
 def test_the_gradient_is_a_mean_over_what_is_left(quiet):
     """One utterance of four does not fit even alone: its targets do not count either."""
-    prepared = prepare_run(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0)))
+    prepared = prepare_training(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0)))
     model, true = prepared.subject.model, prepared.subject.model.loss_of
     lengths = np.asarray(prepared.data.index.seconds)
     four = np.argsort(lengths)[-4:]

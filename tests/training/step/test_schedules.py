@@ -117,9 +117,9 @@ def test_an_average_trails_the_weights_and_takes_their_place_for_a_while():
 
 @pytest.mark.filterwarnings("default")  # torch.compile's own
 def test_compiled_layers_compute_the_same_and_one_utterance_is_not_compiled(config):
-    from canter.training.recipe import prepare_run
+    from canter.training.recipe import prepare_training
 
-    model = prepare_run(config).subject.model.eval()
+    model = prepare_training(config).subject.model.eval()
     audio, lengths = torch.randn(2, 8000), torch.tensor([8000, 6000])
     plain = model.encode(*model.features(audio, lengths))[0]
     names = list(model.state_dict())

@@ -11,7 +11,7 @@ from canter.corpus.utterance import NumberedRows, Problem
 from canter.errors import ManifestError
 
 
-def read_folder(path: str, options: ReadOptions) -> NumberedRows:
+def read_media_folder(path: str, options: ReadOptions) -> NumberedRows:
     """Yield every audio and video file below ``path``, with its length, and one Problem that counts the other files.
 
     A ``.txt`` is needed only where the options require a text.

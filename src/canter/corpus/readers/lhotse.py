@@ -16,7 +16,7 @@ from canter.corpus.remote import folder_of, from_working_folder
 from canter.corpus.utterance import OPTIONAL_TEXT, Found, NumberedRows, Problem
 
 TOLERANCE = 0.1  # seconds by which a supervision may reach out of its cut
-Json = dict[str, object]
+JsonObject = dict[str, object]
 
 
 def read_lhotse(path: str, options: ReadOptions) -> NumberedRows:
@@ -75,7 +75,7 @@ def shar_tar(cuts: str) -> str:
     return str(Path(cuts).absolute().with_name(name))
 
 
-def _row_from_cut(cut: object, columns: Columns) -> Json | str:
+def _row_from_cut(cut: object, columns: Columns) -> JsonObject | str:
     if isinstance(cut, str):
         return cut
     if not isinstance(cut, dict):
@@ -86,9 +86,9 @@ def _row_from_cut(cut: object, columns: Columns) -> Json | str:
         return f"a {kind} has no single audio file: save it first (CutSet.save_audios or to_shar)"
     recording, supervisions = cut.get("recording"), cut.get("supervisions") or []
     if not isinstance(recording, dict) or not isinstance(supervisions, list):
-        return "cut without a recording: features alone cannot be read"
+        return "cut without a recording: features without audio cannot be read"
     if recording.get("transforms"):
-        return "recording with transforms: they exist on paper alone; save the audio first (CutSet.save_audios)"
+        return "recording with transforms: they are not applied; save the audio first (CutSet.save_audios)"
     sources = recording.get("sources")
     if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
         return "recording of several files: save it as one first (CutSet.save_audios)"
@@ -104,7 +104,7 @@ def _row_from_cut(cut: object, columns: Columns) -> Json | str:
     if not all(isinstance(one, dict) for one in supervisions):
         return "supervision that is not a JSON object"
     for one in sorted(supervisions, key=_start):
-        inner: Json = one["custom"] if isinstance(one.get("custom"), dict) else {}
+        inner: JsonObject = one["custom"] if isinstance(one.get("custom"), dict) else {}
         text = one.get(columns.text, inner.get(columns.text)) if columns.text else one.get("text")
         if not isinstance(text or "", str):
             return "supervision without a text that is a string"
@@ -135,7 +135,7 @@ def _is_seconds(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= LONGEST_SECONDS
 
 
-def _start(supervision: Json) -> float:
+def _start(supervision: JsonObject) -> float:
     start = supervision.get("start")
     return float(start) if _is_seconds(start) else 0.0
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -62,6 +62,10 @@ class Ranks:
         with self._together():
             dist.all_gather(rows, mine)
         return torch.stack(rows).numpy()
+
+    def all_gather_named(self, values: Mapping[str, float]) -> dict[str, np.ndarray]:
+        """Return the values of all ranks by their names, on every rank: (ranks,) float64 each."""
+        return dict(zip(values, self.all_gather(list(values.values())).T, strict=True))
 
     def all_gather_objects(self, value: T) -> list[T]:
         """Return the values of all ranks, on every rank."""

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -190,10 +191,10 @@ def prompt_and_text(tokenizer: Tokenizer, utterance: Utterance) -> tuple[list[in
 def collate(examples: Sequence[Example], pad: int) -> Batch:
     """Return a batch of B examples, padded on the right."""
 
-    def lengths(items: Iterable[Any]) -> Tensor:
+    def lengths(items: Iterable[Sized]) -> Tensor:
         return torch.tensor([len(item) for item in items])
 
-    def padded(items: Sequence[Any], dtype: torch.dtype, value: int) -> Tensor:
+    def padded(items: Sequence[object], dtype: torch.dtype, value: int) -> Tensor:
         tensors = [torch.as_tensor(item, dtype=dtype) for item in items]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -243,7 +244,7 @@ class Puller(Generic[T]):
     def __init__(self, values: Iterator[T], children: list[BaseProcess], being_read: Callable[[], str] = lambda: ""):
         self.children, self.being_read = children, being_read
         self.asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.given: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.given: queue.SimpleQueue[T | _Done | BaseException] = queue.SimpleQueue()
         self.hangs = False
         self.thread = threading.Thread(target=_pull, args=([values], self.asked, self.given), daemon=True)
         self.thread.start()
@@ -302,7 +303,7 @@ class Puller(Generic[T]):
         return f", while reading {files}" if files else ""
 
 
-def _pull(values: list[Iterator[Any]], asked: queue.SimpleQueue, given: queue.SimpleQueue) -> None:
+def _pull(values: list[Iterator[T]], asked: queue.SimpleQueue, given: queue.SimpleQueue) -> None:
     """Answer each request with a value, an exception, or _Done. The iterator ends with this thread."""
     iterator = values.pop()
     while asked.get():
@@ -374,10 +375,10 @@ def start_worker(_: int) -> None:
     if parent is None:
         return
 
-    def except_when_orphaned(*error: Any) -> None:
+    def except_when_orphaned(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         parent.join(timeout=1.0)
         if parent.is_alive():
-            sys.__excepthook__(*error)
+            sys.__excepthook__(kind, error, traceback)
         else:
             os._exit(1)
 

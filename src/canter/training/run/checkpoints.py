@@ -324,7 +324,7 @@ def _as_parameters(states: list[dict], optimizers: Optimizers, source: Path) -> 
     if any(isinstance(number, int) for state in states for number in state["state"]):
         states = _by_name(states, optimizers, source)
 
-    def shared(value: Any, parameter: Tensor | None) -> Any:
+    def shared(value: object, parameter: Tensor | None) -> object:
         if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.ndim:
             return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         return value

@@ -108,7 +108,7 @@ class RunFolder:
     writes: bool = True
     changed: tuple[str, ...] = ()
     """Allowed changes of settings since the last start, as 'name: before -> now'."""
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, object] | None = None
     """Current settings, as run.json keeps them."""
 
     @classmethod
@@ -124,7 +124,7 @@ class RunFolder:
         held, config = folder / CONFIG, rooted(config)
         # --allow-changes holds for one start only
         settings = dataclasses.replace(config, allow_changes=False)
-        changed: list[tuple[str, Any, Any]] = []
+        changed: list[tuple[str, object, object]] = []
         record = read_record(folder)
         if record:
             if "config" in record:
@@ -238,7 +238,7 @@ def _refuse_other_content(folder: Path) -> None:
         raise ConfigError(f"{folder} exists and is not a run; choose another --output")
 
 
-def _refuse(folder: Path, changed: list[tuple[str, Any, Any]], allowed: bool) -> None:
+def _refuse(folder: Path, changed: list[tuple[str, object, object]], allowed: bool) -> None:
     lines = [f"{name}: {before} -> {now}" for name, before, now in changed]
     fixed = [line for (name, _, _), line in zip(changed, lines) if name.startswith(FIXED)]
     if fixed:
@@ -253,7 +253,7 @@ def _refuse(folder: Path, changed: list[tuple[str, Any, Any]], allowed: bool) ->
         )
 
 
-def _invalidate(folder: Path, record: Record, changed: Sequence[str], config: Mapping[str, Any]) -> None:
+def _invalidate(folder: Path, record: Record, changed: Sequence[str], config: Mapping[str, object]) -> None:
     """Remove decisions and files that follow from changed settings, and record the new settings."""
     void = {name for setting in changed for name in VOID.get(setting, ())}
     if changed or "config" in record:
@@ -267,7 +267,7 @@ def _invalidate(folder: Path, record: Record, changed: Sequence[str], config: Ma
     _remove(folder, sorted(void - record.keys()))
 
 
-def _write_record(folder: Path, values: Mapping[str, Any]) -> None:
+def _write_record(folder: Path, values: Mapping[str, object]) -> None:
     text = json.dumps({name: value for name, value in values.items() if name != CHECKSUM}, indent=2)
     write_text(folder / RECORD, json.dumps(json.loads(text) | {CHECKSUM: text_checksum(text)}, indent=2) + "\n")
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,6 @@ from canter.errors import CanterError, CheckpointError, ConfigError
 from canter.extras import needed_by, require
 from canter.fields import from_mapping
 from canter.files import write_text
-from canter.models.batch import Batch
 from canter.planning.plan import Plan
 from canter.redaction import redacted
 from canter.training.distributed.ranks import Ranks
@@ -64,59 +63,6 @@ class StepReport:
     """Compute seconds of each rank."""
     wer: float | None = None
     """WER of the last validation."""
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """Mapping[str, object] of one rank's part of a step, to be gathered from all ranks."""
-
-    attention: float
-    ctc: float
-    seconds: float
-    wait: float
-    frames: float
-    skipped: float
-    splits: float
-    lost_tokens: float
-    """Targets of utterances that did not fit in memory even as a batch of one."""
-    lost_characters: float
-    memory_peak: float
-    stopping: float
-    """1 if the rank was asked to stop."""
-    samples: float = 0.0
-    padded_samples: float = 0.0
-    utterances: float = 0.0
-    batch: float = 0.0
-    tokens: float = 0.0
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], padded: int = 0, **values: float) -> RankReport:
-        """Return the report of micro-batches; ``padded`` is the number of samples that the model pads utterances to."""
-        return cls(
-            samples=sum(int(b.audio_lengths.sum()) for b in batches),
-            padded_samples=sum(len(b.rows) * max(padded, b.audio.shape[1]) for b in batches),
-            utterances=sum(len(b.rows) for b in batches),
-            batch=max((len(b.rows) for b in batches), default=0),
-            tokens=max((b.tokens.shape[1] for b in batches), default=0),
-            **values,
-        )
-
-    def gather(self, ranks: Ranks) -> RankReports:
-        """Return the reports of all ranks, on every rank."""
-        return RankReports(ranks.all_gather([float(value) for value in astuple(self)]))
-
-
-class RankReports:
-    """Reports of all ranks by field: ``reports.ctc`` is (ranks,) float64."""
-
-    def __init__(self, table: np.ndarray):
-        self._columns = dict(zip(RankReport.__dataclass_fields__, table.T, strict=True))
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        try:
-            return self._columns[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 @dataclass
@@ -340,7 +286,11 @@ def open_trackers(names: Sequence[str], folder: Path, settings: Mapping[str, obj
     settings: the run's configuration as plain values. step: the step from which the run starts or resumes.
     """
     with ExitStack() as stack:
-        trackers = [stack.enter_context(TRACKERS[name](folder, settings, step)) for name in names]
+        trackers: list[Tracker] = []
+        for name in names:
+            tracker, close = TRACKERS[name](folder, settings, step)
+            trackers.append(tracker)
+            stack.callback(close)
 
         def track(step: int, metrics: Mapping[str, object]) -> None:
             numbers = {
@@ -360,47 +310,35 @@ def check_trackers(names: Iterable[str]) -> None:
         require(name, f"--track {name}")
 
 
-@contextmanager
-def _tensorboard(folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
+def _tensorboard(folder: Path, settings: Mapping[str, object], step: int) -> tuple[Tracker, Callable[[], object]]:
     from torch.utils.tensorboard import SummaryWriter
 
     # steps that an earlier start logged after its last checkpoint are taken again, and hidden
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1) as writer:
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-        def track(step: int, numbers: Mapping[str, object]) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name.replace("_", "/", 1), value, step)
+    def track(step: int, numbers: Mapping[str, object]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name.replace("_", "/", 1), value, step)
 
-        yield track
+    return track, writer.close
 
 
-@contextmanager
-def _wandb(folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
+def _wandb(folder: Path, settings: Mapping[str, object], step: int) -> tuple[Tracker, Callable[[], object]]:
     with needed_by("--track wandb"):
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
+    path = folder.resolve()
+    identity = hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()
     started = wandb.init(
-        project="canter",
-        name=folder.resolve().name,
-        id=hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest(),
-        resume="allow",
-        dir=str(folder),
-        config=dict(settings),
+        project="canter", name=path.name, id=identity, resume="allow", dir=str(folder), config=dict(settings)
     )
-    try:
-        yield lambda step, numbers: started.log(dict(numbers), step=step)
-    finally:
-        started.finish()
+    return lambda step, numbers: started.log(dict(numbers), step=step), started.finish
 
 
-@contextmanager
-def _trackio(folder: Path, settings: Mapping[str, object], step: int) -> Iterator[Tracker]:
+def _trackio(folder: Path, settings: Mapping[str, object], step: int) -> tuple[Tracker, Callable[[], object]]:
     with needed_by("--track trackio"):
         import trackio  # pyright: ignore[reportMissingImports]  # an extra
     trackio.init(project="canter", name=folder.resolve().name, config=dict(settings), resume="allow")
-    try:
-        yield lambda step, numbers: trackio.log(dict(numbers), step=step)
-    finally:
-        trackio.finish()
+    return lambda step, numbers: trackio.log(dict(numbers), step=step), trackio.finish
 
 
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

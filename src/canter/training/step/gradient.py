@@ -60,7 +60,7 @@ class TargetCounts:
 
 @dataclass(frozen=True)
 class Objective:
-    """The function that a step minimises: both losses, each a mean over its targets of the whole step, by weight."""
+    """The function that a step minimises: both losses, each a mean over its targets in the step, by weight."""
 
     config: LossConfig
     counts: TargetCounts
