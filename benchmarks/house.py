@@ -71,7 +71,7 @@ def functions_and_classes(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.Async
 
 def is_option_class(node: ast.ClassDef) -> bool:
     return isinstance(node, ast.ClassDef) and (
-        node.name in ("Options", "TrainConfig", "ModelShape")
+        node.name in ("Options", "TrainConfig", "ModelShape", "DemoConfig")
         or re.fullmatch(r"(Optimizer|Loss|Augment)Config", node.name)
     )
 
@@ -114,7 +114,11 @@ def count(source: Path) -> dict[str, int]:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and node.name not in COMMAND_NAMES:
                 names[node.name].add(str(path))
-            if isinstance(node, ast.ClassDef) and is_option_class(node) and {"cli", "training"} & set(path.parts):
+            if (
+                isinstance(node, ast.ClassDef)
+                and is_option_class(node)
+                and {"cli", "training", "demo"} & set(path.parts)
+            ):
                 fields = [
                     one.target.id
                     for one in node.body
