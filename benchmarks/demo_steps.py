@@ -65,7 +65,7 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
             done = folder / "seconds.json"
             if not done.exists():
                 say(f"{steps} steps, seed {seed}")
-                settings: dict[str, Any] = {"steps": steps, "seed": seed, "save_every": 100, "keep": 1}
+                settings: dict[str, Any] = {"steps": steps, "seed": seed, "save_every": 100, "keep_checkpoints": 1}
                 if budget.exists():
                     settings["budget"] = budget
                 config = replace(recipe(corpus.train_manifest, folder), threads=options.threads, track=(), **settings)

@@ -23,7 +23,7 @@ FRAGMENT = re.compile(
     r"|Not|More|Less|Until|While|So|If)\b"
 )
 """First words of a docstring that is a fragment of a sentence."""
-OPTION_CLASS = re.compile(r"\w*Options|TrainConfig|ModelShape|(Optimizer|Loss|Augment)Config")
+OPTION_CLASS = re.compile(r"\w*Options|TrainConfig|ModelShape|DemoConfig|(Optimizer|Loss|Augment)Config")
 COMMAND_NAMES = {"Options", "run", "parse"}
 """Names that every command defines: the interface of the command line."""
 TRAINING = """
@@ -134,7 +134,7 @@ def findings(source: Path) -> dict[str, list[str]]:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and node.name not in COMMAND_NAMES:
                 names[node.name].add(place)
-        if {"cli", "training", "serving"} & set(path.parts):
+        if {"cli", "training", "serving", "demo"} & set(path.parts):
             result["options of all commands"] += option_names(tree)
     result["options (distinct)"] = sorted(set(result["options of all commands"]))
     result["public names that stand twice"] = [
