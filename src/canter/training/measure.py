@@ -121,10 +121,10 @@ def make_prober(
 
 
 def memory_limit(device: torch.device, limit: float | None = None, events: Events[Never] = QUIET) -> float:
-    """Return the bytes that a step may use, weights included: ``limit``, or by default 95 % of a GPU's free memory or
-    half of a CPU's.
+    """Return the bytes that a step may use, weights included.
 
-    Raises BudgetError for a limit that the machine does not have.
+    Without ``limit``, they are 95 % of a GPU's free memory or half of a CPU's memory. Raises BudgetError for a limit
+    that the machine does not have.
     """
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -231,8 +231,10 @@ def largest_shape(plan: Plan, window: int, budget: Budget) -> BatchShape | None:
 
 
 def fits(step: TrainingStep, shape: BatchShape, frame_seconds: float) -> bool:
-    """Return whether forward and backward pass of ``shape``, whose T counts ``frame_seconds``, fit in memory beside the
-    optimiser's state, allocated or not."""
+    """Return whether forward and backward pass of ``shape`` fit in memory beside the complete optimiser state.
+
+    ``frame_seconds`` is the unit of T.
+    """
     model, device = step.model, step.gradient.device
     seconds = min(shape.frames * frame_seconds, model.longest_seconds)  # longer utterances will be skipped
     frames = max(1, math.ceil(seconds / planned_frame_seconds(model) - 1e-6))

@@ -30,10 +30,10 @@ WINDOW = 50_000  # batching window of the plan whose extreme batches are measure
 
 
 def least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the non-negative coefficients (K,) that minimise the squared errors of ``columns`` (N, K) against
-    ``values`` (N,), each times its weight (N,) (default: relative errors).
+    """Return the non-negative coefficients (K,) of ``columns`` (N, K) that explain ``values`` (N,) best.
 
-    The result is exact: with so few columns, every subset of non-zero coefficients can be tried.
+    They minimise the squared errors, each times its weight (N,) (default: relative errors). The result is exact: with
+    so few columns, every subset of non-zero coefficients can be tried.
     """
     weights = 1 / values if weights is None else weights
     scaled, wanted = columns * weights[:, None], values * weights
@@ -115,8 +115,10 @@ def _columns(probes: Sequence[Probe]) -> np.ndarray:
 
 
 def anchors(frames: np.ndarray, tokens: np.ndarray, fractions: Sequence[float]) -> list[tuple[int, int]]:
-    """Return (T, U) over the range of the utterances' lengths (N,): the T at these quantiles, each with few and with
-    many tokens for that T; ascending."""
+    """Return (T, U) over the range of the utterances' lengths (N,), ascending.
+
+    They are the T at these quantiles, each with few and with many tokens for that T.
+    """
     found = set()
     for fraction in fractions:
         # an utterance's own T: there may be none near a value between two
@@ -127,8 +129,10 @@ def anchors(frames: np.ndarray, tokens: np.ndarray, fractions: Sequence[float]) 
 
 
 def corners(index: Index, budget: Budget) -> list[BatchShape]:
-    """Return the extreme shapes among the micro-batches of a balanced plan of ``index``: the largest by each term of
-    the budget, and the smallest."""
+    """Return the extreme shapes among the micro-batches of a balanced plan of ``index``.
+
+    They are the largest by each term of the budget, and the smallest.
+    """
     cut = Plan(index, budget, window=min(WINDOW, len(index)), min_steps=1).cut(0)
     if not len(cut.rows):
         return []
@@ -146,8 +150,10 @@ def corners(index: Index, budget: Budget) -> list[BatchShape]:
 
 
 def margin(budget: Budget, probes: Sequence[Probe]) -> float:
-    """Return the fraction by which a batch may exceed its prediction: the most by which any large probe did, and enough
-    to stay clear of those that did not fit."""
+    """Return the fraction by which a batch may exceed its prediction.
+
+    It is the most by which any large probe did, and enough to stay clear of those that did not fit.
+    """
     fitting = [p for p in probes if p.fits]
     large = max(p.bytes for p in fitting) / 2
     over = [p.bytes / budget.bytes(*p.shape) - 1 for p in fitting if p.bytes >= large]

@@ -1,5 +1,6 @@
-"""One training step: the gradient of its micro-batches, with fallbacks for those that do not fit in memory, and the
-update of the weights.
+"""One training step: the gradient of its micro-batches and the update of the weights.
+
+A micro-batch that does not fit in memory is split.
 
 B: utterances, F: feature frames, M: mel bins, N: micro-batches of the step, S: statistics of all BatchNorms.
 """
@@ -201,8 +202,10 @@ class Gradient:
                     parameter.grad.mul_(had / max(1, left))
 
     def merge_statistics(self, numbers: Sequence[int], count: int) -> None:
-        """Merge the BatchNorm statistics of the step's ``count`` micro-batches into the running ones, in plan order;
-        ``numbers`` are the positions of those computed by this rank."""
+        """Merge the BatchNorm statistics of the step's ``count`` micro-batches into the running ones, in plan order.
+
+        ``numbers`` are the positions of those computed by this rank.
+        """
         norms = [norm for norm in self.norms if norm.training]
         if self.ranks.size == 1 or not norms:
             for norm in norms:
@@ -234,8 +237,10 @@ class Gradient:
         splits: dict[int, SplitMicroBatch],
         unfit: Sequence[int],
     ) -> tuple[list[Tensor], list[int], Loaded | None]:
-        """Compute all micro-batches; return the sums of their losses, their positions, and the one that ran out of
-        memory, after which none is computed."""
+        """Compute all micro-batches, up to one that runs out of memory.
+
+        Return the sums of their losses, their positions, and the one that failed.
+        """
         sums: list[Tensor] = []
         numbers: list[int] = []
         for one in loaded:

@@ -153,8 +153,10 @@ class Optimizers:
         )
 
     def state_dict(self) -> list[dict]:
-        """Return the state of each torch optimiser, keyed by parameter names instead of numbers: other parameters may
-        be trained when it is loaded."""
+        """Return the state of each torch optimiser, keyed by parameter names instead of numbers.
+
+        Other parameters may be trained when it is loaded.
+        """
         found = []
         for (optimizer, _), names in zip(self.parts, self.numbered()):
             held = optimizer.state_dict()
@@ -279,8 +281,10 @@ class Muon(torch.optim.Optimizer):
         self._updated.clear()
 
     def _directions(self, parameters: list[Tensor], updates: list[Tensor], every: int, turn: int) -> list[Tensor]:
-        """Return the update directions of ``parameters``, all of one shape: orthogonalised for those whose turn it is,
-        the last ones for the others."""
+        """Return the update directions of ``parameters``, all of one shape.
+
+        They are orthogonalised for those whose turn it is, and the last ones for the others.
+        """
         if every == 1:
             return _orthogonalised(updates)
         states = [self.state[parameter] for parameter in parameters]
