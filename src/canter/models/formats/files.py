@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and clear errors for those that cannot be read."""
+"""Files of model folders: replaced as a unit, and read with a clear error for what is damaged."""
 
 import os
 import stat
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def shard_names(index: Any, source: str | Path) -> list[str]:
     """Return the files that a ``.safetensors.index.json`` lists, sorted.
 
-    Raises CheckpointError for what is no such index, and for a shard that is outside its folder or no safetensors file.
+    Raises CheckpointError for anything but such an index, and for a shard that is outside its folder or no safetensors file.
     """
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
@@ -117,7 +117,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Check the kind of a safetensors file and the length of its header, which is parsed whole.
+    """Check the kind of a safetensors file and the length of its header, which is parsed at once.
 
     Raises CheckpointError, and FileNotFoundError where there is no such file.
     """

@@ -49,10 +49,9 @@ LISTS = ("suppress_tokens", "begin_suppress_tokens")
 def check_generation(
     values: Mapping[str, Any], source: str | Path, vocabulary: int, heads: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Return the settings, once those that decoding reads are checked against the model; others are kept as they are.
+    """Return the settings, after checking those that decoding reads; others are kept as they are.
 
     ``vocabulary`` is the number of the model's tokens, ``heads`` the layers of its decoder and the heads of each.
-
     Raises CheckpointError naming ``source``, the setting and its value: token ids beyond the vocabulary, numbers out of
     range, lists without end, attention heads that the decoder lacks.
     """

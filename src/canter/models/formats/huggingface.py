@@ -82,8 +82,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 
 @dataclass(frozen=True)
 class Layout:
-    """How transformers spells an architecture: (their setting, our field) for each part, where it keeps
-    them, and what is the same in all models that both have."""
+    """An architecture's settings in transformers: names, sections, and constants."""
 
     architecture: str
     extractor: str
@@ -225,10 +224,9 @@ LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
 
 
 def read_hf(folder: str | Path) -> SpeechModel:
-    """The Canary or Whisper in a folder that transformers wrote (safetensors only).
+    """Return the Canary or Whisper in a folder that transformers wrote (only safetensors).
 
-    Raises CheckpointError for other architectures, settings that these modules lack, and tensors that do not
-    fit.
+    Raises CheckpointError for settings that these modules lack, and tensors that do not fit.
     """
     folder = Path(folder)
     source = folder / "config.json"
@@ -292,13 +290,16 @@ def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, A
 
 
 def _sines_first(width: int) -> Tensor:
-    """Order of the columns that puts alternating sines and cosines apart."""
+    """Return the order of columns that puts all sines before all cosines, from alternating ones."""
     return torch.arange(width).view(-1, 2).T.flatten()
 
 
 def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """The decoder with its residual stream in another order: what is added to it and what is read from it are
-    permuted alike, so that it computes the same with positions permuted so."""
+    """Return the decoder's tensors with its residual stream in another order.
+
+    Modules that write to the stream and those that read from it are permuted alike, so the function is the same with
+    positions permuted so.
+    """
     permuted = {}
     for name, tensor in tensors.items():
         leaf = name.rsplit(".", 2)[-2:]
@@ -319,10 +320,10 @@ def write_hf(
     tokenizer: Any = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files. A
-    CTC head has no place there: it is left out, with a warning.
+    """Write ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files.
 
-    Raises CheckpointError for a model that transformers has no architecture for, naming what is in the way.
+    A CTC head is left out, with a warning. Raises CheckpointError for a model that transformers has no architecture
+    for, naming what is in the way.
     """
     folder = Path(folder)
     config, tokenizer = model.config, tokenizer or model.tokenizer
@@ -349,7 +350,7 @@ def write_hf(
 
 
 def _their_config(layout: Layout, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json``."""
+    """Return ``config.json`` and ``preprocessor_config.json``."""
     values: dict[str, Any] = {"architectures": [layout.architecture]}
     for section, settings in layout.theirs.items():
         (values.setdefault(section, {}) if section else values).update(settings)
@@ -375,8 +376,7 @@ FREE = ("dropout", "layer_drop", "dither", "pad_seconds")  # of training, or of 
 
 
 def _check_expressible(config: ModelConfig, theirs: ModelConfig, folder: Path) -> None:
-    """CheckpointError if ``theirs``, which is what the layout makes of ``config``, computes something
-    else."""
+    """Raise CheckpointError if ``theirs``, made from ``config`` by the layout, computes something else."""
     wrong = [
         f"{part}.{name} {value!r}"
         for part in ("features", "encoder", "decoder")

@@ -1,8 +1,8 @@
 """NeMo's ``.nemo`` archives of Canary, read and written without NeMo.
 
-An archive is a tar of ``model_config.yaml``, ``model_weights.ckpt`` (a ``torch.save`` of a state dict) and
-the tokenizer's files. Nothing in it is unpickled but tensors, and nothing is extracted to disk: members are
-read by name, links and names that lead out of the archive are refused.
+An archive is a tar of ``model_config.yaml``, ``model_weights.ckpt`` (a ``torch.save`` of a state dict) and the
+tokenizer's files. Only tensors are unpickled, and nothing is extracted to disk: members are read by name; links and
+names that lead out of the archive are refused.
 """
 
 import hashlib
@@ -106,8 +106,10 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _our_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
-    """NeMo's configuration as ours. CheckpointError names a setting that is missing or that these modules
-    lack."""
+    """Return NeMo's configuration as ours.
+
+    Raises CheckpointError that names a setting that is missing or that these modules lack.
+    """
     for section, name, values in REQUIRED:
         value = _section(config, section).get(name, values[0])
         if value not in values:
@@ -174,9 +176,9 @@ def _our_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
 
 
 def read_nemo_archive(path: str | Path) -> SpeechModel:
-    """The Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
+    """Return the Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
 
-    Raises CheckpointError for what is no archive, truncated, unsafe, or another kind of model.
+    Raises CheckpointError for a file that is not an archive, truncated, unsafe, or another kind of model.
     """
     path = Path(path)
     with opened(path) as archive:
@@ -202,10 +204,10 @@ def write_nemo(
     tokenizer: Any = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``model`` and its tokenizer to an archive. A CTC head is left out, with a warning.
+    """Write ``model`` and its tokenizer to an archive that NeMo restores; a CTC head is left out, with a warning.
 
-    Raises CheckpointError for what NeMo's Canary cannot be: another encoder, a decoder with Whisper's
-    options, a tokenizer without a vocabulary for each language.
+    Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's options,
+    a tokenizer without a vocabulary for each language.
     """
     path = Path(path)
     tokenizer = tokenizer or model.tokenizer
@@ -242,7 +244,7 @@ def _check_expressible(config: ModelConfig, path: Path) -> None:
 
 
 def _tokenizer_files(tokenizer: Any, path: Path) -> dict[str, tuple[str, bytes]]:
-    """Language -> name in the archive and SentencePiece model."""
+    """Return name in the archive and SentencePiece model by language."""
     if tokenizer is None:
         raise CheckpointError(f"{path}: the model has no tokenizer, without which NeMo restores nothing")
     if not isinstance(tokenizer, SentencePieceTokenizer):
@@ -268,8 +270,8 @@ def _tokenizer_files(tokenizer: Any, path: Path) -> dict[str, tuple[str, bytes]]
 
 
 def special_tokens_model(tokens: tuple[str, ...]) -> bytes:
-    """A serialised SentencePiece model (``sentencepiece_model.proto``) of these pieces, the first for
-    unknowns."""
+    """Return a serialised SentencePiece model (``sentencepiece_model.proto``) of ``tokens``; the first is for unknowns.
+    """
 
     def field(number: int, content: bytes) -> bytes:
         return _varint(number << 3 | 2) + _varint(len(content)) + content
