@@ -65,9 +65,9 @@ def load_module(
 ) -> AnyModel:
     """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
 
-    Raises CheckpointError for a path without a model, one that is truncated, does not fit its configuration, or cannot
-    take the audio that it pads to; MissingExtraError where transformers is needed and not installed; ConfigError for a device that is
-    not here, and for int8 anywhere but in a native model on a CPU.
+    Raises CheckpointError for a path without a model, and for one that is truncated, does not fit its configuration, or
+    cannot take the audio that it pads to; MissingExtraError if transformers is needed and not installed; ConfigError
+    for a device that is not here, and for int8 anywhere but in a native model on a CPU.
     """
     path, device = Path(path), choose_device(str(device))
     if precision == "int8" and device.type != "cpu":

@@ -5,7 +5,7 @@ L: layers, C: slots, H: heads, T: encoder frames, U: columns, K: head width, N: 
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from canter.models.device import upload
 ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
 ALIGNED = 64  # bytes, as torch aligns its own memory
 SPARE = 128  # columns more than the next rows need, at most: moving live rows costs about as much as a step
+
+T = TypeVar("T")
 
 
 class CacheShape(Protocol):
@@ -48,7 +50,7 @@ def untouched_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.from_numpy(raw)[begin : begin + size * item].view(like.dtype).view(*shape)
 
 
-def swap_out(values: list[Any], slots: Sequence[int]) -> None:
+def swap_out(values: list[T], slots: Sequence[int]) -> None:
     """Remove ``slots`` from a list; its last entries take their places."""
     for slot in sorted(slots, reverse=True):
         values[slot] = values[-1]

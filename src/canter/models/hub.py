@@ -11,9 +11,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from canter.errors import CheckpointError
 from canter.extras import require
@@ -68,8 +67,7 @@ def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
 
 
 def is_hub_name(model: str | Path | None) -> bool:
-    """Return whether ``model`` has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, and is not a path on this disk.
-    """
+    """Return whether ``model`` has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, and is not a path on this disk."""
     if model is None or Path(model).exists() or Path(model).suffix in (".nemo", ".safetensors"):
         return False
     return HUB_NAME.fullmatch(os.fspath(model)) is not None
@@ -149,7 +147,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     files = [file.rfilename for file in info.siblings or []]
     commit = info.sha or revision
 
-    def read_index() -> dict[str, Any]:
+    def read_index() -> object:
         return read_json(Path(hf_hub_download(name, WEIGHTS_INDEX, revision=commit)))
 
     wanted = _wanted(name, files, read_index)
@@ -192,7 +190,7 @@ def _cached(name: str, revision: str | None, why: str) -> Path:
     return _model_in(folder, wanted)
 
 
-def _wanted(name: str, files: Sequence[str], read_index: Any) -> list[str]:
+def _wanted(name: str, files: Sequence[str], read_index: Callable[[], object]) -> list[str]:
     """Return the files of a hub model to fetch, out of all that it has.
 
     Raises CheckpointError for a model with neither safetensors nor a ``.nemo`` archive.

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,7 +13,7 @@ from canter.models.formats.files import read_json, read_tensors, replacing_model
 from canter.models.formats.fitting import build, check_vocabulary, fit_tensors
 from canter.models.formats.generation import check_generation
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel, kind_of
-from canter.text import Characters, load_tokenizer
+from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.text.characters import FILE as CHARACTERS
 
 FORMAT = "canter-model/1"
@@ -49,7 +48,7 @@ def config_from_json(values: Mapping[str, object], source: str) -> ModelConfig:
 def save_model(
     model: SpeechModel,
     folder: str | Path,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``model`` and ``tokenizer`` (default: the model's own) to ``folder``, complete or not at all; return it.
@@ -78,7 +77,7 @@ def save_model(
 def read_folder(folder: Path) -> SpeechModel:
     """Return the model of a folder that `save_model` wrote, with its tokenizer, characters and generation settings.
 
-    Raises CheckpointError for a folder of something else, one that is truncated, or whose tensors do not fit its configuration.
+    Raises CheckpointError for a folder of something else, and for a model that is truncated or does not fit together.
     """
     config_file = folder / "config.json"
     values = read_json(config_file)

@@ -18,6 +18,9 @@ from canter.untrusted import is_file_name, read_json_value
 MOST_HEADER_BYTES = 4 * 2**20
 """Header of a safetensors file; 10,000 tensors take about 1 MiB."""
 
+Settings = dict[str, Any]
+"""A JSON object or YAML mapping of settings, of which nothing is known until it is checked."""
+
 
 @contextmanager
 def replacing_model(target: str | Path) -> Iterator[Path]:
@@ -55,7 +58,7 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Settings:
     """Return a JSON object; CheckpointError if it is anything else, or beyond the limits of `canter.untrusted`."""
     try:
         value = read_json_value(path)
@@ -68,10 +71,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def shard_names(index: Any, source: str | Path) -> list[str]:
+def shard_names(index: object, source: str | Path) -> list[str]:
     """Return the files that a ``.safetensors.index.json`` lists, sorted.
 
-    Raises CheckpointError for anything but such an index, and for a shard that is outside its folder or no safetensors file.
+    Raises CheckpointError for anything but such an index, and for a shard outside its folder or of another kind.
     """
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from canter.errors import CheckpointError
 from canter.models.layers import ACTIVATIONS
 from canter.models.model import ModelConfig, SpeechModel
+from canter.text import Tokenizer
 
 # Field of any part -> least and greatest value. A new part may use these names and add its own.
 RANGES: dict[str, tuple[float, float]] = {
@@ -196,7 +197,7 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> None:
+def check_vocabulary(model: SpeechModel, tokenizer: Tokenizer | None, source: str | Path) -> None:
     """Raise CheckpointError if the tokenizer has ids that the model's embedding does not."""
     if tokenizer is not None and tokenizer.vocab_size > model.config.decoder.vocabulary:
         raise CheckpointError(

@@ -14,12 +14,12 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.formats.files import read_json, read_tensors, replacing_model, stored_bytes
+from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
-from canter.text import load_tokenizer
+from canter.text import Tokenizer, load_tokenizer
 
 # Our names to theirs, as substrings, in this order.
 CANARY_NAMES = Renaming(
@@ -92,9 +92,9 @@ class Layout:
     sections: Mapping[str, str]
     """Part -> key of its settings inside ``config.json``; '' for the top level."""
     fields: Mapping[str, tuple[tuple[str, str], ...]]
-    theirs: Mapping[str, Mapping[str, Any]]
+    theirs: Mapping[str, Settings]
     """Section -> settings with the one value that our modules compute."""
-    ours: Mapping[str, Any]
+    ours: Settings
     """Fields of DecoderConfig."""
     tokenizer: str
     """File of a tokenizer that we read."""
@@ -255,7 +255,7 @@ def read_hf(folder: str | Path) -> SpeechModel:
     return model
 
 
-def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, Any], source: Path) -> ModelConfig:
+def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path) -> ModelConfig:
     for section, required in layout.theirs.items():
         given = values.get(section) if section else values
         if not isinstance(given, Mapping):
@@ -265,7 +265,7 @@ def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, A
                 place = f"{section}.{name}" if section else name
                 raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
-    def part(name: str, cls: type, given: Mapping[str, Any], **fixed: Any) -> Any:
+    def part(name: str, cls: type, given: Settings, **fixed: Any) -> Any:
         fields = dict(fixed)
         for theirs, ours in layout.fields[name]:
             kind = type(getattr(cls, ours))  # of the default
@@ -317,7 +317,7 @@ def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
 def write_hf(
     model: SpeechModel,
     folder: str | Path,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files.
@@ -349,9 +349,9 @@ def write_hf(
     return folder
 
 
-def _their_config(layout: Layout, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def _their_config(layout: Layout, config: ModelConfig) -> tuple[Settings, Settings]:
     """Return ``config.json`` and ``preprocessor_config.json``."""
-    values: dict[str, Any] = {"architectures": [layout.architecture]}
+    values: Settings = {"architectures": [layout.architecture]}
     for section, settings in layout.theirs.items():
         (values.setdefault(section, {}) if section else values).update(settings)
     for part, section in layout.sections.items():

@@ -1,6 +1,6 @@
 """The strided convolutions before a FastConformer, without what lies between them in memory.
 
-B: utterances, F: feature frames, M: mel bins, C: channels; F1, M1 and so on: after that number of halvings. Channels are last.
+B: utterances, F: feature frames, M: mel bins, C: channels, last in memory; F1, M1, F2, ...: after each halving.
 
 The first convolution makes 2 GB of a minute of 128 utterances in bf16, eight times what the second leaves of them. Here
 a tile of the second's outputs computes the values of the first that it needs, as products of matrices: 16 columns
