@@ -214,7 +214,8 @@ FORMATS = {
     one.name: one
     for one in (
         Format("nemo", "a `.nemo` archive", lambda path: not path.is_dir(), _read_nemo, _write_nemo),
-        Format("huggingface", "a Hugging Face folder", _is_huggingface, _read_huggingface, _write_huggingface),
+        Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
+               _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),
                _read_transformers, _write_transformers, native=False),
         Format("canter", "a Canter folder", Path.is_dir, _read_canter, _write_canter),

@@ -67,7 +67,7 @@ def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
 
 
 def is_hub_name(model: str | Path | None) -> bool:
-    """Return whether ``model`` has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, and is not a path on this disk."""
+    """Return whether ``model`` has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` and is not a path here."""
     if model is None or Path(model).exists() or Path(model).suffix in (".nemo", ".safetensors"):
         return False
     return HUB_NAME.fullmatch(os.fspath(model)) is not None

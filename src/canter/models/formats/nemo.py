@@ -271,7 +271,7 @@ def _tokenizer_files(tokenizer: Tokenizer | None, path: Path) -> dict[str, tuple
 
 
 def special_tokens_model(tokens: tuple[str, ...]) -> bytes:
-    """Return a serialised SentencePiece model (``sentencepiece_model.proto``) of ``tokens``; the first is for unknowns."""
+    """Return a serialised SentencePiece model (``sentencepiece_model.proto``); the first token is for unknowns."""
 
     def field(number: int, content: bytes) -> bytes:
         return _varint(number << 3 | 2) + _varint(len(content)) + content
