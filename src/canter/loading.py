@@ -35,14 +35,14 @@ class Format:
 
     name: str
     files: str
-    """What it consists of, for documentation and messages."""
+    """Its name for documentation and messages."""
     recognises: Callable[[Path], bool]
     """Return whether a file or folder is of this format, once those before it in `FORMATS` were asked."""
     read: Callable[[Path, torch.dtype], AnyModel]
     write: Callable[[AnyModel, Path, Mapping[str, Tensor] | None], Path]
     """Write a model, complete or not at all, with these tensors in place of its state dict."""
     native: bool = True
-    """Whether it is read as Canter's own model, which any other native format can hold too."""
+    """True if it is read as Canter's own model, which any other native format can hold too."""
 
 
 def format_of(path: str | Path) -> Format:
@@ -65,9 +65,9 @@ def load_module(
 ) -> AnyModel:
     """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
 
-    Raises CheckpointError for what is no model, is truncated, does not fit its configuration, or cannot take the audio
-    that it pads to; MissingExtraError where transformers is needed and not installed; ConfigError for a device that is
-    not here, and for int8 anywhere but in a native model on a CPU.
+    Raises CheckpointError for a path without a model, and for one that is truncated, does not fit its configuration, or
+    cannot take the audio that it pads to; MissingExtraError if transformers is needed and not installed; ConfigError
+    for a device that is not here, and for int8 anywhere but in a native model on a CPU.
     """
     path, device = Path(path), choose_device(str(device))
     if precision == "int8" and device.type != "cpu":
@@ -214,7 +214,8 @@ FORMATS = {
     one.name: one
     for one in (
         Format("nemo", "a `.nemo` archive", lambda path: not path.is_dir(), _read_nemo, _write_nemo),
-        Format("huggingface", "a Hugging Face folder", _is_huggingface, _read_huggingface, _write_huggingface),
+        Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
+               _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),
                _read_transformers, _write_transformers, native=False),
         Format("canter", "a Canter folder", Path.is_dir, _read_canter, _write_canter),

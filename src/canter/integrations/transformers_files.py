@@ -1,7 +1,7 @@
-"""A folder, or a name on the hub, to transformers' model, feature extractor and tokenizer.
+"""Read a folder, or a name on the hub, into transformers' model, feature extractor and tokenizer.
 
 Folders come from anywhere. transformers is called so that it runs no code of theirs and opens no connection, and only
-after what it would read is checked: it allocates whatever a configuration asks for.
+after the files that it would read are checked: it allocates whatever a configuration asks for.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is no list and no object, with the name of the setting that it belongs to."""
+    """Yield every value but lists and objects, with the name of the setting that it belongs to."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _numbers(inner, str(name))

@@ -28,26 +28,26 @@ class DecoderConfig:
     feedforward: int = 576
     vocabulary: int = 512
     positions: int = 512
-    """The longest sequence, prompt and end token included."""
+    """Maximum number of tokens, prompt and end token included."""
     pad: int = 0
     """Id of the padding token."""
     learned_positions: bool = False
-    """Whether positions are learned (Whisper) or sinusoids (Canary)."""
+    """Learned positions (Whisper) instead of sinusoids (Canary)."""
     embedding_norm: bool = True
-    """Whether embedded tokens are normalised (Canary)."""
+    """LayerNorm on embedded tokens (Canary)."""
     activation: str = "relu"
-    """Of the feed-forward: 'relu' (Canary) or 'gelu' (Whisper)."""
+    """Activation of the feed-forward: 'relu' (Canary) or 'gelu' (Whisper)."""
     key_bias: bool = True
-    """Whether attention keys have a bias; Whisper's have none."""
+    """Bias of the attention keys; Whisper's have none."""
     head_bias: bool = True
-    """Whether the head has a bias beside the embedding's weight; Whisper's has none."""
+    """Bias of the head, beside the embedding's weight; Whisper's has none."""
     dropout: float = 0.0
-    """Of embeddings and of what each sub-layer adds."""
+    """Dropout of embeddings and of the output of each sub-layer."""
     dropout_attention: float = 0.0
     dropout_activation: float = 0.0
-    """Inside the feed-forward."""
+    """Dropout inside the feed-forward."""
     layer_drop: float = 0.0
-    """Probability that training leaves a layer out."""
+    """Probability of dropping a layer in training."""
 
 
 FEW = 5  # rows, up to which a product with a vocabulary's matrix is faster the other way round
@@ -113,7 +113,7 @@ class Decoder(Stack):
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
-        """X (B, U, D) -> logits (B, U, V)."""
+        """Return logits (B, U, V) of hidden states ``x`` (B, U, D)."""
         x, weight = self.norm(x), self.embedding.weight
         rows = x.shape[0] * x.shape[1]
         if 1 < rows <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -123,8 +123,11 @@ class Decoder(Stack):
         return F.linear(x, weight, self.head_bias)
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        """Tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
-        end, where causal attention never looks. ValueError for more tokens than there are positions."""
+        """Return logits (B, U, V) of tokens (B, U), for encoded (B, T, D), encoded_lengths (B,).
+
+        Padding is on the right, where causal attention never looks. Raises ValueError for more tokens than there are
+        positions.
+        """
         if tokens.shape[1] > self.config.positions:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions")
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
@@ -137,7 +140,7 @@ class Decoder(Stack):
         return cast(Iterable[DecoderLayer], self.layers)
 
     def cache(self, beams: int = 1, rows: int = 0) -> DecoderCache:
-        """Return an empty cache, for ``admit`` to fill, of so many beams a row and usually at most ``rows`` rows."""
+        """Return an empty cache for ``admit`` to fill, with ``beams`` per row and usually at most ``rows`` rows."""
         return DecoderCache(self.config, like=self.embedding.weight, beams=beams, most=rows)
 
     def admit(
@@ -147,10 +150,9 @@ class Decoder(Stack):
         encoded_lengths: list[int],
         cache: DecoderCache,
     ) -> Tensor:
-        """New rows enter the next free slots: the encoder output (m, T, D) is projected to every layer's
-        keys and values, once, and the prompts (of any lengths) are read.
+        """Add rows to the cache, and return the logits (m, V) of the first token after each prompt.
 
-        Returns the logits (m, V) of the first token after each prompt.
+        The encoder output (m, T, D) is projected to every layer's keys and values, once; prompts may have any lengths.
         """
         return self.head(self.read(prompts, encoded, encoded_lengths, cache)[:, -1])
 
@@ -161,7 +163,7 @@ class Decoder(Stack):
         encoded_lengths: list[int],
         cache: DecoderCache,
     ) -> Tensor:
-        """As ``admit``, but returns hidden states (m, P, D) of the prompts, which end at the last of P."""
+        """Add rows as ``admit`` does, and return hidden states (m, P, D) of the prompts, which end at the last of P."""
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
         cache.reserve(len(prompts), frames, before=size, after=cache.beams)
         cache.add([len(prompt) for prompt in prompts], encoded_lengths)
@@ -179,15 +181,16 @@ class Decoder(Stack):
         return self._advance(tokens, cache, first)
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows
-        by N. N tokens follow one another; in a cache of N beams they are one token of each beam."""
+        """Return logits (B, N, V) of the next tokens (B, N) of all live rows; the cache grows by N columns.
+
+        N tokens follow one another; in a cache of N beams they are one token of each beam.
+        """
         cache.reserve(0, 0, before=0, after=tokens.shape[1])
         cache.branch()
         return self.head(self._advance(tokens, cache))
 
     def _advance(self, tokens: Tensor, cache: DecoderCache, first: int | None = None) -> Tensor:
-        """Tokens (B, N) of all live rows, or the prompts of those from slot ``first`` on -> hidden states
-        (B, N, D)."""
+        """Return hidden states of tokens (B, N) of all live rows, or of the prompts of those from slot ``first`` on."""
         rows, column, n = slice(first or 0, cache.rows), cache.column, tokens.shape[1]
         starts, frames = cache.starts[rows], cache.frames[rows]
         oldest, size = min(starts), max(frames)
@@ -237,8 +240,10 @@ class Decoder(Stack):
         return x
 
     def cross_weights(self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Where the tokens (U,) of one row look: ``cross`` (L, 2, H, T, K) of its cache, ``heads`` pairs of
-        layer and head -> weights (heads, U, T), float32, and logits (U, V)."""
+        """Return cross-attention weights (heads, U, T), float32, and logits (U, V) of the tokens (U,) of one row.
+
+        cross: (L, 2, H, T, K) of its cache. heads: pairs of layer and head.
+        """
         x = self.embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
         found: dict[tuple[int, int], Tensor] = {}
         for number, (layer, encoded) in enumerate(zip(self.blocks, cross[:, :, None].unbind(0))):
@@ -252,11 +257,11 @@ class Decoder(Stack):
         return torch.stack([found[pair] for pair in heads]), self.head(x)[0]
 
     def fixed_step(self, tokens: Tensor, column: Tensor, cache: DecoderCache, columns: int, frames: int) -> Tensor:
-        """As ``step``, of shapes and addresses that do not change from step to step, for CUDA graphs.
+        """Return logits (R, N, V) as ``step`` does, in shapes and addresses that never change, for CUDA graphs.
 
-        tokens (R, N) of the first R slots, live or not; ``column`` (1,) is the cache's, on the device, below
-        ``columns`` - N; ``frames``: of cross-attention that are looked at. The caller has made room, has
-        called ``cache.branch`` and moves ``cache.column`` on. -> logits (R, N, V).
+        tokens: (R, N) of the first R slots, live or not. column: (1,), the cache's, on the device, below ``columns`` -
+        N. frames: number of encoder frames attended to. The caller has made room, has called ``cache.branch`` and
+        advances ``cache.column``.
         """
         r, n = tokens.shape
         own, cross = cache.own[:, :, :r, :, :columns], cache.cross[:, :, :r, :, :frames]

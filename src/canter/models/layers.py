@@ -141,9 +141,9 @@ class Stack(nn.Module):
 
     layers: nn.ModuleList
     recompute: bool = False
-    """Whether the backward pass computes each layer again instead of keeping its activations (Chen et al., 2016)."""
+    """Activation checkpointing: the backward pass computes each layer again (Chen et al., 2016)."""
     compiled: bool = False
-    """Whether each layer is compiled."""
+    """True if each layer is compiled."""
 
     def run(self, x: Tensor, *context: Tensor | None, layer_drop: float = 0.0) -> Tensor:
         """Run ``x`` through all layers, each called with ``context`` too.
@@ -183,7 +183,7 @@ class Encoder(Stack):
     outputs: tuple[str, ...] = ()
     """Modules of a layer that write to the residual stream: with all of them zero, the layer is the identity."""
     same_lengths: bool = False
-    """Whether every utterance fills its batch, because all are padded to one length; the model sets it."""
+    """True if every utterance fills its batch, because all are padded to one length; the model sets it."""
     last_norm: str = ""
     """The norm that a layer ends with, if it has one."""
 

@@ -77,7 +77,7 @@ class SpeechModel(nn.Module):
 
     @property
     def supports(self) -> Set[Capability]:
-        """What Canter's own models can do: everything."""
+        """All features."""
         return SUPPORTED
 
     @property
@@ -125,7 +125,7 @@ class SpeechModel(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        """Whether activation checkpointing is on."""
+        """True while activation checkpointing is on."""
         return self.encoder.recompute
 
     def recompute_activations(self, on: bool = True) -> None:

@@ -128,7 +128,7 @@ class AnyModel(Protocol):
 
     @property
     def recomputes(self) -> bool:
-        """Whether activation checkpointing is on."""
+        """True while activation checkpointing is on."""
         ...
 
     def recompute_activations(self, on: bool = True) -> None:

@@ -1,9 +1,8 @@
-"""Moving capacity from decoder to encoder, from trained weights.
+"""Move capacity from decoder to encoder, starting from trained weights.
 
-A smaller decoder keeps some of its layers. A larger encoder gets new layers between its own, either such
-that they change nothing at first (LLaMA Pro's block expansion, Wu et al., 2024: a copy of the layer before
-whose outputs are zero), or as working copies (depth up-scaling, Kim et al., 2023), which changes the
-function but starts with more to learn from.
+A smaller decoder keeps some of its layers. A larger encoder gets new layers between its own, which either change
+nothing at first (block expansion of LLaMA Pro, Wu et al., 2024: a copy of the layer before whose outputs are zero), or
+are working copies (depth up-scaling, Kim et al., 2023), which changes the function but starts with more to learn from.
 """
 
 import time
@@ -23,8 +22,11 @@ Kept = Literal["even", "spread", "first", "last"]
 
 
 def kept_layers(count: int, of: int, kept: Kept = "even") -> list[int]:
-    """Which layers a stack of ``of`` keeps: the first, the last, spread from first to last (Gandhi et
-    al., 2023, who made Distil-Whisper so), or at even steps from the first on."""
+    """Return the layers that a stack of ``of`` keeps.
+
+    They are the first, the last, spread from first to last (Distil-Whisper, Gandhi et al., 2023), or at even steps from
+    the first on.
+    """
     if kept == "first" or count == of:
         return list(range(count))
     if kept == "last":
@@ -35,8 +37,10 @@ def kept_layers(count: int, of: int, kept: Kept = "even") -> list[int]:
 
 
 def grown_layers(count: int, of: int) -> list[tuple[int, bool]]:
-    """The layers of a stack grown from ``of``: (the layer it comes from, whether it is new), new ones spread
-    evenly, each after the one it is a copy of."""
+    """Return the layers of a stack grown from ``of``: (the layer it comes from, whether it is new).
+
+    New layers are spread evenly, each after the one it is a copy of.
+    """
     new = count - of
     layers = []
     for place in range(of):
@@ -53,10 +57,10 @@ def reshape(
     growth: Growth = "identity",
     kept: Kept = "even",
 ) -> SpeechModel:
-    """A model with other numbers of layers, started from the weights of ``model``, which stays as it is.
+    """Return a model with other numbers of layers, started from the weights of ``model``, which does not change.
 
-    With ``growth="identity"`` a larger encoder computes what it did. ConfigError for impossible numbers, or
-    an encoder that does not tell which of its modules write to the residual stream.
+    With ``growth="identity"`` a larger encoder computes the same function. Raises ConfigError for impossible numbers,
+    or an encoder that does not state which of its modules write to the residual stream.
     """
     encoder, decoder = model.config.encoder, model.config.decoder
     wide, deep = encoder_layers or encoder.layers, decoder_layers or decoder.layers
@@ -86,7 +90,7 @@ def reshape(
 
 
 def with_layers(config: ModelConfig, encoder_layers: int, decoder_layers: int) -> ModelConfig:
-    """``config`` with other numbers of layers."""
+    """Return ``config`` with other numbers of layers."""
     encoder = replace(config.encoder, layers=encoder_layers)  # pyright: ignore[reportArgumentType]
     return replace(config, encoder=encoder, decoder=replace(config.decoder, layers=decoder_layers))
 
@@ -103,8 +107,11 @@ def _stack(model: SpeechModel, part: str, order: Sequence[tuple[int, bool]]) -> 
 def _make_identities(
     tensors: dict[str, Tensor], order: Sequence[tuple[int, bool]], outputs: Sequence[str], last_norm: str
 ) -> None:
-    """Zeroes what new layers add. Where a layer ends in a norm, the one before a new layer loses its scale
-    and shift, which the new one has copied: the norm of a normalised vector is the vector."""
+    """Zero what new layers add.
+
+    Where a layer ends in a norm, the one before a new layer loses its scale and shift, which the new one has copied:
+    the norm of a normalised vector is the vector.
+    """
     for place, (_, new) in enumerate(order):
         if not new:
             continue
@@ -125,8 +132,10 @@ def encoder_layers_that_keep(
     seconds: float,
     tokens: int,
 ) -> int:
-    """How many encoder layers bring parameters, or operations for an utterance of so many seconds and tokens,
-    nearest to those of ``config`` once the decoder has ``decoder_layers``."""
+    """Return the number of encoder layers that keeps parameters, or FLOPs of an utterance, nearest to ``config``.
+
+    The decoder is given ``decoder_layers``; the utterance has ``seconds`` and ``tokens``.
+    """
 
     def size(encoder: int, decoder: int) -> float:
         shape = with_layers(config, encoder, decoder)
@@ -144,13 +153,13 @@ def encoder_layers_that_keep(
 
 @dataclass(frozen=True)
 class StackTime:
-    """Seconds of a stack: what does not depend on its depth, and a layer."""
+    """Seconds of a stack of layers: the part that does not depend on its depth, and a layer."""
 
     rest: float
     layer: float
 
     def of(self, layers: int) -> float:
-        """Seconds with so many layers."""
+        """Return the seconds with ``layers``."""
         return self.rest + layers * self.layer
 
 
@@ -164,8 +173,7 @@ class DecodingTime:
 
 @torch.no_grad()
 def measure_times(model: SpeechModel, seconds: float = 10.0, tokens: int = 40, batch: int = 4) -> DecodingTime:
-    """Times ``model`` as it is and with one layer left, on a batch of silence of so many seconds and
-    tokens."""
+    """Return the times of ``model``, measured as it is and with one layer, on a batch of silence."""
     was_training = model.training
     model.eval()
     device = model.decoder.embedding.weight.device
@@ -207,7 +215,7 @@ def _by_depth(part: nn.Module, run: Callable[[], object]) -> StackTime:
 
 
 def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
-    """The least of ``repeats``, after one run to warm up: what else runs on the machine only adds."""
+    """Return the least seconds of ``repeats`` runs, after one to warm up: other processes only add to it."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

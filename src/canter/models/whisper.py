@@ -1,7 +1,7 @@
 """Whisper's encoder (Radford et al., 2022, arXiv 2212.04356).
 
-B: utterances, F: feature frames (10 ms), M: mel bins, T: encoder frames (20 ms), D: width. The original
-always sees 30 s; this one takes any length up to that, and padding never changes a valid position.
+B: utterances, F: feature frames (10 ms), M: mel bins, T: encoder frames (20 ms), D: width. The original always sees 30
+s; this one takes any length up to that, and padding never changes a valid position.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class WhisperEncoderConfig:
     feedforward: int = 1536
     mels: int = 80
     positions: int = 1500
-    """The most encoder frames: 30 s."""
+    """Maximum number of encoder frames: 30 s."""
     dropout: float = 0.0
     dropout_attention: float = 0.0
     dropout_activation: float = 0.0
-    """Inside the feed-forward."""
+    """Dropout inside the feed-forward."""
     layer_drop: float = 0.0
-    """Probability that training leaves a layer out."""
+    """Probability of dropping a layer in training."""
 
     def build(self) -> "WhisperEncoder":
         return WhisperEncoder(self)
@@ -90,16 +90,17 @@ class WhisperEncoder(Encoder):
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths
 
     def _convolved(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """(B, F, M) and (B,) in feature frames -> (B, T, D)."""
         x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
         x = gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
         # in memory as it is read, or every layer copies what it reads, and adds to what stands across
         return gelu(self.conv2(x)).transpose(1, 2).contiguous()
 
     def _without_silence(self, features: Tensor) -> int:
-        """How many frames of ``features`` (B, F, M) tell what the convolutions make of all, where the others only
-        repeat the last: what they make of silence is the same anywhere but at the end. 0: all of them, as on a
-        GPU, which would have to be waited for to know."""
+        """Return the number of frames of ``features`` (B, F, M) before the silence at the end, with a margin; 0: all.
+
+        The convolutions give the same for silence anywhere but at the end. It is 0 on a GPU too, where one would have
+        to wait to know.
+        """
         if not self.same_lengths or features.device.type != "cpu" or torch.compiler.is_compiling():
             return 0
         sounding = (features != features[:, -1:]).any(2).any(0).nonzero()

@@ -1,10 +1,8 @@
-"""Models on disk: a folder of ``config.json``, ``model.safetensors`` and, if it has one, the tokenizer's
-files."""
+"""Canter's model folders: ``config.json``, ``model.safetensors`` and, if it has one, the tokenizer's files."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +13,7 @@ from canter.models.formats.files import read_json, read_tensors, replacing_model
 from canter.models.formats.fitting import build, check_vocabulary, fit_tensors
 from canter.models.formats.generation import check_generation
 from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel, kind_of
-from canter.text import Characters, load_tokenizer
+from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.text.characters import FILE as CHARACTERS
 
 FORMAT = "canter-model/1"
@@ -50,15 +48,14 @@ def config_from_json(values: Mapping[str, object], source: str) -> ModelConfig:
 def save_model(
     model: SpeechModel,
     folder: str | Path,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``model`` and ``tokenizer`` (by default the model's own) to ``folder``, which appears only when
-    whole and replaces a model folder of that name. ``weights`` may stand in for the model's state dict: a copy of
-    it from an earlier step, or an average. Returns the folder.
+    """Write ``model`` and ``tokenizer`` (default: the model's own) to ``folder``, complete or not at all; return it.
 
-    Raises CheckpointError if the folder holds something else or the
-    tokenizer has more ids than the model.
+    A model folder of that name is replaced. ``weights`` stand in for the model's state dict: those of an earlier step,
+    or an average. Raises CheckpointError if the folder holds something else or the tokenizer has more ids than the
+    model.
     """
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, folder)
@@ -80,7 +77,7 @@ def save_model(
 def read_folder(folder: Path) -> SpeechModel:
     """Return the model of a folder that `save_model` wrote, with its tokenizer, characters and generation settings.
 
-    Raises CheckpointError for what is no such folder, is truncated, or whose tensors do not fit its configuration.
+    Raises CheckpointError for a folder of something else, and for a model that is truncated or does not fit together.
     """
     config_file = folder / "config.json"
     values = read_json(config_file)

@@ -1,4 +1,8 @@
-"""From a configuration and tensors of any origin to a model, with every misfit named."""
+"""Make a model of a configuration and tensors of any origin, with every misfit named.
+
+A configuration is a few bytes and decides how much memory and time building the model takes, so every value is checked
+by range, and the total size by the bytes of weights that come with it.
+"""
 
 import dataclasses
 import warnings
@@ -13,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from canter.errors import CheckpointError
 from canter.models.layers import ACTIVATIONS
 from canter.models.model import ModelConfig, SpeechModel
+from canter.text import Tokenizer
 
 # Field of any part -> least and greatest value. A new part may use these names and add its own.
 RANGES: dict[str, tuple[float, float]] = {
@@ -49,8 +54,10 @@ SMALL = 2**24
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Modules built in this context keep their parameters as allocated: they are about to be overwritten, and
-    drawing a billion normals takes longer than reading them."""
+    """Mode in which new modules keep their parameters as allocated.
+
+    They are about to be overwritten, and drawing a billion normals takes longer than reading them.
+    """
 
     SKIPPED = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
@@ -61,9 +68,9 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def build(config: ModelConfig, source: str | Path, stored: int | None = None) -> SpeechModel:
-    """Return the model of that shape with whatever its memory held: fill it next.
+    """Return a model of that shape with uninitialised weights.
 
-    ``stored`` is the size of its weights in bytes, where it is known. Raises CheckpointError for an impossible
+    ``stored`` is the size of its weights in bytes, if it is known. Raises CheckpointError for an impossible
     configuration, or one that these weights cannot fill; see `check_config`.
     """
     check_config(config, source, stored)
@@ -136,7 +143,7 @@ def _check_fields(part: Any, place: str) -> None:
 
 
 def least_parameters(config: ModelConfig) -> int:
-    """Return how many parameters a model of this shape has at least: attention, feed-forward and embedding."""
+    """Return the parameters of attention, feed-forward and embedding: a lower bound for a model of this shape."""
     encoder, decoder = config.encoder, config.decoder
     feedforward = getattr(encoder, "feedforward", 0)
     return (
@@ -150,7 +157,7 @@ def least_parameters(config: ModelConfig) -> int:
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
+    """Copy ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
 
     Raises CheckpointError with the names of missing, unexpected, misshapen and mistyped tensors, before anything is
     copied.
@@ -190,8 +197,8 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> None:
-    """CheckpointError if the tokenizer has ids that the model's embedding does not."""
+def check_vocabulary(model: SpeechModel, tokenizer: Tokenizer | None, source: str | Path) -> None:
+    """Raise CheckpointError if the tokenizer has ids that the model's embedding does not."""
     if tokenizer is not None and tokenizer.vocab_size > model.config.decoder.vocabulary:
         raise CheckpointError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
@@ -217,13 +224,13 @@ class Renaming:
         self.pairs = pairs
 
     def name(self, ours: str) -> str:
-        """Their name of our tensor."""
+        """Return their name of our tensor."""
         for our, their in self.pairs:
             ours = ours.replace(our, their)
         return ours
 
     def ours(self, theirs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Their tensors under the names and shapes of ``model``; unknown ones keep their names."""
+        """Return their tensors under the names and shapes of ``model``; unknown ones keep their names."""
         theirs = dict(theirs)
         ours = {}
         for name, tensor in model.state_dict().items():
@@ -233,7 +240,7 @@ class Renaming:
         return ours | theirs
 
     def theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors under their names and shapes, ready to be written."""
+        """Return our tensors under their names and shapes, ready to be written."""
         theirs = {}
         for name, tensor in ours.items():
             kernel = ".pointwise_conv" in name and tensor.ndim == 2

@@ -14,12 +14,12 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.formats.files import read_json, read_tensors, replacing_model, stored_bytes
+from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
-from canter.text import load_tokenizer
+from canter.text import Tokenizer, load_tokenizer
 
 # Our names to theirs, as substrings, in this order.
 CANARY_NAMES = Renaming(
@@ -82,8 +82,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 
 @dataclass(frozen=True)
 class Layout:
-    """How transformers spells an architecture: (their setting, our field) for each part, where it keeps
-    them, and what is the same in all models that both have."""
+    """An architecture's settings in transformers: names, sections, and constants."""
 
     architecture: str
     extractor: str
@@ -93,9 +92,9 @@ class Layout:
     sections: Mapping[str, str]
     """Part -> key of its settings inside ``config.json``; '' for the top level."""
     fields: Mapping[str, tuple[tuple[str, str], ...]]
-    theirs: Mapping[str, Mapping[str, Any]]
+    theirs: Mapping[str, Settings]
     """Section -> settings with the one value that our modules compute."""
-    ours: Mapping[str, Any]
+    ours: Settings
     """Fields of DecoderConfig."""
     tokenizer: str
     """File of a tokenizer that we read."""
@@ -225,10 +224,9 @@ LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
 
 
 def read_hf(folder: str | Path) -> SpeechModel:
-    """The Canary or Whisper in a folder that transformers wrote (safetensors only).
+    """Return the Canary or Whisper in a folder that transformers wrote (only safetensors).
 
-    Raises CheckpointError for other architectures, settings that these modules lack, and tensors that do not
-    fit.
+    Raises CheckpointError for settings that these modules lack, and tensors that do not fit.
     """
     folder = Path(folder)
     source = folder / "config.json"
@@ -257,7 +255,7 @@ def read_hf(folder: str | Path) -> SpeechModel:
     return model
 
 
-def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, Any], source: Path) -> ModelConfig:
+def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path) -> ModelConfig:
     for section, required in layout.theirs.items():
         given = values.get(section) if section else values
         if not isinstance(given, Mapping):
@@ -267,7 +265,7 @@ def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, A
                 place = f"{section}.{name}" if section else name
                 raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
-    def part(name: str, cls: type, given: Mapping[str, Any], **fixed: Any) -> Any:
+    def part(name: str, cls: type, given: Settings, **fixed: Any) -> Any:
         fields = dict(fixed)
         for theirs, ours in layout.fields[name]:
             kind = type(getattr(cls, ours))  # of the default
@@ -292,13 +290,16 @@ def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, A
 
 
 def _sines_first(width: int) -> Tensor:
-    """Order of the columns that puts alternating sines and cosines apart."""
+    """Return the order of columns that puts all sines before all cosines, from alternating ones."""
     return torch.arange(width).view(-1, 2).T.flatten()
 
 
 def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """The decoder with its residual stream in another order: what is added to it and what is read from it are
-    permuted alike, so that it computes the same with positions permuted so."""
+    """Return the decoder's tensors with its residual stream in another order.
+
+    Modules that write to the stream and those that read from it are permuted alike, so the function is the same with
+    positions permuted so.
+    """
     permuted = {}
     for name, tensor in tensors.items():
         leaf = name.rsplit(".", 2)[-2:]
@@ -316,13 +317,13 @@ def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
 def write_hf(
     model: SpeechModel,
     folder: str | Path,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files. A
-    CTC head has no place there: it is left out, with a warning.
+    """Write ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files.
 
-    Raises CheckpointError for a model that transformers has no architecture for, naming what is in the way.
+    A CTC head is left out, with a warning. Raises CheckpointError for a model that transformers has no architecture
+    for, naming what is in the way.
     """
     folder = Path(folder)
     config, tokenizer = model.config, tokenizer or model.tokenizer
@@ -348,9 +349,9 @@ def write_hf(
     return folder
 
 
-def _their_config(layout: Layout, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json``."""
-    values: dict[str, Any] = {"architectures": [layout.architecture]}
+def _their_config(layout: Layout, config: ModelConfig) -> tuple[Settings, Settings]:
+    """Return ``config.json`` and ``preprocessor_config.json``."""
+    values: Settings = {"architectures": [layout.architecture]}
     for section, settings in layout.theirs.items():
         (values.setdefault(section, {}) if section else values).update(settings)
     for part, section in layout.sections.items():
@@ -375,8 +376,7 @@ FREE = ("dropout", "layer_drop", "dither", "pad_seconds")  # of training, or of 
 
 
 def _check_expressible(config: ModelConfig, theirs: ModelConfig, folder: Path) -> None:
-    """CheckpointError if ``theirs``, which is what the layout makes of ``config``, computes something
-    else."""
+    """Raise CheckpointError if ``theirs``, made from ``config`` by the layout, computes something else."""
     wrong = [
         f"{part}.{name} {value!r}"
         for part in ("features", "encoder", "decoder")

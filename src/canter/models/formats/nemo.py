@@ -1,8 +1,8 @@
 """NeMo's ``.nemo`` archives of Canary, read and written without NeMo.
 
-An archive is a tar of ``model_config.yaml``, ``model_weights.ckpt`` (a ``torch.save`` of a state dict) and
-the tokenizer's files. Nothing in it is unpickled but tensors, and nothing is extracted to disk: members are
-read by name, links and names that lead out of the archive are refused.
+An archive is a tar of ``model_config.yaml``, ``model_weights.ckpt`` (a ``torch.save`` of a state dict) and the
+tokenizer's files. Only tensors are unpickled, and nothing is extracted to disk: members are read by name; links and
+names that lead out of the archive are refused.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -25,10 +24,11 @@ from canter.files import replacing
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.formats.files import Settings
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.torchfile import load_tensors
 from canter.models.model import ModelConfig, SpeechModel
-from canter.text import SentencePieceTokenizer
+from canter.text import SentencePieceTokenizer, Tokenizer
 from canter.text.archive import CONFIG, Archive, open_archive
 from canter.text.nemo import SPECIAL, nemo_tokenizer
 
@@ -97,7 +97,7 @@ def opened(path: Path) -> AbstractContextManager[NemoArchive]:
     return open_archive(path, NemoArchive)
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _section(config: Settings, name: str) -> Settings:
     for part in name.split("."):
         config = config.get(part) or {}
         if not isinstance(config, Mapping):
@@ -105,9 +105,11 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return config
 
 
-def _our_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
-    """NeMo's configuration as ours. CheckpointError names a setting that is missing or that these modules
-    lack."""
+def _our_config(config: Settings, source: str | Path) -> ModelConfig:
+    """Return NeMo's configuration as ours.
+
+    Raises CheckpointError that names a setting that is missing or that these modules lack.
+    """
     for section, name, values in REQUIRED:
         value = _section(config, section).get(name, values[0])
         if value not in values:
@@ -119,7 +121,7 @@ def _our_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
     if encoder.get("dropout_emb"):
         warnings.warn(f"{source}: encoder.dropout_emb {encoder['dropout_emb']} is ignored", stacklevel=2)
 
-    def number(part: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    def number(part: Settings, name: str, default: float | None = None) -> float:
         value = part.get(name, default)
         if value is None:
             raise CheckpointError(f"{source}: the configuration of a Canary lacks {name!r}")
@@ -127,7 +129,7 @@ def _our_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
             raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r:.80})")
         return value
 
-    def whole(part: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    def whole(part: Settings, name: str, default: int | None = None) -> int:
         value = number(part, name, default)
         if value != int(value):
             raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r})")
@@ -174,9 +176,9 @@ def _our_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
 
 
 def read_nemo_archive(path: str | Path) -> SpeechModel:
-    """The Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
+    """Return the Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
 
-    Raises CheckpointError for what is no archive, truncated, unsafe, or another kind of model.
+    Raises CheckpointError for a file that is not an archive, truncated, unsafe, or another kind of model.
     """
     path = Path(path)
     with opened(path) as archive:
@@ -199,19 +201,20 @@ def read_nemo_archive(path: str | Path) -> SpeechModel:
 def write_nemo(
     model: SpeechModel,
     path: str | Path,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes ``model`` and its tokenizer to an archive. A CTC head is left out, with a warning.
+    """Write ``model`` and its tokenizer to an archive that NeMo restores; a CTC head is left out, with a warning.
 
-    Raises CheckpointError for what NeMo's Canary cannot be: another encoder, a decoder with Whisper's
-    options, a tokenizer without a vocabulary for each language.
+    Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's options,
+    a tokenizer without a vocabulary for each language.
     """
     path = Path(path)
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, path)
     _check_expressible(model.config, path)
     files = _tokenizer_files(tokenizer, path)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
     stored = io.BytesIO()
     torch.save(_their_tensors(model, weights or model.state_dict(), path), stored)
     values = _their_config(model.config, tokenizer, files)
@@ -241,8 +244,8 @@ def _check_expressible(config: ModelConfig, path: Path) -> None:
         )
 
 
-def _tokenizer_files(tokenizer: Any, path: Path) -> dict[str, tuple[str, bytes]]:
-    """Language -> name in the archive and SentencePiece model."""
+def _tokenizer_files(tokenizer: Tokenizer | None, path: Path) -> dict[str, tuple[str, bytes]]:
+    """Return name in the archive and SentencePiece model by language."""
     if tokenizer is None:
         raise CheckpointError(f"{path}: the model has no tokenizer, without which NeMo restores nothing")
     if not isinstance(tokenizer, SentencePieceTokenizer):
@@ -268,8 +271,7 @@ def _tokenizer_files(tokenizer: Any, path: Path) -> dict[str, tuple[str, bytes]]
 
 
 def special_tokens_model(tokens: tuple[str, ...]) -> bytes:
-    """A serialised SentencePiece model (``sentencepiece_model.proto``) of these pieces, the first for
-    unknowns."""
+    """Return a serialised SentencePiece model (``sentencepiece_model.proto``); the first token is for unknowns."""
 
     def field(number: int, content: bytes) -> bytes:
         return _varint(number << 3 | 2) + _varint(len(content)) + content
@@ -300,7 +302,9 @@ def _their_tensors(model: SpeechModel, weights: Mapping[str, Tensor], path: Path
     return theirs
 
 
-def _their_config(config: ModelConfig, tokenizer: Any, files: dict[str, tuple[str, bytes]]) -> dict[str, Any]:
+def _their_config(
+    config: ModelConfig, tokenizer: SentencePieceTokenizer, files: dict[str, tuple[str, bytes]]
+) -> Settings:
     features, encoder, decoder = config.features, config.encoder, config.decoder
     assert isinstance(features, FeatureConfig)
     assert isinstance(encoder, FastConformerConfig)
