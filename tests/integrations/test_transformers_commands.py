@@ -147,7 +147,7 @@ def test_beams(moonshine, corpus, tmp_path, capsys):
 def test_tune_and_info(moonshine, corpus, tmp_path, capsys):
     budget, lengths = tmp_path / "budget.json", tmp_path / "lengths.arrow"
     LengthIndex(np.linspace(0.5, 2, 40).astype(np.float32), np.arange(40) % 8 + 3).save(lengths)
-    options = ["--index", str(lengths), "--probes", "6", "--threads", "1", "--limit", "500MB"]
+    options = ["--index", str(lengths), "--probes", "6", "--threads", "1", "--memory", "500MB"]
     assert main(["tune", str(moonshine), *options, "-o", str(budget)]) == 0
     measured = Budget.load(budget).measured_on
     assert measured["model_shape"].startswith("transformers MoonshineForConditionalGeneration, ")
