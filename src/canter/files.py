@@ -54,7 +54,7 @@ def replacing(target: str | os.PathLike[str], *, durable: bool = True) -> Iterat
 
 
 def write_text(target: str | os.PathLike[str], content: str | Iterable[str], *, durable: bool = True) -> None:
-    """Write a UTF-8 text file with ``\\n`` line ends atomically; see `replacing`."""
+    """Write a UTF-8 text file with line feeds as line ends atomically; see `replacing`."""
     with replacing(target, durable=durable) as fresh, open(fresh, "w", encoding="utf-8", newline="\n") as file:
         file.writelines([content] if isinstance(content, str) else content)
 

@@ -312,7 +312,7 @@ class Plan:
     # -- steps --
 
     def __len__(self) -> int:
-        """Steps in the epoch."""
+        """Return the number of steps in the epoch."""
         return int(self.table_of_steps[-1])
 
     def step(self, number: int) -> list[np.ndarray]:

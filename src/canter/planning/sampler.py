@@ -196,7 +196,7 @@ class PlanSampler(Stepper):
             yield from batches
 
     def __len__(self) -> int:
-        """Number of this rank's batches in the remainder of the epoch."""
+        """Return the number of this rank's batches in the remainder of the epoch."""
         plan = self.plan_of(self.epoch)
         first = 0 if self.start is None else plan.number(self.start)
         shares = (plan.micro_batches_for(self.rank, self.ranks, number) for number in range(first, len(plan)))
@@ -264,7 +264,7 @@ class StepSampler(Stepper):
             yield from ([] for _ in range(self.accumulation - len(mine)))
 
     def __len__(self) -> int:
-        """Number of batches of a pass."""
+        """Return the number of batches of a pass."""
         return self.steps * self.accumulation
 
 

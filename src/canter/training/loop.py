@@ -61,7 +61,7 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """This rank's micro-batches of a step."""
+    """One rank's micro-batches of a step."""
 
     loaded: list[Loaded]
     counts: TargetCounts

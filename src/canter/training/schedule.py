@@ -131,7 +131,9 @@ class BatchLimits:
 def choose_limits(
     config: TrainConfig, index: LengthIndex, budget: Budget, ranks: int, micro_batches: int, on_cpu: bool
 ) -> BatchLimits:
-    """Return the bounds that --batch-seconds and --min-steps stand for. The rule of 'auto':
+    """Return the bounds that --batch-seconds and --min-steps stand for.
+
+    The rule of 'auto':
 
     - An epoch has at least 50 optimiser steps, and the run at least 1000 from scratch or 200 with --init; but a step
       has at least 4 s of audio.

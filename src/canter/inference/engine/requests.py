@@ -118,7 +118,7 @@ class Hypothesis:
 
     @property
     def parts(self) -> "list[Hypothesis]":
-        """This hypothesis and its continuations, in order."""
+        """Hypothesis and its continuations, in order."""
         return [self, *(self.continuation.parts if self.continuation else ())]
 
     @property

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process in its process group."""
+    """One process of a process group, as it sees itself and the others."""
 
     rank: int = 0
     size: int = 1
