@@ -87,9 +87,9 @@ class Attention(nn.Module):
         ``mask`` is boolean, true where attended, or added to the scores; it broadcasts to (B, H, U, N).
         """
         if isinstance(source, KeyValues):
-            if source.columns is not None:
+            keys, values, columns = source
+            if columns is not None:
                 source.write(*self.project(x))
-            keys, values = source.keys, source.values
         else:
             keys, values = self.project(source)
         dropout = self.dropout if self.training else 0.0
@@ -128,12 +128,15 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         """Return ``x`` (B, U, D) plus what it reads by ``attention`` from ``source``, by default from itself."""
         h = norm(x)
-        return x + self.dropout(attention(h, h if source is None else source, mask, causal))
+        y = attention(h, h if source is None else source, mask, causal)
+        return x + (self.dropout(y) if self.training else y)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return ``x`` (B, U, D) plus its feed-forward."""
         h = self.activation(self.up(self.norm_feed_forward(x)))
-        return x + self.dropout(self.down(self.dropout_activation(h)))
+        if self.training:  # a decoding step spends a few per cent of its time on modules that do nothing
+            return x + self.dropout(self.down(self.dropout_activation(h)))
+        return x + self.down(h)
 
 
 class Stack(nn.Module):
