@@ -27,7 +27,7 @@ from canter.cli.progress import TerminalEvents, say
 from canter.demo.synthesis import synthesise
 from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
-from canter.training.feed.steps import Steps
+from canter.training.feed.data import Steps
 from canter.training.recipe import prepare_training, run_training
 
 

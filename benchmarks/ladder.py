@@ -16,8 +16,7 @@ from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
-from canter.training.feed.data import Loaded
-from canter.training.feed.steps import Steps
+from canter.training.feed.data import Loaded, Steps
 from canter.training.step.gradient import TargetCounts, TrainingStep
 
 STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from canter.corpus.headers import LostAudio
-from canter.corpus.media import HEAD, format_of
+from canter.corpus.media import HEAD, container_format
 from canter.errors import AudioError
 from canter.extras import install
 
@@ -340,7 +340,7 @@ def open_ffmpeg_track(path: str, file: BinaryIO, reason: str, track: int | None 
 def _refusal(path: str, file: BinaryIO, reason: str, error: Exception) -> str:
     """Return the message for a file that FFmpeg does not open."""
     file.seek(0)
-    known = format_of(file.read(HEAD))
+    known = container_format(file.read(HEAD))
     if isinstance(error, _NoTrack):
         return f"{path} cannot be read: {error}; leave it out"
     if known and isinstance(error, OSError | ValueError) and getattr(error, "errno", 0) != NOT_ALLOWED:

@@ -33,7 +33,7 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # firs
 _IMAGES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis", b"crx ", b"jp2 ")
 
 
-def format_of(head: bytes) -> str | None:
+def container_format(head: bytes) -> str | None:
     """Return the name of the audio or video format of a file with these first bytes, or None."""
     for start, name in _SIGNATURES.items():
         if head.startswith(start):
@@ -107,7 +107,7 @@ def is_media(path: str) -> bool:
     if not there and (suffix in AUDIO_SUFFIXES or suffix in MANIFEST_SUFFIXES or not is_url(path)):
         return suffix in AUDIO_SUFFIXES
     head = head_of(path)
-    if format_of(head):
+    if container_format(head):
         return True
     if is_data(head) or suffix in MANIFEST_SUFFIXES:
         return False
@@ -131,4 +131,4 @@ def _is_media_in_folder(path: str) -> bool:
     suffix, head = os.path.splitext(path)[1].lower(), head_of(path)
     if suffix in AUDIO_SUFFIXES and not (suffix in SOURCE_CODE and is_text(head)):
         return True  # the reader reports what is wrong with it
-    return format_of(head) is not None
+    return container_format(head) is not None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from canter.corpus.columns import ANY, Columns, ReadOptions
 from canter.corpus.manifest import checked_rows, expand_shards, open_manifest, read_nemo, scan_lines
-from canter.corpus.media import AUDIO_SUFFIXES, MANIFEST_SUFFIXES, format_of, head_of, is_data, media_in
+from canter.corpus.media import AUDIO_SUFFIXES, MANIFEST_SUFFIXES, container_format, head_of, is_data, media_in
 from canter.corpus.readers.documents import is_document, read_document
 from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.readers.huggingface import dataset_files, holds_audio, read_huggingface, read_parquet
@@ -168,7 +168,7 @@ def _of_file(path: str, columns: Columns) -> Unit:
         except OSError as error:
             raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     head = head_of(path) if os.path.isfile(path) else b""
-    if format_of(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
+    if container_format(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
     if suffix not in MANIFEST_SUFFIXES:
         suffix = next((name for start, name in _CONTENTS.items() if head.startswith(start)), suffix)

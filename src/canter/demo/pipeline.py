@@ -50,7 +50,7 @@ from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, R
 from canter.reporting.html import write_page
 from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig, load_run_config
-from canter.training.feed.steps import Steps
+from canter.training.feed.data import Steps
 from canter.training.loop import PreparedRun
 from canter.training.recipe import FinishedRun, run_training
 from canter.training.run.reports import StepReport

@@ -249,7 +249,7 @@ class TrainConfig:
     """Maximum number of utterances transcribed at a validation, evenly spread over the manifest."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep besides the best one."""
-    max_skipped: float = 0.1
+    max_skipped: Annotated[float, FileOnly()] = 0.1
     """Maximum fraction of utterances that turn out to be unusable; the run stops beyond it."""
     max_bad_steps: Annotated[int, FileOnly()] = 10
     """Maximum number of consecutive steps with a non-finite loss or gradient; each is skipped, then the run stops."""

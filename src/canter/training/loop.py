@@ -24,12 +24,12 @@ from canter.models.model import SpeechModel
 from canter.models.protocol import module_of
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
+from canter.planning.sampler import PlannedStep
 from canter.runtime import is_out_of_memory
 from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.corpus import TrainingData
-from canter.training.feed.data import Address, Loaded, Patience, StoppedWaitingError, load_ahead
-from canter.training.feed.steps import PlannedStep, Steps
+from canter.training.feed.data import Address, Loaded, Patience, Steps, StoppedWaitingError, load_ahead
 from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_snapshot, take_snapshot
 from canter.training.run.folder import RunFolder
 from canter.training.run.reports import (

@@ -16,10 +16,10 @@ from canter.models.norm import MaskedBatchNorm
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import AugmentConfig, OptimizerConfig
+from canter.training.feed.data import Steps
 from canter.training.feed.speed import AtSpeed, speeds_of
-from canter.training.feed.steps import Steps
 from canter.training.recipe import run_training
-from canter.training.run.reports import kind_of
+from canter.training.run.reports import problem_kind
 from canter.training.step.optimizers import Average, Optimizers, Schedule
 from canter.training.step.weights import compile_layers, freeze, to_training
 
@@ -189,5 +189,5 @@ def test_a_tracker_that_is_not_installed_is_named(config, monkeypatch):
 
 
 def test_reasons_are_counted_by_kind():
-    one = kind_of("/a/b.wav is empty (0 bytes); copy it again", "/a/b.wav")
-    assert one == kind_of("/c/d.wav is empty (0 bytes); copy it again", "/c/d.wav") == "is empty (N bytes)"
+    one = problem_kind("/a/b.wav is empty (0 bytes); copy it again", "/a/b.wav")
+    assert one == problem_kind("/c/d.wav is empty (0 bytes); copy it again", "/c/d.wav") == "is empty (N bytes)"

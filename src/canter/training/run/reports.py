@@ -86,7 +86,7 @@ class Progress:
     plan: str = ""
     """Fingerprint of the plan."""
     tightenings: list = field(default_factory=list)
-    """Budgets that out-of-memory errors made smaller; see `canter.training.feed.steps`."""
+    """Budgets that out-of-memory errors made smaller; see `canter.planning.sampler.Stepper`."""
 
     def add(self, report: StepReport) -> None:
         """Add a step."""
@@ -251,7 +251,7 @@ def check_skipped(log: RunLog, progress: Progress, limit: float, ranks: Ranks) -
     reasons = ranks.broadcast_object(frequent_reasons(log.skipped) if ranks.first else "")
     raise CanterError(
         f"{progress.skipped} of {seen} utterances could not be used (see {log.skipped}): {reasons}; correct the "
-        "manifest, or allow more with --max-skipped"
+        "manifest, or allow more with max_skipped in the configuration file"
     )
 
 
@@ -262,7 +262,7 @@ def frequent_reasons(listed: Path, limit: int = 4) -> str:
         for line in file:
             try:
                 row = json.loads(line)
-                kinds[kind_of(row["reason"], row["file"])] += 1
+                kinds[problem_kind(row["reason"], row["file"])] += 1
             except (ValueError, KeyError, TypeError, AttributeError):
                 kinds["unreadable line of this list"] += 1
     parts = [f"{count} x {kind}" for kind, count in kinds.most_common(limit)]
@@ -270,7 +270,7 @@ def frequent_reasons(listed: Path, limit: int = 4) -> str:
     return ", ".join(parts) + (f" and {more} other reasons" if more > 0 else "")
 
 
-def kind_of(reason: str, file: str) -> str:
+def problem_kind(reason: str, file: str) -> str:
     """Return a reason without its file, its numbers and the advice after it: 'is empty (N bytes)'."""
     bare = reason.replace(file, "").lstrip(": ").split(";")[0]
     return re.sub(r"\d+(\.\d+)?", "N", bare)[:80].strip()
