@@ -52,7 +52,7 @@ from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig, load_run_config
 from canter.training.feed.data import Steps
 from canter.training.loop import PreparedRun
-from canter.training.recipe import FinishedRun, run_training
+from canter.training.recipe import FinishedRun, prepare_training, run_training
 from canter.training.run.reports import StepReport
 from canter.training.step.gradient import Gradient, TargetCounts
 
@@ -84,16 +84,18 @@ def run_demo(config: DemoConfig, events: Events[StepReport]) -> DemoSummary:
         )
         figures = describe_corpus(corpus)
         summary |= {"utterances": corpus.utterances, "audio_hours": figures["audio_hours"], "corpus": figures}
-    with stage("index, budget, train"):
+    with stage("index, budget, plan"):
         folder = config.output / scale.run
         minutes = config.minutes or scale.minutes or training_minutes(folder, (time.perf_counter() - began) / 60)
         settings = replace(recipe(corpus.train_manifest, folder), minutes=minutes, seed=config.seed)
-        finished = run_training(settings, events)
-        summary |= describe_training(finished)
-    run = finished.prepared
+        run = prepare_training(settings, events)
     with stage("ladder"):
         summary |= compare_strategies(run.data.index, run.schedule.budget, scale.longest_in_memory, events)
         figures["lengths"] = sample_lengths(run.data.index)
+    with stage("train"):
+        finished = run_training(settings, events)
+        summary |= describe_training(finished)
+        run = finished.prepared
     with stage("transcribe, score"):
         engine = load_engine(folder, EngineConfig(ctc_weight=CTC_WEIGHT), device=settings.device)
         summary |= transcribe_test(engine, corpus, config.output / "test.transcribed.jsonl", events)
