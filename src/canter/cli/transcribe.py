@@ -253,7 +253,7 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
 
     from canter.inference.engine.engine import engine_for
     from canter.inference.engine.requests import EngineConfig
-    from canter.loading import format_of, load_module
+    from canter.loading import load_module, model_format
     from canter.models.device import choose_device
     from canter.runtime import lasting_heap
 
@@ -262,7 +262,7 @@ def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         lasting_heap()
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    if not format_of(checkpoint).native:
+    if not model_format(checkpoint).native:
         refuse_ours(options, checkpoint)
     model = load_module(checkpoint, device, options.precision)
     if model.tokenizer is None:
