@@ -45,7 +45,7 @@ class Format:
     """True if it is read as Canter's own model, which any other native format can hold too."""
 
 
-def format_of(path: str | Path) -> Format:
+def model_format(path: str | Path) -> Format:
     """Return the format of the model at ``path``; what no format recognises counts as a damaged Canter folder.
 
     Raises CheckpointError where nothing is there, and for an adapter without its model.
@@ -72,7 +72,7 @@ def load_module(
     path, device = Path(path), choose_device(str(device))
     if precision == "int8" and device.type != "cpu":
         raise ConfigError(f"--precision int8 runs only on a CPU, not on {device}: use bf16 there")
-    kept = format_of(path)
+    kept = model_format(path)
     model = kept.read(path, DTYPES[precision])
     if kept.native:
         _check_window(cast(SpeechModel, model), path)
@@ -92,7 +92,7 @@ def load_model(
 
     Raises CheckpointError for an architecture that only transformers runs.
     """
-    path, kept = Path(path), format_of(path)
+    path, kept = Path(path), model_format(path)
     if not kept.native:
         raise CheckpointError(
             f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}; read are 'canary' and 'whisper'. "
@@ -145,9 +145,9 @@ def _is_huggingface(path: Path) -> bool:
 
 
 def _read_canter(path: Path, dtype: torch.dtype) -> AnyModel:
-    from canter.models.formats.checkpoint import read_folder
+    from canter.models.formats.checkpoint import read_canter_folder
 
-    return _fitting(read_folder(path), path, dtype)
+    return _fitting(read_canter_folder(path), path, dtype)
 
 
 def _read_huggingface(path: Path, dtype: torch.dtype) -> AnyModel:

@@ -113,7 +113,7 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(c * subsampled(config.mels), config.width)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        if kernels.usable(features):
+        if kernels.can_run(features):
             return self._fused(features, lengths)
         x = (features * length_mask(lengths, features.shape[1])[:, :, None])[:, None]
         lengths = subsampled_once(lengths)
@@ -199,7 +199,7 @@ class RelativeAttention(nn.Module):
         p = self.linear_pos(positions) * (d // self.heads) ** -0.5
         p = p.view(len(positions), self.heads, -1).permute(1, 2, 0)  # (H, K, N)
         by_content, by_position = (q + self.pos_bias_u).transpose(1, 2), q + self.pos_bias_v
-        if kernels.usable(q):  # one product a head, of all rows
+        if kernels.can_run(q):  # one product a head, of all rows
             scores = torch.bmm(by_position.view(b * t, self.heads, -1).transpose(0, 1), p)
             bias = conformer.relative_bias(scores.view(self.heads, b, t, -1), valid)
         else:
@@ -239,7 +239,7 @@ class Convolution(nn.Module):
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias))
         elif norm.training:  # not where its weights are frozen
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias), valid, count)
-        elif kernels.usable(x) and not torch.is_grad_enabled():
+        elif kernels.can_run(x) and not torch.is_grad_enabled():
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
             x = conformer.depthwise_normed(x, valid, conv.weight, conv.bias, *statistics, norm.epsilon)
             return self.pointwise_conv2(x)
@@ -253,7 +253,7 @@ class Convolution(nn.Module):
         On a CPU it runs in two dimensions, one of them of size 1: those have kernels for channels last in memory, as
         they are here, and take half the time.
         """
-        if kernels.usable(x):
+        if kernels.can_run(x):
             return conformer.depthwise(x, valid, weight, bias)
         x, padding, groups = (x * valid[:, :, None]).transpose(1, 2), weight.shape[2] // 2, len(weight)
         if x.is_cuda:

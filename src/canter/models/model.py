@@ -141,8 +141,8 @@ class SpeechModel(nn.Module):
         """Return the settings of features, encoder, decoder and, if it has one, CTC head."""
         config = self.config
         parts: dict[str, Mapping[str, object]] = {
-            "features": {"kind": kind_of(config.features), **asdict(config.features)},
-            "encoder": {"kind": kind_of(config.encoder), **asdict(config.encoder)},  # pyright: ignore[reportArgumentType]
+            "features": {"kind": part_kind(config.features), **asdict(config.features)},
+            "encoder": {"kind": part_kind(config.encoder), **asdict(config.encoder)},  # pyright: ignore[reportArgumentType]
             "decoder": asdict(config.decoder),
         }
         if self.ctc is not None:
@@ -250,7 +250,7 @@ class SpeechModel(nn.Module):
         return Loss(attention_sum, attention_count, ctc_sum, ctc_count)
 
 
-def kind_of(part: object) -> str:
+def part_kind(part: object) -> str:
     """Return the name of a kind of features or encoder, as checkpoints have it."""
     return next(name for name, cls in (FEATURES | ENCODERS).items() if cls is type(part))
 

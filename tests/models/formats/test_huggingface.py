@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import canter
 from canter.errors import CheckpointError
-from canter.loading import format_of
+from canter.loading import model_format
 from canter.models.batch import Batch
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -232,8 +232,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_whose_architecture_a_folder_is(tmp_path):
     write_hf(small_canary(), tmp_path / "ours")
-    assert format_of(tmp_path / "ours").name == "huggingface"
+    assert model_format(tmp_path / "ours").name == "huggingface"
     (tmp_path / "config.json").write_text('{"model_type": "moonshine"}')
-    assert format_of(tmp_path).name == "transformers"
+    assert model_format(tmp_path).name == "transformers"
     (tmp_path / "some.nemo").write_bytes(b"")
-    assert format_of(tmp_path / "some.nemo").name == "nemo"
+    assert model_format(tmp_path / "some.nemo").name == "nemo"

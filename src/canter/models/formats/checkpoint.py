@@ -12,7 +12,7 @@ from canter.fields import from_mapping, to_mapping
 from canter.models.formats.files import read_json, read_tensors, replacing_model, stored_bytes
 from canter.models.formats.fitting import build, check_vocabulary, fit_tensors
 from canter.models.formats.generation import check_generation
-from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel, kind_of
+from canter.models.model import ENCODERS, FEATURES, ModelConfig, SpeechModel, part_kind
 from canter.text import Characters, Tokenizer, load_tokenizer
 from canter.text.characters import FILE as CHARACTERS
 
@@ -24,7 +24,7 @@ def config_to_json(config: ModelConfig) -> dict[str, object]:
     """Return the configuration as a JSON object, with the kinds of its features and encoder."""
     values = to_mapping(config)
     for part in ("features", "encoder"):
-        values[part] = {"kind": kind_of(getattr(config, part)), **values[part]}
+        values[part] = {"kind": part_kind(getattr(config, part)), **values[part]}
     return values
 
 
@@ -74,7 +74,7 @@ def save_model(
     return Path(folder)
 
 
-def read_folder(folder: Path) -> SpeechModel:
+def read_canter_folder(folder: Path) -> SpeechModel:
     """Return the model of a folder that `save_model` wrote, with its tokenizer, characters and generation settings.
 
     Raises CheckpointError for a folder of something else, and for a model that is truncated or does not fit together.

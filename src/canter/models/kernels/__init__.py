@@ -20,6 +20,6 @@ def look_at(device: torch.device) -> None:
         AVAILABLE = torch.cuda.get_device_capability(device) >= OLDEST
 
 
-def usable(x: Tensor) -> bool:
-    """Whether ``x`` is where these kernels run, and of a type that their products of matrices are fast in."""
+def can_run(x: Tensor) -> bool:
+    """Return whether ``x`` is on a device that these kernels run on, and of a 16-bit type."""
     return AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
