@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
@@ -14,6 +14,7 @@ from canter.errors import ConfigError
 
 if TYPE_CHECKING:
     from canter.bench.speed import Clip, Speed
+    from canter.models.model import SpeechModel
 
 TYPE_OF = {"bf16": "bfloat16"}  # --precision -> the type's name in --against
 PRECISION_OF: dict[str, Literal["float32", "bf16", "int8"]] = {"float32": "float32", "bfloat16": "bf16", "int8": "int8"}
@@ -97,7 +98,7 @@ def run(options: Options) -> None:
             else:
                 check_support(model, {"--against": "cached_decoding"}, options.model)
                 weights = load_module(checkpoint, device) if options.precision == "int8" else model
-                system = load_peer(weights, package, type_name, peer_batch, Path(work))
+                system = load_peer(cast("SpeechModel", weights), package, type_name, peer_batch, Path(work))
             systems[f"{package} {type_name}"] = system
         if options.beam_size > 1:
             beams = Engine(model, engine.end, replace(config, beams=options.beam_size))

@@ -72,7 +72,7 @@ class TransformersModel(nn.Module):
             self.tokenizer = TransformersTokenizer(tokenizer, self.prompt, languages)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: Any):
+    def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: object):
         """Return the model of a folder, or of a name on the hub, from safetensors only.
 
         ``kwargs`` (dtype, ...) are the model's. Raises CheckpointError where transformers cannot load it, or tensors
@@ -295,7 +295,7 @@ class TransformersModel(nn.Module):
             counts[name] = sum(new.values())
         return {name: count for name, count in counts.items() if count}
 
-    def layers(self) -> dict[str, dict[str, Any]]:
+    def layers(self) -> dict[str, dict[str, str | int]]:
         """Return kind, layers and width of encoder and decoder; of the latter the vocabulary too."""
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
         inner = encoder if hasattr(encoder, "layers") else getattr(encoder, "encoder", encoder)
@@ -351,7 +351,7 @@ class TransformersModel(nn.Module):
         *,
         batch_seconds: float = 120.0,
         limits: Sequence[int] | None = None,
-        **generation: Any,
+        **generation: object,
     ) -> list[list[int]]:
         """Return the token ids of each clip (S,), in the order given, without prompt and end.
 

@@ -19,7 +19,10 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
+    FeatureExtractionMixin,
     GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
@@ -64,7 +67,9 @@ RANGES = tuple(
 )
 
 
-def load_parts(name: str | Path, **kwargs: Any) -> tuple[Any, Any, Any]:
+def load_parts(
+    name: str | Path, **kwargs: object
+) -> tuple[PreTrainedModel, FeatureExtractionMixin, PreTrainedTokenizerBase]:
     """Return model, feature extractor and tokenizer, as ``TransformersModel.from_pretrained`` wants them.
 
     Raises CheckpointError for a folder that is refused (see `check_folder`) or that transformers cannot load.

@@ -108,7 +108,7 @@ class PlanTrainerMixin:
         """Return the first step of the epoch that begins or is resumed now."""
         return self.state.global_step // self._steps.steps * self._steps.steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
         """Train as the Trainer does. Raises PlanError for a checkpoint of another plan."""
         folder = resume_from_checkpoint
         if folder is True:
@@ -140,7 +140,7 @@ class PlanTrainerMixin:
             generator=torch.Generator().manual_seed(self.plan.seed),  # does not touch torch's global one
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
         step, place = self._drawn
         if step != self.state.global_step:
             step, place = self.state.global_step, 0
@@ -150,7 +150,7 @@ class PlanTrainerMixin:
         set_seed(mix(self.args.seed, step, number) % 2**32)
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
         if "decoder_input_ids" not in inputs and "labels" in inputs:
             inputs = {**inputs, "decoder_input_ids": self._shifted(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -320,7 +320,7 @@ class SpeechCollator:
 class AnyLengthWhisperEncoder(WhisperEncoder):
     """Whisper's encoder of transformers for features (B, M, F) of any even F up to 3,000; see `accept_short_audio`."""
 
-    def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input_features: Tensor, *args: object, **kwargs: object) -> object:
         positions, config = self.embed_positions, self.config
         frames = input_features.shape[-1] // 2
         self.config = copy.copy(config)

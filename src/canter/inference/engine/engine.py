@@ -43,7 +43,7 @@ MIN_ROWS, MAX_ROWS, MAX_ROWS_GPU = 8, 64, 128
 def default_window(model: AnyModel) -> float:
     """Return the longest chunk in seconds to decode at once: the model's training length where known, else 40 s, and at
     most what it has positions for."""
-    return min(model.generation.get("window_seconds", 40.0), model.longest_seconds)
+    return min(cast(float, model.generation.get("window_seconds", 40.0)), model.longest_seconds)
 
 
 def default_frames(device: torch.device) -> int:

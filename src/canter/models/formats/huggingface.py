@@ -265,7 +265,7 @@ def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path)
                 place = f"{section}.{name}" if section else name
                 raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
-    def part(name: str, cls: type, given: Settings, **fixed: Any) -> Any:
+    def _part(name: str, cls: type, given: Settings, **fixed: Any) -> Any:
         fields = dict(fixed)
         for theirs, ours in layout.fields[name]:
             kind = type(getattr(cls, ours))  # of the default
@@ -283,9 +283,9 @@ def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path)
         return cls(**fields)
 
     given = {name: values[key] if key else values for name, key in layout.sections.items()}
-    encoder = part("encoder", layout.encoder, given["encoder"])
-    decoder = part("decoder", DecoderConfig, given["decoder"], **layout.ours)
-    features = part("features", layout.features, {"feature_size": encoder.mels, **sound})
+    encoder = _part("encoder", layout.encoder, given["encoder"])
+    decoder = _part("decoder", DecoderConfig, given["decoder"], **layout.ours)
+    features = _part("features", layout.features, {"feature_size": encoder.mels, **sound})
     return ModelConfig(features, encoder, decoder)
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import pickletools
 import zipfile
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -35,7 +35,7 @@ def load_tensors(file: IO[bytes], source: str) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def load_saved(file: IO[bytes], source: str, operations: int = MOST_OPERATIONS) -> Any:
+def load_saved(file: IO[bytes], source: str, operations: int = MOST_OPERATIONS) -> object:
     """Return what ``torch.save`` wrote to ``file``: tensors on the CPU, numbers and texts, in lists and mappings.
 
     Raises CheckpointError for records that are compressed (torch.save stores them uncompressed), a pickle that calls

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -222,7 +222,7 @@ def read_snapshot(folder: Path, model: AnyModel) -> Snapshot:
         state = json.loads((beside / STATE).read_text(encoding="utf-8"))
         state.pop(VERIFIED, None)
         with open(beside / OPTIMIZERS, "rb") as file:
-            optimizers = load_saved(file, OPTIMIZERS, MAX_OPERATIONS)
+            optimizers = cast("list[dict[str, Any]]", load_saved(file, OPTIMIZERS, MAX_OPERATIONS))
         for one in optimizers:
             names = [name for group in one["param_groups"] for name in group["params"]]
             if not all(isinstance(values, dict) for values in one["state"].values()):
