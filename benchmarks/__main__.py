@@ -56,13 +56,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "serving": ("serving.py --seconds 30",),
     "long_audio": ("long_audio.py --minutes 10",),
 }
-SHARED = {
-    "decoding",
-    "identity",
-    "whisper_windows",
-    "serving",
-    "long_audio",
-}  # whose defaults are below CANTER_SHARED
+SHARED = {"decoding", "identity", "whisper_windows", "serving", "long_audio"}  # whose defaults are below CANTER_SHARED
 
 
 def main(names: list[str]) -> int:

@@ -103,12 +103,7 @@ def canary_config(encoder_layers: int, decoder_layers: int, width: int = 1024) -
         mels=128,
     )
     decoder = DecoderConfig(
-        layers=decoder_layers,
-        width=width,
-        heads=heads,
-        feedforward=4 * width,
-        vocabulary=5248,
-        positions=1024,
+        layers=decoder_layers, width=width, heads=heads, feedforward=4 * width, vocabulary=5248, positions=1024
     )
     return ModelConfig(features=FeatureConfig(mels=128), encoder=encoder, decoder=decoder)
 

@@ -108,10 +108,7 @@ def run(options: Options) -> None:
         utterances = draw(table, options.utterances)
         for rows in options.rows:
             queues.append({"lengths": table.stem, **queue(model, utterances, rows)})
-            print(
-                {name: round(v, 3) if isinstance(v, float) else v for name, v in queues[-1].items()},
-                flush=True,
-            )
+            print({name: round(v, 3) if isinstance(v, float) else v for name, v in queues[-1].items()}, flush=True)
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": platform.processor() or platform.machine(),
@@ -124,11 +121,7 @@ def run(options: Options) -> None:
         audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
         shapes = {f"{e}/{d}": small_model(e, d) for e, d in ((4, 6), (6, 3), (7, 1))}
         shift = measure_shift(
-            shapes,
-            audio,
-            torch.tensor([len(clip) for clip in clips]),
-            tokens_per_row=24,
-            repeats=options.repeats,
+            shapes, audio, torch.tensor([len(clip) for clip in clips]), tokens_per_row=24, repeats=options.repeats
         )
         result["shift"] = [asdict(row) for row in shift]
         for row in shift:

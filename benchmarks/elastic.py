@@ -150,15 +150,7 @@ def cuts(options: Options) -> dict[str, Any]:
     for folder, cap in ((capped, budget.limit_bytes / OVER), (uncut, 0.0)):
         shutil.rmtree(folder, ignore_errors=True)
         more = ["--steps", str(options.steps), "--budget", str(options.output / "budget.json")]
-        arguments = [
-            "train",
-            "--manifest",
-            str(corpus.train_manifest),
-            "--output",
-            str(folder),
-            *LARGER,
-            *more,
-        ]
+        arguments = ["train", "--manifest", str(corpus.train_manifest), "--output", str(folder), *LARGER, *more]
         at = time.monotonic()
         told = json.dumps([cap, tightenings, arguments])
         done = subprocess.run([*start, __file__, "--child", told], capture_output=True, text=True)

@@ -173,11 +173,7 @@ def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: b
         track=(),
         loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0, label_smoothing=0.0),
         optimizer=OptimizerConfig(
-            name="adamw",
-            learning_rate=options.learning_rate,
-            weight_decay=0.0,
-            warmup=0.0,
-            schedule="constant",
+            name="adamw", learning_rate=options.learning_rate, weight_decay=0.0, warmup=0.0, schedule="constant"
         ),
     )
     finished = run_training(config, Turns())

@@ -193,11 +193,7 @@ class Manifests(Area):
         saved = str(folder / "saved" / "data-00000-of-00001.arrow")
         with pa.OSFile(saved, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
-        state = {
-            "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
-            "_fingerprint": "a",
-            "_split": "train",
-        }
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "a", "_split": "train"}
         write_files(folder / "saved", {"state.json": json.dumps(state).encode(), "dataset_info.json": b"{}"})
         import canter
 
@@ -432,12 +428,7 @@ class Models(Area):
         import transformers
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        special: dict[str, Any] = {
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "decoder_start_token_id": 1,
-        }
+        special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
         config = transformers.MoonshineConfig(
             **special, vocab_size=40, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=1,
             decoder_num_hidden_layers=1, encoder_num_attention_heads=2, decoder_num_attention_heads=2,
@@ -594,8 +585,7 @@ class Requests(Area):
                 fields[place] = (one[0], draw.choice(self.TEXTS).encode("utf-8", "replace"), *one[2:])
             elif what == 2:
                 fields.insert(
-                    place,
-                    (draw.choice(self.FIELDS), draw.choice(self.TEXTS).encode("utf-8", "replace"), "", ""),
+                    place, (draw.choice(self.FIELDS), draw.choice(self.TEXTS).encode("utf-8", "replace"), "", "")
                 )
             elif what == 3:
                 fields.append(one)
@@ -622,10 +612,7 @@ class Requests(Area):
             elif what == 12:
                 ends = False
             else:
-                method, path = (
-                    draw.choice(("POST", "GET", "PUT", "OPTIONS", "HEAD", "é")),
-                    draw.choice(self.PATHS),
-                )
+                method, path = (draw.choice(("POST", "GET", "PUT", "OPTIONS", "HEAD", "é")), draw.choice(self.PATHS))
                 query = draw.choice(("", "model=x", "%ff", "a" * 5000))
         parts = [
             f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{extra}{more}\r\n\r\n'.encode("utf-8",
@@ -772,11 +759,7 @@ def prepare(options: Options, area: type[Area]) -> None:
 def judge(result: dict[str, Any], options: Options) -> dict[str, Any]:
     """Return the result, as failed where the case took too much time or memory."""
     if result["outcome"] != "failed":
-        limits = {
-            "seconds": options.seconds,
-            "waited": PATIENCE * options.seconds,
-            "mebibytes": options.mebibytes,
-        }
+        limits = {"seconds": options.seconds, "waited": PATIENCE * options.seconds, "mebibytes": options.mebibytes}
         for name, most in limits.items():
             if result[name] > most:
                 return result | {"outcome": "failed", "error": f"{result[name]} {name}, more than {most:g}"}
@@ -898,11 +881,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Any:
         count = {what: sum(one["outcome"] == what for one in results) for what in ("read", "refused", "failed")}
         slowest, largest = (max((one[what] for one in results), default=0.0) for what in ("seconds", "mebibytes"))
         shown.add_row(
-            name,
-            str(len(results)),
-            *(str(number) for number in count.values()),
-            f"{slowest:.2f}",
-            f"{largest:.0f}",
+            name, str(len(results)), *(str(number) for number in count.values()), f"{slowest:.2f}", f"{largest:.0f}"
         )
     return shown
 

@@ -282,14 +282,7 @@ def run(options: Options) -> None:
         width = 64 if options.smoke else 1024
         models = {shape: build(canary_config(*layers, width), device, dtype) for shape, layers in shapes.items()}
         some = slice(None, 256)
-        ways = measure_ways(
-            models,
-            clips[some],
-            tokens[some],
-            repeats=1,
-            rows=options.batch,
-            batch=options.batch,
-        )
+        ways = measure_ways(models, clips[some], tokens[some], repeats=1, rows=options.batch, batch=options.batch)
         result["ways"] = [asdict(row) for row in ways]
     result["seconds"] = time.perf_counter() - begun
     save(result, options)

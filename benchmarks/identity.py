@@ -155,10 +155,7 @@ class Transformers:
             with warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")
                 found = self.model.generate(
-                    inputs.input_features,
-                    num_beams=beams,
-                    return_dict_in_generate=True,
-                    output_scores=beams > 1,
+                    inputs.input_features, num_beams=beams, return_dict_in_generate=True, output_scores=beams > 1
                 )
             for row in found["sequences"].tolist():
                 row = row[len(self.prompt) :] if row[: len(self.prompt)] == self.prompt else row

@@ -70,11 +70,7 @@ def make_manifest(rows: int, path: Path) -> None:
     with open(path, "w") as file:
         for row in range(rows):
             text = f"the quick brown fox jumps over the lazy dog for the time {row}"
-            fields = {
-                "audio_filepath": f"clips/{row:09d}.flac",
-                "duration": 1 + row % 3000 / 100,
-                "text": text,
-            }
+            fields = {"audio_filepath": f"clips/{row:09d}.flac", "duration": 1 + row % 3000 / 100, "text": text}
             file.write(json.dumps(fields) + "\n")
 
 

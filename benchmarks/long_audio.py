@@ -157,10 +157,7 @@ def post(port: int, file: Path) -> None:
     body = head.encode() + file.read_bytes() + f"\r\n--{BOUNDARY}--\r\n".encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
     connection.request(
-        "POST",
-        "/v1/audio/transcriptions",
-        body,
-        {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"},
+        "POST", "/v1/audio/transcriptions", body, {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     )
     answer = connection.getresponse()
     text = answer.read()

@@ -173,11 +173,7 @@ def main(options: Options) -> None:
         if options.family in (name, "both"):
             rows += race(config, options, device)
     if options.json:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(device),
-        }
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(device)}
         print(json.dumps({"options": asdict(options), **versions, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     for row in rows:

@@ -23,33 +23,8 @@ VALUES: tuple[Any, ...] = (
     "file:///etc/passwd", "<|endoftext|>", "en", "zz", "auto", [], {}, [1], [[]], {"": None}, {"a": {"a": {}}},
     [None] * 100,
 )  # fmt: skip
-KEYS = (
-    "",
-    "text",
-    "duration",
-    "offset",
-    "lang",
-    "audio_filepath",
-    "_skipme",
-    "\ud800",
-    "id",
-    "type",
-    "x" * 300,
-)
-NUMBERS = (
-    0,
-    1,
-    0x7F,
-    0x80,
-    0xFF,
-    0x7FFF,
-    0xFFFF,
-    0x7FFFFFFF,
-    0x80000000,
-    0xFFFFFFFF,
-    0xFFFFFFFFFFFFFFFF,
-    2**40,
-)
+KEYS = ("", "text", "duration", "offset", "lang", "audio_filepath", "_skipme", "\ud800", "id", "type", "x" * 300)
+NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 2**40)
 
 
 def harm(draw: random.Random, data: bytes, times: int | None = None) -> bytes:

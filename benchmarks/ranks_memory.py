@@ -59,13 +59,7 @@ class Whole(nn.Module):
 def make_model(layers: int, width: int) -> SpeechModel:
     torch.manual_seed(0)
     encoder = FastConformerConfig(
-        layers=layers,
-        width=width,
-        heads=4,
-        feedforward=4 * width,
-        kernel_size=9,
-        subsampling_channels=32,
-        mels=80,
+        layers=layers, width=width, heads=4, feedforward=4 * width, kernel_size=9, subsampling_channels=32, mels=80
     )
     decoder = DecoderConfig(
         layers=layers, width=width, heads=4, feedforward=4 * width, vocabulary=1024, positions=512, pad=0
@@ -170,13 +164,7 @@ def main() -> None:
         alone = alone or peak
         rows.append({"way": way, "peak": peak, "added": peak - alone})
         print(f"{way:12} peak {peak / 2**20:7.0f} MiB, added {(peak - alone) / 2**20:+7.0f}")
-    result = {
-        "parameters": weights // 4,
-        "ranks": RANKS,
-        "shape": shape,
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+    result = {"parameters": weights // 4, "ranks": RANKS, "shape": shape, "torch": torch.__version__, "rows": rows}
     if args.json:
         lines = ",\n  ".join(json.dumps(row) for row in result.pop("rows"))
         args.json.write_text(f'{json.dumps(result)[:-1]},\n "rows": [\n  {lines}\n ]\n}}\n')

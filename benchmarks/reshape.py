@@ -151,11 +151,7 @@ def run(options: Options) -> dict[str, Any]:
         "parameters", model.config, options.decoder_layers, options.seconds, options.tokens
     )
     reshaped = reshape(
-        model,
-        encoder_layers=layers,
-        decoder_layers=options.decoder_layers,
-        growth=options.growth,
-        kept=options.kept,
+        model, encoder_layers=layers, decoder_layers=options.decoder_layers, growth=options.growth, kept=options.kept
     )
     start = save_model(reshaped, options.output / "start")
     if model.ctc is not None:

@@ -99,11 +99,7 @@ def transcribe(options: Options, clips: list[Clip], folder: Path) -> tuple[float
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "canter", "transcribe", str(options.model), str(manifest)]
     done = subprocess.run(
-        [*command, "-o", str(output), "--json"],
-        env=environment(options),
-        capture_output=True,
-        text=True,
-        check=True,
+        [*command, "-o", str(output), "--json"], env=environment(options), capture_output=True, text=True, check=True
     )
     texts = {row["audio_filepath"]: row["pred_text"] for row in map(json.loads, output.read_text().splitlines())}
     output.unlink()

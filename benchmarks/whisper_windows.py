@@ -117,12 +117,7 @@ def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> di
         measure(f"padded to {pad:g} s" if pad else "not padded", alone)
     model.set_features(pad_seconds=WINDOW)
     measure("windows shared", together)
-    return {
-        "manifest": manifest.parent.name,
-        "utterances": len(rows),
-        "audio_seconds": seconds,
-        "ways": found,
-    }
+    return {"manifest": manifest.parent.name, "utterances": len(rows), "audio_seconds": seconds, "ways": found}
 
 
 def run(options: Options) -> None:

@@ -129,16 +129,7 @@ def test_planning_with_the_face_imports_no_torch():
 def test_names_are_listed_and_all_there():
     assert dir(canter) == sorted(canter.__all__)
     assert {name for name in canter.__all__ if getattr(canter, name) is None} == set()
-    for name in (
-        "load",
-        "Recognizer",
-        "Transcript",
-        "build_index",
-        "measure_budget",
-        "Plan",
-        "train",
-        "score",
-    ):
+    for name in ("load", "Recognizer", "Transcript", "build_index", "measure_budget", "Plan", "train", "score"):
         assert name in canter.__all__
     with pytest.raises(AttributeError, match="module 'canter' has no attribute 'lod'"):
         canter.lod  # noqa: B018
@@ -268,10 +259,7 @@ def test_many_are_refused_at_the_call_not_at_the_first_result(canary):
 def test_a_model_that_needs_a_language_says_so(canary, clips):
     with pytest.raises(canter.CanterError, match="names no language, and the model knows de, en"):
         canary.transcribe(clips[0])
-    assert [result.error is not None for result in canary.transcribe(clips[:2], language="auto")] == [
-        True,
-        True,
-    ]
+    assert [result.error is not None for result in canary.transcribe(clips[:2], language="auto")] == [True, True]
 
 
 def test_languages_as_people_write_them(canary, whisper, clips):
@@ -326,15 +314,7 @@ def test_a_language_is_detected_with_its_probability_and_before_a_prompt(polyglo
 
 def test_many_give_results_in_order_bad_files_among_them(canary, clips, bad):
     alone = [canary.transcribe(clip, language="en") for clip in clips]
-    given = [
-        clips[7],
-        "missing.wav",
-        clips[0],
-        "text.wav",
-        soundfile.read(clips[3])[0],
-        "empty.wav",
-        *clips[1:7],
-    ]
+    given = [clips[7], "missing.wav", clips[0], "text.wav", soundfile.read(clips[3])[0], "empty.wav", *clips[1:7]]
     results = list(canary.transcribe(given, language="en"))
     assert [result.path for result in results] == [None if isinstance(one, np.ndarray) else one for one in given]
     texts = [alone[number].text for number in (7, 0, 3, 1, 2, 3, 4, 5, 6)]

@@ -31,11 +31,7 @@ Precision = Literal["auto", "float32", "bf16", "int8"]
 
 
 def load(
-    model: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    precision: Precision = "auto",
-    revision: str | None = None,
+    model: str | os.PathLike[str], *, device: str = "auto", precision: Precision = "auto", revision: str | None = None
 ) -> Recognizer:
     """Load a speech recognition model.
 
@@ -114,13 +110,7 @@ def build_index(
         prompt_tokens = prompt_length(counter, _rows(listed))
     target = Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
     return index_sources(
-        listed,
-        target,
-        counter,
-        prompt_tokens=prompt_tokens,
-        workers=workers,
-        measure_durations=True,
-        progress=progress,
+        listed, target, counter, prompt_tokens=prompt_tokens, workers=workers, measure_durations=True, progress=progress
     )
 
 

@@ -59,9 +59,7 @@ def model_format(path: str | Path) -> Format:
 
 
 def load_module(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    precision: Precision | StoredPrecision = "float32",
+    path: str | Path, device: str | torch.device = "cpu", precision: Precision | StoredPrecision = "float32"
 ) -> AnyModel:
     """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
 

@@ -44,10 +44,7 @@ def test_a_peer_says_the_same(spoken, tmp_path, spec):
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [
-        ("whisperx", "there are transformers, ctranslate2"),
-        ("transformers:int8", "transformers has float32"),
-    ],
+    [("whisperx", "there are transformers, ctranslate2"), ("transformers:int8", "transformers has float32")],
 )
 def test_what_there_is_not(spec, message):
     with pytest.raises(ConfigError, match=message):

@@ -20,11 +20,7 @@ def manifests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count in (("a", 40), ("b", 10)):
         rows = [
-            {
-                "audio_filepath": f"{name}{number}.wav",
-                "duration": 2 + number % 5,
-                "text": "word " * (1 + number % 7),
-            }
+            {"audio_filepath": f"{name}{number}.wav", "duration": 2 + number % 5, "text": "word " * (1 + number % 7)}
             for number in range(count)
         ]
         write_manifest(f"{name}.jsonl", rows)

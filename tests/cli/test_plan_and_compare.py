@@ -93,17 +93,7 @@ def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
 
 def test_min_steps_and_limits_in_tokens_per_second(tmp_path, capsys):
     path = write_lengths(tmp_path / "set.parquet", [5.0] * 300 + [20.0] * 100, [20] * 299 + [101] + [300] * 100)
-    options = [
-        str(path),
-        "--ranks",
-        "2",
-        "--json",
-        "--min-steps",
-        "30",
-        "--max-tokens-per-second",
-        "10:20",
-        "30:14",
-    ]
+    options = [str(path), "--ranks", "2", "--json", "--min-steps", "30", "--max-tokens-per-second", "10:20", "30:14"]
     assert main(["plan", *options]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["steps"] == 30

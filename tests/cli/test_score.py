@@ -9,11 +9,7 @@ import pytest
 from canter.cli.main import main
 
 ROWS = [
-    {
-        "audio_filepath": "a.wav",
-        "text": "Mr. Smith went to the shop",
-        "pred_text": "mister smith want the shop now",
-    },
+    {"audio_filepath": "a.wav", "text": "Mr. Smith went to the shop", "pred_text": "mister smith want the shop now"},
     {"audio_filepath": "b.wav", "text": "der Hund schläft", "pred_text": "der hund schläft", "lang": "de"},
     {"audio_filepath": "c.wav", "text": "hmm", "pred_text": "so", "lang": "en"},
 ]
@@ -59,12 +55,7 @@ def test_translations_have_bleu_and_chrf_too(tmp_path, capsys):
     pytest.importorskip("sacrebleu", reason="the extra bleu is not installed")
     rows = [
         {"text": "Der Hund bellt sehr laut.", "pred_text": "Der Hund bellt sehr laut.", "target_lang": "de"},
-        {
-            "text": "The dog barks loudly.",
-            "pred_text": "A dog barks.",
-            "source_lang": "de",
-            "target_lang": "en",
-        },
+        {"text": "The dog barks loudly.", "pred_text": "A dog barks.", "source_lang": "de", "target_lang": "en"},
     ]
     path = write(tmp_path / "r.jsonl", rows)
     assert main(["score", path, "--bleu", "--json"]) == 0

@@ -29,20 +29,7 @@ def tune(folder, *options):
 
 
 def test_a_configuration_is_measured_and_read_by_plan(files, capsys):
-    assert (
-        tune(
-            files,
-            "--memory",
-            "400MiB",
-            "--probes",
-            "8",
-            "--buckets",
-            "2",
-            "--figure",
-            str(files / "b.png"),
-        )
-        == 0
-    )
+    assert tune(files, "--memory", "400MiB", "--probes", "8", "--buckets", "2", "--figure", str(files / "b.png")) == 0
     assert "memory explained within" in capsys.readouterr().err
     budget = Budget.load(files / "budget.json")
     assert budget.limit_bytes < 400 * 2**20

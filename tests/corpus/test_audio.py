@@ -191,11 +191,7 @@ def test_flac_of_unstated_length(tmp_path):
     whole = load_audio(tmp_path / "a.flac")
     path = unstated(tmp_path / "a.flac")
     assert audio_seconds(path) == 2.0
-    for offset, duration, start, stop in (
-        (None, 2.0, 0, 32000),
-        (0.0, 0.5, 0, 8000),
-        (0.75, 0.5, 12000, 20000),
-    ):
+    for offset, duration, start, stop in ((None, 2.0, 0, 32000), (0.0, 0.5, 0, 8000), (0.75, 0.5, 12000, 20000)):
         for found in both(Utterance(path, duration, "", offset)):
             np.testing.assert_array_equal(found, whole[start:stop])
     np.testing.assert_array_equal(load_audio(path, offset=1.5), whole[24000:])
@@ -371,12 +367,7 @@ def test_a_rate_that_would_fill_the_memory(tmp_path):
     data = bytearray(wav_bytes(tone()))
     data[24:28] = (1).to_bytes(4, "little")
     path.write_bytes(data)
-    for read in (
-        load_audio,
-        audio_seconds,
-        audio_info,
-        lambda path: decode_utterance(Utterance(str(path), 1.0, "")),
-    ):
+    for read in (load_audio, audio_seconds, audio_info, lambda path: decode_utterance(Utterance(str(path), 1.0, ""))):
         with pytest.raises(AudioError, match="claims 1 channels at 1 Hz, which no recording has"):
             read(path)
 

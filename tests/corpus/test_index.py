@@ -38,12 +38,7 @@ class Letters:
 
 def rows(count, start=0, **fields):
     return [
-        {
-            "audio_filepath": f"{number}.wav",
-            "duration": 1 + number / 8,
-            "text": "x" * (number % 7 + 1),
-            **fields,
-        }
+        {"audio_filepath": f"{number}.wav", "duration": 1 + number / 8, "text": "x" * (number % 7 + 1), **fields}
         for number in range(start, start + count)
     ]
 
@@ -65,11 +60,7 @@ def test_from_arrays_and_back(tmp_path):
     np.testing.assert_array_equal(again.seconds, index.seconds)
     np.testing.assert_array_equal(again.tokens, index.tokens)
     np.testing.assert_array_equal(again.source_of, [0, 1, 1])
-    assert (again.seconds.dtype, again.tokens.dtype, again.source_of.dtype) == (
-        np.float32,
-        np.uint16,
-        np.uint16,
-    )
+    assert (again.seconds.dtype, again.tokens.dtype, again.source_of.dtype) == (np.float32, np.uint16, np.uint16)
     assert [source.name for source in again.sources] == ["a", "b"]
     assert "_fingerprint" in vars(again), "it is in the header: opening must not read the columns"
     assert again.fingerprint == index.fingerprint
@@ -202,10 +193,7 @@ def test_num_tokens_needs_no_tokenizer(tmp_path):
 
 
 def test_bad_rows_are_counted_listed_and_kept_beside_the_index(tmp_path, manifest):
-    bad = [
-        {"audio_filepath": "a", "duration": -1, "text": "x"},
-        {"audio_filepath": "b", "duration": 2, "text": "?"},
-    ]
+    bad = [{"audio_filepath": "a", "duration": -1, "text": "x"}, {"audio_filepath": "b", "duration": 2, "text": "?"}]
     with open(manifest, "a") as file:
         file.write("{\n" + "".join(json.dumps(row) + "\n" for row in [*bad, rows(1)[0]]))
         file.write(json.dumps({"audio_filepath": "c", "duration": 1, "text": "y" * 70_000}))
@@ -332,10 +320,7 @@ def test_a_folder_with_its_index_can_move(tmp_path):
 
 def test_tags_stand_in_for_missing_fields_and_count(tmp_path, manifest):
     write_manifest(tmp_path / "n.jsonl", rows(2, lang="en"))
-    sources = [
-        Source(str(manifest), tags={"lang": "de"}),
-        Source(str(tmp_path / "n.jsonl"), tags={"lang": "de"}),
-    ]
+    sources = [Source(str(manifest), tags={"lang": "de"}), Source(str(tmp_path / "n.jsonl"), tags={"lang": "de"})]
     index = index_sources(sources, tmp_path / "l.arrow", Letters())
     assert index.utterance(0).lang == "de"
     assert index.utterance(20).lang == "en"

@@ -46,18 +46,7 @@ def test_every_field_is_read(tmp_path):
     }  # fmt: skip
     (found,) = read_manifest(lines(tmp_path / "m.jsonl", row))
     assert found == Utterance(
-        f"{tmp_path}/a.wav",
-        1.5,
-        "hello",
-        2.0,
-        "en",
-        "en",
-        "de",
-        "s2t",
-        "yes",
-        num_tokens=9,
-        id="7",
-        channel_selector=1,
+        f"{tmp_path}/a.wav", 1.5, "hello", 2.0, "en", "en", "de", "s2t", "yes", num_tokens=9, id="7", channel_selector=1
     )
 
 

@@ -143,13 +143,7 @@ def test_folders_are_searched_by_content(folder):
     assert [os.path.relpath(one, folder) for one in media] == [
         "a.wav", "clip.mov", "noname", "sub/b.mpga", "wrong.txt"
     ]  # fmt: skip
-    assert [os.path.basename(one) for one in others] == [
-        "a.txt",
-        "code.ts",
-        "data.json",
-        "notes.md",
-        "pipe.wav",
-    ]
+    assert [os.path.basename(one) for one in others] == ["a.txt", "code.ts", "data.json", "notes.md", "pipe.wav"]
 
 
 def test_a_folder_as_training_data_counts_what_it_does_not_take(folder):

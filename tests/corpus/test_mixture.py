@@ -81,10 +81,7 @@ def test_shares_are_fractions(member):
         ("- {path: a, weight: 0}", "weight 0.0 would never be drawn"),
         ("- {path: a, weight: 1}\n- {path: b}", "b has no weight while others in mix.yaml"),
         ("- {path: a, tags: {lang: no}}", "tag lang is False, not a string; quote it"),
-        (
-            "tags: {context: a}\ninput_cfg: [{path: a}]",
-            r"tag 'context' is none of those that Canter reads \(lang, ",
-        ),
+        ("tags: {context: a}\ninput_cfg: [{path: a}]", r"tag 'context' is none of those that Canter reads \(lang, "),
         ("- {path: a, tags: [lang]}", "tags must be names and strings"),
         ("- {path: a, tags: {1: x}}", "tag 1 is none of"),
         ("- {path: a, tags: {language: en}}", "tag 'language' is none of"),

@@ -193,11 +193,7 @@ def test_webdataset(tmp_path):
                 add(tar, "d/z.flac", flac(0))
                 add(tar, "d/z.txt", b"\xff")
     problems = check(tmp_path / "wds", tmp_path)
-    assert [problem.kind for problem in problems] == [
-        "no audio in the sample",
-        "audio cannot be read",
-        "invalid UTF-8",
-    ]
+    assert [problem.kind for problem in problems] == ["no audio in the sample", "audio cannot be read", "invalid UTF-8"]
     assert next(iter(open_source(tmp_path / "wds"))).lang == "de"
 
 
@@ -302,15 +298,7 @@ def test_lhotse_cuts_that_are_no_utterance(cuts, tmp_path):
     window.supervisions = [lhotse.SupervisionSegment("s", "r2", 0.0, 1.0, text="inside")]
     silent = b.with_id("silent")
     silent.supervisions = []
-    rows = [
-        a.append(b),
-        a.pad(5),
-        a.perturb_speed(1.1),
-        c.truncate(offset=0.5, duration=1.0),
-        silent,
-        window,
-        a,
-    ]
+    rows = [a.append(b), a.pad(5), a.perturb_speed(1.1), c.truncate(offset=0.5, duration=1.0), silent, window, a]
     path = tmp_path / "cuts.jsonl"
     lhotse.CutSet.from_cuts(rows).to_file(path)
     *others, last = path.read_text().splitlines()
@@ -433,10 +421,7 @@ def test_common_voice(audio, tmp_path):
     rows[2:2] = ["client\tmissing.flac\tnothing there\tde", "client\tshort line"]
     (tmp_path / "train.tsv").write_text("client_id\tpath\tsentence\tlocale\n" + "\n".join(rows) + "\n")
     problems = check(tmp_path / "train.tsv", tmp_path)
-    assert [(one.line, one.kind) for one in problems] == [
-        (4, "audio cannot be read"),
-        (5, "wrong number of fields"),
-    ]
+    assert [(one.line, one.kind) for one in problems] == [(4, "audio cannot be read"), (5, "wrong number of fields")]
     listed = "".join(f"{number}.flac\t{SECONDS[number] * 1000:.0f}\n" for number in range(5))
     (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\nmissing.flac\t1000\n" + listed)
     found = list(open_source(tmp_path / "train.tsv"))
@@ -690,10 +675,7 @@ def test_tables_of_paths(audio, tmp_path, kind, suffix):
     if suffix == "parquet":
         pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     else:
-        with (
-            pa.OSFile(str(tmp_path / "p.arrow"), "wb") as sink,
-            pa.ipc.new_file(sink, table.schema) as writer,
-        ):
+        with pa.OSFile(str(tmp_path / "p.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
     assert check(tmp_path / f"p.{suffix}", tmp_path) == []
 

@@ -100,10 +100,7 @@ def test_a_name_that_cannot_be_resolved(monkeypatch):
 def test_audio_errors_name_the_url_without_its_secrets(server, closed):
     assert len(load_audio(f"http://u:{SECRET}@{server}/200/a.wav?sig={SECRET}")) == 3000
     for url, reason in [
-        (
-            f"http://u:{SECRET}@{server}/403/a.wav?sig={SECRET}",
-            "cannot be read: the server answers 403 Forbidden",
-        ),
+        (f"http://u:{SECRET}@{server}/403/a.wav?sig={SECRET}", "cannot be read: the server answers 403 Forbidden"),
         (f"http://u:{SECRET}@{closed}/a.wav?sig={SECRET}", "refuses the connection"),
         (f"http://u:{SECRET}@{server}/404/a.wav?sig={SECRET}", "does not exist"),
     ]:
@@ -149,12 +146,7 @@ def test_and_allowed_again(monkeypatch, value):
 def test_the_option_holds_for_one_command(tmp_path, server, capsys, monkeypatch):
     """The row is left out and named; a later command takes it."""
     monkeypatch.delenv(remote.NO_URLS, raising=False)
-    row = {
-        "audio_filepath": f"http://u:{SECRET}@{server}/200/a.wav",
-        "duration": 0.2,
-        "text": "one",
-        "num_tokens": 3,
-    }
+    row = {"audio_filepath": f"http://u:{SECRET}@{server}/200/a.wav", "duration": 0.2, "text": "one", "num_tokens": 3}
     rows = [row, row | {"audio_filepath": "/data/b.wav"}]
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("".join(json.dumps(one) + "\n" for one in rows))

@@ -69,10 +69,7 @@ def test_counts_by_kind_and_language():
 
 def test_characters_of_unspaced_scripts_are_counted_without_the_spaces_that_split_them():
     total = score_texts(["今天天气很好", "the cat"], ["今天天气很坏", "thecat"], ["zh", "en"])
-    assert [(item.counts.character_errors, item.counts.characters) for item in total.utterances] == [
-        (1, 6),
-        (1, 7),
-    ]
+    assert [(item.counts.character_errors, item.counts.characters) for item in total.utterances] == [(1, 6), (1, 7)]
     assert total.languages["zh"].cer == total.languages["zh"].wer == pytest.approx(1 / 6)
 
 

@@ -62,14 +62,7 @@ def model_of(dropout=0.1):
             WhisperEncoderConfig(1, 16, 2, 32, 20, 100, dropout=dropout),
             # a key's bias has no gradient but rounding, which Adam would make steps of
             DecoderConfig(
-                layers=1,
-                width=16,
-                heads=2,
-                feedforward=32,
-                vocabulary=40,
-                positions=20,
-                pad=0,
-                key_bias=False,
+                layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=20, pad=0, key_bias=False
             ),
         )
     )

@@ -53,10 +53,7 @@ class Clips(torch.utils.data.Dataset):
         self.read.append(row)
         random = np.random.default_rng(row)
         audio = random.normal(size=int(self.seconds[row] * 16000)).astype(np.float32)
-        return {
-            "audio": audio,
-            "labels": [START, *random.integers(3, 40, self.tokens[row] - 2).tolist(), END],
-        }
+        return {"audio": audio, "labels": [START, *random.integers(3, 40, self.tokens[row] - 2).tolist(), END]}
 
 
 def plan_of(clips, strategy="random", **options):
@@ -151,12 +148,7 @@ def take_part(folder, rank, ranks, address, steps, resume):
     }  # fmt: skip
     torch.set_num_threads(1)
     trainer = trainer_of(
-        folder,
-        steps,
-        save_strategy="steps",
-        save_steps=steps,
-        ddp_backend="gloo",
-        ddp_find_unused_parameters=False,
+        folder, steps, save_strategy="steps", save_steps=steps, ddp_backend="gloo", ddp_find_unused_parameters=False
     )
     trainer.train(resume_from_checkpoint=resume)
     result = {"read": trainer.train_dataset.read, "losses": losses(trainer)}

@@ -77,10 +77,7 @@ def test_a_folder_of_that_name_goes_first(offline, tmp_path):
             "someone/other",
             "is not in the cache of the Hugging Face hub .*HF_HUB_OFFLINE is set.*hf download someone/other",
         ),
-        (
-            f"{NAME}@v2",
-            "tiny-canary@v2 is no file or folder here.*hf download someone/tiny-canary --revision v2",
-        ),
+        (f"{NAME}@v2", "tiny-canary@v2 is no file or folder here.*hf download someone/tiny-canary --revision v2"),
         ("someone/part", "holds a part of it alone, without model.safetensors"),
         ("nothing", "nothing does not exist; give a run, .* such as openai/whisper-tiny.en"),
         ("large-v3", "such as openai/whisper-large-v3"),
@@ -106,13 +103,7 @@ def test_only_the_files_that_are_read_are_wanted():
         "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
         "vocab.json", "merges.txt", "model.safetensors",
     }  # fmt: skip
-    shards = [
-        "config.json",
-        "model.safetensors.index.json",
-        "a-1.safetensors",
-        "a-2.safetensors",
-        "b.safetensors",
-    ]
+    shards = ["config.json", "model.safetensors.index.json", "a-1.safetensors", "a-2.safetensors", "b.safetensors"]
     index = {"weight_map": {"x": "a-2.safetensors", "y": "a-1.safetensors", "z": "a-1.safetensors"}}
     assert _wanted(NAME, shards, lambda: index) == [*shards[:4]]
     assert _wanted("nvidia/canary", ["README.md", "canary.nemo"], dict) == ["canary.nemo"]

@@ -12,14 +12,7 @@ import canter
 from canter.cli import reshape as command
 from canter.errors import ConfigError
 from canter.models.formats.checkpoint import save_model
-from canter.models.reshape import (
-    StackTime,
-    encoder_layers_that_keep,
-    grown_layers,
-    kept_layers,
-    measure_times,
-    reshape,
-)
+from canter.models.reshape import StackTime, encoder_layers_that_keep, grown_layers, kept_layers, measure_times, reshape
 
 from .conftest import small_model, small_whisper
 from .test_invariance import make_batch, run

@@ -33,9 +33,7 @@ def test_every_strategy_resumes_at_every_step(kind, budget):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 30}],
-    ids=str,
+    "options", [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 30}], ids=str
 )
 def test_resumes_whatever_the_settings(options, budget):
     index = lengths(700)

@@ -34,14 +34,7 @@ KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(
 def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(rows, kind, per_step, window, limit, gridded):
     index = LengthIndex(*np.array(rows).T[:1], np.array([u for _, u in rows]))
     budget = Budget(float(limit), Polynomial(T=1.0, TT=1e-4, U=0.3, TU=1e-3), fixed_bytes=50.0)
-    plan = Plan(
-        index,
-        budget,
-        kind,
-        window=window,
-        micro_batches_per_step=per_step,
-        grid=(8, 4) if gridded else (1, 1),
-    )
+    plan = Plan(index, budget, kind, window=window, micro_batches_per_step=per_step, grid=(8, 4) if gridded else (1, 1))
     steps = list(plan)
     used = [row for step in steps for batch in step for row in batch]
     out = dict(plan.left_out())
@@ -288,10 +281,7 @@ def test_outliers_in_tokens_per_second_are_left_out_and_listed(budget):
     index = LengthIndex(np.full(1000, 5.0), np.r_[np.full(990, 20), np.full(10, 200)])
     bound = tokens_per_second_bound(sample(index, budget), 3.0)
     assert 4 < bound < 40
-    for plan in (
-        Plan(index, budget, Bucket2D(2, 2, z_score=3.0)),
-        Plan(index, budget, max_tokens_per_second=30),
-    ):
+    for plan in (Plan(index, budget, Bucket2D(2, 2, z_score=3.0)), Plan(index, budget, max_tokens_per_second=30)):
         assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in range(990, 1000)]
         assert plan.figures().utterances == 990
 

@@ -29,12 +29,7 @@ def test_one_position_of_a_hundred_million():
 
 
 @given(
-    st.integers(1, 500),
-    st.integers(20, 300),
-    st.integers(0, 5),
-    st.integers(1, 40),
-    st.integers(1, 4),
-    st.booleans(),
+    st.integers(1, 500), st.integers(20, 300), st.integers(0, 5), st.integers(1, 40), st.integers(1, 4), st.booleans()
 )
 def test_windows_of_an_epoch_hold_every_row_once(count, size, epoch, block, sources, sorted_):
     source_of = np.arange(count) * sources // count if sorted_ else np.arange(count) % sources

@@ -11,10 +11,7 @@ from canter.reporting import figures
 from canter.tuning.probe import Probe
 
 
-@given(
-    st.lists(st.one_of(st.floats(-100, 100), st.just(float("nan"))), min_size=1, max_size=40),
-    st.integers(1, 9),
-)
+@given(st.lists(st.one_of(st.floats(-100, 100), st.just(float("nan"))), min_size=1, max_size=40), st.integers(1, 9))
 def test_smooth_is_the_mean_of_known_neighbours(values, window):
     smoothed = figures.smooth(values, window)
     for place, value in enumerate(smoothed):
@@ -72,10 +69,7 @@ def test_ladder_bars_are_time_split_into_work_and_padding():
 
 def test_padding_picture_says_the_share():
     figure = figures.draw_padding({"by chance": [1.0, 2.0, 3.0, 2.0], "alike": [2.0, 2.0]})
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "by chance: 33% padding",
-        "alike: 0% padding",
-    ]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["by chance: 33% padding", "alike: 0% padding"]
 
 
 def test_histogram_keeps_outliers_in_the_last_bin():

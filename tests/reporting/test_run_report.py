@@ -79,11 +79,7 @@ def test_a_run_cut_off_anywhere_can_be_reported(folder: Path):
 
 
 def test_rows_that_lack_metrics_are_used_as_far_as_they_go(folder: Path):
-    rows = [
-        {"kind": "train", "step": 1},
-        {"kind": "train", "step": 2, "loss": None},
-        {"kind": "valid", "step": 2},
-    ]
+    rows = [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "loss": None}, {"kind": "valid", "step": 2}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = run_report(folder)
     assert "2 steps" in page
@@ -136,12 +132,7 @@ def test_folders_that_are_not_runs_are_refused(tmp_path: Path):
 
 
 def test_duration():
-    assert [duration(seconds) for seconds in (0.5, 42.2, 125, 11520)] == [
-        "0.5 s",
-        "42 s",
-        "2 min 5 s",
-        "3 h 12 min",
-    ]
+    assert [duration(seconds) for seconds in (0.5, 42.2, 125, 11520)] == ["0.5 s", "42 s", "2 min 5 s", "3 h 12 min"]
 
 
 def test_ranks_memory_and_events_are_shown(folder: Path, metrics):
@@ -200,12 +191,7 @@ def test_the_gain_over_random_batches_is_the_planners(trained: Path):
     sizes = {"utterances": 2.0, "limited_by": "the size of the data; --min-steps changes it"}
     (trained / "run.json").write_text(json.dumps({"steps": 60, "batches": sizes, "batch_limits": {}}))
     assert "batches are limited by the size of the data; --min-steps changes it." in run_report(trained)
-    for told in (
-        "random, predicted",
-        "What the batches gained",
-        "A batch of this run",
-        f"{found.speedup:.1f}×",
-    ):
+    for told in ("random, predicted", "What the batches gained", "A batch of this run", f"{found.speedup:.1f}×"):
         assert told in page, told
 
 

@@ -44,23 +44,14 @@ def negative() -> bytes:
 
 
 HOSTILE = {
-    "a PAX header of 300 MiB": (
-        gzip.compress(header("x", tarfile.XHDTYPE, 300 * 2**20) + bytes(2**20)),
-        "314,572,800",
-    ),
+    "a PAX header of 300 MiB": (gzip.compress(header("x", tarfile.XHDTYPE, 300 * 2**20) + bytes(2**20)), "314,572,800"),
     "a long name": (header("x", tarfile.GNUTYPE_LONGNAME, 2**21) + bytes(2**21), "header of 2,097,152 bytes"),
     "PAX headers without end": (pax(b"a=b") * 5000 + member("a"), "recursion"),
     "a size below 0": (negative() + bytes(1024), "negative size"),
     "a PAX size below 0": (pax(b"size=-512") + header("a") * 3, "claims -512 bytes"),
-    "a size beyond the file": (
-        header("model_config.yaml", size=10**9) + b"a: 1",
-        "claims 1,000,000,000 bytes",
-    ),
+    "a size beyond the file": (header("model_config.yaml", size=10**9) + b"a: 1", "claims 1,000,000,000 bytes"),
     "a sparse file": (header("model_config.yaml", tarfile.GNUTYPE_SPARSE), "link or a device"),
-    "a PAX sparse file": (
-        pax(b"GNU.sparse.size=1000") + pax(b"GNU.sparse.numblocks=0") + member("a"),
-        "sparse",
-    ),
+    "a PAX sparse file": (pax(b"GNU.sparse.size=1000") + pax(b"GNU.sparse.numblocks=0") + member("a"), "sparse"),
     "a symbolic link": (header("model_config.yaml", tarfile.SYMTYPE), "link or a device"),
     "a hard link": (header("model_config.yaml", tarfile.LNKTYPE), "link or a device"),
     "a device": (header("model_config.yaml", tarfile.CHRTYPE), "link or a device"),
@@ -69,10 +60,7 @@ HOSTILE = {
     "a way out": (member("../../etc/cron.d/x"), "leads out of the archive"),
     "an absolute name": (member("/etc/cron.d/x"), "leads out of the archive"),
     "a PAX way out": (pax(b"path=../../x") + member("a"), "leads out of the archive"),
-    "100,000 folders": (
-        gzip.compress(b"".join(header("d", tarfile.DIRTYPE) for _ in range(100_000))),
-        "1000 files",
-    ),
+    "100,000 folders": (gzip.compress(b"".join(header("d", tarfile.DIRTYPE) for _ in range(100_000))), "1000 files"),
     "200 MB of zeros": (gzip.compress(bytes(200_000_000), 1), "unpacks to more than 67108864"),
     "damaged gzip": (gzip.compress(member("a") * 100)[:-200], "truncated"),
     "bytes": (b"\x1f\x8b" + bytes(range(256)), "truncated"),

@@ -126,18 +126,10 @@ def unified_archive(path, model: bytes):
     config = {
         "prompt_format": "canary2",
         "prompt_defaults": [{"role": "user", "slots": {"source_lang": "<|en|>", "target_lang": "<|en|>"}}],
-        "tokenizer": {
-            "dir": "x",
-            "type": "bpe",
-            "model_path": "nemo:abc_tokenizer.model",
-            "vocab_path": "nemo:v",
-        },
+        "tokenizer": {"dir": "x", "type": "bpe", "model_path": "nemo:abc_tokenizer.model", "vocab_path": "nemo:v"},
     }
     with tarfile.open(path, "w") as archive:
-        for name, content in (
-            ("model_config.yaml", yaml.safe_dump(config).encode()),
-            ("abc_tokenizer.model", model),
-        ):
+        for name, content in (("model_config.yaml", yaml.safe_dump(config).encode()), ("abc_tokenizer.model", model)):
             info = tarfile.TarInfo(f"./{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))

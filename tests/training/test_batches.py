@@ -165,11 +165,7 @@ def test_a_padded_whisper_gets_more_than_one_utterance(plain):
 
 INDEX = LengthIndex(np.full(4000, 10.0, np.float32), np.full(4000, 40))
 BUDGET = Budget(
-    limit_bytes=1e11,
-    memory=Polynomial(T=1e6),
-    time=Polynomial(T=8e-4),
-    fixed_seconds=0.03,
-    frame_seconds=0.08,
+    limit_bytes=1e11, memory=Polynomial(T=1e6), time=Polynomial(T=8e-4), fixed_seconds=0.03, frame_seconds=0.08
 )
 
 
@@ -247,12 +243,7 @@ def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, 
     index = LengthIndex(seconds, (3 + 3 * seconds).astype(np.int64))
     budget = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
     plan = Plan(
-        index,
-        limited(budget, cap, index),
-        micro_batches_per_step=2,
-        window=400,
-        min_steps=1,
-        version=FIRST_VERSION,
+        index, limited(budget, cap, index), micro_batches_per_step=2, window=400, min_steps=1, version=FIRST_VERSION
     )
     found = [[batch.tolist() for batch in step] for step in plan]
     assert (plan.fingerprint, len(plan)) == (fingerprint, steps)
@@ -321,15 +312,7 @@ def test_what_is_printed_trains_alike(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("auto", "auto"),
-        ("none", None),
-        ("None", None),
-        ("null", None),
-        ("24", 24.0),
-        ("2.5e1", 25.0),
-    ],
+    ("text", "value"), [("auto", "auto"), ("none", None), ("None", None), ("null", None), ("24", 24.0), ("2.5e1", 25.0)]
 )
 def test_batch_seconds_in_a_file(tmp_path, text, value):
     (tmp_path / "c.yaml").write_text(f"batch_seconds: {text}\n")

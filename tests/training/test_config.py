@@ -62,10 +62,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("minutes: .inf", "--minutes is inf; it must be positive and finite"),
         (f"minutes: 1{400 * '0'}", "minutes: expected float, found 1000"),
         ("epochs: .nan", "--epochs is nan; it must be positive and finite"),
-        (
-            "seed: 100000000000000000000000",
-            "--seed is 100000000000000000000000; it must be at least 0 and below 2^63",
-        ),
+        ("seed: 100000000000000000000000", "--seed is 100000000000000000000000; it must be at least 0 and below 2^63"),
         ("workers: -1", "--workers is -1; it must be 0 or more"),
         ("optimizer: {learning_rate: -0.1}", "--optimizer.learning-rate is -0.1; it must be positive"),
         ("model: {encoder_layers: 0}", "--model.encoder-layers is 0; it must be at least 1"),

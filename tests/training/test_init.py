@@ -101,10 +101,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(onwards, trained, tmp_path)
 
 @pytest.mark.parametrize(
     ("settings", "flag"),
-    [
-        ({"model": ModelShape(width=32, heads=2)}, "--model.width, --model.heads"),
-        ({"tokenizer": "x"}, "--tokenizer"),
-    ],
+    [({"model": ModelShape(width=32, heads=2)}, "--model.width, --model.heads"), ({"tokenizer": "x"}, "--tokenizer")],
 )
 def test_what_the_checkpoint_decides_cannot_be_set(tmp_path, settings, flag):
     with pytest.raises(ConfigError, match=f"{flag} cannot go with --init"):

@@ -29,8 +29,7 @@ def whisper(config, tmp_path):
     clips = Path(SHARED or "") / "data/speech/an4"
     rows = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()[:4]]
     write_manifest(
-        tmp_path / "clips.jsonl",
-        [row | {"audio_filepath": str(clips / row["audio_filepath"])} for row in rows],
+        tmp_path / "clips.jsonl", [row | {"audio_filepath": str(clips / row["audio_filepath"])} for row in rows]
     )
     return dataclasses.replace(
         config,

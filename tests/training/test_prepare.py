@@ -138,10 +138,7 @@ def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
             r"--freeze 'encodr.\*' matches no parameter; did you mean 'encoder\.[a-z_]+\.\*'\?",
         ),
         ({"freeze": ("*",)}, r"--freeze \* leaves nothing to train"),
-        (
-            {"freeze": ("encoder.*", "ctc.*")},
-            "nothing to train during the CTC-only warm-up; set --loss.ctc-warmup 0",
-        ),
+        ({"freeze": ("encoder.*", "ctc.*")}, "nothing to train during the CTC-only warm-up; set --loss.ctc-warmup 0"),
         ({"tokenizer": "nowhere"}, "nowhere"),
         ({"budget": "nowhere.json"}, r"nowhere.json: no such budget"),
         ({"valid": "nowhere.jsonl"}, r"nowhere.jsonl does not exist"),

@@ -105,11 +105,7 @@ def test_a_validation_row_that_cannot_be_used_is_named_and_left_out(config, tmp_
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(manifest.parent / row["audio_filepath"])
-    broken = [
-        rows[0] | {"source_lang": "kab", "text": "a"},
-        rows[1] | {"text": "a " * 600},
-        {"text": "no audio"},
-    ]
+    broken = [rows[0] | {"source_lang": "kab", "text": "a"}, rows[1] | {"text": "a " * 600}, {"text": "no audio"}]
     path = tmp_path / "valid.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [broken[0], rows[2], *broken[1:], rows[3]]))
     said = []

@@ -18,11 +18,7 @@ from canter.models.features import WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
 from canter.models.model import SpeechModel
 
-PACKAGES = {
-    "transformers": install("transformers"),
-    "ctranslate2": "pip install ctranslate2",
-    "canter": "",
-}
+PACKAGES = {"transformers": install("transformers"), "ctranslate2": "pip install ctranslate2", "canter": ""}
 TYPES = {
     "transformers": ("float32", "bfloat16", "float16"),
     "canter": ("float32", "bfloat16", "int8"),

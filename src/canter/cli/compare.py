@@ -117,10 +117,7 @@ def ladder_table(values: Sequence[Mapping[str, str]], columns: Sequence[str]) ->
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for name in columns:
         table.add_column(
-            name.replace(" ", "\n"),
-            justify="left" if name == "strategy" else "right",
-            vertical="bottom",
-            no_wrap=True,
+            name.replace(" ", "\n"), justify="left" if name == "strategy" else "right", vertical="bottom", no_wrap=True
         )
     for value in values:
         table.add_row(*(value[name] for name in columns), style="bold" if value is values[-1] else "")

@@ -12,11 +12,7 @@ from canter.reporting.html import Html
 from canter.reporting.run_curves import curves, duration
 from canter.reporting.run_folder import Row
 
-CACHES: dict[str, str] = {
-    "none": "nothing cached",
-    "hidden": "hidden states cached",
-    "full": "keys and values cached",
-}
+CACHES: dict[str, str] = {"none": "nothing cached", "hidden": "hidden states cached", "full": "keys and values cached"}
 LANGUAGES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian", "nl": "Dutch"}
 
 
@@ -164,10 +160,7 @@ def _headline(summary: DemoSummary) -> list[html.Card]:
         cards.append((f"{summary['rtfx']:,.0f}×", "real time", "RTFx of transcription, measured"))
     shift = _shift_rows(summary)
     if shift:
-        base, fast = (
-            min(shift, key=lambda row: abs(row["speedup"] - 1)),
-            max(shift, key=lambda row: row["speedup"]),
-        )
+        base, fast = (min(shift, key=lambda row: abs(row["speedup"] - 1)), max(shift, key=lambda row: row["speedup"]))
         shapes = [f"{row['shape']} layers, {CACHES[row['cache']]}" for row in (fast, base)]
         note = f"measured: {' against '.join(shapes)}"
         cards.append((f"{fast['speedup']:.1f}×", "faster decoding", note))
@@ -257,8 +250,7 @@ def _corpus(summary: DemoSummary) -> Html:
     if len(lengths):
         drawing = figures.draw_lengths(lengths[:, 0], lengths[:, 1])
         blocks.insert(
-            0,
-            html.figure(drawing, "Lengths", "Each point is an utterance; above, the histogram of durations."),
+            0, html.figure(drawing, "Lengths", "Each point is an utterance; above, the histogram of durations.")
         )
     lead = "Composed sentences, spoken by many synthetic voices; no test sentence appears in training."
     return html.section("The corpus", lead, html.grid(*blocks))
@@ -323,10 +315,7 @@ def _decoder_shift(summary: DemoSummary) -> Html:
         for cache in caches:
             cells += [_cell(row, row is fastest) for row in here if row["cache"] == cache][:1] or [html.element("div")]
     square = html.element(
-        "div",
-        *cells,
-        class_="square",
-        style=f"grid-template-columns: minmax(150px, 0.7fr) repeat({len(caches)}, 1fr)",
+        "div", *cells, class_="square", style=f"grid-template-columns: minmax(150px, 0.7fr) repeat({len(caches)}, 1fr)"
     )
     blocks = [square]
     if all("encoder_seconds" in row and "decoder_seconds" in row for row in rows):

@@ -49,13 +49,7 @@ class TransformersModel(nn.Module):
 
     ctc = None
 
-    def __init__(
-        self,
-        model: Any,
-        extractor: Any,
-        tokenizer: Any = None,
-        prompt: Sequence[int] | None = None,
-    ):
+    def __init__(self, model: Any, extractor: Any, tokenizer: Any = None, prompt: Sequence[int] | None = None):
         """Wrap the parts; raise ValueError if neither ``prompt`` nor the model's settings have a start token."""
         super().__init__()
         self.model: Any = model
@@ -300,11 +294,7 @@ class TransformersModel(nn.Module):
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
         inner = encoder if hasattr(encoder, "layers") else getattr(encoder, "encoder", encoder)
         return {
-            "encoder": {
-                "kind": type(encoder).__name__,
-                "layers": len(inner.layers),
-                "width": self.width,
-            },
+            "encoder": {"kind": type(encoder).__name__, "layers": len(inner.layers), "width": self.width},
             "decoder": {
                 "kind": type(decoder).__name__,
                 "layers": len(decoder.layers),
@@ -383,11 +373,7 @@ class TransformersModel(nn.Module):
         return results
 
     def _generate(
-        self,
-        audio: Sequence[np.ndarray],
-        prompts: Sequence[Sequence[int]],
-        limit: int,
-        generation: Mapping[str, Any],
+        self, audio: Sequence[np.ndarray], prompts: Sequence[Sequence[int]], limit: int, generation: Mapping[str, Any]
     ) -> list[list[int]]:
         """Return sequences without prompt, end and what follows it.
 
@@ -427,9 +413,7 @@ class GenerateEngine(Engine):
         self.frames = round(self.frames * FRAME_SECONDS / model.frame_seconds)
 
     def events(
-        self,
-        batches: Iterable[list[Request]],
-        cancelled: Callable[[Hashable], bool] | None = None,
+        self, batches: Iterable[list[Request]], cancelled: Callable[[Hashable], bool] | None = None
     ) -> Generator[Hypothesis | Underway]:
         model: Any = self.model
         for batch in batches:

@@ -150,12 +150,7 @@ def check_folder(folder: Path) -> None:
         for key in ("quantization_config", "transformers_weights"):
             if section.get(key) is not None:
                 raise CheckpointError(f"{config_file}: {key} is not supported; save the model without it")
-        for key in (
-            "attn_implementation",
-            "_attn_implementation",
-            "experts_implementation",
-            "_experts_implementation",
-        ):
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
             if section.get(key) not in ATTENTION:
                 raise CheckpointError(
                     f"{config_file}: {key} is {section[key]!r:.80}; it must be 'eager' or 'sdpa', as nothing is "

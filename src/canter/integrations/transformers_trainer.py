@@ -307,9 +307,7 @@ class SpeechCollator:
         most = self.extractor.n_samples
         kept = [example for example in examples if len(example["audio"]) <= most]
         logger.warning(
-            "%d utterances are longer than the model's %g s and left out of a batch",
-            len(examples) - len(kept),
-            seconds,
+            "%d utterances are longer than the model's %g s and left out of a batch", len(examples) - len(kept), seconds
         )
         if kept:
             return kept

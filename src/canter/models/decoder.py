@@ -144,11 +144,7 @@ class Decoder(Stack):
         return DecoderCache(self.config, like=self.embedding.weight, beams=beams, most=rows)
 
     def admit(
-        self,
-        prompts: list[list[int]],
-        encoded: Tensor,
-        encoded_lengths: list[int],
-        cache: DecoderCache,
+        self, prompts: list[list[int]], encoded: Tensor, encoded_lengths: list[int], cache: DecoderCache
     ) -> Tensor:
         """Add rows to the cache, and return the logits (m, V) of the first token after each prompt.
 
@@ -157,11 +153,7 @@ class Decoder(Stack):
         return self.head(self.read(prompts, encoded, encoded_lengths, cache)[:, -1])
 
     def read(
-        self,
-        prompts: list[list[int]],
-        encoded: Tensor,
-        encoded_lengths: list[int],
-        cache: DecoderCache,
+        self, prompts: list[list[int]], encoded: Tensor, encoded_lengths: list[int], cache: DecoderCache
     ) -> Tensor:
         """Add rows as ``admit`` does, and return hidden states (m, P, D) of the prompts, which end at the last of P."""
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)

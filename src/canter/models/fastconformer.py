@@ -310,12 +310,7 @@ class FastConformer(Encoder):
     On a GPU T is a multiple of ALIGNED, and so up to 7 more than the longest utterance has.
     """
 
-    outputs = (
-        "feed_forward1.linear2",
-        "self_attn.linear_out",
-        "conv.pointwise_conv2",
-        "feed_forward2.linear2",
-    )
+    outputs = ("feed_forward1.linear2", "self_attn.linear_out", "conv.pointwise_conv2", "feed_forward2.linear2")
     last_norm = "norm_out"
 
     def __init__(self, config: FastConformerConfig):

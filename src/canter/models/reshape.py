@@ -126,11 +126,7 @@ def _make_identities(
 
 
 def encoder_layers_that_keep(
-    what: Literal["parameters", "flops"],
-    config: ModelConfig,
-    decoder_layers: int,
-    seconds: float,
-    tokens: int,
+    what: Literal["parameters", "flops"], config: ModelConfig, decoder_layers: int, seconds: float, tokens: int
 ) -> int:
     """Return the number of encoder layers that keeps parameters, or FLOPs of an utterance, nearest to ``config``.
 

@@ -23,16 +23,7 @@ from canter.errors import PlanError
 from canter.files import replacing
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
-from canter.planning.lengths import (
-    REASONS,
-    Index,
-    Lengths,
-    ModelLimits,
-    PerEpoch,
-    RateLimits,
-    exclusions,
-    rate_limits,
-)
+from canter.planning.lengths import REASONS, Index, Lengths, ModelLimits, PerEpoch, RateLimits, exclusions, rate_limits
 from canter.planning.metrics import BatchTable, Cause, Figures, Limits, figures
 from canter.planning.strategies import Cutter, Strategy
 from canter.planning.strategies import strategy as named

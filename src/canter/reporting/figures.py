@@ -30,14 +30,7 @@ if TYPE_CHECKING:
     from canter.tuning.probe import Probe
 
 INK, MUTED, GRID = "#1b2330", "#69727f", "#dfe3e8"
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#56b4e9",
-)
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 
 STYLE = matplotlib.RcParams(
@@ -186,13 +179,7 @@ def draw_curves(
 
 
 @styled
-def draw_batch_shapes(
-    frames: Values,
-    tokens: Values,
-    batch: Values,
-    *,
-    size: tuple[float, float] = HALF,
-) -> Figure:
+def draw_batch_shapes(frames: Values, tokens: Values, batch: Values, *, size: tuple[float, float] = HALF) -> Figure:
     """Draw every batch as a point: its longest audio (frames) and its longest target (tokens)."""
     figure, axes = _axes(size, "encoder frames, longest of the batch")
     axes.set_ylabel("tokens, longest of the batch")
@@ -252,10 +239,7 @@ def draw_rank_timeline(seconds: Sequence[Sequence[float]], *, size: tuple[float,
         axes.broken_barh(list(zip(starts, slowest)), (rank - 0.4, 0.8), facecolors=GRID, rasterized=table.size > 5000)
         colors = [(BLUE, SKY)[step % 2] for step in range(len(table))]
         axes.broken_barh(
-            list(zip(starts, table[:, rank])),
-            (rank - 0.4, 0.8),
-            facecolors=colors,
-            rasterized=table.size > 5000,
+            list(zip(starts, table[:, rank])), (rank - 0.4, 0.8), facecolors=colors, rasterized=table.size > 5000
         )
     axes.set_ylabel("rank")
     axes.set_xlim(0, float(slowest.sum()))
@@ -338,11 +322,7 @@ def draw_epochs(
 
 @styled
 def draw_stacked_bars(
-    names: Sequence[str],
-    parts: Mapping[str, Values],
-    *,
-    xlabel: str,
-    size: tuple[float, float] | None = None,
+    names: Sequence[str], parts: Mapping[str, Values], *, xlabel: str, size: tuple[float, float] | None = None
 ) -> Figure:
     """Draw stacked horizontal bars, such as the seconds spent in encoder and decoder."""
     figure, axes = _axes(size or (11.0, 1.25 + 0.42 * len(names)), xlabel)
@@ -371,12 +351,7 @@ def _axes(size: tuple[float, float], xlabel: str) -> tuple[Figure, Axes]:
 
 @styled
 def budget_figure(
-    budget: Budget,
-    probes: Sequence[Probe],
-    seconds: Values,
-    tokens: Values,
-    *,
-    size: tuple[float, float] = (11.0, 3.4),
+    budget: Budget, probes: Sequence[Probe], seconds: Values, tokens: Values, *, size: tuple[float, float] = (11.0, 3.4)
 ) -> Figure:
     """Draw memory and time of probes, predicted and measured, beside the largest batch by duration and tokens.
 
@@ -387,10 +362,7 @@ def budget_figure(
     fitting = [p for p in probes if p.fits]
     scale, unit = (2**30, "GiB") if max((p.bytes for p in fitting), default=1.0) >= 2**30 else (2**20, "MiB")
     _against(
-        left,
-        [budget.bytes(*p.shape) / scale for p in fitting],
-        [p.bytes / scale for p in fitting],
-        f"memory, {unit}",
+        left, [budget.bytes(*p.shape) / scale for p in fitting], [p.bytes / scale for p in fitting], f"memory, {unit}"
     )
     timed = [p for p in fitting if np.isfinite(p.seconds)]
     _against(middle, [budget.step_seconds(*p.shape) for p in timed], [p.seconds for p in timed], "a step, seconds")
@@ -505,12 +477,7 @@ def lengths_figure(index: LengthIndex, path: str | Path, summary: Summary, title
     end = min(seconds[-1], tokens[-1] / summary.rate_bound) if summary.rate_bound > 0 else seconds[-1]
     label = f"{summary.rate_bound:.1f} tokens a second (mean + {summary.z_bound:g} standard deviations)"
     joint.plot([0, end], [0, end * summary.rate_bound], color=IMAGE_RED, linewidth=1, label=label)
-    joint.set(
-        xlabel="seconds",
-        ylabel="tokens, prompt and end included",
-        xlim=(0, seconds[-1]),
-        ylim=(0, tokens[-1]),
-    )
+    joint.set(xlabel="seconds", ylabel="tokens, prompt and end included", xlim=(0, seconds[-1]), ylim=(0, tokens[-1]))
     joint.legend(loc="upper left", frameon=False, fontsize=8)
     median = QUANTILES.index(0.5)
     top.stairs(counts.sum(axis=1), seconds, fill=True, color=IMAGE_GREY)

@@ -91,10 +91,7 @@ def gain(run: RunRecord) -> Gain | None:
     else:
         mean = float(table.size.mean())
         random = plan(Random(max(1, round(mean))))
-        found = {
-            "random": random,
-            "bucket_2d": _of_mean_batch(mean, partial(plan, Bucket2D()), budget, planned),
-        }
+        found = {"random": random, "bucket_2d": _of_mean_batch(mean, partial(plan, Bucket2D()), budget, planned)}
     if not all(figures.utterances for figures in found.values()):
         return None
     others = [_batching(name, figures, len(index)) for name, figures in found.items()]

@@ -114,11 +114,7 @@ def _card(card: Card) -> Html:
 
 
 def table(
-    header: Sequence[object],
-    rows: Iterable[Sequence[object]],
-    *,
-    text_columns: int = 1,
-    best: int | None = None,
+    header: Sequence[object], rows: Iterable[Sequence[object]], *, text_columns: int = 1, best: int | None = None
 ) -> Html:
     """Return a table; the first ``text_columns`` are left-aligned, the others right-aligned, row ``best`` is marked."""
 

@@ -155,10 +155,7 @@ def _curve(
     steps = sorted({step for column in columns for step in column})
     chosen = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, LISTED).astype(int))]
     rows = [
-        (
-            f"{step:,.0f}",
-            *(form.format(column[step]) if is_number(column.get(step)) else "–" for column in columns),
-        )
+        (f"{step:,.0f}", *(form.format(column[step]) if is_number(column.get(step)) else "–" for column in columns))
         for step in chosen
     ]
     return html.figure(

@@ -367,10 +367,7 @@ def _problems(run: RunRecord) -> Html:
             for row in run.events[:LISTED]
         ]
         more = f", the first {LISTED} of {len(run.events):,}" if len(run.events) > LISTED else ""
-        blocks += [
-            html.element("h3", f"Events{more}"),
-            html.table(["step", "what", "details"], rows, text_columns=3),
-        ]
+        blocks += [html.element("h3", f"Events{more}"), html.table(["step", "what", "details"], rows, text_columns=3)]
     lead = "Utterances that were not used, and unusual events; the run continued."
     if not blocks and run.train:
         lead, none = "", "None: every utterance was used, and no step was unusual."
@@ -414,10 +411,7 @@ def _resolved(run: RunRecord) -> list[tuple[str, str]]:
     if np.isfinite(rates).any():
         rows["highest learning rate used"] = f"{np.nanmax(rates):.3g}"
     return [
-        (
-            name,
-            f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
-        )
+        (name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
         for name, value in rows.items()
         if value is not None
     ]

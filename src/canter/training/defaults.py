@@ -60,10 +60,7 @@ def print_config(config: TrainConfig, device: str) -> str:
     config = dataclasses.replace(config, output=Path(os.path.abspath(config.output)))
     scratch, timed = config.init is None, "measured at the start"
     comments = {
-        "steps": (
-            config.steps,
-            "epochs x steps of an epoch" if config.minutes is None else f"from minutes, {timed}",
-        ),
+        "steps": (config.steps, "epochs x steps of an epoch" if config.minutes is None else f"from minutes, {timed}"),
         "budget": (config.budget, timed),
         "tokenizer": (config.tokenizer, "trained on the transcripts" if scratch else "the checkpoint's"),
         "mixing": (config.mixing, "1" if config.strategy == "balanced" else ""),

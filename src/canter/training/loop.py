@@ -32,13 +32,7 @@ from canter.training.feed.corpus import TrainingData
 from canter.training.feed.data import Address, Loaded, Patience, Steps, StoppedWaitingError, load_ahead
 from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_snapshot, take_snapshot
 from canter.training.run.folder import RunFolder
-from canter.training.run.reports import (
-    Progress,
-    StepReport,
-    Tracker,
-    check_skipped,
-    open_trackers,
-)
+from canter.training.run.reports import Progress, StepReport, Tracker, check_skipped, open_trackers
 from canter.training.schedule import Pace, TrainingSchedule
 from canter.training.step.gradient import ComputedGradient, TargetCounts, TrainingStep, weighted_loss
 from canter.training.step.optimizers import Schedule

@@ -121,15 +121,7 @@ def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
 def fingerprint(utterances: Sequence[Utterance]) -> str:
     """Return a hash of utterances and references that does not depend on their order or the audio's folder."""
     keys = (
-        (
-            os.path.basename(u.audio_filepath),
-            u.offset,
-            u.duration,
-            u.text,
-            u.lang,
-            u.source_lang,
-            u.target_lang,
-        )
+        (os.path.basename(u.audio_filepath), u.offset, u.duration, u.text, u.lang, u.source_lang, u.target_lang)
         for u in utterances
     )
     return hashlib.blake2b(repr(sorted(map(repr, keys))).encode(), digest_size=8).hexdigest()

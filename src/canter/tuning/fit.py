@@ -204,12 +204,7 @@ class _Exploration:
     """Choice of the shapes to measure next."""
 
     def __init__(
-        self,
-        prober: Prober,
-        index: Index,
-        most_probes: int,
-        most_frames: int | None,
-        probe_seconds: float | None,
+        self, prober: Prober, index: Index, most_probes: int, most_frames: int | None, probe_seconds: float | None
     ):
         self.prober, self.index, self.frame_seconds = prober, index, prober.step.frame_seconds
         self.progress = iter(prober.events.progress(range(most_probes), "measuring"))

@@ -77,13 +77,7 @@ BEYOND = (0, -1, 10**8, 10**400, True, 1.5, "6", None, [6], {"a": 1}, float("nan
         ("whisper", name)
         for name in (
             *("d_model", "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim"),
-            *(
-                "decoder_ffn_dim",
-                "vocab_size",
-                "max_source_positions",
-                "max_target_positions",
-                "num_mel_bins",
-            ),
+            *("decoder_ffn_dim", "vocab_size", "max_source_positions", "max_target_positions", "num_mel_bins"),
         )
     ],
 )
@@ -103,8 +97,7 @@ def test_counts_that_may_be_0_have_a_range_too(folder, setting, within_200_mib):
 
 
 @pytest.mark.parametrize(
-    "setting",
-    ["features.dither", "features.preemphasis", "encoder.dropout", "encoder.layer_drop", "decoder.dropout"],
+    "setting", ["features.dither", "features.preemphasis", "encoder.dropout", "encoder.layer_drop", "decoder.dropout"]
 )
 def test_fractions_have_a_range(folder, setting):
     path = folder("own")
@@ -142,13 +135,7 @@ def test_what_must_agree(folder, setting, value, message, within_200_mib):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [
-        ("sampling_rate", 0),
-        ("n_fft", 1),
-        ("hop_length", -5),
-        ("chunk_length", 10**9),
-        ("feature_size", 10**9),
-    ],
+    [("sampling_rate", 0), ("n_fft", 1), ("hop_length", -5), ("chunk_length", 10**9), ("feature_size", 10**9)],
 )
 def test_the_extractor_has_ranges_too(folder, setting, value, within_200_mib):
     path = folder("whisper")
@@ -184,13 +171,7 @@ def test_generation_settings_are_checked(folder, kind, setting):
 
 def test_generation_settings_of_others_are_kept(folder):
     path = folder("whisper")
-    settings = {
-        "bos_token_id": 50256,
-        "eos_token_id": [3, 4],
-        "suppress_tokens": None,
-        "language": "<|en|>",
-        "x": [{}],
-    }
+    settings = {"bos_token_id": 50256, "eos_token_id": [3, 4], "suppress_tokens": None, "language": "<|en|>", "x": [{}]}
     (path / "generation_config.json").write_text(json.dumps(settings))
     assert settings.items() <= canter.load_model(path).generation.items()
 

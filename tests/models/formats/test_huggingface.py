@@ -84,12 +84,7 @@ def test_canary_greedy(pair):
     prompt = torch.tensor([[7, 4, 9]])
     mask = torch.ones(features.shape[:2], dtype=torch.bool)
     expected = theirs.generate(
-        features,
-        attention_mask=mask,
-        decoder_input_ids=prompt,
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=3,
+        features, attention_mask=mask, decoder_input_ids=prompt, max_new_tokens=20, do_sample=False, eos_token_id=3
     )[0].tolist()
     encoded, frames = model.encode(features, lengths)
     tokens = prompt

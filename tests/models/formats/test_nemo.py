@@ -243,10 +243,7 @@ def test_written_archive(shared, tmp_path, variant):
 def test_archive_with_one_tokenizer_for_all_languages(shared, tmp_path):
     """canary-1b-v2's layout: no aggregate, one SentencePiece model with the special tokens inside."""
     tokens = "<unk> <|nospeech|> <pad> <|endoftext|> <|startofcontext|> <|startoftranscript|> <|emo:undefined|>"
-    tokens = (
-        *tokens.split(),
-        *(f"<|{x}|>" for x in ["en", "de", "pnc", "noitn", "notimestamp", "nodiarize"]),
-    )
+    tokens = (*tokens.split(), *(f"<|{x}|>" for x in ["en", "de", "pnc", "noitn", "notimestamp", "nodiarize"]))
     with tarfile.open(shared / "fixtures" / "nemo" / "b" / "model.nemo") as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar if m.isreg()}
     config = yaml.safe_load(members["./model_config.yaml"])

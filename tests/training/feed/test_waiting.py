@@ -88,10 +88,7 @@ def test_a_file_that_never_answers_ends_the_run_saved_and_named(slow, soon, monk
             if f"while reading row {row} ({path}); the run ends after 300 s (--data-timeout)" in line:
                 passed = 1000.0
 
-    with (
-        leased(path),
-        pytest.raises(CanterError, match=rf"no data for 10.. s, while reading row {row} \({path}\)"),
-    ):
+    with leased(path), pytest.raises(CanterError, match=rf"no data for 10.. s, while reading row {row} \({path}\)"):
         run_training(config, Clock())
     assert [folder.name for folder in (config.output / "checkpoints").glob("step-*")] == ["step-000003"]
     run_training(config)
@@ -167,13 +164,7 @@ def test_what_the_iterator_raises_is_raised_where_it_is_waited_for():
 
 @pytest.mark.parametrize(
     ("limit", "workers", "held", "prefetch"),
-    [
-        (resource.RLIM_INFINITY, 64, 8, 8),
-        (1024, 1, 1, 8),
-        (1024, 16, 1, 7),
-        (1024, 64, 8, 1),
-        (256, 8, 2, 2),
-    ],
+    [(resource.RLIM_INFINITY, 64, 8, 8), (1024, 1, 1, 8), (1024, 16, 1, 7), (1024, 64, 8, 1), (256, 8, 2, 2)],
 )
 def test_workers_load_ahead_what_the_open_files_allow(monkeypatch, limit, workers, held, prefetch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))

@@ -35,10 +35,7 @@ def skipped(config):
 
 @pytest.fixture
 def quiet(config):
-    loss, rate = (
-        LossConfig(ctc_warmup=0.0),
-        OptimizerConfig(schedule="constant", warmup=1),
-    )  # whatever the steps are
+    loss, rate = (LossConfig(ctc_warmup=0.0), OptimizerConfig(schedule="constant", warmup=1))  # whatever the steps are
     return dataclasses.replace(config, valid=(), batching_window=20, track=(), loss=loss, optimizer=rate)
 
 
@@ -123,10 +120,7 @@ def test_an_utterance_that_does_not_fit_by_itself_counts_in_no_figure(quiet):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (MemoryError(), True),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-            True,
-        ),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),

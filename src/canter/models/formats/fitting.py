@@ -177,12 +177,7 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         or tensors[name].is_quantized
         or tensors[name].is_floating_point() != wanted[name].is_floating_point()
     ]
-    faults = [
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("misshapen", misshapen),
-        ("mistyped", mistyped),
-    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen), ("mistyped", mistyped)]
     if missing or unexpected or misshapen or mistyped:
         parts = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults if names]
         raise CheckpointError(

@@ -80,12 +80,7 @@ def _depthwise_table(
 
 
 def _run_depthwise(
-    x: Tensor,
-    valid: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: tuple[Any, ...] = (),
-    flipped: bool = False,
+    x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Any, ...] = (), flipped: bool = False
 ) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     (b, t, d), y = x.shape, torch.empty_like(x)
@@ -170,11 +165,7 @@ def _(x, valid, weight, bias, mean, variance, gain, shift, epsilon):
 @triton.jit
 def _shift(scores, valid, out, T, N, batch, heads, LEAST: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
     """(H, B, T, N) by distance -> (B, H, T, T) by key."""
-    bh, t, s = (
-        tl.program_id(0),
-        tl.program_id(1) * R + tl.arange(0, R),
-        tl.program_id(2) * S + tl.arange(0, S),
-    )
+    bh, t, s = (tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R), tl.program_id(2) * S + tl.arange(0, S))
     inside = (t < T)[:, None] & (s < T)[None, :]
     b, h = (bh // heads).to(tl.int64), bh % heads
     source = ((h * batch + b) * T + t)[:, None] * N + (T - 1 - t[:, None] + s[None, :])
@@ -186,11 +177,7 @@ def _shift(scores, valid, out, T, N, batch, heads, LEAST: tl.constexpr, R: tl.co
 
 @triton.jit
 def _shift_back(gradient, valid, out, T, N, batch, heads, R: tl.constexpr, S: tl.constexpr):
-    bh, t, n = (
-        tl.program_id(0),
-        tl.program_id(1) * R + tl.arange(0, R),
-        tl.program_id(2) * S + tl.arange(0, S),
-    )
+    bh, t, n = (tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R), tl.program_id(2) * S + tl.arange(0, S))
     b, h = (bh // heads).to(tl.int64), bh % heads
     s = n[None, :] - (T - 1 - t[:, None])
     there = (t < T)[:, None] & (s >= 0) & (s < T)

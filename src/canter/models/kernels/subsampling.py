@@ -149,9 +149,7 @@ def _next_backward_weight(
         b, f1, m1 = _place(p, F1, M1)
         length = tl.load(lengths + b, mask=within, other=0).to(tl.int32)
         g = tl.load(
-            gradient + p[:, None].to(tl.int64) * C + c[None, :],
-            mask=within[:, None] & wide[None, :],
-            other=0.0,
+            gradient + p[:, None].to(tl.int64) * C + c[None, :], mask=within[:, None] & wide[None, :], other=0.0
         ).to(tl.float32)
         for n in range(9):
             a, e = n // 3, n % 3

@@ -12,15 +12,7 @@ from canter.errors import PlanError
 from canter.planning.bins import Bins, estimate_bins
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, Lengths, sample
-from canter.planning.strategies.base import (
-    Cut,
-    Cutter,
-    Strategy,
-    enough_batches,
-    in_steps,
-    none_usable,
-    shuffled_steps,
-)
+from canter.planning.strategies.base import Cut, Cutter, Strategy, enough_batches, in_steps, none_usable, shuffled_steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -471,22 +471,13 @@ def load_ahead(
     if workers:
         prefetch = prefetch_within_limit(workers, held, patience.warn)
         _start_server()
-        context = {
-            "multiprocessing_context": "forkserver",
-            "prefetch_factor": prefetch,
-            "worker_init_fn": start_worker,
-        }
+        context = {"multiprocessing_context": "forkserver", "prefetch_factor": prefetch, "worker_init_fn": start_worker}
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "This DataLoader will create"
         )  # more workers than cores are the user's choice
         loader = torch.utils.data.DataLoader(
-            dataset,
-            sampler=_Stream(addresses),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=pin,
-            **context,
+            dataset, sampler=_Stream(addresses), batch_size=None, num_workers=workers, pin_memory=pin, **context
         )
         micro_batches, children = children_of(lambda: iter(loader))
     puller = Puller(micro_batches, children, dataset.being_read)

@@ -35,35 +35,15 @@ from canter.errors import CheckpointError, ConfigError
 from canter.events import QUIET, Events
 from canter.fields import to_mapping
 from canter.files import to_disk, write_text
-from canter.training.config import (
-    TrainConfig,
-    changes,
-    config_of_run,
-    dump_config,
-    load_run_config,
-    rooted,
-)
-from canter.training.run.checkpoints import (
-    CONFIG,
-    RECORD,
-    Checkpoints,
-    checksum,
-    text_checksum,
-)
+from canter.training.config import TrainConfig, changes, config_of_run, dump_config, load_run_config, rooted
+from canter.training.run.checkpoints import CONFIG, RECORD, Checkpoints, checksum, text_checksum
 from canter.training.run.reports import RunLog, writing
 
 BEGUN_WITH = "batch_seconds of 0.1"  # key in run.json: Canter 0.1 began the run
 CHECKSUM = "checksum"  # key in run.json, over all its other content
 LOCK = ".lock"
 # Files and folders that a run makes before its first step.
-LEFTOVERS = (
-    "tokenizer",
-    "lengths.arrow",
-    "lengths.skipped.jsonl",
-    "lengths.arrow.parts",
-    "budget.json",
-    ".cache",
-)
+LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", "budget.json", ".cache")
 KEPT = ("tokenizer", "budget.json")  # those whose checksums are in run.json
 Record = dict[str, Any]
 """Content of run.json, whose known keys have these types:"""

@@ -63,10 +63,7 @@ class Optimizers:
                 matrices.append(parameter)
             else:
                 (others if parameter.ndim >= 2 else flat).append(parameter)
-        groups = [
-            {"params": others, "weight_decay": config.weight_decay},
-            {"params": flat, "weight_decay": 0.0},
-        ]
+        groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
         self.parameters = matrices + others + flat
         adamw = torch.optim.AdamW(groups, self.peak, betas=(0.9, 0.98), fused=True)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, self.peak)]
