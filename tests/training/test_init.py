@@ -63,9 +63,7 @@ def test_it_trains_on_and_resumes_without_the_checkpoint_it_came_from(onwards, t
 
 def test_a_reshaped_checkpoint(onwards, trained, tmp_path):
     """The alphabet of its CTC head goes along."""
-    reshape.run(
-        reshape.Options(trained, tmp_path / "reshaped", encoder_layers=3, seconds=0.5, tokens=3, batch=1, json=True)
-    )
+    reshape.run(reshape.Options(trained, tmp_path / "reshaped", encoder_layers=3, seconds=0.5, batch_size=1, json=True))
     finished = run_training(dataclasses.replace(onwards, init=tmp_path / "reshaped", steps=1))
     assert finished.prepared.subject.model.config.encoder.layers == 3
     Characters("abc").save(tmp_path / "reshaped")

@@ -97,7 +97,7 @@ class Options:
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
-    """Number of repeats to keep where greedy search repeats the same words for longer than the audio lasts; 0 is no
+    """Number of repeats to keep where greedy search repeats the same words for longer than the audio lasts; 0: no
     limit. No other text is changed. With --fallback a Whisper has its own rule."""
     audio_track: int | None = None
     """Audio track of files with several, from 0 (default: the one marked as default, else the first)."""

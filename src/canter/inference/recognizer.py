@@ -303,7 +303,7 @@ class Recognizer:
         vad: voice activity detector: long silence is left out, and audio longer than the model's window is divided in
             pauses. "energy", "silero" (needs the extra ``vad``), or "none".
         max_repeats: number of repeats to keep where a model repeats the same words for longer than the audio lasts; 0
-            is no limit. No other repetition is changed; a Whisper has its own rule.
+            means no limit. No other repetition is changed; a Whisper has its own rule.
         prompt: text that precedes the recording: names to expect, a style of writing.
         sampling_rate: sample rate of arrays in Hz (None: the model's).
         audio_track: audio track of files with several, from 0 (None: the one marked as default, else the first).

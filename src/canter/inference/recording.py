@@ -157,7 +157,7 @@ class Transcriber:
 
     def chunks(self, blocks: Iterable[np.ndarray]) -> Iterator[Chunk]:
         """Yield audio, given in blocks at the model's sample rate, in chunks that fit the model, without long silence;
-        none where nobody speaks."""
+        none for audio without speech."""
         blocks, begun = iter(blocks), list[np.ndarray]()
         for block in blocks:
             begun.append(block)

@@ -252,7 +252,8 @@ class SpeechModel(nn.Module):
 
 def part_kind(part: object) -> str:
     """Return the name of a kind of features or encoder, as checkpoints have it."""
-    return next(name for name, cls in (FEATURES | ENCODERS).items() if cls is type(part))
+    kinds = (*FEATURES.items(), *ENCODERS.items())  # a name may stand for both
+    return next(name for name, cls in kinds if cls is type(part))
 
 
 def utterance_cost(config: ModelConfig, seconds: float = 10.0, tokens: int = 40) -> UtteranceCost:

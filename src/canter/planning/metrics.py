@@ -6,7 +6,7 @@ For micro-batches of B utterances padded to T (frames) and U (tokens), with unpa
 - padded tokens   1 - sum U_i / sum B U
 - padded compute  1 - sum s(T_i, U_i) / sum B s(T, U), s the budget's seconds per utterance without the fixed part
 - mean batch      utterances / micro-batches
-- memory filled   mean over micro-batches of predicted bytes / limit; over: how many exceed the limit
+- memory filled   mean over micro-batches of predicted bytes / limit; over: the number that exceed the limit
 - epoch hours     sum over steps of the slowest rank's predicted seconds
 - waiting         mean over steps of the slowest rank's predicted seconds / the ranks' mean
 - step mixing     variance of the batches' mean seconds of audio within steps / over all batches; 0 where none differ

@@ -178,7 +178,7 @@ class SentencePieceTokenizer:
         """Return the tokenizer of one serialised SentencePiece model with Canary's special tokens among its pieces.
 
         Without ``prompt_format`` it is "canary2" where the model has that format's first token, else "canary". Raises
-        CheckpointError for data that is no such model.
+        CheckpointError for data that is not such a model.
         """
         try:
             tokenizer = cls((), {SHARED: model}, prompt_format or "canary", defaults)

@@ -46,7 +46,7 @@ def speech_spans(voiced: np.ndarray, frame: float, least: float = MIN_SPAN) -> l
     """Return spans of speech, in seconds, that are long enough to detect their languages.
 
     Spans are separated by pauses. The shortest is merged with a neighbour, across the shorter pause, until each lasts
-    at least ``least`` seconds. voiced (F,): True where somebody speaks, in frames of ``frame`` seconds.
+    at least ``least`` seconds. voiced (F,): True for speech, in frames of ``frame`` seconds.
     """
     edges = np.diff(np.r_[0, voiced.astype(int), 0])
     runs = zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist())

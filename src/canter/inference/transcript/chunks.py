@@ -30,7 +30,7 @@ class Chunk:
     """True where the next chunk overlaps with its end."""
     rate: int = RATE
     voiced: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """(F,) True where somebody speaks, in frames of FRAME seconds; empty if unknown."""
+    """(F,) True for speech, in frames of FRAME seconds; empty if unknown."""
 
     @property
     def seconds(self) -> float:

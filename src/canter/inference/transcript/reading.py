@@ -68,7 +68,7 @@ class WhisperPolicy:
     first_timestamp: int | None = None
     """Id of <|0.00|>; None for a model without timestamps."""
     voiced: np.ndarray | None = field(default=None, compare=False)
-    """(F,) True where somebody speaks, in frames of FRAME seconds that end with the audio; None if unknown."""
+    """(F,) True for speech, in frames of FRAME seconds that end with the audio; None if unknown."""
 
     def retry(self, hypothesis: Hypothesis) -> float | None:
         """Return the temperature of the next attempt; None keeps the hypothesis."""
@@ -172,7 +172,7 @@ def ended_early(
 
     Of a sentence that the end of the window divides, Whisper often writes only the first timestamp, and its command
     line begins the next window there (Radford et al., 2022, section 4.5). A single timestamp at the end means that
-    nobody speaks after it; that is accepted unless ``voiced`` (F,) has speech there (see `WhisperPolicy`).
+    no speech follows; that is accepted unless ``voiced`` (F,) has speech there (see `WhisperPolicy`).
     """
     tokens = hypothesis.tokens
     if not tokens or tokens[-1] < first_timestamp:
@@ -218,7 +218,7 @@ def skipped(
 def in_speech(segments: Sequence[Segment], voiced: np.ndarray) -> list[Segment]:
     """Return the segments without silence at their starts and ends; the first and the last word are adapted.
 
-    voiced (F,): True where somebody speaks, in frames of FRAME seconds; empty if unknown.
+    voiced (F,): True for speech, in frames of FRAME seconds; empty if unknown.
     """
     places = np.flatnonzero(voiced) * FRAME
     if not len(places):
