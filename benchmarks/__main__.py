@@ -1,8 +1,8 @@
-"""Runs the benchmarks that need no GPU, each at a small size: `make bench`, or `make bench BENCH="index models"`.
+"""Run the benchmarks that need no GPU, each at a small size: `make bench`, or `make bench BENCH="index models"`.
 
     CANTER_SHARED=... python benchmarks [NAME ...] [--list]
 
-A script that takes data from CANTER_SHARED is passed over, with a line, where that is not set. Full sizes: README.md.
+A script that needs data from CANTER_SHARED is skipped, with a message, where that is not set. Full sizes: README.md.
 """
 
 import os
@@ -56,17 +56,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "serving": ("serving.py --seconds 30",),
     "long_audio": ("long_audio.py --minutes 10",),
 }
-SHARED = {
-    "decoding",
-    "identity",
-    "whisper_windows",
-    "serving",
-    "long_audio",
-}  # whose defaults are below CANTER_SHARED
+SHARED = {"decoding", "identity", "whisper_windows", "serving", "long_audio"}  # whose defaults are below CANTER_SHARED
 
 
 def main(names: list[str]) -> int:
-    """Exit status: 1 where a benchmark failed, 2 where there is none of a name."""
+    """Return the exit status: 1 where a benchmark failed, 2 for an unknown name."""
     if names == ["--list"]:
         for name, lines in RUNS.items():
             print("\n".join(f"{name}: {line}" for line in lines))
@@ -81,7 +75,7 @@ def main(names: list[str]) -> int:
 
 
 def run(name: str) -> bool:
-    """Whether all went well; a benchmark without its data is passed over."""
+    """Run a benchmark, or skip it without its data, and return False where it failed."""
     print(f"== {name}", flush=True)
     shared = os.environ.get("CANTER_SHARED")
     if not shared and (name in SHARED or any("$shared" in line for line in RUNS[name])):

@@ -1,17 +1,17 @@
-"""What a budget is worth on a CPU: predictions against fresh processes, `search` against `fit`, an epoch under a cap.
+"""Accuracy of a budget on a CPU: predictions against fresh processes, `search` against `fit`, an epoch under a cap.
 
     python benchmarks/budget.py predict MODEL LENGTHS [--count 50] [--limit 512MiB] [--json FILE]
     python benchmarks/budget.py methods MODEL LENGTHS [--limit 192MiB] [--json FILE]
     python benchmarks/budget.py epoch   MODEL LENGTHS [--limit 256MiB] [--count 200] [--json FILE]
     python benchmarks/budget.py resting MODEL LENGTHS [--json FILE]
 
-MODEL is a checkpoint, or `small`: Canter's model of the size that `canter train` makes unless told otherwise.
-Whisper is measured at its utterances' lengths (no padding to 30 s). Memory is a fresh process's, forked before anything
-was computed: it makes model and optimiser state, takes a small step, rests, runs the shape (twice, if it is short), and
-tells its peak resident memory (VmHWM) above its resting level, weights and optimiser state added. `resting` shows what
-that level is made of: libraries and code that a first step loads, whatever the model. Time is the CPU time of the one
-thread that computes, so that others on the machine do not count. Of some shapes, the bytes of the tensors alive and
-what glibc takes where its heap is left as it is are told too.
+MODEL is a checkpoint, or `small`: Canter's model of the default size of `canter train`. Whisper is measured at its
+utterances' lengths (no padding to 30 s). Memory is that of a fresh process, forked before anything was computed: it
+makes model and optimiser state, takes a small step, runs the shape (twice, if it is short), and reports its peak
+resident memory (VmHWM) above its resting level, with weights and optimiser state added. `resting` shows the parts of
+that level: libraries and code that a first step loads, for any model. Time is the CPU time of the single computing
+thread, so that other processes do not count. For some shapes, the bytes of live tensors and the memory with glibc's
+default heap are reported too.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ import torch
 
 from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
-from canter.models.formats.checkpoint import load_model
+from canter.events import Printed
+from canter.loading import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
+from canter.planning.bins import Bins
+from canter.planning.budget import parse_memory
 from canter.planning.lengths import Lengths
 from canter.planning.strategies import Bucket2D
 from canter.planning.strategies.bucket_2d import batch_sizes
-from canter.runtime import LiveBytes, give_back, is_out_of_memory, resident, steady_heap
+from canter.runtime import LiveBytes, is_out_of_memory, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import training_step
-from canter.training.prepare import model_config
-from canter.tuning.fit import MOST_PROBES, measure_budget, within
-from canter.tuning.probe import Probe, Prober, TrainingStep
+from canter.training.measure import SyntheticStep
+from canter.training.subject import model_config
+from canter.tuning.fit import MOST_PROBES, fit_budget, within
+from canter.tuning.probe import Probe, ProbedStep, Prober
 from canter.tuning.search import search
-from canter.tuning.simulate import Simulator, parse_bytes
 
 LIMITS = {"predict": "512MiB", "methods": "192MiB", "epoch": "256MiB", "resting": "1GiB"}
 LONG = 2.0  # seconds of a step that is not run twice
@@ -67,9 +69,9 @@ def make_model(name: str) -> SpeechModel:
     return SpeechModel(model_config(TrainConfig(), sizes, sizes))  # type: ignore[arg-type]
 
 
-def make_step(model: Any, copied: bool = False) -> TrainingStep:
+def make_step(model: Any, copied: bool = False) -> ProbedStep:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
-    return training_step(config, model, "float32", 1, copied=copied)
+    return SyntheticStep(config, model, "float32", copied=copied)
 
 
 def lengths(args: argparse.Namespace) -> LengthIndex:
@@ -81,62 +83,63 @@ def lengths(args: argparse.Namespace) -> LengthIndex:
 
 
 def forked(work: Callable, *arguments: Any) -> list:
-    """What ``work(tell, *arguments)`` tells from a process of its own; less, where it dies on the way."""
+    """Return the values that ``work(send, *arguments)`` sends from its own process, up to its end."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(theirs.send, *arguments))
     process.start()
     theirs.close()
-    told = []
+    found = []
     try:
         while True:
-            told.append(ours.recv())
+            found.append(ours.recv())
     except EOFError:
         process.join()
     group = GROUPS / f"canter-{process.pid}"
     if group.exists():
         group.rmdir()
-    return told
+    return found
 
 
-def fitting(tell: Callable, args: argparse.Namespace, journal: Path | None) -> None:
-    """Tells budget, probes, steps, events and seconds of `fit`."""
-    steady_heap()
+def fitting(send: Callable, args: argparse.Namespace, journal: Path | None) -> None:
+    """Send budget, probes, steps, out-of-memory failures and seconds of `fit`."""
+    map_large_blocks()
     step = make_step(make_model(args.model))
-    prober = Prober(step, parse_bytes(args.limit), journal=journal, clock=time.process_time)
+    prober = Prober(step, parse_memory(args.limit), journal=journal, events=Printed(), clock=time.process_time)
     began = time.perf_counter()
-    frame_seconds = make_model(args.model).frame_seconds
-    budget = measure_budget(prober, lengths(args), frame_seconds, most_probes=args.probes, say=print)
+    budget = fit_budget(prober, lengths(args), most_probes=args.probes)
     seconds = time.perf_counter() - began
-    tell((budget.as_json(), prober.probes, prober.steps, prober.out_of_memory, seconds))
+    send((budget.as_json(), prober.probes, prober.steps, prober.out_of_memory, seconds))
 
 
 def fitted(args: argparse.Namespace) -> tuple[Budget, list[Probe], dict]:
     [[value, probes, steps, events, seconds]] = forked(fitting, args, args.journal)
     budget = Budget.from_json(value)
-    told = {name: budget.measured_on.get(name) for name in ("memory_error", "time_error", "margin")}
-    return budget, probes, {"steps": steps, "out_of_memory": events, "seconds": round(seconds, 1), **told}
+    found = {name: budget.measured_on.get(name) for name in ("memory_error", "time_error", "margin")}
+    return budget, probes, {"steps": steps, "out_of_memory": events, "seconds": round(seconds, 1), **found}
 
 
-def running(tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: float, heap: bool, count: bool) -> None:
-    """Tells of each shape: peak resident bytes, seconds, and with ``count`` the tensors' bytes; None where it did not
-    fit. Above ``cap``, weights included, the kernel ends the process. (RLIMIT_DATA would count address space that glibc
-    keeps and holds nothing in.)"""
+def running(send: Callable, name: str, shapes: Sequence[Sequence[int]], cap: float, heap: bool, count: bool) -> None:
+    """Send for each shape peak resident bytes, seconds, and with ``count`` the tensors' bytes; None if it did not fit.
+
+    Above ``cap``, weights included, the kernel ends the process. RLIMIT_DATA would count address space that glibc
+    reserves without using it.
+    """
     if heap:
-        steady_heap()
+        map_large_blocks()
     group = GROUPS / f"canter-{os.getpid()}"
     if cap:
         group.mkdir()
         (group / "cgroup.procs").write_text(str(os.getpid()))
     step = make_step(make_model(name))
     step(1, *shapes[0][1:])  # makes the optimiser's state, and loads what is no tensor
-    give_back()
+    release_memory()
     rest = resident() - step.state_bytes
     if cap:
         held = int((group / "memory.usage_in_bytes").read_text()) - step.state_bytes
         (group / "memory.limit_in_bytes").write_text(str(int(held + cap)))
     for shape in shapes:
-        give_back()
+        release_memory()
         Path("/proc/self/clear_refs").write_text("5")
         try:
             times = []
@@ -149,35 +152,30 @@ def running(tell: Callable, name: str, shapes: Sequence[Sequence[int]], cap: flo
                 with LiveBytes() as live:
                     step(*shape)
                 tensors = step.state_bytes + live.peak
-            tell([peak, min(times), tensors])
+            send([peak, min(times), tensors])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            step.clear()
-            tell([None, None, None])
+            step.discard()
+            send([None, None, None])
 
 
 def fresh(
     name: str, shapes: Sequence[Sequence[int]], cap: float = 0.0, heap: bool = True, count: bool = False
 ) -> list[list]:
-    told = forked(running, name, shapes, cap, heap, count)
-    if len(told) < len(shapes) and not cap:
+    found = forked(running, name, shapes, cap, heap, count)
+    if len(found) < len(shapes) and not cap:
         raise RuntimeError(f"{shapes}: the process ended")
-    return told + [[None, None, None]] * (len(shapes) - len(told))
-
-
-def simulating(tell: Callable, name: str, shapes: Sequence[Sequence[int]]) -> None:
-    simulator = Simulator(make_model(name), make_step, 1e15)
-    tell([simulator(*shape).bytes for shape in shapes])
+    return found + [[None, None, None]] * (len(shapes) - len(found))
 
 
 # -- what is shown --
 
 
 def predict(args: argparse.Namespace) -> dict:
-    """Unseen shapes: T and U of random utterances, B at random up to what fits; a process for each."""
+    """Measure unseen shapes (T and U of random utterances, B at random up to what fits), each in its own process."""
     index = lengths(args)
-    budget, probes, told = fitted(args)
+    budget, probes, found = fitted(args)
     known = {tuple(probe.shape) for probe in probes}
     rng = np.random.default_rng(1)
     shapes: list[tuple[int, int, int]] = []
@@ -195,7 +193,6 @@ def predict(args: argparse.Namespace) -> dict:
         rows.append(row | {"predicted_seconds": float(budget.step_seconds(*shape)), "seconds": took})
     for row in rows[: args.compared]:
         [[row["glibc_default"], _, row["tensors"]]] = fresh(args.model, [row["shape"]], heap=False, count=True)
-    [simulated] = forked(simulating, args.model, shapes[: args.compared])
 
     def off(one: str, other: str, some: list[dict]) -> list[float]:
         return [abs(row[one] / row[other] - 1) for row in some]
@@ -203,7 +200,7 @@ def predict(args: argparse.Namespace) -> dict:
     memory, times = off("predicted", "measured", rows), off("predicted_seconds", "seconds", rows)
     more = [row["glibc_default"] / row["measured"] - 1 for row in rows[: args.compared]]
     return {
-        "fit": told,
+        "fit": found,
         "memory_error_median": statistics.median(memory),
         "memory_error_worst": max(memory),
         "time_error_median": statistics.median(times),
@@ -211,31 +208,30 @@ def predict(args: argparse.Namespace) -> dict:
         "glibc_default_takes_more_median": statistics.median(more),
         "glibc_default_takes_more_worst": max(more),
         "tensors_of_measured": statistics.median(row["tensors"] / row["measured"] for row in rows[: args.compared]),
-        "simulated_tensors_error_worst": max(abs(s / r["tensors"] - 1) for s, r in zip(simulated, rows)),
         "budget": budget.as_json(),
         "probes": [[*p.shape, round(p.bytes), round(p.seconds, 4), p.fits] for p in probes],
         "rows": rows,
     }
 
 
-def searching(tell: Callable, args: argparse.Namespace, bins: Any, frame_seconds: float) -> None:
-    steady_heap()
-    prober = Prober(make_step(make_model(args.model)), parse_bytes(args.limit))
+def searching(send: Callable, args: argparse.Namespace, bins: Bins) -> None:
+    map_large_blocks()
+    prober = Prober(make_step(make_model(args.model)), parse_memory(args.limit))
     began = time.perf_counter()
-    found = search(prober, bins, frame_seconds)
+    found = search(prober, bins)
     seconds = time.perf_counter() - began
-    tell((found.sizes, [round(p.bytes) for p in prober.probes], found.steps, found.out_of_memory, seconds))
+    send((found.sizes, [round(p.bytes) for p in prober.probes], found.steps, found.out_of_memory, seconds))
 
 
 def methods(args: argparse.Namespace) -> dict:
-    """`search` and `fit` on the same 60 buckets under the same limit; the batches that they found, run for real."""
+    """Run `search` and `fit` on the same 60 buckets under the same limit, and then the batches that they found."""
     index = lengths(args)
-    budget, _, told = fitted(args)
+    budget, _, found = fitted(args)
     bins = Bucket2D(30, 2).bins(index, budget)
     corners = [(int(budget.frames(s)), max(2, u)) for s, u in bins.edges]
-    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins, budget.frame_seconds)
+    [[sizes, _, steps, events, seconds]] = forked(searching, args, bins)
     counts = np.bincount(bins.assign(Lengths.of(index, slice(None), budget)), minlength=len(bins))
-    limit = parse_bytes(args.limit)
+    limit = parse_memory(args.limit)
 
     def row(name: str, sizes: np.ndarray, steps: int, events: int, wall: float) -> dict:
         shapes = [(max(1, int(size)), *corner) for size, corner in zip(sizes, corners)]
@@ -253,29 +249,29 @@ def methods(args: argparse.Namespace) -> dict:
             "sizes": [int(size) for size in sizes],
         }
 
-    fit = row("fit", batch_sizes(bins, budget), told["steps"], told["out_of_memory"], told["seconds"])
+    fit = row("fit", batch_sizes(bins, budget), found["steps"], found["out_of_memory"], found["seconds"])
     return {
         "buckets": len(bins),
-        "margin": told["margin"],
+        "margin": found["margin"],
         "rows": [row("search", sizes, steps, events, seconds), fit],
     }
 
 
 def epoch(args: argparse.Namespace) -> dict:
-    """The largest batches of an epoch planned with the budget, in processes whose memory is capped at the limit."""
+    """Run the largest batches of an epoch planned with the budget, in processes whose memory is capped at the limit."""
     index = lengths(args)
-    budget, _, told = fitted(args)
+    budget, _, found = fitted(args)
     table = Plan(index, budget).table()
     size = budget.bytes(table.size, table.frames, table.tokens)
     largest = np.argsort(-size)[: args.count]
     shapes = [(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
-    limit = parse_bytes(args.limit)
+    limit = parse_memory(args.limit)
     results = []
     for start in range(0, len(shapes), A_PROCESS):
         results += fresh(args.model, shapes[start : start + A_PROCESS], cap=limit)
     peaks = [peak or math.nan for peak, _, _ in results]
     return {
-        "fit": told,
+        "fit": found,
         "batches": len(shapes),
         "out_of_memory": sum(peak is None for peak, _, _ in results),
         "largest_peak_of_limit": float(np.nanmax(peaks)) / limit,
@@ -286,23 +282,23 @@ def epoch(args: argparse.Namespace) -> dict:
 
 
 def resting(args: argparse.Namespace) -> dict:
-    """What a process comes to hold that is no tensor, from an empty one to its resting level."""
+    """Measure the memory besides tensors, from an empty process to its resting level."""
     return {"rows": forked(coming_to_rest, args.model)}
 
 
-def coming_to_rest(tell: Callable, name: str) -> None:
-    steady_heap()
+def coming_to_rest(send: Callable, name: str) -> None:
+    map_large_blocks()
     held: dict[str, Any] = {}
 
     def look(what: str, tensors: int) -> None:
-        give_back()
+        release_memory()
         now = {"anonymous": resident("RssAnon"), "file": resident("RssFile"), "tensors": tensors}
         files, modules = mapped(), set(sys.modules)
         if held:
             more = {key: round((now[key] - held[key]) / 2**20, 1) for key in now}
             grown = Counter({name: files[name] - held["files"][name] for name in files})
             new = Counter(".".join(module.split(".")[:2]) for module in modules - held["modules"])
-            tell(
+            send(
                 {
                     "stage": what,
                     **more,
@@ -324,7 +320,7 @@ def coming_to_rest(tell: Callable, name: str) -> None:
 
 
 def mapped() -> Counter:
-    """Resident bytes by mapped file."""
+    """Return resident bytes by mapped file."""
     sizes, name = Counter(), ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+\s*(.*)", line):
@@ -335,7 +331,7 @@ def mapped() -> Counter:
 
 
 def written(result: dict) -> str:
-    """JSON with one line a row."""
+    """Return JSON with one line per row."""
     rest = {key: value for key, value in result.items() if key not in ("rows", "probes")}
     text = json.dumps(rest, indent=1)[:-2]
     for key in ("probes", "rows"):
@@ -352,8 +348,8 @@ def main() -> None:
     parser.add_argument("--count", type=int)
     parser.add_argument("--limit")
     parser.add_argument("--probes", type=int, default=MOST_PROBES)
-    parser.add_argument("--compared", type=int, default=5, help="shapes of which more is told")
-    parser.add_argument("--journal", type=Path, help="keeps the probes of `fit`")
+    parser.add_argument("--compared", type=int, default=5, help="number of shapes with more measurements")
+    parser.add_argument("--journal", type=Path, help="file for the probes of `fit`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.limit = args.limit or LIMITS[args.what]

@@ -1,13 +1,13 @@
-"""What a strategy's mixing costs in accuracy: WER of `random`, `bucket_2d` and `balanced` at two mixing dials on the
-demo corpus, after equal updates and after equal time.
+"""Measure the accuracy of batching strategies: WER of `random`, `bucket_2d` and `balanced` at two values of mixing on
+the demo corpus, after equal updates and after equal time.
 
     python benchmarks/convergence.py -o FOLDER [--updates 2000] [--seeds 3] [--json FILE]
 
 Every run is a `canter train` of the demo's recipe with a smaller model; all share tokenizer, measured budget, threads
-and the most audio a step may hold, padding included, and differ in seed and strategy alone. Equal updates: the same
+and the maximum audio of a step, padding included, and differ only in seed and strategy. Equal updates: the same
 number of steps; strategies differ in how much audio a step brings, and so in its time. Equal time: each takes the steps
-that fit the time of `random`'s updates, by step times measured beforehand, strategies in turns. The learning rate falls
-to its end in every run. WER is of unheard sentences, attention decoding. Started again, it goes on where it was.
+that fit the time of `random`'s updates, by step times measured beforehand, strategies in turns. The learning rate
+reaches its floor in every run. WER is of test sentences, decoded by attention only. The same command resumes.
 """
 
 import json
@@ -23,13 +23,12 @@ from ladder import Rig
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.demo.synthesis import synthesise
+from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
-from canter.training.feed.steps import Steps
-from canter.training.prepare import prepare
-from canter.training.session import train
+from canter.training.feed.data import Steps
+from canter.training.recipe import prepare_training, run_training
 
 
 @dataclass(frozen=True)
@@ -40,31 +39,31 @@ class Options:
     """Steps of the runs of equal updates."""
     seeds: int = 3
     utterances: int = 3000
-    """Of the corpus."""
+    """Training utterances of the corpus."""
     dials: tuple[float, float] = (1.0, 4.0)
-    """Mixing of `balanced`."""
+    """Values of `mixing` of `balanced`."""
     longest: float = 8.0
-    """Longer utterances are left out, of training and of testing."""
+    """Maximum seconds of an utterance, in training and testing."""
     batch_seconds: float = 16.0
-    """The most audio of a step, padding included: `random` has as many utterances as hold if all are the longest."""
+    """Maximum audio of a step, padding included; `random` has the batch size that fits the longest utterances."""
     width: int = 96
     layers: tuple[int, int] = (4, 2)
-    """Of encoder and decoder."""
+    """Layers of encoder and decoder."""
     threads: int = 1
     timed: int = 60
-    """Steps of each strategy that are timed beforehand."""
+    """Steps of each strategy that are timed before the runs."""
     json: Path | None = None
     """File for the figures."""
 
 
 def arms_of(options: Options) -> dict[str, dict[str, Any]]:
-    """Settings by name; the first is what time is held against."""
+    """Return settings by name; the first is the baseline of equal time."""
     dialled = {f"balanced, dial {dial:g}": {"strategy": "balanced", "mixing": dial} for dial in options.dials}
     return {"random": {"strategy": "random"}, "bucket_2d": {"strategy": "bucket_2d"}, **dialled}
 
 
 def up_to(longest: float, manifest: Path) -> Path:
-    """A manifest of the utterances that are not longer, beside the whole one."""
+    """Write a manifest of the utterances up to ``longest`` seconds beside ``manifest``, and return it."""
     rows = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = manifest.with_name(f"{manifest.stem}-{longest:g}.jsonl")
     kept.write_text("".join(row for row in rows if json.loads(row)["duration"] <= longest), encoding="utf-8")
@@ -72,13 +71,13 @@ def up_to(longest: float, manifest: Path) -> Path:
 
 
 def shared(options: Options) -> TrainConfig:
-    """What all runs have in common; corpus, tokenizer and budget are made once."""
+    """Return the settings that all runs share; corpus, tokenizer and budget are made once."""
     corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=200)
     config = TrainConfig(
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "shared",
-        vocabulary=600,
+        vocab_size=600,
         batch_seconds=options.batch_seconds,
         valid_every=1_000_000,
         valid_utterances=200,
@@ -89,16 +88,16 @@ def shared(options: Options) -> TrainConfig:
         track=(),
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
-    folder = prepare(config, say, track).run.folder
+    folder = prepare_training(config, TerminalEvents()).run.folder
     return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains, unless the run is through; its figures."""
+    """Train, unless the run is finished, and return its figures."""
     metrics = config.output / "metrics.jsonl"
     last = _logged(metrics)[-1] if metrics.exists() else {}
     if (last.get("kind"), last.get("step")) != ("valid", config.steps):
-        train(config, TrainingProgress, say, track)
+        run_training(config, TerminalEvents())
     lines = _logged(metrics)
     steps = [line for line in lines if line["kind"] == "train"]
     valid = next(line for line in reversed(lines) if line["kind"] == "valid")
@@ -118,16 +117,22 @@ def _logged(metrics: Path) -> list[dict[str, Any]]:
 
 
 def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Options) -> dict[str, float]:
-    """Mean seconds of a strategy's steps, each on a model of its own, in turns; measured once."""
+    """Return the mean step time of each strategy, measured once, in turns, each with its own model."""
     kept = options.output / "step_seconds.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
     taken: dict[str, list[float]] = {name: [] for name in arms}
     runs = {}
     for name, settings in arms.items():
-        prepared = prepare(replace(base, output=options.output / f"timed-{label(name)}", **settings), say, track)
-        addresses = Steps(prepared.plan).addresses(None, 0, 0)
-        runs[name] = Rig(base, prepared.model, prepared.precision), prepared.data, addresses
+        prepared = prepare_training(
+            replace(base, output=options.output / f"timed-{label(name)}", **settings), TerminalEvents()
+        )
+        addresses = Steps(prepared.schedule.plan).addresses(None, 0, 0)
+        runs[name] = (
+            Rig(base, prepared.subject.model, prepared.subject.precision),
+            prepared.data.micro_batches,
+            addresses,
+        )
     for number in range(options.timed + 1):
         for name, (rig, data, addresses) in runs.items():
             start = time.perf_counter()
@@ -143,7 +148,7 @@ def label(name: str) -> str:
 
 
 def runs_of(options: Options) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
-    """(what it is, configuration) of every run, seed by seed."""
+    """Yield (description, configuration) of every run, seed by seed."""
     base, arms = shared(options), arms_of(options)
     seconds = step_seconds(base, arms, options)
     first, *others = arms
@@ -166,7 +171,7 @@ def main(options: Options) -> None:
     show(rows, list(arms_of(options)))
     if options.json:
         figures = {"options": {k: v for k, v in vars(options).items() if k not in ("output", "json")}}
-        figures |= {"machine": machine(), "runs": rows}
+        figures |= {"machine": describe_machine(), "runs": rows}
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""How full the decoder's slots are on queues of real lengths, and what caches and the shift are worth.
+"""Measure the useful rows of the decoder on queues of real lengths, and the speedup by caches and shallow decoders.
 
 Weights are random and audio is noise: every row stops at the number of tokens of a real utterance, as tables of
 `duration` and `tokens` give them.
@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow.parquet as parquet
 import torch
 import tyro
+from decoder_shift import ForcedLengths
 
-from canter.bench.shift import ForcedLengths, measure_shift
-from canter.inference.engine.capacity import encoder_batches
-from canter.inference.engine.requests import EngineConfig, Request
+from canter.demo.shift import measure_shift
+from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.model import ModelConfig, SpeechModel
@@ -36,15 +36,15 @@ class Options:
     lengths: tuple[Path, ...] = (TABLES / "an4_en.parquet", TABLES / "librispeech_devtest_en.parquet")
     """Parquets with `duration` (seconds) and `tokens`."""
     utterances: int = 1024
-    """Of a queue, drawn from a table's rows up to 40 s, each at most once."""
+    """Number of utterances in a queue, drawn from a table's rows up to 40 s without replacement."""
     rows: tuple[int, ...] = (64, 128)
-    """Slots of the decoder."""
+    """Numbers of slots of the decoder."""
     threads: int = 1
-    """Of torch."""
+    """Number of torch threads."""
     repeats: int = 5
-    """Of the comparison of shapes and caches; 0 leaves it out."""
+    """Number of repeats of the comparison of shapes and caches; 0 omits it."""
     json: Path | None = None
-    """Write the figures there."""
+    """Write the figures to this file."""
 
 
 def small_model(encoder_layers: int, decoder_layers: int, vocabulary: int = 304) -> SpeechModel:
@@ -58,7 +58,7 @@ def small_model(encoder_layers: int, decoder_layers: int, vocabulary: int = 304)
 
 
 def draw(table: Path, count: int) -> list[tuple[float, int]]:
-    """(seconds, tokens with the end token) of so many utterances, the longest first."""
+    """Return (seconds, tokens with the end token) of ``count`` utterances, longest first."""
     columns = parquet.read_table(table, columns=["duration", "tokens"]).to_pydict()
     rows = [(s, t + 1) for s, t in zip(columns["duration"], columns["tokens"]) if 0.1 <= s <= 40 and t]
     chosen = np.random.default_rng(0).permutation(len(rows))[:count]
@@ -71,13 +71,13 @@ def noise(seconds: float) -> np.ndarray:
 
 
 def batches_useful(counts: Sequence[int], rows: int) -> float:
-    """Useful share of rows where batches of neighbours wait for their longest row."""
+    """Return the useful fraction of rows in fixed batches that wait for their longest row."""
     batches = [counts[start : start + rows] for start in range(0, len(counts), rows)]
     return sum(counts) / sum(len(batch) * max(batch) for batch in batches)
 
 
 def queue(model: SpeechModel, utterances: list[tuple[float, int]], rows: int) -> dict[str, Any]:
-    """The utterances through the engine, beside batches of ``rows``."""
+    """Measure the engine on the utterances against fixed batches of ``rows``."""
     engine = ForcedLengths(model, EngineConfig(rows=rows, max_repeats=0))
     frames = [model.encoder_frames(seconds) for seconds, _ in utterances]
     batches = encoder_batches(frames, engine.frames, rows)
@@ -108,10 +108,7 @@ def run(options: Options) -> None:
         utterances = draw(table, options.utterances)
         for rows in options.rows:
             queues.append({"lengths": table.stem, **queue(model, utterances, rows)})
-            print(
-                {name: round(v, 3) if isinstance(v, float) else v for name, v in queues[-1].items()},
-                flush=True,
-            )
+            print({name: round(v, 3) if isinstance(v, float) else v for name, v in queues[-1].items()}, flush=True)
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": platform.processor() or platform.machine(),
@@ -124,11 +121,7 @@ def run(options: Options) -> None:
         audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
         shapes = {f"{e}/{d}": small_model(e, d) for e, d in ((4, 6), (6, 3), (7, 1))}
         shift = measure_shift(
-            shapes,
-            audio,
-            torch.tensor([len(clip) for clip in clips]),
-            tokens_per_row=24,
-            repeats=options.repeats,
+            shapes, audio, torch.tensor([len(clip) for clip in clips]), tokens_per_row=24, repeats=options.repeats
         )
         result["shift"] = [asdict(row) for row in shift]
         for row in shift:

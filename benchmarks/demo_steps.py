@@ -1,19 +1,19 @@
-"""WER of the demo's recipe after fixed numbers of steps, for several seeds, by every way of decoding.
+"""Measure the WER of the demo's recipe after fixed numbers of steps, for several seeds, with every decoding method.
 
     python benchmarks/demo_steps.py -o FOLDER [--steps 1400 3500] [--seeds 3] [--json FILE]
 
 `canter demo` takes the steps that fit its minutes, so how well it ends depends on the machine; here the number of steps
 is given. All runs share the corpus (that of seed 0, as the demo's) and the measured budget, and differ in their seed:
 initial weights and order. Each is decoded by attention only, by CTC only, and jointly at every --weights, by greedy
-search and with --beam beams; decoder seconds are wall-clock. Started again, it resumes where it was: finished runs and
-decodings stay.
+search and with --beam beams; decoder seconds are wall-clock. The same command resumes: finished runs and
+decodings are kept.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,16 +22,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import TEST_UTTERANCES, machine, recipe
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest
+from canter.demo.config import FULL
+from canter.demo.pipeline import recipe
 from canter.demo.synthesis import Corpus, synthesise
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.transcribe import checkpoint_of, transcribe
-from canter.models.formats.checkpoint import load_model
-from canter.training.session import train
+from canter.inference.transcribe import transcribe
+from canter.loading import load_model
+from canter.models.hub import checkpoint_of
+from canter.reporting.machine import describe_machine
+from canter.training.recipe import run_training
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     steps: tuple[int, ...] = (1400, 3500)
-    """Numbers of steps; each is a run of its own, whose learning rate falls to its end."""
+    """Numbers of steps; each is a separate run, whose learning rate reaches its floor."""
     seeds: int = 3
     utterances: int = 6000
     """Training utterances of the corpus."""
@@ -54,7 +57,7 @@ class Options:
 
 
 def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, float]]:
-    """Train each run, unless it is finished -> steps, seed, folder, training seconds."""
+    """Train each run, unless it is finished, and yield (steps, seed, folder, training seconds)."""
     budget = options.output / "budget.json"
     for steps in options.steps:
         for seed in range(options.seeds):
@@ -62,19 +65,19 @@ def runs_of(options: Options, corpus: Corpus) -> Iterator[tuple[int, int, Path, 
             done = folder / "seconds.json"
             if not done.exists():
                 say(f"{steps} steps, seed {seed}")
-                settings: dict[str, Any] = {"steps": steps, "seed": seed, "save_every": 100, "keep": 1}
+                settings: dict[str, Any] = {"steps": steps, "seed": seed, "save_every": 100, "keep_checkpoints": 1}
                 if budget.exists():
                     settings["budget"] = budget
-                config = recipe(corpus.train_manifest, folder, threads=options.threads, track=(), **settings)
-                finished = train(config, TrainingProgress, say, track)
+                config = replace(recipe(corpus.train_manifest, folder), threads=options.threads, track=(), **settings)
+                finished = run_training(config, TerminalEvents())
                 if not budget.exists():
-                    finished.prepared.budget.save(budget)
+                    finished.prepared.schedule.budget.save(budget)
                 done.write_text(json.dumps(finished.progress.seconds), encoding="utf-8")
             yield steps, seed, folder, float(json.loads(done.read_text(encoding="utf-8")))
 
 
 def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[str, float]]:
-    """Return WER, CER and decoder seconds of a run by way of decoding; each way is decoded once."""
+    """Return WER, CER and decoder seconds of a run by decoding method; each is decoded once."""
     ways = [("attention", 0.0, 1), *((f"joint {weight:g}", weight, 1) for weight in options.weights)]
     if options.beam > 1:
         beams = [(f"{name}, {options.beam} beams", weight, options.beam) for name, weight, _ in ways]
@@ -93,7 +96,7 @@ def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[st
         )
         began = time.perf_counter()
         results = transcribe(engine, model.tokenizer, utterances)
-        rates = score(references, [result.text for result in results], normalize="none").total
+        rates = score_texts(references, [result.text for result in results], normalize="none").total
         found[name] = {
             "wer": rates.wer,
             "cer": rates.cer,
@@ -102,14 +105,14 @@ def decoded(options: Options, corpus: Corpus, folder: Path) -> dict[str, dict[st
         }
         if name == "attention" and model.characters is not None:
             texts = [model.characters.decode(result.ctc or ()) for result in results]
-            rates = score(references, texts, normalize="none").total
+            rates = score_texts(references, texts, normalize="none").total
             found["CTC"] = {"wer": rates.wer, "cer": rates.cer}
         kept.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
 
 
 def main(options: Options) -> None:
-    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=TEST_UTTERANCES)
+    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=FULL.test_utterances)
     rows = []
     for steps, seed, folder, seconds in runs_of(options, corpus):
         for way, figures in decoded(options, corpus, folder).items():
@@ -117,7 +120,7 @@ def main(options: Options) -> None:
     show(rows)
     path = options.json or options.output / f"{date.today()}-demo-steps.json"
     settings = {key: value for key, value in vars(options).items() if key not in ("output", "json")}
-    figures = {"options": settings, "machine": machine(), "runs": rows}
+    figures = {"options": settings, "machine": describe_machine(), "runs": rows}
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     say(f"written: {path}")
 

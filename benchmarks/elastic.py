@@ -37,8 +37,8 @@ OVER = 1.25  # the budget, as a multiple of the truth
 ROOM = 250e6  # bytes of a micro-batch by that budget, weights and optimiser state left out
 LARGER = shlex.split("""
     --model.encoder-layers 4 --model.decoder-layers 2 --model.width 128 --model.subsampling-channels 32
-    --vocabulary 200 --precision float32 --threads 1 --workers 0 --batch-seconds None --window 60
-    --micro-batches-per-step 2 --loss.ctc-alone 0.1
+    --vocab-size 200 --precision float32 --threads 1 --workers 0 --batch-seconds None --batching-window 60
+    --micro-batches-per-step 2 --loss.ctc-warmup 0.1
 """)
 
 
@@ -48,15 +48,15 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     steps: int = 60
-    """Of the run."""
+    """Steps of the run."""
     ranks: int = 1
-    """Processes of the run that is cut."""
+    """Processes of the run whose memory is limited."""
     json: Path | None = None
     """File for the figures."""
 
 
 def compared(folder: Path, other: Path) -> dict[str, Any]:
-    """Steps and weights of two runs side by side."""
+    """Return steps and weights of two runs side by side."""
     ours, theirs = steps_of(folder), steps_of(other)
     a, b = (load_file(newest(run) / "model.safetensors") for run in (folder, other))
     differences = [abs(x - y) / abs(y) for (_, x), (_, y) in zip(ours, theirs, strict=True)]
@@ -77,7 +77,7 @@ def compared(folder: Path, other: Path) -> dict[str, Any]:
 def ranks(options: Options) -> dict[str, Any]:
     corpus = synthesise(options.output / "corpus", utterances=200, test_utterances=6, workers=1)
     straight, rounded, elastic = (options.output / name for name in ("straight", "two-threads", "elastic"))
-    more = ["--steps", str(options.steps), "--micro-batches-per-step", "4", "--window", "100"]
+    more = ["--steps", str(options.steps), "--micro-batches-per-step", "4", "--batching-window", "100"]
     more += ["--valid", str(corpus.test_manifest), "--valid-utterances", "2", "--valid-every", "20"]
     for folder, other in ((straight, []), (rounded, ["--threads", "2"]), (elastic, None)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,15 +150,7 @@ def cuts(options: Options) -> dict[str, Any]:
     for folder, cap in ((capped, budget.limit_bytes / OVER), (uncut, 0.0)):
         shutil.rmtree(folder, ignore_errors=True)
         more = ["--steps", str(options.steps), "--budget", str(options.output / "budget.json")]
-        arguments = [
-            "train",
-            "--manifest",
-            str(corpus.train_manifest),
-            "--output",
-            str(folder),
-            *LARGER,
-            *more,
-        ]
+        arguments = ["train", "--manifest", str(corpus.train_manifest), "--output", str(folder), *LARGER, *more]
         at = time.monotonic()
         told = json.dumps([cap, tightenings, arguments])
         done = subprocess.run([*start, __file__, "--child", told], capture_output=True, text=True)
@@ -185,7 +177,7 @@ def cuts(options: Options) -> dict[str, Any]:
 
 
 def over_the_truth(folder: Path, manifest: Path) -> Budget:
-    """A budget measured by a short run, held to ROOM, so that a process with that by 1.25 has too little."""
+    """Return a budget measured by a short run, limited to ROOM, so that a process with ROOM / 1.25 has too little."""
     path, run = folder / "budget.json", folder / "measuring"
     if not path.exists():
         shutil.rmtree(run, ignore_errors=True)

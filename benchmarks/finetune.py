@@ -23,7 +23,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,14 +33,14 @@ import torch
 import tyro
 
 from canter.corpus.audio import load_utterance
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
-from canter.evaluation.wer import Score, paired_difference, score
+from canter.evaluation.wer import Score, paired_difference, score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.planning import Budget, Plan
 
 LONGEST = 30.0
@@ -58,23 +57,23 @@ class Options:
     valid: tuple[Path, ...]
     """Manifests to measure WER on."""
     arms: tuple[str, ...] = ("transformers", "trainer_30s", "canter_30s", "trainer", "canter")
-    """Which of the arms; the first is what the others are held against."""
+    """Arms to run; the first is the baseline."""
     steps: int = 60
-    """Updates of each arm."""
+    """Number of updates of each arm."""
     batch: int = 8
-    """Utterances an update."""
+    """Utterances per update."""
     learning_rate: float = 1e-5
-    """Constant: the arms' schedules differ otherwise."""
+    """Learning rate, constant, since the arms have different schedules."""
     threads: int = 2
-    """For computing, one arm at a time."""
+    """Threads of the arm that is computing."""
     valid_utterances: int = 120
-    """Transcribed for WER, evenly spread; padded as they were in training."""
+    """Utterances to transcribe for WER, evenly spaced; padded as in training."""
     lang: str = "en"
-    """Utterances of other languages are left out."""
+    """Language; utterances of other languages are left out."""
     split: str | None = None
-    """Where rows say their 'split', train on this one alone, and measure on the others."""
+    """Where rows have a 'split', train only on this one, and measure on the others."""
     held_out: int = 4
-    """Of a manifest that is in both and does not say, one row in so many is for measuring."""
+    """Every nth row is for measuring, of a manifest that is in both lists and has no 'split'."""
     seed: int = 0
     json: Path | None = None
     """Where to write the figures."""
@@ -86,7 +85,7 @@ Turn = Callable[[float], None]
 
 
 def transformers_arm(options: Options, data: Path, folder: Path, turn: Turn) -> None:
-    """As in transformers' examples and course: a dataset with features and labels, a collator that pads both."""
+    """Train as transformers' examples and course do: a dataset with features and labels, a collator that pads both."""
     from canter.integrations.transformers_trainer import SpeechDataset
 
     processor, model = _whisper(options)
@@ -143,16 +142,18 @@ def trainer_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: 
 
 
 def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: bool = False) -> None:
+    from canter.events import Events
     from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-    from canter.training.session import train
+    from canter.training.recipe import run_training
+    from canter.training.run.reports import StepReport
 
     index = LengthIndex.open(data / "train.arrow")
     strategy, budget = _batches(options, index, padded)
     budget.save(data / f"{folder.name}.json")
 
-    @contextmanager
-    def watch(steps: int, done: int):
-        yield lambda report: turn(report.loss)
+    class Turns(Events[StepReport]):
+        def step(self, report: StepReport) -> None:
+            turn(report.loss)
 
     config = TrainConfig(
         manifest=(data / "train.jsonl",),
@@ -168,19 +169,14 @@ def canter_arm(options: Options, data: Path, folder: Path, turn: Turn, padded: b
         precision="float32",
         device="cpu",
         workers=0,
-        short_first=False,
         valid_every=10**9,
         track=(),
-        loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0, label_smoothing=0.0),
+        loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0, label_smoothing=0.0),
         optimizer=OptimizerConfig(
-            name="adamw",
-            learning_rate=options.learning_rate,
-            weight_decay=0.0,
-            warmup=0.0,
-            schedule="constant",
+            name="adamw", learning_rate=options.learning_rate, weight_decay=0.0, warmup=0.0, schedule="constant"
         ),
     )
-    finished = train(config, watch)
+    finished = run_training(config, Turns())
     finished.prepared.run.folder.joinpath("model").symlink_to(max(folder.glob("checkpoints/step-*")))
 
 
@@ -243,7 +239,7 @@ def _keep(model: Any, options: Options, folder: Path) -> None:
 
 
 def _batches(options: Options, index: LengthIndex, padded: bool) -> tuple[str, Budget]:
-    """(strategy, budget) that give about ``options.batch`` utterances an update."""
+    """Return (strategy, budget) that give about ``options.batch`` utterances per update."""
     if padded:  # all cost the same: T is 1
         return "random", Budget.from_batch_seconds(LONGEST * options.batch, frame_seconds=LONGEST)
     wanted = -(-len(index) // options.batch)
@@ -259,7 +255,7 @@ def _batches(options: Options, index: LengthIndex, padded: bool) -> tuple[str, B
 
 
 def work(arm: str, options: Options, data: Path, folder: Path, pipe: Connection) -> None:
-    """An arm's process: after every update it says so, and waits until it is its turn again."""
+    """Process of an arm, which reports every update and then waits for its next turn."""
     torch.set_num_threads(options.threads)
     function, settings = ARMS[arm]
     began = [0.0]
@@ -278,7 +274,7 @@ def work(arm: str, options: Options, data: Path, folder: Path, pipe: Connection)
 
 
 def utterances_of(manifests: tuple[Path, ...], options: Options, training: bool) -> list[dict[str, Any]]:
-    """Manifest rows of the language, of at most 30 s, for training or for measuring; their paths absolute."""
+    """Return manifest rows of the language, up to 30 s, for training or for measuring, with absolute paths."""
     found = []
     for manifest in manifests:
         rows = map(json.loads, manifest.read_text(encoding="utf-8").splitlines())
@@ -296,7 +292,7 @@ def utterances_of(manifests: tuple[Path, ...], options: Options, training: bool)
 
 
 def write_data(options: Options, data: Path) -> LengthIndex:
-    """train.jsonl, valid.jsonl and train.arrow."""
+    """Write train.jsonl, valid.jsonl and train.arrow."""
     for name, manifests in (("train", options.train), ("valid", options.valid)):
         rows = utterances_of(manifests, options, name == "train")
         if name == "valid":
@@ -305,11 +301,11 @@ def write_data(options: Options, data: Path) -> LengthIndex:
         (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = load_model(options.model).tokenizer
     prompt = len(tokenizer.prompt_ids({"source_lang": options.lang, "target_lang": options.lang}))
-    return build_index([data / "train.jsonl"], data / "train.arrow", tokenizer, prompt_tokens=prompt)
+    return index_sources([data / "train.jsonl"], data / "train.arrow", tokenizer, prompt_tokens=prompt)
 
 
 def in_turns(options: Options, data: Path) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, loss) of every update of every arm."""
+    """Return (seconds, loss) of every update of every arm."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
     for arm in options.arms:
@@ -344,7 +340,7 @@ def wer_of(model_folder: Path, data: Path, padded: bool, lang: str) -> Score:
     with torch.inference_mode():
         hypotheses = Engine(model, model.tokenizer.end).decode(requests)
     texts = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-    return score([row.text for row in rows], texts, [lang] * len(rows))
+    return score_texts([row.text for row in rows], texts, [lang] * len(rows))
 
 
 def summary(options: Options, data: Path, index: LengthIndex) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Damaged and hostile input of every kind that Canter reads, made from sound input by structure-aware mutations.
+"""Test Canter with damaged and hostile input of every kind that it reads, made by structure-aware mutations.
 
     python benchmarks/fuzzing.py -o FOLDER [--only manifests audio models runs requests] [--cases N] [--seed S]
 
@@ -54,25 +54,25 @@ PATIENCE = 3  # times its processor time that a case may wait
 @dataclass(frozen=True)
 class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for sound input, results and the inputs that failed."""
+    """Folder for undamaged input, results and the inputs that failed."""
     only: tuple[str, ...] = ()
-    """Areas to run; default: all."""
+    """Areas to run (default: all)."""
     cases: int | None = None
     """Cases of each area (default: 2,000 manifests, 1,000 audio files, 500 models, 300 runs, 1,000 requests)."""
     seed: int = 0
     seconds: float = 10.0
-    """Most processor time of a case; it may wait three times as long, as on a busy machine."""
+    """Maximum CPU seconds of a case; it may take three times as long in wall time, as on a busy machine."""
     mebibytes: int = 500
-    """Most memory of a case, above what the process had before."""
+    """Maximum MiB of a case, above the memory of the process before it."""
     replay: tuple[str, int] | None = None
-    """Area and number of one case to make again; its files stay in FOLDER/replay."""
+    """Area and number of a case to repeat; its files are kept in FOLDER/replay."""
     worker: str | None = None
-    """Run the cases of this area here, from --first on; used by the parent process."""
+    """Run the cases of this area in this process, beginning at --first; used by the parent process."""
     first: int = 0
 
 
 def clip(seconds: float = 0.6, seed: int = 0) -> np.ndarray:
-    """(S,) modulated noise."""
+    """Return modulated noise (S,)."""
     chance = np.random.default_rng(seed)
     samples = round(RATE * seconds)
     rise = np.sin(np.arange(samples) / chance.uniform(300, 3000)) + 1.1
@@ -92,17 +92,17 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 class Area:
-    """One kind of input: sound examples, how a case is made of them, and what Canter does with it."""
+    """A kind of input: undamaged examples, how a case is made from them, and what Canter does with it."""
 
     name: str
     cases: int
 
     def prepare(self, folder: Path) -> None:
-        """Write the sound examples to ``folder``, a subfolder each."""
+        """Write the undamaged examples to ``folder``, each to a subfolder."""
         raise NotImplementedError
 
     def start(self, folder: Path) -> None:
-        """Read the examples; ``folder`` is where ``prepare`` wrote them."""
+        """Read the examples that ``prepare`` wrote to ``folder``."""
         self.folder = folder
         self.examples = {path.name: files_below(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
@@ -112,7 +112,7 @@ class Area:
         return kind, spoilt_files(draw, self.examples[kind])
 
     def check(self, kind: str, folder: Path) -> None:
-        """Have Canter read the case; a CanterError is an answer."""
+        """Let Canter read the case; a CanterError counts as refused."""
         raise NotImplementedError
 
 
@@ -193,11 +193,7 @@ class Manifests(Area):
         saved = str(folder / "saved" / "data-00000-of-00001.arrow")
         with pa.OSFile(saved, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
-        state = {
-            "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
-            "_fingerprint": "a",
-            "_split": "train",
-        }
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "a", "_split": "train"}
         write_files(folder / "saved", {"state.json": json.dumps(state).encode(), "dataset_info.json": b"{}"})
         import canter
 
@@ -245,7 +241,7 @@ class Manifests(Area):
 
     @staticmethod
     def _odd_table(draw: random.Random, kind: str) -> Files:
-        """A table whose columns have other types than a reader expects."""
+        """Write a table whose columns have other types than a reader expects."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -352,7 +348,7 @@ class Sounds(Area):
 
 @cache
 def small_parts() -> tuple[Any, Any]:
-    """A tokenizer of a few words in English and German, and a byte-level one of Whisper's form."""
+    """Write a tokenizer of a few words in English and German, and a byte-level one as Whisper has."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -395,7 +391,7 @@ class Models(Area):
         from canter.models.features import WhisperFeatureConfig
         from canter.models.formats.checkpoint import save_model
         from canter.models.formats.huggingface import write_hf
-        from canter.models.formats.nemo_export import write_nemo
+        from canter.models.formats.nemo import write_nemo
         from canter.models.model import ModelConfig, SpeechModel
         from canter.models.whisper import WhisperEncoderConfig
         from canter.text import Characters, SentencePieceTokenizer
@@ -432,12 +428,7 @@ class Models(Area):
         import transformers
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        special: dict[str, Any] = {
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "decoder_start_token_id": 1,
-        }
+        special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
         config = transformers.MoonshineConfig(
             **special, vocab_size=40, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=1,
             decoder_num_hidden_layers=1, encoder_num_attention_heads=2, decoder_num_attention_heads=2,
@@ -494,7 +485,7 @@ class Runs(Area):
 
         data = folder / "data.audio"
         return TrainConfig(
-            manifest=(data / "train.jsonl",), valid=(data / "valid.jsonl",), output=output, vocabulary=60, steps=steps,
+            manifest=(data / "train.jsonl",), valid=(data / "valid.jsonl",), output=output, vocab_size=60, steps=steps,
             budget=data / "budget.json", batch_seconds=4.0, workers=0, threads=1, precision="float32", valid_every=2,
             save_every=2, valid_utterances=2, allow_changes=True, track=(), device="cpu",
             model=ModelShape(encoder_layers=1, decoder_layers=1, width=16, heads=2, subsampling_channels=4, mels=16),
@@ -565,7 +556,7 @@ class Requests(Area):
         logging.disable(logging.CRITICAL)
         model = small_canary(small_parts()[0])
         config = ServiceConfig(
-            names=("small", "whisper-1"), max_bytes=2**20, longest_seconds=60.0, upload_timeout=5.0,
+            names=("small", "whisper-1"), max_megabytes=1.0, max_seconds=60.0, upload_timeout=5.0,
             hosts=frozenset(("localhost", "127.0.0.1")),
         )  # fmt: skip
         engine = Engine(model, model.tokenizer.end, EngineConfig(rows=4, frames=256))
@@ -575,7 +566,7 @@ class Requests(Area):
         self.loop.run_until_complete(self.inside.__aenter__())
 
     def make(self, draw: random.Random) -> tuple[str, Files]:
-        """A request that the service would answer, with none to four things about it changed."""
+        """Return a valid request with up to four changes."""
         ((name, data),) = self.examples[draw.choice(sorted(self.examples))].items()
         fields: list[tuple[str, bytes, str, str]] = [("file", data, f'; filename="{name}"', "")]
         for field, values in self.SOUND.items():
@@ -594,8 +585,7 @@ class Requests(Area):
                 fields[place] = (one[0], draw.choice(self.TEXTS).encode("utf-8", "replace"), *one[2:])
             elif what == 2:
                 fields.insert(
-                    place,
-                    (draw.choice(self.FIELDS), draw.choice(self.TEXTS).encode("utf-8", "replace"), "", ""),
+                    place, (draw.choice(self.FIELDS), draw.choice(self.TEXTS).encode("utf-8", "replace"), "", "")
                 )
             elif what == 3:
                 fields.append(one)
@@ -622,10 +612,7 @@ class Requests(Area):
             elif what == 12:
                 ends = False
             else:
-                method, path = (
-                    draw.choice(("POST", "GET", "PUT", "OPTIONS", "HEAD", "é")),
-                    draw.choice(self.PATHS),
-                )
+                method, path = (draw.choice(("POST", "GET", "PUT", "OPTIONS", "HEAD", "é")), draw.choice(self.PATHS))
                 query = draw.choice(("", "model=x", "%ff", "a" * 5000))
         parts = [
             f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{extra}{more}\r\n\r\n'.encode("utf-8",
@@ -687,7 +674,7 @@ AREAS: dict[str, type[Area]] = {cls.name: cls for cls in (Manifests, Sounds, Mod
 
 
 def made(area: Area, seed: int, number: int) -> tuple[str, Files]:
-    """Return the kind of a case and its files; a mutation that cannot be written is drawn anew."""
+    """Return the kind of a case and its files; a mutation that cannot be written is drawn again."""
     for attempt in range(100):
         with contextlib.suppress(Exception):
             return area.make(random.Random(f"{seed}/{area.name}/{number}/{attempt}"))
@@ -696,7 +683,7 @@ def made(area: Area, seed: int, number: int) -> tuple[str, Files]:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Callable[[], float]]:
-    """Yield a function that tells by how many MiB the resident memory has been above that at the start."""
+    """Context manager that yields a function for the peak of the resident memory above its start, in MiB."""
 
     def resident(name: str) -> int:
         with open("/proc/self/status") as file:
@@ -711,7 +698,7 @@ def peak_memory() -> Iterator[Callable[[], float]]:
 
 
 def run_case(area: Area, seed: int, number: int, folder: Path) -> dict[str, Any]:
-    """Make a case, have it read, and return what came of it; its files are gone afterwards."""
+    """Make a case, let Canter read it, remove its files, and return the result."""
     kind, files = made(area, seed, number)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -735,7 +722,7 @@ def run_case(area: Area, seed: int, number: int, folder: Path) -> dict[str, Any]
 
 
 def work(options: Options) -> None:
-    """Run cases here and print a line of JSON for each."""
+    """Run cases in this process and print a line of JSON for each."""
     assert options.worker
     warnings.simplefilter("ignore")
     lines, quiet = os.fdopen(os.dup(1), "w", buffering=1), os.open(os.devnull, os.O_WRONLY)
@@ -770,13 +757,9 @@ def prepare(options: Options, area: type[Area]) -> None:
 
 
 def judge(result: dict[str, Any], options: Options) -> dict[str, Any]:
-    """Return the result, failed where it took too long or too much."""
+    """Return the result, as failed where the case took too much time or memory."""
     if result["outcome"] != "failed":
-        limits = {
-            "seconds": options.seconds,
-            "waited": PATIENCE * options.seconds,
-            "mebibytes": options.mebibytes,
-        }
+        limits = {"seconds": options.seconds, "waited": PATIENCE * options.seconds, "mebibytes": options.mebibytes}
         for name, most in limits.items():
             if result[name] > most:
                 return result | {"outcome": "failed", "error": f"{result[name]} {name}, more than {most:g}"}
@@ -784,7 +767,7 @@ def judge(result: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def run_area(name: str, options: Options, advance: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Run what is left of an area's cases in processes of their own, and return all results."""
+    """Run the remaining cases of an area in child processes, and return all results."""
     area = AREAS[name]
     prepare(options, area)
     log = options.output / f"{name}-{options.seed}.jsonl"
@@ -835,7 +818,7 @@ def run_area(name: str, options: Options, advance: Callable[[int], None]) -> lis
 
 
 def lines_of(child: subprocess.Popen[bytes], patience: float) -> Iterator[bytes]:
-    """Yield a process's lines until it ends, or says nothing for so long (at its start, ten times so long)."""
+    """Yield a process's lines until it ends or prints nothing for ``seconds`` (at its start, ten times that)."""
     assert child.stdout
     wait = 10 * patience
     buffer = b""
@@ -898,17 +881,13 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Any:
         count = {what: sum(one["outcome"] == what for one in results) for what in ("read", "refused", "failed")}
         slowest, largest = (max((one[what] for one in results), default=0.0) for what in ("seconds", "mebibytes"))
         shown.add_row(
-            name,
-            str(len(results)),
-            *(str(number) for number in count.values()),
-            f"{slowest:.2f}",
-            f"{largest:.0f}",
+            name, str(len(results)), *(str(number) for number in count.values()), f"{slowest:.2f}", f"{largest:.0f}"
         )
     return shown
 
 
 def main() -> int:
-    """Exit status: 1 where a case failed, 2 for an unknown area."""
+    """Return the exit status: 1 where a case failed, 2 for an unknown area."""
     options = tyro.cli(Options, description=__doc__)
     options = Options(**{**vars(options), "output": options.output.resolve()})
     if unknown := [name for name in (*options.only, *(options.replay or ())[:1]) if name not in AREAS]:

@@ -4,8 +4,8 @@
     python benchmarks/gpu_budget.py --device cpu --tiny              # the same path on a tiny model
 
 LENGTHS has `duration` and `num_tokens`; without it, lengths are drawn (log-normal, 1 to 40 s). `search` is given few
-buckets, so that all fits in eight minutes. A prediction is of what the
-allocator reserves for a shape from an empty cache; beside it stands what the shape needed among others.
+buckets, so that everything fits in eight minutes. A prediction is of the bytes that the allocator reserves for a shape
+from an empty cache; beside it is the memory that the shape needed among others.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ import numpy as np
 import torch
 
 from canter.corpus.index import LengthIndex
-from canter.models.cost import utterance_cost
+from canter.events import Printed
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.model import ModelConfig, SpeechModel
+from canter.models.model import ModelConfig, SpeechModel, utterance_cost
 from canter.planning import Budget, Plan
 from canter.planning.bins import Bins
 from canter.planning.budget import Polynomial
 from canter.planning.strategies import Bucket2D
-from canter.runtime import give_back, is_out_of_memory, peak_of, steady_heap
+from canter.runtime import choose_device, is_out_of_memory, map_large_blocks, peak_of, release_memory
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
-from canter.tuning.fit import MOST_PROBES, corners, measure_budget, within
-from canter.tuning.probe import Prober, Shape, TrainingStep
+from canter.training.measure import SyntheticStep, memory_limit
+from canter.tuning.fit import MOST_PROBES, corners, fit_budget, within
+from canter.tuning.probe import BatchShape, ProbedStep, Prober
 from canter.tuning.search import search
 
 ERRORS = ("memory_error", "time_error", "margin", "error_unseen")
@@ -86,20 +85,20 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(args.device)
     torch.manual_seed(0)
     if device.type == "cpu":
-        steady_heap()
+        map_large_blocks()
     config = canary(args.tiny)
     with device:
         model = SpeechModel(config).to(device)
     index = lengths(args.lengths, args.tiny)
     settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
     precision = "float32" if device.type == "cpu" else "bf16"
-    step = training_step(settings, model, precision, 1, copied=False)
-    limit = TINY_LIMIT if args.tiny else memory_limit(device, print)
+    step = SyntheticStep(settings, model, precision, copied=False)
+    limit = TINY_LIMIT if args.tiny else memory_limit(device, events=Printed())
 
-    budget, fit = fitted(Prober(step, limit), index, model.frame_seconds, args.probes)
+    budget, fit = fitted(Prober(step, limit, events=Printed()), index, args.probes)
     bins = Bucket2D(args.search_buckets, 2).bins(index, budget)
     fit["sizes"] = [int(budget.max_batch(budget.frames(s), u)) for s, u in bins.edges]
-    found = searched(Prober(step, limit), bins, budget.frame_seconds)
+    found = searched(Prober(step, limit), bins)
     flops = training_flops(config, model.frame_seconds)
     rows, events = run_extremes(step, index, budget, limit, args.steps, args.seconds)
     for row in rows:
@@ -137,46 +136,48 @@ def median(values: Iterable[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def fitted(prober: Prober, index: LengthIndex, frame_seconds: float, probes: int) -> tuple[Budget, dict[str, Any]]:
+def fitted(prober: Prober, index: LengthIndex, probes: int) -> tuple[Budget, dict[str, Any]]:
     began = time.perf_counter()
-    budget = measure_budget(prober, index, frame_seconds, most_probes=probes, say=print)
-    told = {
+    budget = fit_budget(prober, index, most_probes=probes)
+    found = {
         "steps": prober.steps,
         "out_of_memory": prober.out_of_memory,
         "seconds": round(time.perf_counter() - began, 1),
         **{name: budget.measured_on.get(name) for name in ERRORS},
     }
-    print(f"fit: {told}", flush=True)
-    return budget, told
+    print(f"fit: {found}", flush=True)
+    return budget, found
 
 
-def searched(prober: Prober, bins: Bins, frame_seconds: float) -> dict[str, Any]:
+def searched(prober: Prober, bins: Bins) -> dict[str, Any]:
     began = time.perf_counter()
-    found = search(prober, bins, frame_seconds)
-    told = {
+    found = search(prober, bins)
+    found = {
         "buckets": len(bins),
         "steps": found.steps,
         "out_of_memory": found.out_of_memory,
         "seconds": round(time.perf_counter() - began, 1),
         "sizes": found.sizes.tolist(),
     }
-    print(f"search: {told}", flush=True)
-    return told
+    print(f"search: {found}", flush=True)
+    return found
 
 
 def run_extremes(
-    step: TrainingStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
+    step: ProbedStep, index: LengthIndex, budget: Budget, limit: float, most: int, seconds: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """Runs the corners and the largest micro-batches of the balanced plan in random order, one after another without
-    emptying the cache, as training does, where the process may have ``limit`` bytes. Returns a row of each that fitted,
-    and how many did not."""
+    """Run the corners and the largest micro-batches of the balanced plan in random order, in a process that may use
+    ``limit`` bytes; return a row for each that fitted, and the number of those that did not.
+
+    The cache is not emptied in between, as in training.
+    """
     device, table = step.device, Plan(index, budget).batch_table(0)
     largest = np.argsort(-budget.bytes(table.size, table.frames, table.tokens))[:most]
     shapes = list(corners(index, budget))
-    shapes += [Shape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
+    shapes += [BatchShape(int(table.size[i]), int(table.frames[i]), max(2, int(table.tokens[i]))) for i in largest]
     shapes = shapes[:most]
     random.Random(0).shuffle(shapes)
-    give_back()
+    release_memory()
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
@@ -191,8 +192,8 @@ def run_extremes(
             if not is_out_of_memory(error):
                 raise
         if not needed:  # outside of the handler: the traceback holds the step's tensors
-            step.clear()
-            give_back()
+            step.discard()
+            release_memory()
             events += 1
             continue
         rows.append(
@@ -210,8 +211,9 @@ def run_extremes(
     return rows, events
 
 
-def taken(step: TrainingStep, shape: Shape) -> tuple[int, float]:
-    """(peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a CPU."""
+def taken(step: ProbedStep, shape: BatchShape) -> tuple[int, float]:
+    """Return (peak bytes, seconds) of a step, weights and optimiser state included: of tensors on CUDA, resident on a
+    CPU."""
     device, seconds = step.device, 0.0
 
     def run() -> None:
@@ -231,8 +233,11 @@ def taken(step: TrainingStep, shape: Shape) -> tuple[int, float]:
 
 
 def training_flops(config: ModelConfig, frame_seconds: float) -> Callable[[Any, Any], Any]:
-    """Operations of a training step for each utterance padded to (T, U), as a function of both: three times the
-    forward pass, whose cost is a polynomial of T and U, counted at a few lengths on shapes without storage."""
+    """Return a function from (T, U) to the FLOPs of a training step for an utterance padded to them.
+
+    They are three times those of the forward pass, a polynomial of T and U, counted at a few lengths on tensors without
+    storage.
+    """
     shapes = [(25, 8), (100, 60), (250, 8), (250, 200), (500, 60), (500, 200)]
     costs = [utterance_cost(config, t * frame_seconds, u) for t, u in shapes]
     t, u = np.array([(cost.frames, cost.tokens) for cost in costs], float).T

@@ -1,4 +1,4 @@
-"""What one GPU gives: RTFx beside `transformers`, a decoder step beside the memory's bandwidth, and the 2 x 2.
+"""Measure inference on one GPU: RTFx against `transformers`, decoder steps against memory bandwidth, and the 2 x 2.
 
 Shapes are those of canary-1b-flash and whisper-large-v3-turbo, weights random, audio noise of real lengths: every
 row is made to stop at the same given length in both engines. Both read the same weights in bf16; runs are
@@ -26,18 +26,17 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from decoder_shift import ForcedLengths, canary_config, measure_ways
 
-from canter.bench.shift import ForcedLengths, canary_config, measure_ways
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
-from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
-from canter.models.device import choose_device
 from canter.models.features import WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
+from canter.runtime import choose_device
 
 LENGTHS = "data/lengths/librispeech_devtest_en.parquet"
 PROMPT = (1, 2, 3, 4)
@@ -48,26 +47,26 @@ class Options:
     clips: int = 1024
     """Utterances, drawn from real lengths up to 30 s."""
     batch: int = 128
-    """Of `transformers`, and slots of our decoder."""
+    """Batch size of `transformers`, and slots of Canter's decoder."""
     models: tuple[Literal["canary", "whisper"], ...] = ("canary", "whisper")
     canary: tuple[int, int, int] = (32, 4, 1024)
-    """Encoder layers, decoder layers and width; canary-1b-flash's by default."""
+    """Encoder layers, decoder layers and width (default: those of canary-1b-flash)."""
     ways: bool = True
-    """Whether the 2 x 2 is measured too."""
+    """Measure the 2 x 2 of shapes and caches too."""
     threads: int | None = None
-    """Of torch, on a processor."""
+    """Number of torch threads on a CPU."""
     repeats: int = 2
-    """Timed runs of each engine; the median counts."""
+    """Number of timed runs of each engine; the median is reported."""
     seconds: float = 500.0
-    """No new measurement begins after so many."""
+    """Start no new measurement after this many minutes."""
     smoke: bool = False
-    """Small shapes, few clips, on whatever device there is."""
+    """Use small shapes and few clips, on any device."""
     json: Path | None = None
     """Write the result to this file."""
 
 
 def whisper_config(layers: int, width: int) -> ModelConfig:
-    """whisper-large-v3-turbo with 32 layers of width 1280."""
+    """Return the shape of whisper-large-v3-turbo: 32 layers of width 1280."""
     heads = max(1, width // 64)
     return ModelConfig(
         features=WhisperFeatureConfig(mels=128),
@@ -80,7 +79,7 @@ def whisper_config(layers: int, width: int) -> ModelConfig:
 
 
 def draw_lengths(count: int) -> list[tuple[float, int]]:
-    """(seconds, tokens) of so many utterances: LibriSpeech's where they are, else drawn alike."""
+    """Return (seconds, tokens) of utterances of LibriSpeech where available, else of a similar distribution."""
     random = np.random.default_rng(0)
     shared = os.environ.get("CANTER_SHARED")
     if shared and (Path(shared) / LENGTHS).exists():
@@ -118,7 +117,7 @@ def ours(model: SpeechModel, clips, tokens, options: Options) -> dict[str, float
 
 
 def theirs(model: SpeechModel, hf, clips, tokens, options: Options) -> dict[str, float]:
-    """`transformers` on batches sorted by length, its own generate, the same features."""
+    """Measure `generate` of transformers on batches sorted by length, with the same features."""
     from transformers import GenerationConfig, LogitsProcessor
     from transformers.generation.utils import GenerationMixin
 
@@ -168,7 +167,7 @@ def synchronize() -> None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Return the bytes per second that a copy reads and writes."""
     size = 2**30 if device.type == "cuda" else 2**26
     one = torch.empty(size, dtype=torch.uint8, device=device)
     other = torch.empty_like(one)
@@ -184,7 +183,7 @@ def bandwidth(device: torch.device) -> float:
 
 @torch.inference_mode()
 def step_time(model: SpeechModel, rows: int, frames: int, past: int, bytes_a_second: float) -> dict[str, float]:
-    """One decoder step of so many rows beside what reading weights, keys and values takes."""
+    """Measure one decoder step of ``rows`` rows against the time to read weights, keys and values."""
     decoder, config = model.decoder.eval(), model.config.decoder
     weight = decoder.embedding.weight
     cache = decoder.cache()
@@ -283,14 +282,7 @@ def run(options: Options) -> None:
         width = 64 if options.smoke else 1024
         models = {shape: build(canary_config(*layers, width), device, dtype) for shape, layers in shapes.items()}
         some = slice(None, 256)
-        ways = measure_ways(
-            models,
-            clips[some],
-            tokens[some],
-            repeats=1,
-            rows=options.batch,
-            batch=options.batch,
-        )
+        ways = measure_ways(models, clips[some], tokens[some], repeats=1, rows=options.batch, batch=options.batch)
         result["ways"] = [asdict(row) for row in ways]
     result["seconds"] = time.perf_counter() - begun
     save(result, options)
@@ -300,13 +292,13 @@ def run(options: Options) -> None:
 
 
 def save(result: dict, options: Options) -> None:
-    """After each model: what is measured is kept where time ends."""
+    """Write the result; called after each model, in case time runs out."""
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SpeechModel:
-    """Random weights in ``dtype``; features stay float32."""
+    """Return a model with random weights in ``dtype`` and features in float32."""
     with torch.device(device):
         model = SpeechModel(config).to(device).eval().requires_grad_(False)
     for part in model.children():
@@ -316,7 +308,7 @@ def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Spee
 
 
 def load_theirs(model: SpeechModel, dtype: torch.dtype, device: torch.device):
-    """The same weights in `transformers`, and its version."""
+    """Return a model of transformers with the same weights, and the version of transformers."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,14 +1,14 @@
-"""Training a Canary of 1 B parameters in bf16 on one GPU, strategy by strategy on real lengths: audio hours per hour,
-share of the device's matrix rate, memory filled, batches that ran out of memory.
+"""Training speed of a Canary of 1 B parameters in bf16 on one GPU, for each strategy on real lengths: audio hours per
+hour, MFU, memory filled, batches that ran out of memory.
 
     python benchmarks/gpu_training.py [LENGTHS] [--json FILE]            # under nine minutes on an H200
     python benchmarks/gpu_training.py --device cpu --tiny                # the same path on a tiny model, in float32
 
 LENGTHS is an index or a table with 'duration' and 'tokens'; without it, lengths are drawn (log-normal, 1 to 40 s).
-Audio is noise of those lengths. The budget is measured first, for the memory that the device has; every strategy fills
-it as it can. The matrix rate is measured here: products of square matrices. MFU is three times the operations of a
-forward pass, per second and matrix rate: once with padding counted as work, once without. A batch that does not fit is
-cut in two as in `canter train`, counted, and its time counted with it.
+Audio is noise of those lengths. The budget is measured first, for the memory of the device, and every strategy
+fills it as far as it can. The matrix rate is that of products of square matrices on this device. MFU is three times the
+FLOPs of a forward pass, per second and matrix rate, once with padding counted as work and once without. A batch that
+does not fit is split as in `canter train`, counted, and its time counted with it.
 """
 
 import json
@@ -26,14 +26,14 @@ from ladder import Arm, Rig
 from rich.console import Console
 from rich.table import Table
 
+from canter.events import Printed
 from canter.models.model import SpeechModel
-from canter.runtime import give_back, steady_heap
+from canter.runtime import choose_device, map_large_blocks, release_memory
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-from canter.training.measure import memory_limit, training_step
-from canter.training.prepare import choose_device
+from canter.training.measure import SyntheticStep, memory_limit
 from canter.training.step.weights import compile_layers
-from canter.tuning.fit import measure_budget
-from canter.tuning.probe import Probe, Prober, gib
+from canter.tuning.fit import fit_budget
+from canter.tuning.probe import Prober
 
 MATRIX = 8192  # width of the matrices whose product is timed
 WARM_UP = 3  # steps of a strategy before those that count
@@ -44,28 +44,22 @@ TINY_LIMIT = 80e6  # bytes
 class Options:
     lengths: tyro.conf.Positional[Path | None] = None
     strategies: tuple[str, ...] = ("random", "balanced", "bucket_2d", "duration", "bucket_1d")
-    """In this order: what is there when time ends should be what tells most."""
+    """Strategies in this order, the most informative first, in case the time runs out."""
     seconds: float = 55.0
-    """Of training for each strategy."""
+    """Seconds of training for each strategy."""
     probes: int = 30
-    """For the budget."""
+    """Number of probes of the budget."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     tiny: bool = False
     """A model of two layers of width 64, 400 utterances, little memory."""
     compile: bool = False
-    """Compile the layers first, which takes minutes of its own."""
+    """Compile the layers first, which takes minutes."""
     json: Path | None = None
     """File for the figures."""
 
 
-def told(probe: Probe, seconds: float) -> None:
-    """So that a log says where the time before the first strategy went."""
-    fits = f"{probe.seconds:.2f} s, {gib(probe.bytes)}" if probe.fits else "does not fit"
-    print(f"{seconds:5.0f} s: {probe.batch} x {probe.frames} x {probe.tokens}: {fits}", flush=True)
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype, width: int, repeats: int = 20) -> float:
-    """Operations a second of products of square matrices."""
+    """Return the FLOPs per second of products of square matrices."""
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
 
     def timed(count: int) -> float:
@@ -90,7 +84,7 @@ def main(options: Options) -> None:
     device = choose_device(options.device)
     cuda = device.type == "cuda"
     if not cuda:
-        steady_heap()
+        map_large_blocks()
     precision = "bf16" if cuda else "float32"
     rate = matrix_rate(device, torch.bfloat16 if cuda else torch.float32, 256 if options.tiny else MATRIX)
     torch.manual_seed(0)
@@ -100,12 +94,14 @@ def main(options: Options) -> None:
     if options.compile:
         compile_layers(model)
     index = lengths(options.lengths, options.tiny)
-    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
-    limit = TINY_LIMIT if options.tiny else memory_limit(device, print)
-    step = training_step(settings, model, precision, 4, copied=False)
-    prober = Prober(step, limit, told=lambda probe: told(probe, time.perf_counter() - began))
-    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    settings = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
+    limit = TINY_LIMIT if options.tiny else memory_limit(device, events=Printed())
+    step = SyntheticStep(settings, model, precision, 4, copied=False)
+    prober = Prober(step, limit, events=Printed())
+    budget = fit_budget(prober, index, most_probes=options.probes)
     tuned, events = time.perf_counter() - began, prober.out_of_memory
+    for probe in prober.probes:
+        print(probe)
     print(f"budget: {prober.steps} steps, {events} out of memory, {tuned:.0f} s", flush=True)
     del prober, step  # and with it the optimiser of the probes
     rig = Rig(settings, model, precision)
@@ -123,7 +119,7 @@ def main(options: Options) -> None:
         "strategies": {},
     }
     for name in options.strategies:
-        give_back()
+        release_memory()
         arm = Arm(name, rig, index, budget)
         for _ in range(WARM_UP):
             arm.step(timed=False)
@@ -138,7 +134,7 @@ def main(options: Options) -> None:
 
 
 def work_of(arm: Arm, flops: Callable[[Any, Any], Any], rate: float) -> dict[str, float]:
-    """MFU, padding counted as work and not."""
+    """Return the MFU with padding counted as work, and without."""
     batch, frames, tokens = np.array(arm.shapes).T
     rows = np.concatenate(arm.rows)
     useful = flops(arm.budget.frames(arm.index.seconds[rows]), arm.index.tokens[rows].astype(np.int64)).sum()
@@ -149,8 +145,8 @@ def work_of(arm: Arm, flops: Callable[[Any, Any], Any], rate: float) -> dict[str
 
 
 def memory_of(arm: Arm, limit: float) -> dict[str, float]:
-    """Shares of the limit: what tensors took at the peak of a step, on average, and all that was taken from the device.
-    0 on a CPU."""
+    """Return fractions of the limit: mean peak memory of tensors in a step, and the memory reserved from the device; 0
+    on a CPU."""
     reserved = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
     return {"memory_filled": float(np.mean(arm.peaks)) / limit, "memory_reserved": reserved / limit}
 

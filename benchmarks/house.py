@@ -22,9 +22,10 @@ FRAGMENT = re.compile(
     r"(Of|What|Whether|Where|As|How|Those|Which|Who|Whose|When|Why|That|With|Without|For|From|In|On|By|At|To|And|Or"
     r"|Not|More|Less|Until|While|So|If)\b"
 )
-"""First words of a docstring that is no whole sentence."""
+"""First words of a docstring that is a fragment of a sentence."""
+OPTION_CLASS = re.compile(r"\w*Options|TrainConfig|ModelShape|DemoConfig|(Optimizer|Loss|Augment)Config")
 COMMAND_NAMES = {"Options", "run", "parse"}
-"""Names that every module of a command has: the interface of the command line, not two ideas."""
+"""Names that every command defines: the interface of the command line."""
 TRAINING = """
 import collections, json, sys, threading, wave
 from pathlib import Path
@@ -69,62 +70,84 @@ def functions_and_classes(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.Async
             yield node
 
 
-def is_option_class(node: ast.ClassDef) -> bool:
-    return isinstance(node, ast.ClassDef) and (
-        node.name in ("Options", "TrainConfig", "ModelShape")
-        or re.fullmatch(r"(Optimizer|Loss|Augment)Config", node.name)
-    )
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and text of every docstring of a module, its functions and its classes."""
+    for node in [tree, *functions_and_classes(tree)]:
+        text = ast.get_docstring(node)
+        if text:
+            yield getattr(node, "lineno", 1), text
 
 
-def public_any(tree: ast.Module) -> int:
-    """Count annotations with ``Any`` in signatures of public functions and methods."""
-    count = 0
+def option_names(tree: ast.Module) -> list[str]:
+    """Return the flags of a command: fields of its classes of options that are neither positional, nor a
+    group, nor settings of configuration files only."""
+    return [
+        field.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and OPTION_CLASS.fullmatch(node.name)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if not re.search("Positional|FileOnly", ast.unparse(field.annotation))
+        if not OPTION_CLASS.fullmatch(ast.unparse(field.annotation))
+    ]
+
+
+def public_any(tree: ast.Module) -> list[int]:
+    """Return the lines of public functions and methods with ``Any`` in their signature, one for each annotation."""
+    lines = []
     for node in functions_and_classes(tree):
         if isinstance(node, ast.ClassDef) or node.name.startswith("_"):
             continue
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
         notes = [one.annotation for one in arguments if one is not None] + [node.returns]
-        count += sum("Any" in re.findall(r"\w+", ast.unparse(note)) for note in notes if note is not None)
-    return count
+        for note in notes:
+            if note is not None and "Any" in re.findall(r"\w+", ast.unparse(note)):
+                lines.append(node.lineno)
+    return lines
 
 
-def count(source: Path) -> dict[str, int]:
-    """Count everything that can be read off the sources."""
+def findings(source: Path) -> dict[str, list[str]]:
+    """Return what the rules of the house count in the sources, each as ``file:line: text`` or as a name."""
     root = source / "canter"
-    result: collections.Counter[str] = collections.Counter()
+    result: dict[str, list[str]] = collections.defaultdict(list)
     names: dict[str, set[str]] = collections.defaultdict(set)
-    options: set[str] = set()
     for path in sorted(root.rglob("*.py")):
         text = path.read_text()
         tree = ast.parse(text)
-        result["files"] += 1
-        result["lines"] += text.count("\n")
-        result["Any"] += len(re.findall(r"\bAny\b", text))
-        result["Any in public signatures"] += public_any(tree)
-        result["isinstance(..., SpeechModel)"] += len(re.findall(r"isinstance\([^()]*SpeechModel", text))
-        result["atomic writes (os.replace, rename of a partial file)"] += len(
-            re.findall(r"os\.replace\(|(?:partial|fresh|unfinished)\.(?:replace|rename)\(", text)
-        )
-        for node in [tree, *functions_and_classes(tree)]:
-            told = ast.get_docstring(node)
-            if told:
-                result["docstrings"] += 1
-                result["docstrings that are fragments"] += bool(FRAGMENT.match(told))
+        place = str(path.relative_to(root))
+        for number, line in enumerate(text.splitlines(), 1):
+            result["Any"] += [f"{place}:{number}"] * len(re.findall(r"\bAny\b", line))
+        result["Any in public signatures"] += [f"{place}:{line}" for line in public_any(tree)]
+        result["isinstance(..., SpeechModel)"] += [
+            f"{place}: {found}" for found in re.findall(r"isinstance\([^()]*SpeechModel", text)
+        ]
+        result["atomic writes (os.replace, rename of a partial file)"] += [
+            f"{place}: {found}"
+            for found in re.findall(r"os\.replace\(|(?:partial|fresh|unfinished)\.(?:replace|rename)\(", text)
+        ]
+        for line, found in docstrings(tree):
+            first = f"{place}:{line}: {found.splitlines()[0]}"
+            result["docstrings"].append(first)
+            if FRAGMENT.match(found):
+                result["docstrings that are fragments"].append(first)
         for node in tree.body:
             named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             if named and not node.name.startswith("_") and node.name not in COMMAND_NAMES:
-                names[node.name].add(str(path))
-            if isinstance(node, ast.ClassDef) and is_option_class(node) and {"cli", "training"} & set(path.parts):
-                fields = [
-                    one.target.id
-                    for one in node.body
-                    if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
-                ]
-                result["options of all commands"] += len(fields)
-                options |= set(fields)
-    result["options (distinct)"] = len(options)
-    result["public names that stand twice"] = sum(len(places) > 1 for places in names.values())
-    return dict(result)
+                names[node.name].add(place)
+        if {"cli", "training", "serving", "demo"} & set(path.parts):
+            result["options of all commands"] += option_names(tree)
+    result["options (distinct)"] = sorted(set(result["options of all commands"]))
+    result["public names that stand twice"] = [
+        f"{name}: {', '.join(sorted(places))}" for name, places in sorted(names.items()) if len(places) > 1
+    ]
+    return result
+
+
+def count(source: Path) -> dict[str, int]:
+    """Count files, lines and findings in the sources."""
+    files = [path.read_text() for path in (source / "canter").rglob("*.py")]
+    sizes = {"files": len(files), "lines": sum(text.count("\n") for text in files)}
+    return sizes | {name: len(found) for name, found in findings(source).items()}
 
 
 def follow(source: Path) -> dict[str, int | list[str]]:

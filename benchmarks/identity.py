@@ -1,13 +1,13 @@
-"""Whether a transcript depends on the batch, on the precision, or on who decodes: whisper-tiny.en on English clips.
+"""Compare transcripts across batch sizes, precisions and `transformers`: whisper-tiny.en on English clips.
 
-1. float32: batches of 1, 8 and 64, encoder and decoder alike, against each other and against `transformers`, greedy.
-   Rows in which the two best tokens ever come closer than 1e-4 are counted apart.
-2. Other precisions: how many rows are those of float32, how many do not depend on the batch, and the WER.
-3. Beams of 5: scores beside `transformers`'.
+1. float32: batches of 1, 8 and 64, of encoder and decoder, against each other and against `transformers`, greedy.
+   Rows in which the two best tokens are ever closer than 1e-4 are counted separately.
+2. Other precisions: the number of rows equal to float32, of rows equal in all batches, and the WER.
+3. Beam size 5: scores compared with `transformers`.
 
     CANTER_SHARED=... python benchmarks/identity.py [--most 30] [--json FILE]
 
-Fails if a row that is no near tie differs in 1, or a score by more than 1e-4 in 3.
+It fails if a row that is no near tie differs in 1, or a score by more than 1e-4 in 3.
 """
 
 import json
@@ -28,12 +28,11 @@ import tyro
 
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.int8 import load_in
-from canter.inference.engine.repetition import RepetitionGuard
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
-from canter.inference.engine.search import Greedy, Row
+from canter.inference.engine.search import Greedy, RepetitionGuard, Row
+from canter.loading import load_module
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "."))
 NEAR = 1e-4
@@ -45,16 +44,16 @@ class Options:
     manifests: tuple[Path, ...] = tuple(
         SHARED / "data/speech" / name / "manifest.jsonl" for name in ("librivox_mini", "commonvoice61_sample", "an4")
     )
-    """Whose English clips to decode."""
+    """Manifests of the English clips to decode."""
     most: int = 1000
-    """Clips of each manifest, evenly spread."""
+    """Maximum number of clips of each manifest, evenly spread."""
     batches: tuple[int, ...] = (1, 8, 64)
     precisions: tuple[Literal["bf16", "int8"], ...] = ("int8", "bf16")
     slow_every: int = 4
-    """Takes one in so many of those clips for bf16 and for beams."""
+    """Use every N-th of these clips for bf16 and beam search."""
     threads: int = 1
     json: Path | None = None
-    """Write the figures there."""
+    """Write the figures to this file."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Clip:
 
 
 class Margins(Greedy):
-    """Greedy search that keeps the smallest distance between a row's two best tokens."""
+    """Greedy search that records the smallest distance between a row's two best tokens."""
 
     def __init__(self, rules):
         super().__init__(rules, RepetitionGuard(1, 0))
@@ -80,7 +79,7 @@ class Margins(Greedy):
 
 
 class WatchedEngine(Engine):
-    """Keeps every request's smallest margin, by its key."""
+    """Engine that records the smallest margin of every request, by its key."""
 
     def __init__(self, model, end, config):
         super().__init__(model, end, config)
@@ -108,10 +107,10 @@ def read_clips(options: Options) -> list[Clip]:
 
 
 class Decoding:
-    """One precision's model on clips, in batches of several sizes."""
+    """Model in one precision, to decode clips in batches of several sizes."""
 
     def __init__(self, options: Options, precision: Literal["float32", "bf16", "int8"]):
-        self.model = load_in(precision, options.model, "cpu")
+        self.model = load_module(options.model, precision=precision)
         self.precision = precision
         self.prompt = self.model.tokenizer.prompt_ids({"source_lang": "en", "target_lang": "en"})
 
@@ -120,7 +119,7 @@ class Decoding:
         return EngineConfig(rows=batch, frames=frames, max_repeats=0, beams=beams)
 
     def greedy(self, clips: Sequence[Clip], batch: int) -> tuple[list[list[int]], list[float]]:
-        """Tokens and margins."""
+        """Return tokens and margins."""
         engine = WatchedEngine(self.model, self.model.tokenizer.end, self.config(batch))
         begun = time.perf_counter()
         found = engine.decode([Request(clip.audio, self.prompt) for clip in clips])
@@ -133,7 +132,7 @@ class Decoding:
 
 
 class Transformers:
-    """`generate` with its own features, 16 clips at a time."""
+    """`generate` of transformers with its features, 16 clips at a time."""
 
     def __init__(self, folder: Path, prompt: Sequence[int]):
         import transformers
@@ -147,7 +146,7 @@ class Transformers:
         self.prompt = list(prompt)
 
     def __call__(self, clips: Sequence[Clip], beams: int = 1) -> tuple[list[list[int]], list[float]]:
-        """Tokens and, of beams, scores."""
+        """Return tokens and, for beam search, scores."""
         tokens, scores = [], []
         end = self.model.generation_config.eos_token_id
         for start in range(0, len(clips), 16):
@@ -156,10 +155,7 @@ class Transformers:
             with warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")
                 found = self.model.generate(
-                    inputs.input_features,
-                    num_beams=beams,
-                    return_dict_in_generate=True,
-                    output_scores=beams > 1,
+                    inputs.input_features, num_beams=beams, return_dict_in_generate=True, output_scores=beams > 1
                 )
             for row in found["sequences"].tolist():
                 row = row[len(self.prompt) :] if row[: len(self.prompt)] == self.prompt else row
@@ -170,7 +166,7 @@ class Transformers:
 
 
 def compare(one: list[list[int]], other: list[list[int]], near: list[bool]) -> dict[str, float]:
-    """How many rows are the same; those that differ, near ties apart."""
+    """Return the number of equal rows, and the different rows without near ties."""
     differing = [place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
     return {
         "same": 1 - len(differing) / len(one),
@@ -187,7 +183,7 @@ def run(options: Options) -> int:
     spell = exact.model.tokenizer.decode
 
     def wer(tokens: list[list[int]], texts: list[str]) -> float:
-        return score(texts, [spell(row) for row in tokens], ["en"] * len(texts)).total.wer
+        return score_texts(texts, [spell(row) for row in tokens], ["en"] * len(texts)).total.wer
 
     found = {batch: exact.greedy(clips, batch) for batch in options.batches}
     first, margins = found[options.batches[0]]

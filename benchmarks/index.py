@@ -1,9 +1,9 @@
-"""The length index at scale: time and resident memory to open it, to read a row again, and to build it.
+"""Measure the length index at scale: time and resident memory to open it, to read a row, and to build it.
 
     python benchmarks/index.py [--rows 100000000] [--build-rows 1000000] [--output results/index-DATE.json]
 
-Opening is measured in a fresh process, imports apart, five times in one process, the median told. The
-index and the manifests are made in a temporary folder (16 bytes a row: 1.6 GB at 100 M) and removed.
+Opening is measured in a fresh process, without imports, as the median of five times. The index and the manifests are
+made in a temporary folder (16 bytes a row: 1.6 GB at 100 M) and removed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import PLACE_BITS, LengthIndex, Shard, Source
 
@@ -47,7 +47,7 @@ print(json.dumps(result))
 
 
 def make_index(rows: int, path: Path) -> None:
-    """An index as of a tarred corpus: 10,000 rows a shard, three sources."""
+    """Make an index like that of a tarred corpus: 10,000 rows a shard, three sources."""
     generator = np.random.default_rng(0)
     seconds = generator.lognormal(1.8, 0.7, rows).astype(np.float32).clip(0.3, 40)
     tokens = (seconds * 4).astype(np.uint16) + 5
@@ -66,15 +66,11 @@ def make_index(rows: int, path: Path) -> None:
 
 
 def make_manifest(rows: int, path: Path) -> None:
-    """A NeMo manifest of 12 words a row."""
+    """Make a NeMo manifest of 12 words a row."""
     with open(path, "w") as file:
         for row in range(rows):
             text = f"the quick brown fox jumps over the lazy dog for the time {row}"
-            fields = {
-                "audio_filepath": f"clips/{row:09d}.flac",
-                "duration": 1 + row % 3000 / 100,
-                "text": text,
-            }
+            fields = {"audio_filepath": f"clips/{row:09d}.flac", "duration": 1 + row % 3000 / 100, "text": text}
             file.write(json.dumps(fields) + "\n")
 
 
@@ -99,7 +95,7 @@ def main() -> None:
         for workers in (1, 2):
             start = time.perf_counter()
             target = Path(folder, f"built{workers}.arrow")
-            index = build_index(manifest, target, UnitCounter("chars"), workers=workers)
+            index = index_sources(manifest, target, UnitCounter("chars"), workers=workers)
             result[f"build_rows_per_second_{workers}_workers"] = round(len(index) / (time.perf_counter() - start))
         start = time.perf_counter()
         for row in np.random.default_rng(0).integers(0, len(index), 10_000):
@@ -112,7 +108,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))

@@ -1,5 +1,5 @@
-"""A strategy as training speed: the steps of its plan, taken by a model on made-up audio of real lengths. What
-`training.py` and `gpu_training.py` share."""
+"""Training speed of a strategy: a model takes the steps of its plan on synthetic audio of real lengths. Shared by
+`training.py` and `gpu_training.py`."""
 
 import time
 from pathlib import Path
@@ -16,10 +16,8 @@ from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
-from canter.training.feed.data import Loaded
-from canter.training.feed.steps import Steps
-from canter.training.step.gradient import Counts, Gradient
-from canter.training.step.optimizers import Optimizers
+from canter.training.feed.data import Loaded, Steps
+from canter.training.step.gradient import TargetCounts, TrainingStep
 
 STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")
 RATE = 16000
@@ -27,16 +25,19 @@ PROMPT = 4  # tokens; an end token follows the text
 
 
 def lengths_of(path: Path, longest: float, most_tokens: int, most: int = 10**9) -> LengthIndex:
-    """Lengths of a file's utterances of up to so many seconds and tokens; of more than ``most``, evenly spread."""
-    whole = open_lengths(path, prompt_tokens=PROMPT + 1)
-    seconds, tokens = np.asarray(whole.seconds), np.asarray(whole.tokens)
+    """Return the lengths of a file's utterances of up to ``longest`` seconds and ``most_tokens`` tokens.
+
+    Of more than ``most`` utterances, that many are taken, evenly spread.
+    """
+    every = open_lengths(path, prompt_tokens=PROMPT + 1)
+    seconds, tokens = np.asarray(every.seconds), np.asarray(every.tokens)
     rows = np.flatnonzero((seconds <= longest) & (tokens >= 2) & (tokens <= most_tokens))
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
     return LengthIndex(seconds[rows], tokens[rows])
 
 
 def batch_of(index: LengthIndex, rows: np.ndarray, vocabulary: int, noise: Tensor) -> Batch:
-    """Audio cut from ``noise`` (S,), as long as the longest utterance, and random tokens."""
+    """Return a batch of audio from ``noise`` (S,), padded to the longest utterance, and random tokens."""
     samples = torch.tensor(np.round(index.seconds[rows] * RATE).astype(np.int64))
     tokens = torch.tensor(index.tokens[rows].astype(np.int64))
     size = len(rows)
@@ -55,31 +56,28 @@ def batch_of(index: LengthIndex, rows: np.ndarray, vocabulary: int, noise: Tenso
 
 
 class Rig:
-    """A model with its optimiser, which all strategies share: what is timed does not depend on the weights."""
+    """A model and its training step, which all strategies share: the times do not depend on the weights."""
 
     def __init__(self, config: TrainConfig, model: SpeechModel, precision: str):
-        self.model, config = model.train(), decided(config)
-        self.device = next(model.parameters()).device
-        self.optimizers = Optimizers(model, config.optimizer, 100_000)
-        self.gradient = Gradient(config, model, precision)
+        self.model, self.device = model.train(), next(model.parameters()).device
+        self.training_step = TrainingStep(decided(config), model, precision, steps=100_000)
 
     def step(self, loaded: list[Loaded], number: int) -> tuple[int, int]:
-        """Gradient and update; how many micro-batches ran out of memory and were cut, and on a GPU the peak bytes."""
+        """Take a step; return the number of micro-batches that did not fit in memory, and on a GPU the peak bytes."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        counts = Counts.of([one.batch for one in loaded if one.batch is not None])
-        computed = self.gradient.compute(loaded, counts, number, alone=False)
-        self.optimizers.step(number)
-        self.gradient.merge_statistics(computed.numbers, len(loaded))
+        counts = TargetCounts.of([one.batch for one in loaded if one.batch is not None])
+        computed = self.training_step.gradient.compute(loaded, counts, number, ctc_only=False)
+        self.training_step.update(number, computed.numbers, len(loaded))
         if on_gpu:
             torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
-        return len(computed.cuts) + len(computed.unfit), peak
+        return len(computed.splits) + len(computed.unfit), peak
 
 
 class Arm:
-    """A strategy going through its plan, and what its timed steps came to."""
+    """A strategy, its plan, and the results of its timed steps."""
 
     def __init__(self, name: str, rig: Rig, index: LengthIndex, budget: Budget, seed: int = 0):
         self.name, self.rig, self.index, self.budget = name, rig, index, budget
@@ -97,7 +95,8 @@ class Arm:
         self.cuts = 0
 
     def step(self, timed: bool = True) -> None:
-        """One step of the plan. Its batches are made beforehand; from moving them to the device on, all is timed."""
+        """Take one step of the plan. Its batches are made beforehand; everything from copying them to the device on is
+        timed."""
         loaded: list[Loaded] = []
         while not loaded or not loaded[-1].address.last:
             address = next(self.addresses)

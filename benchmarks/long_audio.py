@@ -1,4 +1,4 @@
-"""Memory of an hour of audio: in the service, in `canter transcribe`, and in Python with a file and with an array.
+"""Measure the memory of an hour of audio: in the service, in `canter transcribe`, and in Python with file and array.
 
 Each way runs in a process of its own on a short clip and on the hour; the difference of their peaks is what the length
 costs. The service gets the hour several times, alone and at once. The audio is LibriVox's clips one after another; the
@@ -40,11 +40,11 @@ class Options:
     at_once: int = 2
     """Number of long uploads at the same time."""
     again: int = 4
-    """Number of times that the long upload is sent once more."""
+    """Number of repetitions of the long upload."""
     most_mib: float = 300.0
-    """Exit with status 1 where the hour costs more than this."""
+    """Exit with status 1 where the hour takes more MiB than this."""
     json: Path | None = None
-    """Write the figures there."""
+    """Write the figures to this file."""
 
 
 def main() -> int:
@@ -86,7 +86,7 @@ def random_model(folder: Path) -> Path:
 
 
 def audio(options: Options, path: Path, seconds: float) -> Path:
-    """Write so many seconds of the manifest's clips, one after another, and return the path."""
+    """Write ``seconds`` seconds of the manifest's clips in sequence, and return the path."""
     files = [
         options.manifest.parent / json.loads(line)["audio_filepath"]
         for line in options.manifest.read_text(encoding="utf-8").splitlines()
@@ -113,7 +113,7 @@ def status(process: int, name: str) -> float:
 
 
 def served(model: Path, short: Path, long: Path, options: Options) -> dict[str, float]:
-    """Return MiB of the service: after a minute of audio, and at most during the long uploads."""
+    """Return the MiB of the service after a minute of audio, and their maximum during the long uploads."""
     process = subprocess.Popen(
         [sys.executable, "-m", "canter", "serve", str(model), "--port", "0", "--timeout", "3600"],
         env=environment(),
@@ -141,7 +141,7 @@ def served(model: Path, short: Path, long: Path, options: Options) -> dict[str, 
 
 
 def watched(process: int, port: int, file: Path, clients: int) -> tuple[float, float]:
-    """Return the most MiB, looked at every 20 ms while the clients wait, and the seconds that took."""
+    """Return the maximum MiB, sampled every 20 ms while the clients wait, and the seconds of waiting."""
     threads = [threading.Thread(target=post, args=(port, file)) for _ in range(clients)]
     begun, most = time.perf_counter(), 0.0
     for thread in threads:
@@ -157,10 +157,7 @@ def post(port: int, file: Path) -> None:
     body = head.encode() + file.read_bytes() + f"\r\n--{BOUNDARY}--\r\n".encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3600)
     connection.request(
-        "POST",
-        "/v1/audio/transcriptions",
-        body,
-        {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"},
+        "POST", "/v1/audio/transcriptions", body, {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     )
     answer = connection.getresponse()
     text = answer.read()

@@ -23,12 +23,12 @@ import transformers
 import tyro
 
 from canter.models.decoder import DecoderConfig
-from canter.models.device import choose_device
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig, length_mask
 from canter.models.formats.huggingface import write_hf
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
+from canter.runtime import choose_device
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,7 @@ def main(options: Options) -> None:
         if options.family in (name, "both"):
             rows += race(config, options, device)
     if options.json:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(device),
-        }
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(device)}
         print(json.dumps({"options": asdict(options), **versions, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     for row in rows:

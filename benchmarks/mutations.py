@@ -1,4 +1,4 @@
-"""Structure-aware mutations of bytes, JSON, tables, archives and tensors, each decided by a random generator alone."""
+"""Mutate bytes, JSON, tables, archives and tensors with knowledge of their structure, as a random generator decides."""
 
 from __future__ import annotations
 
@@ -23,37 +23,12 @@ VALUES: tuple[Any, ...] = (
     "file:///etc/passwd", "<|endoftext|>", "en", "zz", "auto", [], {}, [1], [[]], {"": None}, {"a": {"a": {}}},
     [None] * 100,
 )  # fmt: skip
-KEYS = (
-    "",
-    "text",
-    "duration",
-    "offset",
-    "lang",
-    "audio_filepath",
-    "_skipme",
-    "\ud800",
-    "id",
-    "type",
-    "x" * 300,
-)
-NUMBERS = (
-    0,
-    1,
-    0x7F,
-    0x80,
-    0xFF,
-    0x7FFF,
-    0xFFFF,
-    0x7FFFFFFF,
-    0x80000000,
-    0xFFFFFFFF,
-    0xFFFFFFFFFFFFFFFF,
-    2**40,
-)
+KEYS = ("", "text", "duration", "offset", "lang", "audio_filepath", "_skipme", "\ud800", "id", "type", "x" * 300)
+NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 2**40)
 
 
 def harm(draw: random.Random, data: bytes, times: int | None = None) -> bytes:
-    """Return ``data`` with a few bytes flipped, cut, repeated, moved or put in, or with an extreme integer."""
+    """Return ``data`` with a few bytes flipped, removed, repeated, moved or inserted, or with an extreme integer."""
     harmed = bytearray(data)
     for _ in range(times or draw.choice((1, 1, 2, 5, 20))):
         if not harmed:
@@ -84,7 +59,7 @@ def harm(draw: random.Random, data: bytes, times: int | None = None) -> bytes:
 
 
 def spoil(draw: random.Random, value: Any, times: int | None = None) -> Any:
-    """Return a JSON value in which some entries, at any depth, are gone, new, moved, or of another type."""
+    """Return a JSON value in which some entries, at any depth, are missing, new, moved, or of another type."""
     holder = json.loads(json.dumps([value]))
     for _ in range(times or draw.choice((1, 1, 2, 3))):
         places = list(_places(holder))
@@ -144,7 +119,7 @@ def spoilt_lines(draw: random.Random, data: bytes) -> bytes:
 
 
 def spoilt_table(draw: random.Random, data: bytes, separator: str) -> bytes:
-    """Return a text table with cells gone, new or moved."""
+    """Return a text table with missing, new or moved cells."""
     rows = [line.split(separator) for line in data.decode().splitlines()]
     for _ in range(draw.choice((1, 2, 5))):
         row = draw.choice(rows)

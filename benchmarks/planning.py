@@ -1,9 +1,10 @@
-"""Planning against Lhotse in one run: padding, memory, waiting, speed, resume. Usage:
+"""Compare planning with Lhotse in one run: padding, memory, waiting, speed, resuming. Usage:
 
     python benchmarks/planning.py LENGTHS.parquet BUDGET.json [--lhotse 200000] [--millions 100] [--out FILE.md]
 
-LENGTHS has `duration` and `num_tokens`. Speeds are utterances per second of process time on one core; Lhotse gets its
-cuts from memory, so that no reading of manifests is counted. Its batches are judged by the same figures as ours.
+LENGTHS has the columns `duration` and `num_tokens`. Speeds are utterances per second of process time on one core;
+Lhotse gets its cuts from memory, so that reading of manifests is not counted. Its batches are judged by the same
+figures.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def ladder(index: LengthIndex, budget: Budget) -> str:
 
 
 def table_of(batches: list[np.ndarray], index: LengthIndex, budget: Budget, ranks: int) -> BatchTable:
-    """Lhotse's batches, in order, `ranks` to a step."""
+    """Return the table of Lhotse's batches, in order, `ranks` to a step."""
     rows, size = np.concatenate(batches), np.array([len(b) for b in batches])
     at = np.concatenate([[0], np.cumsum(size)])[:-1]
     frames, tokens = budget.frames(index.seconds[rows]), index.tokens[rows].astype(np.int64)
@@ -82,7 +83,7 @@ def against_lhotse(index: LengthIndex, budget: Budget, count: int, ranks: int = 
     sizes = [int(s) for s in batch_sizes(bins, budget)]
 
     class NeMoLike(FixedBucketBatchSizeConstraint):
-        """A batch size for each (seconds, tokens) bucket, as NeMo's 2-D constraint has it."""
+        """A batch size for each (seconds, tokens) bucket, as in NeMo's 2-D constraint."""
 
         def select_bucket(self, buckets, example=None, example_len=None):
             row = min(bisect_left(edges, example.duration), len(edges) - 1)
@@ -171,7 +172,7 @@ def _row(name: str, f, speed: float, base: float) -> str:
 
 
 def timed_epoch(index: LengthIndex, budget: Budget, window: int, ranks: int) -> tuple[Plan, float]:
-    """A plan and the process time in which all its steps were made (best of three)."""
+    """Return a plan and the process time to make all its steps (best of three)."""
     best = float("inf")
     for _ in range(3):
         plan = Plan(index, budget, Balanced(), window=window, micro_batches_per_step=ranks)
@@ -183,7 +184,7 @@ def timed_epoch(index: LengthIndex, budget: Budget, window: int, ranks: int) -> 
 
 
 def latency(path: Path, index: LengthIndex, budget: Budget) -> str:
-    """First batch after opening; cost for each rank; resume far into a large index."""
+    """Measure the first batch after opening, and the time of a rank to get its micro-batches of a window."""
     lines = []
     index.save(path)
     start = time.perf_counter()
@@ -204,6 +205,7 @@ def latency(path: Path, index: LengthIndex, budget: Budget) -> str:
 
 
 def large(index: LengthIndex, budget: Budget, millions: int, path: Path) -> str:
+    """Measure opening a large index and resuming in its middle."""
     copies = -(-millions * 1_000_000 // len(index))
     big = LengthIndex(np.tile(index.seconds, copies), np.tile(index.tokens, copies))
     big.save(path)

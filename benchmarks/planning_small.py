@@ -1,10 +1,10 @@
-"""`balanced` against 2-D bucketing on small sets, at the same number of optimiser steps. Usage:
+"""Compare `balanced` with 2-D bucketing on small sets, at the same number of optimiser steps. Usage:
 
     python benchmarks/planning_small.py BUDGET.json SET.parquet ... [--samples 1] [--out FILE.md]
 
-A set has `duration` (seconds) and `tokens` (of the text). Each is planned whole and, where it is longer, in random
-samples of three hours. `bucket_2d` 30x2 (ranks in step) makes as many steps as its buckets need, or at least 50;
-`balanced` is then asked for as many as it made. Figures are exact and repeatable.
+A set has the columns `duration` (seconds) and `tokens` (of the text). Each is planned completely and, where it is
+longer, in random samples of three hours. `bucket_2d` 30x2 (ranks in step) makes as many steps as its buckets need, or
+at least 50; `balanced` is then asked for the same number. Figures are exact and repeatable.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from canter.planning.strategies import Balanced, Bucket2D
 PROMPT_AND_END = 9
 HOURS = 3.0
 SETTINGS = ((1, 1), (8, 8), (8, 16), (1, 8), (1, 16))  # ranks, micro-batches per step
-LEAST = (1, 50)  # steps of `bucket_2d`
+LEAST = (1, 50)  # minimum steps of `bucket_2d`
 
 
 def indexes(path: Path, samples: int) -> Iterator[tuple[str, LengthIndex]]:
-    """Yield the whole set and random samples of three hours of it, with their names."""
+    """Yield the set and random samples of three hours of it, with their names."""
     table = pq.read_table(path)
     seconds = table["duration"].to_numpy()
     tokens = table["tokens"].to_numpy().astype(np.int64) + PROMPT_AND_END
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("budget", type=Path)
     parser.add_argument("sets", type=Path, nargs="+")
-    parser.add_argument("--samples", type=int, default=1, help="random samples of each set")
+    parser.add_argument("--samples", type=int, default=1, help="number of random samples of each set")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     budget = Budget.load(options.budget)

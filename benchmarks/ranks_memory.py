@@ -1,4 +1,4 @@
-"""What ranks add to a training step's memory, on two processes (gloo): measured beside what `canter tune` computes.
+"""Measure the memory that data parallelism adds to a training step, on two processes (gloo).
 
     python benchmarks/ranks_memory.py [--width 512] [--layers 8] [--json FILE]
 
@@ -32,22 +32,20 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
-from canter.runtime import CLEAR, give_back, resident, steady_heap
+from canter.runtime import CLEAR, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.defaults import decided
-from canter.training.distributed.ranks import Ranks, joined
+from canter.training.distributed.ranks import Ranks, process_group
 from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
-from canter.training.step.gradient import Counts, Gradient
-from canter.training.step.optimizers import Optimizers
-from canter.tuning.sharding import Sharding
+from canter.training.step.gradient import TrainingStep
 
 WAYS = ("none", "replicate", "shard", "ddp", "ddp, views", "fsdp")
 RANKS = 2
 
 
 class Whole(nn.Module):
-    """The loss as a forward pass, which DDP asks for."""
+    """Module whose forward pass returns the loss, as DDP needs it."""
 
     def __init__(self, model: SpeechModel):
         super().__init__()
@@ -61,13 +59,7 @@ class Whole(nn.Module):
 def make_model(layers: int, width: int) -> SpeechModel:
     torch.manual_seed(0)
     encoder = FastConformerConfig(
-        layers=layers,
-        width=width,
-        heads=4,
-        feedforward=4 * width,
-        kernel_size=9,
-        subsampling_channels=32,
-        mels=80,
+        layers=layers, width=width, heads=4, feedforward=4 * width, kernel_size=9, subsampling_channels=32, mels=80
     )
     decoder = DecoderConfig(
         layers=layers, width=width, heads=4, feedforward=4 * width, vocabulary=1024, positions=512, pad=0
@@ -76,7 +68,7 @@ def make_model(layers: int, width: int) -> SpeechModel:
 
 
 def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], None]:
-    """A whole step on a batch, the model shared in this way."""
+    """Return a function that runs a complete step on a batch, with the model distributed in this way."""
     config = decided(TrainConfig(optimizer=OptimizerConfig(name="adamw")))
     shards = Shards(model, torch.device("cpu"), ranks) if way == "shard" else None
     whole: Any = Whole(model)
@@ -90,35 +82,31 @@ def stepper(way: str, model: SpeechModel, ranks: Ranks) -> Callable[[Batch], Non
     if way.startswith("ddp"):
         views = way.endswith("views")
         whole = DistributedDataParallel(whole, gradient_as_bucket_view=views)
-    optimizers = Optimizers(model, config.optimizer, steps=100)
-    gradient = Gradient(config, model, "float32", ranks)
+    ours = TrainingStep(config, model, "float32", 100, ranks=ranks, shards=shards)
 
     def step(batch: Batch) -> None:
         if shards:
             shards.gather()
-        if way in ("replicate", "shard"):
-            gradient.backward(batch, Counts.of([batch]), alone=False, epoch=0)
-        else:
-            whole(batch).backward()
-        if shards:
-            shards.sum_gradients(lambda one: gradient.objective(one, False))
-        elif way == "replicate":
-            ranks.sum_gradients(optimizers.parameters)
+        if way in ("none", "replicate", "shard"):
+            ours.backward(batch)
+            ours.update(0, numbers=[ranks.rank], count=ranks.size)
+            return
+        whole(batch).backward()
         merge_pending(model)
-        optimizers.step(0)
+        ours.optimizers.step(0)
 
     return step
 
 
 def peak_of(way: str, sizes: tuple[int, int], shape: tuple[int, int, int], ranks: Ranks) -> int:
-    """Peak resident bytes of two steps above those of a tiny model shared alike."""
-    steady_heap()
+    """Return the peak resident bytes of two steps above those of a tiny model distributed in the same way."""
+    map_large_blocks()
     tiny = make_model(2, 32)
     tiny_step = stepper(way, tiny, ranks)
     for _ in range(2):
         tiny_step(synthetic_batch(tiny, 1, 20, 5, 1))
     del tiny, tiny_step
-    give_back()
+    release_memory()
     before = resident()
     CLEAR.write_text("5")
     model = make_model(*sizes)
@@ -136,12 +124,12 @@ def as_rank(tell: Callable, rank: int, port: int, way: str, sizes: tuple, shape:
     if size > 1:
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         tell(peak_of(way, sizes, shape, ranks))
 
 
 def measured(way: str, sizes: tuple[int, int], shape: tuple[int, int, int]) -> int:
-    """Of rank 0."""
+    """Return the figure of rank 0."""
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -170,25 +158,13 @@ def main() -> None:
     sizes, shape = (args.layers, args.width), (1, args.frames, 10)
     model = make_model(*sizes)
     weights = sum(p.nbytes for p in model.parameters())
-    state = 3 * weights + sum(b.nbytes for b in model.buffers())
     alone, rows = 0, []
     for way in WAYS:
         peak = measured(way, sizes, shape)
         alone = alone or peak
-        kind, views = way.split(", ")[0], way.endswith("views")
-        computed = Sharding(kind, 1 if way == "none" else RANKS, views).extra_bytes(model, state)  # type: ignore[arg-type]
-        rows.append({"way": way, "peak": peak, "added": peak - alone, "computed": round(computed)})
-        print(
-            f"{way:12} peak {peak / 2**20:7.0f} MiB, added {(peak - alone) / 2**20:+7.0f}, computed "
-            f"{computed / 2**20:+7.0f}"
-        )
-    result = {
-        "parameters": weights // 4,
-        "ranks": RANKS,
-        "shape": shape,
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+        rows.append({"way": way, "peak": peak, "added": peak - alone})
+        print(f"{way:12} peak {peak / 2**20:7.0f} MiB, added {(peak - alone) / 2**20:+7.0f}")
+    result = {"parameters": weights // 4, "ranks": RANKS, "shape": shape, "torch": torch.__version__, "rows": rows}
     if args.json:
         lines = ",\n  ".join(json.dumps(row) for row in result.pop("rows"))
         args.json.write_text(f'{json.dumps(result)[:-1]},\n "rows": [\n  {lines}\n ]\n}}\n')

@@ -18,23 +18,22 @@ import numpy as np
 import torch
 import tyro
 
-from canter.cli.progress import TrainingProgress, say, track
+from canter.cli.progress import TerminalEvents
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
-from canter.inference.transcribe import checkpoint_of
-from canter.models.cost import parameters
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
+from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
-from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, reshape
-from canter.models.timing import measure
+from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, measure_times, reshape
 from canter.planning.budget import Budget
 from canter.text import Characters
-from canter.training.config import ModelShape, TrainConfig, load_config
+from canter.training.config import ModelShape, TrainConfig, load_run_config
 from canter.training.feed.data import MicroBatches, collate
-from canter.training.session import train
-from canter.training.validation import spread_over, validator
+from canter.training.recipe import run_training
+from canter.training.validation import Validator, spread_over
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
         budget=options.output / "budget.json",
         precision=settled["precision"],
         threads=settled["threads"],
-        short_first=False,
         valid_every=options.steps,
         valid_utterances=options.utterances,
         optimizer=replace(
@@ -93,20 +91,20 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
             learning_rate=options.rate * rates.learning_rate,
             matrix_learning_rate=options.rate * rates.matrix_learning_rate,
         ),
-        loss=replace(config.loss, ctc_alone=0.0),
+        loss=replace(config.loss, ctc_warmup=0.0),
     )
 
 
 def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str, Any]:
     """Shape and WER of one shape, whose further training starts here."""
-    finished = train(config, TrainingProgress, say, track)
-    lines = map(json.loads, finished.prepared.run.metrics.read_text(encoding="utf-8").splitlines())
+    finished = run_training(config, TerminalEvents())
+    lines = map(json.loads, finished.prepared.run.log.metrics.read_text(encoding="utf-8").splitlines())
     rows = list(lines)
     valid = [row for row in rows if row["kind"] == "valid"][-1]
     return {
         "encoder_layers": model.config.encoder.layers,
         "decoder_layers": model.config.decoder.layers,
-        "parameters": sum(parameters(model).values()),
+        "parameters": sum(model.parts().values()),
         "wer_before": before,
         "wer_after": valid["wer"],
         "cer_after": valid["cer"],
@@ -138,7 +136,7 @@ def cut_losses(model: SpeechModel, rows: list[Utterance], layers: int) -> dict[s
 
 
 def run(options: Options) -> dict[str, Any]:
-    config = load_config(options.run / "config.yaml", relative=False)
+    config = load_run_config(options.run / "config.yaml")
     manifests = options.valid or config.valid
     if not manifests:
         raise ConfigError(f"{options.run} has no validation manifest to measure WER on; name one with --valid")
@@ -153,17 +151,14 @@ def run(options: Options) -> dict[str, Any]:
         "parameters", model.config, options.decoder_layers, options.seconds, options.tokens
     )
     reshaped = reshape(
-        model,
-        encoder_layers=layers,
-        decoder_layers=options.decoder_layers,
-        growth=options.growth,
-        kept=options.kept,
+        model, encoder_layers=layers, decoder_layers=options.decoder_layers, growth=options.growth, kept=options.kept
     )
     start = save_model(reshaped, options.output / "start")
     if model.ctc is not None:
         Characters.load(source).save(start)
 
-    validate = validator(rows, model.tokenizer, model.sample_rate, "float32")
+    lengths = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
+    validate = Validator(rows, MicroBatches(lengths, model.tokenizer, None, model.sample_rate), "float32")
     seconds = 2 * (
         config.batch_seconds if isinstance(config.batch_seconds, float) else 24.0
     )  # the run's own setting is what bounds the batches of both shapes
@@ -171,11 +166,11 @@ def run(options: Options) -> dict[str, Any]:
     shapes = {}
     for name, one, init in (("trained", model, source), ("reshaped", reshaped, start)):
         with torch.inference_mode():
-            before = validate(one.eval(), 0)["wer"]
+            before = validate(one.eval()).metrics["wer"]
         shapes[name] = figures(one, before, onwards(options, config, init, name))
 
     size = (options.seconds, options.tokens, options.batch)
-    old, new = measure(model, *size), measure(reshaped, *size)
+    old, new = measure_times(model, *size), measure_times(reshaped, *size)
     times = {
         part: {
             "trained": getattr(old, part).of(getattr(model.config, part).layers),

@@ -1,14 +1,14 @@
-"""Training that is hard to kill, at full size: SIGKILL at random points and broken audio.
+"""Test training at full size with SIGKILL at random points and broken audio.
 
     python benchmarks/resilience.py kills  -o FOLDER [--trials 50] [--ranks 1] [--minutes 10] [--json FILE]
     python benchmarks/resilience.py broken -o FOLDER [--files 1000] [--json FILE]
 
-kills: a run is killed again and again, every other time while a checkpoint is being written, one time in ten while it
-starts, and started anew until it is through; its losses, rows and weights, and every checkpoint that is there after a
-kill, must be those of an undisturbed run to the last bit. With several ranks one of them is killed, and the others must
-end by themselves. Past --minutes it stops, and the same command goes on. broken: one file in twenty is broken, in eight
-ways; the run must complete and name each. --json FILE gets the figures under the part's name; those of other parts
-stay. Damaged and hostile input of every kind: fuzzing.py.
+kills: a run is killed repeatedly, every other time while a checkpoint is being written, one time in ten while it
+starts, and restarted until it finishes; its losses, rows and weights, and every checkpoint present after a kill, must
+be bit-identical to those of an undisturbed run. With several ranks one of them is killed, and the others must end by
+themselves. After --minutes it stops, and the same command resumes. broken: one file in twenty is broken, in eight ways;
+the run must complete and name each. --json FILE gets the figures under the part's name; those of other parts are kept.
+fuzzing.py tests damaged and hostile input of every kind.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from canter.planning.budget import Budget
 
 MODEL = shlex.split("""
     --model.encoder-layers 2 --model.decoder-layers 1 --model.width 64 --model.heads 4 --model.mels 40
-    --model.subsampling-channels 8 --vocabulary 200 --precision float32 --threads 1 --batch-seconds 16
+    --model.subsampling-channels 8 --vocab-size 200 --precision float32 --threads 1 --batch-seconds 16
 """)
 SAME = ("model.safetensors", "training/optimizers.pt")  # of a checkpoint; state.json has the time spent
 STARTING = 8.0  # seconds from its start in which a run is killed that is to be killed while it starts
@@ -50,15 +50,15 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     trials: int = 50
-    """Kills."""
+    """Number of kills."""
     ranks: int = 1
     """Processes of the killed run."""
     steps: int = 500
-    """Of the killed run."""
+    """Steps of the killed run."""
     minutes: float = 10.0
-    """After which no other kill is begun in this call."""
+    """Time after which this call begins no other kill."""
     files: int = 1000
-    """Of which one in twenty is broken."""
+    """Number of audio files, of which one in twenty is broken."""
     seed: int = 0
     json: Path | None = None
     """File for the figures."""
@@ -68,7 +68,7 @@ class Options:
 
 
 def command(ranks: int, manifest: Path, folder: Path, *more: str) -> list[str]:
-    """Of a training run of MODEL, under torchrun where there are several ranks."""
+    """Return the command of a training run of MODEL, under torchrun where there are several ranks."""
     start = [sys.executable, "-m"]
     start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     budget = folder.parent / "budget.json"
@@ -87,7 +87,7 @@ def kills(options: Options) -> dict[str, Any] | None:
     if not journal.exists():
         for folder in (straight, killed):
             shutil.rmtree(folder, ignore_errors=True)
-        through = command(options.ranks, corpus.train_manifest, straight, *more, "--keep", "100000")
+        through = command(options.ranks, corpus.train_manifest, straight, *more, "--keep-checkpoints", "100000")
         subprocess.run(through, check=True, capture_output=True)
         journal.touch()
     draw = random.Random(options.seed)
@@ -135,8 +135,8 @@ def ends_of_others(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def one_kill(run: list[str], folder: Path, goal: int, way: str, draw: random.Random) -> dict[str, Any]:
-    """Starts the run, kills it ``way`` it is ("training": at a random moment once it has come to step ``goal``), and
-    tells what became of it."""
+    """Start the run, kill it in the given ``way`` ("training": at a random moment after step ``goal``), and return the
+    result."""
     since = time.time()
     with subprocess.Popen(
         run, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -167,7 +167,7 @@ def one_kill(run: list[str], folder: Path, goal: int, way: str, draw: random.Ran
 
 
 def children(pid: int) -> list[int]:
-    """Ids of the processes that ``pid`` has started, oldest first: torchrun's are the ranks."""
+    """Return the ids of the processes that ``pid`` has started, oldest first; those of torchrun are the ranks."""
     return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
@@ -176,7 +176,7 @@ def half_written(folder: Path) -> bool:
 
 
 def reached(folder: Path, since: float) -> int:
-    """The last step logged since then."""
+    """Return the last step logged since then."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return 0
@@ -197,7 +197,7 @@ def last_step(folder: Path) -> int:
 
 
 def differing(folder: Path, other: Path) -> list[str]:
-    """Files of checkpoints whose tensors are not those of the undisturbed run, to the last bit."""
+    """Return the checkpoint files whose tensors are not bit-identical to those of the undisturbed run."""
     return [
         f"{checkpoint.name}/{name}"
         for checkpoint in folder.glob("checkpoints/step-*")
@@ -207,7 +207,7 @@ def differing(folder: Path, other: Path) -> list[str]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same; archives of the same tensors may differ in what else they hold."""
+    """Return True where two files hold the same tensors; other members of an archive may differ."""
     if one.read_bytes() == other.read_bytes():
         return True
     return one.suffix == ".pt" and equal(torch.load(one), torch.load(other))
@@ -224,7 +224,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Of a log, up to one that is torn."""
+    """Return the rows of a log, up to a torn one."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -235,7 +235,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def resumed_at(said: str) -> int | None:
-    """The step that a run said it went on at; 0 for one that began, None for one that did not come to it."""
+    """Return the step at which a run resumed; 0 for one that began, None for one that ended before."""
     found = [line.split() for line in said.splitlines() if line.startswith("continuing at step")]
     if found:
         return int(found[-1][3])
@@ -243,7 +243,7 @@ def resumed_at(said: str) -> int | None:
 
 
 def steps_of(folder: Path) -> list[tuple[Any, float]]:
-    """(rows, loss) of each step."""
+    """Return (rows, loss) of each step."""
     used = {row["step"]: row["rows"] for row in lines(folder / "utterances.jsonl")}
     return [(used[r["step"]], r["loss"]) for r in lines(folder / "metrics.jsonl") if r["kind"] == "train"]
 
@@ -343,7 +343,7 @@ def broken(options: Options) -> dict[str, Any]:
 
 
 def keep(result: dict[str, Any], name: str, file: Path | None) -> None:
-    """Prints the figures, and puts them beside those of other parts."""
+    """Print the figures, and write them beside those of other parts."""
     print(json.dumps(result, indent=2, ensure_ascii=False))
     if file:
         parts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

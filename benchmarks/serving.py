@@ -1,4 +1,4 @@
-"""The service under load: as fast as `canter transcribe`, no error for a good request, memory that stays flat.
+"""Test the service under load: speed beside `canter transcribe`, no error for a valid request, constant memory.
 
 1. `canter transcribe` over the clips; 2. the same clips through `canter serve`, asked for by many clients at
 once; 3. `canter transcribe` again; 4. a soak: clients that ask for random clips, of which some leave during
@@ -39,25 +39,25 @@ class Options:
         SHARED / "data/speech/librivox_mini/manifest.jsonl",
         SHARED / "data/speech/an4/manifest.jsonl",
     )
-    """Whose audio to send."""
+    """Manifest of the audio to send."""
     clips: int = 160
-    """How many, from the first on."""
+    """Number of clips, from the first one."""
     clients: int = 64
-    """At once."""
+    """Number of concurrent clients."""
     seconds: float = 120.0
     """Of the soak."""
     leaving: float = 0.15
-    """Share of the soak's requests whose client leaves: half during the upload, half while it waits."""
+    """Fraction of the soak's requests whose client disconnects: half during the upload, half while waiting."""
     bad: float = 0.1
-    """Share of the soak's requests that are bad files."""
+    """Fraction of the soak's requests with broken files."""
     threads: int = 2
-    """Of torch, in both commands."""
+    """Threads of torch, in both commands."""
     lang: str = "en"
-    """Of the audio."""
+    """Language of the audio."""
     seed: int = 0
     """Of the soak."""
     json: Path | None = None
-    """Write the figures there."""
+    """Write the figures to this file."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Clip:
 
 @dataclass
 class Tally:
-    """What clients saw; one lock for all."""
+    """Results of all clients, under one lock."""
 
     latencies: list[float] = field(default_factory=list)
     audio_seconds: float = 0.0
@@ -93,17 +93,13 @@ def environment(options: Options) -> dict[str, str]:
 
 
 def transcribe(options: Options, clips: list[Clip], folder: Path) -> tuple[float, dict[str, str]]:
-    """RTFx of the command over the clips, and the texts by name."""
+    """Return the RTFx of the command on the clips, and the texts by name."""
     manifest, output = folder / "clips.jsonl", folder / "out.jsonl"
     rows = [{"audio_filepath": clip.name, "duration": clip.seconds, "lang": options.lang, "text": ""} for clip in clips]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "canter", "transcribe", str(options.model), str(manifest)]
     done = subprocess.run(
-        [*command, "-o", str(output), "--json"],
-        env=environment(options),
-        capture_output=True,
-        text=True,
-        check=True,
+        [*command, "-o", str(output), "--json"], env=environment(options), capture_output=True, text=True, check=True
     )
     texts = {row["audio_filepath"]: row["pred_text"] for row in map(json.loads, output.read_text().splitlines())}
     output.unlink()
@@ -111,7 +107,7 @@ def transcribe(options: Options, clips: list[Clip], folder: Path) -> tuple[float
 
 
 class Server:
-    """`canter serve` as a process; its memory is sampled every second."""
+    """Process of `canter serve`, whose memory is sampled every second."""
 
     def __init__(self, options: Options):
         command = [sys.executable, "-m", "canter", "serve", str(options.model), "--port", "0"]
@@ -139,7 +135,7 @@ class Server:
             self.log.append(line.rstrip())
 
     def memory(self) -> float:
-        """Resident MiB."""
+        """Return the resident memory in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
@@ -173,7 +169,7 @@ def ask(port: int, data: bytes, lang: str) -> tuple[int, dict[str, Any]]:
 
 
 def leave(port: int, data: bytes, lang: str, chance: random.Random) -> None:
-    """Sends a part of a request, or all of it, and goes."""
+    """Send a part of a request, or all of it, and disconnect."""
     whole = body(data, lang)
     kind = f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\nContent-Length: {len(whole)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=300) as client:
@@ -203,7 +199,7 @@ def note_answer(tally: Tally, seconds: float, clip: Clip, status: int, answer: d
 
 
 def throughput(options: Options, server: Server, clips: list[Clip], texts: dict[str, str]) -> dict[str, Any]:
-    """Every clip once, by all clients."""
+    """Send every clip once, distributed over all clients."""
     tally, left = Tally(), list(reversed(clips))
 
     def client() -> None:
@@ -268,7 +264,7 @@ def soak(options: Options, server: Server, clips: list[Clip], texts: dict[str, s
 
 
 def together(client: Any, clients: int) -> float:
-    """Seconds that all clients took."""
+    """Return the seconds until all clients have finished."""
     threads = [threading.Thread(target=client) for _ in range(clients)]
     begun = time.perf_counter()
     for thread in threads:

@@ -1,12 +1,12 @@
-"""The ladder of strategies as training speed: the same model on the same real lengths, audio hours per wall hour of
-each strategy, against what the plan predicted.
+"""Training speed of the strategies: audio hours per hour of each, with the same model and the same real lengths,
+against the prediction of its plan.
 
     python benchmarks/training.py LENGTHS [--minutes 1.5] [--json FILE]
 
 LENGTHS is an index or a table with 'duration' and 'tokens'. Audio is noise of those lengths, made beforehand, so that
-training alone is timed: features, forward, backward, update. The budget is measured once and shared; strategies take
-turns of some steps, so that whatever else the machine does meets all of them, and are compared on audio hours per hour
-of their own time. Fixed batch sizes are what the longest utterances leave room for.
+only training is timed: features, forward, backward, update. The budget is measured once and shared. Strategies take
+turns of a few steps, so that other load on the machine affects all of them, and are compared on audio hours per hour of
+their own time. Fixed batch sizes are those at which the longest utterances fit.
 """
 
 import json
@@ -19,14 +19,15 @@ from ladder import STRATEGIES, Arm, Rig, lengths_of
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
+from canter.events import Printed
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
+from canter.reporting.machine import describe_machine
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
-from canter.training.measure import training_step
-from canter.tuning.fit import measure_budget
+from canter.training.measure import SyntheticStep
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Prober
 
 
@@ -34,22 +35,22 @@ from canter.tuning.probe import Prober
 class Options:
     lengths: tyro.conf.Positional[Path]
     minutes: float = 1.5
-    """Of training for each strategy."""
+    """Minutes of training for each strategy."""
     memory: float = 0.6
-    """GB that a step may use, weights included, as the budget's limit; more makes few long steps."""
+    """GB that a step may use, weights included; more memory makes fewer and longer steps."""
     longest: float = 30.0
-    """Utterances of more seconds are left out."""
+    """Maximum seconds of an utterance."""
     most: int = 20_000
-    """Utterances taken, evenly spread."""
+    """Maximum number of utterances, evenly spread."""
     width: int = 144
     layers: tuple[int, int] = (6, 2)
-    """Of encoder and decoder."""
+    """Number of layers of encoder and decoder."""
     vocabulary: int = 1024
     threads: int = 2
     probes: int = 24
-    """For the budget."""
+    """Number of probes of the budget."""
     turn: int = 2
-    """Steps of a turn."""
+    """Number of steps of a turn."""
     seed: int = 0
     json: Path | None = None
     """File for the figures."""
@@ -76,9 +77,9 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     index = lengths_of(options.lengths, options.longest, 480, options.most)
     model = model_of(options)
-    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0))
-    prober = Prober(training_step(config, model, "float32", prompt=4), options.memory * 1e9)
-    budget = measure_budget(prober, index, model.frame_seconds, most_probes=options.probes, say=print)
+    config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
+    prober = Prober(SyntheticStep(config, model, "float32", prompt=4), options.memory * 1e9, events=Printed())
+    budget = fit_budget(prober, index, most_probes=options.probes)
     rig = Rig(config, model, "float32")
     arms = [Arm(name, rig, index, budget, options.seed) for name in STRATEGIES]
     for arm in arms:
@@ -92,7 +93,7 @@ def main(options: Options) -> None:
         "lengths": options.lengths.name,
         "utterances": len(index),
         "hours": float(index.seconds.sum()) / 3600,
-        "machine": machine() | {"threads": options.threads},
+        "machine": describe_machine() | {"threads": options.threads},
         "parameters": sum(p.numel() for p in model.parameters()),
         "budget": budget.as_json(),
         "strategies": {arm.name: arm.figures() for arm in arms},

@@ -1,4 +1,4 @@
-"""Show what the defaults of `canter train` make of sets of several sizes: memory filled, batch size, updates an epoch,
+"""Show the defaults of `canter train` for sets of several sizes: memory filled, batch size, updates an epoch,
 and the line that a run prints.
 
     python benchmarks/training_defaults.py LENGTHS LIBRISPEECH AN4 [--json FILE]
@@ -21,10 +21,10 @@ from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
 from canter.planning import Budget, analytic_budget
 from canter.planning.budget import Polynomial
+from canter.planning.plan import Plan
 from canter.planning.strategies import Balanced
-from canter.training.batches import choose_limits
 from canter.training.config import TrainConfig
-from canter.training.prepare import plan_batches
+from canter.training.schedule import choose_limits, plan_batches
 
 PADDED = 30.0
 
@@ -35,13 +35,13 @@ class Options:
     librispeech: tyro.conf.Positional[Path]
     an4: tyro.conf.Positional[Path]
     prompt_tokens: int = 8
-    """Added to the tokens of the tables, with one for the end."""
+    """Tokens of the prompt, added with one for the end to the tokens of the tables."""
     json: Path | None = None
     """File for the figures."""
 
 
 def sample(index: LengthIndex, hours: float) -> LengthIndex:
-    """A random part of an index of about so many hours."""
+    """Return a random part of an index, with about ``hours`` of audio."""
     seconds, tokens = np.asarray(index.seconds), np.asarray(index.tokens)
     rows = np.random.default_rng(0).permutation(len(seconds))
     rows = rows[: int(np.searchsorted(np.cumsum(seconds[rows]), hours * 3600))]
@@ -49,7 +49,7 @@ def sample(index: LengthIndex, hours: float) -> LengthIndex:
 
 
 def padded(budget: Budget) -> Budget:
-    """The budget where a model pads every utterance to 30 s: one frame of 30 s each."""
+    """Return the budget of a model that pads every utterance to 30 s: one frame of 30 s each."""
     frames = PADDED / budget.frame_seconds
     memory, time = (
         Polynomial(T=cost.T * frames + cost.TT * frames**2, U=cost.U, TU=cost.TU * frames, UU=cost.UU)
@@ -59,7 +59,7 @@ def padded(budget: Budget) -> Budget:
 
 
 def cases(options: Options) -> list[tuple[str, LengthIndex, Budget, int, TrainConfig]]:
-    """(name, lengths, budget, ranks, configuration)."""
+    """Return (name, lengths, budget, ranks, configuration) of each case."""
     large = open_lengths(options.lengths)
     libri, an4 = (open_lengths(path, options.prompt_tokens) for path in (options.librispeech, options.an4))
     three = sample(libri, 3.0)
@@ -70,13 +70,7 @@ def cases(options: Options) -> list[tuple[str, LengthIndex, Budget, int, TrainCo
         ("LibriSpeech dev and test, canary-1b, 80 GB", libri, canary, 1, scratch),
         ("3 h of it, canary-1b, 80 GB", three, canary, 1, scratch),
         ("3 h of it, canary-1b, 8 x 80 GB", three, canary, 8, scratch),
-        (
-            "3 h of it, --init canary-1b --epochs 2, 80 GB",
-            three,
-            canary,
-            1,
-            dataclasses.replace(tuned, epochs=2.0),
-        ),
+        ("3 h of it, --init canary-1b --epochs 2, 80 GB", three, canary, 1, dataclasses.replace(tuned, epochs=2.0)),
         ("AN4, --init whisper-tiny --pad-seconds 0, 24 GB", an4, whisper, 1, tuned),
         ("AN4, --init whisper-tiny, padded to 30 s, 24 GB", an4, padded(whisper), 1, tuned),
         ("LibriSpeech, --init whisper-tiny, padded to 30 s, 24 GB", libri, padded(whisper), 1, tuned),
@@ -84,19 +78,11 @@ def cases(options: Options) -> list[tuple[str, LengthIndex, Budget, int, TrainCo
 
 
 def measure(index: LengthIndex, budget: Budget, ranks: int, config: TrainConfig) -> dict[str, Any]:
-    """The batches of a run, by the functions that it calls."""
+    """Return the batches of a run, by the functions that it calls."""
     limits = choose_limits(config, index, budget, ranks, ranks, on_cpu=False)
-    _, sizes, _ = plan_batches(
-        limits,
-        budget,
-        index,
-        index,
-        slowest=1.0,
-        ranks=ranks,
-        strategy=Balanced(),
-        window=min(config.window, len(index)),
-        micro_batches_per_step=ranks,
-    )
+    window = min(config.batching_window, len(index))
+    plan = Plan(index, budget, Balanced(), window=window, micro_batches_per_step=ranks)
+    _, sizes, _ = plan_batches(plan, limits, index, ranks)
     return dataclasses.asdict(sizes) | {"hours": float(np.sum(index.seconds)) / 3600, "line": str(sizes)}
 
 

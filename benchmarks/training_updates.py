@@ -1,4 +1,4 @@
-"""How many updates an epoch should have: WER and validation loss after the same audio, by the size of the batch.
+"""Measure the effect of the number of updates per epoch: WER and validation loss after equal audio, by batch size.
 
     python benchmarks/training_updates.py -o FOLDER --whisper MODEL --speech FOLDER [--tasks an4 demo] [--json FILE]
 
@@ -22,16 +22,17 @@ from convergence import run, up_to
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.demo import machine
-from canter.cli.progress import say, track
+from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import Utterance, read_manifest, write_manifest
 from canter.demo.synthesis import synthesise
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.models.model import SpeechModel
 from canter.planning import Budget
+from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 from canter.training.feed.data import collate
-from canter.training.prepare import Prepared, prepare
+from canter.training.loop import PreparedRun
+from canter.training.recipe import prepare_training
 from canter.training.validation import spread_over
 
 
@@ -40,27 +41,27 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     whisper: Path
-    """Folder of a Whisper, for an4 and librivox."""
+    """Folder of a Whisper, for the tasks an4 and librivox."""
     speech: Path
     """Folder that holds an4/ and librivox_mini/, each with a manifest.jsonl."""
     tasks: tuple[str, ...] = ("an4", "librivox", "demo")
-    """Which of them."""
+    """Tasks to run."""
     batch_seconds: tuple[float, ...] = (16.0, 64.0, 4.0, 32.0, 8.0, 128.0)
-    """Caps on a batch, in seconds of padded audio."""
+    """Maximum sizes of a batch, in seconds of padded audio."""
     epochs: tuple[float, float, float] = (1.0, 2.0, 3.0)
-    """Of an4, librivox and demo."""
+    """Epochs of an4, librivox and demo."""
     rows: int = 120
-    """Training utterances of an4 and librivox, evenly spread."""
+    """Training utterances of an4 and librivox, evenly spaced."""
     utterances: int = 400
-    """Of the synthesised corpus."""
+    """Training utterances of the synthesised corpus."""
     valid: int = 60
     """Utterances to validate on."""
     longest: float = 5.0
-    """Longer utterances of the synthesised corpus are left out."""
+    """Maximum seconds of an utterance of the synthesised corpus."""
     width: int = 64
-    """Of the model trained from scratch."""
+    """Width of the model trained from scratch."""
     layers: tuple[int, int] = (2, 1)
-    """Its encoder and decoder layers."""
+    """Encoder and decoder layers of the model trained from scratch."""
     seeds: int = 1
     threads: int = 1
     json: Path | None = None
@@ -68,7 +69,7 @@ class Options:
 
 
 def fine_tuned(options: Options, corpus: str) -> TrainConfig:
-    """A run from the Whisper on clips of some speakers, validated on the others."""
+    """Return a run from the Whisper on clips of some speakers, validated on the others."""
     manifest = options.speech / corpus / "manifest.jsonl"
     folder = options.output / corpus
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,19 +93,19 @@ def fine_tuned(options: Options, corpus: str) -> TrainConfig:
 
 
 def from_scratch(options: Options) -> TrainConfig:
-    """A run of a small model on the synthesised corpus."""
+    """Return a run of a small model on the synthesised corpus."""
     corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=2 * options.valid)
     return TrainConfig(
         manifest=(up_to(options.longest, corpus.train_manifest),),
         valid=(up_to(options.longest, corpus.test_manifest),),
         output=options.output / "demo" / "shared",
-        vocabulary=600,
+        vocab_size=600,
         model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
     )
 
 
-def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
-    """The task's configuration, whose tokenizer and budget are made once."""
+def base_of(options: Options, task: str) -> tuple[TrainConfig, PreparedRun]:
+    """Return the task's configuration; its tokenizer and budget are made once."""
     config = (
         from_scratch(options) if task == "demo" else fine_tuned(options, {"librivox": "librivox_mini"}.get(task, task))
     )
@@ -122,14 +123,14 @@ def base_of(options: Options, task: str) -> tuple[TrainConfig, Prepared]:
     budget = options.output / f"{task}.json"
     seconds = max(options.batch_seconds)
     Budget.from_batch_seconds(seconds, frame_seconds=0.02 if config.init else 0.08).save(budget)
-    prepared = prepare(replace(config, budget=budget), say, track)
+    prepared = prepare_training(replace(config, budget=budget), TerminalEvents())
     config = prepared.config
     return (config if config.init else replace(config, tokenizer=prepared.run.folder / "tokenizer")), prepared
 
 
 @torch.inference_mode()
-def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
-    """Nats a text token of the held-out utterances, by the last checkpoint."""
+def valid_loss(prepared: PreparedRun, folder: Path, valid: Path) -> float:
+    """Return the nats per text token of the held-out utterances, by the last checkpoint."""
     checkpoint = max((folder / "checkpoints").glob("step-*"))
     model = load_model(checkpoint)
     assert isinstance(model, SpeechModel)
@@ -137,8 +138,8 @@ def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
     total = count = 0.0
     rows = [row for row in read_manifest(valid) if isinstance(row, Utterance)]
     for start in range(0, len(rows), 8):
-        examples = [prepared.data.example(row) for row in rows[start : start + 8]]
-        loss = model.loss(collate(examples, prepared.tokenizer.pad), label_smoothing=0.0)
+        examples = [prepared.data.micro_batches.example(row) for row in rows[start : start + 8]]
+        loss = model.loss(collate(examples, prepared.data.tokenizer.pad), label_smoothing=0.0)
         total, count = total + float(loss.attention), count + float(loss.attention_count)
     return total / count
 
@@ -146,23 +147,23 @@ def valid_loss(prepared: Prepared, folder: Path, valid: Path) -> float:
 def results(options: Options) -> Iterator[dict[str, Any]]:
     for task in options.tasks:
         base, prepared = base_of(options, task)
-        hours = float(prepared.index.seconds.sum()) / 3600
+        hours = float(prepared.data.index.seconds.sum()) / 3600
         for cap in options.batch_seconds:
             if cap > 1.5 * 3600 * hours:
                 continue
             for seed in range(options.seeds):
                 folder = options.output / task / f"{cap:g}-{seed}"
                 config = replace(base, output=folder, batch_seconds=cap, seed=seed)
-                made = prepare(config, say, track)
-                updates = len(made.plan)
+                made = prepare_training(config, TerminalEvents())
+                updates = len(made.schedule.plan)
                 kept = folder / "result.json"
                 if not kept.exists():
-                    figures = run(replace(config, steps=made.steps, allow_changes=True))
+                    figures = run(replace(config, steps=made.schedule.steps, allow_changes=True))
                     figures |= {"valid_loss": valid_loss(made, folder, config.valid[0])}
                     kept.write_text(json.dumps(figures), encoding="utf-8")
                 figures = json.loads(kept.read_text(encoding="utf-8"))
                 about = {"task": task, "hours": hours, "batch_seconds": cap, "seed": seed}
-                row = about | {"updates_an_epoch": updates, "updates": made.steps} | figures
+                row = about | {"updates_an_epoch": updates, "updates": made.schedule.steps} | figures
                 result = f"WER {row['wer']:.1%}, loss {row['valid_loss']:.3f}"
                 say(f"{task}: {cap:g} s, {updates} updates an epoch, {result}")
                 yield row
@@ -174,7 +175,7 @@ def main(options: Options) -> None:
         rows = sorted([*rows, row], key=lambda r: (r["task"], r["batch_seconds"], r["seed"]))
         if options.json:
             told = {k: v for k, v in vars(options).items() if not isinstance(v, Path | None)}
-            figures = {"options": told, "machine": machine(), "runs": rows}
+            figures = {"options": told, "machine": describe_machine(), "runs": rows}
             options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     table = Table("task", "batch, s", "updates an epoch", "updates", "audio, h", "WER", "validation loss")
     for (task, cap), group in groupby(rows, key=lambda r: (r["task"], r["batch_seconds"])):

@@ -1,4 +1,4 @@
-"""Whisper on short audio: padded to 30 s as it was trained, to less, not at all, or several utterances in one window.
+"""Measure Whisper on short audio: padded to 30 s or less, not padded, or several utterances in one window.
 
 Speed and WER of each, greedy with timestamps off, on the same utterances, runs one after the other. Of a shared window
 the words are given back to utterances by their times (cross-attention alignment).
@@ -22,7 +22,7 @@ import tyro
 import canter
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import Utterance, read_manifest
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.inference.transcript.reading import words_of
@@ -38,11 +38,11 @@ class Options:
     manifests: tuple[Path, ...] = tuple(
         SHARED / "data/speech" / name / "manifest.jsonl" for name in ("librivox_mini", "commonvoice61_sample", "an4")
     )
-    """One table each."""
+    """Manifests; each gets a table."""
     limit: int = 60
-    """English utterances of each, evenly spread."""
+    """Number of English utterances of each, evenly spread."""
     pads: tuple[float, ...] = (30.0, 20.0, 15.0, 0.0)
-    """Seconds that audio is padded to; 0: not at all. What is longer than a pad has its own length."""
+    """Seconds that audio is padded to; 0 is no padding. Longer audio is not padded."""
     gap: float = 1.0
     """Seconds of silence between utterances that share a window."""
     rows: int = 16
@@ -51,7 +51,7 @@ class Options:
 
 
 def shared_windows(clips: list[np.ndarray], gap: int, size: int) -> list[list[int]]:
-    """Indices of clips that go into one window each, filled from the longest on, first that fits."""
+    """Return the indices of the clips in each window, by first fit from the longest clip on."""
     windows: list[tuple[int, list[int]]] = []
     for index in sorted(range(len(clips)), key=lambda i: -len(clips[i])):
         need = len(clips[index]) + gap
@@ -65,7 +65,7 @@ def shared_windows(clips: list[np.ndarray], gap: int, size: int) -> list[list[in
 
 
 def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> dict[str, Any]:
-    """Speed and WER of every way on a manifest's utterances."""
+    """Return speed and WER of every kind of padding on the utterances of a manifest."""
     tokenizer = model.tokenizer
     rows = [
         row for row in read_manifest(manifest) if isinstance(row, Utterance) and row.duration < 28 and row.lang == "en"
@@ -81,7 +81,7 @@ def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> di
         begun = time.perf_counter()
         heard = decode()
         taken = time.perf_counter() - begun
-        total = score(texts, heard, ["en"] * len(texts)).total
+        total = score_texts(texts, heard, ["en"] * len(texts)).total
         found.append({"way": name, "seconds": taken, "rtfx": seconds / taken, "wer": total.wer})
         print(f"{name:22} {taken:7.1f} s  RTFx {seconds / taken:6.1f}  WER {100 * total.wer:6.1f} %", flush=True)
 
@@ -117,12 +117,7 @@ def measure_manifest(model: SpeechModel, manifest: Path, options: Options) -> di
         measure(f"padded to {pad:g} s" if pad else "not padded", alone)
     model.set_features(pad_seconds=WINDOW)
     measure("windows shared", together)
-    return {
-        "manifest": manifest.parent.name,
-        "utterances": len(rows),
-        "audio_seconds": seconds,
-        "ways": found,
-    }
+    return {"manifest": manifest.parent.name, "utterances": len(rows), "audio_seconds": seconds, "ways": found}
 
 
 def run(options: Options) -> None:

@@ -48,12 +48,12 @@ class Options:
 def main(options: Options) -> None:
     recognizer = canter.load(options.model, device="cpu", precision="float32")
     model = recognizer.module.train()
-    if getattr(model.config.features, "pad_seconds", 0):
-        model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
+    if model.padded_seconds:
+        model.set_features(pad_seconds=0.0)  # a Whisper at the utterances' lengths instead of 30 s each
 
     # the plan, from the lengths of all utterances and transcripts and the size of a micro-batch
     lengths = options.output / "lengths.arrow"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # Lightning starts the others from `fit`
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # Lightning starts the other processes in `fit`
         options.output.mkdir(parents=True, exist_ok=True)
         canter.build_index(options.manifest, lengths, tokenizer=model.tokenizer)
     index = canter.LengthIndex.open(lengths)

@@ -2,7 +2,8 @@
 
 python examples/plain_loop.py MODEL MANIFEST FOLDER STEPS
 
-MODEL is anything that canter.load takes. To resume, run it again with more STEPS. FOLDER/model is the trained model."""
+MODEL is anything that canter.load takes. To resume, run it again with more STEPS. FOLDER/model is the trained model.
+"""
 
 import sys
 from pathlib import Path
@@ -25,15 +26,15 @@ start, manifest, folder, steps = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 saved = torch.load(folder / "state.pt", weights_only=True) if (folder / "state.pt").exists() else None
 recognizer = canter.load(folder / "model" if saved else start, device="cpu", precision="float32")
 model = recognizer.module.train()
-if getattr(model.config.features, "pad_seconds", 0):
-    model.set_features(pad_seconds=0.0)  # Whisper at the utterances' lengths, not at 30 s each
+if model.padded_seconds:
+    model.set_features(pad_seconds=0.0)  # a Whisper at the utterances' lengths instead of 30 s each
 index = canter.build_index(manifest, folder / "lengths.arrow", tokenizer=model.tokenizer, progress=False)
 budget = canter.Budget.from_batch_seconds(30.0, frame_seconds=model.frame_seconds)
 plan = canter.Plan(index, budget, longest_seconds=model.longest_seconds, most_tokens=model.positions)
 for row, reason in plan.left_out():
     print(f"left out: row {row}: {reason}", flush=True)
 sampler = canter.PlanSampler(plan)
-clips = Clips(index, model.tokenizer, None, model.config.features.sample_rate)
+clips = Clips(index, model.tokenizer, None, model.sample_rate)
 padded = lambda rows: collate([one for one in rows if one], model.tokenizer.pad) if any(rows) else None  # noqa: E731
 loader = torch.utils.data.DataLoader(clips, batch_sampler=sampler, collate_fn=padded)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -42,11 +43,11 @@ if saved:
     step = saved["step"]
     optimizer.load_state_dict(saved["optimizer"])
     sampler.load_state_dict(saved["sampler"])
-while step < steps:  # a pass over the loader is an epoch, or the rest of one
+while step < steps:  # a pass over the loader is an epoch, or the remainder of one
     for batch in sampler.follow(loader):
         if step == steps:
             break
-        if batch is None:  # nothing in it could be read
+        if batch is None:  # none of its audio could be read
             continue
         torch.manual_seed(step)
         sums = model.loss(batch)

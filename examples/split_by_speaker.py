@@ -10,8 +10,10 @@ from pathlib import Path
 
 
 def split(manifest: Path, folder: Path, fraction: float = 0.15) -> tuple[int, int]:
-    """Write about ``fraction`` of the speakers, chosen by a hash of their name, to valid.jsonl and the others to
-    train.jsonl; return the numbers of rows (train, valid)."""
+    """Write about ``fraction`` of the speakers, selected by hash, to valid.jsonl and the others to train.jsonl.
+
+    Returns the numbers of rows (train, valid).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "valid": 0}
     with (folder / "train.jsonl").open("w") as train, (folder / "valid.jsonl").open("w") as valid:
@@ -26,6 +28,6 @@ def split(manifest: Path, folder: Path, fraction: float = 0.15) -> tuple[int, in
 
 
 if __name__ == "__main__":
-    rest = sys.argv[1:]
-    train, valid = split(Path(rest[0]), Path(rest[1]), *map(float, rest[2:]))
+    manifest, folder, *fraction = sys.argv[1:]
+    train, valid = split(Path(manifest), Path(folder), *map(float, fraction))
     print(f"{train} train, {valid} valid")

@@ -46,13 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure() -> None:
-    """Let the commands that tests start hear Ctrl-C, which a shell has what it starts in the background ignore."""
+    """Let commands that tests start receive Ctrl-C, which shells disable for background processes."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports made out of garbage collections, which a run of training asks for at its start."""
+    """Exclude objects of the imports from garbage collection, which a training run triggers at its start."""
     gc.collect()
     gc.freeze()
 
@@ -70,7 +70,7 @@ def seed_everything() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Random numbers of a test, and of what is built for it, do not depend on the tests before it."""
+    """Seed random numbers, so that no test depends on the tests before it."""
     seed_everything()
 
 
@@ -81,8 +81,8 @@ def pytest_runtest_call() -> None:
 
 @contextlib.contextmanager
 def port_of_our_own() -> Iterator[int]:
-    """A TCP port that nobody else is given meanwhile: bound here and not listened on, so that whoever sets
-    SO_REUSEADDR, as torch does, can listen there."""
+    """A free TCP port that no other process gets: it is bound here without listening, so that torch, which sets
+    SO_REUSEADDR, can listen on it."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
@@ -97,7 +97,7 @@ def free_port() -> Callable[[], contextlib.AbstractContextManager[int]]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real speech and models that are not part of the project."""
+    """The folder of real speech and models, which is not part of the project."""
     folder = os.environ.get("CANTER_SHARED")
     if not folder:
         pytest.skip("CANTER_SHARED does not name the folder of shared fixtures")
@@ -106,7 +106,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def within_200_mib() -> Iterator[None]:
-    """While the test runs, this process may take 200 MiB more of address space than it has."""
+    """Limit the address space of this process to 200 MiB more than it has while the test runs."""
     resource = pytest.importorskip("resource")
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -120,7 +120,7 @@ def within_200_mib() -> Iterator[None]:
 
 @pytest.fixture
 def without_tf32(monkeypatch):
-    """On a GPU convolutions round to TF32 unless told otherwise."""
+    """Switch TF32 off, to which convolutions on a GPU round by default."""
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
 
 
@@ -143,7 +143,7 @@ def whisper_bytes():
 
 @pytest.fixture(scope="session")
 def polyglot(whisper_bytes):
-    """A Whisper by hand that takes a low tone for English, of which it writes "e", and a high one for Spanish, "s"."""
+    """A Whisper built by hand that writes "e" for a low tone, which is English, and "s" for a high one, Spanish."""
     import torch
 
     from canter.models.decoder import DecoderConfig
@@ -187,8 +187,10 @@ def polyglot(whisper_bytes):
 
 @pytest.fixture(scope="session")
 def spoken_tones():
-    """``spoken_tones("ees", pause=...)``: (S,) words of a second in that order at 16 kHz, low for "e" and high for "s",
-    noise for "?", and a second of silence for " "."""
+    """``spoken_tones("ees", pause=...)``: (S,) words of a second in that order at 16 kHz.
+
+    A low tone is "e", a high tone "s", noise "?", and a second of silence " ".
+    """
 
     def make(words: str, pause: float = 0.3) -> numpy.ndarray:
         time = numpy.arange(16000) / 16000

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, whatever happens meanwhile."""
+"""Files and folders appear completely or not at all, whatever happens meanwhile."""
 
 import os
 import signal
@@ -88,7 +88,7 @@ def test_many_writers_of_one_file_leave_one_of_their_contents(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_killed_writer_leaves_the_file_whole(tmp_path):
+def test_a_killed_writer_leaves_the_file_complete(tmp_path):
     target = tmp_path / "a.txt"
     write_text(target, "before")
     code = (
@@ -106,7 +106,7 @@ def test_a_killed_writer_leaves_the_file_whole(tmp_path):
 
 
 def test_only_what_killed_processes_left_is_removed(tmp_path):
-    """Not what a process that runs writes, nor files of others."""
+    """Files that a running process writes, and files of other programs, are kept."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     stale = tmp_path / f".a.srt.{ended.pid}-0{PARTIAL}"

@@ -35,14 +35,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 MODULES = sorted(SOURCE.rglob("*.py"))
 WRITTEN = [
     path
-    for pattern in (
-        "*.md",
-        "docs/**/*.md",
-        "src/**/*.py",
-        "examples/**/*.*",
-        "benchmarks/*.py",
-        "benchmarks/*.md",
-    )
+    for pattern in ("*.md", "docs/**/*.md", "src/**/*.py", "examples/**/*.*", "benchmarks/*.py", "benchmarks/*.md")
     for path in sorted(ROOT.glob(pattern))
 ]
 NAMED = re.compile(r"canter\[([^\]\\]+)\]|\bextra ['`]+(\w+)['`]")
@@ -51,7 +44,7 @@ PLANNER = ("corpus", "planning", "text")
 COMMANDS = ("index", "inspect", "compare", "plan", "tokenizer")
 OPTIONAL = {"av", "espeakng_loader"}  # in those rooms
 BESIDE = {"triton", "ctranslate2"}  # triton comes with torch; ctranslate2 is only ever measured beside
-HEAVY = {"models", "runtime"}  # of the commands and of the public face: import torch as they are loaded
+HEAVY = {"loading", "runtime"}  # of the commands and of the public face: import torch as they are loaded
 PLANNER_MEGABYTES = 300  # without bytecode
 
 
@@ -60,7 +53,7 @@ def names_of(requirements: list[str]) -> set[str]:
 
 
 def declared(extra: str) -> set[str]:
-    """The packages that an extra asks for, those of the extras in it too."""
+    """Return the packages of an extra, including those of the extras in it."""
     found = set()
     for line in EXTRAS[extra]:
         requirement = Requirement(line)
@@ -72,7 +65,7 @@ def declared(extra: str) -> set[str]:
 
 
 def imported(path: Path) -> dict[str, bool]:
-    """Other projects' packages that a module imports, and whether it does so as it is loaded."""
+    """Return the other projects' packages that a module imports, and whether it does so when it is loaded."""
     found: dict[str, bool] = {}
 
     def look(node: ast.AST, at_once: bool) -> None:
@@ -127,7 +120,7 @@ def test_messages_name_the_extra_that_brings_the_package():
 
 
 def test_modules_import_what_is_declared():
-    """The planner imports only what it installs. So does every command as it is loaded: its help needs no more."""
+    """The planner imports only what it installs, and so does every command when it is loaded, as for its help."""
     for path in MODULES:
         found, place = imported(path), path.relative_to(SOURCE).parts
         assert set(found) <= CORE | set(extras.EXTRA_OF) | BESIDE, path
@@ -152,7 +145,7 @@ def test_lower_bounds_are_those_that_are_tested():
         assert version == bound.version or version.startswith(f"{bound.version}.0")
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch):
+def test_a_missing_package_is_reported_with_its_extra(monkeypatch):
     assert extras.install("transformers") == "pip install 'canter[hf]'"
     extras.require("json", "everybody")  # what is there
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -175,7 +168,7 @@ def test_a_command_without_its_extra_is_one_line(tmp_path: Path):
 
 
 def python(executable: Path | str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python as a user would, with no trace of this repository in its environment."""
+    """Run Python as a user would, without this repository in its environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CANTER"))}
     command = [str(executable), *arguments]
     return subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
@@ -188,10 +181,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package, reason=f"{package} is not installed (extra 'dev')")
     folder = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-d", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -215,10 +205,7 @@ def test_the_wheel_is_typed_licensed_and_nothing_else(wheel: Path):
         names = files.namelist()
     assert "canter/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert {name.partition("/")[0] for name in names} == {
-        "canter",
-        f"canter-{canter.__version__}.dist-info",
-    }
+    assert {name.partition("/")[0] for name in names} == {"canter", f"canter-{canter.__version__}.dist-info"}
     sources = {str(path.relative_to(SOURCE.parent)) for path in MODULES}
     assert sources <= set(names)
     assert {"canter/serving/page.html", "canter/reporting/page.css"} <= set(names)
@@ -254,20 +241,12 @@ def test_the_source_archive_holds_what_a_build_needs(built: Path):
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     first = {name.partition("/")[0] for name in names}
-    assert first == {
-        "src",
-        "README.md",
-        "CHANGELOG.md",
-        "LICENSE",
-        "pyproject.toml",
-        "PKG-INFO",
-        ".gitignore",
-    }
+    assert first == {"src", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
     assert {str(path.relative_to(ROOT)) for path in MODULES} <= names
 
 
 def environment_in(folder: Path) -> Path:
-    """The interpreter of a new virtual environment without pip of its own."""
+    """The interpreter of a new virtual environment without its own pip."""
     venv.create(folder, symlinks=True)
     return folder / "bin" / "python"
 
@@ -279,15 +258,13 @@ def packages_of(interpreter: Path) -> Path:
 
 def pip(interpreter: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(interpreter), *arguments],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "pip", "--python", str(interpreter), *arguments], capture_output=True, text=True
     )
 
 
 @pytest.fixture(scope="session")
 def planner(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment into which `pip install canter` went, and nothing else."""
+    """The interpreter of an environment with only `pip install canter`."""
     interpreter = environment_in(tmp_path_factory.mktemp("planner") / "environment")
     done = pip(interpreter, "install", "--no-compile", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
     if done.returncode and re.search(r"from versions: none|connection|Temporary failure|timed out", done.stderr):
@@ -331,7 +308,7 @@ def test_the_planner_installs_without_torch_and_runs(planner: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_face_of_the_planner_needs_no_torch(planner: Path, tmp_path: Path):
-    """Every public name is there, or says which extra brings it."""
+    """Every public name exists, or its error names the extra that brings it."""
     code = (
         "import canter, json, sys\n"
         "from canter.planning import Plan\n"
@@ -351,7 +328,7 @@ def test_the_face_of_the_planner_needs_no_torch(planner: Path, tmp_path: Path):
 
 
 def closure(extra: str) -> Iterator[importlib.metadata.Distribution]:
-    """The distributions of this environment that `pip install canter[extra]` asks for, directly or through others."""
+    """Return the distributions of `pip install canter[extra]` in this environment, direct and indirect ones."""
     waiting = [Requirement(line) for line in PROJECT["dependencies"]]
     waiting += [requirement for name in declared(extra) for requirement in [Requirement(name)]]
     waiting += [Requirement(line) for line in EXTRAS[extra] if Requirement(line).name != "canter"]
@@ -378,8 +355,11 @@ def closure(extra: str) -> Iterator[importlib.metadata.Distribution]:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("CANTER_WHEEL_TEST"), reason="make wheel-test runs it")
 def test_the_wheel_with_all_extras_transcribes(wheel: Path, shared: Path, tmp_path: Path):
-    """What `pip install canter[all]` brings suffices: of this environment's packages only those are linked into one
-    beside it, where pip then finds nothing missing. That saves installing torch a second time."""
+    """The packages of `pip install canter[all]` suffice.
+
+    Only those of this environment's packages are linked into another one, in which pip then finds nothing missing. That
+    saves installing torch a second time.
+    """
     interpreter = environment_in(tmp_path / "environment")
     folder = packages_of(interpreter)
     for distribution in closure("all"):

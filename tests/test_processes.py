@@ -25,7 +25,7 @@ def until(found, what):
 
 
 def gone(group):
-    """Whether no process of the group is left."""
+    """Return whether all processes of the group have ended."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -46,7 +46,7 @@ def started(*command, **settings):
 
 @contextmanager
 def held(path):
-    """Whoever opens the file waits: its lease is not given up."""
+    """A process that opens the file waits, because its lease is not given up."""
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with open(path, "rb+") as file:

@@ -1,7 +1,9 @@
 """Everything that README and docs tell a reader to type exists: commands, options, targets, scripts, imports, links."""
 
 import ast
+import contextlib
 import importlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FENCE = re.compile(r"^```(?:bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:canter|make) [^`\n]+)`")
+FLAG = re.compile(r"`(--[a-z][\w.-]*[\w])")
+FOREIGN_FLAGS = {"--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--shutdown-timeout"}  # torchrun's
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
@@ -32,7 +36,7 @@ def typed(text: str) -> list[list[str]]:
 
 
 def wrong(words: list[str], options: dict[str, str], targets: set[str]) -> str | None:
-    """Return what a command line names that does not exist, or None. ``options`` caches the help of each command."""
+    """Return the first name in a command line that does not exist, or None. ``options`` caches the help of commands."""
     program, *rest = words
     if program == "torchrun" and "canter" in rest:
         program, *rest = rest[rest.index("canter") :]
@@ -57,16 +61,17 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-@pytest.fixture
-def options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Return a dictionary of each command's help, filled when asked for."""
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.fixture(scope="module")
+def options():
+    """A dictionary of each command's help, filled when asked for."""
 
     class Help(dict):
         def __missing__(self, name: str) -> str:
-            with pytest.raises(SystemExit):
-                cli.main([name, "--help"])
-            self[name] = capsys.readouterr().out
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+                patch.setenv("COLUMNS", "200")
+                with pytest.raises(SystemExit):
+                    cli.main([name, "--help"])
+            self[name] = printed.getvalue()
             return self[name]
 
     return Help()
@@ -76,6 +81,16 @@ def options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def test_what_a_page_tells_to_type_exists(page: Path, options, targets):
     found = [(words, wrong(words, options, targets)) for words in typed(page.read_text())]
     assert [(shlex.join(words), problem) for words, problem in found if problem] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_flags_in_the_text_exist(page: Path, options):
+    """Also in the text and in tables, a flag belongs to some command."""
+    if page.name == "coming-from.md":
+        pytest.skip("its tables name flags of other programs")
+    helps = " ".join(options[name] for name in cli.COMMANDS) + cli.usage()
+    named = sorted({*FLAG.findall(page.read_text())} - FOREIGN_FLAGS)
+    assert [flag for flag in named if not re.search(rf"{re.escape(flag)}(?![\w-])", helps)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

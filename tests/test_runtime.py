@@ -95,7 +95,7 @@ def test_what_is_freed_stays_for_the_next_step_or_goes_back_at_once():
         return float(found[0]), float(found[1])
 
     pages = 80 * 2**20 / 4096
-    lasting, steady = run("lasting_heap"), run("steady_heap")
+    lasting, steady = run("keep_freed_memory"), run("map_large_blocks")
     assert lasting[0] < 0.02 * pages
     assert steady[0] > 0.9 * pages
     assert steady[1] < lasting[1] - 60 * 2**20

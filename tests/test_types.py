@@ -1,4 +1,4 @@
-"""A user's program type-checks against the face, and gets real types from it."""
+"""A user's program type-checks against the public names, and gets real types from them."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ canter.lod("x")
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory) -> dict[str, list[str]]:
-    """What pyright says of both programs in strict mode: the rules that each breaks, by line."""
+    """Errors of pyright in strict mode in both programs: the rules that are broken, by line."""
     pyright = Path(sys.executable).parent / "pyright"
     if not pyright.exists() and not shutil.which("pyright"):
         pytest.skip("pyright is not installed")
@@ -66,12 +66,7 @@ def checked(tmp_path_factory) -> dict[str, list[str]]:
     (folder / "mistakes.py").write_text(MISTAKES)
     source = str(Path(canter.__file__).parent.parent)
     (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [source], "typeCheckingMode": "strict"}))
-    command = [
-        str(pyright if pyright.exists() else "pyright"),
-        "--outputjson",
-        "--pythonpath",
-        sys.executable,
-    ]
+    command = [str(pyright if pyright.exists() else "pyright"), "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     found: dict[str, list[str]] = {"program.py": [], "mistakes.py": []}
     for one in json.loads(done.stdout)["generalDiagnostics"]:

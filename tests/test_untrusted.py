@@ -1,4 +1,4 @@
-"""Readers of files that somebody else made: the value that the plain parser gives, or one of our errors."""
+"""Readers of untrusted files: the value that the plain parser gives, or one of our errors."""
 
 import contextlib
 import json
@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 
 from canter import untrusted
 from canter.errors import CheckpointError, ManifestError
-from canter.untrusted import (
-    is_file_name,
-    parse_json,
-    parse_yaml,
-    read_json_value,
-    read_limited,
-    read_yaml_value,
-)
+from canter.untrusted import is_file_name, parse_json, parse_yaml, read_json_value, read_limited, read_yaml_value
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),

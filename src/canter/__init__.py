@@ -1,9 +1,9 @@
-"""Canter: train and run attention encoder-decoder speech models without waste.
+"""Train and run attention encoder-decoder speech models efficiently.
 
     model = canter.load("openai/whisper-tiny.en")
     print(model.transcribe("talk.mp4").text)
 
-Importing canter imports neither torch nor NumPy: each name below is imported when it is first used.
+Importing canter imports neither torch nor NumPy; each name below is imported when it is first used.
 """
 
 # pyright: strict
@@ -42,7 +42,7 @@ __all__ = [
     "train",
 ]
 
-if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mistake
+if not TYPE_CHECKING:  # type checkers report names that are not in __all__
     from importlib import import_module
 
     from canter.extras import needed_by
@@ -64,7 +64,7 @@ if not TYPE_CHECKING:  # to a type checker a name that is not in __all__ is a mi
         "measure_budget": "canter.api",
         "score": "canter.api",
         "train": "canter.api",
-        "load_model": "canter.models.formats.checkpoint",  # of 0.1, for what still uses it
+        "load_model": "canter.loading",  # of 0.1, for what still uses it
     }
 
     def __getattr__(name: str):

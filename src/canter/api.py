@@ -8,10 +8,10 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from canter.errors import ConfigError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from canter.evaluation.normalize import Normalization
     from canter.evaluation.wer import Score
     from canter.inference.recognizer import Recognizer
+    from canter.models.protocol import AnyModel
     from canter.planning import Budget
     from canter.text.tokenizer import Tokenizer
     from canter.training.config import TrainConfig
@@ -30,11 +31,7 @@ Precision = Literal["auto", "float32", "bf16", "int8"]
 
 
 def load(
-    model: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    precision: Precision = "auto",
-    revision: str | None = None,
+    model: str | os.PathLike[str], *, device: str = "auto", precision: Precision = "auto", revision: str | None = None
 ) -> Recognizer:
     """Load a speech recognition model.
 
@@ -45,13 +42,13 @@ def load(
     precision: "float32", "bf16" or, on a CPU, "int8"; "auto" is bf16 on a GPU and float32 elsewhere.
     revision: branch, tag or commit of a hub name; "NAME@REVISION" says the same.
 
-    Raises CheckpointError for what is no model or cannot be found, ConfigError for a device or precision that is not
+    Raises CheckpointError for what is not a model or cannot be found, ConfigError for a device or precision that is not
     here.
     """
     from canter.inference.recognizer import Recognizer
     from canter.loading import load_module
-    from canter.models.device import choose_device
     from canter.models.hub import checkpoint_of
+    from canter.runtime import choose_device
 
     chosen = choose_device(device)
     if precision not in ("auto", "float32", "bf16", "int8"):
@@ -69,35 +66,35 @@ def build_index(
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     prompt_tokens: int | None = None,
     text_column: str = "",
-    lang_column: str = "",
+    language_column: str = "",
     audio_column: str = "",
     workers: int = 1,
     progress: bool = True,
 ) -> LengthIndex:
-    """Read manifests once, and return the length index that plans are made of.
+    """Read manifests once, and return the length index from which plans are made.
 
-    sources: NeMo manifests, Lhotse cuts, Common Voice tables, folders, ... (whatever ``canter index`` reads), or one
-        YAML of weighted groups.
-    output: the file to keep it in, from where `LengthIndex.open` reads it again; None: a temporary file that goes with
-        this process.
-    tokenizer: what counts tokens: a model's, a folder of one, or "chars" or "bytes"; not needed where rows have
-        ``num_tokens``.
-    prompt_tokens: tokens of the prompt, added to each text's with one for the end; None: as many as the tokenizer's
-        prompt has for the first row.
-    text_column, lang_column, audio_column: names of the columns (or keys of JSON), where they are not customary.
-    workers: processes that read and tokenise.
+    sources: NeMo manifests, Lhotse cuts, Common Voice tables, folders, ... (any source that ``canter index`` reads), or
+        one YAML of weighted groups.
+    output: file of the index, which `LengthIndex.open` opens again; None: a temporary file, removed at the end of this
+        process.
+    tokenizer: the tokenizer of a model, a folder with one, or "chars" or "bytes" to count those; not needed where rows
+        have ``num_tokens``.
+    prompt_tokens: number of prompt tokens, added to the tokens of each text with one for the end; None: the number in
+        the tokenizer's prompt for the first row.
+    text_column, language_column, audio_column: names of the columns (or keys of JSON), where they are not customary.
+    workers: number of processes that read and tokenise.
 
     Rows that cannot be used are counted in ``index.skipped`` and listed in ``index.problems``. Raises ManifestError for
     a source that cannot be read or has no usable row.
     """
-    from canter.corpus.build import build_index as build
+    from canter.corpus.build import index_sources
     from canter.corpus.columns import Columns
     from canter.corpus.counting import UNITS, prompt_length
     from canter.corpus.index import Source
     from canter.corpus.mixture import sources_of
 
     given: Any = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    columns = Columns(text_column, lang_column, audio_column)
+    columns = Columns(text_column, language_column, audio_column)
     if any(isinstance(one, Source) for one in given):
         listed = [one if isinstance(one, Source) else Source(str(one), columns=columns) for one in given]
     else:
@@ -112,19 +109,13 @@ def build_index(
     if prompt_tokens is None:
         prompt_tokens = prompt_length(counter, _rows(listed))
     target = Path(tempfile.mkdtemp(dir=scratch_folder())) / "lengths.arrow" if output is None else Path(output)
-    return build(
-        listed,
-        target,
-        counter,
-        prompt_tokens=prompt_tokens,
-        workers=workers,
-        measure_durations=True,
-        progress=progress,
+    return index_sources(
+        listed, target, counter, prompt_tokens=prompt_tokens, workers=workers, measure_durations=True, progress=progress
     )
 
 
 def _rows(sources: Group | list[Source]) -> Iterator[Utterance]:
-    """Yield the rows of sources; of those that cannot be read none, as building the index says what is wrong."""
+    """Yield the rows of sources; sources that cannot be read are skipped, because building the index reports them."""
     from canter.corpus.manifest import Utterance
     from canter.corpus.mixture import Group, leaves
     from canter.corpus.sources import open_source
@@ -161,78 +152,62 @@ def measure_budget(
     minutes: float = 3.0,
     progress: bool = True,
 ) -> Budget:
-    """Measure training steps of ``model`` here, and return what fits into memory and how long it takes.
+    """Measure training steps of ``model`` on this device, and return what fits into memory and how long it takes.
 
-    model: as `load` gives it, or what `load` takes; it is copied, and stays as it is.
+    model: a loaded model, or what `load` takes; it is copied, and not changed.
     index: the lengths that plans will be made for.
-    optimizer, precision, recompute: of the training that is planned ("auto": bf16 on a GPU, float32 on a CPU;
+    optimizer, precision, recompute: those of the planned training ("auto": bf16 on a GPU, float32 on a CPU;
         ``recompute``: activation checkpointing).
-    limit_gib: what a step may use, weights included; None: 95 % of a GPU's free memory, half of a CPU's.
-    probes, minutes: steps to measure, and about how long that may take.
+    limit_gib: memory that a step may use, weights included (None: 95 % of a GPU's free memory, half of a CPU's).
+    probes, minutes: maximum number of steps to measure, and about how long that may take on a CPU.
 
-    ``canter tune`` does the same with more choices. Raises BudgetError where nothing can be measured.
+    ``canter tune`` does the same with more choices. Raises BudgetError if nothing can be measured.
     """
-    from canter.cli.progress import counting, say
+    from canter.cli.progress import TerminalEvents
+    from canter.events import QUIET
     from canter.inference.recognizer import Recognizer
-    from canter.models.device import choose_device
-    from canter.runtime import MMAP_THRESHOLD, steady_heap
+    from canter.runtime import choose_device
     from canter.training.config import OptimizerConfig, TrainConfig
-    from canter.training.measure import measured_on, memory_limit, planned_frame_seconds, training_step
-    from canter.tuning import fit
-    from canter.tuning.probe import Prober
+    from canter.training.measure import make_prober
+    from canter.tuning.fit import fit_budget, within
 
     if probes < 1:
         raise ConfigError(f"probes is {probes}; it must be at least 1")
     recognizer = model if isinstance(model, Recognizer) else load(model, precision="float32")
-    module: Any = recognizer.module
+    module: AnyModel = cast(Any, recognizer.module)
     device = next(module.parameters()).device
     config = TrainConfig(optimizer=OptimizerConfig(name=optimizer), device=str(choose_device(str(device))))
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "float32"
+    events = TerminalEvents() if progress else QUIET
+    memory = None if limit_gib is None else limit_gib * 2**30
     recomputed = module.recomputes
-    tell: Callable[[str], None] = say if progress else _silent
-    bar: Any = counting("measuring", probes) if progress else nullcontext(_silent)
-    with bar as advance:
-        try:
-            module.recompute_activations(recompute or recomputed)
-            step = training_step(config, module, precision, prompt=1)
-            told = measured_on(config, module, precision)
-        finally:
-            module.recompute_activations(recomputed)
-        if device.type == "cpu" and steady_heap():
-            told["mmap_threshold"] = MMAP_THRESHOLD
-        limit = memory_limit(device, tell, None if limit_gib is None else limit_gib * 2**30)
-        prober = Prober(step, limit, told, None)
-        prober.told = lambda _: advance(min(prober.spent, probes), probes)
-        return fit.measure_budget(
-            prober,
-            fit.within(index, module.longest_seconds, module.positions),
-            planned_frame_seconds(module),
-            most_probes=probes,
-            probe_seconds=2 * 60 * minutes / probes if device.type == "cpu" else None,
-            say=tell,
-        )
-
-
-def _silent(*_: object) -> None:
-    """Take the place of a progress bar, or of a line on standard error."""
+    module.recompute_activations(recompute or recomputed)
+    try:
+        prober = make_prober(config, module, precision, memory=memory, exact=True, events=events)
+    finally:
+        module.recompute_activations(recomputed)
+    return fit_budget(
+        prober,
+        within(index, module.longest_seconds, module.positions),
+        most_probes=probes,
+        probe_seconds=2 * 60 * minutes / probes if device.type == "cpu" else None,
+    )
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Train a model as ``config`` says, or continue the run that its output folder holds, and return that folder.
 
     `load` takes the folder for the run's best checkpoint. Under ``torchrun`` or ``srun`` all ranks call it together.
-    Raises ConfigError for settings that cannot be, ManifestError for data that cannot be used.
+    Raises ConfigError for settings that cannot be used, ManifestError for data that cannot be used.
     """
-    from canter.cli.models import load_any
-    from canter.cli.progress import TrainingProgress, say, track  # pyright: ignore[reportUnknownVariableType]
-    from canter.training.session import train as run  # pyright: ignore[reportUnknownVariableType]
+    from canter.training.recipe import run_training
 
-    if progress:
-        finished = run(config, TrainingProgress, say, track, load_any)
-    else:
-        finished = run(config, lambda steps, done: nullcontext(_silent), load=load_any)
-    return finished.prepared.run.folder
+    if not progress:
+        return run_training(config).prepared.run.folder
+    from canter.cli.progress import TerminalEvents
+
+    return run_training(config, TerminalEvents()).prepared.run.folder
 
 
 def score(
@@ -248,9 +223,9 @@ def score(
     ``normalize``: "standard", "leaderboard" as the Open ASR leaderboard does (it ignores the vowel signs of Hindi, Thai
     and other scripts), "basic", or "none". Raises ValueError where there are not as many of each.
     """
-    from canter.evaluation.wer import score as scored
+    from canter.evaluation.wer import score_texts
 
     left = [references] if isinstance(references, str) else list(references)
     right = [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
     langs = [languages] * len(left) if isinstance(languages, str) else languages
-    return scored(left, right, langs, normalize=normalize)
+    return score_texts(left, right, langs, normalize=normalize)

@@ -1,11 +1,13 @@
-"""What a user can cause. The command line prints these as one message; everything else is a bug."""
+"""Errors that a user can cause, which the command line prints as one message. Any other exception is a bug."""
 
 from canter.redaction import redacted
 
 
 class CanterError(Exception):
-    """Base of Canter's own errors. The message names the file, line and value, and the way out; URLs in it are without
-    their passwords, signatures and tokens."""
+    """Base of Canter's errors.
+
+    The message names the file, line and value, and the remedy; passwords, signatures and tokens are removed from URLs.
+    """
 
     def __init__(self, *arguments: object):
         super().__init__(*(redacted(one) if isinstance(one, str) else one for one in arguments))
@@ -20,7 +22,7 @@ class AudioError(CanterError, ValueError):
 
 
 class BudgetError(CanterError, ValueError):
-    """A budget that is malformed, or was measured on something else."""
+    """A budget that is malformed, or was measured for another model or setting."""
 
 
 class PlanError(CanterError, ValueError):

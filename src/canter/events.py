@@ -1,4 +1,4 @@
-"""What a long operation tells while it works: messages, progress and metrics, through one object.
+"""Messages, progress and metrics of a long operation, through one object.
 
 Libraries take an `Events` and call it; the commands hand in one that draws on the terminal, programs one of their own.
 """
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-Report = TypeVar("Report")
+Report = TypeVar("Report", contravariant=True)
 
 
 class Events(Generic[Report]):
@@ -38,4 +38,11 @@ class Events(Generic[Report]):
 
 
 QUIET: Events[object] = Events()
-"""Tells nobody anything."""
+"""Listener that ignores everything."""
+
+
+class Printed(Events[object]):
+    """Messages on standard output, for scripts."""
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)

@@ -1,7 +1,7 @@
-"""Optional dependencies: which extra brings a package, and the message that says how to install it.
+"""Optional dependencies: the extra that installs each package, and the error for a missing one.
 
-``pip install canter`` is the planner. Everything else is an extra of pyproject.toml, and whoever needs a package that
-is not there says so through this module, so that every message names an extra that exists.
+``pip install canter`` installs the planner; everything else is an extra of pyproject.toml. All messages about missing
+packages are made here, so that each names an extra that exists.
 """
 
 import contextlib
@@ -11,48 +11,33 @@ from collections.abc import Iterator
 
 from canter.errors import ConfigError
 
-# name that is imported -> the extra that brings it
-EXTRA_OF = {
-    "torch": "models",
-    "safetensors": "models",
-    "huggingface_hub": "models",
-    "jiwer": "models",
-    "whisper_normalizer": "models",
-    "regex": "models",
-    "matplotlib": "models",
-    "tensorboard": "models",
-    "transformers": "hf",
-    "datasets": "hf",
-    "accelerate": "hf",
+PACKAGES = {
+    "models": "torch safetensors huggingface_hub jiwer whisper_normalizer regex matplotlib tensorboard",
+    "hf": "transformers datasets accelerate",
     "av": "av",
-    "silero_vad": "vad",
-    "onnxruntime": "vad",
-    "fastapi": "serve",
-    "starlette": "serve",
-    "uvicorn": "serve",
-    "h11": "serve",
-    "python_multipart": "serve",
-    "prometheus_client": "serve",
-    "sacrebleu": "bleu",
-    "espeakng_loader": "demo",
+    "vad": "silero_vad onnxruntime",
+    "serve": "fastapi starlette uvicorn h11 python_multipart prometheus_client",
+    "bleu": "sacrebleu",
+    "demo": "espeakng_loader",
     "lhotse": "lhotse",
-    "pytorch_lightning": "lightning",
-    "wandb": "log",
-    "trackio": "log",
+    "lightning": "pytorch_lightning",
+    "log": "wandb trackio",
 }
+EXTRA_OF = {package: extra for extra, packages in PACKAGES.items() for package in packages.split()}
+"""The extra that installs each package, by the package's imported name."""
 
 
 class MissingExtraError(ConfigError, ImportError):
-    """A package of an extra that is not installed. The message says what to type."""
+    """A package of an extra that is not installed. The message has the command that installs it."""
 
 
 def install(package: str) -> str:
-    """Return the line that installs the extra with this package: ``pip install 'canter[hf]'``."""
+    """Return the command that installs the extra with this package: ``pip install 'canter[hf]'``."""
     return f"pip install 'canter[{EXTRA_OF[package]}]'"
 
 
 def missing(package: str, user: str) -> MissingExtraError:
-    """Return the error for a package that ``user`` (a command, an option, a function) cannot do without."""
+    """Return the error for a missing package that ``user`` (a command, an option, a function) needs."""
     return MissingExtraError(f"{user} needs {package}, which is not installed: {install(package)}")
 
 
@@ -65,9 +50,9 @@ def require(package: str, user: str) -> None:
 
 @contextlib.contextmanager
 def needed_by(user: str) -> Iterator[None]:
-    """Turn the failed import of a package that an extra brings into a MissingExtraError.
+    """Context manager that turns the failed import of an extra's package into a MissingExtraError.
 
-    Other failed imports pass unchanged: those are faults of the installation, not choices.
+    Other failed imports are faults of the installation and pass unchanged.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Write files and folders that appear whole or not at all, whatever happens meanwhile.
+"""Atomic writes of files and folders.
 
-Everything that Canter keeps goes through `replacing` or `replacing_folder`: the new content is written beside its place
-under a hidden name, is on the disk before it gets its name, and its name is on the disk before the call returns.
+All files that Canter keeps are written by `replacing` or `replacing_folder`: the new content is written under a hidden
+name in the same folder, synchronised to the disk, and renamed; the rename is on the disk before the call returns.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""Ending of the hidden names of what is being written; before it stands the number of the process."""
+"""Ending of the hidden names of unfinished files, after the number of the process."""
 _numbers = itertools.count()
 
 
 @contextmanager
 def replacing(target: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
-    """Context manager that yields the path to write to; on leaving it, what was written replaces ``target``.
+    """Context manager that yields a path to write to, and on exit renames it to ``target``.
 
-    The folder is made where it is missing. Where the block raises, ``target`` is as before. ``durable=False`` does not
-    wait for the disk: for what can be made again at no cost. Raises OSError, with the name of ``target``.
+    A missing folder is created. If the block raises, ``target`` is unchanged. ``durable=False`` does not wait for the
+    disk, for files that are cheap to make again. Raises OSError with the name of ``target``.
     """
     target = Path(target).absolute()
     fresh: Path | None = None
@@ -54,23 +54,23 @@ def replacing(target: str | os.PathLike[str], *, durable: bool = True) -> Iterat
 
 
 def write_text(target: str | os.PathLike[str], content: str | Iterable[str], *, durable: bool = True) -> None:
-    """Write a UTF-8 text file with ``\\n`` line ends, whole or not at all; see `replacing`."""
+    """Write a UTF-8 text file with line feeds as line ends atomically; see `replacing`."""
     with replacing(target, durable=durable) as fresh, open(fresh, "w", encoding="utf-8", newline="\n") as file:
         file.writelines([content] if isinstance(content, str) else content)
 
 
 def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file, whole or not at all; see `replacing`."""
+    """Write a file atomically; see `replacing`."""
     with replacing(target) as fresh:
         fresh.write_bytes(content)
 
 
 @contextmanager
 def replacing_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Context manager that yields a new folder to fill; on leaving it, that folder replaces ``target``.
+    """Context manager that yields a new folder to fill, and on exit renames it to ``target``.
 
-    Where the block raises, ``target`` is as before. Whether a folder that exists may be replaced is for the caller to
-    check. Raises OSError.
+    If the block raises, ``target`` is unchanged. The caller checks that an existing folder may be replaced. Raises
+    OSError.
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def replacing_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_stale(folders: Iterable[Path]) -> None:
-    """Remove from ``folders`` what processes that were killed have left unfinished."""
+    """Remove unfinished files of killed processes from ``folders``."""
     for folder in {*folders}:
         for path in folder.glob(f".*{PARTIAL}"):
             process = path.name.removesuffix(PARTIAL).rpartition(".")[2].partition("-")[0]
@@ -113,7 +113,7 @@ def _is_running(process: int) -> bool:
 
 
 def to_disk(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk; does nothing where there is none."""
+    """Synchronise a file, or the entries of a folder, to the disk; a missing path is ignored."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

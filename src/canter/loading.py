@@ -1,72 +1,117 @@
-"""Load and save models of any format: Canter's own model where Canter reads the checkpoint, else transformers'."""
+"""Recognise, load and save models of every format; `FORMATS` lists them, and a new format is one line there."""
 
 # pyright: strict
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
 
 from canter.errors import CheckpointError, ConfigError
 from canter.extras import require
+from canter.models.formats.files import read_json, read_tensors, refuse_adapter
+from canter.models.formats.fitting import check_vocabulary
+from canter.models.model import SpeechModel
+from canter.models.protocol import AnyModel, check_support, module_of
+from canter.runtime import choose_device
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from canter.integrations.transformers import TransformersModel
-    from canter.models.model import SpeechModel
-    from canter.models.protocol import AnyModel
 
 Precision = Literal["float32", "bf16", "int8"]
-Backend = Literal["auto", "canter", "transformers"]
+StoredPrecision = Literal["float32", "bf16", "float16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+"""Type of the weights as they are read; int8 weights are made of float32 ones."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that models are kept in on disk."""
+
+    name: str
+    files: str
+    """Its name for documentation and messages."""
+    recognises: Callable[[Path], bool]
+    """Return whether a file or folder is of this format, once those before it in `FORMATS` were asked."""
+    read: Callable[[Path, torch.dtype], AnyModel]
+    write: Callable[[AnyModel, Path, Mapping[str, Tensor] | None], Path]
+    """Write a model, complete or not at all, with these tensors in place of its state dict."""
+    native: bool = True
+    """True if it is read as Canter's own model, which any other native format can hold too."""
+
+
+def model_format(path: str | Path) -> Format:
+    """Return the format of the model at ``path``; what no format recognises counts as a damaged Canter folder.
+
+    Raises CheckpointError where nothing is there, and for an adapter without its model.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a model folder or a .nemo file")
+    if path.is_dir():
+        refuse_adapter(path)
+    return next(kept for kept in FORMATS.values() if kept.recognises(path))
 
 
 def load_module(
-    path: Path,
-    device: str | torch.device = "cpu",
-    precision: Precision = "float32",
-    backend: Backend = "auto",
-) -> Any:
-    """Return the model at ``path`` in evaluation mode: a `SpeechModel`, or, of a Hugging Face folder of another
-    architecture than ours (or where ``backend`` says so), a `TransformersModel`.
+    path: str | Path, device: str | torch.device = "cpu", precision: Precision | StoredPrecision = "float32"
+) -> AnyModel:
+    """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
 
-    Raises CheckpointError for what is no model, or one that cannot take the audio that it pads to, MissingExtraError
-    where transformers is needed and not installed, ConfigError for a device that is not here, and for int8 anywhere but
-    in a model of Canter's own on a CPU.
+    Raises CheckpointError for a path without a model, and for one that is truncated, does not fit its configuration, or
+    cannot take the audio that it pads to; MissingExtraError if transformers is needed and not installed; ConfigError
+    for a device that is not here, and for int8 anywhere but in a native model on a CPU.
     """
-    import torch
-
-    from canter.inference.engine.int8 import load_in
-    from canter.models.device import choose_device
-    from canter.models.formats.huggingface import foreign_type
-
-    device = choose_device(str(device))
-    if backend == "canter" or (backend == "auto" and foreign_type(path) is None):
-        model = load_in(precision, path, str(device))
-        _check_window(model, path)
-        return model
-    require("transformers", f"{path}: this model")
+    path, device = Path(path), choose_device(str(device))
+    if precision == "int8" and device.type != "cpu":
+        raise ConfigError(f"--precision int8 runs only on a CPU, not on {device}: use bf16 there")
+    kept = model_format(path)
+    model = kept.read(path, DTYPES[precision])
+    if kept.native:
+        _check_window(cast(SpeechModel, model), path)
     if precision == "int8":
-        raise ConfigError(f"{path} runs through transformers, which has no int8 here: use float32 or bf16")
-    from canter.integrations.transformers import TransformersModel
+        from canter.inference.engine.int8 import quantize
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return TransformersModel.from_pretrained(path, dtype=dtype).to(device)
+        check_support(model, {"--precision int8": "int8"}, path)
+        quantize(cast(SpeechModel, model))
+    module_of(model).to(device).eval()
+    return model
 
 
-def save_module(model: AnyModel, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
-    """Write a model folder in the model's own format, whole or not at all, and return it.
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> SpeechModel:
+    """Return the model at ``path`` as Canter's own module, in evaluation mode; see `load_module` for what is raised.
+
+    Raises CheckpointError for an architecture that only transformers runs.
+    """
+    path, kept = Path(path), model_format(path)
+    if not kept.native:
+        raise CheckpointError(
+            f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}; read are 'canary' and 'whisper'. "
+            "Others run through transformers, in canter tune, train, transcribe and info only"
+        )
+    model = cast(SpeechModel, kept.read(path, dtype))
+    return model.to(choose_device(str(device))).eval()
+
+
+def save_module(
+    model: AnyModel, path: str | Path, weights: Mapping[str, Tensor] | None = None, form: str | None = None
+) -> Path:
+    """Write a model in the format ``form`` (default: its own), complete or not at all, and return ``path``.
 
     ``weights`` stand in for the model's state dict: those of an earlier step, or an average. Raises CheckpointError
-    where the folder holds something else.
+    where something else is at ``path``, and for a model that the format cannot hold.
     """
-    if model.format == "canter":
-        from canter.models.formats.checkpoint import save_model
-
-        return save_model(cast("SpeechModel", model), folder, weights=weights)
-    return cast("TransformersModel", model).save(folder, weights)
+    own, kept = FORMATS[model.format], FORMATS[form or model.format]
+    if own != kept and not (own.native and kept.native):
+        raise CheckpointError(f"{path}: {model.shape} can only be kept as {own.files}, not as {kept.files}")
+    return kept.write(model, Path(path), weights)
 
 
 def read_weights(model: AnyModel | None, folder: Path) -> dict[str, Tensor]:
@@ -74,14 +119,57 @@ def read_weights(model: AnyModel | None, folder: Path) -> dict[str, Tensor]:
 
     None stands for a model in Canter's format. Raises CheckpointError for files that are missing or damaged.
     """
-    if model is None or model.format == "canter":
-        from canter.models.formats.files import read_tensors
-
-        return read_tensors(folder / "model.safetensors")
-    return cast("TransformersModel", model).read_weights(folder)
+    if model is not None and model.format == "transformers":
+        return cast("TransformersModel", model).read_weights(folder)
+    return read_tensors(folder / "model.safetensors")
 
 
-def _check_window(model: Any, path: Path) -> None:
+def model_type(folder: Path) -> str | None:
+    """Return the ``model_type`` of a Hugging Face folder; None of anything else.
+
+    Raises CheckpointError for a ``config.json`` that is damaged.
+    """
+    source = folder / "config.json"
+    kind: object = read_json(source).get("model_type") if source.is_file() else None
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{source}: model_type is {kind!r:.80}; it must be a string")
+    return kind
+
+
+def _is_huggingface(path: Path) -> bool:
+    from canter.models.formats.huggingface import LAYOUTS
+
+    return model_type(path) in LAYOUTS
+
+
+def _read_canter(path: Path, dtype: torch.dtype) -> AnyModel:
+    from canter.models.formats.checkpoint import read_canter_folder
+
+    return _fitting(read_canter_folder(path), path, dtype)
+
+
+def _read_huggingface(path: Path, dtype: torch.dtype) -> AnyModel:
+    from canter.models.formats.huggingface import read_hf
+
+    return _fitting(read_hf(path), path, dtype)
+
+
+def _read_nemo(path: Path, dtype: torch.dtype) -> AnyModel:
+    from canter.models.formats.nemo import read_nemo_archive
+
+    return _fitting(read_nemo_archive(path), path, dtype)
+
+
+def _fitting(model: SpeechModel, path: Path, dtype: torch.dtype) -> AnyModel:
+    """Return the model with weights of ``dtype``; raise CheckpointError for a tokenizer that does not fit."""
+    check_vocabulary(model, model.tokenizer, path)
+    for part in model.children():
+        if part is not model.features:
+            part.to(dtype)
+    return model
+
+
+def _check_window(model: SpeechModel, path: Path) -> None:
     """Raise CheckpointError where audio is padded to more frames than the encoder has positions."""
     most, seconds = getattr(model.config.encoder, "positions", None), model.padded_seconds
     if most is not None and seconds and (frames := model.encoder_frames(seconds)) > most:
@@ -89,3 +177,46 @@ def _check_window(model: Any, path: Path) -> None:
             f"{path}: audio is padded to {seconds:g} s, which are {frames} frames, but the encoder has positions for "
             f"{most}; is preprocessor_config.json another model's, or missing?"
         )
+
+
+def _read_transformers(path: Path, dtype: torch.dtype) -> AnyModel:
+    require("transformers", f"{path}: this model")
+    from canter.integrations.transformers import TransformersModel
+
+    return TransformersModel.from_pretrained(path, dtype=dtype)
+
+
+def _write_canter(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
+    from canter.models.formats.checkpoint import save_model
+
+    return save_model(cast(SpeechModel, model), path, weights=weights)
+
+
+def _write_huggingface(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
+    from canter.models.formats.huggingface import write_hf
+
+    return write_hf(cast(SpeechModel, model), path, weights=weights)
+
+
+def _write_nemo(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
+    from canter.models.formats.nemo import write_nemo
+
+    return write_nemo(cast(SpeechModel, model), path, weights=weights)
+
+
+def _write_transformers(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
+    return cast("TransformersModel", model).save(path, weights)
+
+
+FORMATS = {
+    one.name: one
+    for one in (
+        Format("nemo", "a `.nemo` archive", lambda path: not path.is_dir(), _read_nemo, _write_nemo),
+        Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
+               _read_huggingface, _write_huggingface),
+        Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),
+               _read_transformers, _write_transformers, native=False),
+        Format("canter", "a Canter folder", Path.is_dir, _read_canter, _write_canter),
+    )
+}  # fmt: skip
+"""Formats by name, in the order in which they are asked whether they recognise a path."""

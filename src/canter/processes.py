@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends: nobody would stop them afterwards."""
+"""Child processes that end when their parent ends, even by SIGKILL."""
 
 import multiprocessing
 import os
@@ -8,13 +8,14 @@ import threading
 import time
 from multiprocessing.process import BaseProcess
 
-LOOK_SECONDS = 0.2  # between looks at who the parent is
+LOOK_SECONDS = 0.2  # between checks of the parent process
 
 
 def end_with_parent() -> None:
-    """Have this process, started by multiprocessing, end at once when its parent ends, by SIGKILL too.
+    """End this process, started by multiprocessing, at once when its parent ends, even by SIGKILL.
 
-    A worker of a pool would wait for its next task for ever: each worker holds the other end of the queue.
+    Without this a worker of a pool would wait for its next task forever, because each worker holds both ends of the
+    queue.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -22,19 +23,19 @@ def end_with_parent() -> None:
 
 
 def ignore_signals(*numbers: int) -> None:
-    """Leave these signals to the parent: Ctrl-C and a batch system's SIGTERM reach all processes of a job."""
+    """Ignore these signals, which the parent handles: Ctrl-C and a batch system's SIGTERM reach every process."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 
 
 def start_pool_worker() -> None:
-    """Initialise a worker of a process pool: Ctrl-C is the parent's to handle, and the worker ends with it."""
+    """Initialise a worker of a process pool: the parent handles Ctrl-C, and the worker ends with the parent."""
     ignore_signals(signal.SIGINT)
     end_with_parent()
 
 
 def end_with_launcher(message: str) -> None:
-    """Have this process, whatever it waits for, print ``message`` and end once its parent process is another one."""
+    """Print ``message`` and end this process, even if it is blocked, once its parent process has ended."""
     launcher = os.getppid()
 
     def watch() -> None:

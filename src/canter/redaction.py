@@ -1,12 +1,12 @@
-"""URLs without their secrets: user names and passwords, signatures and tokens of a query.
+"""Remove secrets from URLs: user names, passwords, and signatures and tokens in a query.
 
-Messages of Canter's errors pass through `redacted` (`canter.errors`), and so do the paths in result files.
+The messages of Canter's errors (`canter.errors`) and the paths in result files are redacted.
 """
 
 import re
 
-# scheme://user:password@host; the second form has a "/" in its password, which is no port. A member of a container
-# ends with @START+BYTES (see canter.corpus.audio).
+# scheme://user:password@host; the second form has a "/" in its password. A member of a container ends with @START+BYTES
+# (see canter.corpus.containers).
 _USER = re.compile(r"(?<=://)(?:[^\s/?#@]+@(?!\d+\+\d))+|(?<=://)[^\s/:@\[\]]+:(?!\d+(?:[/?#]|$))[^\s@]+@(?!\d+\+\d)")
 _PARAMETER = re.compile(
     r"(?P<mark>[?&;#])(?P<name>[\w.~%+\[\]-]+)=(?P<value>[^&;#\s\"'<>()]*?)"
@@ -18,21 +18,22 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 _SAS = {"se", "sp", "sr", "st", "sv", "spr", "sip", "ske", "skoid", "sks", "skt", "sktid", "skv", "expires"}
-LONGEST_PLAIN = 32  # characters of a parameter's value from which on it is taken for a secret
+LONGEST_PLAIN = 32  # a parameter's value of at least 32 characters is taken for a secret
 
 
 def redacted(text: str) -> str:
-    """Return the text with the secrets of all URLs in it left out: the user name and password before a host, and
-    parameters of a query that may sign or authorise the request, by their names or their length. A URL without any is
-    returned as it is."""
+    """Return the text without the secrets of its URLs; a URL without secrets is unchanged.
+
+    Secrets are user name and password, and parameters of a query that may sign or authorise the request, by their names
+    or their length.
+    """
     if "://" in text:
         text = _USER.sub("", text)
     return _without_parameters(text) if "=" in text and ("?" in text or "://" in text) else text
 
 
 def _without_parameters(text: str) -> str:
-    """Return the text without the parameters that may be secrets; where the first of a query goes, the next one gets
-    its "?"."""
+    """Return the text without parameters that may be secrets; the first remaining one of a query gets the "?"."""
     found: list[str] = []
     end, opening = 0, ""
     for match in _PARAMETER.finditer(text):

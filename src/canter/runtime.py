@@ -1,38 +1,110 @@
-"""Peak memory of a piece of code, in three ways: the CUDA allocator's, the process's resident memory on Linux, and a
-count of the tensors alive, which needs no device and works on tensors without storage too."""
+"""Memory, devices and limits of this process: what ran out, the peak that a piece of code took, the heap, the device.
+
+Peak memory is measured in three ways: the CUDA allocator's, the resident memory of the process on Linux, and a count of
+the live tensors, which works everywhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import os
 import re
 import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from canter.errors import ConfigError
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-MMAP_THRESHOLD, LARGEST_THRESHOLD = 2**17, 2**25  # bytes; where glibc starts, and the most it takes
+MMAP_THRESHOLD, LARGEST_THRESHOLD = 2**17, 2**25  # bytes: glibc's initial value, and the largest that it accepts
+OPEN_FILES = 2**16  # limit where the system sets none
 ALLOCATION_FAILED = re.compile(
     r"out of memory|(can't|could not|cannot) allocate memory|not enough memory|bad_alloc|alloc_failed"
     r"|could not (create|execute) a (primitive|memory)",  # oneDNN's, which does not say why
     re.IGNORECASE,
 )
-
-
 T = TypeVar("T")
 
 
+# -- devices and limits --
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called 'cpu', 'cuda' or 'cuda:1'; 'auto' is a GPU if there is one.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: no GPU is available here; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: no such device; use cpu, cuda or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs here, cuda:0 the first")
+    if device.type == "cuda":
+        _suit_changing_shapes()
+    return device
+
+
+def _suit_changing_shapes() -> None:
+    """Change two settings of PyTorch that assume repeating shapes, where ours change from batch to batch.
+
+    cuDNN's attention makes a plan for every new shape, which takes milliseconds, and the allocator's blocks of fixed
+    size fragment. The user's environment variables take precedence.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        with warnings.catch_warnings():  # its name is about to change
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+def upload(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return integers as a tensor on ``device``; a GPU copies them from pinned memory without a synchronisation."""
+    pinned = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Return a context manager that submits a GPU's work to ``stream``; None: to the current one."""
+    return torch.cuda.stream(stream) if stream else nullcontext()
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit on open files to the hard one, for this process and those that it starts."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = max(soft, OPEN_FILES) if hard == resource.RLIM_INFINITY else hard
+    if wanted != soft:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# -- out of memory --
+
+
 class OutOfMemory(RuntimeError):
-    """A step asked for more than the cap; ``wanted`` bytes at least, above what there was before it."""
+    """The code asked for more than its cap: at least ``wanted`` bytes above those in use before it."""
 
     def __init__(self, wanted: int):
         super().__init__(f"out of memory: {wanted} bytes wanted")
@@ -40,14 +112,14 @@ class OutOfMemory(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is an allocation that failed, on whatever device."""
+    """Return whether ``error`` is a failed allocation, on any device."""
     if isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and ALLOCATION_FAILED.search(str(error)) is not None
 
 
 def retry_once(work: Callable[[], T]) -> T:
-    """Return ``work()``; where it runs out of memory, return cached memory to the device and call it once more.
+    """Return ``work()``; if it runs out of memory, release cached memory and call it once more.
 
     ``work`` must be safe to repeat: it allocates before it changes anything, or resumes where it stopped.
     """
@@ -56,35 +128,37 @@ def retry_once(work: Callable[[], T]) -> T:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    give_back()  # outside of the handler: the exception holds on to tensors
+    release_memory()  # outside of the handler: the exception holds on to tensors
     return work()
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages made inside it and still alive; ``peak`` is the most there were.
+    """Counter of the bytes of tensor storages that were made inside it and are still alive; ``peak`` is the maximum.
 
-    With a ``cap``, the operation that would exceed it raises OutOfMemory. What operations use inside themselves
-    and give back before they return is not seen. ``number`` stands for the value of tensors without storage where
-    Python asks for one.
+    With a ``cap``, the operation that would exceed it raises OutOfMemory. Memory that an operation allocates and
+    frees internally is not counted.
     """
 
-    def __init__(self, cap: float | None = None, number: float = 1.0):
+    def __init__(self, cap: float | None = None):
         super().__init__()
         self.live = self.peak = 0
-        self.cap, self.number = cap, number
+        self.cap = cap
         self.sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is torch.ops.aten._local_scalar_dense.default and not _has_values(inputs[0]):
-            return self.number if inputs[0].is_floating_point() else int(self.number)
-        self._see(inputs, new=False)  # what was there before is free
+        self._count(tree_leaves((args, kwargs)), new=False)  # existing storages are not counted
         result = func(*args, **kwargs)
-        self._see(tree_leaves(result), new=True)
+        self._count(tree_leaves(result), new=True)
         return result
 
-    def _see(self, leaves: Iterable[Any], *, new: bool) -> None:
+    def _count(self, leaves: Iterable[object], *, new: bool) -> None:
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
                 continue
@@ -103,18 +177,31 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key, 0)
 
 
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
+@contextmanager
+def capped_allocator(device: torch.device, cap: float | None) -> Iterator[None]:
+    """Have CUDA's allocator refuse more than ``cap`` bytes above what it holds; a CPU and None are not capped."""
+    if device.type != "cuda" or cap is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap + torch.cuda.memory_reserved(device)) / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+# -- memory in use --
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``."""
+    """Return the bytes of the distinct storages behind ``tensors``."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def measures_resident() -> bool:
-    """Whether the kernel tells, and lets us reset, the peak of this process's resident memory (Linux does)."""
+    """Reset the peak of this process's resident memory; return whether the system reports it, as Linux does."""
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")
         return "VmHWM" in STATUS.read_text()
@@ -122,15 +209,44 @@ def measures_resident() -> bool:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in physical memory; with ``VmHWM`` the most there have been."""
+    """Return the bytes of this process in physical memory; ``VmHWM`` is the peak."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{STATUS} has no {field}")
 
 
-def give_back() -> None:
-    """Returns freed memory to the device or to the system, so that it is not counted as in use."""
+def peak_of(run: Callable[[], None], device: torch.device, cap: float | None = None) -> int:
+    """Return the peak bytes while ``run`` runs, above those in use before.
+
+    On CUDA these are the bytes that the allocator reserved; on a CPU the resident memory, or the live tensors where the
+    system does not report it. On a CPU, ``cap`` ends a run whose tensors exceed it with OutOfMemory, and slows it down.
+    """
+    release_memory()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_reserved(device) - before
+    reported = measures_resident()
+    if cap is None and reported:
+        before = resident()
+        CLEAR.write_text("5")
+        run()
+        return max(0, resident("VmHWM") - before)
+    before = resident() if reported else 0
+    with LiveBytes(cap) as count:
+        run()
+    return max(count.peak, resident("VmHWM") - before if reported else 0)
+
+
+# -- the heap --
+
+
+def release_memory() -> None:
+    """Return freed memory to the device or the system, so that it does not count as in use."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -139,54 +255,28 @@ def give_back() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def steady_heap(threshold: int = MMAP_THRESHOLD) -> bool:
-    """Has glibc map every block from ``threshold`` bytes on for itself, and return it at once when it is freed.
+def map_large_blocks(threshold: int = MMAP_THRESHOLD) -> bool:
+    """Have glibc map every block of at least ``threshold`` bytes by itself, and unmap it as soon as it is freed.
 
-    Left alone, glibc raises that threshold up to 32 MiB as blocks are freed, keeps what is below on a heap that
-    fragments, and a CPU process comes to hold up to twice what its tensors take, the more the longer it runs. Returns
-    whether it could be set (Linux with glibc). It is not free: the system clears every page of a mapped block, which a
-    small model's training step, all of its tensors mapped, spends two fifths of its time on.
+    By default glibc raises the threshold up to 32 MiB as blocks are freed and keeps smaller ones on a heap that
+    fragments: a CPU process comes to hold up to twice the bytes of its tensors. The price is that the system clears
+    every page of a mapped block, which takes up to two fifths of a small model's training step. Returns whether the
+    threshold could be set (Linux with glibc).
     """
     return _set_heap(threshold, 2 * threshold)  # glibc's own proportion
 
 
-def lasting_heap() -> bool:
-    """Has glibc keep what is freed, blocks of more than 32 MiB apart, for what is asked for next, as a training step or
-    an encoder that runs again and again asks for the same. Left alone, it gives the end of its heap back after every
-    step, and the system clears those pages anew: a tenth of a small model's training step. Returns as ``steady_heap``,
-    which undoes it."""
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed blocks of up to 32 MiB for the next allocation, as loops over similar batches need them.
+
+    By default it returns the end of its heap to the system after every step, which clears the pages again: a tenth of a
+    small model's training step. `map_large_blocks` undoes it, and returns the same.
+    """
     return _set_heap(LARGEST_THRESHOLD, 2**31 - 1)
 
 
-def _set_heap(threshold: int, trim: int) -> bool:
-    """Bytes from which blocks are mapped, and of its end that the heap may keep."""
+def _set_heap(mmap_threshold: int, trim_threshold: int) -> bool:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        return libc.mallopt(M_MMAP_THRESHOLD, threshold) == libc.mallopt(M_TRIM_THRESHOLD, trim) == 1
+        return libc.mallopt(M_MMAP_THRESHOLD, mmap_threshold) == libc.mallopt(M_TRIM_THRESHOLD, trim_threshold) == 1
     return False
-
-
-def peak_of(run: Callable[[], None], device: torch.device, cap: float | None = None) -> int:
-    """Peak bytes above what was in use before while ``run`` runs.
-
-    On CUDA what the allocator reserved; on a CPU the resident memory, or where the system does not tell, the tensors
-    alive. On a CPU, ``cap`` ends a run whose tensors grow above it with OutOfMemory (and slows it down).
-    """
-    give_back()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_reserved(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_reserved(device) - before
-    told = measures_resident()
-    if cap is None and told:
-        before = resident()
-        CLEAR.write_text("5")
-        run()
-        return max(0, resident("VmHWM") - before)
-    before = resident() if told else 0
-    with LiveBytes(cap) as count:
-        run()
-    return max(count.peak, resident("VmHWM") - before if told else 0)

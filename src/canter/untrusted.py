@@ -1,7 +1,7 @@
-"""Read JSON, YAML and small files that somebody else made, within limits on size, depth and memory.
+"""Read untrusted JSON, YAML and small files within limits on size, depth and memory.
 
-Every reader takes the exception class to raise, because a manifest, a run's configuration and a model folder are told
-apart by their errors. A file within the limits takes at most about 100 MiB while it is read.
+Every reader takes the exception class to raise, because a manifest, a run's configuration and a model folder have
+different errors. A file within the limits takes at most about 100 MiB while it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
 import yaml
@@ -23,28 +23,33 @@ MOST_JSON_BYTES = 4 * 2**20
 MOST_YAML_BYTES = 2**20
 MOST_DEPTH = 64
 MOST_YAML_NODES = 100_000
-"""Nodes of a YAML document with every alias expanded."""
+"""Maximum nodes of a YAML document with every alias expanded."""
 MOST_SCALAR = 10_000
-"""Characters of a YAML scalar that may be read as a number: conversions take the square of the length."""
+"""Maximum characters of a YAML scalar that may be a number, whose conversion takes quadratic time."""
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Json: TypeAlias = Any
+"""A value parsed from JSON or YAML, which has no narrower type (`json.loads` is typed like this too)."""
+if TYPE_CHECKING:
+    from yaml import SafeLoader as _FastLoader
+else:
+    _FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _Loader(_LOADER):
-    """The safe loader, without dates: a value such as 2001-99-99 stays the text that it is."""
+class _Loader(_FastLoader):
+    """The safe loader without dates: a value such as 2001-99-99 is read as text."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in _LOADER.yaml_implicit_resolvers.items()
+    for first, resolvers in _FastLoader.yaml_implicit_resolvers.items()
 }
 
 
 def read_limited(path: str | Path, most: int, error: type[CanterError] = CheckpointError) -> bytes:
     """Return the bytes of a regular file.
 
-    Raises ``error`` for more than ``most`` bytes and for what is no regular file (a pipe would block, a device never
-    ends); FileNotFoundError and other OSErrors pass through.
+    Raises ``error`` for more than ``most`` bytes and for a pipe or a device, which could block or never end; other
+    errors are OSErrors.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,10 +69,10 @@ def read_limited(path: str | Path, most: int, error: type[CanterError] = Checkpo
     return data
 
 
-def parse_json(text: bytes | str, source: str | Path, error: type[CanterError] = CheckpointError) -> Any:
+def parse_json(text: bytes | str, source: str | Path, error: type[CanterError] = CheckpointError) -> Json:
     """Return the value of a JSON text of at most MOST_DEPTH levels.
 
-    Raises ``error`` for what is not JSON, is nested deeper, or holds an integer of thousands of digits.
+    Raises ``error`` for text that is not JSON, is nested deeper, or holds an integer of thousands of digits.
     """
     try:
         data = text.encode() if isinstance(text, str) else text.removeprefix(b"\xef\xbb\xbf")
@@ -93,17 +98,17 @@ def parse_yaml(
     text: bytes | str,
     source: str | Path,
     error: type[CanterError] = CheckpointError,
-    loader: Any = _Loader,
-) -> Any:
-    """Return the value of a YAML document made of plain values; nothing is constructed but those.
+    loader: type[yaml.SafeLoader] = _Loader,
+) -> Json:
+    """Return the value of a YAML document of plain values; no other objects are constructed.
 
-    Raises ``error`` for what is not YAML, for tags of other types, and for a document that is too long, nested too
-    deeply, or grows beyond MOST_YAML_NODES when its aliases are expanded.
+    Raises ``error`` for text that is not YAML, for tags of other types, and for a document that is too long, nested too
+    deeply, or exceeds MOST_YAML_NODES when its aliases are expanded.
     """
     if len(text) > MOST_YAML_BYTES:
         raise error(f"{source} has more than {MOST_YAML_BYTES:,} bytes of YAML")
     try:
-        fault = _yaml_fault(yaml.parse(text, Loader=_LOADER))
+        fault = _yaml_fault(yaml.parse(text, Loader=_FastLoader))
         if fault:
             raise error(f"{source} is YAML {fault}")
         return yaml.load(text, loader)
@@ -113,8 +118,8 @@ def parse_yaml(
         raise error(f"{source} is not YAML ({' '.join(str(reason).split())[:300]})") from None
 
 
-def _yaml_fault(events: Iterable[Any]) -> str | None:
-    """Return why a document is refused before any of it is constructed."""
+def _yaml_fault(events: Iterable[yaml.Event]) -> str | None:
+    """Return why a document is refused, before any value is constructed, or None."""
     sizes = [0]  # nodes so far of the document and of each open collection
     names: list[str | None] = [None]
     anchors: dict[str, int] = {}
@@ -145,16 +150,18 @@ def _yaml_fault(events: Iterable[Any]) -> str | None:
     return None
 
 
-def read_json_value(path: str | Path, error: type[CanterError] = CheckpointError) -> Any:
+def read_json_value(path: str | Path, error: type[CanterError] = CheckpointError) -> Json:
     """Return the value of a JSON file; see `read_limited` and `parse_json`."""
     return parse_json(read_limited(path, MOST_JSON_BYTES, error), path, error)
 
 
-def read_yaml_value(path: str | Path, error: type[CanterError] = CheckpointError, loader: Any = _Loader) -> Any:
+def read_yaml_value(
+    path: str | Path, error: type[CanterError] = CheckpointError, loader: type[yaml.SafeLoader] = _Loader
+) -> Json:
     """Return the value of a YAML file; see `read_limited` and `parse_yaml`."""
     return parse_yaml(read_limited(path, MOST_YAML_BYTES, error), path, error, loader)
 
 
-def is_file_name(name: Any) -> bool:
+def is_file_name(name: object) -> TypeGuard[str]:
     """Return whether ``name`` is the bare name of a file, so that joining it to a folder stays in that folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(character in name for character in "/\\\0")

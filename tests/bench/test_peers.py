@@ -8,7 +8,7 @@ import pytest
 
 from canter import load_model
 from canter.bench.peers import load_peer, parse_peer
-from canter.bench.speed import CanterSystem, Clip
+from canter.bench.speed import Clip, EngineSystem
 from canter.corpus.audio import load_audio
 from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine
@@ -27,7 +27,7 @@ def spoken():
     files = sorted((SHARED / "data/speech/an4/flac").iterdir())[:3]
     prompt = tuple(model.prompt(source_lang="en"))
     clips = [Clip(audio, len(audio) / 16000, prompt) for audio in map(load_audio, files)]
-    return model, clips, CanterSystem(Engine(model, model.tokenizer.end, EngineConfig()))(clips)
+    return model, clips, EngineSystem(Engine(model, model.tokenizer.end, EngineConfig()))(clips)
 
 
 @needs_whisper
@@ -44,10 +44,7 @@ def test_a_peer_says_the_same(spoken, tmp_path, spec):
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [
-        ("whisperx", "there are transformers, ctranslate2"),
-        ("transformers:int8", "transformers has float32"),
-    ],
+    [("whisperx", "there are transformers, ctranslate2"), ("transformers:int8", "transformers has float32")],
 )
 def test_what_there_is_not(spec, message):
     with pytest.raises(ConfigError, match=message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from canter.bench import speed
-from canter.bench.speed import Clip, measure
+from canter.bench.speed import Clip, measure_speed
 
 CLIPS = [Clip(np.zeros(1600 * (number + 1), np.float32), 0.1 * (number + 1), (1, 2)) for number in range(6)]
 
@@ -39,7 +39,7 @@ def test_runs_are_interleaved_after_a_warm_up(monkeypatch):
     monkeypatch.setattr(speed, "time", clock)
     systems = {name: System(name, calls, clock, seconds) for name, seconds in (("a", 0.002), ("b", 0.006))}
     systems["b"].answer = 1
-    speeds = measure(systems, CLIPS, repeats=3, latency_clips=2)
+    speeds = measure_speed(systems, CLIPS, repeats=3, latency_clips=2)
     warm = [("a", 6), ("a", 1), ("b", 6), ("b", 1)]
     assert calls == warm + [("a", 6), ("b", 6)] * 3 + [("a", 1), ("b", 1)] * 2
     a, b = speeds["a"], speeds["b"]
@@ -55,4 +55,4 @@ def test_runs_are_interleaved_after_a_warm_up(monkeypatch):
 
 def test_nothing_to_measure():
     with pytest.raises(ValueError, match="0 clips and 3 repeats"):
-        measure({}, [])
+        measure_speed({}, [])

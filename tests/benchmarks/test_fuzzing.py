@@ -1,4 +1,4 @@
-"""The fuzzer: cases depend on their number alone, and inputs that fail are told from those that are refused."""
+"""The fuzzer: cases depend on their number only, and failing inputs are distinguished from refused ones."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def fuzzing(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_mutations_depend_on_the_generator_alone(fuzzing):
+def test_mutations_depend_only_on_the_generator(fuzzing):
     mutations = fuzzing.mutations
     row = {"text": "a", "duration": 1.5, "tags": ["x", {"y": None}]}
     lines = b"\n".join([json.dumps(row).encode()] * 3)
@@ -88,7 +88,7 @@ def test_inputs_that_fail_are_kept(fuzzing, tmp_path, monkeypatch):
 
 
 def test_sound_input_is_read(fuzzing, tmp_path):
-    """Without that a refusal would say nothing."""
+    """Without it a refusal would prove nothing."""
     area = fuzzing.Sounds()
     area.prepare(tmp_path / "sound")
     area.start(tmp_path / "sound")

@@ -9,6 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
+
+from canter.models.model import SpeechModel
+
+from ..inference.conftest import noises, small_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -88,3 +93,34 @@ def test_identity_of_a_few_clips(script, tmp_path):
     assert result["clips"] == 2
     assert result["float32"]["batch_2"]["differing"] == result["float32"]["transformers"]["differing"] == 0
     assert result["beam_5"]["largest_difference_of_scores"] < 1e-4
+
+
+def test_both_ways_decode_the_same_queue(script):
+    """Rows have the lengths given; the released way waits for the longest of a batch, the engine does not."""
+    models = {"1/3": small_model(1, 3), "3/1": small_model(3, 1)}
+    clips, tokens = noises(9), [2, 30, 3, 4, 2, 25, 3, 2, 4]
+    rows = script("decoder_shift").measure_ways(models, clips, tokens, repeats=1, rows=4, batch=9)
+    assert [(row.shape, row.way) for row in rows] == [
+        (shape, way) for shape in models for way in ("released", "engine")
+    ]
+    for row in rows:
+        assert row.useful_rows == (pytest.approx(sum(tokens) / (9 * 30)) if row.way == "released" else 1.0)
+        assert row.encoder_seconds + row.decoder_seconds <= row.seconds
+        assert row.rtfx == pytest.approx(sum(map(len, clips)) / 16000 / row.seconds)
+
+
+def test_matched_shapes_have_the_parameters_of_the_first(script):
+    decoder_shift = script("decoder_shift")
+    canary_config = decoder_shift.canary_config
+
+    def size(encoder: int, decoder: int) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in SpeechModel(canary_config(encoder, decoder, 128)).parameters())
+
+    layer = size(2, 1) - size(1, 1)
+    for decoder in (4, 24):
+        matched = decoder_shift.matched_encoder_layers(24, 24, decoder, 128)
+        assert abs(size(matched, decoder) - size(24, 24)) <= layer / 2
+    with torch.device("meta"):
+        flash = SpeechModel(canary_config(32, 4))
+    assert sum(p.numel() for p in flash.parameters()) == pytest.approx(883e6, rel=0.02)  # canary-1b-flash

@@ -32,12 +32,7 @@ def test_gpu_training_runs_small_without_a_gpu(script, tmp_path):
     gpu_training = script("gpu_training")
     gpu_training.main(
         gpu_training.Options(
-            device="cpu",
-            tiny=True,
-            seconds=0.2,
-            probes=8,
-            strategies=("random", "balanced"),
-            json=tmp_path / "x",
+            device="cpu", tiny=True, seconds=0.2, probes=8, strategies=("random", "balanced"), json=tmp_path / "x"
         )
     )
     result = json.loads((tmp_path / "x").read_text())

@@ -1,4 +1,4 @@
-"""`canter bench inference` on a small model: a table, a file with everything, errors in one line."""
+"""`canter bench` on a small model: a table, a file with everything, errors in one line."""
 
 import json
 
@@ -33,8 +33,8 @@ def test_figures_of_a_folder_with_a_bad_file(model, tmp_path, capsys):
         soundfile.write(tmp_path / "clips" / f"{number}.wav", noise, 16000)
     (tmp_path / "clips" / "bad.wav").write_text("no audio")
     out = tmp_path / "new" / "bench.json"
-    arguments = ["bench", "inference", model, "--audio", str(tmp_path / "clips"), "--repeats", "2"]
-    assert main([*arguments, "--latency-clips", "2", "--json", str(out)]) == 0
+    arguments = ["bench", model, "--audio", str(tmp_path / "clips"), "--repeats", "2"]
+    assert main([*arguments, "--latency-utterances", "2", "-o", str(out)]) == 0
     captured = capsys.readouterr()
     assert "canter float32" in captured.out
     assert "rows useful" in captured.out
@@ -52,17 +52,28 @@ def test_figures_of_a_folder_with_a_bad_file(model, tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_noise_without_audio(model, capsys, precision):
-    arguments = ["--clips", "2", "--repeats", "1", "--latency-clips", "1", "--precision", precision]
-    assert main(["bench", "inference", model, *arguments]) == 0
-    assert "2 clips" in (out := capsys.readouterr().out)
+    arguments = ["--utterances", "2", "--repeats", "1", "--latency-utterances", "1", "--precision", precision]
+    assert main(["bench", model, *arguments]) == 0
+    assert "2 utterances" in (out := capsys.readouterr().out)
     assert precision in out
 
 
 def test_precisions_and_beams_side_by_side(model, tmp_path, capsys):
-    arguments = ["--clips", "2", "--repeats", "1", "--latency-clips", "1", "--json", str(tmp_path / "x")]
-    assert main(["bench", "inference", model, *arguments, "--against", "canter:int8", "--beam", "2"]) == 0
-    assert "2 beams: " in capsys.readouterr().out
-    systems = json.loads((tmp_path / "x").read_text())["systems"]
+    arguments = [
+        "--utterances",
+        "2",
+        "--repeats",
+        "1",
+        "--latency-utterances",
+        "1",
+        "--json",
+        "-o",
+        str(tmp_path / "x"),
+    ]
+    assert main(["bench", model, *arguments, "--against", "canter:int8", "--beam-size", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == json.loads((tmp_path / "x").read_text())
+    systems = json.loads(printed)["systems"]
     assert list(systems) == ["canter float32", "canter int8", "canter float32, 2 beams"]
     assert all(speed["rtfx"] > 0 for speed in systems.values())
 
@@ -74,11 +85,11 @@ def test_precisions_and_beams_side_by_side(model, tmp_path, capsys):
         (["--repeats", "0"], "--repeats 0: at least 1"),
         (["--audio", "absent"], "absent does not exist"),
         (["--device", "cuda"], "no GPU is available"),
-        (["--against", "ctranslate2", "--clips", "1"], "ctranslate2"),
+        (["--against", "ctranslate2", "--utterances", "1"], "ctranslate2"),
     ],
 )
 def test_misuse_is_one_line(model, capsys, arguments, message):
-    assert main(["bench", "inference", model, *arguments]) == 1
+    assert main(["bench", model, *arguments]) == 1
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1

@@ -11,12 +11,11 @@ import canter
 from canter.cli import convert, info
 from canter.cli.main import main
 from canter.errors import CheckpointError, ConfigError
-from canter.models.cost import parameters, utterance_cost
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats.checkpoint import save_model
-from canter.models.model import ModelConfig, SpeechModel
+from canter.models.model import ModelConfig, SpeechModel, utterance_cost
 
 CONFIG = ModelConfig(
     features=FeatureConfig(mels=32),
@@ -34,7 +33,7 @@ def folder(tmp_path):
 
 
 def test_there_and_back(folder, tmp_path, capsys):
-    convert.run(convert.Options(folder, tmp_path / "hf", to="huggingface"))
+    convert.run(convert.Options(folder, tmp_path / "hf", format="huggingface"))
     convert.run(convert.Options(tmp_path / "hf", tmp_path / "back"))
     assert "parameters, without a tokenizer" in capsys.readouterr().out
     ours, again = canter.load_model(folder), canter.load_model(tmp_path / "back")
@@ -49,14 +48,14 @@ def test_a_runs_folder_stands_for_its_checkpoint(folder, tmp_path, capsys):
     assert (tmp_path / "copy" / "model.safetensors").exists()
 
 
-def test_what_is_no_archive_takes_one_line(tmp_path, capsys):
+def test_a_file_that_is_not_an_archive_is_one_line(tmp_path, capsys):
     (tmp_path / "a.wav").write_bytes(b"not an archive")
     assert main(["info", str(tmp_path / "a.wav")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_dtype(folder, tmp_path):
-    convert.run(convert.Options(folder, tmp_path / "half", dtype="bfloat16"))
+    convert.run(convert.Options(folder, tmp_path / "half", precision="bf16"))
     sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "half")]
     assert sizes[1] < 0.6 * sizes[0]
 
@@ -64,13 +63,13 @@ def test_dtype(folder, tmp_path):
 def test_refusals(folder, tmp_path):
     with pytest.raises(ConfigError, match="exists; choose another name, or --overwrite"):
         convert.run(convert.Options(folder, folder))
-    with pytest.raises(ConfigError, match="the source itself"):
+    with pytest.raises(ConfigError, match="the model itself"):
         convert.run(convert.Options(folder, folder, overwrite=True))
     inside = save_model(canter.load_model(folder), tmp_path / "run" / "checkpoints" / "step-000001")
-    with pytest.raises(ConfigError, match="the source itself"):
+    with pytest.raises(ConfigError, match="the model itself"):
         convert.run(convert.Options(tmp_path / "run", inside, overwrite=True))
     for target in (inside.parent, tmp_path):
-        with pytest.raises(ConfigError, match="holds the source"):
+        with pytest.raises(ConfigError, match="holds the model"):
             convert.run(convert.Options(inside, target, overwrite=True))
     assert (inside / "model.safetensors").exists()
     with pytest.raises(CheckpointError, match="no tokenizer"):
@@ -95,7 +94,7 @@ def test_info(folder, capsys):
 
 def test_parts_add_up():
     model = SpeechModel(CONFIG)
-    assert sum(parameters(model).values()) == sum(p.numel() for p in model.parameters())
+    assert sum(model.parts().values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_operations_by_hand():

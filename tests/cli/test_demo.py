@@ -1,12 +1,13 @@
-"""The whole way, as small as it goes."""
+"""The complete demo, as small as possible."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from canter.cli.demo import recipe, training_minutes
 from canter.cli.main import main
+from canter.demo.pipeline import recipe, training_minutes
 from canter.training.config import dump_config
 
 
@@ -14,7 +15,7 @@ def test_training_gets_what_is_left_of_ten_minutes(tmp_path):
     assert training_minutes(tmp_path, spent=1.0) == 6.5
     assert training_minutes(tmp_path, spent=4.0) == pytest.approx(4.25)
     assert training_minutes(tmp_path, spent=60.0) == 3.0
-    begun = recipe(tmp_path / "train.jsonl", tmp_path, minutes=4.25)
+    begun = replace(recipe(tmp_path / "train.jsonl", tmp_path), minutes=4.25)
     (tmp_path / "config.yaml").write_text(dump_config(begun))
     assert training_minutes(tmp_path, spent=60.0) == 4.25
 

@@ -20,11 +20,7 @@ def manifests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count in (("a", 40), ("b", 10)):
         rows = [
-            {
-                "audio_filepath": f"{name}{number}.wav",
-                "duration": 2 + number % 5,
-                "text": "word " * (1 + number % 7),
-            }
+            {"audio_filepath": f"{name}{number}.wav", "duration": 2 + number % 5, "text": "word " * (1 + number % 7)}
             for number in range(count)
         ]
         write_manifest(f"{name}.jsonl", rows)
@@ -60,8 +56,9 @@ def test_json_of_both(manifests, capsys):
     assert figures["tokens"] == facts["tokens"]
 
 
-def test_temperature_and_mixtures(manifests, capsys):
-    assert main(["index", "a.jsonl", "b.jsonl", "--tokenizer", "chars", "--temperature", "0"]) == 0
+def test_mixtures(manifests, capsys):
+    (manifests / "equal.yaml").write_text("temperature: 0\ninput_cfg: [{path: a.jsonl}, {path: b.jsonl}]\n")
+    assert main(["index", "equal.yaml", "--tokenizer", "chars"]) == 0
     assert LengthIndex.open("lengths.arrow").weights == pytest.approx([0.5, 0.5])
     (manifests / "mix.yaml").write_text(
         "- {path: a.jsonl, weight: 1, tags: {lang: en}}\n- {path: b.jsonl, weight: 3}\n"
@@ -85,10 +82,9 @@ def test_temperature_and_mixtures(manifests, capsys):
         (["index", "a.jsonl", "--tokenizer", "chars", "--workers", "-3"], "--workers is -3"),
         (["index", "m.yaml", "a.jsonl"], "m.yaml is a mixture: name it alone"),
         (["index", "m.yaml"], "m.yaml does not exist"),
-        (["index", "a.jsonl", "--temperature", "-1"], "must be 0 or more"),
         (["inspect", "none.arrow"], "none.arrow does not exist"),
         (["inspect", "empty.jsonl"], "canter index"),
-        (["inspect", "good.arrow", "--z", "0"], "must be above 0"),
+        (["inspect", "good.arrow", "--worst", "-1"], "--worst is -1"),
         (["inspect", "good.arrow", "--figure", "no/such/folder.png"], "cannot be written"),
         (["inspect", "good.arrow", "--figure", "x.words"], "cannot be written"),
     ],
@@ -111,7 +107,7 @@ def test_inspect_copes_with_a_single_row_and_with_equal_rows(manifests, capsys):
     LengthIndex(np.full(9, 3.0), np.full(9, 7)).save("equal.arrow")
     for name in ("one.arrow", "equal.arrow"):
         assert main(["inspect", name, "--figure", "x.png"]) == 0
-        assert main(["inspect", name, "--json", "--outliers", "0"]) == 0
+        assert main(["inspect", name, "--json", "--worst", "0"]) == 0
 
 
 def test_summary_is_what_numpy_computes():

@@ -1,4 +1,4 @@
-"""Options filled from arguments, and how their help looks."""
+"""Options filled from arguments, and the layout of their help."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +13,22 @@ from canter.cli.options import parse
 @dataclass(frozen=True)
 class Inner:
     rate: float = 0.1
-    """Of learning."""
+    """Learning rate."""
 
 
 @dataclass(frozen=True)
 class Options:
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """What is read."""
+    """Sources to read."""
     output: Path | None = None
-    """Where it goes; a long text that was broken into
+    """File to write; a long text that was broken into
     two lines in the source."""
     kind: Literal["a", "b"] | None = None
-    """One of them."""
+    """One of two."""
     flops: float = 250e12
     """Operations a second."""
     inner: Inner = field(default_factory=Inner)
-    """More."""
+    """Nested options."""
 
 
 def test_help_is_one_paragraph_an_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -42,7 +42,7 @@ def test_help_is_one_paragraph_an_option(capsys: pytest.CaptureFixture[str], mon
         assert "--output PATH" in shown
         assert "--kind {a,b}" in shown
         assert "(default: 2.5e+14)" in shown
-        assert "Of learning. (default: 0.1)" in shown
+        assert "Learning rate. (default: 0.1)" in shown
         assert "Says what." in shown
 
 

@@ -14,7 +14,7 @@ from canter.cli import compare as command
 from canter.cli.main import main
 from canter.corpus.index import LengthIndex
 from canter.planning import Plan, analytic_budget
-from canter.planning.compare import COLUMNS, compare, ladder
+from canter.planning.compare import compare, ladder
 
 
 def write_lengths(path, seconds, tokens):
@@ -44,14 +44,14 @@ def lines_of(text):
 def test_a_strategy_is_one_line_however_narrow_the_terminal(rungs, columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("FORCE_COLOR", "1")
-    command.show(rungs, "a title")
+    command.print_comparison(rungs, "a title")
     lines = lines_of(capsys.readouterr().out)
     assert all(len(line) <= columns for line in lines)
     for name, _, _ in ladder():
         assert len([line for line in lines if line.startswith(f" {name}  ")]) == 1
     head = " ".join(lines[:4])
     assert {"compute", "speed"} <= set(head.split())
-    missing = [name for name in COLUMNS if name.split()[-1] not in head.split()]
+    missing = [name for name in rungs[0].cells() if name.split()[-1] not in head.split()]
     note = " ".join(lines[-5:])
     assert bool(missing) == (columns < 128)
     assert all(name in note for name in missing)
@@ -59,12 +59,12 @@ def test_a_strategy_is_one_line_however_narrow_the_terminal(rungs, columns, monk
 
 def test_a_pipe_gets_all_columns(rungs, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
-    command.show(rungs, "a title", caption=None)
+    command.print_comparison(rungs, "a title", caption=None)
     lines = lines_of(capsys.readouterr().out)
     assert lines[0] == "a title"
-    assert all(word in " ".join(lines) for name in COLUMNS for word in name.split())
+    assert all(word in " ".join(lines) for name in rungs[0].cells() for word in name.split())
     row = next(line for line in lines if line.startswith(" balanced"))
-    assert len(row.split()) == len(COLUMNS) + 1
+    assert len(row.split()) == len(rungs[0].cells()) + 1
 
 
 def test_compare_needs_nothing_but_lengths(table, tmp_path, capsys):
@@ -80,30 +80,20 @@ def test_plan_keeps_its_table_of_steps_beside_the_index(tmp_path, capsys):
     rng = np.random.default_rng(1)
     index = LengthIndex(rng.uniform(1, 20, 3000), rng.integers(5, 80, 3000))
     index.save(tmp_path / "lengths.arrow")
-    arguments = ["plan", str(tmp_path / "lengths.arrow"), "--window", "1000", "--ranks", "2", "--json"]
+    arguments = ["plan", str(tmp_path / "lengths.arrow"), "--batching-window", "1000", "--ranks", "2", "--json"]
     assert main(arguments) == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
     (kept,) = (tmp_path / "lengths.steps").iterdir()
     assert np.load(kept).tolist()[-1] == steps
     plan = Plan(LengthIndex.open(tmp_path / "lengths.arrow"), analytic_budget(), window=1000,
                 micro_batches_per_step=2, cache=tmp_path / "lengths.steps")  # fmt: skip
-    plan.cut = None  # type: ignore[assignment]
+    object.__setattr__(plan, "cut", None)  # the table is enough
     assert len(plan) == steps
 
 
 def test_min_steps_and_limits_in_tokens_per_second(tmp_path, capsys):
     path = write_lengths(tmp_path / "set.parquet", [5.0] * 300 + [20.0] * 100, [20] * 299 + [101] + [300] * 100)
-    options = [
-        str(path),
-        "--ranks",
-        "2",
-        "--json",
-        "--min-steps",
-        "30",
-        "--max-tokens-per-second",
-        "10:20",
-        "30:14",
-    ]
+    options = [str(path), "--ranks", "2", "--json", "--min-steps", "30", "--max-tokens-per-second", "10:20", "30:14"]
     assert main(["plan", *options]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["steps"] == 30
@@ -198,19 +188,33 @@ def refused(arguments, capsys):
         (["--ranks", "2000"], "--ranks is 2000 and there are only 1500 utterances"),
         (["--ranks", "0"], "--ranks is 0"),
         (["--micro-batches-per-step", "0"], "micro_batches_per_step is 0"),
-        (["--window", "0"], "window is 0"),
+        (["--batching-window", "0"], "window is 0"),
         (["--mixing", "nan"], "mixing is nan"),
         (["--min-steps", "0"], "min_steps is 0"),
-        (["--max-tokens-per-second", "fast"], "max_tokens_per_second has 'fast'; give one limit such as 25"),
-        (["--max-tokens-per-second", "10:0"], "max_tokens_per_second is 10:0; durations and limits must be"),
         (["--prompt-tokens", "-1"], "--prompt-tokens is -1"),
-        (["--memory", "nan"], "memory.limit_bytes is nan"),
+        (["--memory", "nan"], "--memory is 'nan'; give a size such as 80GiB"),
+        (["--memory", "10GiB"], "10.7374 GB leave no room for a batch"),
         (["--memory", "10"], "10 GB leave no room for a batch"),
         (["--budget", "none.json"], "none.json: no such budget; make one with 'canter tune'"),
     ],
 )
 def test_settings_that_cannot_be(table, command, arguments, message, capsys):
     assert message in refused([command, table, *arguments], capsys)
+
+
+@pytest.mark.parametrize("command", ["plan", "compare"])
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("fast", "max_tokens_per_second has 'fast'; give one limit such as 25"),
+        ("10:0", "max_tokens_per_second is 10:0; durations and limits must be positive"),
+    ],
+)
+def test_limits_in_tokens_per_second_that_cannot_be(table, command, limit, message, capsys):
+    """They are read as those of `canter train`: an invalid one is an error of usage."""
+    with pytest.raises(SystemExit):
+        main([command, str(table), "--max-tokens-per-second", limit])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("command", ["plan", "compare", "inspect"])
@@ -224,7 +228,7 @@ def test_what_can_be_read_neither_as_manifest_nor_as_index(table, command, tmp_p
 
 
 def test_a_plan_that_has_nowhere_to_go(table, capsys):
-    assert "there is no folder nowhere" in refused(["plan", table, "--emit", "nowhere/plan.parquet"], capsys)
+    assert "there is no folder nowhere" in refused(["plan", table, "--output", "nowhere/plan.parquet"], capsys)
 
 
 def test_a_plan_for_more_ranks_than_batches(table, capsys):
@@ -255,7 +259,7 @@ def test_an_utterance_over_the_budget_by_itself_is_listed(tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert re.search(r"left out: over the budget by itself\W+2\b", out)
     assert "row 40: over the budget by itself row 41: over the budget by itself" in out
-    assert main(["plan", str(path), "--json", "--emit", str(tmp_path / "plan.parquet")]) == 0
+    assert main(["plan", str(path), "--json", "--output", str(tmp_path / "plan.parquet")]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["left_out"] == {"over the budget by itself": 2}
     assert value["left_out_rows"] == [40, 41]
@@ -268,7 +272,7 @@ def test_an_utterance_over_the_budget_by_itself_is_listed(tmp_path, capsys):
 def test_nothing_fits(tmp_path, command, capsys):
     path = write_lengths(tmp_path / "set.parquet", [9000.0] * 3, [20] * 3)
     line = refused([command, path, "--ranks", "1"], capsys)
-    assert "not one of the 3 utterances can be used with this budget" in line
+    assert "none of the 3 utterances can be used with this budget" in line
 
 
 @pytest.mark.parametrize("command", ["plan", "compare"])
@@ -287,10 +291,10 @@ def test_impossible_lengths_are_counted_and_listed(tmp_path, command, capsys):
 @pytest.mark.parametrize("command", ["plan", "compare"])
 def test_tables_without_a_usable_row(tmp_path, command, capsys):
     empty = write_lengths(tmp_path / "empty.parquet", [], np.array([], int))
-    assert "not one row can be used" in refused([command, empty], capsys)
+    assert "no row can be used" in refused([command, empty], capsys)
     bad = write_lengths(tmp_path / "bad.parquet", [-1.0, float("nan")], [3, 3])
     line = refused([command, bad], capsys)
-    assert "not one row can be used" in line
+    assert "no row can be used" in line
     assert "duration is not a positive number of seconds: -1.0" in line
     pq.write_table(pa.table({"duration": [1.0]}), tmp_path / "half.parquet")
     assert "needs the columns duration (seconds) and num_tokens" in refused(

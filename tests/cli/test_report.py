@@ -5,7 +5,7 @@ import json
 from canter.cli.main import main
 
 
-def test_page_lies_in_the_run_folder_or_where_told(tmp_path, capsys):
+def test_page_is_in_the_run_folder_or_at_the_given_path(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 1, "loss": 2.0}) + "\n")

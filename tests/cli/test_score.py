@@ -9,11 +9,7 @@ import pytest
 from canter.cli.main import main
 
 ROWS = [
-    {
-        "audio_filepath": "a.wav",
-        "text": "Mr. Smith went to the shop",
-        "pred_text": "mister smith want the shop now",
-    },
+    {"audio_filepath": "a.wav", "text": "Mr. Smith went to the shop", "pred_text": "mister smith want the shop now"},
     {"audio_filepath": "b.wav", "text": "der Hund schläft", "pred_text": "der hund schläft", "lang": "de"},
     {"audio_filepath": "c.wav", "text": "hmm", "pred_text": "so", "lang": "en"},
 ]
@@ -40,7 +36,7 @@ def test_table_and_alignment(tmp_path, capsys):
 
 def test_a_result_at_a_url(tmp_path, capsys):
     url = f"file://{write(tmp_path / 'r.jsonl', ROWS)}"
-    assert main(["score", url, "--against", url, "--html", str(tmp_path / "page.html")]) == 0
+    assert main(["score", url, "--against", url, "--output", str(tmp_path / "page.html")]) == 0
     assert "44.44%" in capsys.readouterr().out
 
 
@@ -59,12 +55,7 @@ def test_translations_have_bleu_and_chrf_too(tmp_path, capsys):
     pytest.importorskip("sacrebleu", reason="the extra bleu is not installed")
     rows = [
         {"text": "Der Hund bellt sehr laut.", "pred_text": "Der Hund bellt sehr laut.", "target_lang": "de"},
-        {
-            "text": "The dog barks loudly.",
-            "pred_text": "A dog barks.",
-            "source_lang": "de",
-            "target_lang": "en",
-        },
+        {"text": "The dog barks loudly.", "pred_text": "A dog barks.", "source_lang": "de", "target_lang": "en"},
     ]
     path = write(tmp_path / "r.jsonl", rows)
     assert main(["score", path, "--bleu", "--json"]) == 0
@@ -79,7 +70,7 @@ def test_page_shows_the_worst_and_escapes_what_it_shows(tmp_path, capsys):
     rows = [*ROWS, {"text": "one two", "pred_text": "<script> two", "id": "<b>"}]
     page = tmp_path / "new" / "page.html"
     path = write(tmp_path / "r.jsonl", rows)
-    assert main(["score", path, "--html", str(page), "--normalize", "none"]) == 0
+    assert main(["score", path, "--output", str(page), "--normalize", "none"]) == 0
     text = page.read_text()
     assert '<mark title="for: one">&lt;script&gt;</mark> two' in text
     assert "<script>" not in text
@@ -96,7 +87,7 @@ def test_words_where_none_were_said_are_insertions_and_no_rate(tmp_path, capsys)
         found = json.loads(capsys.readouterr().out)
         assert (found["wer"], found["insertions"], found["wer_interval"]) == (None, 2, [None, None])
     page = tmp_path / "page.html"
-    assert main(["score", path, "--against", path, "--html", str(page)]) == 0
+    assert main(["score", path, "--against", path, "--output", str(page)]) == 0
     out = capsys.readouterr().out
     assert "n/a" in out
     assert "%" not in out
@@ -111,7 +102,7 @@ def test_words_where_none_were_said_are_insertions_and_no_rate(tmp_path, capsys)
         ([{"text": "a"}], ["--skip-bad"], ":1: pred_text missing"),
         ([], [], "holds no rows"),
         (ROWS, ["--worst", "-1"], "--worst is -1"),
-        (ROWS, ["--html", "/"], "the page cannot be written to /"),
+        (ROWS, ["--output", "/"], "the page cannot be written to /"),
         (ROWS, ["--against", "{other}"], "do not hold the same utterances"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`canter serve` as a program: what it says, how it ends, and what it refuses to start with."""
+"""`canter serve` as a program: its messages, how it ends, and settings that it refuses."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 import torch
 
 from canter.cli.main import main
-from canter.cli.serve import SPINS, Options, load_engine
+from canter.cli.serve import SPINS, Options, load_in_thread
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
-    """The process, its address, and what it said."""
+    """Return the process, its address, and its first line."""
     process = subprocess.Popen(
         [sys.executable, "-m", "canter", "serve", str(folder), "--port", "0", *arguments],
         stderr=subprocess.PIPE,
@@ -55,8 +55,8 @@ def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
 @pytest.mark.parametrize(
     ("host", "how", "code"), [("127.0.0.1", signal.SIGINT, 0), ("0.0.0.0", signal.SIGTERM, -signal.SIGTERM)]
 )
-def test_serves_until_told_to_stop(folder, host, how, code):
-    """On this machine alone by default; else it is said that anybody may use it."""
+def test_serves_until_a_signal(folder, host, how, code):
+    """The service is for this machine only by default; otherwise it warns that any client may use it."""
     process, url, line = started(folder, *([] if host == "127.0.0.1" else ["--host", host]))
     assert process.stderr is not None
     try:
@@ -76,7 +76,7 @@ def test_serves_until_told_to_stop(folder, host, how, code):
             said = process.stderr.read()
     assert process.wait(timeout=1800) == code
     assert "Traceback" not in said
-    assert ("everybody who reaches this address may use it" in said) == (host == "0.0.0.0")
+    assert ("any client may use this address" in said) == (host == "0.0.0.0")
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_serves_until_told_to_stop(folder, host, how, code):
         (["MODEL", "--port", "TAKEN"], "choose another --host or --port"),
         (["MODEL", "--port", "70000"], "choose another --host or --port"),
         (["MODEL", "--host", "192.0.2.1"], "choose another --host"),
-        (["MODEL", "--lang", "xx"], "--lang: 'xx' is not a language of this model; it knows en"),
-        (["MODEL", "--queue", "0"], "queue is 0"),
-        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: 0, no limit, or more"),
+        (["MODEL", "--language", "xx"], "--language: 'xx' is not a language of this model; it knows en"),
+        (["MODEL", "--max-requests", "0"], "--max-requests is 0"),
+        (["MODEL", "--max-repeats", "-1"], "--max-repeats -1: give 0 (no limit) or more"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
         (["MODEL", "--api-keys", "empty.txt"], "holds no key"),
@@ -110,7 +110,7 @@ def test_misuse_is_one_line(folder, tmp_path, capsys, monkeypatch, arguments, me
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP there")
 def test_threads_look_out_for_a_moment():
-    """OpenMP, which tells its settings as it is loaded, has this one from the command."""
+    """OpenMP prints its settings when it is loaded; the command sets this one."""
     names = {*os.environ} - {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     environment = {**{name: os.environ[name] for name in names}, "OMP_DISPLAY_ENV": "VERBOSE"}
     command = [sys.executable, "-m", "canter", "serve", "absent"]
@@ -127,12 +127,12 @@ def test_how_threads_wait_is_left_to_the_user(monkeypatch, own):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
 def test_loading_leaves_no_threads(folder):
-    """OpenMP's threads sleep instead of looking out where more are alive than there are cores."""
+    """OpenMP's threads sleep instead of spinning while there are more of them than cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)  # which makes a thread of another kind
     before = {*os.listdir("/proc/self/task")}
     try:
-        load_engine(Options(folder), folder, "cpu")
+        load_in_thread(Options(folder), folder, "cpu")
     finally:
         torch.set_num_threads(threads)
     for _ in range(30_000):  # they end a moment after the thread whose they are
@@ -145,20 +145,20 @@ def test_loading_leaves_no_threads(folder):
 
 SLOW_LOADING = """
 import sys, time
-import canter.inference.engine.int8
+import canter.loading
 from canter.cli.main import main
 
-def load_in(*_):
+def load_module(*_, **__):
     print("loading", file=sys.stderr, flush=True)
     time.sleep(3600)
 
-canter.inference.engine.int8.load_in = load_in
+canter.loading.load_module = load_module
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_it_can_be_interrupted_while_the_model_loads(folder):
-    """At once, though the thread that loads cannot be told to stop."""
+    """Ctrl-C ends the process at once, although the loading thread cannot be stopped."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_LOADING, "serve", str(folder), "--port", "0"],
         stderr=subprocess.PIPE,

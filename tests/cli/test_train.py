@@ -19,7 +19,7 @@ from canter.planning.budget import Budget
 
 SMALL = shlex.split("""
     --model.encoder-layers 1 --model.decoder-layers 1 --model.width 32 --model.heads 2 --model.subsampling-channels 8
-    --model.mels 40 --batch-seconds 12 --threads 1 --precision float32 --vocabulary 100
+    --model.mels 40 --batch-seconds 12 --threads 1 --precision float32 --vocab-size 100
 """)
 
 
@@ -58,7 +58,7 @@ def test_a_file_and_flags_over_it(spoken, tmp_path, capsys):
     assert "seed: 6" in printed
 
 
-def test_a_run_goes_on_wherever_it_is(spoken, tmp_path, capsys, monkeypatch):
+def test_a_run_resumes_wherever_it_is(spoken, tmp_path, capsys, monkeypatch):
     """Its paths were given relative to another folder."""
     home, away = tmp_path / "home", tmp_path / "away"
     shutil.copytree(spoken.train_manifest.parent, home)
@@ -121,13 +121,13 @@ def test_a_mistake_does_not_hold_the_folder(spoken, tmp_path, capsys):
     assert main(arguments(spoken, run, "--steps", "1")) == 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(spoken, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes(spoken, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "canter", *arguments(spoken, run, "--steps", "4000", "--workers", "1")]
     metrics = run / "metrics.jsonl"
 
     def interrupted(number: int, after: int) -> str:
-        """What the command says when it is sent a signal once ``after`` steps are logged."""
+        """Return the output of the command that gets a signal once ``after`` steps are logged."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True

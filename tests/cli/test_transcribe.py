@@ -15,18 +15,19 @@ import soundfile
 
 from canter.cli.main import main
 from canter.cli.transcribe import Options, destination, identity, style_of, timestamps_of
-from canter.inference.transcribe import Transcription
+from canter.inference.recording import Transcription
+from canter.loading import load_model
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import Characters, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a model of a Canary's kind, which needs to be told the language."""
+    """A folder with a small Canary, which needs the language of the audio."""
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en", "de"], vocab_size=40)
     config = ModelConfig(
         features=FeatureConfig(mels=16),
@@ -67,11 +68,11 @@ def rows_of(path: Path) -> dict[str, dict]:
     return {Path(row["audio_filepath"]).name: row for row in rows}
 
 
-def test_broken_files_are_named_and_the_rest_goes_on(model, clips, tmp_path, capsys):
+def test_broken_files_are_named_and_others_continue(model, clips, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     (tmp_path / "nothing").mkdir()
     inputs = [str(tmp_path / "nothing"), str(clips), str(clips / "absent.wav")]
-    assert main(["transcribe", model, *inputs, "--lang", "en", "-o", str(out), "--json"]) == 1
+    assert main(["transcribe", model, *inputs, "--language", "en", "-o", str(out), "--json"]) == 1
     captured = capsys.readouterr()
     summary = json.loads(captured.out)
     rows = rows_of(out)
@@ -117,14 +118,14 @@ def test_without_a_language_each_item_says_so(model, clips, tmp_path):
                                                (".vtt", "WEBVTT\n\n00:00.000 --> 00:01.000\n"),
                                                (".tsv", "start\tend\ttext\n0\t1000\t")])  # fmt: skip
 def test_the_suffix_decides(model, clips, tmp_path, monkeypatch, suffix, start):
-    import canter.inference.transcribe as module
+    import canter.inference.bulk as module
 
     def heard(engine, tokenizer, utterances, *given, **named):
         yield from ((number, Transcription("hello")) for number, _ in enumerate(utterances))
 
     monkeypatch.setattr(module, "transcribe_events", heard)
     out = tmp_path / f"x{suffix}"
-    assert main(["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]) == 0
+    assert main(["transcribe", model, str(clips / "good.wav"), "--language", "en", "-o", str(out)]) == 0
     assert out.read_text().startswith(start + "hello\n")
 
 
@@ -132,7 +133,7 @@ def test_a_log_gets_lines_with_the_speed_so_far(model, clips, monkeypatch, capsy
     monkeypatch.setattr("canter.cli.progress.TranscriptionProgress.EVERY_SECONDS", 0.0)
     monkeypatch.setattr("canter.inference.engine.engine.EVENT_SECONDS", 0.0)
     files = [str(clips / name) for name in ("good.wav", "silence.wav", "bad-nan.wav")]
-    assert main(["transcribe", model, *files, "--lang", "en"]) == 1
+    assert main(["transcribe", model, *files, "--language", "en"]) == 1
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("transcribing: ")]
     share = re.compile(r"transcribing: ([\d.]+) of 2 s of audio \((\d+)%\), (\d) of 3 finished  RTFx [\d.]+  ")
@@ -149,13 +150,13 @@ def test_a_log_gets_lines_with_the_speed_so_far(model, clips, monkeypatch, capsy
 
 def test_a_file_of_one_utterance_refuses_two_before_any_work(model, clips, tmp_path, capsys):
     files = [str(clips / "good.wav"), str(clips / "silence.wav")]
-    assert main(["transcribe", model, *files, "--lang", "en", "-o", str(tmp_path / "x.srt")]) == 1
+    assert main(["transcribe", model, *files, "--language", "en", "-o", str(tmp_path / "x.srt")]) == 1
     assert "there are 2: name a folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_asked_for_reaches_the_engine(model, clips, tmp_path, monkeypatch):
-    import canter.inference.transcribe as module
+    import canter.inference.bulk as module
 
     seen = []
 
@@ -164,20 +165,20 @@ def test_what_is_asked_for_reaches_the_engine(model, clips, tmp_path, monkeypatc
         yield from ((number, Transcription("hello")) for number, _ in enumerate(utterances))
 
     monkeypatch.setattr(module, "transcribe_events", heard)
-    given = ["--lang", "de", "--beam", "3", "--length-penalty", "0.5", "--timestamps", "word", "--vad", "none",
-             "--task", "translate", "--no-fallback", "--batch-size", "7", "--window-seconds", "9"]  # fmt: skip
+    given = ["--language", "de", "--beam-size", "3", "--length-penalty", "0.5", "--timestamps", "word", "--vad", "none",
+             "--task", "translate", "--no-fallback", "--batch-size", "7", "--chunk-seconds", "9"]  # fmt: skip
     out = tmp_path / "x.jsonl"
     assert main(["transcribe", model, str(clips / "good.wav"), *given, "-o", str(out)]) == 0
     ((config, (utterance,), longest, asked),) = seen
     assert (config.beams, config.length_penalty, config.rows) == (3, 0.5, 7)
     assert (utterance.source_lang, utterance.target_lang, utterance.taskname) == ("de", "en", "translate")
     assert longest == float("inf")
-    assert (asked.timestamps, asked.vad, asked.window_seconds, asked.fallback) == ("word", "none", 9.0, None)
+    assert (asked.timestamps, asked.vad, asked.chunk_seconds, asked.fallback) == ("word", "none", 9.0, None)
     assert json.loads(out.read_text())["segments"] == [{"start": 0.0, "end": 1.0, "text": "hello"}]
 
 
 def test_joint_decoding_needs_a_ctc_head_and_its_alphabet(model, clips, tmp_path, capsys):
-    given = [str(clips / "good.wav"), "--lang", "en", "--ctc-weight", "0.4", "-o", str(tmp_path / "x.jsonl")]
+    given = [str(clips / "good.wav"), "--language", "en", "--ctc-weight", "0.4", "-o", str(tmp_path / "x.jsonl")]
     assert main(["transcribe", model, *given]) == 1
     assert "no CTC head" in capsys.readouterr().err
     loaded = load_model(model)
@@ -215,10 +216,10 @@ def test_formats_ask_for_the_times_they_need(tmp_path, kind, given, expected):
 
 def test_what_failed_writes_no_file_of_its_own(model, clips, tmp_path):
     bad = str(clips / "bad-empty.wav")
-    assert main(["transcribe", model, bad, "-o", str(tmp_path / "x.txt"), "--lang", "en"]) == 1
+    assert main(["transcribe", model, bad, "-o", str(tmp_path / "x.txt"), "--language", "en"]) == 1
     folder = tmp_path / "all"
     good = str(clips / "good.wav")
-    assert main(["transcribe", model, bad, good, "--lang", "en", "-o", str(folder), "--format", "all"]) == 1
+    assert main(["transcribe", model, bad, good, "--language", "en", "-o", str(folder), "--format", "all"]) == 1
     stems = {path.stem for path in folder.iterdir()}
     assert stems == {"good", "transcripts"}
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
@@ -239,7 +240,7 @@ def videos(clips, tmp_path) -> Path:
 
 def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
     """They are named after the recordings, none is silently left out, and each is there once it is transcribed."""
-    import canter.inference.transcribe as module
+    import canter.inference.bulk as module
 
     out = tmp_path / "subtitles"
     seen = []
@@ -250,7 +251,7 @@ def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
             yield number, Transcription("One two. Three.")
 
     monkeypatch.setattr(module, "transcribe_events", heard)
-    arguments = ["transcribe", model, str(videos), "--lang", "en", "--format", "srt", "-o", str(out)]
+    arguments = ["transcribe", model, str(videos), "--language", "en", "--format", "srt", "-o", str(out)]
     assert main(arguments) == 0
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert names == ["a.flac.srt", "a.wav.srt", "b.srt", "sub/a.srt"]
@@ -269,13 +270,13 @@ def test_subtitles_of_a_folder(model, videos, tmp_path, capsys, monkeypatch):
 
 
 def test_one_file_goes_to_stdout(model, clips, capsys, monkeypatch):
-    import canter.inference.transcribe as module
+    import canter.inference.bulk as module
 
     def heard(engine, tokenizer, utterances, longest, asked):
         yield 0, Transcription("One two. Three.")
 
     monkeypatch.setattr(module, "transcribe_events", heard)
-    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en"]
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--language", "en"]
     assert main(arguments) == 0
     assert capsys.readouterr().out == "One two. Three.\n"
     assert main([*arguments, "--format", "srt"]) == 0
@@ -288,16 +289,13 @@ def test_one_file_goes_to_stdout(model, clips, capsys, monkeypatch):
         (["--max-line-width", "0"], "max line width 0: at least 1"),
         (["--max-line-width", "30"], "--max-line-width: for subtitles, and the format is txt"),
         (["--cues", "sentence", "--format", "tsv"], "--cues: for subtitles, and the format is tsv"),
-        (
-            ["--highlight-words", "--format", "srt", "--timestamps", "segment"],
-            "leave out --timestamps segment",
-        ),
+        (["--highlight-words", "--format", "srt", "--timestamps", "segment"], "leave out --timestamps segment"),
         (["--skip-existing", "--format", "srt"], "name a folder"),
         (["--skip-existing", "-o", "folder"], "add --format srt"),
     ],
 )
 def test_options_of_subtitles_that_do_not_go_together(model, clips, capsys, given, message):
-    assert main(["transcribe", model, str(clips / "good.wav"), "--lang", "en", *given]) == 1
+    assert main(["transcribe", model, str(clips / "good.wav"), "--language", "en", *given]) == 1
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
@@ -306,18 +304,18 @@ def test_options_of_subtitles_that_do_not_go_together(model, clips, capsys, give
 def test_a_model_without_times_of_words(model, clips, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("canter.inference.engine.engine.Engine.aligns", False)
     out = tmp_path / "x.srt"
-    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en", "-o", str(out)]
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--language", "en", "-o", str(out)]
     assert main(arguments) == 0
     assert "in proportion to their characters" in capsys.readouterr().err
     assert out.exists()
     assert main([*arguments, "--max-line-width", "30", "--cues", "sentence"]) == 0
     capsys.readouterr()
     assert main([*arguments, "--max-line-width", "30"]) == 1
-    assert "cannot tell when a word was said" in capsys.readouterr().err
+    assert "cannot compute times of words" in capsys.readouterr().err
 
 
 def test_an_option_without_effect_says_so(model, clips, tmp_path, capsys):
-    given = ["--lang", "en", "-o", str(tmp_path / "x.srt"), "--max-line-count", "1"]
+    given = ["--language", "en", "-o", str(tmp_path / "x.srt"), "--max-line-count", "1"]
     assert main(["transcribe", model, str(clips / "good.wav"), *given]) == 0
     assert "max-line-count has no effect" in capsys.readouterr().err
 
@@ -329,9 +327,9 @@ def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clip
     late = tmp_path / "clips" / "late.wav"
     late.write_bytes(b"")
     out = tmp_path / "out.jsonl"
-    arguments = ["transcribe", model, str(tmp_path / "clips"), "--lang", "en", "-o", str(out), "--json"]
+    arguments = ["transcribe", model, str(tmp_path / "clips"), "--language", "en", "-o", str(out), "--json"]
     assert main(arguments) == 1
-    assert "out.jsonl.partial for when the rest is mended" in capsys.readouterr().err
+    assert "out.jsonl.partial; fix the failures" in capsys.readouterr().err
     late.write_bytes((clips / "good.wav").read_bytes())
     assert main(arguments) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -339,16 +337,10 @@ def test_once_what_failed_is_mended_the_others_are_not_decoded_again(model, clip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "out.jsonl"]
 
 
-def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, free_port):
+def test_two_ranks_share_a_manifest_and_resume_from_one(model, clips, tmp_path, free_port):
     """Both transcribe, rank 0 writes it all, and what one rank had done before stays done."""
     lines = [
-        {
-            "audio_filepath": str(clips / name),
-            "lang": "en",
-            "id": f"{name}{offset}",
-            "offset": offset,
-            "duration": 0.1,
-        }
+        {"audio_filepath": str(clips / name), "lang": "en", "id": f"{name}{offset}", "offset": offset, "duration": 0.1}
         for name in ("good.wav", "stereo.wav", "8khz.wav")
         for offset in (0.0, 0.1, 0.2, 0.3)
     ]
@@ -369,12 +361,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
         partial.add(utterance, Transcription("kept"))
     partial.close()
     with free_port() as port:
-        together = {
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "canter", *arguments, str(out), "--json"],
@@ -396,11 +383,7 @@ def test_two_ranks_share_a_manifest_and_go_on_from_one(model, clips, tmp_path, f
     expected = [json.loads(line) for line in alone.read_text().splitlines()]
     assert [row.get("pred_text") for row in rows[:3]] == ["kept"] * 3
     assert rows[3:] == expected[3:]
-    kept = [
-        "alone.jsonl.partial",
-        "out.jsonl.partial",
-        "out.jsonl.partial-1",
-    ]  # for when bad-nan.wav is mended
+    kept = ["alone.jsonl.partial", "out.jsonl.partial", "out.jsonl.partial-1"]  # for when bad-nan.wav is mended
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(["alone.jsonl", "m.jsonl", "out.jsonl", *kept])
 
@@ -411,14 +394,14 @@ def test_media_on_standard_input(model, clips, tmp_path, monkeypatch):
     audio._standard_input.cache_clear()
     with open(clips / "good.wav", "rb") as file:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
-        arguments = ["transcribe", model, "-", "--lang", "en", "--format", "txt", "-o", str(tmp_path / "out")]
+        arguments = ["transcribe", model, "-", "--language", "en", "--format", "txt", "-o", str(tmp_path / "out")]
         assert main(arguments) == 0
     assert (tmp_path / "out" / "stdin.txt").exists()
     audio._standard_input.cache_clear()
 
 
 def test_an_audio_track_that_is_not_there(model, clips, tmp_path, capsys):
-    arguments = ["transcribe", model, str(clips / "good.wav"), "--lang", "en", "--audio-track"]
+    arguments = ["transcribe", model, str(clips / "good.wav"), "--language", "en", "--audio-track"]
     assert main([*arguments, "1", "-o", str(tmp_path / "out.jsonl")]) == 1
     assert "has no audio track 1: it has one, counted from 0" in capsys.readouterr().err
     assert main([*arguments, "-1", "-o", str(tmp_path / "out.jsonl")]) == 1

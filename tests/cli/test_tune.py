@@ -13,7 +13,7 @@ from canter.training.config import ModelShape, TrainConfig, dump_config
 def files(tmp_path):
     """A configuration of a small model, and the lengths of 100 utterances."""
     shape = ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40)
-    config = TrainConfig(vocabulary=60, precision="float32", threads=1, model=shape)
+    config = TrainConfig(vocab_size=60, precision="float32", threads=1, model=shape)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     rng = np.random.default_rng(0)
     seconds = rng.uniform(1, 5, 100).astype(np.float32)
@@ -29,70 +29,30 @@ def tune(folder, *options):
 
 
 def test_a_configuration_is_measured_and_read_by_plan(files, capsys):
-    assert (
-        tune(
-            files,
-            "--limit",
-            "400MiB",
-            "--probes",
-            "8",
-            "--nemo",
-            "--buckets",
-            "2",
-            "--figures",
-            str(files / "b.png"),
-        )
-        == 0
-    )
-    told = capsys.readouterr()
-    assert "bucket_batch_size: [" in told.out
-    assert "memory explained within" in told.err
+    assert tune(files, "--memory", "400MiB", "--probes", "8", "--buckets", "2", "--figure", str(files / "b.png")) == 0
+    assert "memory explained within" in capsys.readouterr().err
     budget = Budget.load(files / "budget.json")
     assert budget.limit_bytes < 400 * 2**20
     assert budget.measured_on["precision"] == "float32"
     assert (files / "b.png").exists()
     assert len((files / "budget.probes.jsonl").read_text().splitlines()) == budget.measured_on["probes"]
-    assert main(["plan", str(files / "lengths.arrow"), "--budget", str(files / "budget.json"), "--json"]) == 0
-    assert tune(files, "--limit", "400MiB", "--probes", "8") == 0
+    planned = ["plan", str(files / "lengths.arrow"), "--budget", str(files / "budget.json")]
+    assert main([*planned, "--json"]) == 0
+    assert main([*planned, "--strategy", "bucket_2d", "--bins"]) == 0
+    assert "bucket_batch_size" in capsys.readouterr().out
+    assert tune(files, "--memory", "400MiB", "--probes", "8") == 0
     told = " ".join(capsys.readouterr().err.split())
     assert int(re.search(r"(\d+) steps", told)[1]) <= 3  # the warm-up, and what the first run had to repeat
     assert f"{budget.measured_on['probes']} probes of an earlier run" in told
 
 
-def test_simulated(files, capsys):
-    assert (
-        tune(
-            files,
-            "--simulate",
-            "2GiB",
-            "--reserve",
-            "1GiB",
-            "--probes",
-            "6",
-            "--sharding",
-            "ddp",
-            "--ranks",
-            "2",
-        )
-        == 0
-    )
-    budget = Budget.load(files / "budget.json")
-    assert budget.limit_bytes < 2**30
-    assert budget.measured_on["device"] == "simulated 2GiB"
-    assert budget.measured_on["ranks"] == 2
-    assert "simulated: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--limit", "many"), "'many' is no amount of memory"),
+        (("--memory", "many"), "--memory is 'many'; give a size"),
         (("--probes", "0"), "--probes is 0; it must be at least 1"),
-        (("--simulate", "80foo"), "'80foo' is no amount of memory"),
-        (("--limit", "900TB"), "is more than the"),
-        (("--limit", "100MiB", "--reserve", "200MiB"), "leaves nothing of"),
-        (("--limit", "1MiB"), "not even one utterance"),
-        (("--sharding", "fsdp"), "--ranks is 1; sharding needs 2"),
+        (("--memory", "900TB"), "is more than the"),
+        (("--memory", "1MiB"), "not even one utterance"),
     ],
 )
 def test_what_cannot_be(files, capsys, options, message):

@@ -15,15 +15,13 @@ from canter.corpus.audio import (
     audio_blocks,
     audio_info,
     audio_seconds,
-    container_of,
     decode_utterance,
     load_audio,
     load_utterance,
-    member_ref,
     stated_seconds,
 )
-from canter.corpus.ffmpeg import open_coded
-from canter.corpus.tar import Member, walk_tar
+from canter.corpus.containers import Member, member_ref, walk_tar
+from canter.corpus.ffmpeg import open_ffmpeg_track
 from canter.corpus.utterance import Utterance
 from canter.errors import AudioError
 
@@ -72,7 +70,7 @@ def test_rounded_durations_are_forgiven_and_wrong_ones_not(wav):
 
 
 def both(utterance, **options):
-    """What the two ways to read an utterance give, which must be the same."""
+    """Return the results of the two ways to read an utterance, which must be equal."""
     whole, *blocks = load_utterance(utterance, **options), *audio_blocks(utterance, seconds=0.3, **options)
     return whole, np.concatenate(blocks)
 
@@ -193,11 +191,7 @@ def test_flac_of_unstated_length(tmp_path):
     whole = load_audio(tmp_path / "a.flac")
     path = unstated(tmp_path / "a.flac")
     assert audio_seconds(path) == 2.0
-    for offset, duration, start, stop in (
-        (None, 2.0, 0, 32000),
-        (0.0, 0.5, 0, 8000),
-        (0.75, 0.5, 12000, 20000),
-    ):
+    for offset, duration, start, stop in ((None, 2.0, 0, 32000), (0.0, 0.5, 0, 8000), (0.75, 0.5, 12000, 20000)):
         for found in both(Utterance(path, duration, "", offset)):
             np.testing.assert_array_equal(found, whole[start:stop])
     np.testing.assert_array_equal(load_audio(path, offset=1.5), whole[24000:])
@@ -216,7 +210,7 @@ def test_rates_and_channels_that_no_recording_has(tmp_path, rate, channels):
             read(path)
 
 
-def test_a_block_holds_so_many_samples_of_all_channels(wav, monkeypatch):
+def test_a_block_counts_samples_of_all_channels(wav, monkeypatch):
     monkeypatch.setattr(canter.corpus.audio, "BLOCK_SAMPLES", 1000)
     blocks = [*audio_blocks(Utterance(str(wav), 1.0, ""))]
     assert [len(block) for block in blocks] == [1000] * 16
@@ -262,8 +256,6 @@ def test_members_of_tars_by_name_and_by_range(tar, wav):
     member = next(one for one in walk_tar(str(tar)) if isinstance(one, Member) and one.name == "b.wav")
     ref = member_ref(tar, member.name, member.start, member.size)
     np.testing.assert_array_equal(load_audio(ref, offset=0.5, duration=0.25), whole[8000:12000])
-    assert container_of(ref) == str(tar)
-    assert container_of(str(wav)) == str(wav)
 
 
 def test_members_that_are_not_there(tar):
@@ -275,7 +267,7 @@ def test_members_that_are_not_there(tar):
         load_audio(f"{tar}x::a.wav")
 
 
-def test_unsafe_and_torn_tars_are_told(tar):
+def test_unsafe_and_torn_tars_are_reported(tar):
     found = list(walk_tar(str(tar)))
     assert [one.line for one in found if not isinstance(one, Member)] == [2, 3]
     data = tar.read_bytes()
@@ -319,7 +311,7 @@ class Watched(io.FileIO):
         return data
 
 
-def test_of_a_long_m4a_the_segment_alone_is_decoded(tmp_path):
+def test_only_the_segment_of_a_long_m4a_is_decoded(tmp_path):
     path = tmp_path / "a.m4a"
     phase = np.cumsum(np.linspace(200, 2000, 40 * 16000)) / 16000  # a sweep: no two stretches are alike
     m4a(path, (0.5 * np.sin(2 * math.pi * phase)).astype(np.float32))
@@ -329,7 +321,7 @@ def test_of_a_long_m4a_the_segment_alone_is_decoded(tmp_path):
         wanted = whole[round(offset * 16000) :][: len(found)]
         assert len(found) == round(duration * 16000)
         assert np.abs(found - wanted).mean() < 0.05 * np.abs(wanted).mean()
-    with Watched(path) as file, open_coded(str(path), file, "") as coded:
+    with Watched(path) as file, open_ffmpeg_track(str(path), file, "") as coded:
         next(coded.read(32 * 16000, 16000))
         assert file.taken < path.stat().st_size / 2
     with pytest.raises(AudioError, match=r"gives 1\.\d+ s from 39 s on where the manifest says 2\.00 s"):
@@ -375,12 +367,7 @@ def test_a_rate_that_would_fill_the_memory(tmp_path):
     data = bytearray(wav_bytes(tone()))
     data[24:28] = (1).to_bytes(4, "little")
     path.write_bytes(data)
-    for read in (
-        load_audio,
-        audio_seconds,
-        audio_info,
-        lambda path: decode_utterance(Utterance(str(path), 1.0, "")),
-    ):
+    for read in (load_audio, audio_seconds, audio_info, lambda path: decode_utterance(Utterance(str(path), 1.0, ""))):
         with pytest.raises(AudioError, match="claims 1 channels at 1 Hz, which no recording has"):
             read(path)
 
@@ -417,7 +404,7 @@ def damaged_flac(tmp_path):
 
 
 @pytest.mark.parametrize("ffmpeg", [True, False])
-def test_a_damaged_frame_of_flac_is_silent_and_the_rest_in_its_place(damaged_flac, monkeypatch, ffmpeg):
+def test_a_damaged_frame_of_flac_is_silent_and_others_in_place(damaged_flac, monkeypatch, ffmpeg):
     if not ffmpeg:
         monkeypatch.setitem(sys.modules, "av", None)
     path, samples = damaged_flac

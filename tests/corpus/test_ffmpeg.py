@@ -141,7 +141,7 @@ def test_a_media_file_that_is_cut_short(tmp_path, encode, container):
 
 
 @pytest.mark.parametrize("kind", ["OGG", "MP3"])
-def test_the_rest_of_a_damaged_sound_file_keeps_its_place(tmp_path, kind):
+def test_audio_after_damage_keeps_its_place(tmp_path, kind):
     path, data = tmp_path / "a", io.BytesIO()
     samples = np.random.default_rng(0).normal(0, 0.1, 12 * RATE).astype(np.float32)
     samples[10 * RATE :] = 0

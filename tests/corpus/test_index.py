@@ -12,8 +12,8 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-import canter.corpus.parts
-from canter.corpus.build import build_index
+import canter.corpus.build
+from canter.corpus.build import index_sources
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex, Source, skipped_path
 from canter.corpus.manifest import Utterance, write_manifest
@@ -38,12 +38,7 @@ class Letters:
 
 def rows(count, start=0, **fields):
     return [
-        {
-            "audio_filepath": f"{number}.wav",
-            "duration": 1 + number / 8,
-            "text": "x" * (number % 7 + 1),
-            **fields,
-        }
+        {"audio_filepath": f"{number}.wav", "duration": 1 + number / 8, "text": "x" * (number % 7 + 1), **fields}
         for number in range(start, start + count)
     ]
 
@@ -65,16 +60,12 @@ def test_from_arrays_and_back(tmp_path):
     np.testing.assert_array_equal(again.seconds, index.seconds)
     np.testing.assert_array_equal(again.tokens, index.tokens)
     np.testing.assert_array_equal(again.source_of, [0, 1, 1])
-    assert (again.seconds.dtype, again.tokens.dtype, again.source_of.dtype) == (
-        np.float32,
-        np.uint16,
-        np.uint16,
-    )
+    assert (again.seconds.dtype, again.tokens.dtype, again.source_of.dtype) == (np.float32, np.uint16, np.uint16)
     assert [source.name for source in again.sources] == ["a", "b"]
     assert "_fingerprint" in vars(again), "it is in the header: opening must not read the columns"
     assert again.fingerprint == index.fingerprint
     np.testing.assert_allclose(again.weights, [1 / 3, 2 / 3])
-    with pytest.raises(ManifestError, match="lengths alone, so row 1 has no audio"):
+    with pytest.raises(ManifestError, match="only lengths, so row 1 has no audio"):
         again.utterance(1)
 
 
@@ -84,9 +75,9 @@ def test_from_arrays_and_back(tmp_path):
         (([1.0, float("nan")], [1, 1]), "row 1: duration nan"),
         (([1.0, -2], [1, 1]), r"row 1: duration -2\.0"),
         (([1.0], [1, 2]), "must both be of shape"),
-        (([], []), "whole numbers|at least one row"),
+        (([], []), "integers|at least one row"),
         (([1.0], [70000]), "row 0: 70000 tokens"),
-        (([1.0], [1.5]), "must be whole numbers"),
+        (([1.0], [1.5]), "must be integers"),
         (([1.0], [1], ["a", "b"]), "2 sources need source_of"),
         (([1.0], [1], ["a"], [1]), "source_of must lie in"),
         (([1.0], [1], ["a"], [0, 0]), "must be of shape"),
@@ -139,7 +130,7 @@ def test_an_opened_index_is_mapped_read_only_and_pickled_by_path(tmp_path):
     assert memory.tokens.tolist() == [2]
 
 
-def test_what_is_no_index(tmp_path):
+def test_files_that_are_not_an_index_are_refused(tmp_path):
     with pytest.raises(ManifestError, match=r"does not exist; make it with: canter index"):
         LengthIndex.open(tmp_path / "none.arrow")
     (tmp_path / "words.arrow").write_bytes(b"words" * 100)
@@ -173,14 +164,14 @@ def test_sources_are_checked():
 def test_characters_and_bytes_are_counted(tmp_path):
     write_manifest(tmp_path / "m.jsonl", [{"audio_filepath": "a", "duration": 1, "text": "Grüße"}])
     for unit, count in (("chars", 5), ("bytes", 7)):
-        index = build_index(tmp_path / "m.jsonl", tmp_path / "l.arrow", UnitCounter(unit), prompt_tokens=2)
+        index = index_sources(tmp_path / "m.jsonl", tmp_path / "l.arrow", UnitCounter(unit), prompt_tokens=2)
         assert index.tokens.tolist() == [2 + count + 1]
     with pytest.raises(ConfigError, match="'words' cannot be counted"):
         UnitCounter("words")
 
 
 def test_every_row_is_counted_and_found_again(tmp_path, manifest):
-    index = build_index(manifest, tmp_path / "l.arrow", Letters(), prompt_tokens=3)
+    index = index_sources(manifest, tmp_path / "l.arrow", Letters(), prompt_tokens=3)
     assert len(index) == 20
     for number in range(20):
         row = index.utterance(number)
@@ -195,21 +186,18 @@ def test_every_row_is_counted_and_found_again(tmp_path, manifest):
 
 def test_num_tokens_needs_no_tokenizer(tmp_path):
     write_manifest(tmp_path / "m.jsonl", rows(3, num_tokens=17))
-    assert build_index(tmp_path / "m.jsonl", tmp_path / "l.arrow").tokens.tolist() == [17] * 3
+    assert index_sources(tmp_path / "m.jsonl", tmp_path / "l.arrow").tokens.tolist() == [17] * 3
     write_manifest(tmp_path / "n.jsonl", rows(3))
     with pytest.raises(ManifestError, match="num_tokens missing: name a tokenizer"):
-        build_index(tmp_path / "n.jsonl", tmp_path / "l.arrow")
+        index_sources(tmp_path / "n.jsonl", tmp_path / "l.arrow")
 
 
 def test_bad_rows_are_counted_listed_and_kept_beside_the_index(tmp_path, manifest):
-    bad = [
-        {"audio_filepath": "a", "duration": -1, "text": "x"},
-        {"audio_filepath": "b", "duration": 2, "text": "?"},
-    ]
+    bad = [{"audio_filepath": "a", "duration": -1, "text": "x"}, {"audio_filepath": "b", "duration": 2, "text": "?"}]
     with open(manifest, "a") as file:
         file.write("{\n" + "".join(json.dumps(row) + "\n" for row in [*bad, rows(1)[0]]))
         file.write(json.dumps({"audio_filepath": "c", "duration": 1, "text": "y" * 70_000}))
-    index = build_index(manifest, tmp_path / "l.arrow", Letters())
+    index = index_sources(manifest, tmp_path / "l.arrow", Letters())
     assert len(index) == 20
     told = {
         "invalid JSON": 21,
@@ -226,11 +214,11 @@ def test_bad_rows_are_counted_listed_and_kept_beside_the_index(tmp_path, manifes
 def test_sources_without_a_usable_row_say_why(tmp_path, manifest):
     (tmp_path / "bad.jsonl").write_text("{\n[]\n")
     with pytest.raises(ManifestError, match=r"bad\.jsonl has no usable row:\n.*bad\.jsonl:1: invalid JSON"):
-        build_index([manifest, tmp_path / "bad.jsonl"], tmp_path / "l.arrow", Letters())
+        index_sources([manifest, tmp_path / "bad.jsonl"], tmp_path / "l.arrow", Letters())
     with pytest.raises(ManifestError, match="does not exist"):
-        build_index(tmp_path / "none.jsonl", tmp_path / "l.arrow", Letters())
+        index_sources(tmp_path / "none.jsonl", tmp_path / "l.arrow", Letters())
     with pytest.raises(ManifestError, match="nothing to index"):
-        build_index([], tmp_path / "l.arrow", Letters())
+        index_sources([], tmp_path / "l.arrow", Letters())
 
 
 def test_a_large_file_is_read_in_parts_with_the_same_result(tmp_path, monkeypatch):
@@ -240,9 +228,9 @@ def test_a_large_file_is_read_in_parts_with_the_same_result(tmp_path, monkeypatc
     lines[50:50] = ["\n", "{\n", "\n"]
     lines += ["\n", lines[3]]
     path.write_text("".join(lines))
-    whole = build_index(path, tmp_path / "whole.arrow", Letters())
-    monkeypatch.setattr(canter.corpus.parts, "PART_BYTES", 500)
-    parts = build_index(path, tmp_path / "parts.arrow", Letters())
+    whole = index_sources(path, tmp_path / "whole.arrow", Letters())
+    monkeypatch.setattr(canter.corpus.build, "PART_BYTES", 500)
+    parts = index_sources(path, tmp_path / "parts.arrow", Letters())
     assert len(list((tmp_path / "parts.arrow.parts").glob("*.npz"))) > 10
     for name in ("seconds", "tokens", "places", "problems", "skipped", "shards", "fingerprint"):
         np.testing.assert_equal(getattr(parts, name), getattr(whole, name))
@@ -255,15 +243,15 @@ def test_parts_already_read_are_not_read_again(tmp_path):
         write_manifest(tmp_path / f"{name}.jsonl", rows(5, start=5 * ord(name)))
     paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
     tokenizer = Letters()
-    build_index(paths[:2], tmp_path / "l.arrow", tokenizer)
+    index_sources(paths[:2], tmp_path / "l.arrow", tokenizer)
     assert tokenizer.calls == 10
-    index = build_index(paths, tmp_path / "l.arrow", tokenizer)
+    index = index_sources(paths, tmp_path / "l.arrow", tokenizer)
     assert tokenizer.calls == 15, "only the new source"
     assert len(index) == 15
-    build_index(paths, tmp_path / "l.arrow", tokenizer, prompt_tokens=1)
+    index_sources(paths, tmp_path / "l.arrow", tokenizer, prompt_tokens=1)
     assert tokenizer.calls == 30, "another prompt is another count"
     write_manifest(paths[0], rows(6))
-    build_index(paths, tmp_path / "l.arrow", tokenizer, prompt_tokens=1)
+    index_sources(paths, tmp_path / "l.arrow", tokenizer, prompt_tokens=1)
     assert tokenizer.calls == 36, "a changed file is read again"
     assert len(list((tmp_path / "l.arrow.parts").iterdir())) == 3, "parts of no further use are removed"
 
@@ -271,15 +259,15 @@ def test_parts_already_read_are_not_read_again(tmp_path):
 def test_nothing_but_parts_is_removed_and_no_other_index_has_them(tmp_path, manifest):
     write_manifest(tmp_path / "n.jsonl.gz", rows(3))
     (tmp_path / "n.jsonl.gz").write_bytes(gzip.compress((tmp_path / "n.jsonl.gz").read_bytes()))
-    first = build_index(tmp_path / "n.jsonl.gz", tmp_path / "x", Letters())
+    first = index_sources(tmp_path / "n.jsonl.gz", tmp_path / "x", Letters())
     (tmp_path / "x.arrow.parts").mkdir()
     (tmp_path / "x.arrow.parts" / "notes.txt").write_text("not ours")
-    build_index(manifest, tmp_path / "x.arrow", Letters())
+    index_sources(manifest, tmp_path / "x.arrow", Letters())
     assert (tmp_path / "x.arrow.parts" / "notes.txt").exists()
     assert first.utterance(2).audio_filepath == f"{tmp_path}/2.wav"
 
 
-def test_an_interrupted_build_goes_on(tmp_path):
+def test_an_interrupted_build_resumes(tmp_path):
     for name in "abc":
         write_manifest(tmp_path / f"{name}.jsonl", rows(5, start=5 * ord(name)))
 
@@ -291,9 +279,9 @@ def test_an_interrupted_build_goes_on(tmp_path):
 
     paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
     with pytest.raises(KeyboardInterrupt):
-        build_index(paths, tmp_path / "l.arrow", Interrupted())
+        index_sources(paths, tmp_path / "l.arrow", Interrupted())
     tokenizer = Letters()
-    index = build_index(paths, tmp_path / "l.arrow", tokenizer)
+    index = index_sources(paths, tmp_path / "l.arrow", tokenizer)
     assert tokenizer.calls == 5
     assert len(index) == 15
 
@@ -302,14 +290,14 @@ def test_workers_agree_with_one_process(tmp_path):
     for name in "ab":
         write_manifest(tmp_path / f"{name}.jsonl", rows(50, start=5 * ord(name)))
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    one = build_index(paths, tmp_path / "one.arrow", UnitCounter("bytes"))
-    two = build_index(paths, tmp_path / "two.arrow", UnitCounter("bytes"), workers=2)
+    one = index_sources(paths, tmp_path / "one.arrow", UnitCounter("bytes"))
+    two = index_sources(paths, tmp_path / "two.arrow", UnitCounter("bytes"), workers=2)
     assert one.fingerprint == two.fingerprint
     np.testing.assert_array_equal(one.places, two.places)
 
 
 def test_a_changed_or_lost_manifest_is_noticed(tmp_path, manifest):
-    index = build_index(manifest, tmp_path / "l.arrow", Letters())
+    index = index_sources(manifest, tmp_path / "l.arrow", Letters())
     text = manifest.read_text()
     manifest.write_text(text[:-40])
     with pytest.raises(ManifestError, match=r"has changed since it was indexed \(row 19\)"):
@@ -325,18 +313,15 @@ def test_a_changed_or_lost_manifest_is_noticed(tmp_path, manifest):
 def test_a_folder_with_its_index_can_move(tmp_path):
     (tmp_path / "old").mkdir()
     write_manifest(tmp_path / "old" / "m.jsonl", rows(3))
-    build_index(tmp_path / "old" / "m.jsonl", tmp_path / "old" / "l.arrow", Letters())
+    index_sources(tmp_path / "old" / "m.jsonl", tmp_path / "old" / "l.arrow", Letters())
     (tmp_path / "old").rename(tmp_path / "new")
     assert LengthIndex.open(tmp_path / "new" / "l.arrow").utterance(2).audio_filepath == f"{tmp_path}/new/2.wav"
 
 
 def test_tags_stand_in_for_missing_fields_and_count(tmp_path, manifest):
     write_manifest(tmp_path / "n.jsonl", rows(2, lang="en"))
-    sources = [
-        Source(str(manifest), tags={"lang": "de"}),
-        Source(str(tmp_path / "n.jsonl"), tags={"lang": "de"}),
-    ]
-    index = build_index(sources, tmp_path / "l.arrow", Letters())
+    sources = [Source(str(manifest), tags={"lang": "de"}), Source(str(tmp_path / "n.jsonl"), tags={"lang": "de"})]
+    index = index_sources(sources, tmp_path / "l.arrow", Letters())
     assert index.utterance(0).lang == "de"
     assert index.utterance(20).lang == "en"
     assert index.tokens[0] == 1 + 1 + 1
@@ -348,14 +333,14 @@ def test_groups_become_weights(tmp_path):
     for name, count in (("a", 10), ("b", 30), ("c", 60)):
         write_manifest(tmp_path / f"{name}.jsonl", rows(count))
         sources.append(Source(str(tmp_path / f"{name}.jsonl")))
-    natural = build_index(sources, tmp_path / "l.arrow", Letters())
+    natural = index_sources(sources, tmp_path / "l.arrow", Letters())
     np.testing.assert_allclose(natural.weights, [0.1, 0.3, 0.6])
     a, b, c = sources
     nested = Group([Group([a, b], weight=3.0), replace(c, weight=1.0)])
-    np.testing.assert_allclose(build_index(nested, tmp_path / "l.arrow", Letters()).weights, [3 / 16, 9 / 16, 1 / 4])
+    np.testing.assert_allclose(index_sources(nested, tmp_path / "l.arrow", Letters()).weights, [3 / 16, 9 / 16, 1 / 4])
     flat = Group(sources, temperature=0.0)
-    np.testing.assert_allclose(build_index(flat, tmp_path / "l.arrow", Letters()).weights, [1 / 3] * 3)
-    half = build_index(Group(sources, temperature=0.5), tmp_path / "l.arrow", Letters()).weights
+    np.testing.assert_allclose(index_sources(flat, tmp_path / "l.arrow", Letters()).weights, [1 / 3] * 3)
+    half = index_sources(Group(sources, temperature=0.5), tmp_path / "l.arrow", Letters()).weights
     np.testing.assert_allclose(half, np.sqrt([1, 3, 6]) / np.sqrt([1, 3, 6]).sum())
 
 
@@ -364,8 +349,8 @@ def test_durations_can_be_measured(tmp_path):
     lines = [{"audio_filepath": name, "text": "x"} for name in ("a.wav", "b.wav")]
     write_manifest(tmp_path / "m.jsonl", lines)
     with pytest.raises(ManifestError, match="duration missing: give it in seconds, or let --measure-durations"):
-        build_index(tmp_path / "m.jsonl", tmp_path / "l.arrow", Letters())
-    index = build_index(tmp_path / "m.jsonl", tmp_path / "l.arrow", Letters(), measure_durations=True)
+        index_sources(tmp_path / "m.jsonl", tmp_path / "l.arrow", Letters())
+    index = index_sources(tmp_path / "m.jsonl", tmp_path / "l.arrow", Letters(), measure_durations=True)
     assert index.seconds.tolist() == [1.5]
     assert index.skipped == {"audio cannot be read": 1}
     assert index.utterance(0).duration == 1.5
@@ -386,7 +371,7 @@ def test_a_source_is_named_after_its_path(path, name):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_changed_byte_is_found_wherever_it_is(tmp_path, seed):
-    """Or the file is no index any more; what is opened is what was written."""
+    """If the file is not an index any more, the opened one keeps the values that were written."""
     path = tmp_path / "lengths.arrow"
     random = np.random.default_rng(seed)
     sources = [Source("a.jsonl", tags={"lang": "de"}), Source("b.jsonl")]

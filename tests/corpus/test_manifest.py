@@ -1,4 +1,4 @@
-"""NeMo manifests: what is read, what is refused and how it is told."""
+"""NeMo manifests: accepted rows, refused rows, and the messages about them."""
 
 import contextlib
 import gzip
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from canter.corpus.manifest import (
     Problem,
     Utterance,
+    checked_rows,
     count_problems,
     expand_shards,
     read_manifest,
     scan_lines,
-    usable,
     utterance_from_line,
     utterance_from_row,
     without_sub,
@@ -46,18 +46,7 @@ def test_every_field_is_read(tmp_path):
     }  # fmt: skip
     (found,) = read_manifest(lines(tmp_path / "m.jsonl", row))
     assert found == Utterance(
-        f"{tmp_path}/a.wav",
-        1.5,
-        "hello",
-        2.0,
-        "en",
-        "en",
-        "de",
-        "s2t",
-        "yes",
-        num_tokens=9,
-        id="7",
-        channel_selector=1,
+        f"{tmp_path}/a.wav", 1.5, "hello", 2.0, "en", "en", "de", "s2t", "yes", num_tokens=9, id="7", channel_selector=1
     )
 
 
@@ -244,7 +233,7 @@ def test_usable_yields_each_utterance_once(kinds):
     distinct = len({kind for kind in kinds if kind in ("a", "b")})
     found = []
     try:
-        for row in usable(enumerate(rows, 1), "f"):
+        for row in checked_rows(enumerate(rows, 1), "f"):
             found.append(row)
     except ManifestError:
         assert distinct == 0

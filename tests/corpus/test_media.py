@@ -12,9 +12,10 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from canter.corpus.columns import ReadOptions
 from canter.corpus.manifest import Problem, Utterance
-from canter.corpus.media import HEAD, format_of, is_data, is_media, media_in
-from canter.corpus.readers.folder import read_folder
+from canter.corpus.media import HEAD, container_format, is_data, is_media, media_in
+from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.sources import units_of
 from canter.errors import ManifestError
 
@@ -45,7 +46,7 @@ def sound(kind: str) -> bytes:
     ],
 )
 def test_sound_files_by_their_first_bytes(kind, name):
-    assert format_of(sound(kind)[:HEAD]) == name
+    assert container_format(sound(kind)[:HEAD]) == name
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_sound_files_by_their_first_bytes(kind, name):
 )
 def test_media_files_by_their_first_bytes(encode, container, codec):
     data = encode(container, np.tile(NOISE, 3), codec=codec, rate=48000)
-    assert format_of(data[:HEAD])
+    assert container_format(data[:HEAD])
 
 
 @pytest.mark.parametrize(
@@ -84,13 +85,13 @@ def test_media_files_by_their_first_bytes(encode, container, codec):
     ],
 )
 def test_other_files(content):
-    assert format_of(content) is None
+    assert container_format(content) is None
 
 
 @given(st.binary(max_size=600))
 def test_text_and_chance_are_no_media(content):
-    assert format_of(content.hex().encode()) is None
-    format_of(content)
+    assert container_format(content.hex().encode()) is None
+    container_format(content)
     is_data(content)
 
 
@@ -142,18 +143,12 @@ def test_folders_are_searched_by_content(folder):
     assert [os.path.relpath(one, folder) for one in media] == [
         "a.wav", "clip.mov", "noname", "sub/b.mpga", "wrong.txt"
     ]  # fmt: skip
-    assert [os.path.basename(one) for one in others] == [
-        "a.txt",
-        "code.ts",
-        "data.json",
-        "notes.md",
-        "pipe.wav",
-    ]
+    assert [os.path.basename(one) for one in others] == ["a.txt", "code.ts", "data.json", "notes.md", "pipe.wav"]
 
 
 def test_a_folder_as_training_data_counts_what_it_does_not_take(folder):
     pytest.importorskip("av", reason="the extra 'av' is not installed")
-    rows = [row for _, row in read_folder(str(folder), require_text=False)]
+    rows = [row for _, row in read_media_folder(str(folder), ReadOptions(require_text=False))]
     assert [os.path.basename(row.audio_filepath) for row in rows if isinstance(row, Utterance)] == [
         "a.wav", "clip.mov", "noname", "b.mpga", "wrong.txt"
     ]  # fmt: skip

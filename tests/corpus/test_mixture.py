@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from canter.corpus.columns import Columns
 from canter.corpus.index import Source
-from canter.corpus.mixture import Group, leaves, read_mixture, shares
+from canter.corpus.mixture import Group, fractions, leaves, read_mixture
 from canter.errors import CanterError, ConfigError, ManifestError
 
 
@@ -34,14 +35,21 @@ def test_nested_groups_with_tags(tmp_path):
     assert (a.path, a.audio) == ("/data/m__OP_0..3_CL_.json", "/data/a__OP_0..3_CL_.tar")
     assert (b.path, b.tags) == (f"{tmp_path}/b.jsonl", {"lang": "fr", "pnc": "yes"})
     assert (c.path, c.tags) == (f"{tmp_path}/c.jsonl.gz", {"lang": "de", "pnc": "yes"})
-    np.testing.assert_allclose(shares(group, [1, 1, 1]), [0.6, 0.3, 0.1])
+    np.testing.assert_allclose(fractions(group, [1, 1, 1]), [0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("name", ["language_column", "lang_column"])
+def test_the_language_column_has_a_second_name_in_old_files(tmp_path, name):
+    (tmp_path / "mix.yaml").write_text(f"- {{path: a.csv, {name}: tongue, text_column: said}}\n")
+    (source,) = leaves(read_mixture(tmp_path / "mix.yaml"))
+    assert source.columns == Columns("said", "tongue", "")
 
 
 def test_temperature_goes_down_into_groups_until_another_is_given():
     a, b = Source("a", weight=1.0), Source("b", weight=4.0)
-    np.testing.assert_allclose(shares(Group([a, b], temperature=0.5), [1, 1]), [1 / 3, 2 / 3])
+    np.testing.assert_allclose(fractions(Group([a, b], temperature=0.5), [1, 1]), [1 / 3, 2 / 3])
     nested = Group([Group([a, b], weight=9.0), Group([a, b], weight=1.0, temperature=1.0)], temperature=0.5)
-    np.testing.assert_allclose(shares(nested, [1] * 4), [0.75 / 3, 0.75 * 2 / 3, 0.25 / 5, 0.25 * 4 / 5])
+    np.testing.assert_allclose(fractions(nested, [1] * 4), [0.75 / 3, 0.75 * 2 / 3, 0.25 / 5, 0.25 * 4 / 5])
 
 
 members = st.recursive(
@@ -52,9 +60,9 @@ members = st.recursive(
 
 
 @given(members)
-def test_shares_are_shares(member):
+def test_shares_are_fractions(member):
     group = Group([member])
-    found = shares(group, [3] * sum(1 for _ in leaves(group)))
+    found = fractions(group, [3] * sum(1 for _ in leaves(group)))
     assert found.sum() == pytest.approx(1)
     assert (found > 0).all()
 
@@ -69,14 +77,11 @@ def test_shares_are_shares(member):
         ("- {weight: 1}", "must name its data by one of path"),
         ("- {path: a, cuts_path: b}", "must name its data"),
         ("- {path: a, wieght: 1}", "unknown setting 'wieght'"),
-        ("- {path: a, weight: x}", "weight 'x' is not a number"),
+        ("- {path: a, weight: x}", "weight: expected float, found 'x'"),
         ("- {path: a, weight: 0}", "weight 0.0 would never be drawn"),
         ("- {path: a, weight: 1}\n- {path: b}", "b has no weight while others in mix.yaml"),
         ("- {path: a, tags: {lang: no}}", "tag lang is False, not a string; quote it"),
-        (
-            "tags: {context: a}\ninput_cfg: [{path: a}]",
-            r"tag 'context' is none of those that Canter reads \(lang, ",
-        ),
+        ("tags: {context: a}\ninput_cfg: [{path: a}]", r"tag 'context' is none of those that Canter reads \(lang, "),
         ("- {path: a, tags: [lang]}", "tags must be names and strings"),
         ("- {path: a, tags: {1: x}}", "tag 1 is none of"),
         ("- {path: a, tags: {language: en}}", "tag 'language' is none of"),

@@ -1,4 +1,4 @@
-"""URLs from a real server: what goes wrong is told as it is, and without passwords and signatures."""
+"""URLs from a real server: errors are reported by their cause, without passwords and signatures."""
 
 import http.server
 import io
@@ -53,7 +53,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def closed() -> str:
-    """An address at which nobody listens."""
+    """An address without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         return f"127.0.0.1:{found.getsockname()[1]}"
 
@@ -70,7 +70,7 @@ READ = [remote.size_of, remote.stamp, remote.read_bytes, lambda url: remote.open
         (500, "the server answers 500 Internal Server Error"),
     ],
 )
-def test_what_the_server_says_is_told(server, read, status, reason):
+def test_server_errors_are_reported(server, read, status, reason):
     with pytest.raises(OSError, match=reason) as found:
         read(f"http://u:{SECRET}@{server}/{status}/a.wav?sig={SECRET}")
     assert not isinstance(found.value, FileNotFoundError)
@@ -100,10 +100,7 @@ def test_a_name_that_cannot_be_resolved(monkeypatch):
 def test_audio_errors_name_the_url_without_its_secrets(server, closed):
     assert len(load_audio(f"http://u:{SECRET}@{server}/200/a.wav?sig={SECRET}")) == 3000
     for url, reason in [
-        (
-            f"http://u:{SECRET}@{server}/403/a.wav?sig={SECRET}",
-            "cannot be read: the server answers 403 Forbidden",
-        ),
+        (f"http://u:{SECRET}@{server}/403/a.wav?sig={SECRET}", "cannot be read: the server answers 403 Forbidden"),
         (f"http://u:{SECRET}@{closed}/a.wav?sig={SECRET}", "refuses the connection"),
         (f"http://u:{SECRET}@{server}/404/a.wav?sig={SECRET}", "does not exist"),
     ]:
@@ -149,12 +146,7 @@ def test_and_allowed_again(monkeypatch, value):
 def test_the_option_holds_for_one_command(tmp_path, server, capsys, monkeypatch):
     """The row is left out and named; a later command takes it."""
     monkeypatch.delenv(remote.NO_URLS, raising=False)
-    row = {
-        "audio_filepath": f"http://u:{SECRET}@{server}/200/a.wav",
-        "duration": 0.2,
-        "text": "one",
-        "num_tokens": 3,
-    }
+    row = {"audio_filepath": f"http://u:{SECRET}@{server}/200/a.wav", "duration": 0.2, "text": "one", "num_tokens": 3}
     rows = [row, row | {"audio_filepath": "/data/b.wav"}]
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("".join(json.dumps(one) + "\n" for one in rows))

@@ -7,11 +7,13 @@ import socket
 import pytest
 
 from canter.corpus.audio import audio_seconds, load_audio
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
+from canter.corpus.columns import ReadOptions
 from canter.corpus.counting import UnitCounter
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem
 from canter.corpus.mixture import read_mixture
+from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.sources import open_source
 from canter.errors import AudioError, ConfigError, ManifestError
 
@@ -19,15 +21,15 @@ NAMES = ("a.jsonl", "a.jsonl.gz", "a.tar", "a.tsv", "a.arrow", "a.parquet", "a.j
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pipe_is_no_manifest(tmp_path, name):
+def test_a_pipe_is_refused_as_manifest(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ManifestError, match="cannot be read: a named pipe, not a regular file; write it to a file"):
         list(open_source(tmp_path / name))
     with pytest.raises(ManifestError, match="a named pipe, not a regular file"):
-        build_index(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
+        index_sources(tmp_path / name, tmp_path / "lengths.arrow", UnitCounter("bytes"))
 
 
-def test_a_pipe_is_no_mixture_and_no_index(tmp_path):
+def test_a_pipe_is_refused_as_mixture_and_index(tmp_path):
     os.mkfifo(tmp_path / "mix.yaml")
     os.mkfifo(tmp_path / "lengths.arrow")
     with pytest.raises(ConfigError, match="a named pipe, not a regular file"):
@@ -48,7 +50,7 @@ def test_special_audio_is_named(tmp_path):
 
 
 def test_rows_whose_audio_is_a_pipe_are_left_out(tmp_path):
-    """Where durations are read from the audio; in tars and texts of a folder too."""
+    """Special files are refused where durations are read from the audio, also in tars and in texts of a folder."""
     for name in ("pipe.wav", "a.tar"):
         os.mkfifo(tmp_path / name)
     rows = [{"audio_filepath": name, "text": "a"} for name in ("pipe.wav", "a.tar::b.wav")]
@@ -63,6 +65,4 @@ def test_rows_whose_audio_is_a_pipe_are_left_out(tmp_path):
 
 
 def read_one(folder):
-    from canter.corpus.readers.folder import read_folder
-
-    return [row for _, row in read_folder(str(folder)) if isinstance(row, Problem)]
+    return [row for _, row in read_media_folder(str(folder), ReadOptions()) if isinstance(row, Problem)]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from canter.demo.synthesis import corpus, sentences
-from canter.demo.synthesis.corpus import plan_part, synthesise
-from canter.demo.synthesis.sentences import GRAMMARS, is_test, normalised
-from canter.demo.synthesis.voices import voices
+from canter.demo import sentences, synthesis
+from canter.demo.sentences import GRAMMARS, is_test_text, reference_text
+from canter.demo.synthesis import plan_part, synthesise, voices
 from canter.errors import CanterError
+from canter.events import Events
 
 
 def rows(manifest):
@@ -44,7 +44,7 @@ def test_sentences_are_normalised_and_of_the_vocabulary(language):
     rng = np.random.default_rng(3)
     lengths = []
     for _ in range(2000):
-        text = normalised(grammar.sentence(rng))
+        text = reference_text(grammar.sentence(rng))
         assert text == text.lower().strip()
         assert set(text.split()) <= grammar.vocabulary
         lengths.append(len(text.split()))
@@ -58,7 +58,7 @@ def test_no_test_text_is_ever_in_training():
     test = [one.text for one in plan_part("test", 200, 0)]
     assert len(set(test)) == 200
     assert not train & set(test)
-    assert not any(map(is_test, train))
+    assert not any(map(is_test_text, train))
     assert len({word for text in test for word in text.split()}) >= 100
 
 
@@ -92,27 +92,28 @@ def test_manifest_and_audio_agree(small):
     assert not list(small.train_manifest.parent.rglob("*.partial"))
 
 
+class Watching(Events[object]):
+    """Notes how many batches are to be spoken, and interrupts after ``most`` of them."""
+
+    def __init__(self, most: int | None = None):
+        self.most, self.batches = most, 0
+
+    def progress(self, items, name):
+        self.batches = len(items)
+        for number, item in enumerate(items):
+            if number == self.most:
+                raise KeyboardInterrupt
+            yield item
+
+
 def test_interrupted_and_other_workers_give_the_same_bytes(small, tmp_path):
-    seen = []
-
-    def interrupt(done, total):
-        seen.append((done, total))
-        if done:
-            raise KeyboardInterrupt
-
+    sizes = {"utterances": 70, "test_utterances": 12, "workers": 1}
     with pytest.raises(KeyboardInterrupt):
-        synthesise(tmp_path / "corpus", utterances=70, test_utterances=12, workers=1, progress=interrupt)
+        synthesise(tmp_path / "corpus", **sizes, events=Watching(most=1))
     assert not (tmp_path / "corpus/train.jsonl").exists()
-    seen.clear()
-    synthesise(
-        tmp_path / "corpus",
-        utterances=70,
-        test_utterances=12,
-        workers=1,
-        progress=lambda *at: seen.append(at),
-    )
-    assert seen[0][0] > 0  # what the interrupted run finished was not spoken again
-    assert seen[-1] == (82, 82)
+    resumed = Watching()
+    synthesise(tmp_path / "corpus", **sizes, events=resumed)
+    assert resumed.batches < 3  # what the interrupted run finished was not spoken again
     assert digests(tmp_path / "corpus") == digests(small.train_manifest.parent)
 
 
@@ -133,6 +134,6 @@ def test_another_corpus_in_the_folder_is_refused(small, tmp_path):
 
 def test_without_the_library_the_message_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    monkeypatch.setattr(corpus, "espeak", corpus.espeak.__wrapped__)
+    monkeypatch.setattr(synthesis, "espeak", synthesis.espeak.__wrapped__)
     with pytest.raises(CanterError, match=r"pip install 'canter\[demo\]'"):
         synthesise(tmp_path / "corpus", utterances=2, test_utterances=1)

@@ -1,4 +1,4 @@
-"""What the guides ask a reader to have: recordings, tables, manifests and models, all small."""
+"""The files that the guides expect of a reader: recordings, tables, manifests and models, all small."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
-from canter.models.formats.nemo_export import write_nemo
+from canter.models.formats.nemo import write_nemo
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import WhisperTokenizer, train_tokenizer
@@ -36,7 +36,7 @@ def clip(name: str) -> np.ndarray:
 
 
 def write_video(path: Path, samples: np.ndarray, codec: str) -> None:
-    """Write a grey picture at 5 frames a second with the samples as its sound."""
+    """Write a grey picture at 5 frames a second, with the samples as its audio."""
     import av
 
     with av.open(str(path), "w") as file:
@@ -92,7 +92,7 @@ def small_canary(tmp_path_factory) -> Path:
 
 
 def hub_cache(folder: Path, name: str, model: Path) -> Path:
-    """Lay a model's folder out as the Hugging Face cache does; returns what HF_HUB_CACHE has to name."""
+    """Lay out a model's folder like the Hugging Face cache, and return the value of HF_HUB_CACHE."""
     revision = "0" * 40
     place = folder / f"models--{name.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
@@ -116,7 +116,7 @@ def real_hub(tmp_path_factory) -> Path:
 
 
 def write_manifest(path: Path, names: list[str], speeds: list[float]) -> None:
-    """Write a NeMo manifest with a clip for every pair of name and speed, and the clips beside it."""
+    """Write a NeMo manifest with a clip for each pair of name and speed, and the clips next to it."""
     (path.parent / "wav").mkdir(exist_ok=True)
     with path.open("w") as file:
         for name in names:

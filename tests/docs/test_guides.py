@@ -49,7 +49,7 @@ FORMS = {
 
 @dataclass
 class Block:
-    """A block as it is run: lines of shell, or Python."""
+    """A block of a page, with the directives applied: lines of shell, or Python."""
 
     lines: list[str]
     python: str = ""
@@ -93,7 +93,7 @@ def blocks_of(markdown: str) -> list[Block]:
 
 @dataclass
 class Shell:
-    """Runs blocks in one folder, with a Hugging Face cache that holds the page's model and no network."""
+    """Runner of blocks in one folder, with a Hugging Face cache that holds the page's model, and without a network."""
 
     folder: Path
     hub: Path | None
@@ -103,7 +103,7 @@ class Shell:
     names: dict = field(default_factory=lambda: {"__name__": "__main__"})
 
     def run_page(self, page: str) -> str:
-        """Run all blocks of a page; returns what they printed."""
+        """Run all blocks of a page, and return their output."""
         return "".join(self.run(block) for block in blocks_of((DOCS / page).read_text()))
 
     def run(self, block: Block) -> str:
@@ -129,7 +129,7 @@ class Shell:
         return text.replace("8000", str(self.port))
 
     def in_process(self, line: str) -> str:
-        """Run a `canter` command without a process of its own, which would import torch again."""
+        """Run a `canter` command in this process, because another one would import torch again."""
         self.capsys.readouterr()
         status = main(shlex.split(line, comments=True)[1:])
         printed = self.capsys.readouterr()
@@ -137,7 +137,7 @@ class Shell:
         return printed.out
 
     def in_python(self, text: str) -> str:
-        """Run a block in the namespace of those before it; returns what it printed."""
+        """Run a block in the namespace of the blocks before it, and return its output."""
         self.capsys.readouterr()
         exec(compile(self.free_port(text), "<block>", "exec"), self.names)
         return self.capsys.readouterr().out
@@ -185,14 +185,10 @@ class Shell:
         return os.environ | hub | {"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def start(self, line: str, url: str) -> None:
-        """Start a command that stays, and wait until it answers."""
+        """Start a background command, and wait until it answers."""
         with (self.folder / "service.log").open("w") as log:
             process = subprocess.Popen(
-                ["bash", "-c", f"exec {line}"],
-                cwd=self.folder,
-                env=self.environment(),
-                stdout=log,
-                stderr=log,
+                ["bash", "-c", f"exec {line}"], cwd=self.folder, env=self.environment(), stdout=log, stderr=log
             )
         self.running.append(process)
         while True:
@@ -202,7 +198,7 @@ class Shell:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Stop what was left running by Ctrl-C, as a reader would, and see that it ends well."""
+        """Stop background commands by Ctrl-C, as a reader would, and check their exit status."""
         for process in self.running:
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) in (0, 130), (self.folder / "service.log").read_text()

@@ -1,7 +1,7 @@
 """Run every Python block of the README and the documentation, page by page, in a folder of small real files.
 
-The pages that `test_guides` runs, shell and Python together, are left to it. A block that is not run says so right
-before it: ``<!-- test: skip "REASON" -->``. All blocks, run or not, use the public names of `canter` alone.
+The pages with shell and Python blocks that `test_guides` runs are left out. A block that is not run says so right
+before it: ``<!-- test: skip "REASON" -->``. All blocks, run or not, use only the public names of `canter`.
 """
 
 import ast
@@ -31,7 +31,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, small_whisper) -> Path:
-    """Real speech and what is made of it, under the names that the pages use."""
+    """Real speech and files made from it, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("files")
     soundfile.write(folder / "a.wav", clip("sense_0880"), RATE)
     soundfile.write(folder / "b.flac", clip("sense_0930"), RATE)
@@ -48,7 +48,7 @@ def files(tmp_path_factory, small_whisper) -> Path:
 
 @pytest.fixture
 def here(files, small_hub, tmp_path, monkeypatch) -> Path:
-    """A folder of its own with the files, no network, and a cache that holds the model of the pages."""
+    """A new folder with the files, no network, and a cache that holds the model of the pages."""
     constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_hub))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -67,7 +67,7 @@ def test_the_python_of_a_page_runs(page: Path, here: Path):
 
 
 def private(source: str, allowed: tuple[str, ...] = ()) -> list[str]:
-    """Return what a program takes from canter beside its public names."""
+    """Return the names of canter that a program uses and that are not public."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -82,7 +82,7 @@ def private(source: str, allowed: tuple[str, ...] = ()) -> list[str]:
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
-def test_a_page_uses_the_public_names_alone(page: Path):
+def test_a_page_uses_only_public_names(page: Path):
     assert [name for block in blocks_of(page.read_text()) for name in private(block.python)] == []
 
 
@@ -93,7 +93,7 @@ def test_an_example_uses_the_public_names_and_the_integrations(example: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_python_of_a_page_is_overlooked(page: Path):
-    """Blocks that are indented, or fenced or marked in another way, would be run by nobody."""
+    """No test would run blocks that are indented, or fenced or marked in another way."""
     text = page.read_text()
     fences = len(re.findall(r"^\s*(?:```|~~~)\s*(?:python|py|pycon)\b", text, re.MULTILINE))
     assert fences == sum(bool(block.python) for block in blocks_of(text))

@@ -15,10 +15,7 @@ values = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5),
 fields = st.sampled_from(["text", "pred_text", "lang", "target_lang", "id", "audio_filepath", "offset", "_skipme"])
 
 
-@given(
-    rows=st.lists(st.one_of(st.dictionaries(fields, values), values), max_size=8),
-    garbage=st.binary(max_size=20),
-)
+@given(rows=st.lists(st.one_of(st.dictionaries(fields, values), values), max_size=8), garbage=st.binary(max_size=20))
 def test_every_row_is_used_or_named(tmp_path_factory, rows, garbage):
     path = tmp_path_factory.mktemp("results") / "result.jsonl"
     lines = [json.dumps(row).encode() for row in rows] + [garbage.replace(b"\n", b"")]

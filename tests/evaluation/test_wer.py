@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from canter.evaluation.normalize import normalizer
-from canter.evaluation.wer import Counts, paired_difference, rtfx, score, wer_interval
+from canter.evaluation.wer import ErrorCounts, paired_difference, rtfx, score_texts, wer_interval
 
 words = st.lists(st.sampled_from("abcdef"), max_size=7).map(" ".join)
 pairs = st.lists(st.tuples(words, words), min_size=1, max_size=6)
@@ -28,7 +28,7 @@ def edit_distance(left: list[str], right: list[str]) -> int:
 @given(pairs)
 def test_rates_are_edit_distances_summed_before_dividing(texts):
     references, hypotheses = zip(*texts)
-    result = score(references, hypotheses, normalize="none")
+    result = score_texts(references, hypotheses, normalize="none")
     errors = sum(edit_distance(a.split(), b.split()) for a, b in texts)
     total = sum(len(a.split()) for a, _ in texts)
     assert result.total.errors == errors
@@ -36,12 +36,12 @@ def test_rates_are_edit_distances_summed_before_dividing(texts):
     assert result.wer == pytest.approx(errors / total if total else undefined, nan_ok=True)
     assert result.total.character_errors == sum(edit_distance(list(a), list(b)) for a, b in texts)
     assert result.total.words == total
-    assert sum((item.counts for item in result.utterances), Counts()) == result.total
+    assert sum((item.counts for item in result.utterances), ErrorCounts()) == result.total
 
 
 @given(pairs)
 def test_alignment_spells_both_sides(texts):
-    result = score(*zip(*texts), normalize="none")
+    result = score_texts(*zip(*texts), normalize="none")
     for item in result.utterances:
         assert " ".join(word for _, word, _ in item.alignment if word) == texts[item.index][0]
         assert " ".join(guess for _, _, guess in item.alignment if guess) == texts[item.index][1]
@@ -51,11 +51,11 @@ def test_alignment_spells_both_sides(texts):
 @given(pairs, st.randoms())
 def test_order_of_utterances_does_not_matter(texts, random):
     shuffled = random.sample(texts, len(texts))
-    assert score(*zip(*texts), normalize="none").total == score(*zip(*shuffled), normalize="none").total
+    assert score_texts(*zip(*texts), normalize="none").total == score_texts(*zip(*shuffled), normalize="none").total
 
 
 def test_counts_by_kind_and_language():
-    result = score(
+    result = score_texts(
         ["the cat sat", "der hund bellt laut", "one two"],
         ["the bat sat down", "der hund laut", "one two"],
         ["en-US", "de", "en"],
@@ -68,11 +68,8 @@ def test_counts_by_kind_and_language():
 
 
 def test_characters_of_unspaced_scripts_are_counted_without_the_spaces_that_split_them():
-    total = score(["今天天气很好", "the cat"], ["今天天气很坏", "thecat"], ["zh", "en"])
-    assert [(item.counts.character_errors, item.counts.characters) for item in total.utterances] == [
-        (1, 6),
-        (1, 7),
-    ]
+    total = score_texts(["今天天气很好", "the cat"], ["今天天气很坏", "thecat"], ["zh", "en"])
+    assert [(item.counts.character_errors, item.counts.characters) for item in total.utterances] == [(1, 6), (1, 7)]
     assert total.languages["zh"].cer == total.languages["zh"].wer == pytest.approx(1 / 6)
 
 
@@ -82,9 +79,9 @@ def test_languages_choose_their_normaliser():
     assert normalizer("leaderboard", "de")(german) == "mr schmidt s colour won t fade "
     assert normalizer("basic", "en")(english) == "mr smith s colour won t fade"
     assert normalizer("none", "en")(english) == english
-    assert score(["今日は"], ["今日も"], ["ja"]).wer == pytest.approx(1 / 3)
-    assert score(["Twenty five, please."], ["25 please"]).wer == 0
-    assert score(["Twenty five"], ["25"], normalize="none").wer == 1
+    assert score_texts(["今日は"], ["今日も"], ["ja"]).wer == pytest.approx(1 / 3)
+    assert score_texts(["Twenty five, please."], ["25 please"]).wer == 0
+    assert score_texts(["Twenty five"], ["25"], normalize="none").wer == 1
     with pytest.raises(ValueError, match=r"'strict' is unknown; one of: standard, leaderboard"):
         normalizer("strict")  # type: ignore[arg-type]
 
@@ -94,27 +91,27 @@ def test_initials_are_one_word_as_on_the_leaderboard():
     assert " ".join(rule("The U.S. and the U.S.A. at 5 p.m.").split()) == "the us and the usa at 5 pm"
     assert " ".join(rule("Mr. A. Bc v.big 3.5").split()) == "mister a bc v big 3.5"
     for normalize in ("standard", "leaderboard"):
-        result = score(["ignore_time_segment_in_scoring", "a"], ["b", "a"], normalize=normalize)
+        result = score_texts(["ignore_time_segment_in_scoring", "a"], ["b", "a"], normalize=normalize)
         assert (result.wer, result.left_out, result.words_left_out) == (0.0, 1, 1)
 
 
 def test_empty_texts():
-    result = score(["hmm", "yes"], ["so", ""], normalize="leaderboard")
+    result = score_texts(["hmm", "yes"], ["so", ""], normalize="leaderboard")
     assert (result.empty_references, result.left_out, result.words_left_out) == (1, 1, 1)
     assert (result.wer, result.total.deletions) == (1.0, 1)
     assert result.utterances[0].index == 1
-    assert math.isinf(score([""], ["word"], normalize="none").wer)
+    assert math.isinf(score_texts([""], ["word"], normalize="none").wer)
     for normalize, insertions, left_out in (("standard", 1, 0), ("leaderboard", 0, 1)):
-        nothing = score(["hmm"], ["so"], normalize=normalize)
+        nothing = score_texts(["hmm"], ["so"], normalize=normalize)
         assert not math.isfinite(nothing.wer)
         assert (nothing.total.insertions, nothing.left_out) == (insertions, left_out)
         assert all(map(math.isnan, wer_interval(nothing)))
         assert math.isnan(paired_difference(nothing, nothing).wer)
-    assert math.isnan(score(["hmm"], [""]).wer)  # nothing said, nothing written: no rate, no error
+    assert math.isnan(score_texts(["hmm"], [""]).wer)  # nothing said, nothing written: no rate, no error
 
 
 def test_words_where_nothing_was_said_are_insertions():
-    result = score(["", "we go by car"], ["thanks everyone", "we go by car"])
+    result = score_texts(["", "we go by car"], ["thanks everyone", "we go by car"])
     assert (result.wer, result.total.insertions, result.empty_references) == (0.5, 2, 1)
     low, high = wer_interval(result)
     assert (low, high) == (0.0, 0.5)
@@ -148,7 +145,7 @@ def test_words_where_nothing_was_said_are_insertions():
     ],
 )  # fmt: skip
 def test_letters_and_vowel_signs_count_and_typography_does_not(text, pred_text, lang, wer):
-    result = score([text], [pred_text], [lang])
+    result = score_texts([text], [pred_text], [lang])
     assert result.wer == pytest.approx(wer)
     assert (result.cer > 0) == (wer > 0)
 
@@ -160,11 +157,11 @@ def test_letters_and_vowel_signs_count_and_typography_does_not(text, pred_text, 
     before=st.sampled_from(["", "word ", "कि "]),
 )
 def test_a_combining_mark_more_is_an_error(lang, base, mark, before):
-    """In every script but Latin; a variation selector is no letter."""
+    """Combining marks count in every script except Latin; a variation selector is not a letter."""
     assume("VARIATION SELECTOR" not in unicodedata.name(mark, "VARIATION SELECTOR"))
     with_mark, without = before + base + mark, before + base
     for reference, hypothesis in ((with_mark, without), (without, with_mark)):
-        result = score([reference], [hypothesis], [lang])
+        result = score_texts([reference], [hypothesis], [lang])
         assert result.wer > 0
         assert result.cer > 0
 
@@ -184,12 +181,12 @@ def test_any_text_can_be_normalised(text, lang):
     once = rule(text)
     assert not re.search("[\U000f0000-\U0010ffff]", once) or re.search("[\U000f0000-\U0010ffff]", text)
     with pytest.raises(ValueError, match="1 references, 2 hypotheses"):
-        score(["a"], ["a", "b"])
+        score_texts(["a"], ["a", "b"])
 
 
 def test_interval_holds_the_rate_and_shrinks_with_data():
-    few = score(["a b c d"] * 20, ["a b c d", "a b x d"] * 10, normalize="none")
-    many = score(["a b c d"] * 500, ["a b c d", "a b x d"] * 250, normalize="none")
+    few = score_texts(["a b c d"] * 20, ["a b c d", "a b x d"] * 10, normalize="none")
+    many = score_texts(["a b c d"] * 500, ["a b c d", "a b x d"] * 250, normalize="none")
     for result in (few, many):
         low, high = wer_interval(result)
         assert low < result.wer < high
@@ -200,8 +197,8 @@ def test_interval_holds_the_rate_and_shrinks_with_data():
 
 def test_paired_difference_sees_what_single_intervals_cannot():
     references = ["a b c d"] * 60
-    second = score(references, ["a b c d", "x x x x"] * 30, normalize="none")
-    first = score(references, ["a b c d", "x x x d"] * 30, normalize="none")
+    second = score_texts(references, ["a b c d", "x x x x"] * 30, normalize="none")
+    first = score_texts(references, ["a b c d", "x x x d"] * 30, normalize="none")
     assert wer_interval(first)[1] > second.wer - 0.05  # apart, their intervals overlap
     difference = paired_difference(first, second)
     assert difference.wer == pytest.approx(-0.125)
@@ -210,7 +207,7 @@ def test_paired_difference_sees_what_single_intervals_cannot():
     same = paired_difference(first, first)
     assert (same.low, same.high, same.p_improved) == (0, 0, 0)
     with pytest.raises(ValueError, match="same references"):
-        paired_difference(first, score(["a b"], ["a b"], normalize="none"))
+        paired_difference(first, score_texts(["a b"], ["a b"], normalize="none"))
 
 
 def test_rtfx():

@@ -28,7 +28,7 @@ def start(tmp_path, whisper_bytes):
     return tmp_path / "start"
 
 
-def test_goes_on_where_it_stopped(run, start, manifest, tmp_path):
+def test_resumes_where_it_stopped(run, start, manifest, tmp_path):
     def model(name, steps):
         given = ["--model", start, "--manifest", manifest, "--output", tmp_path / name, "--batch-seconds", 30]
         run("finetune_whisper.py", *given, "--steps", steps, "--save-every", 3, "--micro-batches", 2)

@@ -14,18 +14,9 @@ pytestmark = [
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
-def test_goes_on_where_it_stopped(run, canary, manifest, tmp_path):
+def test_resumes_where_it_stopped(run, canary, manifest, tmp_path):
     def model(name, steps):
-        given = [
-            "--model",
-            canary,
-            "--manifest",
-            manifest,
-            "--output",
-            tmp_path / name,
-            "--batch-seconds",
-            30,
-        ]
+        given = ["--model", canary, "--manifest", manifest, "--output", tmp_path / name, "--batch-seconds", 30]
         run("lightning_module.py", *given, "--steps", steps, "--save-every", 2, "--micro-batches", 2)
         return load_file(tmp_path / name / "model" / "model.safetensors")
 

@@ -8,7 +8,7 @@ def steps(printed):
     return re.findall(r"step (\d+): \d+ utterances, loss ([\d.]+)", printed)
 
 
-def test_goes_on_where_it_stopped(run, whisper, manifest, tmp_path):
+def test_resumes_where_it_stopped(run, whisper, manifest, tmp_path):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = steps(run("plain_loop.py", whisper, manifest, tmp_path / "whole", 14))

@@ -23,12 +23,7 @@ def small_model(
             layers=encoder_layers, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16
         ),
         decoder=DecoderConfig(
-            layers=decoder_layers,
-            width=48,
-            heads=4,
-            feedforward=96,
-            vocabulary=vocabulary,
-            positions=positions,
+            layers=decoder_layers, width=48, heads=4, feedforward=96, vocabulary=vocabulary, positions=positions
         ),
         ctc_vocabulary=12,
     )

@@ -1,4 +1,4 @@
-"""What rows leave open is filled in, what is no input is an item with a problem, and nothing ends the rest."""
+"""Unset fields of rows get defaults, invalid input becomes an item with a problem, and no item stops the others."""
 
 import json
 
@@ -8,16 +8,11 @@ import soundfile
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ManifestError
-from canter.inference.inputs import Defaults, Item, read_items
-from canter.inference.transcribe import Transcription
+from canter.inference.inputs import Item, read_items
+from canter.inference.languages import Defaults
+from canter.inference.recording import Transcription
+from canter.inference.transcript.formats import file_names, file_segments, render, result_row, write_output
 from canter.inference.transcript.segments import Segment
-from canter.inference.transcript.writers import (
-    file_names,
-    render,
-    result_row,
-    segments_of,
-    write_results,
-)
 
 
 def test_results_have_urls_without_their_secrets():
@@ -103,15 +98,7 @@ def test_names_are_never_the_same():
 
 
 def test_names_keep_folders_and_tell_suffixes_apart():
-    files = [
-        "/v/a.mp4",
-        "/v/a.mkv",
-        "/v/sub/a.mp4",
-        "/v/sub/b.mp4",
-        "/w/a.mp4",
-        "/v/sub/b.mp4",
-        "/else/c.x.wav",
-    ]
+    files = ["/v/a.mp4", "/v/a.mkv", "/v/sub/a.mp4", "/v/sub/b.mp4", "/w/a.mp4", "/v/sub/b.mp4", "/else/c.x.wav"]
     names = file_names([Item({"audio_filepath": file}, None) for file in files], ["/v", "/w"])
     assert names == ["a.mp4", "a.mkv", "sub/a", "sub/b", "a.mp4-2", "sub/b-2", "c.x"]
 
@@ -121,11 +108,11 @@ def test_times_are_those_of_the_file(tmp_path, clip):
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
     (item,) = read_items([tmp_path / "m.jsonl"])
     told = Transcription("a", segments=(Segment(0.5, 1.0, "a"),), language="en")
-    assert [(one.start, one.end) for one in segments_of(item, told)] == [(10.5, 11.0)]
+    assert [(one.start, one.end) for one in file_segments(item, told)] == [(10.5, 11.0)]
     assert result_row(item, told) == row | {"pred_text": "a"}
     assert result_row(item, told, timed=True)["segments"] == [{"start": 10.5, "end": 11.0, "text": "a"}]
     untold = Transcription("a")
-    assert [(one.start, one.end) for one in segments_of(item, untold)] == [(10.0, 12.0)]
+    assert [(one.start, one.end) for one in file_segments(item, untold)] == [(10.0, 12.0)]
     assert result_row(item, untold) == row | {"pred_text": "a"}
 
 
@@ -139,12 +126,12 @@ def test_several_utterances_in_one_file():
 
 
 def test_names_that_are_no_utf8_are_written_in_ascii(tmp_path):
-    """A file name of other bytes, or such an escape in a manifest's field, is no reason to lose the other rows."""
+    """A file name in other bytes, or such an escape in a manifest, does not lose the other rows."""
     rows = [{"audio_filepath": "sch\udcf6n.wav"}, {"audio_filepath": "schön.wav", "speaker": "Jörg"}]
     items = [Item(row, None) for row in rows]
     results = [Transcription("größer"), Transcription("größer")]
     for kind in ("nemo", "json"):
-        write_results(items, results, tmp_path / kind, [kind], folder=False)
+        write_output(tmp_path / kind, render(items, results, kind))
         text = (tmp_path / kind).read_text()
         found = json.loads(text) if kind == "json" else [json.loads(line) for line in text.splitlines()]
         assert [row["audio_filepath"] for row in found] == [row["audio_filepath"] for row in rows]

@@ -1,5 +1,5 @@
-"""What a Whisper is asked, and what is made of it: rests of windows, languages, silence. The weights are random, so
-what the model says is given where it matters."""
+"""Requests to a Whisper and their results: continued windows, languages, silence. The weights are random, so tests that
+depend on the model's output set it."""
 
 from dataclasses import replace
 
@@ -9,11 +9,13 @@ import soundfile
 import torch
 
 from canter.corpus.manifest import Utterance
+from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.inputs import Defaults, read_items, require_language
-from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
-from canter.inference.transcript.alignment import Alignment
+from canter.inference.inputs import read_items
+from canter.inference.languages import Defaults
+from canter.inference.recording import TranscribeConfig, Transcriber
+from canter.inference.transcribe import transcribe
 from canter.inference.transcript.reading import Fallback
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
@@ -26,7 +28,7 @@ SECOND = 50  # of timestamps
 
 @pytest.fixture(scope="module")
 def whisper(whisper_bytes) -> SpeechModel:
-    """In English and Spanish; its tokens are bytes and timestamps."""
+    """A Whisper of English and Spanish, whose tokens are bytes and timestamps."""
     tokenizer = WhisperTokenizer(whisper_bytes("en", "es").to_str())
     torch.manual_seed(0)
     encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
@@ -44,7 +46,7 @@ def whisper(whisper_bytes) -> SpeechModel:
 
 
 class Told(Engine):
-    """Says of audio of so many seconds what it is told to: text and times."""
+    """Engine that returns the given text and times for audio of the given seconds."""
 
     def __init__(self, model: SpeechModel, said: dict[float, list[str | float]]):
         super().__init__(model, model.tokenizer.end)
@@ -67,7 +69,7 @@ class Told(Engine):
         return replace(found, tokens=tokens, logprob=0.0, alignment=Alignment(tuple(text), times, (1.0,) * len(text)))
 
 
-def test_where_whisper_ends_before_its_window_the_rest_is_decoded(whisper, tmp_path):
+def test_audio_after_an_early_end_of_whisper_is_decoded(whisper, tmp_path):
     """A sentence that the window cuts: the first timestamp is written, and then the end."""
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 6) * 0.1, 16000)
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 1.0, 1.0], 2.5: [0.5, " three", 2.2, 2.2]}
@@ -91,32 +93,34 @@ def test_without_timestamps_nothing_is_decoded_again(whisper, tmp_path):
 
 
 def test_a_window_that_ends_in_speech_is_asked_for_timestamps(whisper, tmp_path):
-    """Where nobody wants any too: they tell where the sentence begins that the cut went through."""
+    """Timestamps are requested even if not wanted: they show where a sentence that the window split begins."""
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=16000 * 8) * 0.1, 16000)
     said = {6.0: [0.0, " one", 2.5, 2.5], 3.5: [0.0, " two", 3.5], 5.0: [" two three"]}
     engine = Told(whisper, said)
-    config = TranscribeConfig(vad="none", window_seconds=6.0, overlap_seconds=3.0)
+    config = TranscribeConfig(vad="none", chunk_seconds=6.0, overlap_seconds=3.0)
     (found,) = transcribe(engine, whisper.tokenizer, [Utterance(str(tmp_path / "a.wav"), 8.0, "")], config=config)
     assert dict(zip(engine.heard, engine.stamped, strict=True)) == {6.0: True, 3.5: True, 5.0: False}
     assert found.text == "one two three"
 
 
 @pytest.mark.parametrize("fallback", [Fallback(), None])
-def test_silence_is_told_with_and_without_fallback(whisper, fallback):
-    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback))
+def test_silence_is_found_with_and_without_fallback(whisper, fallback):
+    listener = Transcriber(
+        Engine(whisper, whisper.tokenizer.end), whisper.tokenizer, TranscribeConfig(fallback=fallback)
+    )
     request = listener.request({"source_lang": "en"})
     assert request.scored
     tokens = whisper.tokenizer.encode(" thank you")
     unlikely = Hypothesis(None, tokens, True, logprob=-3.0 * len(tokens))
-    assert request.retry
-    assert request.retry(unlikely) == (0.2 if fallback else None)
+    assert request.policy
+    assert request.policy.retry(unlikely) == (0.2 if fallback else None)
     assert listener.segments(unlikely, 3.0)
     assert not listener.segments(replace(unlikely, no_speech=0.9), 3.0)
 
 
-def test_a_language_that_nobody_names_is_detected_for_a_translation_too(whisper, tmp_path):
+def test_an_unset_language_is_detected_for_a_translation_too(whisper, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(800), 16000)
-    listener = Listener(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
+    listener = Transcriber(Engine(whisper, whisper.tokenizer.end), whisper.tokenizer)
     asked = {}
     for language in (None, "es"):
         for task in (None, "transcribe", "translate"):
@@ -134,6 +138,6 @@ def test_a_language_that_nobody_names_is_detected_for_a_translation_too(whisper,
         ("es", "transcribe"): (0, False),
         ("es", "translate"): (0, True),
     }
-    (item,) = read_items([tmp_path / "a.wav"], defaults=Defaults(task="translate"))
-    (refused,) = require_language([item], ["en", "es"])  # for a model that detects none
+    needed = Defaults(task="translate", required=("en", "es"))  # of a model that detects none
+    (refused,) = read_items([tmp_path / "a.wav"], defaults=needed)
     assert "names no language" in str(refused.problem)

@@ -1,6 +1,5 @@
 """Progress grows while rows are decoded, never goes back, and ends at the sum of the durations."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -13,28 +12,20 @@ from canter.cli.progress import TranscriptionProgress, clock
 from canter.corpus.manifest import Utterance
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.progress import Decoded, Tally
-from canter.inference.transcribe import TranscribeConfig, transcribe_events, transcribe_stream
+from canter.inference.recording import ChunkKey, TranscribeConfig
+from canter.inference.transcribe import Decoded, Tally, transcribe, transcribe_events
 from canter.text import train_tokenizer
 
 from .conftest import noises, small_model
 
 
-@dataclass(frozen=True)
-class Part:
-    utterance: int
-    number: int
-    start: float
-    seconds: float
-
-
 def test_pieces_count_with_the_pauses_before_them_and_overlaps_once():
     tally = Tally([100.0, 10.0])
-    tally.add(Part(0, 0, 5.0, 25.0))
+    tally.add(ChunkKey(0, 0, 5.0, 25.0))
     assert tally.decoded().seconds == 30.0
-    assert tally.decoded([(Part(0, 1, 27.0, 30.0), 0.5)]).seconds == pytest.approx(43.5)
-    tally.add(Part(0, 1, 27.0, 30.0))
-    assert tally.decoded([(Part(1, 0, 0.0, 10.0), 0.5)]).seconds == pytest.approx(62.0)
+    assert tally.decoded([(ChunkKey(0, 1, 27.0, 30.0), 0.5)]).seconds == pytest.approx(43.5)
+    tally.add(ChunkKey(0, 1, 27.0, 30.0))
+    assert tally.decoded([(ChunkKey(1, 0, 0.0, 10.0), 0.5)]).seconds == pytest.approx(62.0)
     tally.finish(0)
     assert tally.decoded().seconds == pytest.approx(105.0)
     tally.finish(1)
@@ -43,7 +34,7 @@ def test_pieces_count_with_the_pauses_before_them_and_overlaps_once():
 
 def test_what_is_longer_than_stated_counts_no_more_than_that():
     tally = Tally([10.0])
-    assert tally.decoded([(Part(0, 0, 0.0, 30.0), 1.0)]).seconds == 10.0
+    assert tally.decoded([(ChunkKey(0, 0, 0.0, 30.0), 1.0)]).seconds == 10.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.floats(0, 1)), max_size=30))
@@ -51,7 +42,7 @@ def test_progress_never_goes_back(events):
     """Whatever rows do: they are decoded anew when a hypothesis is not believed, or fail half-way."""
     tally, seen, finished = Tally([40.0] * 3), [0.0], set[int]()
     for utterance, number, fraction in events:
-        seen.append(tally.decoded([(Part(utterance, number, number * 10.0, 10.0), fraction)]).seconds)
+        seen.append(tally.decoded([(ChunkKey(utterance, number, number * 10.0, 10.0), fraction)]).seconds)
         if fraction > 0.9 and utterance not in finished:
             finished.add(utterance)
             tally.finish(utterance)
@@ -78,7 +69,7 @@ def test_progress_between_transcriptions(engine, window, tmp_path, monkeypatch):
     for number, clip in enumerate(clips):
         soundfile.write(tmp_path / f"{number}.wav", clip, 16000)
         utterances.append(Utterance(str(tmp_path / f"{number}.wav"), len(clip) / 16000, text="", lang="en"))
-    given = (*engine, utterances, np.inf, TranscribeConfig(window_seconds=window))
+    given = (*engine, utterances, np.inf, TranscribeConfig(chunk_seconds=window))
     events = list(transcribe_events(*given))
     decoded = [event.seconds for event in events if isinstance(event, Decoded)]
     total = sum(utterance.duration for utterance in utterances)
@@ -88,7 +79,8 @@ def test_progress_between_transcriptions(engine, window, tmp_path, monkeypatch):
     before = [event.seconds for event in events[:first] if isinstance(event, Decoded)]
     assert len(set(before)) >= 3
     assert 0 < before[0] < before[-1] < total
-    assert [event for event in events if not isinstance(event, Decoded)] == list(transcribe_stream(*given))
+    found = dict(event for event in events if not isinstance(event, Decoded))
+    assert [found[index] for index in range(len(utterances))] == transcribe(*given)
 
 
 def test_speed_and_time_left():

@@ -1,4 +1,4 @@
-"""What a stopped transcription leaves behind is read whole, from any number of processes, and from no other model."""
+"""Results of a stopped transcription are read completely, from any number of processes, and from no other model."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
+from canter.inference.recording import Transcription
 from canter.inference.resume import Partial, partial_files, read_done, remove, row_key
-from canter.inference.transcribe import Transcription
 from canter.inference.transcript.segments import Segment, Word
 
 ROWS = [Utterance(f"/{number}.wav", 1.5, "", lang="en") for number in range(4)]
@@ -35,10 +35,7 @@ def test_everything_comes_back_but_failures(tmp_path):
     first = tmp_path / "out.jsonl.partial"
     write(first, {"model": "a"}, [(ROWS[0], SPOKEN), (ROWS[1], Transcription("", error="gone"))])
     write(first, {"model": "a"}, [(ROWS[2], Transcription(""))])
-    assert read_done(first, {"model": "a"}) == {
-        row_key(ROWS[0]): SPOKEN,
-        row_key(ROWS[2]): Transcription(""),
-    }
+    assert read_done(first, {"model": "a"}) == {row_key(ROWS[0]): SPOKEN, row_key(ROWS[2]): Transcription("")}
 
 
 def test_all_ranks_are_read_and_removed(tmp_path):
@@ -54,7 +51,7 @@ def test_all_ranks_are_read_and_removed(tmp_path):
 
 
 @given(st.integers(0, 200))
-def test_torn_anywhere_the_whole_lines_stay(tmp_path_factory, cut):
+def test_complete_lines_of_a_torn_file_stay(tmp_path_factory, cut):
     first = tmp_path_factory.mktemp("torn") / "p"
     write(first, {"model": "a"}, [(row, Transcription("é" * 10, (3,))) for row in ROWS])
     size = first.stat().st_size
@@ -80,7 +77,8 @@ def test_rows_are_known_by_what_they_ask_for():
 
 
 def test_a_file_that_was_replaced_is_transcribed_anew(tmp_path):
-    """Of the same path, and even of the same size; in an archive too. What is no local file goes by its name."""
+    """A replaced file of the same path and even size is transcribed again, also in an archive; other sources go by
+    name."""
     for name in ("a.wav", "archive.tar"):
         (tmp_path / name).write_bytes(b"one")
     for path in (str(tmp_path / "a.wav"), f"{tmp_path / 'archive.tar'}::a.wav@0+3"):

@@ -1,4 +1,4 @@
-"""Files, folders and manifests to rows in their order; bad ones are named and never end the rest."""
+"""Files, folders and manifests give rows in order; bad ones are named and never stop the others."""
 
 import json
 import re
@@ -13,15 +13,10 @@ from canter.errors import CheckpointError, ManifestError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.inputs import read_items
-from canter.inference.progress import Decoded
-from canter.inference.transcribe import (
-    Listener,
-    TranscribeConfig,
-    checkpoint_of,
-    transcribe,
-    transcribe_events,
-)
+from canter.inference.recording import TranscribeConfig, Transcriber
+from canter.inference.transcribe import Decoded, transcribe, transcribe_events
 from canter.models.formats.checkpoint import save_model
+from canter.models.hub import checkpoint_of
 from canter.text import train_tokenizer
 
 from .conftest import noises, small_model
@@ -73,7 +68,7 @@ def test_batch_size_changes_nothing(folder, tmp_path, batch_size):
     assert results[0] == results[1]
 
 
-def test_bad_items_are_named_and_the_rest_goes_on(folder, tmp_path, capsys):
+def test_bad_items_are_named_and_others_continue(folder, tmp_path, capsys):
     (tmp_path / "noise.wav").write_bytes(b"this is no sound")
     (tmp_path / "empty.wav").write_bytes(b"")
     soundfile.write(tmp_path / "stereo.wav", np.stack([noises(1)[0]] * 2, 1), 8000)
@@ -104,7 +99,7 @@ def test_bad_items_are_named_and_the_rest_goes_on(folder, tmp_path, capsys):
     assert main(["transcribe", str(folder / "run"), str(tmp_path / "empty.wav")]) == 1
 
 
-def test_a_whole_batch_of_bad_files(folder, tmp_path):
+def test_a_batch_of_only_bad_files(folder, tmp_path):
     """The queue does not end where an encoder batch comes to nothing."""
     manifest = tmp_path / "m.jsonl"
     rows = [{"audio_filepath": f"absent{number}.wav", "duration": 9.0, "lang": "en"} for number in range(30)]
@@ -115,21 +110,21 @@ def test_a_whole_batch_of_bad_files(folder, tmp_path):
     assert ["error" in row for row in rows_of(out)] == [True] * 30 + [False]
 
 
-def test_a_language_that_rows_have_of_their_own_is_told_of(folder, tmp_path, capsys):
+def test_languages_of_rows_are_reported(folder, tmp_path, capsys):
     clip = str(folder / "clips" / "03.wav")
     manifest = tmp_path / "one.jsonl"
     rows = [{"audio_filepath": clip, "lang": "en"}, {"audio_filepath": clip}]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = str(tmp_path / "out.jsonl")
     assert main(["transcribe", str(folder / "run"), str(manifest), "--language", "de", "-o", out]) == 0
-    assert "--language de is for rows that name none; 1 name their own (en)" in capsys.readouterr().err
+    assert "--language de is for rows that name none; 1 name another language (en)" in capsys.readouterr().err
     assert main(["transcribe", str(folder / "run"), str(manifest), "--language", "en", "-o", out]) == 0
     assert "name their own" not in capsys.readouterr().err
 
 
 def test_folder_and_formats(folder, tmp_path, capsys):
     clips = str(folder / "clips")
-    assert main(["transcribe", str(folder / "run"), clips, "--lang", "en", "-o", str(tmp_path / "all"),
+    assert main(["transcribe", str(folder / "run"), clips, "--language", "en", "-o", str(tmp_path / "all"),
                  "--format", "all"]) == 0  # fmt: skip
     names = {path.name for path in (tmp_path / "all").iterdir()}
     assert names == {f"{n:02d}.{kind}" for n in range(12) for kind in FILES} | {"transcripts.jsonl"}
@@ -139,13 +134,13 @@ def test_folder_and_formats(folder, tmp_path, capsys):
     assert value["language"] == "en"
     assert value["segments"][0]["end"] == pytest.approx(rows[3]["duration"], abs=0.1)
     capsys.readouterr()
-    assert main(["transcribe", str(folder / "run"), f"{clips}/03.wav", "--lang", "en"]) == 0
+    assert main(["transcribe", str(folder / "run"), f"{clips}/03.wav", "--language", "en"]) == 0
     assert capsys.readouterr().out.strip() == value["text"]
 
 
 def test_same_stems_get_numbers(folder, tmp_path):
     clip = str(folder / "clips" / "01.wav")
-    main(["transcribe", str(folder / "run"), clip, clip, "--lang", "en", "-o", str(tmp_path / "x"),
+    main(["transcribe", str(folder / "run"), clip, clip, "--language", "en", "-o", str(tmp_path / "x"),
           "--format", "txt"])  # fmt: skip
     assert {path.name for path in (tmp_path / "x").iterdir()} == {"01.txt", "01-2.txt"}
 
@@ -164,7 +159,7 @@ def test_same_stems_get_numbers(folder, tmp_path):
         (["RUN", "CLIP", "--batch-size", "0"], "at least 1"),
         (["RUN", "CLIP", "--max-repeats", "-1"], "0, no limit, or more"),
         (["RUN", "CLIP", "--device", "cuda"], "no GPU is available"),
-        (["RUN", "CLIP", "--lang", "en", "--initial-prompt", "Dr. Quilter"], "takes no text before"),
+        (["RUN", "CLIP", "--language", "en", "--prompt", "Dr. Quilter"], "takes no text before"),
     ],
 )
 def test_misuse_is_one_line(folder, capsys, monkeypatch, arguments, message):
@@ -176,9 +171,9 @@ def test_misuse_is_one_line(folder, capsys, monkeypatch, arguments, message):
     assert "Traceback" not in errors
 
 
-def test_stopped_transcription_goes_on(folder, tmp_path, monkeypatch, capsys):
+def test_stopped_transcription_resumes(folder, tmp_path, monkeypatch, capsys):
     """Stopped by Ctrl-C after some results: these are kept, the others added, and the result is the same."""
-    import canter.inference.transcribe as module
+    import canter.inference.bulk as module
 
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     arguments = ["transcribe", str(folder / "run"), str(folder / "manifest.jsonl"), "-o"]
@@ -249,7 +244,7 @@ def test_a_model_says_what_long_audio_is_cut_into(folder, tmp_path):
         model.generation = {} if told is None else {"window_seconds": told}
         save_model(model, tmp_path / f"{told}", model.tokenizer)
         engine = Engine(load_model(tmp_path / f"{told}"), model.tokenizer.end)
-        listener = Listener(engine, model.tokenizer, TranscribeConfig(window_seconds=asked, vad="none"))
-        pieces = list(listener.pieces([np.zeros(16000 * 50, np.float32)]))
+        listener = Transcriber(engine, model.tokenizer, TranscribeConfig(chunk_seconds=asked, vad="none"))
+        pieces = list(listener.chunks([np.zeros(16000 * 50, np.float32)]))
         windows[told, asked] = max(len(piece.samples) for piece in pieces) / 16000
     assert windows == {(None, None): 40.0, (12.0, None): 12.0, (12.0, 20.0): 20.0}

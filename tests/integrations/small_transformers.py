@@ -93,7 +93,7 @@ def built(family: str) -> TransformersModel:
 
 
 def clips(seconds, seed=0):
-    """Modulated noise, of so many seconds each."""
+    """Return clips of modulated noise with the given lengths in seconds."""
     random = np.random.default_rng(seed)
     found = []
     for length in seconds:

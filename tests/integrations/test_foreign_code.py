@@ -86,20 +86,10 @@ def planted(sound, tmp_path, monkeypatch):
         (folder / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('touch ' + marker) }}")
         (folder / "custom_generate" / "requirements.txt").write_text("evil")
         autos = dict.fromkeys(AUTO, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-        for name in (
-            "config",
-            "tokenizer_config",
-            "preprocessor_config",
-            "processor_config",
-            "generation_config",
-        ):
+        for name in ("config", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config"):
             file = folder / f"{name}.json"
             values = json.loads(file.read_text()) if file.exists() else {}
-            values |= {
-                "auto_map": autos,
-                "custom_pipelines": {"x": {"impl": "evil.Evil"}},
-                "custom_generate": "evil",
-            }
+            values |= {"auto_map": autos, "custom_pipelines": {"x": {"impl": "evil.Evil"}}, "custom_generate": "evil"}
             file.write_text(json.dumps(values))
         return folder, marker
 

@@ -18,13 +18,7 @@ from canter.planning.strategies import Bucket2D
 
 def cuts_of(count: int) -> CutSet:
     return CutSet.from_cuts(
-        MonoCut(
-            f"cut{i}",
-            start=0.0,
-            duration=1.0 + (i * 7 % 50) / 5,
-            channel=0,
-            custom={"num_tokens": 5 + i % 30},
-        )
+        MonoCut(f"cut{i}", start=0.0, duration=1.0 + (i * 7 % 50) / 5, channel=0, custom={"num_tokens": 5 + i % 30})
         for i in range(count)
     )
 
@@ -63,7 +57,7 @@ def test_state_continues_where_it_was():
 
 
 class Ids(Dataset):
-    """What a Lhotse dataset is to a loader: a batch of cuts in, a batch out."""
+    """Dataset with the interface of Lhotse's: a batch of cuts in, a batch out."""
 
     def __getitem__(self, cuts):
         return [cut.id for cut in cuts]

@@ -62,14 +62,7 @@ def model_of(dropout=0.1):
             WhisperEncoderConfig(1, 16, 2, 32, 20, 100, dropout=dropout),
             # a key's bias has no gradient but rounding, which Adam would make steps of
             DecoderConfig(
-                layers=1,
-                width=16,
-                heads=2,
-                feedforward=32,
-                vocabulary=40,
-                positions=20,
-                pad=0,
-                key_bias=False,
+                layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=20, pad=0, key_bias=False
             ),
         )
     )
@@ -122,7 +115,7 @@ def test_what_the_model_cannot_take_is_in_no_batch(tmp_path, caplog):
     assert PlanDataModule(plan_of(clips), clips).plan.fingerprint == plan_of(clips).fingerprint
 
 
-def test_steps_are_the_plans_and_the_loss_is_the_whole_steps(tmp_path, caplog):
+def test_steps_are_the_plans_and_the_loss_is_that_of_the_step(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "canter.integrations.lightning"):
         losses, _, clips = fit(tmp_path, 3, dropout=0.0)
     plan = plan_of(clips)

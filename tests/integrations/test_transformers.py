@@ -8,15 +8,15 @@ import pytest
 import soundfile
 import torch
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.feed.data import Address, Example, MicroBatches, collate
-from canter.training.measure import planned_frame_seconds, synthetic_batch, training_step
-from canter.tuning.fit import measure_budget
+from canter.training.measure import SyntheticStep, planned_frame_seconds, synthetic_batch
+from canter.tuning.fit import fit_budget
 from canter.tuning.probe import Prober
 
 transformers = pytest.importorskip("transformers")
@@ -66,7 +66,7 @@ def test_frames_are_those_of_the_encoder(adapted, seconds):
     assert abs(adapted.encoder_frames(seconds) - encoded.shape[1]) <= 1
 
 
-def test_told_of(family, adapted):
+def test_info(family, adapted):
     layers, cost = adapted.layers(), adapted.cost(1.0, 5)
     assert layers["encoder"]["layers"] == layers["decoder"]["layers"] == 2
     assert layers["encoder"]["width"] == layers["decoder"]["width"] == 16
@@ -139,11 +139,10 @@ def test_tuned_and_planned(family, adapted):
     seconds, tokens = np.linspace(0.5, 1.5, 30).astype(np.float32), np.arange(30) % 8 + 3
     unit = planned_frame_seconds(adapted)
     frames = Budget.from_batch_seconds(unit, frame_seconds=unit).frames(seconds)
-    step = training_step(TrainConfig(optimizer=OptimizerConfig(name="adamw")), adapted, "float32", prompt=1)
-    budget = measure_budget(
+    step = SyntheticStep(TrainConfig(optimizer=OptimizerConfig(name="adamw")), adapted, "float32")
+    budget = fit_budget(
         Prober(step, 2e9, {"model": family}),
         LengthIndex(seconds, tokens, ["x"]),
-        unit,
         most_probes=8,
         most_frames=2 * int(frames.max()),
     )
@@ -155,7 +154,7 @@ def test_tuned_and_planned(family, adapted):
 
 
 def alone(adapted, audio, prompt, limit, **settings):
-    """What the family's own ``generate`` makes of one clip."""
+    """Return the output of the family's own ``generate`` for one clip."""
     sequences = transformers.generation.GenerationMixin.generate(
         adapted.model,
         **adapted.inputs([audio]),
@@ -228,7 +227,7 @@ def test_index_and_micro_batches_of_a_manifest(tmp_path):
         rows.append({"audio_filepath": f"{number}.wav", "duration": SECONDS[number], "text": text})
     write_manifest(tmp_path / "train.jsonl", rows)
     tokenizer = TransformersTokenizer(word_tokenizer(pad_token="<pad>", eos_token="</s>"), [START, 5])
-    index = build_index(
+    index = index_sources(
         [tmp_path / "train.jsonl"], tmp_path / "lengths.arrow", tokenizer, prompt_tokens=2, progress=False
     )
     assert index.tokens.tolist() == [5, 4, 6]

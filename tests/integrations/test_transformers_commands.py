@@ -1,4 +1,4 @@
-"""Models of transformers' architectures through the command line: tuned, trained, resumed, transcribed, told of."""
+"""Models of transformers' architectures through the commands: tune, train, resume, transcribe, info."""
 
 import copy
 import itertools
@@ -64,10 +64,10 @@ def command(corpus, init, output, *more):
     data = str(corpus / "train.jsonl")
     return main(
         ["train", "--manifest", data, "--valid", data, "--init", str(init), "--output", str(output), "--budget",
-         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-alone", "0", "--optimizer.name", "adamw",
+         str(corpus / "budget.json"), "--loss.ctc-weight", "0", "--loss.ctc-warmup", "0", "--optimizer.name", "adamw",
          "--batch-seconds", "3", "--steps", "4", "--valid-every", "2", "--valid-utterances", "2",
          "--workers", "0", "--threads", "1",
-         "--precision", "float32", "--no-largest-first", *more]
+         "--precision", "float32", *more]
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def moonshine(tmp_path_factory):
 def test_long_audio_is_cut_and_timed(moonshine, tmp_path):
     audio = np.concatenate([np.concatenate([clip, np.zeros(8000, np.float32)]) for clip in clips(SECONDS)])
     soundfile.write(tmp_path / "long.wav", audio, 16000)
-    arguments = ["transcribe", str(moonshine), str(tmp_path / "long.wav"), "--window-seconds", "3"]
+    arguments = ["transcribe", str(moonshine), str(tmp_path / "long.wav"), "--chunk-seconds", "3"]
     assert main([*arguments, "--output", str(tmp_path / "x.json")]) == 0
     segments = json.loads((tmp_path / "x.json").read_text())["segments"]
     assert len(segments) >= 3
@@ -137,17 +137,17 @@ def test_long_audio_is_cut_and_timed(moonshine, tmp_path):
 
 
 def test_beams(moonshine, corpus, tmp_path, capsys):
-    assert main(["transcribe", str(moonshine), str(corpus / "2.wav"), "--beam", "3"]) == 0
+    assert main(["transcribe", str(moonshine), str(corpus / "2.wav"), "--beam-size", "3"]) == 0
     model = TransformersModel.from_pretrained(moonshine)
     audio = soundfile.read(corpus / "2.wav", dtype="float32")[0]
     expected = model.transcribe([audio], num_beams=3, length_penalty=0.0)[0]
     assert capsys.readouterr().out.strip() == model.tokenizer.decode(expected)
 
 
-def test_tuned_and_told_of(moonshine, corpus, tmp_path, capsys):
+def test_tune_and_info(moonshine, corpus, tmp_path, capsys):
     budget, lengths = tmp_path / "budget.json", tmp_path / "lengths.arrow"
     LengthIndex(np.linspace(0.5, 2, 40).astype(np.float32), np.arange(40) % 8 + 3).save(lengths)
-    options = ["--index", str(lengths), "--probes", "6", "--threads", "1", "--limit", "500MB"]
+    options = ["--index", str(lengths), "--probes", "6", "--threads", "1", "--memory", "500MB"]
     assert main(["tune", str(moonshine), *options, "-o", str(budget)]) == 0
     measured = Budget.load(budget).measured_on
     assert measured["model_shape"].startswith("transformers MoonshineForConditionalGeneration, ")
@@ -190,7 +190,7 @@ def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_pat
         (["transcribe", "{model}", "{clip}", "--precision", "int8"], "--precision int8"),
         (["reshape", "{model}", "-o", "{tmp}/x", "--decoder-layers", "1"], "model_type is 'moonshine'"),
         (["convert", "{model}", "{tmp}/x"], "model_type is 'moonshine'"),
-        (["tune", "{model}", "--simulate", "8GiB", "-o", "{tmp}/b.json"], "--simulate: "),
+        (["tune", "{model}", "--compile", "-o", "{tmp}/b.json"], "--compile: "),
     ],
 )
 def test_what_other_commands_have_nothing_for_takes_one_line(moonshine, corpus, tmp_path, capsys, arguments, says):

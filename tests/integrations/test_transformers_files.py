@@ -1,4 +1,4 @@
-"""What a folder may ask of transformers: numbers have ranges, and a model has the size of its weights."""
+"""Limits on what a folder may ask of transformers: numbers have ranges, and a model has the size of its weights."""
 
 import json
 import os

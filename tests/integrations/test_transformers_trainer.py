@@ -53,10 +53,7 @@ class Clips(torch.utils.data.Dataset):
         self.read.append(row)
         random = np.random.default_rng(row)
         audio = random.normal(size=int(self.seconds[row] * 16000)).astype(np.float32)
-        return {
-            "audio": audio,
-            "labels": [START, *random.integers(3, 40, self.tokens[row] - 2).tolist(), END],
-        }
+        return {"audio": audio, "labels": [START, *random.integers(3, 40, self.tokens[row] - 2).tolist(), END]}
 
 
 def plan_of(clips, strategy="random", **options):
@@ -97,7 +94,7 @@ def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def test_rows_are_the_plans_and_the_gradient_is_the_whole_steps(tmp_path):
+def test_rows_are_the_plans_and_the_gradient_is_that_of_the_step(tmp_path):
     trainer = trainer_of(tmp_path, 2, dropout=0.0)
     before = whisper(0.0)
     trainer.train()
@@ -151,12 +148,7 @@ def take_part(folder, rank, ranks, address, steps, resume):
     }  # fmt: skip
     torch.set_num_threads(1)
     trainer = trainer_of(
-        folder,
-        steps,
-        save_strategy="steps",
-        save_steps=steps,
-        ddp_backend="gloo",
-        ddp_find_unused_parameters=False,
+        folder, steps, save_strategy="steps", save_steps=steps, ddp_backend="gloo", ddp_find_unused_parameters=False
     )
     trainer.train(resume_from_checkpoint=resume)
     result = {"read": trainer.train_dataset.read, "losses": losses(trainer)}
@@ -220,7 +212,7 @@ def test_evaluates_and_predicts_as_ever(tmp_path):
 
 
 def test_short_audio_and_thirty_seconds(caplog):
-    """At its full length nothing changes; at its own, an utterance is what it is with positions cut off."""
+    """At full length the output is unchanged; at its own length an utterance equals one with positions removed."""
     plain, short = whisper(0.0).eval(), accept_short_audio(whisper(0.0)).eval()
     example = [Clips()[4]]
     full = collator(padded=True)(example)

@@ -1,4 +1,4 @@
-"""On a GPU the models compute what they compute on a CPU."""
+"""Models compute the same on a GPU as on a CPU."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from canter.models.norm import merge_pending
-from canter.training.step.half import HalfWeights
+from canter.training.step.gradient import Bf16Weights
 from canter.training.step.weights import compile_layers
 
 from .conftest import small_model, small_whisper
@@ -63,7 +63,7 @@ def test_bf16_comes_close_and_compiled_layers_come_to_the_same():
     loss_of(model, batch).backward()
     exact = {name: one.grad for name, one in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    with HalfWeights(model) as half:
+    with Bf16Weights(model) as half:
         rounded = loss_of(model, batch)
         rounded.backward()
         half.collect()

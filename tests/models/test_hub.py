@@ -26,7 +26,7 @@ NAME, COMMIT, OLD = "someone/tiny-canary", "a" * 40, "b" * 40
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A cache with one whole model, under `main` and the tag `v1`, one without weights, and one of 2 commits."""
+    """A cache with one complete model, under `main` and the tag `v1`, one without weights, and one of 2 commits."""
     root = tmp_path_factory.mktemp("hub")
     tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en"], vocab_size=40)
     encoder = FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16)
@@ -77,10 +77,7 @@ def test_a_folder_of_that_name_goes_first(offline, tmp_path):
             "someone/other",
             "is not in the cache of the Hugging Face hub .*HF_HUB_OFFLINE is set.*hf download someone/other",
         ),
-        (
-            f"{NAME}@v2",
-            "tiny-canary@v2 is no file or folder here.*hf download someone/tiny-canary --revision v2",
-        ),
+        (f"{NAME}@v2", "tiny-canary@v2 is no file or folder here.*hf download someone/tiny-canary --revision v2"),
         ("someone/part", "holds a part of it alone, without model.safetensors"),
         ("nothing", "nothing does not exist; give a run, .* such as openai/whisper-tiny.en"),
         ("large-v3", "such as openai/whisper-large-v3"),
@@ -106,13 +103,7 @@ def test_only_the_files_that_are_read_are_wanted():
         "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
         "vocab.json", "merges.txt", "model.safetensors",
     }  # fmt: skip
-    shards = [
-        "config.json",
-        "model.safetensors.index.json",
-        "a-1.safetensors",
-        "a-2.safetensors",
-        "b.safetensors",
-    ]
+    shards = ["config.json", "model.safetensors.index.json", "a-1.safetensors", "a-2.safetensors", "b.safetensors"]
     index = {"weight_map": {"x": "a-2.safetensors", "y": "a-1.safetensors", "z": "a-1.safetensors"}}
     assert _wanted(NAME, shards, lambda: index) == [*shards[:4]]
     assert _wanted("nvidia/canary", ["README.md", "canary.nemo"], dict) == ["canary.nemo"]
@@ -132,7 +123,7 @@ def test_commands_take_a_hub_name(offline, tmp_path, capsys):
 
 
 def test_the_environment_names_the_cache(cache, tmp_path):
-    """As a user sets it, HF_HOME and HF_HUB_OFFLINE, in a process of its own."""
+    """HF_HOME and HF_HUB_OFFLINE are honoured, in a separate process, as a user sets them."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "hub").symlink_to(cache)
@@ -177,7 +168,7 @@ def test_the_best_checkpoint_is_one_of_the_run(tmp_path, content):
 
 
 @pytest.mark.parametrize("shard", ["*.safetensors", "../x.safetensors", "evil.py", "a/b.safetensors", 5])
-def test_an_index_of_the_hub_fetches_safetensors_alone(shard):
+def test_an_index_of_the_hub_fetches_only_safetensors(shard):
     files = ["config.json", "model.safetensors.index.json", "evil.py", "pytorch_model.bin"]
     with pytest.raises(CheckpointError, match="refused"):
         _wanted("a/b", files, lambda: {"weight_map": {"x": shard}})

@@ -19,9 +19,10 @@ seeds = st.integers(0, 1000)
 
 
 def make_batch(sizes: list[int], padding: int, seed: int, junk: float = 0.0) -> Batch:
-    """Random audio and tokens of these lengths in samples, ``padding`` samples and some tokens wider than
-    needed; what is past an utterance's end is ``junk``. An utterance's content depends on its place and the
-    seed alone."""
+    """Return random audio and tokens of these lengths in samples, padded by ``padding`` samples and some tokens.
+
+    Padding is filled with ``junk``. An utterance's content depends only on its place and the seed.
+    """
     wide, u = max(sizes) + padding, 12 + padding // 1000
     audio = torch.full((len(sizes), wide), junk)
     tokens = torch.full((len(sizes), u), int(junk != 0))
@@ -52,8 +53,8 @@ def model():
 @settings(max_examples=25)
 @given(lengths, paddings, seeds)
 @torch.no_grad()
-def test_alone_or_in_company(model, sizes, padding, seed):
-    """An utterance alone, or among longer ones in a batch padded with junk: the same to 1e-4."""
+def test_single_or_in_a_batch(model, sizes, padding, seed):
+    """A single utterance equals the same one in a batch with longer ones and junk as padding, to 1e-4."""
     batch = make_batch(sizes, padding, seed, junk=7.0)
     encoded, encoded_lengths, log_probs = run(model, batch)
     for row, size in enumerate(sizes):
@@ -71,14 +72,7 @@ def test_gradients_of_padded_and_unpadded(sizes, padding, seed, norm, xscaling):
     """Training mode, BatchNorm over the batch's own statistics: loss, gradients and statistics of a batch
     padded with junk equal those of the same batch as narrow as it can be."""
     encoder = FastConformerConfig(
-        layers=2,
-        width=24,
-        heads=2,
-        feedforward=48,
-        subsampling_channels=8,
-        mels=32,
-        norm=norm,
-        xscaling=xscaling,
+        layers=2, width=24, heads=2, feedforward=48, subsampling_channels=8, mels=32, norm=norm, xscaling=xscaling
     )
     models = [small_model(encoder=encoder).train() for _ in range(2)]
     for model, batch in zip(
@@ -106,10 +100,7 @@ def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
         return  # torch refuses a single position
     ours, theirs = MaskedBatchNorm(6), torch.nn.BatchNorm1d(6)
     gradients = []
-    for norm, run in (
-        (ours, lambda x: ours(x, valid, valid.sum())[valid]),
-        (theirs, lambda x: theirs(x[valid])),
-    ):
+    for norm, run in ((ours, lambda x: ours(x, valid, valid.sum())[valid]), (theirs, lambda x: theirs(x[valid]))):
         norm.weight.data += torch.linspace(-0.5, 0.5, 6)
         inputs = x.clone().requires_grad_()
         outputs = run(inputs)
@@ -126,11 +117,7 @@ def test_batch_norm_equals_torch_on_the_valid_positions(sizes, seed):
 def test_a_convolution_does_what_the_norm_after_it_would(bias):
     """Against torch.nn.Conv1d and BatchNorm1d in evaluation, one after the other."""
     torch.manual_seed(0)
-    conv, theirs, ours = (
-        torch.nn.Conv1d(6, 6, 5, groups=6, bias=bias),
-        torch.nn.BatchNorm1d(6),
-        MaskedBatchNorm(6),
-    )
+    conv, theirs, ours = (torch.nn.Conv1d(6, 6, 5, groups=6, bias=bias), torch.nn.BatchNorm1d(6), MaskedBatchNorm(6))
     for tensor in (theirs.weight.data, theirs.bias.data, theirs.running_mean, theirs.running_var):
         tensor.uniform_(0.5, 2.0)
     ours.load_state_dict(theirs.state_dict())

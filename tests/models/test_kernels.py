@@ -1,4 +1,4 @@
-"""What the kernels for a GPU compute, beside torch's own operations; without a GPU in Triton's interpreter."""
+"""GPU kernels compute the same as torch's own operations; without a GPU they run in Triton's interpreter."""
 
 import importlib
 import os
@@ -26,16 +26,7 @@ if HERE:
 POINTERS = {"lengths": "*i64", "valid": "*i1"} | dict.fromkeys(("firsts", "seconds", "tables"), "*fp32")
 HALVES = "x y z first second gradient table for_y weight bias mean variance gain shift scores out"
 POINTERS |= dict.fromkeys(HALVES.split(), "*bf16")
-CHOICES = {
-    "BIAS": True,
-    "FLIPPED": False,
-    "NORMED": True,
-    "LEAST": -1e9,
-    "K": 9,
-    "TAPS": 16,
-    "R": 16,
-    "S": 128,
-}
+CHOICES = {"BIAS": True, "FLIPPED": False, "NORMED": True, "LEAST": -1e9, "K": 9, "TAPS": 16, "R": 16, "S": 128}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
@@ -65,7 +56,7 @@ def test_they_compile_for_a_gpu_that_is_not_there(name):
 
 @pytest.mark.skipif(HERE, reason="this is the interpreter, or a GPU")
 def test_in_the_interpreter():
-    """In a process of its own, for Triton reads the variable when it is imported."""
+    """The test needs a separate process, because Triton reads the variable when it is imported."""
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(pytest_, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -79,10 +70,7 @@ def random(*shape):
 def same(ours, theirs, given):
     """Both functions give the same and the same gradients; theirs computes in float32."""
     found = []
-    for function, inputs in (
-        (ours, given),
-        (theirs, [one.detach().float().requires_grad_() for one in given]),
-    ):
+    for function, inputs in ((ours, given), (theirs, [one.detach().float().requires_grad_() for one in given])):
         y = function(*inputs)
         weights = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)  # neither constant nor drawn twice
         found.append([y, *torch.autograd.grad(y, inputs, weights.to(y.dtype))])

@@ -8,10 +8,9 @@ from torch import nn
 import canter
 from canter.errors import CheckpointError
 from canter.models import model as room
-from canter.models.cost import parameters, utterance_cost
-from canter.models.encoder import Encoder
 from canter.models.features import length_mask
 from canter.models.formats.checkpoint import save_model
+from canter.models.layers import Encoder
 
 from .conftest import small_model
 from .test_invariance import make_batch
@@ -56,8 +55,8 @@ def test_joins_all_that_models_do(monkeypatch, tmp_path):
     encoded, lengths = loaded.encode(*loaded.features(batch.audio, batch.audio_lengths))
     assert lengths.tolist() == [loaded.encoder_frames(0.5), loaded.encoder_frames(5000 / 16000)]
     assert length_mask(lengths, encoded.shape[1]).sum() == lengths.sum()
-    assert sum(parameters(loaded).values()) == sum(p.numel() for p in loaded.parameters())
-    assert utterance_cost(loaded.config).frames == 125
+    assert sum(loaded.parts().values()) == sum(p.numel() for p in loaded.parameters())
+    assert loaded.cost(10.0, 40).frames == 125
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="encoder of kind 'pooling'; known: fastconformer, whisper"):
         canter.load_model(tmp_path / "x")

@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 import canter
 from canter.cli import reshape as command
 from canter.errors import ConfigError
-from canter.models.cost import parameters
 from canter.models.formats.checkpoint import save_model
-from canter.models.reshape import encoder_layers_that_keep, grown_layers, kept_layers, reshape
-from canter.models.timing import StackTime, measure
+from canter.models.reshape import StackTime, encoder_layers_that_keep, grown_layers, kept_layers, measure_times, reshape
 
 from .conftest import small_model, small_whisper
 from .test_invariance import make_batch, run
@@ -87,10 +85,10 @@ def test_layers_kept():
 
 def test_keeping_parameters_and_operations():
     model = small_whisper()
-    total = sum(parameters(model).values())
+    total = sum(model.parts().values())
     layers = encoder_layers_that_keep("parameters", model.config, 1, 2.0, 10)
     assert layers > 2
-    again = sum(parameters(reshape(model, encoder_layers=layers, decoder_layers=1)).values())
+    again = sum(reshape(model, encoder_layers=layers, decoder_layers=1).parts().values())
     layer = sum(p.numel() for p in model.encoder.layers[0].parameters())
     assert abs(again - total) <= layer / 2 + 1
     assert encoder_layers_that_keep("flops", model.config, 2, 2.0, 10) == 2
@@ -119,28 +117,29 @@ def test_refusals():
 
 
 def test_times_are_predicted_from_layers():
-    times = measure(small_model(), seconds=1.0, tokens=4, batch=1)
+    times = measure_times(small_model(), seconds=1.0, tokens=4, batch=1)
     assert times.encoder.of(4) >= times.encoder.of(2) > 0
     assert StackTime(1.0, 0.5).of(4) == 3.0
 
 
 def test_command(tmp_path, capsys):
     save_model(small_model(), tmp_path / "model")
-    options = {"decoder_layers": 1, "seconds": 1.0, "tokens": 4, "batch": 1}
-    command.run(command.Options(tmp_path / "model", tmp_path / "a", keep_parameters=True, json=True, **options))
+    options = {"decoder_layers": 1, "seconds": 1.0, "tokens_per_second": 4.0, "batch_size": 1}
+    command.run(command.Options(tmp_path / "model", tmp_path / "a", match="parameters", json=True, **options))
     figures = json.loads(capsys.readouterr().out)
     assert figures["after"]["decoder_layers"] == 1
     assert figures["after"]["encoder_layers"] == canter.load_model(tmp_path / "a").config.encoder.layers
     assert figures["after"]["decoder_seconds"] <= figures["before"]["decoder_seconds"]
     command.run(command.Options(tmp_path / "model", tmp_path / "b", **options))
     assert "decoder, predicted ms" in capsys.readouterr().out
-    command.run(command.Options(tmp_path / "model", tmp_path / "k", keep_flops=True, **options))
+    command.run(command.Options(tmp_path / "model", tmp_path / "k", match="flops", **options))
     told = capsys.readouterr().out
-    assert "encoder keeps its 2 layers: the decoder gave up less than half a layer's operations" in told
-    assert "train it on" in told
-    command.run(command.Options(tmp_path / "model", tmp_path / "e", encoder_layers=3, seconds=1.0, tokens=4))
-    assert "train it on" not in capsys.readouterr().out  # nothing was lost
+    assert "encoder keeps its 2 layers: the decoder lost less than half a layer's flops" in told
+    assert "train it further" in told
+    grown = {"encoder_layers": 3, "seconds": 1.0, "tokens_per_second": 4.0}
+    command.run(command.Options(tmp_path / "model", tmp_path / "e", **grown))
+    assert "train it further" not in capsys.readouterr().out  # nothing was lost
     with pytest.raises(ConfigError, match="exclude each other"):
-        command.run(command.Options(tmp_path / "model", tmp_path / "c", keep_flops=True, encoder_layers=3))
+        command.run(command.Options(tmp_path / "model", tmp_path / "c", match="flops", encoder_layers=3))
     with pytest.raises(ConfigError, match="exists"):
         command.run(command.Options(tmp_path / "model", tmp_path / "a"))

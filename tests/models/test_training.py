@@ -1,5 +1,4 @@
-"""What training needs: augmentation from seeds, dropouts, layer drop, recomputed activations, bf16,
-compilation."""
+"""Training features of models: seeded augmentation, dropout, layer drop, recomputed activations, bf16, compilation."""
 
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from .conftest import small_model, small_whisper
 from .test_invariance import make_batch
 
 
-def test_spec_augment_depends_on_the_seed_alone():
+def test_spec_augment_depends_only_on_the_seed():
     config = SpecAugmentConfig(frequency_width=8)
     features = torch.ones(3, 200, 32)
     lengths, seeds = torch.tensor([200, 120, 60]), [5, 6, 7]
@@ -49,14 +48,14 @@ def test_spec_augment_masks_no_more_than_configured(size, seed, width, count, sh
 
 
 def test_spec_augment_masks_as_much_as_expected():
-    """Mean share of masked bins over many seeds: widths are uniform, so about half the widest."""
+    """The mean fraction of masked bins over many seeds is about half of the widest mask, because widths are uniform."""
     config = SpecAugmentConfig(frequency_masks=1, frequency_width=20, time_masks=0)
     kept = spec_augment(torch.ones(500, 10, 80), torch.full((500,), 10), list(range(500)), config)
     assert (1 - kept.mean()).item() == pytest.approx(10 / 80, rel=0.1)
 
 
 @pytest.mark.parametrize("config", [FeatureConfig(mels=32), WhisperFeatureConfig(mels=32, pad_seconds=0.0)])
-def test_dither_depends_on_the_seed_alone(config):
+def test_dither_depends_only_on_the_seed(config):
     features = replace(config, dither=1e-3).build().train()
     audio, sizes = 0.1 * torch.randn(2, 4000), torch.tensor([4000, 3200])
 
@@ -173,7 +172,7 @@ def test_bfloat16_autocast(make):
 
 
 @pytest.mark.parametrize("make", [small_model, small_whisper])
-def test_compiles_whole_for_a_grid_of_shapes(make):
+def test_compiles_without_breaks_for_a_grid_of_shapes(make):
     """No graph break in encoder and decoder, and one graph for all batches of a cell of the grid."""
     model = make()
     graphs = []

@@ -83,8 +83,10 @@ def test_longer_than_thirty_seconds_is_refused(ours):
     st.integers(0, 9),
 )
 def test_silence_is_computed_once(sizes, seconds, seed):
-    """Features of the samples alone are those of all of them; convolutions, their gradient too, of what sounds and a
-    little silence are those of the whole window, whether it has an even or an odd number of frames."""
+    """Features of the samples without padding equal those of the padded window.
+
+    So do convolutions and their gradients over the audio and a little silence, for odd and even numbers of frames.
+    """
     model = small_whisper()
     model.set_features(pad_seconds=seconds)
     generator = torch.Generator().manual_seed(seed)
@@ -163,7 +165,7 @@ def test_greedy(ours, theirs, speech, extracted):
 @settings(max_examples=25)
 @given(st.lists(st.integers(100, 12000), min_size=1, max_size=4), st.integers(0, 9000), st.integers(0, 9))
 @torch.no_grad()
-def test_any_length_alone_or_in_company(sizes, padding, seed):
+def test_any_length_single_or_in_a_batch(sizes, padding, seed):
     model = small_whisper()
     generator = torch.Generator().manual_seed(seed)
     audio = torch.full((len(sizes), max(sizes) + padding), 7.0)  # what is past the end must not matter

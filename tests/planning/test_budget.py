@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from canter.errors import BudgetError
 from canter.planning import Budget, Polynomial, analytic_budget
+from canter.planning.budget import parse_memory
 from canter.planning.shapes import SHAPES
 
 
@@ -38,17 +39,17 @@ def test_round_trip(tmp_path, budget):
     ("change", "message"),
     [
         ({"format": "canter-budget/9"}, "format is 'canter-budget/9'"),
-        ({"memory": 3}, "memory is int"),
-        ({"memory.limit_bytes": "40GB"}, "memory.limit_bytes is '40GB'"),
+        ({"memory": 3}, "memory: expected a mapping of settings, found 3"),
+        ({"memory.limit_bytes": "40GB"}, "memory: limit_bytes: expected float, found '40GB'"),
         ({"memory.limit_bytes": float("nan")}, "memory.limit_bytes is nan"),
-        ({"memory.limit_bytes": True}, "memory.limit_bytes is True"),
+        ({"memory.limit_bytes": True}, "memory: limit_bytes: expected float, found True"),
         ({"memory.limit_bytes": 1}, "leaves nothing above memory.fixed_bytes"),
         ({"memory.per_utterance_bytes.TT": -1.0}, "memory.per_utterance_bytes.TT is -1.0"),
-        ({"memory.per_utterance_bytes.TX": 1.0}, "memory.per_utterance_bytes.TX is not a field"),
+        ({"memory.per_utterance_bytes.TX": 1.0}, "memory: per_utterance_bytes: unknown setting 'TX'"),
         ({"time.per_utterance_seconds": {}}, "time.per_utterance_seconds is zero for every term"),
         ({"frame_seconds": 0}, "frame_seconds is 0"),
-        ({"speed": 1}, "speed is not a field"),
-        ({"time": None}, "time is NoneType"),
+        ({"speed": 1}, "unknown setting 'speed'"),
+        ({"time": None}, "time: expected a mapping of settings, found None"),
     ],
 )
 def test_a_malformed_budget_names_file_field_and_value(tmp_path, budget, change, message):
@@ -110,3 +111,17 @@ def test_unknown_or_too_large_shape():
         analytic_budget("canary-1B")
     with pytest.raises(BudgetError, match="leave no room"):
         analytic_budget("canary-1b", 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80", 80e9), ("80GB", 80e9), ("80GiB", 80 * 2**30), ("0.5 tb", 5e11), ("512MiB", 2**29), (" 1.5KB", 1500)],
+)
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "80G", "1e3", "nan", "80 GB free", "1..5GB"])
+def test_what_is_no_size_of_memory(text):
+    with pytest.raises(BudgetError, match=r"--memory is .*such as 80GiB"):
+        parse_memory(text, "--memory")

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from canter.cli.main import main
-from canter.planning.compare import COLUMNS, compare, ladder, markdown
+from canter.planning.compare import compare, ladder, markdown
 
 from .conftest import lengths
 
@@ -31,7 +31,7 @@ def test_speed_and_gpus_are_against_the_first_row(index, budget):
     assert markdown(rows).count("\n") == len(rows) + 2
 
 
-def test_the_command_prints_json_markdown_and_a_figure(table, budget, tmp_path, capsys):
+def test_the_command_prints_json_and_a_figure(table, budget, tmp_path, capsys):
     budget.save(tmp_path / "budget.json")
     arguments = ["compare", str(table), "--budget", str(tmp_path / "budget.json"), "--ranks", "2"]
     assert main([*arguments, "--json", "--figure", str(tmp_path / "ladder.png")]) == 0
@@ -39,16 +39,14 @@ def test_the_command_prints_json_markdown_and_a_figure(table, budget, tmp_path, 
     assert len(rows) == len(ladder())
     assert rows[-1]["padded_compute"] < rows[0]["padded_compute"]
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*arguments, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("| strategy | padded audio |")
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert all(name.split()[0] in shown for name in COLUMNS)
+    assert all(word in shown for word in ("strategy", "padded", "compute", "waiting", "pool", "speed", "GPUs"))
 
 
 def test_plan_command_emits_every_row(table, tmp_path, capsys):
     out = tmp_path / "plan.parquet"
-    assert main(["plan", str(table), "--ranks", "2", "--emit", str(out), "--json"]) == 0
+    assert main(["plan", str(table), "--ranks", "2", "--output", str(out), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["utterances"] == 2500
     assert sorted(pq.read_table(out)["row"].to_pylist()) == list(range(2500))
@@ -62,8 +60,8 @@ def test_plan_command_emits_every_row(table, tmp_path, capsys):
         (["compare", "none.parquet"], "none.parquet"),
         (["compare", "{table}", "--model", "canary-2b"], "no shape named 'canary-2b'"),
         (["compare", "{table}", "--ranks", "0"], "--ranks is 0"),
-        (["plan", "{table}", "--mixing", "2", "--strategy", "random"], "--mixing is a dial of 'balanced'"),
-        (["plan", "{table}", "--window", "0"], "window is 0"),
+        (["plan", "{table}", "--mixing", "2", "--strategy", "random"], "--mixing is an option of 'balanced'"),
+        (["plan", "{table}", "--batching-window", "0"], "window is 0"),
         (["plan", "{table}", "--budget", "{table}"], "not JSON"),
     ],
 )

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,13 +11,12 @@ from hypothesis import strategies as st
 from canter.corpus.index import LengthIndex, Shard, Source
 from canter.errors import PlanError
 from canter.planning import Budget, Plan, Polynomial, Position
-from canter.planning.emit import write_plan
 from canter.planning.lengths import rate_limits
 from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import STRATEGIES, Balanced, Bucket1D, Bucket2D, Random
-from canter.planning.testing import assert_plan_resumes, assert_same
 
 from .conftest import lengths
+from .resuming import assert_plan_resumes, assert_same
 
 KINDS = [
     *(kind() for kind in STRATEGIES.values()), Random(7), Bucket1D(5), Bucket2D(5, 2),
@@ -32,9 +33,7 @@ def test_every_strategy_resumes_at_every_step(kind, budget):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 30}],
-    ids=str,
+    "options", [{"grid": (16, 8)}, {"block": 20}, {"window": 10**6}, {"epoch": 4}, {"min_steps": 30}], ids=str
 )
 def test_resumes_whatever_the_settings(options, budget):
     index = lengths(700)
@@ -77,8 +76,6 @@ def test_membership_depends_only_on_index_seed_epoch_and_window(index, budget):
         return [set(plan.cut(w).rows.tolist()) for w in range(plan.windows.count)]
 
     same = members()
-    from dataclasses import replace
-
     assert members(budget=replace(budget, limit_bytes=5e9)) == same
     assert members(micro_batches_per_step=7) == same
     assert members(strategy="bucket_2d") == same
@@ -97,6 +94,11 @@ def test_epochs_and_seeds_differ(index, budget):
         assert_same(list(plan), list(Plan(index, budget, seed=1)))
 
 
+def forbid_batching(plan):
+    """Let the plan fail where it divides a window into batches."""
+    object.__setattr__(plan, "cut", None)
+
+
 def test_len_and_step_numbers(index, budget, tmp_path):
     plan = Plan(index, budget, window=700, micro_batches_per_step=2, cache=tmp_path)
     steps = list(plan)
@@ -108,7 +110,7 @@ def test_len_and_step_numbers(index, budget, tmp_path):
         plan.step(len(plan))
     # the table is taken from the folder, whole
     again = Plan(index, budget, window=700, micro_batches_per_step=2, cache=tmp_path)
-    again.cut = None  # type: ignore[assignment]
+    forbid_batching(again)
     assert len(again) == len(plan)
     (kept,) = tmp_path.iterdir()
     kept.write_bytes(b"torn")  # made again
@@ -116,7 +118,7 @@ def test_len_and_step_numbers(index, budget, tmp_path):
     # figures cut every window: their table is kept too
     figures = Plan(index, budget, window=700, seed=5, cache=tmp_path).figures()
     known = Plan(index, budget, window=700, seed=5, cache=tmp_path)
-    known.cut = None  # type: ignore[assignment]
+    forbid_batching(known)
     assert len(known) == figures.steps
 
 
@@ -134,7 +136,7 @@ def test_a_sharded_index_is_drawn_in_blocks_and_another_sharding_is_another_plan
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 11), min_size=1, max_size=6), st.integers(1, 12), st.data())
 def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
-    """However often the number of ranks changes in mid-epoch, the same steps go on."""
+    """The same steps follow, however often the number of ranks changes within an epoch."""
     index = lengths(400, seed=5)
     budget = Budget.from_batch_seconds(60)
     plan = Plan(index, budget, window=150, micro_batches_per_step=per_step)
@@ -151,8 +153,7 @@ def test_elastic_ranks_take_each_utterance_once(world_sizes, per_step, data):
         assert sorted(seen) == list(range(len(index)))
 
 
-def test_a_budget_that_changes_in_mid_run_leaves_earlier_windows_alone(index, budget):
-    from dataclasses import replace
+def test_a_budget_that_changes_within_a_run_keeps_earlier_windows(index, budget):
 
     smaller = replace(budget, limit_bytes=4e9)
     before, after = Plan(index, budget, window=500), Plan(index, [(0, budget), (3, smaller)], window=500)
@@ -160,19 +161,6 @@ def test_a_budget_that_changes_in_mid_run_leaves_earlier_windows_alone(index, bu
     for window in range(6):
         expected = before if window < 3 else alone
         assert_same(expected.cut(window).step(0), after.cut(window).step(0))
-
-
-def test_curriculum_orders_the_first_windows_steps_of_epoch_0_by_length():
-    index = lengths(2000)
-    make = lambda epoch=0: Plan(index, Budget.from_batch_seconds(24), epoch=epoch, curriculum="short_first")  # noqa: E731
-    frames = np.ceil(index.seconds.astype(float) / 0.08)
-    means = [np.mean(frames[np.concatenate(step)]) for step in make()]
-    assert means == sorted(means)
-    assert sorted(row for step in make() for batch in step for row in batch) == list(range(2000))
-    later = [np.mean(frames[np.concatenate(step)]) for step in make(1)]
-    assert later != sorted(later)
-    few = lengths(120)
-    assert_plan_resumes(lambda: Plan(few, Budget.from_batch_seconds(24), curriculum="short_first"))
 
 
 def test_small_sets_and_small_batches_work_well():
@@ -235,7 +223,6 @@ def test_positions_of_other_plans_are_refused(index, budget):
         {"micro_batches_per_step": 0},
         {"window": 0},
         {"grid": (0, 1)},
-        {"curriculum": "long_first"},
         {"strategy": "magic"},
         {"epoch": -1},
         {"max_tokens_per_second": float("nan")},
@@ -259,10 +246,10 @@ def test_limits_in_tokens_per_second_by_duration(budget):
     plan = Plan(index, budget, max_tokens_per_second=[(20, 25), (10.1, 30), (40, 20)])
     assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in (1, 3, 5, 7)]
     assert sorted(row for step in plan for batch in step for row in batch) == [0, 2, 4, 6]
-    assert plan.max_tokens_per_second == ((10.1, 30.0), (20.0, 25.0), (40.0, 20.0))
+    assert plan.rate_limits == ((10.1, 30.0), (20.0, 25.0), (40.0, 20.0))
     same = Plan(index, budget, max_tokens_per_second=rate_limits("10.1:30 20:25 40:20"))
     assert same.fingerprint == plan.fingerprint
-    assert Plan(index, budget, max_tokens_per_second=plan.max_tokens_per_second).fingerprint == plan.fingerprint
+    assert Plan(index, budget, max_tokens_per_second=plan.rate_limits).fingerprint == plan.fingerprint
     others = [None, 30, [(10.1, 30)], [(10.1, 30), (20, 25), (40, 21)]]
     assert len({Plan(index, budget, max_tokens_per_second=o).fingerprint for o in others} | {plan.fingerprint}) == 5
     assert rate_limits(["25"]) == rate_limits("25") == rate_limits(25) == 25.0
@@ -270,8 +257,6 @@ def test_limits_in_tokens_per_second_by_duration(budget):
 
 
 def test_limits_say_why_batches_are_no_larger(budget):
-    from dataclasses import replace
-
     def limits(count, strategy="balanced", memory=None, own=budget, **options):
         return Plan(lengths(count), own, strategy, micro_batches_per_step=4, **options).limits(memory)
 
@@ -309,10 +294,10 @@ def test_a_window_in_which_nothing_fits():
 
 @pytest.mark.parametrize("name", ["bucket_2d", "balanced"])
 def test_an_outsider_finds_the_same_figures_in_the_emitted_plan(name, index, budget, tmp_path):
-    """Figures from plan.parquet, the lengths and the budget's JSON alone, in plain Python."""
+    """Compute the figures from plan.parquet, the lengths and the budget's JSON only, in plain Python."""
     ranks, per_step = 3, 4
     plan = Plan(index, budget, name, window=1000, micro_batches_per_step=per_step)
-    write_plan(plan, tmp_path / "plan.parquet", ranks)
+    plan.write(tmp_path / "plan.parquet", ranks)
     table = pq.read_table(tmp_path / "plan.parquet")
     assert table.schema.names == ["step", "micro_batch", "rank", "row"]
     values = budget.as_json()
@@ -362,3 +347,44 @@ def test_mixing_pool_counts_pairs():
     # pairs of the first epoch: 3 + 1, of which (0, 1) and (3, 4) meet again; mean batch 5 / 2
     assert mixing_pool(first, second) == pytest.approx(2.5 / (2 / 4))
     assert mixing_pool(np.array([0, 0]), np.array([0, 1])) == float("inf")
+
+
+KEPT = {  # (strategy, version): fingerprint and hash of the steps, as Canter 0.1 made them
+    ("random", 2): ("76f711397ed7d55e", "7eade04035b2"),
+    ("random", 4): ("2348ad348958c96e", "7eade04035b2"),
+    ("duration", 2): ("65dc330df9f74c07", "c6dc0ac92f55"),
+    ("duration", 4): ("4b11485d13c3c544", "c6dc0ac92f55"),
+    ("bucket_1d", 2): ("49a2cdcb2a214600", "b9cda34d64c0"),
+    ("bucket_1d", 4): ("1490b31d86897432", "b9cda34d64c0"),
+    ("bucket_2d", 2): ("c42232c1a96a00c4", "fedc62691650"),
+    ("bucket_2d", 4): ("62b8abb3e9e8580f", "fedc62691650"),
+    ("balanced", 2): ("38ff5f198f398a86", "be77ca8c8399"),
+    ("balanced", 4): ("efea0e3600f1aa9f", "1408b6c40513"),
+}
+
+
+@pytest.mark.parametrize(("name", "version"), KEPT)
+def test_plans_of_earlier_versions_keep_fingerprint_and_steps(name, version):
+    """Runs that were begun with them resume; whoever changes steps must raise VERSION."""
+    number = np.arange(900)
+    index = LengthIndex((1 + (number * 7 % 50) / 5).astype(np.float32), 5 + number * 11 % 60)
+    budget = Budget(2e9, Polynomial(T=2e6, U=1e6, TU=1e3))
+    settings = {"window": 400, "micro_batches_per_step": 3, "seed": 1, "min_steps": 1 if version == 2 else None}
+    plan = Plan(index, budget, name, version=version, **settings)
+    rows = np.concatenate([np.append(rows, -1) for step in plan for rows in step])
+    assert (plan.fingerprint, hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:12]) == KEPT[name, version]
+
+
+def test_mixing_0_of_canter_0_1_is_another_plan():
+    """Its local search is gone, so a position of such a run must be refused."""
+    index = LengthIndex((1 + (np.arange(900) * 7 % 50) / 5).astype(np.float32), np.full(900, 9))
+    plan = Plan(index, Budget.from_batch_seconds(60), Balanced(0.0))
+    assert plan.fingerprint != "9800e6f58a279792"
+
+
+def test_a_plan_is_a_value(index, budget):
+    plan = Plan(index, budget, window=700, seed=3)
+    assert_same(list(replace(plan, epoch=2)), list(Plan(index, budget, window=700, seed=3, epoch=2)))
+    assert replace(plan, strategy="random").fingerprint == Plan(index, budget, "random", window=700, seed=3).fingerprint
+    with pytest.raises(FrozenInstanceError):
+        plan.seed = 4  # type: ignore[misc]

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from canter.errors import PlanError
 from canter.planning import Budget, Plan
 from canter.planning.sampler import PlanSampler, StepSampler
-from canter.planning.testing import assert_resumes_everywhere
 
 from .conftest import lengths
+from .resuming import assert_resumes_everywhere
 
 # more workers than this machine has cores is what is tested
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -108,7 +108,7 @@ def test_ranks_divide_an_epoch_and_may_change_in_the_middle():
             if state:
                 sampler.load_state_dict(state)
             plan, batches, taken = sampler.plan, iter(loader), 0
-            first = plan.number(sampler._start) if sampler._start else 0
+            first = plan.number(sampler.start) if sampler.start else 0
             for number in range(first, min(len(plan), first + steps)):
                 for _ in range(max(1, len(plan.micro_batches_for(rank, ranks, number)))):
                     seen += next(batches).tolist()

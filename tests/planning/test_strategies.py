@@ -12,11 +12,10 @@ from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
 from canter.planning.strategies.balanced import without_drift
 from canter.planning.strategies.base import maxima
-from canter.planning.strategies.recut import assign, most_placed, recut
 from canter.planning.strategies.strips import strips
-from canter.planning.testing import assert_same
 
 from .conftest import lengths
+from .resuming import assert_same
 
 KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(4, 2, synchronised=False),
          Bucket2D(4, 3, optimal=True), Balanced(), Balanced(0), Balanced(2.5),
@@ -35,14 +34,7 @@ KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(
 def test_every_utterance_that_fits_is_used_once_and_no_batch_is_over(rows, kind, per_step, window, limit, gridded):
     index = LengthIndex(*np.array(rows).T[:1], np.array([u for _, u in rows]))
     budget = Budget(float(limit), Polynomial(T=1.0, TT=1e-4, U=0.3, TU=1e-3), fixed_bytes=50.0)
-    plan = Plan(
-        index,
-        budget,
-        kind,
-        window=window,
-        micro_batches_per_step=per_step,
-        grid=(8, 4) if gridded else (1, 1),
-    )
+    plan = Plan(index, budget, kind, window=window, micro_batches_per_step=per_step, grid=(8, 4) if gridded else (1, 1))
     steps = list(plan)
     used = [row for step in steps for batch in step for row in batch]
     out = dict(plan.left_out())
@@ -130,7 +122,7 @@ def test_utterances_of_a_small_set_meet_others_in_the_next_epoch(budget):
 
 
 def test_strips_of_a_small_window_pad_less_than_a_snake(budget):
-    """And as many batches as wanted, none over the budget, others in every epoch."""
+    """The number of batches is as requested, none is over the budget, and they differ between epochs."""
     some = Lengths.of(lengths(900, seed=4), slice(None), budget)
     roomy = Budget(1e13, budget.memory, budget.time)
     for count in (2, 60, 400, 899):
@@ -157,7 +149,7 @@ def test_an_endless_stream_has_min_steps_in_as_many_utterances_as_the_index_has(
 
 @pytest.mark.parametrize("per_step", [1, 3, 8])
 @pytest.mark.parametrize("mixing", [1.0, 3.0])
-def test_balanced_gives_each_window_whole_steps_full_and_even(budget, per_step, mixing):
+def test_balanced_gives_each_window_complete_full_and_even_steps(budget, per_step, mixing):
     plan = Plan(lengths(24_000), budget, Balanced(mixing), window=8000, micro_batches_per_step=per_step)
     for window in range(3):
         assert np.all(np.diff(plan.cut(window).steps) == per_step)
@@ -195,15 +187,13 @@ def test_mixed_steps_hold_short_and_long_utterances_and_take_hardly_longer(per_s
     assert mixed.over == 0
 
 
-def test_mixed_steps_are_an_option_of_plans_that_leave_room(index, budget):
-    with pytest.raises(PlanError, match="excludes mix_steps"):
-        Plan(index, budget, Balanced(0, mix_steps=True)).step(0)
+def test_mixed_steps_make_another_plan(index, budget):
     plans = [Plan(index, budget, Balanced(mix_steps=mix)) for mix in (False, True)]
     assert plans[0].fingerprint != plans[1].fingerprint
 
 
 def test_the_ladder_descends(budget):
-    """Each rung pads less than the one before, and balanced least at a good share of the mixing."""
+    """Each strategy pads less than the one before, and balanced least at a good fraction of the mixing."""
     index = lengths(20_000)
     kinds = [Random(), Bucket1D(), Bucket2D(30, 2), Bucket2D(30, 5), Balanced()]
     padded = [Plan(index, budget, kind).figures().padded_compute for kind in kinds]
@@ -221,76 +211,14 @@ def test_more_mixing_pads_more_and_mixes_more(budget):
     assert pools[3] > 4 * pools[0]
 
 
-def test_the_tightest_dial_pads_much_less(budget):
-    """The local search pads less, with hardly more batches, none over memory."""
-    index = lengths(2500)
-    plans = [Plan(index, budget, Balanced(mixing)) for mixing in (1, 0)]
-    loose, tight = (plan.figures() for plan in plans)
-    assert tight.padded_compute < 0.75 * loose.padded_compute
-    assert tight.hours < loose.hours
-    assert tight.micro_batches <= loose.micro_batches + 1
-    assert tight.over == 0
-    assert tight.memory_filled > 0.92
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=2, max_size=60),
-    st.integers(60, 400),
-    st.data(),
-)
-def test_cutting_anew_keeps_every_utterance_and_never_costs_more(rows, limit, data):
-    budget = Budget(float(limit), Polynomial(T=1.0, U=0.3), time=Polynomial(T=1.0, TU=0.01, U=0.5))
-    frames, tokens = np.array(rows).T
-    inner = data.draw(st.sets(st.integers(1, len(rows) - 1)))
-    batches = np.array([0, *sorted(inner), len(rows)])
-
-    def cost(order, batches):
-        f, u = maxima(frames[order], batches), maxima(tokens[order], batches)
-        size = np.diff(batches)
-        return (size * budget.time(f, u)).sum(), size * budget.memory(f, u)
-
-    order, cut = recut(batches, frames, tokens, budget, np.random.default_rng(0))
-    assert sorted(order.tolist()) == list(range(len(rows)))
-    assert len(cut) == len(batches)
-    assert np.all(np.diff(cut) > 0)
-    before, after = cost(np.arange(len(rows)), batches), cost(order, cut)
-    assert after[0] <= before[0] * (1 + 1e-9)
-    if (before[1] <= limit).all():
-        assert (after[1] <= limit).all()
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8),
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=4),
-)
-def test_how_many_utterances_corners_can_take_together(rows, corners):
-    """`most_placed` counts what trying every way to place each utterance finds; `assign` finds such a way."""
-    below = np.zeros((6, 6), int)
-    for row in rows:
-        below[row] += 1
-    below = below.cumsum(0).cumsum(1).ravel()
-    t, u, fits = (np.array(column)[:, None] for column in zip(*corners))
-    placed = most_placed(below, t, u, 6, fits)[:, 0]
-    may = [[k for k, (a, b, _) in enumerate(corners) if x <= a and y <= b] for x, y in rows]
-    for first in range(len(corners) + 1):
-        ways = {(0,) * first}
-        for options in may:
-            ways |= {
-                tuple(n + (k == chosen) for k, n in enumerate(way))
-                for way in ways
-                for chosen in options
-                if chosen < first and way[chosen] < corners[chosen][2]
-            }
-        assert placed[first] == max(map(sum, ways))
-    if placed[-1] == len(rows):
-        kinds = [sum(1 << k for k in options) for options in may]
-        taken = np.diff(placed).tolist()
-        shares = assign(np.bincount(kinds, minlength=1 << len(corners)).tolist(), taken)
-        assert [sum(share) for share in zip(*shares.values())] == taken
-        assert {kind: sum(share) for kind, share in shares.items()} == {k: kinds.count(k) for k in kinds}
-        assert all(not some or kind >> k & 1 for kind, share in shares.items() for k, some in enumerate(share))
+def test_mixing_0_pads_least_and_mixes_least(budget):
+    """Without the exchange of utterances, batches of a small set are nearly the same in each epoch."""
+    index = lengths(1500)
+    least, default = (Plan(index, budget, Balanced(mixing), micro_batches_per_step=8) for mixing in (0, 1))
+    pools = [mixing_pool(p.batch_of_rows(), p.at_epoch(1).batch_of_rows()) for p in (least, default)]
+    assert pools[0] < pools[1]
+    assert least.figures().padded_compute < default.figures().padded_compute
+    assert least.figures().over == 0
 
 
 def test_length_does_not_drift_over_the_epoch(budget):
@@ -303,7 +231,7 @@ def test_length_does_not_drift_over_the_epoch(budget):
 
 
 @pytest.mark.parametrize(("count", "within"), [(16, 0.2), (36, 0.08), (300, 0.03)])
-def test_first_and_last_steps_are_as_long_as_the_rest(count, within):
+def test_first_and_last_steps_are_as_long_as_others(count, within):
     """Even where few steps hold most utterances, as those of the shortest do."""
     rng = np.random.default_rng(count)
     starts = set()
@@ -353,10 +281,7 @@ def test_outliers_in_tokens_per_second_are_left_out_and_listed(budget):
     index = LengthIndex(np.full(1000, 5.0), np.r_[np.full(990, 20), np.full(10, 200)])
     bound = tokens_per_second_bound(sample(index, budget), 3.0)
     assert 4 < bound < 40
-    for plan in (
-        Plan(index, budget, Bucket2D(2, 2, z_score=3.0)),
-        Plan(index, budget, max_tokens_per_second=30),
-    ):
+    for plan in (Plan(index, budget, Bucket2D(2, 2, z_score=3.0)), Plan(index, budget, max_tokens_per_second=30)):
         assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in range(990, 1000)]
         assert plan.figures().utterances == 990
 

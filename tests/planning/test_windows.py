@@ -29,12 +29,7 @@ def test_one_position_of_a_hundred_million():
 
 
 @given(
-    st.integers(1, 500),
-    st.integers(20, 300),
-    st.integers(0, 5),
-    st.integers(1, 40),
-    st.integers(1, 4),
-    st.booleans(),
+    st.integers(1, 500), st.integers(20, 300), st.integers(0, 5), st.integers(1, 40), st.integers(1, 4), st.booleans()
 )
 def test_windows_of_an_epoch_hold_every_row_once(count, size, epoch, block, sources, sorted_):
     source_of = np.arange(count) * sources // count if sorted_ else np.arange(count) % sources
@@ -120,7 +115,7 @@ def test_blocks_follow_the_shards():
 
 
 @pytest.mark.parametrize("sources", [1, 3])
-def test_windows_of_an_epoch_are_read_in_whole_blocks(sources):
+def test_windows_of_an_epoch_are_read_in_complete_blocks(sources):
     index = sharded(100, 120, sources)
     windows = Windows(index, 0, 0, 4000 * sources)
     size = len(index) // sources

@@ -47,7 +47,7 @@ def test_text_is_escaped_everywhere(title, text, other):
         html.cards([(title, text, other)]),
         html.table([title, text], [[other, title]]),
         html.section(title, text, html.note(other), html.details(text, html.element("pre", other))),
-        html.transcripts([(title, text, other, "en")]),
+        html.transcripts(html.compared(title, text, other, "en")),
     )
     page_tags, plain_tags = (set(Checker(document).tags) for document in (page, html.page("t", "l")))
     assert page_tags - plain_tags <= {
@@ -57,7 +57,7 @@ def test_text_is_escaped_everywhere(title, text, other):
 
 
 def test_page_fetches_nothing():
-    drawing = figures.curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [4, 3])}, smoothed=True)
+    drawing = figures.draw_curves({"a": ([1, 2], [3, 4]), "b": ([1, 2], [4, 3])}, smoothed=True)
     page = html.page("t", "l", html.figure(drawing, "Loss", "caption"))
     checked = Checker(page)
     assert all(reference.startswith(("#", "data:")) for reference in checked.references)
@@ -71,15 +71,20 @@ def test_page_fetches_nothing():
     assert "<summary>Numbers</summary>" in told
 
 
+def test_a_section_of_empty_blocks_is_left_out():
+    assert html.section("Budget", "Memory.", html.Html(), html.grid()) == ""
+    assert "<h2>Budget</h2>" in html.section("Budget", "Memory.", html.Html(), html.note("x"))
+
+
 def test_figures_follow_the_theme():
-    drawing = html.figure(figures.curves({"a": ([1, 2], [3, 4])}, xlabel="step"), "t")
+    drawing = html.figure(figures.draw_curves({"a": ([1, 2], [3, 4])}, xlabel="step"), "t")
     assert "var(--muted)" in drawing
     assert not any(color in drawing for color in (figures.INK, figures.MUTED, figures.GRID))
 
 
 def test_the_same_figure_is_the_same_text():
     def draw():
-        return html.figure(figures.histogram([1.0, 2.0, 2.0], xlabel="x"), "t")
+        return html.figure(figures.draw_histogram([1.0, 2.0, 2.0], xlabel="x"), "t")
 
     assert draw() == draw()
 
@@ -106,10 +111,10 @@ def test_table_marks_the_best_row():
     assert "<thead>" not in html.table(["", ""], [["a", "b"]])
 
 
-def test_write_is_whole_or_not_at_all(tmp_path: Path):
+def test_write_is_atomic(tmp_path: Path):
     target = tmp_path / "new" / "report.html"
-    assert html.write(html.Html("first"), target) == target
+    assert html.write_page(html.Html("first"), target) == target
     with pytest.raises(UnicodeEncodeError):
-        html.write(html.Html("\ud800"), target)
+        html.write_page(html.Html("\ud800"), target)
     assert target.read_text() == "first"
     assert [path.name for path in target.parent.iterdir()] == ["report.html"]

@@ -1,4 +1,4 @@
-"""The report of whole, partial and damaged run folders."""
+"""The report of complete, partial and damaged run folders."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from canter.corpus.index import LengthIndex
 from canter.errors import ConfigError
 from canter.planning.budget import Budget, Polynomial
 from canter.reporting.gain import gain
-from canter.reporting.run_curves import curves, settled_anew
+from canter.reporting.run_curves import changed_totals, curves, duration
 from canter.reporting.run_folder import read_run
-from canter.reporting.run_report import duration, run_report, weighted_padding
+from canter.reporting.run_report import run_report, word_errors
 
 
 @pytest.fixture
@@ -27,11 +27,11 @@ def folder(tmp_path: Path, metrics) -> Path:
     return run
 
 
-def test_everything_is_told(folder: Path):
+def test_everything_is_shown(folder: Path):
     page = run_report(folder)
     for told in (
         "Run an4", "60 steps", "WER in validation", "Loss", "Error rates in validation", "Learning rate",
-        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time", "What it hears",
+        "Batch shapes", "Audio hours per wall hour", "Padded audio", "Waiting for data", "Step time", "Transcripts",
         "seed: 17", "step-000060", "canter-budget/1", "audio missing", "train.jsonl",
     ):  # fmt: skip
         assert told in page, told
@@ -79,11 +79,7 @@ def test_a_run_cut_off_anywhere_can_be_reported(folder: Path):
 
 
 def test_rows_that_lack_metrics_are_used_as_far_as_they_go(folder: Path):
-    rows = [
-        {"kind": "train", "step": 1},
-        {"kind": "train", "step": 2, "loss": None},
-        {"kind": "valid", "step": 2},
-    ]
+    rows = [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "loss": None}, {"kind": "valid", "step": 2}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = run_report(folder)
     assert "2 steps" in page
@@ -106,7 +102,7 @@ def test_padding_is_weighted_by_audio(folder: Path):
         {"kind": "train", "step": 2, "audio_seconds": 300.0, "padding": 0.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert weighted_padding(read_run(folder)) == pytest.approx(50 / 400)
+    assert read_run(folder).padded_fraction == pytest.approx(50 / 400)
 
 
 def test_the_budget_is_drawn_with_the_lengths_it_is_for(folder: Path):
@@ -128,7 +124,7 @@ def test_the_budget_is_drawn_with_the_lengths_it_is_for(folder: Path):
     assert "Largest batch" not in run_report(folder)
 
 
-def test_what_is_no_run_folder(tmp_path: Path):
+def test_folders_that_are_not_runs_are_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="neither metrics"):
         read_run(tmp_path)
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -136,12 +132,7 @@ def test_what_is_no_run_folder(tmp_path: Path):
 
 
 def test_duration():
-    assert [duration(seconds) for seconds in (0.5, 42.2, 125, 11520)] == [
-        "0.5 s",
-        "42 s",
-        "2 min 5 s",
-        "3 h 12 min",
-    ]
+    assert [duration(seconds) for seconds in (0.5, 42.2, 125, 11520)] == ["0.5 s", "42 s", "2 min 5 s", "3 h 12 min"]
 
 
 def test_ranks_memory_and_events_are_shown(folder: Path, metrics):
@@ -200,12 +191,7 @@ def test_the_gain_over_random_batches_is_the_planners(trained: Path):
     sizes = {"utterances": 2.0, "limited_by": "the size of the data; --min-steps changes it"}
     (trained / "run.json").write_text(json.dumps({"steps": 60, "batches": sizes, "batch_limits": {}}))
     assert "batches are limited by the size of the data; --min-steps changes it." in run_report(trained)
-    for told in (
-        "random, predicted",
-        "What the batches gained",
-        "A batch of this run",
-        f"{found.speedup:.1f}×",
-    ):
+    for told in ("random, predicted", "What the batches gained", "A batch of this run", f"{found.speedup:.1f}×"):
         assert told in page, told
 
 
@@ -274,14 +260,14 @@ def test_validation_transcripts_are_those_of_the_best_with_every_kind_of_error(f
 
 def test_curves_of_one_point_are_left_out(metrics):
     drawn = curves(metrics[:1], [row for row in metrics if row["kind"] == "valid"][:1])
-    assert drawn == []
+    assert list(drawn) == []
 
 
-def test_steps_settled_anew_are_marked_in_the_learning_rate(metrics):
+def test_new_estimates_of_steps_are_marked_in_the_learning_rate(metrics):
     rows = [row | {"steps": 60 if row["step"] < 30 else 80} for row in metrics if row["kind"] == "train"]
-    assert settled_anew(rows) == {"80 steps": 30}
-    assert "estimated again" in curves(rows, [])[-1]
-    assert "settled anew" not in curves([row | {"steps": 60} for row in rows], [])[-1]
+    assert changed_totals(rows) == {"80 steps": 30}
+    assert "estimated again" in list(curves(rows, []))[-1]
+    assert "estimated again" not in list(curves([row | {"steps": 60} for row in rows], []))[-1]
 
 
 def test_the_page_of_a_long_run_is_small(folder: Path, metrics):
@@ -300,3 +286,9 @@ def test_nothing_wrong_is_said_too(folder: Path):
     page = run_report(folder)
     assert "Utterances that fit in no batch" in page
     assert "every utterance was used" not in page
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1], None, float("nan"), 5])
+def test_a_field_of_another_type_ends_no_report(value):
+    row = {"audio_filepath": value, "offset": value, "text": "one two", "pred_text": "one"}
+    assert list(word_errors([row]).values()) == [1]

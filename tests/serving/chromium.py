@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its pipe (DevTools protocol, messages ended by a zero byte)."""
+"""A headless Chromium, driven through its pipe (DevTools protocol, messages that end with a zero byte)."""
 
 import base64
 import json
@@ -14,12 +14,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def find() -> str | None:
-    """The browser's program, if there is one."""
+    """Return the path of the browser, None if it is not installed."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Chromium:
-    """One page of a browser of its own; ``microphone`` is a WAV file that it hears."""
+    """One page in its own browser; ``microphone`` is a WAV file that stands for the microphone."""
 
     def __init__(self, program: str, profile: Path, microphone: Path | None = None):
         into_child, self._out = os.pipe()
@@ -51,7 +51,7 @@ class Chromium:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command's result. Raises RuntimeError with the browser's words if it fails."""
+        """Return the result of a command. Raise RuntimeError with the browser's message if it fails."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self.session:
@@ -77,7 +77,7 @@ class Chromium:
         return json.loads(message)
 
     def open(self, url: str) -> None:
-        """Open a page; what earlier pages asked for and complained of is forgotten."""
+        """Open a page, and forget requests and errors of earlier pages."""
         self.send("Page.navigate", url="about:blank")
         self.wait("document.readyState === 'complete'")
         self.events.clear()
@@ -85,7 +85,7 @@ class Chromium:
         self.wait("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Return the awaited value of a JavaScript expression."""
         answer = self.send(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True
         )
@@ -94,8 +94,10 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait(self, script: str, looks: int = 400) -> None:
-        """Wait until the expression is true. Looks are counted, not the clock: a machine that stands still for a while
-        has not given the browser that time."""
+        """Wait until the expression is true.
+
+        Attempts are counted instead of time: a machine that stalls does not give the browser that time.
+        """
         for _ in range(looks):
             if self.run(script):
                 return
@@ -103,13 +105,13 @@ class Chromium:
         raise TimeoutError(f"never true: {script}; the page says {self.run('document.body.innerText')!r}")
 
     def choose(self, selector: str, file: Path) -> None:
-        """Puts a file into an ``<input type=file>``."""
+        """Put a file into an ``<input type=file>``."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
     def complaints(self) -> list[str]:
-        """What the console and the page's scripts reported as errors."""
+        """Errors that the console and the page's scripts reported."""
         found = []
         for event in self.events:
             if event["method"] == "Runtime.exceptionThrown":
@@ -119,12 +121,12 @@ class Chromium:
         return found
 
     def requested(self) -> list[str]:
-        """Addresses that the page asked for."""
+        """Addresses that the page requested."""
         asked = [event["params"]["request"]["url"] for event in self.events if "request" in event["params"]]
         return [url for url in asked if not url.startswith(("data:", "blob:"))]
 
     def picture(self, file: Path) -> None:
-        """The page as PNG."""
+        """Return the page as PNG."""
         data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         file.write_bytes(base64.b64decode(data))
 

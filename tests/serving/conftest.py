@@ -1,4 +1,4 @@
-"""A service on a real socket with a small random model, which needs nothing from outside."""
+"""A service on a real socket with a small random model, without external files."""
 
 import contextlib
 import io
@@ -36,8 +36,10 @@ SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three on
 
 
 def small_model(end_bias: float = 1.0) -> SpeechModel:
-    """A random Canary in English and German, whose text differs with the audio; a low ``end_bias`` makes it
-    go on to the limit."""
+    """Return a random Canary in English and German, whose text differs with the audio.
+
+    A low ``end_bias`` makes it decode up to the limit.
+    """
     tokenizer = train_tokenizer(SENTENCES * 20, languages=["en", "de"], vocab_size=40)
     torch.manual_seed(SEED)
     encoder = FastConformerConfig(layers=2, width=32, heads=2, feedforward=64, subsampling_channels=8, mels=16)
@@ -58,14 +60,14 @@ def small_model(end_bias: float = 1.0) -> SpeechModel:
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    """(S,) modulated noise at 16 kHz."""
+    """Return (S,) modulated noise at 16 kHz."""
     random = np.random.default_rng(seed)
     rise = np.sin(np.arange(round(16000 * seconds)) / random.uniform(300, 3000)) + 1.1
     return (random.normal(size=len(rise)) * rise * 0.1).astype(np.float32)
 
 
 def wav(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> bytes:
-    """The samples (S,) or (S, channels) as a WAV file."""
+    """Return the samples (S,) or (S, channels) as a WAV file."""
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
     return file.getvalue()
@@ -73,7 +75,7 @@ def wav(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> byte
 
 @dataclass
 class Running:
-    """A service that runs."""
+    """A running service."""
 
     service: Service
     port: int
@@ -83,7 +85,7 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def quiet(self, seconds: float = PATIENCE) -> bool:
-        """Waits until nobody is inside any more; whether that came about."""
+        """Wait until no request is inside, and return whether that happened."""
         service = self.service
         return came_about(
             lambda: not (service.requests or service.scheduler.waiting or service.scheduler.inside), seconds
@@ -91,8 +93,10 @@ class Running:
 
 
 def came_about(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    """Waits until ``condition`` holds; whether it came to that. Looks are counted, not the clock: a machine that
-    stands still for half a minute, as a shared one does, has not given the other thread that time."""
+    """Wait until ``condition`` holds, and return whether it does.
+
+    Attempts are counted instead of time: a machine that stalls does not give the other thread that time.
+    """
     for _ in range(round(seconds / 0.01)):
         if condition():
             return True
@@ -102,8 +106,10 @@ def came_about(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool
 
 @contextlib.contextmanager
 def held(engine: Engine, after: int = 0) -> Iterator[Callable[[], None]]:
-    """Stop the engine once it has taken ``after`` more decoder steps, until the function yielded is called or the block
-    ends: what is inside stays inside for as long as the test needs it there, however fast or busy the machine is."""
+    """Stop the engine after ``after`` more decoder steps, until the yielded function is called or the block ends.
+
+    Requests stay inside for as long as the test needs them there, however fast or busy the machine is.
+    """
     go_on, advance, until = threading.Event(), engine._advance, engine.counters.steps + after
 
     def held_advance(*arguments: Any) -> Any:
@@ -121,8 +127,8 @@ def held(engine: Engine, after: int = 0) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
-    """Serves ``model`` on a free port while the block runs."""
-    config = replace(ServiceConfig(names=("small", "whisper-1"), longest_seconds=300.0), **settings)
+    """Serve ``model`` on a free port while the block runs."""
+    config = replace(ServiceConfig(names=("small", "whisper-1"), max_seconds=300.0), **settings)
     service = Service(Engine(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
     listening = bind("127.0.0.1", 0)
     server = make_server(create_app(service), config.upload_timeout)
@@ -146,7 +152,7 @@ def model() -> SpeechModel:
 
 @pytest.fixture(scope="session")
 def whisper(whisper_bytes) -> SpeechModel:
-    """A random Whisper that knows bytes and two languages."""
+    """A random Whisper with tokens for bytes and two languages."""
     tokenizer = WhisperTokenizer(whisper_bytes("en", "es").to_str())
     torch.manual_seed(0)
     encoder = WhisperEncoderConfig(layers=1, width=16, heads=2, feedforward=32, mels=16)
@@ -160,7 +166,7 @@ def whisper(whisper_bytes) -> SpeechModel:
 
 @pytest.fixture(scope="session")
 def endless() -> SpeechModel:
-    """Decodes a token for each frame of 80 ms and ten more."""
+    """A model that decodes a token for each frame of 80 ms, and ten more."""
     return small_model(end_bias=-1000.0)
 
 

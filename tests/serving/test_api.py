@@ -1,4 +1,4 @@
-"""The interface as clients see it: the openai package, and requests by hand."""
+"""The interface as clients see it: the openai package, and raw requests."""
 
 import json
 import os
@@ -14,13 +14,14 @@ from starlette.requests import Request
 from canter.corpus.manifest import Utterance
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.transcribe import Listener, transcribe
+from canter.inference.recording import Transcriber
+from canter.inference.transcribe import transcribe
 from canter.inference.transcript.segments import Segment, Word
-from canter.models.formats.checkpoint import load_model
-from canter.serving.app import _rendered
-from canter.serving.protocol import Asked
+from canter.loading import load_model
+from canter.serving.app import TranscriptionAnswer
+from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
-from canter.serving.service import Audio, Heard, Samples
+from canter.serving.service import Audio, Samples, TranscriptUpdate
 
 from .conftest import Running, noise, running, wav
 
@@ -39,7 +40,7 @@ def client(live):
 
 @pytest.fixture(scope="module")
 def expected(model, tmp_path_factory) -> dict[int, str]:
-    """By seed, what the engine alone makes of clips."""
+    """Transcripts of clips by the engine without a service, by seed."""
     root = tmp_path_factory.mktemp("clips")
     utterances = []
     for seed in range(6):
@@ -82,7 +83,7 @@ def test_verbose_json(client, expected):
     assert segment.tokens
 
 
-def test_stream_gives_segments_then_the_whole(client, expected):
+def test_stream_gives_segments_then_the_complete_text(client, expected):
     events = list(client.audio.transcriptions.create(model="small", file=clip(3), language="en", stream=True))
     assert [event.type for event in events] == ["transcript.text.delta", "transcript.text.done"]
     assert events[0].delta == events[-1].text == expected[3]
@@ -112,11 +113,7 @@ def test_translation_and_prompt(client, expected):
 
 def test_words_have_times(client, expected):
     found = client.audio.transcriptions.create(
-        model="small",
-        file=clip(4),
-        language="en",
-        response_format="verbose_json",
-        timestamp_granularities=["word"],
+        model="small", file=clip(4), language="en", response_format="verbose_json", timestamp_granularities=["word"]
     )
     assert found.segments is None
     assert " ".join(word.word.strip() for word in found.words) == expected[4]
@@ -126,7 +123,7 @@ def test_words_have_times(client, expected):
 
 
 def test_long_audio_comes_in_segments(client, model, tmp_path):
-    """Three stretches with pauses between, longer together than the model's window of 40 s."""
+    """Three parts with pauses between them, together longer than the model's window of 40 s."""
     pause = np.zeros(16000 * 2, np.float32)
     samples = np.concatenate([noise(20.0, 1), pause, noise(17.0, 2), pause, noise(18.0, 3)])
     (tmp_path / "long.wav").write_bytes(wav(samples))
@@ -147,7 +144,7 @@ def test_temperature_draws_other_tokens(client, expected):
 
 
 def test_whisper_detects_the_language(whisper):
-    """Without a language the likeliest is taken, as if it had been asked for."""
+    """Without a language the likeliest is used, as if it had been requested."""
     with running(whisper) as live, client_of(live) as client:
 
         def ask(**wishes):
@@ -160,10 +157,7 @@ def test_whisper_detects_the_language(whisper):
         assert ask(language=detected.language).text == detected.text
         assert detected.language_probability >= 0.5
         prompted = ask(prompt="before")  # the language is detected first, then the prompt is built
-        assert (prompted.language, prompted.language_probability) == (
-            detected.language,
-            detected.language_probability,
-        )
+        assert (prompted.language, prompted.language_probability) == (detected.language, detected.language_probability)
         assert prompted.text == ask(prompt="before", language=detected.language).text
         assert ask(language="en", prompt="before " * 400).language == "en"
         assert client._client.get(f"{live.url}/health").json()["targets"] == ["en"]
@@ -186,9 +180,11 @@ def test_silence_is_an_empty_transcript(client, live):
     assert found.segments[0].start == pytest.approx(4.7, abs=0.2)
 
 
-def test_languages_are_weighed_and_told_apart(polyglot, spoken_tones):
-    """A recording in two languages is decoded in both; verbose_json and the stream give the longer one, how probable
-    it is, and the prompt changes nothing of it."""
+def test_languages_are_weighed_and_distinguished(polyglot, spoken_tones):
+    """A recording in two languages is decoded in both.
+
+    `verbose_json` and the stream return the longer one with its probability, and a prompt does not change that.
+    """
     audio = ("tones.wav", wav(spoken_tones("eeeessssss")))
     with running(polyglot) as live, client_of(live) as client:
         found = client.audio.transcriptions.create(model="small", file=audio, response_format="verbose_json")
@@ -209,26 +205,29 @@ def test_languages_are_weighed_and_told_apart(polyglot, spoken_tones):
         assert (named.language, hasattr(named, "language_probability")) == ("en", False)
 
 
-def test_cues_of_the_service_end_where_sentences_do(live):
-    """A Canary's one segment of forty seconds; what would be markup is escaped."""
+def test_cues_of_the_service_end_where_sentences_do():
+    """A single segment of forty seconds from a Canary is split into cues; markup is escaped."""
     text = "It is said that 1 < 2 & 3 > 2. " + "This is a sentence of some words, and it goes on. " * 6
-    heard = [Heard([Segment(0.0, 40.0, text.strip())], "en", Timing())]
+    update = TranscriptUpdate([Segment(0.0, 40.0, text.strip())], "en", Timing())
     for form in ("srt", "vtt"):
-        asked = Asked("transcribe", "en", response_format=form)
         with closing(Audio([], Samples(), 40.0, 0.0)) as audio:
-            body = _rendered(live.service, heard, audio, asked).body.decode()
+            result = TranscriptionAnswer(audio, AudioRequest("transcribe", "en", response_format=form))
+            result.add(update)
+            body = result.response("en").body.decode()
         cues = body.removeprefix("WEBVTT\n\n").strip().split("\n\n")
         assert len(cues) > 6
         assert all(cue.rstrip().endswith((".", ",")) for cue in cues)
         assert ("1 &lt; 2 &amp; 3 &gt; 2." in body) == (form == "vtt")
 
 
-def test_numbers_that_json_does_not_have(live):
+def test_numbers_that_json_does_not_have():
     words = (Word(0.0, 1.0, " one", float("nan")),)
     segment = Segment(0.0, 1.0, "one", words=words, avg_logprob=float("-inf"))
-    asked = Asked("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
+    fields = AudioRequest("transcribe", "en", response_format="verbose_json", granularities=("word", "segment"))
     with closing(Audio([], Samples(), 1.0, 0.0)) as audio:
-        answer = _rendered(live.service, [Heard([segment], "en", Timing())], audio, asked)
+        result = TranscriptionAnswer(audio, fields)
+        result.add(TranscriptUpdate([segment], "en", Timing()))
+        answer = result.response("en")
     value = json.loads(answer.body, parse_constant=lambda name: pytest.fail(name))
     assert value["segments"][0]["avg_logprob"] is None
     assert value["words"] == [{"word": "one", "start": 0.0, "end": 1.0}]
@@ -236,9 +235,9 @@ def test_numbers_that_json_does_not_have(live):
 
 @pytest.mark.parametrize("text", ["one two three ", "日本語"])
 def test_of_a_long_prompt_the_end_counts(whisper, monkeypatch, text):
-    """With or without spaces; it is tokenised once, and no more of it than could fit."""
+    """The end of a long prompt counts, with or without spaces; it is tokenised once, and only what could fit."""
     seen, tokenizer = [], whisper.tokenizer
-    listener, encode = Listener(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
+    listener, encode = Transcriber(Engine(whisper, tokenizer.end), tokenizer), tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda given: seen.append(len(given)) or encode(given))
     slots = {"source_lang": "en", "target_lang": "en"}
     bare, found = listener.prompt(slots, ""), listener.prompt(slots, text * 10_000)
@@ -269,30 +268,15 @@ def test_models(client):
             "'xx' is not a language of this model; it knows de, en",
             "language",
         ),
-        (
-            {"language": "English!"},
-            openai.BadRequestError,
-            "'English!' is not the name or code of",
-            "language",
-        ),
-        ({"language": ""}, openai.BadRequestError, "must be told the language", "language"),
+        ({"language": "English!"}, openai.BadRequestError, "'English!' is not the name or code of", "language"),
+        ({"language": ""}, openai.BadRequestError, "needs the language of the audio", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
-        (
-            {"stream": True, "response_format": "verbose_json"},
-            openai.BadRequestError,
-            "use json or text",
-            None,
-        ),
+        ({"stream": True, "response_format": "verbose_json"}, openai.BadRequestError, "use json or text", None),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "'colour' is not a field", "colour"),
         ({"extra_body": {"to_language": "de"}}, openai.BadRequestError, "translations", "to_language"),
         ({"chunking_strategy": {"type": "server_vad"}}, openai.BadRequestError, "not a field", None),
-        (
-            {"timestamp_granularities": ["word"]},
-            openai.BadRequestError,
-            "need response_format verbose_json",
-            None,
-        ),
+        ({"timestamp_granularities": ["word"]}, openai.BadRequestError, "need response_format verbose_json", None),
     ],
 )
 def test_what_cannot_be_done_is_said(client, live, changes, error, message, param):
@@ -345,7 +329,8 @@ def test_paths_that_clients_think_of_are_counted_together(model):
 
 
 def test_the_path_that_is_asked_for_decides_on_the_key(model, monkeypatch):
-    """And not the URL, which some versions of Starlette make of a Host header such as ``localhost:/health?``."""
+    """The path decides, not the URL, which some versions of Starlette derive from a Host header like
+    ``localhost:/health?``."""
     monkeypatch.setattr(Request, "url", property(lambda self: SimpleNamespace(path="/health")))
     with running(model, keys=frozenset({"sesame"})) as live, client_of(live) as client:
         assert client._client.get(f"{live.url}/metrics").status_code == 401
@@ -376,7 +361,7 @@ def test_other_sites_and_names_are_refused(model):
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # openai's, of translations
 @pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with Whisper and speech")
 def test_whisper_with_the_openai_client():
-    """Two clips at once: what the engine alone hears in them, and what an English model cannot do."""
+    """Two clips at once give the same text as the engine; an English model refuses what it cannot do."""
     from concurrent.futures import ThreadPoolExecutor
 
     folder = Path(str(SHARED))

@@ -1,4 +1,4 @@
-"""The page in a real browser: a file and the microphone are transcribed, segments play, and the time is drawn."""
+"""The page in a real browser: a file and the microphone are transcribed, segments play, and the stages are drawn."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_file_microphone_and_errors(browser, folder, live):
 
 
 def press(browser, key: str) -> None:
-    """Press a key of the keyboard."""
+    """Press a key."""
     for kind in ("rawKeyDown", "keyUp"):
         browser.send("Input.dispatchKeyEvent", type=kind, key=key, code="Space" if key == " " else key)
 
@@ -178,7 +178,7 @@ def test_errors_are_one_line(browser, folder, live):
         (502, "<html>\n<h1>Bad gateway</h1>", "The service answered 502"),
         (400, '{"error": {"message": "two\\nlines"}}', "two lines"),
         (200, 'data: {"type": "transcript.text.delta", "segment": {"start": 0, "end": 1, "text": "a"}}\n\n',
-         "The connection broke off"),
+         "The connection failed"),
         (200, 'data: {"error": {"message": "not finished in time"}}\n\n', "not finished in time"),
     ):  # fmt: skip
         browser.run("$('problem').hidden = true; asked = fetch; window.fetch = async (url, options) => "

@@ -1,4 +1,4 @@
-"""Bad audio, bad clients, too many of them, and an engine that fails: refused in time, and the rest goes on."""
+"""Bad audio, bad clients, too many clients, and an engine that fails: refused in time, without harm to others."""
 
 import asyncio
 import errno
@@ -35,7 +35,7 @@ BOUNDARY = "x-canter-boundary"
 
 
 def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
-    """A multipart body."""
+    """Return a multipart body."""
     parts = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
         for key, value in {"language": "en", **fields}.items()
@@ -46,7 +46,7 @@ def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
 
 
 def post(live: Running, body: bytes, **headers: str) -> tuple[int, Any]:
-    """Status and JSON of a transcription."""
+    """Return status and JSON of a transcription."""
     kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     request = Request(f"{live.url}/v1/audio/transcriptions", body, {**kind, **headers})
     try:
@@ -99,7 +99,7 @@ def flac(seconds: int) -> bytes:
 
 
 def dense_flac(seconds: int) -> bytes:
-    """A short file that promises so many seconds of eight channels at the highest rate that FLAC has."""
+    """Return a short file whose header claims the given seconds of eight channels at FLAC's highest rate."""
     promise = 655_350 << 44 | 7 << 41 | 15 << 36 | 655_350 * seconds
     return (short := flac(1))[:18] + promise.to_bytes(8, "big") + short[26:]
 
@@ -136,19 +136,14 @@ def test_what_is_left_of_damaged_audio_is_transcribed(live):
 
 def test_unusual_audio_is_taken(live):
     mono = noise(1.0)
-    for samples, rate in [
-        (np.stack([mono, mono], 1), 16000),
-        (mono, 8000),
-        (mono, 96000),
-        (mono[:1], 16000),
-    ]:
+    for samples, rate in [(np.stack([mono, mono], 1), 16000), (mono, 8000), (mono, 96000), (mono[:1], 16000)]:
         assert ask(live, wav(samples, rate))[0] == 200
     lied = ask(live, wav(mono), "speech.mp3")
     assert lied == ask(live, wav(mono), "speech.wav")
 
 
 class Gate:
-    """In place of ``audio_blocks``: gives its blocks, each once the service has told a reader to stop."""
+    """Stand-in for ``audio_blocks`` that yields each block once the service has asked the reader to stop."""
 
     def __init__(self, service: Service):
         self.service, self.blocks = service, 0
@@ -170,7 +165,7 @@ class Gate:
 
 
 def test_long_uploads_wait_on_disk(model):
-    """What is held while they are read does not grow with their length, and what waits holds no samples."""
+    """Memory of a reading does not grow with the length of the audio, and waiting chunks hold no samples."""
     reader = Service(Engine(model, model.tokenizer.end), ServiceConfig())
     peaks: list[int] = []
     for minutes in (2, 10):
@@ -183,15 +178,15 @@ def test_long_uploads_wait_on_disk(model):
             finally:
                 tracemalloc.stop()
         assert audio.seconds == 60 * minutes
-        assert len(audio.pieces) >= minutes
-        assert not any(isinstance(piece.samples, np.ndarray) for piece in audio.pieces)
+        assert len(audio.chunks) >= minutes
+        assert not any(isinstance(chunk.samples, np.ndarray) for chunk in audio.chunks)
         audio.close()
     reader.close()
     assert peaks[1] - peaks[0] < 2**23  # where blocks begin makes a difference; eight minutes more have 29 MiB
 
 
 def test_leaving_ends_the_reading(model, monkeypatch):
-    """The thread is free again after a block, of nine, and not after the file."""
+    """The thread is free again after one block of nine, not at the end of the file."""
     with running(model, readers=1) as live:
         gate = Gate(live.service)
         monkeypatch.setattr(service, "audio_blocks", gate)
@@ -206,7 +201,7 @@ def test_leaving_ends_the_reading(model, monkeypatch):
 
 
 def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
-    """None of its files ever has a name, so nothing is left of them."""
+    """Its files never have a name, so none is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     closing = Service(Engine(model, model.tokenizer.end), ServiceConfig())
     gate = Gate(closing)
@@ -247,20 +242,20 @@ def test_bad_forms(live, body, kind, status, message):
 
 @pytest.fixture(scope="module")
 def strict(model):
-    """Takes small bodies only, and waits for them."""
-    with running(model, max_bytes=200_000, upload_timeout=PATIENCE) as found:
+    """A service that accepts only small bodies, and waits for them."""
+    with running(model, max_megabytes=200_000 / 2**20, upload_timeout=PATIENCE) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def hasty(model):
-    """Waits half a second for a request: for tests that never send all of one."""
+    """A service that waits half a second for a request, for tests that never send a complete one."""
     with running(model, upload_timeout=0.5) as found:
         yield found
 
 
 def answer_of(client: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+    """Return everything that arrives until the server closes."""
     found = b""
     while data := client.recv(1 << 16):
         found += data
@@ -304,7 +299,7 @@ def test_a_header_that_hangs(hasty, start):
 
 
 def test_a_client_that_drips_its_header(hasty):
-    """It is cut off, though a letter more comes all the time."""
+    """The connection is closed, although another character arrives all the time."""
 
     def drip() -> bool:
         client.sendall(b"y")
@@ -317,7 +312,7 @@ def test_a_client_that_drips_its_header(hasty):
 
 
 def test_a_body_in_shreds_is_refused(live):
-    """A chunk of a byte takes the event loop as long as one of 16 KiB: after a thousand no more are parsed."""
+    """A chunk of a byte costs the event loop as much as one of 16 KiB: after a thousand, no more are parsed."""
     with connection(live) as client:
         client.sendall(head(0) + b"1\r\n-\r\n" * (MOST_SHREDS + 1))
         assert answer_of(client).startswith(b"HTTP/1.1 400 ")
@@ -331,7 +326,7 @@ def test_a_body_in_shreds_is_refused(live):
 
 
 def test_little_is_taken_at_once(live, monkeypatch):
-    """The event loop looks at others in between, however much one client has sent."""
+    """The event loop serves other clients in between, however much one client has sent."""
     sizes: list[int] = []
     received = H11Protocol.data_received
     monkeypatch.setattr(
@@ -342,7 +337,7 @@ def test_little_is_taken_at_once(live, monkeypatch):
 
 
 def test_a_client_that_reads_nothing_is_cut_off(model):
-    """Its answer, larger than what sockets hold, is given up; the service is quiet again."""
+    """An unread answer that is larger than the sockets' buffers is given up, and the service is idle again."""
     with running(model, upload_timeout=0.3) as live:
         page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
         with connection(live) as client:
@@ -361,7 +356,7 @@ def test_charsets_are_refused(live, charset):
 
 
 def test_a_full_disk_is_507(model, monkeypatch):
-    """While the upload comes, and while its samples are kept."""
+    """The disk may be full while the upload arrives, and while its samples are written."""
     with running(model) as live:
         for module in (upload, service):
             with monkeypatch.context() as full:
@@ -378,7 +373,7 @@ def fail_to_write(*_: Any) -> None:
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
 def test_only_its_own_names_reach_it(model, bound):
-    """A page of another site whose name leads here (DNS rebinding) sends that name."""
+    """A page of another site whose name resolves to this address (DNS rebinding) sends that name."""
     hosts = host_names(bound, ["Speech.example.com"])
     with running(model, hosts=hosts) as live:
 
@@ -387,15 +382,7 @@ def test_only_its_own_names_reach_it(model, bound):
                 client.sendall(f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 return int(answer_of(client)[9:12])
 
-        ours = [
-            "localhost",
-            "LOCALHOST:1",
-            "127.0.0.1:8000",
-            "[::1]",
-            "[::1]:8000",
-            "speech.example.com",
-            "localhost.",
-        ]
+        ours = ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]", "[::1]:8000", "speech.example.com", "localhost."]
         assert {host: status(host) for host in ours} == dict.fromkeys(ours, 200)
         others = [
             "evil.example.com",
@@ -420,7 +407,7 @@ def test_names_of_a_service():
 
 
 def test_keys_may_have_any_letters(model):
-    """Clients send them in UTF-8 or in Latin-1; what is neither is no key, and no error."""
+    """Clients send keys in UTF-8 or in Latin-1; any other encoding is a wrong key, not an error."""
     keys = frozenset({"schlüssel", "鍵", "plain"})
     with running(model, keys=keys) as live:
 
@@ -444,7 +431,7 @@ def test_leaving_during_the_upload(strict):
 
 
 def test_leaving_takes_the_row_out_of_the_engine(endless):
-    """A client that leaves: its rows go, those of the others are decoded as ever, waiting ones are forgotten."""
+    """When a client disconnects, its rows and waiting chunks go; the rows of others are decoded as before."""
     with running(endless, rows=2) as live, ThreadPoolExecutor(1) as pool:
         _, alone = ask(live, wav(noise(3.0)))
         steps = live.service.engine.counters.steps
@@ -479,7 +466,7 @@ def test_leaving_a_stream(endless):
 
 
 def test_a_full_service_says_so(endless):
-    with running(endless, queue=2) as live:
+    with running(endless, max_requests=2) as live:
         body = form(wav(noise(30.0)))
         with connection(live) as first, connection(live) as second, held(live.service.engine):
             for client in (first, second):
@@ -492,7 +479,7 @@ def test_a_full_service_says_so(endless):
 
 
 def test_audio_inside_is_limited(endless):
-    with running(endless, queue_seconds=40.0) as live, ThreadPoolExecutor(1) as pool:
+    with running(endless, max_minutes=40 / 60) as live, ThreadPoolExecutor(1) as pool:
         body = form(wav(noise(30.0)))
         with connection(live) as client, held(live.service.engine) as go_on:
             client.sendall(head(len(body)) + body)
@@ -508,7 +495,7 @@ def test_audio_inside_is_limited(endless):
 
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_time_that_is_over(endless, stream, monkeypatch):
-    """By a clock that stands still until the audio has been read, and an engine that would never answer."""
+    """The clock stands still until the audio has been read, and the engine never answers."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, perf_counter=time.perf_counter)
     monkeypatch.setattr(app, "time", clock)
     with running(endless, timeout=PATIENCE) as live, held(live.service.engine):
@@ -530,7 +517,7 @@ def test_time_that_is_over(endless, stream, monkeypatch):
 
 
 class Failing(Engine):
-    """Fails on audio whose first sample is 0.5."""
+    """Engine that fails on audio whose first sample is 0.5."""
 
     def _encode(self, batch):
         if any(abs(item.audio[0] - 0.5) < 1e-3 for item in batch):
@@ -539,8 +526,8 @@ class Failing(Engine):
         return super()._encode(batch)
 
 
-def test_an_engine_that_fails_fails_nobody_else(model):
-    """Whoever shared a batch with the audio that the engine fails on is decoded all the same."""
+def test_an_engine_that_fails_on_one_request_serves_the_others(model):
+    """Requests that shared a batch with the audio on which the engine fails are decoded all the same."""
     poison = noise(1.0, 9)
     poison[0] = 0.5
     with running(model) as live:

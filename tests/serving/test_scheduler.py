@@ -15,7 +15,7 @@ from .conftest import PATIENCE, came_about, held, noise
 
 
 class Recorder(Engine):
-    """Remembers the lengths of the batches that it encodes; waits at the door until it is let in."""
+    """Engine that records the lengths of the batches that it encodes, and waits at a door before each."""
 
     def __init__(self, model, **settings):
         super().__init__(model, model.tokenizer.end, EngineConfig(**settings))
@@ -29,14 +29,14 @@ class Recorder(Engine):
 
 
 class Collected:
-    """Outcomes of tickets, by piece, and when all are there."""
+    """Outcomes of tickets by chunk, and an event for the last one."""
 
-    def __init__(self, pieces: int):
+    def __init__(self, chunks: int):
         self.outcomes: dict[int, Outcome] = {}
-        self.all, self._pieces = threading.Event(), pieces
+        self.all, self._pieces = threading.Event(), chunks
 
     def __call__(self, outcome: Outcome) -> None:
-        self.outcomes[outcome.piece] = outcome
+        self.outcomes[outcome.chunk] = outcome
         if len(self.outcomes) == self._pieces:
             self.all.set()
 
@@ -66,13 +66,13 @@ def test_hypotheses_are_the_engines(model, scheduler_of):
     scheduler.engine.door.set()
     scheduler.submit(requests(model, [1.0, 0.5, 2.0, 3.0]), got)
     assert got.all.wait(PATIENCE)
-    assert [got.outcomes[piece].hypothesis.tokens for piece in range(4)] == [found.tokens for found in wanted]
-    timings = [got.outcomes[piece].timing for piece in range(4)]
+    assert [got.outcomes[chunk].hypothesis.tokens for chunk in range(4)] == [found.tokens for found in wanted]
+    timings = [got.outcomes[chunk].timing for chunk in range(4)]
     assert all(timing.decoder > 0 and timing.encoder > 0 and timing.queue >= 0 for timing in timings)
 
 
 def test_stored_audio_is_read_when_it_is_taken(model, scheduler_of, tmp_path):
-    """Neither what waits nor what was decoded holds samples; audio that cannot be read fails by itself."""
+    """Neither waiting nor decoded requests hold samples; only the request whose audio cannot be read fails."""
     clips = requests(model, [1.0, 0.5, 2.0])
     wanted = Engine(model, model.tokenizer.end).decode(clips)
     scheduler, got = scheduler_of(), Collected(4)
@@ -85,13 +85,13 @@ def test_stored_audio_is_read_when_it_is_taken(model, scheduler_of, tmp_path):
         scheduler.submit([*stored, beyond], got)
         scheduler.engine.door.set()
         assert got.all.wait(PATIENCE)
-    assert [got.outcomes[piece].hypothesis.tokens for piece in range(3)] == [found.tokens for found in wanted]
+    assert [got.outcomes[chunk].hypothesis.tokens for chunk in range(3)] == [found.tokens for found in wanted]
     assert "the audio cannot be read" in str(got.outcomes[3].error)
-    for piece in range(3):
-        assert isinstance(got.outcomes[piece].hypothesis.key.request.audio, Stored)
+    for chunk in range(3):
+        assert isinstance(got.outcomes[chunk].hypothesis.key.request.audio, Stored)
 
 
-def test_stored_audio_is_shared_while_somebody_holds_it(tmp_path):
+def test_stored_audio_is_shared_while_it_is_in_use(tmp_path):
     with open(tmp_path / "samples", "w+b", buffering=0) as file:
         file.write(noise(1.0).tobytes())
         stored = Stored(file, 0, 16000)
@@ -104,7 +104,7 @@ def test_stored_audio_is_shared_while_somebody_holds_it(tmp_path):
 
 
 def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, scheduler_of):
-    """While the engine is busy ten pieces come; with a budget of 40 frames the oldest's batch is the first."""
+    """Ten chunks arrive while the engine is busy; with a budget of 40 frames the oldest one's batch is first."""
     scheduler = scheduler_of(frames=40, rows=16)
     first, rest = Collected(1), Collected(10)
     scheduler.submit(requests(model, [0.3]), first)
@@ -123,13 +123,13 @@ def test_who_waits_is_batched_by_length_and_the_oldest_goes_first(model, schedul
 
 
 def seconds_of(scheduler: Scheduler) -> list[float]:
-    """Of the audio that was encoded, batch for batch; each of one piece."""
+    """Return the seconds of audio of each encoded batch, all of one chunk."""
     assert all(len(batch) == 1 for batch in scheduler.engine.batches)
     return [round(batch[0] / 16000, 2) for batch in scheduler.engine.batches]
 
 
 def test_tickets_take_turns(model, scheduler_of):
-    """Long audio lets the others have a piece each between two of its own."""
+    """Between two chunks of long audio each of the other tickets gets one chunk."""
     scheduler, got = scheduler_of(frames=1), [Collected(4), Collected(1), Collected(2)]
     scheduler.submit(requests(model, [0.3]), Collected(1))
     assert came_about(lambda: bool(scheduler.engine.batches))
@@ -140,8 +140,8 @@ def test_tickets_take_turns(model, scheduler_of):
     assert seconds_of(scheduler) == [0.3, 1.0, 0.5, 2.0, 1.1, 2.1, 1.2, 1.3]
 
 
-def test_who_comes_later_starves_nobody(model, scheduler_of):
-    """With every batch two more tickets come, more than are taken; long audio has its turns all the same."""
+def test_later_requests_do_not_starve_earlier_ones(model, scheduler_of):
+    """Two more tickets arrive with every batch, more than are taken; long audio still gets its turns."""
     scheduler, got = scheduler_of(frames=1), Collected(3)
     encode = scheduler.engine._encode
 
@@ -159,8 +159,8 @@ def test_who_comes_later_starves_nobody(model, scheduler_of):
     assert [order.index(length) for length in (1.0, 1.1, 1.2)] == [0, 3, 10]
 
 
-def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
-    """However long an encoder's batch takes."""
+def test_a_last_chunk_is_decoded_before_more_of_long_audio(model, scheduler_of):
+    """The order does not depend on how long an encoder batch takes."""
     scheduler, long, short = scheduler_of(frames=1), Collected(5), Collected(1)
     encode = scheduler.engine._encode
 
@@ -188,10 +188,7 @@ def test_a_last_piece_is_decoded_before_long_audio_goes_on(model, scheduler_of):
 def test_cancelled_before_and_in_the_engine(model, scheduler_of):
     scheduler = scheduler_of(rows=1)
     gone, waiting, kept = Collected(1), Collected(2), Collected(1)
-    tickets = [
-        scheduler.submit(requests(model, [2.0]), gone),
-        scheduler.submit(requests(model, [2.0, 1.0]), waiting),
-    ]
+    tickets = [scheduler.submit(requests(model, [2.0]), gone), scheduler.submit(requests(model, [2.0, 1.0]), waiting)]
     scheduler.submit(requests(model, [1.0]), kept)
     assert came_about(lambda: bool(scheduler.inside))
     for ticket in tickets:
@@ -207,7 +204,7 @@ def test_cancelled_before_and_in_the_engine(model, scheduler_of):
 
 
 def test_idle_costs_nothing(scheduler_of):
-    """An engine without work waits, it does not spin."""
+    """An idle engine waits without spinning."""
     scheduler = scheduler_of()
     scheduler.engine.door.set()
     before = scheduler.engine.counters.steps
@@ -232,7 +229,7 @@ def test_closing_fails_what_is_left(model, scheduler_of):
 
 
 def test_one_of_several_live_rows_leaves(endless, caplog):
-    """The others move up in the engine's caches and go on as if nothing had been."""
+    """The other rows move up in the engine's caches, and their results are unchanged."""
     clips = requests(endless, [2.0, 3.0, 4.0])
     wanted = Engine(endless, endless.tokenizer.end).decode(clips)
     engine = Engine(endless, endless.tokenizer.end)
@@ -245,7 +242,7 @@ def test_one_of_several_live_rows_leaves(endless, caplog):
             assert came_about(lambda: engine.counters.steps >= 3)
             scheduler.cancel(ticket)
         assert kept.all.wait(PATIENCE)
-        assert [kept.outcomes[piece].hypothesis.tokens for piece in range(2)] == [found.tokens for found in wanted[1:]]
+        assert [kept.outcomes[chunk].hypothesis.tokens for chunk in range(2)] == [found.tokens for found in wanted[1:]]
         assert not gone.outcomes
         assert "the engine failed" not in caplog.text
     finally:

@@ -1,4 +1,4 @@
-"""Multipart forms: what is read of them, and what is refused before it costs anything."""
+"""Multipart forms: accepted fields, and refusals before any expensive work."""
 
 import asyncio
 import codecs
@@ -39,7 +39,7 @@ END = b"--xb--\r\n"
 
 
 def read(chunks: Iterable[Any], kind: str = KIND, config: ServiceConfig | None = None, **headers: str) -> FormData:
-    """Return the form of a body in so many chunks; None: the client breaks off, ...: it hangs."""
+    """Return the form of a body in these chunks; at None the client disconnects, at ... it hangs."""
     left = iter(chunks)
 
     async def receive() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def refused(*chunks: Any, **options: Any) -> tuple[int, str]:
 
 
 def contents(form: FormData) -> tuple[list[tuple[str, str]], bytes]:
-    """Return the text fields, and what the file holds."""
+    """Return the text fields and the content of the file."""
     file = form["file"]
     assert isinstance(file, UploadFile)
     with file.file:
@@ -81,7 +81,7 @@ def contents(form: FormData) -> tuple[list[tuple[str, str]], bytes]:
     st.integers(1, 400),
 )
 def test_what_was_sent_is_read(data, texts, size):
-    """However the body is cut into chunks."""
+    """The result does not depend on how the body is split into chunks."""
     if b"\r\n--xb" in b"\r\n" + data:
         data = data.replace(b"--xb", b"--xc")
     body = b"".join(part("prompt", text.encode()) for text in texts) + file_part(data) + END
@@ -115,11 +115,7 @@ PIECES = [
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from(PIECES) | st.binary(max_size=8), max_size=25),
-    st.booleans(),
-    st.integers(1, 6000),
-)
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=8), max_size=25), st.booleans(), st.integers(1, 6000))
 def test_whatever_comes_is_a_form_or_refused(pieces, begun, size):
     body = (b"--xb\r\n" if begun else b"") + b"".join(pieces)
     error = None
@@ -146,7 +142,7 @@ def test_the_last_line_may_have_no_end():
 
 
 class Counting(codecs.Codec):
-    """A codec that nobody may use."""
+    """A codec that must not be used."""
 
     used = 0
 
@@ -174,10 +170,7 @@ def test_text_is_utf_8_only(codec, charset):
     """Any other charset is refused by its name, before anything is decoded."""
     long = b"a" * 60_000
     body = part("prompt", long) + file_part(b"x") + END
-    assert refused(body, kind=f"{KIND}; charset={charset}") == (
-        400,
-        f"the form is in charset {charset!r}; send UTF-8",
-    )
+    assert refused(body, kind=f"{KIND}; charset={charset}") == (400, f"the form is in charset {charset!r}; send UTF-8")
     body = part("prompt", long, kind=f"text/plain; charset={charset}") + file_part(b"x") + END
     assert refused(body) == (400, f"field 'prompt' is in charset {charset!r}; send UTF-8")
     assert Counting.used == 0
@@ -187,10 +180,7 @@ def test_utf_8_may_be_named():
     body = part("prompt", "größer".encode(), kind='text/plain; charset="UTF-8"') + file_part(b"x") + END
     assert contents(read([body], kind=f"{KIND}; charset=utf-8"))[0] == [("prompt", "größer")]
     assert contents(read([file_part(b"x", kind="audio/wav; charset=binary") + END]))[1] == b"x"
-    assert refused(part("prompt", b"gr\xf6") + END) == (
-        400,
-        "field 'prompt' is not UTF-8 (byte 2); send UTF-8",
-    )
+    assert refused(part("prompt", b"gr\xf6") + END) == (400, "field 'prompt' is not UTF-8 (byte 2); send UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +200,7 @@ def test_utf_8_may_be_named():
     ],
 )
 def test_what_costs_much_is_refused_early(body, message):
-    """After few chunks: the rest of the body is not even taken."""
+    """The body is refused after a few chunks, and its remainder is not read."""
     taken = 0
 
     def chunks() -> Iterable[bytes]:
@@ -243,7 +233,7 @@ def test_the_content_type_is_bounded(kind, status):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The files that reading forms opens."""
+    """Record the files that reading forms opens."""
     found: list[Any] = []
 
     def recorded() -> Any:
@@ -260,8 +250,8 @@ def test_whatever_goes_wrong_the_file_is_closed(opened):
     for chunks, options, status in [
         ((begun, None), {}, 499),
         ((begun, b"\r\n--xb\r\nno header\r\n\r\n"), {}, 400),
-        ((begun, b"x" * 2000), {"config": ServiceConfig(max_bytes=1000)}, 413),
-        ((begun,), {"content_length": "1001", "config": ServiceConfig(max_bytes=1000)}, 413),
+        ((begun, b"x" * 2000), {"config": ServiceConfig(max_megabytes=1000 / 2**20)}, 413),
+        ((begun,), {"content_length": "1001", "config": ServiceConfig(max_megabytes=1000 / 2**20)}, 413),
         ((begun,), {"content_length": "9" * 5000}, 413),
         ((begun, ...), {"config": hasty}, 408),
         ((file_part(b"x"), part("prompt", b"\xff"), END), {}, 400),
@@ -291,7 +281,7 @@ def test_a_full_disk_says_so(opened, monkeypatch, number, status, message):
 
 
 def test_a_disk_that_is_really_full(monkeypatch):
-    """/dev/full stands for it."""
+    """The device /dev/full stands for a full disk."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     monkeypatch.setattr(upload, "anonymous_file", lambda: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
@@ -299,7 +289,7 @@ def test_a_disk_that_is_really_full(monkeypatch):
 
 
 def test_files_have_no_name(monkeypatch, tmp_path):
-    """So none is left when the process is killed."""
+    """The file has no name, so none is left when the process is killed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     form = read([file_part(b"x" * 5000) + END])
     assert not [*tmp_path.iterdir()]

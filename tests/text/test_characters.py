@@ -13,8 +13,6 @@ def test_texts_come_back(texts):
         ids = characters.encode(text)
         assert all(0 < number < characters.size for number in ids)
         assert characters.decode(ids) == text
-        frames = [frame for number in ids for frame in (number, number, 0)]
-        assert characters.collapse(frames) == text
 
 
 def test_unknown_and_rare_characters_are_left_out(tmp_path):
@@ -23,11 +21,6 @@ def test_unknown_and_rare_characters_are_left_out(tmp_path):
     assert characters.decode(characters.encode("abc!")) == "ab"
     characters.save(tmp_path)
     assert Characters.load(tmp_path).fingerprint == characters.fingerprint
-
-
-def test_repeated_outputs_collapse():
-    characters = Characters("ab")
-    assert characters.collapse([1, 1, 0, 1, 2, 2, 0, 0]) == "aab"
 
 
 def test_a_malformed_file_is_named(tmp_path):

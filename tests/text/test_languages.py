@@ -9,7 +9,7 @@ import canter
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
 from canter.evaluation.normalize import language
-from canter.inference.inputs import Defaults
+from canter.inference.languages import Defaults
 from canter.text import WhisperTokenizer, train_tokenizer
 from canter.text.languages import canonical, english_name, find, is_said, resolve, same
 

@@ -76,7 +76,7 @@ def test_saved_as_a_folder_it_is_the_same(nemo, tmp_path):
     assert again.encode(case["text"], case["lang"]) == case["ids"]
 
 
-def test_what_is_no_archive_is_named(tmp_path):
+def test_files_that_are_not_archives_are_named(tmp_path):
     (tmp_path / "x.nemo").write_bytes(b"no tar")
     with pytest.raises(CheckpointError, match=r"x\.nemo"):
         load_tokenizer(tmp_path / "x.nemo")
@@ -126,18 +126,10 @@ def unified_archive(path, model: bytes):
     config = {
         "prompt_format": "canary2",
         "prompt_defaults": [{"role": "user", "slots": {"source_lang": "<|en|>", "target_lang": "<|en|>"}}],
-        "tokenizer": {
-            "dir": "x",
-            "type": "bpe",
-            "model_path": "nemo:abc_tokenizer.model",
-            "vocab_path": "nemo:v",
-        },
+        "tokenizer": {"dir": "x", "type": "bpe", "model_path": "nemo:abc_tokenizer.model", "vocab_path": "nemo:v"},
     }
     with tarfile.open(path, "w") as archive:
-        for name, content in (
-            ("model_config.yaml", yaml.safe_dump(config).encode()),
-            ("abc_tokenizer.model", model),
-        ):
+        for name, content in (("model_config.yaml", yaml.safe_dump(config).encode()), ("abc_tokenizer.model", model)):
             info = tarfile.TarInfo(f"./{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))

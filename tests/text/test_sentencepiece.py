@@ -110,8 +110,7 @@ def test_one_vocabulary_a_language_has_offsets(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [{"format": "x"}, {"models": {"": "../a.model"}}, {"models": {"": "none.model"}}, {"special": []}],
+    "damage", [{"format": "x"}, {"models": {"": "../a.model"}}, {"models": {"": "none.model"}}, {"special": []}]
 )
 def test_a_malformed_tokenizer_is_named(tokenizer, tmp_path, damage):
     tokenizer.save(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
-from canter.text import WhisperTokenizer, load_tokenizer
+from canter.text import WhisperTokenizer, load_tokenizer, train_tokenizer
 
 SHARED = os.environ.get("CANTER_SHARED")
 needs_model = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with Whisper's tokenizer")
@@ -24,6 +24,13 @@ TEXTS = (
 def multilingual(whisper_bytes) -> WhisperTokenizer:
     """A vocabulary of bytes with the special tokens in Whisper's order."""
     return WhisperTokenizer(whisper_bytes("en", "es").to_str())
+
+
+def test_only_a_multilingual_whisper_detects_languages(multilingual):
+    assert multilingual.detects_language
+    with pytest.warns(UserWarning, match="lowered"):
+        trained = train_tokenizer(["a b c d e f g"] * 9, ["en", "de"], 60)
+    assert not trained.detects_language
 
 
 @needs_model

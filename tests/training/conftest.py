@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from canter.demo.synthesis import synthesise
+from canter.events import Events
 from canter.planning.budget import Budget
 from canter.training.config import LossConfig, ModelShape, TrainConfig
 
@@ -24,7 +25,7 @@ def a_config(spoken, folder):
         manifest=(spoken.train_manifest,),
         valid=(spoken.test_manifest,),
         output=folder / "run",
-        vocabulary=100,
+        vocab_size=100,
         budget=folder / "budget.json",
         steps=8,
         batch_seconds=12.0,
@@ -34,7 +35,7 @@ def a_config(spoken, folder):
         valid_every=4,
         valid_utterances=3,
         model=ModelShape(encoder_layers=1, decoder_layers=1, width=32, heads=2, subsampling_channels=8, mels=40),
-        loss=LossConfig(ctc_alone=0.25),
+        loss=LossConfig(ctc_warmup=0.25),
     )
 
 
@@ -44,28 +45,37 @@ def config(spoken, tmp_path):
     return a_config(spoken, tmp_path)
 
 
-@contextmanager
-def unwatched(steps, done):
-    yield lambda report: None
+class Messages(Events):
+    """Listener that keeps the messages of a run."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def message(self, text):
+        self.said.append(text)
 
 
-def stopping_after(step):
-    """A watch under which the process that shows progress falls over once ``step`` is taken."""
+class Reports(Events):
+    """Listener that hands the report of each step to a function."""
 
-    @contextmanager
-    def watch(steps, done):
-        def report(taken):
-            if taken.step == step:
+    def __init__(self, take):
+        self.step = take
+
+
+def stopping_after(step, said=None):
+    """Return a listener that raises an error after ``step``, as if the process had fallen over, and keeps messages."""
+
+    class Unplugged(Messages):
+        def step(self, report):
+            if report.step == step:
                 raise RuntimeError(f"pulled the plug after step {step}")
 
-        yield report
-
-    return watch
+    return Unplugged([] if said is None else said)
 
 
 @contextmanager
 def memory_cap(bytes_kept):
-    """Out of memory where autograd keeps more than so many bytes for a backward pass, as a full device would be."""
+    """Run out of memory if autograd keeps more than this number of bytes for a backward pass, as on a full device."""
     kept = [0, 0]  # now, at most
 
     class Held:
@@ -102,8 +112,11 @@ def as_rank(rank, ranks, port, answers, work, *arguments):
 
 @pytest.fixture
 def on_ranks(free_port):
-    """``on_ranks(ranks, work, *arguments)``: the (result, error) of ``work(rank, *arguments)`` on each of so many
-    processes, None for one that was killed."""
+    """``on_ranks(ranks, work, *arguments)``: (result, error) of ``work(rank, *arguments)`` on each of ``ranks``
+    processes.
+
+    A killed process gives None.
+    """
     context = multiprocessing.get_context("fork")  # all is imported here: a rank starts at once
 
     def run(ranks, work, *arguments):

@@ -1,4 +1,4 @@
-"""How large the batches of a run are by default, and what is said of it, through the preparation of a run."""
+"""Default batch sizes of a run and the messages about them, through the preparation of a run."""
 
 import dataclasses
 import hashlib
@@ -19,13 +19,20 @@ from canter.planning.budget import Budget, Polynomial
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.shapes import analytic_budget
 from canter.text import train_tokenizer
-from canter.training.batches import choose_limits, limited, probe_bounds, why
-from canter.training.config import LossConfig, ModelShape, TrainConfig, dump_config, load_config
+from canter.training.config import (
+    RENAMED,
+    LossConfig,
+    ModelShape,
+    TrainConfig,
+    dump_config,
+    load_config,
+    load_run_config,
+)
 from canter.training.defaults import print_config
-from canter.training.prepare import prepare
-from canter.training.session import train
+from canter.training.recipe import prepare_training, run_training
+from canter.training.schedule import batch_limit, choose_limits, limited, probe_bounds
 
-from .conftest import stopping_after, unwatched
+from .conftest import Messages, stopping_after
 
 SHARED = os.environ.get("CANTER_SHARED")
 needs_shared = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with speech and whisper-tiny.en")
@@ -34,7 +41,7 @@ HOURS = 3600.0
 
 @pytest.fixture(scope="module")
 def read_speech(tmp_path_factory):
-    """``read_speech(hours)``: a manifest of LibriSpeech-like lengths, whose audio nobody opens."""
+    """``read_speech(hours)``: a manifest of LibriSpeech-like lengths, whose audio is never opened."""
     folder = tmp_path_factory.mktemp("read")
 
     def write(hours: float) -> Path:
@@ -68,9 +75,9 @@ def plain(config, tmp_path_factory):
 
 
 def prepared(config):
-    """What ``prepare`` makes of a configuration, the figures of its batches, and the line that it says of them."""
+    """Return the result of ``prepare`` for a configuration, the figures of its batches, and its message about them."""
     said = []
-    made = prepare(config, said.append)
+    made = prepare_training(config, Messages(said))
     batches = json.loads((config.output / "run.json").read_text())["batches"]
     (line,) = [line for line in said if line.startswith("batches: ")]
     return made, batches, line
@@ -79,7 +86,7 @@ def prepared(config):
 def test_a_large_set_fills_the_memory(plain, read_speech):
     made, batches, line = prepared(dataclasses.replace(plain, manifest=(read_speech(30),)))
     assert batches["memory_filled"] >= 0.95
-    assert batches["steps"] == len(made.plan) > 50
+    assert batches["steps"] == len(made.schedule.plan) > 50
     assert "limited by memory; --budget or --batch-seconds changes it" in line
     assert f"{batches['memory_filled']:.1%} of the memory budget" in line
 
@@ -88,11 +95,11 @@ def test_a_large_set_fills_the_memory(plain, read_speech):
 def test_three_hours_have_fifty_updates_an_epoch(plain, read_speech, ranks):
     config = dataclasses.replace(plain, manifest=(read_speech(3),), micro_batches_per_step=ranks)
     made, batches, line = prepared(config)
-    assert len(made.plan) == batches["steps"] >= 50
+    assert len(made.schedule.plan) == batches["steps"] >= 50
     assert batches["memory_filled"] < 0.5
     assert "limited by the size of the data: an epoch has at least 50 updates; --min-steps changes it" in line
-    assert made.plan.figures().padded_audio < 0.1
-    assert made.steps == 20 * batches["steps"]
+    assert made.schedule.plan.figures().padded_audio < 0.1
+    assert made.schedule.steps == 20 * batches["steps"]
 
 
 def test_none_fills_the_memory_whatever_the_set(plain, read_speech):
@@ -115,7 +122,7 @@ def test_seconds_are_a_cap(plain, read_speech):
 def test_a_least_number_of_steps_is_obeyed(plain, read_speech):
     config = dataclasses.replace(plain, manifest=(read_speech(3),), min_steps=120)
     made, batches, line = prepared(config)
-    assert 120 <= len(made.plan) == batches["steps"] < 130
+    assert 120 <= len(made.schedule.plan) == batches["steps"] < 130
     assert "limited by --min-steps 120" in line
 
 
@@ -123,10 +130,10 @@ def test_few_utterances_cannot_make_fifty_updates(plain, spoken):
     few = dataclasses.replace(plain, manifest=(spoken.train_manifest,), tokenizer=None)
     _, batches, line = prepared(few)
     assert batches["steps"] < 50
-    assert "limited by the number of utterances: one each makes fewer than 50 updates" in line
+    assert "limited by the number of utterances: batches of one make fewer than 50 updates" in line
     made, batches, line = prepared(dataclasses.replace(few, min_steps=100, output=plain.output.with_name("least")))
-    assert batches["steps"] == len(made.index) == 40
-    assert "limited by the number of utterances: one each makes fewer than 100 updates" in line
+    assert batches["steps"] == len(made.data.index) == 40
+    assert "limited by the number of utterances: batches of one make fewer than 100 updates" in line
 
 
 @needs_shared
@@ -148,21 +155,17 @@ def test_a_padded_whisper_gets_more_than_one_utterance(plain):
         tokenizer=None,
         model=ModelShape(),
         loss=LossConfig(),
-        vocabulary=TrainConfig.vocabulary,
+        vocab_size=TrainConfig.vocab_size,
     )
     made, batches, _ = prepared(config)
-    assert made.budget.frame_seconds == 30
+    assert made.schedule.budget.frame_seconds == 30
     assert batches["utterances"] > 5
     assert batches["steps"] >= 50
 
 
 INDEX = LengthIndex(np.full(4000, 10.0, np.float32), np.full(4000, 40))
 BUDGET = Budget(
-    limit_bytes=1e11,
-    memory=Polynomial(T=1e6),
-    time=Polynomial(T=8e-4),
-    fixed_seconds=0.03,
-    frame_seconds=0.08,
+    limit_bytes=1e11, memory=Polynomial(T=1e6), time=Polynomial(T=8e-4), fixed_seconds=0.03, frame_seconds=0.08
 )
 
 
@@ -180,7 +183,7 @@ def test_short_runs_get_more_updates_an_epoch(tmp_path):
     some = LengthIndex(np.full(4000, 1.0, np.float32), np.full(4000, 4))
     held = choose_limits(TrainConfig(epochs=0.1), some, BUDGET, 1, 1, on_cpu=False)
     assert held.min_steps == 4000 / 4
-    assert "a step keeps 4 s of audio" in why(held, 1000, enough=False, by_seconds=False, single=False)
+    assert "a step has at least 4 s of audio" in batch_limit(held, 1000, enough=False, by_seconds=False, single=False)
 
 
 def test_on_a_cpu_batches_end_where_larger_ones_are_no_faster(tmp_path):
@@ -224,10 +227,10 @@ def test_a_run_keeps_what_was_chosen(plain, read_speech):
     del settled["checksum"]  # as an older Canter wrote it
     (config.output / "run.json").write_text(json.dumps(settled))
     _, batches, _ = prepared(config)
-    assert batches["steps"] >= 70 > len(made.plan)
+    assert batches["steps"] >= 70 > len(made.schedule.plan)
     changed, batches, _ = prepared(dataclasses.replace(config, min_steps=60, allow_changes=True))
     assert 60 <= batches["steps"] < 70
-    assert changed.plan.version == made.plan.version == VERSION
+    assert changed.schedule.plan.version == made.schedule.plan.version == VERSION
 
 
 @pytest.mark.parametrize(
@@ -235,17 +238,12 @@ def test_a_run_keeps_what_was_chosen(plain, read_speech):
     [(24.0, "ab360423357efdd9", 96, "7c85d7c9e2605246"), (None, "9e7477c06a32356f", 17, "f0769d0123a50fa1")],
 )
 def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, rows):
-    """As Canter 0.1 made them: positions in its checkpoints hold."""
+    """Batches are those of Canter 0.1, so that positions in its checkpoints hold."""
     seconds = np.random.default_rng(0).integers(4, 120, 400).astype(np.float32) / 8
     index = LengthIndex(seconds, (3 + 3 * seconds).astype(np.int64))
     budget = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
     plan = Plan(
-        index,
-        limited(budget, cap, index),
-        micro_batches_per_step=2,
-        window=400,
-        min_steps=1,
-        version=FIRST_VERSION,
+        index, limited(budget, cap, index), micro_batches_per_step=2, window=400, min_steps=1, version=FIRST_VERSION
     )
     found = [[batch.tolist() for batch in step] for step in plan]
     assert (plan.fingerprint, len(plan)) == (fingerprint, steps)
@@ -254,17 +252,23 @@ def test_plans_of_the_first_version_are_what_they_were(cap, fingerprint, steps, 
 
 @pytest.mark.parametrize("cap", [24.0, None])
 def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tmp_path, monkeypatch):
-    """By the command that began them, which left --batch-seconds to its default of 24, or said None."""
+    """The command that began these runs left --batch-seconds at its default of 24, or gave None."""
     config = dataclasses.replace(config, valid=(), batch_seconds=cap, save_every=2, track=())
-    monkeypatch.setattr("canter.training.prepare.VERSION", FIRST_VERSION)
-    train(config, unwatched)
+    monkeypatch.setattr("canter.training.schedule.VERSION", FIRST_VERSION)
+    run_training(config)
     began = dataclasses.replace(config, output=tmp_path / "began")
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(began, stopping_after(5))
+        run_training(began, stopping_after(5))
     monkeypatch.undo()
     settings = yaml.safe_load((began.output / "config.yaml").read_text())
     for name in ("min_steps", "max_tokens_per_second"):
         del settings[name]
+    for old, new in RENAMED.items():
+        group, _, name = old.rpartition(".")
+        inside = settings[group] if group else settings
+        inside[name] = inside.pop(new.rpartition(".")[2])
+    settings["short_first"] = False
+    settings["optimizer"]["matrix_every"] = 2
     (began.output / "config.yaml").write_text(yaml.safe_dump(settings))
     settled = json.loads((began.output / "run.json").read_text())
     kept = ("precision", "threads", "steps", "micro_batches_per_step")
@@ -272,10 +276,10 @@ def test_runs_of_the_first_version_are_resumed_to_the_same_steps(config, cap, tm
     said = []
     plain = dataclasses.replace(began, batch_seconds="auto")
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(plain, stopping_after(7), said.append)
+        run_training(plain, stopping_after(7, said))
     assert any("continuing at step 4 of 8" in line for line in said)
     assert any("with which the run began under Canter 0.1" in line for line in said)
-    train(plain, unwatched)  # and once more
+    run_training(plain)  # and once more
     for one in ("utterances.jsonl", "skipped.jsonl"):
         files = [run.output / one for run in (began, config)]
         assert len({file.read_text() if file.exists() else "" for file in files}) == 1
@@ -300,30 +304,22 @@ def test_what_is_printed_trains_alike(config, tmp_path, capsys):
     first = dataclasses.replace(first, optimizer=dataclasses.replace(first.optimizer, warmup=0.5))
     second = load_config(tmp_path / "elsewhere" / "x.yaml")
     assert second.output == config.output
-    train(first, unwatched)
-    train(second, unwatched)
+    run_training(first)
+    run_training(second)
     assert rates_and_losses(first) == rates_and_losses(second)
     again = print_config(second, "cpu")
     assert again == printed
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("auto", "auto"),
-        ("none", None),
-        ("None", None),
-        ("null", None),
-        ("24", 24.0),
-        ("2.5e1", 25.0),
-    ],
+    ("text", "value"), [("auto", "auto"), ("none", None), ("None", None), ("null", None), ("24", 24.0), ("2.5e1", 25.0)]
 )
 def test_batch_seconds_in_a_file(tmp_path, text, value):
     (tmp_path / "c.yaml").write_text(f"batch_seconds: {text}\n")
     config = load_config(tmp_path / "c.yaml")
     assert config.batch_seconds == value
     (tmp_path / "d.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "d.yaml", relative=False) == config
+    assert load_run_config(tmp_path / "d.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -360,7 +356,7 @@ def test_limits_on_tokens_a_second_in_a_file_and_as_flags(tmp_path, yaml_text, f
     assert given is not None
     assert given.max_tokens_per_second == value
     (tmp_path / "d.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "d.yaml", relative=False) == config
+    assert load_run_config(tmp_path / "d.yaml") == config
 
 
 def test_a_limit_that_cannot_be(tmp_path):
@@ -371,16 +367,16 @@ def test_a_limit_that_cannot_be(tmp_path):
 
 def test_utterances_over_a_limit_are_listed(config):
     config = dataclasses.replace(config, valid=(), steps=1, track=())
-    everything = train(config, unwatched).prepared
-    rate = everything.index.tokens / everything.index.seconds
-    middle = float(np.median(everything.index.seconds))
-    short, long = (float(np.quantile(rate[some], 0.7)) for some in _halves(everything.index.seconds, middle))
+    everything = run_training(config).prepared
+    rate = everything.data.index.tokens / everything.data.index.seconds
+    middle = float(np.median(everything.data.index.seconds))
+    short, long = (float(np.quantile(rate[some], 0.7)) for some in _halves(everything.data.index.seconds, middle))
     limits = ((middle, short), (1e3, long))
     said = []
     held = dataclasses.replace(config, max_tokens_per_second=limits, output=config.output.with_name("held"))
-    made = train(held, unwatched, said.append).prepared
+    made = run_training(held, Messages(said)).prepared
     listed = [json.loads(line) for line in (held.output / "left_out.jsonl").read_text().splitlines()]
-    over = [n for n, s in enumerate(made.index.seconds) if rate[n] > (short if s <= middle else long)]
+    over = [n for n, s in enumerate(made.data.index.seconds) if rate[n] > (short if s <= middle else long)]
     assert [row["line"] for row in listed] == over
     assert 4 < len(over) < 20
     assert {row["reason"].split(":")[0] for row in listed} == {"over the tokens-per-second bound"}

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from canter.errors import ConfigError
 from canter.fields import from_mapping
 from canter.training.config import (
+    REMOVED,
+    RENAMED,
     LossConfig,
     ModelShape,
     OptimizerConfig,
     TrainConfig,
-    differences,
+    changes,
     dump_config,
     load_config,
+    load_run_config,
     rooted,
 )
 from canter.training.defaults import decided
@@ -33,9 +36,9 @@ def test_trained_weights_get_other_settings_than_random_ones(tmp_path):
     scratch, tuned = decided(TrainConfig()), decided(TrainConfig(init=tmp_path))
     assert (scratch.optimizer.name, scratch.optimizer.learning_rate) == ("muon", 2e-3)
     assert (tuned.optimizer.name, tuned.optimizer.learning_rate) == ("adamw", 3e-5)
-    assert (scratch.loss.ctc_weight, scratch.loss.ctc_alone) == (0.3, 0.2)
-    assert (tuned.loss.ctc_weight, tuned.loss.ctc_alone) == (0.0, 0.0)
-    assert decided(TrainConfig(loss=LossConfig(ctc_weight=0.0))).loss.ctc_alone == 0
+    assert (scratch.loss.ctc_weight, scratch.loss.ctc_warmup) == (0.3, 0.2)
+    assert (tuned.loss.ctc_weight, tuned.loss.ctc_warmup) == (0.0, 0.0)
+    assert decided(TrainConfig(loss=LossConfig(ctc_weight=0.0))).loss.ctc_warmup == 0
     own = TrainConfig(init=tmp_path, optimizer=OptimizerConfig(name="muon", learning_rate=1e-3))
     asked = decided(own).optimizer
     assert (asked.name, asked.learning_rate) == ("muon", 1e-3)
@@ -59,20 +62,17 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("minutes: .inf", "--minutes is inf; it must be positive and finite"),
         (f"minutes: 1{400 * '0'}", "minutes: expected float, found 1000"),
         ("epochs: .nan", "--epochs is nan; it must be positive and finite"),
-        (
-            "seed: 100000000000000000000000",
-            "--seed is 100000000000000000000000; it must be at least 0 and below 2^63",
-        ),
+        ("seed: 100000000000000000000000", "--seed is 100000000000000000000000; it must be at least 0 and below 2^63"),
         ("workers: -1", "--workers is -1; it must be 0 or more"),
         ("optimizer: {learning_rate: -0.1}", "--optimizer.learning-rate is -0.1; it must be positive"),
         ("model: {encoder_layers: 0}", "--model.encoder-layers is 0; it must be at least 1"),
         ("model: {dropout: 2}", "--model.dropout is 2.0; it must be at least 0 and below 1"),
-        ("skip_limit: 3", "must be between 0 and 1"),
+        ("max_skipped: 3", "must be between 0 and 1"),
         ("precision: fp8", "none of auto, bf16, float32"),
         ("- 1", "expected a mapping"),
         ("a: [", "is not YAML"),
         ("model: {width: 100, heads: 3}", "not a multiple"),
-        ("loss: {ctc_weight: 0.0, ctc_alone: 0.1}", "ctc-alone"),
+        ("loss: {ctc_weight: 0.0, ctc_warmup: 0.1}", "ctc-warmup"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, says):
@@ -108,9 +108,9 @@ def test_recipes_can_be_read(path):
 
 def test_differences_leave_out_what_changes_no_step():
     config = TrainConfig(steps=5)
-    assert differences(dataclasses.replace(config, workers=4, threads=1), config) == []
-    assert differences(dataclasses.replace(config, seed=2), config) == ["seed: 0 -> 2"]
-    assert differences(dataclasses.replace(config, model=ModelShape(width=32)), config) == ["model.width: 144 -> 32"]
+    assert changes(dataclasses.replace(config, workers=4, threads=1), config) == []
+    assert changes(dataclasses.replace(config, seed=2), config) == [("seed", 0, 2)]
+    assert changes(dataclasses.replace(config, model=ModelShape(width=32)), config) == [("model.width", 144, 32)]
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/train.jsonl", "/here/https:/host/m.jsonl::/here/https:/host/a.tar"])
@@ -121,3 +121,52 @@ def test_a_url_is_for_a_mixture(url):
         rooted(TrainConfig(valid=(Path(url),)))
     kept = (Path("/here/a:b/train.jsonl"),)
     assert rooted(TrainConfig(manifest=kept)).manifest == kept
+
+
+OLD = """
+vocabulary: 300
+lang_column: tongue
+window: 1000
+largest_first: false
+keep: 5
+skip_limit: 0.5
+bad_steps: 3
+short_first: false
+loss: {ctc_weight: 0.3, ctc_alone: 0.1}
+optimizer: {matrix_every: 2}
+"""
+
+
+def test_a_run_of_canter_0_1_keeps_its_settings_under_their_new_names(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(OLD)
+    assert load_run_config(path) == TrainConfig(
+        vocab_size=300,
+        language_column="tongue",
+        batching_window=1000,
+        check_memory=False,
+        keep_checkpoints=5,
+        max_skipped=0.5,
+        max_bad_steps=3,
+        loss=LossConfig(0.3, 0.1),
+    )
+
+
+@pytest.mark.parametrize("line", ["short_first: true", "optimizer: {matrix_every: 1}"])
+def test_a_removed_setting_at_another_value_is_refused(tmp_path, line):
+    path = tmp_path / "config.yaml"
+    path.write_text(line)
+    with pytest.raises(ConfigError, match=rf"'{line.split(':')[0]}[^ ]*' is .* no longer supports"):
+        load_run_config(path)
+
+
+@pytest.mark.parametrize("old", [*RENAMED, *REMOVED])
+def test_old_names_in_a_user_s_file_are_refused_with_the_new_ones(tmp_path, old):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{old}: 1" if "." not in old else f"{old.replace('.', ': {')}: 1}}")
+    way = f"renamed to '{RENAMED[old]}'" if old in RENAMED else "removed"
+    with pytest.raises(ConfigError, match=rf"'{old}' was {way}"):
+        load_config(path)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert old not in names
+    assert RENAMED.get(old, "steps").partition(".")[0] in names

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from canter.models.batch import Batch
 from canter.training.config import LossConfig
 from canter.training.feed.data import Address, Loaded
-from canter.training.session import train
+from canter.training.recipe import run_training
 
-from .conftest import unwatched
 from .step.test_recovery import losses, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -20,27 +19,27 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 @pytest.fixture
 def quiet(config):
-    return dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), device="cuda")
+    return dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_warmup=0.0), device="cuda")
 
 
 @pytest.mark.usefixtures("without_tf32")
 def test_a_run_takes_the_steps_of_one_on_a_cpu(quiet, tmp_path):
-    train(quiet, unwatched)
+    run_training(quiet)
     other = dataclasses.replace(quiet, device="cpu", output=tmp_path / "cpu")
-    train(other, unwatched)
+    run_training(other)
     assert [row["utterances"] for row in rows(quiet, "train")] == [row["utterances"] for row in rows(other, "train")]
     assert losses(quiet)[:3] == pytest.approx(losses(other)[:3], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_stopped_run_goes_on(quiet, tmp_path, precision):
+def test_a_stopped_run_resumes(quiet, tmp_path, precision):
     # a rate that does not depend on how many steps are asked for
     optimizer = dataclasses.replace(quiet.optimizer, schedule="constant", warmup=1.0)
     whole = dataclasses.replace(quiet, precision=precision, workers=1, optimizer=optimizer)
-    train(whole, unwatched)
+    run_training(whole)
     parts = dataclasses.replace(whole, output=tmp_path / "parts", allow_changes=True)
     for stop in (3, 8):
-        train(dataclasses.replace(parts, steps=stop), unwatched)
+        run_training(dataclasses.replace(parts, steps=stop))
     logs = [(one.output / "utterances.jsonl").read_text() for one in (whole, parts)]
     assert logs[0] == logs[1]
     assert losses(parts) == pytest.approx(losses(whole), rel=0.02)
@@ -55,14 +54,14 @@ def test_what_does_not_fit_is_cut_to_the_same_losses(quiet, tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    train(short, unwatched)
+    run_training(short)
     peak = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     capped = dataclasses.replace(short, output=tmp_path / "capped")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * peak) / total)
     try:
-        train(capped, unwatched)
+        run_training(capped)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     events = rows(capped, "event")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,23 +9,18 @@ from safetensors.torch import load_file
 
 from canter.cli import reshape
 from canter.errors import CheckpointError, ConfigError
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
-from canter.training.prepare import prepare
-from canter.training.session import train
-
-
-@contextmanager
-def unwatched(steps, done):
-    yield lambda report: None
+from canter.training.recipe import prepare_training, run_training
 
 
 @pytest.fixture
 def trained(config):
     """The folder of a finished run."""
     config = dataclasses.replace(config, steps=4)
-    train(config, unwatched)
+    run_training(config)
     return config.output
 
 
@@ -39,51 +33,49 @@ def onwards(config, trained, tmp_path):
         output=tmp_path / "onwards",
         steps=4,
         model=ModelShape(),
-        vocabulary=TrainConfig.vocabulary,
+        vocab_size=TrainConfig.vocab_size,
         loss=LossConfig(ctc_weight=0.3),
     )
 
 
 def test_a_run_starts_with_weights_shape_and_tokenizer_of_the_checkpoint(onwards, trained):
-    prepared = prepare(onwards)
+    prepared = prepare_training(onwards)
     before = load_model(next((trained / "checkpoints").glob("step-*")))
-    assert prepared.model.config == before.config
-    ours, theirs = prepared.model.state_dict(), before.state_dict()
+    assert prepared.subject.model.config == before.config
+    ours, theirs = prepared.subject.model.state_dict(), before.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert prepared.tokenizer.fingerprint == before.tokenizer.fingerprint
-    assert prepared.characters.fingerprint == Characters.load(trained / "tokenizer").fingerprint
-    assert prepared.budget.measured_on["model"]
+    assert prepared.data.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert prepared.data.characters.fingerprint == Characters.load(trained / "tokenizer").fingerprint
+    assert prepared.schedule.budget.measured_on["model"]
 
 
 def test_it_trains_on_and_resumes_without_the_checkpoint_it_came_from(onwards, trained):
-    finished = train(onwards, unwatched)
+    finished = run_training(onwards)
     assert finished.progress.step == 4
     newest = sorted((onwards.output / "checkpoints").glob("step-*"))[-1]
     ours = load_file(newest / "model.safetensors")
     theirs = load_file(next((trained / "checkpoints").glob("step-*")) / "model.safetensors")
     assert any(not torch.equal(x, theirs[name]) for name, x in ours.items())
     shutil.rmtree(trained)
-    again = train(onwards, unwatched)
+    again = run_training(onwards)
     assert again.progress.step == 4
 
 
 def test_a_reshaped_checkpoint(onwards, trained, tmp_path):
     """The alphabet of its CTC head goes along."""
-    reshape.run(
-        reshape.Options(trained, tmp_path / "reshaped", encoder_layers=3, seconds=0.5, tokens=3, batch=1, json=True)
-    )
-    finished = train(dataclasses.replace(onwards, init=tmp_path / "reshaped", steps=1), unwatched)
-    assert finished.prepared.model.config.encoder.layers == 3
+    reshape.run(reshape.Options(trained, tmp_path / "reshaped", encoder_layers=3, seconds=0.5, batch_size=1, json=True))
+    finished = run_training(dataclasses.replace(onwards, init=tmp_path / "reshaped", steps=1))
+    assert finished.prepared.subject.model.config.encoder.layers == 3
     Characters("abc").save(tmp_path / "reshaped")
     config = dataclasses.replace(onwards, init=tmp_path / "reshaped", output=tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"has 3 characters, but .* a CTC head of \d+ outputs"):
-        prepare(config)
+        prepare_training(config)
 
 
 def test_without_ctc_the_head_is_left_out(onwards):
-    prepared = prepare(dataclasses.replace(onwards, loss=LossConfig()))
-    assert prepared.model.ctc is None
-    assert prepared.model.config.ctc_vocabulary == 0
+    prepared = prepare_training(dataclasses.replace(onwards, loss=LossConfig()))
+    assert prepared.subject.model.ctc is None
+    assert prepared.subject.model.config.ctc_vocabulary == 0
 
 
 def test_a_checkpoint_without_a_ctc_head_wants_its_weight_at_zero(onwards, trained, tmp_path):
@@ -92,9 +84,9 @@ def test_a_checkpoint_without_a_ctc_head_wants_its_weight_at_zero(onwards, train
     save_model(model, tmp_path / "attention")
     config = dataclasses.replace(onwards, init=tmp_path / "attention")
     with pytest.raises(ConfigError, match=r"no CTC head; leave --loss.ctc-weight out"):
-        prepare(config)
+        prepare_training(config)
     config = dataclasses.replace(config, loss=LossConfig())
-    assert train(config, unwatched).progress.step == 4
+    assert run_training(config).progress.step == 4
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(onwards, trained, tmp_path):
@@ -102,15 +94,12 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(onwards, trained, tmp_path)
     model.tokenizer = None
     save_model(model, tmp_path / "mute")
     with pytest.raises(ConfigError, match="no tokenizer"):
-        prepare(dataclasses.replace(onwards, init=tmp_path / "mute"))
+        prepare_training(dataclasses.replace(onwards, init=tmp_path / "mute"))
 
 
 @pytest.mark.parametrize(
     ("settings", "flag"),
-    [
-        ({"model": ModelShape(width=32, heads=2)}, "--model.width, --model.heads"),
-        ({"tokenizer": "x"}, "--tokenizer"),
-    ],
+    [({"model": ModelShape(width=32, heads=2)}, "--model.width, --model.heads"), ({"tokenizer": "x"}, "--tokenizer")],
 )
 def test_what_the_checkpoint_decides_cannot_be_set(tmp_path, settings, flag):
     with pytest.raises(ConfigError, match=f"{flag} cannot go with --init"):

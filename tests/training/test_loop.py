@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,18 +13,13 @@ from safetensors.torch import load_file
 from canter.cli.progress import TrainingProgress
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
-from canter.models.formats.checkpoint import load_model
+from canter.loading import load_model
 from canter.planning.budget import Budget, Polynomial
 from canter.training.config import AugmentConfig
-from canter.training.run.pace import Pace
-from canter.training.session import train
+from canter.training.recipe import run_training
+from canter.training.schedule import Pace
 
-from .conftest import stopping_after
-
-
-@contextmanager
-def unwatched(steps, done):
-    yield lambda report: None
+from .conftest import Messages, Reports, stopping_after
 
 
 def metrics(config, kind="train"):
@@ -42,7 +36,7 @@ def weights(config):
 
 
 def test_a_run_leaves_what_it_promises(config):
-    finished = train(config, unwatched)
+    finished = run_training(config)
     assert finished.progress.step == 8
     rows = metrics(config)
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -54,7 +48,7 @@ def test_a_run_leaves_what_it_promises(config):
     best = json.loads((config.output / "checkpoints" / "best.json").read_text())
     model = load_model(config.output / "checkpoints" / best["checkpoint"])
     assert model.tokenizer.vocab_size == model.config.decoder.vocabulary
-    tokens, seconds = finished.prepared.index.tokens, finished.prepared.index.seconds
+    tokens, seconds = finished.prepared.data.index.tokens, finished.prepared.data.index.seconds
     rate = model.generation["tokens_per_frame"]  # at which transcription ends what goes round in circles
     assert max((u - 10) / (s / 0.08 + 1) for u, s in zip(tokens, seconds)) < rate < 2
     assert max(seconds) < model.generation["window_seconds"] <= max(10, 1.1 * max(seconds) + 1)
@@ -64,33 +58,33 @@ def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):
     hasty = Budget(limit_bytes=1e9, memory=Polynomial(T=1.0), time=Polynomial(T=1e-6), fixed_seconds=1e-4)
     hasty.save(tmp_path / "hasty.json")
     config = dataclasses.replace(config, budget=tmp_path / "hasty.json", steps=None, minutes=0.02, valid=())
-    finished = train(config, unwatched)
+    finished = run_training(config)
     settled = json.loads((config.output / "run.json").read_text())
     assert settled["timed"] >= 1
-    assert finished.prepared.steps > 1000  # as the budget has it
+    assert finished.prepared.schedule.steps > 1000  # as the budget has it
     assert finished.progress.step == settled["steps"] < 1000
     assert metrics(config)[-1]["steps"] == settled["steps"]
 
 
 def test_steps_may_become_more_when_all_that_there_were_are_loaded(config, monkeypatch):
-    monkeypatch.setattr("canter.training.prepare.choose_steps", lambda *_: 22)  # timed after the 20th
+    monkeypatch.setattr("canter.training.schedule.choose_steps", lambda *_: 22)  # timed after the 20th
     monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
     more = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), workers=1, track=())
-    finished = train(more, unwatched)
+    finished = run_training(more)
     assert finished.progress.step == 25
     assert [row["step"] for row in metrics(config)] == list(range(1, 26))
 
 
 def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
-    """From a checkpoint before, with the learning rate that it had; and that does not jump."""
-    monkeypatch.setattr("canter.training.prepare.choose_steps", lambda *_: 40)  # estimated again after the 20th
+    """A run resumes from an earlier checkpoint with that checkpoint's learning rate, without a jump."""
+    monkeypatch.setattr("canter.training.schedule.choose_steps", lambda *_: 40)  # estimated again after the 20th
     monkeypatch.setattr(Pace, "steps", lambda self, step, steps, seconds: 25)
     config = dataclasses.replace(config, steps=None, minutes=1.0, valid=(), track=(), save_every=8)
-    train(config, unwatched)
+    run_training(config)
     killed = dataclasses.replace(config, output=tmp_path / "killed")
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(killed, stopping_after(23))
-    train(killed, unwatched)
+        run_training(killed, stopping_after(23))
+    run_training(killed)
     assert losses(killed) == losses(config)
     rates = [row["learning_rate"] for row in metrics(config)]
     assert rates == [row["learning_rate"] for row in metrics(killed)]
@@ -99,7 +93,7 @@ def test_a_run_whose_steps_were_estimated_again_resumes_to_the_same_bits(config,
     assert rates[-1] == pytest.approx(0.01 * 2e-3)
 
 
-def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spoken, tmp_path):
+def test_a_mixture_is_drawn_by_its_weights_and_resumes(config, spoken, tmp_path):
     """Two sources of very unequal size, drawn equally often; rows take their source's tags."""
     rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
     for row in rows:
@@ -111,30 +105,30 @@ def test_a_mixture_is_drawn_by_its_weights_and_goes_on_where_it_was(config, spok
         "- {path: few.jsonl, weight: 0.5, tags: {lang: en}}\n- {path: many.jsonl, weight: 0.5}\n"
     )
     config = dataclasses.replace(
-        config, manifest=(tmp_path / "mix.yaml",), valid=(), steps=None, epochs=2.0, window=20, save_every=1
+        config, manifest=(tmp_path / "mix.yaml",), valid=(), steps=None, epochs=2.0, batching_window=20, save_every=1
     )
-    finished = train(config, unwatched)
+    finished = run_training(config)
     steps = [json.loads(line) for line in (config.output / "utterances.jsonl").read_text().splitlines()]
     drawn = [row for step in steps for batch in step["rows"] for row in batch]
-    index = finished.prepared.index
+    index = finished.prepared.data.index
     assert 0.4 < sum(index.source_of[row] == 0 for row in drawn) / len(drawn) < 0.6
     assert len(drawn) == pytest.approx(2 * len(index), rel=0.3)
     assert {index.utterance(row).lang for row in range(len(index)) if index.source_of[row] == 0} == {"en"}
     resumed = dataclasses.replace(config, output=tmp_path / "resumed")
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(resumed, stopping_after(3))
-    train(resumed, unwatched)
+        run_training(resumed, stopping_after(3))
+    run_training(resumed)
     assert (resumed.output / "utterances.jsonl").read_text() == (config.output / "utterances.jsonl").read_text()
     assert losses(resumed) == losses(config)
     fast = dataclasses.replace(config, output=tmp_path / "fast", augment=AugmentConfig(speed=(0.9, 1.1)))
     with pytest.raises(ConfigError, match=r"mix\.yaml, whose sources have weights"):
-        train(fast, unwatched)
+        run_training(fast)
 
 
 def test_every_utterance_once_an_epoch(config):
     seen = []
-    trained = train(dataclasses.replace(config, steps=None, epochs=1.0), unwatched)
-    plan = trained.prepared.plan
+    trained = run_training(dataclasses.replace(config, steps=None, epochs=1.0))
+    plan = trained.prepared.schedule.plan
     for step in plan:
         seen += [row for micro_batch in step for row in micro_batch.tolist()]
     assert sorted(seen) == list(range(40))
@@ -142,27 +136,19 @@ def test_every_utterance_once_an_epoch(config):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_stopped_run_goes_on_to_the_same_bits(config, tmp_path, micro_batches):
+def test_a_stopped_run_resumes_bit_exactly(config, tmp_path, micro_batches):
     config = dataclasses.replace(
         config,
         micro_batches_per_step=micro_batches,
         model=dataclasses.replace(config.model, dropout=0.1),
         augment=AugmentConfig(frequency_masks=1, frequency_width=8, time_masks=2),
     )
-    train(config, unwatched)
+    run_training(config)
     again = dataclasses.replace(config, output=tmp_path / "again")
 
-    @contextmanager
-    def stop_at_five(steps, done):
-        def report(step):
-            if step.step == 5:
-                raise RuntimeError("pulled the plug")  # nothing is saved: back to step 4
-
-        yield report
-
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(again, stop_at_five)
-    resumed = train(again, unwatched)
+        run_training(again, stopping_after(5))  # nothing is saved: back to step 4
+    resumed = run_training(again)
     assert resumed.progress.step == 8
     assert losses(again) == losses(config)
     ours, theirs = weights(again), weights(config)
@@ -173,31 +159,23 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(config):
     """A step of two micro-batches equals one of their union, without BatchNorm's per-micro-batch statistics."""
     from canter.training.feed.data import Address, collate
     from canter.training.loop import Trainer
-    from canter.training.prepare import prepare
-    from canter.training.step.gradient import Counts
+    from canter.training.recipe import prepare_training
+    from canter.training.step.gradient import Objective, TargetCounts
 
-    prepared = prepare(config)
-    trainer = Trainer(
-        prepared.config,
-        prepared.run,
-        prepared.model,
-        prepared.plan,
-        prepared.data,
-        prepared.steps,
-        precision="float32",
-    )
-    prepared.model.eval()
+    prepared = prepare_training(config)
+    trainer = Trainer(prepared)
+    prepared.subject.model.eval()
     rows = list(range(6))
-    examples = [prepared.data.example(prepared.index.utterance(row), row) for row in rows]
-    pad = prepared.tokenizer.pad
+    examples = [prepared.data.micro_batches.example(prepared.data.index.utterance(row), row) for row in rows]
+    pad = prepared.data.tokenizer.pad
     gradients = []
     for parts in ([examples], [examples[:2], examples[2:]]):
         batches = [collate(part, pad) for part in parts]
-        counts = Counts.of(batches)
+        objective = Objective(prepared.config.loss, TargetCounts.of(batches))
         for batch in batches:
-            trainer.gradient.backward(batch, counts, alone=False, epoch=0)
-        gradients.append({n: p.grad.clone() for n, p in prepared.model.named_parameters()})
-        prepared.model.zero_grad()
+            trainer.gradient.backward(batch, objective, epoch=0)
+        gradients.append({n: p.grad.clone() for n, p in prepared.subject.model.named_parameters()})
+        prepared.subject.model.zero_grad()
     for name, one in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], one, rtol=1e-3, atol=1e-6, msg=name)
     assert isinstance(Address(0, 0, True, rows).last, bool)
@@ -207,15 +185,15 @@ def test_augmentation_is_the_utterance_s_own(config):
     """Drawn from (seed, epoch, row): the same beside other batch-mates, another in the next epoch."""
     from canter.training.feed.data import collate
     from canter.training.loop import Trainer
-    from canter.training.prepare import prepare
+    from canter.training.recipe import prepare_training
 
     config = dataclasses.replace(config, augment=AugmentConfig(frequency_masks=1, frequency_width=20))
-    made = prepare(config)
-    trainer = Trainer(made.config, made.run, made.model, made.plan, made.data, made.steps, precision="float32")
-    one, two = (made.data.example(made.index.utterance(row), row) for row in (3, 4))
-    alone, frames = trainer.gradient.features(collate([one], made.tokenizer.pad), epoch=0)
-    together, _ = trainer.gradient.features(collate([two, one], made.tokenizer.pad), epoch=0)
-    later, _ = trainer.gradient.features(collate([one], made.tokenizer.pad), epoch=1)
+    made = prepare_training(config)
+    trainer = Trainer(made)
+    one, two = (made.data.micro_batches.example(made.data.index.utterance(row), row) for row in (3, 4))
+    alone, frames = trainer.gradient.features(collate([one], made.data.tokenizer.pad), epoch=0)
+    together, _ = trainer.gradient.features(collate([two, one], made.data.tokenizer.pad), epoch=0)
+    later, _ = trainer.gradient.features(collate([one], made.data.tokenizer.pad), epoch=1)
     size = int(frames[0])
     torch.testing.assert_close(together[1, :size], alone[0, :size], rtol=0, atol=1e-4)
     assert not torch.equal(later, alone)
@@ -231,7 +209,7 @@ def test_unusable_audio_is_skipped_and_named(config, spoken, tmp_path):
         row["audio_filepath"], row["duration"] = str(tmp_path / path), 2.0
     write_manifest(tmp_path / "train.jsonl", rows)
     config = dataclasses.replace(config, manifest=(tmp_path / "train.jsonl",), steps=None, epochs=1.0)
-    finished = train(config, unwatched)
+    finished = run_training(config)
     assert finished.progress.utterances == 37
     skipped = [json.loads(line) for line in (config.output / "skipped.jsonl").read_text().splitlines()]
     assert {row["file"].split("/")[-1] for row in skipped} == {"noise.flac", "missing.wav", "short.wav"}
@@ -246,37 +224,34 @@ def test_a_first_step_without_usable_audio_is_a_step(config, spoken, tmp_path):
     write_manifest(tmp_path / "missing.jsonl", [{**row, "id": str(n)} for n, row in enumerate(rows)])
     lines = []
 
-    @contextmanager
-    def watch(steps, done):
-        yield lambda report: lines.append(TrainingProgress.describe([report]))
-
     config = dataclasses.replace(config, manifest=(tmp_path / "missing.jsonl",), valid=(), steps=1)
-    assert train(config, watch).progress.skipped > 0
+    show = Reports(lambda report: lines.append(TrainingProgress.describe([report])))
+    assert run_training(config, show).progress.skipped > 0
     assert "padding 0.0%" in lines[0]
 
 
 def test_steps_of_a_run_that_was_killed_before_it_saved_are_forgotten(config, tmp_path):
     quiet = dataclasses.replace(config, valid=(), steps=3)
-    train(quiet, unwatched)
+    run_training(quiet)
     killed = dataclasses.replace(quiet, output=tmp_path / "killed")
-    train(killed, unwatched)
+    run_training(killed)
     shutil.rmtree(killed.output / "checkpoints" / "step-000003")
     with (killed.output / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    train(killed, unwatched)
+    run_training(killed)
     assert losses(killed) == losses(quiet)
     for one in ("utterances.jsonl", "skipped.jsonl"):
         files = [run.output / one for run in (killed, quiet)]
         assert len({file.read_text() if file.exists() else "" for file in files}) == 1
 
 
-def test_what_the_plan_leaves_out_is_told_and_listed(config, tmp_path):
+def test_rows_that_the_plan_leaves_out_are_reported_and_listed(config, tmp_path):
     Budget.from_batch_seconds(3.0).save(tmp_path / "small.json")
     config = dataclasses.replace(config, budget=tmp_path / "small.json", batch_seconds=None, valid=(), steps=2)
     said = []
-    finished = train(config, unwatched, said.append)
+    finished = run_training(config, Messages(said))
     listed = [json.loads(line) for line in (config.output / "left_out.jsonl").read_text().splitlines()]
-    seconds = finished.prepared.index.seconds
+    seconds = finished.prepared.data.index.seconds
     assert [row["line"] for row in listed] == [n for n, s in enumerate(seconds) if s > 3]
     assert 0 < len(listed) < len(seconds)
     assert all(row["reason"].startswith("over the budget by itself: ") for row in listed)
@@ -286,7 +261,7 @@ def test_what_the_plan_leaves_out_is_told_and_listed(config, tmp_path):
 def test_memory_filled_is_a_share_of_the_memory_there_is(config, tmp_path):
     """Though the plan fills twelve seconds."""
     Budget.from_batch_seconds(1200.0).save(tmp_path / "large.json")
-    train(dataclasses.replace(config, budget=tmp_path / "large.json", valid=(), steps=2), unwatched)
+    run_training(dataclasses.replace(config, budget=tmp_path / "large.json", valid=(), steps=2))
     for row in metrics(config):
         assert row["memory_filled"] == pytest.approx(row["batch"] * row["frames_max"] * 0.08 / 1200, rel=0.05)
 
@@ -297,19 +272,16 @@ def test_too_much_unusable_audio_ends_the_run(config, spoken, tmp_path):
         row["audio_filepath"] = "nowhere.wav"
     write_manifest(tmp_path / "train.jsonl", rows)
     with pytest.raises(CanterError, match="could not be used"):
-        train(
-            dataclasses.replace(config, manifest=(tmp_path / "train.jsonl",), steps=None, epochs=1.0),
-            unwatched,
-        )
+        run_training(dataclasses.replace(config, manifest=(tmp_path / "train.jsonl",), steps=None, epochs=1.0))
 
 
 def test_another_configuration_or_content_is_refused(config, tmp_path):
-    train(dataclasses.replace(config, steps=1), unwatched)
+    run_training(dataclasses.replace(config, steps=1))
     with pytest.raises(ConfigError, match="seed: 0 -> 3"):
-        train(dataclasses.replace(config, steps=1, seed=3), unwatched)
+        run_training(dataclasses.replace(config, steps=1, seed=3))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="is not a run"):
-        train(dataclasses.replace(config, output=tmp_path / "full"), unwatched)
+        run_training(dataclasses.replace(config, output=tmp_path / "full"))
     with pytest.raises(ConfigError, match="no training data"):
-        train(dataclasses.replace(config, manifest=()), unwatched)
+        run_training(dataclasses.replace(config, manifest=()))

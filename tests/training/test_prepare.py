@@ -11,15 +11,13 @@ from canter.models.model import ModelConfig, SpeechModel
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
-from canter.training.batches import limited
 from canter.training.config import LossConfig, TrainConfig
 from canter.training.feed.speed import AtSpeed
 from canter.training.measure import choose_speed, synthetic_batch
-from canter.training.prepare import choose_steps, predicted, prepare
-from canter.training.run.pace import Pace
-from canter.training.session import train
+from canter.training.recipe import prepare_training, run_training
+from canter.training.schedule import Pace, choose_steps, limited, predicted
 
-from .conftest import unwatched
+from .conftest import Messages
 
 BYTES = Budget(limit_bytes=1e8, fixed_bytes=1e6, memory=Polynomial(T=5e4, TT=100.0, U=1e4, TU=50.0))
 
@@ -42,7 +40,7 @@ def test_micro_batches_hold_to_seconds_and_memory(rows, batch_seconds, memory):
                 assert longest * 0.08 * len(batch) <= max(batch_seconds, frames.max() * 0.08) + 1e-6
 
 
-def test_the_longest_utterance_goes_alone_at_any_speed():
+def test_the_longest_utterance_fits_by_itself_at_any_speed():
     index = LengthIndex(np.full(50, 30.0, np.float32), np.full(50, 40))
     speeds = (0.9, 1.0, 1.1)
     for epoch in range(4):
@@ -54,7 +52,7 @@ def test_the_longest_utterance_goes_alone_at_any_speed():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_minutes_are_those_of_the_ranks_there_are(ranks):
-    """Of a run that goes as the budget has it, settled anew or not."""
+    """A run at the speed of the budget takes the given minutes, with or without new estimates of its steps."""
     random = np.random.default_rng(0)
     index = LengthIndex(random.uniform(1, 12, 4000).astype(np.float32), random.integers(5, 60, 4000))
     budget = dataclasses.replace(BYTES, time=Polynomial(T=1e-3, U=1e-4), fixed_seconds=0.02)
@@ -71,9 +69,9 @@ def test_minutes_are_those_of_the_ranks_there_are(ranks):
     pace.plan(0, steps)
     for one in true[:60]:
         pace.took(one, one)
-    settled = pace.steps(60, steps, sum(true[:60]))
+    recorded = pace.steps(60, steps, sum(true[:60]))
     assert steps * mean == pytest.approx(600, rel=0.01)
-    assert settled * mean == pytest.approx(600, rel=0.05)
+    assert recorded * mean == pytest.approx(600, rel=0.05)
 
 
 def test_steps_come_from_the_first_that_is_given(config):
@@ -84,19 +82,21 @@ def test_steps_come_from_the_first_that_is_given(config):
 
 def test_measured_where_no_budget_is_given(config):
     said = []
-    prepared = prepare(dataclasses.replace(config, budget=None, precision="auto", threads=None), said.append)
+    prepared = prepare_training(
+        dataclasses.replace(config, budget=None, precision="auto", threads=None), Messages(said)
+    )
     assert (config.output / "budget.json").exists()
-    assert prepared.precision in ("float32", "bf16")
+    assert prepared.subject.precision in ("float32", "bf16")
     assert any("a step takes" in line for line in said)
-    assert prepared.budget.step_seconds(4, 50, 20) > prepared.budget.step_seconds(1, 50, 20) > 0
-    assert prepared.budget.bytes(4, 50, 20) > prepared.budget.bytes(4, 25, 20)
-    again = prepare(dataclasses.replace(config, budget=None, precision="auto", threads=None))
-    assert again.budget == prepared.budget
-    assert again.precision == prepared.precision
+    assert prepared.schedule.budget.step_seconds(4, 50, 20) > prepared.schedule.budget.step_seconds(1, 50, 20) > 0
+    assert prepared.schedule.budget.bytes(4, 50, 20) > prepared.schedule.budget.bytes(4, 25, 20)
+    again = prepare_training(dataclasses.replace(config, budget=None, precision="auto", threads=None))
+    assert again.schedule.budget == prepared.schedule.budget
+    assert again.subject.precision == prepared.subject.precision
 
 
 def test_synthetic_batches_have_the_shape_asked_for(config):
-    model = prepare(config).model
+    model = prepare_training(config).subject.model
     batch = synthetic_batch(model, 3, 40, 12, prompt=5)
     encoded, lengths = model.encode(*model.features(batch.audio, batch.audio_lengths))
     assert encoded.shape[:2] == (3, 40)
@@ -106,20 +106,20 @@ def test_synthetic_batches_have_the_shape_asked_for(config):
 
 def test_a_run_with_the_budget_of_another_takes_the_same_steps(config, tmp_path, monkeypatch):
     """Measured once, with all that follows from it: batches and their number, also what a CPU makes of them."""
-    monkeypatch.setattr("canter.training.prepare.PROBES", 6)
+    monkeypatch.setattr("canter.training.schedule.PROBES", 6)
     plain = dataclasses.replace(config, budget=None, steps=None, epochs=1.0, batch_seconds="auto", valid=())
     said = []
-    first = prepare(plain, said.append)
+    first = prepare_training(plain, Messages(said))
     path = first.run.folder / "budget.json"
     (told,) = [line for line in said if "another run of this command measures its own" in line]
     assert told.endswith(f"'--budget {path}' gives it the same")
     said.clear()
-    second = prepare(dataclasses.replace(plain, output=tmp_path / "second", budget=path), said.append)
+    second = prepare_training(dataclasses.replace(plain, output=tmp_path / "second", budget=path), Messages(said))
     assert not any("measures its own" in line for line in said)
-    assert second.plan.fingerprint == first.plan.fingerprint
+    assert second.schedule.plan.fingerprint == first.schedule.plan.fingerprint
     kept = ("precision", "threads", "steps", "batch_limits", "batches", "micro_batches_per_step")
-    settled = [one.run.settled() for one in (first, second)]
-    assert [settled[0][name] for name in kept] == [settled[1][name] for name in kept]
+    recorded = [one.run.recorded() for one in (first, second)]
+    assert [recorded[0][name] for name in kept] == [recorded[1][name] for name in kept]
 
 
 def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
@@ -127,7 +127,7 @@ def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
     path = tmp_path / "given.json"
     dataclasses.replace(Budget.from_batch_seconds(60.0), measured_on=given).save(path)
     config = dataclasses.replace(config, budget=path, precision="auto", threads=None)
-    assert choose_speed(config, SpeechModel(ModelConfig()), print) == ("bf16", 1)
+    assert choose_speed(config, SpeechModel(ModelConfig())) == ("bf16", 1)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,7 @@ def test_threads_and_precision_are_those_of_a_given_budget(config, tmp_path):
             r"--freeze 'encodr.\*' matches no parameter; did you mean 'encoder\.[a-z_]+\.\*'\?",
         ),
         ({"freeze": ("*",)}, r"--freeze \* leaves nothing to train"),
-        (
-            {"freeze": ("encoder.*", "ctc.*")},
-            "nothing to train while CTC is trained alone; set --loss.ctc-alone 0",
-        ),
+        ({"freeze": ("encoder.*", "ctc.*")}, "nothing to train during the CTC-only warm-up; set --loss.ctc-warmup 0"),
         ({"tokenizer": "nowhere"}, "nowhere"),
         ({"budget": "nowhere.json"}, r"nowhere.json: no such budget"),
         ({"valid": "nowhere.jsonl"}, r"nowhere.jsonl does not exist"),
@@ -152,15 +149,17 @@ def test_what_cannot_be_is_refused_before_anything_is_read_or_measured(config, m
     def measured(*_, **__):
         raise AssertionError("too late")
 
-    for name in ("find_tokenizer", "find_index", "find_budget", "choose_speed"):
-        monkeypatch.setattr(f"canter.training.prepare.{name}", measured)
+    for name in ("find_tokenizer", "find_index", "find_budget", "choose_subject"):
+        monkeypatch.setattr(f"canter.training.recipe.{name}", measured)
     with pytest.raises(CanterError, match=message):
-        train(dataclasses.replace(config, **changes), unwatched)
+        run_training(dataclasses.replace(config, **changes))
 
 
 def test_patterns_are_those_of_the_model_that_is_trained(config):
-    loss = LossConfig(ctc_alone=0.0)
+    loss = LossConfig(ctc_warmup=0.0)
     config = dataclasses.replace(config, freeze=("encoder.*", "ctc.*"), steps=1, valid=(), loss=loss)
-    finished = train(config, unwatched)
-    frozen = {name for name, p in finished.prepared.model.named_parameters() if not p.requires_grad}
-    assert frozen == {name for name in dict(finished.prepared.model.named_parameters()) if name[:3] in ("enc", "ctc")}
+    finished = run_training(config)
+    frozen = {name for name, p in finished.prepared.subject.model.named_parameters() if not p.requires_grad}
+    assert frozen == {
+        name for name in dict(finished.prepared.subject.model.named_parameters()) if name[:3] in ("enc", "ctc")
+    }

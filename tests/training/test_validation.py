@@ -1,25 +1,28 @@
-"""What is validated, and which checkpoint is the best by it."""
+"""The validated utterances, and the choice of the best checkpoint."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance, read_manifest
 from canter.errors import ManifestError
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
 from canter.models.decoder import DecoderConfig
 from canter.models.features import WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import train_tokenizer
+from canter.training.feed.data import MicroBatches
+from canter.training.recipe import run_training
 from canter.training.run.checkpoints import Checkpoints
-from canter.training.session import train
-from canter.training.validation import fingerprint, translations, validator
+from canter.training.validation import Validator, fingerprint, translations
 
-from .conftest import unwatched
+from .conftest import Messages
 
 
 @pytest.fixture
@@ -45,14 +48,16 @@ def test_what_the_model_cannot_take_is_left_out_and_named(rows, tokenizer):
     ).eval()
     assert rows[-2].duration < model.longest_seconds < rows[-1].duration
     said = []
-    validate = validator(rows, tokenizer, 16000, "float32", say=said.append, longest_seconds=model.longest_seconds)
+    index = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
+    data = MicroBatches(index, tokenizer, None, 16000, longest_seconds=model.longest_seconds)
+    validate = Validator(rows, data, "float32", events=Messages(said))
     with torch.inference_mode():
-        assert validate(model, 0)["utterances"] == len(rows) - 1
+        assert validate(model).metrics["utterances"] == len(rows) - 1
     assert len(said) == 1
     assert f"1 of {len(rows)} validation utterances cannot be used" in said[0]
     assert rows[-1].audio_filepath in said[0]
     with pytest.raises(ManifestError, match=r"its text has .* tokens with prompt and end, more than the 2"):
-        validator(rows, tokenizer, 16000, "float32", most_tokens=2)
+        Validator(rows, MicroBatches(index, tokenizer, None, 16000, most_tokens=2), "float32")
 
 
 def test_a_set_is_what_is_scored(rows, tmp_path):
@@ -100,15 +105,11 @@ def test_a_validation_row_that_cannot_be_used_is_named_and_left_out(config, tmp_
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(manifest.parent / row["audio_filepath"])
-    broken = [
-        rows[0] | {"source_lang": "kab", "text": "a"},
-        rows[1] | {"text": "a " * 600},
-        {"text": "no audio"},
-    ]
+    broken = [rows[0] | {"source_lang": "kab", "text": "a"}, rows[1] | {"text": "a " * 600}, {"text": "no audio"}]
     path = tmp_path / "valid.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [broken[0], rows[2], *broken[1:], rows[3]]))
     said = []
-    finished = train(dataclasses.replace(config, valid=(path,), steps=4), unwatched, said.append)
+    finished = run_training(dataclasses.replace(config, valid=(path,), steps=4), Messages(said))
     assert finished.progress.step == 4
     listed = [json.loads(line) for line in (config.output / "valid.skipped.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in listed] == [(str(path), line) for line in (1, 3, 4)]
@@ -121,11 +122,11 @@ def test_a_validation_row_that_cannot_be_used_is_named_and_left_out(config, tmp_
 
 def test_another_validation_set_begins_a_new_best_and_transcripts_are_kept(config):
     config = dataclasses.replace(config, track=(), steps=2, valid_every=1, valid_utterances=1)
-    train(config, unwatched)
+    run_training(config)
     path = config.output / "checkpoints" / "best.json"
     best = json.loads(path.read_text()) | {"wer": 0.0}  # what no other can beat
     path.write_text(json.dumps(best))
-    train(dataclasses.replace(config, steps=3, valid_utterances=4, allow_changes=True), unwatched)
+    run_training(dataclasses.replace(config, steps=3, valid_utterances=4, allow_changes=True))
     now = json.loads(path.read_text())
     assert now["set"] != best["set"]
     assert (now["checkpoint"], now["wer"] > 0) == ("step-000003", True)
@@ -136,4 +137,4 @@ def test_another_validation_set_begins_a_new_best_and_transcripts_are_kept(confi
     logged = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()][-1]
     assert "transcripts" not in logged
     texts = [row["text"] for row in transcripts], [row["pred_text"] for row in transcripts]
-    assert score(*texts, normalize="none").wer == pytest.approx(logged["wer"])
+    assert score_texts(*texts, normalize="none").wer == pytest.approx(logged["wer"])

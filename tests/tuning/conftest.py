@@ -3,13 +3,32 @@ import pytest
 import torch
 
 from canter.corpus.index import LengthIndex
+from canter.events import Events
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.training.measure import training_step
-from canter.tuning.probe import TrainingStep
+from canter.training.measure import SyntheticStep
+from canter.tuning.probe import ProbedStep
+
+
+class Messages(Events[object]):
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
+
+
+class AnyStep(ProbedStep):
+    """A step that calls a function."""
+
+    def __init__(self, model, run, compiled=False):
+        self.model, self.run, self.compiled, self.frame_seconds = model, run, compiled, 0.08
+
+    def __call__(self, batch, frames, tokens):
+        self.run(batch, frames, tokens)
 
 
 def small_model() -> SpeechModel:
@@ -21,9 +40,9 @@ def small_model() -> SpeechModel:
     return SpeechModel(ModelConfig(FeatureConfig(mels=40), encoder, decoder, ctc_vocabulary=20))
 
 
-def small_step(model: SpeechModel, copied: bool = True) -> TrainingStep:
+def small_step(model: SpeechModel, copied: bool = True) -> SyntheticStep:
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"))
-    return training_step(config, model, "float32", 1, copied=copied)
+    return SyntheticStep(config, model, "float32", copied=copied)
 
 
 @pytest.fixture
@@ -74,4 +93,4 @@ def known_costs(monkeypatch, formula):
 
     monkeypatch.setattr(Prober, "_peak", peak)
     layer = torch.nn.Linear(10, 10)
-    return TrainingStep(layer, [], lambda b, t, u: None)
+    return AnyStep(layer, lambda b, t, u: None)

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from canter.errors import BudgetError
 from canter.planning import Plan
-from canter.tuning.fit import anchors, corners, fit, least_squares, measure_budget, within
+from canter.tuning.fit import anchors, corners, fit, fit_budget, least_squares, within
 from canter.tuning.probe import Probe, Prober
 
-from .conftest import small_step
+from .conftest import Messages, small_step
 
 numbers = st.floats(0.0, 10.0)
 
@@ -62,7 +62,7 @@ def test_anchors_cover_the_lengths():
 def test_few_steps_find_the_costs_and_nothing_breaks(known_costs, formula, index, most):
     limit = formula.bytes(30, 100, 40)
     prober = Prober(known_costs, limit)
-    budget = measure_budget(prober, index, 0.08, most_probes=most)
+    budget = fit_budget(prober, index, most_probes=most)
     assert len(prober.known) <= most
     assert prober.steps <= most
     assert prober.out_of_memory <= 5
@@ -79,7 +79,7 @@ def test_few_steps_find_the_costs_and_nothing_breaks(known_costs, formula, index
 
 def test_the_extremes_of_the_plan_are_among_the_probes(known_costs, formula, index):
     prober = Prober(known_costs, formula.bytes(30, 100, 40))
-    budget = measure_budget(prober, index, 0.08)
+    budget = fit_budget(prober, index)
     wanted = corners(index, budget)
     assert len(wanted) >= 3
     size = [budget.bytes(*shape) for shape in wanted]
@@ -90,42 +90,42 @@ def test_the_extremes_of_the_plan_are_among_the_probes(known_costs, formula, ind
 
 def test_where_the_formula_is_wrong_the_margin_grows(known_costs, formula, index):
     honest = Prober(known_costs, formula.bytes(30, 100, 40))
-    measure_budget(honest, index, 0.08)
+    fit_budget(honest, index)
     plain = formula.bytes
     formula.bytes = lambda b, t, u: int(plain(b, t, u) * (1.15 if b * t > 1500 else 1.0))
     prober = Prober(known_costs, plain(30, 100, 40))
-    budget = measure_budget(prober, index, 0.08)
+    budget = fit_budget(prober, index)
     assert budget.measured_on["margin"] > 0.03
     for p in prober.fitting:
         if p.bytes > 0.5 * prober.limit_bytes:
             assert p.bytes <= budget.bytes(*p.shape) * (1 + budget.measured_on["margin"]) * 1.0001
 
 
-def test_what_does_not_fit_alone_is_told(known_costs, formula, index):
-    said = []
-    prober = Prober(known_costs, formula.bytes(1, 80, 20))
-    budget = measure_budget(prober, index, 0.08, say=said.append)
-    assert any("one utterance of" in line and "left out of plans" in line for line in said)
+def test_an_utterance_that_does_not_fit_by_itself_is_reported(known_costs, formula, index):
+    said = Messages()
+    prober = Prober(known_costs, formula.bytes(1, 80, 20), events=said)
+    budget = fit_budget(prober, index)
+    assert any("one utterance of" in line and "left out of plans" in line for line in said.lines)
     assert budget.max_batch(100, 40) == 0
     assert budget.max_batch(30, 10) >= 1
 
 
 def test_a_second_run_makes_no_step_again(known_costs, formula, index, tmp_path):
     limit, path = formula.bytes(30, 100, 40), tmp_path / "b.probes.jsonl"
-    first = measure_budget(Prober(known_costs, limit, {}, path), index, 0.08)
+    first = fit_budget(Prober(known_costs, limit, {}, path), index)
     ran = len(formula.ran)
     lines = path.read_text().splitlines()
-    assert measure_budget(Prober(known_costs, limit, {}, path), index, 0.08) == first
+    assert fit_budget(Prober(known_costs, limit, {}, path), index) == first
     assert len(formula.ran) <= ran + 1  # the warm-up
     path.write_text("\n".join(lines[:9]) + "\n")  # interrupted after nine
     formula.ran.clear()
-    assert measure_budget(Prober(known_costs, limit, {}, path), index, 0.08) == first
+    assert fit_budget(Prober(known_costs, limit, {}, path), index) == first
     assert len(formula.ran) <= len(lines) - 9 + 1
 
 
 def test_a_small_model_measured_for_real(model, index):
     prober = Prober(small_step(model), 1e9)
-    budget = measure_budget(prober, index, 0.08, most_probes=12, most_frames=200)
+    budget = fit_budget(prober, index, most_probes=12, most_frames=200)
     assert max(p.batch * p.frames for p in prober.probes) <= 220
     assert budget.bytes(4, 50, 20) > budget.bytes(1, 50, 20) > prober.step.state_bytes
     assert budget.step_seconds(4, 50, 20) > 0

@@ -10,9 +10,9 @@ from torch import nn
 from canter.errors import BudgetError
 from canter.training import measure
 from canter.training.config import OptimizerConfig, TrainConfig
-from canter.tuning.probe import Prober, TrainingStep
+from canter.tuning.probe import Prober
 
-from .conftest import small_step
+from .conftest import AnyStep, small_step
 
 
 def growing(width=64):
@@ -23,32 +23,35 @@ def growing(width=64):
         layer(torch.randn(batch * frames, width)).relu().square().sum().backward()
         layer.zero_grad()
 
-    return TrainingStep(layer, [], run)
+    return AnyStep(layer, run)
 
 
 OWN = """
 import json
 import torch
 from torch import nn
-from canter.runtime import steady_heap
-from canter.tuning.probe import Prober, TrainingStep
+from canter.runtime import map_large_blocks
+from canter.tuning.probe import ProbedStep, Prober
 
 torch.set_num_threads(1)
-steady_heap()
+map_large_blocks()
 layer = nn.Linear(64, 64)
 
-def run(batch, frames, tokens):
-    layer(torch.randn(batch * frames, 64)).relu().square().sum().backward()
-    layer.zero_grad()
+class Step(ProbedStep):
+    model = layer
 
-prober = Prober(TrainingStep(layer, [], run), 4e9)
+    def __call__(self, batch, frames, tokens):
+        layer(torch.randn(batch * frames, 64)).relu().square().sum().backward()
+        layer.zero_grad()
+
+prober = Prober(Step(), 4e9)
 prober(500, 50, 1, expected=0)  # whatever the first of such steps loads stays
 print(json.dumps([prober(batch, 50, 1, expected=0).bytes for batch in (1000, 2000)]))
 """
 
 
 def test_memory_grows_with_the_batch():
-    """In a process of its own: what one holds depends on all that it has done before."""
+    """The test needs a separate process, because the memory of a process depends on its history."""
     done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, check=True)
     one, two = json.loads(done.stdout)
     activations = 1000 * 50 * 64 * 4
@@ -85,7 +88,7 @@ def test_a_step_that_compiles_is_measured_once_it_has():
         ran.append((batch, frames, tokens))
         clock[0] += 60.0 if ran.count(ran[-1]) == 1 else 2.0
 
-    prober = Prober(TrainingStep(nn.Linear(1, 1), [], run, compiled=True), 1e9, clock=lambda: clock[0])
+    prober = Prober(AnyStep(nn.Linear(1, 1), run, compiled=True), 1e9, clock=lambda: clock[0])
     prober.warm_up(1, 5, 5)
     assert prober(2, 5, 5, expected=0).seconds == 2.0
     assert ran == [(1, 5, 5), (2, 5, 5), (2, 5, 5)]
@@ -95,7 +98,7 @@ def test_layers_are_compiled_where_training_compiles_them(model, monkeypatch):
     compiled = []
     monkeypatch.setattr(measure, "compile_layers", compiled.append)
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), compile=True)
-    step = measure.training_step(config, model, "float32", 1)
+    step = measure.SyntheticStep(config, model, "float32")
     assert compiled == [step.model]
     assert step.compiled
     assert measure.measured_on(config, model, "float32")["compile"]
@@ -107,7 +110,7 @@ def test_an_error_that_is_not_memory_is_not_hidden():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Prober(TrainingStep(nn.Linear(1, 1), [], run), 1e9)(1, 1, 1)
+        Prober(AnyStep(nn.Linear(1, 1), run), 1e9)(1, 1, 1)
 
 
 def test_not_even_one_utterance(model):

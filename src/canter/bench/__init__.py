@@ -1,1 +1,1 @@
-"""Measure decoding speed beside other frameworks."""
+"""`canter bench`: measure decoding speed and latency beside other frameworks."""

@@ -1,6 +1,6 @@
-"""The same weights in transformers and CTranslate2, to measure Canter beside them; each only where it is installed.
+"""Run a model's weights in transformers and CTranslate2, to measure Canter beside them.
 
-`canter.bench.speed` says what a system is. Neither is downloaded anything for: both read a folder written here.
+Each is used only where it is installed, and nothing is downloaded: both read a folder that is written here.
 """
 
 from __future__ import annotations
@@ -8,29 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
-from canter.bench.speed import Clip
+from canter.bench.speed import Clip, Details, System
 from canter.errors import ConfigError
 from canter.extras import install
 from canter.models.features import WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
 from canter.models.model import SpeechModel
 
-PACKAGES = {
-    "transformers": install("transformers"),
-    "ctranslate2": "pip install ctranslate2",
-    "canter": "",
+PACKAGES = {"transformers": install("transformers"), "ctranslate2": "pip install ctranslate2", "canter": ""}
+TYPES = {
+    "transformers": ("float32", "bfloat16", "float16"),
+    "canter": ("float32", "bfloat16", "int8"),
+    "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float16", "int8_bfloat16"),
 }
-TYPES = {"transformers": ("float32", "bfloat16", "float16"), "canter": ("float32", "bfloat16", "int8"),
-         "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float16", "int8_bfloat16")}  # fmt: skip
 
 
 def parse_peer(spec: str, default: str) -> tuple[str, str]:
-    """``ctranslate2:int8`` is (package, type); without a type the ``default``. ConfigError for what there is not."""
+    """Return package and type of a peer: ``ctranslate2:int8``, or ``ctranslate2`` with the type ``default``.
+
+    Raises ConfigError for an unknown or missing package, and for a type that it does not have.
+    """
     package, _, kind = spec.partition(":")
     if package not in PACKAGES:
         raise ConfigError(f"--against {spec}: there are {', '.join(PACKAGES)}, as in ctranslate2:int8")
@@ -43,25 +43,24 @@ def parse_peer(spec: str, default: str) -> tuple[str, str]:
     return package, kind or default
 
 
-def load_peer(model: SpeechModel, package: str, kind: str, batch: int, work: Path):
-    """``model``'s weights in another package, computed in ``kind`` on the model's device, ``batch`` clips at a time.
+def load_peer(model: SpeechModel, package: str, kind: str, batch: int, work: Path) -> System:
+    """Return ``model``'s weights in another package, on the same device.
 
-    ``work`` is a folder for the files that it reads. Raises CheckpointError where the package has no such
-    architecture.
+    kind: type to compute in. batch: clips decoded together. work: folder for the files that the package reads.
+    Raises CheckpointError where the package does not have the architecture.
     """
     folder = work / "huggingface"
     if not folder.exists():
         write_hf(model, folder)
-    device = next(model.parameters()).device
     if package == "transformers":
-        return TransformersPeer(folder, kind, batch, device)
-    return CTranslate2Peer(model, folder, kind, batch, device)
+        return TransformersPeer(model, folder, kind, batch)
+    return CTranslate2Peer(model, folder, kind, batch)
 
 
 class TransformersPeer:
-    """``generate`` of transformers, greedy, with scaled-dot-product attention."""
+    """transformers' ``generate``, greedy, with scaled-dot-product attention."""
 
-    def __init__(self, folder: Path, kind: str, batch: int, device: torch.device):
+    def __init__(self, model: SpeechModel, folder: Path, kind: str, batch: int):
         import transformers
 
         from canter.integrations.transformers import TransformersModel
@@ -69,7 +68,7 @@ class TransformersPeer:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.model = TransformersModel.from_pretrained(folder, prompt=[0], dtype=getattr(torch, kind))
-        self.model.model.to(device)
+        self.model.model.to(next(model.parameters()).device)
         self.batch = batch
 
     def __call__(self, clips: Sequence[Clip]) -> list[list[int]]:
@@ -81,32 +80,33 @@ class TransformersPeer:
             limits=[self.model.positions - len(clip.prompt) for clip in clips],
         )
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Details:
         return {}
 
 
 class CTranslate2Peer:
     """CTranslate2's Whisper, greedy, on Canter's features padded to 30 s, clips sorted by length."""
 
-    def __init__(self, model: SpeechModel, folder: Path, kind: str, batch: int, device: torch.device):
-        import ctranslate2  # pyright: ignore[reportMissingImports]  # for measuring alone
+    def __init__(self, model: SpeechModel, folder: Path, kind: str, batch: int):
+        import ctranslate2  # pyright: ignore[reportMissingImports]  # only for this comparison
 
         if not isinstance(model.config.features, WhisperFeatureConfig):
             raise ConfigError("--against ctranslate2: it has Whisper's architecture, and no Canary's")
         converted = folder.with_name("ctranslate2")
         if not converted.exists():
             ctranslate2.converters.TransformersConverter(str(folder)).convert(str(converted))
+        self.device = next(model.parameters()).device
         self.views = ctranslate2.StorageView
         self.model = ctranslate2.models.Whisper(
             str(converted),
-            device=device.type,
-            device_index=device.index or 0,
+            device=self.device.type,
+            device_index=self.device.index or 0,
             compute_type=kind,
             inter_threads=1,
             intra_threads=torch.get_num_threads(),
         )
-        self.features = WhisperFeatureConfig(mels=model.config.features.mels).build().to(device)
-        self.device, self.batch = device, batch
+        self.features = WhisperFeatureConfig(mels=model.config.features.mels).build().to(self.device)
+        self.batch = batch
         self.positions = model.config.decoder.positions
 
     @torch.inference_mode()
@@ -130,10 +130,5 @@ class CTranslate2Peer:
                 found[place] = list(result.sequences_ids[0])
         return found
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Details:
         return {}
-
-
-def working_folder() -> TemporaryDirectory:
-    """A folder for the files that peers read, gone with the object."""
-    return TemporaryDirectory(prefix="canter-bench-")

@@ -1,204 +1,149 @@
-"""`canter bench inference MODEL`: speed and latency of decoding, beside other frameworks on the same weights."""
+"""Measure decoding speed and latency of a model, beside other frameworks with the same weights."""
 
-import json
+from __future__ import annotations
+
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from canter.errors import CanterError, ConfigError
+from canter.errors import ConfigError
 
 if TYPE_CHECKING:
     from canter.bench.speed import Clip, Speed
     from canter.models.model import SpeechModel
 
-NOISE_CLIPS, NOISE_SECONDS = 32, (2.0, 15.0)  # without --audio
+TYPE_OF = {"bf16": "bfloat16"}  # --precision -> the type's name in --against
+PRECISION_OF: dict[str, Literal["float32", "bf16", "int8"]] = {"float32": "float32", "bfloat16": "bf16", "int8": "int8"}
+PEER_BATCH = 16  # utterances that other systems decode together, sorted by length
 
 
 @dataclass(frozen=True)
 class Options:
-    what: tyro.conf.Positional[Literal["inference"]]
-    """What to measure."""
     model: tyro.conf.Positional[Path]
-    """A run folder, a model folder, a .nemo file or a hub name."""
+    """Run folder, model folder, .nemo file or hub name."""
     audio: Path | None = None
-    """A manifest, or a folder of audio. Without it modulated noise is decoded: good for a look alone, since a model
-    says other things to noise than to speech."""
+    """Manifest, or folder of audio (default: modulated noise, which gives only a rough figure, since a model decodes
+    other texts from noise than from speech)."""
     against: str = ""
-    """Others on the same weights and clips, separated by commas: `transformers`, `ctranslate2`, `canter` itself, each
-    with a type if it is to be another than --precision, as in `ctranslate2:int8`."""
+    """Other systems on the same weights and utterances, separated by commas: `transformers`, `ctranslate2`, or `canter`
+    itself. Each may have a type other than --precision, as in `ctranslate2:int8`."""
     batch_size: int | None = None
-    """Rows that Canter decodes together at most; by default what suits model and device."""
-    beam: int = 1
-    """Above 1, Canter also decodes with so many hypotheses for each clip, to be set beside its greedy search."""
-    peer_batch_size: int = 16
-    """Clips that the others decode together, sorted by length."""
+    """Maximum number of rows decoded together (default: Canter chooses by model and device; the others take 16)."""
+    beam_size: int = 1
+    """Above 1, Canter also decodes by beam search of this size, beside its greedy search."""
     language: str | None = None
-    """Language of clips that name none."""
-    clips: int | None = None
-    """Take so many of the clips, spread over all."""
+    """Language of utterances that name none."""
+    utterances: int | None = None
+    """Number of utterances to decode, evenly spaced over all (default: all; noise: 32)."""
     repeats: int = 3
-    """Timed runs of each system, interleaved, after one that warms it up; the median counts."""
-    latency_clips: int = 20
-    """Clips that are also decoded one by one."""
+    """Timed runs of each system, interleaved, after one that warms up; the median counts."""
+    latency_utterances: int = 20
+    """Number of utterances that are also decoded singly, to measure latency."""
     threads: int | None = None
-    """Threads of every system; by default torch's choice."""
+    """Threads of every system (default: torch's choice)."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
-    """Of Canter, and of the others where they name no type (transformers has no int8: float32). int8 is for
-    processors."""
-    json: Path | None = None
-    """Write everything that was measured to this file."""
+    """Precision of Canter, and of the other systems where they name no type (transformers has no int8: float32). int8
+    needs a CPU."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Write all measurements to this file, as JSON."""
+    json: bool = False
+    """Print one JSON object on stdout instead of a table."""
 
 
 def run(options: Options) -> None:
-    for name in ("batch_size", "beam", "peer_batch_size", "repeats", "latency_clips", "clips", "threads"):
+    names = ("batch_size", "beam_size", "repeats", "latency_utterances", "utterances", "threads")
+    for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
 
     import torch
 
-    from canter.bench.peers import load_peer, parse_peer, working_folder
-    from canter.bench.speed import CanterSystem, System, measure
+    from canter.bench.peers import load_peer, parse_peer
+    from canter.bench.speed import EngineSystem, System, load_clips, measure_speed
     from canter.inference.engine.engine import Engine
-    from canter.inference.engine.int8 import quantize
     from canter.inference.engine.requests import EngineConfig
-    from canter.inference.transcribe import checkpoint_of
-    from canter.models.device import choose_device
-    from canter.models.formats.checkpoint import load_model
-    from canter.runtime import lasting_heap
+    from canter.inference.loading import load_engine
+    from canter.inference.transcript.formats import json_text
+    from canter.loading import load_module
+    from canter.models.hub import checkpoint_of
+    from canter.models.protocol import check_support
+    from canter.reporting.machine import describe_machine
+    from canter.runtime import keep_freed_memory
 
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    default = {"bf16": "bfloat16"}.get(options.precision, options.precision)
-    peers = [parse_peer(spec.strip(), default) for spec in options.against.split(",") if spec.strip()]
+    peer_batch = options.batch_size or PEER_BATCH
+    kind = TYPE_OF.get(options.precision, options.precision)
+    peers = [parse_peer(spec.strip(), kind) for spec in options.against.split(",") if spec.strip()]
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = str(choose_device(options.device))
-    if device == "cpu":  # for all systems: they share the process
-        lasting_heap()
-    checkpoint = checkpoint_of(options.model)
-    model = load_model(checkpoint, device=device, dtype=dtype)
-    clips, left_out = load_clips(options, model)
-    if options.precision == "int8" and device != "cpu":
-        raise ConfigError(f"--precision int8 runs on a CPU, and the device is {device}: use bf16 there")
-    config = EngineConfig(rows=options.batch_size)
-
-    def canter(model: "SpeechModel", kind: str, config: EngineConfig) -> CanterSystem:
-        model = quantize(model) if kind == "int8" else model
-        return CanterSystem(Engine(model, model.tokenizer.end, config))
-
-    with working_folder() as work:
-        others: dict[str, System] = {}
-        for package, kind in peers:
+    checkpoint, config = checkpoint_of(options.model), EngineConfig(rows=options.batch_size)
+    engine = load_engine(checkpoint, config, device=options.device, precision=options.precision)
+    model = engine.model
+    device = str(next(model.parameters()).device)
+    if device == "cpu":  # for all systems, which share the process
+        keep_freed_memory()
+    clips, left_out = load_clips(engine, options.audio, options.language, options.utterances)
+    systems: dict[str, System] = {f"canter {kind}": EngineSystem(engine)}
+    with TemporaryDirectory(prefix="canter-bench-") as work:
+        for package, type_name in peers:
             if package == "canter":
-                dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-                system = canter(load_model(checkpoint, device=device, dtype=dtype), kind, config)
+                other = load_engine(checkpoint, config, device=device, precision=PRECISION_OF[type_name])
+                system: System = EngineSystem(other)
             else:
-                system = load_peer(model, package, kind, options.peer_batch_size, Path(work))
-            others[f"{package} {kind}"] = system
-        first = canter(model, default, config)
-        systems: dict[str, System] = {f"canter {default}": first, **others}
-        if options.beam > 1:
-            beams = Engine(first.engine.model, first.engine.end, replace(config, beams=options.beam))
-            systems[f"canter {default}, {options.beam} beams"] = CanterSystem(beams)
-        speeds = measure(systems, clips, repeats=options.repeats, latency_clips=options.latency_clips)
-    show(speeds, clips)
+                check_support(model, {"--against": "cached_decoding"}, options.model)
+                weights = load_module(checkpoint, device) if options.precision == "int8" else model
+                system = load_peer(cast("SpeechModel", weights), package, type_name, peer_batch, Path(work))
+            systems[f"{package} {type_name}"] = system
+        if options.beam_size > 1:
+            beams = Engine(model, engine.end, replace(config, beams=options.beam_size))
+            systems[f"canter {kind}, {options.beam_size} beams"] = EngineSystem(beams)
+        speeds = measure_speed(systems, clips, repeats=options.repeats, latency_clips=options.latency_utterances)
     for reason in left_out[:5]:
         print(f"canter: left out: {reason}", file=sys.stderr)
-    if options.json:
-        from canter.inference.transcript.writers import write_output
-
+    if not options.json:
+        print_speeds(speeds, clips)
+    if options.output or options.json:
+        # keys as in the files of Canter 0.1
         value = {
             "model": str(options.model),
             "audio": str(options.audio) if options.audio else "noise",
             "clips": len(clips),
             "left_out": len(left_out),
             "audio_seconds": sum(clip.seconds for clip in clips),
-            **asdict_of_options(options),
-            "batch_size": first.engine.rows,
-            "machine": machine(device, [package for package, _ in peers]),
+            "beam": options.beam_size,
+            "peer_batch_size": peer_batch,
+            "repeats": options.repeats,
+            "latency_clips": options.latency_utterances,
+            "precision": options.precision,
+            "batch_size": engine.rows,
+            "machine": describe_machine(device, [package for package, _ in peers]),
             "systems": {name: asdict(speed) for name, speed in speeds.items()},
         }
-        write_output(options.json, [json.dumps(value, indent=2) + "\n"])
-        print(f"written: {options.json}", file=sys.stderr)
+        text = json_text(value, indent=2)
+        if options.json:
+            print(text)
+        if options.output:
+            from canter.inference.transcript.formats import write_output
+
+            write_output(options.output, [text + "\n"])
+            print(f"written: {options.output}", file=sys.stderr)
 
 
-def load_clips(options: Options, model: "SpeechModel") -> "tuple[list[Clip], list[str]]":
-    """The clips, longest first, and why others were left out. ConfigError where none can be used."""
-    import numpy as np
-
-    from canter.bench.speed import Clip
-    from canter.corpus.audio import load_utterance
-    from canter.corpus.manifest import Utterance
-    from canter.inference.inputs import Defaults, read_items
-
-    tokenizer, rate = model.tokenizer, model.config.features.sample_rate
-    if tokenizer is None:
-        raise ConfigError(f"{options.model} has no tokenizer, so it cannot be prompted")
-    language = options.language or tokenizer.languages[0]
-    if options.audio is None:
-        random = np.random.default_rng(0)
-        prompt = tuple(tokenizer.prompt(Utterance("noise", 1.0, "", lang=language)))
-        noise: list[Clip] = []
-        for seconds in random.uniform(*NOISE_SECONDS, options.clips or NOISE_CLIPS):
-            rise = np.sin(np.arange(round(seconds * rate)) / random.uniform(300, 3000)) + 1.1
-            samples = (0.1 * rise * random.normal(size=len(rise))).astype(np.float32)
-            noise.append(Clip(samples, len(samples) / rate, prompt))
-        return noise, []
-    items = read_items([options.audio], defaults=Defaults(language))
-    if options.clips and options.clips < len(items):
-        items = [items[place] for place in np.linspace(0, len(items) - 1, options.clips).astype(int)]
-    clips: list[Clip] = []
-    left_out = [item.problem for item in items if item.problem]
-    for utterance in (item.utterance for item in items if item.utterance):
-        try:
-            audio = load_utterance(utterance, rate)
-            seconds = len(audio) / rate
-            if seconds > (most := model.longest_seconds):
-                raise ConfigError(f"{utterance.audio_filepath} is {seconds:.1f} s long; at most {most:g} s fit")
-            clips.append(Clip(audio, seconds, tuple(tokenizer.prompt(utterance))))
-        except CanterError as error:
-            left_out.append(str(error))
-    if not clips:
-        raise ConfigError(f"{options.audio}: no clip can be used: {left_out[0]}")
-    return sorted(clips, key=lambda clip: -clip.seconds), left_out
-
-
-def asdict_of_options(options: Options) -> dict[str, Any]:
-    names = ("beam", "peer_batch_size", "repeats", "latency_clips", "precision")
-    return {name: getattr(options, name) for name in names}
-
-
-def machine(device: str, packages: list[str]) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import platform
-    from datetime import date
-    from importlib.metadata import version
-
-    import torch
-
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {
-        "date": date.today().isoformat(),
-        "device": gpu or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        **{package: version(package) for package in packages},
-    }
-
-
-def show(speeds: "dict[str, Speed]", clips: "list[Clip]") -> None:
+def print_speeds(speeds: dict[str, Speed], clips: list[Clip]) -> None:
+    """Print a table of all systems, and the parts of Canter's time."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     seconds = sum(clip.seconds for clip in clips)
-    console.print(f"{len(clips):,} clips, {seconds:,.0f} s of audio; latency of single clips")
+    console.print(f"{len(clips):,} utterances, {seconds:,.0f} s of audio; latency of single utterances")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in ("RTFx", "against Canter", "p50", "p95", "p99", "same tokens"):
@@ -206,20 +151,16 @@ def show(speeds: "dict[str, Speed]", clips: "list[Clip]") -> None:
     first = next(iter(speeds.values()))
     for name, speed in speeds.items():
         latency = (f"{1000 * speed.latency_seconds[percentile]:,.0f} ms" for percentile in ("p50", "p95", "p99"))
-        table.add_row(
-            name,
-            f"{speed.rtfx:,.1f}",
-            f"{speed.rtfx / first.rtfx:.2f}x",
-            *latency,
-            f"{speed.same_transcripts:.1%}",
-        )
+        same = f"{speed.same_transcripts:.1%}"
+        table.add_row(name, f"{speed.rtfx:,.1f}", f"{speed.rtfx / first.rtfx:.2f}x", *latency, same)
     console.print(table)
-    shares = ", ".join(f"{part} {share:.0%}" for part, share in first.details["shares"].items())
+    details = first.details
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in details.get("shares", {}).items())
     console.print(
-        f"Canter's time: {shares}; {first.details['useful_rows']:.1%} of the decoder's rows useful, "
-        f"{first.details['mean_rows']:.1f} rows a step"
+        f"Canter's time: {shares}; {details.get('useful_rows', 1):.1%} of the decoder's rows useful, "
+        f"{details.get('mean_rows', 0):.1f} rows a step"
     )
     for name, speed in speeds.items():
         if name.endswith("beams"):
-            decoder, greedy = (one.details["counters"]["decoder_seconds"] for one in (speed, first))
+            decoder, greedy = (one.details.get("counters", {})["decoder_seconds"] for one in (speed, first))
             console.print(f"{name}: {decoder / greedy:.2f} times the decoder's time of greedy search")

@@ -1,5 +1,4 @@
-"""Manifests of every kind to a length index: how long each utterance is, how many tokens, and where it
-lies."""
+"""Build a length index from manifests of any kind: each utterance's duration, number of tokens and place."""
 
 from __future__ import annotations
 
@@ -25,26 +24,23 @@ class Options(ColumnOptions):
     sets (Parquet or saved), AudioFolder, CSV and TSV, Common Voice, WebDataset tars, Kaldi folders, LJ Speech, folders
     of audio, tables of lengths; or one YAML of weighted groups."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("lengths.arrow")
-    """The index to write. Beside it: .skipped.jsonl, the rows that could not be used, and INDEX.parts, what
-    was read."""
+    """Index to write. Rows that cannot be used are listed beside it in .skipped.jsonl; .parts holds what was read, so
+    that the next run reads only changed files."""
     tokenizer: str | None = None
-    """Folder, SentencePiece model or tokenizer.json that counts tokens; or `chars` or `bytes`. Not needed
-    where rows have `num_tokens`."""
+    """Tokenizer for rows without `num_tokens`: a folder, SentencePiece model or tokenizer.json, or `chars` or
+    `bytes`."""
     prompt_tokens: int = 0
-    """Tokens of the prompt, added to each text's with one for the end."""
-    temperature: float | None = None
-    """Raise the sources' weights (their rows, unless given) to this power: 1 leaves them, 0 makes all
-    equal."""
+    """Number of prompt tokens, added together with an end token to those of each text."""
     measure_durations: bool = False
-    """Read durations that a manifest leaves out from the headers of the audio."""
+    """Read durations that a manifest lacks from the headers of the audio."""
     workers: int = os.cpu_count() or 1
-    """Processes that read and tokenise."""
+    """Number of processes that read and tokenise."""
     json: bool = False
-    """What was indexed as JSON on standard output."""
+    """Print one JSON object on stdout instead of a table."""
 
 
 def run(options: Options) -> int | None:
-    from canter.corpus.build import build_index
+    from canter.corpus.build import index_sources
     from canter.corpus.mixture import Group, sources_of
     from canter.errors import ConfigError
 
@@ -56,15 +52,13 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--workers is {options.workers}; it must be 1 or more")
     sources = sources_of(options.sources, options.columns)
     group = sources if isinstance(sources, Group) else Group(sources)
-    if options.temperature is not None:
-        group = Group(group.members, temperature=options.temperature)
     tokenizer = None
     if options.tokenizer:
         from canter.text import load_counter
 
         tokenizer = load_counter(options.tokenizer)
     start = time.monotonic()
-    index = build_index(
+    index = index_sources(
         group,
         options.output,
         tokenizer,
@@ -74,13 +68,12 @@ def run(options: Options) -> int | None:
         progress=True,
     )
     if options.json:
-        print(json.dumps(facts(index, options.output), indent=2))
+        print(json.dumps(index_facts(index, options.output), indent=2))
     else:
-        show(index, options.output, time.monotonic() - start)
+        print_index(index, options.output, time.monotonic() - start)
 
 
-def facts(index: LengthIndex, output: Path) -> dict:
-    """What was indexed, for machines."""
+def index_facts(index: LengthIndex, output: Path) -> dict[str, object]:
     weights = index.weights
     return {
         "index": str(output),
@@ -96,8 +89,7 @@ def facts(index: LengthIndex, output: Path) -> dict:
     }
 
 
-def show(index: LengthIndex, output: Path, seconds: float) -> None:
-    """The same for people; what was skipped is never passed over in silence."""
+def print_index(index: LengthIndex, output: Path, seconds: float) -> None:
     from rich.console import Console
 
     from canter.corpus.index import skipped_path
@@ -112,4 +104,4 @@ def show(index: LengthIndex, output: Path, seconds: float) -> None:
     for problem in index.problems[:3] if index.skipped else ():
         console.print(f"    {problem}", markup=False)
     if index.skipped:
-        console.print(f"  all of them, with file and line: {skipped_path(output)}")
+        console.print(f"  all of them with file and line: {skipped_path(output)}")

@@ -1,4 +1,4 @@
-"""Look at a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers."""
+"""Inspect a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
-from canter.cli.lengths import ColumnOptions
+from canter.cli.lengths import LengthOptions
 from canter.extras import require
 from canter.redaction import redacted
 
@@ -22,52 +20,41 @@ if TYPE_CHECKING:
 SHADES = " ·░▒▓█"
 BARS = " ▁▂▃▄▅▆▇█"
 WIDTH, HEIGHT = 64, 18  # of the histogram in the terminal, in cells
+STANDARD_DEVIATIONS = 4.0  # of tokens per second from the mean, from which a row is an outlier
 
 
-@dataclass(frozen=True)
-class Options(ColumnOptions):
-    index: tyro.conf.Positional[Path]
-    """A manifest (or a folder, or a YAML of sources), a length index, or a Parquet or Arrow table with `duration` and
-    `num_tokens` (or `tokens`)."""
-    tokenizer: str | None = None
-    """Counts the tokens of a manifest without `num_tokens`: a folder, SentencePiece model or tokenizer.json, or `chars`
-    or `bytes`. Unless given, tokens are estimated: one for 3 Latin, Greek or Cyrillic characters, one for any other."""
-    z: float = 4.0
-    """Rows whose tokens per second are this many standard deviations from the mean are outliers."""
-    outliers: int = 10
-    """How many of them to list, the farthest first."""
+@dataclass(frozen=True, kw_only=True)
+class Options(LengthOptions):
+    worst: int = 10
+    """Number of outliers to list, the farthest first: rows whose tokens per second are 4 standard deviations or more
+    from the mean."""
     figure: Path | None = None
-    """Also draw the joint histogram into this PNG (or SVG, PDF)."""
-    prompt_tokens: int = 0
-    """Tokens of the prompt, added with one for the end to those of a manifest's text, or to the column `tokens` of a
-    table."""
-    json: bool = False
-    """Figures as JSON on standard output."""
+    """Draw the joint histogram into this PNG (or SVG, PDF)."""
 
 
 def run(options: Options) -> int | None:
-    from canter.cli.lengths import is_estimated, open_lengths
+    from canter.cli.lengths import is_estimated
     from canter.corpus.statistics import QUANTILES, summarise
     from canter.errors import ConfigError
 
-    if not options.z > 0 or options.outliers < 0:
-        raise ConfigError(f"--z {options.z} must be above 0, and --outliers {options.outliers} at least 0")
+    if options.worst < 0:
+        raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
     if options.figure:
         require("matplotlib", "--figure")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
-    summary = summarise(index, z_bound=options.z, most_outliers=options.outliers)
+    index = options.open_index()
+    summary = summarise(index, z_bound=STANDARD_DEVIATIONS, most_outliers=options.worst)
     if options.json:
         made = {"fingerprint": index.fingerprint, "tokens_estimated": is_estimated(index), "at": QUANTILES}
         print(json.dumps({**made, **asdict(summary)}, indent=2))
     else:
-        show(index, summary, options.index.name)
+        print_summary(index, summary, options.index.name)
     if options.figure:
-        from canter.reporting.lengths import lengths_figure
+        from canter.reporting.figures import lengths_figure
 
         lengths_figure(index, options.figure, summary, options.index.stem)
 
 
-def show(index: LengthIndex, summary: Summary, name: str) -> None:
+def print_summary(index: LengthIndex, summary: Summary, name: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -75,7 +62,7 @@ def show(index: LengthIndex, summary: Summary, name: str) -> None:
     from canter.corpus.statistics import QUANTILES
 
     console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:  # a table cut off at the edge of a pipe helps nobody
+    if not console.is_terminal:  # a pipe has no width at which to cut a table off
         console = Console(highlight=False, soft_wrap=True, width=160)
     console.print(
         f"[bold]{name}[/bold]: {summary.rows:,} utterances, {summary.hours:,.2f} hours, "
@@ -91,29 +78,28 @@ def show(index: LengthIndex, summary: Summary, name: str) -> None:
         table.add_row(column.replace("_", " "), *cells)
     console.print(table)
     if len(summary.sources) > 1:
-        show_sources(console, summary)
-    show_histogram(console, index)
-    show_outliers(console, index, summary)
+        print_sources(console, summary)
+    print_histogram(console, index)
+    print_outliers(console, index, summary)
     for kind, count in summary.skipped.items():
         console.print(f"left out of the index, {count:,}: {kind}", markup=False)
 
 
-def show_sources(console: Console, summary: Summary) -> None:
+def print_sources(console: Console, summary: Summary) -> None:
     from rich.table import Table
 
-    headings = ("utterances", "hours", "share of draws", "mean seconds", "mean tokens", "tokens/s")
+    headings = ("utterances", "hours", "% of draws", "mean seconds", "mean tokens", "tokens/s")
     table = Table("source", *headings, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for one in summary.sources:
         means = (f"{value:.2f}" for value in (one.mean_seconds, one.mean_tokens, one.tokens_per_second))
-        table.add_row(one.name, f"{one.rows:,}", f"{one.hours:,.2f}", f"{100 * one.weight:.2f} %", *means)
+        table.add_row(one.name, f"{one.rows:,}", f"{one.hours:,.2f}", f"{100 * one.weight:.2f}", *means)
     console.print(table)
 
 
-def show_histogram(console: Console, index: LengthIndex) -> None:
-    """Seconds to the right, tokens upwards, each with its own distribution along the edge; shades are
-    logarithmic."""
+def print_histogram(console: Console, index: LengthIndex) -> None:
+    """Print seconds to the right and tokens upwards, with their distributions at the edges; shades are logarithmic."""
     import numpy as np
 
     from canter.corpus.statistics import joint_histogram
@@ -136,7 +122,7 @@ def show_histogram(console: Console, index: LengthIndex) -> None:
     console.print("tokens   " + axis.ljust(WIDTH - len(last)) + last + "\n", markup=False)
 
 
-def show_outliers(console: Console, index: LengthIndex, summary: Summary) -> None:
+def print_outliers(console: Console, index: LengthIndex, summary: Summary) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -151,12 +137,12 @@ def show_outliers(console: Console, index: LengthIndex, summary: Summary) -> Non
         column.justify = "right"
     for one in summary.outliers:
         figures = f"{one.seconds:.2f}", str(one.tokens), f"{one.tokens_per_second:.1f}", f"{one.z:+.1f}"
-        table.add_row(str(one.row), *figures, escape(describe(index, one.row)))
+        table.add_row(str(one.row), *figures, escape(text_and_file(index, one.row)))
     console.print(table)
 
 
-def describe(index: LengthIndex, row: int) -> str:
-    """An outlier's text and file, where the index still leads to them."""
+def text_and_file(index: LengthIndex, row: int) -> str:
+    """Return an outlier's text and file, or nothing where they cannot be read."""
     from canter.errors import ManifestError
 
     try:

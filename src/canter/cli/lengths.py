@@ -1,11 +1,12 @@
-"""Read the inputs of `compare`, `plan` and `inspect`: a manifest, a length index or a table of lengths, and a budget
-or a model's name."""
+"""The options and inputs that `plan`, `compare` and `inspect` share: lengths of utterances, and a budget."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from canter.errors import ManifestError, PlanError
+from canter.planning.lengths import RateLimits
 
 if TYPE_CHECKING:
     from canter.corpus.columns import Columns
@@ -26,56 +28,87 @@ class ColumnOptions:
 
     text_column: str = ""
     """Column, or key of JSON, with the text (default: text, sentence, transcription or another customary name)."""
-    lang_column: str = ""
+    language_column: str = ""
     """Column with the language (default: lang, language, locale or lang_id)."""
     audio_column: str = ""
     """Column with the audio or its path (default: audio_filepath, audio, file_name, path or another customary name)."""
 
     @property
     def columns(self) -> Columns:
-        """Return them as the readers take them."""
+        """The columns as the readers take them."""
         from canter.corpus.columns import Columns
 
-        return Columns(self.text_column, self.lang_column, self.audio_column)
+        return Columns(self.text_column, self.language_column, self.audio_column)
 
 
-@dataclass(frozen=True)
-class PlanOptions(ColumnOptions):
-    """What `compare` and `plan` have in common."""
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions(ColumnOptions):
+    """Options of the commands that read lengths of utterances."""
 
     index: tyro.conf.Positional[Path]
     """A manifest (or a folder, or a YAML of sources), a length index, or a Parquet or Arrow table with `duration` and
     `num_tokens` (or `tokens`)."""
     tokenizer: str | None = None
-    """Counts the tokens of a manifest without `num_tokens`: a folder, SentencePiece model or tokenizer.json, or `chars`
-    or `bytes`. Unless given, tokens are estimated: one for 3 Latin, Greek or Cyrillic characters, one for any other."""
+    """Tokenizer for a manifest without `num_tokens`: a folder, SentencePiece model or tokenizer.json, or `chars` or
+    `bytes` (default: estimate one token for 3 Latin, Greek or Cyrillic characters, one for any other character)."""
+    prompt_tokens: int = 0
+    """Number of prompt tokens, added together with an end token to those of a manifest's text or of the column
+    `tokens` of a table."""
+    json: bool = False
+    """Print one JSON object on stdout instead of a table."""
+
+    def open_index(self) -> LengthIndex:
+        return open_lengths(self.index, self.prompt_tokens, self.tokenizer, self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(LengthOptions):
+    """Options of `compare` and `plan`."""
+
     budget: Path | None = None
-    """A budget file, made by `canter tune`. Without one, an analytic budget of --model and --memory serves."""
+    """Budget file made by `canter tune` (default: an analytic budget of --model and --memory)."""
     model: str | None = None
-    """Shape of the analytic budget, canary-1b unless given. With --budget, the file is checked against it."""
-    memory: float | None = None
-    """Gigabytes of the analytic budget's device, 80 unless given."""
+    """Model of the analytic budget (default: canary-1b). With --budget, the file is checked against it."""
+    memory: str | None = None
+    """Device memory of the analytic budget, such as 80GiB, 80GB or 80 (GB) (default: 80GB)."""
     ranks: int = 1
-    """GPUs that share the micro-batches of a step."""
+    """Number of GPUs that share the micro-batches of a step."""
     micro_batches_per_step: int | None = None
-    """Micro-batches of an optimiser step; the ranks unless given."""
-    window: int | None = None
-    """Utterances that are batched together; the strategy's own unless given (`balanced`: 50,000)."""
+    """Micro-batches of an optimiser step (default: --ranks)."""
+    batching_window: int | None = None
+    """Number of utterances that are batched together (default: the strategy's; `balanced`: 50,000)."""
     mixing: float = 1.0
-    """Dial of `balanced`: more mixes more and pads more; 0 pads least, by a slow search fit for small sets."""
+    """With `balanced`: number of random parts of a window that are sorted separately. More parts mix and pad more; 0
+    mixes and pads least."""
     mix_steps: bool = False
-    """With `balanced`: shrink some batches so that every optimiser step holds short and long utterances."""
+    """With `balanced`: make some batches smaller, so that every optimiser step holds short and long utterances."""
     min_steps: int | None = None
-    """Least number of optimiser steps an epoch; batches are made smaller evenly to reach it. Unless given 50, or fewer
-    where a step would have less than 16 utterances; 1 makes the largest batches."""
-    max_tokens_per_second: tuple[str, ...] = ()
+    """Minimum number of optimiser steps an epoch; batches become smaller evenly to reach it. 1 makes the largest
+    batches (default: 50, or fewer where a step would have less than 16 utterances)."""
+    max_tokens_per_second: RateLimits = None
     """Leave out utterances with more tokens a second: one limit such as `25`, or limits up to a duration in seconds
     such as `10:30 20:25 40:20`."""
     seed: int = 0
-    """Another seed, another shuffle."""
-    prompt_tokens: int = 0
-    """Tokens of the prompt, added with one for the end to those of a manifest's text, or to the column `tokens` of a
-    table."""
+    """Seed of the shuffle."""
+
+    def choose_budget(self) -> Budget:
+        """Return the budget of --budget, checked against --model if given, or else an analytic budget."""
+        from canter.errors import BudgetError
+        from canter.planning import Budget, analytic_budget
+        from canter.planning.budget import parse_memory
+        from canter.planning.shapes import check_shape
+
+        if self.budget is None:
+            return analytic_budget(self.model or "canary-1b", parse_memory(self.memory or "80GB", "--memory") / 1e9)
+        if self.memory is not None:
+            raise BudgetError(f"--memory is for the analytic budget; {self.budget} has a limit (memory.limit_bytes)")
+        budget = Budget.load(self.budget)
+        if self.model is not None:
+            try:
+                check_shape(budget, self.model)
+            except BudgetError as error:
+                raise BudgetError(f"{self.budget}: {error}") from None
+        return budget
 
 
 LARGE_MANIFEST = 64 << 20  # bytes from which on processes share the reading
@@ -85,10 +118,10 @@ ESTIMATED = "tokens are estimated from the characters of the text where the mani
 def open_lengths(
     path: Path, prompt_tokens: int = 0, tokenizer: str | None = None, columns: Columns | None = None
 ) -> LengthIndex:
-    """Open the length index at `path`, or make one of a table of lengths (in memory) or of a manifest.
+    """Open the length index at `path`, or build one from a table of lengths (in memory) or a manifest.
 
-    tokenizer: counts a manifest's tokens; without one they are estimated. What was read of a manifest is kept in the
-    user's cache, so that the next command reads only what has changed.
+    tokenizer: counts a manifest's tokens; without one they are estimated. The index of a manifest is kept in the user's
+    cache, so that the next command reads only changed files.
     """
     from canter.corpus.index import LengthIndex
     from canter.corpus.readers.lengths import read_lengths
@@ -107,7 +140,7 @@ def open_lengths(
         return LengthIndex.open(path)
     seconds, tokens, _, problems = read_lengths(str(path), prompt_tokens=prompt_tokens)
     if not len(seconds):
-        raise ManifestError(f"{path}: not one row can be used{f'; {problems[0].reason}' if problems else ''}")
+        raise ManifestError(f"{path}: no row can be used{f'; {problems[0].reason}' if problems else ''}")
     return LengthIndex(seconds, tokens, [path.stem], problems=problems)
 
 
@@ -126,7 +159,7 @@ def index_manifest(
     path: Path, prompt_tokens: int, tokenizer: str | None, columns: Columns | None = None
 ) -> LengthIndex:
     """Return the length index of a manifest, a folder or a mixture in YAML, under a progress bar."""
-    from canter.corpus.build import build_index
+    from canter.corpus.build import index_sources
     from canter.corpus.columns import ANY
     from canter.corpus.counting import TokenEstimate
     from canter.corpus.mixture import sources_of
@@ -141,7 +174,7 @@ def index_manifest(
     name = f"{path.stem[:40]}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.arrow"
     large = path.is_file() and path.stat().st_size > LARGE_MANIFEST
     try:
-        index = build_index(
+        index = index_sources(
             sources_of([path], columns or ANY),
             cache_folder() / name,
             counter,
@@ -168,7 +201,7 @@ def is_estimated(index: LengthIndex) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the folder for indexes that commands make by themselves: in the user's cache, or else a temporary one."""
+    """Return the folder for indexes of manifests: in the user's cache, or else a temporary one."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "canter" / "lengths"
     try:
@@ -183,14 +216,14 @@ def cache_folder() -> Path:
 
 
 def steps_folder(index: LengthIndex) -> Path | None:
-    """Beside the index, where its plans keep their tables of steps; None where it cannot be written or is in memory."""
+    """Return the folder beside the index for tables of steps; None where it is read-only or the index is in memory."""
     if index.path is None or not os.access(index.path.parent, os.W_OK):
         return None
     return index.path.with_suffix(".steps")
 
 
 def is_index(path: Path) -> bool:
-    """Whether an Arrow file has the header of a length index (a bare table of lengths has not)."""
+    """Return whether an Arrow file has the header of a length index, which a table of lengths lacks."""
     import pyarrow as pa
 
     try:
@@ -200,63 +233,40 @@ def is_index(path: Path) -> bool:
         return False
 
 
-def choose_budget(path: Path | None, model: str | None, memory: float | None) -> Budget:
-    """The budget in a file, checked against `model` where that is named too, or an analytic one for a model's name."""
-    from canter.errors import BudgetError
-    from canter.planning import Budget, analytic_budget
-    from canter.planning.shapes import check_shape
-
-    if path is None:
-        return analytic_budget(model or "canary-1b", 80.0 if memory is None else memory)
-    if memory is not None:
-        raise BudgetError(f"--memory is for the analytic budget; {path} has a limit of its own (memory.limit_bytes)")
-    budget = Budget.load(path)
-    if model is not None:
-        try:
-            check_shape(budget, model)
-        except BudgetError as error:
-            raise BudgetError(f"{path}: {error}") from None
-    return budget
-
-
 def check_ranks(ranks: int, micro_batches: int, what: str = "micro-batches") -> None:
-    """Raises PlanError where ranks are too many to have work."""
+    """Raise PlanError where there are more ranks than micro-batches."""
     if ranks < 1:
         raise PlanError(f"--ranks is {ranks}; it must be at least 1")
     if 0 < micro_batches < ranks:
         raise PlanError(
             f"--ranks is {ranks} and there are only {micro_batches} {what}: the others would only wait; "
-            f"use {micro_batches} at most"
+            f"use at most {micro_batches}"
         )
 
 
 def none_fits(index: LengthIndex, budget: Budget) -> PlanError:
-    room = (budget.limit_bytes - budget.fixed_bytes) / 1e9
+    room = budget.room_bytes / 1e9
     return PlanError(
-        f"not one of the {len(index):,} utterances can be used with this budget ({room:.3g} GB above what is fixed): "
-        "raise its limit, or cut the utterances"
+        f"none of the {len(index):,} utterances can be used with this budget ({room:.3g} GB above the fixed part): "
+        "raise its limit, or split the utterances"
     )
 
 
-def tell_skipped(index: LengthIndex) -> None:
-    """Says on standard error which rows of the sources are not in the index, if any."""
+def print_skipped(index: LengthIndex) -> None:
+    """Print on standard error which rows of the sources are not in the index, if any."""
     for kind, count in index.skipped.items():
         print(f"left out of {index.path or 'the table'}, {count:,}: {kind}", file=sys.stderr)
     for problem in index.problems[:3] if index.skipped else ():
         print(f"  {problem.file}:{problem.line}: {problem.reason}", file=sys.stderr)
 
 
-def progress_console():
-    """Progress goes to standard error, so that standard output stays machine-readable."""
-    from rich.console import Console
+def plain(values: Mapping[str, object]) -> dict[str, object]:
+    """Return a JSON object with null for infinities and NaN, which JSON lacks."""
+    return {
+        key: plain(value) if isinstance(value, dict) else None if _is_infinite(value) else value
+        for key, value in values.items()
+    }
 
-    return Console(stderr=True)
 
-
-def plain(value):
-    """A JSON value without infinities, which JSON has not."""
-    import math
-
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

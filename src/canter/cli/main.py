@@ -1,8 +1,7 @@
 """Run the ``canter`` command: find the subcommand, import only that one, and print user errors as one line.
 
-Each module named in COMMANDS defines a frozen dataclass ``Options`` (its fields and their docstrings are the
-command's flags and help) and ``run(options) -> int | None``; one that reads a file of options first has a
-``parse(arguments) -> options`` of its own.
+Each module in COMMANDS defines a frozen dataclass ``Options``, whose fields and docstrings are the command's flags and
+help, and ``run(options) -> int | None``. A module may define its own ``parse(arguments) -> options``.
 """
 
 import contextlib
@@ -18,20 +17,20 @@ from canter.errors import CanterError
 from canter.extras import needed_by
 from canter.redaction import redacted
 
-# name -> (module, one line of help): first what most people come for, then the main path
+# name -> (module, one line of help), ordered from the most used to the main path of training
 COMMANDS = {
     "transcribe": ("canter.cli.transcribe", "transcribe audio and video to text, subtitles or manifests"),
     "serve": ("canter.cli.serve", "serve a model over OpenAI's transcription API, with a page"),
     "train": ("canter.cli.train", "train or fine-tune a model, or resume a run"),
     "score": ("canter.cli.score", "compute WER, CER and BLEU of transcripts"),
     "report": ("canter.cli.report", "write a run as one HTML page"),
-    "index": ("canter.cli.index", "build a length index from manifests of any kind"),
+    "index": ("canter.cli.index", "build a length index from manifests of any format"),
     "inspect": ("canter.cli.inspect", "show the lengths of a manifest or an index"),
     "compare": ("canter.cli.compare", "compare batching strategies on your lengths"),
     "plan": ("canter.cli.plan", "plan the batches of an epoch"),
-    "tune": ("canter.cli.tune", "measure memory and time of a training step: the budget"),
+    "tune": ("canter.cli.tune", "measure the memory and time of a training step, and write a budget"),
     "tokenizer": ("canter.cli.tokenizer", "train a tokenizer on transcripts"),
-    "bench": ("canter.cli.bench", "measure decoding speed beside other frameworks"),
+    "bench": ("canter.cli.bench", "measure decoding speed, and compare it with other frameworks"),
     "info": ("canter.cli.info", "print a model's shape, parameters and FLOPs"),
     "convert": ("canter.cli.convert", "convert a model between Canter, Hugging Face and NeMo"),
     "reshape": ("canter.cli.reshape", "move layers from decoder to encoder"),
@@ -50,7 +49,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "--no-urls, or CANTER_NO_URLS=1, refuses every URL: for manifests that you do not trust.",
+            "--no-urls, or CANTER_NO_URLS=1, refuses every URL, for manifests that you do not trust.",
             "CANTER_DEBUG=1 shows the traceback behind an error message.",
         ]
     )
@@ -62,30 +61,30 @@ def fail(message: str, code: int = 1) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status (0 success, 1 failure, 2 misuse, 130 interrupted).
+    """Run one command and return its exit status: 0 success, 1 failure, 2 misuse, 130 interrupted.
 
-    A reader of the output that leaves early (``canter inspect lengths.arrow | head``) is no failure.
+    The status is 0 if the reader of a pipe closes it early (``canter inspect lengths.arrow | head``).
     """
     try:
         try:
             return dispatch(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout:
-                sys.stdout.flush()  # here, where it can be caught, and not at the interpreter's exit
+                sys.stdout.flush()  # here, because an error at the interpreter's exit cannot be caught
     except BrokenPipeError as error:
         gone = [stream for stream in (sys.stdout, sys.stderr) if has_no_reader(stream)]
         if not gone:
             if os.environ.get("CANTER_DEBUG"):
                 raise
-            return fail(told(error))
+            return fail(message_of(error))
         for stream in gone:
-            # what is still buffered goes nowhere when the interpreter flushes it
+            # the interpreter flushes the buffer at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
 
 
 def has_no_reader(stream: TextIO) -> bool:
-    """Return whether the stream is a pipe whose reader has left, also where nothing of it is buffered any more."""
+    """Return whether the stream is a pipe whose reader has closed it, even if nothing is buffered."""
     try:
         stream.flush()
         poll = select.poll()
@@ -98,7 +97,7 @@ def has_no_reader(stream: TextIO) -> bool:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Run one command; an error that a user can cause is one line and status 1."""
+    """Run one command; report an error that a user can cause as one line, with status 1."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -128,16 +127,16 @@ def dispatch(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; what was finished is kept", 130)
     except BrokenPipeError:
-        raise  # main decides whether it was our reader who left
+        raise  # main decides whether the reader of our output closed it
     except (CanterError, ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("CANTER_DEBUG"):
             raise
-        return fail(told(error))
+        return fail(message_of(error))
 
 
 @contextlib.contextmanager
 def _without_urls() -> Iterator[None]:
-    """Context manager that refuses URLs, in processes that are started inside too."""
+    """Context manager that refuses URLs, also in processes that are started inside."""
     from canter.corpus.remote import NO_URLS, forbid_urls
 
     before = os.environ.get(NO_URLS)
@@ -150,8 +149,8 @@ def _without_urls() -> Iterator[None]:
             os.environ[NO_URLS] = before
 
 
-def told(error: Exception) -> str:
-    """The message; of the system's own, the file and what is wrong with it, without its number."""
+def message_of(error: Exception) -> str:
+    """Return the error's message; for the system's errors, the file and the reason without their number."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return redacted(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")
     return redacted(str(error)) or type(error).__name__

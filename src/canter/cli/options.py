@@ -1,4 +1,4 @@
-"""Options from the command line: a frozen dataclass, filled by tyro, with a help that reads well."""
+"""Fill a frozen dataclass of options from the command line with tyro, and show a readable help."""
 
 import dataclasses
 import functools
@@ -6,72 +6,84 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from canter.fields import FileOnly
+
+if TYPE_CHECKING:
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    from canter.planning.lengths import RateLimits
 
 T = TypeVar("T")
 KINDS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
 
 
 def parse(
-    options: type[T],
-    arguments: Sequence[str],
-    prog: str,
-    description: str | None,
-    default: T | None = None,
+    options: type[T], arguments: Sequence[str], prog: str, description: str | None, default: T | None = None
 ) -> T:
-    """The options that ``arguments`` give; those left out are ``default``'s, or the dataclass's own."""
+    """Return the options in ``arguments``, the others from ``default`` or the defaults of the dataclass."""
     import tyro
 
-    _polish(options)
+    _annotate(options)
     given: dict[str, Any] = {} if default is None else {"default": default}
     description = "\n\n".join(" ".join(part.split()) for part in (description or "").split("\n\n"))
     return tyro.cli(options, args=list(arguments), prog=prog, description=description, **given)
 
 
 @functools.cache
-def _polish(options: type) -> None:
-    """Tells tyro, in the annotations, to show a docstring as one paragraph, `FLOAT` where it would show `{None}|FLOAT`,
-    `none` as the default of what has none, and names in place of `PATH` for what has no flag."""
+def _annotate(options: type) -> None:
+    """Annotate the fields of a dataclass with how tyro reads and shows them.
+
+    Docstrings become one paragraph. An optional number shows as `FLOAT` instead of `{None}|FLOAT`, an absent default as
+    `none`, and a positional argument by its name instead of `PATH`.
+    """
     import docstring_parser
     import tyro
 
-    told = {
+    help_texts = {
         one.arg_name: one.description
-        for kind in reversed(options.__mro__[:-1])  # inherited fields have their docstrings where they are declared
+        for kind in reversed(
+            options.__mro__[:-1]
+        )  # inherited fields have their docstrings in the class that declares them
         for one in docstring_parser.parse_from_object(kind).params
     }
     hints = typing.get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+    for field in dataclasses.fields(options):
         hint = hints[field.name]
         bare, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         if dataclasses.is_dataclass(bare):
-            _polish(typing.cast(type, bare))
+            _annotate(typing.cast(type, bare))
             continue
-        settings: dict[str, Any] = {"help": " ".join((told.get(field.name) or "").split())}
-        if settings["help"].endswith(("(required).", "(required)")) or "(default: " in settings["help"]:
-            settings["help_behavior_hint"] = ""  # it says so itself
+        if any(isinstance(mark, FileOnly) for mark in marks):
+            options.__annotations__[field.name] = Annotated[hint, tyro.conf.Suppress]
+            continue
+        text = " ".join((help_texts.get(field.name) or "").split())
+        default = metavar = None
+        if text.endswith(("(required).", "(required)")) or "(default: " in text:
+            default = ""  # the text says it
         elif field.default in (None, (), ""):
-            settings["help_behavior_hint"] = "(default: none)"
+            default = "(default: none)"
         elif isinstance(field.default, float) and field.default >= 1e6:
-            settings["help_behavior_hint"] = f"(default: {field.default:g})"
+            default = f"(default: {field.default:g})"
         kind, *others = [kind for kind in typing.get_args(bare) if kind is not types.NoneType] or [bare]
         if tyro.conf.Positional in marks and typing.get_origin(bare) is tuple:
-            settings |= {"metavar": f"{field.name.upper()[:-1]} ...", "help_behavior_hint": "(required)"}
+            metavar, default = f"{field.name.upper()[:-1]} ...", "(required)"
         elif tyro.conf.Positional in marks and typing.get_origin(bare) is not Literal:
-            name = field.name.upper()
-            settings["metavar"] = f"[{name}]" if field.default is None else name
+            metavar = f"[{field.name.upper()}]" if field.default is None else field.name.upper()
         elif typing.get_origin(bare) in (typing.Union, types.UnionType) and not others:
-            choices = ",".join(map(str, typing.get_args(kind)))
-            settings["metavar"] = KINDS.get(kind, f"{{{choices}}}")
-        marked = Annotated[hint, tyro.conf.arg(**settings)]
+            metavar = KINDS.get(kind, f"{{{','.join(map(str, typing.get_args(kind)))}}}")
+        marked = Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint=default)]
         if (constructor := _constructor(bare)) is not None:
             marked = Annotated[marked, constructor]
         options.__annotations__[field.name] = marked
 
 
-def _constructor(hint: Any) -> Any:
-    """Return how tyro reads a number that may be left open, by the word none too; and limits on tokens a second. None
-    for anything else."""
+def _constructor(hint: object) -> "PrimitiveConstructorSpec | None":
+    """Return how tyro reads an optional number, for which it also takes ``none``, or limits on tokens a second.
+
+    Returns None for any other type, which tyro reads by its own rules.
+    """
     from tyro.constructors import PrimitiveConstructorSpec
 
     from canter.planning.lengths import RateLimits, rate_limits
@@ -91,7 +103,7 @@ def _constructor(hint: Any) -> Any:
         return None
     (number,) = numbers
 
-    def read(given: list[str]) -> Any:
+    def read(given: list[str]) -> object:
         if given[0].lower() == "none":
             return None
         if given[0] in words:
@@ -111,7 +123,7 @@ def _constructor(hint: Any) -> Any:
     )
 
 
-def _limits_as_typed(limits: Any) -> list[str]:
+def _limits_as_typed(limits: "RateLimits") -> list[str]:
     if limits is None:
         return ["none"]
     if isinstance(limits, tuple):

@@ -1,11 +1,15 @@
-"""An epoch's batches: their figures, and on request every row's place as a table."""
+"""Plan an epoch: print the figures of its batches, and write every row's place to a table on request."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from canter.cli.lengths import PlanOptions
 
@@ -14,48 +18,36 @@ if TYPE_CHECKING:
     from canter.planning.metrics import Figures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(PlanOptions):
     strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced"] = "balanced"
-    """How to batch."""
+    """Batching strategy."""
     epoch: int = 0
-    """Which epoch."""
-    emit: Path | None = None
-    """Write a Parquet table with the columns step, micro_batch, rank, row."""
+    """Number of the epoch, from 0."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Parquet table to write, with the columns step, micro_batch, rank, row."""
     bins: bool = False
-    """For `bucket_2d`: print the bins and batch sizes as NeMo's configuration wants them."""
-    json: bool = False
-    """Figures as JSON on standard output."""
+    """With `bucket_2d`: print the bins and batch sizes in the form of NeMo's configuration."""
 
 
 def run(options: Options) -> int | None:
-    from canter.cli.lengths import (
-        check_ranks,
-        choose_budget,
-        is_estimated,
-        none_fits,
-        open_lengths,
-        plain,
-        steps_folder,
-        tell_skipped,
-    )
+    from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped, steps_folder
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
-    from canter.planning.lengths import rate_limits
     from canter.planning.strategies import Balanced, Bucket2D
 
-    dials = {"mixing": options.mixing, "mix_steps": options.mix_steps}
+    settings = {"mixing": options.mixing, "mix_steps": options.mix_steps}
     if options.strategy != "balanced":
-        for name, value in dials.items():
+        for name, value in settings.items():
             if value != getattr(Balanced(), name):
-                raise PlanError(f"--{name.replace('_', '-')} is a dial of 'balanced'; {options.strategy} has none")
-        dials = {}
-    if options.emit and not options.emit.parent.is_dir():
-        raise PlanError(f"--emit {options.emit}: there is no folder {options.emit.parent}; make it first")
-    index = open_lengths(options.index, options.prompt_tokens, options.tokenizer, options.columns)
-    budget = choose_budget(options.budget, options.model, options.memory)
+                raise PlanError(f"--{name.replace('_', '-')} is an option of 'balanced'; {options.strategy} has none")
+        settings = {}
+    if options.output and not options.output.parent.is_dir():
+        raise PlanError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
+    index = options.open_index()
+    budget = options.choose_budget()
     check_ranks(options.ranks, len(index), "utterances")
-    chosen = strategy(options.strategy, **dials)
+    chosen = strategy(options.strategy, **settings)
     if options.bins:
         from canter.integrations.nemo import bucketing_config
 
@@ -69,12 +61,12 @@ def run(options: Options) -> int | None:
         chosen,
         seed=options.seed,
         epoch=options.epoch,
-        window=options.window,
+        window=options.batching_window,
         micro_batches_per_step=(
             options.ranks if options.micro_batches_per_step is None else options.micro_batches_per_step
         ),
         min_steps=options.min_steps,
-        max_tokens_per_second=rate_limits(options.max_tokens_per_second),
+        max_tokens_per_second=options.max_tokens_per_second,
         cache=steps_folder(index),
     )
     figures = plan.figures(options.ranks)
@@ -83,33 +75,26 @@ def run(options: Options) -> int | None:
         raise none_fits(index, budget)
     check_ranks(options.ranks, figures.micro_batches)
     left_out = plan.left_out()
-    tell_skipped(index)
-    reasons: dict[str, int] = {}
-    for _, reason in left_out:
-        reasons[reason] = reasons.get(reason, 0) + 1
-    if options.emit:
-        from canter.planning.emit import write_plan
-
-        write_plan(plan, options.emit, options.ranks)
+    reasons = Counter(reason for _, reason in left_out)
+    print_skipped(index)
+    if options.output:
+        plan.write(options.output, options.ranks)
     if options.json:
         value = {
             **asdict(figures),
-            "limits": plain(asdict(limits)),
+            "limits": asdict(limits),
             "tokens_estimated": is_estimated(index),
-            "left_out": reasons,
+            "left_out": dict(reasons),
             "left_out_rows": [row for row, _ in left_out[:1000]],
         }
         print(json.dumps(plain(value), indent=2))
     else:
-        show(figures, limits, left_out, reasons, options)
+        title = f"{options.index.name}: {options.strategy}, {options.ranks} ranks"
+        print_plan(title, figures, limits, left_out, reasons)
 
 
-def show(
-    figures: Figures,
-    limits: Limits,
-    left_out: list[tuple[int, str]],
-    reasons: dict[str, int],
-    options: Options,
+def print_plan(
+    title: str, figures: Figures, limits: Limits, left_out: Sequence[tuple[int, str]], reasons: Mapping[str, int]
 ) -> None:
     from rich import box
     from rich.console import Console
@@ -134,7 +119,7 @@ def show(
     ):
         table.add_row(name, text)
     console = Console()
-    console.print(f"{options.index.name}: {options.strategy}, {options.ranks} ranks", style="bold", highlight=False)
+    console.print(title, style="bold", highlight=False)
     console.print(table)
     console.print(limits.line("--min-steps"), highlight=False, soft_wrap=True)
     for row, reason in left_out[:5]:

@@ -1,9 +1,10 @@
-"""Progress bars on standard error: a live line for training, a plain one for anything else."""
+"""Progress bars and messages on standard error."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,8 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from canter.events import Events
 from canter.training.run.reports import StepReport
 
+T = TypeVar("T")
 console = Console(stderr=True)
 
 
@@ -27,30 +30,50 @@ def _bar(name: str) -> Progress:
     )
 
 
-def track(items: list, name: str) -> Iterator:
-    """Yields ``items`` under a progress bar."""
+def track(items: Sequence[T], name: str) -> Iterator[T]:
+    """Yield ``items`` under a progress bar."""
     with _bar(name) as bar:
         yield from bar.track(items)
 
 
 @contextmanager
 def counting(name: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that is told (done, of how many)."""
+    """Context manager with a progress bar that yields a function for (done, total)."""
     with _bar(name) as bar:
         task = bar.add_task("", total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     console.print(text, highlight=False)
 
 
-class TrainingProgress:
-    """Live loss, WER, speed, padding, memory, waiting and time left of a run; on a terminal that cannot be redrawn, a
-    line every 100 steps."""
+class TerminalEvents(Events[StepReport]):
+    """Messages and progress of a training run on standard error."""
 
-    WIDTH = 50  # steps that the figures shown are means of
+    def message(self, text: str) -> None:
+        say(text)
+
+    def progress(self, items: Sequence[T], name: str) -> Iterable[T]:
+        return track(items, name)
+
+    @contextmanager
+    def running(self, steps: int, done: int) -> Iterator[None]:
+        with TrainingProgress(steps, done) as self.bar:
+            yield
+
+    def step(self, report: StepReport) -> None:
+        self.bar.update(report)
+
+
+class TrainingProgress:
+    """Live loss, WER, speed, padding, memory, waiting and remaining time of a run.
+
+    On an output that cannot be redrawn, it prints a line every 100 steps.
+    """
+
+    WIDTH = 50  # number of steps that the figures are means of
     EVERY = 100
 
     def __init__(self, steps: int, done: int = 0):
@@ -73,7 +96,8 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def __call__(self, report: StepReport) -> None:
+    def update(self, report: StepReport) -> None:
+        """Show a step."""
         self.recent.append(report)
         text = self.describe(self.recent)
         self.bar.update(self.task, completed=report.step, total=report.steps, description=text)
@@ -82,13 +106,13 @@ class TrainingProgress:
 
     @staticmethod
     def describe(recent: Iterable[StepReport]) -> str:
-        """Means over the steps given, in a line."""
+        """Return means over the given steps, in a line."""
         reports = list(recent)
         seconds = sum(r.seconds for r in reports)
         audio = sum(r.audio_seconds for r in reports)
         loss = sum(r.loss for r in reports) / len(reports)
         room = sum(r.audio_seconds / max(1e-9, 1 - r.padding) for r in reports)
-        padding = 1 - audio / room if room else 0.0  # nothing that the steps were to have could be used
+        padding = 1 - audio / room if room else 0.0  # no utterance could be used
         wait = sum(r.data_wait_seconds for r in reports) / seconds
         last = reports[-1]
         parts = [f"loss {loss:.3f}"]
@@ -102,12 +126,12 @@ class TrainingProgress:
 
 
 class TranscriptionProgress:
-    """Audio decoded, RTFx and time left; where the line cannot be redrawn, a line every half minute."""
+    """Decoded audio, RTFx and remaining time. On an output that cannot be redrawn, a line every half minute."""
 
     EVERY_SECONDS = 30.0
 
     def __init__(self, label: str, utterances: int, seconds: float, hidden: bool = False):
-        """``seconds`` of audio in all; ``hidden``: show nothing."""
+        """Start at 0 of ``seconds`` of audio; ``hidden`` shows nothing."""
         self.label, self.utterances, self.seconds, self.hidden = label, utterances, seconds, hidden
         self.decoded = self.failed_seconds = 0.0
         self.finished = self.failed = 0
@@ -131,25 +155,25 @@ class TranscriptionProgress:
         self.bar.stop()
 
     def finish(self, seconds: float, failed: bool) -> None:
-        """Count an utterance of so many seconds as finished."""
+        """Count an utterance as finished, which has ``seconds`` of audio."""
         self.finished += 1
         self.failed += failed
         self.failed_seconds += seconds if failed else 0.0
 
     def advance(self, decoded: float) -> None:
-        """Show that so many seconds of audio are decoded, those of utterances that failed included."""
+        """Show the seconds of audio decoded so far, including those of utterances that failed."""
         self.decoded = decoded
         now = time.perf_counter()
         speed = self.speed(now - self.begun)
         self.bar.update(self.task, completed=decoded, speed=speed)
         if not (self.hidden or console.is_terminal) and now - self.said >= self.EVERY_SECONDS:
             self.said = now
-            share = f"{decoded:,.0f} of {self.seconds:,.0f} s of audio ({decoded / max(self.seconds, 1e-9):.0%})"
-            text = f"{self.label}: {share}, {self.finished:,} of {self.utterances:,} finished  {speed}"
+            done = f"{decoded:,.0f} of {self.seconds:,.0f} s of audio ({decoded / max(self.seconds, 1e-9):.0%})"
+            text = f"{self.label}: {done}, {self.finished:,} of {self.utterances:,} finished  {speed}"
             console.print(text, highlight=False, soft_wrap=True)
 
     def speed(self, seconds: float) -> str:
-        """Return RTFx, time left and failures after so many ``seconds`` of work."""
+        """Return RTFx, remaining time and failures after ``seconds`` of work."""
         rtfx = (self.decoded - self.failed_seconds) / max(seconds, 1e-9)
         left = seconds * (self.seconds - self.decoded) / self.decoded if self.decoded else None
         parts = [f"RTFx {rtfx:,.1f}"]

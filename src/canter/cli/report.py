@@ -1,6 +1,6 @@
-"""Write a training run as one self-contained HTML page: what it reached, what its batches gained, transcripts, curves.
+"""Write a training run as one self-contained HTML page: results, gain of its batches, transcripts and curves.
 
-Works on runs that are still going or broke off.
+The run may be unfinished or interrupted.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from canter.reporting.html import write
+    from canter.reporting.html import write_page
     from canter.reporting.run_report import run_report
 
-    print(write(run_report(options.run), options.output or options.run / "report.html"))
+    print(write_page(run_report(options.run), options.output or options.run / "report.html"))

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 if TYPE_CHECKING:
     from canter.models.model import SpeechModel
-    from canter.models.timing import DecodingTime
+    from canter.models.reshape import DecodingTime
+
+ROWS = (
+    ("encoder_layers", "encoder layers", 1, ",.0f"),
+    ("decoder_layers", "decoder layers", 1, ",.0f"),
+    ("parameters", "parameters", 1, ",.0f"),
+    ("encoder_flops", "encoder GFLOPs", 1e-9, ",.3g"),
+    ("decoder_flops", "decoder GFLOPs", 1e-9, ",.3g"),
+    ("encoder_seconds", "encoder, predicted ms", 1e3, ",.1f"),
+    ("decoder_seconds", "decoder, predicted ms", 1e3, ",.1f"),
+)
+"""Figure, its name in the table, the factor to its unit, and its format."""
 
 
 @dataclass(frozen=True)
@@ -19,81 +30,68 @@ class Options:
     model: tyro.conf.Positional[Path]
     """A Canter or Hugging Face folder, a .nemo file, a run's folder (its best checkpoint), or a hub name."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for the new model."""
+    """Folder to write the new model to."""
     decoder_layers: int | None = None
-    """Layers that the decoder keeps; none: all."""
+    """Number of decoder layers to keep (default: all)."""
     encoder_layers: int | None = None
-    """Layers of the new encoder; none: as many as before, or what --keep-parameters or --keep-flops asks for."""
-    keep_parameters: bool = False
-    """As many encoder layers as keep the number of parameters."""
-    keep_flops: bool = False
-    """As many encoder layers as keep the operations of an utterance."""
-    growth: Literal["identity", "copy"] = "identity"
-    """New encoder layers that change nothing at first, or copies of their neighbours."""
-    kept: Literal["even", "spread", "first", "last"] = "even"
-    """Which layers stay where a stack shrinks: `spread` from the first to the last, at `even` steps from the first on,
-    or the `first` or `last` ones."""
+    """Number of encoder layers of the new model (default: as before, or as --match needs)."""
+    match: Literal["parameters", "flops"] | None = None
+    """Choose the number of encoder layers that keeps the number of parameters, or the FLOPs of an utterance."""
+    new_layers: Literal["identity", "copy"] = "identity"
+    """New encoder layers change nothing at first (identity), or are copies of their neighbours (copy)."""
+    kept_layers: Literal["even", "spread", "first", "last"] = "even"
+    """Layers to keep where a stack shrinks: at `even` steps from the first on, `spread` from the first to the last, or
+    the `first` or `last` ones."""
     seconds: float = 10.0
-    """The utterance that operations and times are told for."""
-    tokens: int = 40
-    """Its tokens."""
-    batch: int = 4
-    """Utterances decoded together, for the times."""
+    """Duration of the utterance whose FLOPs and times are shown."""
+    tokens_per_second: float = 4.0
+    """Tokens of that utterance per second, prompt and end token included."""
+    batch_size: int = 4
+    """Number of utterances decoded together when times are measured."""
     json: bool = False
-    """Figures as JSON on standard output."""
+    """Print one JSON object on stdout instead of a table."""
 
 
 def run(options: Options) -> int | None:
     from canter.errors import ConfigError
-    from canter.inference.transcribe import checkpoint_of
-    from canter.models.formats.checkpoint import load_model, save_model
-    from canter.models.reshape import encoder_layers_that_keep, reshape
-    from canter.models.timing import measure
-    from canter.text.characters import FILE as ALPHABET
-    from canter.text.characters import Characters
+    from canter.loading import load_model, save_module
+    from canter.models.hub import checkpoint_of
+    from canter.models.reshape import encoder_layers_that_keep, measure_times, reshape
 
-    asked = (options.encoder_layers is not None, options.keep_parameters, options.keep_flops)
-    if sum(asked) > 1:
-        raise ConfigError("--encoder-layers, --keep-parameters and --keep-flops exclude each other")
+    if options.encoder_layers is not None and options.match is not None:
+        raise ConfigError("--encoder-layers and --match exclude each other")
     if options.output.exists():
         raise ConfigError(f"{options.output} exists; choose another name")
-    source = checkpoint_of(options.model)
-    model = load_model(source)
-    decoder = options.decoder_layers or model.config.decoder.layers
-    encoder = options.encoder_layers or model.config.encoder.layers
-    if options.keep_parameters or options.keep_flops:
-        what = "parameters" if options.keep_parameters else "flops"
-        encoder = encoder_layers_that_keep(what, model.config, decoder, options.seconds, options.tokens)
-    reshaped = reshape(model, encoder_layers=encoder, decoder_layers=decoder, growth=options.growth, kept=options.kept)
-    save_model(reshaped, options.output)
-    if (source / ALPHABET).exists():  # of the CTC head
-        Characters.load(source).save(options.output)
-    times = measure(model, options.seconds, options.tokens, options.batch)
-    figures = {
-        "before": _figures(model, times, options),
-        "after": _figures(reshaped, times, options),
-        "output": str(options.output),
-    }
+    model = load_model(checkpoint_of(options.model))
+    before, tokens = model.config, max(1, round(options.seconds * options.tokens_per_second))
+    decoder = options.decoder_layers or before.decoder.layers
+    encoder = options.encoder_layers or before.encoder.layers
+    if options.match:
+        encoder = encoder_layers_that_keep(options.match, before, decoder, options.seconds, tokens)
+    reshaped = reshape(
+        model, encoder_layers=encoder, decoder_layers=decoder, growth=options.new_layers, kept=options.kept_layers
+    )
+    save_module(reshaped, options.output)
+    times = measure_times(model, options.seconds, tokens, options.batch_size)
+    figures = [_figures(one, times, options.seconds, tokens) for one in (model, reshaped)]
     if options.json:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps({"before": figures[0], "after": figures[1], "output": str(options.output)}, indent=2))
         return
-    _show(figures)
-    if (options.keep_parameters or options.keep_flops) and encoder == model.config.encoder.layers:
-        what = "parameters" if options.keep_parameters else "operations"
-        print(f"the encoder keeps its {encoder} layers: the decoder gave up less than half a layer's {what}")
-    if decoder < model.config.decoder.layers:
-        print("train it on: the decoder lost what its layers knew")
+    _show(*figures)
+    print(f"written to {options.output}")
+    if options.match and encoder == before.encoder.layers:
+        print(f"the encoder keeps its {encoder} layers: the decoder lost less than half a layer's {options.match}")
+    if decoder < before.decoder.layers:
+        print("train it further: the decoder lost what its removed layers computed")
 
 
-def _figures(model: SpeechModel, times: DecodingTime, options: Options) -> dict[str, Any]:
-    from canter.models.cost import parameters, utterance_cost
-
+def _figures(model: SpeechModel, times: DecodingTime, seconds: float, tokens: int) -> dict[str, float]:
     encoder, decoder = model.config.encoder.layers, model.config.decoder.layers
-    cost = utterance_cost(model.config, options.seconds, options.tokens)
+    cost = model.cost(seconds, tokens)
     return {
         "encoder_layers": encoder,
         "decoder_layers": decoder,
-        "parameters": sum(parameters(model).values()),
+        "parameters": sum(model.parts().values()),
         "encoder_flops": cost.encoder_flops,
         "decoder_flops": cost.decoder_flops,
         "encoder_seconds": times.encoder.of(encoder),
@@ -101,18 +99,7 @@ def _figures(model: SpeechModel, times: DecodingTime, options: Options) -> dict[
     }
 
 
-ROWS = (
-    ("encoder_layers", "encoder layers", 1, ",.0f"),
-    ("decoder_layers", "decoder layers", 1, ",.0f"),
-    ("parameters", "parameters", 1, ",.0f"),
-    ("encoder_flops", "encoder operations, G", 1e-9, ",.3g"),
-    ("decoder_flops", "decoder operations, G", 1e-9, ",.3g"),
-    ("encoder_seconds", "encoder, predicted ms", 1e3, ",.1f"),
-    ("decoder_seconds", "decoder, predicted ms", 1e3, ",.1f"),
-)
-
-
-def _show(figures: dict[str, Any]) -> None:
+def _show(before: dict[str, float], after: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -120,7 +107,6 @@ def _show(figures: dict[str, Any]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for key, name, scale, form in ROWS:
-        old, new = figures["before"][key] * scale, figures["after"][key] * scale
+        old, new = before[key] * scale, after[key] * scale
         table.add_row(name, format(old, form), format(new, form), f"{new / old:.2f}" if old else "")
     Console(highlight=False, soft_wrap=True).print(table)
-    print(f"written to {figures['output']}")

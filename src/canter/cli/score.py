@@ -1,25 +1,33 @@
-"""WER and CER, BLEU and chrF of a result manifest: `text` and `pred_text`, as `canter transcribe` writes."""
+"""Compute WER, CER, BLEU and chrF of a manifest with `text` and `pred_text`, as `canter transcribe` writes it."""
+
+from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from canter.corpus.manifest import Problem
 from canter.errors import ConfigError, ManifestError
 from canter.evaluation.normalize import Normalization
-from canter.evaluation.transcripts import Transcript, read_transcripts
+from canter.evaluation.transcripts import ScoredTranscript, read_transcripts
 from canter.evaluation.translation import TranslationScore, score_translations
 from canter.evaluation.wer import (
-    Counts,
+    Difference,
+    ErrorCounts,
     Score,
     ScoredUtterance,
     paired_difference,
     percent,
-    score,
+    score_texts,
     wer_interval,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -27,142 +35,162 @@ class Options:
     result: tyro.conf.Positional[str]
     """Manifest with `text` and `pred_text` in every row (.jsonl, or .jsonl.gz), or its URL."""
     against: str | None = None
-    """A second result on the same manifest: prints the WER difference too, with its bootstrap interval."""
+    """Second result on the same manifest: also prints the WER difference with its bootstrap interval."""
     normalize: Normalization = "standard"
     """Normalisation before scoring. `standard`: no case or punctuation, Whisper's rules for English. `leaderboard`: as
     the Open ASR leaderboard, which ignores combining marks (the vowels of Hindi, Thai, Tamil ...) and utterances with
-    an empty reference. `basic`: Whisper's basic rules for every language. `none`: texts as they are."""
+    an empty reference. `basic`: Whisper's basic rules for every language. `none`: no normalisation."""
     worst: int = 5
-    """How many of the worst utterances to show, aligned word by word."""
+    """Number of the worst utterances to show, aligned word by word."""
     bleu: bool = False
-    """Also BLEU and chrF by sacrebleu, for translations: of the texts as they are, by target language."""
-    html: Path | None = None
-    """Write a page with the figures, the most frequent errors and the worst utterances."""
+    """Also compute BLEU and chrF of translations with sacrebleu, without normalisation, by target language."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """HTML page to write, with the figures, the most frequent errors and the worst utterances."""
     skip_bad: bool = False
     """Score the other rows where some lack a field, instead of stopping."""
     json: bool = False
-    """Print one JSON object on stdout instead of tables."""
+    """Print one JSON object on stdout instead of a table."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A scored manifest."""
+
+    transcripts: list[ScoredTranscript]
+    problems: list[Problem]
+    """Rows that were left out by --skip-bad."""
+    score: Score
+    worst: list[ScoredUtterance]
+    interval: tuple[float, float]
+    """95 % interval of the WER."""
+    difference: Difference | None
+    """WER minus that of --against."""
+    translations: dict[str, TranslationScore]
 
 
 def run(options: Options) -> None:
     if options.worst < 0:
         raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
-    transcripts, problems = load(options.result, options.skip_bad)
-    result = scored(transcripts, options)
-    interval = wer_interval(result)
+    transcripts, problems = _read(options.result, options.skip_bad)
+    score = _score(transcripts, options.normalize)
+    interval = wer_interval(score)
     difference = None
     if options.against:
-        others, _ = load(options.against, options.skip_bad)
+        others, _ = _read(options.against, options.skip_bad)
         if [(row.name, row.text) for row in transcripts] != [(row.name, row.text) for row in others]:
             raise ManifestError(
                 f"{options.result} and {options.against} do not hold the same utterances in the same order; "
                 "transcribe one manifest with both models"
             )
-        difference = paired_difference(result, scored(others, options))
-
-    translations: dict[str, TranslationScore] = {}
-    if options.bleu:
-        translations = score_translations(
-            [row.text for row in transcripts],
-            [row.pred_text for row in transcripts],
-            [row.lang for row in transcripts],
-        )
-    worst = result.worst(options.worst)
-    if options.html:
-        from canter.reporting.html import write
+        difference = paired_difference(score, _score(others, options.normalize))
+    translations = score_translations(*_columns(transcripts)) if options.bleu else {}
+    worst = score.worst(options.worst)
+    result = Result(transcripts, problems, score, worst, interval, difference, translations)
+    if options.output:
+        from canter.reporting.html import write_page
         from canter.reporting.score_report import score_page
 
-        write(
-            score_page(PurePath(options.result).name, result, transcripts, worst, interval, translations),
-            options.html,
-        )
-        print(f"written: {options.html}", file=sys.stderr)
+        name = PurePath(options.result).name
+        write_page(score_page(name, score, transcripts, worst, interval, translations), options.output)
+        print(f"written: {options.output}", file=sys.stderr)
     if options.json:
-        summary = {
-            **summarize(result.total),
-            "wer_interval": interval,
-            "languages": {name: summarize(counts) for name, counts in result.languages.items()},
-            "normalize": options.normalize,
-            "empty_references": result.empty_references,
-            "left_out": result.left_out,
-            "words_left_out": result.words_left_out,
-            "skipped": [str(problem) for problem in problems],
-            "worst": [
-                {
-                    "utterance": transcripts[item.index].name,
-                    "line": transcripts[item.index].line,
-                    "wer": item.counts.wer,
-                    "text": transcripts[item.index].text,
-                    "pred_text": transcripts[item.index].pred_text,
-                }
-                for item in worst
-            ],
-        }
-        if difference:
-            summary["difference"] = asdict(difference)
-        if translations:
-            summary["translation"] = {name: asdict(one) for name, one in translations.items()}
         from canter.inference.transcript.formats import json_text
 
-        print(json_text(summary, indent=2))
-        return
-
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(table(result))
-    low, high = interval
-    for lang, one in translations.items():
-        console.print(f"into {lang}: BLEU {one.bleu:.2f}, chrF {one.chrf:.2f}  ({one.bleu_signature})")
-    if result.total.words:
-        console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
+        print(json_text(_summary(result, options.normalize), indent=2))
     else:
-        console.print("The references have no words, so there is no error rate; words transcribed are insertions.\n")
-    if difference and result.total.words:
-        console.print(
-            f"WER against {options.against}: {difference.wer:+.2%}, 95 % interval {difference.low:+.2%} to "
-            f"{difference.high:+.2%}, better in {difference.p_improved:.1%} of resamples (paired bootstrap)"
-        )
-    for item in worst:
-        console.print(aligned(item, transcripts[item.index], console.width))
-    if inserted := sum(item.counts.insertions for item in result.utterances if not item.counts.words):
-        console.print(f"{inserted} of the insertions are in utterances whose reference is empty")
-    if result.left_out:
-        console.print(
-            f"{result.left_out} utterances left out: their references normalise to nothing to score; "
-            f"{result.words_left_out} words transcribed there are not counted"
-        )
-    if problems:
-        print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
+        print_score(result, options.against)
 
 
-def load(path: str, skip_bad: bool) -> tuple[list[Transcript], list[Problem]]:
-    """The transcripts of a result; `ManifestError` for rows without them, unless those may be skipped."""
+def _read(path: str, skip_bad: bool) -> tuple[list[ScoredTranscript], list[Problem]]:
+    """Read a result. Raises ManifestError for rows without both texts, unless they may be skipped."""
     transcripts, problems = read_transcripts(path)
     if problems and not (skip_bad and transcripts):
         more = f", and {len(problems) - 1} more such rows" if len(problems) > 1 else ""
-        way_out = "score the others with --skip-bad" if transcripts else "canter transcribe writes such rows"
-        raise ManifestError(f"{problems[0]}{more}; a result needs text and pred_text in every row; {way_out}")
+        remedy = "score the others with --skip-bad" if transcripts else "canter transcribe writes such rows"
+        raise ManifestError(f"{problems[0]}{more}; a result needs text and pred_text in every row; {remedy}")
     if not transcripts:
         raise ManifestError(f"{path} holds no rows")
     return transcripts, problems
 
 
-def scored(transcripts: list[Transcript], options: Options) -> Score:
-    return score(
+def _columns(transcripts: list[ScoredTranscript]) -> tuple[list[str], list[str], list[str | None]]:
+    return (
         [row.text for row in transcripts],
         [row.pred_text for row in transcripts],
         [row.lang for row in transcripts],
-        normalize=options.normalize,
     )
 
 
-def summarize(counts: Counts) -> dict[str, float]:
+def _score(transcripts: list[ScoredTranscript], normalize: Normalization) -> Score:
+    return score_texts(*_columns(transcripts), normalize=normalize)
+
+
+def _rates(counts: ErrorCounts) -> dict[str, float]:
     return {"wer": counts.wer, "cer": counts.cer, **asdict(counts)}
 
 
-def table(result: Score):
-    """One line a language and one for all, as a rich table."""
+def _summary(result: Result, normalize: Normalization) -> dict[str, object]:
+    """Return a result as JSON has it."""
+    score = result.score
+    summary: dict[str, object] = {
+        **_rates(score.total),
+        "wer_interval": result.interval,
+        "languages": {name: _rates(counts) for name, counts in score.languages.items()},
+        "normalize": normalize,
+        "empty_references": score.empty_references,
+        "left_out": score.left_out,
+        "words_left_out": score.words_left_out,
+        "skipped": [str(problem) for problem in result.problems],
+        "worst": [
+            {
+                "utterance": row.name,
+                "line": row.line,
+                "wer": item.counts.wer,
+                "text": row.text,
+                "pred_text": row.pred_text,
+            }
+            for item, row in ((item, result.transcripts[item.index]) for item in result.worst)
+        ],
+    }
+    if result.difference:
+        summary["difference"] = asdict(result.difference)
+    if result.translations:
+        summary["translation"] = {name: asdict(one) for name, one in result.translations.items()}
+    return summary
+
+
+def print_score(result: Result, against: str | None) -> None:
+    """Print error rates, their interval, the worst utterances, and the number of utterances left out."""
+    from rich.console import Console
+
+    console, score = Console(highlight=False), result.score
+    console.print(_table(score))
+    for lang, one in result.translations.items():
+        console.print(f"into {lang}: BLEU {one.bleu:.2f}, chrF {one.chrf:.2f}  ({one.bleu_signature})")
+    low, high = result.interval
+    if score.total.words:
+        console.print(f"95 % interval of the WER: {low:.2%} to {high:.2%} (bootstrap over utterances)\n")
+    else:
+        console.print("The references have no words, so there is no error rate; words transcribed are insertions.\n")
+    if (difference := result.difference) and score.total.words:
+        console.print(
+            f"WER against {against}: {difference.wer:+.2%}, 95 % interval {difference.low:+.2%} to "
+            f"{difference.high:+.2%}, better in {difference.p_improved:.1%} of resamples (paired bootstrap)"
+        )
+    for item in result.worst:
+        console.print(_alignment(item, result.transcripts[item.index], console.width))
+    if inserted := sum(item.counts.insertions for item in score.utterances if not item.counts.words):
+        console.print(f"{inserted} of the insertions are in utterances whose reference is empty")
+    if score.left_out:
+        console.print(
+            f"{score.left_out} utterances left out: their references are empty after normalisation; "
+            f"{score.words_left_out} words transcribed there are not counted"
+        )
+    if problems := result.problems:
+        print(f"skipped {len(problems)} rows:", *problems[:10], sep="\n  ", file=sys.stderr)
+
+
+def _table(result: Score) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -188,8 +216,8 @@ def table(result: Score):
     return table
 
 
-def aligned(item: ScoredUtterance, transcript: Transcript, width: int):
-    """Reference over hypothesis, word under word, errors coloured, wrapped at the terminal's width."""
+def _alignment(item: ScoredUtterance, transcript: ScoredTranscript, width: int) -> Text:
+    """Return reference above hypothesis, word under word, errors coloured, wrapped at ``width`` columns."""
     from rich.text import Text
 
     styles = {"equal": "", "substitute": "yellow", "delete": "red", "insert": "cyan"}

@@ -1,11 +1,11 @@
-"""An OpenAI-compatible transcription service, with a page to try it; bound to this machine unless told otherwise."""
+"""Serve a model over OpenAI's transcription API, with a page to try it; by default for this machine only."""
 
 import contextlib
 import os
 import sys
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,61 +13,43 @@ import tyro
 
 from canter.errors import ConfigError
 from canter.extras import needed_by
+from canter.serving.config import ServiceConfig, ServiceOptions
 
 if TYPE_CHECKING:
     from canter.inference.engine.engine import Engine
 
 KEYS = "CANTER_API_KEYS"
-FILES = 2**16  # open at once, at most
 SPINS = "1000"  # tens of microseconds at most; a step of the decoder takes tens of milliseconds
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ServiceOptions):
     model: tyro.conf.Positional[Path]
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every address of this machine."""
     port: int = 8000
-    """Port to listen on; 0 takes any free one."""
-    name: str | None = None
-    """Model name for clients (default: the name of its folder)."""
-    alias: tuple[str, ...] = ("whisper-1",)
-    """Further model names that clients may use."""
+    """Port to listen on; 0 selects any free one."""
+    name: tuple[str, ...] = ()
+    """Names by which clients may ask for the model; the first is shown (default: the name of its folder, and
+    whisper-1)."""
     api_keys: Path | None = None
     """File with one API key a line; every request must then carry one of them. The variable CANTER_API_KEYS, with keys
     separated by commas, does the same."""
     allowed_hosts: tuple[str, ...] = ()
-    """Further names under which clients may address the service (the Host header), such as that of a proxy before it or
-    of a container; `*` allows any. The names of this machine, the address that it listens on and `localhost` always
-    are: what else comes is another site's page whose name leads here (DNS rebinding)."""
-    lang: str | None = None
-    """Language of requests that name none, as a code or in English (default: detected by a multilingual Whisper)."""
-    vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector: silence of 2 s and more at the ends of a recording, and of 5 s in it, is left out, and
-    long audio is cut in pauses. `silero` needs the extra `vad`; `none` keeps all and cuts overlapping windows."""
+    """Further names by which clients may address the service (the Host header), such as the name of a proxy or a
+    container; `*` allows any. Requests under other names are refused, because they may come from pages of other sites
+    (DNS rebinding)."""
     max_repeats: int = 3
-    """Number of repeats to keep where the model writes the same words for longer than the audio lasts; 0 is no limit.
-    Nothing else is changed; a Whisper has its own rule."""
+    """Number of repeats to keep if the model repeats the same words for longer than the audio lasts; 0 disables this.
+    Whisper models have their own rule instead."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` selects a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
-    """bf16 is faster on a GPU, int8 on a CPU; transcripts may then depend on who else asks."""
+    """bf16 is faster on a GPU, int8 on a CPU; transcripts may then depend on requests decoded at the same time."""
     batch_size: int | None = None
     """Maximum number of audio chunks decoded together (default: 8 to 128 by model and device)."""
-    max_megabytes: float = 100.0
-    """Maximum size of a request in MiB."""
-    longest_seconds: float = 3600.0
-    """Maximum length of a request's audio in seconds."""
-    queue: int = 256
-    """Maximum number of requests at once, waiting ones included; further ones get status 503."""
-    queue_minutes: float = 120.0
-    """Maximum minutes of audio at once, in all requests together."""
-    timeout: float = 300.0
-    """Maximum seconds a request may take once its body has arrived."""
-    upload_timeout: float = 60.0
-    """Maximum seconds that a request's body may take to arrive."""
 
 
 def run(options: Options) -> int:
@@ -77,58 +59,40 @@ def run(options: Options) -> int:
         import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
 
-    # How long OpenMP's threads look out for each other before they sleep, read when torch is imported. Its own 3 ms
-    # keep a core from whoever else has something to do there, readers of audio among them, and double the service's
-    # time where another process takes one.
+    # Time that OpenMP's threads spin before they sleep, which is read when torch is imported. With its default of 3 ms
+    # they keep cores from other threads, such as the readers of audio, and from other processes.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    from canter.inference.transcribe import checkpoint_of
-    from canter.models.device import choose_device
-    from canter.runtime import LARGEST_THRESHOLD, steady_heap
+    from canter.models.hub import checkpoint_of
+    from canter.runtime import LARGEST_THRESHOLD, choose_device, map_large_blocks, raise_file_limit
     from canter.serving.app import create_app
-    from canter.serving.config import ServiceConfig
     from canter.serving.server import bind, host_names, is_loopback, make_server
     from canter.serving.service import Service
 
     if options.max_repeats < 0:
-        raise ConfigError(f"--max-repeats {options.max_repeats}: 0, no limit, or more")
+        raise ConfigError(f"--max-repeats {options.max_repeats}: give 0 (no limit) or more")
     keys = read_keys(options.api_keys)
     local = is_loopback(options.host)
     checkpoint = checkpoint_of(options.model)
     config = ServiceConfig(
-        names=(options.name or options.model.resolve().name, *options.alias),
+        **{field.name: getattr(options, field.name) for field in fields(ServiceOptions)},
+        names=options.name or (options.model.resolve().name, "whisper-1"),
         keys=keys,
         hosts=host_names(options.host, options.allowed_hosts),
-        lang=options.lang,
-        vad=options.vad,
-        max_bytes=int(options.max_megabytes * 2**20),
-        longest_seconds=options.longest_seconds,
-        queue=options.queue,
-        queue_seconds=60 * options.queue_minutes,
-        timeout=options.timeout,
-        upload_timeout=options.upload_timeout,
     )
-    allow_files()
+    raise_file_limit()  # a request takes three files, and the usual limit is 1,024
     listening = bind(options.host, options.port)
     try:
         device = str(choose_device(options.device))
         if device == "cpu":
-            steady_heap(LARGEST_THRESHOLD)
-        engine = load_engine(options, checkpoint, device)
-        service = Service(engine, config)
+            map_large_blocks(LARGEST_THRESHOLD)
+        service = Service(load_in_thread(options, checkpoint, device), config)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(
-            f"{config.names[0]} on http://{shown}:{port}/ (API: /v1, Ctrl-C ends it)",
-            file=sys.stderr,
-            flush=True,
-        )
+        address = f"http://{shown}:{port}/"
+        print(f"{config.names[0]} on {address} (API: /v1, Ctrl-C ends it)", file=sys.stderr, flush=True)
         if not local and not keys:
-            print(
-                "canter: everybody who reaches this address may use it; --api-keys FILE asks for a key",
-                file=sys.stderr,
-            )
-        # Ctrl-C is how one ends it
+            print("canter: any client may use this address; --api-keys FILE demands a key", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):
             make_server(create_app(service), options.upload_timeout).run(sockets=[listening])
     finally:
@@ -136,55 +100,37 @@ def run(options: Options) -> int:
     return 0
 
 
-def load_engine(options: Options, checkpoint: Path, device: str) -> "Engine":
-    """The engine, made in a thread that ends, and its OpenMP threads with it: those of a thread that computes stay for
-    as long as it does, and while more of them live than there are cores, OpenMP has all of them sleep almost at once
-    (100 looks) wherever they wait for each other, several times a layer."""
-    from canter.inference.engine.engine import Engine
-    from canter.inference.engine.int8 import load_in
-    from canter.inference.engine.requests import EngineConfig
+def load_in_thread(options: Options, checkpoint: Path, device: str) -> "Engine":
+    """Return the engine, loaded in a thread that ends, so that its OpenMP threads end too.
 
+    OpenMP keeps the threads of every thread that computes. While there are more of them than cores, all sleep almost
+    at once (100 spins) whenever they wait for each other, which is several times a layer.
+    """
+    from canter.inference.engine.requests import EngineConfig
+    from canter.inference.loading import load_engine
+
+    config = EngineConfig(rows=options.batch_size, max_repeats=options.max_repeats)
     loaded: Future[Engine] = Future()
 
     def load() -> None:
         try:
-            model = load_in(options.precision, checkpoint, device)
-            loaded.set_result(
-                Engine(
-                    model,
-                    model.tokenizer.end,
-                    EngineConfig(rows=options.batch_size, max_repeats=options.max_repeats),
-                )
-            )
+            loaded.set_result(load_engine(checkpoint, config, device=device, precision=options.precision))
         except BaseException as error:
             loaded.set_exception(error)
 
-    aside = threading.Thread(target=load, name="canter-loading", daemon=True)
+    thread = threading.Thread(target=load, name="canter-loading", daemon=True)
     try:
-        aside.start()
+        thread.start()
         engine = loaded.result()
     except KeyboardInterrupt:
         print("canter: interrupted while the model was loading", file=sys.stderr, flush=True)
-        os._exit(130)  # nothing can tell the thread to stop, and it may take minutes
-    aside.join()
+        os._exit(130)  # the thread cannot be stopped, and it may take minutes
+    thread.join()
     return engine
 
 
-def allow_files() -> None:
-    """Raise the number of files that this process may have open: a request takes three, the usual limit is 1,024."""
-    try:
-        import resource
-    except ImportError:
-        return
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
-    if limit != resource.RLIM_INFINITY and limit < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
 def read_keys(file: Path | None) -> frozenset[str]:
-    """The API keys of a file and of the environment. Raises ConfigError for a file without any."""
+    """Return the API keys of a file and of the environment. Raise ConfigError for a file without any."""
     keys = {key.strip() for key in os.environ.get(KEYS, "").split(",")}
     if file is not None:
         try:

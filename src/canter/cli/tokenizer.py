@@ -20,11 +20,11 @@ class Options(ColumnOptions):
     manifests: tyro.conf.Positional[tuple[Path, ...]]
     """Manifests (NeMo JSONL, or any other source that 'canter index' reads)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for the tokenizer; it must not hold one yet."""
+    """Folder for the tokenizer, which must not hold one yet."""
     vocab_size: int = 256
-    """Number of tokens, special tokens included; lowered where the text is too small for it."""
+    """Number of tokens, special tokens included; lowered if the text is too small for it."""
     json: bool = False
-    """Print one JSON object on stdout instead of a summary."""
+    """Print one JSON object on stdout instead of a table."""
 
 
 def run(options: Options) -> None:

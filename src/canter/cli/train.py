@@ -1,6 +1,6 @@
 """Train a model on a manifest, or resume the run in the output folder.
 
-With a file, `canter train CONFIG.yaml [--flag value ...]`, whose settings flags override; without one, `canter train
+With a file: `canter train CONFIG.yaml [--flag value ...]`; flags override its settings. Without one: `canter train
 --manifest train.jsonl --valid valid.jsonl --output runs/x`.
 """
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from canter.corpus.manifest import expand_shards
 from canter.errors import ConfigError
-from canter.training.config import TrainConfig, load_config
+from canter.training.config import TrainConfig, load_config, load_run_config
 from canter.training.defaults import print_config
 
 Options = TrainConfig
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig | None:
-    """Return the configuration that file and flags give; None where it was only to be printed."""
+    """Return the configuration from file and flags, or None if --print-config printed it."""
     from canter.cli.options import parse as fill
 
     rest = list(arguments)
@@ -28,8 +28,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
         rest.remove("--print-config")
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     folder = file if file is not None and (file / "config.yaml").exists() else None
-    if folder is not None:  # a run's: go on with it, wherever it is by now
-        default = load_config(folder / "config.yaml", relative=False)
+    if folder is not None:  # a run, which may have been moved: resume it
+        default = load_run_config(folder / "config.yaml")
         default = dataclasses.replace(default, output=folder, allow_changes=False)
     else:
         default = load_config(file) if file is not None else TrainConfig()
@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
     if folder is not None:
         _refuse_missing(folder, config)
     if printing:
-        from canter.models.device import choose_device
+        from canter.runtime import choose_device
 
         sys.stdout.write(print_config(config, choose_device(config.device).type))
         return None
@@ -49,7 +49,6 @@ def parse(arguments: Sequence[str]) -> TrainConfig | None:
 
 
 def _refuse_missing(folder: Path, config: TrainConfig) -> None:
-    """Raises ConfigError for data of a run that is no longer where it was."""
     for name in ("manifest", "valid"):
         for path in getattr(config, name):
             files = expand_shards(str(path).partition("::")[0])
@@ -58,29 +57,29 @@ def _refuse_missing(folder: Path, config: TrainConfig) -> None:
                 allowed = " --allow-changes" if name == "manifest" else ""
                 raise ConfigError(
                     f"{missing}: no such file, the --{name} of {folder}; if it was moved, 'canter train {folder} "
-                    f"--{name} FILE{allowed}' names it anew"
+                    f"--{name} FILE{allowed}' gives its new place"
                 )
 
 
 def run(config: TrainConfig | None) -> None:
     if config is None:
         return
-    from canter.cli.models import load_any
-    from canter.cli.progress import TrainingProgress, say, track
+    from canter.cli.progress import TerminalEvents
+    from canter.training.recipe import run_training
     from canter.training.run.checkpoints import Checkpoints
-    from canter.training.session import train
 
-    finished = train(config, TrainingProgress, say, track, load_any)
+    events = TerminalEvents()
+    finished = run_training(config, events)
     if not finished.first:
         return
-    progress, run_ = finished.progress, finished.prepared.run
+    progress, folder = finished.progress, finished.prepared.run.folder
     hours = progress.audio_seconds / 3600
-    say(
+    events.message(
         f"done: {progress.step} steps, {hours:.2f} h of audio in {progress.seconds / 60:.1f} min "
         f"({progress.audio_seconds / progress.seconds:.0f} h/h), {progress.skipped} skipped"
     )
-    best = Checkpoints(run_.folder / "checkpoints", 1).best()
+    best = Checkpoints(folder / "checkpoints", 1).best()
     if best:
         scored = f"BLEU {best['bleu']:.1f}" if "bleu" in best else f"WER {best['wer']:.1%}"
-        say(f"best: {run_.folder}/checkpoints/{best['checkpoint']}, validation {scored}")
-    say(f"next: canter transcribe {run_.folder} FILES..., canter report {run_.folder}")
+        events.message(f"best: {folder}/checkpoints/{best['checkpoint']}, validation {scored}")
+    events.message(f"next: canter transcribe {folder} FILES..., canter report {folder}")

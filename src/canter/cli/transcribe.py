@@ -1,44 +1,38 @@
 """Transcribe audio and video files, folders and manifests, in the order given."""
 
-import json
+import contextlib
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from canter.cli.telling import (
-    into_folder,
-    say,
-    shown_path,
-    some_of,
-    tell_what_is_not_taken,
-    warn_of_other_languages,
-    without_words,
-)
-from canter.errors import ConfigError
+from canter.errors import ConfigError, ManifestError
+from canter.events import Events
 from canter.redaction import redacted
 
-# Options that a transcript depends on, beside the model and what is in a row.
-# fmt: off
-DECIDING = ("precision", "max_repeats", "beam", "length_penalty", "ctc_weight", "vad", "window_seconds", "fallback",
-            "initial_prompt", "audio_track")
-# fmt: on
-
 if TYPE_CHECKING:
-    from canter.corpus.manifest import Utterance
+    from canter.cli.progress import TranscriptionProgress
+    from canter.inference.bulk import BulkResult, DecodingRanks, Report
     from canter.inference.engine.engine import Engine
     from canter.inference.inputs import Item
-    from canter.inference.progress import Decoded
-    from canter.inference.ranks import Ranks
-    from canter.inference.transcribe import Transcription
+    from canter.inference.recording import Timestamps
+    from canter.inference.transcript.formats import FolderOutput
     from canter.inference.transcript.subtitles import SubtitleStyle
-    from canter.inference.transcript.writers import FolderOutput
+
+# Options that a transcript depends on beside the model and its row, by their names in files of partial results.
+# fmt: off
+IDENTITY = {"precision": "precision", "max_repeats": "max_repeats", "beam": "beam_size",
+            "length_penalty": "length_penalty", "ctc_weight": "ctc_weight", "vad": "vad",
+            "window_seconds": "chunk_seconds", "fallback": "fallback", "initial_prompt": "prompt",
+            "audio_track": "audio_track"}
+# fmt: on
+SHOWN = 20  # failures and warnings that are printed
 
 
 @dataclass(frozen=True)
@@ -47,26 +41,26 @@ class Options:
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Audio or video files, recognised by their content, folders of them, `-` for a recording on standard input, or
-    manifests (NeMo JSONL, and whatever `canter index` reads)."""
+    """Audio or video files (recognised by their content), folders of them, `-` for a recording on standard input, or
+    manifests (NeMo JSONL, and every kind that `canter index` reads)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Output file or folder (default: print to standard output). A name without suffix is a folder. The same command
     resumes a transcription that was stopped."""
     format: Literal["txt", "srt", "vtt", "tsv", "json", "nemo", "all"] | None = None
-    """`txt`, `srt`, `vtt`, `tsv`, `json`: one file for each recording, as Whisper's command writes them; `nemo`: the
-    manifest with `pred_text` in every row; `all` needs a folder (default: by the output's suffix, else nemo; txt on
-    standard output)."""
+    """`txt`, `srt`, `vtt`, `tsv`, `json`: one file per recording, as Whisper's command writes them; `nemo`: the
+    manifest with `pred_text` in every row; `all`: all of them, in a folder (default: by the output's suffix, else nemo;
+    txt on standard output)."""
     batch_size: int | None = None
     """Maximum number of utterances decoded together; it changes the speed, not the text (default: 8 to 128 by model and
     device)."""
-    language: Annotated[str | None, tyro.conf.arg(aliases=["--lang"])] = None
+    language: str | None = None
     """Language spoken in recordings that name none, as a code or in English: `de`, `de-AT`, `German` (default: detected
     by a multilingual Whisper)."""
     task: Literal["transcribe", "translate"] | None = None
     """Task of rows that name none (default: translate rows whose source and target languages differ)."""
     target_language: str = "en"
     """Target language of `--task translate` for rows that name none."""
-    initial_prompt: str = ""
+    prompt: str = ""
     """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash.
     """
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
@@ -74,7 +68,7 @@ class Options:
     from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
     cues: Literal["auto", "sentence", "whisper"] = "auto"
     """Rule that divides srt and vtt into cues. `sentence`: at sentence ends, at most 7 s and 2 lines of 42 characters;
-    `whisper`: one cue a segment, as Whisper's command; `auto`: `whisper` with one of the four options below, else
+    `whisper`: one cue per segment, as in Whisper's command; `auto`: `whisper` with one of the four options below, else
     `sentence`."""
     max_line_width: int | None = None
     """Maximum number of characters in a subtitle line."""
@@ -84,35 +78,35 @@ class Options:
     """Maximum number of words in a subtitle line."""
     highlight_words: bool = False
     """Underline each word in srt and vtt while it is spoken."""
-    beam: int = 1
+    beam_size: int = 1
     """Beam size; 1 is greedy search."""
     length_penalty: float | None = None
-    """Divide the score of a beam by its length to this power (default: 1 for Whisper, 0 for others)."""
+    """Exponent of the length by which the score of a beam is divided (default: 1 for Whisper, 0 for others)."""
     ctc_weight: float = 0.0
     """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector: silence of 2 s and more at the ends of a recording, and of 5 s in it, is left out, and
-    long audio is cut in pauses. `silero` needs the extra `vad`; `none` keeps all and cuts overlapping windows."""
-    window_seconds: float | None = None
-    """Maximum length in seconds of the chunks that long audio is cut into (default: the model's training length where
-    known, else 30 for Whisper and 40 for others)."""
+    """Voice activity detector. Silence of at least 2 s at the ends of a recording, and of 5 s within, is left out, and
+    long audio is divided in pauses. `silero` needs the extra `vad`; `none` keeps all audio in overlapping chunks."""
+    chunk_seconds: float | None = None
+    """Maximum length in seconds of the chunks that long audio is divided into (default: the model's training length
+    where known, else 30 for Whisper and 40 for others)."""
     fallback: bool = True
     """Decode repetitive or unlikely text again at higher temperatures (Whisper only)."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one."""
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` uses a GPU if there is one."""
     precision: Literal["float32", "bf16", "int8"] = "float32"
     """bf16 is for GPUs and may make transcripts depend on the batch; int8 is for CPUs."""
     max_repeats: int = 3
-    """Number of repeats to keep where greedy search writes the same words for longer than the audio lasts; 0 is no
-    limit. Nothing else is changed; with --fallback a Whisper has its own rule."""
+    """Number of repeats to keep where greedy search repeats the same words for longer than the audio lasts; 0: no
+    limit. No other text is changed. With --fallback a Whisper has its own rule."""
     audio_track: int | None = None
-    """Audio track to transcribe of files with several, from 0 (default: the one marked as default, else the first)."""
-    longest_seconds: float | None = None
-    """Refuse recordings longer than this (default: no limit)."""
+    """Audio track of files with several, from 0 (default: the one marked as default, else the first)."""
+    max_seconds: float | None = None
+    """Maximum length of a recording in seconds; longer ones are refused (default: no limit)."""
     skip_existing: bool = False
     """Skip recordings whose files exist in the output folder."""
     json: bool = False
-    """Print a summary as one JSON object on stdout; needs --output."""
+    """Print one JSON object on stdout instead of a table; needs --output."""
 
 
 def run(options: Options) -> int:
@@ -121,266 +115,165 @@ def run(options: Options) -> int:
     folder, kinds = destination(options)
     style = style_of(options, kinds)
 
-    from canter.inference.ranks import Ranks
+    from canter.inference.bulk import DecodingRanks
 
-    ranks = Ranks()
-    try:
+    with contextlib.closing(DecodingRanks()) as ranks:
         return transcribe_inputs(options, folder, kinds, style, ranks)
-    finally:
-        ranks.close()
 
 
-def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "Ranks") -> int:
+def transcribe_inputs(
+    options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "DecodingRanks"
+) -> int:
+    """Load the engine, read the inputs, transcribe them, and write the transcripts and a summary."""
     from canter.files import remove_stale
-    from canter.inference.inputs import Defaults, read_items, require_language
+    from canter.inference.bulk import PartialFiles, transcribe_items
+    from canter.inference.inputs import read_items
+    from canter.inference.languages import Defaults
+    from canter.inference.recording import TranscribeConfig
     from canter.inference.resume import partial_files, remove
-    from canter.inference.transcribe import Transcription, checkpoint_of
-    from canter.inference.transcript.writers import check_renderable, json_text, render, write_results
-    from canter.text.whisper import WhisperTokenizer
+    from canter.inference.transcript.formats import check_renderable, json_text, render, write_output
+    from canter.models.hub import checkpoint_of
 
+    display, timed = Display(ranks), options.timestamps in ("segment", "word")
     checkpoint = checkpoint_of(options.model)
-    engine = load_engine(options, checkpoint, ranks)
+    engine = engine_of(options, checkpoint, ranks)
     timestamps = timestamps_of(options, kinds, style)
     if timestamps == "word" and not engine.aligns:
-        timestamps = without_words(checkpoint, style, kinds, quiet=ranks.rank > 0)
-    languages = engine.model.tokenizer.languages
-    if ranks.rank == 0:
-        tell_what_is_not_taken(options.inputs)
-    asked = Defaults.of(engine.model.tokenizer, options.language, options.task, options.target_language)
-    items = read_items(options.inputs, defaults=asked, track=options.audio_track)
-    if asked.language and options.language and ranks.rank == 0:
-        warn_of_other_languages(items, asked.language)
-    if len(languages) > 1 and not isinstance(engine.model.tokenizer, WhisperTokenizer):  # which detects it
-        items = require_language(items, languages)
-    files = None
+        timestamps = without_words(checkpoint, style, display)
+    report_ignored_files(options.inputs, display)
+
+    tokenizer = engine.model.tokenizer
+    assert tokenizer is not None
+    defaults = Defaults.of(tokenizer, options.language, options.task, options.target_language)
+    items = read_items(options.inputs, defaults=defaults, track=options.audio_track)
+    if defaults.language and options.language:
+        report_other_languages(items, defaults.language, display)
+    partial = None
     if folder:
-        assert options.output
-        roots = [os.path.abspath(path) for path in options.inputs if os.path.isdir(path)]
-        items, files = into_folder(
-            options.output, items, roots, kinds, style, options.skip_existing, quiet=ranks.rank > 0
-        )
+        items, display.files = into_folder(options, items, kinds, style, display)
     else:
         check_renderable(len(items), kinds[0])
-    results = [Transcription("", error=item.problem) for item in items]
-    if options.output and ranks.rank == 0:
-        names = files.names if files else ["."]
-        remove_stale((options.output / name).parent for name in names)
-    first = partial_files(options.output, folder) if options.output else None
-    made_by = identity(checkpoint, options, timestamps)
+    names = display.files.names if display.files else None
+    if options.output:
+        if ranks.rank == 0:
+            remove_stale((options.output / name).parent for name in names or ["."])
+        partial = PartialFiles(partial_files(options.output, folder), identity(checkpoint, options, timestamps))
+
+    config = TranscribeConfig(
+        timestamps, options.chunk_seconds, vad=options.vad, prompt=options.prompt, audio_track=options.audio_track
+    )
+    if not options.fallback:
+        config = replace(config, fallback=None)
+    longest = math.inf if options.max_seconds is None else options.max_seconds
     begun = time.perf_counter()
-    resumed, audio_seconds = work_through(engine, items, results, options, made_by, first, files, ranks)
-    shares = ranks.gather((asdict(engine.counters), audio_seconds))
+    with display:
+        found = transcribe_items(engine, items, config, ranks, display, partial, longest)
     seconds = time.perf_counter() - begun
 
-    failed = [(item, result) for item, result in zip(items, results) if result.error is not None]
-    timed = options.timestamps in ("segment", "word")
+    failed = sum(result.error is not None for result in found.transcriptions)
     if ranks.rank == 0:
         written: list[Path] = []
-        if options.output:
-            names = files.names if files else None
-            written = write_results(items, results, options.output, kinds, folder, timed, style, names)
+        if display.files:
+            written = [display.files.write_all(items, found.transcriptions)]
+        elif options.output:
+            if kinds[0] == "nemo" or any(result.error is None for result in found.transcriptions):
+                write_output(options.output, render(items, found.transcriptions, kinds[0], timed, style))
+                written = [options.output]
         else:
-            sys.stdout.writelines(render(items, results, kinds[0], timed, style))
-        counters = {name: sum(share[0][name] for share in shares) for name in shares[0][0]}
-        audio_seconds = sum(share[1] for share in shares)
-        summary = {
-            "model": str(checkpoint),
-            "ranks": ranks.size,
-            "utterances": len(items),
-            "transcribed": len(items) - len(failed),
-            "resumed": resumed,
-            "failed": [{"audio_filepath": shown_path(i.row), "error": r.error} for i, r in failed],
-            "warnings": [
-                {
-                    "audio_filepath": shown_path(i.row),
-                    "lost_seconds": r.lost_seconds,
-                    "warning": redacted(warning),
-                }
-                for i, r in zip(items, results)
-                for warning in r.warnings
-            ],
-            "audio_seconds": audio_seconds,
-            "seconds": seconds,
-            "rtfx": audio_seconds / seconds,
-            "useful_rows": counters["useful_row_steps"] / max(1, counters["row_steps"]),
-            "mean_rows": counters["useful_row_steps"] / max(1, counters["steps"]),
-            "counters": counters,
-            "output": [str(path) for path in written],
-        }
+            sys.stdout.writelines(render(items, found.transcriptions, kinds[0], timed, style))
+        summary = TranscriptionSummary.of(checkpoint, ranks.size, items, found, seconds, written)
         if options.json:
-            print(json_text(summary, indent=2))
-        say(summary)
-    problems = ranks.all_gather(len(failed))[0]  # once rank 0, which knows all of them, has written
-    if first and 0 < problems < len(items):  # the others need not be decoded again
-        if ranks.rank == 0:
-            print(f"what was transcribed is kept in {first} for when the rest is mended", file=sys.stderr)
-    elif first:
-        remove(first)  # every rank does: their disks may differ
-    return 1 if problems else 0
+            print(json_text(asdict(summary), indent=2))
+        summary.show(display)
+    failed = ranks.all_gather(failed)[0]  # rank 0, which has all results, has written them
+    if partial and 0 < failed < len(items):  # the others need not be decoded again
+        display.message(f"finished transcriptions are kept in {partial.first}; fix the failures and run again")
+    elif partial:
+        remove(partial.first)  # on every rank, whose disks may differ
+    return 1 if failed else 0
 
 
-def style_of(options: Options, kinds: list[str]) -> "SubtitleStyle":
-    """Return how subtitles are laid out. Raises ConfigError for options that do not go with the others."""
-    from canter.inference.transcript.formats import SUBTITLES
-    from canter.inference.transcript.subtitles import SubtitleStyle
+class Display(Events["Report"]):
+    """Messages and progress of rank 0 on standard error; a single rank also writes each file of an output folder as
+    soon as it is transcribed."""
 
-    style = SubtitleStyle(
-        options.cues,
-        options.max_line_width,
-        options.max_line_count,
-        options.max_words_per_line,
-        options.highlight_words,
-    )
-    if (style.shaped or style.cues != "auto") and not {*SUBTITLES} & {*kinds}:
-        raise ConfigError(f"{told_of(options)}: for subtitles, and the format is {kinds[0]}; add --format srt or vtt")
-    if style.needs_words and options.timestamps in ("none", "segment"):
-        raise ConfigError(f"{told_of(options)}: needs times of words; leave out --timestamps {options.timestamps}")
-    if style.ignored:
-        print(f"canter: {style.ignored}", file=sys.stderr)
-    return style
+    def __init__(self, ranks: "DecodingRanks"):
+        self.ranks = ranks
+        self.files: FolderOutput | None = None
+        self.progress: TranscriptionProgress | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def message(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            print(f"canter: {text}", file=sys.stderr)
+
+    def step(self, report: "Report") -> None:
+        from canter.cli.progress import TranscriptionProgress
+        from canter.inference.bulk import Started
+        from canter.inference.transcribe import Decoded
+
+        if isinstance(report, Started):
+            label = f"rank 0 of {self.ranks.size}" if self.ranks.size > 1 else "transcribing"
+            bar = TranscriptionProgress(label, report.utterances, report.seconds, hidden=self.ranks.rank > 0)
+            self.progress = self._open.enter_context(bar)
+            return
+        assert self.progress
+        if isinstance(report, Decoded):
+            self.progress.advance(report.seconds)
+            return
+        if self.files and self.ranks.size == 1:
+            self.files.write(report.index, report.item, report.transcription)
+        duration = report.item.utterance.duration if report.item.utterance else 0.0
+        self.progress.finish(duration, report.transcription.error is not None)
 
 
-def told_of(options: Options) -> str:
-    """Return the options of subtitles that were given, as they were typed."""
-    names = ("cues", "max_line_width", "max_line_count", "max_words_per_line", "highlight_words")
-    return ", ".join(
-        f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(Options, name)
-    )
-
-
-def load_engine(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
+def engine_of(options: Options, checkpoint: Path, ranks: "DecodingRanks") -> "Engine":
+    """Load the engine. Raises ConfigError for options that the model does not support."""
     import torch
 
-    from canter.cli.models import load_any
-    from canter.inference.engine.engine import engine_for
-    from canter.inference.engine.int8 import load_in
     from canter.inference.engine.requests import EngineConfig
-    from canter.models.device import choose_device
-    from canter.models.formats.huggingface import foreign_type
-    from canter.runtime import lasting_heap
+    from canter.inference.loading import load_engine
+    from canter.models.protocol import Capability, check_support
+    from canter.runtime import choose_device, keep_freed_memory
 
     device = str(choose_device(options.device))
     if device == "cpu":
-        lasting_heap()
+        keep_freed_memory()
     if device == "cuda" and ranks.size > 1:
         device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
-    if foreign_type(checkpoint):
-        refuse_ours(options, checkpoint)
-        model = load_any(checkpoint, device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    else:
-        model = load_in(options.precision, checkpoint, device)
-    if model.tokenizer is None:
-        raise ConfigError(f"{checkpoint} has no tokenizer, so its tokens cannot be read as text")
     config = EngineConfig(
         rows=options.batch_size,
         max_repeats=options.max_repeats,
-        beams=options.beam,
+        beams=options.beam_size,
         length_penalty=options.length_penalty,
         ctc_weight=options.ctc_weight,
     )
-    return engine_for(model, model.tokenizer.end, config)
-
-
-def refuse_ours(options: Options, checkpoint: Path) -> None:
-    """ConfigError for options that transformers' ``generate`` has nothing for."""
-    asked = {
-        "--timestamps word": options.timestamps == "word",
-        "--precision int8": options.precision == "int8",
-        "--max-repeats": options.max_repeats != Options.max_repeats,
-        "--ctc-weight": options.ctc_weight > 0,
-    }
-    told = [name for name, value in asked.items() if value]
-    if told:
-        raise ConfigError(f"{', '.join(told)}: {checkpoint} runs through transformers, which has no such thing")
-
-
-def work_through(
-    engine: "Engine",
-    items: "Sequence[Item]",
-    results: "list[Transcription]",
-    options: Options,
-    made_by: dict[str, Any],
-    first: Path | None,
-    files: "FolderOutput | None",
-    ranks: "Ranks",
-) -> tuple[int, float]:
-    """Fill in the ``results`` of all items that an earlier start has not, each rank its share; in the end rank 0
-    has them all. A single process writes the files of each item at once. Return how many were there, and the seconds
-    of audio that this rank transcribed.
-
-    ``made_by`` says what an earlier start must have asked for, see `identity`.
-    """
-    from canter.inference.ranks import share
-    from canter.inference.resume import Partial, read_done, row_key
-    from canter.inference.transcribe import TranscribeConfig, transcribe_events
-
-    asked = TranscribeConfig(
-        timestamps=made_by["timestamps"],
-        window_seconds=options.window_seconds,
-        vad=options.vad,
-        context=options.initial_prompt,
-        audio_track=options.audio_track,
-    )
-    if not options.fallback:
-        asked = replace(asked, fallback=None)
-    agree_on_items(items, ranks)
-    known: set[int] = set()
-    if first:
-        done = read_done(first, made_by)
-        for index, item in enumerate(items) if done else ():
-            if item.utterance and (result := done.get(row_key(item.utterance))):
-                results[index] = result
-                known.add(index)
-    others = ranks.all_gather(known)
-    everywhere = set().union(*others)
-    if everywhere and ranks.rank == 0:
-        kept = some_of([shown_path(items[index].row) for index in sorted(everywhere)])
-        print(f"canter: {len(everywhere):,} kept from an earlier start: {kept}", file=sys.stderr)
-    wanted = [index for index, item in enumerate(items) if item.utterance and index not in everywhere]
-    utterances = [utterance for index in wanted if (utterance := items[index].utterance)]
-    mine = share(engine.model, utterances, ranks.size)[ranks.rank]
-    if ranks.size > 1:
-        wanted, utterances = [wanted[place] for place in mine], [utterances[place] for place in mine]
-
-    partial = None
-    if first:
-        path = first.with_name(f"{first.name}-{ranks.rank}") if ranks.rank else first
-        partial = Partial(path, made_by)
-    keys = [row_key(utterance) for utterance in utterances] if partial else []
-    audio_seconds = 0.0
-    try:
-        longest = math.inf if options.longest_seconds is None else options.longest_seconds
-        events = transcribe_events(engine, engine.model.tokenizer, utterances, longest, asked)
-        for number, result in watched(events, utterances, ranks):
-            path = redacted(utterances[number].audio_filepath)
-            if result.error is not None and path not in result.error:
-                result = replace(result, error=f"{path}: {result.error}")
-            results[wanted[number]] = result
-            if result.error is None:
-                audio_seconds += utterances[number].duration
-            if partial:
-                partial.add(utterances[number], result, keys[number])
-            if files and ranks.size == 1:
-                files.write(wanted[number], items[wanted[number]], result)
-    finally:
-        if partial:
-            partial.close()
-    for found in ranks.gather({index: results[index] for index in {*wanted, *(known - others[0])}}):
-        for index, result in found.items():
-            results[index] = result
-    return len(everywhere), audio_seconds
+    engine = load_engine(checkpoint, config, device=device, precision=options.precision)
+    asked: dict[str, Capability] = {}
+    if options.timestamps == "word":
+        asked["--timestamps word"] = "word_timestamps"
+    if options.max_repeats != Options.max_repeats:
+        asked["--max-repeats"] = "repetition_guard"
+    check_support(engine.model, asked, checkpoint)
+    return engine
 
 
 def destination(options: Options) -> tuple[bool, list[str]]:
-    """Whether the output is a folder, and the formats. Raises ConfigError for what does not go together."""
+    """Return True for an output folder, and the formats. Raises ConfigError for options that contradict each other."""
     from canter.inference.transcript.formats import FORMATS, SUFFIXES
 
     kind, output = options.format, options.output
-    for name, value in (("batch-size", options.batch_size), ("beam", options.beam)):
+    for name, value in (("batch-size", options.batch_size), ("beam-size", options.beam_size)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: at least 1")
-    if options.window_seconds is not None and options.window_seconds < 1:
-        raise ConfigError(f"--window-seconds {options.window_seconds:g}: at least 1")
+    if options.chunk_seconds is not None and options.chunk_seconds < 1:
+        raise ConfigError(f"--chunk-seconds {options.chunk_seconds:g}: at least 1")
     if options.audio_track is not None and options.audio_track < 0:
         raise ConfigError(f"--audio-track {options.audio_track}: tracks are counted from 0")
     if options.max_repeats < 0:
@@ -388,7 +281,7 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     if options.skip_existing and not (output and (output.is_dir() or not output.suffix)):
         raise ConfigError("--skip-existing: name a folder as --output")
     if options.skip_existing and kind in (None, "nemo", "all"):
-        raise ConfigError("--skip-existing is for formats with a file an utterance: add --format srt, vtt, txt, ...")
+        raise ConfigError("--skip-existing is for formats with one file per utterance: add --format srt, vtt, txt, ...")
     if output and output.suffix == ".gz":
         raise ConfigError(f"{output}: transcripts are not compressed; name it without .gz")
     if output is None:
@@ -406,7 +299,24 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     return folder, [kind or suffixes.get(output.suffix, "nemo")]
 
 
-def timestamps_of(options: Options, kinds: Sequence[str], style: "SubtitleStyle") -> Literal["none", "segment", "word"]:
+def style_of(options: Options, kinds: list[str]) -> "SubtitleStyle":
+    """Return the layout of subtitles. Raises ConfigError for options that contradict each other."""
+    from canter.inference.transcript.formats import SUBTITLES
+    from canter.inference.transcript.subtitles import SubtitleStyle
+
+    names = ("cues", "max_line_width", "max_line_count", "max_words_per_line", "highlight_words")
+    style = SubtitleStyle(*(getattr(options, name) for name in names))
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(Options, name)]
+    if (style.shaped or style.cues != "auto") and not {*SUBTITLES} & {*kinds}:
+        raise ConfigError(f"{', '.join(given)}: for subtitles, and the format is {kinds[0]}; add --format srt or vtt")
+    if style.needs_words and options.timestamps in ("none", "segment"):
+        raise ConfigError(f"{', '.join(given)}: needs times of words; leave out --timestamps {options.timestamps}")
+    if style.ignored:
+        print(f"canter: {style.ignored}", file=sys.stderr)
+    return style
+
+
+def timestamps_of(options: Options, kinds: Sequence[str], style: "SubtitleStyle") -> "Timestamps":
     """Return the times to ask the model for."""
     from canter.inference.transcript.formats import SUBTITLES
 
@@ -417,44 +327,151 @@ def timestamps_of(options: Options, kinds: Sequence[str], style: "SubtitleStyle"
     return "segment" if {*SUBTITLES, "tsv", "json"} & {*kinds} else "none"
 
 
-def identity(checkpoint: Path, options: Options, timestamps: str) -> dict[str, Any]:
-    """Return what an unfinished result must have been made by, to go on with it."""
+def without_words(checkpoint: Path, style: "SubtitleStyle", events: Events["Report"]) -> Literal["segment"]:
+    """Return the times for subtitles of a model that cannot compute those of words. Raises ConfigError where the layout
+    needs these."""
+    if style.needs_words:
+        raise ConfigError(
+            f"{checkpoint} cannot compute times of words, which these subtitles need; for lines of a given width "
+            "without them add --cues sentence, and leave out --highlight-words"
+        )
+    events.message(
+        f"{checkpoint} cannot compute times of words: cues that divide a segment share its time in proportion to their "
+        "characters"
+    )
+    return "segment"
+
+
+def identity(checkpoint: Path, options: Options, timestamps: str) -> dict[str, object]:
+    """Return the model and the options that partial results must have been made with."""
     weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     return {
         "model": str(checkpoint.resolve()),
         "weights": int(weights.stat().st_mtime) if weights.exists() else None,
         "timestamps": timestamps,
-        **{name: getattr(options, name) for name in DECIDING},
+        **{name: getattr(options, option) for name, option in IDENTITY.items()},
     }
 
 
-def agree_on_items(items: "Sequence[Item]", ranks: "Ranks") -> None:
-    """ConfigError where the ranks were not given the same rows."""
-    from hashlib import blake2b
+def into_folder(
+    options: Options, items: "list[Item]", kinds: list[str], style: "SubtitleStyle", events: Events["Report"]
+) -> "tuple[list[Item], FolderOutput]":
+    """Return the items to transcribe, and the files of each in the output folder."""
+    from canter.inference.inputs import names_of
+    from canter.inference.transcript.formats import FolderOutput, file_names
 
-    if ranks.size == 1:
-        return
-    rows = blake2b(digest_size=8)
-    for item in items:
-        rows.update(json.dumps(item.row, sort_keys=True).encode())
-    if len(set(ranks.all_gather(rows.hexdigest()))) > 1:
-        raise ConfigError("the ranks found different rows: every machine needs the same files at the same paths")
+    assert options.output
+    roots = [os.path.abspath(path) for path in options.inputs if os.path.isdir(path)]
+    timed = options.timestamps in ("segment", "word")
+    files = FolderOutput(options.output, file_names(items, roots), kinds, style, timed)
+    if not options.skip_existing:
+        return items, files
+    done = [all(path.exists() for _, path in files.files(index)) for index in range(len(items))]
+    if any(done):
+        skipped = [item for item, is_done in zip(items, done) if is_done]
+        events.message(f"{len(skipped):,} left out, whose files exist: {names_of(skipped)}")
+    wanted = [index for index, is_done in enumerate(done) if not is_done]
+    return [items[index] for index in wanted], replace(files, names=[files.names[index] for index in wanted])
 
 
-def watched(
-    events: "Iterable[tuple[int, Transcription] | Decoded]", utterances: "Sequence[Utterance]", ranks: "Ranks"
-) -> "Iterator[tuple[int, Transcription]]":
-    """Yield the transcriptions among the events, and show how much audio is decoded."""
-    from canter.cli.progress import TranscriptionProgress
-    from canter.inference.progress import Decoded
+def report_ignored_files(inputs: Sequence[str], events: Events["Report"]) -> None:
+    """Report the number of files in each folder that are not audio or video, and the first of them."""
+    from canter.corpus.media import media_in
+    from canter.corpus.sources import units_of
+    from canter.inference.transcript.formats import SUFFIXES
 
-    label = f"rank 0 of {ranks.size}" if ranks.size > 1 else "transcribing"
-    total = sum(utterance.duration for utterance in utterances)
-    with TranscriptionProgress(label, len(utterances), total, hidden=ranks.rank > 0) as progress:
-        for event in events:
-            if isinstance(event, Decoded):
-                progress.advance(event.seconds)
+    ours = {*SUFFIXES.values(), ".partial"}
+    for path in inputs:
+        if not os.path.isdir(path):
+            continue
+        with contextlib.suppress(ManifestError):  # raised again when the inputs are read
+            if [unit.kind for unit in units_of(path)] != ["folder"]:
                 continue
-            number, result = event
-            yield number, result
-            progress.finish(utterances[number].duration, result.error is not None)
+        others = [file for file in media_in(os.path.abspath(path))[1] if os.path.splitext(file)[1].lower() not in ours]
+        if others:
+            number = f"{len(others):,} files are" if len(others) > 1 else "1 file is"
+            events.message(f"{path}: {number} not taken, no audio or video (the first: {others[0]})")
+
+
+def report_other_languages(items: "Sequence[Item]", asked: str, events: Events["Report"]) -> None:
+    """Report the number of rows that name another language than --language, which is for rows that name none."""
+    from canter.text.languages import is_said, same
+
+    stated = [one.source_lang or one.lang for item in items if (one := item.utterance)]
+    others = sorted({language for language in stated if is_said(language) and not same(language, asked)})
+    if others:
+        count = sum(language in others for language in stated)
+        events.message(
+            f"--language {asked} is for rows that name none; {count:,} name another language ({', '.join(others)})"
+        )
+
+
+@dataclass(frozen=True)
+class TranscriptionSummary:
+    """TranscriptionSummary of a transcription, which --json prints as an object."""
+
+    model: str
+    ranks: int
+    utterances: int
+    transcribed: int
+    resumed: int
+    failed: list[dict[str, str | None]]
+    warnings: list[dict[str, str | float | None]]
+    audio_seconds: float
+    seconds: float
+    rtfx: float
+    useful_rows: float
+    mean_rows: float
+    counters: Mapping[str, float]
+    output: list[str]
+
+    @classmethod
+    def of(
+        cls, model: Path, ranks: int, items: "Sequence[Item]", found: "BulkResult", seconds: float, written: list[Path]
+    ) -> "TranscriptionSummary":
+        pairs, counters = list(zip(items, found.transcriptions)), found.counters
+        failed = [{"audio_filepath": item.path, "error": result.error} for item, result in pairs if result.error]
+        return cls(
+            str(model),
+            ranks,
+            len(items),
+            len(items) - len(failed),
+            len(found.resumed),
+            failed,
+            [
+                {"audio_filepath": item.path, "lost_seconds": result.lost_seconds, "warning": redacted(warning)}
+                for item, result in pairs
+                for warning in result.warnings
+            ],
+            found.audio_seconds,
+            seconds,
+            found.audio_seconds / seconds,
+            counters["useful_row_steps"] / max(1, counters["row_steps"]),
+            counters["useful_row_steps"] / max(1, counters["steps"]),
+            counters,
+            [str(path) for path in written],
+        )
+
+    def show(self, events: Events["Report"]) -> None:
+        """Print failures, warnings, speed and output files to standard error."""
+        for entry in self.failed[:SHOWN]:
+            events.message(f"{entry['error']}")
+        if len(self.failed) > SHOWN:
+            events.message(f"... and {len(self.failed) - SHOWN} more")
+        for entry in self.warnings[:SHOWN]:
+            events.message(f"{entry['audio_filepath']}: {entry['warning']}")
+        if len(self.warnings) > SHOWN:
+            events.message(f"... and {len(self.warnings) - SHOWN} more warnings")
+        resumed = f", {self.resumed} of them from an earlier start" if self.resumed else ""
+        failed = f"; {len(self.failed)} failed" if self.failed else ""
+        ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        counters = self.counters
+        print(
+            f"{self.transcribed} of {self.utterances} transcribed{resumed}{failed}; "
+            f"{self.audio_seconds:,.0f} s of audio in {self.seconds:.1f} s{ranks}, RTFx {self.rtfx:,.1f} "
+            f"(features {counters['feature_seconds']:.1f} s, encoder {counters['encoder_seconds']:.1f} s, "
+            f"decoder {counters['decoder_seconds']:.1f} s at {self.mean_rows:.0f} rows)",
+            *(f"written: {path}" for path in self.output),
+            sep="\n",
+            file=sys.stderr,
+        )

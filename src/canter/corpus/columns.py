@@ -1,8 +1,7 @@
-"""Names that manifests and tables give to a row's audio, text and language, and the columns that a user chose."""
+"""Names that manifests and tables use for a row's audio, text and language, and the options for reading rows."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from canter.corpus.utterance import OPTIONAL_TEXT
 from canter.errors import ManifestError
@@ -32,36 +31,59 @@ class Columns:
     def __bool__(self) -> bool:
         return bool(self.text or self.lang or self.audio)
 
-    def of(self, row: Mapping[str, Any], field: str) -> Any:
+    def of(self, row: Mapping[str, object], field: str) -> object:
         """Return a row's ``text``, ``lang`` or ``audio``; None where it has none."""
         chosen = getattr(self, field)
         return row.get(chosen) if chosen else first_of(row, NAMES[field])
 
     def check(self, names: Iterable[str], path: str, require_text: bool = False) -> None:
-        """Raise ManifestError where the table at ``path`` lacks a column that was chosen, or one of text though it is
-        required."""
+        """Raise ManifestError where the table at ``path`` lacks a chosen column, or any column of a required text."""
         names = list(names)
         if require_text and not self.text and not {*TEXT_NAMES, "answer"} & set(names):
-            raise ManifestError(
-                f"{path} has no column of text; name it (--text-column); it has {', '.join(names)[:200]}"
-            )
+            raise no_column(path, "text", names)
         for one in fields(self):
             chosen = getattr(self, one.name)
             if chosen and chosen not in names:
                 raise ManifestError(f"{path} has no column {chosen!r} of {one.name}; it has {', '.join(names)}")
 
 
+def no_column(path: str, field: str, names: Iterable[str]) -> ManifestError:
+    """Return the error for a table in which no column of text or audio is found."""
+    return ManifestError(
+        f"{path} has no column of {field}; name it (--{field}-column); it has {', '.join(names)[:200]}"
+    )
+
+
 ANY = Columns()
 
 
-def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """Options for turning the rows of a source into utterances."""
+
+    require_text: bool = True
+    """Refuse rows without a text, which can only be transcribed."""
+    measure_durations: bool = False
+    """Read a duration that a row does not state from the header of its audio."""
+    columns: Columns = ANY
+
+    @property
+    def for_fields(self) -> "ReadOptions":
+        """The options for rows made by `common_fields`: their columns are resolved, their durations may be missing."""
+        return ReadOptions(self.require_text, measure_durations=True)
+
+
+DEFAULT_OPTIONS = ReadOptions()
+
+
+def first_of(row: Mapping[str, object], names: Iterable[str]) -> object:
     """Return the first value that is not None."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def common_fields(row: Mapping[str, Any], columns: Columns = ANY) -> dict[str, Any]:
-    """Return the manifest's fields of a row, whatever it calls them; the audio is left to the reader."""
-    found: dict[str, Any] = {field: columns.of(row, field) for field in ("text", "lang")}
+def common_fields(row: Mapping[str, object], columns: Columns = ANY) -> dict[str, object]:
+    """Return the fields of ``row`` under the names of a NeMo manifest; the caller adds the audio."""
+    found: dict[str, object] = {field: columns.of(row, field) for field in ("text", "lang")}
     found["id"] = first_of(row, ID_NAMES)
     kept = ("duration", "offset", "channel_selector", "num_tokens", "answer", "_skipme", *OPTIONAL_TEXT[1:])
     return found | {field: row.get(field) for field in kept}

@@ -1,8 +1,8 @@
-"""Target lengths without a tokenizer: characters, bytes or an estimate, for a first look or for models that spell."""
+"""Target lengths: the protocol of token counters, and counters for use without a tokenizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from canter.corpus.utterance import OPTIONAL_TEXT, Utterance
 from canter.errors import CanterError, ConfigError
@@ -10,12 +10,30 @@ from canter.errors import CanterError, ConfigError
 UNITS = ("chars", "bytes")
 
 
-def prompt_length(tokenizer: Any, rows: Iterable[Utterance]) -> int:
+class TokenCounter(Protocol):
+    """A tokenizer, as far as the index needs it. With worker processes it must be picklable."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str, lang: str | None = None) -> Sequence[int]: ...
+
+
+@runtime_checkable
+class PromptWriter(Protocol):
+    """A token counter that also writes the prompts of a model."""
+
+    def prompt(self, utterance: Utterance) -> list[int]: ...
+
+    def encode(self, text: str, lang: str | None = None) -> Sequence[int]: ...
+
+
+def prompt_length(tokenizer: object, rows: Iterable[Utterance]) -> int:
     """Return the number of tokens of the first row's prompt that the tokenizer can write; 0 for one without prompts.
 
     Raises ConfigError, that of the first row, where it can write none.
     """
-    if not hasattr(tokenizer, "prompt"):
+    if not isinstance(tokenizer, PromptWriter):
         return 0
     fault = None
     for row in rows:
@@ -29,31 +47,30 @@ def prompt_length(tokenizer: Any, rows: Iterable[Utterance]) -> int:
 
 
 class PromptCheck:
-    """Proves that a tokenizer can write the prompts of rows: each combination of languages, task and slots once."""
+    """Checks that a tokenizer can write the prompts of rows; each combination of languages, task and slots once."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: object):
+        self._tokenizer = tokenizer if isinstance(tokenizer, PromptWriter) else None
         self._known: dict[tuple[str | None, ...], str | None] = {}
 
     def fault(self, row: Utterance) -> str | None:
-        """Return why the row's prompt cannot be written, or its text encoded in its language; None where they can."""
-        if not hasattr(self._tokenizer, "prompt"):
+        """Return why the row's prompt cannot be written or its text not be encoded in its language, or None."""
+        if self._tokenizer is None:
             return None
-        asked = tuple(getattr(row, name) for name in OPTIONAL_TEXT)
-        if asked not in self._known:
+        slots = tuple(getattr(row, name) for name in OPTIONAL_TEXT)
+        if slots not in self._known:
             try:
                 self._tokenizer.prompt(row)
                 self._tokenizer.encode("", row.text_lang)
-                self._known[asked] = None
+                self._known[slots] = None
             except (CanterError, ValueError, KeyError) as error:
-                self._known[asked] = f"prompt cannot be made: {error}"
-        return self._known[asked]
+                self._known[slots] = f"prompt cannot be made: {error}"
+        return self._known[slots]
 
 
 @dataclass(frozen=True)
 class UnitCounter:
-    """Stands for a tokenizer where only the number of tokens matters: one for each Unicode character, or
-    byte."""
+    """A token counter that takes every Unicode character, or every byte, for a token."""
 
     unit: str
 
@@ -63,11 +80,10 @@ class UnitCounter:
 
     @property
     def fingerprint(self) -> str:
-        """Names the unit."""
         return self.unit
 
     def encode(self, text: str, lang: str | None = None) -> range:
-        """As many numbers as there are units in the text."""
+        """Return a range with a number for each unit of the text."""
         return range(len(text) if self.unit == "chars" else len(text.encode()))
 
 
@@ -78,19 +94,18 @@ CHARACTERS_A_TOKEN = 3
 
 @dataclass(frozen=True)
 class TokenEstimate:
-    """Stands for a subword tokenizer: a token for three Latin, Greek or Cyrillic characters, spaces and punctuation
-    counted, and one for every other character.
+    """A token counter that estimates the tokens of a subword tokenizer.
 
-    Whisper's multilingual tokenizer makes a token of 2.7 to 4.7 characters in LibriSpeech, LJ Speech, CSS10 Spanish and
-    Common Voice Russian, and 0.7 to 2.6 tokens of a character of other scripts in Common Voice.
+    Three Latin, Greek or Cyrillic characters, spaces and punctuation included, make a token, and so does every other
+    character. Whisper's multilingual tokenizer makes a token of 2.7 to 4.7 characters in LibriSpeech, LJ Speech, CSS10
+    Spanish and Common Voice Russian, and 0.7 to 2.6 tokens of a character of other scripts in Common Voice.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Names the rule."""
         return ESTIMATE
 
     def encode(self, text: str, lang: str | None = None) -> range:
-        """Return as many numbers as there are tokens in the text, by the rule."""
+        """Return a range with a number for each estimated token of the text."""
         narrow = sum(ord(character) < NARROW for character in text)
         return range(-(-narrow // CHARACTERS_A_TOKEN) + len(text) - narrow)

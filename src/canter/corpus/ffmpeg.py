@@ -1,7 +1,7 @@
-"""Read what libsndfile does not know (MP4, MKV, AAC, WMA, ...) through FFmpeg, where the extra ``av`` is installed.
+"""Decode formats that libsndfile does not know (MP4, MKV, AAC, WMA, ...) with FFmpeg, where extra ``av`` is installed.
 
-FFmpeg is given a file object without a name, a list of formats and no protocol: it opens nothing by itself, neither a
-file nor a connection, whatever a file's content asks for.
+FFmpeg is given a file object without a name, a list of formats and no protocol, so that it cannot open another file or
+a connection, whatever a file's content requests.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from canter.corpus.headers import Loss
-from canter.corpus.media import HEAD, format_of
+from canter.corpus.headers import LostAudio
+from canter.corpus.media import HEAD, container_format
 from canter.errors import AudioError
 from canter.extras import install
 
-# Formats that hold audio themselves. Playlists, scripts, session descriptions and sequences of images are not among
-# them: they make FFmpeg open something else.
+# Formats that contain audio. Playlists, scripts, session descriptions and image sequences are excluded, because they
+# make FFmpeg open other files.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,mpegtsraw,mpeg,mpegvideo,avi,asf,asf_o,flv,live_flv,kux,rm,mxf,nut,"
     "gxf,wtv,dv,ogg,wav,w64,aiff,au,caf,flac,mp3,aac,loas,latm,ac3,eac3,ac4,dts,dtshd,truehd,mlp,amr,amrnb,amrwb,ape,"
@@ -32,42 +32,33 @@ OPTIONS = {
     "probesize": "5000000",  # bytes
     "analyzeduration": "5000000",  # microseconds
 }
-# Formats that state where in time each packet is, and may begin late or leave gaps. In all others a gap between
-# packets is damage.
+# Formats with a time stamp for each packet, which may begin late or leave gaps. In all others a gap is damage.
 STAMPED = {
     "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "mpegtsraw", "mpeg", "avi", "asf", "asf_o", "flv", "live_flv",
     "kux", "rm", "mxf", "nut", "gxf", "wtv",
 }  # fmt: skip
-SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # in others a seek lands by the bit rate
-PROMISING = {
-    "mov,mp4,m4a,3gp,3g2,mj2",
-    "flac",
-    "tta",
-    "wv",
-    "ape",
-    "aiff",
-    "w64",
-}  # count the samples of a stream
+SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}  # in others seeking is estimated from the bit rate
+PROMISING = {"mov,mp4,m4a,3gp,3g2,mj2", "flac", "tta", "wv", "ape", "aiff", "w64"}  # state the number of samples
 ENDING = {"matroska,webm", "flv"}  # state the time at which the last packet of all streams ends
 RESTARTING = {"mpegts", "mpegtsraw", "mpeg"}  # time stamps may jump where recordings were joined
-BEFORE = 1.0  # seconds decoded before what is wanted: a codec's first packets depend on those before
+BEFORE = 1.0  # seconds decoded before a segment, because packets depend on earlier ones
 JITTER = 0.1  # seconds by which time stamps may differ from the number of samples before a gap is filled
 LONGEST_JUMP = 10.0  # seconds, for RESTARTING formats (as FFmpeg's -dts_delta_threshold)
-MOST_SILENCE = 6 * 3600.0  # seconds of gaps in a file that are filled
+MOST_SILENCE = 6 * 3600.0  # seconds of gaps that are filled in a file
 NOT_ALLOWED = 22  # FFmpeg's error for a format or protocol that is not in the list
-LONGEST_PACKET = 10.0  # seconds that one is believed to have
-MOST_FAULTS = 8  # errors of the demuxer in a row
+LONGEST_PACKET = 10.0  # seconds; a longer stated duration is not trusted
+MOST_FAULTS = 8  # consecutive errors of the demuxer
 
 
 class Timeline:
-    """Places of the frames of a stream, counted in samples from the start of the recording."""
+    """Positions of the frames of a stream, in samples from the start of the recording."""
 
     def __init__(self, format_name: str, rate: int, origin: float | None):
         self._rate, self.origin = rate, origin
         self._stamped, self._restarts = format_name in STAMPED, format_name in RESTARTING
         self._filled = 0
         self.place = 0
-        """The sample that comes next."""
+        """Number of the next sample."""
 
     def gap(self, seconds: float | None, damaged: bool) -> int:
         """Return the number of samples without audio before a frame with this time stamp.
@@ -78,12 +69,12 @@ class Timeline:
             return 0
         if self.origin is None:
             self.origin = seconds
-        if not self.place and abs(seconds - self.origin) <= JITTER:  # a delay of the codec
+        if not self.place and abs(seconds - self.origin) <= JITTER:  # the delay of the codec
             self.origin = seconds
         missing = round((seconds - self.origin) * self._rate) - self.place
         most = LONGEST_JUMP if self._restarts and self.place else MOST_SILENCE
         if (missing < -JITTER * self._rate and self.place) or missing > most * self._rate - self._filled:
-            self.origin += missing / self._rate  # the clock was set anew: no gap
+            self.origin += missing / self._rate  # the clock was reset: no gap
             return 0
         if missing <= (0 if damaged else JITTER * self._rate):
             return 0
@@ -92,18 +83,18 @@ class Timeline:
 
 
 class _NoTrack(Exception):
-    """A file without the audio that is wanted."""
+    """A file without the requested audio track."""
 
 
-class Coded:
-    """One audio track of a file."""
+class FFmpegTrack:
+    """An audio track that FFmpeg decodes."""
 
     guessed = False
-    losses: tuple[Loss, ...] = ()
-    """Damage that showed before anything was decoded; what has a length is filled with silence."""
+    losses: tuple[LostAudio, ...] = ()
+    """Damage found without decoding; losses of known length are filled with silence."""
 
     def __init__(self, av: Any, container: Any, track: int | None):
-        """Raises _NoTrack where there is no such track, or none with a codec that FFmpeg knows."""
+        """Choose the track. Raises _NoTrack where it does not exist or FFmpeg does not know its codec."""
         self._av, self._container = av, container
         tracks = list(container.streams.audio)
         if not tracks:
@@ -127,9 +118,9 @@ class Coded:
 
     @property
     def promised(self) -> float | None:
-        """The end of the audio as the file states it, in seconds from the start; None where it may be a guess.
+        """End of the audio that the file states, in seconds from the start; None where it may be a guess.
 
-        Of some formats it is complete only once the file is read to its end.
+        In some formats it is correct only once the file has been read to its end.
         """
         stream = self._stream
         if self._format in PROMISING and stream.duration:
@@ -139,19 +130,19 @@ class Coded:
 
     @property
     def cut_short(self) -> float:
-        """Seconds between the last packet of any stream and the end that the file states; 0 where that is a guess."""
+        """Seconds between the last packet of any stream and the stated end of the file; 0 where that is a guess."""
         if self._format not in ENDING or not self._container.duration:
             return 0.0
         return max(0.0, self._container.duration / 1e6 - self._latest + (self._origin or 0.0))
 
     def seconds(self) -> float:
-        """Return the time at which the track ends, by the time stamps of its packets; none is decoded."""
+        """Return the time at which the track ends, from the time stamps of its packets, without decoding."""
         timeline, end = Timeline(self._format, self.rate, self._origin), 0.0
         for packet in self._packets(self._stream):
-            if packet.dts is None and packet.pts is None:  # the last, which is empty
+            if packet.dts is None and packet.pts is None:  # the last packet, which is empty
                 continue
             at, seconds = _time_of(packet), (packet.duration or 0) * self._seconds_a_tick
-            if at is not None and self._origin is not None and at < self._origin:  # for the decoder alone
+            if at is not None and self._origin is not None and at < self._origin:  # only for the decoder
                 continue
             timeline.place += timeline.gap(at, False) + round(seconds * self.rate)
             if self._format in STAMPED and at is not None:
@@ -162,50 +153,34 @@ class Coded:
 
     def read(
         self, start: int, size: int, most: int | None = None, channel: int | None = None
-    ) -> Iterator[np.ndarray | Loss]:
-        """Yield (S, C) float32 from sample ``start`` on, ``size`` samples at a time, and what could not be decoded.
+    ) -> Iterator[np.ndarray | LostAudio]:
+        """Yield (S, C) float32 from sample ``start`` on, ``size`` samples at a time, and the losses between them.
 
-        Gaps in the time stamps are filled with silence. More than two channels are mixed into one by FFmpeg, unless one
-        ``channel`` is wanted. The reader stops the iteration once it has ``most`` samples.
+        Gaps in the time stamps are filled with silence. FFmpeg mixes more than two channels into one, unless a
+        ``channel`` is requested. The caller stops the iteration once it has ``most`` samples.
         """
         size = size if most is None else min(size, most)
-        silent = 1 if channel is None and self.channels > 2 else self.channels
+        channels = 1 if channel is None and self.channels > 2 else self.channels
         pending, count = list[np.ndarray](), 0
-
-        def flush() -> Iterator[np.ndarray]:
-            nonlocal pending, count
-            while count >= size:
-                whole = np.concatenate(pending)
-                yield whole[:size]
-                pending, count = [whole[size:]], count - size
-
-        for event in self._events(start, silent):
-            if isinstance(event, Loss):
+        for event in self._events(start, channels):
+            if isinstance(event, LostAudio):
                 if count:
-                    yield from flush()
-                    if count:
-                        yield np.concatenate(pending)
-                    pending, count = [], 0
+                    yield np.concatenate(pending)
+                pending, count = [], 0
                 yield event
                 continue
-            while isinstance(event, int):  # samples of silence
-                taken = min(event, size - count)
-                pending.append(np.zeros((taken, silent), np.float32))
-                count += taken
-                yield from flush()
-                if event == taken:
-                    break
-                event -= taken
-            else:
-                pending.append(event)
-                count += len(event)
-                if count >= size:
-                    yield from flush()
+            for samples in [event] if isinstance(event, np.ndarray) else _silence(event, size, channels):
+                pending.append(samples)
+                count += len(samples)
+                while count >= size:
+                    joined = np.concatenate(pending)
+                    yield joined[:size]
+                    pending, count = [joined[size:]], count - size
         if count:
             yield np.concatenate(pending)
 
-    def _events(self, start: int, channels: int) -> Iterator[np.ndarray | Loss | int]:
-        """Yield samples (S, C), numbers of silent ones, and losses, from sample ``start`` on."""
+    def _events(self, start: int, channels: int) -> Iterator[np.ndarray | LostAudio | int]:
+        """Yield samples (S, C), numbers of samples of silence, and losses, from sample ``start`` on."""
         timeline = Timeline(self._format, self.rate, self._origin)
         holes = [loss for loss in self.losses if loss.seconds is not None]
         filled = 0
@@ -213,8 +188,8 @@ class Coded:
             while holes and (timeline.place - filled) / self.rate >= holes[0].at:
                 hole = holes.pop(0)
                 missing = round((hole.seconds or 0.0) * self.rate)
-                yield Loss(timeline.place / self.rate, hole.seconds, hole.reason)
-                yield from self._silence(timeline, missing, start)
+                yield LostAudio(timeline.place / self.rate, hole.seconds, hole.reason)
+                yield from self._gap(timeline, missing, start)
                 filled += missing
                 if timeline.origin is not None:
                     timeline.origin -= missing / self.rate
@@ -225,8 +200,8 @@ class Coded:
                 lost = max(missing / self.rate, sum(seconds for seconds, _ in faults))
                 known = self.losses[0].reason if self.losses else "packets are missing"
                 reason = faults[0][1] if faults else known
-                yield Loss(place / self.rate, lost, reason)
-            yield from self._silence(timeline, missing, start)
+                yield LostAudio(place / self.rate, lost, reason)
+            yield from self._gap(timeline, missing, start)
             if frame is None:
                 continue
             for samples in self._samples(frame, channels):
@@ -238,19 +213,21 @@ class Coded:
         return None if frame is None or frame.pts is None else frame.pts * self._seconds_a_tick
 
     @staticmethod
-    def _silence(timeline: Timeline, missing: int, start: int) -> Iterator[int]:
-        """Move over so many samples, and yield how many of them come after ``start``."""
+    def _gap(timeline: Timeline, missing: int, start: int) -> Iterator[int]:
+        """Advance by ``missing`` samples, and yield the number of them after ``start``."""
         timeline.place += missing
         if timeline.place > start and missing:
             yield min(missing, timeline.place - start)
 
     def _frames(self, start: int, timeline: Timeline) -> Iterator[tuple[Any, list[tuple[float, str]]]]:
-        """Yield frames from sample ``start`` or before it on, each with the faults before it: seconds and reason. The
-        last may have no frame."""
+        """Yield frames from sample ``start`` or earlier, each with the faults before it as (seconds, reason).
+
+        The frame is None for faults at the end.
+        """
         early = start - round(BEFORE * self.rate)
         if early > 0 and self._format in SEEKABLE:
             first, _ = next(self._decoded(), (None, []))
-            timeline.gap(self._time_of_frame(first), False)  # which finds the origin
+            timeline.gap(self._time_of_frame(first), False)  # sets the origin
             target = round(((timeline.origin or 0.0) + early / self.rate) / self._seconds_a_tick)
             with contextlib.suppress(self._av.FFmpegError):
                 self._container.seek(target, stream=self._stream)
@@ -275,7 +252,7 @@ class Coded:
                 frames = packet.decode()
             except self._av.error.EOFError:
                 continue
-            except Exception as error:  # a decoder may raise anything, and the next packet may be sound
+            except Exception as error:  # decoders may raise anything, and the next packet may be intact
                 seconds = min(LONGEST_PACKET, (packet.duration or 0) * self._seconds_a_tick)
                 faults.append((seconds, f"FFmpeg: {_plain(error)}"))
                 continue
@@ -286,8 +263,7 @@ class Coded:
             yield None, faults
 
     def _packets(self, *streams: Any) -> Iterator[Any]:
-        """Yield the packets of the streams, of all by default; an error of the file's structure is passed over where
-        packets follow."""
+        """Yield the packets of the streams (default: all), after errors of the file's structure too."""
         faults = 0
         while faults < MOST_FAULTS:
             packets = self._container.demux(*streams)
@@ -299,14 +275,14 @@ class Coded:
                         self._latest = max(self._latest, end)
                     yield packet
                 return
-            except Exception:  # of PyAV too, where the file has more streams than its header said
+            except Exception:  # PyAV raises too where a file has more streams than its header says
                 faults += 1
 
     def _samples(self, frame: Any, channels: int) -> Iterator[np.ndarray]:
         """Yield a decoded frame as (S, C) float32 at the track's rate."""
         layout = "mono" if channels == 1 else self._layout
         key = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if getattr(self, "_resampled", None) != key:  # a stream may change in its course
+        if getattr(self, "_resampled", None) != key:  # the format of a stream may change
             self._resampler = self._av.AudioResampler(format="fltp", layout=layout, rate=self.rate)
             self._resampled = key
         for piece in self._resampler.resample(frame):
@@ -314,7 +290,7 @@ class Coded:
 
 
 def _time_of(packet: Any) -> float | None:
-    """Return when a packet is to be heard, in seconds of its file."""
+    """Return the presentation time of a packet, in seconds of its file."""
     return None if packet.pts is None else packet.pts * float(packet.time_base)
 
 
@@ -322,18 +298,23 @@ def _is_default(stream: Any) -> bool:
     return bool(int(getattr(stream, "disposition", 0)) & 1)
 
 
+def _silence(count: int, size: int, channels: int) -> Iterator[np.ndarray]:
+    for start in range(0, count, size):
+        yield np.zeros((min(size, count - start), channels), np.float32)
+
+
 class _Nameless:
-    """The bytes of a file without its name, by which FFmpeg would guess the format."""
+    """The bytes of a file without its name, from which FFmpeg would guess the format."""
 
     def __init__(self, file: BinaryIO):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 @contextlib.contextmanager
-def open_coded(path: str, file: BinaryIO, reason: str, track: int | None = None) -> Iterator[Coded]:
-    """Open a track of a file: of several the one that is marked as the default, or else the first.
+def open_ffmpeg_track(path: str, file: BinaryIO, reason: str, track: int | None = None) -> Iterator[FFmpegTrack]:
+    """Open a track of a file, by default the one marked as default, else the first.
 
-    Raises `AudioError`, with the ``reason`` for which libsndfile does not read it, where FFmpeg does not either.
+    ``reason`` is why libsndfile does not read the file. Raises AudioError where FFmpeg does not read it either.
     """
     try:
         av: Any = importlib.import_module("av")
@@ -348,10 +329,10 @@ def open_coded(path: str, file: BinaryIO, reason: str, track: int | None = None)
             container = stack.enter_context(
                 av.open(_Nameless(file), metadata_errors="ignore", container_options=OPTIONS)
             )
-            coded = Coded(av, container, track)
+            coded = FFmpegTrack(av, container, track)
         except Exception as error:  # PyAV raises AttributeError, UnicodeDecodeError and others
             raise AudioError(_refusal(path, file, reason, error)) from None
-        if coded.rate < 1 or coded.channels < 1:  # FFmpeg takes some text for a sound format
+        if coded.rate < 1 or coded.channels < 1:  # FFmpeg recognises some text as a sound format
             raise AudioError(f"{path} is not audio: {reason}; FFmpeg finds no sampling rate; leave it out")
         yield coded
 
@@ -359,7 +340,7 @@ def open_coded(path: str, file: BinaryIO, reason: str, track: int | None = None)
 def _refusal(path: str, file: BinaryIO, reason: str, error: Exception) -> str:
     """Return the message for a file that FFmpeg does not open."""
     file.seek(0)
-    known = format_of(file.read(HEAD))
+    known = container_format(file.read(HEAD))
     if isinstance(error, _NoTrack):
         return f"{path} cannot be read: {error}; leave it out"
     if known and isinstance(error, OSError | ValueError) and getattr(error, "errno", 0) != NOT_ALLOWED:
@@ -367,10 +348,10 @@ def _refusal(path: str, file: BinaryIO, reason: str, error: Exception) -> str:
             f"{path} is damaged or truncated: it begins as {known}, but FFmpeg cannot read it ({_plain(error)}); copy "
             "the file again or leave it out"
         )
-    told = _plain(error)
+    message = _plain(error)
     if getattr(error, "errno", 0) == NOT_ALLOWED:
-        told = "its format is none that holds audio itself"
-    return f"{path} is not audio: {reason}; FFmpeg says: {told}; leave it out"
+        message = "its format is none that holds audio itself"
+    return f"{path} is not audio: {reason}; FFmpeg reports: {message}; leave it out"
 
 
 def _plain(error: Exception) -> str:

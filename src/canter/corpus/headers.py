@@ -1,8 +1,8 @@
-"""Check what the header of a sound file claims against what the file holds.
+"""Compare the header of a sound file with the content of the file, without decoding audio.
 
-libsndfile believes the header. Three kinds of header are not to be believed: sample data without a size, because
-the recorder died before it wrote one; an MP3 whose length is a guess from the bit rate of its first frame; and any file
-that is shorter than its header says. None of the checks decodes audio.
+libsndfile trusts the header. Three kinds of header cannot be trusted: sample data without a size, because the recorder
+stopped before it wrote one; an MP3 whose length is a guess from the bit rate of its first frame; and any file that is
+shorter than its header says.
 """
 
 import functools
@@ -10,57 +10,57 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 
-OPEN_SIZE = 0x7FFF0000  # 32-bit data sizes from here on are what writers to a pipe leave in the header
+OPEN_SIZE = 0x7FFF0000  # writers to a pipe leave 32-bit data sizes of at least this in the header
 ENDLESS = 1 << 40  # bytes claimed for an MP3 whose length must not be guessed from its size
 TAG = 128  # bytes of an ID3v1 tag
-MOST_CHUNKS, MOST_ELEMENTS = 10_000, 3_000_000  # of a RIFF and of a Matroska file are looked at
+MOST_CHUNKS, MOST_ELEMENTS = 10_000, 3_000_000  # examined of a RIFF and of a Matroska file
 _W64_TAIL = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 _W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A stretch of audio that cannot be decoded."""
+class LostAudio:
+    """A part of a recording that cannot be decoded."""
 
     at: float
     """Seconds from the start of the file."""
     seconds: float | None
-    """Length of the stretch; None where only the end of the file would tell."""
+    """Length; None where it is unknown."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Header:
-    """The result of a check of a file's header."""
+    """Result of the check of a file's header."""
 
     patches: tuple[tuple[int, bytes], ...] = ()
-    """Bytes to read in place of those at a position, so that the header tells the truth."""
+    """Corrections of the header: positions and the bytes to read there."""
     first: int = 0
-    """Bytes to leave out at the start."""
+    """Number of bytes to skip at the start."""
     endless: bool = False
-    """The file ends where its data does, not where its size suggests."""
+    """True if libsndfile must not estimate the length from the size of the file."""
     missing: float = 0.0
-    """Fraction of the sample data promised by the header that is not in the file."""
+    """Fraction of the sample data stated in the header that is missing from the file."""
     samples: int | None = None
-    """Number of samples, counted; None where nothing was counted."""
+    """Number of samples, where they were counted."""
     guessed: bool = False
-    """The length that libsndfile reports is a guess."""
-    losses: tuple[Loss, ...] = ()
+    """True if the length that libsndfile reports is a guess."""
+    losses: tuple[LostAudio, ...] = ()
 
-    def view(self, file: BinaryIO) -> Any:
-        """Return the file as libsndfile should see it."""
+    def view(self, file: BinaryIO) -> BinaryIO:
+        """Return the file with the header corrected, for libsndfile to read."""
         if not self.patches and not self.first and not self.endless:
             return file
-        return _View(file, self)
+        return cast(BinaryIO, _View(file, self))
 
 
 class _View(io.RawIOBase):
-    """A file with some bytes replaced or left out, or without an end that could be asked for."""
+    """A file with some bytes replaced or skipped, or that claims to be endless."""
 
     def __init__(self, file: BinaryIO, header: Header):
         self._file, self._header, self._place = file, header, 0
@@ -82,9 +82,9 @@ class _View(io.RawIOBase):
         self._place = max(0, offset)
         return self._place
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = self._place + self._header.first
-        if self._header.endless and 0 < ENDLESS - self._place <= TAG:  # mpg123 looks for a tag at the end
+        if self._header.endless and 0 < ENDLESS - self._place <= TAG:  # mpg123 searches a tag at the end
             data = bytes(min(len(buffer), ENDLESS - self._place))
         else:
             self._file.seek(place)
@@ -102,9 +102,9 @@ class _View(io.RawIOBase):
 
 
 def check_header(file: BinaryIO) -> Header:
-    """Compare a sound file's header with its content; formats without such a check give an empty `Header`.
+    """Compare a sound file's header with its content, and rewind the file.
 
-    The file is left at its start.
+    Formats without such a check give an empty `Header`.
     """
     file.seek(0)
     head = file.read(16)
@@ -128,14 +128,14 @@ def check_header(file: BinaryIO) -> Header:
             found = _mp3(_Window(file, size))
         else:
             found = Header()
-    except struct.error:  # the header itself is cut short: the decoder will say so
+    except struct.error:  # the header itself is truncated, which the decoder reports
         found = Header()
     file.seek(0)
     return found
 
 
 class _Window:
-    """A file of any size, of which a few MB are in memory."""
+    """Random access to a file of any size, with a few MB of it in memory."""
 
     SIZE = 1 << 22
 
@@ -144,7 +144,7 @@ class _Window:
         self._data, self._base = b"", 0
 
     def around(self, place: int, size: int) -> tuple[bytes, int]:
-        """Return what is in memory, and where in it ``place`` lies; ``size`` bytes follow, unless the file ends."""
+        """Return the bytes in memory and the position of ``place`` in them; ``size`` bytes follow it if they exist."""
         begin = place - self._base
         if begin < 0 or begin + min(size, self.end - place) > len(self._data):
             self._file.seek(place)
@@ -153,12 +153,11 @@ class _Window:
         return self._data, begin
 
     def at(self, place: int, size: int) -> bytes:
-        """Return ``size`` bytes from ``place`` on, fewer at the end of the file."""
         data, begin = self.around(place, size)
         return data[begin : begin + size]
 
     def find(self, wanted: bytes, place: int) -> int:
-        """Return the first place from ``place`` on where ``wanted`` stands, -1 where there is none."""
+        """Return the position of ``wanted`` at or after ``place``, or -1."""
         while place + len(wanted) <= self.end:
             data, begin = self.around(place, len(wanted))
             found = data.find(wanted, begin)
@@ -174,34 +173,37 @@ class _Window:
 
 
 def _chunks(
-    file: BinaryIO, place: int, size: int, order: str, wanted: Sequence[bytes]
+    file: BinaryIO, place: int, end: int, header: str, padding: int = 2, inclusive: bool = False
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, first byte and size of the wanted chunks of a RIFF, up to the sample data."""
+    """Yield name, first byte of the content, and stated size of each chunk of a file of ``end`` bytes.
+
+    ``header`` is the format of a chunk's name and size; the size includes the header if ``inclusive``.
+    """
+    head = struct.calcsize(header)
     for _ in range(MOST_CHUNKS):
-        if place + 8 > size:
+        if place + head > end:
             return
         file.seek(place)
-        name, length = struct.unpack(f"{order}4sI", file.read(8))
-        if name in wanted:
-            yield name, place + 8, length
-            if name in (b"data", b"SSND"):
-                return
-        place += 8 + length + length % 2
+        name, length = struct.unpack(header, file.read(head))
+        yield name, place + head, length
+        step = max(head, length) if inclusive else head + max(0, length)
+        place += -(-step // padding) * padding
 
 
-def _are_chunks(file: BinaryIO, place: int, size: int, order: str) -> bool:
-    """Return whether what follows ``place`` is a row of chunks to the end of the file, or nothing."""
-    while place + 8 <= size:
-        file.seek(place)
-        name, length = struct.unpack(f"{order}4sI", file.read(8))
+def _are_chunks(file: BinaryIO, place: int, end: int, order: str) -> bool:
+    """Return whether only complete chunks, or nothing, follow ``place``."""
+    for name, content, length in _chunks(file, place, end, f"{order}4sI"):
         if not name.isascii() or not name.decode().isprintable():
             return False
-        place += 8 + length + length % 2
-    return place - size in range(-7, 2)
+        place = content + length + length % 2
+    return place - end in range(-7, 2)
 
 
 def _data(declared: int, there: int, is_open: bool, patches: list[tuple[int, bytes]]) -> Header:
-    """Return what holds for ``declared`` bytes of sample data where ``there`` are."""
+    """Return the check of a header that declares ``declared`` bytes of sample data, of which ``there`` exist.
+
+    The patches apply if it leaves the size open.
+    """
     if is_open and there > 0:
         return Header(tuple(patches))
     if declared > there:
@@ -209,119 +211,109 @@ def _data(declared: int, there: int, is_open: bool, patches: list[tuple[int, byt
     return Header()
 
 
-def _wav(file: BinaryIO, head: bytes, size: int) -> Header:
+def _wav(file: BinaryIO, head: bytes, end: int) -> Header:
     order, long = (">" if head[:4] == b"RIFX" else "<"), None
-    for name, place, length in _chunks(file, 12, size, order, (b"ds64", b"data")):
+    for name, place, length in _chunks(file, 12, end, f"{order}4sI"):
+        there = end - place
         if name == b"ds64":
             file.seek(place + 8)
             long = (place + 8, struct.unpack("<Q", file.read(8))[0])
-            continue
-        there = size - place
-        if long and head[:4] == b"RF64" and length == 0xFFFFFFFF:
+        elif name == b"data" and long and head[:4] == b"RF64" and length == 0xFFFFFFFF:
             declared, patch = long[1], [(long[0], struct.pack("<Q", there))]
             return _data(declared, there, declared in (0, 2**64 - 1), patch)
-        patch = [(place - 4, struct.pack(f"{order}I", min(there, 0xFFFFFFFF)))]
-        is_open = length >= OPEN_SIZE and length > there
-        is_open |= length == 0 and not _are_chunks(file, place, size, order)
-        return _data(length, there, is_open, patch)
+        elif name == b"data":
+            patch = [(place - 4, struct.pack(f"{order}I", min(there, 0xFFFFFFFF)))]
+            is_open = length >= OPEN_SIZE and length > there
+            is_open |= length == 0 and not _are_chunks(file, place, end, order)
+            return _data(length, there, is_open, patch)
     return Header()
 
 
-def _aiff(file: BinaryIO, size: int) -> Header:
+def _aiff(file: BinaryIO, end: int) -> Header:
     frames = None
-    for name, place, length in _chunks(file, 12, size, ">", (b"COMM", b"SSND")):
+    for name, place, length in _chunks(file, 12, end, ">4sI"):
+        there = end - place
         if name == b"COMM":
             file.seek(place)
             channels, _, bits = struct.unpack(">hIh", file.read(8))
             frames = (place + 2, max(1, channels * ((bits + 7) // 8)))
-            continue
-        there = size - place
-        patch = [(place - 4, struct.pack(">I", min(there, 0xFFFFFFFF)))]
-        if frames:
-            patch.append((frames[0], struct.pack(">I", max(0, there - 8) // frames[1])))
-        is_open = length >= OPEN_SIZE and length > there
-        is_open |= length in (0, 8) and not _are_chunks(file, place + length, size, ">")
-        return _data(length, there, is_open, patch)
+        elif name == b"SSND":
+            patch = [(place - 4, struct.pack(">I", min(there, 0xFFFFFFFF)))]
+            if frames:
+                patch.append((frames[0], struct.pack(">I", max(0, there - 8) // frames[1])))
+            is_open = length >= OPEN_SIZE and length > there
+            is_open |= length in (0, 8) and not _are_chunks(file, place + length, end, ">")
+            return _data(length, there, is_open, patch)
     return Header()
 
 
-def _au(head: bytes, size: int) -> Header:
+def _au(head: bytes, end: int) -> Header:
     order = ">" if head[:4] == b".snd" else "<"
     start, length = struct.unpack(f"{order}II", head[4:12])
     is_open = length in (0, 0xFFFFFFFF)
-    return _data(length, size - start, is_open, [(8, struct.pack(f"{order}I", max(0, size - start)))])
+    return _data(length, end - start, is_open, [(8, struct.pack(f"{order}I", max(0, end - start)))])
 
 
-def _caf(file: BinaryIO, size: int) -> Header:
-    place = 8
-    while place + 12 <= size:
-        file.seek(place)
-        name, length = struct.unpack(">4sq", file.read(12))
+def _caf(file: BinaryIO, end: int) -> Header:
+    for name, place, length in _chunks(file, 8, end, ">4sq", padding=1):
         if name == b"data":
-            there = size - place - 12
-            patch = (place + 4, struct.pack(">q", there))
+            there = end - place
+            patch = (place - 8, struct.pack(">q", there))
             if length > there:  # libsndfile does not open such a file
                 return Header((patch,), missing=1 - there / length)
             return _data(length, there, length in (-1, 0, 4), [patch])
-        place += 12 + max(0, length)
     return Header()
 
 
-def _w64(file: BinaryIO, size: int) -> Header:
-    place = 40
-    while place + 24 <= size:
-        file.seek(place)
-        name, length = struct.unpack("<16sQ", file.read(24))
+def _w64(file: BinaryIO, end: int) -> Header:
+    for name, place, length in _chunks(file, 40, end, "<16sQ", padding=8, inclusive=True):
         if name == b"data" + _W64_TAIL:
-            there = size - place
+            there = end - place + 24
             is_open = length in (0, 24, 2**64 - 1) or length >= 2**63
-            return _data(length, there, is_open, [(place + 16, struct.pack("<Q", there))])
-        if length < 24:
-            break
-        place += (length + 7) // 8 * 8
+            return _data(length, there, is_open, [(place - 8, struct.pack("<Q", there))])
     return Header()
 
 
 # -- Ogg --
 
 
-def _ogg_losses(window: _Window) -> Iterator[Loss]:
-    """Yield the places at which pages are missing, damaged or cut off (RFC 3533, section 6).
+def _ogg_losses(window: _Window) -> Iterator[LostAudio]:
+    """Yield a loss for every missing, damaged or truncated page (RFC 3533, section 6).
 
-    Positions are those of the pages before, in seconds, for Vorbis, Opus, FLAC and Speex.
+    Positions are those of the preceding pages, in seconds, for Vorbis, Opus, FLAC and Speex.
     """
     place, end, at, damage, tries = 0, window.end, 0.0, "", 0
     numbers, rates = dict[int, int](), dict[int, int]()
     while place + 27 <= end:
         page = window.at(place, 27 + 255 + 255 * 255)
-        whole = page.startswith(b"OggS") and len(page) >= 27 + page[26]
-        size = 27 + page[26] + sum(page[27 : 27 + page[26]]) if whole else 0
-        if not whole or size > len(page) or _ogg_check(page[:size]) != int.from_bytes(page[22:26], "little"):
+        complete = page.startswith(b"OggS") and len(page) >= 27 + page[26]
+        size = 27 + page[26] + sum(page[27 : 27 + page[26]]) if complete else 0
+        if not complete or size > len(page) or _ogg_check(page[:size]) != int.from_bytes(page[22:26], "little"):
             following, tries = window.find(b"OggS", place + 1), tries + 1
             if following >= 0 and tries < MOST_LOSSES:
                 place, damage = following, damage or "a page of the Ogg file is damaged"
                 continue
             if page.startswith(b"OggS"):
                 damage = "the last page of the Ogg file is damaged or cut short"
-            break  # what follows the last page is not audio
+            break  # data after the last page is not audio
         kind, granule, serial, number = struct.unpack_from("<BqII", page, 5)
-        if kind & 2:  # begins a stream
+        if kind & 2:  # the first page of a stream
             rates[serial] = _granule_rate(page[27 + page[26] : size])
         elif serial in numbers and number > numbers[serial] + 1:
             damage = damage or "a page of the Ogg file is missing"
         numbers[serial] = number
         if damage:
-            yield Loss(at, None, damage)
+            yield LostAudio(at, None, damage)
             damage = ""
         if granule > 0 and rates.get(serial):
             at = granule / rates[serial]
         place += size
     if damage:
-        yield Loss(at, None, damage)
+        yield LostAudio(at, None, damage)
 
 
 def _granule_rate(packet: bytes) -> int:
-    """Return the granules in a second that the first packet of a stream states; 0 for what is not audio."""
+    """Return the granules a second according to the first packet of a stream; 0 where it is not audio."""
     if packet.startswith(b"OpusHead"):
         return 48000
     if packet.startswith(b"\x01vorbis") and len(packet) >= 16:
@@ -334,7 +326,7 @@ def _granule_rate(packet: bytes) -> int:
 
 
 def _ogg_check(page: bytes) -> int:
-    """Return Ogg's CRC-32: the polynomial of zlib's, with the bits of bytes and sum reversed, and from zero."""
+    """Return Ogg's CRC-32: zlib's polynomial, with the bits of bytes and sum reversed, starting from zero."""
     page = page[:22] + bytes(4) + page[26:]
     found = ~zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) & 0xFFFFFFFF
     return int(f"{found:032b}"[::-1], 2)
@@ -343,27 +335,18 @@ def _ogg_check(page: bytes) -> int:
 # -- Matroska and WebM --
 
 _SEGMENT, _INFO, _CLUSTER, _TIMESTAMP, _SCALE = 0x18538067, 0x1549A966, 0x1F43B675, 0xE7, b"\x2a\xd7\xb1"
-_VOID = {0xEC, 0xBF}  # and the checksum
-_IN_SEGMENT = {
-    0x114D9B74,
-    _INFO,
-    0x1654AE6B,
-    _CLUSTER,
-    0x1C53BB6B,
-    0x1941A469,
-    0x1043A770,
-    0x1254C367,
-} | _VOID
+_VOID = {0xEC, 0xBF}  # padding and checksum
+_IN_SEGMENT = {0x114D9B74, _INFO, 0x1654AE6B, _CLUSTER, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367} | _VOID
 _IN_CLUSTER = {_TIMESTAMP, 0xA3, 0xA0, 0xAB, 0xA7, 0x5854, 0xAF} | _VOID
 
 
-def _matroska_losses(window: _Window) -> Iterator[Loss]:
-    """Yield the places at which the elements of clusters do not fit into each other (RFC 9559).
+def _matroska_losses(window: _Window) -> Iterator[LostAudio]:
+    """Yield a loss for every element that does not fit into its cluster (RFC 9559).
 
-    FFmpeg goes on at the next cluster without a word.
+    FFmpeg skips to the next cluster without an error.
     """
     place, end, at, scale, tries = 0, window.end, 0.0, 1e-3, 0
-    cluster_end = 0  # of the cluster that the elements at ``place`` are in
+    cluster_end = 0  # end of the cluster that holds the element at ``place``
     segment_end = end
     for _ in range(MOST_ELEMENTS):
         if place >= end:
@@ -373,7 +356,7 @@ def _matroska_losses(window: _Window) -> Iterator[Loss]:
         if name == _SEGMENT:
             place, segment_end = begin, min(end, after)
             continue
-        if place >= segment_end:  # what follows is not of this recording
+        if place >= segment_end:  # data of another recording
             return
         fits = name in _IN_CLUSTER and place < cluster_end and (after <= cluster_end or after > end)
         if fits or name in _IN_SEGMENT or not place:
@@ -387,7 +370,7 @@ def _matroska_losses(window: _Window) -> Iterator[Loss]:
             place = after
             continue
         following = window.find(_CLUSTER.to_bytes(4), place + 1)
-        yield Loss(at, None, "a cluster of the Matroska file is damaged")
+        yield LostAudio(at, None, "a cluster of the Matroska file is damaged")
         tries += 1
         if following < 0 or tries == MOST_LOSSES:
             return
@@ -395,7 +378,7 @@ def _matroska_losses(window: _Window) -> Iterator[Loss]:
 
 
 def _element(window: _Window, place: int) -> tuple[int, int, int]:
-    """Return name and size of an element, and the first byte of its content; a size that is left open is endless."""
+    """Return name and size of an element, and the first byte of its content; an unknown size is `ENDLESS`."""
     head = window.at(place, 12)
     width = 9 - head[0].bit_length()
     rest = head[width : width + 1]
@@ -409,7 +392,7 @@ def _element(window: _Window, place: int) -> tuple[int, int, int]:
 
 
 def _scale(info: bytes) -> float:
-    """Return the seconds in a unit of time stamps."""
+    """Return the seconds of one unit of the time stamps."""
     place = info.find(_SCALE)
     size = info[place + 3] & 0x7F if 0 <= place < len(info) - 4 else 0
     return int.from_bytes(info[place + 4 : place + 4 + min(size, 8)], "big") / 1e9 if size else 1e-3
@@ -447,8 +430,8 @@ def _frames() -> dict[int, tuple[int, int, int]]:
 
 
 FRAMES = _frames()
-MOST_FRAME = 4096  # bytes, and more than the longest
-MOST_LOSSES = 1000  # are looked for
+MOST_FRAME = 4096  # bytes, more than the longest frame has
+MOST_LOSSES = 1000  # after which the search stops
 MOST_JUNK = 1 << 16  # bytes before the first frame
 _SAME = 0xFE0C  # bits of a header that all frames of a stream share: version, layer, rate
 
@@ -468,7 +451,7 @@ def _mp3(window: _Window) -> Header:
     if stated is None:
         return Header((), start, True, samples=frames * per_frame, guessed=True, losses=losses)
     counted = frames - 1
-    if stated + 2 < counted:  # files joined into one: the tag is of the first
+    if stated + 2 < counted:  # joined files: the tag belongs to the first
         return Header((), start + size, True, samples=counted * per_frame, guessed=True, losses=losses)
     if stated > counted + 2:
         return Header(samples=counted * per_frame, losses=losses)
@@ -477,13 +460,13 @@ def _mp3(window: _Window) -> Header:
 
 @functools.cache
 def _alike(bits: int) -> dict[bytes, int]:
-    """Return the first three bytes of all frames of the same stream, and the number of bytes that each has."""
+    """Return the first three bytes of every possible frame of the same stream, and the frame's size in bytes."""
     same = bits & _SAME
     return {b"\xff" + one.to_bytes(2): size for one, (size, *_) in FRAMES.items() if one & _SAME == same}
 
 
 def _first_frame(window: _Window, place: int) -> int | None:
-    """Return the start of the first frame near ``place`` that two others, or the end of the file, follow."""
+    """Return the start of the first frame near ``place`` that is followed by two others or the end of the file."""
     last = place + MOST_JUNK
     while 0 <= (place := window.find(b"\xff", place)) < last:
         bits = int.from_bytes(window.at(place + 1, 2), "big")
@@ -502,9 +485,9 @@ def _first_frame(window: _Window, place: int) -> int | None:
     return None
 
 
-def _walk(window: _Window, place: int, known: Mapping[bytes, int], seconds: float) -> tuple[int, tuple[Loss, ...]]:
-    """Return the number of frames of so many ``seconds`` from ``place`` on, and the gaps between them."""
-    frames, used, losses = 0, 0, list[Loss]()
+def _walk(window: _Window, place: int, known: Mapping[bytes, int], seconds: float) -> tuple[int, tuple[LostAudio, ...]]:
+    """Return the number of frames from ``place`` on, ``seconds`` long each, and the gaps between them."""
+    frames, used, losses = 0, 0, list[LostAudio]()
     while place + 4 <= window.end:
         data, begin = window.around(place, MOST_FRAME)
         here, end = begin, len(data)
@@ -513,7 +496,7 @@ def _walk(window: _Window, place: int, known: Mapping[bytes, int], seconds: floa
                 break
             here, frames = here + size, frames + 1
         place, used = place + here - begin, used + here - begin
-        if here > begin:  # as far as the bytes in memory go
+        if here > begin:  # to the end of the bytes in memory
             continue
         after = _after_tags(window, place)
         if after > place:
@@ -523,7 +506,7 @@ def _walk(window: _Window, place: int, known: Mapping[bytes, int], seconds: floa
         if following < 0:
             break
         lost = (following - place) * frames / max(1, used) * seconds
-        losses.append(Loss(frames * seconds, lost, "bytes between two frames of the MP3 are no frame"))
+        losses.append(LostAudio(frames * seconds, lost, "bytes between two frames of the MP3 are no frame"))
         if len(losses) == MOST_LOSSES:
             break
         place = following
@@ -531,7 +514,7 @@ def _walk(window: _Window, place: int, known: Mapping[bytes, int], seconds: floa
 
 
 def _resync(window: _Window, place: int, known: Mapping[bytes, int]) -> int:
-    """Return where the next two frames in a row begin, -1 if nowhere."""
+    """Return the position of the next two consecutive frames, or -1."""
     while (place := window.find(b"\xff", place)) >= 0:
         if size := known.get(window.at(place, 3)):
             after = place + size
@@ -542,7 +525,7 @@ def _resync(window: _Window, place: int, known: Mapping[bytes, int]) -> int:
 
 
 def _after_tags(window: _Window, place: int) -> int:
-    """Return the first byte after the ID3 and APE tags that begin at ``place``."""
+    """Return the position after the ID3 and APE tags that begin at ``place``."""
     while True:
         head = window.at(place, 32)
         if head[:3] == b"ID3" and len(head) >= 10:
@@ -557,7 +540,7 @@ def _after_tags(window: _Window, place: int) -> int:
 
 
 def _stated_frames(frame: bytes) -> int | None:
-    """Return the number of frames in a Xing, Info or VBRI tag, None where it states none."""
+    """Return the number of frames in a Xing, Info or VBRI tag, or None."""
     for tag in (b"Xing", b"Info"):
         place = frame.find(tag)
         if place >= 0 and len(frame) >= place + 12:

@@ -1,12 +1,12 @@
-"""The length index: how long every utterance is, how many tokens its target has, and where to find it.
+"""The length index: duration, number of target tokens and place of every utterance.
 
-An Arrow IPC file of one record batch, memory-mapped, 16 bytes a row (`docs/corpus.md` has the layout):
+An Arrow IPC file of one record batch, memory-mapped, 16 bytes a row (docs/corpus.md has the layout):
 
     seconds float32 | tokens uint16 | source uint16 | place uint64 = shard number << 40 | byte in the shard
 
-A shard is a JSONL file of rows; the rows of a shard are neighbours, so a window drawn in whole blocks
-reads its files in runs. What cannot be read line by line (gzip, tars, Arrow, tables) has been written out
-as JSONL beside the index by `canter.corpus.build`.
+A shard is a JSONL file of rows. The rows of a shard are neighbours, so that a window drawn in complete blocks reads its
+files sequentially. Rows of formats that cannot be read line by line (gzip, tars, Arrow, tables) are written as JSONL
+beside the index by `canter.corpus.build`.
 """
 
 import json
@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from canter.corpus.columns import ANY, Columns
+from canter.corpus.columns import ANY, Columns, ReadOptions
 from canter.corpus.manifest import count_problems, utterance_from_line
 from canter.corpus.remote import open_binary, refuse_special
 from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
@@ -36,29 +36,22 @@ RANGE = re.compile(r"[_-]*(\{\d+\.\.\d+\}|_OP_\d+\.\.\d+_CL_)")  # of shards, in
 MOST_TOKENS = np.iinfo(np.uint16).max
 MOST_SOURCES = np.iinfo(np.uint16).max + 1
 VERIFIED_ROWS = 1_000_000  # up to which an index is verified whenever it is opened: 16 MB, some 50 ms
-_SCHEMA = [
-    ("seconds", pa.float32()),
-    ("tokens", pa.uint16()),
-    ("source", pa.uint16()),
-    ("place", pa.uint64()),
-]
+_SCHEMA = [("seconds", pa.float32()), ("tokens", pa.uint16()), ("source", pa.uint16()), ("place", pa.uint64())]
 _TYPES = (np.float32, np.uint16, np.uint16, np.uint64)  # the same for NumPy
 
 
 @dataclass(frozen=True)
 class Source:
-    """One ingredient of the training mixture.
-
-    ``weight`` is its share of the draws relative to the other sources; None stands for its number of
-    rows, which is what one pass over everything gives. ``audio`` names the tars of a tarred NeMo
-    manifest, ``tags`` the language and task fields that rows without their own take from here.
-    """
+    """One source of the training mixture."""
 
     path: str
     name: str = ""
     weight: float | None = None
+    """Weight of its draws relative to the other sources; None: its number of rows, as in one pass over all data."""
     audio: str = ""
+    """Tars of a tarred NeMo manifest."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    """Values of language and task fields that a row leaves unset."""
     columns: Columns = ANY
     """Names of its columns of text, language and audio, where they are not customary."""
 
@@ -72,24 +65,24 @@ class Source:
                 f"source {self.name}: weight {self.weight} would never be drawn; "
                 "give a positive number, or leave the source out"
             )
-        if isinstance(self.columns, Mapping):  # of an index file
+        if isinstance(self.columns, Mapping):  # read from an index file
             object.__setattr__(self, "columns", Columns(**self.columns))
         unknown = set(self.tags) - set(OPTIONAL_TEXT)
         if unknown:
             raise ManifestError(f"source {self.name}: tag {min(unknown)!r} is none of {', '.join(OPTIONAL_TEXT)}")
 
     def tagged(self, row: Utterance) -> Utterance:
-        """A row of this source, with the tags that it has no fields of its own for."""
+        """Return a row of this source, with the source's tags in the fields that it leaves unset."""
         missing = {key: value for key, value in self.tags.items() if getattr(row, key) is None}
         return replace(row, **missing) if missing else row
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rows ``[start, stop)`` of the index: the lines of the JSONL file ``path``, which had ``size`` bytes.
+    """Rows ``[start, stop)`` of the index, which are lines of the JSONL file ``path`` of ``size`` bytes.
 
-    ``origin`` is the file they were read from (itself, or what ``path`` was written out from). An empty
-    ``path`` means that there is nothing but lengths.
+    ``origin`` is the file from which ``path`` was written (or ``path`` itself). An empty ``path`` stands for a table of
+    lengths.
     """
 
     path: str
@@ -101,29 +94,27 @@ class Shard:
 
 
 class LengthIndex:
-    """``N`` utterances' lengths, in memory or memory-mapped; immutable.
+    """Lengths of N utterances, in memory or memory-mapped; immutable.
 
-    Attributes: ``seconds`` (N,) float32; ``tokens`` (N,) uint16, prompt and end token included;
-    ``source_of`` (N,) uint16, position in ``sources``; ``places`` (N,) uint64 or None; ``sources``;
-    ``shards``; ``skipped``, how many rows of the sources could not be used, by kind; ``made_with``, the
-    tokenizer's fingerprint and the prompt's length where known.
+    Attributes: ``seconds`` (N,) float32; ``tokens`` (N,) uint16, prompt and end token included; ``source_of`` (N,)
+    uint16, position in ``sources``; ``places`` (N,) uint64 or None; ``sources``; ``shards``; ``skipped``, the number of
+    rows that could not be used, by kind; ``made_with``, the tokenizer's fingerprint and the prompt's length where
+    known.
     """
 
     def __init__(
         self,
-        durations: Any,
-        tokens: Any,
+        durations: npt.ArrayLike,
+        tokens: npt.ArrayLike,
         sources: Sequence[Source | str] | None = None,
-        source_of: Any = None,
+        source_of: npt.ArrayLike | None = None,
         *,
         places: np.ndarray | None = None,
         shards: Sequence[Shard] = (),
         problems: Sequence[Problem] | None = None,
-        skipped: Mapping[str, int] | None = None,
-        made_with: Mapping[str, Any] | None = None,
+        made_with: Mapping[str, object] | None = None,
     ):
-        """From ``(N,)`` durations (seconds) and tokens. Raises `ManifestError` for lengths that no
-        utterance has."""
+        """Make an index of (N,) durations in seconds and (N,) tokens. Raises ManifestError for impossible lengths."""
         self.seconds = np.ascontiguousarray(durations, dtype=np.float32)
         self.tokens = _tokens(tokens)
         if self.seconds.ndim != 1 or self.seconds.shape != self.tokens.shape:
@@ -148,18 +139,14 @@ class LengthIndex:
         if len(self.sources) > MOST_SOURCES or source_of.min() < 0 or source_of.max() >= len(self.sources):
             raise ManifestError(f"source_of must lie in 0 … {len(self.sources) - 1}, below {MOST_SOURCES}")
         self.source_of = np.ascontiguousarray(source_of, dtype=np.uint16)
-        self._attach(places, shards, problems, skipped, made_with)
-
-    _header: Mapping[str, Any] = {}  # of the file that the index was opened from
-
-    def _attach(self, places, shards, problems, skipped, made_with, path: Path | None = None) -> None:
-        self.places: np.ndarray | None = places
-        self.shards: tuple[Shard, ...] = tuple(shards)
-        self.made_with: dict[str, Any] = dict(made_with or {})
-        self.path: Path | None = path
+        self.places, self.shards = places, tuple(shards)
+        self.made_with: dict[str, object] = dict(made_with or {})
+        self.path: Path | None = None
         if problems is not None:
             self.problems = list(problems)
-        self.skipped: dict[str, int] = dict(skipped) if skipped is not None else count_problems(problems or ())
+        self.skipped: dict[str, int] = count_problems(problems or ())
+
+    _header: Mapping[str, object] = {}  # of the file that the index was opened from
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -168,12 +155,12 @@ class LengthIndex:
         return f"LengthIndex({len(self):,} utterances, {len(self.sources)} sources)"
 
     def __reduce__(self):
-        # A mapped index travels to loader workers as its path, not as its pages.
+        # a mapped index is pickled as its path, not as its pages
         return (LengthIndex.open, (self.path,)) if self.path else super().__reduce__()
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """The rows that could not be used, from the list beside the index."""
+        """Rows that could not be used, from the list beside the index."""
         if self.path is None or not skipped_path(self.path).exists():
             return []
         path = skipped_path(self.path)
@@ -182,7 +169,7 @@ class LengthIndex:
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits over lengths, sources of rows and weights: everything that a plan depends on."""
+        """Hash (32 hexadecimal digits) of lengths, sources of rows and weights: everything that a plan depends on."""
         return self._fingerprint
 
     @cached_property
@@ -197,10 +184,9 @@ class LengthIndex:
         return digest.hexdigest()
 
     def verify(self) -> None:
-        """Compute the fingerprint and the checksum of what an index file holds, and compare them with those that it
-        states. 100 M rows take 5 s.
+        """Compare the fingerprint and the checksum in the index file with its content; 100 M rows take 5 s.
 
-        Raises `ManifestError` where a byte has changed since the file was written.
+        Raises ManifestError where a byte has changed since the file was written.
         """
         if self.path is None:
             return
@@ -216,12 +202,12 @@ class LengthIndex:
 
     @cached_property
     def rows_of(self) -> np.ndarray:
-        """(sources,) int64: how many rows each source has."""
+        """(sources,) int64: number of rows of each source."""
         return np.bincount(self.source_of, minlength=len(self.sources))
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """(sources,) float64 that sum to 1: the share of draws each source has in the mixture."""
+        """(sources,) float64 that sum to 1: fraction of the draws from each source."""
         given = [source.weight for source in self.sources]
         if len({weight is None for weight in given}) > 1:
             name = self.sources[given.index(None)].name
@@ -230,17 +216,16 @@ class LengthIndex:
         return weights / weights.sum()
 
     def utterance(self, row: int) -> Utterance:
-        """Row ``row`` read again from its manifest, with its source's tags where it has no fields of its own.
+        """Read row ``row`` again from its manifest, with its source's tags in the fields that it leaves unset.
 
-        Raises `ManifestError` where the manifest is gone or has changed, or the index holds nothing but
-        lengths.
+        Raises ManifestError where the manifest is missing or has changed, or the index was made from lengths only.
         """
-        row = range(len(self))[row]  # negative rows, and IndexError, as for a list
+        row = range(len(self))[row]  # accepts negative rows and raises IndexError, as a list does
         place = int(self.places[row]) if self.places is not None else 0
         shard = self.shards[place >> PLACE_BITS] if self.shards else None
         if shard is None or not shard.path:
             what = shard.origin if shard else "this index"
-            raise ManifestError(f"{what} holds lengths alone, so row {row} has no audio; index a manifest instead")
+            raise ManifestError(f"{what} holds only lengths, so row {row} has no audio; index a manifest instead")
         stale = "index it again (canter index)"
         try:
             with open_binary(shard.path) as file:
@@ -249,14 +234,15 @@ class LengthIndex:
         except OSError as error:
             raise ManifestError(f"{shard.path} cannot be read ({error.strerror}); {stale}") from None
         source = self.sources[int(self.source_of[row])]
-        columns = source.columns if shard.path == shard.origin else ANY  # else they were written out by their fields
-        found = utterance_from_line(line, os.path.dirname(shard.path), measure_durations=True, columns=columns)
+        columns = source.columns if shard.path == shard.origin else ANY  # rows written by Canter have NeMo's names
+        options = ReadOptions(measure_durations=True, columns=columns)
+        found = utterance_from_line(line, os.path.dirname(shard.path), options)
         if not isinstance(found, Utterance) or np.float32(found.duration) != self.seconds[row]:
             raise ManifestError(f"{shard.path} has changed since it was indexed (row {row}); {stale}")
         return source.tagged(found)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the index, whole or not at all, and beside it the list of rows that could not be used."""
+        """Write the index atomically, and beside it the list of rows that could not be used."""
         path = Path(path)
         home = str(path.absolute().parent) + os.sep
         header = {
@@ -264,8 +250,7 @@ class LengthIndex:
             "fingerprint": self.fingerprint,
             "sources": [_as_stored(source) for source in self.sources],
             "shards": [
-                # below the index's folder paths are kept relative to it, so that the folder can move as a
-                # whole
+                # paths below the index's folder are stored relative to it, so that the folder can be moved
                 [s.path.removeprefix(home), s.origin.removeprefix(home), s.size, s.source, s.start, s.stop]
                 for s in self.shards
             ],
@@ -283,7 +268,10 @@ class LengthIndex:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LengthIndex":
-        """Maps an index into memory: the time depends on the number of shards, not of rows."""
+        """Map an index into memory; the time depends on the number of shards, not of rows.
+
+        Raises ManifestError where the file is missing, damaged or no index.
+        """
         path = Path(path)
         again = "make it with: canter index MANIFEST -o " + path.name
         try:
@@ -301,26 +289,19 @@ class LengthIndex:
             raise ManifestError(f"{path} does not exist; {again}") from None
         except ManifestError:
             raise
-        except (
-            pa.ArrowException,
-            OSError,
-            KeyError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-        ) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise ManifestError(f"{path} is not a length index ({error}); {again}") from None
         index = cls.__new__(cls)
         index.seconds, index.tokens, index.source_of, places = columns
         home = str(path.absolute().parent)
         try:
             index.sources = tuple(Source(**source) for source in header["sources"])
-            shards = [
+            index.places, index.path = places, path.absolute()
+            index.shards = tuple(
                 Shard(os.path.join(home, rows) if rows else "", os.path.join(home, origin), *rest)
                 for rows, origin, *rest in header["shards"]
-            ]
-            index._attach(places, shards, None, header["skipped"], header["made_with"], path.absolute())
+            )
+            index.skipped, index.made_with = dict(header["skipped"]), dict(header["made_with"])
             index.__dict__["_fingerprint"] = str(header["fingerprint"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ManifestError(f"{path} has a damaged header ({error!r}); {again}") from None
@@ -330,7 +311,7 @@ class LengthIndex:
         return index
 
 
-def _as_stored(source: Source) -> dict[str, Any]:
+def _as_stored(source: Source) -> dict[str, object]:
     """Return the fields of a source for the index's header, as Canter 0.1 wrote them where no column is named."""
     found = asdict(source)
     if not source.columns:
@@ -339,7 +320,7 @@ def _as_stored(source: Source) -> dict[str, Any]:
 
 
 def _problem(line: str) -> Problem | None:
-    """Return the problem that a line of the list states, None for a damaged line."""
+    """Return the problem on a line of the list, None for a damaged line."""
     try:
         problem = Problem(**json.loads(line))
     except (ValueError, TypeError):
@@ -348,12 +329,12 @@ def _problem(line: str) -> Problem | None:
 
 
 def skipped_path(index_path: str | os.PathLike[str]) -> Path:
-    """Where the rows that could not be used are listed: ``lengths.arrow`` -> ``lengths.skipped.jsonl``."""
+    """Return the list of rows that could not be used: ``lengths.arrow`` -> ``lengths.skipped.jsonl``."""
     return Path(index_path).with_suffix(".skipped.jsonl")
 
 
-def _checksum(places: np.ndarray | None, header: Mapping[str, Any]) -> str:
-    """32 hex digits over what the fingerprint leaves out: the rows' places and the header."""
+def _checksum(places: np.ndarray | None, header: Mapping[str, object]) -> str:
+    """Return a hash (32 hexadecimal digits) of what the fingerprint does not cover: the rows' places and the header."""
     stated = {name: value for name, value in header.items() if name != "checksum"}
     digest = blake2b(json.dumps(stated, sort_keys=True).encode(), digest_size=16)
     if places is not None:
@@ -361,10 +342,10 @@ def _checksum(places: np.ndarray | None, header: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _tokens(tokens: Any) -> np.ndarray:
+def _tokens(tokens: npt.ArrayLike) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.dtype.kind not in "iu":
-        raise ManifestError(f"tokens must be whole numbers, not {tokens.dtype}")
+        raise ManifestError(f"tokens must be integers, not {tokens.dtype}")
     if tokens.size and (tokens.min() < 0 or tokens.max() > MOST_TOKENS):
         row = int(np.flatnonzero((tokens < 0) | (tokens > MOST_TOKENS))[0])
         raise ManifestError(f"row {row}: {tokens[row]} tokens; an index holds 0 to {MOST_TOKENS}")

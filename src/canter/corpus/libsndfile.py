@@ -5,66 +5,73 @@ import io
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
-from canter.corpus.ffmpeg import open_coded
-from canter.corpus.headers import Header, Loss, check_header
+from canter.corpus.ffmpeg import open_ffmpeg_track
+from canter.corpus.headers import Header, LostAudio, check_header
 from canter.errors import AudioError
 
 UNSTATED = 2**63 - 1  # frames that libsndfile makes of a length that the header leaves open
-BEFORE = 1.0  # seconds of an MP3 that are decoded before a segment: a frame has bits in those before it
-FINE = 0.1  # seconds that are read at a time to find where damage begins
-MOST_SKIPPED = 600.0  # seconds that are skipped to find where decoding goes on, where the length is not known
-MOST_CACHED = 256  # checked headers, of which some have a list of damaged places
+BEFORE = 1.0  # seconds of an MP3 decoded before a segment, because a frame uses bits of earlier ones
+FINE = 0.1  # seconds read at a time to find where damage begins
+MOST_SKIPPED = 600.0  # seconds searched for the place where decoding resumes, where the length is unknown
+MOST_CACHED = 256  # checked headers
 _CACHE: dict[tuple[int, ...], Header] = {}
 _CACHE_LOCK = threading.Lock()
 
 
 class _SoundFile(soundfile.SoundFile):
-    """Read from front to back. soundfile seeks after every read, to where it is already, in what can be sought in;
-    at the end of FLAC of unstated length that fails, and what was read is lost."""
+    """A sound file that is read from front to back.
+
+    soundfile seeks to the current position after every read of a seekable file; at the end of FLAC of unstated length
+    that fails, and the samples read are lost.
+    """
 
     def seekable(self) -> bool:
         return False
 
 
-class Sound:
-    """A sound file that libsndfile reads, and what holds of its header."""
+class SndfileTrack:
+    """A sound file that libsndfile decodes, with the result of the check of its header."""
 
     cut_short = 0.0
 
     def __init__(self, path: str, file: BinaryIO, header: Header, keep: bool):
-        """``keep``: go on after damage. Raises LibsndfileError for what libsndfile does not know."""
+        """Open the file; ``keep`` resumes after damage. Raises LibsndfileError for an unknown format."""
         self._path, self._file, self._header, self._keep = path, file, header, keep
         self._sound = self._opened()
         self.rate: int = self._sound.samplerate
         self.channels: int = self._sound.channels
         self.guessed = header.guessed
 
-    def _opened(self) -> Any:
+    def _opened(self) -> _SoundFile:
         self._file.seek(0)
         return _SoundFile(self._header.view(self._file))
 
-    def __enter__(self) -> "Sound":
+    def __enter__(self) -> "SndfileTrack":
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._sound.close()
 
     @property
-    def losses(self) -> tuple[Loss, ...]:
-        """Damage that shows without decoding."""
+    def losses(self) -> tuple[LostAudio, ...]:
+        """Damage found without decoding."""
         return self._header.losses
 
     @property
     def length(self) -> int | None:
-        """Number of samples; None where the file must be decoded to know."""
+        """Number of samples; None where only decoding can tell."""
         if self._header.samples is not None:
             return self._header.samples
         return None if self._sound.frames == UNSTATED else self._sound.frames
+
+    def seconds(self) -> float | None:
+        """Return the length in seconds; None where only decoding can tell."""
+        return None if self.length is None else self.length / self.rate
 
     @property
     def promised(self) -> float | None:
@@ -75,17 +82,16 @@ class Sound:
 
     def read(
         self, start: int, size: int, most: int | None = None, channel: int | None = None
-    ) -> Iterator[np.ndarray | Loss]:
-        """Yield (S, C) float32 from sample ``start`` on, ``size`` samples at a time, ``most`` in all; all channels,
-        whichever is wanted.
+    ) -> Iterator[np.ndarray | LostAudio]:
+        """Yield (S, C) float32 of all channels from sample ``start``, ``size`` samples at a time and ``most`` in total.
 
-        At what cannot be decoded a `Loss` is yielded. To go on from there FFmpeg is asked, if it is installed.
+        A `LostAudio` stands for audio that cannot be decoded; FFmpeg, if installed, decodes the remainder after it.
         """
         sound, place, end = self._sound, start, None if most is None else start + most
-        if (length := self.length) is not None:  # a read beyond it fills the whole block with zeros
+        if (length := self.length) is not None:  # a read beyond the end fills the block with zeros
             end = length if end is None else min(end, length)
         try:
-            if start and sound.frames == UNSTATED:  # it cannot be sought in
+            if start and sound.frames == UNSTATED:  # not seekable
                 for skipped in range(0, start, size):
                     sound.read(min(size, start - skipped))
             elif start:
@@ -110,8 +116,8 @@ class Sound:
 
     def _after_damage(
         self, place: int, size: int, end: int | None, error: soundfile.LibsndfileError
-    ) -> Iterator[np.ndarray | Loss]:
-        """Yield what there is from ``place`` on, of which a block cannot be decoded."""
+    ) -> Iterator[np.ndarray | LostAudio]:
+        """Yield the samples from ``place`` on, where a block cannot be decoded, and the losses between them."""
         step = max(1, round(FINE * self.rate))
         with contextlib.suppress(soundfile.LibsndfileError), self._opened() as sound:
             if not place or sound.frames != UNSTATED:
@@ -122,23 +128,23 @@ class Sound:
                     yield samples
         if not self._keep or (end is not None and place >= end):
             length = self.length
-            rest = None if length is None else max(0, length - place) / self.rate
-            yield Loss(place / self.rate, rest, reason_of(error))
+            remaining = None if length is None else max(0, length - place) / self.rate
+            yield LostAudio(place / self.rate, remaining, reason_of(error))
             return
         resumed = self._resumes(place, step, self.length if end is None else end)
         if resumed is None:
-            yield Loss(place / self.rate, None, reason_of(error))
+            yield LostAudio(place / self.rate, None, reason_of(error))
             yield from self._from_ffmpeg(place, size)
             return
-        yield Loss(place / self.rate, (resumed - place) / self.rate, reason_of(error))
+        yield LostAudio(place / self.rate, (resumed - place) / self.rate, reason_of(error))
         for skipped in range(place, resumed, size):
             yield np.zeros((min(size, resumed - skipped), self.channels), np.float32)
         yield from self.read(resumed, size, None if end is None else end - resumed)
 
     def _resumes(self, place: int, step: int, end: int | None) -> int | None:
-        """Return the first sample after ``place``, to about a ``step``, from which decoding goes on; None for no such.
+        """Return the first sample after ``place``, to within a ``step``, at which decoding resumes, or None.
 
-        The file is sought in, so the sample's place in time is right whatever was lost before it.
+        It is found by seeking, so its time is right whatever was lost before it.
         """
         damaged, skip = place, step
         while end is None or place + skip < end:
@@ -162,15 +168,15 @@ class Sound:
         except soundfile.LibsndfileError:
             return False
 
-    def _from_ffmpeg(self, place: int, size: int) -> Iterator[np.ndarray | Loss]:
-        """Yield what FFmpeg decodes from ``place`` on, if it is installed."""
-        with contextlib.suppress(AudioError), open_coded(self._path, self._file, "damaged") as coded:
+    def _from_ffmpeg(self, place: int, size: int) -> Iterator[np.ndarray | LostAudio]:
+        """Yield the samples that FFmpeg decodes from ``place`` on, if it is installed."""
+        with contextlib.suppress(AudioError), open_ffmpeg_track(self._path, self._file, "damaged") as coded:
             if coded.rate == self.rate and coded.channels == self.channels:
                 yield from coded.read(place, size)
 
 
 def checked(file: BinaryIO) -> Header:
-    """Return the check of a file's header; a file on a disk is checked once, however many segments are read of it."""
+    """Check a file's header, once for a file on a disk, however many segments of it are read."""
     if isinstance(file, io.BytesIO):
         return check_header(file)
     facts = os.fstat(file.fileno())
@@ -186,12 +192,12 @@ def checked(file: BinaryIO) -> Header:
 
 
 def reason_of(error: soundfile.LibsndfileError) -> str:
-    """Return libsndfile's own words for an error."""
+    """Return libsndfile's message for an error."""
     return error.error_string.strip().removeprefix("Error : ").rstrip(".")
 
 
-def _blocks(sound: Any, place: int, size: int, end: int | None) -> Iterator[np.ndarray]:
-    """Yield (S, C) float32, ``size`` samples at a time, of a sound that is at ``place``: to its end, or to ``end``."""
+def _blocks(sound: _SoundFile, place: int, size: int, end: int | None) -> Iterator[np.ndarray]:
+    """Yield (S, C) float32, ``size`` samples at a time, from sample ``place`` to ``end`` or the end of the file."""
     while end is None or place < end:
         samples = sound.read(size if end is None else min(size, end - place), "float32", always_2d=True)
         if not len(samples):

@@ -1,12 +1,7 @@
-"""NeMo JSONL manifests: one JSON object a line. Canter's mother tongue, read and written here.
+"""Manifests: NeMo JSONL in, validated utterances out, and NeMo JSONL out again.
 
-Every reader of another format (`canter.corpus.sources`) turns its rows into the same dictionaries and passes
-them through `utterance_from_row`, so what makes a row unusable is decided, and worded, in one place.
-
-Format: NVIDIA NeMo's ASR manifests (``audio_filepath``, ``duration``, ``text``, optional ``offset``,
-``lang``, ``source_lang``, ``target_lang``, ``taskname``, ``pnc``, ``_skipme``). Canter also reads
-``num_tokens`` (the target's length, prompt and end token included), ``id`` and ``channel_selector`` (a channel's
-number, as in NeMo's settings).
+The fields of a row are in docs/corpus.md. Beside NeMo's, Canter reads ``num_tokens`` (length of the target, prompt and
+end token included), ``id`` and ``channel_selector`` (the number of a channel).
 """
 
 import gzip
@@ -19,54 +14,34 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
-from canter.corpus.columns import ANY, Columns
-from canter.corpus.remote import (
-    NO_URLS,
-    below,
-    folder_of,
-    is_url,
-    open_binary,
-    refuse_special,
-    urls_forbidden,
-)
-from canter.corpus.utterance import (
-    DUPLICATE,
-    OPTIONAL_TEXT,
-    Found,
-    NumberedFinds,
-    Problem,
-    Rows,
-    Utterance,
-)
+from canter.corpus.columns import DEFAULT_OPTIONS, ReadOptions
+from canter.corpus.remote import NO_URLS, below, folder_of, is_url, open_binary, refuse_special, urls_forbidden
+from canter.corpus.utterance import DUPLICATE, OPTIONAL_TEXT, NumberedRows, Problem, Rows, Utterance
 from canter.errors import ManifestError
 from canter.files import write_text
 
+Parsed = TypeVar("Parsed")
 TRANSLATION = ("ast", "s2t_translation", "translate")  # values of taskname
 NO_ANSWER = ("", "na")  # what Canary's manifests hold for audio to be transcribed
-LONGEST_SECONDS = 1e6  # beyond eleven days it is milliseconds or samples, not seconds
+LONGEST_SECONDS = 1e6  # a larger duration is in milliseconds or samples, not in seconds
 _SUFFIX = re.compile(r"-sub\d+(?=(\.\w+)?$)")
 
 
 def utterance_from_row(
-    row: object,
-    base: str | os.PathLike[str],
-    *,
-    require_text: bool = True,
-    measure_durations: bool = False,
-    columns: Columns = ANY,
+    row: object, base: str | os.PathLike[str], options: ReadOptions = DEFAULT_OPTIONS
 ) -> Utterance | str | None:
-    """Return the utterance in one manifest row, the reason why it cannot be used, or None where ``_skipme`` says so.
+    """Return the utterance in one manifest row, the reason why it cannot be used, or None where ``_skipme`` is set.
 
-    ``base`` is the folder that relative paths are relative to, ``columns`` the keys to take instead of NeMo's. A row
-    without ``audio_filepath`` is not NeMo's: other customary keys are taken, and its duration may be missing. Never
-    raises for anything a row can hold.
+    Relative paths are relative to the folder ``base``. A row without ``audio_filepath`` is not NeMo's: other customary
+    keys are read, and its duration may be missing. Never raises for anything a row can hold.
     """
     if not isinstance(row, dict):
         return f"not a JSON object: {shown(row)}"
     if row.get("_skipme"):
         return None
+    columns = options.columns
     path = row.get(columns.audio or "audio_filepath")
     if path is None:
         path = columns.of(row, "audio")
@@ -74,8 +49,6 @@ def utterance_from_row(
         return f"{columns.audio or 'audio_filepath'} missing"
     if isinstance(path, dict) and isinstance(path.get("path"), str):
         path = path["path"]  # the Audio feature of datasets, written as JSON
-    if "audio_filepath" not in row:
-        measure_durations = True
     if not isinstance(path, str):
         return f"audio_filepath is not a string: {shown(path)}"
     if not path or "\0" in path:
@@ -89,7 +62,7 @@ def utterance_from_row(
     if isinstance(offset, str):
         return offset
     duration = row.get("duration")
-    if duration is None and measure_durations:
+    if duration is None and (options.measure_durations or "audio_filepath" not in row):
         duration = _measure(path, offset or 0.0)
         if isinstance(duration, str):
             return duration
@@ -104,14 +77,14 @@ def utterance_from_row(
         text = columns.of(row, "text")
     answer = row.get("answer")
     if isinstance(answer, str) and answer not in NO_ANSWER and (text is None or _is_translation(row)):
-        text = answer  # Canary's manifests: `text` is what is said, `answer` what is to be written
-    if text is None and not require_text:
+        text = answer  # in Canary's manifests `text` is the transcript, and `answer` the target
+    if text is None and not options.require_text:
         text = ""
     if text is None:
         return f"{columns.text} missing" if columns.text else "text missing"
     if not isinstance(text, str):
         return f"text is not a string: {shown(text)}"
-    if require_text and not text.strip():
+    if options.require_text and not text.strip():
         return "text is empty"
 
     num_tokens = row.get("num_tokens")
@@ -145,7 +118,7 @@ def utterance_from_row(
     return Utterance(path, duration, text, offset, num_tokens=num_tokens, id=name, channel_selector=channel, **extra)
 
 
-def _is_translation(row: Mapping[str, Any]) -> bool:
+def _is_translation(row: Mapping[str, object]) -> bool:
     task, source, target = (row.get(name) for name in ("taskname", "source_lang", "target_lang"))
     return task in TRANSLATION if task is not None else None not in (source, target) and source != target
 
@@ -183,8 +156,8 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse_line(line: bytes) -> Any:
-    """The JSON value in a line, or, as a str that starts with "invalid", why there is none."""
+def parse_line(line: bytes) -> object:
+    """Return the JSON value in a line; for a line without one, a str that starts with "invalid" and states why."""
     try:
         value = json.loads(line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8"))
     except UnicodeDecodeError as error:
@@ -197,27 +170,17 @@ def parse_line(line: bytes) -> Any:
 
 
 def utterance_from_line(
-    line: bytes,
-    base: str | os.PathLike[str],
-    *,
-    require_text: bool = True,
-    measure_durations: bool = False,
-    columns: Columns = ANY,
+    line: bytes, base: str | os.PathLike[str], options: ReadOptions = DEFAULT_OPTIONS
 ) -> Utterance | str | None:
-    """Return `utterance_from_row` of a line still to be parsed."""
+    """Parse a line of JSON and return `utterance_from_row` of it."""
     row = parse_line(line)
-    if isinstance(row, str):
-        return row
-    return utterance_from_row(
-        row, base, require_text=require_text, measure_durations=measure_durations, columns=columns
-    )
+    return row if isinstance(row, str) else utterance_from_row(row, base, options)
 
 
 def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bytes]]:
-    """``(byte offset, line number from 1, line)`` of the lines, blank ones too, that begin in bytes ``[start,
-    end)``.
+    """Yield ``(byte offset, line number, line)`` of the lines, blank ones too, that begin in bytes ``[start, end)``.
 
-    ``start`` must be the first byte of a line; lines are counted from there.
+    ``start`` must be the first byte of a line; line numbers count from 1 there.
     """
     place = start
     if start:
@@ -230,7 +193,7 @@ def scan_lines(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterat
 
 
 def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a manifest, gzip or not. Raises `ManifestError` where it is missing, a folder or unreadable."""
+    """Open a manifest, gzip or not. Raises ManifestError where it is missing, a folder or unreadable."""
     path = os.fspath(path)
     try:
         if os.path.isdir(path):
@@ -247,9 +210,13 @@ def open_manifest(path: str | os.PathLike[str]) -> BinaryIO:
         raise ManifestError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Found]) -> NumberedFinds:
-    """Every line of a JSONL file (gzip or not) through ``parse``; a torn gzip is a problem, not a
-    traceback."""
+def read_json_lines(
+    path: str | os.PathLike[str], parse: Callable[[bytes], Parsed]
+) -> Iterator[tuple[int, Parsed | str]]:
+    """Yield the number of every line of a JSONL file, gzip or not, and what ``parse`` returns for it.
+
+    A torn gzip is a row that cannot be used.
+    """
     number = 0
     with open_manifest(path) as file:
         try:
@@ -260,39 +227,27 @@ def read_json_lines(path: str | os.PathLike[str], parse: Callable[[bytes], Found
             yield number + 1, f"invalid gzip: {error}"
 
 
-def read_nemo(
-    path: str | os.PathLike[str],
-    *,
-    require_text: bool = True,
-    measure_durations: bool = False,
-    columns: Columns = ANY,
-) -> NumberedFinds:
-    """Yield the lines of a NeMo manifest, ``.gz`` or not, with their numbers."""
+def read_nemo(path: str | os.PathLike[str], options: ReadOptions) -> NumberedRows:
+    """Yield the rows of a NeMo manifest, ``.gz`` or not, with their line numbers."""
     base = folder_of(path)
-
-    def parse(line: bytes) -> Found:
-        return utterance_from_line(
-            line, base, require_text=require_text, measure_durations=measure_durations, columns=columns
-        )
-
-    return read_json_lines(path, parse)
+    return read_json_lines(path, lambda line: utterance_from_line(line, base, options))
 
 
 def read_manifest(path: str | os.PathLike[str], *, require_text: bool = True, measure_durations: bool = False) -> Rows:
-    """The utterances of a NeMo JSONL manifest (``.gz`` too), and a `Problem` for each row that is none.
+    """Yield the utterances of a NeMo JSONL manifest (``.gz`` too), and a `Problem` for each row that cannot be used.
 
-    Raises `ManifestError` at the end where there was no usable row, with the first problems. Without
-    ``require_text`` rows to be transcribed, which have no text yet, are taken too; ``measure_durations``
-    reads what ``duration`` is missing from the audio's header.
+    ``require_text=False`` accepts rows without a text, to be transcribed; ``measure_durations`` reads a missing
+    ``duration`` from the header of the audio. Raises ManifestError at the end where there was no usable row, with the
+    first problems.
     """
-    found = read_nemo(path, require_text=require_text, measure_durations=measure_durations)
-    return (row for _, row in usable(found, os.fspath(path)))
+    found = read_nemo(path, ReadOptions(require_text, measure_durations))
+    return (row for _, row in checked_rows(found, os.fspath(path)))
 
 
-def usable(found: NumberedFinds, name: str) -> Iterator[tuple[int, Utterance | Problem]]:
-    """What a reader found, with reasons and repeated utterances turned into Problems of the file ``name``.
+def checked_rows(found: NumberedRows, name: str) -> Iterator[tuple[int, Utterance | Problem]]:
+    """Yield the rows of a reader, with reasons and repeated utterances turned into Problems of the file ``name``.
 
-    Raises `ManifestError` at the end if there was no utterance at all.
+    Raises ManifestError at the end where there was no utterance.
     """
     seen: set[int] = set()
     problems: list[Problem] = []
@@ -315,7 +270,7 @@ def usable(found: NumberedFinds, name: str) -> Iterator[tuple[int, Utterance | P
 
 
 def no_usable_row(name: str, problems: Iterable[Problem]) -> ManifestError:
-    """The error for a source without a usable row: its first problems, or that it is empty."""
+    """Return the error for a source without a usable row: its first problems, or that it is empty."""
     shown_first = list(itertools.islice(problems, 3))
     if len(shown_first) == 1 and shown_first[0].line == 0:  # the reader's own error, which names the file
         return ManifestError(shown_first[0].reason.removeprefix("unusable: "))
@@ -324,17 +279,17 @@ def no_usable_row(name: str, problems: Iterable[Problem]) -> ManifestError:
 
 
 def count_problems(problems: Iterable[Problem]) -> dict[str, int]:
-    """How many problems of each kind, the most frequent first."""
+    """Return the number of problems of each kind, the most frequent first."""
     return dict(Counter(problem.kind for problem in problems).most_common())
 
 
-def row_from_utterance(utterance: Utterance) -> dict[str, Any]:
-    """The manifest row of an utterance, fields at their defaults left out."""
+def row_from_utterance(utterance: Utterance) -> dict[str, object]:
+    """Return the manifest row of an utterance, without the fields that are None."""
     return {key: value for key, value in asdict(utterance).items() if value is not None}
 
 
-def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | Utterance]) -> int:
-    """Write rows as NeMo JSONL, whole or not at all, and return their number."""
+def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, object] | Utterance]) -> int:
+    """Write rows as NeMo JSONL, atomically, and return their number."""
     count = 0
 
     def lines() -> Iterator[str]:
@@ -349,10 +304,10 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """The paths of ``x_{0..3}.tar`` or ``x__OP_0..3_CL_.tar`` (NeMo's spelling, which shells leave alone).
+    """Return the paths of ``x_{0..3}.tar`` or ``x__OP_0..3_CL_.tar`` (NeMo's spelling, which shells do not expand).
 
-    Leading zeros set a width, and several ranges are multiplied out. A path without a range stands for
-    itself.
+    Leading zeros set a width; several ranges give every combination. A path without a range is returned as it is.
+    Raises ManifestError for a range that counts down or names more than a million shards.
     """
     pattern = pattern.replace("_OP_", "{").replace("_CL_", "}")
     parts = re.split(r"\{(\d+\.\.\d+)\}", pattern)
@@ -372,5 +327,5 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def without_sub(name: str) -> str:
-    """NeMo's tarred manifests call the second cut of ``a.wav`` ``a-sub1.wav``: the member's own name."""
+    """Return the member's name: NeMo's tarred manifests call the second segment of ``a.wav`` ``a-sub1.wav``."""
     return _SUFFIX.sub("", name)

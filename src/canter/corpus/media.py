@@ -1,78 +1,45 @@
-"""Recognise audio and video files by their content. The name of a file decides only where its content is unknown."""
+"""Recognise audio and video files by their content; the name decides only where the content is unknown."""
 
 import os
 from pathlib import Path
 
 from canter.corpus.headers import FRAMES
-from canter.corpus.readers.common import AUDIO_SUFFIXES
 from canter.corpus.remote import is_url, read_bytes
 
-HEAD = 8192  # bytes that are looked at
-MANIFEST_SUFFIXES = frozenset(
-    (
-        ".jsonl",
-        ".json",
-        ".tsv",
-        ".csv",
-        ".psv",
-        ".txt",
-        ".scp",
-        ".yaml",
-        ".yml",
-        ".tar",
-        ".parquet",
-        ".arrow",
-        ".feather",
-    )
-)
+HEAD = 8192  # bytes that are examined
+_AUDIO = """
+wav flac mp3 ogg oga opus m4a mp4 aac webm wma aif aiff au caf w64 sph nist mkv mka mov avi m4v m4b mpg mpeg ts mts 3gp
+flv wmv amr mp2 mpga ac3 eac3 dts m2ts m4r 3g2 ogv spx ape wv tta rm ra mxf rf64 bwf snd
+"""
+_MANIFEST = "jsonl json tsv csv psv txt scp yaml yml tar parquet arrow feather"
+AUDIO_SUFFIXES = frozenset("." + one for one in _AUDIO.split())
+MANIFEST_SUFFIXES = frozenset("." + one for one in _MANIFEST.split())
 SOURCE_CODE = {".ts", ".mts"}  # TypeScript as well as MPEG-TS
 
-# (where, bytes, name of the format)
-_SIGNATURES = (
-    (0, b"fLaC", "FLAC"),
-    (0, b"OggS", "Ogg"),
-    (0, b"ID3", "MP3"),
-    (0, b"\x1a\x45\xdf\xa3", "Matroska or WebM"),
-    (0, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "WMA or WMV"),
-    (0, b"FLV\x01", "FLV"),
-    (0, b"\x00\x00\x01\xba", "MPEG program stream"),
-    (0, b".snd", "AU"),
-    (0, b"dns.", "AU"),
-    (0, b"caff", "CAF"),
-    (0, b"riff\x2e\x91\xcf\x11", "Wave64"),
-    (0, b"NIST_1A", "NIST SPHERE"),
-    (0, b"#!AMR", "AMR"),
-    (0, b"\x7f\xfe\x80\x01", "DTS"),
-    (0, b"\xfe\x7f\x01\x80", "DTS"),
-    (0, b"MAC ", "Monkey's Audio"),
-    (0, b"wvpk", "WavPack"),
-    (0, b"TTA1", "True Audio"),
-    (0, b"MPCK", "Musepack"),
-    (0, b"MP+", "Musepack"),
-    (0, b"tBaK", "TAK"),
-    (0, b"ajkg", "Shorten"),
-    (0, b"Creative Voice File", "VOC"),
-    (0, b".RMF", "RealMedia"),
-    (0, b"DSD ", "DSF"),
-    (0, b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "MXF"),
-    (0, b".SoX", "SoX"),
-    (0, b"XoS.", "SoX"),
-    (0, b"PVF1", "PVF"),
-    (0, b"qoaf", "QOA"),
-    (0, b"ADIF", "AAC"),
-    (4, b"\xf8\x72\x6f\xba", "TrueHD"),
-)
+# first bytes of a file -> name of the format
+_SIGNATURES = {
+    b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\x1a\x45\xdf\xa3": "Matroska or WebM",
+    bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"): "WMA or WMV", b"FLV\x01": "FLV",
+    b"\x00\x00\x01\xba": "MPEG program stream", b".snd": "AU", b"dns.": "AU", b"caff": "CAF",
+    b"riff\x2e\x91\xcf\x11": "Wave64", b"NIST_1A": "NIST SPHERE", b"#!AMR": "AMR", b"\x7f\xfe\x80\x01": "DTS",
+    b"\xfe\x7f\x01\x80": "DTS", b"MAC ": "Monkey's Audio", b"wvpk": "WavPack", b"TTA1": "True Audio",
+    b"MPCK": "Musepack", b"MP+": "Musepack", b"tBaK": "TAK", b"ajkg": "Shorten", b"Creative Voice File": "VOC",
+    b".RMF": "RealMedia", b"DSD ": "DSF", b"\x06\x0e\x2b\x34\x02\x05\x01\x01": "MXF", b".SoX": "SoX", b"XoS.": "SoX",
+    b"PVF1": "PVF", b"qoaf": "QOA", b"ADIF": "AAC",
+}  # fmt: skip
 _RIFF = {b"WAVE": "WAV", b"AVI ": "AVI"}
 _FORM = {b"AIFF": "AIFF", b"AIFC": "AIFF", b"8SVX": "8SVX", b"16SV": "16SV"}
-_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # that MP4 and QuickTime begin with
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # first in MP4 and QuickTime
 _IMAGES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis", b"crx ", b"jp2 ")
 
 
-def format_of(head: bytes) -> str | None:
-    """Return the name of the audio or video format that a file with these first bytes has, None for any other file."""
-    for place, wanted, name in _SIGNATURES:
-        if head.startswith(wanted, place):
+def container_format(head: bytes) -> str | None:
+    """Return the name of the audio or video format of a file with these first bytes, or None."""
+    for start, name in _SIGNATURES.items():
+        if head.startswith(start):
             return name
+    if head[4:8] == b"\xf8\x72\x6f\xba":
+        return "TrueHD"
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
         return _RIFF.get(head[8:12])
     if head[:4] == b"FORM":
@@ -86,7 +53,7 @@ def format_of(head: bytes) -> str | None:
 
 
 def _framed(head: bytes) -> str | None:
-    """Return the format of a raw stream whose first two frames follow each other."""
+    """Return the format of a raw stream that begins with two consecutive frames, or None."""
     if len(head) < 8:
         return None
     word = int.from_bytes(head[:2], "big")
@@ -105,7 +72,7 @@ def _framed(head: bytes) -> str | None:
 
 
 def is_data(head: bytes) -> bool:
-    """Return whether a file with these first bytes is JSON, Arrow, Parquet, a tar or compressed by gzip."""
+    """Return whether a file with these first bytes is JSON, Arrow, Parquet, a tar or gzip."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return text.startswith((b"{", b"[", b"\x1f\x8b", b"PAR1", b"ARROW1")) or head[257:262] == b"ustar"
 
@@ -120,7 +87,7 @@ def is_text(head: bytes) -> bool:
 
 
 def head_of(path: str) -> bytes:
-    """Return the first bytes of a file or URL, none where it cannot be read."""
+    """Return the first bytes of a file or URL, b"" where it cannot be read."""
     try:
         return read_bytes(path, 0, HEAD)
     except (OSError, ValueError, ImportError):
@@ -130,8 +97,8 @@ def head_of(path: str) -> bytes:
 def is_media(path: str) -> bool:
     """Return whether a path or URL names one audio or video file, not a folder or a manifest.
 
-    The content decides: ``talk.txt`` that holds a WAV is media, ``talk.wav`` that holds JSON is a manifest. For
-    content that is neither, the suffix decides, and a file without a known one is taken for media.
+    The content decides: a ``talk.txt`` that holds a WAV is media, a ``talk.wav`` that holds JSON is a manifest. For
+    other content the suffix decides, and a file without a known suffix is media.
     """
     suffix = Path(path.removesuffix(".gz")).suffix.lower()
     if os.path.isdir(path):
@@ -140,7 +107,7 @@ def is_media(path: str) -> bool:
     if not there and (suffix in AUDIO_SUFFIXES or suffix in MANIFEST_SUFFIXES or not is_url(path)):
         return suffix in AUDIO_SUFFIXES
     head = head_of(path)
-    if format_of(head):
+    if container_format(head):
         return True
     if is_data(head) or suffix in MANIFEST_SUFFIXES:
         return False
@@ -148,10 +115,7 @@ def is_media(path: str) -> bool:
 
 
 def media_in(folder: str) -> tuple[list[str], list[str]]:
-    """Return all audio and video files below a folder, in the order of their paths, and all other files.
-
-    Hidden files are left out of both.
-    """
+    """Return all audio and video files below a folder, sorted, and all other files; hidden files are skipped."""
     media, others = list[str](), list[str]()
     for root, _, names in os.walk(folder):
         for name in names:
@@ -162,9 +126,9 @@ def media_in(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _is_media_in_folder(path: str) -> bool:
-    if not os.path.isfile(path):  # reading from a pipe could wait for ever
+    if not os.path.isfile(path):  # reading from a pipe could block
         return False
     suffix, head = os.path.splitext(path)[1].lower(), head_of(path)
     if suffix in AUDIO_SUFFIXES and not (suffix in SOURCE_CODE and is_text(head)):
-        return True  # whatever is wrong with it, reading it will say so
-    return format_of(head) is not None
+        return True  # the reader reports what is wrong with it
+    return container_format(head) is not None

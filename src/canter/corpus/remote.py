@@ -1,8 +1,7 @@
-"""Files by path or URL: what manifests, tars and audio have in common, wherever they lie.
+"""Files by path or URL.
 
-URLs (``s3://``, ``gs://``, ``https://``, ``memory://``) go through fsspec, and what it needs for a protocol is the
-user's to install. Local paths never do. A manifest is trusted with the URLs that it names, unless CANTER_NO_URLS is
-set.
+URLs (``s3://``, ``gs://``, ``https://``, ``memory://``) are read by fsspec; the user installs the package that it needs
+for a protocol. Local paths never use it. URLs in a manifest are trusted, unless CANTER_NO_URLS is set.
 """
 
 import contextlib
@@ -21,15 +20,16 @@ from canter.redaction import redacted
 
 NO_URLS = "CANTER_NO_URLS"
 _OFF = ("", "0", "false", "no", "off")
-_BUFFER = 2**16  # bytes read at once from what fsspec has fetched
+_BUFFER = 2**16  # bytes read at once from fsspec
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL."""
     return "://" in os.fspath(path)
 
 
 def forbid_urls() -> None:
-    """Refuse every URL from now on, in this process and in those that it starts."""
+    """Refuse every URL from now on, in this process and its child processes."""
     os.environ[NO_URLS] = "1"
 
 
@@ -39,25 +39,25 @@ def urls_forbidden() -> bool:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A URL as it is, any other path from the root on."""
+    """Return the absolute path; a URL is returned unchanged."""
     return os.fspath(path) if is_url(path) else os.path.abspath(path)
 
 
 def suffix_of(path: str) -> str:
-    """Return the suffix in lower case, ``.gz`` and a URL's query aside."""
+    """Return the suffix in lower case, without ``.gz`` and a URL's query."""
     if is_url(path):
         path = path.partition("?")[0]
     return os.path.splitext(path.removesuffix(".gz"))[1].lower()
 
 
 def folder_of(path: str | os.PathLike[str]) -> str:
-    """Return what paths in the manifest at ``path`` are relative to; of a URL without its query."""
+    """Return the folder that paths in the manifest at ``path`` are relative to, without a URL's query."""
     path = absolute(path)
     return os.path.dirname(path.split("?")[0] if is_url(path) else path)
 
 
 def below(folder: str | os.PathLike[str], path: str) -> str:
-    """``path`` as it is where it is absolute or a URL, else as it lies in ``folder``, which may be a URL."""
+    """Return ``path`` joined to ``folder``, which may be a URL; an absolute path or URL is returned unchanged."""
     folder = os.fspath(folder)
     if is_url(path) or path.startswith("/"):
         return path
@@ -67,25 +67,31 @@ def below(folder: str | os.PathLike[str], path: str) -> str:
     return f"{protocol}://{posixpath.normpath(posixpath.join(place, path))}"
 
 
+def from_working_folder(path: str) -> str:
+    """Return the absolute form of a relative path that exists in the working folder, and any other path unchanged."""
+    relative = not (is_url(path) or path.startswith("/") or "\0" in path)
+    return os.path.abspath(path) if relative and os.path.exists(path) else path
+
+
 def size_of(path: str) -> int:
-    """Bytes. Raises `OSError`, as all of these do, where there is no such file."""
+    """Return the size in bytes. Raises OSError, as the functions below do, where there is no such file."""
     if not is_url(path):
         return os.path.getsize(path)
-    with _told(path) as (files, place):
+    with _file_system(path) as (files, place):
         return files.size(place) or 0
 
 
 def stamp(path: str) -> str:
-    """What changes when the file does, as far as can be told without reading it."""
+    """Return a value that changes when the file changes, as far as that shows without reading it."""
     if not is_url(path):
         facts = os.stat(path)
         return f"{facts.st_size} {facts.st_mtime_ns}"
-    with _told(path) as (files, place):
+    with _file_system(path) as (files, place):
         return repr(sorted((str(key), str(value)) for key, value in files.info(place).items()))
 
 
 def refuse_special(path: str | os.PathLike[str]) -> None:
-    """Raise `OSError` for a named pipe, socket or device: opening one may wait for ever, and none can be read twice."""
+    """Raise OSError for a named pipe, socket or device: opening one may block, and none can be read twice."""
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
@@ -93,38 +99,37 @@ def refuse_special(path: str | os.PathLike[str]) -> None:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """For reading and seeking; of a URL a few MB at a time are fetched."""
+    """Open a file for reading and seeking; a URL is fetched a few MB at a time."""
     if not is_url(path):
         refuse_special(path)
         return open(path, "rb")
-    with _told(path) as (files, place):
+    with _file_system(path) as (files, place):
         return cast(BinaryIO, io.BufferedReader(_RemoteFile(path, files.open(place, "rb")), _BUFFER))
 
 
 def read_bytes(path: str, start: int = 0, size: int | None = None) -> bytes:
-    """``size`` bytes from byte ``start`` on, fewer where the file ends; None: all. Of a URL by one request."""
+    """Return ``size`` bytes from byte ``start`` on (None: all), fewer where the file ends; a URL takes one request."""
     if not is_url(path):
         with open_binary(path) as file:
             file.seek(start)
             return file.read(-1 if size is None else size)
-    with _told(path) as (files, place):
+    with _file_system(path) as (files, place):
         data = files.cat_file(place, start=start or None, end=None if size is None else start + size)
     if size is not None and len(data) > size:
-        raise OSError("the server gives whole files alone, no ranges of bytes")
+        raise OSError("the server gives only complete files, no ranges of bytes")
     return data
 
 
 def list_files(pattern: str) -> list[str]:
-    """Return the URLs that a URL with ``*`` stands for. Raises `OSError` where they cannot be listed."""
-    with _told(pattern) as (files, place):
+    """Return the URLs that match a URL with ``*``. Raises OSError where they cannot be listed."""
+    with _file_system(pattern) as (files, place):
         return [files.unstrip_protocol(one) for one in files.glob(place)]
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of fsspec, with a place of its own (in ``memory://`` all readers of a file share one); what goes wrong
-    while it is read is an OSError too."""
+    """A file of fsspec with a separate position (readers of ``memory://`` share one), whose errors are OSErrors."""
 
-    def __init__(self, url: str, file: Any):
+    def __init__(self, url: str, file: BinaryIO):
         self._url, self._file, self._place = url, file, 0
 
     def readable(self) -> bool:
@@ -135,7 +140,7 @@ class _RemoteFile(io.RawIOBase):
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:
-            with _told(self._url):
+            with _file_system(self._url):
                 place = self._file.seek(place, whence)
         elif whence == os.SEEK_CUR:
             place += self._place
@@ -145,8 +150,8 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def readinto(self, target: Any) -> int:
-        with _told(self._url):
+    def readinto(self, target: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with _file_system(self._url):
             if self._file.seekable():
                 self._file.seek(self._place)
             data = self._file.read(len(target))
@@ -161,9 +166,11 @@ class _RemoteFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _told(url: str) -> Iterator[tuple[Any, str]]:
-    """Yield fsspec's file system for a URL, and its place there. Its errors, each protocol's of its own kind, become
-    OSError: FileNotFoundError only where the server says so. Raises ConfigError where URLs are forbidden."""
+def _file_system(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's file system for a URL and the path in it; every protocol's errors become OSError.
+
+    FileNotFoundError is raised only where the server reports it, ConfigError where URLs are forbidden.
+    """
     if urls_forbidden():
         raise ConfigError(
             f"{redacted(url)}: URLs are forbidden ({NO_URLS} is set, or --no-urls given); copy the file to this machine"
@@ -180,8 +187,10 @@ def _told(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _reason(url: str, error: Exception) -> str | None:
-    """Return why a URL cannot be read, None where the error is an OSError that says so itself. fsspec reports whatever
-    goes wrong over HTTP as a missing file; the cause tells."""
+    """Return why a URL cannot be read, or None where the error is an OSError that states it.
+
+    fsspec reports any failure over HTTP as a missing file; the cause of the error has the reason.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
         chain.append(cause)

@@ -1,6 +1,9 @@
-"""Finds out what a path holds, and reads it: one reader a format, all with the same signature."""
+"""Find out what a path holds, and read it: `units_of` recognises the format, `read_unit` calls its reader.
 
-import functools
+A reader turns the rows of one file or folder into utterances, or reasons why they cannot be used. `read_unit` then
+makes these reasons Problems of the file, refuses repeated utterances, and raises where no row is usable.
+"""
+
 import glob
 import itertools
 import json
@@ -10,30 +13,22 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from canter.corpus.columns import ANY, Columns
-from canter.corpus.manifest import (
-    expand_shards,
-    open_manifest,
-    read_nemo,
-    scan_lines,
-    usable,
-)
-from canter.corpus.media import MANIFEST_SUFFIXES, format_of, head_of, is_data
-from canter.corpus.readers.common import AUDIO_SUFFIXES
-from canter.corpus.readers.commonvoice import read_commonvoice
+from canter.corpus.columns import ANY, Columns, ReadOptions
+from canter.corpus.manifest import checked_rows, expand_shards, open_manifest, read_nemo, scan_lines
+from canter.corpus.media import AUDIO_SUFFIXES, MANIFEST_SUFFIXES, container_format, head_of, is_data, media_in
 from canter.corpus.readers.documents import is_document, read_document
-from canter.corpus.readers.folder import audio_files, read_folder
+from canter.corpus.readers.folder import read_media_folder
 from canter.corpus.readers.huggingface import dataset_files, holds_audio, read_huggingface, read_parquet
 from canter.corpus.readers.kaldi import read_kaldi
 from canter.corpus.readers.lengths import is_lengths, table_schema
 from canter.corpus.readers.lhotse import is_cut, read_lhotse, read_shar, shar_tar
-from canter.corpus.readers.tables import is_list, names_audio, read_list, read_table
+from canter.corpus.readers.tables import is_list, names_audio, read_commonvoice, read_list, read_table
 from canter.corpus.readers.tarred import read_nemo_tarred, read_webdataset
 from canter.corpus.remote import absolute, is_url, list_files, refuse_special, suffix_of
-from canter.corpus.utterance import NumberedFinds, Problem, Rows, Utterance
+from canter.corpus.utterance import NumberedRows, Problem, Rows, Utterance
 from canter.errors import ManifestError
 
-READERS: dict[str, Callable[..., NumberedFinds]] = {
+READERS: dict[str, Callable[..., NumberedRows]] = {
     "nemo": read_nemo,
     "nemo_tarred": read_nemo_tarred,
     "lhotse": read_lhotse,
@@ -41,27 +36,23 @@ READERS: dict[str, Callable[..., NumberedFinds]] = {
     "huggingface": read_huggingface,
     "commonvoice": read_commonvoice,
     "webdataset": read_webdataset,
-    "folder": read_folder,
+    "folder": read_media_folder,
     "parquet": read_parquet,
     "table": read_table,
     "list": read_list,
     "kaldi": read_kaldi,
     "document": read_document,
 }
-METADATA = ("jsonl", "csv", "parquet")  # suffixes of the table that AudioFolder reads, in its folder
+METADATA = ("jsonl", "csv", "parquet")  # suffixes of AudioFolder's table
 SHARD = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{8,})?(\.parquet)?$")
 SPLIT = re.compile(r"(^|[/_.-])(train|test|valid|validation|dev|eval|evaluation|other|validated)($|[/_.-])")
-_CONTENTS = {
-    b"PAR1": ".parquet",
-    b"ARROW1": ".arrow",
-}  # how a file begins, and the suffix that it should have
-LENGTHS = "lengths"  # read by `canter.corpus.readers.lengths`: these rows are no utterances
+_CONTENTS = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}  # first bytes of a file -> the suffix that it should have
+LENGTHS = "lengths"  # tables of lengths, whose rows are no utterances: `canter.corpus.readers.lengths` reads them
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one reader reads in one go: a file, or a folder of audio; ``audio`` is a manifest's tar or
-    tars."""
+    """A file or folder that one reader reads; ``audio`` is the tar, or the pattern of tars, of a manifest."""
 
     kind: str
     path: str
@@ -69,11 +60,11 @@ class Unit:
 
 
 def units_of(path: str, audio: str = "", columns: Columns = ANY) -> list[Unit]:
-    """Return the units behind a path, their kinds found by looking. Raises `ManifestError` for what Canter
-    cannot read.
+    """Return the units behind a path, their formats recognised from the content.
 
     ``{0..N}``, ``_OP_0..N_CL_`` and ``*`` in ``path`` and ``audio`` are expanded. Instead of ``audio``, a tarred
-    NeMo manifest may name its tars in the path: ``manifest_{0..3}.json::audio_{0..3}.tar``.
+    NeMo manifest may name its tars in the path: ``manifest_{0..3}.json::audio_{0..3}.tar``. Raises ManifestError where
+    nothing can be read.
     """
     if not audio and "::" in path:
         path, audio = path.split("::", 1)
@@ -92,9 +83,9 @@ def units_of(path: str, audio: str = "", columns: Columns = ANY) -> list[Unit]:
 
 
 def expand_glob(path: str) -> list[str]:
-    """Return the files that a path with ``*`` stands for, in the order of their numbers; any other path alone.
+    """Return the files that a path with ``*`` matches, in the order of their numbers; any other path by itself.
 
-    Raises ManifestError where there are none.
+    Raises ManifestError where nothing matches.
     """
     if not any(mark in path for mark in "*?[") or (not is_url(path) and os.path.exists(path)):
         return [path]
@@ -107,7 +98,7 @@ def expand_glob(path: str) -> list[str]:
 
 
 def tars_of(unit: Unit) -> list[str]:
-    """The tars that a unit's rows name members of."""
+    """Return the tars that hold the audio of a unit's rows."""
     if unit.kind == "shar":
         return [shar_tar(unit.path)]
     return expand_shards(unit.audio) if unit.audio else []
@@ -116,14 +107,15 @@ def tars_of(unit: Unit) -> list[str]:
 def read_unit(
     unit: Unit, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
 ) -> Iterator[tuple[int, Utterance | Problem]]:
-    """The rows of one unit, each with its line (or the like). Raises `ManifestError` if none is usable."""
+    """Yield the rows of one unit, each with the number of its line, member or row.
+
+    Raises ManifestError at the end if no row is usable.
+    """
     if unit.kind == LENGTHS:
-        raise ManifestError(f"{unit.path} is a table of lengths alone: it can be planned with, but has no audio")
-    arguments = (unit.path, unit.audio) if unit.audio else (unit.path,)
-    found = READERS[unit.kind](
-        *arguments, require_text=require_text, measure_durations=measure_durations, columns=columns
-    )
-    return usable(found, unit.path)
+        raise ManifestError(f"{unit.path} is a table of lengths: it can be planned with, but has no audio")
+    options = ReadOptions(require_text, measure_durations, columns)
+    found = READERS[unit.kind](unit.path, options, *([unit.audio] if unit.audio else []))
+    return checked_rows(found, unit.path)
 
 
 def open_source(
@@ -134,14 +126,20 @@ def open_source(
     measure_durations: bool = False,
     columns: Columns = ANY,
 ) -> Rows:
-    """Yield the utterances and problems of whatever ``path`` holds: a manifest of any kind, shards, a folder of audio.
+    """Return an iterator over the utterances and problems of a manifest of any format, of shards or of a folder.
 
-    ``audio`` names a tarred manifest's tars, ``columns`` what the columns of text, language and audio are called.
+    audio: tar, or pattern of tars, of a tarred manifest.
+    require_text: refuse rows without a text.
+    measure_durations: read a missing duration from the header of the audio.
+    columns: names of the columns (or keys) of text, language and audio.
 
-    Raises `ManifestError` where that is nothing Canter reads, or has no usable row.
+    Raises ManifestError where the path cannot be read or, at the end, has no usable row.
     """
     units = units_of(os.fspath(path), audio, columns)
-    read = functools.partial(read_unit, require_text=require_text, measure_durations=measure_durations, columns=columns)
+
+    def read(unit: Unit) -> Iterator[tuple[int, Utterance | Problem]]:
+        return read_unit(unit, require_text=require_text, measure_durations=measure_durations, columns=columns)
+
     return (row for _, row in read(units[0])) if len(units) == 1 else _chain(units, read)
 
 
@@ -153,16 +151,16 @@ def _chain(units: list[Unit], read: Callable[[Unit], Iterator[tuple[int, Utteran
             for _, row in read(unit):
                 some = some or isinstance(row, Utterance)
                 yield row
-        except ManifestError as one:  # a shard without a usable row; the others may have some
-            error = error or one
-            yield Problem(unit.path, 0, f"unusable: {one}")
+        except ManifestError as reason:  # this shard has no usable row; another may have some
+            error = error or reason
+            yield Problem(unit.path, 0, f"unusable: {reason}")
     if error and not some:
         raise error
 
 
-def _of_file(path: str, columns: Columns = ANY) -> Unit:
+def _of_file(path: str, columns: Columns) -> Unit:
     suffix = suffix_of(path)
-    if not is_url(path) and not os.path.exists(path):  # of a URL the reader will say so
+    if not is_url(path) and not os.path.exists(path):  # the reader reports a missing URL
         raise ManifestError(f"{path} does not exist")
     if not is_url(path):
         try:
@@ -170,7 +168,7 @@ def _of_file(path: str, columns: Columns = ANY) -> Unit:
         except OSError as error:
             raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     head = head_of(path) if os.path.isfile(path) else b""
-    if format_of(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
+    if container_format(head) or (suffix in AUDIO_SUFFIXES and not is_data(head)):
         raise ManifestError(f"{path} is audio, not a manifest; name its folder, or a manifest that lists it")
     if suffix not in MANIFEST_SUFFIXES:
         suffix = next((name for start, name in _CONTENTS.items() if head.startswith(start)), suffix)
@@ -205,7 +203,7 @@ def _of_file(path: str, columns: Columns = ANY) -> Unit:
 
 
 def _of_table(path: str, suffix: str) -> Unit:
-    """Return the unit of a table of text: Common Voice's, any other with a header, or a list without one."""
+    """Return the unit of a table of text: Common Voice's, any other with a header, or a list without a header."""
     with open_manifest(path) as file:
         first = file.readline(1 << 16).decode("utf-8-sig", errors="replace").rstrip("\r\n")
     if suffix == ".tsv" and {"path", "sentence"} <= set(first.split("\t")):
@@ -216,20 +214,18 @@ def _of_table(path: str, suffix: str) -> Unit:
 
 
 def _holds_cuts(path: str) -> bool:
-    """Whether the first object in a JSONL file is a Lhotse cut."""
+    """Return whether the first object in a JSONL file is a Lhotse cut."""
     try:
         with open_manifest(path) as file:
             for _, _, line in itertools.islice(scan_lines(file), 10):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                return is_cut(row)
+                if line.strip():
+                    return is_cut(json.loads(line))
     except (ValueError, RecursionError, OSError, EOFError, zlib.error):
-        pass  # the reader will say what is wrong, line by line
+        pass  # the reader reports what is wrong with each line
     return False
 
 
-def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
+def _in_folder(folder: str, columns: Columns) -> list[Unit]:
     def found(pattern: str) -> list[str]:
         return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)), key=_natural)
 
@@ -244,7 +240,7 @@ def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
     if tars:
         return list(_tarred(folder, tars, found))
     described = [one for kind in METADATA for one in found(f"metadata.{kind}")]
-    manifests = described[:1] or [  # not what an index has left beside itself
+    manifests = described[:1] or [  # an index writes .skipped.jsonl beside itself
         one for one in found("*.jsonl") or found("*.jsonl.gz") if not one.endswith(".skipped.jsonl")
     ]
     if len(manifests) == 1:
@@ -271,7 +267,7 @@ def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
         raise ManifestError(
             f"{folder} holds several splits ({', '.join(splits)}); name one: {os.path.join(folder, splits[0])}"
         )
-    if audio_files(folder):
+    if media_in(folder)[0]:
         return [Unit("folder", folder)]
     raise ManifestError(
         f"{folder} holds nothing that Canter reads: no manifest, cuts, dataset, tars, tables or audio (docs/corpus.md)"
@@ -279,8 +275,10 @@ def _in_folder(folder: str, columns: Columns = ANY) -> list[Unit]:
 
 
 def _of_one_split(folder: str, files: list[str]) -> list[str]:
-    """Return the files, which the Hub names ``SPLIT-00000-of-00003.parquet`` or puts into folders. Raises ManifestError
-    where they are of several splits."""
+    """Return the files, which the Hub names ``SPLIT-00000-of-00003.parquet`` or puts into folders.
+
+    Raises ManifestError where they belong to several splits.
+    """
     stems = {SHARD.sub("", one.removesuffix(".parquet")): one for one in files}
     names = {os.path.relpath(stem, folder): one for stem, one in stems.items()}
     if len(names) < 2 or not any(SPLIT.search(name.lower()) for name in names):
@@ -293,7 +291,7 @@ def _of_one_split(folder: str, files: list[str]) -> list[str]:
 
 
 def _tarred(folder: str, tars: list[str], found: Callable[[str], list[str]]) -> Iterator[Unit]:
-    """NeMo's layouts of a folder of tars, or else WebDataset."""
+    """Yield the units of a folder of tars: one of NeMo's layouts, or else WebDataset."""
     sharded = found("sharded_manifests/manifest_*.json*")
     single = found("tarred_audio_manifest.json*")
     if sharded:
@@ -310,6 +308,6 @@ def _tarred(folder: str, tars: list[str], found: Callable[[str], list[str]]) -> 
         yield from (Unit("webdataset", one) for one in tars)
 
 
-def _natural(path: str) -> list:
-    """Sorts ``audio_10`` after ``audio_9``."""
+def _natural(path: str) -> list[int | str]:
+    """Return the key that sorts ``audio_10`` after ``audio_9``."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

@@ -1,4 +1,4 @@
-"""What lengths look like: quantiles, the joint histogram, and rows that speak too fast to be true."""
+"""Statistics of lengths: quantiles, the joint histogram, and rows with implausible speaking rates."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import numpy as np
 from canter.corpus.index import LengthIndex
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-CHUNK = 1 << 22  # rows taken to float64 at a time, so that 100 M rows need no gigabytes
+CHUNK = 1 << 22  # rows converted to float64 at a time, to bound the memory
 
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """One source of the mixture: its rows, hours, share of the draws, and means over its rows."""
+    """One source of the mixture: rows, hours, fraction of the draws, and means over its rows."""
 
     name: str
     rows: int
@@ -25,7 +25,7 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class Outlier:
-    """A row, its tokens per second, and how many standard deviations that is from the mean."""
+    """A row, its tokens per second, and their distance from the mean in standard deviations."""
 
     row: int
     seconds: float
@@ -36,7 +36,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of an index. ``quantiles`` are of each column at `QUANTILES`; rates are tokens per second."""
+    """Statistics of an index. ``quantiles`` are of each column at `QUANTILES`; rates are tokens per second."""
 
     rows: int
     hours: float
@@ -52,12 +52,12 @@ class Summary:
 
     @property
     def rate_bound(self) -> float:
-        """Tokens per second above which a row is beyond the bound."""
+        """Tokens per second above which a row is an outlier."""
         return self.mean_rate + self.z_bound * self.std_rate
 
 
 def summarise(index: LengthIndex, *, z_bound: float = 4.0, most_outliers: int = 10) -> Summary:
-    """Counts, quantiles and outliers of an index.
+    """Return counts, quantiles and outliers of an index.
 
     The bound on tokens per second, mean + z standard deviations, is that of 2-D bucketing's bin estimation
     (Żelasko et al. 2025, section 3.1, and the scripts released with it).
@@ -110,11 +110,9 @@ def summarise(index: LengthIndex, *, z_bound: float = 4.0, most_outliers: int = 
 def joint_histogram(
     index: LengthIndex, seconds_bins: int, tokens_bins: int, upper: float = 0.995
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``(counts (seconds_bins, ≤ tokens_bins), seconds' edges, tokens' edges)``, from 0 to the quantile
-    ``upper``.
+    """Return ``(counts (seconds_bins, <= tokens_bins), seconds' edges, tokens' edges)`` from 0 to quantile ``upper``.
 
-    Bins of tokens are a whole number wide. What is longer is counted in the last bins, so that the counts
-    add up to all rows.
+    Bins of tokens have integer widths. Longer rows are counted in the last bins, so that the counts sum to all rows.
     """
     most_seconds = max(float(np.quantile(index.seconds, upper)), 1e-3)
     most_tokens = max(int(np.quantile(index.tokens, upper)), 1)

@@ -1,4 +1,4 @@
-"""An utterance, and a row that is none: what every reader yields and every later stage takes."""
+"""An utterance, and a row that cannot be used: what every reader yields and every later stage takes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +11,12 @@ OPTIONAL_TEXT = ("lang", "source_lang", "target_lang", "taskname", "pnc")
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One stretch of speech and what was said in it.
+    """A segment of speech and its transcript.
 
-    ``audio_filepath`` is an absolute path, a URL, or a member of a container,
-    ``shard.tar::name.flac@START+BYTES`` (see `canter.corpus.audio`). ``duration`` and ``offset`` are
-    seconds; with an ``offset``, 0 too, the utterance is that stretch of the file, without one (None) the whole
-    file. ``channel_selector`` is the one channel to be heard, from 0; None stands for the average of all.
-    ``num_tokens`` is the length of the target, prompt and end token included, where the manifest already knows
-    it.
+    ``audio_filepath`` is an absolute path, a URL, or a member of a container (`canter.corpus.containers`). ``duration``
+    and ``offset`` are seconds; with an ``offset``, even 0, the utterance is that segment of the file, without one
+    (None) it is the complete file. ``channel_selector`` is the channel to read, from 0; None averages all channels.
+    ``num_tokens`` is the length of the target, prompt and end token included, where the manifest states it.
     """
 
     audio_filepath: str
@@ -36,13 +34,15 @@ class Utterance:
 
     @property
     def text_lang(self) -> str | None:
-        """The language in which the text is written: of a translation, the target's."""
+        """The language of the text: the target's, for a translation."""
         return self.target_lang or self.lang or self.source_lang
 
     @property
     def identity(self) -> int:
-        """64 bits that two rows share when they are the same utterance: the same audio, text and ``id``. An id
-        alone is not enough: many corpora's is the sentence's or the speaker's."""
+        """64 bits that are equal for rows of the same audio, text, languages, task and ``id``.
+
+        An id does not suffice: in many corpora it is the sentence's or the speaker's.
+        """
         key = (
             self.id, self.audio_filepath, self.offset or 0.0, self.duration, self.channel_selector, self.text,
             self.source_lang, self.target_lang, self.taskname, self.pnc,
@@ -52,8 +52,7 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A row that cannot be used. ``line`` counts from 1; in a container it is the number of the member or
-    row."""
+    """A row that cannot be used. ``line`` counts from 1; in a container it is the number of the member or row."""
 
     file: str
     line: int
@@ -68,7 +67,7 @@ class Problem:
 
     @property
     def kind(self) -> str:
-        """What problems are counted by: the reason up to its first colon."""
+        """The reason up to its first colon, by which problems are counted."""
         return self.reason.partition(":")[0]
 
     def __str__(self) -> str:
@@ -76,6 +75,11 @@ class Problem:
 
 
 Rows = Iterator[Utterance | Problem]
-Found = Utterance | Problem | str | None  # str: why it is no utterance; None: passed over on request
-NumberedFinds = Iterator[tuple[int, Found]]  # what readers yield: the line, or the like, and what it holds
+Found = Utterance | Problem | str | None  # str: the reason why a row cannot be used; None: a row to skip (_skipme)
+NumberedRows = Iterator[tuple[int, Found]]  # what readers yield: the number of the line, member or row, and the row
 DUPLICATE = "duplicate: the same audio, text and id as an earlier row; to repeat data use weights"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, shortened to 200 characters."""
+    return " ".join(str(error).split())[:200]

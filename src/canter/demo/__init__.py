@@ -1,1 +1,1 @@
-"""The demo: a synthetic corpus, a run and its report."""
+"""`canter demo`: synthesise a corpus, train on it, and report."""

@@ -1,77 +1,148 @@
-"""The demo's page: what was made, what the plan saves, what the model learnt, what decoding costs.
+"""Make the demo's page: corpus, gain of planning, training, transcripts and cost of decoding."""
 
-`demo_report` takes the demo's ``summary.json`` as a dictionary. A part that is missing, as in the quick demo,
-leaves its section out. Its keys, all optional:
-
-- ``corpus``: ``utterances, audio_hours, voices, unseen_voices, words, languages``, ``lengths`` as rows of
-  [seconds, tokens], ``test_utterances``
-- ``strategies``: by name ``padded_audio, padded_tokens, padded_compute, mean_batch, memory_filled, steps,
-  epoch_hours, mixing_pool, speedup``; the first is the baseline
-- ``room_for_longest``: how many of the longest utterances the memory of ``strategies`` holds
-- ``measured_speed``: ``audio_seconds_a_second`` by strategy, ``speedup, predicted, steps, room_for_longest``
-- ``training``: rows of metrics.jsonl; ``train_seconds``, ``parameters``, ``trained_padding``
-- ``wer, cer, wer_seen, wer_unseen, rtfx``; ``attention_wer, ctc_wer``, where the rest is decoded with ``ctc_weight``;
-  ``wer_by_language``: WER by code
-- ``examples``: rows of ``voice, lang, text, pred_text``
-- ``decoder_shift``: rows, or a dictionary of rows, of ``shape`` (encoder/decoder layers), ``cache`` (``none``,
-  ``hidden`` or ``full``), ``seconds, rtfx, speedup`` (1 is the baseline), and where measured
-  ``encoder_seconds, decoder_seconds, parameters``
-- ``machine``: anything worth naming; ``times``: seconds by stage, and ``total``
-"""
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from canter.reporting import figures, html
 from canter.reporting.html import Html
-from canter.reporting.run_report import curves, duration
+from canter.reporting.run_curves import curves, duration
+from canter.reporting.run_folder import Row
 
-Summary = Mapping[str, Any]
-
-# how much a decoder keeps, from nothing to all, see canter.bench.naive
-CACHES = {"none": "nothing cached", "hidden": "hidden states cached", "full": "keys and values cached"}
+CACHES: dict[str, str] = {"none": "nothing cached", "hidden": "hidden states cached", "full": "keys and values cached"}
 LANGUAGES = {"en": "English", "de": "German", "es": "Spanish", "fr": "French", "it": "Italian", "nl": "Dutch"}
 
 
-def demo_report(summary: Summary) -> Html:
-    """The whole page of a demo."""
+class CorpusFigures(TypedDict):
+    """Sizes of the corpus."""
+
+    utterances: int
+    test_utterances: int
+    audio_hours: float
+    voices: int
+    unseen_voices: int
+    words: int
+    languages: list[str]
+    lengths: list[list[float]]
+    """[seconds, tokens] of a sample of utterances."""
+
+
+class StrategyFigures(TypedDict):
+    """Predicted figures of a batching strategy."""
+
+    padded_audio: float
+    padded_tokens: float
+    padded_compute: float
+    mean_batch: float
+    memory_filled: float
+    steps: int
+    epoch_hours: float
+    mixing_pool: float | None
+    speedup: float
+
+
+class MeasuredSpeed(TypedDict):
+    """Measured training speed of `random` and `balanced`."""
+
+    audio_seconds_a_second: dict[str, float]
+    speedup: float
+    predicted: float
+    steps: int
+    room_for_longest: int
+
+
+class ShiftFigures(TypedDict):
+    """Decoding speed of one model with one cache."""
+
+    shape: str
+    """Encoder and decoder layers, such as 4/6."""
+    cache: str
+    seconds: float
+    rtfx: float
+    speedup: float
+    """RTFx relative to the first row, which has 1."""
+    encoder_seconds: float
+    decoder_seconds: float
+    parameters: int
+
+
+class DemoSummary(TypedDict, total=False):
+    """Figures of a demo, as ``summary.json`` holds them; a section without figures is left out of the page."""
+
+    quick: bool
+    utterances: int
+    audio_hours: float
+    corpus: CorpusFigures
+    strategies: dict[str, StrategyFigures]
+    """Figures by strategy; the first is the baseline."""
+    room_for_longest: int
+    """Memory that ``strategies`` are predicted for, in utterances as long as the longest."""
+    measured_speed: MeasuredSpeed
+    training: list[Row]
+    """Rows of metrics.jsonl."""
+    train_seconds: float
+    trained_audio_hours: float
+    steps: int
+    precision: str
+    parameters: int
+    trained_padding: float
+    wer: float
+    cer: float
+    wer_seen: float
+    wer_unseen: float
+    wer_by_language: dict[str, float]
+    attention_wer: float
+    ctc_wer: float
+    ctc_weight: float
+    rtfx: float
+    useful_rows: float
+    examples: list[Row]
+    """Rows with ``voice, lang, text, pred_text``."""
+    decoder_shift: dict[str, ShiftFigures]
+    machine: Mapping[str, str | int | None]
+    times: dict[str, float]
+    """Seconds by stage, and ``total``."""
+
+
+def demo_report(summary: DemoSummary) -> Html:
+    """Return the complete page of a demo."""
     return html.page(
         "From a manifest to transcripts, without the padding",
-        opening(summary),
-        html.cards(headline(summary)),
-        *ladder(summary),
-        *corpus(summary),
-        *training(summary),
-        *transcripts(summary),
-        *decoder_shift(summary),
-        *times(summary),
-        *machine(summary),
+        _opening(summary),
+        html.cards(_headline(summary)),
+        _ladder(summary),
+        _corpus(summary),
+        _training(summary),
+        _transcripts(summary),
+        _decoder_shift(summary),
+        _times(summary),
+        _machine(summary),
         eyebrow="Canter demo",
     )
 
 
-def opening(summary: Summary) -> Html:
-    """One sentence on what has just happened."""
-    corpus = summary.get("corpus", {})
-    made = [f"{corpus['utterances']:,} utterances" if "utterances" in corpus else "a corpus"]
-    if "audio_hours" in corpus:
+def _opening(summary: DemoSummary) -> Html:
+    corpus = summary.get("corpus")
+    made = [f"{corpus['utterances']:,} utterances" if corpus else "a corpus"]
+    if corpus:
         made.append(f"{corpus['audio_hours']:.1f} hours of speech")
     parts = ["Canter synthesised ", html.element("strong", ", ".join(made))]
-    parts.append(", measured what a training step costs, planned every batch")
+    parts.append(", measured time and memory of a training step, planned every batch")
     if "train_seconds" in summary:
         parts += [", trained a model in ", html.element("strong", duration(summary["train_seconds"]))]
     parts.append(" and transcribed sentences the model had never seen.")
     return Html("".join(html.escape(part) for part in parts))
 
 
-def headline(summary: Summary) -> list[tuple[str, str, str]]:
-    """The cards on top."""
-    cards = []
-    names = list(summary.get("strategies", {}))
+def _headline(summary: DemoSummary) -> list[html.Card]:
+    cards: list[html.Card] = []
+    strategies = summary.get("strategies", {})
+    names = list(strategies)
     if names:
-        first, best = summary["strategies"][names[0]], summary["strategies"][_best(summary)]
+        first, best = strategies[names[0]], strategies[_best(summary)]
         if "padded_compute" in best:
             note = f"of the compute, predicted; {names[0]} batches waste {first['padded_compute']:.0%}"
             cards.append((f"{best['padded_compute']:.1%}", "spent on padding", note))
@@ -89,37 +160,33 @@ def headline(summary: Summary) -> list[tuple[str, str, str]]:
         cards.append((f"{summary['rtfx']:,.0f}×", "real time", "RTFx of transcription, measured"))
     shift = _shift_rows(summary)
     if shift:
-        base, fast = (
-            min(shift, key=lambda row: abs(row["speedup"] - 1)),
-            max(shift, key=lambda row: row["speedup"]),
-        )
+        base, fast = (min(shift, key=lambda row: abs(row["speedup"] - 1)), max(shift, key=lambda row: row["speedup"]))
         shapes = [f"{row['shape']} layers, {CACHES[row['cache']]}" for row in (fast, base)]
         note = f"measured: {' against '.join(shapes)}"
         cards.append((f"{fast['speedup']:.1f}×", "faster decoding", note))
     elif "times" in summary:
-        cards.append((duration(_total(summary["times"])), "in all", "from nothing to this page"))
+        cards.append((duration(_total(summary["times"])), "in all", "from start to this page"))
     return cards
 
 
-def ladder(summary: Summary) -> list[Html]:
-    """The strategies, as bars and as a table."""
+def _ladder(summary: DemoSummary) -> Html:
     strategies = summary.get("strategies")
     if not strategies:
-        return []
+        return Html()
     names, best = list(strategies), _best(summary)
     blocks = []
     seconds = [pair[0] for pair in summary.get("corpus", {}).get("lengths", [])]
     if len(seconds) >= 60:
         caption = (
-            "Drawn from this corpus, a row an utterance: twelve as chance brings them, and as many of like "
-            "length as take the same memory. Grey is computed like the rest, and thrown away."
+            "One row for each utterance of this corpus: twelve drawn at random, and utterances of similar length that "
+            "take the same memory. Grey is padding, which is computed and discarded."
         )
-        drawing = figures.padding_picture(_two_batches(seconds))
+        drawing = figures.draw_padding(_two_batches(seconds))
         blocks.append(html.figure(drawing, "What padding is", caption, wide=True))
     if all("epoch_hours" in row and "padded_compute" in row for row in strategies.values()):
         hours = [strategies[name]["epoch_hours"] for name in names]
         padded = [strategies[name]["padded_compute"] for name in names]
-        drawing = figures.ladder(names, hours, padded, best=best)
+        drawing = figures.draw_epochs(names, hours, padded, best=best)
         caption = "Predicted time of an epoch; grey is the part of the compute spent on padding."
         blocks.append(html.figure(drawing, "One epoch", caption, wide=True))
     columns = {
@@ -137,17 +204,17 @@ def ladder(summary: Summary) -> list[Html]:
     header = ["strategy", *(title for title, _ in columns.values())]
     blocks.append(html.table(header, rows, best=names.index(best)))
     lead = (
-        "Every utterance of a batch is padded to the longest one. Which utterances travel together "
-        "decides how much of the work is for nothing, and how full the memory gets. These figures are "
-        "predicted by the planner, from the budget that was measured on this machine"
+        "Every utterance of a batch is padded to the longest one. The choice of utterances for each batch decides how "
+        "much compute padding takes, and how full the memory is. These figures are predicted by the planner, from the "
+        "budget that was measured on this machine"
     )
     if "room_for_longest" in summary:
         lead += f", for a memory that holds {summary['room_for_longest']} of the longest utterances"
-    return [html.section("The ladder of batching", lead + ".", *blocks, *_speed(summary))]
+    return html.section("Batching strategies", lead + ".", *blocks, *_speed(summary))
 
 
-def _speed(summary: Summary) -> list[Html]:
-    """The table of measured training speed, beside what the budget predicts."""
+def _speed(summary: DemoSummary) -> list[Html]:
+    """Return the measured training speed, beside the prediction of the budget."""
     speed = summary.get("measured_speed")
     if not speed:
         return []
@@ -162,11 +229,10 @@ def _speed(summary: Summary) -> list[Html]:
     return [caption, table]
 
 
-def corpus(summary: Summary) -> list[Html]:
-    """What was synthesised: a few figures and the lengths."""
+def _corpus(summary: DemoSummary) -> Html:
     data = summary.get("corpus")
     if not data:
-        return []
+        return Html()
     languages = data.get("languages", [])
     rows = [
         ("utterances", data.get("utterances"), "{:,}"),
@@ -182,22 +248,20 @@ def corpus(summary: Summary) -> list[Html]:
     blocks = [html.table(["", ""], shown)] if shown else []
     lengths = np.asarray(data.get("lengths") or np.empty((0, 2)), dtype=float)
     if len(lengths):
-        drawing = figures.lengths(lengths[:, 0], lengths[:, 1])
+        drawing = figures.draw_lengths(lengths[:, 0], lengths[:, 1])
         blocks.insert(
-            0,
-            html.figure(drawing, "Lengths", "Each point is an utterance; above, how many of each duration."),
+            0, html.figure(drawing, "Lengths", "Each point is an utterance; above, the histogram of durations.")
         )
     lead = "Composed sentences, spoken by many synthetic voices; no test sentence appears in training."
-    return [html.section("The corpus", lead, html.grid(*blocks))]
+    return html.section("The corpus", lead, html.grid(*blocks))
 
 
-def training(summary: Summary) -> list[Html]:
-    """The curves."""
+def _training(summary: DemoSummary) -> Html:
     rows = summary.get("training") or []
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "valid")}
-    drawings = curves(kinds["train"], kinds["valid"])
+    drawings = [*curves(kinds["train"], kinds["valid"])]
     if not drawings:
-        return []
+        return Html()
     steps = max(row.get("step", 0) for row in rows)
     parts = [f"{steps:,} steps"]
     if "parameters" in summary:
@@ -206,15 +270,14 @@ def training(summary: Summary) -> list[Html]:
         parts.append(f"{duration(summary['train_seconds'])} on this machine")
     if "trained_padding" in summary:
         parts.append(f"{summary['trained_padding']:.1%} of the audio computed was padding (measured)")
-    return [html.section("Training", ", ".join(parts) + ".", html.grid(*drawings))]
+    return html.section("Training", ", ".join(parts) + ".", html.grid(*drawings))
 
 
-def transcripts(summary: Summary) -> list[Html]:
-    """Error rates by part of the test, and examples."""
+def _transcripts(summary: DemoSummary) -> Html:
     rates = [
         ("all test sentences", summary.get("wer")),
-        ("voices heard in training", summary.get("wer_seen")),
-        ("voices never heard", summary.get("wer_unseen")),
+        ("voices of training", summary.get("wer_seen")),
+        ("other voices", summary.get("wer_unseen")),
         *((_language(code), rate) for code, rate in (summary.get("wer_by_language") or {}).items()),
         ("all, decoded by attention only", summary.get("attention_wer")),
         ("all, decoded by CTC only", summary.get("ctc_wer")),
@@ -223,30 +286,22 @@ def transcripts(summary: Summary) -> list[Html]:
     shown = [(name, f"{rate:.1%}") for name, rate in rates if rate is not None]
     if shown:
         blocks.append(html.table(["test part", "WER"], shown, best=0))
-    examples = [
-        (
-            " · ".join(str(part) for part in (_language(row.get("lang")), row.get("voice")) if part),
-            row["text"],
-            row["pred_text"],
-            row.get("lang"),
-        )
-        for row in summary.get("examples") or []
-    ]
+    examples = []
+    for row in (summary.get("examples") or [])[:10]:
+        label = " · ".join(part for part in (_language(row.get("lang")), row.get("voice")) if part)
+        examples.append(html.compared(label, row["text"], row["pred_text"], row.get("lang")))
     if examples:
-        blocks.append(html.transcripts(examples[:10]))
-    if not blocks:
-        return []
-    lead = "Sentences the model never saw. Reference in grey, transcript below it, mistakes marked."
+        blocks.append(html.transcripts(*examples))
+    lead = "Sentences that are not in training. Reference in grey, transcript below it, errors marked."
     if "ctc_weight" in summary:
         lead += f" Decoded jointly by attention and CTC (weight {summary['ctc_weight']:g}), greedy search."
-    return [html.section("What it hears", lead, *blocks)]
+    return html.section("Transcripts", lead, *blocks)
 
 
-def decoder_shift(summary: Summary) -> list[Html]:
-    """The table of shapes and caches."""
+def _decoder_shift(summary: DemoSummary) -> Html:
     rows = _shift_rows(summary)
     if not rows:
-        return []
+        return Html()
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     caches = [cache for cache in CACHES if any(row["cache"] == cache for row in rows)]
     fastest = min(rows, key=lambda row: row["seconds"])
@@ -260,32 +315,31 @@ def decoder_shift(summary: Summary) -> list[Html]:
         for cache in caches:
             cells += [_cell(row, row is fastest) for row in here if row["cache"] == cache][:1] or [html.element("div")]
     square = html.element(
-        "div",
-        *cells,
-        class_="square",
-        style=f"grid-template-columns: minmax(150px, 0.7fr) repeat({len(caches)}, 1fr)",
+        "div", *cells, class_="square", style=f"grid-template-columns: minmax(150px, 0.7fr) repeat({len(caches)}, 1fr)"
     )
     blocks = [square]
     if all("encoder_seconds" in row and "decoder_seconds" in row for row in rows):
         names = [f"{row['shape']}, {CACHES.get(row['cache'], row['cache'])}" for row in rows]
-        parts = {part: [row[f"{part}_seconds"] for row in rows] for part in ("encoder", "decoder")}
-        drawing = figures.split_bars(names, parts, xlabel="seconds for one batch")
+        parts = {
+            "encoder": [row["encoder_seconds"] for row in rows],
+            "decoder": [row["decoder_seconds"] for row in rows],
+        }
+        drawing = figures.draw_stacked_bars(names, parts, xlabel="seconds for one batch")
         blocks.append(html.figure(drawing, "Encoder and decoder", wide=True))
     lead = (
-        "Two models of equal size. The encoder runs once an utterance, the decoder once a token: "
-        "moving layers into the encoder saves time, and so does keeping keys and values instead of "
-        "computing them again. Measured on this machine; speed only, as these two are not trained."
+        "Two models of equal size. The encoder runs once for each utterance, the decoder once for each token: moving "
+        "layers to the encoder saves time, and so does caching keys and values instead of computing them again. "
+        "Measured on this machine, for speed only: these two models are not trained."
     )
-    return [html.section("Deep and shallow decoders", lead, *blocks)]
+    return html.section("Deep and shallow decoders", lead, *blocks)
 
 
-def times(summary: Summary) -> list[Html]:
-    """How long each stage took, as one bar and a table."""
+def _times(summary: DemoSummary) -> Html:
     given = summary.get("times") or {}
     stages = {name.replace("_", " "): float(value) for name, value in given.items() if name != "total"}
     total = _total(given)
     if not stages or total <= 0:
-        return []
+        return Html()
     shades = (*figures.COLORS, "#8a6d3b", "#5b6bb0", "#7a8794")
     colors = [shades[place % len(shades)] for place in range(len(stages))]
     bar = html.element(
@@ -304,23 +358,22 @@ def times(summary: Summary) -> list[Html]:
         )
         for color, (name, seconds) in zip(colors, stages.items())
     ]
-    lead = f"{duration(total)} from nothing to this page."
-    return [html.section("Where the time went", lead, bar, html.table(["stage", "time", "share"], rows))]
+    lead = f"{duration(total)} from start to this page."
+    return html.section("Times", lead, bar, html.table(["stage", "time", "fraction"], rows))
 
 
-def machine(summary: Summary) -> list[Html]:
-    """What it ran on."""
+def _machine(summary: DemoSummary) -> Html:
     facts = summary.get("machine")
     if not facts:
-        return []
+        return Html()
     rows = [(name.replace("_", " "), value) for name, value in facts.items()]
     listed = html.table(["", ""], rows, text_columns=2)
-    return [html.section("The machine", "Every time on this page was taken on it.", listed)]
+    return html.section("The machine", "All times on this page were measured on it.", listed)
 
 
-def _best(summary: Summary) -> str:
-    """``balanced`` where it was planned, else the strategy with the least padded compute."""
-    strategies = summary["strategies"]
+def _best(summary: DemoSummary) -> str:
+    """Return ``balanced`` where it was planned, else the strategy with the least padded compute."""
+    strategies = summary.get("strategies", {})
     least = min(strategies, key=lambda name: strategies[name].get("padded_compute", 1.0))
     return "balanced" if "balanced" in strategies else least
 
@@ -336,25 +389,23 @@ def _language(code: str | None) -> str:
 
 
 def _two_batches(seconds: Sequence[float], size: int = 12) -> dict[str, list[float]]:
-    """Utterances drawn by chance, and neighbours of the sorted ones that fill the same rows x longest."""
+    """Return utterances drawn at random, and neighbours in length that take the same rows x longest."""
     drawn = np.random.default_rng(0).choice(np.asarray(seconds), size, replace=False)
     capacity, alike = size * max(drawn), np.sort(seconds)[len(seconds) // 2 :]
     count = int(np.argmax(np.append(alike * np.arange(1, len(alike) + 1) > capacity, True)))
-    return {f"{size} by chance": drawn.tolist(), f"{count} of like length": alike[:count].tolist()}
+    return {f"{size} at random": drawn.tolist(), f"{count} of similar length": alike[:count].tolist()}
 
 
-def _shift_rows(summary: Summary) -> list[Summary]:
-    shift = summary.get("decoder_shift") or []
-    rows = list(shift.values()) if isinstance(shift, Mapping) else shift
-    return list(rows.values() if isinstance(rows, Mapping) else rows)
+def _shift_rows(summary: DemoSummary) -> list[ShiftFigures]:
+    return list((summary.get("decoder_shift") or {}).values())
 
 
 def _total(times: Mapping[str, float]) -> float:
     return times["total"] if "total" in times else sum(times.values())
 
 
-def _cell(row: Summary, fastest: bool) -> Html:
-    """One cell of the table: RTFx large, seconds and gain below it."""
+def _cell(row: ShiftFigures, fastest: bool) -> Html:
+    """Return a cell: RTFx large, seconds and gain below it."""
     gain = "the baseline" if row["speedup"] == 1 else f"{row['speedup']:.2f}×"
     return html.element(
         "div",

@@ -1,1 +1,1 @@
-"""WER, CER, RTFx."""
+"""Score transcripts and translations: WER, CER, BLEU, chrF and RTFx."""

@@ -1,4 +1,4 @@
-"""Text normalisation before scoring: casing, punctuation and spelling are not recognition errors, vowel signs are.
+"""Normalise text before scoring, since case, punctuation and spelling are not recognition errors, but vowel signs are.
 
 The English rules are those of Whisper (Radford et al., 2022, appendix C), by the package ``whisper-normalizer``, with
 what the Open ASR leaderboard (github.com/huggingface/open_asr_leaderboard) adds: initials become one word. Whisper's
@@ -15,15 +15,15 @@ from canter.text.languages import canonical, is_said
 
 Normalization = Literal["standard", "leaderboard", "basic", "none"]
 
-# Written without spaces between words. CER leaves their spaces out.
+# Languages written without spaces between words; CER ignores spaces in them.
 UNSPACED = frozenset({"zh", "yue", "wuu", "nan", "hak", "ja", "th", "lo", "my", "km"})
-# Of these Whisper's evaluation makes a word of each character, so that their WER is a CER.
+# Languages in which Whisper's evaluation makes a word of each character, so that WER is a CER.
 WHISPER_LETTERS = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
-# Here a character is about a word. Elsewhere it is a consonant, and "standard" keeps what stands between spaces.
+# Languages in which a character is about a word; in others it is about a consonant, and "standard" splits at spaces.
 LETTERS = frozenset({"zh", "yue", "wuu", "nan", "hak", "ja"})
-DOTLESS = frozenset({"tr", "az"})  # write a capital I without a dot for a small one without
+DOTLESS = frozenset({"tr", "az"})  # the capital of a dotless i has no dot either
 
-# TED-LIUM's mark for what nobody transcribed; the leaderboard leaves such utterances out.
+# TED-LIUM's mark for speech without a transcript; the leaderboard leaves such utterances out.
 UNSCORED = "ignore time segment in scoring"
 _INITIALS = re.compile(r"\b[a-z](?:\.[a-z]\b)+")
 _BRACKETS = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]+?\)")
@@ -43,7 +43,7 @@ _PRIVATE = 0xF0000  # private-use characters, in which text of other scripts pas
 
 
 def language(code: str | None) -> str:
-    """Return the code of a language as people write it (``en-US``, ``English``); English where none is named."""
+    """Return the code of a language given as a code or name (``en-US``, ``English``); English where none is named."""
     return canonical(code) or code.strip().lower() if code is not None and is_said(code) else "en"
 
 
@@ -103,7 +103,7 @@ def _standard(letters: bool, dotless: bool) -> Callable[[str], str]:
 
 @cache
 def _standard_english(named: bool) -> Callable[[str], str]:
-    """Return the leaderboard's English rules for what is Latin; other scripts keep their letters and marks.
+    """Return the leaderboard's English rules for Latin script; other scripts keep their letters and marks.
 
     Accents are spelling in English; in a text whose language is not ``named`` they are letters.
     """
@@ -119,8 +119,7 @@ def _standard_english(named: bool) -> Callable[[str], str]:
 
 
 def _plain(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """Return the text in a Unicode normal form, with plain apostrophes, quotes and dashes and without characters that
-    cannot be seen."""
+    """Return the text in a Unicode normal form, with plain apostrophes, quotes and dashes, without invisible ones."""
     text = _SELECTORS.sub("", unicodedata.normalize(form, text.translate(_TYPOGRAPHY)).translate(_TYPOGRAPHY))
     if text.isascii():
         return text
@@ -128,7 +127,7 @@ def _plain(form: Literal["NFC", "NFKC"], text: str) -> str:
 
 
 def _shield(text: str, is_plain: Callable[[str], bool]) -> str:
-    """Return the text with letters that are not plain, and marks on them, as private-use characters."""
+    """Replace letters that are not plain, and marks on them, by private-use characters."""
     shielded, other = [], False
     for one in text:
         kind = unicodedata.category(one)[0]

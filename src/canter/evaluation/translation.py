@@ -1,4 +1,4 @@
-"""BLEU and chrF of translations, by sacrebleu (the extra ``bleu``), comparable through its signatures.
+"""Compute BLEU and chrF of translations with sacrebleu (the extra ``bleu``); its signatures make them comparable.
 
 BLEU: Papineni et al., ACL 2002; chrF: Popović, WMT 2015; signatures: Post, WMT 2018.
 """
@@ -10,14 +10,14 @@ from canter.evaluation.normalize import language
 from canter.extras import require
 from canter.text.languages import is_said
 
-# How sacrebleu cuts a language into words; ja-mecab and ko-mecab need packages of their own.
+# sacrebleu's tokenizer by language; ja-mecab and ko-mecab need packages of their own.
 TOKENIZERS = {"zh": "zh", "yue": "zh", "ja": "char", "ko": "char", "th": "char", "lo": "char", "my": "char"}
 DEFAULT_TOKENIZER = "13a"
 
 
 @dataclass(frozen=True, slots=True)
 class TranslationScore:
-    """Of the translations into one language, on texts as they are: case and punctuation count."""
+    """Scores of the translations into one language; texts are not normalised, so case and punctuation count."""
 
     utterances: int
     bleu: float
@@ -25,14 +25,14 @@ class TranslationScore:
     chrf: float
     """chrF2, 0 to 100."""
     bleu_signature: str
-    """Everything that the figure depends on: what has to be quoted with it."""
+    """All settings that the figure depends on; quote it with the figure."""
     chrf_signature: str
 
 
 def score_translations(
     references: Sequence[str], hypotheses: Sequence[str], langs: Sequence[str | None]
 ) -> dict[str, TranslationScore]:
-    """Corpus BLEU and chrF by target language, the most frequent first; (N,) texts each.
+    """Return corpus BLEU and chrF by target language, the most frequent first; (N,) texts each.
 
     Raises MissingExtraError without sacrebleu and ValueError where the sequences differ in length.
     """

@@ -1,7 +1,7 @@
-"""Word and character error rates, micro-averaged, with their spread.
+"""Compute micro-averaged word and character error rates and their confidence intervals.
 
 WER = (substitutions + deletions + insertions) / reference words, summed over utterances before dividing, as
-NIST's sclite and the Open ASR leaderboard do; CER likewise over characters, spaces included (by jiwer) but in
+NIST's sclite and the Open ASR leaderboard do. CER is the same over characters (by jiwer), including spaces except in
 languages written without them.
 """
 
@@ -19,8 +19,8 @@ Operation = Literal["equal", "substitute", "delete", "insert"]
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """Errors of some utterances; adds up."""
+class ErrorCounts:
+    """Numbers of errors of some utterances; they can be added."""
 
     utterances: int = 0
     words: int = 0
@@ -43,35 +43,36 @@ class Counts:
     def cer(self) -> float:
         return _ratio(self.character_errors, self.characters)
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+    def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
+        return ErrorCounts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredUtterance:
-    """One scored utterance: which it was, its errors and its alignment of normalised words.
-
-    ``alignment`` holds (operation, reference word, hypothesis word), an empty word where a side has none.
-    """
+    """Errors and alignment of one utterance."""
 
     index: int
-    counts: Counts
+    """Position among the texts given."""
+    counts: ErrorCounts
     alignment: tuple[tuple[Operation, str, str], ...]
+    """(operation, reference word, hypothesis word) of normalised words; a missing word is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    total: Counts
-    languages: dict[str, Counts]
-    """By language code, the most frequent first; ``und`` holds those without one."""
+    """Error rates of a set of utterances."""
+
+    total: ErrorCounts
+    languages: dict[str, ErrorCounts]
+    """Errors by language code, the most frequent first; ``und`` are utterances without one."""
     utterances: list[ScoredUtterance]
     empty_references: int
-    """Utterances whose reference has no words once it is normalised."""
+    """Utterances whose reference has no words after normalisation."""
     left_out: int = 0
-    """Utterances that are not scored: those with TED-LIUM's mark, and with the leaderboard's rules those with an empty
+    """Utterances that are not scored: those with TED-LIUM's mark, and by the leaderboard's rules those with an empty
     reference."""
     words_left_out: int = 0
-    """Words transcribed in them: insertions that the figures do not count."""
+    """Words transcribed in them, which are not counted as insertions."""
 
     @property
     def wer(self) -> float:
@@ -82,18 +83,18 @@ class Score:
         return self.total.cer
 
     def worst(self, count: int) -> list[ScoredUtterance]:
-        """The utterances with most word errors; of equally many, the shorter references first."""
+        """Return the utterances with most word errors; ties are ordered by reference length, shortest first."""
         wrong = [item for item in self.utterances if item.counts.errors]
         return sorted(wrong, key=lambda item: (-item.counts.errors, item.counts.words, item.index))[:count]
 
     def errors_and_words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Word errors and reference words of each utterance, two float64 arrays (N,)."""
+        """Return word errors and reference words of each utterance, two float64 arrays (N,)."""
         pairs = [(item.counts.errors, item.counts.words) for item in self.utterances]
         array = np.array(pairs, dtype=np.float64).reshape(-1, 2)
         return array[:, 0], array[:, 1]
 
 
-def score(
+def score_texts(
     references: Sequence[str],
     hypotheses: Sequence[str],
     langs: Sequence[str | None] | None = None,
@@ -122,7 +123,7 @@ def score(
     empty = left.count("")
     uncounted = sum(len(text.split()) for reference, text in zip(left, right) if reference in unscored)
     if not kept:
-        return Score(Counts(), {}, [], empty, len(left), uncounted)
+        return Score(ErrorCounts(), {}, [], empty, len(left), uncounted)
 
     left, right = [left[row] for row in kept], [right[row] for row in kept]
     by_word = jiwer.process_words(left, right)
@@ -136,7 +137,7 @@ def score(
         words, guesses = by_word.references[place], by_word.hypotheses[place]
         alignment = tuple(_pairs(by_word.alignments[place], words, guesses))
         operations = [operation for operation, _, _ in alignment]
-        counts = Counts(
+        counts = ErrorCounts(
             utterances=1,
             words=len(words),
             substitutions=operations.count("substitute"),
@@ -151,16 +152,16 @@ def score(
         )
         utterances.append(ScoredUtterance(row, counts, alignment))
         groups.setdefault(language(langs[row]) if is_said(langs[row]) else "und", []).append(counts)
-    languages = {name: sum(group, Counts()) for name, group in groups.items()}
+    languages = {name: sum(group, ErrorCounts()) for name, group in groups.items()}
     languages = dict(sorted(languages.items(), key=lambda item: (-item[1].utterances, item[0])))
-    total, left_out = sum(languages.values(), Counts()), len(references) - len(kept)
+    total, left_out = sum(languages.values(), ErrorCounts()), len(references) - len(kept)
     return Score(total, languages, utterances, empty, left_out, uncounted)
 
 
 def wer_interval(score: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap confidence interval of the WER, resampling utterances (Bisani & Ney, ICASSP 2004).
+    """Return the bootstrap confidence interval of the WER over utterances (Bisani & Ney, ICASSP 2004).
 
-    It is (NaN, NaN) where the references have no words at all. Resamples without a reference word are left out.
+    It is (NaN, NaN) where the references have no words. Resamples without a reference word are left out.
     """
     errors, words = score.errors_and_words()
     return _quantiles(_resampled(errors, words, samples, seed), confidence)
@@ -174,13 +175,13 @@ class Difference:
     low: float
     high: float
     p_improved: float
-    """Share of resamples in which the first system's WER is the lower one."""
+    """Fraction of resamples in which the first system has the lower WER."""
 
 
 def paired_difference(
     first: Score, second: Score, *, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> Difference:
-    """Paired bootstrap of WER(first) − WER(second): each resample draws the same utterances for both.
+    """Return the paired bootstrap of WER(first) − WER(second); each resample draws the same utterances for both.
 
     Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
     Raises ValueError where the two do not score the same references.
@@ -198,7 +199,7 @@ def paired_difference(
 
 
 def rtfx(audio_seconds: float, wall_seconds: float) -> float:
-    """Inverse real-time factor: seconds of audio transcribed in a second of wall clock."""
+    """Return the inverse real-time factor: seconds of audio transcribed per second of wall clock."""
     if wall_seconds <= 0:
         raise ValueError(f"wall_seconds is {wall_seconds}; RTFx needs a positive time")
     return audio_seconds / wall_seconds
@@ -216,7 +217,7 @@ def _ratio(errors: int, total: int) -> float:
 
 
 def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Operation, str, str]]:
-    """jiwer's chunks, word by word."""
+    """Yield the words of jiwer's chunks."""
     for chunk in chunks:
         span = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
         for step in range(span):
@@ -226,8 +227,7 @@ def _pairs(chunks, words: list[str], guesses: list[str]) -> Iterator[tuple[Opera
 
 
 def _resampled(errors: np.ndarray, words: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Return the rate of each resample of the utterances that has a reference word, (at most samples,); drawn with
-    replacement, seeded."""
+    """Return the error rates (at most ``samples``,) of seeded resamples with replacement that have a reference word."""
     rng = np.random.default_rng(seed)
     rates: list[float] = []
     for _ in range(samples if words.any() else 0):

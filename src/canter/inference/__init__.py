@@ -1,1 +1,1 @@
-"""Caches, the decoding engine, transcript writers."""
+"""Transcription: loading, recordings and queues, the decoding engine, and transcripts."""

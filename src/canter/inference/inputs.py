@@ -1,11 +1,12 @@
-"""What the user names, audio files, folders and manifests, as a list of items to transcribe."""
+"""Audio files, folders and manifests that a user names, as a list of items to transcribe."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
 
 from canter.corpus.audio import STANDARD_INPUT, audio_seconds
+from canter.corpus.columns import ReadOptions
 from canter.corpus.manifest import (
     Problem,
     Utterance,
@@ -15,101 +16,58 @@ from canter.corpus.manifest import (
     scan_lines,
     utterance_from_row,
 )
-from canter.corpus.media import is_media
-from canter.corpus.readers.folder import audio_files
+from canter.corpus.media import is_media, media_in
 from canter.corpus.remote import absolute, folder_of, is_url
 from canter.corpus.sources import Unit, open_source, units_of
 from canter.errors import AudioError, ConfigError, ManifestError
+from canter.inference.languages import Defaults
 from canter.redaction import redacted
-from canter.text.languages import canonical, is_said, resolve, same, shortened
-from canter.text.prompts import utterance_slots
-from canter.text.tokenizer import Tokenizer
-from canter.text.whisper import WhisperTokenizer
 
 
 @dataclass(frozen=True)
 class Item:
     """One utterance to transcribe and the row it comes from."""
 
-    row: dict[str, Any]
-    """The manifest's fields as they are; of an audio file its path and duration."""
+    row: dict[str, object]
+    """Fields of the manifest's row, or path and duration of an audio file."""
     utterance: Utterance | None
     problem: str | None = None
-    """Why there is no utterance."""
+    """Reason why there is no utterance."""
 
     def __post_init__(self) -> None:
         if self.problem is not None:
             object.__setattr__(self, "problem", redacted(self.problem))
 
+    @property
+    def path(self) -> str | None:
+        """Path of the audio in the row, without the secrets of a URL."""
+        path = self.row.get("audio_filepath")
+        return redacted(path) if isinstance(path, str) else None
 
-@dataclass(frozen=True)
-class Defaults:
-    """What rows are taken to say that say nothing of it."""
-
-    language: str | None = None
-    """Spoken."""
-    task: Literal["transcribe", "translate"] | None = None
-    target_language: str = "en"
-    """Written, where the task is to translate."""
-
-    @classmethod
-    def of(
-        cls,
-        tokenizer: Tokenizer,
-        language: str | None,
-        task: Literal["transcribe", "translate"] | None = None,
-        target_language: str = "en",
-    ) -> "Defaults":
-        """Return the defaults that a user asks of a model, with languages in the model's own codes.
-
-        The one language of a model that knows no other is the default. Raises ConfigError for languages that the model
-        does not know, and for a translation that it cannot make.
-        """
-        known = tokenizer.languages
-        spoken = None
-        if is_said(language):
-            spoken = resolve(language, known) if known else _label(tokenizer, language)
-        elif len(known) == 1:
-            spoken = known[0]
-        if task != "translate":
-            return cls(spoken, task)
-        if len(known) < 2:
-            raise ConfigError("this model knows one language alone and cannot translate; leave the task out")
-        written = resolve(target_language, known)
-        if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
-            raise ConfigError(f"a Whisper translates into English alone, not into {target_language!r}")
-        return cls(spoken, task, written)
-
-    def complete(self, item: Item) -> Item:
-        """Return the item with what its row leaves open taken from here."""
-        return _completed(item, self)
+    def completed(self, defaults: Defaults) -> "Item":
+        """Return the item with unset fields taken from ``defaults``; with a problem where it lacks a language."""
+        if self.utterance is None:
+            return self
+        try:
+            return replace(self, utterance=defaults.complete(self.utterance))
+        except ConfigError as error:
+            return replace(self, utterance=None, problem=str(error))
 
 
-def _label(tokenizer: Tokenizer, language: str) -> str:
-    """Return the code of a language for a model that has none to choose from. Raises ConfigError where its prompt would
-    have to name it."""
-    code = canonical(language)
-    if code is None:
-        raise ConfigError(f"{language!r} is not the name or code of a language")
-    try:
-        tokenizer.prompt_ids({"source_lang": code, "target_lang": code})
-    except ConfigError:
-        resolve(language, ())  # which raises
-    return code
+def names_of(items: Sequence[Item], most: int = 5) -> str:
+    """Return the file names of the first items, and the number of other ones."""
+    names = [*dict.fromkeys(Path(str(item.path)).name for item in items)]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def read_items(
-    paths: Iterable[str | os.PathLike[str]],
-    lang: str | None = None,
-    defaults: Defaults | None = None,
-    track: int | None = None,
+    paths: Iterable[str | os.PathLike[str]], *, defaults: Defaults | None = None, track: int | None = None
 ) -> list[Item]:
-    """The items of audio files, folders and manifests of any kind, in the order given; ``lang`` is short for
-    defaults with that language, and ``track`` the audio track of files with several. ``-`` is a recording on standard
-    input.
+    """Return the items of audio files, folders and manifests, in the order given; ``-`` is standard input.
 
-    A path that is nothing of the kind, or a folder or manifest without a single item, is an item with a problem;
-    ManifestError where that holds for all of them.
+    ``track`` is the audio track of files with several. A path that is nothing of the kind, or a folder or manifest
+    without a single item, is an item with a problem. Raises ManifestError where that holds for all paths.
     """
     items: list[Item] = []
     failures: list[str] = []
@@ -127,41 +85,21 @@ def read_items(
         items += found
     if failures and len(failures) == len(names):
         raise ManifestError("\n".join(failures))
-    defaults = defaults or Defaults(lang)
-    return [_completed(item, defaults) for item in items]
-
-
-def require_language(items: Iterable[Item], languages: Sequence[str]) -> list[Item]:
-    """The items; those that name no language, or of a translation only the one it is to be in, have a problem instead
-    of an utterance."""
-    return [
-        replace(
-            item,
-            utterance=None,
-            problem=f"{utterance.audio_filepath} names no language, and the model "
-            f"knows {shortened(languages)}: give 'lang' in the manifest, or --language",
-        )
-        if (utterance := item.utterance) and "source_lang" not in utterance_slots(utterance)
-        else item
-        for item in items
-    ]
+    return [item.completed(defaults or Defaults()) for item in items]
 
 
 def files_in(path: str) -> list[str] | None:
-    """Return the audio and video files below a folder without a manifest, None for any other path."""
+    """Return the audio and video files below a folder without a manifest; None for any other path."""
     if not os.path.isdir(path) or [unit.kind for unit in units_of(path)] != ["folder"]:
         return None
-    return audio_files(os.path.abspath(path))
+    return media_in(os.path.abspath(path))[0]
 
 
-def items_of(path: str | os.PathLike[str], defaults: Defaults | None = None) -> Iterator[Item]:
-    """Yield the items of one audio file, folder or manifest as they are read; what ``read_items`` says holds here.
-
-    Raises ManifestError for a path that is nothing of the kind.
-    """
-    defaults = defaults or Defaults()
+def items_of(path: str | os.PathLike[str], defaults: Defaults) -> Iterator[Item]:
+    """Yield the items of one audio file, folder or manifest as they are read. Raises ManifestError for any other
+    path."""
     for item in _items(os.fspath(path)):
-        yield _completed(item, defaults)
+        yield item.completed(defaults)
 
 
 def _items(path: str, track: int | None = None) -> Iterator[Item]:
@@ -175,7 +113,7 @@ def _items(path: str, track: int | None = None) -> Iterator[Item]:
         raise ManifestError(f"{path} does not exist; give audio files, folders or manifests")
     units = _units(path)
     if [unit.kind for unit in units] == ["folder"]:
-        yield from (_audio(file, track) for file in audio_files(os.path.abspath(path)))
+        yield from (_audio(file, track) for file in media_in(os.path.abspath(path))[0])
     elif [unit.kind for unit in units] == ["nemo"]:
         yield from _nemo(units[0].path)
     else:
@@ -187,12 +125,12 @@ def _items(path: str, track: int | None = None) -> Iterator[Item]:
 
 
 def _units(path: str) -> list[Unit]:
-    """Return what a path holds. A folder of recordings is that whatever tables and manifests lie there, unless it is
+    """Return the units of a path. A folder of recordings counts as that, whatever manifests it contains, unless it is
     clear which of them lists the recordings."""
     try:
         return units_of(path)
     except ManifestError:
-        if os.path.isdir(path) and audio_files(path):
+        if os.path.isdir(path) and media_in(path)[0]:
             return [Unit("folder", path)]
         raise
 
@@ -206,36 +144,15 @@ def _audio(path: str, track: int | None = None) -> Item:
 
 
 def _nemo(path: str) -> Iterator[Item]:
-    """A NeMo manifest's rows, all their fields kept; rows with ``_skipme`` are passed over."""
+    """Yield the rows of a NeMo manifest with all their fields, without rows marked ``_skipme``."""
     base = folder_of(path)
     with open_manifest(path) as file:
         for _, number, line in scan_lines(file):
-            row = parse_line(line)
-            found = (
-                utterance_from_row(row, base, require_text=False, measure_durations=True)
-                if isinstance(row, dict)
-                else row
-            )
+            found = row = parse_line(line)
+            if isinstance(row, dict):
+                found = utterance_from_row(row, base, ReadOptions(require_text=False, measure_durations=True))
+            fields = row if isinstance(row, dict) else {}
             if isinstance(found, Utterance):
-                yield Item(row, found)
+                yield Item(fields, found)
             elif found is not None:
-                problem = str(Problem(path, number, str(found)))
-                yield Item(row if isinstance(row, dict) else {}, None, problem)
-
-
-def _completed(item: Item, defaults: Defaults) -> Item:
-    """The item with what its row leaves open taken from ``defaults``."""
-    utterance = item.utterance
-    if utterance is None:
-        return item
-    changes: dict[str, str] = {}
-    if defaults.language and not any(map(is_said, (utterance.lang, utterance.source_lang, utterance.target_lang))):
-        changes["lang"] = defaults.language
-    if defaults.task and not utterance.taskname:
-        changes["taskname"] = defaults.task
-        if defaults.task == "translate" and not is_said(utterance.target_lang):
-            named = (utterance.source_lang, utterance.lang, defaults.language)
-            source = next(filter(is_said, named), None)
-            changes |= {"source_lang": source} if source else {}
-            changes["target_lang"] = defaults.target_language
-    return replace(item, utterance=replace(utterance, **changes)) if changes else item
+                yield Item(fields, None, str(Problem(path, number, str(found))))

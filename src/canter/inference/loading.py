@@ -1,4 +1,4 @@
-"""Load a model and make the engine that decodes it: the one way from a path to an `Engine`."""
+"""Loading of a model and its engine: from a path or name to an `Engine`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
 from canter.loading import Precision, load_module
 from canter.models.hub import checkpoint_of
+from canter.models.protocol import AnyModel
+from canter.text.tokenizer import Tokenizer
 
 
 def load_engine(
@@ -21,10 +23,15 @@ def load_engine(
 ) -> Engine:
     """Load the model that ``model`` names (see `canter.load`), and return its engine.
 
-    Raises CheckpointError for what is no model, ConfigError for a device or precision that is not here, options that
-    the model does not support, and a model without a tokenizer, whose tokens cannot be read as text.
+    Raises CheckpointError for a path that holds no model, and ConfigError for a missing device, an unsupported
+    precision or option, or a model without a tokenizer.
     """
     module = load_module(checkpoint_of(Path(model)), device, precision)
-    if module.tokenizer is None:
-        raise ConfigError(f"{os.fspath(model)} has no tokenizer, so its tokens cannot be read as text")
-    return engine_for(module, module.tokenizer.end, config or EngineConfig())
+    return engine_for(module, tokenizer_of(module, os.fspath(model)).end, config or EngineConfig())
+
+
+def tokenizer_of(model: AnyModel, name: str) -> Tokenizer:
+    """Return the model's tokenizer. Raises ConfigError, with the model's ``name``, where it has none."""
+    if model.tokenizer is None:
+        raise ConfigError(f"{name} has no tokenizer, so its tokens cannot be read as text")
+    return model.tokenizer

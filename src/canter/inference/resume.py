@@ -1,8 +1,8 @@
-"""What lets a stopped transcription go on: transcriptions as they finish, appended to files beside the output.
+"""Partial results, from which a stopped transcription resumes: finished rows, appended to files beside the output.
 
-Each process writes a file of its own, ``OUTPUT.partial``, ``OUTPUT.partial-1``, ...; all of them are read, so
-that a transcription may go on with more processes or fewer. Rows are known by what they ask for (audio, place,
-languages, task), not by their number: a manifest that has grown or changed goes on too.
+Each process writes its own file, ``OUTPUT.partial``, ``OUTPUT.partial-1``, ..., and all of them are read, so that a
+transcription can resume with another number of processes. Rows are identified by their contents (audio, offset,
+languages, task), not by their number, so that the manifest may have grown or changed.
 """
 
 import json
@@ -15,23 +15,23 @@ from typing import Any, TextIO
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
-from canter.inference.transcribe import Transcription
+from canter.inference.recording import Transcription
 from canter.inference.transcript.formats import json_text
 from canter.inference.transcript.segments import Segment, Word
 
-OURS = ("text", "num_tokens", "id")  # of an utterance, but without a part in its transcript
+IRRELEVANT = ("text", "num_tokens", "id")  # fields that the transcript does not depend on
 
 
 def row_key(utterance: Utterance) -> str:
-    """Return 16 hexadecimal digits, the same for rows with the same transcript: what they ask for, and the size and the
-    time of change of their file, so that a file that was replaced is transcribed anew."""
-    asked = {name: value for name, value in asdict(utterance).items() if name not in OURS}
+    """Return 16 hexadecimal digits that are equal for rows with equal fields and an unchanged file (size and time of
+    modification)."""
+    asked = {name: value for name, value in asdict(utterance).items() if name not in IRRELEVANT}
     asked["file"] = _state(utterance.audio_filepath)
     return blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _state(path: str) -> list[int] | None:
-    """Return size and time of change of a file, or of the archive that it lies in; None for what is no local file."""
+    """Return size and modification time of a file, or of the archive that holds it; None without a local file."""
     try:
         found = os.stat(path if os.path.exists(path) else path.partition("::")[0])
     except (OSError, ValueError):
@@ -40,15 +40,15 @@ def _state(path: str) -> list[int] | None:
 
 
 def partial_files(output: Path, folder: bool) -> Path:
-    """The first process's file for an output; those of others add ``-RANK``."""
+    """Return the first process's file for an output; the others add ``-RANK``."""
     beside = output / "transcripts" if folder else output
     return beside.with_name(beside.name + ".partial")
 
 
-def read_done(first: Path, identity: Mapping[str, Any]) -> dict[str, Transcription]:
-    """Everything finished, by `row_key`, in all the files that belong to ``first``.
+def read_done(first: Path, identity: Mapping[str, object]) -> dict[str, Transcription]:
+    """Return all finished transcriptions by `row_key`, from the files that belong to ``first``.
 
-    ``identity`` says by what it is transcribed. Raises ConfigError where a file is of something else.
+    ``identity`` describes model and settings. Raises ConfigError for a file with another identity.
     """
     done: dict[str, Transcription] = {}
     for path in _files(first):
@@ -57,7 +57,7 @@ def read_done(first: Path, identity: Mapping[str, Any]) -> dict[str, Transcripti
 
 
 def remove(first: Path) -> None:
-    """Removes the files that belong to ``first``."""
+    """Remove the files that belong to ``first``."""
     for path in _files(first):
         path.unlink(missing_ok=True)
 
@@ -68,8 +68,8 @@ def _files(first: Path) -> Sequence[Path]:
     return [*([first] if first.exists() else []), *sorted(numbered)]
 
 
-def _rows(path: Path, identity: Mapping[str, Any]) -> Iterator[tuple[str, Transcription]]:
-    """The whole lines after the first; one torn by the stop is passed over."""
+def _rows(path: Path, identity: Mapping[str, object]) -> Iterator[tuple[str, Transcription]]:
+    """Yield the complete rows after the first line, which is the identity."""
     with open(path, "rb") as file:
         for number, line in enumerate(file):
             if not line.endswith(b"\n"):
@@ -103,10 +103,10 @@ def _transcription(row: dict[str, Any]) -> Transcription:
 
 
 class Partial:
-    """Transcriptions of this process as they finish, appended to its file."""
+    """File to which this process appends its transcriptions as they finish."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]):
-        """Goes on with the file if there is one, which `read_done` has found to be of this ``identity``."""
+    def __init__(self, path: Path, identity: Mapping[str, object]):
+        """Open the file for appending; an existing one must have this ``identity`` (see `read_done`)."""
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,8 @@ class Partial:
             self._write(dict(identity))
 
     def add(self, utterance: Utterance, transcription: Transcription, key: str | None = None) -> None:
-        """Remember a transcription; failures are not kept, so that they are tried again. ``key``: the row's before its
-        file was read, which may have been replaced since."""
+        """Write a transcription; failures are not written, so that they are tried again. ``key``: the row's key before
+        its file was read, because the file may have been replaced since."""
         if transcription.error is None:
             row = {"row": key or row_key(utterance), **asdict(transcription)}
             self._write({name: value for name, value in row.items() if value is not None and value != ()})
@@ -135,7 +135,7 @@ class Partial:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cuts what follows the last whole line."""
+    """Truncate the file after its last complete line."""
     with open(path, "rb+") as file:
         size = file.seek(0, os.SEEK_END)
         place = size

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from lhotse import CutSet
@@ -13,12 +12,15 @@ from lhotse.dataset.sampling.base import CutSampler
 from canter.corpus.index import LengthIndex
 from canter.errors import PlanError
 from canter.planning.plan import Plan
-from canter.planning.sampler import PlanSampler
+from canter.planning.sampler import Batch, PlanSampler
+from canter.text.tokenizer import Tokenizer
 
 
-def index_of_cuts(cuts: CutSet, tokenizer: Any = None, prompt_tokens: int = 0) -> LengthIndex:
-    """Lengths of cuts, in their order. Tokens are the cut's `num_tokens` (as Lhotse's and NeMo's token samplers set
-    it), or those of its supervisions' text with `tokenizer.encode`, the prompt and one for the end; else 0.
+def index_of_cuts(cuts: CutSet, tokenizer: Tokenizer | None = None, prompt_tokens: int = 0) -> LengthIndex:
+    """Return the lengths of cuts, in their order.
+
+    Tokens are the cut's `num_tokens` (as Lhotse's and NeMo's token samplers set it), or else those of its supervisions'
+    text by `tokenizer.encode` plus the prompt and an end token, or 0.
     """
     durations, tokens = [], []
     for cut in iter(cuts):  # type: ignore[call-overload]
@@ -32,23 +34,22 @@ def index_of_cuts(cuts: CutSet, tokenizer: Any = None, prompt_tokens: int = 0) -
 
 
 class PlanCutSampler(CutSampler):
-    """Yields a `CutSet` for each micro-batch of this rank, in plan order: ``DataLoader(dataset, sampler=...,
-    batch_size=None)`` as with any Lhotse sampler.
+    """A Lhotse sampler that yields a `CutSet` for each micro-batch of this rank, in plan order.
 
-    A loader with workers draws batches long before the loop takes them. Pass it through ``follow``, and a state counts
-    what the loop is done with, so that nothing read ahead is skipped on resuming::
+    Use it as any Lhotse sampler: ``DataLoader(dataset, sampler=..., batch_size=None)``. A loader with workers draws
+    batches long before the loop takes them. Iterate over ``follow(loader)``, so that the state counts finished batches
+    and those read ahead come again on resuming::
 
         for batch in sampler.follow(loader):
             ...
             state = sampler.state_dict()  # this batch comes again
 
-    Without ``follow``, a batch counts as taken once it is drawn, which is right where nothing reads ahead.
-    (Lhotse's `IterableDatasetWrapper` moves the sampler into a worker, out of reach of a state: use a map-style
-    dataset.)
+    Without ``follow``, a batch counts as taken once it is drawn, which is right where nothing reads ahead. Lhotse's
+    `IterableDatasetWrapper` moves the sampler into a worker, where its state cannot be read: use a map-style dataset.
 
-    cuts: in the order of the plan's index and reachable by position (an eager CutSet, or an indexed one). Unlike
-    Lhotse's own samplers, its state continues on another number of ranks. Ranks must divide the plan's M: Lhotse
-    has no empty batch.
+    cuts: in the order of the plan's index and accessible by position (an eager CutSet, or an indexed one). Unlike
+    Lhotse's samplers, the state may be loaded on another number of ranks. The number of ranks must divide the plan's
+    M, as Lhotse has no empty batch.
     """
 
     def __init__(self, cuts: CutSet, plan: Plan, *, world_size: int | None = None, rank: int | None = None) -> None:
@@ -63,7 +64,7 @@ class PlanCutSampler(CutSampler):
         self._sampler = PlanSampler(plan, self.rank, self.world_size)
         self._rows: Iterator[list[int]] | None = None
         self._followed = False
-        self._owed: deque[int] = deque()  # for each batch drawn and not yet taken: the plan's batches it stands for
+        self._owed: deque[int] = deque()  # number of the plan's batches for each batch drawn and not yet taken
 
     def set_epoch(self, epoch: int) -> None:
         self._sampler.set_epoch(epoch)
@@ -81,11 +82,11 @@ class PlanCutSampler(CutSampler):
         while True:
             rows = next(self._rows)
             self._owed[-1] += 1
-            if rows:  # a window's last step may have less than M, and nothing for this rank
+            if rows:  # a window's last step may have no micro-batch for this rank
                 return CutSet.from_cuts(self.cuts[row] for row in rows)
 
     def __next__(self) -> CutSet:
-        # the plan has shared the batches out already: nothing to draw for the other ranks
+        # the plan has shared the batches out: there is nothing to draw for the other ranks
         try:
             batch = self._next_batch()
         except StopIteration:
@@ -103,8 +104,8 @@ class PlanCutSampler(CutSampler):
         for _ in range(self._owed.popleft() if self._owed else 0):
             self._sampler.took()
 
-    def follow(self, loader: Any) -> Iterator[Any]:
-        """The loader's batches, each counted as taken when the next one is asked for (so: when it is done with)."""
+    def follow(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the loader's batches; each counts as taken when the next one is asked for."""
         self._followed = True
         try:
             for batch in loader:
@@ -126,9 +127,9 @@ class PlanCutSampler(CutSampler):
     def num_cuts(self) -> int | None:
         return len(self.cuts)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return self._sampler.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self._sampler.load_state_dict(state_dict)
-        super().set_epoch(self._sampler.plan.epoch)
+        super().set_epoch(self._sampler.epoch)

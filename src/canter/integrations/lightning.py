@@ -1,43 +1,46 @@
-"""PyTorch Lightning (the package `pytorch-lightning`) under a plan: a module and a data module."""
+"""A module and a data module that train by a plan under PyTorch Lightning (the package `pytorch-lightning`)."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from canter.errors import PlanError
 from canter.models.batch import Batch
 from canter.models.norm import merge_pending
+from canter.models.protocol import AnyModel, module_of
 from canter.planning.plan import MicroBatch, Plan
 from canter.planning.sampler import StepSampler
 from canter.planning.windows import mix
+from canter.training.config import LossConfig
 from canter.training.feed.data import Address, MicroBatches, start_worker
+from canter.training.step.gradient import Objective, TargetCounts
 
 logger = logging.getLogger(__name__)
-Step = list[tuple[int, Batch | None]]
-"""A process's part of a step: the place in the step of each micro-batch, and the batch; None bears no loss."""
+LightningStep = list[tuple[int, Batch | None]]
+"""A process's part of a step: the position of each micro-batch in the step, and the batch; None bears no loss."""
 
 
 class PlanDataModule(pl.LightningDataModule):
-    """Gives the Trainer a plan's steps: a "batch" is this process's micro-batches of one step.
+    """Steps of a plan for Lightning's Trainer: a "batch" is this process's micro-batches of one step.
 
-    Lightning counts steps; the data begins at the step it has counted to, so a run resumed with
-    ``trainer.fit(..., ckpt_path=...)``, on any number of processes, takes the steps that were still to come. The
-    checkpoint holds the plan's fingerprint, and another plan is refused. An epoch of Lightning is as many steps as
-    the plan's first (see `StepSampler`).
+    The data starts at the step that Lightning has counted to, so a run that ``trainer.fit(ckpt_path=...)`` resumes, on
+    any number of processes, takes the remaining steps. The checkpoint holds the plan's fingerprint, and another plan
+    is refused. An epoch of Lightning has the number of steps of the plan's first epoch (see `StepSampler`).
 
-    data: reads the rows of the plan's index. Utterances longer than its model takes are left out of the plan, unusable
-        files of the batches, and named in the log.
+    data: reader of the rows of the plan's index. Utterances longer than its model takes are left out of the plan, and
+        unusable files out of the batches; the log names them.
     workers: processes that decode audio ahead.
     """
 
@@ -48,27 +51,28 @@ class PlanDataModule(pl.LightningDataModule):
         log_left_out(self.plan)
 
     def train_dataloader(self) -> DataLoader:
-        trainer: Any = self.trainer
+        trainer = self.trainer
+        assert trainer is not None
         steps = StepSampler(self.plan, trainer.global_rank, trainer.world_size)
         return _Loader(
             _StepData(self.data, steps),
             sampler=_StepNumbers(steps, lambda: trainer.global_step),
             batch_size=None,
             num_workers=self.workers,
-            generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the model's own randomness alone
+            generator=torch.Generator().manual_seed(self.plan.seed),  # does not touch torch's global one
             multiprocessing_context="forkserver" if self.workers else None,
             worker_init_fn=start_worker,
         )
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         if not isinstance(batch, list):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return [(number, None if one is None else one.to(device)) for number, one in batch]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"plan": self.plan.fingerprint}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         if state_dict["plan"] != self.plan.fingerprint:
             raise PlanError(
                 f"the checkpoint was trained by another plan ({state_dict['plan']}, this one is "
@@ -78,7 +82,7 @@ class PlanDataModule(pl.LightningDataModule):
 
 
 def log_left_out(plan: Plan) -> None:
-    """Log how many utterances the model cannot take, and the first of them."""
+    """Log the number of utterances that the model cannot take, and the first three of them."""
     if plan.model is None:
         return
     left_out = plan.left_out()
@@ -88,18 +92,20 @@ def log_left_out(plan: Plan) -> None:
 
 
 class _Loader(DataLoader):
-    """Says to Lightning that it can be resumed in the middle of an epoch: it is, by the steps the Trainer counts."""
+    """Loader that Lightning may resume within an epoch: the Trainer's number of steps is its only state."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see `_StepNumbers`."""
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Do nothing: `_StepNumbers` starts at the Trainer's step."""
 
 
 class _StepNumbers(DistributedSampler):
-    """Each step's micro-batches from ``done()`` to the end of the pass it is in. Being a DistributedSampler keeps
-    Lightning from sharing its steps out a second time."""
+    """Each step's micro-batches from step ``done()`` to the end of its epoch.
+
+    It is a DistributedSampler so that Lightning does not distribute its steps a second time.
+    """
 
     def __init__(self, steps: StepSampler, done: Callable[[], int]):
         self.steps, self.done = steps, done
@@ -113,7 +119,7 @@ class _StepNumbers(DistributedSampler):
         return self.steps.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: steps are counted over the whole run."""
+        """Do nothing: steps are counted over the run, not within an epoch."""
 
 
 class _StepData(Dataset):
@@ -124,9 +130,9 @@ class _StepData(Dataset):
     def __len__(self) -> int:
         return len(self.data.index)
 
-    def __getitem__(self, key: tuple[int, list[MicroBatch]]) -> Step:
+    def __getitem__(self, key: tuple[int, list[MicroBatch]]) -> LightningStep:
         step, mine = key
-        found: Step = []
+        found: LightningStep = []
         for number, rows in mine:
             loaded = self.data[Address(step, number, False, np.asarray(rows))]
             for problem in loaded.skipped:
@@ -136,22 +142,23 @@ class _StepData(Dataset):
 
 
 class PlanModule(pl.LightningModule):
-    """Trains a model that has ``loss(batch)`` (`SpeechModel`, `TransformersModel`) by a plan's steps.
+    """Training of a model that `canter.load` returns (``.module``) by a plan's steps.
 
-    Losses of a step's micro-batches are summed and divided by its targets over all processes, so that a step's
-    gradient depends neither on how many micro-batches it was cut into nor on who computed which. Dropout is drawn
-    from (seed, step, micro-batch). Optimisation is manual, as Lightning calls it: gradients are clipped to ``clip``
-    here, and the Trainer's ``accumulate_grad_batches`` and ``gradient_clip_val`` are to be left alone.
+    Losses of a step's micro-batches are summed and divided by the step's number of targets over all processes, so that
+    its gradient depends neither on the number of micro-batches nor on which process computes which. Dropout is drawn
+    from (seed, step, micro-batch). Optimisation is manual in Lightning's sense: gradients are clipped to ``clip`` here;
+    leave the Trainer's ``accumulate_grad_batches`` and ``gradient_clip_val`` at their defaults. Each process has its
+    own running statistics of BatchNorm.
 
-    optimizer: makes one from the parameters. schedule: factor of the learning rate at a step, from 0. ctc_weight: of
-    the CTC loss, where the model has a head for it. BatchNorm's running statistics are each process's own.
+    optimizer: function from parameters to an optimiser. schedule: factor of the learning rate at a step, from 0.
+    ctc_weight: weight of the CTC loss, if the model has a CTC head.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: AnyModel,
         *,
-        optimizer: Callable[[Any], torch.optim.Optimizer] = lambda p: torch.optim.AdamW(p, lr=1e-5),
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = lambda p: torch.optim.AdamW(p, lr=1e-5),
         schedule: Callable[[int], float] = lambda step: 1.0,
         ctc_weight: float = 0.0,
         label_smoothing: float = 0.0,
@@ -161,50 +168,46 @@ class PlanModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.make_optimizer, self.schedule = model, optimizer, schedule
-        self.ctc_weight, self.label_smoothing, self.clip, self.seed = ctc_weight, label_smoothing, clip, seed
+        self.loss = LossConfig(ctc_weight=ctc_weight, label_smoothing=label_smoothing)
+        self.clip, self.seed = clip, seed
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)]
 
-    def training_step(self, batch: Step, batch_idx: int) -> Tensor:
-        optimizer: Any = self.optimizers()
-        counts = torch.zeros(2, device=self.device)
-        for _, one in batch:
-            if one is not None:
-                counts[0] += (one.token_lengths - one.prompt_lengths).sum()
-                counts[1] += one.character_lengths.sum()
-        counts = self.trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1)
+    def training_step(self, batch: LightningStep, batch_idx: int) -> Tensor:
+        optimizer, world = cast(torch.optim.Optimizer, self.optimizers()), self.trainer.world_size
+        own = TargetCounts.of([one for _, one in batch if one is not None])
+        counts = self._sum(torch.tensor([own.tokens, own.characters]))
+        objective = Objective(self.loss, TargetCounts(*map(int, counts.tolist())))
         step, total = self.trainer.global_step, torch.zeros((), device=self.device)
         for place, (number, one) in enumerate(batch):
             torch.manual_seed(mix(self.seed, step, number) >> 1)
             last = place == len(batch) - 1
             with nullcontext() if last else self._without_exchange():
-                loss = self._nothing() if one is None else self._loss(one, counts)
+                loss = self._no_loss() if one is None else self._loss(one, objective)
                 # processes average their gradients: what is summed here must not be divided there
-                self.manual_backward(loss * self.trainer.world_size)
+                self.manual_backward(loss * world)
             total += loss.detach()
-        merge_pending(self.model)
-        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        merge_pending(module_of(self.model))
+        total = self._sum(total)
         self.log("loss", total, prog_bar=True, batch_size=1)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         optimizer.step()
         optimizer.zero_grad()
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()
+        cast(LRScheduler, self.lr_schedulers()).step()
         return total
 
-    def _loss(self, batch: Batch, counts: Tensor) -> Tensor:
-        found = self.model.loss(batch, label_smoothing=self.label_smoothing)
-        attention = found.attention / counts[0]
-        if not self.ctc_weight:
-            return attention
-        return (1 - self.ctc_weight) * attention + self.ctc_weight * found.ctc / counts[1]
+    def _loss(self, batch: Batch, objective: Objective) -> Tensor:
+        return objective(self.model.loss(batch, label_smoothing=self.loss.label_smoothing))
 
-    def _nothing(self) -> Tensor:
-        """A loss of zero that reaches every parameter, for processes that wait for each other's gradients."""
+    def _sum(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum"))
+
+    def _no_loss(self) -> Tensor:
+        """Return a loss of zero that reaches every parameter, for processes that wait for each other's gradients."""
         return torch.stack([p.flatten()[0] * 0.0 for p in self.model.parameters() if p.requires_grad]).sum()
 
-    def _without_exchange(self) -> Any:
+    def _without_exchange(self) -> AbstractContextManager[object]:
         wrapped = self.trainer.model
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()

@@ -1,7 +1,7 @@
-"""Batches of a plan for a training loop of one's own (examples/plain_loop.py, examples/lightning_module.py).
+"""Tools for a plain PyTorch loop under a plan (examples/plain_loop.py, examples/lightning_module.py).
 
-`MicroBatches` reads and tokenises the utterances of an index, `collate` pads examples to a batch, and `merge_pending`
-merges the statistics of BatchNorm once a step, in the order of the plan.
+`MicroBatches` reads and tokenises the utterances of an index, `collate` pads examples into a batch, and `merge_pending`
+merges the BatchNorm statistics once a step, in the order of the plan.
 """
 
 from canter.models.norm import merge_pending

@@ -1,4 +1,4 @@
-"""Bins and batch sizes in the form that NeMo's Lhotse dataloader configuration wants."""
+"""Bins and batch sizes in the form of NeMo's Lhotse dataloader configuration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from canter.planning.strategies.bucket_2d import batch_sizes
 
 
 def bucketing_config(bins: Bins, budget: Budget, sizes: Sequence[int] | None = None) -> str:
-    """Lines of YAML for `train_ds`: `bucket_duration_bins` ([seconds, tokens] upper edges, or seconds alone for 1-D
-    bins) and `bucket_batch_size`, one for each bin: ``sizes``, or what the budget says."""
+    """Return lines of YAML for `train_ds`: `bucket_duration_bins` and `bucket_batch_size`.
+
+    The bins are upper edges, [seconds, tokens] or only seconds for 1-D bins. The batch sizes are ``sizes``, or else
+    the budget's.
+    """
     two_d = any(len(row) > 1 for row in bins.tokens)
     # three decimals, rounded up: an edge belongs to its bin
     edges = [(-(-seconds * 1000 // 1) / 1000, tokens) for seconds, tokens in bins.edges]

@@ -1,13 +1,16 @@
-"""Any of transformers' speech encoder-decoders under Canter's planning, tuning, training and decoding.
+"""Adapter for the speech encoder-decoders of transformers: Canter plans, tunes, trains and decodes them.
 
 B: utterances, S: samples, T: encoder frames, U: tokens, V: vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
-from collections.abc import Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,41 +21,36 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 
-from canter.errors import CheckpointError
-from canter.inference.engine.capacity import encoder_batches
-from canter.inference.engine.requests import EngineConfig
-from canter.integrations.transformers_engine import GenerateEngine
+from canter.corpus.manifest import Utterance
+from canter.errors import CheckpointError, ConfigError
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway, encoder_batches
 from canter.integrations.transformers_files import load_parts
-from canter.integrations.transformers_tokenizer import TransformersTokenizer
 from canter.models.batch import Batch, Loss, attention_loss
-from canter.models.cost import UtteranceCost, flops, kept_for_backward
+from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.protocol import Capability
+from canter.text.languages import find
+from canter.text.prompts import utterance_slots
 
-__all__ = ["TransformersModel", "TransformersTokenizer"]
 POSITIONS = ("max_target_positions", "max_position_embeddings")  # a decoder's, by architecture
 TOKENS_PER_SECOND, EXTRA_TOKENS = 12.5, 10  # what a clip may be transcribed in
 PREFIX = "model."  # of our names of their tensors
+FRAME_SECONDS = 0.08  # the engine's settings count encoder frames of this duration
 
 
 class TransformersModel(nn.Module):
-    """A model of transformers and its feature extractor, with what Canter asks of a model.
+    """A model of transformers and its feature extractor, with the interface of `AnyModel`.
 
-    ``prompt`` are the decoder's first tokens where an utterance brings none: the model's start token, and after
-    it languages and tasks as its family writes them. Without it they are the start token and, where the model's
-    settings or the tokenizer list languages (SeamlessM4T, Speech2Text of several languages), the utterance's.
+    ``prompt`` are the decoder's first tokens for utterances that bring none: the model's start token, then languages
+    and tasks as its family writes them. By default they are the start token and, if the model's settings or the
+    tokenizer list languages (SeamlessM4T, multilingual Speech2Text), the utterance's.
     """
 
     ctc = None
 
-    def __init__(
-        self,
-        model: Any,
-        extractor: Any,
-        tokenizer: Any = None,
-        prompt: Sequence[int] | None = None,
-    ):
-        """Raises ValueError where neither ``prompt`` nor the model's settings tell with what decoding starts."""
+    def __init__(self, model: Any, extractor: Any, tokenizer: Any = None, prompt: Sequence[int] | None = None):
+        """Wrap the parts; raise ValueError if neither ``prompt`` nor the model's settings have a start token."""
         super().__init__()
         self.model: Any = model
         self.extractor: Any = extractor
@@ -68,10 +66,12 @@ class TransformersModel(nn.Module):
             self.tokenizer = TransformersTokenizer(tokenizer, self.prompt, languages)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: Any):
-        """Return the model of a folder, or of a name on the hub; only safetensors are read, and ``kwargs`` (dtype, ...)
-        are the model's. Raises CheckpointError where transformers cannot load it, or tensors are missing or
-        misshapen."""
+    def from_pretrained(cls, name: str | Path, prompt: Sequence[int] | None = None, **kwargs: object):
+        """Return the model of a folder, or of a name on the hub, from safetensors only.
+
+        ``kwargs`` (dtype, ...) are the model's. Raises CheckpointError where transformers cannot load it, or tensors
+        are missing or misshapen.
+        """
         model, extractor, tokenizer = load_parts(name, **kwargs)
         try:
             found = cls(model, extractor, tokenizer, prompt)
@@ -81,7 +81,7 @@ class TransformersModel(nn.Module):
         return found
 
     def _languages(self, tokenizer: Any) -> dict[str, int]:
-        """Token ids of the languages that may stand after the start token; none where the model has but one way."""
+        """Return the token ids of languages that may follow the start token; none for a model of a single language."""
         found = self._setting("text_decoder_lang_to_code_id") or getattr(tokenizer, "lang_code_to_id", None)
         return {str(name): int(number) for name, number in (found or {}).items()}
 
@@ -96,34 +96,38 @@ class TransformersModel(nn.Module):
 
     @property
     def supports(self) -> Set[Capability]:
-        """Nothing but training, tuning and decoding by transformers' own ``generate``."""
+        """None of the features that need Canter's own modules; decoding is transformers' own ``generate``."""
         return frozenset()
 
     @property
     def sample_rate(self) -> int:
-        """Samples a second that the extractor wants."""
+        """Samples per second of its input."""
         return self.extractor.sampling_rate
 
-    @cached_property
+    @property
     def padded_seconds(self) -> float:
-        """To how many seconds every utterance is padded; 0: to the longest of its batch."""
-        return self.extractor.n_samples / self.sample_rate if self._pads_to_length() else 0.0
+        """Seconds that every utterance is padded to; 0: to the longest of its batch."""
+        return self.extractor.n_samples / self.sample_rate if self._pads_to_length else 0.0
 
     @property
     def longest_seconds(self) -> float:
-        """Of the utterances that the model can take."""
+        """Maximum seconds of an utterance."""
         return self.padded_seconds or math.inf
 
-    @cached_property
+    @property
     def frame_seconds(self) -> float:
-        """Seconds of audio for each encoder frame."""
+        """Seconds of audio per encoder frame."""
+        return self._frame_seconds
+
+    @cached_property
+    def _frame_seconds(self) -> float:
         if self.padded_seconds:
             return self.padded_seconds / self.exact_frames(self.padded_seconds)
         return round(10.0 / (self.exact_frames(20.0) - self.exact_frames(10.0)), 6)
 
     @property
     def positions(self) -> int:
-        """The most tokens, prompt and end token included."""
+        """Maximum number of tokens, prompt and end token included."""
         config = self.model.get_decoder().config
         found = (getattr(config, name, None) for name in POSITIONS)
         return next((value for value in found if value is not None), 10**9)
@@ -142,7 +146,7 @@ class TransformersModel(nn.Module):
         return f"transformers {type(self.model).__name__}"
 
     def recompute_activations(self, on: bool = True) -> None:
-        """Layers are computed again in the backward pass, where the architecture can."""
+        """Switch activation checkpointing, if the architecture supports it."""
         self.recomputes = on and self.model.supports_gradient_checkpointing
         if self.model.supports_gradient_checkpointing:
             what = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
@@ -150,41 +154,42 @@ class TransformersModel(nn.Module):
 
     @cached_property
     def _shapes(self) -> Any:
-        """The model without storage: what it returns has the right shape, and costs nothing."""
+        """The model without storage: its outputs have the right shape, at no cost."""
         with torch.device("meta"):
             return type(self.model)(self.model.config).eval()
 
     def _noise(self, seconds: float) -> Tensor:
-        """The encoder's input for noise of so many seconds, without storage."""
+        """Return the encoder's input for noise of ``seconds``, without storage."""
         noise = np.random.default_rng(0).standard_normal(max(1, round(seconds * self.sample_rate)))
         inputs = self.inputs([noise.astype(np.float32)])
         return inputs[self.model.main_input_name].to("meta", self._shapes.dtype)
 
     def exact_frames(self, seconds: float) -> int:
-        """T of an utterance of so many seconds: the length of what the encoder returns."""
+        """Return T of an utterance of ``seconds``: the length of the encoder's output."""
         with torch.no_grad():
             return self._shapes.get_encoder()(self._noise(seconds)).last_hidden_state.shape[1]
 
     @cached_property
     def _first_frames(self) -> float:
-        """What frames have more than seconds by ``frame_seconds``."""
+        """Frames beyond seconds divided by ``frame_seconds``."""
         return self.exact_frames(10.0) - 10.0 / self.frame_seconds
 
     def encoder_frames(self, seconds: float) -> int:
-        """As ``exact_frames`` within one frame, and at no cost."""
+        """Return T of an utterance of ``seconds`` within one frame of ``exact_frames``, at no cost."""
         if self.padded_seconds:
             return round(self.padded_seconds / self.frame_seconds)
         return max(1, round(seconds / self.frame_seconds + self._first_frames))
 
+    @cached_property
     def _pads_to_length(self) -> bool:
         return inspect.signature(self.extractor.__call__).parameters["padding"].default == "max_length"
 
     def inputs(self, audio: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """Mono audio (S,) of B utterances -> the encoder's inputs, padded, on the model's device.
+        """Return the encoder's inputs, padded, on the model's device, for mono audio (S,) of B utterances.
 
-        ValueError for audio longer than the model's fixed length, which the extractor would cut without a word.
+        Raises ValueError for audio longer than the model's fixed length, which the extractor would truncate silently.
         """
-        most = self.extractor.n_samples if self._pads_to_length() else math.inf
+        most = self.extractor.n_samples if self._pads_to_length else math.inf
         longest = max(map(len, audio))
         if longest > most:
             raise ValueError(
@@ -195,7 +200,7 @@ class TransformersModel(nn.Module):
             list(audio),
             sampling_rate=self.sample_rate,
             return_tensors="pt",
-            padding="max_length" if self._pads_to_length() else "longest",
+            padding="max_length" if self._pads_to_length else "longest",
             return_attention_mask=True,
         )
         inputs = {name: extracted[name] for name in (self.model.main_input_name, "attention_mask")}
@@ -203,7 +208,7 @@ class TransformersModel(nn.Module):
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def features(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """audio (B, S), lengths (B,) -> what the encoder takes, and its attention mask."""
+        """Return the encoder's input and its attention mask for audio (B, S), lengths (B,)."""
         rows = audio.cpu().numpy()
         inputs = self.inputs([row[:size] for row, size in zip(rows, lengths.tolist(), strict=True)])
         return inputs[self.model.main_input_name], inputs["attention_mask"]
@@ -216,8 +221,10 @@ class TransformersModel(nn.Module):
         label_smoothing: float = 0.0,
         features: tuple[Tensor, Tensor] | None = None,
     ) -> Loss:
-        """Sums of cross-entropy over text and end tokens and their count; prompt and padding bear none, and there
-        is no CTC. What the model masks in training follows torch's seed."""
+        """Return the sum of cross-entropy over text and end tokens, and their number; there is no CTC.
+
+        Prompt and padding bear no loss. Masks that the model draws in training follow torch's seed.
+        """
         assert attention, "there is no CTC to train alone"
         inputs, mask = features or self.features(batch.audio, batch.audio_lengths)
         if self.training:
@@ -235,8 +242,10 @@ class TransformersModel(nn.Module):
     # -- on disk --
 
     def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
-        """Writes a folder that ``from_pretrained`` reads, which appears only when whole; ``weights`` may stand in for
-        the state dict. Returns the folder."""
+        """Write a folder that ``from_pretrained`` reads, complete or not at all, and return it.
+
+        ``weights`` may stand in for the state dict.
+        """
         tied = self._tied()
         tensors = {
             name.removeprefix(PREFIX): tensor.detach().cpu().contiguous()
@@ -251,12 +260,12 @@ class TransformersModel(nn.Module):
         return Path(folder)
 
     def read_weights(self, folder: Path) -> dict[str, Tensor]:
-        """What ``save`` wrote, by the names of the state dict."""
+        """Return the tensors that ``save`` wrote, by the names of the state dict."""
         tensors = {PREFIX + name: x for name, x in read_tensors(folder / "model.safetensors").items()}
         return tensors | {name: tensors[first] for name, first in self._tied().items() if first in tensors}
 
     def _tied(self) -> dict[str, str]:
-        """Names of tensors that are others', and whose."""
+        """Return the names of tensors that repeat others, and the names of those."""
         first: dict[int, str] = {}
         names = {name: first.setdefault(id(x), name) for name, x in self.state_dict(keep_vars=True).items()}
         return {name: other for name, other in names.items() if name != other}
@@ -264,7 +273,7 @@ class TransformersModel(nn.Module):
     # -- what it costs --
 
     def parts(self) -> dict[str, int]:
-        """Parameters by part, each counted once, where it comes first."""
+        """Return the number of parameters by part, each counted once, where it comes first."""
         inputs, heads = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         parts = {
             "embedding": inputs if isinstance(inputs, nn.Embedding) else heads,
@@ -280,16 +289,12 @@ class TransformersModel(nn.Module):
             counts[name] = sum(new.values())
         return {name: count for name, count in counts.items() if count}
 
-    def layers(self) -> dict[str, dict[str, Any]]:
-        """Kind, layers and width of encoder and decoder; of the latter the vocabulary too."""
+    def layers(self) -> dict[str, dict[str, str | int]]:
+        """Return kind, layers and width of encoder and decoder; of the latter the vocabulary too."""
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
         inner = encoder if hasattr(encoder, "layers") else getattr(encoder, "encoder", encoder)
         return {
-            "encoder": {
-                "kind": type(encoder).__name__,
-                "layers": len(inner.layers),
-                "width": self.width,
-            },
+            "encoder": {"kind": type(encoder).__name__, "layers": len(inner.layers), "width": self.width},
             "decoder": {
                 "kind": type(decoder).__name__,
                 "layers": len(decoder.layers),
@@ -299,43 +304,32 @@ class TransformersModel(nn.Module):
         }
 
     def cost(self, seconds: float, tokens: int) -> UtteranceCost:
-        """Of an utterance of so many seconds and tokens, measured on noise."""
+        """Return FLOPs and memory of an utterance of ``seconds`` and ``tokens``, measured on noise."""
         noise = np.random.default_rng(0).standard_normal(round(seconds * self.sample_rate))
         inputs = self.inputs([noise.astype(np.float32)])
         ids = torch.zeros(1, tokens, dtype=torch.long, device=self.model.device)
         decoder = self.model.get_decoder()
-
-        def encode() -> Any:
-            return self.model.get_encoder()(**inputs)
-
-        with torch.no_grad():
-            encoded = encode()
-
-        def decode(states: Any = encoded) -> Tensor:
-            return self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits
-
-        frames = encoded.last_hidden_state.shape[1]
         config = decoder.config
         heads = getattr(config, "num_key_value_heads", None)
-        kept = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
-        return UtteranceCost(
-            seconds=seconds,
-            frames=frames,
-            tokens=tokens,
-            encoder_flops=flops(encode),
-            decoder_flops=flops(decode),
-            training_bytes=kept_for_backward(self, lambda: decode(encode()).float().log_softmax(-1).sum()),
-            cache_values=2 * len(decoder.layers) * kept * (frames + tokens),
+        width = config.hidden_size * heads // config.num_attention_heads if heads else config.hidden_size
+
+        return measure_cost(
+            self,
+            seconds,
+            tokens,
+            encode=lambda: self.model.get_encoder()(**inputs),
+            decode=lambda states: self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits,
+            cached=2 * len(decoder.layers) * width,
         )
 
     # -- decoding --
 
     def engine(self, end: int, config: EngineConfig) -> GenerateEngine:
-        """What decodes this model in the place of Canter's engine."""
+        """Return the engine that decodes this model in place of Canter's."""
         return GenerateEngine(self, end, config)
 
     def limit(self, audio: np.ndarray, prompt: Sequence[int]) -> int:
-        """Tokens that a clip (S,) may be transcribed in."""
+        """Return the maximum number of tokens of a clip's transcript; clip (S,)."""
         most = math.ceil(TOKENS_PER_SECOND * len(audio) / self.sample_rate) + EXTRA_TOKENS
         return min(self.positions - len(prompt), most)
 
@@ -347,14 +341,14 @@ class TransformersModel(nn.Module):
         *,
         batch_seconds: float = 120.0,
         limits: Sequence[int] | None = None,
-        **generation: Any,
+        **generation: object,
     ) -> list[list[int]]:
-        """Token ids of each clip (S,), in the order given, without prompt and end; greedy, unless ``generation``
-        (num_beams, ...) says otherwise.
+        """Return the token ids of each clip (S,), in the order given, without prompt and end.
 
-        Clips of like length are decoded together, up to ``batch_seconds`` of padded audio; those in a batch have
-        prompts of one length, because transformers has no place for padding on a prompt's left. A clip gets at most
-        its ``limits`` in tokens, by default 12.5 for each of its seconds and 10 more, whatever the batch.
+        Decoding is greedy, unless ``generation`` (num_beams, ...) says otherwise. Clips of similar length are decoded
+        together, up to ``batch_seconds`` of padded audio; those in a batch have prompts of one length, because
+        transformers does not take padding on a prompt's left. A clip gets at most its ``limits`` in tokens, by default
+        12.5 for each of its seconds and 10 more, whatever the batch.
         """
         prompts = [self.prompt] * len(audio) if prompts is None else prompts
         if limits is None:
@@ -379,14 +373,13 @@ class TransformersModel(nn.Module):
         return results
 
     def _generate(
-        self,
-        audio: Sequence[np.ndarray],
-        prompts: Sequence[Sequence[int]],
-        limit: int,
-        generation: Mapping[str, Any],
+        self, audio: Sequence[np.ndarray], prompts: Sequence[Sequence[int]], limit: int, generation: Mapping[str, Any]
     ) -> list[list[int]]:
-        """Sequences without prompt, end and what follows it. The mixin's own ``generate``: what some families put
-        around it (languages, tasks, chunks of 30 s) is in the prompts already."""
+        """Return sequences without prompt, end and what follows it.
+
+        It calls the mixin's own ``generate``: what some families add around it (languages, tasks, chunks of 30 s) is in
+        the prompts already.
+        """
         settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit, **generation}
         sequences = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
             self.model,
@@ -402,3 +395,110 @@ class TransformersModel(nn.Module):
             stop = next((place for place, token in enumerate(row) if token in ends), len(row))
             found.append(row[:stop])
         return found
+
+
+class GenerateEngine(Engine):
+    """`Engine` over the model's own ``generate``: a batch is decoded as one, by beam search if there are several beams.
+
+    Of the settings ``rows``, ``frames`` (of 80 ms), ``beams`` and ``length_penalty`` are used.
+    """
+
+    aligns = False
+
+    def __init__(self, model: Any, end: int, config: EngineConfig):
+        self.generation: dict[str, Any] = {}
+        if config.beams > 1:
+            self.generation = {"num_beams": config.beams, "length_penalty": config.length_penalty or 0.0}
+        super().__init__(model, end, config)
+        self.frames = round(self.frames * FRAME_SECONDS / model.frame_seconds)
+
+    def events(
+        self, batches: Iterable[list[Request]], cancelled: Callable[[Hashable], bool] | None = None
+    ) -> Generator[Hypothesis | Underway]:
+        model: Any = self.model
+        for batch in batches:
+            requests = [one for one in batch if cancelled is None or not cancelled(one.key)]
+            if not requests:
+                continue
+            began = time.perf_counter()
+            audio, prompts = [one.audio for one in requests], [one.prompt for one in requests]
+            limits = [model.limit(clip, prompt) for clip, prompt in zip(audio, prompts)]
+            found = model.transcribe(audio, prompts, batch_seconds=math.inf, limits=limits, **self.generation)
+            seconds = time.perf_counter() - began
+            steps = max(map(len, found)) + 1
+            self.counters.seconds += seconds
+            self.counters.decoder_seconds += seconds
+            self.counters.audio_seconds += sum(map(len, audio)) / model.sample_rate
+            self.counters.steps += steps
+            self.counters.row_steps += steps * len(found)
+            self.counters.useful_row_steps += sum(len(tokens) + 1 for tokens in found)
+            for request, tokens, limit in zip(requests, found, limits):
+                prompt = tuple(request.prompt)
+                yield Hypothesis(request.key, tokens, len(tokens) < limit, prompt=prompt)
+
+
+class TransformersTokenizer:
+    """A tokenizer of transformers with the interface of `canter.text.Tokenizer`.
+
+    ``prompt_tokens`` are the decoder's first ones, the same for every utterance; if ``language_ids`` are given, the one
+    of the language that is written follows.
+    """
+
+    detects_language = False
+
+    def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int], language_ids: Mapping[str, int] | None = None):
+        self.tokenizer, self.prompt_tokens = tokenizer, list(prompt_tokens)
+        self.language_ids = dict(language_ids or {})
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+        self.end = int(tokenizer.eos_token_id)
+        self.pad = self.end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.language_ids)
+
+    @property
+    def fingerprint(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        told = [type(self.tokenizer).__name__, rules, self.prompt_tokens, self.language_ids]
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+
+    def encode(self, text: str, lang: str | None = None) -> list[int]:
+        """Return the ids of ``text``, without the special tokens that the tokenizer would put around it."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special).strip()
+
+    def special_id(self, token: str) -> int:
+        """Return the id of a special token; raise ConfigError if there is none."""
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise ConfigError(f"the tokenizer has no token {token!r}")
+        return int(found)
+
+    def prompt(self, utterance: Utterance) -> list[int]:
+        return self.prompt_ids(utterance_slots(utterance))
+
+    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
+        """Return the ids of the prompt; of the slots only ``target_lang`` matters, in a model of several languages."""
+        if not self.language_ids:
+            return list(self.prompt_tokens)
+        language = slots.get("target_lang") or slots.get("source_lang")
+        language = None if language is None else find(language, self.language_ids) or language
+        if language not in self.language_ids:
+            named = "names no language" if language is None else f"names the language '{language}'"
+            raise ConfigError(
+                f"an utterance {named}, and the model writes {', '.join(self.language_ids)}: give 'lang' in the "
+                "manifest, or --language"
+            )
+        return [*self.prompt_tokens, self.language_ids[language]]
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""A folder, or a name on the hub, to transformers' model, feature extractor and tokenizer.
+"""Read a folder, or a name on the hub, into transformers' model, feature extractor and tokenizer.
 
 Folders come from anywhere. transformers is called so that it runs no code of theirs and opens no connection, and only
-after what it would read is checked: it allocates whatever a configuration asks for.
+after the files that it would read are checked: it allocates whatever a configuration asks for.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
+    FeatureExtractionMixin,
     GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from canter.errors import CheckpointError
 from canter.models.formats.files import check_safetensors, read_json, refuse_adapter, stored_bytes, tensor_files
+from canter.models.formats.fitting import SMALL
 from canter.models.formats.generation import check_generation
-from canter.models.formats.ranges import SMALL
 from canter.models.hub import checkpoint_of
 
 # How every part is read: with transformers' own classes alone, and from the disk alone.
@@ -64,7 +67,9 @@ RANGES = tuple(
 )
 
 
-def load_parts(name: str | Path, **kwargs: Any) -> tuple[Any, Any, Any]:
+def load_parts(
+    name: str | Path, **kwargs: object
+) -> tuple[PreTrainedModel, FeatureExtractionMixin, PreTrainedTokenizerBase]:
     """Return model, feature extractor and tokenizer, as ``TransformersModel.from_pretrained`` wants them.
 
     Raises CheckpointError for a folder that is refused (see `check_folder`) or that transformers cannot load.
@@ -145,12 +150,7 @@ def check_folder(folder: Path) -> None:
         for key in ("quantization_config", "transformers_weights"):
             if section.get(key) is not None:
                 raise CheckpointError(f"{config_file}: {key} is not supported; save the model without it")
-        for key in (
-            "attn_implementation",
-            "_attn_implementation",
-            "experts_implementation",
-            "_experts_implementation",
-        ):
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
             if section.get(key) not in ATTENTION:
                 raise CheckpointError(
                     f"{config_file}: {key} is {section[key]!r:.80}; it must be 'eager' or 'sdpa', as nothing is "
@@ -179,7 +179,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is no list and no object, with the name of the setting that it belongs to."""
+    """Yield every value but lists and objects, with the name of the setting that it belongs to."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _numbers(inner, str(name))

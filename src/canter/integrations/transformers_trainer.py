@@ -1,4 +1,4 @@
-"""transformers' Trainer under a plan: the plan's micro-batches, its steps, and a resume that is exact.
+"""transformers' Trainer under a plan, with an exact resume.
 
 B: utterances, S: samples, F: feature frames (10 ms), M: mel bins, T: encoder frames, U: tokens.
 """
@@ -13,17 +13,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from canter.corpus.audio import load_utterance
 from canter.corpus.index import LengthIndex
@@ -35,35 +46,36 @@ from canter.planning.windows import mix
 
 STATE = "canter_plan.json"  # in a checkpoint, beside trainer_state.json
 IGNORED = -100  # a label that bears no loss
-WHISPER_FRAME_SECONDS = 0.02  # of an encoder position
+WHISPER_FRAME_SECONDS = 0.02  # per encoder position
+Model = TypeVar("Model", bound=PreTrainedModel)
 logger = logging.getLogger(__name__)
 
 
 class PlanTrainerMixin:
-    """Mixed in before a Trainer, makes it train by a plan: ``class Mine(PlanTrainerMixin, Seq2SeqTrainer)``.
+    """Mixin that makes a Trainer train by a plan: ``class Mine(PlanTrainerMixin, Seq2SeqTrainer)``.
 
-    ``plan`` is of an index whose rows are those of ``train_dataset``, in order; dataset, collator (which must give
-    ``labels``), callbacks and everything else are the Trainer's as ever. What changes:
+    The rows of the plan's index are those of ``train_dataset``, in order. The dataset, the collator (which must return
+    ``labels``), callbacks and everything else are the Trainer's. The mixin changes this:
 
-    - A step is one of the plan: its M micro-batches are shared out over the processes by predicted time, and
-      ``gradient_accumulation_steps`` follows. A process with nothing left runs a batch that bears no loss.
-      ``per_device_train_batch_size`` has no meaning.
-    - Batches do not pass through Accelerate, which would share them out a second time.
-    - The loss is the cross-entropy summed over the step and divided by the step's labels over all processes (some
-      models of transformers, Whisper among them, divide by each micro-batch's own), label smoothing included.
+    - A step is one of the plan: its M micro-batches are distributed over the processes by predicted time, which sets
+      ``gradient_accumulation_steps``. A process without a micro-batch runs one that bears no loss.
+      ``per_device_train_batch_size`` has no effect.
+    - Batches do not pass through Accelerate, which would distribute them a second time.
+    - The loss is the cross-entropy summed over the step and divided by the step's labels over all processes, label
+      smoothing included. Some models of transformers, such as Whisper, divide by the labels of each micro-batch.
     - Utterances that the model has no positions for are left out of the plan, and counted in the log.
-    - Dropout and what the model masks are drawn from (seed, step, micro-batch). So a run resumed with
-      ``train(resume_from_checkpoint=...)`` takes the same steps as one never stopped, also on another number of
-      processes, where losses agree up to the order of float additions. A checkpoint of another plan is refused.
+    - Dropout and masks are drawn from (seed, step, micro-batch). So a run resumed with
+      ``train(resume_from_checkpoint=...)`` takes the same steps as one that never stopped. On another number of
+      processes, losses agree up to the order of float additions. A checkpoint of another plan is refused.
 
-    An epoch of the Trainer is as many steps as the plan's first; ``StepSampler`` says what follows from that.
+    An epoch of the Trainer has the number of steps of the plan's first epoch (see ``StepSampler``).
 
-    Raises PlanError where dataset and plan do not fit, or one process drives several GPUs.
+    Raises PlanError if dataset and plan do not match, or if one process drives several GPUs.
     """
 
-    args: Any
-    state: Any
-    accelerator: Any
+    args: Seq2SeqTrainingArguments
+    state: TrainerState
+    accelerator: Accelerator
 
     def __init__(self, *args: Any, plan: Plan, **kwargs: Any):
         settings = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -89,15 +101,15 @@ class PlanTrainerMixin:
                 f"train_dataset has {len(self.train_dataset)} rows and the plan's index {len(plan.index)}: "  # type: ignore[attr-defined]
                 "they must be the same, in order"
             )
-        self._drawn = (-1, 0)  # the step being taken, and how many of its micro-batches have been
+        self._drawn = (-1, 0)  # the step being taken, and the number of its micro-batches taken so far
         self.add_callback(_KeepPlan(plan.fingerprint))  # type: ignore[attr-defined]
 
     def _first_step(self) -> int:
-        """Of the pass over the data that begins or is resumed now."""
+        """Return the first step of the epoch that begins or is resumed now."""
         return self.state.global_step // self._steps.steps * self._steps.steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. Raises PlanError for a checkpoint of another plan."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
+        """Train as the Trainer does. Raises PlanError for a checkpoint of another plan."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
@@ -111,7 +123,7 @@ class PlanTrainerMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader:
-        """This process's micro-batches; not prepared by Accelerate."""
+        """Return the loader of this process's micro-batches, which Accelerate has not prepared."""
         args = self.args
         dataset: Any = self.train_dataset  # type: ignore[attr-defined]
         if isinstance(dataset, datasets.Dataset) and args.remove_unused_columns:
@@ -120,15 +132,15 @@ class PlanTrainerMixin:
         return DataLoader(
             dataset,  # pyright: ignore[reportArgumentType]
             batch_sampler=self._steps,
-            collate_fn=_OrNothing(self.data_collator, dataset, int(lengths.argmin())),  # type: ignore[attr-defined]
+            collate_fn=_AllowEmpty(self.data_collator, dataset, int(lengths.argmin())),  # type: ignore[attr-defined]
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the model's own randomness alone
+            generator=torch.Generator().manual_seed(self.plan.seed),  # does not touch torch's global one
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: object, **kwargs: object) -> Tensor:
         step, place = self._drawn
         if step != self.state.global_step:
             step, place = self.state.global_step, 0
@@ -138,13 +150,13 @@ class PlanTrainerMixin:
         set_seed(mix(self.args.seed, step, number) % 2**32)
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
         if "decoder_input_ids" not in inputs and "labels" in inputs:
             inputs = {**inputs, "decoder_input_ids": self._shifted(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        """Labels (B, U) as the decoder reads them: behind the start token, the last one left out."""
+        """Return labels (B, U) as decoder inputs: shifted right behind the start token."""
         model: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         start = model.config.decoder_start_token_id
         if start is None:
@@ -156,7 +168,7 @@ class PlanTrainerMixin:
         return shifted.masked_fill(shifted == IGNORED, start if pad is None else pad)
 
     def _summed_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Sum of cross-entropy over labels (B, U), divided by the whole step's number of them."""
+        """Return the sum of the cross-entropy over labels (B, U), divided by the step's number of labels."""
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         total = F.cross_entropy(
             logits.float().flatten(0, 1),
@@ -169,10 +181,10 @@ class PlanTrainerMixin:
 
 
 class PlannedSeq2SeqTrainer(PlanTrainerMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` with ``plan=``."""
+    """The `Seq2SeqTrainer` of transformers, with ``plan=``."""
 
 
-def _limits_of(model: Any) -> tuple[float, float]:
+def _limits_of(model: object) -> tuple[float, float]:
     """Return the seconds of audio and the number of tokens that a model of transformers has positions for."""
     config = getattr(model, "config", None)
     seconds = math.inf
@@ -182,7 +194,7 @@ def _limits_of(model: Any) -> tuple[float, float]:
     return seconds, tokens if isinstance(tokens, int) else math.inf
 
 
-def _refuse_streams(dataset: Any) -> None:
+def _refuse_streams(dataset: object) -> None:
     """Raise PlanError for training data that has no rows by number."""
     if dataset is None:
         raise PlanError("give the Trainer its train_dataset: the plan names rows of it")
@@ -193,8 +205,8 @@ def _refuse_streams(dataset: Any) -> None:
         )
 
 
-def _follow_the_plan(settings: Any, accumulation: int) -> None:
-    """Sets what the plan decides, and warns of settings that it leaves without effect."""
+def _follow_the_plan(settings: TrainingArguments, accumulation: int) -> None:
+    """Set what the plan decides, and warn of settings that lose their effect."""
     ignored = []
     if settings.gradient_accumulation_steps not in (1, accumulation):
         ignored.append(f"gradient_accumulation_steps={settings.gradient_accumulation_steps}")
@@ -205,32 +217,34 @@ def _follow_the_plan(settings: Any, accumulation: int) -> None:
         ignored.append("auto_find_batch_size")
         settings.auto_find_batch_size = False
     if ignored:
-        warnings.warn(f"{', '.join(ignored)}: has no effect, the plan says what a step is", UserWarning, stacklevel=4)
+        warnings.warn(
+            f"{', '.join(ignored)}: has no effect, the plan decides what a step is", UserWarning, stacklevel=4
+        )
     settings.gradient_accumulation_steps = accumulation
     settings.average_tokens_across_devices = True
 
 
 class _KeepPlan(TrainerCallback):
-    """Writes into each checkpoint which plan it belongs to."""
+    """Callback that writes the plan's fingerprint into each checkpoint."""
 
     def __init__(self, fingerprint: str):
         self.fingerprint = fingerprint
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_text(folder / STATE, json.dumps({"plan": self.fingerprint}) + "\n")
 
 
 @dataclass
-class _OrNothing:
-    """A collator for which a batch of no rows is the shortest one's, bearing no loss."""
+class _AllowEmpty:
+    """Collator that makes a batch of no rows from the shortest row, without loss."""
 
-    collate: Callable[[list[Any]], dict[str, Any]]
-    dataset: Any
+    collate: Callable[[list[object]], dict[str, Tensor]]
+    dataset: Dataset
     shortest: int
 
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+    def __call__(self, examples: list[object]) -> dict[str, Tensor]:
         if examples:
             return self.collate(examples)
         batch = self.collate([self.dataset[self.shortest]])
@@ -241,17 +255,17 @@ class _OrNothing:
 class SpeechDataset(Dataset):
     """Rows of an index as ``{"audio": (S,) float32, "labels": token ids}``, for `SpeechCollator`.
 
-    tokenizer: of transformers; labels are what it makes of the text, its special tokens included.
+    tokenizer: one of transformers; labels are its tokens of the text, special tokens included.
     """
 
-    def __init__(self, index: LengthIndex, tokenizer: Any, sample_rate: int = 16000):
+    def __init__(self, index: LengthIndex, tokenizer: PreTrainedTokenizerBase, sample_rate: int = 16000):
         self.index, self.tokenizer, self.sample_rate = index, tokenizer, sample_rate
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Raises AudioError naming a file that cannot be used."""
+        """Return the example of a row. Raises AudioError that names a file which cannot be used."""
         utterance = self.index.utterance(row)
         return {
             "audio": load_utterance(utterance, self.sample_rate),
@@ -261,10 +275,10 @@ class SpeechDataset(Dataset):
 
 @dataclass(frozen=True)
 class SpeechCollator:
-    """Examples of `SpeechDataset` to a batch: ``input_features`` (B, M, F) and ``labels`` (B, U).
+    """Collator of `SpeechDataset`: examples to ``input_features`` (B, M, F) and ``labels`` (B, U).
 
-    extractor: Whisper's. start: the token that decoding starts with, dropped from the labels because the model puts
-    it in front. padded: whether all are padded to the extractor's 30 s, or to the longest of the batch, which takes
+    extractor: that of Whisper. start: the token that decoding starts with, which is dropped from the labels because the
+    model prepends it. padded: pad to the extractor's 30 s; otherwise to the longest example of the batch, which needs
     `accept_short_audio`.
     """
 
@@ -289,14 +303,11 @@ class SpeechCollator:
         return {"input_features": features, "labels": padded}
 
     def _short(self, examples: Sequence[dict[str, Any]], seconds: float) -> Sequence[dict[str, Any]]:
-        """Return the examples without those longer than the model takes; where there are no others, the start of the
-        first, which bears no loss."""
+        """Return the examples that the model can take; if there are none, the start of the first, without loss."""
         most = self.extractor.n_samples
         kept = [example for example in examples if len(example["audio"]) <= most]
         logger.warning(
-            "%d utterances are longer than the model's %g s and left out of a batch",
-            len(examples) - len(kept),
-            seconds,
+            "%d utterances are longer than the model's %g s and left out of a batch", len(examples) - len(kept), seconds
         )
         if kept:
             return kept
@@ -305,29 +316,29 @@ class SpeechCollator:
 
 
 class AnyLengthWhisperEncoder(WhisperEncoder):
-    """transformers' Whisper encoder for features (B, M, F) of any even F up to 3,000; see `accept_short_audio`."""
+    """Whisper's encoder of transformers for features (B, M, F) of any even F up to 3,000; see `accept_short_audio`."""
 
-    def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole, config = self.embed_positions, self.config
+    def forward(self, input_features: Tensor, *args: object, **kwargs: object) -> object:
+        positions, config = self.embed_positions, self.config
         frames = input_features.shape[-1] // 2
         self.config = copy.copy(config)
         self.config.max_source_positions = frames
-        self.embed_positions = nn.Embedding.from_pretrained(whole.weight[:frames])
+        self.embed_positions = nn.Embedding.from_pretrained(positions.weight[:frames])
         try:
             return super().forward(input_features, *args, **kwargs)
         finally:
-            self.embed_positions, self.config = whole, config
+            self.embed_positions, self.config = positions, config
 
 
-def accept_short_audio(model: Any) -> Any:
-    """Lets a Whisper of transformers, which insists on 30 s, encode what is shorter at its length; returns it.
+def accept_short_audio(model: Model) -> Model:
+    """Let a Whisper of transformers, which insists on 30 s, encode shorter audio at its own length; return the model.
 
-    Training then costs what the utterances last, not 30 s each. A pretrained model must be trained so before it
-    transcribes so (see docs/models.md). In a batch it hears silence up to the longest, as it heard silence up to
-    30 s; `canter train` masks that silence instead.
+    Training then takes time for the utterances' durations instead of 30 s each. A pretrained model must be fine-tuned
+    this way before it can transcribe this way (see docs/models.md). Its input is padded with silence to the longest
+    utterance of the batch; `canter train` masks the padding instead.
     """
     encoder = model.get_encoder()
     if not isinstance(encoder, WhisperEncoder):
-        raise ConfigError(f"{type(model).__name__} is no Whisper of transformers")
+        raise ConfigError(f"{type(model).__name__} is not a Whisper of transformers")
     encoder.__class__ = AnyLengthWhisperEncoder
     return model

@@ -1,4 +1,4 @@
-"""Augmentation that an utterance gets from its own seed, whoever its batch-mates are.
+"""Augmentation drawn from an utterance's own seed, whichever other utterances are in its batch.
 
 B: utterances, S: samples, F: feature frames, M: mel bins.
 """
@@ -17,15 +17,17 @@ class SpecAugmentConfig:
 
     frequency_masks: int = 2
     frequency_width: int = 27
-    """The widest of them, in mel bins; widths are drawn uniformly from 0 on."""
+    """Maximum width in mel bins; widths are drawn uniformly from 0 on."""
     time_masks: int = 10
     time_width: float = 0.05
-    """The widest of them, as a share of the utterance."""
+    """Maximum width as a fraction of the utterance."""
 
 
 def spec_augment(features: Tensor, lengths: Tensor, seeds: Sequence[int], config: SpecAugmentConfig) -> Tensor:
-    """features (B, F, M), lengths (B,) in frames, a seed for each utterance -> features with bands of mel
-    bins and stretches of frames set to 0, which is their mean."""
+    """Return features (B, F, M) with bands of mel bins and spans of frames set to 0, which is their mean.
+
+    lengths: (B,) in frames. seeds: one for each utterance.
+    """
     _, frames, mels = features.shape
     bands = np.ones((len(seeds), mels), dtype=bool)
     stretches = np.ones((len(seeds), frames), dtype=bool)
@@ -44,8 +46,7 @@ def spec_augment(features: Tensor, lengths: Tensor, seeds: Sequence[int], config
 
 
 def noise(lengths: Tensor, size: int, seeds: Sequence[int]) -> Tensor:
-    """Normal noise (B, size) on the device of ``lengths``, each row's drawn from its seed, zero past its
-    length."""
+    """Return normal noise (B, size) on the device of ``lengths``: a seed for each row, zero past its length."""
     device = lengths.device
     rows = torch.zeros(len(seeds), size, device=device)
     for row, seed, length in zip(rows, seeds, lengths.tolist(), strict=True):
@@ -55,10 +56,10 @@ def noise(lengths: Tensor, size: int, seeds: Sequence[int]) -> Tensor:
 
 
 def change_speed(audio: Tensor, lengths: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """audio (B, S) and lengths (B,) in samples, each utterance ``factor`` times as fast (pitch goes with
-    it), by resampling in the frequency domain -> audio, lengths ``round(length / factor)``.
+    """Return audio (B, S) and lengths (B,) in samples at ``factors`` times the speed (and pitch), by resampling.
 
-    Raises ValueError for a factor that is not positive.
+    The resampling is in the frequency domain; lengths become ``round(length / factor)``. Raises ValueError for a factor
+    that is not positive.
     """
     if min(factors) <= 0:
         raise ValueError(f"speed factors must be above 0, not {min(factors)}")

@@ -27,7 +27,7 @@ class Batch:
     rows: Tensor  # (B,)
 
     def on_grid(self, samples: int, tokens: int) -> "Batch":
-        """Audio, tokens and characters padded to multiples, so that compiled code meets few shapes."""
+        """Return the batch padded to multiples of ``samples`` and ``tokens``, so that compiled code sees few shapes."""
 
         def fill(x: Tensor, step: int) -> Tensor:
             return F.pad(x, (0, -x.shape[1] % step))
@@ -40,7 +40,7 @@ class Batch:
         )
 
     def take(self, rows: Tensor) -> "Batch":
-        """The utterances at ``rows`` (n,) alone, without the padding that only the others needed."""
+        """Return only the utterances at ``rows`` (n,), without padding that they do not need."""
         part = {name: getattr(self, name)[rows] for name in self.__dataclass_fields__}
         for padded, lengths in (
             ("audio", "audio_lengths"),
@@ -51,7 +51,7 @@ class Batch:
         return Batch(**part)
 
     def without(self, rows: Collection[int]) -> "Batch | None":
-        """The utterances that are not of these rows of the index; None where there are no others."""
+        """Return the batch without the utterances of these rows of the index; None if none remain."""
         keep = torch.tensor([row not in rows for row in self.rows.tolist()], device=self.rows.device)
         return self if keep.all() else self.take(keep.nonzero()[:, 0]) if keep.any() else None
 
@@ -59,14 +59,17 @@ class Batch:
         return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
     def pin_memory(self) -> "Batch":
-        """In memory that a GPU reads from by itself; DataLoader asks for it by this name."""
+        """Return the batch in pinned memory; DataLoader calls this by its name."""
         return Batch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over the targets that bear loss, and their counts: divided only once the whole step has been
-    summed, so that a step's gradient does not depend on how it was cut into micro-batches."""
+    """Sums over the targets that bear loss, and the numbers of these targets.
+
+    They are divided only once the step is summed, so that its gradient does not depend on the division into
+    micro-batches.
+    """
 
     attention: Tensor
     attention_count: Tensor
@@ -75,8 +78,11 @@ class Loss:
 
 
 def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """logits (B, U - 1, V) of the tokens after the first -> (sum of cross-entropy over text and end tokens, their
-    count); prompt and padding bear none. Label smoothing as NeMo's SmoothedCrossEntropyLoss."""
+    """Return the sum of cross-entropy over text and end tokens, and their number.
+
+    logits: (B, U - 1, V) of the tokens after the first. Prompt and padding bear no loss. Label smoothing as in NeMo's
+    SmoothedCrossEntropyLoss.
+    """
     targets = batch.tokens[:, 1:]
     size, v = targets.shape[1], logits.shape[-1]
     bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)

@@ -5,22 +5,24 @@ L: layers, C: slots, H: heads, T: encoder frames, U: columns, K: head width, N: 
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canter.models.device import upload
+from canter.runtime import upload
 
 ROUND = 8  # frames and columns of buffers are multiples of this, as fused attention wants its masks
 ALIGNED = 64  # bytes, as torch aligns its own memory
 SPARE = 128  # columns more than the next rows need, at most: moving live rows costs about as much as a step
 
+T = TypeVar("T")
+
 
 class CacheShape(Protocol):
-    """What a cache needs to know of a decoder's configuration."""
+    """The sizes of a decoder that its cache needs."""
 
     @property
     def layers(self) -> int: ...
@@ -33,43 +35,46 @@ class CacheShape(Protocol):
 
 
 def rounded(size: int) -> int:
-    """The next multiple of ROUND."""
+    """Return the next multiple of ROUND."""
     return -(-size // ROUND) * ROUND
 
 
 def untouched_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return zeros of the type of ``like`` on the CPU, in memory that the system gives page by page as it is used;
-    ``torch.zeros`` would write all of it."""
+    """Return zeros of the type of ``like`` on the CPU, in memory that the system provides page by page as it is used.
+
+    ``torch.zeros`` would write all of it.
+    """
     size, item = math.prod(shape), like.element_size()
     raw = np.zeros(size * item + ALIGNED, np.uint8)
     begin = -raw.ctypes.data % ALIGNED
     return torch.from_numpy(raw)[begin : begin + size * item].view(like.dtype).view(*shape)
 
 
-def swap_out(values: list[Any], slots: Sequence[int]) -> None:
-    """Takes out ``slots``; the last ones take their places."""
+def swap_out(values: list[T], slots: Sequence[int]) -> None:
+    """Remove ``slots`` from a list; its last entries take their places."""
     for slot in sorted(slots, reverse=True):
         values[slot] = values[-1]
         values.pop()
 
 
 class DecoderCache:
-    """Keys and values of live rows in every layer: the encoder output's, projected once, and the tokens' so
-    far.
+    """Keys and values of live rows in every layer: those of the encoder output, projected once, and of the tokens.
 
-    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K), ``own`` (L, 2, C,
-    H, U, K). All rows write their next token at the same ``column``, one that entered later simply starts
-    later (``starts``), so a step reads and writes slices alone, whatever the ages of its rows.
+    Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K) for cross-attention, ``own``
+    (L, 2, C, H, U, K) for self-attention. All rows write their next token at the same ``column``; a row that entered
+    later starts at a later one (``starts``), so a step reads and writes only slices, whatever the ages of its rows.
     ``cross_mask`` (C, T) and ``own_mask`` (C, N, U) are 0 where a row attends and -inf where it does not.
 
-    The N beams of a row share its slot: a step gives each of them a column, next to each other, and
-    ``own_mask`` says which of the row's columns are a beam's own past (a tree in one row of keys). Choosing
-    among beams rewrites that mask; keys and values, cross-attention's above all, are never copied.
+    The N beams of a row share its slot: a step writes adjacent columns, one for each beam, and ``own_mask`` marks the
+    columns of a beam's past (a tree in one row of keys). Choosing among beams rewrites only that mask; keys and values
+    are never copied.
     """
 
     def __init__(self, config: CacheShape, like: Tensor, beams: int = 1, most: int = 0):
-        """Make an empty cache of the device of ``like``, and of its type or autocast's; it grows as rows come. On a CPU
-        room for ``most`` rows is made at once, for it takes no memory until they come, and growing needs both buffers.
+        """Make an empty cache on the device of ``like``, of its type or autocast's, which grows as rows enter.
+
+        On a CPU room for ``most`` rows is made at once: it takes no memory until they enter, and growing needs both
+        buffers.
         """
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
@@ -91,17 +96,17 @@ class DecoderCache:
 
     @property
     def start(self) -> Tensor:
-        """(C,) ``starts`` where the device can see them."""
+        """``starts`` (C,) on the device."""
         return self.places[0]
 
     @property
     def prompt(self) -> Tensor:
-        """(C,) ``prompts`` likewise."""
+        """``prompts`` (C,) on the device."""
         return self.places[1]
 
     @property
     def slots(self) -> int:
-        """C: rows that the buffers have room for."""
+        """C: number of rows that the buffers have room for."""
         return self.own.shape[2]
 
     @property
@@ -109,8 +114,7 @@ class DecoderCache:
         return self.own.device.type == "cpu"
 
     def reserve(self, rows: int, frames: int, before: int, after: int) -> None:
-        """Makes room for ``rows`` more rows of so many encoder frames, and for ``before`` columns to the
-        left of ``column``, ``after`` to the right."""
+        """Make room for ``rows`` more rows of ``frames``, and for columns ``before`` and ``after`` the current one."""
         _, _, slots, _, size, _ = self.cross.shape
         more, longer = max(0, self.rows + rows - slots), max(0, rounded(frames) - size)
         if more or longer:
@@ -127,8 +131,6 @@ class DecoderCache:
             self._move_columns(before, after)
 
     def _grown(self, old: Tensor, slots: int, length: int) -> Tensor:
-        """Return ``cross`` or ``own`` in a larger buffer. On a CPU the room for rows to come takes no memory until they
-        come."""
         if not self.on_cpu:
             return F.pad(old, (0, 0, 0, length - old.shape[4], 0, 0, 0, slots - old.shape[2]))
         new = untouched_zeros((*old.shape[:2], slots, old.shape[3], length, old.shape[5]), old)
@@ -136,7 +138,7 @@ class DecoderCache:
         return new
 
     def _move_columns(self, before: int, after: int) -> None:
-        """Moves live rows to the leftmost columns possible, in longer buffers if need be."""
+        """Move live rows to the leftmost columns possible, in longer buffers if necessary."""
         live = slice(0, self.rows)
         past = slice(min(self.starts, default=self.column), self.column)
         used, mask = self.own[:, :, live, :, past].clone(), self.own_mask[live, :, past].clone()
@@ -159,7 +161,7 @@ class DecoderCache:
             self.own_mask[live, :, column - used.shape[4] : column] = mask
 
     def add(self, prompt_lengths: list[int], frames: list[int]) -> None:
-        """New live rows, whose prompts are about to end at ``column``."""
+        """Add live rows, whose prompts are about to end at ``column``."""
         first = self.rows
         self.starts += [self.column - length for length in prompt_lengths]
         self.prompts += prompt_lengths
@@ -169,7 +171,7 @@ class DecoderCache:
         self.cross_mask[first : self.rows].zero_().masked_fill_(outside, -math.inf)
 
     def remove(self, slots: list[int]) -> None:
-        """Rows leave; the last ones move into their slots, so that live rows stay together."""
+        """Remove rows; the last ones move into their slots, so that live rows stay together."""
         order = list(range(self.rows))
         swap_out(order, slots)
         moves = [(slot, source) for slot, source in enumerate(order) if slot != source]
@@ -190,20 +192,19 @@ class DecoderCache:
             swap_out(values, slots)
 
     def branch(self) -> None:
-        """The columns of the next step: each beam sees its own alone."""
+        """Mask the columns of the next step so that each beam attends only to its own."""
         if self.beams > 1:
             apart = torch.full((self.beams, self.beams), -math.inf, device=self.own_mask.device)
             apart = apart.fill_diagonal_(0.0).to(self.own_mask.dtype)
             self.own_mask[:, :, self.column : self.column + self.beams] = apart
 
     def choose(self, parents: Tensor, first: int = 0) -> None:
-        """Beam n of a row goes on from what beam ``parents[row, n]`` has read; parents (rows, N) of the rows
-        from slot ``first`` on."""
+        """Make beam n of a row continue beam ``parents[row, n]``; parents (rows, N), from slot ``first`` on."""
         mask = self.own_mask[first : first + len(parents), :, : self.column]
         mask.copy_(mask.gather(1, parents[:, :, None].expand(-1, -1, self.column)))
 
     def _write_places(self, first: int) -> Tensor:
-        """Tells the device of the rows from slot ``first`` on -> their frames, there."""
+        """Write where the rows from slot ``first`` on start to the device, and return their frames there."""
         rows = slice(first, self.rows)
         table = upload([self.starts[rows], self.prompts[rows], self.frames[rows]], self.own.device)
         self.places[:, rows] = table[:2]

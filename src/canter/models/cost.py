@@ -1,21 +1,31 @@
-"""What a model costs, from its shape alone: parameters, operations, memory. Nothing is computed.
+"""FLOPs of an utterance, and the memory of its training and decoding.
 
-T: encoder frames, U: tokens, prompt and end token included.
+B: utterances, T: encoder frames, U: tokens, prompt and end token included, D: width, V: vocabulary.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from canter.models.model import ModelConfig, SpeechModel
+
+class Encoded(Protocol):
+    """An encoder's outputs, of which the first is (B, T, D)."""
+
+    def __getitem__(self, place: int, /) -> Tensor: ...
+
+
+States = TypeVar("States", bound=Encoded)
 
 
 @dataclass(frozen=True)
 class UtteranceCost:
-    """Of one utterance of so many seconds and tokens. A multiplication and an addition are two operations."""
+    """FLOPs and memory of one utterance; a multiplication and an addition are two operations."""
 
     seconds: float
     frames: int
@@ -27,66 +37,46 @@ class UtteranceCost:
     decoder_flops: int
     """Forward pass over all tokens, head included."""
     training_bytes: int
-    """What autograd keeps for the backward pass, in float32."""
+    """Activations that autograd keeps for the backward pass, in float32."""
     cache_values: int
-    """Keys and values that decoding keeps, self- and cross-attention, in numbers."""
+    """Keys and values that decoding keeps, of self- and cross-attention: their number."""
 
 
-def parameters(model: SpeechModel) -> dict[str, int]:
-    """Parameters by part. The head is the embedding's matrix, counted once."""
-    encoder, decoder = model.encoder, model.decoder
-    layers = {"encoder layers": _count(encoder.layers), "decoder layers": _count(decoder.layers)}
-    rest = _count(decoder) - layers["decoder layers"] - decoder.embedding.weight.numel()
-    counts = {
-        "encoder input": _count(encoder) - layers["encoder layers"],
-        "encoder layers": layers["encoder layers"],
-        "projection": _count(model.projection),
-        "embedding": decoder.embedding.weight.numel(),
-        "decoder layers": layers["decoder layers"],
-        "decoder norms and head": rest,
-        "CTC head": _count(model.ctc) if model.ctc is not None else 0,
-    }
-    return {name: count for name, count in counts.items() if count}
+def measure_cost(
+    model: nn.Module,
+    seconds: float,
+    tokens: int,
+    encode: Callable[[], States],
+    decode: Callable[[States], Tensor],
+    cached: int,
+) -> UtteranceCost:
+    """Return the cost of an utterance by running ``model`` on it, which needs no storage on the meta device.
 
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def utterance_cost(config: ModelConfig, seconds: float = 10.0, tokens: int = 40) -> UtteranceCost:
-    """The cost of an utterance for a model of this shape; it runs on shapes without storage."""
-    features = config.features.build()
-    with torch.device("meta"):
-        model = SpeechModel(config).train()
-        feature_frames = max(1, int(features.frames(round(seconds * config.features.sample_rate))))
-        inputs = torch.zeros(1, feature_frames, config.features.mels)
-        lengths = torch.zeros(1, dtype=torch.long)
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-    encoded, _ = model.encode(inputs, lengths)
-    frames, decoder = encoded.shape[1], config.decoder
-
-    def train() -> None:
-        again, _ = model.encode(inputs, lengths)
-        model.logits(again, lengths, ids).float().log_softmax(-1).sum()
-
+    encode: returns the encoder's outputs. decode: returns logits (1, U, V) from them. cached: keys and values that
+    decoding keeps for each frame and token.
+    """
+    with torch.no_grad():
+        encoded = encode()
+    frames = encoded[0].shape[1]
     return UtteranceCost(
         seconds=seconds,
         frames=frames,
         tokens=tokens,
-        encoder_flops=flops(lambda: model.encode(inputs, lengths)),
-        decoder_flops=flops(lambda: model.logits(encoded, lengths, ids)),
-        training_bytes=kept_for_backward(model, train),
-        cache_values=2 * decoder.layers * decoder.width * (frames + tokens),
+        encoder_flops=_flops(encode),
+        decoder_flops=_flops(lambda: decode(encoded)),
+        training_bytes=_kept_for_backward(model, lambda: decode(encode()).float().log_softmax(-1).sum()),
+        cache_values=cached * (frames + tokens),
     )
 
 
-def flops(run: Callable[[], object]) -> int:
+def _flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops()
 
 
-def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
+def _kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
+    """Return the bytes of distinct storages that autograd saves while ``run`` runs, parameters excluded."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 

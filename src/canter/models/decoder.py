@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.cache import ROUND, DecoderCache
-from canter.models.device import upload
 from canter.models.features import attention_mask
-from canter.models.stack import Stack
+from canter.models.layers import Attention, KeyValues, Stack, TransformerLayer, rates, sinusoids
+from canter.runtime import upload
 
 
 @dataclass(frozen=True)
@@ -28,78 +28,39 @@ class DecoderConfig:
     feedforward: int = 576
     vocabulary: int = 512
     positions: int = 512
-    """The longest sequence, prompt and end token included."""
+    """Maximum number of tokens, prompt and end token included."""
     pad: int = 0
     """Id of the padding token."""
     learned_positions: bool = False
-    """Whether positions are learned (Whisper) or sinusoids (Canary)."""
+    """Learned positions (Whisper) instead of sinusoids (Canary)."""
     embedding_norm: bool = True
-    """Whether embedded tokens are normalised (Canary)."""
+    """LayerNorm on embedded tokens (Canary)."""
     activation: str = "relu"
-    """Of the feed-forward: 'relu' (Canary) or 'gelu' (Whisper)."""
+    """Activation of the feed-forward: 'relu' (Canary) or 'gelu' (Whisper)."""
     key_bias: bool = True
-    """Whether attention keys have a bias; Whisper's have none."""
+    """Bias of the attention keys; Whisper's have none."""
     head_bias: bool = True
-    """Whether the head has a bias beside the embedding's weight; Whisper's has none."""
+    """Bias of the head, beside the embedding's weight; Whisper's has none."""
     tied: bool = True
     """Whether the head shares the embedding's weight; OWSM's has a weight of its own."""
     scale_embedding: bool = False
-    """Whether embedded tokens are multiplied by sqrt(width) and sinusoids are not divided by it (OWSM)."""
+    """Multiply embedded tokens by sqrt(width), and do not divide sinusoids by it (OWSM)."""
     epsilon: float = 1e-5
-    """Of every LayerNorm; OWSM's is 1e-12."""
+    """Epsilon of every LayerNorm; OWSM's is 1e-12."""
     dropout: float = 0.0
-    """Of embeddings and of what each sub-layer adds."""
+    """Dropout of embeddings and of the output of each sub-layer."""
     dropout_attention: float = 0.0
     dropout_activation: float = 0.0
-    """Inside the feed-forward."""
+    """Dropout inside the feed-forward."""
     layer_drop: float = 0.0
-    """Probability that training leaves a layer out."""
+    """Probability of dropping a layer in training."""
 
 
-def gelu(x: Tensor) -> Tensor:
-    """In place where no gradient is asked for: the widest tensor of a layer need not exist twice."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
-
-
-ACTIVATIONS = {"relu": F.relu, "gelu": gelu}
 FEW = 5  # rows, up to which a product with a vocabulary's matrix is faster the other way round
 PROJECTED = 2  # rows whose keys and values are made together on a CPU: more are no faster, and take memory
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
-    """(positions, D): sine on even, cosine on odd columns (Vaswani et al., 2017)."""
-    rate = torch.exp(torch.arange(0, width, 2) * -(math.log(10000.0) / width))
-    angle = torch.arange(positions)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, key_bias: bool = True):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.value, self.out = (nn.Linear(width, width) for _ in range(3))
-        self.key = nn.Linear(width, width, bias=key_bias)
-
-    def split(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N, K)."""
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) -> keys, values (B, H, N, K)."""
-        return self.split(self.key(source)), self.split(self.value(source))
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
-        """x (B, U, D), keys and values (B, H, N, K), mask boolean, true where attended -> (B, U, D)."""
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            self.split(self.query(x)), keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(TransformerLayer):
     """Pre-norm self-attention, cross-attention and feed-forward, each residual."""
 
     def __init__(self, config: DecoderConfig):
@@ -108,35 +69,26 @@ class DecoderLayer(nn.Module):
         attention = (d, config.heads, config.dropout_attention, config.key_bias)
         self.norm_self, self.self_attention = nn.LayerNorm(d, config.epsilon), Attention(*attention)
         self.norm_cross, self.cross_attention = nn.LayerNorm(d, config.epsilon), Attention(*attention)
-        self.norm_feed_forward = nn.LayerNorm(d, config.epsilon)
-        self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
-        self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.dropout)
-        self.dropout_activation = nn.Dropout(config.dropout_activation)
+        self.build_feed_forward(d, config.feedforward, config.activation, config.dropout, config.dropout_activation)
+        self.norm_feed_forward.eps = config.epsilon
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout_activation(self.activation(self.up(self.norm_feed_forward(x)))))
+    def forward(
+        self,
+        x: Tensor,
+        encoded: Tensor | KeyValues,
+        encoded_mask: Tensor | None,
+        past: KeyValues | None = None,
+        past_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the layer's output (B, U, D) for tokens ``x`` (B, U, D).
 
-    def forward(self, x: Tensor, encoded: Tensor, encoded_mask: Tensor | None) -> Tensor:
-        """Teacher forcing: x (B, U, D), encoded (B, T, D), encoded_mask (B, 1, 1, T) or None -> (B, U, D)."""
-        h = self.norm_self(x)
-        x = x + self.dropout(self.self_attention(h, *self.self_attention.project(h), causal=True))
-        h = self.norm_cross(x)
-        y = self.cross_attention(h, *self.cross_attention.project(encoded), mask=encoded_mask)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.feed_forward(x))
-
-    def step(self, x: Tensor, own: Tensor, cross: Tensor, own_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        """New tokens x (B, N, D), whose keys and values go to the last N columns of ``own`` (2, B, H, U, K);
-        ``cross`` (2, B, H, T, K); additive masks, or None where all is attended."""
-        h = self.norm_self(x)
-        keys, values = own.unbind(0)
-        new_keys, new_values = self.self_attention.project(h)
-        keys[:, :, -x.shape[1] :] = new_keys
-        values[:, :, -x.shape[1] :] = new_values
-        x = x + self.self_attention(h, keys, values, mask=own_mask)
-        x = x + self.cross_attention(self.norm_cross(x), *cross.unbind(0), mask=cross_mask)
-        return x + self.feed_forward(x)
+        ``encoded`` is the encoder's output (B, T, D), or its keys and values from a cache. Without ``past`` tokens
+        attend to those before them (teacher forcing); else to ``past``, which takes up their keys and values.
+        Masks broadcast to (B, H, U, T) and (B, H, U, N); None: everything is attended.
+        """
+        x = self.attend(x, self.norm_self, self.self_attention, past, past_mask, causal=past is None)
+        x = self.attend(x, self.norm_cross, self.cross_attention, encoded, encoded_mask)
+        return self.feed_forward(x)
 
 
 class Decoder(Stack):
@@ -151,7 +103,7 @@ class Decoder(Stack):
         self.embedding = nn.Embedding(config.vocabulary, config.width, padding_idx=config.pad)
         # NeMo divides the sinusoids by sqrt(width) instead of multiplying the embedding by it.
         self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
-        table = sinusoids(config.positions, config.width) * (self.scale / math.sqrt(config.width))
+        table = sinusoids(torch.arange(config.positions), rates(config.width)) * (self.scale / math.sqrt(config.width))
         if config.learned_positions:
             self.positions = nn.Parameter(table)
         else:
@@ -174,7 +126,7 @@ class Decoder(Stack):
         return self.dropout(self.embedding_norm(x))
 
     def head(self, x: Tensor) -> Tensor:
-        """x (B, U, D) -> logits (B, U, V)."""
+        """Return logits (B, U, V) of hidden states ``x`` (B, U, D)."""
         x, weight = self.norm(x), self.embedding.weight if self.config.tied else self.output
         rows = x.shape[0] * x.shape[1]
         if 1 < rows <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -184,8 +136,11 @@ class Decoder(Stack):
         return F.linear(x, weight, self.head_bias)
 
     def forward(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        """tokens (B, U), encoded (B, T, D), encoded_lengths (B,) -> logits (B, U, V). Padding sits at the
-        end, where causal attention never looks. ValueError for more tokens than there are positions."""
+        """Return logits (B, U, V) of tokens (B, U), for encoded (B, T, D), encoded_lengths (B,).
+
+        Padding is on the right, where causal attention never looks. Raises ValueError for more tokens than there are
+        positions.
+        """
         if tokens.shape[1] > self.config.positions:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the decoder's {self.config.positions} positions")
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
@@ -198,31 +153,22 @@ class Decoder(Stack):
         return cast(Iterable[DecoderLayer], self.layers)
 
     def cache(self, beams: int = 1, rows: int = 0) -> DecoderCache:
-        """Return an empty cache, for ``admit`` to fill, of so many beams a row and usually at most ``rows`` rows."""
+        """Return an empty cache for ``admit`` to fill, with ``beams`` per row and usually at most ``rows`` rows."""
         return DecoderCache(self.config, like=self.embedding.weight, beams=beams, most=rows)
 
     def admit(
-        self,
-        prompts: list[list[int]],
-        encoded: Tensor,
-        encoded_lengths: list[int],
-        cache: DecoderCache,
+        self, prompts: list[list[int]], encoded: Tensor, encoded_lengths: list[int], cache: DecoderCache
     ) -> Tensor:
-        """New rows enter the next free slots: the encoder output (m, T, D) is projected to every layer's
-        keys and values, once, and the prompts (of any lengths) are read.
+        """Add rows to the cache, and return the logits (m, V) of the first token after each prompt.
 
-        Returns the logits (m, V) of the first token after each prompt.
+        The encoder output (m, T, D) is projected to every layer's keys and values, once; prompts may have any lengths.
         """
         return self.head(self.read(prompts, encoded, encoded_lengths, cache)[:, -1])
 
     def read(
-        self,
-        prompts: list[list[int]],
-        encoded: Tensor,
-        encoded_lengths: list[int],
-        cache: DecoderCache,
+        self, prompts: list[list[int]], encoded: Tensor, encoded_lengths: list[int], cache: DecoderCache
     ) -> Tensor:
-        """As ``admit``, but returns hidden states (m, P, D) of the prompts, which end at the last of P."""
+        """Add rows as ``admit`` does, and return hidden states (m, P, D) of the prompts, which end at the last of P."""
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
         cache.reserve(len(prompts), frames, before=size, after=cache.beams)
         cache.add([len(prompt) for prompt in prompts], encoded_lengths)
@@ -240,15 +186,16 @@ class Decoder(Stack):
         return self._advance(tokens, cache, first)
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """The next tokens (B, N) of all live rows, after those cached -> logits (B, N, V); the cache grows
-        by N. N tokens follow one another; in a cache of N beams they are one token of each beam."""
+        """Return logits (B, N, V) of the next tokens (B, N) of all live rows; the cache grows by N columns.
+
+        N tokens follow one another; in a cache of N beams they are one token of each beam.
+        """
         cache.reserve(0, 0, before=0, after=tokens.shape[1])
         cache.branch()
         return self.head(self._advance(tokens, cache))
 
     def _advance(self, tokens: Tensor, cache: DecoderCache, first: int | None = None) -> Tensor:
-        """tokens (B, N) of all live rows, or the prompts of those from slot ``first`` on -> hidden states
-        (B, N, D)."""
+        """Return hidden states of tokens (B, N) of all live rows, or of the prompts of those from slot ``first`` on."""
         rows, column, n = slice(first or 0, cache.rows), cache.column, tokens.shape[1]
         starts, frames = cache.starts[rows], cache.frames[rows]
         oldest, size = min(starts), max(frames)
@@ -277,35 +224,49 @@ class Decoder(Stack):
             cross_mask = cache.cross_mask[rows, None, None, :size]
         own = cache.own[:, :, rows, :, oldest : column + n]
         cross = cache.cross[:, :, rows, :, :size]
-        x = self.embed(tokens, place)
-        for layer, layer_own, layer_cross in zip(self.blocks, own.unbind(0), cross.unbind(0)):
-            x = layer.step(x, layer_own, layer_cross, own_mask, cross_mask)
         cache.column += n
+        return self._run_cached(tokens, place, own, own_mask, cross, cross_mask, slice(-n, None))
+
+    def _run_cached(
+        self,
+        tokens: Tensor,
+        places: Tensor,
+        own: Tensor,
+        own_mask: Tensor | None,
+        cross: Tensor,
+        cross_mask: Tensor | None,
+        columns: slice | Tensor,
+    ) -> Tensor:
+        """Return hidden states (B, N, D) of tokens (B, N), whose keys and values go to ``columns`` of ``own``."""
+        x = self.embed(tokens, places)
+        for layer, (keys, values), encoded in zip(self.blocks, own.unbind(0), cross.unbind(0)):
+            past = KeyValues(keys, values, columns)
+            x = layer.forward(x, KeyValues(*encoded.unbind(0)), cross_mask, past, own_mask)  # never the compiled layer
         return x
 
     def cross_weights(self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Where the tokens (U,) of one row look: ``cross`` (L, 2, H, T, K) of its cache, ``heads`` pairs of
-        layer and head -> weights (heads, U, T), float32, and logits (U, V)."""
+        """Return cross-attention weights (heads, U, T), float32, and logits (U, V) of the tokens (U,) of one row.
+
+        cross: (L, 2, H, T, K) of its cache. heads: pairs of layer and head.
+        """
         x = self.embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
         found: dict[tuple[int, int], Tensor] = {}
-        for number, (layer, (keys, values)) in enumerate(zip(self.blocks, cross.unbind(0))):
-            h = layer.norm_self(x)
-            x = x + layer.self_attention(h, *layer.self_attention.project(h), causal=True)
-            h = layer.norm_cross(x)
-            for head in (head for one, head in heads if one == number):
-                query = layer.cross_attention.split(layer.cross_attention.query(h))[0, head].float()
-                scores = query @ keys[head].float().T / math.sqrt(query.shape[-1])
-                found[number, head] = scores.softmax(-1)
-            x = x + layer.cross_attention(h, keys[None], values[None])
-            x = x + layer.feed_forward(x)
+        for number, (layer, encoded) in enumerate(zip(self.blocks, cross[:, :, None].unbind(0))):
+            keys, values = encoded.unbind(0)
+            x = layer.attend(x, layer.norm_self, layer.self_attention, causal=True)
+            if any(number == one for one, _ in heads):
+                weights = layer.cross_attention.weights(layer.norm_cross(x), keys)[0]
+                found |= {(one, head): weights[head] for one, head in heads if one == number}
+            x = layer.attend(x, layer.norm_cross, layer.cross_attention, KeyValues(keys, values))
+            x = layer.feed_forward(x)
         return torch.stack([found[pair] for pair in heads]), self.head(x)[0]
 
     def fixed_step(self, tokens: Tensor, column: Tensor, cache: DecoderCache, columns: int, frames: int) -> Tensor:
-        """As ``step``, of shapes and addresses that do not change from step to step, for CUDA graphs.
+        """Return logits (R, N, V) as ``step`` does, in shapes and addresses that never change, for CUDA graphs.
 
-        tokens (R, N) of the first R slots, live or not; ``column`` (1,) is the cache's, on the device, below
-        ``columns`` - N; ``frames``: of cross-attention that are looked at. The caller has made room, has
-        called ``cache.branch`` and moves ``cache.column`` on. -> logits (R, N, V).
+        tokens: (R, N) of the first R slots, live or not. column: (1,), the cache's, on the device, below ``columns`` -
+        N. frames: number of encoder frames attended to. The caller has made room, has called ``cache.branch`` and
+        advances ``cache.column``.
         """
         r, n = tokens.shape
         own, cross = cache.own[:, :, :r, :, :columns], cache.cross[:, :, :r, :, :frames]
@@ -317,13 +278,4 @@ class Decoder(Stack):
         if n == 1:  # slots without a row attend to something, else they would become NaN
             own_mask = own_mask.masked_fill(index == column, 0.0)
         cross_mask = cache.cross_mask[:r, None, None, :frames]
-        x = self.embed(tokens, place)
-        for layer, (keys, values), layer_cross in zip(self.blocks, own.unbind(0), cross.unbind(0)):
-            h = layer.norm_self(x)
-            new_keys, new_values = layer.self_attention.project(h)
-            keys.index_copy_(2, written, new_keys.to(keys.dtype))
-            values.index_copy_(2, written, new_values.to(values.dtype))
-            x = x + layer.self_attention(h, keys, values, mask=own_mask)
-            x = x + layer.cross_attention(layer.norm_cross(x), *layer_cross.unbind(0), mask=cross_mask)
-            x = x + layer.feed_forward(x)
-        return self.head(x)
+        return self.head(self._run_cached(tokens, place, own, own_mask, cross, cross_mask, written))

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.decoder import Attention, sinusoids
-from canter.models.encoder import Encoder
 from canter.models.features import attention_mask, length_mask
+from canter.models.layers import Attention, Count, Encoder, rates, sinusoids
 
 EPSILON = 1e-12
 """Of every LayerNorm, as in ESPnet."""
@@ -51,8 +50,8 @@ class EBranchformerConfig:
         return EBranchformer(self)
 
 
-def unpadded_half(frames):
-    """Return the frames that a convolution of kernel 3 and stride 2 without padding leaves (an int or a tensor)."""
+def unpadded_half(frames: Count) -> Count:
+    """Return the frames that a convolution of kernel 3 and stride 2 without padding leaves."""
     return (frames - 1) // 2
 
 
@@ -153,7 +152,7 @@ class EBranchformerLayer(nn.Module):
         """x (B, T, D), mask (B, 1, 1, T), valid (B, T, 1); None where every position is valid -> (B, T, D)."""
         x = torch.add(x, self.dropout(self.feed_forward1(x)), alpha=0.5)
         h = self.norm_attention(x)
-        attended = self.dropout(self.attention(h, *self.attention.project(h), mask=mask))
+        attended = self.dropout(self.attention(h, h, mask))
         both = torch.cat([attended, self.dropout(self.cgmlp(x, valid))], dim=-1)
         x = x + self.dropout(self.merge(both + self.merge_conv(both, valid)))
         x = torch.add(x, self.dropout(self.feed_forward2(x)), alpha=0.5)
@@ -171,17 +170,17 @@ class EBranchformer(Encoder):
         super().__init__()
         self.config = config
         self.subsampling = ConvolutionalSubsampling(config)
-        self.register_buffer("positions", sinusoids(config.positions, config.width), persistent=False)
+        self.register_buffer("positions", sinusoids(torch.arange(config.positions), rates(config.width)), persistent=False)
         self.dropout = nn.Dropout(config.dropout_input)
         self.layers = nn.ModuleList(EBranchformerLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, EPSILON)
 
-    def frames(self, feature_frames):
-        """Return the encoder frames of a number of feature frames (an int or a tensor); at least one."""
+    def frames(self, feature_frames: Count) -> Count:
+        """Return the number of encoder frames of ``feature_frames``, at least one."""
         frames = feature_frames
         for _ in range(int(math.log2(self.config.subsampling))):
             frames = unpadded_half(frames)
-        return frames.clamp(min=1) if isinstance(frames, Tensor) else max(1, frames)
+        return cast(Count, frames.clamp(min=1) if isinstance(frames, Tensor) else max(1, frames))
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         shortest = 2 * self.config.subsampling - 1  # feature frames of one encoder frame
@@ -190,7 +189,7 @@ class EBranchformer(Encoder):
         x = self.subsampling(features)
         if x.shape[1] > self.config.positions:
             raise ValueError(f"{x.shape[1]} encoder frames are more than the {self.config.positions} positions")
-        lengths = cast(Tensor, self.frames(lengths))
+        lengths = self.frames(lengths)
         x = self.dropout(x * math.sqrt(self.config.width) + self.positions[: x.shape[1]].to(x.dtype))
         mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
         valid = None if mask is None else length_mask(lengths, x.shape[1])[:, :, None]

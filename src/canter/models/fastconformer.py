@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models import kernels
-from canter.models.encoder import Encoder
 from canter.models.features import length_mask
+from canter.models.layers import Encoder, rates, sinusoids
 from canter.models.norm import MaskedBatchNorm
 
 if kernels.AVAILABLE:
@@ -35,52 +35,53 @@ class FastConformerConfig:
     heads: int = 4
     feedforward: int = 576
     kernel_size: int = 9
-    """Of the depthwise convolution, in encoder frames."""
+    """Kernel of the depthwise convolution, in encoder frames."""
     subsampling_channels: int = 64
     mels: int = 80
     bias: bool = True
-    """Whether linear layers and convolutions of the blocks have biases."""
+    """Biases in the linear layers and convolutions of the blocks."""
     xscaling: bool = False
-    """Whether the subsampled input is multiplied by sqrt(width)."""
+    """Multiplication of the subsampled input by sqrt(width)."""
     norm: str = "batch"
-    """Of the convolution module: 'batch' or 'layer'."""
+    """Norm of the convolution module: 'batch' or 'layer'."""
     dropout: float = 0.0
     dropout_input: float = 0.0
-    """After subsampling."""
+    """Dropout after subsampling."""
     dropout_attention: float = 0.0
     layer_drop: float = 0.0
-    """Probability that training leaves a layer out."""
+    """Probability of dropping a layer in training."""
 
     def build(self) -> "FastConformer":
         return FastConformer(self)
 
 
 def subsampled_once(frames):
-    """What one convolution of stride 2 leaves of so many frames (an int or a tensor)."""
+    """Return the frames that remain of ``frames`` after one convolution of stride 2."""
     return (frames - 1) // 2 + 1
 
 
 def subsampled(frames):
-    """Encoder frames of utterances of so many feature frames (an int or a tensor): three strided
-    convolutions."""
+    """Return the encoder frames of ``frames`` feature frames: three strided convolutions."""
     for _ in range(3):
         frames = subsampled_once(frames)
     return frames
 
 
 class _StridedConvolution(torch.autograd.Function):
-    """A 3x3 convolution of stride 2 of one channel as a matrix product, zero where it is not valid. Its columns are
-    made again in the backward pass, which is cheaper than to keep them."""
+    """A 3x3 convolution of stride 2 of one channel as a matrix product, zero where it is not valid.
+
+    Its columns are made again in the backward pass, which is cheaper than to keep them.
+    """
 
     @staticmethod
     def columns(x: Tensor, valid: Tensor, mels: int) -> Tensor:
-        """x (B, 1, F, M), valid (B, F') -> (B F' M', 10): each window's nine values, and 1 for the bias."""
+        """Return the columns (B F' M', 10), nine values of each window and 1 for the bias, of x (B, 1, F, M)."""
         mask = valid[:, None, :, None].expand(-1, 1, -1, mels).flatten(2).to(x.dtype)
         return torch.cat([F.unfold(x, 3, padding=1, stride=2) * mask, mask], dim=1).mT.flatten(0, 1)
 
     @staticmethod
     def forward(ctx, x, valid, mels, weight):
-        """weight (C, 10), the bias last -> (B F' M', C)."""
+        """Return (B F' M', C) for a weight (C, 10), the bias last."""
         ctx.save_for_backward(x, valid)
         ctx.mels = mels
         return torch.mm(_StridedConvolution.columns(x, valid, mels).to(weight.dtype), weight.mT)
@@ -94,8 +95,7 @@ class _StridedConvolution(torch.autograd.Function):
 
 
 class Subsampling(nn.Module):
-    """(B, F, M) -> (B, T, D): one strided convolution, two depthwise-separable ones, 8x in time and
-    frequency."""
+    """One strided convolution and two depthwise-separable ones, 8x in time and frequency: (B, F, M) -> (B, T, D)."""
 
     def __init__(self, config: FastConformerConfig):
         super().__init__()
@@ -113,7 +113,7 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(c * subsampled(config.mels), config.width)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        if kernels.usable(features):
+        if kernels.can_run(features):
             return self._fused(features, lengths)
         x = (features * length_mask(lengths, features.shape[1])[:, :, None])[:, None]
         lengths = subsampled_once(lengths)
@@ -124,8 +124,10 @@ class Subsampling(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2)), lengths
 
     def _fused(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with channels last, where what the first convolution gives is never in memory: it is several times
-        as large as anything in the layers."""
+        """Compute the same with channels last, without the output of the first convolution in memory.
+
+        That output is several times as large as anything in the layers.
+        """
         first, _, second, pointwise, _, third, last, _ = cast(Iterable[Any], self.conv)
         x = subsampling.start(features, lengths, first.weight, first.bias, second.weight, second.bias)
         lengths = subsampled_once(subsampled_once(lengths))
@@ -137,9 +139,11 @@ class Subsampling(nn.Module):
         return self.out(x.transpose(2, 3).flatten(2)), lengths
 
     def _first(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, 1, F, M) -> (B, C, F', M') through the first convolution and ReLU, zero from ``lengths`` on. On a CPU a
-        matrix product, with the mask among its columns, that leaves channels last in memory: the depthwise
-        convolutions that follow are several times as fast on these."""
+        """Apply the first convolution and ReLU to (B, 1, F, M); zero from ``lengths`` on.
+
+        On a CPU a matrix product, with the mask among its columns, that leaves channels last in memory: the depthwise
+        convolutions that follow are several times as fast on these.
+        """
         conv = cast(nn.Conv2d, self.conv[0])
         frames, mels = map(subsampled_once, x.shape[2:])
         valid = length_mask(lengths, frames)
@@ -150,8 +154,10 @@ class Subsampling(nn.Module):
         return y.view(len(x), frames, mels, -1).permute(0, 3, 1, 2)
 
     def _pointwise(self, conv: nn.Conv2d, x: Tensor, lengths: Tensor) -> Tensor:
-        """A 1x1 convolution, mask and ReLU. Masked before, not after it: the backward pass then keeps one tensor of
-        this size, not two; and in place, for what a convolution gave is not needed again."""
+        """Apply a 1x1 convolution, mask and ReLU.
+
+        Masked before ReLU, not after it: the backward pass then keeps one tensor of this size, not two.
+        """
         valid = length_mask(lengths, x.shape[2])[:, :, None, None]
         if x.is_cuda:
             return F.relu_(conv(x).mul_(valid.transpose(1, 2)))
@@ -160,13 +166,13 @@ class Subsampling(nn.Module):
 
 
 def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
-    """(N, D): sinusoids of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al., 2019) and a few beyond, for
-    N is a multiple of ALIGNED: a GPU's matrix units want rows of scores that are."""
+    """Return sinusoids (N, D) of the distances size-1 ... -(size-1) (Transformer-XL, Dai et al., 2019).
+
+    N is rounded up to a multiple of ALIGNED: a GPU's matrix units need rows of scores that are.
+    """
     count = -(-(2 * size - 1) // ALIGNED) * ALIGNED
     distance = torch.arange(size - 1, size - 1 - count, -1, dtype=torch.float32, device=device)
-    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
-    angle = distance[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+    return sinusoids(distance, rates(width, device))
 
 
 class RelativeAttention(nn.Module):
@@ -185,7 +191,7 @@ class RelativeAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(torch.zeros(config.heads, d // config.heads))
 
     def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """x (B, T, D), positions (N, D), N at least 2T-1, valid (B, T) -> (B, T, D)."""
+        """Return (B, T, D) for x (B, T, D), positions (N, D) with N at least 2T-1, valid (B, T)."""
         b, t, d = x.shape
         q = self.linear_q(x).view(b, t, self.heads, -1)
         k = self.linear_k(x).view(b, t, self.heads, -1).transpose(1, 2)
@@ -193,7 +199,7 @@ class RelativeAttention(nn.Module):
         p = self.linear_pos(positions) * (d // self.heads) ** -0.5
         p = p.view(len(positions), self.heads, -1).permute(1, 2, 0)  # (H, K, N)
         by_content, by_position = (q + self.pos_bias_u).transpose(1, 2), q + self.pos_bias_v
-        if kernels.usable(q):  # one product a head, of all rows
+        if kernels.can_run(q):  # one product a head, of all rows
             scores = torch.bmm(by_position.view(b * t, self.heads, -1).transpose(0, 1), p)
             bias = conformer.relative_bias(scores.view(self.heads, b, t, -1), valid)
         else:
@@ -205,15 +211,18 @@ class RelativeAttention(nn.Module):
 
 
 def _shift(scores: Tensor) -> Tensor:
-    """(B, H, T, N) by distance -> (B, H, T, T) by key, a view: row i starts at place T-1-i, so that of all rows read as
-    one line, from place T-1 on, rows one shorter begin where they should."""
+    """Return scores (B, H, T, N) by distance as a view (B, H, T, T) by key.
+
+    Row i starts at place T-1-i, so that in all rows read as one line, from place T-1 on, rows that are one shorter
+    begin where they should.
+    """
     b, h, t, n = scores.shape
     line = scores.flatten(2)[..., t - 1 : t - 1 + t * (n - 1)]
     return line.view(b, h, t, n - 1)[..., :t]
 
 
 class Convolution(nn.Module):
-    """Gated pointwise, depthwise, norm, SiLU, pointwise. The pointwise convolutions are linear layers."""
+    """Gated pointwise, depthwise, norm, SiLU, pointwise; the pointwise convolutions are linear layers."""
 
     def __init__(self, config: FastConformerConfig):
         super().__init__()
@@ -230,7 +239,7 @@ class Convolution(nn.Module):
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias))
         elif norm.training:  # not where its weights are frozen
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias), valid, count)
-        elif kernels.usable(x) and not torch.is_grad_enabled():
+        elif kernels.can_run(x) and not torch.is_grad_enabled():
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
             x = conformer.depthwise_normed(x, valid, conv.weight, conv.bias, *statistics, norm.epsilon)
             return self.pointwise_conv2(x)
@@ -239,9 +248,12 @@ class Convolution(nn.Module):
         return self.pointwise_conv2(F.silu(x, inplace=not torch.is_grad_enabled()))
 
     def _depthwise(self, x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, T, D), valid (B, T), weight (D, 1, k) -> (B, T, D). On a CPU in two dimensions, of which one is empty:
-        those have kernels for channels that are last in memory, as they are here, and take half the time."""
-        if kernels.usable(x):
+        """Apply the depthwise convolution, weight (D, 1, k), to x (B, T, D), valid (B, T).
+
+        On a CPU it runs in two dimensions, one of them of size 1: those have kernels for channels last in memory, as
+        they are here, and take half the time.
+        """
+        if kernels.can_run(x):
             return conformer.depthwise(x, valid, weight, bias)
         x, padding, groups = (x * valid[:, :, None]).transpose(1, 2), weight.shape[2] // 2, len(weight)
         if x.is_cuda:
@@ -280,8 +292,11 @@ class ConformerLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, positions: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        """``count`` () of valid frames: one for all layers, and a sum over (B, T) is a kernel for each range of sizes
-        where layers are compiled."""
+        """Return the layer's output (B, T, D); ``count`` () is the number of valid frames.
+
+        The count is the same for all layers, and a sum over (B, T) is a kernel for each range of sizes where layers are
+        compiled.
+        """
         x = torch.add(x, self.dropout(self.feed_forward1(self.norm_feed_forward1(x))), alpha=0.5)
         x = x + self.dropout(self.self_attn(self.norm_self_att(x), positions, valid))
         x = x + self.dropout(self.conv(self.norm_conv(x), valid, count))
@@ -290,15 +305,12 @@ class ConformerLayer(nn.Module):
 
 
 class FastConformer(Encoder):
-    """Features (B, F, M) and lengths (B,) in frames -> encoded (B, T, D) and lengths (B,) in encoder
-    frames. On a GPU T is a multiple of ALIGNED, and so up to 7 more than the longest has."""
+    """FastConformer: features (B, F, M), lengths (B,) in frames -> (B, T, D), lengths (B,) in encoder frames.
 
-    outputs = (
-        "feed_forward1.linear2",
-        "self_attn.linear_out",
-        "conv.pointwise_conv2",
-        "feed_forward2.linear2",
-    )
+    On a GPU T is a multiple of ALIGNED, and so up to 7 more than the longest utterance has.
+    """
+
+    outputs = ("feed_forward1.linear2", "self_attn.linear_out", "conv.pointwise_conv2", "feed_forward2.linear2")
     last_norm = "norm_out"
 
     def __init__(self, config: FastConformerConfig):

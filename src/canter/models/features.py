@@ -34,8 +34,10 @@ class FeatureConfig:
 
 
 def slaney_mel_filters(sample_rate: int, n_fft: int, mels: int) -> np.ndarray:
-    """Triangular mel filters (M, n_fft // 2 + 1) on Slaney's scale (linear below 1 kHz, logarithmic above),
-    each of unit area (Slaney, Auditory Toolbox, 1998)."""
+    """Return triangular mel filters (M, n_fft // 2 + 1) of unit area on Slaney's scale.
+
+    The scale is linear below 1 kHz, logarithmic above (Slaney, Auditory Toolbox, 1998).
+    """
     linear, start, step = 200 / 3, 1000.0, np.log(6.4) / 27
 
     def to_mel(hertz: np.ndarray) -> np.ndarray:
@@ -55,13 +57,15 @@ def slaney_mel_filters(sample_rate: int, n_fft: int, mels: int) -> np.ndarray:
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """(B,) lengths -> (B, size) boolean, true where a position is valid."""
+    """Return a boolean mask (B, size) of lengths (B,), true where a position is valid."""
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def attention_mask(lengths: Tensor, size: int) -> Tensor | None:
-    """(B,) lengths -> (B, 1, 1, size) boolean, true where keys are attended; on a CPU None where all are, with which
-    attention takes a faster way (a GPU would have to be waited for to know)."""
+    """Return a boolean mask (B, 1, 1, size) of lengths (B,), true where keys are attended.
+
+    On a CPU it is None where all are, with which attention is faster (on a GPU one would have to wait to know).
+    """
     known = type(lengths) is Tensor and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
     if known and bool((lengths >= size).all()):
         return None
@@ -69,15 +73,15 @@ def attention_mask(lengths: Tensor, size: int) -> Tensor | None:
 
 
 def power_of(spectrum: Tensor) -> Tensor:
-    """|z|^2 of complex numbers, by their parts: a fifth of the time of a sum over a last dimension of two."""
+    """Return |z|^2 of complex numbers, in a fifth of the time of a sum over real and imaginary parts."""
     return spectrum.real.square() + spectrum.imag.square()
 
 
 class LogMel(nn.Module):
     """Audio to normalised log-mel features, equal to NeMo's preprocessor.
 
-    Padding never reaches a valid frame: samples past an utterance's end are zeroed before the transform and
-    the mean and deviation are taken over its valid frames alone.
+    Padding never reaches a valid frame: samples past an utterance's end are zeroed before the transform, and mean and
+    deviation are taken only over its valid frames.
     """
 
     filters: Tensor
@@ -91,15 +95,15 @@ class LogMel(nn.Module):
         self.register_buffer("taper", torch.hann_window(config.window, periodic=False), persistent=False)
 
     def frames(self, samples):
-        """Valid feature frames of so many samples (an int or a tensor)."""
+        """Return the valid feature frames of ``samples`` (an int or a tensor)."""
         return samples // self.config.hop
 
     def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in
-        frames.
+        """Return features (B, F, M) float32 and lengths (B,) in frames of audio (B, S) in [-1, 1), lengths (B,) in
+        samples.
 
-        In training mode each utterance's seed draws its dither; without seeds there is none. F is that of S
-        samples, so that audio padded to a grid of sizes gives a grid of shapes.
+        In training mode each utterance's seed draws its dither; without seeds there is none. F is that of S samples, so
+        that audio padded to a grid of sizes gives a grid of shapes.
         """
         config = self.config
         with torch.autocast(audio.device.type, enabled=False):
@@ -132,12 +136,12 @@ class WhisperFeatureConfig:
     sample_rate: int = 16000
     mels: int = 80
     n_fft: int = 400
-    """Also the window, in samples."""
+    """FFT size and window length in samples."""
     hop: int = 160
     """Frame shift in samples."""
     pad_seconds: float = 30.0
-    """Every utterance is padded with silence to so many seconds, as Whisper was trained; 0: none is padded,
-    which costs a pretrained model some accuracy and saves the time of the silence."""
+    """Seconds that every utterance is padded to with silence, as Whisper was trained; 0: no padding, which costs a
+    pretrained model some accuracy and saves the time of the silence."""
     dither: float = 0.0
     """Standard deviation of the noise added to samples in training."""
 
@@ -146,7 +150,7 @@ class WhisperFeatureConfig:
 
 
 class WhisperLogMel(nn.Module):
-    """Audio to Whisper's features. Unpadded, an utterance's frames are the first ones of its 30 s."""
+    """Audio to Whisper's features; unpadded, an utterance's frames are the first ones of its 30 s."""
 
     filters: Tensor
     taper: Tensor
@@ -159,19 +163,14 @@ class WhisperLogMel(nn.Module):
         self.register_buffer("taper", torch.hann_window(config.n_fft), persistent=False)
 
     def frames(self, samples):
-        """Feature frames of so many samples (an int or a tensor): those of the padded length, if there is
-        one."""
+        """Return the feature frames of ``samples`` (an int or a tensor), or of the padded length if there is one."""
         config = self.config
         if config.pad_seconds:
             return samples * 0 + round(config.pad_seconds * config.sample_rate) // config.hop
         return (samples + config.hop - 1) // config.hop
 
     def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,)
-        in frames.
-
-        As ``LogMel``, else. ValueError for audio longer than the padded length.
-        """
+        """Return features and lengths as `LogMel` does; raise ValueError for audio longer than the padded length."""
         config = self.config
         size = audio.shape[1]
         if config.pad_seconds:

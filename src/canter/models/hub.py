@@ -1,7 +1,7 @@
 """Models by name: a file or folder on disk, the checkpoint of a run, or a model of the Hugging Face hub.
 
-Of a hub model only what Canter reads is fetched, into the hub's own cache: settings, tokenizer, and either
-safetensors or a ``.nemo`` archive. Nothing of it is executed.
+Only the files that Canter reads are fetched from the hub, into its own cache: settings, tokenizer, and either
+safetensors or a ``.nemo`` archive. Nothing in them is executed.
 """
 
 # pyright: strict
@@ -11,9 +11,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from canter.errors import CheckpointError
 from canter.extras import require
@@ -45,11 +44,12 @@ SECONDS = 10.0  # that the hub has to answer before the cache is used
 def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
     """Return the file or folder on disk that holds the model which ``model`` names.
 
-    A path that exists stands for itself, and the folder of a training run for its best checkpoint (without one, for
-    its newest). Anything else is taken for a hub name such as ``openai/whisper-tiny.en``, whose files are fetched
-    where the cache lacks them; ``revision`` (a branch, tag or commit) may also be written ``NAME@REVISION``.
+    A path that exists stands for itself, and the folder of a training run for its best checkpoint (without one, for its
+    newest). Anything else is taken as a hub name such as ``openai/whisper-tiny.en``, whose files are fetched if the
+    cache lacks them; ``revision`` (a branch, tag or commit) may also be written ``NAME@REVISION``.
 
-    Raises CheckpointError for a run without a whole checkpoint, and for what is neither on disk nor on the hub.
+    Raises CheckpointError for a run without a complete checkpoint, and for a name that is neither on disk nor on the
+    hub.
     """
     path = Path(model)
     if path.exists():
@@ -67,14 +67,14 @@ def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
 
 
 def is_hub_name(model: str | Path | None) -> bool:
-    """Return whether ``model`` is no path on this disk and has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    """Return whether ``model`` has the form ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` and is not a path here."""
     if model is None or Path(model).exists() or Path(model).suffix in (".nemo", ".safetensors"):
         return False
     return HUB_NAME.fullmatch(os.fspath(model)) is not None
 
 
 def _like(name: str) -> str:
-    """Return a hub name to give as an example: the one that a bare size of Whisper's stands for, if it is one."""
+    """Return a hub name to give as an example: Whisper's of this size, if ``name`` is a size."""
     bare = name.removeprefix("whisper-")
     size = re.fullmatch(r"(tiny|base|small|medium)(\.en)?|large(-v[23](-turbo)?)?", bare)
     return f"openai/whisper-{bare}" if size else "openai/whisper-tiny.en"
@@ -109,7 +109,7 @@ def _of_run(path: Path) -> Path:
 
 
 def _of_hub(name: str, revision: str | None) -> Path:
-    """Return the folder of the cache, or the ``.nemo`` file in it, with the hub's model ``name``."""
+    """Return the folder in the cache, or the ``.nemo`` file in it, with the hub's model ``name``."""
     require("huggingface_hub", f"{name} does not exist here, and a model of the Hugging Face hub")
     from huggingface_hub import constants, errors
 
@@ -147,7 +147,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     files = [file.rfilename for file in info.siblings or []]
     commit = info.sha or revision
 
-    def read_index() -> dict[str, Any]:
+    def read_index() -> object:
         return read_json(Path(hf_hub_download(name, WEIGHTS_INDEX, revision=commit)))
 
     wanted = _wanted(name, files, read_index)
@@ -190,7 +190,7 @@ def _cached(name: str, revision: str | None, why: str) -> Path:
     return _model_in(folder, wanted)
 
 
-def _wanted(name: str, files: Sequence[str], read_index: Any) -> list[str]:
+def _wanted(name: str, files: Sequence[str], read_index: Callable[[], object]) -> list[str]:
     """Return the files of a hub model to fetch, out of all that it has.
 
     Raises CheckpointError for a model with neither safetensors nor a ``.nemo`` archive.

@@ -1,35 +1,41 @@
-"""An attention encoder-decoder speech model: features, encoder, decoder, and an optional CTC head.
+"""Canter's own model: features, encoder, decoder, and an optional CTC head.
 
 B: utterances, S: samples, F: feature frames (10 ms), M: mel bins, T: encoder frames, D: width, U: tokens,
 V: vocabulary, C: characters.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Set
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.batch import Batch, Loss, attention_loss
+from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.decoder import Decoder, DecoderConfig
 from canter.models.ebranchformer import EBranchformerConfig
-from canter.models.encoder import EncoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import EspnetFeatureConfig, FeatureConfig, WhisperFeatureConfig
+from canter.models.layers import EncoderConfig
 from canter.models.protocol import Capability
 from canter.models.whisper import WhisperEncoderConfig
-from canter.text import Characters
 
-# The kinds that a checkpoint can name; a new encoder joins by one line here.
+if TYPE_CHECKING:
+    from canter.text import Characters
+
 FEATURES: dict[str, type] = {"nemo": FeatureConfig, "whisper": WhisperFeatureConfig, "espnet": EspnetFeatureConfig}
 ENCODERS: dict[str, type] = {
     "fastconformer": FastConformerConfig,
     "whisper": WhisperEncoderConfig,
     "e_branchformer": EBranchformerConfig,
 }
+"""Kinds of encoders that a checkpoint can name; a new encoder joins by one line here."""
+SUPPORTED = frozenset[Capability](get_args(Capability))
 
 
 @dataclass(frozen=True)
@@ -42,25 +48,23 @@ class ModelConfig:
     ctc_vocabulary: int = 0
     """Outputs of the auxiliary CTC head, blank (id 0) included; 0: no head."""
     ctc_upsampling: int = 2
-    """CTC outputs for each encoder frame: characters come faster than one every 80 ms."""
-
-
-SUPPORTED = frozenset(get_args(Capability))
+    """CTC outputs per encoder frame: characters come faster than one every 80 ms."""
 
 
 class SpeechModel(nn.Module):
-    """Audio to scores of text. Every method takes lengths, and padding never changes a valid position.
+    """Canter's model: audio to scores of text. Padding never changes a valid position."""
 
-    ``tokenizer`` is the checkpoint's (None until one is attached), ``characters`` the alphabet of its CTC head;
-    ``generation`` is how it wants to be decoded, in the words of Hugging Face's ``generation_config.json`` (token ids,
-    suppressed tokens)."""
+    tokenizer: Any  # a Tokenizer of any kind, or None
+    """The checkpoint's tokenizer; None until one is attached."""
+    characters: Characters | None
+    """The alphabet of the CTC head."""
+    generation: dict[str, Any]
+    """Settings for decoding (token ids, suppressed tokens), named as in Hugging Face's ``generation_config.json``."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tokenizer: Any = None
-        self.characters: Characters | None = None
-        self.generation: dict[str, Any] = {}
+        self.tokenizer, self.characters, self.generation = None, None, {}
         self.features = config.features.build()
         self.encoder = config.encoder.build()
         self.encoder.same_lengths = self.padded_seconds > 0
@@ -69,7 +73,7 @@ class SpeechModel(nn.Module):
         self.decoder = Decoder(config.decoder)
         self.ctc = nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary) if config.ctc_vocabulary else None
 
-    # What any model offers; see `canter.models.protocol`.
+    # -- what any model offers; see `canter.models.protocol` --
 
     @property
     def format(self) -> str:
@@ -78,33 +82,34 @@ class SpeechModel(nn.Module):
 
     @property
     def supports(self) -> Set[Capability]:
-        """What Canter's own models can do: everything."""
+        """All features."""
         return SUPPORTED
 
     @property
     def frame_seconds(self) -> float:
-        """Seconds of audio for each encoder frame."""
+        """Seconds of audio per encoder frame."""
         seconds = self.padded_seconds or 100.0
         return round(seconds / self.encoder_frames(seconds), 6)
 
     @property
     def padded_seconds(self) -> float:
-        """To how many seconds every utterance is padded; 0: to the longest of its batch."""
+        """Seconds that every utterance is padded to; 0: to the longest of its batch."""
         return getattr(self.config.features, "pad_seconds", 0.0)
 
     @property
     def longest_seconds(self) -> float:
-        """Of the utterances that the model can take at once: Whisper's encoder has positions for 30 s alone."""
+        """Maximum seconds of an utterance: Whisper's encoder has positions only for 30 s."""
         positions = getattr(self.config.encoder, "positions", math.inf)
         return self.padded_seconds or positions / self.encoder_frames(100.0) * 100.0
 
     @property
     def sample_rate(self) -> int:
+        """Samples per second of its input."""
         return self.config.features.sample_rate
 
     @property
     def positions(self) -> int:
-        """The most tokens, prompt and end token included."""
+        """Maximum number of tokens, prompt and end token included."""
         return self.config.decoder.positions
 
     @property
@@ -114,64 +119,95 @@ class SpeechModel(nn.Module):
 
     @property
     def width(self) -> int:
-        """D."""
+        """D of the encoder."""
         return self.config.encoder.width
 
     @property
     def shape(self) -> str:
-        """What two models have in common that take the same memory and time."""
+        """Text that is equal for two models that take the same memory and time."""
         layers = f"{self.config.encoder.layers}/{self.config.decoder.layers} x {self.width}"
         return f"{type(self.encoder).__name__} {layers}, vocabulary {self.vocabulary}"
 
     @property
     def recomputes(self) -> bool:
-        """Whether ``recompute_activations`` is on."""
+        """True while activation checkpointing is on."""
         return self.encoder.recompute
 
+    def recompute_activations(self, on: bool = True) -> None:
+        """Switch activation checkpointing: training takes about a third longer, with far less memory."""
+        self.encoder.recompute = self.decoder.recompute = on
+
+    def encoder_frames(self, seconds: float) -> int:
+        """Return T of an utterance of ``seconds``."""
+        samples = round(seconds * self.config.features.sample_rate)
+        return int(self.encoder.frames(max(1, self.features.frames(samples))))
+
+    def layers(self) -> Mapping[str, Mapping[str, object]]:
+        """Return the settings of features, encoder, decoder and, if it has one, CTC head."""
+        config = self.config
+        parts: dict[str, Mapping[str, object]] = {
+            "features": {"kind": part_kind(config.features), **asdict(config.features)},
+            "encoder": {"kind": part_kind(config.encoder), **asdict(config.encoder)},  # pyright: ignore[reportArgumentType]
+            "decoder": asdict(config.decoder),
+        }
+        if self.ctc is not None:
+            parts["ctc"] = {"vocabulary": config.ctc_vocabulary, "upsampling": config.ctc_upsampling}
+        return parts
+
+    def parts(self) -> dict[str, int]:
+        """Return the number of parameters by part; the head is the embedding's matrix, counted once."""
+        encoder, decoder = _count(self.encoder), _count(self.decoder)
+        encoder_layers, decoder_layers = _count(self.encoder.layers), _count(self.decoder.layers)
+        embedding = self.decoder.embedding.weight.numel()
+        counts = {
+            "encoder input": encoder - encoder_layers,
+            "encoder layers": encoder_layers,
+            "projection": _count(self.projection),
+            "embedding": embedding,
+            "decoder layers": decoder_layers,
+            "decoder norms and head": decoder - decoder_layers - embedding,
+            "CTC head": _count(self.ctc),
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def cost(self, seconds: float, tokens: int) -> UtteranceCost:
+        """Return FLOPs and memory of an utterance of ``seconds`` and ``tokens``."""
+        return utterance_cost(self.config, seconds, tokens)
+
+    # -- only Canter's models --
+
     def prompt(self, **slots: str) -> list[int]:
-        """Token ids of the prompt with these slots (``source_lang="en"``, ``pnc="yes"``, ...; see the
-        tokenizer's prompt format). ConfigError for an unknown slot or value, ValueError without a
-        tokenizer."""
+        """Return the token ids of the prompt with these slots (``source_lang="en"``, ``pnc="yes"``, ...).
+
+        Raises ConfigError for an unknown slot or value, ValueError without a tokenizer.
+        """
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer; set model.tokenizer, or load a model that has one")
         return self.tokenizer.prompt_ids(slots)
 
-    def recompute_activations(self, on: bool = True) -> None:
-        """Training computes each layer again in the backward pass: about a third slower, with far less
-        memory."""
-        self.encoder.recompute = self.decoder.recompute = on
-
-    def set_features(self, **changes: Any) -> None:
-        """Changes fields of the features' configuration, such as ``pad_seconds=0`` (Whisper at any
-        length)."""
-        features = replace(self.config.features, **changes)
+    def set_features(self, **changes: float) -> None:
+        """Change settings of the features, such as ``pad_seconds=0`` (Whisper at any length)."""
+        features = replace(self.config.features, **changes)  # pyright: ignore[reportArgumentType]
         self.config = replace(self.config, features=features)
         kept = self.features.state_dict()  # statistics, which do not change with the settings
         self.features = features.build().to(self.features.filters.device).train(self.training)
         self.features.load_state_dict(kept)
         self.encoder.same_lengths = self.padded_seconds > 0
 
-    def encoder_frames(self, seconds: float) -> int:
-        """T of an utterance of so many seconds."""
-        samples = round(seconds * self.config.features.sample_rate)
-        return int(self.encoder.frames(max(1, self.features.frames(samples))))
-
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """features (B, F, M), lengths (B,) in frames -> encoded (B, T, D), lengths (B,), before the
-        projection to the decoder's width."""
+        """Return the encoder output (B, T, D), before its projection, and lengths (B,) of features (B, F, M), (B,)."""
         return self.encoder(features.to(next(self.encoder.parameters()).dtype), lengths)
 
     def logits(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """encoded (B, T, D), lengths (B,), tokens (B, U) from the prompt on -> logits (B, U, V) of the next
-        ones."""
+        """Return logits (B, U, V) of the next tokens, for encoded (B, T, D), lengths (B,) and tokens (B, U)."""
         return self.decoder(tokens, self.projection(encoded), lengths)
 
     def log_probs(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-        """As ``logits``, normalised: natural-log probabilities (B, U, V), float32."""
+        """Return natural-log probabilities (B, U, V), float32; arguments as of ``logits``."""
         return self.logits(encoded, lengths, tokens).float().log_softmax(-1)
 
     def ctc_log_probs(self, encoded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """encoded (B, T, D) -> log probabilities (B, T x upsampling, CTC vocabulary), lengths (B,)."""
+        """Return CTC's log probabilities (B, T x upsampling, C) and lengths (B,) for encoded (B, T, D)."""
         assert self.ctc is not None
         scores = self.ctc(encoded).unflatten(-1, (self.config.ctc_upsampling, -1)).flatten(1, 2)
         return scores.float().log_softmax(-1), lengths * self.config.ctc_upsampling
@@ -184,10 +220,10 @@ class SpeechModel(nn.Module):
         label_smoothing: float = 0.0,
         features: tuple[Tensor, Tensor] | None = None,
     ) -> Loss:
-        """Sums of cross-entropy over text and end tokens (the prompt bears none) and of CTC over characters.
+        """Return sums of cross-entropy over text and end tokens (not the prompt) and of CTC over characters.
 
-        ``attention=False`` leaves the decoder out (a phase of CTC alone); ``features`` (B, F, M) and lengths
-        may be given already computed and augmented.
+        ``attention=False`` skips the decoder (CTC-only warm-up); ``features`` (B, F, M) and lengths (B,) may be given,
+        already computed and augmented.
         """
         encoded = self.encode(*(features or self.features(batch.audio, batch.audio_lengths)))
         return self.loss_of(*encoded, batch, attention=attention, label_smoothing=label_smoothing)
@@ -201,8 +237,7 @@ class SpeechModel(nn.Module):
         attention: bool = True,
         label_smoothing: float = 0.0,
     ) -> Loss:
-        """As ``loss``, of audio that is already encoded (B, T, D), lengths (B,); of ``batch`` only the targets
-        count."""
+        """Return the losses of audio that is already encoded (B, T, D), lengths (B,); ``batch`` gives the targets."""
         zero = encoded.new_zeros((), dtype=torch.float32)
         attention_sum, attention_count, ctc_sum, ctc_count = zero, zero, zero, zero
         if attention:
@@ -220,3 +255,31 @@ class SpeechModel(nn.Module):
             )
             ctc_count = batch.character_lengths.sum()
         return Loss(attention_sum, attention_count, ctc_sum, ctc_count)
+
+
+def part_kind(part: object) -> str:
+    """Return the name of a kind of features or encoder, as checkpoints have it."""
+    kinds = (*FEATURES.items(), *ENCODERS.items())  # a name may stand for both
+    return next(name for name, cls in kinds if cls is type(part))
+
+
+def utterance_cost(config: ModelConfig, seconds: float = 10.0, tokens: int = 40) -> UtteranceCost:
+    """Return FLOPs and memory of an utterance for a model of this shape, which is run without storage."""
+    with torch.device("meta"):
+        model = SpeechModel(config).train()
+        frames = max(1, int(model.features.frames(round(seconds * config.features.sample_rate))))
+        inputs = torch.zeros(1, frames, config.features.mels)
+        lengths = torch.zeros(1, dtype=torch.long)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+    return measure_cost(
+        model,
+        seconds,
+        tokens,
+        encode=lambda: model.encode(inputs, lengths),
+        decode=lambda encoded: model.logits(encoded[0], lengths, ids),
+        cached=2 * config.decoder.layers * config.decoder.width,
+    )
+
+
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics are the valid positions' alone, merged once an optimiser step.
+"""BatchNorm over the valid positions only, whose running statistics are merged once an optimiser step.
 
 B: utterances, T: frames, D: width.
 """
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalisation by the statistics of the valid positions. Written out so that only its input is kept for the
-    backward pass, where the composed operations keep five tensors of that size."""
+    """Normalisation by the statistics of the valid positions.
+
+    Written out so that only its input is kept for the backward pass; the composed operations keep five tensors of that
+    size.
+    """
 
     @staticmethod
     def forward(ctx, x, valid, count, weight, bias, epsilon):
@@ -38,11 +41,11 @@ class _Normalise(torch.autograd.Function):
 
 
 class MaskedBatchNorm(nn.Module):
-    """Normalises (B, T, D) over the valid positions of the micro-batch.
+    """BatchNorm of (B, T, D) over the valid positions of the micro-batch.
 
-    In training the running statistics do not move during a forward pass: each pass appends its (mean,
-    variance) to ``pending``, and ``merge`` folds them in, in the order given, once a step. So the running
-    statistics are those of the plan's order whoever computed which micro-batch.
+    In training the running statistics do not move during a forward pass: each pass appends its (mean, variance) to
+    ``pending``, and ``merge`` applies them in the order given, once a step. So the running statistics are those of the
+    plan's order, whichever rank computed which micro-batch.
     """
 
     frozen = False
@@ -62,16 +65,17 @@ class MaskedBatchNorm(nn.Module):
         self.pending: list[tuple[Tensor, Tensor] | None] = []
 
     def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        """In training: x (B, T, D), valid (B, T) boolean, of which ``count`` () are true -> (B, T, D), by the
-        statistics of these. In evaluation the convolution before it does its work (``folded``)."""
+        """Return x (B, T, D) normalised by the statistics of its ``count`` () valid (B, T) positions, in training.
+
+        In evaluation the convolution before it does its work (``folded``).
+        """
         y, mean, variance = _Normalise.apply(x, valid, count, self.weight, self.bias, self.epsilon)
         if not MaskedBatchNorm.frozen:
             self.pending.append((mean, variance * (count / (count - 1).clamp(min=1))))
         return y
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight (D, 1, k) and bias (D,) of a depthwise convolution that does what the given one and then this norm, by
-        its running statistics, would do."""
+        """Return weight (D, 1, k) and bias (D,) of a depthwise convolution with this norm folded into it."""
         scale = (self.running_var.float() + self.epsilon).rsqrt() * self.weight
         shift = self.bias - self.running_mean * scale
         if bias is not None:
@@ -79,8 +83,7 @@ class MaskedBatchNorm(nn.Module):
         return (weight * scale[:, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
     def merge(self, statistics: Iterable[tuple[Tensor, Tensor] | None]) -> None:
-        """Folds the (mean, variance) of micro-batches, in plan order, into the running statistics; None stands for
-        one that left the layer out."""
+        """Merge (mean, variance) of micro-batches, in plan order; None: the layer was dropped."""
         for mean, variance in filter(None, statistics):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)
@@ -89,7 +92,7 @@ class MaskedBatchNorm(nn.Module):
 
 @contextmanager
 def frozen_statistics() -> Iterator[None]:
-    """No MaskedBatchNorm notes statistics in this context: a layer is being computed a second time."""
+    """Context manager in which no MaskedBatchNorm records statistics: a layer is being computed a second time."""
     MaskedBatchNorm.frozen = True
     try:
         yield
@@ -98,7 +101,7 @@ def frozen_statistics() -> Iterator[None]:
 
 
 def merge_pending(model: nn.Module) -> None:
-    """Folds what every MaskedBatchNorm of ``model`` has pending into its running statistics, in order."""
+    """Merge the pending statistics of every MaskedBatchNorm of ``model``, in order."""
     for module in model.modules():
         if isinstance(module, MaskedBatchNorm):
             module.merge(module.pending)

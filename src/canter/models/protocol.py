@@ -1,4 +1,4 @@
-"""What Canter asks of any speech encoder-decoder model: its own (`SpeechModel`) or another library's, by an adapter.
+"""The interface of any speech encoder-decoder: Canter's own `SpeechModel`, or another library's by an adapter.
 
 B: utterances, S: samples, F: feature frames, M: mel bins, T: encoder frames, D: width, U: tokens, V: vocabulary.
 """
@@ -6,7 +6,7 @@ B: utterances, S: samples, F: feature frames, M: mel bins, T: encoder frames, D:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
     import torch
 
     from canter.models.batch import Batch, Loss
+    from canter.models.cost import UtteranceCost
     from canter.text.tokenizer import Tokenizer
 
 Capability = Literal[
-    "cached_decoding",  # Canter's engine decodes it: `Engine`, its caches, beams and CUDA graphs
+    "cached_decoding",  # Canter's engine decodes it, with caches, beams and CUDA graphs
     "word_timestamps",
-    "joint_decoding",  # CTC and attention, where it has a CTC head
+    "joint_decoding",  # CTC and attention, if it has a CTC head
     "repetition_guard",
     "int8",
     "compile",
     "shard",  # FSDP2
     "spec_augment",  # masks drawn by Canter from (seed, epoch, row)
-    "any_length",  # padding of utterances to a fixed length can be changed or left out
+    "any_length",  # the length that utterances are padded to can be changed, or padding left out
     "bf16_weights",  # its layers compute in the type of their weights
-    "split_decoder",  # `loss_of`: decoder and heads on parts of an encoded batch
+    "split_decoder",  # `SpeechModel.loss_of`: decoder and heads on parts of an encoded batch
     "cost_model",  # FLOPs and memory follow from its configuration
     "characters",  # its CTC head is trained on characters, which are saved beside it
 ]
-"""What a model may or may not be able to do; what all models can do needs no name."""
+"""Features that some models lack; features that all models have need no name."""
 
 
 class AnyModel(Protocol):
     """A speech encoder-decoder, which is a `torch.nn.Module` too.
 
-    Nothing may ask which class a model is of: it asks ``supports``.
+    Ask ``supports`` for what it can do, never for its class.
     """
 
     @property
     def supports(self) -> Set[Capability]:
-        """What the model can do beyond training, tuning and decoding."""
+        """Features beyond training, tuning and decoding."""
         ...
 
     @property
@@ -53,10 +54,16 @@ class AnyModel(Protocol):
         ...
 
     tokenizer: Tokenizer | None
+    """The checkpoint's tokenizer, if it has one."""
 
     @property
-    def generation(self) -> dict[str, Any]:
-        """How it wants to be decoded, in the words of Hugging Face's ``generation_config.json``."""
+    def generation(self) -> Mapping[str, object]:
+        """Settings for decoding, named as in Hugging Face's ``generation_config.json``."""
+        ...
+
+    @property
+    def ctc(self) -> nn.Module | None:
+        """The auxiliary CTC head."""
         ...
 
     # -- sizes --
@@ -102,14 +109,26 @@ class AnyModel(Protocol):
         ...
 
     def encoder_frames(self, seconds: float) -> int:
-        """Return T of an utterance of so many seconds."""
+        """Return T of an utterance of ``seconds``."""
+        ...
+
+    def layers(self) -> Mapping[str, Mapping[str, object]]:
+        """Return kind, number of layers and width of "encoder" and "decoder", and what else is known of the parts."""
+        ...
+
+    def parts(self) -> Mapping[str, int]:
+        """Return the number of parameters by part, each counted once."""
+        ...
+
+    def cost(self, seconds: float, tokens: int) -> UtteranceCost:
+        """Return FLOPs and memory of an utterance of ``seconds`` and ``tokens``."""
         ...
 
     # -- training --
 
     @property
     def recomputes(self) -> bool:
-        """Whether activation checkpointing is on."""
+        """True while activation checkpointing is on."""
         ...
 
     def recompute_activations(self, on: bool = True) -> None:
@@ -117,7 +136,7 @@ class AnyModel(Protocol):
         ...
 
     def features(self, audio: Tensor, lengths: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Return the encoder's input of audio (B, S) with lengths (B,) in samples, and its lengths or mask."""
+        """Return the encoder's input of audio (B, S), (B,) in samples: spectrogram (B, F, M), and lengths or a mask."""
         ...
 
     def loss(
@@ -144,20 +163,20 @@ class AnyModel(Protocol):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def train(self, mode: bool = True) -> Any: ...
-    def eval(self) -> Any: ...
-    def to(self, device: torch.device | str) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def train(self, mode: bool = True) -> AnyModel: ...
+    def eval(self) -> AnyModel: ...
+    def to(self, device: torch.device | str) -> AnyModel: ...
 
 
 def module_of(model: AnyModel) -> nn.Module:
-    """Return the model as the torch module that it is, for torch's own functions."""
+    """Return the model as a torch module, for torch's own functions."""
     assert isinstance(model, nn.Module)
     return model
 
 
 def check_support(model: AnyModel, asked: Mapping[str, Capability], source: object) -> None:
-    """Check that ``model`` can do what was asked; ``asked`` maps options to what they need.
+    """Check that ``model`` can do what was asked; ``asked`` maps options to the capability that they need.
 
     Raises ConfigError that names the options and ``source``, where the model is from.
     """

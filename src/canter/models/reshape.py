@@ -1,30 +1,32 @@
-"""Moving capacity from decoder to encoder, from trained weights.
+"""Move capacity from decoder to encoder, starting from trained weights.
 
-A smaller decoder keeps some of its layers. A larger encoder gets new layers between its own, either such
-that they change nothing at first (LLaMA Pro's block expansion, Wu et al., 2024: a copy of the layer before
-whose outputs are zero), or as working copies (depth up-scaling, Kim et al., 2023), which changes the
-function but starts with more to learn from.
+A smaller decoder keeps some of its layers. A larger encoder gets new layers between its own, which either change
+nothing at first (block expansion of LLaMA Pro, Wu et al., 2024: a copy of the layer before whose outputs are zero), or
+are working copies (depth up-scaling, Kim et al., 2023), which changes the function but starts with more to learn from.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from canter.errors import ConfigError
-from canter.models.cost import parameters, utterance_cost
 from canter.models.formats.fitting import build
-from canter.models.model import ModelConfig, SpeechModel
+from canter.models.model import ModelConfig, SpeechModel, utterance_cost
 
 Growth = Literal["identity", "copy"]
 Kept = Literal["even", "spread", "first", "last"]
 
 
 def kept_layers(count: int, of: int, kept: Kept = "even") -> list[int]:
-    """Which layers a stack of ``of`` keeps: the first, the last, spread from first to last (Gandhi et
-    al., 2023, who made Distil-Whisper so), or at even steps from the first on."""
+    """Return the layers that a stack of ``of`` keeps.
+
+    They are the first, the last, spread from first to last (Distil-Whisper, Gandhi et al., 2023), or at even steps from
+    the first on.
+    """
     if kept == "first" or count == of:
         return list(range(count))
     if kept == "last":
@@ -35,8 +37,10 @@ def kept_layers(count: int, of: int, kept: Kept = "even") -> list[int]:
 
 
 def grown_layers(count: int, of: int) -> list[tuple[int, bool]]:
-    """The layers of a stack grown from ``of``: (the layer it comes from, whether it is new), new ones spread
-    evenly, each after the one it is a copy of."""
+    """Return the layers of a stack grown from ``of``: (the layer it comes from, whether it is new).
+
+    New layers are spread evenly, each after the one it is a copy of.
+    """
     new = count - of
     layers = []
     for place in range(of):
@@ -53,10 +57,10 @@ def reshape(
     growth: Growth = "identity",
     kept: Kept = "even",
 ) -> SpeechModel:
-    """A model with other numbers of layers, started from the weights of ``model``, which stays as it is.
+    """Return a model with other numbers of layers, started from the weights of ``model``, which does not change.
 
-    With ``growth="identity"`` a larger encoder computes what it did. ConfigError for impossible numbers, or
-    an encoder that does not tell which of its modules write to the residual stream.
+    With ``growth="identity"`` a larger encoder computes the same function. Raises ConfigError for impossible numbers,
+    or an encoder that does not state which of its modules write to the residual stream.
     """
     encoder, decoder = model.config.encoder, model.config.decoder
     wide, deep = encoder_layers or encoder.layers, decoder_layers or decoder.layers
@@ -79,14 +83,14 @@ def reshape(
     tensors |= stacked
     tensors |= _stack(model, "decoder", [(place, False) for place in kept_layers(deep, decoder.layers, kept)])
     fresh.load_state_dict(tensors)
-    fresh.tokenizer, fresh.generation = model.tokenizer, dict(model.generation)
+    fresh.tokenizer, fresh.characters, fresh.generation = model.tokenizer, model.characters, dict(model.generation)
     if deep != decoder.layers:
         fresh.generation.pop("alignment_heads", None)  # they name layers by their old numbers
     return fresh.to(model.decoder.embedding.weight.device).train(model.training)
 
 
 def with_layers(config: ModelConfig, encoder_layers: int, decoder_layers: int) -> ModelConfig:
-    """``config`` with other numbers of layers."""
+    """Return ``config`` with other numbers of layers."""
     encoder = replace(config.encoder, layers=encoder_layers)  # pyright: ignore[reportArgumentType]
     return replace(config, encoder=encoder, decoder=replace(config.decoder, layers=decoder_layers))
 
@@ -103,8 +107,11 @@ def _stack(model: SpeechModel, part: str, order: Sequence[tuple[int, bool]]) -> 
 def _make_identities(
     tensors: dict[str, Tensor], order: Sequence[tuple[int, bool]], outputs: Sequence[str], last_norm: str
 ) -> None:
-    """Zeroes what new layers add. Where a layer ends in a norm, the one before a new layer loses its scale
-    and shift, which the new one has copied: the norm of a normalised vector is the vector."""
+    """Zero what new layers add.
+
+    Where a layer ends in a norm, the one before a new layer loses its scale and shift, which the new one has copied:
+    the norm of a normalised vector is the vector.
+    """
     for place, (_, new) in enumerate(order):
         if not new:
             continue
@@ -119,20 +126,18 @@ def _make_identities(
 
 
 def encoder_layers_that_keep(
-    what: Literal["parameters", "flops"],
-    config: ModelConfig,
-    decoder_layers: int,
-    seconds: float,
-    tokens: int,
+    what: Literal["parameters", "flops"], config: ModelConfig, decoder_layers: int, seconds: float, tokens: int
 ) -> int:
-    """How many encoder layers bring parameters, or operations for an utterance of so many seconds and tokens,
-    nearest to those of ``config`` once the decoder has ``decoder_layers``."""
+    """Return the number of encoder layers that keeps parameters, or FLOPs of an utterance, nearest to ``config``.
+
+    The decoder is given ``decoder_layers``; the utterance has ``seconds`` and ``tokens``.
+    """
 
     def size(encoder: int, decoder: int) -> float:
         shape = with_layers(config, encoder, decoder)
         if what == "parameters":
             with torch.device("meta"):
-                return sum(parameters(SpeechModel(shape)).values())
+                return sum(SpeechModel(shape).parts().values())
         cost = utterance_cost(shape, seconds, tokens)
         return cost.encoder_flops + cost.decoder_flops
 
@@ -140,3 +145,78 @@ def encoder_layers_that_keep(
     aim, smaller = size(now, config.decoder.layers), size(now, decoder_layers)
     layer = size(now + 1, decoder_layers) - smaller
     return max(1, now + round((aim - smaller) / layer))
+
+
+@dataclass(frozen=True)
+class StackTime:
+    """Seconds of a stack of layers: the part that does not depend on its depth, and a layer."""
+
+    rest: float
+    layer: float
+
+    def of(self, layers: int) -> float:
+        """Return the seconds with ``layers``."""
+        return self.rest + layers * self.layer
+
+
+@dataclass(frozen=True)
+class DecodingTime:
+    """Seconds to encode a batch and to decode it with caches."""
+
+    encoder: StackTime
+    decoder: StackTime
+
+
+@torch.no_grad()
+def measure_times(model: SpeechModel, seconds: float = 10.0, tokens: int = 40, batch: int = 4) -> DecodingTime:
+    """Return the times of ``model``, measured as it is and with one layer, on a batch of silence."""
+    was_training = model.training
+    model.eval()
+    device = model.decoder.embedding.weight.device
+    samples = round(seconds * model.config.features.sample_rate)
+    audio = torch.zeros(batch, samples, device=device)
+    features, frames = model.features(audio, torch.full((batch,), samples, device=device))
+    encoded, lengths = model.encode(features, frames)
+    projected, sizes = model.projection(encoded), lengths.tolist()
+
+    def decode() -> None:
+        cache = model.decoder.cache()
+        model.decoder.admit([[0]] * batch, projected, sizes, cache)
+        step = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        for _ in range(tokens - 1):
+            model.decoder.step(step, cache)
+
+    try:
+        return DecodingTime(
+            encoder=_by_depth(model.encoder, lambda: model.encode(features, frames)),
+            decoder=_by_depth(model.decoder, decode),
+        )
+    finally:
+        model.train(was_training)
+
+
+def _by_depth(part: nn.Module, run: Callable[[], object]) -> StackTime:
+    layers, config = part.layers, part.config
+    assert isinstance(layers, nn.ModuleList)
+    whole = seconds_of(run)
+    if len(layers) == 1:
+        return StackTime(0.0, whole)
+    try:
+        part.layers, part.config = layers[:1], replace(config, layers=1)  # pyright: ignore
+        one = seconds_of(run)
+    finally:
+        part.layers, part.config = layers, config
+    layer = max(0.0, (whole - one) / (len(layers) - 1))
+    return StackTime(max(0.0, whole - len(layers) * layer), layer)
+
+
+def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
+    """Return the least seconds of ``repeats`` runs, after one to warm up: other processes only add to it."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

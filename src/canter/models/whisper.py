@@ -1,7 +1,7 @@
 """Whisper's encoder (Radford et al., 2022, arXiv 2212.04356).
 
-B: utterances, F: feature frames (10 ms), M: mel bins, T: encoder frames (20 ms), D: width. The original
-always sees 30 s; this one takes any length up to that, and padding never changes a valid position.
+B: utterances, F: feature frames (10 ms), M: mel bins, T: encoder frames (20 ms), D: width. The original always sees 30
+s; this one takes any length up to that, and padding never changes a valid position.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from canter.models.decoder import Attention, gelu
-from canter.models.encoder import Encoder
 from canter.models.features import attention_mask, length_mask
+from canter.models.layers import Attention, Encoder, TransformerLayer, gelu, sinusoids
 
 
 @dataclass(frozen=True)
@@ -24,26 +23,19 @@ class WhisperEncoderConfig:
     feedforward: int = 1536
     mels: int = 80
     positions: int = 1500
-    """The most encoder frames: 30 s."""
+    """Maximum number of encoder frames: 30 s."""
     dropout: float = 0.0
     dropout_attention: float = 0.0
     dropout_activation: float = 0.0
-    """Inside the feed-forward."""
+    """Dropout inside the feed-forward."""
     layer_drop: float = 0.0
-    """Probability that training leaves a layer out."""
+    """Probability of dropping a layer in training."""
 
     def build(self) -> "WhisperEncoder":
         return WhisperEncoder(self)
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
-    """(positions, D): sines in the first half of the columns, cosines in the second."""
-    rate = 10000 ** -(torch.arange(width // 2) / (width // 2 - 1))
-    angle = torch.arange(positions)[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-class WhisperLayer(nn.Module):
+class WhisperLayer(TransformerLayer):
     """Pre-norm self-attention and feed-forward, each residual."""
 
     def __init__(self, config: WhisperEncoderConfig):
@@ -51,17 +43,11 @@ class WhisperLayer(nn.Module):
         d = config.width
         self.norm_attention = nn.LayerNorm(d)
         self.attention = Attention(d, config.heads, config.dropout_attention, key_bias=False)
-        self.norm_feed_forward = nn.LayerNorm(d)
-        self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
-        self.dropout = nn.Dropout(config.dropout)
-        self.dropout_activation = nn.Dropout(config.dropout_activation)
+        self.build_feed_forward(d, config.feedforward, "gelu", config.dropout, config.dropout_activation)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, D), mask (B, 1, 1, T), None where all is attended -> (B, T, D)."""
-        h = self.norm_attention(x)
-        x = x + self.dropout(self.attention(h, *self.attention.project(h), mask=mask))
-        h = self.dropout_activation(gelu(self.up(self.norm_feed_forward(x))))
-        return x + self.dropout(self.down(h))
+        """Return the layer's output (B, T, D) for ``x`` (B, T, D); mask (B, 1, 1, T), None where all is attended."""
+        return self.feed_forward(self.attend(x, self.norm_attention, self.attention, mask=mask))
 
 
 class WhisperEncoder(Encoder):
@@ -75,7 +61,9 @@ class WhisperEncoder(Encoder):
         self.config = config
         self.conv1 = nn.Conv1d(config.mels, config.width, 3, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
-        self.register_buffer("positions", sinusoids(config.positions, config.width))
+        half = config.width // 2
+        rates = 10000 ** -(torch.arange(half) / (half - 1))
+        self.register_buffer("positions", sinusoids(torch.arange(config.positions), rates, alternate=False))
         self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
@@ -102,16 +90,17 @@ class WhisperEncoder(Encoder):
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths
 
     def _convolved(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """(B, F, M) and (B,) in feature frames -> (B, T, D)."""
         x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]
         x = gelu(self.conv1(x)) * length_mask(lengths, x.shape[2])[:, None]
         # in memory as it is read, or every layer copies what it reads, and adds to what stands across
         return gelu(self.conv2(x)).transpose(1, 2).contiguous()
 
     def _without_silence(self, features: Tensor) -> int:
-        """How many frames of ``features`` (B, F, M) tell what the convolutions make of all, where the others only
-        repeat the last: what they make of silence is the same anywhere but at the end. 0: all of them, as on a
-        GPU, which would have to be waited for to know."""
+        """Return the number of frames of ``features`` (B, F, M) before the silence at the end, with a margin; 0: all.
+
+        The convolutions give the same for silence anywhere but at the end. It is 0 on a GPU too, where one would have
+        to wait to know.
+        """
         if not self.same_lengths or features.device.type != "cpu" or torch.compiler.is_compiling():
             return 0
         sounding = (features != features[:, -1:]).any(2).any(0).nonzero()

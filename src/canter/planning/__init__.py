@@ -1,7 +1,7 @@
-"""Which utterances go together, at which step, on which rank. NumPy only; usable without torch."""
+"""Planning: batches of utterances, optimiser steps and their ranks. Needs NumPy and no torch."""
 
 from canter.planning.budget import Budget, Polynomial
-from canter.planning.limits import Limits
+from canter.planning.metrics import Limits
 from canter.planning.plan import MicroBatch, Plan, Position
 from canter.planning.shapes import analytic_budget
 from canter.planning.strategies import STRATEGIES, strategy

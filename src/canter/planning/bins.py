@@ -1,7 +1,7 @@
-"""Bucket edges: equal audio, equal audio then equal tokens, and least expected padding by dynamic programming.
+"""Bucket edges of equal audio, of equal audio and tokens, and of least expected padding by dynamic programming.
 
-The first two are the paper's (Zelasko et al. 2025, section 3.1): 1-D bins hold equal sums of seconds; 2-D bins divide
-each of them into sub-bins that hold equal sums of tokens, after outliers in tokens per second are set aside.
+The first two are those of Zelasko et al. 2025, section 3.1: 1-D bins hold equal sums of seconds; 2-D bins divide
+each of them into sub-bins of equal sums of tokens, after outliers in tokens per second are set aside.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from canter.planning.lengths import Lengths
 
 @dataclass(frozen=True, slots=True)
 class Bins:
-    """Buckets: durations up to `seconds[i]`, and in each of these tokens up to `tokens[i][j]` (upper edges, inclusive).
+    """Buckets of durations up to `seconds[i]` and tokens up to `tokens[i][j]` (upper edges, inclusive).
 
-    With one sub-bin a row these are 1-D bins.
+    Bins with one sub-bin a row are 1-D.
     """
 
     seconds: np.ndarray  # (R,) float64, ascending
@@ -34,7 +34,7 @@ class Bins:
         return [(float(s), int(u)) for s, row in zip(self.seconds, self.tokens) for u in row]
 
     def assign(self, lengths: Lengths) -> np.ndarray:
-        """(n,) int64 bucket of each utterance; what is beyond the last edge goes into the last bucket of its row."""
+        """Return the bucket of each utterance, (n,) int64; beyond the last edge it is the last bucket of its row."""
         row = np.minimum(np.searchsorted(self.seconds, lengths.seconds), len(self.seconds) - 1)
         first = np.concatenate([[0], np.cumsum([len(t) for t in self.tokens])])
         bucket = np.empty(len(lengths), np.int64)
@@ -45,13 +45,13 @@ class Bins:
 
 
 def tokens_per_second_bound(lengths: Lengths, z_score: float = 3.0) -> float:
-    """Tokens per second beyond which an utterance is an outlier: mean plus `z_score` standard deviations."""
+    """Return the bound on tokens per second beyond which an utterance is an outlier: mean + `z_score` x deviation."""
     rate = lengths.tokens / lengths.seconds
     return float(rate.mean() + z_score * rate.std())
 
 
 def equal_sums(values: np.ndarray, bins: int) -> np.ndarray:
-    """Upper edges that divide the sum of `values` into `bins` equal parts; fewer where values repeat."""
+    """Return upper edges that divide the sum of `values` into `bins` equal parts; fewer where values repeat."""
     values = np.sort(values)
     total = np.cumsum(values, dtype=np.float64)
     at = np.searchsorted(total, total[-1] * np.arange(1, bins) / bins) if total[-1] > 0 else []
@@ -59,7 +59,7 @@ def equal_sums(values: np.ndarray, bins: int) -> np.ndarray:
 
 
 def estimate_bins(lengths: Lengths, rows: int, columns: int = 1) -> Bins:
-    """`rows` bins of equal audio, each divided into `columns` bins of equal tokens."""
+    """Return `rows` bins of equal audio, each divided into `columns` bins of equal tokens."""
     if len(lengths) == 0:
         raise PlanError("bins cannot be estimated: no utterance of the index can be used")
     if rows < 1 or columns < 1:
@@ -71,7 +71,7 @@ def estimate_bins(lengths: Lengths, rows: int, columns: int = 1) -> Bins:
 
 
 def optimal_bins(lengths: Lengths, budget: Budget, rows: int, columns: int = 1, resolution: int = 400) -> Bins:
-    """Bins that make the expected padded cost least: dynamic programming over duration edges, then over token edges.
+    """Return bins of least expected padded cost: dynamic programming over duration edges, then over token edges.
 
     The cost of a bin is its count times the seconds of one utterance padded to the bin's corner. Candidate edges
     are `resolution` quantiles of the durations (and of the tokens inside a row).
@@ -94,20 +94,20 @@ def optimal_bins(lengths: Lengths, budget: Budget, rows: int, columns: int = 1, 
 
 
 def _candidates(values: np.ndarray, resolution: int) -> np.ndarray:
-    """Ends of runs of equal values nearest to quantiles of sorted `values`; the last is len(values)."""
+    """Return the ends of runs of equal values nearest to quantiles of sorted `values`; the last is len(values)."""
     at = np.unique(np.ceil(np.linspace(0, len(values), resolution + 1)[1:]).astype(np.int64))
     return np.unique(np.searchsorted(values, values[at - 1], side="right"))
 
 
 def _least_cost(ends: np.ndarray, corner: np.ndarray, bins: int) -> np.ndarray:
-    """The at most `bins` of the `ends` (the last among them) with the least sum of count x corner cost."""
+    """Return at most `bins` of the `ends`, the last one included, with the least sum of count x corner cost."""
     starts = np.concatenate([[0], ends[:-1]])
     cost = (ends[None, :] - starts[:, None]) * corner[None, :]  # from candidate i through candidate j
     cost[np.tril_indices(len(ends), -1)] = np.inf
     best, choice = cost[0], []
     for _ in range(min(bins, len(ends)) - 1):
         through = np.concatenate([[np.inf], best[:-1]])[:, None] + cost
-        through[0] = cost[0]  # a bin fewer is allowed
+        through[0] = cost[0]  # fewer bins are allowed
         choice.append(np.argmin(through, axis=0))
         best = through.min(axis=0)
     at, picked = len(ends) - 1, [len(ends) - 1]

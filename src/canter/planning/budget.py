@@ -12,21 +12,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from canter.errors import BudgetError
+from canter.fields import from_mapping
 from canter.files import write_text
 from canter.untrusted import read_json_value
 
 FORMAT = "canter-budget/1"
 TERMS = ("T", "TT", "U", "TU", "UU")
+Array: TypeAlias = np.ndarray
 Number = TypeVar("Number", float, np.ndarray)
+"""A number, or an array of any shape; the frames and tokens of a call are of the same shape."""
+
+
+def parse_memory(text: str, name: str = "memory") -> int:
+    """Return the bytes of a size such as "80GiB", "80GB" or "80" (GB). Raises BudgetError that names ``name``."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(?:([KMGT])(i?)B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise BudgetError(f"{name} is {text!r}; give a size such as 80GiB, 80GB or 80 (GB)")
+    number, unit, binary = found.groups()
+    return round(float(number) * (1024 if binary else 1000) ** (" KMGT".index((unit or "G").upper())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +52,17 @@ class Polynomial:
     TU: float = 0.0
     UU: float = 0.0
 
-    def __call__(self, frames: Any, tokens: Any) -> Any:
-        """Value at (T, U); numbers or arrays of one shape."""
+    def __call__(self, frames: Number, tokens: Number) -> Number:
+        """Return the value at (T, U)."""
         return frames * (self.T + self.TT * frames + self.TU * tokens) + tokens * (self.U + self.UU * tokens)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What fits on a device and how long it takes (see the module's formula).
+    """Memory and time of micro-batches on a device (see the module's formula).
 
-    limit_bytes: what a micro-batch may use; fixed_bytes: used whatever the batch is. `measured_on` says which
-    model, device and precision the numbers belong to.
+    limit_bytes: maximum memory of a micro-batch, fixed bytes included. fixed_bytes: memory that does not depend on the
+    batch. measured_on: model, device and precision to which the numbers belong.
     """
 
     limit_bytes: float
@@ -87,7 +100,7 @@ class Budget:
 
     @classmethod
     def from_batch_seconds(cls, seconds: float, *, frame_seconds: float = 0.08) -> Budget:
-        """A budget that holds `seconds` of padded audio a micro-batch and knows nothing else."""
+        """Return a budget of `seconds` of padded audio a micro-batch, without any other limit."""
         if not seconds > 0:
             raise BudgetError(f"budget: batch seconds is {seconds}; it must be positive")
         return cls(
@@ -98,46 +111,67 @@ class Budget:
             measured_on={"model": f"{seconds:g} seconds a batch"},
         )
 
-    def frames(self, seconds: Any) -> Any:
-        """T = ceil(seconds / frame_seconds), computed in double precision; int64 for arrays."""
+    @property
+    def room_bytes(self) -> float:
+        """Memory for utterances: the limit without the fixed bytes."""
+        return self.limit_bytes - self.fixed_bytes
+
+    @overload
+    def frames(self, seconds: float) -> int: ...
+    @overload
+    def frames(self, seconds: Array) -> Array: ...
+    def frames(self, seconds):
+        """Return T = ceil(seconds / frame_seconds), computed in double precision; int64 for arrays."""
         frames = np.ceil(np.asarray(seconds, dtype=np.float64) / self.frame_seconds)
         return int(frames) if frames.ndim == 0 else frames.astype(np.int64)
 
-    def utterance_bytes(self, frames: Any, tokens: Any) -> Any:
-        """Bytes one utterance adds to a batch padded to (T, U)."""
+    def utterance_bytes(self, frames: Number, tokens: Number) -> Number:
+        """Return the bytes that one utterance adds to a batch padded to (T, U)."""
         return self.memory(frames, tokens)
 
-    def bytes(self, batch: Any, frames: Any, tokens: Any) -> Any:
-        """Predicted peak bytes of a batch (B, T, U)."""
+    @overload
+    def bytes(self, batch: float, frames: float, tokens: float) -> float: ...
+    @overload
+    def bytes(self, batch: Array | float, frames: Array, tokens: Array) -> Array: ...
+    def bytes(self, batch, frames, tokens):
+        """Return the predicted peak bytes of a micro-batch (B, T, U)."""
         return self.fixed_bytes + batch * self.memory(frames, tokens)
 
-    def utterance_seconds(self, frames: Any, tokens: Any) -> Any:
-        """Seconds one utterance adds to a batch padded to (T, U)."""
+    def utterance_seconds(self, frames: Number, tokens: Number) -> Number:
+        """Return the seconds that one utterance adds to a batch padded to (T, U)."""
         return self.time(frames, tokens)
 
-    def step_seconds(self, batch: Any, frames: Any, tokens: Any) -> Any:
-        """Predicted seconds of one micro-batch (B, T, U), forward and backward."""
+    @overload
+    def step_seconds(self, batch: float, frames: float, tokens: float) -> float: ...
+    @overload
+    def step_seconds(self, batch: Array | float, frames: Array, tokens: Array) -> Array: ...
+    def step_seconds(self, batch, frames, tokens):
+        """Return the predicted seconds of a micro-batch (B, T, U), forward and backward."""
         return self.fixed_seconds + batch * self.time(frames, tokens)
 
-    def max_batch(self, frames: Any, tokens: Any) -> Any:
-        """Largest B that fits when padded to (T, U); zero where one utterance alone does not."""
-        room = (self.limit_bytes - self.fixed_bytes) / np.maximum(self.memory(frames, tokens), 1e-30)
+    @overload
+    def max_batch(self, frames: float, tokens: float) -> int: ...
+    @overload
+    def max_batch(self, frames: Array, tokens: Array) -> Array: ...
+    def max_batch(self, frames, tokens):
+        """Return the largest B that fits when padded to (T, U); zero where a single utterance does not fit."""
+        room = self.room_bytes / np.maximum(self.memory(frames, tokens), 1e-30)
         size = np.floor(np.minimum(room, 2**31)).astype(np.int64)
-        # the quotient may round up to a whole number: what counts is that the product fits
+        # the quotient may have been rounded up to an integer, so the product is checked
         size = size - (self.bytes(size, frames, tokens) > self.limit_bytes)
         return int(size) if np.ndim(size) == 0 else size
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when anything that decides a plan changes (`measured_on` does not)."""
+        """Hash of everything that decides a plan; `measured_on` does not."""
         value = self.as_json()
         del value["measured_on"]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
-    def require(self, **expected: Any) -> None:
-        """Refuses use on something else than it was measured on, such as ``require(device="H100", precision="bf16")``.
+    def require(self, **expected: object) -> None:
+        """Check what the budget was measured on, as in ``require(device="H100", precision="bf16")``.
 
-        What `measured_on` does not say is not checked. Raises BudgetError naming every difference.
+        Names that `measured_on` lacks are not checked. Raises BudgetError naming every difference.
         """
         wrong = [
             f"{name} is {wanted!r} here and {self.measured_on[name]!r} in the budget"
@@ -149,27 +183,19 @@ class Budget:
                 f"budget was measured on something else: {'; '.join(wrong)}. Run 'canter tune' again here"
             )
 
-    def as_json(self) -> dict[str, Any]:
-        """The JSON object of the file format."""
-        return {
-            "format": FORMAT,
-            "memory": {
-                "limit_bytes": self.limit_bytes,
-                "fixed_bytes": self.fixed_bytes,
-                "per_utterance_bytes": asdict(self.memory),
-            },
-            "time": {"fixed_seconds": self.fixed_seconds, "per_utterance_seconds": asdict(self.time)},
-            "frame_seconds": self.frame_seconds,
-            "measured_on": dict(self.measured_on),
-        }
+    def as_json(self) -> dict[str, object]:
+        """Return the JSON object of the file format."""
+        memory = _Memory(self.limit_bytes, self.fixed_bytes, self.memory)
+        time = _Time(self.fixed_seconds, self.time)
+        return asdict(_BudgetFile(FORMAT, memory, time, self.frame_seconds, dict(self.measured_on)))
 
     def save(self, path: str | Path) -> None:
-        """Write the budget file, whole or not at all."""
+        """Write the budget file atomically."""
         write_text(path, json.dumps(self.as_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Budget:
-        """Reads a budget file. Raises BudgetError naming the file, the field and its value."""
+        """Read a budget file. Raises BudgetError naming the file, the field and its value."""
         try:
             value = read_json_value(path, BudgetError)
         except FileNotFoundError:
@@ -182,45 +208,41 @@ class Budget:
             raise BudgetError(f"{path}: {error}") from None
 
     @classmethod
-    def from_json(cls, value: Any) -> Budget:
-        """From the JSON object; unknown, missing and wrongly typed fields are errors that name the field."""
-        top = _object(value, "", {"format", "memory", "time"}, {"frame_seconds", "measured_on"})
-        if top["format"] != FORMAT:
-            raise BudgetError(f"budget: format is {top['format']!r}; this version reads {FORMAT!r}")
-        memory = _object(top["memory"], "memory", {"limit_bytes", "per_utterance_bytes"}, {"fixed_bytes"})
-        time = _object(top["time"], "time", {"per_utterance_seconds"}, {"fixed_seconds"})
-        measured_on = top.get("measured_on", {})
-        if not isinstance(measured_on, dict):
-            raise BudgetError(f"budget: measured_on is {measured_on!r}; it must be an object")
+    def from_json(cls, value: object) -> Budget:
+        """Return the budget of a JSON object. Raises BudgetError for unknown, missing and wrongly typed fields."""
+        file = from_mapping(_BudgetFile, value, "budget", error=BudgetError)
+        if file.format != FORMAT:
+            raise BudgetError(f"budget: format is {file.format!r}; this version reads {FORMAT!r}")
         return cls(
-            limit_bytes=_number(memory["limit_bytes"], "memory.limit_bytes"),
-            fixed_bytes=_number(memory.get("fixed_bytes", 0.0), "memory.fixed_bytes"),
-            memory=_polynomial(memory["per_utterance_bytes"], "memory.per_utterance_bytes"),
-            fixed_seconds=_number(time.get("fixed_seconds", 0.0), "time.fixed_seconds"),
-            time=_polynomial(time["per_utterance_seconds"], "time.per_utterance_seconds"),
-            frame_seconds=_number(top.get("frame_seconds", 0.08), "frame_seconds"),
-            measured_on=measured_on,
+            limit_bytes=file.memory.limit_bytes,
+            fixed_bytes=file.memory.fixed_bytes,
+            memory=file.memory.per_utterance_bytes,
+            fixed_seconds=file.time.fixed_seconds,
+            time=file.time.per_utterance_seconds,
+            frame_seconds=file.frame_seconds,
+            measured_on=file.measured_on,
         )
 
 
-def _object(value: Any, name: str, required: set[str], optional: set[str]) -> dict[str, Any]:
-    where = name or "the file"
-    if not isinstance(value, dict):
-        raise BudgetError(f"budget: {where} is {type(value).__name__}; it must be an object")
-    prefix = f"{name}." if name else ""
-    for key in sorted(required - value.keys()):
-        raise BudgetError(f"budget: {prefix}{key} is missing")
-    for key in sorted(value.keys() - required - optional):
-        raise BudgetError(f"budget: {prefix}{key} is not a field; known: {', '.join(sorted(required | optional))}")
-    return value
+@dataclass(frozen=True)
+class _Memory:
+    limit_bytes: float
+    fixed_bytes: float = 0.0
+    per_utterance_bytes: Polynomial = field(default_factory=Polynomial)
 
 
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BudgetError(f"budget: {name} is {value!r}; it must be a number")
-    return float(value)
+@dataclass(frozen=True)
+class _Time:
+    fixed_seconds: float = 0.0
+    per_utterance_seconds: Polynomial = field(default_factory=Polynomial)
 
 
-def _polynomial(value: Any, name: str) -> Polynomial:
-    terms = _object(value, name, set(), set(TERMS))
-    return Polynomial(**{term: _number(number, f"{name}.{term}") for term, number in terms.items()})
+@dataclass(frozen=True)
+class _BudgetFile:
+    """The JSON object of the file format."""
+
+    format: str
+    memory: _Memory
+    time: _Time
+    frame_seconds: float = 0.08
+    measured_on: dict[str, Any] = field(default_factory=dict)

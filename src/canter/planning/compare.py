@@ -1,11 +1,10 @@
-"""The ladder: every strategy on the same lengths and budget, as rows of figures."""
+"""Compare every strategy on the same lengths and budget, as rows of figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from canter.planning.budget import Budget
 from canter.planning.lengths import Index, RateLimits
@@ -13,30 +12,53 @@ from canter.planning.metrics import Figures, mixing_pool
 from canter.planning.plan import Plan
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random, Strategy
 
+Rows = Sequence[tuple[str, Strategy, int | None]]
+"""(label, strategy, window) of the rows to compare."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One row of the ladder. speed and gpus are against the first row (1.0 and `ranks` there)."""
+    """A row of the comparison. speed and gpus are relative to the first row (1.0 and `ranks` there)."""
 
     name: str
     figures: Figures
     ranks: int
     mixing_pool: float
     left_out: int
-    speed: float = 1.0  # times as many utterances an hour on as many GPUs
-    gpus: int = 1  # that take no longer over an utterance than the first row's ranks
+    speed: float = 1.0  # utterances an hour on the same number of GPUs
+    gpus: int = 1  # number of GPUs on which an utterance takes no longer than on the first row's ranks
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         value = asdict(self)
         return {"name": value.pop("name"), **value.pop("figures"), **value}
 
+    def cells(self) -> dict[str, str]:
+        """Return the figures as text, by their column."""
+        f = self.figures
+        return {
+            "strategy": self.name,
+            "padded audio": f"{f.padded_audio:.1%}",
+            "padded tokens": f"{f.padded_tokens:.1%}",
+            "padded compute": f"{f.padded_compute:.1%}",
+            "mean batch": f"{f.mean_batch:.1f}",
+            "memory filled": f"{f.memory_filled:.1%}",
+            "over": f"{f.over:,}",
+            "steps": f"{f.steps:,}",
+            "epoch hours": f"{f.hours:.3f}" if f.hours >= 0.001 else f"{f.hours:.0e}",
+            "waiting": f"{f.waiting:.3f}",
+            "step mixing": f"{f.step_mixing:.2f}",
+            "mixing pool": f"{self.mixing_pool:,.0f}" if math.isfinite(self.mixing_pool) else "all",
+            "left out": f"{self.left_out:,}",
+            "speed": f"{self.speed:.2f}x",
+            "GPUs": f"{self.gpus}",
+        }
 
-def ladder(
-    window: int | None = None, mixing: float = 1.0, mix_steps: bool = False
-) -> list[tuple[str, Strategy, int | None]]:
-    """(label, strategy, window) of the rows that `canter compare` shows."""
+
+def ladder(window: int | None = None, mixing: float = 1.0, mix_steps: bool = False) -> Rows:
+    """Return the rows that `canter compare` shows."""
     balanced = Balanced(mixing, mix_steps)
     window = balanced.default_window if window is None else window
+    thousands = f"{window // 1000}k" if window and window % 1000 == 0 else f"{window}"
     return [
         ("random", Random(), None),
         ("duration 360 s", Duration(), None),
@@ -45,28 +67,14 @@ def ladder(
         ("bucket_2d 30x2 in step", Bucket2D(), None),
         ("bucket_2d 30x5 in step", Bucket2D(30, 5), None),
         ("bucket_2d 60 optimal", Bucket2D(20, 3, optimal=True), None),
-        (f"balanced W={short(window)}{' mixed' if mix_steps else ''}", balanced, window),
+        (f"balanced W={thousands}{' mixed' if mix_steps else ''}", balanced, window),
     ]
-
-
-def short(count: int | None) -> str:
-    """50000 as 50k."""
-    if count is None:
-        return "all"
-    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else f"{count}"
-
-
-def rung(name: str, plan: Plan, ranks: int) -> Rung:
-    """A row, from this epoch and the next."""
-    figures = plan.figures(ranks)
-    pool = mixing_pool(plan.batch_of_rows(), plan.at_epoch(plan.epoch + 1).batch_of_rows())
-    return Rung(name, figures, ranks, pool, len(plan.index) - figures.utterances)
 
 
 def compare(
     index: Index,
     budget: Budget,
-    strategies: Sequence[tuple[str, Strategy, int | None]] | None = None,
+    strategies: Rows | None = None,
     *,
     ranks: int = 8,
     micro_batches_per_step: int | None = None,
@@ -74,63 +82,36 @@ def compare(
     min_steps: int | None = None,
     max_tokens_per_second: RateLimits = None,
 ) -> Iterator[Rung]:
-    """Yield the rows in order, each as soon as it is known. M is the ranks unless given."""
-    first: Rung | None = None
-    for name, strategy, window in strategies if strategies is not None else ladder():
-        plan = Plan(
-            index,
-            budget,
-            strategy,
-            seed=seed,
-            window=window,
-            micro_batches_per_step=ranks if micro_batches_per_step is None else micro_batches_per_step,
-            min_steps=min_steps,
-            max_tokens_per_second=max_tokens_per_second,
-        )
-        row = rung(name, plan, ranks)
-        first = first or row
-        yield against(row, first)
+    """Yield the rows in order, each as soon as it is computed. M is the number of ranks unless given.
 
-
-def against(row: Rung, first: Rung) -> Rung:
-    """The row with its speed and GPUs measured against the first: hours per utterance, so that one who leaves
-    utterances out gains nothing by it."""
-    if not row.figures.utterances or not first.figures.utterances:
-        return row
-    ratio = (row.figures.hours / row.figures.utterances) / (first.figures.hours / first.figures.utterances)
-    return replace(row, speed=1 / ratio, gpus=max(1, math.ceil(first.ranks * ratio - 1e-9)))
-
-
-COLUMNS: tuple[str, ...] = (
-    "strategy", "padded audio", "padded tokens", "padded compute", "mean batch", "memory filled", "over", "steps",
-    "epoch hours", "waiting", "step mixing", "mixing pool", "left out", "speed", "GPUs",
-)  # fmt: skip
-
-
-def cells(row: Rung) -> tuple[str, ...]:
-    """A row's figures as text, in the order of COLUMNS."""
-    f = row.figures
-    pool = f"{row.mixing_pool:,.0f}" if math.isfinite(row.mixing_pool) else "all"
-    return (
-        row.name,
-        f"{f.padded_audio:.1%}",
-        f"{f.padded_tokens:.1%}",
-        f"{f.padded_compute:.1%}",
-        f"{f.mean_batch:.1f}",
-        f"{f.memory_filled:.1%}",
-        f"{f.over:,}",
-        f"{f.steps:,}",
-        f"{f.hours:.3f}" if f.hours >= 0.001 else f"{f.hours:.0e}",
-        f"{f.waiting:.3f}",
-        f"{f.step_mixing:.2f}",
-        pool,
-        f"{row.left_out:,}",
-        f"{row.speed:.2f}x",
-        f"{row.gpus}",
+    Speed is by hours an utterance, so that a strategy gains nothing by leaving utterances out. The mixing pool is that
+    of the first two epochs.
+    """
+    base = Plan(
+        index,
+        budget,
+        seed=seed,
+        micro_batches_per_step=ranks if micro_batches_per_step is None else micro_batches_per_step,
+        min_steps=min_steps,
+        max_tokens_per_second=max_tokens_per_second,
     )
+    first: Figures | None = None
+    for name, strategy, window in strategies if strategies is not None else ladder():
+        plan = replace(base, strategy=strategy, window=window)
+        figures = plan.figures(ranks)
+        first = first or figures
+        pool = mixing_pool(plan.batch_of_rows(), plan.at_epoch(1).batch_of_rows())
+        ratio = 1.0
+        if figures.utterances and first.utterances:
+            ratio = (figures.hours / figures.utterances) / (first.hours / first.utterances)
+        gpus = max(1, math.ceil(ranks * ratio - 1e-9))
+        yield Rung(name, figures, ranks, pool, len(index) - figures.utterances, 1 / ratio, gpus)
 
 
 def markdown(rows: Iterable[Rung]) -> str:
-    """The ladder as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows]) + "\n"
+    """Return the rows as a Markdown table."""
+    cells = [row.cells() for row in rows]
+    lines = [list(cells[0]), *(list(one.values()) for one in cells)]
+    texts = ["| " + " | ".join(line) + " |" for line in lines]
+    texts.insert(1, "|---|" + "---:|" * (len(lines[0]) - 1))
+    return "\n".join(texts) + "\n"

@@ -11,11 +11,11 @@ from canter.errors import PlanError
 
 
 def share_out(seconds: np.ndarray, ranks: int, most: int | None = None) -> list[list[int]]:
-    """Micro-batches for each rank, longest first to the rank with the least so far (Graham 1969).
+    """Return the micro-batches of each rank: longest first to the rank with the least time so far (Graham 1969).
 
-    seconds: (M,) predicted time of each micro-batch. most: what a rank may get at most, for loops that accumulate a
-    fixed number. Every rank computes the same result. A rank may get none where there are more ranks than
-    micro-batches; it then runs an empty batch of weight zero.
+    seconds: (M,) predicted time of each micro-batch. most: maximum number for a rank, for loops that accumulate a
+    fixed number. Every rank computes the same result. Some ranks get none where there are more ranks than
+    micro-batches; they run an empty batch of weight zero.
     """
     if ranks < 1:
         raise PlanError(f"ranks is {ranks}; it must be at least 1")
@@ -32,9 +32,9 @@ def share_out(seconds: np.ndarray, ranks: int, most: int | None = None) -> list[
 
 
 def slowest_rank(seconds: np.ndarray, steps: np.ndarray, ranks: int) -> np.ndarray:
-    """(S,) seconds of the slowest rank in each step; seconds: (micro-batches,), steps: offsets (S + 1,)."""
+    """Return the slowest rank's seconds of each step, (S,); seconds: (micro-batches,), steps: offsets (S + 1,)."""
     sizes = np.diff(steps)
-    if np.all(sizes <= ranks):  # a micro-batch a rank at most: the slowest is the longest
+    if np.all(sizes <= ranks):  # at most one micro-batch a rank
         return np.maximum.reduceat(seconds, steps[:-1]) if len(sizes) else np.empty(0)
     slowest = np.empty(len(sizes))
     for step, (begin, end) in enumerate(pairwise(steps)):

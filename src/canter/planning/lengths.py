@@ -1,4 +1,4 @@
-"""Lengths of utterances in the units the budget counts, and the two small interfaces around them."""
+"""Lengths of utterances in the units of the budget, and the limits by which utterances are left out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -18,26 +18,26 @@ RateLimits: TypeAlias = float | tuple[tuple[float, float], ...] | None
 
 
 class Index(Protocol):
-    """What planning needs of a length index; `canter.corpus.index.LengthIndex` is one."""
+    """The part of a length index that planning needs; `canter.corpus.index.LengthIndex` has it."""
 
     @property
     def seconds(self) -> np.ndarray:
-        """(N,) float32, seconds of audio."""
+        """Seconds of audio, (N,) float32."""
         ...
 
     @property
     def tokens(self) -> np.ndarray:
-        """(N,) integers, target tokens with prompt and end token."""
+        """Target tokens with prompt and end token, (N,) integers."""
         ...
 
     @property
     def source_of(self) -> np.ndarray:
-        """(N,) integers, the row's source."""
+        """The row's source, (N,) integers."""
         ...
 
     @property
-    def sources(self) -> Any:
-        """Sources in order, each with a `weight`."""
+    def sources(self) -> Sequence[object]:
+        """Sources in order; those with a `weight` are drawn by it in an endless stream."""
         ...
 
     @property
@@ -46,9 +46,16 @@ class Index(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
+class PerEpoch(Protocol):
+    """An index whose lengths differ between epochs, as with speed perturbation."""
+
+    def at_epoch(self, epoch: int) -> Index: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Lengths of n utterances. frames and tokens are rounded up to the grid, if there is one."""
+    """Lengths of n utterances, with frames and tokens rounded up to the grid if there is one."""
 
     seconds: np.ndarray  # (n,) float, s
     frames: np.ndarray  # (n,) int64, T
@@ -62,7 +69,7 @@ class Lengths:
 
     @classmethod
     def of(cls, index: Index, rows: np.ndarray | slice, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Lengths:
-        """Of some rows of an index; `grid` rounds T and U up to multiples."""
+        """Return the lengths of rows of an index; `grid` rounds T and U up to multiples."""
         seconds = np.asarray(index.seconds[rows])
         tokens = np.asarray(index.tokens[rows]).astype(np.int64)
         with np.errstate(invalid="ignore"):
@@ -75,7 +82,7 @@ class Lengths:
 
 
 def sample(index: Index, budget: Budget, grid: tuple[int, int] = (1, 1), most: int = 200_000) -> Lengths:
-    """Usable rows of an index at a regular stride, at most about `most`: what bins are estimated from."""
+    """Return usable rows of an index at a regular stride, about `most` at most, from which bins are estimated."""
     lengths = Lengths.of(index, slice(None, None, max(1, len(index) // most)), budget, grid)
     return lengths.take(np.flatnonzero(exclusions(lengths, budget, None) == 0))
 
@@ -92,7 +99,7 @@ REASONS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """Longest utterance that a model takes; ``tokens`` with prompt and end token."""
+    """The longest utterance that a model takes; ``tokens`` with prompt and end token."""
 
     seconds: float = math.inf
     tokens: float = math.inf
@@ -104,17 +111,17 @@ class ModelLimits:
         return float(np.max(index.seconds)) / slowest > self.seconds or int(np.max(index.tokens)) > self.tokens
 
 
-def rate_limits(value: float | str | Sequence[Any] | None) -> RateLimits:
+def rate_limits(value: float | str | Sequence[str | float | Sequence[float]] | None) -> RateLimits:
     """Check and normalise limits in tokens per second.
 
-    value: one limit, (duration, limit) pairs in any order, or text as it is typed: "25", "10:30 20:25 40:20", or the
-    words of it. Raises PlanError naming the value that cannot be used.
+    value: one limit, (duration, limit) pairs in any order, or text such as "25" and "10:30 20:25 40:20", or its words.
+    Raises PlanError naming the invalid value.
     """
     if value is None or isinstance(value, int | float):
         limits = [] if value is None else [(math.inf, float(value))]
     else:
         words = value.replace(",", " ").split() if isinstance(value, str) else list(value)
-        limits = [_rate_limit(word, alone=len(words) == 1) for word in words]
+        limits = [_rate_limit(word, single=len(words) == 1) for word in words]
     for duration, limit in limits:
         if not (duration > 0 and limit > 0):
             named = f"{limit:g}" if duration == math.inf else f"{duration:g}:{limit:g}"
@@ -128,8 +135,8 @@ def rate_limits(value: float | str | Sequence[Any] | None) -> RateLimits:
     return limits[0][1] if limits[0][0] == math.inf else tuple(limits)
 
 
-def _rate_limit(word: Any, alone: bool) -> tuple[float, float]:
-    """Return (duration, limit) of a pair or of a word such as "10:30"; "25" alone has no bound on duration."""
+def _rate_limit(word: str | float | Sequence[float], single: bool) -> tuple[float, float]:
+    """Return (duration, limit) of a pair or of a word such as "10:30"; a single "25" has no bound on duration."""
     parts = word.split(":") if isinstance(word, str) else [word] if isinstance(word, int | float) else list(word)
     try:
         numbers = [float(part) for part in parts]
@@ -137,7 +144,7 @@ def _rate_limit(word: Any, alone: bool) -> tuple[float, float]:
         numbers = []
     if len(numbers) == 2 and not math.isinf(numbers[0]):
         return numbers[0], numbers[1]
-    if len(numbers) == 1 and alone:
+    if len(numbers) == 1 and single:
         return math.inf, numbers[0]
     raise PlanError(
         f"max_tokens_per_second has {word!r}; give one limit such as 25, or duration:limit pairs such as 10:30 20:25"
@@ -145,8 +152,10 @@ def _rate_limit(word: Any, alone: bool) -> tuple[float, float]:
 
 
 def rate_limit_at(seconds: np.ndarray, limits: RateLimits) -> np.ndarray | float:
-    """Return the limit in tokens per second for each duration: that of the first pair whose duration is not shorter,
-    and that of the last pair for longer utterances."""
+    """Return the limit in tokens per second of each duration.
+
+    It is that of the first pair whose duration is not shorter, or of the last pair for longer utterances.
+    """
     if limits is None:
         return math.inf
     if isinstance(limits, float):
@@ -163,9 +172,9 @@ def exclusions(
     model: ModelLimits | None = None,
     grid_tokens: int = 1,
 ) -> np.ndarray:
-    """Return for each utterance an index into REASONS, (n,) int8; 0 where it can be used.
+    """Return an index into REASONS for each utterance, (n,) int8; 0 for those that can be used.
 
-    grid_tokens: multiple up to which the tokens of ``lengths`` are rounded; the model's limit is rounded up with them.
+    grid_tokens: multiple to which the tokens of ``lengths`` are rounded up, and therefore the model's limit.
     """
     reason = np.zeros(len(lengths), np.int8)
     with np.errstate(invalid="ignore"):

@@ -1,16 +1,16 @@
-"""The figures of a plan, each defined once; anyone can compute them from the plan, the lengths and the budget.
+"""The figures of a plan, each defined once. All follow from the plan, the lengths and the budget.
 
-For micro-batches of B utterances padded to T (frames) and U (tokens), with T_i, U_i the utterances' own:
+For micro-batches of B utterances padded to T (frames) and U (tokens), with unpadded lengths T_i and U_i:
 
 - padded audio    1 - sum T_i / sum B T
 - padded tokens   1 - sum U_i / sum B U
-- padded compute  1 - sum s(T_i, U_i) / sum B s(T, U), s the budget's seconds per utterance, the fixed part left out
+- padded compute  1 - sum s(T_i, U_i) / sum B s(T, U), s the budget's seconds per utterance without the fixed part
 - mean batch      utterances / micro-batches
-- memory filled   mean over micro-batches of predicted bytes / limit; over: how many exceed the limit
+- memory filled   mean over micro-batches of predicted bytes / limit; over: the number that exceed the limit
 - epoch hours     sum over steps of the slowest rank's predicted seconds
 - waiting         mean over steps of the slowest rank's predicted seconds / the ranks' mean
-- step mixing    variance of the batches' mean seconds of audio within steps / over all batches; 0 where none differ
-- mixing pool     mean batch / probability that two utterances that shared a batch share one in the next epoch
+- step mixing     variance of the batches' mean seconds of audio within steps / over all batches; 0 where none differ
+- mixing pool     mean batch / probability that two utterances of a batch share one in the next epoch too
 
 Rounding T and U up to a grid counts as padding.
 """
@@ -19,18 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 
 from canter.planning.budget import Budget
 from canter.planning.elastic import slowest_rank
 
+Cause = Literal["memory", "batch_seconds", "min_steps", "utterances", "strategy"]
+
 
 @dataclass(frozen=True, slots=True)
 class BatchTable:
-    """Per micro-batch: utterances, padded frames and tokens, and the sums of the utterances' own lengths.
+    """Utterances, padded lengths and sums of unpadded lengths of each micro-batch.
 
-    All columns (micro-batches,) but `steps`, the offsets of steps in micro-batches (S + 1,).
+    All columns are (micro-batches,) except `steps`, the offsets of steps in micro-batches (S + 1,).
     """
 
     size: np.ndarray
@@ -38,7 +41,7 @@ class BatchTable:
     tokens: np.ndarray
     own_frames: np.ndarray
     own_tokens: np.ndarray
-    own_seconds: np.ndarray  # sum of the budget's seconds of the utterances unpadded
+    own_seconds: np.ndarray  # predicted seconds of the unpadded utterances, without the fixed part
     audio_seconds: np.ndarray
     steps: np.ndarray
 
@@ -55,7 +58,7 @@ class BatchTable:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """See the module's docstring for the definitions."""
+    """Figures of a plan; the module's docstring defines them."""
 
     padded_audio: float
     padded_tokens: float
@@ -72,7 +75,7 @@ class Figures:
 
 
 def figures(table: BatchTable, budget: Budget, ranks: int) -> Figures:
-    """Figures of a plan's micro-batches with steps shared out to `ranks`."""
+    """Return the figures of a plan's micro-batches, its steps shared out to `ranks`."""
     if len(table.size) == 0:
         return Figures(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 1.0, 0.0)
     used = budget.bytes(table.size, table.frames, table.tokens)
@@ -110,10 +113,10 @@ def _wasted(own: np.ndarray, padded: np.ndarray) -> float:
 
 
 def mixing_pool(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean batch of one epoch / probability that two that shared a batch in it share one in the other.
+    """Return the mean batch / probability that two utterances of a batch share one in the other epoch too.
 
-    first, second: (N,) the row's micro-batch in each epoch, -1 where it is in none. Exact, by counting pairs.
-    Infinite where no pair meets again.
+    first, second: (N,) the row's micro-batch in each epoch, -1 for rows in none. The result is exact, by counting
+    pairs; infinite where no pair meets again.
     """
     both = (first >= 0) & (second >= 0)
     a, b = first[both], second[both]
@@ -125,3 +128,46 @@ def mixing_pool(first: np.ndarray, second: np.ndarray) -> float:
     again = (meet.astype(np.float64) * (meet - 1)).sum()
     mean = len(a) / np.count_nonzero(sizes)
     return float(mean * pairs / again) if again else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bound on the batches of a plan; `str()` explains it in one line.
+
+    by: "memory", the budget's limit; "batch_seconds", a budget below the device's memory; "min_steps", the minimum
+        number of steps; "utterances", too few to fill a step or to make `min_steps` steps; "strategy", which leaves
+        memory empty (a fixed size, a cap in seconds).
+    memory_filled: predicted bytes / limit, mean over micro-batches. room_filled: the same without the fixed bytes.
+    steps: number in an epoch, or in as many utterances of an endless stream as the index has. per_step: M. mean_batch:
+        utterances in a micro-batch.
+    """
+
+    by: Cause
+    memory_filled: float
+    room_filled: float
+    steps: int
+    min_steps: int
+    per_step: int
+    mean_batch: float
+
+    def line(self, min_steps: str = "min_steps", batch_seconds: str = "batch_seconds") -> str:
+        """Return the explanation, with the reader's names of the options."""
+        filled = f"{self.memory_filled:.1%} of the memory filled"
+        if self.memory_filled - self.room_filled > 0.001:
+            filled += f" ({self.room_filled:.1%} of the memory beside the weights)"
+        made = f"{self.mean_batch:.1f} utterances a micro-batch, {self.steps:,} step{'s'[: self.steps != 1]} an epoch"
+        reason = {
+            "memory": "the memory",
+            "batch_seconds": f"{batch_seconds}; a larger value fills more of the memory",
+            "min_steps": f"{min_steps} {self.min_steps}; {min_steps} 1 makes the largest batches and fewest steps",
+            "utterances": (
+                f"the number of utterances: no more than {self.steps:,} steps of {self.per_step} micro-batches"
+                if self.steps < self.min_steps
+                else f"the number of utterances, too few to fill {self.per_step} micro-batches"
+            ),
+            "strategy": "the strategy, which leaves memory empty; 'balanced' fills it",
+        }[self.by]
+        return f"batches: {filled}, {made}; limited by {reason}"
+
+    def __str__(self) -> str:
+        return self.line()

@@ -1,7 +1,7 @@
-"""Analytic budgets for known model shapes, to plan with until `canter tune` has measured one.
+"""Analytic budgets of known models, for planning before `canter tune` has measured one.
 
-The counts are for mixed-precision training with activations kept: they say which batch is larger and by how much,
-and are not a promise that a batch fits. Per utterance, with E encoder layers of width d and D decoder layers of
+The counts are for mixed-precision training that keeps activations. They tell which batch is larger and by how much, and
+do not guarantee that a batch fits. Per utterance, with E encoder layers of width d and D decoder layers of
 width w: bytes held for the backward pass are about 76 d a frame and encoder layer (Conformer: two feed-forwards,
 attention, convolution) or 34 d (Transformer), 61 w a token and decoder layer, 2 bytes a head and attention cell
 three times over; multiply-adds are three times the forward pass.
@@ -17,8 +17,8 @@ from canter.planning.budget import Budget, Polynomial
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes that decide the cost of a step; `frame_seconds` is one encoder frame after subsampling."""
+class BudgetShape:
+    """Sizes of a model that decide the cost of a step; `frame_seconds` is an encoder frame after subsampling."""
 
     parameters: float
     encoder_layers: int
@@ -32,23 +32,23 @@ class Shape:
 
 
 SHAPES = {
-    "canary-1b": Shape(1018e6, 24, 1024, 24, 1024, 5248),
-    "canary-1b-flash": Shape(883e6, 32, 1024, 4, 1024, 5248),
-    "canary-180m-flash": Shape(182e6, 17, 512, 4, 1024, 5248),
-    "whisper-tiny": Shape(38e6, 4, 384, 4, 384, 51865, 6, False, 0.02),
-    "whisper-base": Shape(73e6, 6, 512, 6, 512, 51865, 8, False, 0.02),
-    "whisper-small": Shape(242e6, 12, 768, 12, 768, 51865, 12, False, 0.02),
-    "whisper-medium": Shape(764e6, 24, 1024, 24, 1024, 51865, 16, False, 0.02),
-    "whisper-large-v3": Shape(1543e6, 32, 1280, 32, 1280, 51866, 20, False, 0.02),
-    "whisper-large-v3-turbo": Shape(809e6, 32, 1280, 4, 1280, 51866, 20, False, 0.02),
+    "canary-1b": BudgetShape(1018e6, 24, 1024, 24, 1024, 5248),
+    "canary-1b-flash": BudgetShape(883e6, 32, 1024, 4, 1024, 5248),
+    "canary-180m-flash": BudgetShape(182e6, 17, 512, 4, 1024, 5248),
+    "whisper-tiny": BudgetShape(38e6, 4, 384, 4, 384, 51865, 6, False, 0.02),
+    "whisper-base": BudgetShape(73e6, 6, 512, 6, 512, 51865, 8, False, 0.02),
+    "whisper-small": BudgetShape(242e6, 12, 768, 12, 768, 51865, 12, False, 0.02),
+    "whisper-medium": BudgetShape(764e6, 24, 1024, 24, 1024, 51865, 16, False, 0.02),
+    "whisper-large-v3": BudgetShape(1543e6, 32, 1280, 32, 1280, 51866, 20, False, 0.02),
+    "whisper-large-v3-turbo": BudgetShape(809e6, 32, 1280, 4, 1280, 51866, 20, False, 0.02),
 }
 STATE_BYTES = 16  # a parameter: weight, gradient and two moments in float32
-FLOPS = 250e12  # reached by a current data-centre GPU in bf16; scales every time alike
-RESERVE = 0.08  # of the device, for the context, buffers and fragmentation
+FLOPS = 250e12  # a second, of a current data-centre GPU in bf16; all times scale with it
+RESERVE = 0.08  # fraction of the device for the context, buffers and fragmentation
 
 
-def known_shape(model: str) -> Shape:
-    """The shape of that name. Raises BudgetError with the nearest name."""
+def known_shape(model: str) -> BudgetShape:
+    """Return the shape of a model. Raises BudgetError with the nearest known name."""
     if model not in SHAPES:
         near = difflib.get_close_matches(model, SHAPES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -57,11 +57,11 @@ def known_shape(model: str) -> Shape:
 
 
 def check_shape(budget: Budget, model: str) -> None:
-    """Raises BudgetError where the budget shows that it was made for another shape than the one named."""
+    """Raise BudgetError where the budget was made for another model."""
     shape = known_shape(model)
     named = str(budget.measured_on.get("model", "")).removeprefix("analytic ")
     if named in SHAPES and named != model:
-        raise BudgetError(f"the budget is of {named}, not of {model}: name that model, or none, or another budget")
+        raise BudgetError(f"the budget is of {named}, not of {model}: name that model, or no model, or another budget")
     if budget.frame_seconds != shape.frame_seconds:
         raise BudgetError(
             f"the budget counts frames of {budget.frame_seconds:g} s and {model} has frames of "
@@ -70,7 +70,10 @@ def check_shape(budget: Budget, model: str) -> None:
 
 
 def analytic_budget(model: str = "canary-1b", gigabytes: float = 80.0) -> Budget:
-    """Budget of a named shape on a device of `gigabytes` (10^9 bytes). Raises BudgetError for an unknown name."""
+    """Return the budget of a known model on a device of `gigabytes` (10^9 bytes).
+
+    Raises BudgetError for an unknown name, or where the weights leave no room for a batch.
+    """
     shape = known_shape(model)
     state = shape.parameters * STATE_BYTES
     limit = gigabytes * 1e9 * (1 - RESERVE)

@@ -1,9 +1,9 @@
-"""Who is in which window: a shuffle of any size that is never materialised.
+"""The rows of each window: a shuffle of any size that is never materialised.
 
-A window is a function of (index, seed, epoch, window size) alone. Rows are shuffled by a keyed bijection, so the
-rows of a window are computed from their positions, at one hundred million rows as at one thousand. Every source is
-spread evenly over the windows of an epoch; in an endless stream each window takes from a source by its weight, and
-each source is passed through exactly once per pass of its own.
+A window depends only on (index, seed, epoch, window size). Rows are shuffled by a keyed bijection, so the rows of a
+window are computed from their positions, in an index of any size. Every source is spread evenly over the windows of an
+epoch. In an endless stream each window draws from a source by its weight, and draws every row of a source once before
+it draws one again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from canter.errors import PlanError
 from canter.planning.lengths import Index
 
 ROUNDS = 4
-BLOCKS = 256  # that a window takes of each source that is read in runs
-FEWEST_BLOCKS = 4  # however large the block that was asked for
+BLOCKS = 256  # minimum number in a window of each source that is read in runs
+FEWEST_BLOCKS = 4  # the same where the block is given
 
 
 def mix(*parts: int) -> int:
-    """64 well-mixed bits of some integers (splitmix64's finaliser, chained)."""
+    """Return a hash of integers with 64 bits (splitmix64's finaliser, chained)."""
     state = 0x9E3779B97F4A7C15
     for part in parts:
         state = (state + (part & 0xFFFFFFFFFFFFFFFF) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -35,7 +35,7 @@ def mix(*parts: int) -> int:
 
 
 def _hash32(values: np.ndarray, key: int) -> np.ndarray:
-    """Murmur3's 32-bit finaliser over uint32 values and a key."""
+    """Return Murmur3's 32-bit finaliser of uint32 values and a key."""
     h = values ^ np.uint32(key)
     h ^= h >> np.uint32(16)
     h *= np.uint32(0x85EBCA6B)
@@ -46,10 +46,10 @@ def _hash32(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
-    """Where a keyed bijection of range(count) sends `positions` (int64).
+    """Return the images of `positions` (int64) under a keyed bijection of range(count).
 
-    A Feistel network over a near-square grid of height x width >= count (Black & Rogaway 2002, generalised Feistel),
-    walked on where it leaves the range, which few positions do.
+    It is a Feistel network over a near-square grid of height x width >= count (Black & Rogaway 2002, generalised
+    Feistel), repeated for the few positions that leave the range.
     """
     if count < 2:
         return positions.copy()
@@ -60,7 +60,7 @@ def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
     def walk(values: np.ndarray) -> np.ndarray:
         x, y = (part.astype(np.uint32) for part in np.divmod(values, width))
         for number in range(0, ROUNDS, 2):
-            # the hash is reduced before it is added: a sum of 32 bits must not wrap
+            # reduce the hash before adding: a sum of 32 bits must not wrap
             x = (x + _hash32(y, keys[number]) % np.uint32(height)) % np.uint32(height)
             y = (y + _hash32(x, keys[number + 1]) % np.uint32(width)) % np.uint32(width)
         return x.astype(np.int64) * width + y
@@ -77,11 +77,13 @@ def shuffled(positions: np.ndarray, count: int, key: int) -> np.ndarray:
 class Windows:
     """The windows of an epoch, or of an endless weighted stream.
 
-    size: utterances in a window (the windows of an epoch are made equal, so theirs may differ from it by up to a half).
-    block: rows that are drawn together, at most, so that archives are read in runs. None: the rows of a shard where a
-    source has several shards or is a tar, but so few that a window takes 256 blocks of it; 1 for files that can be
-    opened at random. The windows of an epoch hold whole blocks (the last takes the rest); an endless stream keeps its
-    mixture exact and may go on with a block in the next window. A block may reach over the end of a shard.
+    size: number of utterances in a window. The windows of an epoch are made equal, and may differ from it by up to a
+        half.
+    block: maximum number of neighbouring rows that are drawn together, so that archives are read in runs. None: the
+        rows of a shard where a source has several shards or is a tar, but few enough that a window has 256 blocks of
+        it; 1 for files that can be opened in any order. The windows of an epoch hold complete blocks (the last one
+        takes the remainder); an endless stream keeps its mixture exact and may continue a block in the next window. A
+        block may extend over the end of a shard.
     """
 
     index: Index
@@ -101,17 +103,17 @@ class Windows:
 
     @cached_property
     def count(self) -> int | None:
-        """Windows in the epoch; None for an endless stream."""
+        """Number of windows in the epoch; None for an endless stream."""
         return None if self.endless else max(1, round(len(self.index) / self.size))
 
     @cached_property
     def _runs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each source (first row, rows before it in the source) of its runs of neighbouring rows, + the total."""
+        """(first row, rows of the source before it and the total) of each run of neighbouring rows, for each source."""
         sources = max(1, len(list(self.index.sources)))
         if sources == 1:
             return [(np.zeros(1, np.int64), np.array([0, len(self.index)]))]
         shards = getattr(self.index, "shards", ())
-        if shards:  # known without looking at the rows
+        if shards:  # no need to read the rows
             first, stop, owner = np.array([(s.start, s.stop, s.source) for s in shards], np.int64).T
         else:
             source_of = np.asarray(self.index.source_of)
@@ -138,7 +140,7 @@ class Windows:
 
     @cached_property
     def blocks(self) -> list[int]:
-        """Rows of each source that stay neighbours in the shuffle."""
+        """Number of rows of each source that stay neighbours in the shuffle."""
         shares = self._weights / self._weights.sum() if self.endless else None
         natural = [1] * len(self._sizes) if self.block is None else [self.block] * len(self._sizes)
         if self.block is None:
@@ -155,7 +157,7 @@ class Windows:
 
     @cached_property
     def _shards(self) -> dict[int, list[Any]]:
-        """The shards of each source that have audio."""
+        """The shards with audio of each source."""
         found: dict[int, list[Any]] = {}
         for shard in getattr(self.index, "shards", ()):
             if shard.path:
@@ -163,7 +165,7 @@ class Windows:
         return found
 
     def rows(self, window: int) -> np.ndarray:
-        """Rows of a window in random order, int64."""
+        """Return the rows of a window in random order, int64."""
         if window < 0 or (self.count is not None and window >= self.count):
             raise PlanError(f"window {window} is outside the epoch's {self.count}")
         parts = []
@@ -173,7 +175,7 @@ class Windows:
                 first, last = (math.floor(w * self.size * shares[source]) for w in (window, window + 1))
             else:
                 first, last = (self._before(source, w) for w in (window, window + 1))
-            while first < last:  # an endless stream may come to the end of a pass inside a window
+            while first < last:  # an endless stream may reach the end of a pass inside a window
                 turn = first // size
                 stop = min(last, (turn + 1) * size)
                 local = self._order(np.arange(first - turn * size, stop - turn * size), source, size, turn)
@@ -187,7 +189,7 @@ class Windows:
         return rows[shuffled(np.arange(len(rows)), len(rows), mix(self.seed, self.epoch, window, len(parts)))]
 
     def _before(self, source: int, window: int) -> int:
-        """Rows of a source before a window of an epoch: whole blocks."""
+        """Return the number of rows of a source before a window of an epoch, in complete blocks."""
         count, block = self.count or 1, self.blocks[source]
         size = self._sizes[source]
         return size if window == count else window * (size // block) // count * block
@@ -197,8 +199,8 @@ class Windows:
         if block == 1:
             return shuffled(positions, size, key)
         blocks = size // block
-        whole = positions < blocks * block  # the rest, less than a block, stays at the end
+        complete = positions < blocks * block  # the remainder, less than a block, stays at the end
         moved = positions.copy()
-        inside = positions[whole]
-        moved[whole] = shuffled(inside // block, blocks, key) * block + inside % block
+        inside = positions[complete]
+        moved[complete] = shuffled(inside // block, blocks, key) * block + inside % block
         return moved

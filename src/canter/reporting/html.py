@@ -1,6 +1,6 @@
-"""One self-contained HTML page: figures inlined as SVG, the style sheet inside, nothing fetched.
+"""Make a self-contained HTML page: figures are inline SVG, the style sheet is inside, nothing is fetched.
 
-Every function returns `Html`. Text given as ``str`` is escaped; `Html` is taken as it is.
+Every function returns `Html`. Text given as ``str`` is escaped, `Html` is not. An empty `Html` leaves its place out.
 """
 
 import html
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from canter import __version__
 from canter.errors import ConfigError
 from canter.evaluation.normalize import Normalization
-from canter.evaluation.wer import Operation, percent, score
+from canter.evaluation.wer import Operation, ScoredUtterance, percent, score_texts
 from canter.files import write_text
 from canter.reporting.figures import BLUE, GRID, INK, MUTED, STYLE
 
@@ -29,28 +29,30 @@ Origin = Literal["measured", "predicted"]
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is HTML and needs no escaping."""
 
 
 def escape(value: object) -> Html:
+    """Return a value as HTML."""
     return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
 def element(tag: str, *content: object, **attributes: str) -> Html:
-    """``element("p", "a < b", class_="lead")`` is ``<p class="lead">a &lt; b</p>``."""
+    """Return an element: ``element("p", "a < b", class_="lead")`` is ``<p class="lead">a &lt; b</p>``."""
     given = "".join(f' {name.rstrip("_")}="{html.escape(value)}"' for name, value in attributes.items())
     return Html(f"<{tag}{given}>{''.join(map(escape, content))}</{tag}>")
 
 
-def section(title: str, lead: str | Html, *content: Html, anchor: str = "") -> Html:
-    """A titled part of the page: heading, a sentence on what is to be seen, and the blocks below it."""
-    name = anchor or re.sub(r"\W+", "-", title.lower()).strip("-")
+def section(title: str, lead: str | Html, *content: Html) -> Html:
+    """Return a titled part of the page: heading, lead sentence and blocks; empty where no block has content."""
+    if not any(content):
+        return Html()
     heading = element("header", element("h2", title), element("p", lead, class_="lead") if lead else Html())
-    return element("section", heading, *content, id=name)
+    return element("section", heading, *content, id=re.sub(r"\W+", "-", title.lower()).strip("-"))
 
 
 def origin(kind: Origin) -> Html:
-    """Return the badge that says whether a figure was measured or predicted."""
+    """Return a badge that marks a figure as measured or predicted."""
     return element("span", kind, class_=f"origin {kind}")
 
 
@@ -63,10 +65,9 @@ def figure(
     alt: str = "",
     numbers: Html | None = None,
 ) -> Html:
-    """Return the figure as inline SVG under its title; ``wide`` ones take a whole row of a grid.
+    """Return the figure as inline SVG under its title; a ``wide`` one takes a complete row of a grid.
 
-    ``alt`` says in words what is to be seen, and ``numbers`` is a table of what is drawn, which opens on a click: for
-    readers who do not see the figure.
+    For readers who cannot see the figure, ``alt`` describes it in words and ``numbers`` is a table of its values.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -88,40 +89,34 @@ def figure(
 
 
 def grid(*blocks: Html) -> Html:
-    """Blocks in two columns where there is room."""
-    return element("div", *blocks, class_="grid")
+    """Return blocks in two columns where there is room; empty without blocks."""
+    return element("div", *blocks, class_="grid") if any(blocks) else Html()
 
 
 Card = tuple[str, str, str] | tuple[str, str, str, Origin]
 
 
 def cards(figures: Iterable[Card]) -> Html:
-    """Return headline figures: (value, what it is, a note), and where it is not plain, whether the value was measured
-    or predicted."""
+    """Return headline figures: (value, name, note), and optionally whether the value was measured or predicted."""
     return element("div", *map(_card, figures), class_="cards")
 
 
-def _card(given: Card) -> Html:
-    value, name, note = given[:3]
-    kind = given[3] if len(given) == 4 else None
+def _card(card: Card) -> Html:
+    value, name, note, *kind = card
     return element(
         "div",
         element("div", value, class_="value"),
         element("div", name, class_="name"),
         element("div", note, class_="note") if note else Html(),
-        origin(kind) if kind else Html(),
+        *map(origin, kind),
         class_="card",
     )
 
 
 def table(
-    header: Sequence[object],
-    rows: Iterable[Sequence[object]],
-    *,
-    text_columns: int = 1,
-    best: int | None = None,
+    header: Sequence[object], rows: Iterable[Sequence[object]], *, text_columns: int = 1, best: int | None = None
 ) -> Html:
-    """A table: the first ``text_columns`` are set left, the others right; row ``best`` stands out."""
+    """Return a table; the first ``text_columns`` are left-aligned, the others right-aligned, row ``best`` is marked."""
 
     def line(tag: str, cells: Sequence[object]) -> list[Html]:
         return [
@@ -136,18 +131,25 @@ def table(
     return element("div", element("table", head, element("tbody", *body)), class_="table")
 
 
-def transcripts(examples: Iterable[tuple[str, str, str, str | None]], normalize: Normalization = "standard") -> Html:
-    """Return references above hypotheses, errors marked: rows of (label, reference, hypothesis, language)."""
-    blocks = []
-    for label, reference, hypothesis, lang in examples:
-        scored = score([reference], [hypothesis], [lang], normalize=normalize)
-        wer = f"WER {percent(scored.wer, 0)}" if scored.utterances else ""
-        blocks.append(transcript(label, wer, reference, marked(reference, hypothesis, lang, normalize)))
+def transcripts(*blocks: Html) -> Html:
+    """Return a list of what `compared` and `scored` return."""
     return element("div", *blocks, class_="transcripts")
 
 
-def transcript(label: object, rate: str, reference: str, hypothesis: Html) -> Html:
-    """Return one utterance: its label and error rate, its reference and its hypothesis."""
+def compared(label: str, reference: str, hypothesis: str, lang: str | None) -> Html:
+    """Return a reference above its hypothesis with errors marked, after the standard normalisation."""
+    result = score_texts([reference], [hypothesis], [lang])
+    rate = f"WER {percent(result.wer, 0)}" if result.utterances else ""
+    return _transcript(label, rate, reference, marked(reference, hypothesis, lang))
+
+
+def scored(label: str, item: ScoredUtterance) -> Html:
+    """Return the reference of a scored utterance above its hypothesis with errors marked."""
+    reference = " ".join(word for _, word, _ in item.alignment if word)
+    return _transcript(label, f"WER {percent(item.counts.wer, 0)}", reference, aligned(item.alignment))
+
+
+def _transcript(label: str, rate: str, reference: str, hypothesis: Html) -> Html:
     return element(
         "div",
         element("div", element("span", label), element("span", rate, class_="wer"), class_="label"),
@@ -158,16 +160,18 @@ def transcript(label: object, rate: str, reference: str, hypothesis: Html) -> Ht
 
 
 def marked(reference: str, hypothesis: str, lang: str | None, normalize: Normalization = "standard") -> Html:
-    """Return the normalised hypothesis with its errors marked (see `aligned`)."""
-    scored = score([reference], [hypothesis], [lang], normalize=normalize)
-    if not scored.utterances:
+    """Return the normalised hypothesis with its errors marked; see `aligned`."""
+    result = score_texts([reference], [hypothesis], [lang], normalize=normalize)
+    if not result.utterances:
         return escape(hypothesis or "(nothing)")
-    return aligned(scored.utterances[0].alignment)
+    return aligned(result.utterances[0].alignment)
 
 
 def aligned(alignment: Iterable[tuple[Operation, str, str]]) -> Html:
-    """Return the words of a hypothesis with substitutions, insertions and deletions marked; ``alignment`` holds
-    (operation, reference word, hypothesis word)."""
+    """Return the words of a hypothesis with substitutions, insertions and deletions marked.
+
+    ``alignment`` holds (operation, reference word, hypothesis word).
+    """
     words = []
     for operation, word, guess in alignment:
         if operation == "equal":
@@ -182,22 +186,23 @@ def aligned(alignment: Iterable[tuple[Operation, str, str]]) -> Html:
 
 
 def error_key() -> Html:
-    """Return the key to the marks of `aligned`."""
+    """Return the legend of the marks of `aligned`."""
     marks = (element("mark", "substituted"), element("ins", "inserted"), element("del", "deleted"))
     return element("p", Html(" ".join(marks)), class_="error-key")
 
 
 def details(summary: str, *content: Html) -> Html:
-    """Content that opens on a click."""
+    """Return content that opens on a click."""
     return element("details", element("summary", summary), *content)
 
 
 def note(text: str | Html) -> Html:
+    """Return a remark, such as that a file is missing."""
     return element("p", text, class_="missing")
 
 
 def page(title: str, lead: str | Html, *content: Html, eyebrow: str = "") -> Html:
-    """The whole document."""
+    """Return the complete document."""
     css = (files("canter.reporting") / "page.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -218,9 +223,11 @@ def page(title: str, lead: str | Html, *content: Html, eyebrow: str = "") -> Htm
     return Html(f'<!doctype html>\n<html lang="en">{head}{body}</html>\n')
 
 
-def write(document: Html, path: str | os.PathLike[str]) -> Path:
-    """Writes the page, whole or not at all; makes its folder where it is missing. Raises ConfigError where it cannot
-    be written."""
+def write_page(document: Html, path: str | os.PathLike[str]) -> Path:
+    """Write the page atomically, create its folder where needed, and return its path.
+
+    Raises ConfigError where it cannot be written.
+    """
     path = Path(path)
     try:
         write_text(path, document)

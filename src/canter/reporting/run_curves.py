@@ -1,171 +1,166 @@
-"""Figures of a training run over its steps: what it learnt, and where the time went.
+"""Draw a training run over its steps: loss and error rates, and where the time went.
 
-A curve of fewer than two points is left out.
+Curves of fewer than two points are left out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from canter.reporting import figures, html
 from canter.reporting.gain import Gain
 from canter.reporting.html import Html
-from canter.reporting.run_folder import Row, Run, is_number
+from canter.reporting.run_folder import Row, RunRecord, is_number
 
-TIMELINE = 40  # steps of the ranks' timeline
+TIMELINE = 40  # steps in the timeline of ranks
 NEGLIGIBLE = 0.01  # fraction of the time below which waiting for data is not drawn
-LISTED = 8  # rows of the table of numbers under a curve
-Points = tuple[list[float], list[float]]
+LISTED = 8  # rows in the table of numbers under a curve
+Points = tuple[Sequence[float], Sequence[float]]
 
 
-def curves(train: Sequence[Row], valid: Sequence[Row]) -> list[Html]:
-    """Return figures of loss, error rates and learning rate over steps; without those of fewer than two points."""
-    drawings = []
-    rates = {name.upper(): points for name in ("wer", "cer") if (points := _points(valid, name))}
-    losses = {"loss": "loss", "CTC": "loss_ctc", "attention": "loss_attention"}
-    series = {name: points for name, key in losses.items() if (points := _points(train, key))}
-    if points := _points(valid, "loss"):
-        series["validation"] = points
-    for part in ("CTC", "attention"):  # a part that has no weight, or that is the whole
-        if part in series and (series[part] == series.get("loss") or not any(series[part][1])):
-            del series[part]
-    if series:
-        wide = bool(rates)
-        size = figures.WIDE if wide else figures.HALF
-        drawing = figures.curves(series, smoothed=True, zero=False, marks=phases(train), size=size)
+def curves(train: Sequence[Row], valid: Sequence[Row]) -> Iterator[Html]:
+    """Yield figures of loss, error rates and learning rate over steps."""
+    rates = _series(valid, {"WER": "wer", "CER": "cer"})
+    losses = _series(train, {"loss": "loss", "CTC": "loss_ctc", "attention": "loss_attention"})
+    for part in ("CTC", "attention"):  # a part with weight 0, or equal to the total loss
+        if part in losses and (losses[part] == losses.get("loss") or not any(losses[part][1])):
+            del losses[part]
+    losses |= _series(valid, {"validation": "loss"})
+    if losses:
         caption = "Faint: each step. Line: running mean." if len(train) > 20 else ""
-        drawings.append(_curve(drawing, "Loss", caption, series, "{:.3g}", wide=wide))
+        marks = ctc_warmup_end(train)
+        yield _curve("Loss", losses, "{:.3g}", caption, wide=bool(rates), smoothed=True, zero=False, marks=marks)
     if rates:
-        drawing = figures.curves(rates, percent=True, markers=True)
-        caption = "Held-out utterances, decoded in full."
-        drawings.append(_curve(drawing, "Error rates in validation", caption, rates, "{:.1%}"))
-    names = sorted({key for row in valid for key in row if key.startswith("bleu_")})
-    if scores := {name.removeprefix("bleu_"): points for name in names if (points := _points(valid, name))}:
-        drawing = figures.curves(scores, markers=True)
-        title = f"BLEU in validation, into {', '.join(scores)}"
-        drawings.append(_curve(drawing, title, "0 to 100.", scores, "{:.1f}"))
-    if points := _points(train, "learning_rate"):
-        marks = settled_anew(train)
-        caption = "As each step used it."
+        caption = "Held-out utterances, decoded completely."
+        yield _curve("Error rates in validation", rates, "{:.1%}", caption, markers=True)
+    languages = sorted({key for row in valid for key in row if key.startswith("bleu_")})
+    if scores := _series(valid, {name.removeprefix("bleu_"): name for name in languages}):
+        yield _curve(f"BLEU in validation, into {', '.join(scores)}", scores, "{:.1f}", "0 to 100.", markers=True)
+    if learning_rates := _series(train, {"learning rate": "learning_rate"}):
+        marks = changed_totals(train)
+        caption = "Learning rate of each step."
         if marks:
             caption += " Dotted: the number of steps was estimated again, to fit --minutes."
-        drawing = figures.curves({"learning rate": points}, marks=marks)
-        drawings.append(_curve(drawing, "Learning rate", caption, {"learning rate": points}, "{:.2e}"))
-    return drawings
+        yield _curve("Learning rate", learning_rates, "{:.2e}", caption, marks=marks)
 
 
-def phases(train: Sequence[Row]) -> dict[str, float]:
-    """Return the step at which the decoder joins a run that begins with CTC alone."""
+def ctc_warmup_end(train: Sequence[Row]) -> dict[str, float]:
+    """Return the step that ends a CTC-only warm-up, by its caption; empty without one."""
     if not train or is_number(train[0].get("loss_attention")) or "loss_attention" not in train[0]:
         return {}
-    joined = next((row["step"] for row in train if is_number(row.get("loss_attention"))), None)
-    return {"the decoder joins": joined} if joined is not None else {}
+    ended = next((row["step"] for row in train if is_number(row.get("loss_attention"))), None)
+    return {"the decoder joins": ended} if ended is not None else {}
 
 
-def settled_anew(train: Sequence[Row]) -> dict[str, float]:
-    """Return the steps at which a run's number of steps changed, by what it changed to."""
-    pairs = pairwise(train)
+def changed_totals(train: Sequence[Row]) -> dict[str, float]:
+    """Return the steps at which the run's total number of steps changed, by the new total."""
     return {
         f"{after['steps']:,} steps": after["step"]
-        for before, after in pairs
+        for before, after in pairwise(train)
         if is_number(after.get("steps")) and before.get("steps") != after["steps"]
     }
 
 
-def efficiency(run: Run, found: Gain | None) -> list[Html]:
-    """Show throughput, padding, waiting, batch shapes, memory and step times."""
-    drawings = list(_throughput(run, found))
-    frames, tokens, batch = (run.column(name) for name in ("frames_max", "tokens_max", "batch"))
-    known = np.flatnonzero(np.isfinite(frames) & np.isfinite(tokens) & np.isfinite(batch))
-    if len(known) > 1:
-        known = known[:: max(1, len(known) // 3000)]
-        drawing = figures.batch_shapes(frames[known], tokens[known], batch[known])
-        caption = "Short utterances share large batches, long ones small batches."
-        alt = f"Batches of {batch[known].min():.0f} to {batch[known].max():.0f} utterances."
-        drawings.append(html.figure(drawing, "Batch shapes", caption, alt=alt))
-    if points := _points(run.train, "memory_filled"):
-        series = {"of the budget, predicted": points}
-        if (peak := _points(run.train, "memory_peak")) and max(peak[1]) > 0:
-            series["of the device, peak measured"] = peak
-        drawing = figures.curves(series, percent=True, smoothed=True)
-        caption = "Memory of a micro-batch as a fraction of what there is."
-        drawings.append(_curve(drawing, "Memory filled", caption, series, "{:.1%}"))
-    ranks = [row["rank_seconds"] for row in run.train if isinstance(row.get("rank_seconds"), list)]
-    if ranks and len(ranks[-1]) > 1:
-        last = [row for row in ranks if len(row) == len(ranks[-1])][-TIMELINE:]
-        caption = f"The last {len(last)} steps: computing in colour, waiting for the slowest rank in grey."
-        drawings.append(html.figure(figures.rank_timeline(last), "Ranks", caption, wide=True))
-    if not drawings:
-        return []
-    lead = "Where the time went: on speech, on padding, or waiting."
-    return [html.section("Efficiency", lead, html.grid(*drawings))]
+def efficiency(run: RunRecord, found: Gain | None) -> Html:
+    """Return the section on throughput, padding, waiting, batch shapes, memory and step times."""
+    drawings = [*_throughput(run, found), *_batches(run)]
+    return html.section("Efficiency", "Time spent on speech, on padding, and waiting.", html.grid(*drawings))
 
 
-def _throughput(run: Run, found: Gain | None) -> Iterator[Html]:
-    """Yield figures of the speed, and of what slows it down."""
+def _throughput(run: RunRecord, found: Gain | None) -> Iterator[Html]:
     steps, seconds, audio = run.column("step"), run.column("seconds"), run.column("audio_seconds")
     timed = int(np.isfinite(seconds).sum())
     if np.nansum(seconds) > 0 and np.isfinite(audio).sum() > 1:
         window = max(5, len(steps) // 40)
         rate = figures.smooth(audio, window) / np.maximum(figures.smooth(seconds, window), 1e-9)
-        drawing = figures.curves({"rate": (steps, rate)})
         series = {"hours per hour": (steps.tolist(), rate.tolist())}
-        caption = f"Running mean over {window} steps."
-        yield _curve(drawing, "Audio hours per wall hour", caption, series, "{:,.0f}")
-    if points := _points(run.train, "padding"):
-        levels = {}
-        if found:
-            levels = {f"{row.name}, predicted": row.figures.padded_audio for row in found.others}
-        drawing = figures.curves({"this run": points}, percent=True, smoothed=True, levels=levels)
+        yield _curve("Audio hours per wall hour", series, "{:,.0f}", f"Running mean over {window} steps.")
+    if padding := _series(run.train, {"padding": "padding"}):
+        levels = {f"{row.name}, predicted": row.figures.padded_audio for row in found.others} if found else {}
         caption = "Fraction of the encoder's input that is padding, step by step."
-        yield _curve(drawing, "Padded audio", caption, {"padding": points}, "{:.1%}")
+        drawn = {"this run": padding["padding"]}
+        yield _curve("Padded audio", padding, "{:.1%}", caption, drawn=drawn, smoothed=True, levels=levels)
     if timed > 1:
         median = float(np.nanmedian(seconds))
-        series = {"seconds": (steps.tolist(), seconds.tolist())}
-        top = 4 * float(np.nanquantile(seconds, 0.9))  # a first step that waits for workers would flatten the rest
-        drawing = figures.curves({"seconds": (steps, np.minimum(seconds, top))}, smoothed=True)
         caption = f"Seconds a step: median {median:.3g}, 95% below {np.nanquantile(seconds, 0.95):.3g}."
-        yield _curve(drawing, "Step time", caption, series, "{:.3g}")
+        top = 4 * float(np.nanquantile(seconds, 0.9))  # a first step that waits for workers would flatten the others
+        series = {"seconds": (steps.tolist(), seconds.tolist())}
+        drawn = {"seconds": (steps.tolist(), np.minimum(seconds, top).tolist())}
+        yield _curve("Step time", series, "{:.3g}", caption, drawn=drawn, smoothed=True)
         yield html.figure(
-            figures.histogram(seconds, xlabel="seconds"),
+            figures.draw_histogram(seconds, xlabel="seconds"),
             "Distribution of step times",
             "Number of steps by their time. Even steps mean that no rank waits long.",
             alt=caption,
         )
     wait = run.column("data_wait_seconds")
     if np.isfinite(wait).sum() > 1 and np.nansum(wait) > NEGLIGIBLE * np.nansum(seconds) > 0:
-        share = wait / np.maximum(seconds, 1e-9)
-        drawing = figures.curves({"wait": (steps, share)}, percent=True, smoothed=True)
-        caption = f"Fraction of a step in which the device had nothing to do; {duration(np.nansum(wait))} in all."
-        series = {"waiting": (steps.tolist(), share.tolist())}
-        yield _curve(drawing, "Waiting for data", caption, series, "{:.1%}")
+        caption = f"Fraction of a step in which the device was idle; {duration(np.nansum(wait))} in all."
+        series = {"waiting": (steps.tolist(), (wait / np.maximum(seconds, 1e-9)).tolist())}
+        yield _curve("Waiting for data", series, "{:.1%}", caption, smoothed=True)
+
+
+def _batches(run: RunRecord) -> Iterator[Html]:
+    frames, tokens, batch = (run.column(name) for name in ("frames_max", "tokens_max", "batch"))
+    known = np.flatnonzero(np.isfinite(frames) & np.isfinite(tokens) & np.isfinite(batch))
+    if len(known) > 1:
+        known = known[:: max(1, len(known) // 3000)]
+        drawing = figures.draw_batch_shapes(frames[known], tokens[known], batch[known])
+        caption = "Short utterances share large batches, long ones small batches."
+        alt = f"Batches of {batch[known].min():.0f} to {batch[known].max():.0f} utterances."
+        yield html.figure(drawing, "Batch shapes", caption, alt=alt)
+    if memory := _series(run.train, {"of the budget, predicted": "memory_filled"}):
+        peak = _series(run.train, {"of the device, peak measured": "memory_peak"})
+        memory |= {name: points for name, points in peak.items() if max(points[1]) > 0}
+        caption = "Memory of a micro-batch as a fraction of the memory available."
+        yield _curve("Memory filled", memory, "{:.1%}", caption, smoothed=True)
+    ranks = [row["rank_seconds"] for row in run.train if isinstance(row.get("rank_seconds"), list)]
+    if ranks and len(ranks[-1]) > 1:
+        last = [row for row in ranks if len(row) == len(ranks[-1])][-TIMELINE:]
+        caption = f"The last {len(last)} steps: computing in colour, waiting for the slowest rank in grey."
+        yield html.figure(figures.draw_rank_timeline(last), "Ranks", caption, wide=True)
 
 
 def _curve(
-    drawing: Figure,
     title: str,
-    caption: str,
     series: Mapping[str, Points],
     form: str,
+    caption: str,
     *,
+    drawn: Mapping[str, Points] | None = None,
     wide: bool = False,
+    smoothed: bool = False,
+    markers: bool = False,
+    zero: bool = True,
+    levels: Mapping[str, float] | None = None,
+    marks: Mapping[str, float] | None = None,
 ) -> Html:
-    """Return a figure of curves with its description and a table of some of its numbers."""
-    told = [f"{name} from {form.format(y[0])} to {form.format(y[-1])}" for name, (_, y) in series.items()]
+    """Return a figure of curves, described in words and by a table of some of its numbers (format ``form``).
+
+    ``drawn`` takes the place of ``series`` in the figure; other options are those of `figures.draw_curves`.
+    """
+    drawing = figures.draw_curves(
+        drawn or series,
+        percent=form.endswith("%}"),
+        smoothed=smoothed,
+        markers=markers,
+        zero=zero,
+        levels=levels,
+        marks=marks,
+        size=figures.WIDE if wide else figures.HALF,
+    )
+    alt = "; ".join(f"{name} from {form.format(y[0])} to {form.format(y[-1])}" for name, (_, y) in series.items())
     columns = [dict(zip(x, y)) for x, y in series.values()]
     steps = sorted({step for column in columns for step in column})
     chosen = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, LISTED).astype(int))]
     rows = [
-        (
-            f"{step:,.0f}",
-            *(form.format(column[step]) if is_number(column.get(step)) else "–" for column in columns),
-        )
+        (f"{step:,.0f}", *(form.format(column[step]) if is_number(column.get(step)) else "–" for column in columns))
         for step in chosen
     ]
-    table = html.table(["step", *series], rows, text_columns=0)
-    return html.figure(drawing, title, caption, wide=wide, alt="; ".join(told), numbers=table)
+    return html.figure(
+        drawing, title, caption, wide=wide, alt=alt, numbers=html.table(["step", *series], rows, text_columns=0)
+    )
 
 
 def duration(seconds: float) -> str:
@@ -177,7 +172,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _points(rows: Sequence[Row], key: str) -> Points | None:
-    """Return steps and values of the rows that have this key as a finite number; None for fewer than two."""
-    points = [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
-    return ([step for step, _ in points], [value for _, value in points]) if len(points) > 1 else None
+def _series(rows: Sequence[Row], keys: Mapping[str, str]) -> dict[str, Points]:
+    """Return steps and values of each key of ``keys`` by name, leaving out those with fewer than two finite numbers."""
+    found: dict[str, Points] = {}
+    for name, key in keys.items():
+        points = [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
+        if len(points) > 1:
+            found[name] = [step for step, _ in points], [value for _, value in points]
+    return found

@@ -1,4 +1,4 @@
-"""Read the folder of a training run, finished or not, as far as it goes.
+"""Read the folder of a training run, finished or not; missing and damaged files are listed, not fatal.
 
 A run folder holds ``config.yaml`` and ``run.json`` (settings), ``metrics.jsonl`` (one JSON object a line, of kind
 ``train``, ``valid`` or ``event``), ``utterances.jsonl`` (the rows that each step was made of), ``validation/``
@@ -6,37 +6,38 @@ A run folder holds ``config.yaml`` and ``run.json`` (settings), ``metrics.jsonl`
 ``lengths.arrow``, ``budget.json`` and ``checkpoints/``.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import open_manifest, parse_line, scan_lines
 from canter.errors import BudgetError, CheckpointError, ConfigError, ManifestError
 from canter.planning.budget import Budget
 from canter.untrusted import parse_yaml
 
 Row = dict[str, Any]
-WHOLE_LOG = 4 * 2**20  # bytes up to which utterances.jsonl is read in full
-SAMPLED_STEPS = 2_000  # steps read of a longer one
+"""A JSON object of a run folder; fields may be missing or of another type."""
+FULLY_READ = 4 * 2**20  # bytes up to which utterances.jsonl is read completely
+SAMPLED_STEPS = 2_000  # steps read of a longer utterances.jsonl
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder, and what of it is missing or unreadable."""
+class RunRecord:
+    """The files of a run folder."""
 
     folder: Path
     train: list[Row]
-    """``train`` rows by step; a step that was repeated after a resume counts once, as it was last."""
+    """``train`` rows by step; of a step that was repeated after a resume, the last one."""
     valid: list[Row]
     skipped: list[Row]
-    """Utterances whose audio turned out unusable."""
+    """Utterances whose audio could not be used."""
     left_out: list[Row]
     """Utterances that fit in no batch."""
     unreadable: list[Row]
@@ -44,23 +45,22 @@ class Run:
     events: list[Row]
     """Out-of-memory fallbacks, steps without a finite loss, settings that changed."""
     config: str
-    settled: Row
-    """``run.json``: what was resolved at the start."""
+    resolved: Row
+    """``run.json``: settings that were resolved at the start."""
     budget: Row
     checkpoints: list[str]
     best: Row
     """``checkpoints/best.json``."""
     missing: list[str] = field(default_factory=list)
-    """Sentences on what is not there or cannot be read."""
+    """Sentences about files and figures that are missing or cannot be read."""
 
-    def column(self, name: str, kind: str = "train") -> np.ndarray:
-        """Return a metric of every row as float64 (N,), NaN where a row lacks it."""
-        rows = self.train if kind == "train" else self.valid
-        return np.array([row[name] if is_number(row.get(name)) else math.nan for row in rows], dtype=float)
+    def column(self, name: str) -> np.ndarray:
+        """Return a metric of every step as float64 (N,), NaN where a row lacks it."""
+        return np.array([row[name] if is_number(row.get(name)) else math.nan for row in self.train], dtype=float)
 
     @cached_property
     def settings(self) -> Row:
-        """The configuration as a mapping; empty where it is missing or no YAML."""
+        """Configuration as a mapping; empty where it is missing or not YAML."""
         try:
             value = parse_yaml(self.config, "config.yaml")
         except CheckpointError:
@@ -75,39 +75,43 @@ class Run:
 
     @cached_property
     def planned(self) -> tuple[LengthIndex, Budget] | None:
-        """The length index and the budget; None where one of them is missing or damaged."""
+        """Length index and budget; None where one of them is missing or damaged."""
         try:
             return LengthIndex.open(self.folder / "lengths.arrow"), Budget.from_json(self.budget)
         except (BudgetError, ManifestError):
             return None
 
     def transcripts(self, step: int) -> list[Row]:
-        """Return the transcripts kept of the validation at ``step``; empty without any."""
-        path = self.folder / "validation" / f"step-{step:06d}.jsonl"
-        rows = read_json_lines(path, []) if path.exists() else []
+        """Return the transcripts that were kept of the validation at ``step``."""
+        rows = _json_rows(self.folder / "validation" / f"step-{step:06d}.jsonl", [])
         return [row for row in rows if isinstance(row.get("text"), str) and isinstance(row.get("pred_text"), str)]
 
     def logged_steps(self) -> list[Row]:
-        """Return rows of ``utterances.jsonl``: all, or of a long run about `SAMPLED_STEPS` evenly spaced ones."""
+        """Return rows of ``utterances.jsonl``: all, or for a long run about `SAMPLED_STEPS` evenly spaced ones."""
         path = self.folder / "utterances.jsonl"
-        if not path.exists():
-            return []
-        return [row for row in map(_object, _sampled_lines(path)) if row and _names_rows(row)]
+        return [row for row in map(parse_line, _sampled_lines(path)) if _names_rows(row)] if path.exists() else []
+
+    @property
+    def padded_fraction(self) -> float | None:
+        """Padded fraction of all steps' audio, 1 - sum(audio) / sum(audio / (1 - padding)); None where not recorded."""
+        padding, audio = self.column("padding"), self.column("audio_seconds")
+        known = np.isfinite(padding) & np.isfinite(audio) & (padding < 1) & (audio > 0)
+        if not known.any():
+            return None
+        return float(1 - audio[known].sum() / (audio[known] / (1 - padding[known])).sum())
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Read a run folder. Raises `ConfigError` where it is none."""
+def read_run(folder: str | os.PathLike[str]) -> RunRecord:
+    """Read a run folder. Raises ConfigError where the folder is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the run folder that canter train wrote")
     if not (folder / "metrics.jsonl").exists() and not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} is not a run folder: it has neither metrics.jsonl nor config.yaml")
     missing: list[str] = []
-    if (folder / "metrics.jsonl").exists():
-        metrics = read_json_lines(folder / "metrics.jsonl", missing)
-    else:
-        metrics = []
+    if not (folder / "metrics.jsonl").exists():
         missing.append("No metrics.jsonl: the run has not reached its first step.")
+    metrics = _json_rows(folder / "metrics.jsonl", missing)
     train = {row["step"]: row for row in metrics if row.get("kind") == "train" and _is_step(row)}
     valid = {row["step"]: row for row in metrics if row.get("kind") == "valid" and _is_step(row)}
     if metrics and not valid:
@@ -115,23 +119,19 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     repeated = sum(row.get("kind") == "train" for row in metrics) - len(train)
     if repeated > 0:
         missing.append(f"{repeated} steps were repeated after a resume; the last time counts.")
-    listed = {
-        name: read_json_lines(folder / f"{name}.jsonl", missing) if (folder / f"{name}.jsonl").exists() else []
-        for name in ("skipped", "left_out", "lengths.skipped")
-    }
     checkpoints = sorted(path.name for path in folder.glob("checkpoints/step-*") if path.is_dir())
     if not checkpoints:
         missing.append("No checkpoint yet.")
-    return Run(
+    return RunRecord(
         folder=folder,
         train=[train[step] for step in sorted(train)],
         valid=[valid[step] for step in sorted(valid)],
-        skipped=listed["skipped"],
-        left_out=listed["left_out"],
-        unreadable=listed["lengths.skipped"],
+        skipped=_json_rows(folder / "skipped.jsonl", missing),
+        left_out=_json_rows(folder / "left_out.jsonl", missing),
+        unreadable=_json_rows(folder / "lengths.skipped.jsonl", missing),
         events=[row for row in metrics if row.get("kind") == "event"],
         config=_text(folder / "config.yaml", missing),
-        settled=_json(folder / "run.json", []),
+        resolved=_json(folder / "run.json", []),
         budget=_json(folder / "budget.json", missing),
         checkpoints=checkpoints,
         best=_json(folder / "checkpoints" / "best.json", []),
@@ -139,39 +139,37 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return True for a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
-def read_json_lines(path: Path, missing: list[str]) -> list[Row]:
-    """Read the objects of a JSONL file. Unreadable lines, such as the torn last one of a killed run, are left out and
-    counted in ``missing``."""
-    rows, broken = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        row = _object(line)
-        if row is not None:
-            rows.append(row)
-        elif line.strip():
-            broken.append(number)
+def _json_rows(path: Path, missing: list[str]) -> list[Row]:
+    """Return the objects of a JSONL file, or none where it does not exist.
+
+    Unreadable lines, such as a torn last one, are counted in ``missing``.
+    """
+    if not path.exists():
+        return []
+    rows: list[Row] = []
+    broken: list[int] = []
+    with open_manifest(path) as file:
+        for _, number, line in scan_lines(file):
+            row = parse_line(line) if line.strip() else None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.strip():
+                broken.append(number)
     if broken:
         missing.append(f"{path.name}: {len(broken)} unreadable lines, the first is line {broken[0]}.")
     return rows
 
 
-def _object(line: str | bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def _sampled_lines(path: Path) -> Iterator[bytes]:
-    """Yield all lines of a file, or the whole lines after evenly spaced bytes of a large one."""
+    """Yield all lines of a file, or for a large one the lines that follow evenly spaced bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= WHOLE_LOG:
+        if size <= FULLY_READ:
             yield from file
             return
         for number in range(SAMPLED_STEPS):
@@ -181,8 +179,10 @@ def _sampled_lines(path: Path) -> Iterator[bytes]:
             yield file.readline()
 
 
-def _names_rows(row: Row) -> bool:
-    """Return whether a line of ``utterances.jsonl`` has the index rows of each micro-batch, and a whole epoch."""
+def _names_rows(row: object) -> TypeGuard[Row]:
+    """Return True for a line of ``utterances.jsonl`` with an epoch and the index rows of each micro-batch."""
+    if not isinstance(row, dict):
+        return False
     batches, epoch = row.get("rows"), row.get("epoch") or 0
     return (
         isinstance(batches, list)
@@ -206,9 +206,7 @@ def _text(path: Path, missing: list[str]) -> str:
 
 def _json(path: Path, missing: list[str]) -> Row:
     text = _text(path, missing)
-    try:
-        value = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
-        missing.append(f"{path.name} is not JSON: {error}.")
-        return {}
+    value = parse_line(text.encode()) if text else {}
+    if isinstance(value, str):
+        missing.append(f"{path.name}: {value}.")
     return value if isinstance(value, dict) else {}

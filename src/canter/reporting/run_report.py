@@ -1,41 +1,45 @@
-"""The page of a training run, finished or not: what it reached, what its batches gained, how it went."""
+"""Make the page of a training run, finished or not: results, gain of its batches, transcripts, curves and settings."""
 
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
+from canter.evaluation.wer import Score, ScoredUtterance, score_texts
 from canter.reporting import figures, html
-from canter.reporting.budget_figures import budget_figure, largest_batches
 from canter.reporting.gain import Gain, gain
 from canter.reporting.html import Card, Html
 from canter.reporting.run_curves import curves, duration, efficiency
-from canter.reporting.run_folder import Run, is_number, read_run
-from canter.reporting.validation import validation_transcripts
+from canter.reporting.run_folder import Row, RunRecord, is_number, read_run
+
+LISTED = 50  # rows of a list of problems
+WORST, DRAWN = 4, 6  # utterances of a validation shown: with most errors, and at random
+HISTORY = 5  # validations shown of one utterance
 
 
 def run_report(folder: str | os.PathLike[str]) -> Html:
-    """Return the page of a run folder."""
+    """Return the page of a run folder. Raises ConfigError where the folder is none."""
     run = read_run(folder)
     found = gain(run)
-    blocks = [html.cards(headline(run, found))] if run.train else []
-    blocks += [html.note(sentence) for sentence in run.missing]
-    blocks += [
-        *batching(run, found),
-        *validation_transcripts(run),
-        *progress(run),
-        *efficiency(run, found),
-        *budgeted(run),
-        *problems(run),
-        *setup(run),
-    ]
-    name = run.folder.resolve().name
-    return html.page(f"Run {name}", opening(run), *blocks, eyebrow="Canter training report")
+    return html.page(
+        f"Run {run.folder.resolve().name}",
+        _opening(run),
+        html.cards(_headline(run, found)) if run.train else Html(),
+        *(html.note(sentence) for sentence in run.missing),
+        _batching(run, found),
+        _transcripts(run),
+        html.section("Progress", "Training and validation, step by step.", html.grid(*curves(run.train, run.valid))),
+        efficiency(run, found),
+        _budget(run),
+        _problems(run),
+        _settings(run),
+        eyebrow="Canter training report",
+    )
 
 
-def opening(run: Run) -> str:
-    """Return one sentence on what was trained."""
+def _opening(run: RunRecord) -> str:
     if not run.train:
         return "No steps yet."
     steps = int(run.column("step")[-1])
@@ -45,7 +49,9 @@ def opening(run: Run) -> str:
         start = "Trained"
     total = run.train[-1].get("steps")
     of = f" of {total:,}" if isinstance(total, int) and total > steps else ""
-    text = f"{start}, {steps:,}{of} steps over {_hours(run)} of audio"
+    hours = np.nansum(run.column("audio_seconds")) / 3600
+    audio = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    text = f"{start}, {steps:,}{of} steps over {audio} of audio"
     if last := run.train[-1].get("epoch"):
         text += f" ({last + 1} epochs begun)"
     scored = [row["wer"] for row in run.valid if is_number(row.get("wer"))]
@@ -54,8 +60,7 @@ def opening(run: Run) -> str:
     return text + "."
 
 
-def headline(run: Run, found: Gain | None) -> list[Card]:
-    """Return the cards on top."""
+def _headline(run: RunRecord, found: Gain | None) -> list[Card]:
     seconds, audio = np.nansum(run.column("seconds")), np.nansum(run.column("audio_seconds"))
     cards: list[Card] = []
     scored = [row for row in run.valid if is_number(row.get("wer"))]
@@ -70,14 +75,13 @@ def headline(run: Run, found: Gain | None) -> list[Card]:
     if len(known) and not scored:
         last = known[-max(3, len(known) // 50) :].mean()
         cards.append((f"{last:.3g}", "training loss", "running mean of the last steps", "measured"))
-    padding = weighted_padding(run)
     if found:
         own, other = found.own.figures, found.others[0].figures
         note = f"random batches: {other.padded_compute:.1%}"
         cards.append((f"{own.padded_compute:.1%}", "padded compute", note, "predicted"))
         cards.append((f"{found.speedup:.1f}×", "faster epochs", "than with random batches", "predicted"))
-    elif padding is not None:
-        cards.append((f"{padding:.1%}", "padded audio", "fraction of the audio computed", "measured"))
+    elif run.padded_fraction is not None:
+        cards.append((f"{run.padded_fraction:.1%}", "padded audio", "fraction of the audio computed", "measured"))
     cards += _memory_card(run, found)
     if seconds > 0:
         rate = audio / seconds
@@ -86,7 +90,7 @@ def headline(run: Run, found: Gain | None) -> list[Card]:
     return cards
 
 
-def _memory_card(run: Run, found: Gain | None) -> list[Card]:
+def _memory_card(run: RunRecord, found: Gain | None) -> list[Card]:
     """Return the card of the memory filled: the peak of the device where it was measured, else the budget's figure."""
     peak, filled = run.column("memory_peak"), run.column("memory_filled")
     if np.nansum(peak) > 0:
@@ -102,19 +106,20 @@ def _memory_card(run: Run, found: Gain | None) -> list[Card]:
     return [(f"{np.nanmean(filled):.1%}", "memory filled", note, "predicted")]
 
 
-def batching(run: Run, found: Gain | None) -> list[Html]:
-    """Compare the run's batches with those of other strategies."""
+# -- batches, beside those of other strategies --
+
+
+def _batching(run: RunRecord, found: Gain | None) -> Html:
     if found is None:
-        return []
+        return Html()
     rows = [*found.others, found.own]
-    names = [row.name for row in rows]
     hours = [row.figures.hours for row in rows]
     padded = [row.figures.padded_compute for row in rows]
-    picture = figures.padding_picture(
+    picture = figures.draw_padding(
         {f"{len(found.drawn)} drawn at random": found.drawn, "A batch of this run": found.batch}
     )
-    ladder = figures.ladder(names, hours, padded, best="this run")
-    bars = ", ".join(f"{row.name} {duration(3600 * row.figures.hours)}" for row in rows)
+    bars = figures.draw_epochs([row.name for row in rows], hours, padded, best="this run")
+    times = ", ".join(f"{row.name} {duration(3600 * row.figures.hours)}" for row in rows)
     header = (
         "batches", "", "padded compute", "padded audio", "memory filled", "mean batch", "updates an epoch",
         "epoch", "speed-up",
@@ -133,42 +138,39 @@ def batching(run: Run, found: Gain | None) -> list[Html]:
         )
         for row in rows
     ]
-    cells.append(_measured(run, found))
-    return [
-        html.section(
-            "What the batches gained",
-            "Every utterance of a batch is padded to the longest one, and the padding is computed like speech.",
-            html.figure(
-                picture,
-                "Padding in a batch",
-                "A row an utterance, its audio coloured and its padding grey.",
-                wide=True,
-                alt="Two batches, each utterance a bar; the random one is mostly padding.",
-            ),
-            html.figure(
-                ladder,
-                "One epoch",
-                Html(f"Time by the run's budget; grey is spent on padding. {html.origin('predicted')}"),
-                wide=True,
-                alt=f"Predicted time of an epoch: {bars}.",
-            ),
-            html.table(header, cells, text_columns=2, best=len(rows) - 1),
-            html.element("p", comparison(run, found), class_="lead"),
-        )
-    ]
+    return html.section(
+        "What the batches gained",
+        "Every utterance of a batch is padded to the longest one, and the padding is computed like speech.",
+        html.figure(
+            picture,
+            "Padding in a batch",
+            "One row for each utterance, its audio coloured and its padding grey.",
+            wide=True,
+            alt="Two batches, each utterance a bar; the random one is mostly padding.",
+        ),
+        html.figure(
+            bars,
+            "One epoch",
+            Html(f"Time by the run's budget; grey is spent on padding. {html.origin('predicted')}"),
+            wide=True,
+            alt=f"Predicted time of an epoch: {times}.",
+        ),
+        html.table(header, [*cells, _measured(run, found)], text_columns=2, best=len(rows) - 1),
+        html.element("p", _explanation(run, found), class_="lead"),
+    )
 
 
-def _measured(run: Run, found: Gain) -> tuple[object, ...]:
-    """Return the row of the table with what the run measured."""
+def _measured(run: RunRecord, found: Gain) -> tuple[object, ...]:
+    """Return the table's row of measured figures."""
     seconds, audio = np.nansum(run.column("seconds")), np.nansum(run.column("audio_seconds"))
     utterances = np.nansum(run.column("utterances"))
-    padding, peak = weighted_padding(run), np.nansum(run.column("memory_peak"))
+    peak = np.nansum(run.column("memory_peak"))
     steps = int(np.isfinite(run.column("utterances")).sum())
     return (
         "this run",
         html.origin("measured"),
         "–",
-        "–" if padding is None else f"{padding:.1%}",
+        "–" if run.padded_fraction is None else f"{run.padded_fraction:.1%}",
         f"{np.nanmax(run.column('memory_peak')):.1%}" if peak > 0 else "–",
         f"{found.own.figures.mean_batch:,.1f}",
         f"{found.epoch_utterances * steps / utterances:,.0f}" if utterances > 0 else "–",
@@ -177,19 +179,20 @@ def _measured(run: Run, found: Gain) -> tuple[object, ...]:
     )
 
 
-def comparison(run: Run, found: Gain) -> str:
-    """Return the sentences on how the other strategies' figures were computed, and what limits the run's batches."""
+def _explanation(run: RunRecord, found: Gain) -> str:
+    """Explain how the other strategies' figures were computed, and what limits the run's batches."""
     assert run.planned
     index, budget = run.planned
     if found.fills_memory:
         limit = "The memory budget limits the batches, of this run and of the others."
     else:
-        limit = f"{limited_by(run)} The others have batches of the same mean size, so as many updates an epoch."
-    whole = f"all {len(index):,}" if found.utterances == len(index) else f"a sample of {found.utterances:,}"
+        limit = f"{_limit(run)} The others have batches of the same mean size, so as many updates an epoch."
+    planned = f"all {len(index):,}" if found.utterances == len(index) else f"a sample of {found.utterances:,}"
+    scaled = ", scaled to an epoch" if found.taken < len(index) else ""
     text = (
-        f"{limit} Predicted figures are the planner's, for {whole} utterances of lengths.arrow, with the memory and "
-        f"time of budget.json; those of this run are for the {found.taken:,} utterances of its batches"
-        f"{', times what an epoch has of them' if found.taken < len(index) else ''}. Measured ones are from its steps."
+        f"{limit} Predicted figures are the planner's, for {planned} utterances of lengths.arrow, with the memory and "
+        f"time of budget.json; those of this run are for the {found.taken:,} utterances of its batches{scaled}. "
+        "Measured ones are from its steps."
     )
     if budget.frame_seconds >= 1:
         text += (
@@ -199,9 +202,9 @@ def comparison(run: Run, found: Gain) -> str:
     return text
 
 
-def limited_by(run: Run) -> str:
-    """Return a sentence on what else than memory limits the run's batches, as the run itself resolved it if it did."""
-    batches = run.settled.get("batches")
+def _limit(run: RunRecord) -> str:
+    """Return a sentence on what limits the run's batches other than memory: as run.json says, else by its settings."""
+    batches = run.resolved.get("batches")
     if isinstance(batches, dict) and batches.get("limited_by"):
         return f"This run's batches are limited by {batches['limited_by']}."
     seconds = run.settings.get("batch_seconds")
@@ -210,143 +213,205 @@ def limited_by(run: Run) -> str:
     return "The number of updates an epoch limits this run's batches, not memory: the data set is small."
 
 
-def progress(run: Run) -> list[Html]:
-    """Show what the model learnt."""
-    drawings = curves(run.train, run.valid)
-    if not drawings:
+# -- transcripts of validation --
+
+
+def _transcripts(run: RunRecord) -> Html:
+    """Return the section on the best validation: errors by kind, and utterances with their errors marked."""
+    kept = [(row, found) for row in run.valid if (found := _validation_rows(run, row))]
+    if not kept:
+        return Html()
+    row, rows = min(kept, key=lambda pair: (_rate(pair[0]), -pair[0]["step"]))
+    scored = _scored(rows)
+    if not scored.utterances:
+        return Html()
+    worst = scored.worst(WORST)
+    others = [item for item in scored.utterances if item not in worst]
+    random = np.random.default_rng(0)
+    drawn = [others[i] for i in sorted(random.permutation(len(others))[:DRAWN])]
+    blocks = [_error_counts(scored, rows), html.error_key()]
+    for title, items in (("Most errors", worst), ("Drawn at random", drawn)):
+        if items:
+            shown = [html.scored(_label(item, rows[item.index]), item) for item in items]
+            blocks += [html.element("h3", title), html.transcripts(*shown)]
+    best = " of the best checkpoint" if run.best.get("checkpoint") == f"step-{row['step']:06d}" else ""
+    lead = (
+        f"Validation{best} at step {row['step']:,}, {len(rows):,} held-out utterances: the reference in grey, the "
+        "transcript below it. Texts are not normalised; the normalised WER ignores case and punctuation."
+    )
+    return html.section("Transcripts", lead, *blocks, *_history(kept))
+
+
+def _validation_rows(run: RunRecord, row: Row) -> list[Row]:
+    """Return the transcripts of a validation: those kept of all its utterances, else the few in the metrics."""
+    examples = [e for e in row.get("examples") or () if isinstance(e, dict) and "text" in e and "pred_text" in e]
+    return run.transcripts(row["step"]) or examples
+
+
+def _rate(row: Row) -> float:
+    return row["wer"] if is_number(row.get("wer")) else np.inf
+
+
+def _scored(rows: Sequence[Row], *, normalized: bool = False) -> Score:
+    """Score rows as the validation does, without normalisation, or ``normalized``."""
+    texts, transcripts = ([str(row[name]) for row in rows] for name in ("text", "pred_text"))
+    languages = [row.get("lang") for row in rows]
+    return score_texts(texts, transcripts, languages, normalize="standard" if normalized else "none")
+
+
+def _error_counts(scored: Score, rows: Sequence[Row]) -> Html:
+    total = scored.total
+    right = sum(not item.counts.errors for item in scored.utterances)
+    normalized = _scored(rows, normalized=True)
+    header = ("utterances", "without an error", "words", "substituted", "inserted", "deleted", "WER", "CER")
+    cells = [
+        f"{total.utterances:,}", f"{right / total.utterances:.0%}", f"{total.words:,}", f"{total.substitutions:,}",
+        f"{total.insertions:,}", f"{total.deletions:,}", f"{total.wer:.1%}", f"{total.cer:.1%}",
+    ]  # fmt: skip
+    if normalized.utterances and abs(normalized.wer - total.wer) > 0.0005:
+        header, cells = (*header, "WER, normalised"), [*cells, f"{normalized.wer:.1%}"]
+    return html.table(header, [cells], text_columns=0)
+
+
+def _label(item: ScoredUtterance, row: Row) -> str:
+    name = str(row.get("audio_filepath") or row.get("name") or f"example {item.index + 1}").rsplit("/", 1)[-1]
+    parts = [name, row.get("lang"), f"{row['duration']:.1f} s" if is_number(row.get("duration")) else None]
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _history(kept: list[tuple[Row, list[Row]]]) -> list[Html]:
+    """Return the successive transcripts of the utterance that improved most, where there are several validations."""
+    last = {_identity(row) for row in kept[-1][1]}
+    kept = [(row, rows) for row, rows in kept if any(_identity(one) in last for one in rows)]
+    before, after = word_errors(kept[0][1]), word_errors(kept[-1][1])
+    gains = {key: before[key] - after[key] for key in before if key in after}
+    if len(kept) < 2 or not gains or max(gains.values()) <= 0:
         return []
-    return [html.section("Progress", "What the model learnt, step by step.", html.grid(*drawings))]
+    most = max(gains, key=gains.__getitem__)
+    found = [(f"{row['step']:,}", one) for row, rows in kept for one in rows if _identity(one) == most]
+    places = np.unique(np.linspace(0, len(found) - 1, HISTORY).astype(int))
+    cells = []
+    for step, one in (found[place] for place in places):
+        shown = html.marked(one["text"], one["pred_text"], one.get("lang"), "none")
+        cells.append((step, f"{_scored([one]).wer:.0%}", shown))
+    cells.append(("", "", html.element("span", found[0][1]["text"], class_="reference")))
+    table = html.table(["step", "WER", "transcript; the reference is below"], cells, text_columns=3)
+    return [html.element("h3", "One utterance, validation by validation"), table]
 
 
-def budgeted(run: Run) -> list[Html]:
-    """Show the largest batch for every length, and how well the measured probes are explained where they are there."""
+def _identity(row: Row) -> tuple[str, str, str]:
+    return str(row.get("audio_filepath")), str(row.get("offset")), row["text"]
+
+
+def word_errors(rows: Sequence[Row]) -> dict[tuple[str, str, str], int]:
+    """Return the word errors of each utterance by audio path, offset and text."""
+    return {_identity(rows[item.index]): item.counts.errors for item in _scored(rows).utterances}
+
+
+# -- budget, problems, settings --
+
+
+def _budget(run: RunRecord) -> Html:
+    """Return the section on the largest batch for every length, and on how well the budget explains its probes."""
     if run.planned is None:
-        return []
+        return Html()
     index, budget = run.planned
-    fitting = _probes(run)
-    if fitting is None:
-        return []
-    caption = "The batch that memory holds, by duration and tokens; points are utterances, red ones do not fit alone."
+    caption = "The batch that memory holds, by duration and tokens; points are utterances, red ones do not fit at all."
+    journal, fitting = run.folder / "budget.probes.jsonl", []
+    if journal.exists():
+        from canter.errors import BudgetError
+        from canter.tuning.probe import read_probes  # imports torch
+
+        try:
+            probes = read_probes(journal)
+        except BudgetError:
+            return Html()
+        fitting = [probe for on, probe in probes if on.items() <= budget.measured_on.items() and probe.fits]
     if fitting:
-        drawing = budget_figure(budget, fitting, index.seconds, index.tokens)
-        caption = f"Left, {len(fitting)} steps measured before the run, against the budget made from them. {caption}"
+        drawing = figures.budget_figure(budget, fitting, index.seconds, index.tokens)
+        caption = f"Left, {len(fitting)} steps measured before the run, and the budget made from them. {caption}"
     else:
-        drawing = largest_batches(budget, index.seconds, index.tokens)
-    lead = "What fits on the device, and how long it takes."
-    return [html.section("Budget", lead, html.figure(drawing, "Largest batch", caption, wide=bool(fitting)))]
+        drawing = figures.draw_largest_batches(budget, index.seconds, index.tokens)
+    lead = "Memory and time of a micro-batch on this device."
+    return html.section("Budget", lead, html.figure(drawing, "Largest batch", caption, wide=bool(fitting)))
 
 
-def _probes(run: Run) -> list | None:
-    """Return the steps that the budget was made from, where the run measured it itself; None where they are damaged."""
-    journal = run.folder / "budget.probes.jsonl"
-    if not journal.exists() or run.planned is None:
-        return []
-    from canter.errors import BudgetError
-    from canter.tuning.probe import read_probes  # imports torch
-
-    try:
-        found = read_probes(journal)
-    except BudgetError:
-        return None
-    return [probe for on, probe in found if on.items() <= run.planned[1].measured_on.items() and probe.fits]
-
-
-def problems(run: Run, count: int = 50) -> list[Html]:
-    """List utterances that were not used, and unusual events."""
+def _problems(run: RunRecord) -> Html:
+    """Return the section on utterances that were not used, and on unusual events."""
     blocks = []
     lists = (
         ("Manifest rows that could not be used", run.unreadable),
         ("Utterances that fit in no batch", run.left_out),
-        ("Audio that turned out unusable", run.skipped),
+        ("Audio that could not be used", run.skipped),
     )
     for title, rows in lists:
         if not rows:
             continue
         reasons = Counter(str(row.get("reason", "")).split(":")[0] for row in rows)
         counted = [(name, f"{number:,}") for name, number in reasons.most_common(10)]
-        listed = [(row.get("file", ""), row.get("line", ""), row.get("reason", "")) for row in rows[:count]]
-        heading = f"The first {count} of {len(rows):,}" if len(rows) > count else f"All {len(rows):,}"
+        listed = [(row.get("file", ""), row.get("line", ""), row.get("reason", "")) for row in rows[:LISTED]]
+        heading = f"The first {LISTED} of {len(rows):,}" if len(rows) > LISTED else f"All {len(rows):,}"
         blocks += [
             html.element("h3", title),
             html.table(["reason", "utterances"], counted),
             html.details(heading, html.table(["file", "line", "reason"], listed, text_columns=3)),
         ]
     if run.events:
-        rows = []
-        for row in run.events[:count]:
-            rest = {k: v for k, v in row.items() if k not in ("kind", "step", "what", "time", "rows")}
-            rows.append((row.get("step", ""), row.get("what", ""), ", ".join(f"{k} {v}" for k, v in rest.items())))
-        more = f", the first {count} of {len(run.events):,}" if len(run.events) > count else ""
-        blocks += [
-            html.element("h3", f"Events{more}"),
-            html.table(["step", "what", "details"], rows, text_columns=3),
+        hidden = ("kind", "step", "what", "time", "rows")
+        rows = [
+            (
+                row.get("step", ""),
+                row.get("what", ""),
+                ", ".join(f"{name} {value}" for name, value in row.items() if name not in hidden),
+            )
+            for row in run.events[:LISTED]
         ]
-    if not blocks:
-        if not run.train:
-            return []
-        return [html.section("Problems", "None: every utterance was used, and no step was unusual.")]
-    return [html.section("Problems", "What was not used or unusual; the run went on.", *blocks)]
+        more = f", the first {LISTED} of {len(run.events):,}" if len(run.events) > LISTED else ""
+        blocks += [html.element("h3", f"Events{more}"), html.table(["step", "what", "details"], rows, text_columns=3)]
+    lead = "Utterances that were not used, and unusual events; the run continued."
+    if not blocks and run.train:
+        lead, none = "", "None: every utterance was used, and no step was unusual."
+        blocks = [html.element("p", none, class_="lead")]
+    return html.section("Problems", lead, *blocks)
 
 
-def setup(run: Run) -> list[Html]:
-    """Show the resolved settings, and configuration, budget and checkpoints in full."""
-    blocks = []
-    if rows := resolved(run):
-        blocks.append(html.table(["setting", "value"], rows, text_columns=2))
-    if run.config:
-        blocks.append(html.details("Configuration", html.element("pre", run.config)))
-    if run.budget:
-        blocks.append(html.details("Budget", html.element("pre", json.dumps(run.budget, indent=2))))
-    if run.checkpoints:
-        best = run.best.get("checkpoint")
-        listed = [f"{name} (best)" if name == best else name for name in run.checkpoints]
-        blocks.append(html.details("Checkpoints", html.element("pre", "\n".join(listed))))
-    return [html.section("Settings", "As they were resolved, and in full.", *blocks)] if blocks else []
+def _settings(run: RunRecord) -> Html:
+    """Return the section on the resolved settings, and on configuration, budget and checkpoints."""
+    best = run.best.get("checkpoint")
+    checkpoints = "\n".join(f"{name} (best)" if name == best else name for name in run.checkpoints)
+    budget = json.dumps(run.budget, indent=2) if run.budget else ""
+    rows = _resolved(run)
+    blocks = [html.table(["setting", "value"], rows, text_columns=2)] if rows else []
+    blocks += [
+        html.details(title, html.element("pre", text))
+        for title, text in (("Configuration", run.config), ("Budget", budget), ("Checkpoints", checkpoints))
+        if text
+    ]
+    return html.section("Settings", "Resolved settings, and the complete files.", *blocks)
 
 
-def resolved(run: Run) -> list[tuple[str, str]]:
-    """Return the settings that a reader asks for first, with their values."""
+def _resolved(run: RunRecord) -> list[tuple[str, str]]:
+    """Return the names and values of the most important settings."""
     measured = run.budget.get("measured_on")
     on = measured if isinstance(measured, dict) else {}
-    rows = [
-        ("model", on.get("model_shape") or on.get("model")),
-        ("initial weights", run.settings.get("init") or ("random" if run.settings else None)),
-        ("device", on.get("device")),
-        ("ranks", run.ranks if run.train else None),
-        *(
-            (key.replace("_", " "), value)
-            for key, value in run.settled.items()
-            if not isinstance(value, dict) and key != "checksum"
-        ),
-        *((f"batches: {key.replace('_', ' ')}", value) for key, value in (run.settled.get("batches") or {}).items()),
-        ("batching strategy", run.settings.get("strategy")),
-    ]
-    optimizer = run.settings.get("optimizer")
-    if isinstance(optimizer, dict):
-        rows.append(("optimiser", on.get("optimizer") or optimizer.get("name")))
+    batches = run.resolved.get("batches") or {}
+    rows = {
+        "model": on.get("model_shape") or on.get("model"),
+        "initial weights": run.settings.get("init") or ("random" if run.settings else None),
+        "device": on.get("device"),
+        "ranks": run.ranks if run.train else None,
+    }
+    plain = {name: value for name, value in run.resolved.items() if not isinstance(value, dict) and name != "checksum"}
+    rows |= {name.replace("_", " "): value for name, value in plain.items()}
+    rows |= {f"batches: {name.replace('_', ' ')}": value for name, value in batches.items()}
+    rows["batching strategy"] = run.settings.get("strategy")
+    if isinstance(optimizer := run.settings.get("optimizer"), dict):
+        rows["optimiser"] = on.get("optimizer") or optimizer.get("name")
     rates = run.column("learning_rate")
     if np.isfinite(rates).any():
-        rows.append(("highest learning rate used", f"{np.nanmax(rates):.3g}"))
+        rows["highest learning rate used"] = f"{np.nanmax(rates):.3g}"
     return [
-        (
-            name,
-            f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
-        )
-        for name, value in rows
+        (name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
+        for name, value in rows.items()
         if value is not None
     ]
-
-
-def weighted_padding(run: Run) -> float | None:
-    """Return the padded fraction of all steps' audio, 1 - sum audio / sum (audio / (1 - padding)); None where it was
-    not recorded."""
-    padding, audio = run.column("padding"), run.column("audio_seconds")
-    known = np.isfinite(padding) & np.isfinite(audio) & (padding < 1) & (audio > 0)
-    if not known.any():
-        return None
-    return float(1 - audio[known].sum() / (audio[known] / (1 - padding[known])).sum())
-
-
-def _hours(run: Run) -> str:
-    hours = np.nansum(run.column("audio_seconds")) / 3600
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

@@ -1,31 +1,42 @@
-"""A result's error rates and its worst utterances, word by word, as one page."""
+"""Make the page of a scored result: error rates, frequent errors, and the worst utterances word by word."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from canter.evaluation.transcripts import Transcript
+from canter.evaluation.transcripts import ScoredTranscript
 from canter.evaluation.translation import TranslationScore
-from canter.evaluation.wer import Counts, Score, ScoredUtterance, percent
+from canter.evaluation.wer import ErrorCounts, Score, ScoredUtterance, percent
 from canter.reporting import html
 from canter.reporting.html import Html
 
 FREQUENT = 20  # errors listed
-NOTHING = "∅"
+NO_WORD = "∅"
 
 
 def score_page(
     name: str,
     result: Score,
-    transcripts: Sequence[Transcript],
+    transcripts: Sequence[ScoredTranscript],
     worst: Sequence[ScoredUtterance],
     interval: tuple[float, float],
-    translations: dict[str, TranslationScore],
+    translations: Mapping[str, TranslationScore],
 ) -> Html:
-    """The whole document; ``transcripts`` are what was scored, ``worst`` those of it to show."""
+    """Return the complete page; ``worst`` are the utterances to show, ``transcripts`` all that were scored."""
     total = result.total
     left_out = f", {result.left_out:,} left out" if result.left_out else ""
     low, high = interval
-    blocks = [
+    translated = [
+        (lang, f"{one.utterances:,}", f"{one.bleu:.2f}", f"{one.chrf:.2f}", one.bleu_signature)
+        for lang, one in translations.items()
+    ]
+    bleu_header = ("language", "utterances", "BLEU", "chrF", "sacrebleu's signature of BLEU")
+    frequent = _frequent(result)
+    shown = [
+        html.scored(f"{transcripts[item.index].name}, line {transcripts[item.index].line}", item) for item in worst
+    ]
+    return html.page(
+        name,
+        "Word and character error rates.",
         html.cards(
             [
                 (percent(total.wer), "WER", f"95 % interval {percent(low)} to {percent(high)}"),
@@ -34,25 +45,23 @@ def score_page(
             ]
         ),
         html.section("Error rates", "", _rates(result)),
-    ]
-    if translations:
-        header = ("language", "utterances", "BLEU", "chrF", "sacrebleu's signature of BLEU")
-        rows = [
-            (lang, f"{one.utterances:,}", f"{one.bleu:.2f}", f"{one.chrf:.2f}", one.bleu_signature)
-            for lang, one in translations.items()
-        ]
-        blocks.append(html.section("Translation", "Texts as they are.", html.table(header, rows)))
-    frequent = _frequent(result)
-    if frequent:
-        header = ("in the reference", "heard", "times")
-        lead = f"The word errors that occur most often; {NOTHING}: no word."
-        blocks.append(html.section("Frequent errors", lead, html.table(header, frequent, text_columns=2)))
-    if worst:
-        lead = f"The {len(worst)} utterances with most word errors, normalised: reference above, transcript below."
-        shown = [_utterance(item, transcripts[item.index]) for item in worst]
-        listed = html.element("div", *shown, class_="transcripts")
-        blocks.append(html.section("Worst utterances", lead, html.error_key(), listed))
-    return html.page(name, "Word and character error rates.", *blocks, eyebrow="canter score")
+        html.section(
+            "Translation",
+            "Texts are compared without normalisation.",
+            html.table(bleu_header, translated) if translated else Html(),
+        ),
+        html.section(
+            "Frequent errors",
+            f"The most frequent word errors; {NO_WORD}: no word.",
+            html.table(("reference", "transcript", "times"), frequent, text_columns=2) if frequent else Html(),
+        ),
+        html.section(
+            "Worst utterances",
+            f"The {len(worst)} utterances with most word errors, normalised: reference above, transcript below.",
+            *((html.error_key(), html.transcripts(*shown)) if shown else (Html(),)),
+        ),
+        eyebrow="canter score",
+    )
 
 
 def _rates(result: Score) -> Html:
@@ -62,24 +71,18 @@ def _rates(result: Score) -> Html:
     return html.table(header, [_rate(name, counts) for name, counts in rows], best=len(rows) - 1)
 
 
-def _rate(name: str, counts: Counts) -> tuple[str, ...]:
+def _rate(name: str, counts: ErrorCounts) -> tuple[str, ...]:
     numbers = (counts.substitutions, counts.deletions, counts.insertions)
     sizes = (f"{counts.utterances:,}", f"{counts.words:,}", percent(counts.wer), percent(counts.cer))
     return name, *sizes, *(f"{number:,}" for number in numbers)
 
 
 def _frequent(result: Score) -> list[tuple[str, str, str]]:
-    """Reference word, what was heard instead, how often."""
+    """Return (reference word, transcribed word, count) of the most frequent errors."""
     errors = Counter(
-        (word or NOTHING, guess or NOTHING)
+        (word or NO_WORD, guess or NO_WORD)
         for item in result.utterances
         for operation, word, guess in item.alignment
         if operation != "equal"
     )
     return [(word, guess, f"{count:,}") for (word, guess), count in errors.most_common(FREQUENT)]
-
-
-def _utterance(item: ScoredUtterance, transcript: Transcript) -> Html:
-    reference = " ".join(word for _, word, _ in item.alignment if word)
-    label = f"{transcript.name}, line {transcript.line}"
-    return html.transcript(label, f"WER {percent(item.counts.wer, 0)}", reference, html.aligned(item.alignment))

@@ -9,33 +9,36 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import replace
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from canter import __version__
-from canter.inference.engine.requests import Request as Wanted
+from canter.inference.engine.requests import Request as EngineRequest
 from canter.inference.transcript.formats import finite, srt, vtt, whisper_json
+from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
-from canter.serving.protocol import ApiError, Asked, read_asked
+from canter.serving.config import ServiceConfig
+from canter.serving.protocol import ApiError, AudioRequest, check_model_name, read_fields
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
-from canter.serving.service import Audio, Heard, Service, joint
+from canter.serving.service import Audio, Service, TranscriptUpdate
 from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
 WRITERS = {"srt": srt, "vtt": vtt}
 OPEN = ("/", "/health")  # without an API key
-COUNTED = (
-    "/v1/audio/transcriptions",
-    "/v1/audio/translations",
-)  # by name; a client can think of any other path
+COUNTED = ("/v1/audio/transcriptions", "/v1/audio/translations")  # by name; clients can invent any other path
 DRAIN_SECONDS = 1.0
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data:; media-src blob:; worker-src blob:; frame-ancestors 'none'"
+)
 T = TypeVar("T")
 
 _FORM = {
@@ -56,7 +59,7 @@ _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application around a service; closing it down closes the service."""
+    """Return the application around a service; its shutdown closes the service."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -69,40 +72,32 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)
     page = (files("canter.serving") / "page.html").read_text(encoding="utf-8")
-    model = {
-        "id": service.config.names[0],
-        "object": "model",
-        "created": service.started,
-        "owned_by": "canter",
-    }
+    config = service.config
+    model = {"id": config.names[0], "object": "model", "created": service.started, "owned_by": "canter"}
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> Response:
-        policy = "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; connect-src 'self'; "
-        policy += "img-src data:; media-src blob:; worker-src blob:; frame-ancestors 'none'"
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
 
     @app.get("/health")
     async def health() -> Response:
         alive = service.scheduler.alive
-        return JSONResponse(
-            {
-                "status": "ok" if alive else "down",
-                "version": __version__,
-                "model": service.config.names[0],
-                "languages": service.tokenizer.languages,
-                "language": service.config.lang,
-                "targets": service.targets,
-                "detects": service.detects,
-                "words": service.engine.aligns,
-                "keys": bool(service.config.keys),
-                "max_bytes": service.config.max_bytes,
-                "longest_seconds": service.config.longest_seconds,
-                "requests": service.requests,
-                "waiting": service.scheduler.waiting,
-            },
-            200 if alive else 503,
-        )
+        state = {
+            "status": "ok" if alive else "down",
+            "version": __version__,
+            "model": config.names[0],
+            "languages": service.tokenizer.languages,
+            "language": config.language,
+            "targets": service.targets,
+            "detects": service.detects,
+            "words": service.engine.aligns,
+            "keys": bool(config.keys),
+            "max_bytes": config.max_bytes,
+            "longest_seconds": config.max_seconds,
+            "requests": service.requests,
+            "waiting": service.scheduler.waiting,
+        }
+        return JSONResponse(state, 200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -114,8 +109,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        if name not in service.config.names:
-            raise ApiError(404, f"there is no model {name!r} here, only {model['id']!r}", "model", "model_not_found")
+        check_model_name(name, config)
         return JSONResponse(model)
 
     @app.post("/v1/audio/transcriptions", openapi_extra=_BODY)
@@ -131,34 +125,34 @@ def create_app(service: Service) -> FastAPI:
 
 
 class _Gate:
-    """In front of everything: who may ask, and the counts of what was answered."""
+    """Middleware that refuses requests without access, and counts all answers."""
 
-    def __init__(self, app: Any, service: Service):
+    def __init__(self, app: ASGIApp, service: Service):
         self.app, self.service = app, service
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun, status = time.perf_counter(), 499
+        start, status = time.perf_counter(), 499
         request = Request(scope, receive)
         unread = bool({"content-length", "transfer-encoding"} & {*request.headers.keys()})
 
-        async def tracked() -> Any:
+        async def tracked() -> Message:
             nonlocal unread
             message = await receive()
             unread = unread and bool(message.get("more_body"))
             return message
 
-        async def counted(message: Any) -> None:
+        async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if unread:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             elif unread and not message.get("more_body"):
-                # What is still on its way is read for a moment: closing at once would reset the connection
-                # before many a client has seen why.
+                # Read the body for a moment longer: closing at once would reset the connection before many
+                # clients have read the answer.
                 await send({**message, "more_body": True})
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN_SECONDS):
@@ -167,40 +161,36 @@ class _Gate:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        endpoint = scope["path"] if scope["path"] in COUNTED else "other"
+        metrics, endpoint = self.service.metrics, scope["path"] if scope["path"] in COUNTED else "other"
         try:
-            refusal = _refusal(self.service, request)
+            refusal = _refusal(self.service.config, request)
             if refusal:
-                self.service.metrics.refused.labels("access").inc()
+                metrics.refused.labels("access").inc()
                 await JSONResponse(refusal.body, refusal.status)(scope, tracked, counted)
             else:
                 await self.app(scope, tracked, counted)
         finally:
-            self.service.metrics.requests.labels(endpoint, str(status)).inc()
-            self.service.metrics.latency.labels(endpoint).observe(time.perf_counter() - begun)
+            metrics.requests.labels(endpoint, str(status)).inc()
+            metrics.latency.labels(endpoint).observe(time.perf_counter() - start)
 
 
-def _refusal(service: Service, request: Request) -> ApiError | None:
-    """Why the request may not be: another site's page sent it (a browser lets it, and resolves names as that
-    site likes), or its API key is missing or wrong."""
-    config = service.config
+def _refusal(config: ServiceConfig, request: Request) -> ApiError | None:
+    """Return the error for a request that a page of another site sent, or whose API key is missing or wrong.
+
+    Browsers send such pages' requests, and resolve host names as that site chooses (DNS rebinding).
+    """
     host = request.headers.get("host", "")
     if config.hosts is not None and not _is_ours(host, config.hosts):
-        return ApiError(
-            403,
-            f"{host[:80]!r} is not a name of this service; start it with --allowed-hosts {_name(host)[:80] or 'NAME'}",
-        )
+        hint = f"start it with --allowed-hosts {_name(host)[:80] or 'NAME'}"
+        return ApiError(403, f"{host[:80]!r} is not a name of this service; {hint}")
     origin = request.headers.get("origin")
-    if origin and _place(origin) != host:
+    if origin and _netloc(origin) != host:
         return ApiError(403, f"requests from pages of {origin[:80]} are refused")
     if config.keys and request.scope["path"] not in OPEN:  # request.url is made of the Host header too
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not _is_key(given.strip().encode("latin-1"), config.keys):
-            return ApiError(
-                401,
-                "the API key is missing or wrong; send 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )
+            text = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
+            return ApiError(401, text, code="invalid_api_key")
     return None
 
 
@@ -211,25 +201,29 @@ def _name(host: str) -> str:
 
 
 def _is_ours(host: str, hosts: frozenset[str]) -> bool:
-    """Return whether a Host header names one of the ``hosts``. A page of another site whose name was made to lead here
-    (DNS rebinding) sends that name; an IP address it cannot send."""
+    """Return whether a Host header names one of the ``hosts``.
+
+    With DNS rebinding a page of another site sends that site's name; it cannot send an IP address.
+    """
     name = _name(host)
     return name in hosts or (ANY_ADDRESS in hosts and is_address(name))
 
 
 def _is_key(given: bytes, keys: frozenset[str]) -> bool:
-    """Return whether a request's key, in bytes as they came, is one of ours: clients send other letters than ASCII's in
-    UTF-8 or in Latin-1."""
+    """Return whether a request's key, in the bytes received, is one of ``keys``.
+
+    Clients encode letters outside of ASCII as UTF-8 or as Latin-1.
+    """
     known = {key.encode("utf-8") for key in keys}
     for key in keys:
         with contextlib.suppress(UnicodeEncodeError):
             known.add(key.encode("latin-1"))
-    matches = [hmac.compare_digest(given, one) for one in known]  # all of them, so that the time tells nothing
+    matches = [hmac.compare_digest(given, one) for one in known]  # compare all: the time must not depend on the key
     return any(matches)
 
 
-def _place(origin: str) -> str | None:
-    """Host and port of a page's origin; None where it is no address."""
+def _netloc(origin: str) -> str | None:
+    """Return host and port of a page's origin, None if it is not an address."""
     try:
         return urlsplit(origin).netloc
     except ValueError:
@@ -237,59 +231,52 @@ def _place(origin: str) -> str | None:
 
 
 async def _answer(service: Service, request: Request, task: str) -> Response:
-    """One transcription or translation, from the body to the answer."""
+    """Serve one transcription or translation: read the form, decode its audio, transcribe, and render the answer."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(service.admitted())
-        begun = time.perf_counter()
+        start = time.perf_counter()
         form = await read_form(request, service.config)
-        upload = time.perf_counter() - begun
+        upload = time.perf_counter() - start
         client = _Client(request, time.monotonic() + service.config.timeout)
         try:
-            file, asked = read_asked(form, task, service.config)
-            wanted = service.request(asked)  # what does not fit the model is said before its audio is read
+            file, fields = read_fields(form, task, service.config)
+            wanted = service.request(fields)  # refuse what the model cannot do before the audio is read
         except BaseException:
             await form.close()
             raise
-        audio = replace(await client.wait_for(_read(service, file)), upload=upload)
+        audio = await client.wait_for(service.read(file.file, file.filename or "the upload"))
+        audio = replace(audio, upload=upload)
         stack.callback(audio.close)
-        stack.enter_context(service.room_for(audio))  # before a stream begins, whose status is 200
-        if asked.stream:
-            return _Stream(_events(service, client, audio, asked, wanted), stack.pop_all())
-        heard = await client.wait_for(_all(service, audio, asked, wanted))
-        return _rendered(service, heard, audio, asked)
+        stack.enter_context(service.room_for(audio))  # before a stream starts, whose status is 200
+        result = TranscriptionAnswer(audio, fields)
+        if fields.stream:
+            return _Stream(_events(service, client, result, wanted), stack.pop_all())
+        await client.wait_for(_collect(service, result, wanted))
+        return result.response(service.tokenizer.languages[0])
 
 
 class _Stream(StreamingResponse):
     """SSE stream; the request keeps its queue slot until the stream closes."""
 
-    def __init__(self, events: AsyncIterator[str], place: contextlib.ExitStack):
+    def __init__(self, events: AsyncIterator[str], slot: contextlib.ExitStack):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._place = place
+        self._slot = slot
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        with self._place:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._slot:
             await super().__call__(scope, receive, send)
 
 
-async def _read(service: Service, file: UploadFile) -> Audio:
-    return await service.read(file.file, file.filename or "the upload")
-
-
-async def _all(service: Service, audio: Audio, asked: Asked, wanted: Wanted) -> list[Heard]:
-    async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
-        return [heard async for heard in found]
-
-
 class _Client:
-    """Who asked, and until when (``time.monotonic``) there is time for it."""
+    """Connection of a request, with the deadline of its answer (``time.monotonic``)."""
 
     def __init__(self, request: Request, deadline: float):
         self.request, self.deadline = request, deadline
 
     async def wait_for(self, work: Awaitable[T]) -> T:
-        """The result of ``work``, which is cancelled if the client leaves or its time is over (ApiError)."""
+        """Return the result of ``work``; cancel it and raise ApiError at a disconnect or at the deadline."""
         task = asyncio.ensure_future(work)
-        leaving = asyncio.ensure_future(self._gone())
+        leaving = asyncio.ensure_future(self._disconnected())
         try:
             left = max(0.0, self.deadline - time.monotonic())
             await asyncio.wait({task, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -303,111 +290,116 @@ class _Client:
             leaving.cancel()
             await asyncio.gather(task, leaving, return_exceptions=True)
 
-    async def _gone(self) -> None:
+    async def _disconnected(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
 
 
-async def _events(service: Service, client: _Client, audio: Audio, asked: Asked, wanted: Wanted) -> AsyncIterator[str]:
-    """Yield OpenAI's events: a ``transcript.text.delta`` for each segment as soon as it is decoded, and a
-    ``transcript.text.done`` with the whole. Ours have the ``segment`` with its times beside the delta, and the
-    ``language`` of the audio, its ``duration`` in seconds and the ``timing``; where ``response_format`` is one of
-    subtitles, the last event has these files as ``subtitles``."""
-    text, timing, language = "", Timing(), asked.language
-    segments: list[Segment] = []
-    probability: float | None = None
+class TranscriptionAnswer:
+    """Transcript of one request's audio so far, and its answer in every format."""
+
+    def __init__(self, audio: Audio, fields: AudioRequest):
+        self.audio, self.fields = audio, fields
+        self.text, self.segments, self.timing = "", list[Segment](), Timing()
+        self.language, self.language_probability = fields.language, None
+
+    def add(self, update: TranscriptUpdate) -> list[tuple[str, Segment]]:
+        """Append the segments of ``update``, and return each with the text that it adds."""
+        self.timing, self.language = update.timing, update.language
+        self.language_probability = update.language_probability
+        added = []
+        for segment in update.segments:
+            delta = space_between(self.text, segment.text) + segment.text
+            self.text += delta
+            added.append((delta, segment))
+        self.segments += update.segments
+        return added
+
+    def delta(self, number: int, delta: str, segment: Segment) -> dict[str, object]:
+        """Return OpenAI's event for a segment, with the segment's times and the language, which are ours."""
+        times: dict[str, object] = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
+        if "word" in self.fields.granularities:
+            words = [{"word": one.text.strip(), "start": one.start, "end": one.end} for one in segment.words]
+            times["words"] = words
+        return {"type": "transcript.text.delta", "delta": delta, "segment": times, "language": self.language}
+
+    def done(self) -> dict[str, object]:
+        """Return OpenAI's last event, with language, duration, timing and subtitles, which are ours."""
+        done: dict[str, object] = {"type": "transcript.text.done", "text": self.text, "usage": self._usage}
+        done |= {"language": self.language, "duration": round(self.audio.seconds, 3)} | self._remarks
+        if self.fields.response_format in WRITERS:
+            done["subtitles"] = {name: write(self.segments, SENTENCES) for name, write in WRITERS.items()}
+        return done | {"timing": self._milliseconds}
+
+    def response(self, default_language: str) -> Response:
+        """Return the answer in the requested format, with the time of each stage in its ``Server-Timing``."""
+        stages = [f"{name};dur={value}" for name, value in self._milliseconds.items()]
+        headers = {"Server-Timing": ", ".join(stages)}
+        kind = self.fields.response_format
+        if kind == "text":
+            return PlainTextResponse(self.text + "\n", headers=headers)
+        if kind in WRITERS:
+            return PlainTextResponse(WRITERS[kind](self.segments, SENTENCES), headers=headers)
+        if kind == "json":
+            return JSONResponse({"text": self.text, "usage": self._usage}, headers=headers)
+        language, translated = self.language or default_language, self.fields.task == "translate"
+        value = {"task": self.fields.task, "duration": round(self.audio.seconds, 3)}
+        value |= whisper_json(self.text, self.segments, language) | self._remarks
+        value["language"] = self.fields.to_language or "en" if translated else language
+        words = [word for segment in value["segments"] for word in segment.pop("words", [])]
+        if "word" in self.fields.granularities:
+            # Whisper's files have a space before each word, OpenAI's API has none.
+            value["words"] = [{"word": one["word"].strip(), "start": one["start"], "end": one["end"]} for one in words]
+            if "segment" not in self.fields.granularities:
+                del value["segments"]
+        value |= {"usage": self._usage, "timing": self._milliseconds}
+        return JSONResponse(finite(value), headers=headers)
+
+    @property
+    def _usage(self) -> dict[str, object]:
+        return {"type": "duration", "seconds": round(self.audio.seconds)}
+
+    @property
+    def _remarks(self) -> dict[str, object]:
+        """Faults of the audio, and the probability of a detected language."""
+        remarks: dict[str, object] = {"warnings": [*self.audio.warnings]} if self.audio.warnings else {}
+        if self.language_probability is not None:
+            remarks["language_probability"] = round(self.language_probability, 4)
+        return remarks
+
+    @property
+    def _milliseconds(self) -> dict[str, float]:
+        """Milliseconds that the request took in each stage."""
+        stages = {"upload": self.audio.upload, "audio": self.audio.reading, "queue": self.timing.queue}
+        stages |= {name: getattr(self.timing, name) for name in ("features", "encoder", "decoder")}
+        return {name: round(seconds * 1000, 2) for name, seconds in stages.items()}
+
+
+async def _collect(service: Service, result: TranscriptionAnswer, wanted: EngineRequest) -> None:
+    async with contextlib.aclosing(service.segments(result.audio, result.fields, wanted)) as updates:
+        async for update in updates:
+            result.add(update)
+
+
+async def _events(
+    service: Service, client: _Client, result: TranscriptionAnswer, wanted: EngineRequest
+) -> AsyncIterator[str]:
+    """Yield OpenAI's server-sent events: a delta for each segment as soon as it is decoded, then the last event."""
+    number = 0
     try:
-        async with contextlib.aclosing(service.segments(audio, asked, wanted)) as found:
+        async with contextlib.aclosing(service.segments(result.audio, result.fields, wanted)) as updates:
             while True:
-                heard = await client.wait_for(anext(found))
-                timing, language, probability = heard.timing, heard.language, heard.language_probability
-                for segment in heard.segments:
-                    delta = joint(text, segment.text) + segment.text
-                    text += delta
-                    times = {
-                        "id": len(segments),
-                        "start": segment.start,
-                        "end": segment.end,
-                        "text": segment.text,
-                    }
-                    if "word" in asked.granularities:
-                        times["words"] = [
-                            {"word": word.text.strip(), "start": word.start, "end": word.end} for word in segment.words
-                        ]
-                    segments.append(segment)
-                    yield _event(
-                        {
-                            "type": "transcript.text.delta",
-                            "delta": delta,
-                            "segment": times,
-                            "language": language,
-                        }
-                    )
+                for delta, segment in result.add(await client.wait_for(anext(updates))):
+                    yield _event(result.delta(number, delta, segment))
+                    number += 1
     except StopAsyncIteration:
-        done = {"type": "transcript.text.done", "text": text, "usage": _usage(audio), "language": language}
-        done["duration"] = round(audio.seconds, 3)
-        if audio.warnings:
-            done["warnings"] = list(audio.warnings)
-        if probability is not None:
-            done["language_probability"] = round(probability, 4)
-        if asked.response_format in WRITERS:
-            done["subtitles"] = {name: write(segments, SENTENCES) for name, write in WRITERS.items()}
-        yield _event(done | {"timing": _milliseconds(audio, timing)})
+        yield _event(result.done())
     except ApiError as error:
         yield _event(error.body)
 
 
-def _event(value: Mapping[str, Any]) -> str:
+def _event(value: Mapping[str, object]) -> str:
     return f"data: {json.dumps(finite(value), ensure_ascii=False, allow_nan=False)}\n\n"
-
-
-def _usage(audio: Audio) -> dict[str, Any]:
-    return {"type": "duration", "seconds": round(audio.seconds)}
-
-
-def _milliseconds(audio: Audio, timing: Timing) -> dict[str, float]:
-    stages = {
-        "upload": audio.upload,
-        "audio": audio.reading,
-        "queue": timing.queue,
-        "features": timing.features,
-    }
-    stages |= {"encoder": timing.encoder, "decoder": timing.decoder}
-    return {name: round(seconds * 1000, 2) for name, seconds in stages.items()}
-
-
-def _rendered(service: Service, heard: list[Heard], audio: Audio, asked: Asked) -> Response:
-    """The answer in the format asked for; where the time went is in its ``Server-Timing``."""
-    segments = [segment for one in heard for segment in one.segments]
-    milliseconds = _milliseconds(audio, heard[-1].timing if heard else Timing())
-    headers = {"Server-Timing": ", ".join(f"{name};dur={value}" for name, value in milliseconds.items())}
-    text = ""
-    for segment in segments:
-        text += joint(text, segment.text) + segment.text
-    if asked.response_format == "text":
-        return PlainTextResponse(text + "\n", headers=headers)
-    if asked.response_format in WRITERS:
-        return PlainTextResponse(WRITERS[asked.response_format](segments, SENTENCES), headers=headers)
-    if asked.response_format == "json":
-        return JSONResponse({"text": text, "usage": _usage(audio)}, headers=headers)
-    language = heard[-1].language if heard else asked.language or service.tokenizer.languages[0]
-    value = {
-        "task": asked.task,
-        "duration": round(audio.seconds, 3),
-        **whisper_json(text, segments, language),
-    }
-    if audio.warnings:
-        value["warnings"] = list(audio.warnings)
-    value["language"] = asked.to_language or "en" if asked.task == "translate" else language
-    if heard and heard[-1].language_probability is not None:
-        value["language_probability"] = round(heard[-1].language_probability, 4)
-    words = [word for segment in value["segments"] for word in segment.pop("words", [])]
-    if "word" in asked.granularities:
-        # Without the space before each that Whisper's files have, as OpenAI's API gives words.
-        value["words"] = [{"word": word["word"].strip(), "start": word["start"], "end": word["end"]} for word in words]
-        if "segment" not in asked.granularities:
-            del value["segments"]
-    return JSONResponse(finite(value | {"usage": _usage(audio), "timing": milliseconds}), headers=headers)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

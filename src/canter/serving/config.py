@@ -1,4 +1,4 @@
-"""The service's settings."""
+"""Settings of the service; those in `ServiceOptions` are options of ``canter serve``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,41 +6,54 @@ from typing import Literal
 from canter.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class ServiceConfig:
-    """What the service takes in, and how long it waits for it."""
+@dataclass(frozen=True, kw_only=True)
+class ServiceOptions:
+    """Language, voice activity detector and limits of the service."""
+
+    language: str | None = None
+    """Language of requests that name none, as a code or in English (default: detect it, with a multilingual
+    Whisper)."""
+    vad: Literal["energy", "silero", "none"] = "energy"
+    """Voice activity detector. Silence of at least 2 s at the ends of a recording, and of 5 s inside, is left out, and
+    long audio is split in pauses. `silero` needs the extra `vad`; `none` keeps all and splits into overlapping
+    windows."""
+    max_megabytes: float = 100.0
+    """Maximum size of a request in MiB."""
+    max_seconds: float = 3600.0
+    """Maximum length of a request's audio in seconds."""
+    max_requests: int = 256
+    """Maximum number of requests at once, including waiting ones; further ones get status 503."""
+    max_minutes: float = 120.0
+    """Maximum minutes of audio at once, in all requests together (4 MB of disk each)."""
+    timeout: float = 300.0
+    """Maximum seconds from the end of a request's body to its answer."""
+    upload_timeout: float = 60.0
+    """Maximum seconds in which a request's header, and then its body, must arrive."""
+
+    @property
+    def max_bytes(self) -> int:
+        return int(self.max_megabytes * 2**20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig(ServiceOptions):
+    """All settings of the service, with resolved names, keys and languages."""
 
     names: tuple[str, ...] = ("canter", "whisper-1")
-    """What clients may call the model; the first is its name, the others stand for it."""
+    """Names by which clients may ask for the model; the first one is shown."""
     keys: frozenset[str] = frozenset()
-    """API keys; a request must have one of them. Empty: everybody may ask."""
+    """API keys; a request must carry one of them. No key is needed if this is empty."""
     hosts: frozenset[str] | None = None
-    """Names and addresses under which the service may be addressed, without a port, in lower case; with
-    `ANY_ADDRESS` among them every IP address; None: any."""
-    lang: str | None = None
-    """Language of requests that name none."""
+    """Names and addresses under which the service may be addressed, in lower case and without a port; `ANY_ADDRESS`
+    among them allows every IP address. None allows any name."""
     languages: tuple[str, ...] = ()
-    """The model's; the service fills them in."""
-    vad: Literal["energy", "silero", "none"] = "energy"
-    """Voice activity detector; see `TranscribeConfig`."""
-    max_bytes: int = 100 * 2**20
-    """Of a request's body."""
-    longest_seconds: float = 3600.0
-    """Of audio in a request."""
-    queue: int = 256
-    """Requests inside at once, waiting ones included."""
-    queue_seconds: float = 7200.0
-    """Seconds of audio inside at once (64 kB of memory each)."""
-    timeout: float = 300.0
-    """Seconds that a request may take once its body is there."""
-    upload_timeout: float = 60.0
-    """Seconds that a request's header, and then its body, may take to arrive."""
+    """Languages of the model; the service fills them in."""
     readers: int = 2
-    """Threads that decode audio."""
+    """Number of threads that decode audio."""
 
     def __post_init__(self):
-        for name in ("max_bytes", "longest_seconds", "queue", "queue_seconds", "timeout", "upload_timeout"):
+        for name in ("max_megabytes", "max_seconds", "max_requests", "max_minutes", "timeout", "upload_timeout"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be more than 0")
         if not self.names or not all(self.names):
             raise ConfigError("the model needs a name that clients can ask for")

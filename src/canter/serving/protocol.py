@@ -1,8 +1,8 @@
-"""What clients may ask, in the words of OpenAI's audio API, and what they are told when it cannot be done."""
+"""Fields and errors of OpenAI's audio API."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from starlette.datastructures import FormData, UploadFile
 
@@ -20,32 +20,31 @@ FIELDS = {
 
 
 class ApiError(CanterError):
-    """What is answered with a status other than 200."""
+    """An answer with a status other than 200, worded as OpenAI's API words errors."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
     @property
-    def body(self) -> dict[str, Any]:
-        """As OpenAI's API words errors."""
+    def body(self) -> dict[str, dict[str, str | None]]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request's wishes; the audio apart."""
+class AudioRequest:
+    """The fields of one request, without its file."""
 
     task: str
     """``transcribe`` or ``translate``."""
     language: str | None = None
-    """Of the audio; None: not said."""
+    """Language of the audio; None if the request names none."""
     to_language: str | None = None
-    """Of the text, where it is another."""
+    """Language of the text, if it is another."""
     prompt: str = ""
-    """Text that came before."""
+    """Text that precedes the audio."""
     response_format: str = "json"
     temperature: float = 0.0
     stream: bool = False
@@ -53,14 +52,14 @@ class Asked:
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
-        """What of the times the answer needs."""
+        """The finest times that the answer contains."""
         if "word" in self.granularities:
             return "word"
         return "segment" if self.stream or self.response_format in ("srt", "vtt", "verbose_json") else "none"
 
 
-def read_asked(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, Asked]:
-    """The file and the wishes of a form. Raises ApiError naming the field and the value."""
+def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, AudioRequest]:
+    """Return the file and the fields of a form. Raise ApiError, naming the field and its value, for what is invalid."""
     unknown = sorted(form.keys() - FIELDS)
     if unknown:
         raise ApiError(400, f"{unknown[0]!r} is not a field of this service", unknown[0], "unknown_parameter")
@@ -68,45 +67,40 @@ def read_asked(form: FormData, task: str, config: ServiceConfig) -> tuple[Upload
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
     values = {name: value for name, value in form.items() if isinstance(value, str)}
-    model = values.get("model") or config.names[0]
-    if model not in config.names:
-        raise ApiError(
-            404,
-            f"there is no model {model!r} here, only {config.names[0]!r}",
-            "model",
-            "model_not_found",
-        )
-    asked = Asked(
+    check_model_name(values.get("model") or config.names[0], config)
+    request = AudioRequest(
         task,
-        _language(values, "language", config) or config.lang,
+        _language(values, "language", config) or config.language,
         _language(values, "to_language", config),
         values.get("prompt", "").strip(),
         _choice(values, "response_format", FORMATS, "json"),
         _temperature(values),
-        _flag(values, "stream"),
+        _choice(values, "stream", ("true", "false", "True", "False", "1", "0"), "false") in ("true", "True", "1"),
         _granularities(form),
     )
-    _consistent(values, asked, "include[]" in form)
-    return file, asked
+    _check_combination(values, request, "include[]" in form)
+    return file, request
 
 
-def _consistent(values: Mapping[str, str], asked: Asked, includes: bool) -> None:
-    """Raises ApiError for what would be ignored."""
-    if asked.task == "transcribe" and asked.to_language:
+def check_model_name(name: str, config: ServiceConfig) -> None:
+    """Raise ApiError (404) if the service's model does not have this name."""
+    if name not in config.names:
+        text = f"there is no model {name!r} here, only {config.names[0]!r}"
+        raise ApiError(404, text, "model", "model_not_found")
+
+
+def _check_combination(values: Mapping[str, str], request: AudioRequest, includes: bool) -> None:
+    """Raise ApiError for a field that would be ignored."""
+    if request.task == "transcribe" and request.to_language:
         raise ApiError(400, "'to_language' is for /v1/audio/translations", "to_language")
-    if asked.stream and asked.response_format == "verbose_json":
-        raise ApiError(
-            400,
+    if request.stream and request.response_format == "verbose_json":
+        text = (
             "a stream has no response_format verbose_json, its events have the times: use json or text, or srt or vtt "
-            "for subtitles in the last event",
-            "response_format",
         )
-    if "word" in asked.granularities and asked.response_format != "verbose_json" and not asked.stream:
-        raise ApiError(
-            400,
-            "times of words need response_format verbose_json, or stream",
-            "timestamp_granularities[]",
-        )
+        raise ApiError(400, f"{text}for subtitles in the last event", "response_format")
+    if "word" in request.granularities and request.response_format != "verbose_json" and not request.stream:
+        text = "times of words need response_format verbose_json, or stream"
+        raise ApiError(400, text, "timestamp_granularities[]")
     if includes:
         raise ApiError(400, "'include[]' is not supported", "include[]")
     if values.get("chunking_strategy", "auto") != "auto":
@@ -120,16 +114,8 @@ def _choice(values: Mapping[str, str], name: str, known: tuple[str, ...], defaul
     return value
 
 
-def _flag(values: Mapping[str, str], name: str) -> bool:
-    return _choice(values, name, ("true", "false", "True", "False", "1", "0"), "false") in (
-        "true",
-        "True",
-        "1",
-    )
-
-
 def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> str | None:
-    """The model's code of a language, however it is written; None where none is named."""
+    """Return the model's code of the language in a field, None if the field names none."""
     value = values.get(name, "").strip()[:40]
     if not is_said(value):
         return None
@@ -151,12 +137,9 @@ def _temperature(values: Mapping[str, str]) -> float:
 
 
 def _granularities(form: FormData) -> tuple[str, ...]:
-    given = [*form.getlist("timestamp_granularities[]"), *form.getlist("timestamp_granularities")]
+    given = [str(one) for name in ("[]", "") for one in form.getlist(f"timestamp_granularities{name}")]
     for value in given:
         if value not in GRANULARITIES:
-            raise ApiError(
-                400,
-                f"timestamp granularity {str(value)[:40]!r} is not one of {', '.join(GRANULARITIES)}",
-                "timestamp_granularities[]",
-            )
-    return tuple(str(value) for value in given) or ("segment",)
+            text = f"timestamp granularity {value[:40]!r} is not one of {', '.join(GRANULARITIES)}"
+            raise ApiError(400, text, "timestamp_granularities[]")
+    return tuple(given) or ("segment",)

@@ -1,5 +1,4 @@
-"""One thread that owns the engine: it takes whatever waits, gives hypotheses back as they finish, and drops
-what nobody waits for any more."""
+"""Queue of the engine: one thread decodes the audio of all requests in fair turns, and drops cancelled ones."""
 
 import logging
 import os
@@ -14,22 +13,23 @@ from typing import BinaryIO
 import numpy as np
 
 from canter.errors import CanterError
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.requests import Hypothesis, Request
+from canter.inference.engine.requests import Hypothesis, Request, encoder_batches
 
 log = logging.getLogger("canter.serving")
-Spent = tuple[float, float, float]  # seconds in features, encoder and decoder
+StageSeconds = tuple[float, float, float]  # of features, encoder and decoder
 
 
 class EngineFailure(CanterError, RuntimeError):
-    """The engine failed on a request: not the client's fault."""
+    """Failure of the engine on a request, which is not the client's fault."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where a ticket's time went so far, in seconds. Batches are shared: the stages' seconds are those that the
-    engine spent in each while the ticket was in it, whoever they were for."""
+    """Seconds that a ticket has spent in each stage so far.
+
+    Batches are shared: a stage's seconds are all those that the engine spent in it while the ticket was in the engine.
+    """
 
     queue: float = 0.0
     features: float = 0.0
@@ -38,11 +38,12 @@ class Timing:
 
 
 class Stored:
-    """Samples on disk, in place of an array in a request that waits; the scheduler reads them when the engine takes the
-    request."""
+    """Samples on disk that stand for the array of a waiting request; the scheduler reads them when its turn comes.
+
+    ``place`` is the first of the bytes that hold the ``samples``, in float32.
+    """
 
     def __init__(self, file: BinaryIO, place: int, samples: int):
-        """``place``: the first byte of so many float32 ``samples``."""
         self._file, self._place, self._samples = file, place, samples
         self._array: weakref.ref[np.ndarray] | None = None  # requests that wait for the same audio share it
 
@@ -50,7 +51,7 @@ class Stored:
         return self._samples
 
     def read(self) -> np.ndarray:
-        """Return the samples (S,). Raises OSError or ValueError where the file is damaged or closed."""
+        """Return the samples (S,). Raise OSError or ValueError if the file is damaged or closed."""
         found = self._array() if self._array else None
         if found is None:
             found = np.frombuffer(self._bytes(), np.float32)
@@ -69,56 +70,57 @@ class Stored:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one piece of a ticket."""
+    """Hypothesis of one chunk of a ticket, or the error that ended it."""
 
-    piece: int
+    chunk: int
     hypothesis: Hypothesis | None
     error: Exception | None
     timing: Timing
-    """The ticket's, up to now."""
 
 
 class Ticket:
-    """The pieces that one client waits for."""
+    """Chunks of one request's audio."""
 
-    def __init__(self, pieces: int, deliver: Callable[[Outcome], None]):
+    def __init__(self, chunks: int, deliver: Callable[[Outcome], None]):
         self.deliver = deliver
-        """Called in the engine's thread, once for every piece unless the ticket is cancelled."""
-        self.left = pieces
+        """Called in the engine's thread, once for every chunk, unless the ticket is cancelled."""
+        self.left = chunks
         self.cancelled = False
         self.arrived = time.perf_counter()
-        self.entered: tuple[float, Spent] | None = None
-        """When the engine took its first piece, and what it had spent in its stages until then."""
+        self.entered: tuple[float, StageSeconds] | None = None
+        """Time at which the engine took the first chunk, and its seconds in each stage until then."""
         self.turn = 0
-        """The batch that had its last piece, or after which it came."""
+        """Number of the batch that held its latest chunk, or after which it arrived."""
 
 
 class _Entry:
-    """One piece on its way; the engine's key of it."""
+    """A chunk in the queue or the engine; the key of its request."""
 
-    def __init__(self, ticket: Ticket, piece: int, request: Request, frames: int):
-        self.ticket, self.piece, self.frames = ticket, piece, frames
+    def __init__(self, ticket: Ticket, chunk: int, request: Request, frames: int):
+        self.ticket, self.chunk, self.frames = ticket, chunk, frames
         self.request = request
         self.attempts = 0
 
     def loaded(self) -> Request:
-        """Return the request with its audio in memory. Only the engine holds that: a hypothesis that waits for its
-        client holds none. Raises what `Stored.read` does."""
+        """Return the request with its audio in memory, for the engine only: this entry keeps the stored samples.
+
+        Raises what `Stored.read` raises.
+        """
         stored = {name: one.read() for name, one in vars(self.request).items() if isinstance(one, Stored)}
         return replace(self.request, key=self, **stored)
 
 
 class Scheduler:
-    """The engine's queue. ``submit`` and ``cancel`` may be called from any thread."""
+    """The engine with its queue and thread. Any thread may call ``submit`` and ``cancel``."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._changed = threading.Condition()
         self._waiting: list[_Entry] = []
         self._inside: set[_Entry] = set()
-        self._alone: _Entry | None = None
-        self._turn = 0  # batches so far
-        self._last: Spent = (0.0, 0.0, 0.0)  # what the engine had spent when it took the last one
+        self._retried: _Entry | None = None
+        self._turn = 0  # number of batches taken
+        self._last: StageSeconds = (0.0, 0.0, 0.0)  # when the engine took the latest batch
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="canter-engine", daemon=True)
         self._thread.start()
@@ -129,21 +131,21 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Pieces that the engine has not taken yet."""
+        """Number of chunks that the engine has not taken yet."""
         return len(self._waiting)
 
     @property
     def inside(self) -> int:
-        """Pieces that the engine works on."""
+        """Number of chunks in the engine."""
         return len(self._inside)
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[Outcome], None]) -> Ticket:
-        """Queues the pieces of one client; their outcomes come as they finish, in any order."""
-        rate = self.engine.model.config.features.sample_rate
+        """Queue the chunks of one request; their outcomes are delivered as they finish, in any order."""
+        rate = self.engine.model.sample_rate
         ticket = Ticket(len(requests), deliver)
         entries = [
-            _Entry(ticket, piece, request, self.engine.model.encoder_frames(len(request.audio) / rate))
-            for piece, request in enumerate(requests)
+            _Entry(ticket, chunk, request, self.engine.model.encoder_frames(len(request.audio) / rate))
+            for chunk, request in enumerate(requests)
         ]
         with self._changed:
             if not self.alive:
@@ -154,8 +156,7 @@ class Scheduler:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nothing more is delivered for ``ticket``; what waits is forgotten, what the engine has leaves it
-        at the next step."""
+        """Drop a ticket: deliver nothing more, and remove its rows from the engine at the next decoder step."""
         with self._changed:
             ticket.cancelled = True
             self._waiting = [entry for entry in self._waiting if entry.ticket is not ticket]
@@ -163,7 +164,7 @@ class Scheduler:
             self._changed.notify()
 
     def close(self, seconds: float = 10.0) -> None:
-        """Ends the thread; what is not finished fails."""
+        """End the thread within ``seconds``; unfinished chunks fail."""
         with self._changed:
             self._closed = True
             left = [*self._waiting, *self._inside]
@@ -188,7 +189,7 @@ class Scheduler:
                 self._recover(error)
 
     def _batches(self) -> Iterator[list[Request]]:
-        """What the engine is to take next: [] while there is only what it has; waits where there is nothing."""
+        """Yield the engine's next batches: [] while none may enter; block while there is nothing to do."""
         while True:
             with self._changed:
                 while not self._closed and not self._waiting and not self._inside:
@@ -197,7 +198,7 @@ class Scheduler:
                     return
                 batch = self._take()
                 if batch:
-                    now = time.perf_counter(), self._spent()
+                    now = time.perf_counter(), self._stage_seconds()
                     self._turn, self._last = self._turn + 1, now[1]
                     for entry in batch:
                         entry.ticket.entered = entry.ticket.entered or now
@@ -207,7 +208,7 @@ class Scheduler:
             yield self._loaded(batch)
 
     def _loaded(self, batch: list[_Entry]) -> list[Request]:
-        """Return the requests of a batch with their audio; an entry whose audio cannot be read fails by itself."""
+        """Return the requests of a batch with their audio; only entries whose audio cannot be read fail."""
         found: list[Request] = []
         for entry in batch:
             try:
@@ -221,19 +222,21 @@ class Scheduler:
         return found
 
     def _take(self) -> list[_Entry]:
-        """The batch of the piece whose turn it is, its neighbours in length with it. A piece that was there
-        when the engine failed goes through it alone."""
-        if self._alone in self._inside:
+        """Remove the next batch from the queue: the chunk whose turn it is, with chunks of similar length.
+
+        A chunk that was in the engine when it failed is decoded in a batch of its own.
+        """
+        if self._retried in self._inside:
             return []
-        self._alone = next((entry for entry in self._waiting if entry.attempts), None)
-        if self._alone:
+        self._retried = next((entry for entry in self._waiting if entry.attempts), None)
+        if self._retried:
             if self._inside:
-                self._alone = None
+                self._retried = None
                 return []
-            self._waiting.remove(self._alone)
-            return [self._alone]
+            self._waiting.remove(self._retried)
+            return [self._retried]
         queue = self._in_turn()
-        if not queue or self._others_first(queue[0].ticket):
+        if not queue or self._must_yield(queue[0].ticket):
             return []
         lengths = [entry.frames for entry in queue]
         batches = encoder_batches(lengths, self.engine.frames, self.engine.rows)
@@ -243,8 +246,10 @@ class Scheduler:
         return batch
 
     def _in_turn(self) -> list[_Entry]:
-        """What waits: the next piece of every ticket, then the one after it of each, and so on; among them first
-        who has waited longest since a turn, and of those who came since then the oldest."""
+        """Return the queue round robin: the first chunk of every ticket, then the second of each, and so on.
+
+        Within a round the ticket with the earliest turn comes first, and among equal ones the oldest.
+        """
         before: Counter[Ticket] = Counter()
         places = []
         for entry in self._waiting:
@@ -254,37 +259,39 @@ class Scheduler:
         order = sorted(range(len(places)), key=places.__getitem__)
         return [self._waiting[index] for index in order]
 
-    def _others_first(self, ticket: Ticket) -> bool:
-        """Whether a further piece of ``ticket`` lets the decoder go on first, for as long as the encoder took
-        for the last batch: the last pieces of others are there, which would stand still while it is encoded."""
+    def _must_yield(self, ticket: Ticket) -> bool:
+        """Return whether the last chunks of other tickets should be decoded before more of ``ticket`` is encoded.
+
+        They would wait for the encoder; the decoder gets as much time for them as the encoder took for the last batch.
+        """
         ending = {entry.ticket for entry in self._inside} - {entry.ticket for entry in self._waiting}
-        features, encoder, decoder = (now - then for now, then in zip(self._spent(), self._last))
+        features, encoder, decoder = (now - then for now, then in zip(self._stage_seconds(), self._last))
         return ticket.entered is not None and bool(ending) and decoder < features + encoder
 
     def _is_cancelled(self, key: object) -> bool:
         return isinstance(key, _Entry) and key.ticket.cancelled
 
-    def _spent(self) -> Spent:
+    def _stage_seconds(self) -> StageSeconds:
         counters = self.engine.counters
         return counters.feature_seconds, counters.encoder_seconds, counters.decoder_seconds
 
     def _deliver(self, entry: _Entry, hypothesis: Hypothesis | None, error: Exception | None) -> None:
         if entry.ticket.cancelled:
             return
-        ticket, spent = entry.ticket, self._spent()
+        ticket, spent = entry.ticket, self._stage_seconds()
         entered, before = ticket.entered or (time.perf_counter(), spent)
         timing = Timing(entered - ticket.arrived, *(now - then for now, then in zip(spent, before)))
         ticket.left -= 1
-        ticket.deliver(Outcome(entry.piece, hypothesis, error, timing))
+        ticket.deliver(Outcome(entry.chunk, hypothesis, error, timing))
 
     def _recover(self, error: Exception) -> None:
-        """The engine failed: whoever was in it alone is told so, the others go through it one by one."""
+        """Fail chunks that were in the engine individually; queue the others again, to be decoded one at a time."""
         log.error("the engine failed: %s", error, exc_info=error)
         with self._changed:
             failed = [entry for entry in self._inside if entry.attempts > 1]
             again = [entry for entry in self._inside if entry.attempts == 1]
             again.sort(key=lambda entry: entry.ticket.arrived)
             self._waiting = again + self._waiting
-            self._inside, self._alone = set(), None
+            self._inside, self._retried = set(), None
         for entry in failed:
             self._deliver(entry, None, EngineFailure(f"the model failed on this audio: {error}"))

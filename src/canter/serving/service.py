@@ -1,4 +1,4 @@
-"""From an upload to the segments of its transcript, through the one engine that all requests share."""
+"""Decode uploads, transcribe them with the one engine that all requests share, and count what happens."""
 
 import asyncio
 import threading
@@ -10,42 +10,52 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 import numpy as np
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.inference.transcribe import Listener, TranscribeConfig
+from canter.inference.languages import detects_language
+from canter.inference.recording import Recording, TranscribeConfig, Transcriber
+from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
-from canter.inference.transcript.pieces import Piece
-from canter.inference.transcript.reading import UNSPACED, Assembly
 from canter.inference.transcript.segments import Segment
 from canter.serving.config import ServiceConfig
-from canter.serving.metrics import Metrics
-from canter.serving.protocol import TIMESTAMPS, ApiError, Asked
+from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
-from canter.serving.upload import anonymous_file, disk_told, path_of, write_all
+from canter.serving.upload import anonymous_file, disk_errors, path_of, write_all
 from canter.text.languages import is_said, resolve
-from canter.text.whisper import WhisperTokenizer
 
-DENSEST = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
-BLOCK = 2**22  # values decoded before a reader looks whether anybody still waits for them
+MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
+BLOCK = 2**22  # values decoded between two checks that the client is still there
+LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
 
 
 class Samples:
-    """The samples of an upload in a file without a name, so that hours of them wait without filling memory."""
+    """Samples of an upload in a file without a name, so that hours of audio do not fill memory while they wait."""
 
     def __init__(self) -> None:
-        with disk_told():
+        with disk_errors():
             self._file = anonymous_file()
         self._bytes = 0
 
     def add(self, samples: np.ndarray) -> Stored:
-        """Append ``samples`` (S,) float32, and return where they are. Raises ApiError (507) where the disk is full."""
+        """Append ``samples`` (S,) float32, and return their place. Raise ApiError (507) if the disk is full."""
         place = self._bytes
         data = samples.astype(np.float32, copy=False).tobytes()
-        with disk_told():
+        with disk_errors():
             write_all(self._file, data)
         self._bytes += len(data)
         return Stored(self._file, place, len(samples))
@@ -56,17 +66,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Audio:
-    """An upload, decoded."""
+    """Decoded audio of an upload."""
 
-    pieces: list[Piece]
-    """Windows that the model takes at once, where somebody speaks; their samples are `Stored`."""
+    chunks: list[Chunk]
+    """Windows with speech, each short enough for the model; their samples are `Stored`."""
     samples: Samples
-    """The file in which all of them lie."""
+    """File with the samples of all chunks."""
     seconds: float
     reading: float
-    """Seconds that decoding and cutting took."""
+    """Seconds that decoding and segmentation took."""
     upload: float = 0.0
-    """Seconds that it took to arrive."""
+    """Seconds that the upload took."""
     warnings: tuple[str, ...] = ()
     """Faults of the audio: losses, channels that cancel each other out."""
 
@@ -75,83 +85,135 @@ class Audio:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What has become known by one more piece."""
+class TranscriptUpdate:
+    """Segments and language of a transcript that became final with one more chunk."""
 
     segments: list[Segment]
-    """Which nothing will change any more; the next ones in order."""
+    """The next segments in order, which are final."""
     language: str
-    """Language of the audio: the one asked for, or the one detected so far."""
+    """Language of the audio: the requested one, or the one detected so far."""
     timing: Timing
-    """Of the request, so far."""
     language_probability: float | None = None
-    """Probability of a detected language; None where it was asked for."""
+    """Probability of the detected language; None if the language was requested."""
+
+
+class _EngineCounters(Collector):
+    """Collector that reads the engine's counters when Prometheus asks for them."""
+
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterable[Metric]:
+        counters = self._scheduler.engine.counters
+        stages = CounterMetricFamily(
+            "canter_stage_seconds", "Seconds that the engine spent in a stage.", labels=["stage"]
+        )
+        stages.add_metric(["features"], counters.feature_seconds)
+        stages.add_metric(["encoder"], counters.encoder_seconds)
+        stages.add_metric(["decoder"], counters.decoder_seconds)
+        yield stages
+        for name, text, value in (
+            ("canter_tokens", "Tokens decoded.", counters.tokens),
+            ("canter_decoder_steps", "Steps of the decoder.", counters.steps),
+            ("canter_decoder_rows", "Rows computed, summed over decoder steps.", counters.row_steps),
+            ("canter_decoder_useful_rows", "Computed rows that had not ended.", counters.useful_row_steps),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+
+
+class Metrics:
+    """Prometheus metrics of one service, in a registry of their own."""
+
+    def __init__(self, service: "Service"):
+        disable_created_metrics()  # one more line for each metric, of no use here
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("canter_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
+        text = "Seconds from a request's header to the end of its answer."
+        self.latency = Histogram(
+            "canter_request_seconds", text, ["endpoint"], buckets=LATENCY_BUCKETS, registry=registry
+        )
+        self.audio = Counter("canter_audio_seconds", "Seconds of audio transcribed.", registry=registry)
+        self.refused = Counter("canter_refused", "Requests refused before any work.", ["reason"], registry=registry)
+        self.cancelled = Counter("canter_cancelled", "Requests cancelled before their end.", registry=registry)
+        for name, text, value in (
+            ("canter_requests_inside", "Requests in the service.", lambda: service.requests),
+            ("canter_audio_seconds_inside", "Seconds of audio in the service.", lambda: service.seconds),
+            ("canter_pieces_waiting", "Chunks of audio that wait for the engine.", lambda: service.scheduler.waiting),
+            ("canter_pieces_inside", "Chunks of audio in the engine.", lambda: service.scheduler.inside),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+        registry.register(_EngineCounters(service.scheduler))
+        ProcessCollector(registry=registry)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
 
 
 class Service:
-    """Holds the engine's thread, the threads that decode audio, and the count of who is inside."""
+    """The engine's scheduler, the threads that decode audio, and the numbers of requests and seconds inside."""
 
     def __init__(self, engine: Engine, config: ServiceConfig):
         tokenizer = engine.model.tokenizer
         if tokenizer is None:
             raise ConfigError("the model has no tokenizer, so its tokens cannot be read as text")
-        lang = config.lang if is_said(config.lang) else None
-        if lang is not None:
+        language = config.language if is_said(config.language) else None
+        if language is not None:
             try:
-                lang = resolve(lang, tokenizer.languages)
+                language = resolve(language, tokenizer.languages)
             except ConfigError as error:
-                raise ConfigError(f"--lang: {error}") from None
-        config = replace(config, lang=lang, languages=tokenizer.languages)
+                raise ConfigError(f"--language: {error}") from None
+        config = replace(config, language=language, languages=tokenizer.languages)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
-        self.rate = engine.model.config.features.sample_rate
-        self.listeners = {
-            timestamps: Listener(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
+        self.rate = engine.model.sample_rate
+        self.transcribers = {
+            timestamps: Transcriber(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
             for timestamps in TIMESTAMPS
         }
         self.requests = 0
         self.seconds = 0.0
         self.started = int(time.time())
         self.scheduler = Scheduler(engine)
-        self.metrics = Metrics(self.scheduler, lambda: self.requests, lambda: self.seconds)
+        self.metrics = Metrics(self)
         self._readers = ThreadPoolExecutor(config.readers, thread_name_prefix="canter-audio")
         self._reading: set[threading.Event] = set()
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Languages that the model translates into; Whisper's into English alone."""
+        """Target languages of translation; a Whisper has English only."""
         if len(self.tokenizer.languages) == 1:
             return ()
         return self.tokenizer.languages if "target_lang" in self._slots else ("en",)
 
     @property
     def detects(self) -> bool:
-        """Whether the model can tell the language: Whisper's prompt names it at once after its first token."""
-        return isinstance(self.tokenizer, WhisperTokenizer) and len(self.tokenizer.languages) > 1
+        """True for a model that detects the language of the audio, such as a multilingual Whisper."""
+        return detects_language(self.tokenizer)
 
     @property
     def _slots(self) -> tuple[str, ...]:
-        return self.listeners["none"].format
+        return self.transcribers["none"].format
 
     def close(self) -> None:
         for stop in self._reading:
             stop.set()
         self.scheduler.close()
-        self._readers.shutdown(cancel_futures=True)  # each ends with its block and takes its file with it
+        self._readers.shutdown(cancel_futures=True)  # each ends after its current block and closes its file
 
     async def warm_up(self) -> None:
-        """Decodes a second of silence, so that the first request finds everything in place."""
-        asked = Asked("transcribe", self.config.lang or self.tokenizer.languages[0])
-        audio = self._stored([Piece(0.0, np.zeros(self.rate, np.float32))])
+        """Decode a second of silence, so that the first request does not pay for initialisation."""
+        fields = AudioRequest("transcribe", self.config.language or self.tokenizer.languages[0])
+        audio = self._stored([Chunk(0.0, np.zeros(self.rate, np.float32))])
         try:
-            async for _ in self.segments(audio, asked, self.request(asked)):
+            async for _ in self.segments(audio, fields, self.request(fields)):
                 pass
         finally:
             audio.close()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """A place inside for one request. Raises ApiError (503) where there is none."""
-        if self.requests >= self.config.queue or not self.scheduler.alive:
+        """Context manager that counts a request as inside. Raise ApiError (503) if the service is full."""
+        if self.requests >= self.config.max_requests or not self.scheduler.alive:
             raise self._busy()
         self.requests += 1
         try:
@@ -161,8 +223,8 @@ class Service:
 
     @contextmanager
     def room_for(self, audio: Audio) -> Iterator[None]:
-        """Room inside for a request's audio. Raises ApiError (503) where there is none."""
-        if self.seconds + audio.seconds > max(self.config.queue_seconds, audio.seconds):
+        """Context manager that counts a request's audio as inside. Raise ApiError (503) if the service is full."""
+        if self.seconds + audio.seconds > max(60 * self.config.max_minutes, audio.seconds):
             raise self._busy()
         self.seconds += audio.seconds
         try:
@@ -175,16 +237,16 @@ class Service:
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
 
     async def read(self, file: BinaryIO, name: str) -> Audio:
-        """Decode an upload, whose ``file`` (open, on disk) is closed once nothing reads it; close the result too.
+        """Decode an upload in a thread, and close its ``file`` (open, on disk). The caller closes the result.
 
-        Raises ApiError: 400 for what is no audio, damaged, or too long, 507 where the disk is full. Whoever stops
-        waiting stops the reading too: a thread would go on with what nobody wants.
+        Cancelling the call stops the thread. Raises ApiError: 400 for files that are not audio, damaged, or too long,
+        507 for a full disk.
         """
         stop = threading.Event()
         self._reading.add(stop)
         try:
             running = self._readers.submit(self._read, file, name, stop)
-        except RuntimeError:  # it does not take any more
+        except RuntimeError:  # the pool is shut down
             file.close()
             self._reading.discard(stop)
             raise _closing() from None
@@ -199,113 +261,94 @@ class Service:
             self._reading.discard(stop)
 
     def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
-        begun, path, heard, warnings = time.perf_counter(), path_of(file), 0, list[str]()
-
-        def counted() -> Iterator[np.ndarray]:
-            nonlocal heard
-            for block in self._blocks(path, name, stop, warnings):
-                heard += len(block)
-                yield block
-
+        start, path, samples = time.perf_counter(), path_of(file), 0
         try:
-            audio = self._stored(self.listeners["none"].pieces(counted()))
+            header = audio_info(path)
+            density = header.rate * header.channels
+            if header.seconds is not None:
+                self._check_length(header.seconds, density, name)
+            utterance = Utterance(path, 0.0, text="")
+            blocks = audio_blocks(utterance, self.rate, min(30.0, BLOCK / density), keep_damaged=True)
+
+            def checked() -> Iterator[np.ndarray]:
+                nonlocal samples
+                for block in blocks:
+                    if stop.is_set():  # the error reaches a client only if the service is closing
+                        raise _closing()
+                    samples += len(block)
+                    self._check_length(samples / self.rate, density, name)
+                    yield block
+
+            audio = self._stored(self.transcribers["none"].chunks(checked()))
         except AudioError as error:
             text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
-        seconds, reading = heard / self.rate, time.perf_counter() - begun
-        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(warnings))
+        seconds, reading = samples / self.rate, time.perf_counter() - start
+        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(blocks.warnings))
 
-    def _stored(self, pieces: Iterable[Piece]) -> Audio:
-        """Return the pieces as an upload whose samples are on disk."""
-        samples, kept = Samples(), list[Piece]()
+    def _stored(self, chunks: Iterable[Chunk]) -> Audio:
+        """Return the chunks as an upload whose samples are on disk."""
+        samples, kept = Samples(), list[Chunk]()
         try:
-            for piece in pieces:
-                # In place of an array: what waits is only asked for its length, and the scheduler reads it.
-                kept.append(replace(piece, samples=cast(np.ndarray, samples.add(piece.samples))))
+            for chunk in chunks:
+                # A waiting request needs only the length of its samples; the scheduler reads them.
+                kept.append(replace(chunk, samples=cast(np.ndarray, samples.add(chunk.samples))))
         except BaseException:
             samples.close()
             raise
-        return Audio(kept, samples, sum(len(piece.samples) for piece in kept) / self.rate, 0.0)
-
-    def _blocks(self, path: str, name: str, stop: threading.Event, warnings: list[str]) -> Iterator[np.ndarray]:
-        """Yield the upload's samples in blocks (S,) that take a moment each, and note what is
-        damaged."""
-        density, heard = self._density(path, name), 0
-        blocks = audio_blocks(Utterance(path, 0.0, text=""), self.rate, min(30.0, BLOCK / density), keep_damaged=True)
-        for block in blocks:
-            _go_on(stop)
-            heard += len(block)
-            self._check_length(heard / self.rate, density, name)
-            yield block
-        warnings += blocks.warnings
-
-    def _density(self, path: str, name: str) -> int:
-        """Values that a second of the upload is decoded to, channels counted. Raises ApiError for what its
-        header alone tells to be too much."""
-        header = audio_info(path)
-        density = header.rate * header.channels
-        if header.seconds is not None:
-            self._check_length(header.seconds, density, name)
-        return density
+        return Audio(kept, samples, sum(len(chunk.samples) for chunk in kept) / self.rate, 0.0)
 
     def _check_length(self, seconds: float, density: int, name: str) -> None:
-        longest = self.config.longest_seconds
+        longest = self.config.max_seconds
         if seconds > longest:
             text = f"{name} is {seconds:,.0f} s long, over the limit of {longest:g} s: cut it"
             raise ApiError(400, text, "file", "audio_too_long")
-        if seconds * density > longest * DENSEST:
-            raise ApiError(
-                400,
-                f"{name} is {seconds:,.0f} s of {density:,} samples a second, all channels counted, which is over "
-                f"the limit of {longest * DENSEST:,.0f}: convert it to 16 kHz mono",
-                "file",
-                "audio_too_long",
-            )
+        if seconds * density > longest * MAX_DENSITY:
+            text = f"{name} is {seconds:,.0f} s of {density:,} samples a second, all channels counted, which is over "
+            text += f"the limit of {longest * MAX_DENSITY:,.0f}: convert it to 16 kHz mono"
+            raise ApiError(400, text, "file", "audio_too_long")
 
-    def _listener(self, asked: Asked) -> Listener:
-        """Return what asks the model for the times that the answer needs; cues end where sentences do, at the times of
-        their words where the model can tell those."""
-        cues = asked.response_format in SUBTITLES
-        return self.listeners["word" if cues and self.engine.aligns else asked.timestamps]
+    def _transcriber(self, fields: AudioRequest) -> Transcriber:
+        """Return the transcriber that asks the model for the times that the answer contains.
 
-    def request(self, asked: Asked) -> Request:
-        """What the engine is asked, the audio apart. Raises ApiError naming the field that does not fit the
-        model."""
+        Subtitles need the times of words, if the model has them: their cues end with sentences.
+        """
+        cues = fields.response_format in SUBTITLES
+        return self.transcribers["word" if cues and self.engine.aligns else fields.timestamps]
+
+    def request(self, fields: AudioRequest) -> Request:
+        """Return the engine's request, without audio. Raise ApiError, naming the field, if the model cannot do it."""
         languages = self.tokenizer.languages
         known = ", ".join(languages)
-        source = asked.language or (languages[0] if len(languages) == 1 else None)
-        if asked.task == "translate" and not self.targets:
-            raise ApiError(400, f"this model knows {languages[0]} alone and does not translate", "model")
+        source = fields.language or (languages[0] if len(languages) == 1 else None)
+        if fields.task == "translate" and not self.targets:
+            raise ApiError(400, f"this model knows {languages[0]} only and does not translate", "model")
         if source is None and not self.detects:
-            text = f"this model must be told the language of the audio: {known}"
+            text = f"this model needs the language of the audio: {known}"
             raise ApiError(400, text, "language", "missing_language")
         if source and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
-        target = source if asked.task == "transcribe" else asked.to_language or "en"
-        if asked.task == "translate" and target not in self.targets:
-            raise ApiError(
-                400,
-                f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}",
-                "to_language",
-            )
+        target = source if fields.task == "transcribe" else fields.to_language or "en"
+        if fields.task == "translate" and target not in self.targets:
+            text = f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}"
+            raise ApiError(400, text, "to_language")
         given = {"source_lang": source, "target_lang": target}
         slots = {name: value for name, value in given.items() if value}
-        slots["task"] = "asr" if asked.task == "transcribe" else "ast"
-        listener = self._listener(asked)
-        if listener.config.timestamps != "none" and "timestamp" in self._slots:
-            slots["timestamp"] = "yes"
+        slots["task"] = "asr" if fields.task == "transcribe" else "ast"
+        transcriber = self._transcriber(fields)
         try:
-            request = listener.request(slots, asked.prompt)
+            request = transcriber.request(transcriber.with_timestamps(slots), fields.prompt)
         except ConfigError:
             raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
-        if asked.temperature:
-            request = replace(request, temperature=asked.temperature, retry=None)
+        if fields.temperature:
+            request = transcriber.at_temperature(request, fields.temperature)
         return request
 
-    async def segments(self, audio: Audio, asked: Asked, request: Request) -> AsyncGenerator[Heard]:
-        """What is heard, piece by piece in order, as soon as it is decoded; ``request`` is what ``request``
-        made of ``asked``. Leaving the iteration early takes the rest out of the engine."""
-        listener = self._listener(asked)
+    async def segments(self, audio: Audio, fields: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
+        """Yield the transcript in order, as soon as a chunk is decoded; ``request`` is the result of `Service.request`.
+
+        Closing the iterator early cancels the remaining chunks.
+        """
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -313,23 +356,18 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        requests = [one for _, one in listener.requests(request, audio.pieces)]
-        assembly = Assembly()
-        assembly.total = len(requests)
+        recording = Recording(self._transcriber(fields), request)
+        requests = list(recording.requests(audio.chunks))
         ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
                 outcome = await outcomes.get()
-                found, piece = outcome.hypothesis, audio.pieces[outcome.piece]
-                if found is None:
+                if outcome.hypothesis is None:
                     raise ApiError(500, str(outcome.error))
-                seconds = len(piece.samples) / self.rate
-                segments = listener.segments(found, seconds, piece.voiced)
-                settled = assembly.add(outcome.piece, segments, piece.start, piece.overlap)
-                assembly.languages += listener.languages(found, seconds)
-                detected, probability = listener.spoken(assembly.languages)
-                language = asked.language or detected or self.tokenizer.languages[0]
-                yield Heard(settled, language, outcome.timing, probability)
+                final = recording.add(outcome.chunk, outcome.hypothesis)
+                detected, probability = recording.detected or (None, None)
+                language = fields.language or detected or self.tokenizer.languages[0]
+                yield TranscriptUpdate(final, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds)
         finally:
             if ticket.left:
@@ -338,20 +376,10 @@ class Service:
 
 
 def _discard(running: "Future[Audio]") -> None:
-    """Close the result of a reading that nobody waits for any more."""
+    """Close the result of a cancelled reading."""
     if not running.cancelled() and running.exception() is None:
         running.result().close()
 
 
-def _go_on(stop: threading.Event) -> None:
-    if stop.is_set():  # nobody hears this, unless the service is closing
-        raise _closing()
-
-
 def _closing() -> ApiError:
     return ApiError(503, "the service is shutting down", code="overloaded")
-
-
-def joint(text: str, more: str) -> str:
-    """What stands between two stretches of a transcript: nothing in scripts without spaces."""
-    return " " if text and more and not (UNSPACED.match(more) and UNSPACED.search(text[-1:])) else ""

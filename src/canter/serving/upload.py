@@ -1,7 +1,7 @@
-"""Read a request's multipart form within limits; its file lies on disk once, and without a name.
+"""Read a request's multipart form within limits; its file is written to disk once, without a name.
 
-The event loop only splits bytes: the number of fields, their headers and their sizes are bounded before anything is
-decoded, and text is decoded as UTF-8 only (Python has codecs that take seconds for a few hundred kilobytes).
+Number, headers and sizes of the fields are bounded before they are decoded, and text is decoded as UTF-8 only: Python
+has codecs that take seconds for a few hundred kilobytes, which would block the event loop.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -20,57 +20,57 @@ from starlette.requests import ClientDisconnect, Request
 from canter.serving.config import ServiceConfig
 from canter.serving.protocol import ApiError
 
-MOST_FIELDS = 64  # parts of a form, the file included
-FIELD_BYTES = 64 * 2**10  # of a field that is not the file
-FIELDS_BYTES = 256 * 2**10  # of all of them together
-HEADER_BYTES = 4 * 2**10  # of a part's headers, and of the request's Content-Type
-WRITE_BYTES = 2**20  # of the file that wait in memory to be written
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+MOST_FIELDS = 64  # fields of a form, including the file
+FIELD_BYTES = 64 * 2**10  # maximum size of a field that is not the file
+FIELDS_BYTES = 256 * 2**10  # maximum size of all these fields together
+HEADER_BYTES = 4 * 2**10  # maximum size of a field's headers, and of the request's Content-Type
+WRITE_BYTES = 2**20  # bytes of the file that are collected in memory before they are written
 UTF8 = ("", "utf-8", "utf8", "us-ascii", "ascii")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 def anonymous_file() -> BinaryIO:
-    """Return a temporary file without a name and without a buffer: whatever ends the process, nothing is left."""
+    """Return an unbuffered temporary file without a name: the system removes it however the process ends."""
     return tempfile.TemporaryFile(prefix="canter-", buffering=0)  # pyright: ignore[reportReturnType]
 
 
 def write_all(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    """Write all of the data to a file without a buffer, which may take less of it at a time."""
+    """Write all of the data to an unbuffered file, whose ``write`` may take only a part of it."""
     left = memoryview(data)
     while len(left):
         left = left[file.write(left) :]
 
 
 def path_of(file: BinaryIO) -> str:
-    """Return a path under which an open file without a name can be opened once more."""
+    """Return a path under which an open file without a name can be opened again."""
     return f"/dev/fd/{file.fileno()}"
 
 
 @contextlib.contextmanager
-def disk_told() -> Iterator[None]:
-    """Turn the error of a full disk into ApiError (507), and that of too many open files (503)."""
+def disk_errors() -> Iterator[None]:
+    """Context manager that turns the error of a full disk into ApiError (507), of too many open files into 503."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_FILES:
-            raise ApiError(
-                503, "the service has too many files open; try again in a moment", code="overloaded"
-            ) from None
+            text = "the service has too many files open; try again in a moment"
+            raise ApiError(503, text, code="overloaded") from None
         if error.errno not in _NO_SPACE:
             raise
-        raise ApiError(
-            507,
-            f"the service has no space left in {tempfile.gettempdir()} ({os.strerror(error.errno)}); try again later",
-            code="insufficient_storage",
-        ) from None
+        place = f"{tempfile.gettempdir()} ({os.strerror(error.errno)})"
+        text = f"the service has no space left in {place}; try again later"
+        raise ApiError(507, text, code="insufficient_storage") from None
 
 
 async def read_form(request: Request, config: ServiceConfig) -> FormData:
-    """Return the multipart body, its file in an `anonymous_file`.
+    """Return the fields of a multipart body, with its file in an `anonymous_file`.
 
-    Raises ApiError for one that is too large (before it is read, where its length is stated), too slow, cut off, no
-    form, or not in UTF-8, and where the disk is full.
+    Raises ApiError for a body that is too large (before it is read, if its length is stated), too slow, truncated, not
+    a form or not UTF-8, and for a full disk.
     """
     boundary = _boundary(request)
     stated = request.headers.get("content-length", "0")
@@ -79,27 +79,23 @@ async def read_form(request: Request, config: ServiceConfig) -> FormData:
     form = _Form(boundary)
     try:
         async with asyncio.timeout(config.upload_timeout):
-            with disk_told():
+            with disk_errors():
                 await _read(request, form, config)
         return form.data()
-    except TimeoutError:
+    except BaseException as error:
         form.close()
-        raise ApiError(
-            408, f"the body did not arrive within {config.upload_timeout:g} s", code="upload_timeout"
-        ) from None
-    except FormParserError as error:
-        form.close()
-        raise ApiError(400, f"the form cannot be read: {str(error)[:200] or 'it is malformed'}") from None
-    except ClientDisconnect:
-        form.close()
-        raise ApiError(499, "the client left") from None
-    except BaseException:
-        form.close()
+        if isinstance(error, TimeoutError):
+            text = f"the body did not arrive within {config.upload_timeout:g} s"
+            raise ApiError(408, text, code="upload_timeout") from None
+        if isinstance(error, FormParserError):
+            raise ApiError(400, f"the form cannot be read: {str(error)[:200] or 'it is malformed'}") from None
+        if isinstance(error, ClientDisconnect):
+            raise ApiError(499, "the client left") from None
         raise
 
 
 def _boundary(request: Request) -> bytes:
-    """Return the boundary of the request's form. Raises ApiError where its Content-Type has none."""
+    """Return the boundary of the request's form. Raise ApiError if its Content-Type has none."""
     kind = request.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         shown = kind[:80] or "of no stated type"
@@ -122,11 +118,11 @@ def _refuse_charset(options: dict[bytes, bytes], field: str | None = None) -> No
 
 
 async def _read(request: Request, form: "_Form", config: ServiceConfig) -> None:
-    got = 0
+    received = 0
     parser = MultipartParser(form.boundary, form.callbacks())
     async for chunk in request.stream():
-        got += len(chunk)
-        if got > config.max_bytes:
+        received += len(chunk)
+        if received > config.max_bytes:
             raise _too_large(config)
         parser.write(chunk)
         if len(form.unwritten) >= WRITE_BYTES:
@@ -141,14 +137,14 @@ def _too_large(config: ServiceConfig) -> ApiError:
 
 
 class _Form:
-    """The parts of a form as the parser finds them."""
+    """Fields of a form, filled by the parser's callbacks."""
 
     def __init__(self, boundary: bytes):
         self.boundary = boundary
         self.fields: list[tuple[str, str]] = []
         self.upload: BinaryIO | None = None
         self.unwritten = bytearray()
-        """The file's bytes that have come and are not on disk yet."""
+        """Bytes of the file that are not on disk yet."""
         self.ended = False
         self._upload_name, self._file_name, self._size = "", "", 0
         self._parts = self._text_bytes = 0
@@ -156,10 +152,9 @@ class _Form:
         self._header_name, self._header_value, self._header_bytes = bytearray(), bytearray(), 0
         self._name = ""
         self._text: bytearray | None = None
-        """Text of the field that is being read; None while it is the file."""
+        """Text of the field that is being read; None for the file."""
 
-    def callbacks(self) -> Any:
-        """Return the functions that the parser calls."""
+    def callbacks(self) -> "MultipartCallbacks":
         return {
             "on_part_begin": self._part_begin,
             "on_header_field": self._header_field,
@@ -172,14 +167,14 @@ class _Form:
         }
 
     async def write(self) -> None:
-        """Write what has come of the file, in a thread: a slow disk holds nobody else up."""
+        """Write the file's collected bytes in a thread, so that a slow disk does not block the event loop."""
         if self.upload is not None and self.unwritten:
             data, self.unwritten = self.unwritten, bytearray()
             self._size += len(data)
             await asyncio.to_thread(write_all, self.upload, data)
 
     def data(self) -> FormData:
-        """Return the fields and the file, at its start."""
+        """Return the fields, with the file at its start."""
         found: list[tuple[str, str | UploadFile]] = [*self.fields]
         if self.upload is not None:
             self.upload.seek(0)
@@ -236,12 +231,8 @@ class _Form:
             return
         self._text_bytes += end - start
         if len(self._text) + end - start > FIELD_BYTES or self._text_bytes > FIELDS_BYTES:
-            raise ApiError(
-                400,
-                f"field {self._name[:40]!r} is too long: at most {FIELD_BYTES // 1024} KiB a field, and "
-                f"{FIELDS_BYTES // 1024} in all",
-                self._name[:40],
-            )
+            limits = f"at most {FIELD_BYTES // 1024} KiB a field, and {FIELDS_BYTES // 1024} in all"
+            raise ApiError(400, f"field {self._name[:40]!r} is too long: {limits}", self._name[:40])
         self._text += memoryview(data)[start:end]
 
     def _part_end(self) -> None:
@@ -250,11 +241,8 @@ class _Form:
         try:
             self.fields.append((self._name, self._text.decode("utf-8")))
         except UnicodeDecodeError as error:
-            raise ApiError(
-                400,
-                f"field {self._name[:40]!r} is not UTF-8 (byte {error.start}); send UTF-8",
-                self._name[:40],
-            ) from None
+            text = f"field {self._name[:40]!r} is not UTF-8 (byte {error.start}); send UTF-8"
+            raise ApiError(400, text, self._name[:40]) from None
 
     def _end(self) -> None:
         self.ended = True

@@ -24,10 +24,10 @@ __all__ = [
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer:
-    """The tokenizer in a folder (one of `save`, a model's, Whisper's), in a `tokenizer.json`, in a `.nemo` or in a
-    SentencePiece `.model` that has Canary's special tokens.
+    """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    Raises CheckpointError if there is none.
+    It may be a folder (Canter's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece ``.model``
+    with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":
@@ -48,7 +48,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
 
 
 def load_counter(name: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | UnitCounter:
-    """Return what counts the tokens of a text: a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
+    """Return a token counter: that of a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
 
     Raises CheckpointError for a path without a tokenizer.
     """

@@ -1,4 +1,4 @@
-"""The tar archives of NeMo (``.nemo``), read member by member within limits; nothing is extracted by name."""
+"""NeMo's tar archives (``.nemo``), read by member within limits on size and number; nothing is extracted by name."""
 
 from __future__ import annotations
 
@@ -10,32 +10,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Self, TypeVar
 
 from canter.errors import CanterError, CheckpointError
-from canter.untrusted import MOST_YAML_BYTES, parse_yaml
+from canter.untrusted import MOST_YAML_BYTES, Json, parse_yaml
 
 CONFIG = "model_config.yaml"
 MOST_MEMBERS = 1000
 MOST_HEADER_BYTES = 2**20
-"""Size of a PAX header or a long name, which tarfile reads in one go."""
+"""Maximum size of a PAX header or a long name, which tarfile reads at once."""
 MOST_EXPANSION = 20
-"""Unpacked over packed size of a compressed archive; weights hardly compress."""
+"""Maximum ratio of unpacked to packed size of a compressed archive; weights hardly compress."""
 LEAST_UNPACKED = 2**26
-"""A small compressed archive may unpack to this many bytes whatever its size."""
+"""Bytes to which any compressed archive may unpack, whatever its size."""
 _CHUNK = 2**20
 _NAMING = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-"""Types of headers that say more of the member after them."""
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
+"""Types of headers with attributes of the member after them."""
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that is checked before tarfile acts on it: plain files and folders, and headers that name them."""
+    """A tar header, checked before tarfile uses it; only files, folders and headers with their names are allowed."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -51,10 +47,10 @@ class _Header(tarfile.TarInfo):
 
 
 class Archive:
-    """The members of a ``.nemo`` file that is open for reading, by name without a leading ``./``."""
+    """An open ``.nemo`` file, whose members are found by name without a leading ``./``."""
 
     def __init__(self, tar: tarfile.TarFile, path: Path, size: int):
-        """``size`` is that of the uncompressed tar. Raises CheckpointError for members that could do harm."""
+        """Read the headers of a tar of ``size`` uncompressed bytes. Raises CheckpointError for unsafe members."""
         self.tar, self.path = tar, path
         self.members: dict[str, tarfile.TarInfo] = {}
         total = 0
@@ -76,16 +72,16 @@ class Archive:
             self.members[str(name)] = member
 
     def open(self, name: str) -> IO[bytes]:
-        """Return a member for reading; CheckpointError if there is none of that name."""
+        """Return a member, open for reading. Raises CheckpointError where there is none of that name."""
         if name not in self.members:
             held = ", ".join(sorted(self.members)[:20]) or "nothing"
             raise CheckpointError(f"{self.path} has no {name}; it holds {held}")
         file = self.tar.extractfile(self.members[name])
-        assert file is not None  # it is a regular file
+        assert file is not None  # because it is a regular file
         return file
 
     def read(self, name: str, most: int) -> bytes:
-        """Return the bytes of a member; CheckpointError for one of more than ``most``, or where there is none."""
+        """Return the bytes of a member. Raises CheckpointError for more than ``most`` bytes, or a missing member."""
         with self.open(name) as file:
             size = self.members[name].size
             if size > most:
@@ -94,8 +90,8 @@ class Archive:
                 )
             return file.read()
 
-    def config(self) -> dict[str, Any]:
-        """Return the archive's YAML as plain values; CheckpointError where it is no mapping of those."""
+    def config(self) -> dict[str, Json]:
+        """Return the archive's YAML as plain values. Raises CheckpointError where it is not a mapping."""
         values = parse_yaml(self.read(CONFIG, MOST_YAML_BYTES), f"{self.path}: {CONFIG}")
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.path}: {CONFIG} is not a mapping")
@@ -107,7 +103,7 @@ ArchiveT = TypeVar("ArchiveT", bound=Archive)
 
 @contextmanager
 def open_archive(path: Path, kind: type[ArchiveT]) -> Iterator[ArchiveT]:
-    """Yield the archive at ``path``, a tar or a gzipped tar, once all of its members are checked.
+    """Yield the archive at ``path``, a tar or gzipped tar, after a check of all its members.
 
     Raises CheckpointError for anything else, and for an archive that unpacks to far more than its own size.
     """
@@ -129,16 +125,8 @@ def open_archive(path: Path, kind: type[ArchiveT]) -> Iterator[ArchiveT]:
         raise CheckpointError(text if str(path) in text else f"{path}: {text}; refused") from None
     except CanterError:
         raise
-    # what tarfile and gzip raise for damaged headers is not documented, ValueError and RecursionError among it
-    except (
-        tarfile.TarError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    # tarfile and gzip raise undocumented errors for damaged headers, among them ValueError and RecursionError
+    except (tarfile.TarError, EOFError, OSError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} is truncated or not a .nemo archive ({reason.rstrip(':')})") from None
 

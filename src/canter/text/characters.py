@@ -1,10 +1,9 @@
-"""Characters as the targets of an auxiliary CTC: id 0 is the blank."""
+"""Characters as the targets of the auxiliary CTC loss; id 0 is the blank."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from canter.errors import CheckpointError
@@ -12,11 +11,10 @@ from canter.files import write_text
 from canter.untrusted import read_json_value
 
 FILE = "characters.json"
-BLANK = 0
 
 
 class Characters:
-    """An alphabet; `symbols[i]` has id i + 1. Other characters are left out of targets."""
+    """An alphabet: ``symbols[i]`` has id i + 1. Other characters are left out of targets."""
 
     def __init__(self, symbols: Sequence[str]):
         self.symbols = tuple(symbols)
@@ -24,7 +22,7 @@ class Characters:
 
     @classmethod
     def of(cls, texts: Iterable[str], at_least: int = 1) -> "Characters":
-        """The characters that occur `at_least` so often, sorted, the space among them."""
+        """Return the alphabet of the characters that occur ``at_least`` times, sorted, and the space."""
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(text)
@@ -32,7 +30,7 @@ class Characters:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Characters":
-        """Reads what `save` wrote. Raises CheckpointError if it is missing or malformed."""
+        """Read the file that `save` writes. Raises CheckpointError if it is missing or malformed."""
         file = Path(folder) / FILE
         try:
             symbols = read_json_value(file)
@@ -43,12 +41,12 @@ class Characters:
         return cls(symbols)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `characters.json` into the folder."""
+        """Write ``characters.json`` into the folder."""
         write_text(Path(folder) / FILE, json.dumps(self.symbols, ensure_ascii=False) + "\n")
 
     @property
     def size(self) -> int:
-        """Outputs of the CTC head, the blank included."""
+        """Number of outputs of the CTC head, the blank included."""
         return len(self.symbols) + 1
 
     @property
@@ -56,13 +54,9 @@ class Characters:
         return hashlib.blake2b("".join(self.symbols).encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the characters of `text` that the alphabet has."""
+        """Return the ids of the characters of ``text`` that the alphabet has."""
         return [self._ids[character] for character in text if character in self._ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids without blanks."""
+        """Return the text of ids, which hold no blank."""
         return "".join(self.symbols[number - 1] for number in ids)
-
-    def collapse(self, outputs: Iterable[int]) -> str:
-        """The text of one output for each frame: repetitions become one, blanks go (Graves et al., 2006)."""
-        return self.decode(number for number, _ in groupby(outputs) if number != BLANK)

@@ -1,24 +1,23 @@
-"""The tokenizer inside a NeMo archive of Canary (`.nemo`: a plain tar); nothing is extracted to disk."""
+"""The tokenizer in a NeMo archive of Canary (``.nemo``: a plain tar); nothing is extracted to disk."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
 from canter.errors import CheckpointError
 from canter.text.archive import Archive, open_archive
 from canter.text.sentencepiece import MOST_TOKENIZER_BYTES, SentencePieceTokenizer, read_models
+from canter.untrusted import Json
 
 SPECIAL = "spl_tokens"  # NeMo's name for the vocabulary of special tokens
 
 
-def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str, int], bytes]) -> SentencePieceTokenizer:
-    """Return the tokenizer of a NeMo configuration; `read` returns a member of its archive by name (without `./`), of
-    at most so many bytes.
+def nemo_tokenizer(config: Mapping[str, Json], read: Callable[[str, int], bytes]) -> SentencePieceTokenizer:
+    """Return the tokenizer of a NeMo configuration; ``read(name, most)`` returns a member of its archive.
 
-    It is an aggregate of special tokens and languages (canary-1b and flash), or one SentencePiece model with
-    the special tokens among its pieces (canary-1b-v2). Raises CheckpointError if it is neither.
+    It is an aggregate of special tokens and languages (canary-1b and flash), or one SentencePiece model with the
+    special tokens among its pieces (canary-1b-v2). Raises CheckpointError if it is neither.
     """
     try:
         turns = config.get("prompt_defaults") or []
@@ -39,12 +38,12 @@ def nemo_tokenizer(config: Mapping[str, Any], read: Callable[[str, int], bytes])
 
 
 def _member(path: str) -> str:
-    """The name in the archive of what the configuration calls `nemo:NAME`."""
+    """Return the member's name in the archive, which the configuration writes as ``nemo:NAME``."""
     return str(path).removeprefix("nemo:").removeprefix("./")
 
 
 def read_nemo_tokenizer(path: str | Path) -> SentencePieceTokenizer:
-    """Return the tokenizer of the archive at `path`. Raises CheckpointError if it cannot be read."""
+    """Return the tokenizer of the archive at ``path``. Raises CheckpointError if it cannot be read."""
     path = Path(path)
     with open_archive(path, Archive) as archive:
         return nemo_tokenizer(archive.config(), archive.read)

@@ -1,16 +1,16 @@
-"""Prompt formats: what a decoder reads before it writes, made of slots (language, task, punctuation, ...).
+"""Prompt formats: the tokens before a transcript, made of slots (language, task, punctuation, ...).
 
-`canary` (canary-1b) and `canary2` (the flash and v2 models) follow NVIDIA's Canary, `whisper` follows
-OpenAI's. A format is a row of special tokens and slot names; the values of slots are words such as "en",
-"asr", "yes", or special tokens written out, "<|en|>".
+``canary`` (canary-1b) and ``canary2`` (the flash and v2 models) follow NVIDIA's Canary, ``whisper`` OpenAI's Whisper. A
+format is a sequence of special tokens and slot names; a slot's value is a word such as "en", "asr" or "yes", or a
+special token such as "<|en|>".
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
 from canter.text.languages import find, is_said, resolve, same
+from canter.text.tokenizer import Tokenizer
 
 FORMATS = {
     "canary": ("<|startoftranscript|>", "source_lang", "task", "target_lang", "pnc"),
@@ -39,22 +39,11 @@ CONTEXTS = ("decodercontext", "prevtext")
 LANGUAGES = ("source_lang", "target_lang")
 
 
-class Vocabulary(Protocol):
-    """What a prompt needs of a tokenizer."""
-
-    @property
-    def languages(self) -> tuple[str, ...]: ...
-
-    def encode(self, text: str, lang: str | None = None) -> list[int]: ...
-
-    def special_id(self, token: str) -> int: ...
-
-
 def utterance_slots(utterance: Utterance) -> dict[str, str]:
-    """The slots that an utterance fills: languages (`lang` stands for both), task and punctuation.
+    """Return the prompt slots of an utterance: languages (``lang`` sets both), task and punctuation.
 
-    Without `taskname`, an utterance whose two languages differ is a translation. Of one, the language written says
-    nothing of the language spoken. Languages stay as they are written; "auto" is none.
+    Without ``taskname``, an utterance whose two languages differ is a translation. The target language of a translation
+    is not taken for the source language. Languages are returned as they are written, and "auto" is left out.
     """
     spoken, lang, written = (
         value if is_said(value) else None for value in (utterance.source_lang, utterance.lang, utterance.target_lang)
@@ -69,10 +58,10 @@ def utterance_slots(utterance: Utterance) -> dict[str, str]:
     return {name: value for name, value in slots.items() if value is not None}
 
 
-def prompt_ids(vocabulary: Vocabulary, name: str, slots: Mapping[str, str]) -> list[int]:
-    """Token ids of the prompt of format `name`; slots that are not given have their defaults.
+def prompt_ids(tokenizer: Tokenizer, name: str, slots: Mapping[str, str]) -> list[int]:
+    """Return the ids of the prompt of format ``name``; slots that are not given have their defaults.
 
-    Raises ConfigError for an unknown format, slot or value, or a language that the tokenizer lacks.
+    Raises ConfigError for an unknown format, slot or value, and for a language that the tokenizer lacks.
     """
     if name not in FORMATS:
         raise ConfigError(f"'{name}' is not a prompt format; there are {', '.join(FORMATS)}")
@@ -83,43 +72,43 @@ def prompt_ids(vocabulary: Vocabulary, name: str, slots: Mapping[str, str]) -> l
     ids: list[int] = []
     for part in FORMATS[name]:
         if part in CONTEXTS:
-            ids += _context(vocabulary, part, slots)
+            ids += _context(tokenizer, part, slots)
             continue
         token = part if part.startswith("<|") else _token(name, part, slots)
         if token and part in LANGUAGES:
-            ids.append(_language_id(vocabulary, token))
+            ids.append(_language_id(tokenizer, token))
         elif token:
-            ids.append(vocabulary.special_id(token))
+            ids.append(tokenizer.special_id(token))
     return ids
 
 
-def _language_id(vocabulary: Vocabulary, token: str) -> int:
-    """The id of a language's token, however the language is written in it."""
+def _language_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a language's token, in any spelling of the language."""
     written = token.removeprefix("<|").removesuffix("|>")
-    found = find(written, vocabulary.languages)
+    found = find(written, tokenizer.languages)
     if found is not None:
-        return vocabulary.special_id(f"<|{found}|>")
+        return tokenizer.special_id(f"<|{found}|>")
     try:
-        return vocabulary.special_id(token)  # of no language that has a code, such as <|unklang|>
+        return tokenizer.special_id(token)  # not the code of a language, such as <|unklang|>
     except ConfigError:
-        resolve(written, vocabulary.languages)  # which raises
+        resolve(written, tokenizer.languages)  # which raises
         raise
 
 
-def _context(vocabulary: Vocabulary, slot: str, slots: Mapping[str, str]) -> list[int]:
-    """Earlier text, in the target language; Whisper's has a token and a space in front."""
+def _context(tokenizer: Tokenizer, slot: str, slots: Mapping[str, str]) -> list[int]:
+    """Return the ids of earlier text; Whisper's begins with a token and a space."""
     text = slots[slot]
     if not text:
         return []
     if slot == "prevtext":
-        return [vocabulary.special_id("<|startofprev|>"), *vocabulary.encode(" " + text.strip())]
-    return vocabulary.encode(text, slots.get("target_lang"))
+        return [tokenizer.special_id("<|startofprev|>"), *tokenizer.encode(" " + text.strip())]
+    return tokenizer.encode(text, slots.get("target_lang"))
 
 
 def _token(name: str, slot: str, slots: Mapping[str, str]) -> str:
-    """The special token of a slot's value; empty where the format writes nothing."""
+    """Return the special token of a slot's value; "" where the format writes none."""
     if slot not in slots:
-        raise ConfigError(f"the prompt needs {slot}: give 'lang' in the manifest, or --lang")
+        raise ConfigError(f"the prompt needs {slot}: give 'lang' in the manifest, or --language")
     value = slots[slot]
     if value.startswith("<|"):
         return value

@@ -1,10 +1,8 @@
-"""The tokenizer of Canary models: special tokens in front, then one SentencePiece vocabulary, or one a
-language.
+"""The tokenizer of Canary models: special tokens, then one SentencePiece vocabulary, or one for each language.
 
-Ids: the special tokens have 0 to S - 1, then each vocabulary follows with its own offset, in order. With a
-vocabulary for each language this is NeMo's aggregate tokenizer of canary-1b and flash; `train_tokenizer`
-makes one vocabulary that all languages share. With no special tokens in front, they are pieces of the one
-vocabulary, as in canary-1b-v2.
+The S special tokens have ids 0 to S - 1, and each vocabulary follows with an offset, in order. With a vocabulary for
+each language this is NeMo's aggregate tokenizer of canary-1b and flash; `train_tokenizer` makes one vocabulary that all
+languages share. Where the special tokens are pieces of the one vocabulary, as in canary-1b-v2, S is 0.
 """
 
 import hashlib
@@ -28,17 +26,17 @@ from canter.untrusted import is_file_name, read_json_value, read_limited
 
 FILE = "canter_tokenizer.json"
 FORMAT = "canter-tokenizer/1"
-SHARED = ""  # the name of a vocabulary that serves every language
+SHARED = ""  # name of a vocabulary for every language
 UNKNOWN_LANGUAGE = "unklang"
 BASIC_TOKENS = (
     "<unk>", "<|nospeech|>", "<pad>", "<|endoftext|>", "<|startoftranscript|>", "<|pnc|>", "<|nopnc|>",
     "<|transcribe|>", "<|translate|>", "<|unklang|>",
 )  # fmt: skip
 MOST_TOKENIZER_BYTES = 4 * 2**20
-"""Size of one SentencePiece model; 256,000 pieces take about this much."""
+"""Maximum size of one SentencePiece model, about that of 256,000 pieces."""
 MOST_MODELS_BYTES = 2 * MOST_TOKENIZER_BYTES
-"""Size of the models of all languages together."""
-MOST_SENTENCES = 1_000_000  # a tokenizer is trained on so many, drawn at random
+"""Maximum size of the models of all languages together."""
+MOST_SENTENCES = 1_000_000  # a tokenizer is trained on a random sample of this size
 _TIMESTAMP = re.compile(r"(<\|\d+\|>)")
 _LANGUAGE = re.compile(r"<\|(?!(?:pnc|itn)\|)([A-Za-z]{2,3}(?:[-_]\w+)*)\|>")
 _SPECIAL_PIECE = re.compile(r"<\|.+\|>|<pad>")
@@ -46,11 +44,13 @@ _TOO_LARGE = re.compile(r"<= (\d+)")
 
 
 class SentencePieceTokenizer:
-    """Special tokens and SentencePiece models (`{language: serialised model}`, or one for all under "").
+    """Special tokens and SentencePiece models (``{language: serialised model}``, or one for all under "").
 
-    `special` may be empty where the one vocabulary has them among its pieces. `defaults` are prompt slots for
-    utterances that do not say (`source_lang`, ...).
+    ``special`` is empty where the one vocabulary has the special tokens among its pieces. ``defaults`` are values of
+    prompt slots (``source_lang``, ...) that an utterance leaves unset.
     """
+
+    detects_language = False
 
     def __init__(
         self,
@@ -98,9 +98,11 @@ class SentencePieceTokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Ids of `text`; "<|endoftext|>" at its end and, where the vocabulary has them, timestamps "<|12|>"
-        are special tokens, anything else is plain text. Raises ConfigError for a language without a
-        vocabulary."""
+        """Return the ids of ``text``.
+
+        "<|endoftext|>" at the end and, where the vocabulary has them, timestamps such as "<|12|>" are special tokens;
+        anything else is plain text. Raises ConfigError for a language without a vocabulary.
+        """
         if SHARED in self._processors:
             name = SHARED
         else:
@@ -127,7 +129,7 @@ class SentencePieceTokenizer:
         return [*ids, self.end] if end else ids
 
     def piece(self, number: int) -> str:
-        """The piece of an id, with "▁" for a space. Raises ValueError for an id beyond the vocabulary."""
+        """Return the piece of an id, with "▁" for a space. Raises ValueError for an id beyond the vocabulary."""
         if not 0 <= number < self.vocab_size:
             raise ValueError(f"token id {number} is not in the vocabulary of {self.vocab_size}")
         if number < len(self.special):
@@ -136,7 +138,7 @@ class SentencePieceTokenizer:
         return list(self._processors.values())[place].id_to_piece(number - self._starts[place])
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of ids; with `special` exactly NeMo's, where special tokens and the leading space stay."""
+        """Return the text of ids; with ``special`` exactly NeMo's, with special tokens and the leading space."""
         kept = ids if special else (number for number in ids if number not in self._special_numbers)
         text = "".join(map(self.piece, kept)).replace("▁", " ")
         return text if special else text.strip()
@@ -154,7 +156,7 @@ class SentencePieceTokenizer:
         return prompt_ids(self, self.prompt_format, {**self.defaults, **slots})
 
     def save(self, folder: str | Path) -> None:
-        """Writes `canter_tokenizer.json` and a `tokenizer[.LANG].model` for each vocabulary."""
+        """Write ``canter_tokenizer.json`` and a ``tokenizer[.LANG].model`` for each vocabulary."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = {lang: f"tokenizer.{lang}.model" if lang else "tokenizer.model" for lang in self.models}
@@ -173,10 +175,10 @@ class SentencePieceTokenizer:
     def of_model(
         cls, model: bytes, prompt_format: str | None = None, defaults: Mapping[str, str] | None = None
     ) -> "SentencePieceTokenizer":
-        """The tokenizer of one serialised SentencePiece model with Canary's special tokens among its pieces.
+        """Return the tokenizer of one serialised SentencePiece model with Canary's special tokens among its pieces.
 
-        Without `prompt_format` it is "canary2" where the model has that format's first token, else "canary".
-        Raises CheckpointError for what is no model, or one without them.
+        Without ``prompt_format`` it is "canary2" where the model has that format's first token, else "canary". Raises
+        CheckpointError for data that is not such a model.
         """
         try:
             tokenizer = cls((), {SHARED: model}, prompt_format or "canary", defaults)
@@ -193,7 +195,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "SentencePieceTokenizer":
-        """Reads what `save` wrote. Raises CheckpointError if something is missing or malformed."""
+        """Read the files that `save` writes. Raises CheckpointError if something is missing or malformed."""
         file = Path(folder) / FILE
         try:
             values = read_json_value(file)
@@ -212,7 +214,7 @@ class SentencePieceTokenizer:
 
 
 def read_models(names: Mapping[str, str], read: Callable[[str], bytes]) -> dict[str, bytes]:
-    """Return the serialised model of each language. Raises CheckpointError for too many bytes of them."""
+    """Return the serialised model of each language. Raises CheckpointError where they are too large together."""
     models: dict[str, bytes] = {}
     for lang, name in names.items():
         models[lang] = read(name)
@@ -222,7 +224,7 @@ def read_models(names: Mapping[str, str], read: Callable[[str], bytes]) -> dict[
 
 
 def _special_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    """Pieces that are no text, with their ids: unknown and control pieces, `<pad>` and all of the form `<|...|>`."""
+    """Return the ids of pieces that are not text: unknown and control pieces, ``<pad>`` and all ``<|...|>``."""
     pieces = ((processor.id_to_piece(number), number) for number in range(processor.vocab_size()))
     return {
         piece: number
@@ -234,10 +236,10 @@ def _special_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str
 def train_tokenizer(
     texts: Iterable[str], languages: Iterable[str], vocab_size: int, folder: str | Path | None = None
 ) -> SentencePieceTokenizer:
-    """Trains one BPE vocabulary on `texts`, for prompts in `languages`, and saves it to `folder`.
+    """Train one BPE vocabulary on ``texts``, for prompts in ``languages``, and save it to ``folder``.
 
-    `vocab_size` counts the special tokens too; where the text is too small for it, it is lowered with a
-    warning. Raises ConfigError if there is no text, or `vocab_size` does not even hold every character.
+    ``vocab_size`` includes the special tokens; it is lowered, with a warning, where the text is too small for it.
+    Raises ConfigError if there is no text, or ``vocab_size`` is less than the number of characters.
     """
     languages = sorted({canonical(language) or language for language in languages if is_said(language)})
     special = (*BASIC_TOKENS, *(f"<|{lang}|>" for lang in languages))
@@ -270,8 +272,7 @@ def train_tokenizer(
 
 
 def _sample(sentences: Iterable[str]) -> list[str]:
-    """At most MOST_SENTENCES of them, each as likely as any other (Vitter's algorithm R), the same every
-    time."""
+    """Return a uniform random sample of at most MOST_SENTENCES sentences (Vitter's algorithm R), always the same."""
     rng = random.Random(0)
     kept: list[str] = []
     for number, sentence in enumerate(sentences):

@@ -1,4 +1,4 @@
-"""What a tokenizer is: text to token ids and back, and the ids of prompts."""
+"""The protocol of tokenizers: text to token ids and back, and the ids of prompts."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,55 +8,58 @@ from canter.corpus.manifest import Utterance
 
 
 class Tokenizer(Protocol):
-    """Token ids are those of the model's embedding. Tokenizers can be pickled, so that workers may count
-    tokens."""
+    """A tokenizer whose ids are those of the model's embedding. It can be pickled, for worker processes."""
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The largest id + 1."""
         ...
 
     @property
     def pad(self) -> int:
-        """Fills up batches."""
+        """Id that pads batches."""
         ...
 
     @property
     def end(self) -> int:
-        """Ends a transcript."""
+        """Id that ends a transcript."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits; the same for tokenizers that encode alike."""
+        """16 hexadecimal digits, equal for tokenizers that encode alike."""
         ...
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Those that a prompt may name."""
+        """Codes of the languages that a prompt may name."""
+        ...
+
+    @property
+    def detects_language(self) -> bool:
+        """True if the model can write the language of the audio itself, as multilingual Whisper does."""
         ...
 
     def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Ids of `text`, without prompt and end token. `lang` matters to tokenizers with a vocabulary a
-        language."""
+        """Return the ids of ``text``, without prompt and end token; ``lang`` selects one of several vocabularies."""
         ...
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of ids. Special tokens are left out, or shown with `special`."""
+        """Return the text of ids, stripped and without special tokens; ``special`` keeps both spaces and tokens."""
         ...
 
     def special_id(self, token: str) -> int:
-        """The id of a special token such as "<|en|>". Raises ConfigError if there is none."""
+        """Return the id of a special token such as "<|en|>". Raises ConfigError where there is none."""
         ...
 
     def prompt(self, utterance: Utterance) -> list[int]:
-        """Ids of the utterance's prompt."""
+        """Return the ids of the utterance's prompt."""
         ...
 
     def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
-        """Ids of the prompt with these slots (see `canter.text.prompts`)."""
+        """Return the ids of the prompt with these slots (see `canter.text.prompts`)."""
         ...
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that `load_tokenizer(folder)` reads; the folder may hold other files too."""
+        """Write the files that `load_tokenizer(folder)` reads; the folder may hold other files too."""
         ...

@@ -1,4 +1,4 @@
-"""Whisper's byte-level BPE, read from the `tokenizer.json` of a Hugging Face checkpoint."""
+"""Whisper's byte-level BPE, read from the ``tokenizer.json`` of a Hugging Face checkpoint."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -16,20 +16,20 @@ from canter.untrusted import read_limited
 FILE = "tokenizer.json"
 MOST_TOKENIZER_BYTES = 16 * 2**20
 """Size of a tokenizer.json; Whisper's have up to 4 MB."""
-TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, every 20 ms, after <|notimestamps|>; many files leave them out
+TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>, every 20 ms, after <|notimestamps|>; many files omit them
 TIMESTAMP_SECONDS = 0.02
 ENGLISH_END = 50256  # English-only models use GPT-2's vocabulary, one token smaller than the multilingual one
 
 
 class WhisperTokenizer:
-    """Ids from `<|endoftext|>` on are special tokens and timestamps; ids below are text."""
+    """Whisper's tokenizer: ids below ``<|endoftext|>`` are text, the others special tokens and timestamps."""
 
     def __init__(self, serialised: str):
         try:
             self._backend = tokenizers.Tokenizer.from_str(serialised)
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"not a tokenizer.json ({error})") from None
-        self._backend.no_padding()  # a file may ask for padding to a billion ids
+        self._backend.no_padding()  # a file may request padding to a billion ids
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True  # "<|en|>" in a transcript is text
         self.serialised = serialised
@@ -53,11 +53,15 @@ class WhisperTokenizer:
         return self.end != ENGLISH_END
 
     @property
+    def detects_language(self) -> bool:
+        return self.multilingual
+
+    @property
     def fingerprint(self) -> str:
         return hashlib.blake2b(self.serialised.encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Ids of `text` as it stands; one vocabulary serves all languages."""
+        """Return the ids of ``text``; one vocabulary serves all languages."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
@@ -83,7 +87,7 @@ class WhisperTokenizer:
         return self.prompt_ids(utterance_slots(utterance))
 
     def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
-        """Whisper's task prompt. English-only models have no language and task in theirs."""
+        """Return the ids of Whisper's task prompt, which has no language and task in English-only models."""
         if self.multilingual:
             return prompt_ids(self, "whisper", slots)
         for name in ("source_lang", "target_lang"):
@@ -94,13 +98,13 @@ class WhisperTokenizer:
         return prompt_ids(self, "whisper_english", slots)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json`."""
+        """Write ``tokenizer.json``."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(Path(folder) / FILE, self.serialised)
 
     @classmethod
     def load(cls, file: str | Path) -> "WhisperTokenizer":
-        """Raises CheckpointError if the file is missing or no tokenizer.json of Whisper."""
+        """Read a ``tokenizer.json``. Raises CheckpointError if it is missing or not Whisper's."""
         try:
             return cls(read_limited(file, MOST_TOKENIZER_BYTES).decode())
         except (OSError, ValueError) as error:

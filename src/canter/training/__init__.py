@@ -1,1 +1,1 @@
-"""Augmentation, the loop, training state."""
+"""Training: the recipe of a run, its loop, data, steps and files."""

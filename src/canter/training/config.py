@@ -1,33 +1,33 @@
-"""Settings of a training run: frozen dataclasses, filled from YAML, overridden by flags. Defaults that depend on the
-situation are in `canter.training.defaults`."""
+"""Settings of a training run: frozen dataclasses that YAML files and flags fill in.
 
+Defaults that depend on other settings are in `canter.training.defaults`."""
+
+import copy
 import dataclasses
 import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 
 from canter.errors import ConfigError, PlanError
-from canter.fields import Read, from_mapping, to_mapping
+from canter.fields import FileOnly, Read, from_mapping, to_mapping
 from canter.models.hub import is_hub_name
 from canter.planning.lengths import RateLimits, rate_limits
 from canter.untrusted import read_yaml_value
 
 
-def _limits_given(value: Any, _: Path | None) -> Any:
-    """Return a number, pairs or texts, which TrainConfig reads by itself."""
+def _limits_given(value: object, _: Path | None) -> object:  # TrainConfig reads numbers, pairs and texts itself
     return None if value == "none" else value
 
 
-def _initial_model(value: Any, base: Path | None) -> Path | None:
-    """Return a path, or a name on the hub as it is."""
+def _initial_model(value: object, base: Path | None) -> Path | None:
     if value is None or isinstance(value, Path):
         return value
     if not isinstance(value, str):
@@ -37,21 +37,35 @@ def _initial_model(value: Any, base: Path | None) -> Path | None:
     return base / value
 
 
-# Settings that may differ between the starts of a run: its steps compute the same.
+RENAMED = {
+    "vocabulary": "vocab_size",
+    "lang_column": "language_column",
+    "window": "batching_window",
+    "largest_first": "check_memory",
+    "keep": "keep_checkpoints",
+    "skip_limit": "max_skipped",
+    "bad_steps": "max_bad_steps",
+    "loss.ctc_alone": "loss.ctc_warmup",
+}
+"""New names of settings of Canter 0.1, which its run folders still have."""
+REMOVED: dict[str, object] = {"short_first": False, "optimizer.matrix_every": 2}
+"""Settings of Canter 0.1 that are gone, with the only value that they can have now."""
+
+# Settings that may change between the starts of a run, as they do not change what its steps compute.
 # fmt: off
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
-    "save_every", "keep", "skip_limit", "bad_steps", "rank_timeout", "data_timeout", "track", "log_utterances",
-    "allow_changes", "largest_first",
+    "save_every", "keep_checkpoints", "max_skipped", "max_bad_steps", "rank_timeout", "data_timeout", "track",
+    "log_utterances", "allow_changes", "check_memory",
 ))
 # fmt: on
 
-# What settings must be.
+# (names of settings, condition that they must meet, the condition in words)
 # fmt: off
 LIMITS = (
-    ("window micro_batches_per_step min_steps valid_every save_every valid_utterances keep bad_steps threads "
-     "model.encoder_layers model.decoder_layers model.width model.heads model.kernel_size model.subsampling_channels "
-     "model.mels model.positions optimizer.matrix_every", lambda value: value >= 1, "at least 1"),
+    ("batching_window micro_batches_per_step min_steps valid_every save_every valid_utterances keep_checkpoints "
+     "max_bad_steps threads vocab_size model.encoder_layers model.decoder_layers model.width model.heads "
+     "model.kernel_size model.subsampling_channels model.mels model.positions", lambda value: value >= 1, "at least 1"),
     ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
     ("optimizer.clip", lambda value: value > 0, "positive"),
     ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
@@ -59,7 +73,7 @@ LIMITS = (
     ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
      "augment.time_masks", lambda value: value >= 0, "0 or more"),
-    ("skip_limit loss.ctc_weight loss.ctc_alone optimizer.floor augment.time_width",
+    ("max_skipped loss.ctc_weight loss.ctc_warmup optimizer.floor augment.time_width",
      lambda value: 0 <= value <= 1, "between 0 and 1"),
     ("model.dropout loss.label_smoothing optimizer.ema", lambda value: 0 <= value < 1, "at least 0 and below 1"),
 )
@@ -78,7 +92,7 @@ class ModelShape:
     """Model dimension of encoder and decoder; feed-forward layers are four times as wide."""
     heads: int = 4
     """Number of attention heads."""
-    kernel_size: int = 9
+    kernel_size: Annotated[int, FileOnly()] = 9
     """Kernel size of the encoder's depthwise convolution, in 80 ms frames."""
     subsampling_channels: int = 32
     """Channels of the encoder's 8x subsampling."""
@@ -86,7 +100,7 @@ class ModelShape:
     """Number of mel bins of the features."""
     dropout: float = 0.0
     """Dropout probability of inputs, residuals and attention."""
-    positions: int = 512
+    positions: Annotated[int, FileOnly()] = 512
     """Maximum tokens of a sequence, prompt and end token included."""
 
 
@@ -96,14 +110,12 @@ class OptimizerConfig:
     decoder layers; AdamW updates everything else."""
 
     name: Literal["auto", "muon", "adamw"] = "auto"
-    """Optimiser of the matrices. auto: muon from scratch; adamw with --init, where Muon's learning rate would overwrite
-    trained weights, and with --parallel shard."""
+    """Optimiser of the matrices. auto: muon from scratch, adamw with --init (Muon's learning rate would overwrite
+    trained weights) and with --parallel shard."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW (default: 2e-3 from scratch, 3e-5 with --init)."""
     matrix_learning_rate: float = 0.01
     """Peak learning rate of Muon."""
-    matrix_every: int = 2
-    """Run Muon's Newton-Schulz iteration every N steps and reuse the last update direction in between."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices only."""
     schedule: Literal["cosine", "inverse_sqrt", "noam", "constant"] = "cosine"
@@ -116,7 +128,8 @@ class OptimizerConfig:
     clip: float = 1.0
     """Maximum gradient norm; larger gradients are scaled down to it."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights, which is validated and saved, such as 0.999; 0: none."""
+    """Decay of the exponential moving average of the weights, such as 0.999; 0: no average. It is validated and
+    saved in place of the weights."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +137,11 @@ class LossConfig:
     """Cross-entropy of the attention decoder and an auxiliary CTC loss on characters (Hori et al., 2017)."""
 
     ctc_weight: float | None = None
-    """Weight of the CTC loss, between 0 (no CTC head) and 1; cross-entropy has the rest (default: 0.3 from scratch, 0
+    """Weight of the CTC loss, between 0 (no CTC head) and 1; cross-entropy has 1 - weight (default: 0.3 from scratch, 0
     with --init)."""
-    ctc_alone: float | None = None
-    """CTC-only warm-up, as a fraction of the run's steps: the decoder cannot learn before the encoder has (default: 0.2
-    from scratch, 0 with --init or without CTC)."""
+    ctc_warmup: float | None = None
+    """CTC-only warm-up, as a fraction of the run's steps: the decoder cannot learn before the encoder does (default:
+    0.2 from scratch, 0 with --init or without CTC)."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
 
@@ -139,11 +152,11 @@ class AugmentConfig:
 
     frequency_masks: int = 0
     """Number of frequency masks (Canary's recipe: 2)."""
-    frequency_width: int = 27
+    frequency_width: Annotated[int, FileOnly()] = 27
     """Maximum width of a frequency mask, in mel bins."""
     time_masks: int = 0
     """Number of time masks (Canary's recipe: 10)."""
-    time_width: float = 0.05
+    time_width: Annotated[float, FileOnly()] = 0.05
     """Maximum width of a time mask, as a fraction of the utterance."""
     speed: tuple[float, ...] = ()
     """Speed perturbation: each utterance gets one of these speeds in each epoch (Ko et al., 2015), such as 0.9 1.0 1.1
@@ -162,26 +175,26 @@ class TrainConfig:
     output: Path = Path("runs/default")
     """Folder of the run. A folder that holds a run of the same configuration is resumed."""
     init: Annotated[Path | None, Read(_initial_model)] = None
-    """Checkpoint to fine-tune: weights, shape and tokenizer are its own (default: train from scratch)."""
+    """Checkpoint to fine-tune, which gives weights, shape and tokenizer (default: train from scratch)."""
     pad_seconds: float | None = None
     """With --init and a Whisper: pad every utterance to this many seconds; 0 keeps each at its own length, which is
     several times as fast (default: the checkpoint's setting, 30 for a pretrained Whisper)."""
     tokenizer: Path | None = None
     """Folder of a tokenizer (default: train one on the transcripts)."""
-    vocabulary: int = 512
-    """Vocabulary size of a tokenizer trained on the transcripts, special tokens included; lowered where the text is too
-    small."""
+    vocab_size: int = 512
+    """Vocabulary size of a tokenizer trained on the transcripts, special tokens included. A text that is too small
+    lowers it."""
     minutes: float | None = None
-    """Training time in minutes. The number of steps follows from the measured step time and is estimated again twice
-    early in the run (default: --epochs decides)."""
+    """Training time in minutes. The number of steps follows from the measured step time and is estimated again during
+    the run (default: --epochs decides)."""
     steps: int | None = None
     """Number of optimiser steps (default: --minutes or --epochs decides)."""
     epochs: float = 20.0
     """Passes over the data, if neither --steps nor --minutes is given."""
     text_column: str | None = None
-    """Column, or key of JSON, with the text of a manifest (default: text, sentence, transcription or another customary
-    name). Manifests of --valid have the same columns."""
-    lang_column: str | None = None
+    """Column, or JSON key, with the text in manifests and in --valid (default: text, sentence, transcription
+    or another customary name)."""
+    language_column: str | None = None
     """Column with the language (default: lang, language, locale or lang_id)."""
     audio_column: str | None = None
     """Column with the audio or its path (default: audio_filepath, audio, file_name, path or another customary name)."""
@@ -194,64 +207,62 @@ class TrainConfig:
     mix_steps: bool = False
     """With 'balanced': shrink some batches so that every optimiser step holds short and long utterances."""
     batch_seconds: float | Literal["auto"] | None = "auto"
-    """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, less where the run would have
-    too few updates or, on a CPU, where larger batches are no faster. none: fill the memory budget whatever the set."""
+    """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, but use less if the run would
+    have too few updates or, on a CPU, if larger batches are no faster. none: always fill the memory budget."""
     min_steps: int | None = None
-    """Minimum optimiser steps an epoch; batches are made smaller for it (default: 50 with --batch-seconds auto, more
-    for short runs; else no minimum)."""
+    """Minimum optimiser steps per epoch; smaller batches make more steps (default: 50 with --batch-seconds auto, more
+    for short runs; otherwise no minimum)."""
     max_tokens_per_second: Annotated[RateLimits, Read(_limits_given)] = None
-    """Leave out utterances with more tokens a second: one limit such as 25, or limits up to a duration in seconds such
-    as 10:30 20:25 40:20. They are counted, and listed in left_out.jsonl (default: no limit)."""
+    """Leave out utterances with more tokens per second than one limit such as 25, or than limits up to a duration in
+    seconds such as 10:30 20:25 40:20. They are listed in left_out.jsonl (default: no limit)."""
     micro_batches_per_step: int | None = None
-    """Micro-batches of an optimiser step over all ranks, for gradient accumulation (default: one for each rank at the
+    """Micro-batches per optimiser step over all ranks, for gradient accumulation (default: the number of ranks at the
     run's first start)."""
-    window: int = 50_000
-    """Utterances that are batched together; larger windows pad less, smaller ones mix more."""
-    largest_first: bool = True
-    """Compute the largest micro-batch once before the first step, so that a batch that does not fit in memory shows at
-    once. The steps stay the same."""
-    short_first: bool = False
-    """Curriculum: the first window of the first epoch goes from short to long utterances. On the demo's corpus it costs
-    steps."""
+    batching_window: int = 50_000
+    """Number of utterances that are batched together. Larger windows pad less, smaller ones mix more."""
+    check_memory: Annotated[bool, FileOnly()] = True
+    """Compute the largest micro-batch once before the first step, and warn if it does not fit in memory. The steps stay
+    the same."""
     seed: int = 0
     """Seed of initial weights, order, augmentation and dropout."""
     workers: int = 1
-    """Worker processes that decode audio ahead of training; 0 decodes in the training process."""
+    """Number of worker processes that decode audio ahead of training; 0 decodes in the training process."""
     threads: int | None = None
-    """CPU threads of the computation (default: one, or one a core, whichever is measured to be faster)."""
+    """Number of CPU threads that compute (default: one or one per core, whichever is measured to be faster)."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
-    """Precision of the arithmetic; weights stay in float32. auto: the faster one, measured on a few training steps."""
+    """Precision of the arithmetic; weights stay in float32. auto: the faster of both, measured on a few steps."""
     device: str = "auto"
-    """Device: cpu, cuda or auto (a GPU if there is one). Each rank takes the GPU of its number."""
+    """Device: cpu, cuda or auto (a GPU if there is one). Each rank uses the GPU of its local rank."""
     parallel: Literal["replicate", "shard"] = "replicate"
     """Training state of several ranks: a full copy on each, or sharded with FSDP2."""
     compile: bool = False
-    """Compile the layers of encoder and decoder with torch.compile: a slow start, then faster steps on a GPU."""
+    """Compile the layers of encoder and decoder with torch.compile: the start is slow, then steps on a GPU are
+    faster."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters to freeze, such as 'encoder.*'. Frozen BatchNorm layers stop updating their statistics
     (default: train everything)."""
     valid_every: int = 500
-    """Steps between validations; each saves a checkpoint."""
+    """Number of steps between validations; each validation saves a checkpoint."""
     save_every: int | None = None
-    """Steps between checkpoints (default: --valid-every)."""
+    """Number of steps between checkpoints (default: --valid-every)."""
     valid_utterances: int = 100
-    """Maximum utterances transcribed at a validation, evenly spread over the manifest."""
-    keep: int = 2
-    """Number of checkpoints kept besides the best."""
-    skip_limit: float = 0.1
-    """Stop if more than this fraction of the utterances turns out to be unusable."""
-    bad_steps: int = 10
-    """Stop after this many consecutive non-finite steps (each is skipped)."""
-    rank_timeout: float = 60.0
-    """Seconds without a sign of life after which a rank counts as dead and the others stop."""
+    """Maximum number of utterances transcribed at a validation, evenly spread over the manifest."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep besides the best one."""
+    max_skipped: Annotated[float, FileOnly()] = 0.1
+    """Maximum fraction of utterances that turn out to be unusable; the run stops beyond it."""
+    max_bad_steps: Annotated[int, FileOnly()] = 10
+    """Maximum number of consecutive steps with a non-finite loss or gradient; each is skipped, then the run stops."""
+    rank_timeout: Annotated[float, FileOnly()] = 60.0
+    """Seconds without a heartbeat after which a rank counts as dead and the others stop."""
     data_timeout: float = 300.0
-    """Seconds without data after which the run saves a checkpoint and ends, naming the files that it waits for."""
+    """Seconds without data after which the run saves a checkpoint, names the files that it waits for and ends."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
-    log_utterances: bool = True
+    log_utterances: Annotated[bool, FileOnly()] = True
     """Log the rows of each step to utterances.jsonl."""
     allow_changes: bool = False
-    """Resume a run although settings differ from its own; the new ones hold from there on."""
+    """Resume a run with settings that differ from its own; the new settings hold from then on."""
     model: ModelShape = field(default_factory=ModelShape)
     """Shape of the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -272,8 +283,8 @@ class TrainConfig:
             object.__setattr__(self, "max_tokens_per_second", rate_limits(self.max_tokens_per_second))
         except (PlanError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"--max-tokens-per-second: {error}") from None
-        if self.loss.ctc_weight == 0 and self.loss.ctc_alone:
-            raise ConfigError("--loss.ctc-alone needs a --loss.ctc-weight above 0; set --loss.ctc-alone 0")
+        if self.loss.ctc_weight == 0 and self.loss.ctc_warmup:
+            raise ConfigError("--loss.ctc-warmup needs a --loss.ctc-weight above 0; set --loss.ctc-warmup 0")
         if not all(0.3 <= speed <= 3 for speed in self.augment.speed):
             raise ConfigError(f"--augment.speed {self.augment.speed}: speeds must lie between 0.3 and 3")
         if self.parallel == "shard" and self.optimizer.name == "muon":
@@ -299,7 +310,7 @@ class TrainConfig:
 
 
 def _use_paths(config: TrainConfig) -> None:
-    """Make paths of the strings, and tuples of the lists, that a program may give for them."""
+    """Replace the strings and lists that a program may give by paths and tuples."""
     for name in ("manifest", "valid"):
         value = getattr(config, name)
         several = [value] if isinstance(value, str | os.PathLike) else value
@@ -310,8 +321,10 @@ def _use_paths(config: TrainConfig) -> None:
 
 
 def rooted(config: TrainConfig) -> TrainConfig:
-    """With the paths of what a run is made of absolute: it may be gone on with from another folder. Raises ConfigError
-    for manifests at URLs."""
+    """Return the configuration with absolute paths of its inputs, so that it can be resumed from another folder.
+
+    Raises ConfigError for manifests at URLs.
+    """
     mixture, copy = "name it in a mixture's YAML (- path: URL), and that file here", "copy it to a disk"
     for name, way in (("manifest", mixture), ("valid", copy)):
         for path in getattr(config, name):
@@ -332,7 +345,7 @@ def rooted(config: TrainConfig) -> TrainConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 10:30 is a text, not 630: YAML 1.1 has numbers to the base of 60."""
+    """YAML loader that reads 10:30 as text, not as 630: YAML 1.1 has base-60 numbers."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -341,44 +354,81 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def load_config(path: Path, *, relative: bool = True) -> TrainConfig:
-    """Reads a YAML file of TrainConfig's fields, nested as they are; relative paths are relative to the file, or,
-    with ``relative=False``, to the working directory.
+def load_config(path: Path) -> TrainConfig:
+    """Read a user's YAML file of TrainConfig's fields; relative paths are relative to the file.
 
-    Raises ConfigError naming the file, the key and the nearest known one.
+    Raises ConfigError that names the file, the setting and the nearest known or new name.
     """
+    content = _read_settings(path)
+    for old, _, _ in _old_settings(content):
+        way = f"was renamed to '{RENAMED[old]}'" if old in RENAMED else "was removed; leave it out"
+        raise ConfigError(f"{path}: '{old}' {way}")
+    return from_mapping(TrainConfig, content, str(path), base=path.parent)
+
+
+def load_run_config(path: Path) -> TrainConfig:
+    """Read the config.yaml of a run folder, also under the names of Canter 0.1.
+
+    Raises ConfigError as `load_config` and `config_of_run`.
+    """
+    return config_of_run(_read_settings(path), str(path))
+
+
+def config_of_run(content: object, where: str) -> TrainConfig:
+    """Return the configuration of a run from plain values, as config.yaml and run.json hold them.
+
+    where: file that errors name. Raises ConfigError for settings that cannot be read, and for a removed setting of
+    Canter 0.1 whose value is not the one that Canter always uses now.
+    """
+    if isinstance(content, dict):
+        content = copy.deepcopy(content)
+    for old, group, name in list(_old_settings(content)):
+        value = group.pop(name)
+        if old in RENAMED:
+            group.setdefault(RENAMED[old].rpartition(".")[2], value)
+        elif value != REMOVED[old]:
+            raise ConfigError(
+                f"{where}: '{old}' is {value!r:.80}, which this version of Canter no longer supports (it is always "
+                f"{REMOVED[old]!r}); resume the run with Canter 0.1, or set it to {REMOVED[old]!r} there"
+            )
+    return from_mapping(TrainConfig, content, where)
+
+
+def _old_settings(content: object) -> Iterator[tuple[str, dict[str, object], str]]:
+    """Yield (dotted name, mapping that holds it, key) of each setting of Canter 0.1 that has no such name any more."""
+    for old in (*RENAMED, *REMOVED):
+        group, _, name = old.rpartition(".")
+        inside = content.get(group) if group and isinstance(content, dict) else content
+        if isinstance(inside, dict) and name in inside:
+            yield old, inside, name
+
+
+def _read_settings(path: Path) -> object:
     try:
         content = read_yaml_value(path, ConfigError, _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; 'canter train --print-config' prints one to start from") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
-    if content is None:
-        content = {}
-    return from_mapping(TrainConfig, content, str(path), base=path.parent if relative else None)
+    return {} if content is None else content
 
 
 def dump_config(config: TrainConfig, comments: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the configuration as YAML, with ``comments`` behind the settings that they name."""
+    """Return the configuration as YAML, with ``comments`` after the settings that they name."""
     text = yaml.safe_dump(to_mapping(config), sort_keys=False, width=math.inf)
     lines = []
     for line in text.splitlines():
         name = line.partition(":")[0]
-        told = comments.get(name) if line[:1].isalpha() else None
-        lines.append(f"{line}  # {told}" if told else line)
+        comment = comments.get(name) if line[:1].isalpha() else None
+        lines.append(f"{line}  # {comment}" if comment else line)
     return "\n".join(lines) + "\n"
 
 
-def differences(ours: TrainConfig, theirs: TrainConfig) -> list[str]:
-    """'name: theirs -> ours' for each setting that would change what the steps of a run compute."""
-    return [f"{name}: {before} -> {now}" for name, before, now in changes(ours, theirs)]
+def changes(ours: TrainConfig, theirs: TrainConfig) -> list[tuple[str, object, object]]:
+    """Return (name, their value, our value) of each setting that would change what the steps of a run compute."""
 
-
-def changes(ours: TrainConfig, theirs: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """(name, theirs, ours) of each such setting."""
-
-    def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        rows: dict[str, Any] = {}
+    def flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+        rows: dict[str, object] = {}
         for key, item in value.items():
             rows |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
         return rows

@@ -1,184 +1,198 @@
-"""The training loop: the plan's steps, one after another, shared out to the ranks there are."""
+"""The training loop: optimiser steps in the order of the plan, validations and checkpoints between them."""
+
+from __future__ import annotations
 
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import cast
 
 import torch
 
-from canter.corpus.manifest import Problem
+from canter.corpus.utterance import Problem
 from canter.errors import CanterError, CheckpointError
+from canter.events import QUIET, Events
+from canter.fields import to_mapping
 from canter.models.batch import Batch
 from canter.models.model import SpeechModel
-from canter.planning.budget import Budget
+from canter.models.protocol import module_of
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
-from canter.runtime import is_out_of_memory, retry_once
+from canter.planning.sampler import PlannedStep
+from canter.runtime import is_out_of_memory
 from canter.training.config import TrainConfig
-from canter.training.distributed.ranks import ALONE, Ranks
-from canter.training.feed.data import Loaded, MicroBatches, load_ahead
-from canter.training.feed.skipped import check_share
-from canter.training.feed.steps import PlannedStep, Steps
-from canter.training.feed.waiting import Patience, StoppedWaitingError
-from canter.training.run.checkpoints import Checkpoints, read_snapshot
-from canter.training.run.folder import Run
-from canter.training.run.pace import Pace
-from canter.training.run.reports import Part, Parts, Progress, StepReport
-from canter.training.run.signals import finish_step_on_signals
-from canter.training.run.state import put_back, take_snapshot
-from canter.training.step.gradient import Computed, Counts, Gradient, weighted
-from canter.training.step.optimizers import Optimizers, Schedule
-from canter.training.step.weights import Average, compile_layers, freeze, to_training
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
+from canter.training.feed.corpus import TrainingData
+from canter.training.feed.data import Address, Loaded, Patience, Steps, StoppedWaitingError, load_ahead
+from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_snapshot, take_snapshot
+from canter.training.run.folder import RunFolder
+from canter.training.run.reports import Progress, StepReport, Tracker, check_skipped, open_trackers
+from canter.training.schedule import Pace, TrainingSchedule
+from canter.training.step.gradient import ComputedGradient, TargetCounts, TrainingStep, weighted_loss
+from canter.training.step.optimizers import Schedule
+from canter.training.step.weights import compile_layers, freeze, to_training
+from canter.training.subject import Subject
+
+SAME_SIGNAL = 1.0  # seconds within which signals are one: 'timeout', 'uv run' and batch systems pass them twice
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Everything that a run needs before its first step."""
+
+    config: TrainConfig
+    run: RunFolder
+    data: TrainingData
+    subject: Subject
+    schedule: TrainingSchedule
 
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """This rank's micro-batches of a step."""
+    """One rank's micro-batches of a step."""
 
     loaded: list[Loaded]
-    counts: Counts
+    counts: TargetCounts
     """Targets of the step over all ranks."""
     wait: float
-    """Seconds that the rank waited for them."""
+    """Seconds that this rank waited for data."""
     began: float
-    """When it began to, by ``time.perf_counter``."""
+    """Start of the wait, by ``time.perf_counter``."""
+    ends: bool
+    """True if the run ends before this step: a rank cannot load its data, or was asked to stop while it waited."""
+    error: str
+    """Reason of the first rank that cannot load its data."""
+
+    @property
+    def batches(self) -> list[Batch]:
+        return [one.batch for one in self.loaded if one.batch is not None]
 
 
 class Trainer:
-    """Takes a model through the steps of a plan, and can stop and go on anywhere.
+    """Optimiser steps of a run, which can be interrupted after any step and resumed.
 
-    ``validate(model, step) -> metrics`` is called after every ``valid_every`` steps and at the end, by all ranks;
-    ``report`` is told each step, ``track`` the metrics of steps and validations, ``say`` anything unusual. Randomness
-    of a micro-batch comes from (seed, step, its place in the step), never from the rank. ``budget`` is that of the
-    memory there is, where the plan's is another (``limited``).
+    The randomness of a micro-batch depends on (seed, step, its number in the step), never on the rank.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: Run,
-        model: SpeechModel,
-        plan: Plan,
-        data: MicroBatches,
-        steps: int,
-        *,
-        precision: str,
-        predicted_seconds: float = 0.0,
-        budget: Budget | None = None,
-        ranks: Ranks = ALONE,
-        validate: Callable[[SpeechModel, int], dict[str, Any]] | None = None,
-        report: Callable[[StepReport], None] = lambda _: None,
-        track: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
-        say: Callable[[str], None] = lambda _: None,
-    ):
-        self.config, self.run, self.model, self.data, self.steps = config, run, model, data, steps
-        self.ranks, self.validate, self.report, self.track, self.say = ranks, validate, report, track, say
-        self.device = next(model.parameters()).device
-        self.precision = precision
+    def __init__(self, prepared: PreparedRun, ranks: Ranks = SINGLE_RANK, events: Events[StepReport] = QUIET):
+        config, subject, schedule = prepared.config, prepared.subject, prepared.schedule
+        self.config, self.subject, self.ranks, self.events = config, subject, ranks, events
+        self.run, self.log = prepared.run, prepared.run.log
+        self.data, self.model, self.device = prepared.data.micro_batches, subject.model, subject.device
+        self.module = module_of(self.model)
+        self.steps = schedule.steps
+        self.validate = None
+        if config.valid:
+            from canter.training.validation import Validator, spread_over
+
+            chosen = spread_over(prepared.data.valid, config.valid_utterances)
+            self.validate = Validator(chosen, self.data, subject.precision, ranks, events)
         if config.freeze:
-            say(f"{freeze(model, config.freeze):,} parameters stay as they are")
-        ranks.same([*model.parameters(), *model.buffers()])
+            events.message(f"{freeze(self.module, config.freeze):,} parameters are frozen")
+        ranks.broadcast([*self.model.parameters(), *self.model.buffers()])
         self.shards = None
         if ranks.size > 1 and config.parallel == "shard":
             from canter.training.distributed.shards import Shards
 
-            self.shards = Shards(model, self.device, ranks)
+            self.shards = Shards(self.model, self.device, ranks)
         if config.compile:
-            compile_layers(model)
-        settled = run.settled()
-        self.schedule = Schedule(settled.get("scheduled", steps), settled.get("schedule", ()))
-        self.optimizers = Optimizers(model, config.optimizer, steps, self.schedule)
-        self.average = Average(model, config.optimizer.ema) if config.optimizer.ema else None
-        self.gradient = Gradient(config, model, precision, ranks)
-        self.upcoming = Steps(plan, ranks, budget)
-        self.checkpoints = Checkpoints(run.folder / "checkpoints", config.keep, run.logs)
-        self.progress = Progress(plan=plan.fingerprint)
-        self.saved = -1  # the step of the last checkpoint
-        self.reopen = False  # data is to be loaded anew, by a smaller budget, from the next window on
-        self.drawn = False  # all that was to be loaded has been asked for
-        self.stopping: Callable[[], bool] = lambda: False  # whether this rank was asked to stop
-        self.pace = Pace(config, predicted_seconds / steps, settled.get("timed", 0))
-        self.pace.plan(0, steps)
+            compile_layers(cast(SpeechModel, self.model))
+        record = self.run.recorded()
+        self.schedule = Schedule(record.get("scheduled", self.steps), record.get("schedule", ()))
+        self.training_step = TrainingStep(
+            config, self.model, subject.precision, self.steps, self.schedule, ranks, self.shards
+        )
+        self.gradient, self.optimizers = self.training_step.gradient, self.training_step.optimizers
+        self.average = self.training_step.average
+        self.upcoming = Steps(schedule.plan, ranks, schedule.budget)
+        self.checkpoints = Checkpoints(self.run.folder / "checkpoints", config.keep_checkpoints, self.log.files)
+        self.progress = Progress(plan=schedule.plan.fingerprint)
+        self.saved = -1  # step of the last checkpoint
+        self.reopen = False  # load data again, for a smaller budget, from the next window on
+        self.drawn = False  # the data of all steps has been requested
+        self.stopping = threading.Event()  # set when this rank is asked to stop
+        self.track: Tracker = lambda step, numbers: None
+        self.pace = Pace(config, schedule.step_seconds, record.get("timed", 0))
+        self.pace.plan(0, self.steps)
 
     def restore(self) -> bool:
-        """Goes back to the newest checkpoint of the run; false where there is none."""
-        newest = self.ranks.agreed(next(iter(reversed(self.checkpoints.whole())), None))
+        """Restore the newest checkpoint of the run; return False if there is none."""
+        newest = self.ranks.broadcast_object(next(iter(reversed(self.checkpoints.complete())), None))
         if newest is None:
             if self.ranks.first:
-                self.run.forget_after(0, self.say)  # steps of a run that ended before it saved any
+                self.log.forget_after(0, self.events.message)  # the run ended before it saved these steps
             return False
         snapshot = read_snapshot(newest, self.model)
+        plan = self.upcoming.plan.fingerprint
         self.progress = Progress.from_state(snapshot.state, newest / "training" / "state.json")
-        if self.progress.plan not in ("", self.upcoming.plan.fingerprint):
+        if self.progress.plan not in ("", plan):
             if not self.config.allow_changes:
                 raise CheckpointError(
-                    f"{newest} was made with another plan ({self.progress.plan}, this one is "
-                    f"{self.upcoming.plan.fingerprint}): was lengths.arrow or budget.json of the run changed? "
-                    "Put them back, or take the epoch in hand from its start with --allow-changes"
+                    f"{newest} was made with another plan ({self.progress.plan}, this one is {plan}): was "
+                    "lengths.arrow or budget.json of the run changed? Restore them, or start the current epoch again "
+                    "with --allow-changes"
                 )
             self.progress.position, self.progress.tightenings = None, []
-        self.progress.plan = self.upcoming.plan.fingerprint
-        put_back(snapshot, self.model, self.optimizers, self.average, newest / "model.safetensors")
+        self.progress.plan = plan
+        restore_snapshot(snapshot, self.model, self.optimizers, self.average, newest / "model.safetensors")
         self.upcoming.tightenings = self.progress.tightenings
         self.saved = self.progress.step
         if self.ranks.first:
-            self.run.forget_after(self.progress.step, self.say)
+            self.log.forget_after(self.progress.step, self.events.message)
             if self.run.changed:
-                self._event("changed", settings=self.run.changed)
+                self.log.event(self.progress.step, "changed", settings=self.run.changed)
         self.pace.plan(self.progress.step, self.steps)
         return True
 
     def train(self) -> Progress:
-        """Runs to the last step, or until interrupted; either way the last step is saved."""
-        config, progress = self.config, self.progress
-        to_training(self.model)
+        """Train to the last step, or until interrupted; the last step taken is saved.
+
+        Raises KeyboardInterrupt, once everything is saved, if the run was asked to stop.
+        """
+        progress = self.progress
+        to_training(self.module)
+        trackers = self.config.track if self.ranks.first else ()
         loader = None
         try:
-            with finish_step_on_signals() as stopping:
-                self.stopping = stopping.is_set
-                if progress.step and self._validates(progress.step) and not self._validated():
-                    self._validate()  # the run was killed before it was through
-                loader, stopped, failed = self._open(), False, ""
+            with (
+                open_trackers(trackers, self.run.folder, to_mapping(self.config), progress.step) as self.track,
+                self.events.running(self.steps, progress.step),
+                finish_step_on_signals() as self.stopping,
+            ):
+                if progress.step and self._is_validation(progress.step) and not self._is_validated():
+                    self._validate()  # the run was killed during it
+                loader, stopped, failure = self._open(), False, ""
                 while progress.step < self.steps and not stopped:
-                    loaded, failed, stopped = self._load(loader)
-                    if stopped:
+                    ready = self._load(loader)
+                    if ready.ends:
+                        stopped, failure = True, ready.error
                         break
-                    planned, stopped = self._step(loaded)
-                    done = progress.step
-                    if done == self.pace.at:
-                        self._settle_steps()
-                        if self.drawn:  # up to what was the last step then
-                            loader.close()
-                            loader = self._open()
-                    if self.reopen and planned.after.window != planned.window:
-                        loader.close()
-                        loader, self.reopen = self._open(), False
-                    if done < self.steps and not stopped:
-                        if done % (config.save_every or config.valid_every) == 0 or self._validates(done):
-                            self._save()
-                        if self._validates(done):
-                            self._validate()
-                if stopped and not failed:
-                    self.say(f"asked to stop: step {progress.step} is the last, and saved")
+                    planned, stopped = self._step(ready)
+                    loader = self._maintain(loader, planned)
+                    if progress.step < self.steps and not stopped:
+                        self._save_and_validate()
+                if stopped and not failure:
+                    self.events.message(f"asked to stop: step {progress.step} is the last, and saved")
                 if progress.step > self.saved and progress.step > 0:
                     self._save()
-                if not stopped and not self._validated():
+                if not stopped and not self._is_validated():
                     self._validate()
                 self.checkpoints.wait()
-                self.ranks.table([0.0])  # a launcher ends those that are left once one has gone
-                if failed:
-                    raise CanterError(failed)
+                self.ranks.all_gather([0.0])  # a launcher ends the other ranks once one has ended
+            if failure:
+                raise CanterError(failure)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise CanterError(
-                f"step {progress.step + 1}: memory ran out outside of a micro-batch ({str(error)[:200]}), where "
-                "nothing can be cut; lower limit_bytes in the run's budget.json and add --allow-changes, or take a "
-                "smaller model"
+                f"step {progress.step + 1}: memory ran out outside of a micro-batch ({str(error)[:200]}), which cannot "
+                "be split; lower limit_bytes in the run's budget.json and add --allow-changes, or use a smaller model"
             ) from error
         finally:
             if loader is not None:
@@ -188,100 +202,88 @@ class Trainer:
             raise KeyboardInterrupt
         return progress
 
-    # -- one step --
+    # -- data --
+
+    def next_window(self) -> tuple[Plan, int]:
+        """Return the plan of the next step, and the step's window."""
+        plan = self.upcoming.plan_of(self.progress.epoch)
+        place = self.upcoming.position(self.progress.position, plan)
+        window = place.window if place is not None else 0
+        return plan, 0 if window == plan.windows.count else window  # the epoch may be complete
 
     def _open(self) -> Generator[Loaded]:
-        """Micro-batches from the next step on, loaded ahead."""
-        progress, self.drawn = self.progress, False
-        addresses = self.upcoming.addresses(progress.position, progress.epoch, progress.step)
+        """Load micro-batches ahead, from the next step on."""
+        self.drawn = False
         return load_ahead(
             self.data,
-            self._until_the_end(addresses),
+            self._addresses(),
             self.config.workers,
             pin=self.device.type == "cuda",
-            patience=Patience(self.config.data_timeout, lambda: self.stopping(), self._tell),
+            patience=Patience(self.config.data_timeout, lambda: self.stopping.is_set(), self._warn),
             held=math.ceil(self.upcoming.plan.micro_batches_per_step / self.ranks.size),
         )
 
-    def _tell(self, line: str) -> None:
-        """Print what concerns this rank, whichever it is."""
-        if self.ranks.first:
-            self.say(line)
-        else:
-            print(f"canter: rank {self.ranks.rank}: {line}", file=sys.stderr, flush=True)
-
-    def _until_the_end(self, addresses: Iterator[Any]) -> Iterator[Any]:
-        for address in addresses:
+    def _addresses(self) -> Iterator[Address]:
+        progress = self.progress
+        for address in self.upcoming.addresses(progress.position, progress.epoch, progress.step):
             if address.step >= self.steps:
                 self.drawn = True
                 return
             yield address
 
-    def _load(self, loader: Iterator[Loaded]) -> tuple[LoadedStep, str, bool]:
-        """Load the micro-batches of the next step; return them, why a rank could not load its own, and whether the run
-        ends before this step: for that reason, or because a rank that was asked to stop waits for data.
+    def _warn(self, message: str) -> None:
+        """Print a message of this rank, whichever it is."""
+        if self.ranks.first:
+            self.events.message(message)
+        else:
+            print(f"canter: rank {self.ranks.rank}: {message}", file=sys.stderr, flush=True)
 
-        The ranks agree on it, so that none waits for one that has no data, and what is done so far can be saved.
+    def _load(self, loader: Iterator[Loaded]) -> LoadedStep:
+        """Load this rank's micro-batches of the next step.
+
+        The ranks agree on whether the run ends before it, so that none waits for one that has no data, and the steps
+        so far can be saved.
         """
         began = time.perf_counter()
         loaded: list[Loaded] = []
-        failed, stopped = "", False
+        error, stopped = "", False
         try:
             while not loaded or not loaded[-1].address.last:
                 loaded.append(next(loader))
         except StoppedWaitingError:
             stopped = True
-        except CanterError as error:
+        except CanterError as caught:
             if self.progress.step == 0:
                 raise  # there is nothing to save
-            failed = str(error)
+            error = str(caught)
         wait = time.perf_counter() - began
-        own = Counts.of([one.batch for one in loaded if one.batch is not None])
-        table = self.ranks.table([own.tokens, own.characters, stopped or bool(failed), bool(failed)])
-        tokens, characters, ends, faults = table.sum(0).astype(int).tolist()
-        if faults:
-            said = [one for one in self.ranks.objects(failed) if one]
-            failed = said[0]
-        return LoadedStep(loaded, Counts(tokens, characters), wait, began), failed, bool(ends)
+        mine = TargetCounts.of([one.batch for one in loaded if one.batch is not None])
+        table = self.ranks.all_gather([mine.tokens, mine.characters, stopped or bool(error), bool(error)])
+        tokens, characters, ends, errors = table.sum(0).astype(int).tolist()
+        if errors:
+            error = next(one for one in self.ranks.all_gather_objects(error) if one)
+        return LoadedStep(loaded, TargetCounts(tokens, characters), wait, began, bool(ends), error)
+
+    # -- one step --
 
     def _step(self, ready: LoadedStep) -> tuple[PlannedStep, bool]:
         """Take a step; return it, and whether a rank was asked to stop."""
-        began, step = ready.began, self.progress.step
-        loaded, counts = ready.loaded, ready.counts
-        batches = [one.batch for one in loaded if one.batch is not None]
+        step = self.progress.step
         planned = self.upcoming.taken(step)
-        alone = self.schedule.position(step) < (self.config.loss.ctc_alone or 0.0) * self.schedule.steps
+        ctc_only = self.schedule.position(step) < (self.config.loss.ctc_warmup or 0.0) * self.schedule.steps
         if self.shards:
             self.shards.gather()
-        computed = self.gradient.compute(loaded, counts, step, alone)
-        problems = [problem for one in loaded for problem in one.skipped]
-        problems += self._unfit(loaded, computed)
-        lost = Counts(0, 0)
-        if computed.unfit:
-            own = Counts.of(batches)
-            batches = [some for one in batches if (some := one.without(computed.unfit)) is not None]
-            used = Counts.of(batches)
-            lost = own.less(used.tokens, used.characters)
-        part = Part.of(
-            batches,
-            lost_tokens=lost.tokens,
-            lost_characters=lost.characters,
-            attention=computed.attention,
-            ctc=computed.ctc,
-            seconds=computed.seconds,
-            wait=ready.wait,
-            frames=max((self._frames(b) for b in batches), default=0),
-            padded=round(self.model.padded_seconds * self.data.sample_rate),
-            skipped=len(problems),
-            cuts=len(computed.cuts) + len(computed.unfit),
-            memory_peak=self._memory_peak(),
-            stopping=float(self.stopping()),
+        computed = self.gradient.compute(ready.loaded, ready.counts, step, ctc_only)
+        problems = [problem for one in ready.loaded for problem in one.skipped] + self._unfit(ready, computed)
+        ranks = self.ranks.all_gather_named(self._numbers(ready, computed, len(problems)))
+        counts = ready.counts.less(ranks["lost_tokens"].sum(), ranks["lost_characters"].sum())
+        ctc = float(ranks["ctc"].sum()) / max(1, counts.characters)
+        attention = None if ctc_only else float(ranks["attention"].sum()) / max(1, counts.tokens)
+        loss = weighted_loss(self.config.loss, ctc, attention)
+        self.gradient.correct(ready.counts, counts, ctc_only)
+        update = self.training_step.update(
+            step, computed.numbers, len(planned.rows), ctc_only=ctc_only, finite=math.isfinite(loss)
         )
-        parts = Parts(self.ranks.table(part.values()))
-        left = counts.less(parts.lost_tokens.sum(), parts.lost_characters.sum())
-        loss, ctc, attention = self._losses(parts, left, alone)
-        self.gradient.correct(counts, left, alone)
-        rate, norm, finite = self._update(step, alone, math.isfinite(loss), computed, planned)
         predicted = [float(planned.seconds[s].sum()) for s in share_out(planned.seconds, self.ranks.size)]
         report = StepReport(
             step=step + 1,
@@ -290,166 +292,178 @@ class Trainer:
             loss=loss,
             loss_ctc=ctc,
             loss_attention=attention,
-            learning_rate=rate,
-            gradient_norm=norm,
-            seconds=time.perf_counter() - began,
-            data_wait_seconds=float(parts.wait.mean()),
-            audio_seconds=float(parts.samples.sum()) / self.data.sample_rate,
-            utterances=int(parts.utterances.sum()),
-            batch=int(parts.batch.max()),
-            frames_max=int(parts.frames.max()),
-            tokens_max=int(parts.tokens.max()),
-            padding=float(1 - parts.samples.sum() / parts.room.sum()) if parts.room.sum() else 0.0,
+            learning_rate=update.learning_rate,
+            gradient_norm=update.gradient_norm,
+            seconds=time.perf_counter() - ready.began,
+            data_wait_seconds=float(ranks["wait"].mean()),
+            audio_seconds=float(ranks["samples"].sum()) / self.data.sample_rate,
+            utterances=int(ranks["utterances"].sum()),
+            batch=int(ranks["batch"].max()),
+            frames_max=int(ranks["frames"].max()),
+            tokens_max=int(ranks["tokens"].max()),
+            padding=float(1 - ranks["samples"].sum() / padded) if (padded := ranks["padded_samples"].sum()) else 0.0,
             memory_filled=planned.filled,
-            memory_peak=float(parts.memory_peak.max()),
-            waiting=float(parts.seconds.max() / max(1e-9, parts.seconds.mean())),
-            rank_seconds=tuple(round(float(s), 5) for s in parts.seconds),
+            memory_peak=float(ranks["memory_peak"].max()),
+            waiting=float(ranks["seconds"].max() / max(1e-9, ranks["seconds"].mean())),
+            rank_seconds=tuple(round(float(s), 5) for s in ranks["seconds"]),
             wer=self.progress.wer,
         )
         self.pace.took(max(predicted), report.seconds)
-        self._account(report, planned, finite)
-        self._skip(step + 1, problems, int(parts.skipped.sum()))
-        if parts.cuts.any():
+        self._account(report, planned, update.finite)
+        self._skip(step + 1, problems, int(ranks["skipped"].sum()))
+        if ranks["splits"].any():
             self._tighten(step, planned, computed)
-        self.report(report)
-        return planned, bool(parts.stopping.any())
+        self.events.step(report)
+        return planned, bool(ranks["stopping"].any())
 
-    def _losses(self, parts: Any, counts: Counts, alone: bool) -> tuple[float, float, float | None]:
-        """(loss, CTC, attention) of the step, over all ranks."""
-        ctc = float(parts.ctc.sum()) / max(1, counts.characters)
-        attention = None if alone else float(parts.attention.sum()) / max(1, counts.tokens)
-        return weighted(self.config.loss, ctc, attention), ctc, attention
-
-    def _update(
-        self, step: int, alone: bool, finite: bool, computed: Computed, planned: PlannedStep
-    ) -> tuple[float, float, bool]:
-        """Updates the weights by all ranks' gradients; returns (learning rate, gradient norm, whether both loss and
-        gradient were finite). A step that is not changes nothing: neither weights nor statistics."""
-        if self.shards:
-            self.shards.sum_gradients(lambda batch: self.gradient.objective(batch, alone))
-        elif finite:
-            retry_once(lambda: self.ranks.sum_gradients(self.optimizers.parameters))
-        if not finite:
-            self.gradient.discard()
-            return self.optimizers.peak * self.optimizers.factor(step), math.nan, False
-        rate, norm = retry_once(lambda: self.optimizers.step(step))
-        if not math.isfinite(norm):
-            self.gradient.discard()
-            return rate, norm, False
-        self.gradient.merge_statistics(computed.numbers, len(planned.rows))
-        if self.average:
-            self.average.update(self.model, step)
-        return rate, norm, True
+    def _numbers(self, ready: LoadedStep, computed: ComputedGradient, skipped: int) -> dict[str, float]:
+        """Return this rank's numbers of the step, to be gathered from all ranks."""
+        batches, lost = ready.batches, TargetCounts(0, 0)
+        if computed.unfit:
+            loaded = TargetCounts.of(batches)
+            batches = [some for one in batches if (some := one.without(computed.unfit)) is not None]
+            used = TargetCounts.of(batches)
+            lost = loaded.less(used.tokens, used.characters)
+        memory_peak, rate = 0.0, self.data.sample_rate
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
+            memory_peak = peak / torch.cuda.get_device_properties(self.device).total_memory
+        padded = round(self.model.padded_seconds * rate)  # samples to which the model pads every utterance
+        return {
+            "attention": computed.attention,
+            "ctc": computed.ctc,
+            "seconds": computed.seconds,
+            "wait": ready.wait,
+            "samples": sum(int(b.audio_lengths.sum()) for b in batches),
+            "padded_samples": sum(len(b.rows) * max(padded, b.audio.shape[1]) for b in batches),
+            "utterances": sum(len(b.rows) for b in batches),
+            "batch": max((len(b.rows) for b in batches), default=0),
+            "frames": max((self.model.encoder_frames(b.audio.shape[1] / rate) for b in batches), default=0),
+            "tokens": max((b.tokens.shape[1] for b in batches), default=0),
+            "skipped": skipped,
+            "splits": len(computed.splits) + len(computed.unfit),
+            "lost_tokens": lost.tokens,
+            "lost_characters": lost.characters,
+            "memory_peak": memory_peak,
+            "stopping": self.stopping.is_set(),
+        }
 
     def _account(self, report: StepReport, planned: PlannedStep, finite: bool) -> None:
-        """Moves the progress on and logs the step. Raises CanterError after too many steps that are not finite."""
+        """Add the step to progress and logs. Raise CanterError after too many non-finite steps."""
         progress = self.progress
-        progress.step, progress.epoch = report.step, planned.epoch
+        progress.add(report)
         progress.position = planned.after.as_json()
-        progress.seconds += report.seconds
-        progress.audio_seconds += report.audio_seconds
-        progress.utterances += report.utterances
-        self.run.log(kind="train", **vars(report))
+        self.log.add(kind="train", **vars(report))
         if self.config.log_utterances:
-            self.run.log_utterances(report.step, planned.epoch, planned.rows)
-        self.track(report.step, vars(report))
+            self.log.add_utterances(report.step, planned.epoch, planned.rows)
+        self._track(report.step, vars(report))
+        progress.bad = 0 if finite else progress.bad + 1
         if finite:
-            progress.bad = 0
             return
-        progress.bad += 1
         rows = [int(row) for some in planned.rows for row in some]
-        self._event("not finite", loss=report.loss, gradient_norm=report.gradient_norm, rows=rows)
-        self.say(f"step {report.step}: loss {report.loss}, gradient {report.gradient_norm}: left out")
-        if progress.bad >= self.config.bad_steps:
+        self.log.event(report.step, "not finite", loss=report.loss, gradient_norm=report.gradient_norm, rows=rows)
+        self.events.message(f"step {report.step}: loss {report.loss}, gradient {report.gradient_norm}: skipped")
+        if progress.bad >= self.config.max_bad_steps:
             raise CanterError(
-                f"step {report.step}: the loss is {report.loss}, its gradient {report.gradient_norm}, and the "
-                f"{progress.bad} steps up to here (--bad-steps) were left out for that; lower "
-                f"--optimizer.learning-rate, or look at the audio of rows {rows[:5]} ... of lengths.arrow"
+                f"step {report.step}: the loss is {report.loss}, its gradient {report.gradient_norm}, and the last "
+                f"{progress.bad} steps (max_bad_steps) were skipped for that; lower --optimizer.learning-rate, or "
+                f"check the audio of rows {rows[:5]} ... of lengths.arrow"
             )
 
-    def _frames(self, batch: Batch) -> int:
-        return self.model.encoder_frames(batch.audio.shape[1] / self.data.sample_rate)
+    def _track(self, step: int, metrics: Mapping[str, object]) -> None:
+        self.track(step, metrics)
+        self.events.metrics(step, metrics)
 
-    def _memory_peak(self) -> float:
-        if self.device.type != "cuda":
-            return 0.0
-        peak = torch.cuda.max_memory_reserved(self.device)
-        return peak / torch.cuda.get_device_properties(self.device).total_memory
+    # -- unusable utterances, and micro-batches that do not fit in memory --
 
-    # -- what goes wrong --
-
-    def _unfit(self, loaded: list[Loaded], computed: Computed) -> list[Problem]:
-        """Utterances that do not fit in memory even alone."""
-        batches = [one.batch for one in loaded if one.batch is not None] if computed.unfit else []
+    def _unfit(self, ready: LoadedStep, computed: ComputedGradient) -> list[Problem]:
+        """Return a problem for each utterance that does not fit in memory as a batch of one."""
         seconds = {
             row: samples / self.data.sample_rate
-            for batch in batches
+            for batch in (ready.batches if computed.unfit else ())
             for row, samples in zip(batch.rows.tolist(), batch.audio_lengths.tolist())
         }
         return [
             Problem(
                 self.data.index.utterance(row).audio_filepath,
                 row,
-                f"{seconds[row]:.1f} s do not fit in memory even alone; cut the audio, or use a larger device",
+                f"{seconds[row]:.1f} s do not fit in memory even as a batch of one; cut the audio, or use a larger "
+                "device",
             )
             for row in computed.unfit
         ]
 
     def _skip(self, step: int, problems: list[Problem], count: int) -> None:
-        """Lists all ranks' unusable utterances. Raises CanterError past the share that is allowed."""
-        if not count:
-            return
-        self.progress.skipped += count
-        self.run.skip(step, [problem for some in self.ranks.objects(problems) for problem in some])
-        check_share(self.run.folder / "skipped.jsonl", self.progress, self.config.skip_limit, self.ranks)
+        """List the unusable utterances of all ranks. Raise CanterError if they are too many."""
+        if count:
+            self.progress.skipped += count
+            everyone = self.ranks.all_gather_objects(problems)
+            self.log.add_skipped(step, [problem for some in everyone for problem in some])
+            check_skipped(self.log, self.progress, self.config.max_skipped, self.ranks)
 
-    def _tighten(self, step: int, planned: PlannedStep, computed: Computed) -> None:
-        """Logs micro-batches that did not fit, and makes the budget smaller from the next window on."""
-        cuts = [cut for some in self.ranks.objects(computed.cuts) for cut in some]
-        for cut in sorted(cuts, key=lambda cut: cut.number):
-            limit = self.upcoming.tighten(planned, cut.number)
-            self._event("out of memory", **cut.as_json(), size=len(planned.rows[cut.number]), limit=limit)
-            self.say(
-                f"step {step + 1}: micro-batch {cut.number} of {len(planned.rows[cut.number])} utterances did not fit "
-                f"in memory and was cut in {max(cut.parts, cut.decoder_parts)}; smaller ones from the next window on"
+    def _tighten(self, step: int, planned: PlannedStep, computed: ComputedGradient) -> None:
+        """Log micro-batches that did not fit, and lower the budget from the next window on."""
+        splits = [split for some in self.ranks.all_gather_objects(computed.splits) for split in some]
+        for split in sorted(splits, key=lambda split: split.number):
+            size = len(planned.rows[split.number])
+            limit = self.upcoming.tighten(planned, split.number)
+            self.log.event(self.progress.step, "out of memory", **split.as_json(), size=size, limit=limit)
+            self.events.message(
+                f"step {step + 1}: micro-batch {split.number} of {size} utterances did not fit in memory and was split "
+                f"in {max(split.parts, split.decoder_parts)}; smaller ones from the next window on"
             )
         self.progress.tightenings = self.upcoming.tightenings
         self.reopen = True
 
-    def _event(self, what: str, **values: Any) -> None:
-        self.run.log(kind="event", step=self.progress.step, what=what, **values)
-
     # -- between steps --
 
-    def _settle_steps(self) -> None:
-        """Estimate the number of steps again, from the time that steps took; the learning rate goes on from where it
-        is."""
+    def _maintain(self, loader: Generator[Loaded], planned: PlannedStep) -> Generator[Loaded]:
+        """Estimate the number of steps again when it is time; return the loader, a new one if the data changed."""
+        reopen = False
+        if self.progress.step == self.pace.at:
+            self._estimate_steps()
+            reopen = self.drawn  # it ends at the former last step
+        if self.reopen and planned.after.window != planned.window:
+            reopen, self.reopen = True, False
+        if not reopen:
+            return loader
+        loader.close()
+        return self._open()
+
+    def _estimate_steps(self) -> None:
+        """Estimate the number of steps from measured step times, and stretch the learning-rate schedule to it."""
         progress = self.progress
         steps = self.pace.steps(progress.step, self.steps, progress.seconds)
-        self.steps = self.ranks.agreed(steps)
+        self.steps = self.ranks.broadcast_object(steps)
         self.schedule.stretch(progress.step, self.steps)
-        self.run.settle(
-            self.run.settled()
-            | {
-                "steps": self.steps,
-                "timed": self.pace.settled,
-                "scheduled": self.schedule.steps,
-                "schedule": self.schedule.stretches,
-            }
-        )
+        decisions = {
+            "steps": self.steps,
+            "timed": self.pace.estimates,
+            "scheduled": self.schedule.steps,
+            "schedule": self.schedule.stretches,
+        }
+        self.run.record(self.run.recorded() | decisions)
         self.pace.plan(progress.step, self.steps)
 
-    def _validates(self, step: int) -> bool:
+    def _save_and_validate(self) -> None:
+        """Save a checkpoint and validate, if it is time for it."""
+        step = self.progress.step
+        if step % (self.config.save_every or self.config.valid_every) == 0 or self._is_validation(step):
+            self._save()
+        if self._is_validation(step):
+            self._validate()
+
+    def _is_validation(self, step: int) -> bool:
         return self.validate is not None and step % self.config.valid_every == 0
 
-    def _validated(self) -> bool:
-        """Whether the step reached has its validation already, or there is none to be had."""
+    def _is_validated(self) -> bool:
+        """Return whether the current step has been validated, or needs no validation."""
         if self.validate is None or self.progress.step == 0:
             return True
-        return self.ranks.agreed(self.ranks.first and self.run.validated(self.progress.step))
+        return self.ranks.broadcast_object(self.ranks.first and self.log.has_validation(self.progress.step))
 
     def _save(self) -> None:
-        """Copies everything and has it written while the run goes on."""
+        """Copy the training state, and have it written while training continues."""
         self.saved = self.progress.step
         state = self.progress.state()
         snapshot = take_snapshot(state, self.model, self.optimizers, self.average, self.ranks)
@@ -457,26 +471,52 @@ class Trainer:
             self.checkpoints.save(snapshot, self.model, self.data.characters)
 
     def _validate(self) -> None:
-        """WER of the model as it is, or of its average; the best checkpoint is the one of the lowest (of the highest
-        BLEU, where translations are validated)."""
+        """Validate the model, or its moving average, and mark the checkpoint if it is the best."""
         assert self.validate is not None
-        done = self.progress.step
+        step = self.progress.step
         self.model.eval()
-        weights = self.average.in_place_of(self.model) if self.average else nullcontext()
+        weights = self.average.in_place_of(self.module) if self.average else nullcontext()
         with weights, torch.inference_mode():
             if self.shards:
                 self.shards.gather()
-            metrics = self.validate(self.model, done)
+            validation = self.validate(self.model)
             if self.shards:
                 self.shards.scatter()
-        to_training(self.model)
-        self.progress.wer = metrics["wer"]
-        transcripts = metrics.pop("transcripts", ())
+        to_training(self.module)
+        self.progress.wer = validation.metrics["wer"]
         if not self.ranks.first:
             return
         self.checkpoints.wait()
-        if self.checkpoints.is_best(metrics):
-            self.checkpoints.set_best(done, metrics)
-        self.run.keep_transcripts(done, transcripts)
-        self.run.log(kind="valid", step=done, **metrics)  # the last of it: without this line it is done again
-        self.track(done, {f"valid_{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
+        if self.checkpoints.is_best(validation.metrics):
+            self.checkpoints.set_best(step, validation.metrics)
+        self.log.add_validation(step, validation.metrics, validation.transcripts)
+        numbers = {f"valid_{k}": v for k, v in validation.metrics.items() if isinstance(v, int | float)}
+        self._track(step, numbers)
+
+
+@contextmanager
+def finish_step_on_signals() -> Iterator[threading.Event]:
+    """Context manager in which SIGINT and SIGTERM set the event that it yields, so that the current step can finish.
+
+    A later signal interrupts at once.
+    """
+    stopping = threading.Event()
+    first = 0.0
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not stopping.is_set():
+            first = time.monotonic()
+            stopping.set()
+        elif time.monotonic() - first > SAME_SIGNAL:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,11 +1,11 @@
-"""WER of a model in training, by the decoding engine."""
+"""Validation of a model in training: WER, CER and BLEU of what the decoding engine transcribes."""
 
 import hashlib
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Never
 
 import torch
 
@@ -13,90 +13,101 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance, row_from_utterance
 from canter.errors import AudioError, ManifestError
 from canter.evaluation.translation import score_translations
-from canter.evaluation.wer import score
+from canter.evaluation.wer import score_texts
+from canter.events import QUIET, Events
 from canter.inference.engine.engine import engine_for
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.models.model import SpeechModel
+from canter.models.protocol import AnyModel
 from canter.redaction import redacted
-from canter.text import Tokenizer
 from canter.text.languages import same
-from canter.training.distributed.ranks import ALONE, Ranks
-from canter.training.feed.data import prompt_and_text
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
+from canter.training.feed.data import MicroBatches, prompt_and_text
+from canter.training.run.checkpoints import Scores
 
 EXAMPLES = 5
 
 
-def validator(
-    utterances: Sequence[Utterance],
-    tokenizer: Tokenizer,
-    sample_rate: int,
-    precision: str,
-    ranks: Ranks = ALONE,
-    say: Callable[[str], None] = lambda _: None,
-    longest_seconds: float = math.inf,
-    most_tokens: float = math.inf,
-) -> Callable[[SpeechModel, int], dict[str, Any]]:
-    """``validate(model, step) -> metrics`` over ``utterances``, whose audio is read once; those that are
-    unreadable, or longer than the model's ``longest_seconds`` or ``most_tokens``, are left out, and ``say`` is told.
-    WER and CER are of the texts as they are, BLEU (where sacrebleu is installed) of those that are translations: "bleu"
-    is its mean over languages. "set" tells sets of utterances apart; "transcripts" are the utterances' manifest rows
-    with ``pred_text``. Each rank decodes its part, and all have the result.
+@dataclass(frozen=True)
+class Validation:
+    """Result of a validation."""
 
-    Raises ManifestError where none can be used.
+    metrics: Scores
+    """WER and CER of the unnormalised texts, BLEU of translations, RTFx, examples and the "set" of utterances."""
+    transcripts: Sequence[Mapping[str, object]]
+    """Manifest rows of the utterances, with ``pred_text``."""
+
+
+class Validator:
+    """Validation of a model on utterances whose audio is read once; ranks share them, and all get the result.
+
+    Utterances that cannot be read or are too long for the model are left out with a message. Raises ManifestError if
+    none can be used.
     """
-    kept: list[Utterance] = []
-    requests: list[Request] = []
-    problems: list[str] = []
-    for utterance in utterances[ranks.rank :: ranks.size]:
-        try:
-            audio = load_utterance(utterance, sample_rate)
-            prompt, text = prompt_and_text(tokenizer, utterance)
-            tokens = len(prompt) + len(text) + 1  # the end's
-            _refuse_too_long(utterance, len(audio) / sample_rate, tokens, longest_seconds, most_tokens)
-        except AudioError as error:
-            problems.append(str(error))
-            continue
-        kept.append(utterance)
-        requests.append(Request(audio, prompt))
-    if left_out := [problem for some in ranks.objects(problems) for problem in some]:
-        told = f"{len(left_out)} of {len(utterances)} validation utterances cannot be used: {left_out[0]}"
-        if len(left_out) == len(utterances):
-            raise ManifestError(told)
-        say(told)
-    scored_set = fingerprint([utterance for part in ranks.objects(kept) for utterance in part])
 
-    def validate(model: SpeechModel, step: int) -> dict[str, Any]:
-        engine = engine_for(model, tokenizer.end, EngineConfig())
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        data: MicroBatches,
+        precision: str,
+        ranks: Ranks = SINGLE_RANK,
+        events: Events[Never] = QUIET,
+    ):
+        """Read the audio of ``utterances``; ``data`` gives tokenizer, sample rate and the model's limits."""
+        self.tokenizer, self.precision, self.ranks = data.tokenizer, precision, ranks
+        self.utterances: list[Utterance] = []
+        self.requests: list[Request] = []
+        problems: list[str] = []
+        for utterance in utterances[ranks.rank :: ranks.size]:
+            try:
+                audio = load_utterance(utterance, data.sample_rate)
+                prompt, text = prompt_and_text(data.tokenizer, utterance)
+                data.check_length(utterance, audio, len(prompt) + len(text) + 1)
+            except AudioError as error:
+                problems.append(str(error))
+                continue
+            self.utterances.append(utterance)
+            self.requests.append(Request(audio, prompt))
+        if left_out := [problem for some in ranks.all_gather_objects(problems) for problem in some]:
+            message = f"{len(left_out)} of {len(utterances)} validation utterances cannot be used: {left_out[0]}"
+            if len(left_out) == len(utterances):
+                raise ManifestError(message)
+            events.message(message)
+        everyone = [utterance for some in ranks.all_gather_objects(self.utterances) for utterance in some]
+        self.scored_set = fingerprint(everyone)
+
+    def __call__(self, model: AnyModel) -> Validation:
+        """Transcribe and score the utterances."""
+        engine = engine_for(model, self.tokenizer.end, EngineConfig())
         device = next(model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            hypotheses = engine.decode(requests)
-        texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-        pairs = [
-            pair for part in ranks.objects(list(zip(kept, texts))) for pair in part
-        ]  # in the ranks' order, the same at every validation
-        done, texts = [u for u, _ in pairs], [text for _, text in pairs]
-        scored = score([u.text for u in done], texts, [u.lang for u in done], normalize="none")
-        spread = range(0, len(done), max(1, len(done) // EXAMPLES))
-        return {
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
+            hypotheses = engine.decode(self.requests)
+        mine = list(zip(self.utterances, (self.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses)))
+        pairs = [pair for some in self.ranks.all_gather_objects(mine) for pair in some]  # in the order of ranks
+        scored = score_texts(
+            [u.text for u, _ in pairs], [text for _, text in pairs], [u.lang for u, _ in pairs], normalize="none"
+        )
+        examples = pairs[:: max(1, len(pairs) // EXAMPLES)][:EXAMPLES]
+        metrics = {
             "wer": scored.total.wer,
             "cer": scored.total.cer,
-            "rtfx": float(ranks.table([engine.counters.rtfx]).sum()),
-            "utterances": len(done),
-            "set": scored_set,
+            "rtfx": float(self.ranks.all_gather([engine.counters.rtfx]).sum()),
+            "utterances": len(pairs),
+            "set": self.scored_set,
             **translations(pairs),
-            "examples": [{"text": done[i].text, "pred_text": texts[i]} for i in spread][:EXAMPLES],
-            "transcripts": [
-                row_from_utterance(u) | {"audio_filepath": redacted(u.audio_filepath), "pred_text": text}
-                for u, text in pairs
-            ],
+            "examples": [{"text": u.text, "pred_text": text} for u, text in examples],
         }
-
-    return validate
+        transcripts = [
+            row_from_utterance(u) | {"audio_filepath": redacted(u.audio_filepath), "pred_text": text}
+            for u, text in pairs
+        ]
+        return Validation(metrics, transcripts)
 
 
 def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
-    """BLEU by target language of those utterances that are translated, and its mean as "bleu"; empty without any, or
-    without sacrebleu."""
+    """Return BLEU of translated utterances by target language, and its mean as "bleu".
+
+    Empty if none is translated or sacrebleu is not installed.
+    """
     rows = [
         (u, text) for u, text in pairs if u.target_lang and u.source_lang and not same(u.target_lang, u.source_lang)
     ]
@@ -108,36 +119,16 @@ def translations(pairs: Sequence[tuple[Utterance, str]]) -> dict[str, float]:
 
 
 def fingerprint(utterances: Sequence[Utterance]) -> str:
-    """Of what is decoded and what it is compared with, in any order and wherever the audio lies."""
+    """Return a hash of utterances and references that does not depend on their order or the audio's folder."""
     keys = (
-        (
-            os.path.basename(u.audio_filepath),
-            u.offset,
-            u.duration,
-            u.text,
-            u.lang,
-            u.source_lang,
-            u.target_lang,
-        )
+        (os.path.basename(u.audio_filepath), u.offset, u.duration, u.text, u.lang, u.source_lang, u.target_lang)
         for u in utterances
     )
     return hashlib.blake2b(repr(sorted(map(repr, keys))).encode(), digest_size=8).hexdigest()
 
 
-def _refuse_too_long(u: Utterance, seconds: float, tokens: int, most_seconds: float, most: float) -> None:
-    if seconds > most_seconds:
-        raise AudioError(
-            f"{u.audio_filepath}: {seconds:.2f} s are more than the {most_seconds:g} s that the model takes"
-        )
-    if tokens > most:
-        raise AudioError(
-            f"{u.audio_filepath}: its text has {tokens} tokens with prompt and end, more than the {most} that the "
-            "model has positions for"
-        )
-
-
-def spread_over(utterances: Sequence[Utterance], most: int) -> list[Utterance]:
-    """At most so many of ``utterances``, evenly spread."""
-    if len(utterances) <= most:
+def spread_over(utterances: Sequence[Utterance], limit: int) -> list[Utterance]:
+    """Return at most ``limit`` of the utterances, evenly spread."""
+    if len(utterances) <= limit:
         return list(utterances)
-    return [utterances[i * len(utterances) // most] for i in range(most)]
+    return [utterances[i * len(utterances) // limit] for i in range(limit)]

@@ -1,13 +1,14 @@
-"""From a few probes to a budget: two non-negative polynomials, one for memory and one for time.
+"""A budget from a few probes: two non-negative polynomials, one for memory and one for time.
 
 Probes are chosen over the range of the data's lengths, small batches first, so that every larger one is expected to
-fit; then the shapes that a plan will really ask for at its extremes are run, and what they teach is added.
+fit. Then the most extreme shapes of a plan with that budget are measured, and the fit is repeated with them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,22 +17,24 @@ from canter.errors import BudgetError
 from canter.planning.budget import TERMS, Budget, Polynomial
 from canter.planning.lengths import Index
 from canter.planning.plan import Plan
-from canter.tuning.probe import Probe, Prober, Shape, gib
+from canter.tuning.probe import BatchShape, Probe, Prober, gib
 
 MOST_PROBES = 40
-MOST_EVENTS = 5  # out of memory, after which nothing is run that is not expected to fit easily
-FILLED = 0.65  # of what the limit leaves for a batch, the most that exploring ones are expected to take
-LARGE = 0.25  # power of a step's bytes by which its error counts more
+MOST_EVENTS = 5  # out-of-memory failures after which only probes that are expected to fit easily are run
+FILLED = 0.65  # maximum fraction of the memory for a batch that an exploring probe is expected to take
+LARGE = 0.25  # power of a step's bytes that weights its error
 LEAST_MARGIN = 0.01
-OUTLIER = 3.0  # times the median residual of times: a step that something else on the machine held up
-ROUNDS = 3  # of running the plan's extreme batches; a plan from a better budget has others
-WINDOW = 50_000  # utterances of the plan whose extreme batches are run
+OUTLIER = 3.0  # multiple of the median residual above which a step's time is left out: another process delayed it
+ROUNDS = 3  # of measuring the plan's extreme batches; a plan from a better budget has others
+WINDOW = 50_000  # batching window of the plan whose extreme batches are measured
 
 
 def least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Non-negative coefficients (K,) that minimise the squared errors of ``columns`` (N, K) against ``values`` (N,),
-    each times its weight (N,); none: relative errors. Exact: with so few columns every choice of those above zero can
-    be tried."""
+    """Return the non-negative coefficients (K,) of ``columns`` (N, K) that explain ``values`` (N,) best.
+
+    They minimise the squared errors, each times its weight (N,) (default: relative errors). The result is exact: with
+    so few columns, every subset of non-zero coefficients can be tried.
+    """
     weights = 1 / values if weights is None else weights
     scaled, wanted = columns * weights[:, None], values * weights
     norms = np.linalg.norm(scaled, axis=0)
@@ -49,8 +52,10 @@ def least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray |
 
 
 def _with_a_slope(columns: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Least squares in which something grows with the batch: of steps so small that noise hides it, a budget without
-    a fixed part is the careful reading."""
+    """Return least squares in which something grows with the batch.
+
+    If steps are so small that noise hides the growth, a budget without a fixed part is the safe reading.
+    """
     found = least_squares(columns, values, weights)
     if not found[1:].any():
         found[0], found[1:] = 0.0, least_squares(columns[:, 1:], values, weights)
@@ -58,7 +63,7 @@ def _with_a_slope(columns: np.ndarray, values: np.ndarray, weights: np.ndarray |
 
 
 def _without_outliers(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """As above, fitted again without the steps that took much longer than their like: noise only ever adds."""
+    """Fit twice, the second time without steps that took much longer than others: noise only ever adds."""
     found = _with_a_slope(columns, values)
     residual = values / np.maximum(columns @ found, 1e-12) - 1
     keep = residual <= OUTLIER * max(float(np.median(np.abs(residual))), 0.02)
@@ -69,13 +74,14 @@ def fit(
     probes: Sequence[Probe],
     limit_bytes: float,
     frame_seconds: float,
-    measured_on: dict,
+    measured_on: Mapping[str, object],
     state_bytes: float = 0.0,
 ) -> Budget:
-    """The budget that explains the probes best, of whose bytes ``state_bytes`` are there whatever the batch.
-    ``measured_on`` gains the median relative errors; they are what a plan may trust between the probes.
+    """Return the budget that explains the probes best.
 
-    Memory is fitted to the steps that fitted, time to those that were timed.
+    ``state_bytes`` of the probes' bytes do not depend on the batch. Memory is fitted to the steps that fitted, time to
+    those that were timed. The budget's ``measured_on`` gains the median relative errors, which are the precision of a
+    prediction between probes.
     """
     used = [probe for probe in probes if probe.fits]
     timed = [probe for probe in used if np.isfinite(probe.seconds)]
@@ -83,7 +89,7 @@ def fit(
         raise BudgetError("no step could be timed: every one came too close to the limit; raise the limit")
     size, seconds = np.array([p.bytes for p in used]), np.array([p.seconds for p in timed])
     columns = _columns(used)
-    # errors count as shares of the whole, and more of large steps, which are those that must fit
+    # relative errors, which count more for large steps: those are the ones that must fit
     weight = (size / size.max()) ** LARGE / size
     memory = _with_a_slope(columns, np.maximum(size - state_bytes, 1.0), weight)
     memory[0] += state_bytes
@@ -99,7 +105,7 @@ def fit(
         fixed_seconds=float(time[0]),
         time=Polynomial(**dict(zip(TERMS, time[1:].tolist(), strict=True))),
         frame_seconds=frame_seconds,
-        measured_on=measured_on | {key: round(value, 4) for key, value in errors.items()},
+        measured_on=dict(measured_on) | {key: round(value, 4) for key, value in errors.items()},
     )
 
 
@@ -108,21 +114,25 @@ def _columns(probes: Sequence[Probe]) -> np.ndarray:
     return np.stack([np.ones_like(b), b * t, b * t * t, b * u, b * t * u, b * u * u], axis=1)
 
 
-def anchors(frames: np.ndarray, tokens: np.ndarray, shares: Sequence[float]) -> list[tuple[int, int]]:
-    """(T, U) over the range of the utterances' lengths (N,): at each share of the utterances sorted by T, with few
-    and with many tokens for that T; ascending."""
+def anchors(frames: np.ndarray, tokens: np.ndarray, fractions: Sequence[float]) -> list[tuple[int, int]]:
+    """Return (T, U) over the range of the utterances' lengths (N,), ascending.
+
+    They are the T at these quantiles, each with few and with many tokens for that T.
+    """
     found = set()
-    for share in shares:
-        # of an utterance: between two there may be none near
-        t = int(np.quantile(frames, share, method="lower"))
+    for fraction in fractions:
+        # an utterance's own T: there may be none near a value between two
+        t = int(np.quantile(frames, fraction, method="lower"))
         near = tokens[(frames >= 0.8 * t) & (frames <= 1.2 * t + 1)]
         found |= {(t, max(1, int(np.quantile(near, q)))) for q in (0.05, 1.0)}
     return sorted(found)
 
 
-def corners(index: Index, budget: Budget) -> list[Shape]:
-    """Shapes that stand out among the micro-batches of a balanced plan of ``index``: largest in every respect the
-    budget knows of, and smallest."""
+def corners(index: Index, budget: Budget) -> list[BatchShape]:
+    """Return the extreme shapes among the micro-batches of a balanced plan of ``index``.
+
+    They are the largest by each term of the budget, and the smallest.
+    """
     cut = Plan(index, budget, window=min(WINDOW, len(index)), min_steps=1).cut(0)
     if not len(cut.rows):
         return []
@@ -130,82 +140,56 @@ def corners(index: Index, budget: Budget) -> list[Shape]:
     t = np.maximum.reduceat(cut.lengths.frames, cut.batches[:-1])
     u = np.maximum.reduceat(cut.lengths.tokens, cut.batches[:-1])
     size = budget.bytes(b, t, u)
-    highest = (
-        size,
-        t,
-        b,
-        u,
-        b * t,
-        b * t * t,
-        b * t * u,
-        b * u * u,
-        budget.step_seconds(b, t, u),
-        -t,
-        -u,
-        size / t,
-    )
-    found: dict[Shape, None] = {}
-    for values in highest:
+    seconds = budget.step_seconds(b, t, u)
+    extremes = (size, t, b, u, b * t, b * t * t, b * t * u, b * u * u, seconds, -t, -u, size / t)
+    found: dict[BatchShape, None] = {}
+    for values in extremes:
         i = int(np.argmax(values))
-        found[Shape(int(b[i]), int(t[i]), int(u[i]))] = None
+        found[BatchShape(int(b[i]), int(t[i]), int(u[i]))] = None
     return list(found)
 
 
 def margin(budget: Budget, probes: Sequence[Probe]) -> float:
-    """By how much more than predicted a batch may take: the most that any of the larger probes did, and enough to
-    keep clear of those that did not fit."""
+    """Return the fraction by which a batch may exceed its prediction.
+
+    It is the most by which any large probe did, and enough to stay clear of those that did not fit.
+    """
     fitting = [p for p in probes if p.fits]
     large = max(p.bytes for p in fitting) / 2
     over = [p.bytes / budget.bytes(*p.shape) - 1 for p in fitting if p.bytes >= large]
-    broke = [budget.limit_bytes / budget.bytes(*p.shape) - 1 for p in probes if not p.fits]
-    return max(LEAST_MARGIN, *over, *(1.01 * share + 0.005 for share in broke))
+    failed = [budget.limit_bytes / budget.bytes(*p.shape) - 1 for p in probes if not p.fits]
+    return max(LEAST_MARGIN, *over, *(1.01 * excess + 0.005 for excess in failed))
 
 
-def measure_budget(
+def fit_budget(
     prober: Prober,
     index: Index,
-    frame_seconds: float,
     *,
     most_probes: int = MOST_PROBES,
     most_frames: int | None = None,
     probe_seconds: float | None = None,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Budget:
-    """Probes a step over the lengths of ``index`` and fits a budget, whose limit is the prober's less a margin.
+    """Probe a step over the lengths of ``index`` and return the fitted budget: the prober's limit less a margin.
 
-    A probe holds at most ``most_frames`` padded frames and takes at most about ``probe_seconds``: costs grow with B in
-    proportion, so smaller batches tell what larger ones will take. Raises BudgetError where not even the shortest
-    utterances fit.
+    A probe holds at most ``most_frames`` padded frames and takes at most about ``probe_seconds``: costs grow in
+    proportion to B, so smaller batches predict larger ones. Raises BudgetError if not even the shortest utterances fit.
     """
-    search = _Search(prober, index, frame_seconds, most_probes, most_frames, probe_seconds)
-    points = search.alone(say)
-    if most_probes >= 30:
-        shares: tuple[float, ...] = (0.08, 0.25, FILLED)
-    else:
-        shares = (0.2, FILLED)
-    for share in shares:
-        for point in points:
-            search.fill(point, share)
-    budget, unseen = search.fitted(), []
-    for _ in range(ROUNDS):
-        for shape in [s for s in search.extremes(budget) if s not in prober.known]:
-            if search.left and prober.out_of_memory < MOST_EVENTS:
-                expected = float(budget.bytes(*shape))
-                unseen.append(prober(*shape, expected=expected).bytes / expected - 1)
-        if not search.left or prober.out_of_memory >= MOST_EVENTS:
-            break
-        budget = search.fitted()
-    budget = search.fitted(unseen)
+    search = _Exploration(prober, index, most_probes, most_frames, probe_seconds)
+    try:
+        budget, unseen = search.run()
+    finally:
+        for _ in search.progress:  # fewer probes may have been enough
+            pass
     if unseen:
-        say(
+        prober.events.message(
             f"the plan's {len(unseen)} extreme batches took {min(unseen):+.1%} to {max(unseen):+.1%} of what was "
-            "predicted before they were run"
+            "predicted before they were measured"
         )
     return budget
 
 
 def within(index: LengthIndex, seconds: float, tokens: int) -> LengthIndex:
-    """The rows that a model can take at all: up to so many seconds and tokens."""
+    """Return the rows that a model can take, of up to ``seconds`` and ``tokens``. Raises BudgetError for none."""
     keep = (np.asarray(index.seconds) <= seconds) & (np.asarray(index.tokens) <= tokens)
     if keep.all():
         return index
@@ -216,111 +200,121 @@ def within(index: LengthIndex, seconds: float, tokens: int) -> LengthIndex:
     return LengthIndex(np.asarray(index.seconds)[keep], np.asarray(index.tokens)[keep])
 
 
-class _Search:
-    """Which shapes to run next."""
+class _Exploration:
+    """Choice of the shapes to measure next."""
 
     def __init__(
-        self,
-        prober: Prober,
-        index: Index,
-        frame_seconds: float,
-        most_probes: int,
-        most_frames: int | None,
-        probe_seconds: float | None,
+        self, prober: Prober, index: Index, most_probes: int, most_frames: int | None, probe_seconds: float | None
     ):
-        self.prober, self.index, self.frame_seconds = prober, index, frame_seconds
+        self.prober, self.index, self.frame_seconds = prober, index, prober.step.frame_seconds
+        self.progress = iter(prober.events.progress(range(most_probes), "measuring"))
+        self.shown = 0
         self.most_probes, self.most_frames, self.probe_seconds = most_probes, most_frames, probe_seconds
         lengths = np.asarray(index.seconds, np.float64)
         stride = slice(None, None, max(1, len(lengths) // 200_000))
-        self.frames = np.maximum(1, np.ceil(lengths[stride] / frame_seconds)).astype(np.int64)
+        self.frames = np.maximum(1, np.ceil(lengths[stride] / self.frame_seconds)).astype(np.int64)
         self.tokens = np.maximum(2, np.asarray(index.tokens[stride]).astype(np.int64))
 
     @property
     def left(self) -> int:
-        """Probes that may still be asked for, of which the last may have to run twice."""
+        """Number of probes that may still be made; the last one may have to run twice."""
         return self.most_probes - 1 - self.prober.spent
 
-    def alone(self, say: Callable[[str], None]) -> list[tuple[int, int]]:
-        """Runs one utterance of each anchor, from short to long; the anchors that fit."""
-        shares = (0.05, 1.0)  # few probes: batches of several are what tells the parts of a step apart
+    def run(self) -> tuple[Budget, list[float]]:
+        """Return the fitted budget, and the relative errors of its predictions for shapes not measured before."""
+        points = self.single_utterances()
+        for fraction in (0.08, 0.25, FILLED) if self.most_probes >= 30 else (0.2, FILLED):
+            for point in points:
+                self.fill(point, fraction)
+        budget, unseen = self.fitted(), []
+        for _ in range(ROUNDS):
+            for shape in [s for s in self.extremes(budget) if s not in self.prober.known]:
+                if self.left and self.prober.out_of_memory < MOST_EVENTS:
+                    expected = float(budget.bytes(*shape))
+                    unseen.append(self.measure(shape, expected).bytes / expected - 1)
+            if not self.left or self.prober.out_of_memory >= MOST_EVENTS:
+                break
+            budget = self.fitted()
+        return self.fitted(unseen), unseen
+
+    def measure(self, shape: BatchShape, expected: float) -> Probe:
+        """Measure a batch and move the progress on."""
+        probe = self.prober(*shape, expected=expected)
+        while self.shown < self.prober.spent:
+            next(self.progress, None)
+            self.shown += 1
+        return probe
+
+    def single_utterances(self) -> list[tuple[int, int]]:
+        """Measure one utterance of each anchor, from short to long; return the anchors that fit."""
+        fractions = (0.05, 1.0)  # few probes: batches of several tell the terms of a step apart
         if self.most_probes >= 12:
-            shares = (0.02, 0.5, 0.9, 1.0) if self.most_probes >= 30 else (0.05, 0.5, 1.0)
-        points = anchors(self.frames, self.tokens, shares)
+            fractions = (0.02, 0.5, 0.9, 1.0) if self.most_probes >= 30 else (0.05, 0.5, 1.0)
+        points = anchors(self.frames, self.tokens, fractions)
         self.prober.warm_up(1, *points[0])
-        state, last, fit_ = self.prober.step.state_bytes, None, []
+        state, last, fitting = self.prober.step.state_bytes, None, []
         always = state + self.prober.step.gradient_bytes
         for t, u in points:
             expected = 0.0  # the warm-up has shown that the shortest fits
             if last is not None:
                 expected = always + (last.bytes - always) * max(t / last.frames, u / last.tokens, 1.0)
-            probe = self.prober(1, t, u, expected=expected)
+            probe = self.measure(BatchShape(1, t, u), expected)
             if not probe.fits:
-                say(
+                self.prober.events.message(
                     f"one utterance of {t * self.frame_seconds:.1f} s and {u} tokens asked for {gib(probe.bytes)} of "
-                    f"{gib(self.prober.limit_bytes)}: such will be left out of plans; cut them, or raise the limit"
+                    f"{gib(self.prober.limit_bytes)}: such utterances will be left out of plans; cut their audio, or "
+                    "raise the limit"
                 )
                 continue
-            last, fit_ = probe, [*fit_, (t, u)]
-        if not fit_:
+            last, fitting = probe, [*fitting, (t, u)]
+        if not fitting:
             t, u = points[0]
             raise BudgetError(
                 f"not even one utterance of {t * self.frame_seconds:.1f} s and {u} tokens fits in "
                 f"{gib(self.prober.limit_bytes)}, {gib(state)} of which are weights and optimiser state; raise the "
                 "limit, or use a smaller model"
             )
-        return fit_
+        return fitting
 
-    def fill(self, point: tuple[int, int], share: float) -> None:
-        """Runs as many utterances of an anchor as are expected to take ``share`` of the room for a batch."""
+    def fill(self, point: tuple[int, int], fraction: float) -> None:
+        """Measure the batch of an anchor that is expected to take ``fraction`` of the memory for a batch."""
         budget, (t, u) = self.fitted(), point
         known = [p for p in self.prober.fitting if (p.frames, p.tokens) == point]
         if self.prober.out_of_memory >= MOST_EVENTS:
-            share = min(share, 0.3)
-        batch = self.bounded(budget, t, u, share)
-        batch = min(batch, 16 * max(p.batch for p in known))  # no leap into the unknown
-        shape = Shape(batch, t, u)
+            fraction = min(fraction, 0.3)
+        batch = self.bounded(budget, t, u, fraction)
+        batch = min(batch, 16 * max(p.batch for p in known))  # no far extrapolation
+        shape = BatchShape(batch, t, u)
         if self.left and shape not in self.prober.known:
-            self.prober(*shape, expected=float(budget.bytes(*shape)))
+            self.measure(shape, float(budget.bytes(*shape)))
 
-    def bounded(self, budget: Budget, frames: int, tokens: int, share: float) -> int:
-        """The largest B that takes a share of the room and stays within the bounds on a probe."""
-        room = share * (budget.limit_bytes - budget.fixed_bytes)
+    def bounded(self, budget: Budget, frames: int, tokens: int, fraction: float) -> int:
+        """Return the largest B that takes ``fraction`` of the memory and keeps to the bounds on a probe."""
+        room = fraction * (budget.limit_bytes - budget.fixed_bytes)
         batch = room / float(budget.utterance_bytes(frames, tokens))
+        scale = fraction / FILLED
         if self.most_frames is not None:
-            batch = min(batch, share / FILLED * self.most_frames / frames)
+            batch = min(batch, scale * self.most_frames / frames)
         if self.probe_seconds is not None:
-            batch = min(batch, share / FILLED * self.probe_seconds / float(budget.utterance_seconds(frames, tokens)))
+            batch = min(batch, scale * self.probe_seconds / float(budget.utterance_seconds(frames, tokens)))
         return max(1, int(batch))
 
-    def extremes(self, budget: Budget) -> list[Shape]:
-        """The plan's extreme batches, made smaller where a probe may not be as large."""
-        shapes = [Shape(min(b, self.bounded(budget, t, u, 1.0)), t, u) for b, t, u in corners(self.index, budget)]
+    def extremes(self, budget: Budget) -> list[BatchShape]:
+        """Return the plan's extreme batches, smaller where a probe may not be as large."""
+        shapes = [BatchShape(min(b, self.bounded(budget, t, u, 1.0)), t, u) for b, t, u in corners(self.index, budget)]
         return list(dict.fromkeys(shape for shape in shapes if shape.tokens > 1))
 
     def fitted(self, unseen: Sequence[float] = ()) -> Budget:
         prober = self.prober
-        told = dict(prober.measured_on)
-        budget = fit(prober.probes, prober.limit_bytes, self.frame_seconds, told, prober.step.state_bytes)
+        budget = fit(prober.probes, prober.limit_bytes, self.frame_seconds, prober.measured_on, prober.step.state_bytes)
         spare = margin(budget, prober.probes)
-        told |= dict(budget.measured_on) | {
+        found = dict(budget.measured_on) | {
             "margin": round(spare, 4),
             "probes": len(prober.known),
-            "out_of_memory": sum(not p.fits for p in prober.probes),
+            "out_of_memory": prober.out_of_memory,
             "largest_probe_bytes": max(p.bytes for p in prober.fitting),
         }
         if unseen:
-            told["error_unseen"] = round(float(np.median(np.abs(unseen))), 4)
-        return with_limit(budget, prober.limit_bytes / (1 + spare), told)
-
-
-def with_limit(budget: Budget, limit_bytes: float, measured_on: dict) -> Budget:
-    """The same costs under another limit. Raises BudgetError where it leaves nothing for a batch."""
-    return Budget(
-        limit_bytes=float(int(limit_bytes)),
-        memory=budget.memory,
-        time=budget.time,
-        fixed_bytes=budget.fixed_bytes,
-        fixed_seconds=budget.fixed_seconds,
-        frame_seconds=budget.frame_seconds,
-        measured_on=measured_on,
-    )
+            found["error_unseen"] = round(float(np.median(np.abs(unseen))), 4)
+        limit = float(int(prober.limit_bytes / (1 + spare)))
+        return dataclasses.replace(budget, limit_bytes=limit, measured_on=found)

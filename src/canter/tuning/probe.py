@@ -1,46 +1,58 @@
-"""Measuring a training step of a given shape: peak memory and time, under a cap.
+"""Measurement of training steps of given batch shapes: peak memory and time, under a cap.
 
 B: utterances, T: encoder frames, U: tokens, prompt and end token included.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from canter.errors import BudgetError
-from canter.models.norm import merge_pending
-from canter.runtime import OutOfMemory, give_back, is_out_of_memory, peak_of, tensor_bytes
-
-Step = Callable[[int, int, int], None]
-"""Runs one whole training step (forward, loss, backward, update) on a synthetic batch of B utterances, T encoder
-frames and U tokens each."""
+from canter.events import QUIET, Events
+from canter.runtime import OutOfMemory, capped_allocator, is_out_of_memory, peak_of, release_memory, tensor_bytes
 
 FORMAT = "canter-probes/1"
-GUARDED = 0.7  # of what is free: a probe expected above it, or about which nothing is known, runs under a cap
+GUARDED = 0.7  # fraction of the free memory above which a probe, or one of unknown size, runs under a cap
 
 
-@dataclass(frozen=True)
-class TrainingStep:
-    """A step with what it keeps from one to the next."""
+class BatchShape(NamedTuple):
+    """Shape of a padded batch: B utterances of T frames and U tokens."""
+
+    batch: int
+    frames: int
+    tokens: int
+
+
+class ProbedStep(ABC):
+    """A training step (forward, loss, backward, update) on synthetic batches of any shape."""
 
     model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    run: Step
+    frame_seconds: float
+    """Seconds of T."""
     compiled: bool = False
-    """Whether the first step of a shape may compile, which is no part of what later ones take."""
+    """The first step of a shape may compile, which later ones do not."""
 
+    @abstractmethod
     def __call__(self, batch: int, frames: int, tokens: int) -> None:
-        self.run(batch, frames, tokens)
+        """Run one step on B utterances of T encoder frames and U tokens each."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Return the tensors that are kept between steps; gradients are part of a step's peak."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def discard(self) -> None:
+        """Drop what a failed step has left behind."""
+        self.model.zero_grad(set_to_none=True)
 
     @property
     def device(self) -> torch.device:
@@ -48,34 +60,17 @@ class TrainingStep:
 
     @property
     def state_bytes(self) -> int:
-        """Weights, buffers and optimiser state; gradients come and go and are part of a step's peak."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        return tensor_bytes(tensors)
+        """Bytes of the tensors that are kept between steps."""
+        return tensor_bytes(self.tensors())
 
     @property
     def gradient_bytes(self) -> int:
         return tensor_bytes(p for p in self.model.parameters() if p.requires_grad)
 
-    def clear(self) -> None:
-        """Drops what a step that broke off has left."""
-        self.model.zero_grad(set_to_none=True)
-        merge_pending(self.model)
-
-
-class Shape(NamedTuple):
-    """Of a padded batch: B utterances of T frames and U tokens."""
-
-    batch: int
-    frames: int
-    tokens: int
-
 
 @dataclass(frozen=True)
 class Probe:
-    """What one step of shape (B, T, U) took."""
+    """Measured memory and time of one step of shape (B, T, U)."""
 
     batch: int
     frames: int
@@ -83,72 +78,77 @@ class Probe:
     bytes: float
     """Peak, weights and optimiser state included; of a step that did not fit, what it had asked for by then."""
     seconds: float
-    """Not a number where the step ran under a cap, which slows it down, or did not fit."""
+    """NaN if the step ran under a cap, which slows it down, or did not fit."""
     fits: bool = True
 
     @property
-    def shape(self) -> Shape:
-        return Shape(self.batch, self.frames, self.tokens)
+    def shape(self) -> BatchShape:
+        return BatchShape(self.batch, self.frames, self.tokens)
 
 
 @dataclass
 class Prober:
-    """Runs steps, each shape once, and keeps count.
+    """Runner of training steps that measures each shape once.
 
-    ``limit_bytes`` is what a step may take, weights and optimiser state included. ``journal``, a JSON-lines file,
-    keeps every probe as it is made; probes in it that were made on the same thing (``measured_on``) are not made again.
+    ``limit_bytes`` is the memory that a step may use, weights and optimiser state included. ``journal``, a JSON-lines
+    file, receives every probe as soon as it is made; probes in it that were made under the same conditions
+    (``measured_on``) are not repeated.
     """
 
-    step: TrainingStep
+    step: ProbedStep
     limit_bytes: float
-    measured_on: Mapping[str, Any] = field(default_factory=dict)
+    measured_on: Mapping[str, object] = field(default_factory=dict)
     journal: Path | None = None
-    told: Callable[[Probe], None] = lambda _: None
+    events: Events[Never] = QUIET
     clock: Callable[[], float] = time.perf_counter
-    """Tells the time of steps; `time.process_time` leaves out what other processes of a shared CPU take."""
+    """Clock of the steps; `time.process_time` ignores other processes on a shared CPU."""
     steps: int = 0
-    """Training steps run."""
-    known: dict[Shape, Probe] = field(default_factory=dict)
+    """Number of training steps run."""
+    known: dict[BatchShape, Probe] = field(default_factory=dict)
     """Probes asked for, in that order."""
-    kept: dict[Shape, Probe] = field(default_factory=dict)
-    """Probes of an earlier run, to be asked for."""
+    kept: dict[BatchShape, Probe] = field(default_factory=dict)
+    """Probes of an earlier run, from the journal."""
     _warm: bool = False
 
     def __post_init__(self) -> None:
-        if self.journal is not None:
-            self._read()
+        if self.journal is not None and self.journal.exists():
+            for measured_on, probe in read_probes(self.journal):
+                fits = probe.bytes <= self.limit_bytes
+                if measured_on == dict(self.measured_on) and (probe.fits or not fits):
+                    self.kept[probe.shape] = replace(probe, fits=fits)  # a failure at a lower limit may fit this one
 
     @property
     def probes(self) -> list[Probe]:
-        """In the order made."""
         return list(self.known.values())
-
-    @property
-    def out_of_memory(self) -> int:
-        """Probes that did not fit."""
-        return sum(not probe.fits for probe in self.known.values())
-
-    @property
-    def spent(self) -> int:
-        """Of the steps that a caller allows: all of them, warming up and repeating included. On a GPU, where every
-        shape runs once more to be timed, the shapes."""
-        shapes = len(self.known)
-        return shapes if self.step.device.type == "cuda" else max(shapes, self.steps)
 
     @property
     def fitting(self) -> list[Probe]:
         return [probe for probe in self.known.values() if probe.fits]
 
-    def warm_up(self, batch: int, frames: int, tokens: int) -> None:
-        """A step that is not measured: the first one pays for optimiser state, kernels and threads.
+    @property
+    def out_of_memory(self) -> int:
+        """Number of probes that did not fit."""
+        return len(self.known) - len(self.fitting)
 
-        Raises BudgetError where it does not fit.
+    @property
+    def spent(self) -> int:
+        """Number of steps that count against a caller's maximum: all of them, warm-up and repetitions included.
+
+        On a GPU, where every shape runs once more to be timed, the number of shapes.
+        """
+        shapes = len(self.known)
+        return shapes if self.step.device.type == "cuda" else max(shapes, self.steps)
+
+    def warm_up(self, batch: int, frames: int, tokens: int) -> None:
+        """Run a step that is not measured: the first one allocates optimiser state and loads kernels.
+
+        Raises BudgetError if it does not fit.
         """
         if self._warm:
             return
         self._warm = True
         try:
-            self._peak(Shape(batch, frames, tokens), self.limit_bytes)
+            self._peak(BatchShape(batch, frames, tokens), self.limit_bytes)
         except OutOfMemory as error:
             raise BudgetError(
                 f"not even one utterance of {frames} frames and {tokens} tokens fits: it asked for "
@@ -157,14 +157,16 @@ class Prober:
             ) from None
         if self.step.state_bytes >= self.limit_bytes:
             raise BudgetError(
-                f"weights and optimiser state alone take {gib(self.step.state_bytes)} of "
-                f"{gib(self.limit_bytes)}; raise the limit, or use a smaller model"
+                f"weights and optimiser state take {gib(self.step.state_bytes)} of {gib(self.limit_bytes)}, which "
+                "leaves nothing for a batch; raise the limit, or use a smaller model"
             )
 
     def __call__(self, batch: int, frames: int, tokens: int, expected: float | None = None) -> Probe:
-        """Measures a step of this shape, or returns what is known of it. ``expected`` bytes well under the limit
-        let it run without a cap, which is needed for its time to mean anything on a CPU."""
-        shape = Shape(batch, frames, tokens)
+        """Measure a step of this shape, or return its earlier probe.
+
+        ``expected`` bytes well under the limit let it run without a cap, which slows a step down on a CPU.
+        """
+        shape = BatchShape(batch, frames, tokens)
         if shape not in self.known:
             if shape in self.kept:
                 self.known[shape] = self.kept[shape]
@@ -172,10 +174,9 @@ class Prober:
                 self.warm_up(1, frames, tokens)
                 self.known[shape] = self._measure(shape, expected)
                 self._write(self.known[shape])
-            self.told(self.known[shape])
         return self.known[shape]
 
-    def _measure(self, shape: Shape, expected: float | None) -> Probe:
+    def _measure(self, shape: BatchShape, expected: float | None) -> Probe:
         state, device = self.step.state_bytes, self.step.device
         free = self.limit_bytes - state
         guarded = device.type == "cuda" or expected is None or expected - state > GUARDED * free
@@ -184,7 +185,7 @@ class Prober:
                 self._peak(shape, free if guarded else None)
             peak, seconds = self._peak(shape, free if guarded else None)
             if guarded and device.type != "cuda":
-                seconds = math.nan  # the cap slowed it down: again without, where it took less than expected
+                seconds = math.nan  # the cap slowed it down; run again without one if it took less than expected
                 if expected is not None and peak <= GUARDED * free:
                     peak, seconds = self._peak(shape, None)
         except OutOfMemory as error:
@@ -193,7 +194,7 @@ class Prober:
             seconds = self._run(shape)
         return Probe(*shape, state + peak, seconds, peak <= free)
 
-    def _peak(self, shape: Shape, cap: float | None) -> tuple[int, float]:
+    def _peak(self, shape: BatchShape, cap: float | None) -> tuple[int, float]:
         seconds = math.nan
 
         def run() -> None:
@@ -202,12 +203,12 @@ class Prober:
 
         return peak_of(run, self.step.device, cap), seconds
 
-    def _run(self, shape: Shape, cap: float | None = None) -> float:
-        """Seconds of one step. OutOfMemory where it did not fit."""
+    def _run(self, shape: BatchShape, cap: float | None = None) -> float:
+        """Return the seconds of one step. Raises OutOfMemory if it did not fit."""
         device, self.steps = self.step.device, self.steps + 1
         start = self.clock()
         failed = 0
-        with _capped(device, self.step, cap):
+        with capped_allocator(device, cap):
             try:
                 self.step(*shape)
                 if device.type == "cuda":
@@ -217,18 +218,11 @@ class Prober:
                     raise
                 failed = error.wanted if isinstance(error, OutOfMemory) else int(self.limit_bytes)
         seconds = self.clock() - start
-        if failed:  # outside the handler: the traceback holds the step's tensors
-            self.step.clear()
-            give_back()
+        if failed:  # outside of the handler: the traceback holds the step's tensors
+            self.step.discard()
+            release_memory()
             raise OutOfMemory(failed)
         return seconds
-
-    def _read(self) -> None:
-        assert self.journal is not None
-        for measured_on, probe in read_probes(self.journal) if self.journal.exists() else ():
-            fits = probe.bytes <= self.limit_bytes
-            if measured_on == dict(self.measured_on) and (probe.fits or not fits):
-                self.kept[probe.shape] = replace(probe, fits=fits)  # what broke a lower limit may fit this one
 
     def _write(self, probe: Probe) -> None:
         if self.journal is None:
@@ -239,8 +233,11 @@ class Prober:
             file.write(line + "\n")
 
 
-def read_probes(journal: Path) -> list[tuple[dict[str, Any], Probe]]:
-    """(what it was measured on, probe) of each line of a journal. Raises BudgetError naming a line that is no probe."""
+def read_probes(journal: Path) -> list[tuple[dict[str, object], Probe]]:
+    """Return (conditions of the measurement, probe) of each line of a journal.
+
+    Raises BudgetError that names a line which is not a probe.
+    """
     found = []
     for number, line in enumerate(journal.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -255,20 +252,6 @@ def read_probes(journal: Path) -> list[tuple[dict[str, Any], Probe]]:
     return found
 
 
-@contextlib.contextmanager
-def _capped(device: torch.device, step: TrainingStep, cap: float | None):
-    """On CUDA the allocator refuses more than ``cap`` bytes above what is in use; elsewhere nothing is done here."""
-    if device.type != "cuda" or cap is None:
-        yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap + torch.cuda.memory_reserved(device)) / total), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Return bytes as text in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"

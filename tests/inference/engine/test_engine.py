@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from canter.inference.engine.capacity import encoder_batches
 from canter.inference.engine.ctc import ctc_greedy
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 
 from ..conftest import END, noises, small_model
 
@@ -26,7 +25,7 @@ def requests(count: int = 40) -> list[Request]:
 
 @torch.inference_mode()
 def teacher_forced(model, request: Request, tokens_per_frame: float = 1.0, extra: int = 10) -> list[int]:
-    """Greedy decoding of one clip by the forward pass of training, over the whole prefix at every token."""
+    """Decode one clip greedily by the forward pass of training, over the complete prefix at every token."""
     features = model.features(torch.from_numpy(request.audio)[None], torch.tensor([len(request.audio)]))
     encoded, lengths = model.encode(*features)
     prompt = list(request.prompt)
@@ -67,14 +66,18 @@ def test_rows_are_useful_and_slots_are_full(model):
     assert counters.audio_seconds == pytest.approx(sum(len(item.audio) for item in requests()) / 16000)
 
 
-def test_what_ends_early_goes_on_with_the_rest_of_its_audio(model):
-    """The rest, twice, is what the engine says of that audio alone; nothing is counted again."""
+def test_decoding_continues_after_an_early_end(model):
+    """The audio after each early end gives the engine's result for that audio; nothing is counted twice."""
     left = [1.2, 0.5]  # seconds at which the hypotheses of one of them end
 
-    def rest(found, seconds):
-        return left.pop(0) if found.key == 3 and left else None
+    class Policy:
+        def retry(self, found):
+            return None
 
-    asked = [replace(request, rest=rest) for request in requests(6)]
+        def continue_at(self, found, seconds):
+            return left.pop(0) if found.key == 3 and left else None
+
+    asked = [replace(request, policy=Policy()) for request in requests(6)]
     engine = Engine(model, END, EngineConfig(rows=2, **UNGUARDED))
     found = [*engine.run([[one] for one in asked])]
     assert len(found) == 6
@@ -82,9 +85,9 @@ def test_what_ends_early_goes_on_with_the_rest_of_its_audio(model):
     for hypothesis in found:
         audio = asked[hypothesis.key].audio
         places = [0, 19200, 19200 + 8000] if hypothesis.key == 3 else [0]
-        parts = [replace(asked[hypothesis.key], audio=audio[place:], rest=None) for place in places]
+        parts = [replace(asked[hypothesis.key], audio=audio[place:], policy=None) for place in places]
         assert [one.tokens for one in hypothesis.parts] == [one.tokens for one in engine.decode(parts)]
-        assert [one.rest_begins for one in hypothesis.parts] == ([1.2, 0.5, 0.0] if len(places) > 1 else [0.0])
+        assert [one.continues_at for one in hypothesis.parts] == ([1.2, 0.5, 0.0] if len(places) > 1 else [0.0])
 
 
 def test_rows_that_a_gpu_still_encodes_do_not_enter(model):
@@ -92,7 +95,9 @@ def test_rows_that_a_gpu_still_encodes_do_not_enter(model):
     engine = Engine(model, END, EngineConfig(rows=8))
     done, busy = SimpleNamespace(query=lambda: True), SimpleNamespace(query=lambda: False)
     row = engine._encode(requests(1))[0]
-    first, second, third = ([replace(row, ready=ready)] * 3 for ready in (done, busy, done))
+    first, second, third = (
+        [replace(row, encoding=replace(row.encoding, ready=ready))] * 3 for ready in (done, busy, done)
+    )
     live, none = SimpleNamespace(rows=[row]), SimpleNamespace(rows=[])
     engine.gpu = True
     assert engine._ready(live, deque([*first, *second])) == 3

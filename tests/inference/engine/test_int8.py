@@ -6,8 +6,9 @@ from torch import nn
 
 from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.int8 import Int8Linear, load_in, quantize
+from canter.inference.engine.int8 import Int8Linear, quantize
 from canter.inference.engine.requests import EngineConfig, Request
+from canter.loading import load_module
 from canter.models.model import SpeechModel
 
 from ..conftest import END, noises, small_model
@@ -41,7 +42,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert all(torch.equal(layer(x[n : n + 1])[0], together[n]) for n in range(len(x)))
 
 
-def test_the_whole_model():
+def test_the_complete_model():
     model = quantize(small_model())
     small = {name for name, part in model.named_modules() if isinstance(part, Int8Linear)}
     assert len([name for name in small if name.startswith("encoder.layers.")]) == 2 * 11
@@ -61,8 +62,8 @@ def test_elsewhere_than_on_a_processor(monkeypatch):
         model = SpeechModel(small_model().config)
     with pytest.raises(ConfigError, match="this model is on meta"):
         quantize(model)
-    with pytest.raises(ConfigError, match="not on cuda"):
-        load_in("int8", "nowhere", "cuda")
+    with pytest.raises(ConfigError, match="not on meta"):
+        load_module("nowhere", "meta", "int8")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="oneDNN"):
         quantize(small_model())

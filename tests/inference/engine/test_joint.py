@@ -16,9 +16,9 @@ from canter.errors import ConfigError
 from canter.inference.engine.ctc import IMPOSSIBLE, Joint, PrefixScorer, Spelling, spelling_of
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.inference.engine.rules import Rules
-from canter.inference.engine.search import CANDIDATES, BeamSearch, Row
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.inference.engine.search import CANDIDATES, BeamSearch, Row, Rules
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import Characters, train_tokenizer
 
 from ..conftest import END, noises, small_model
@@ -209,7 +209,7 @@ def test_the_slow_prefix_probabilities_are_those_of_all_alignments():
 
 @torch.inference_mode()
 def slow_joint(request: Request, weight: float, beams: int, limit: int) -> tuple[list[int], float]:
-    """Joint search with whole prefixes computed anew -> tokens, score."""
+    """Return tokens and score of joint search that recomputes complete prefixes."""
     count = CANDIDATES if beams == 1 else 2 * beams
     model = joint_model()
     spelling = spelling_of(model)

@@ -31,8 +31,10 @@ def nemo(request):
 
 
 def limit(case) -> int:
-    """How many tokens NeMo lets a case generate, the end token counted: its "beam" of size 1 allows itself one more
-    than its "greedy" (its CAVEATS, 11)."""
+    """Return the maximum number of tokens that NeMo generates for a case, including the end token.
+
+    Its "beam" of size 1 allows one more than its "greedy" (its CAVEATS, 11).
+    """
     most = case["max_seq_length_used"]
     if case["max_delta_len_used"] >= 0:
         most = min(most, case["src_len"] + case["max_delta_len_used"])

@@ -9,10 +9,8 @@ import torch
 from hypothesis import example, given
 
 from canter.inference.engine.engine import Engine
-from canter.inference.engine.repetition import LEAST_REPEATS, RepetitionGuard
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.inference.engine.rules import Rules
-from canter.inference.engine.search import Greedy, Row
+from canter.inference.engine.search import LEAST_REPEATS, Greedy, RepetitionGuard, Row, Rules
 
 from ..conftest import END, noises, small_model
 
@@ -68,7 +66,7 @@ def test_the_text_is_that_without_a_guard_or_its_beginning(before, cycle, times,
     ids=["digits", "No. No. No.", "an account number of equal digits", "ha ha ha ha"],
 )
 def test_people_may_repeat_themselves(cycle, times, allowed):
-    """As often as there is time for: digits, laughter, "No" nine times in seven seconds."""
+    """A repetition that fits the time is kept: digits, laughter, "No" nine times in seven seconds."""
     tokens = [*range(FIRST, FIRST + cycle)] * times + [FIRST + 9]
     assert said(tokens, round(allowed), allowed=allowed) == tokens
 

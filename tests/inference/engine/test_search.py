@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.graphs import PATIENCE, FixedSteps, _Captured, next_shape, power_of_two
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.inference.engine.rules import Rules
-from canter.inference.engine.search import best
+from canter.inference.engine.search import Rules, best
 
 from ..conftest import END, noises, small_model
 
@@ -24,7 +23,7 @@ def requests(count: int = 12, **more) -> list[Request]:
 
 @torch.inference_mode()
 def slow_beams(model, request: Request, beams: int, limit: int, in_place: bool, penalty: float):
-    """Beam search with the forward pass of training over every whole prefix -> tokens, sum; best first."""
+    """Return tokens and sums of beam search by the forward pass of training over complete prefixes, best first."""
     features = model.features(torch.from_numpy(request.audio)[None], torch.tensor([len(request.audio)]))
     encoded, lengths = model.encode(*features)
     prompt, running, done = list(request.prompt), [((), 0.0)], []
@@ -105,12 +104,16 @@ def test_draws_do_not_depend_on_the_batch(model):
 def test_retry_decodes_again_without_encoding_again(model):
     seen = []
 
-    def retry(hypothesis):
-        seen.append(hypothesis.temperature)
-        return 0.5 if hypothesis.temperature == 0 else None
+    class Policy:
+        def retry(self, hypothesis):
+            seen.append(hypothesis.temperature)
+            return 0.5 if hypothesis.temperature == 0 else None
+
+        def continue_at(self, hypothesis, seconds):
+            return None
 
     engine = Engine(model, END, EngineConfig(rows=3))
-    found = engine.decode(requests(8, retry=retry, scored=True))
+    found = engine.decode(requests(8, policy=Policy(), scored=True))
     assert sorted(seen) == [0.0] * 8 + [0.5] * 8
     assert all(hypothesis.temperature == 0.5 for hypothesis in found)
     assert engine.counters.utterances == engine.counters.retries == 8
@@ -163,7 +166,7 @@ def test_fixed_shapes_give_the_same(model, beams, monkeypatch):
 
 
 class Replayed(FixedSteps):
-    """As CUDA graphs are: a step runs on the buffers that were there when its shape was first seen."""
+    """Like a CUDA graph, a step runs on the buffers that existed when its shape was first seen."""
 
     def _capture(self, key, cache, tokens):
         assert self.captured or self.pool is None  # one whose graphs are all gone cannot be captured into

@@ -18,8 +18,9 @@ from canter.corpus.manifest import Utterance, read_manifest
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.int8 import quantize
 from canter.inference.engine.requests import EngineConfig, Request
-from canter.inference.transcribe import Listener, TranscribeConfig, transcribe
-from canter.inference.transcript.pieces import cut
+from canter.inference.recording import TranscribeConfig, Transcriber
+from canter.inference.transcribe import transcribe
+from canter.inference.transcript.chunks import split_audio
 
 SHARED = os.environ.get("CANTER_SHARED")
 pytestmark = pytest.mark.skipif(not SHARED, reason="CANTER_SHARED names no folder with a Whisper model")
@@ -106,8 +107,8 @@ def test_long_audio_loses_and_doubles_nothing(model, spoken, tmp_path):
     utterances = [Utterance(str(tmp_path / "long.wav"), len(audio) / 16000, "")]
     engine = Engine(model, model.tokenizer.end, EngineConfig(rows=8))
     whole = transcribe(engine, model.tokenizer, utterances)[0]
-    config = TranscribeConfig(timestamps="word", vad="none", window_seconds=4.5, overlap_seconds=2.0)
-    assert len(list(cut([audio], None, 4.5, 2.0))) > 1
+    config = TranscribeConfig(timestamps="word", vad="none", chunk_seconds=4.5, overlap_seconds=2.0)
+    assert len(list(split_audio([audio], None, 4.5, 2.0))) > 1
     found = transcribe(engine, model.tokenizer, utterances, config=config)[0]
     assert errors(whole.text, found.text) < 0.2
     words = [word for segment in found.segments for word in segment.words]
@@ -140,11 +141,11 @@ def test_text_that_comes_before(model, spoken, tmp_path):
     soundfile.write(tmp_path / "a.wav", clip, 16000)
     utterance = Utterance(str(tmp_path / "a.wav"), len(clip) / 16000, "")
     engine, tokenizer = Engine(model, model.tokenizer.end), model.tokenizer
-    listener = Listener(engine, tokenizer, TranscribeConfig(context="so they said"))
+    listener = Transcriber(engine, tokenizer, TranscribeConfig(prompt="so they said"))
     assert list(listener.request({}).prompt) == tokenizer.prompt_ids({"prevtext": "so they said"})
     many = listener.prompt({}, "one two three " * 300)
     assert 100 < len(many) <= model.config.decoder.positions // 2
-    loud = transcribe(engine, tokenizer, [utterance], config=TranscribeConfig(context="HE SAID: NO! SHE SAID: YES!"))
+    loud = transcribe(engine, tokenizer, [utterance], config=TranscribeConfig(prompt="HE SAID: NO! SHE SAID: YES!"))
     plain = transcribe(engine, tokenizer, [utterance])
     assert plain[0].text.casefold().strip(".") in loud[0].text.casefold()
     assert loud[0].text != plain[0].text
@@ -195,7 +196,7 @@ def test_repeated_words_are_kept(recognizer, cases):
     assert "stop it" in guarded.lower()
 
 
-def test_clips_without_silence_are_heard_as_before(model, recognizer, spoken):
+def test_clips_without_silence_are_decoded_as_before(model, recognizer, spoken):
     """Detectors change no text of theirs."""
     texts = [
         [one.text for one in recognizer.transcribe([clip for clip, _ in spoken], vad=vad)] for vad in ("energy", "none")

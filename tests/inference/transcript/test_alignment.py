@@ -1,21 +1,23 @@
 """The path is the cheapest one; words join to the text; pieces join without lost or doubled words."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from canter.inference.engine.alignment import Alignment, path_starts
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.transcript.alignment import Alignment, path_starts
 from canter.inference.transcript.reading import (
     Assembly,
     Fallback,
+    WhisperPolicy,
     compression_ratio,
     ended_early,
     in_speech,
-    joined,
+    join_overlap,
     segments_of,
     skipped,
     words_of,
@@ -156,7 +158,7 @@ def test_where_a_hypothesis_ended_early(times, seconds, expected):
 
 
 def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
-    """Frames of so many seconds, true within the spans."""
+    """Return a mask of frames of the given length in seconds, true within the spans."""
     found = np.zeros(round(seconds * 50), bool)
     for start, end in spans:
         found[round(start * 50) : round(end * 50)] = True
@@ -174,7 +176,7 @@ def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
     ],
 )
 def test_after_one_timestamp_the_detector_is_asked(spans, expected):
-    """It says that nobody speaks after it, which a window that ends too early says too."""
+    """The model reports silence after the text, as it also does after a window that ends too early."""
     tokens = [FIRST, *tokens_of("ab"), FIRST + 100]
     found = ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, voiced(*spans, seconds=10.0))
     assert found == (None if expected is None else pytest.approx(expected, abs=0.03))
@@ -186,7 +188,7 @@ def test_after_one_timestamp_the_detector_is_asked(spans, expected):
 
 
 def test_speech_without_text_is_decoded_again():
-    """A word for sixteen seconds of speech: the rest begins in the pause after that word."""
+    """One word stands for sixteen seconds of speech: decoding continues in the pause after that word."""
     tokens = [FIRST, *tokens_of("abc" * 20), FIRST + 250, FIRST + 250, *tokens_of("de"), FIRST + 1050]
     speech = voiced((0.0, 6.4), (6.8, 12.0), (12.5, 21.0), seconds=22.0)
     asked = (Hypothesis(None, tokens, True), Spelled(), 22.0, FIRST)
@@ -262,23 +264,23 @@ def test_pieces_join(count, shared, worse_end, worse_start, seed):
 
 
 def test_nothing_alike_parts_in_the_middle():
-    assert joined(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
+    assert join_overlap(spoken(["a", "b", "c", "d"]), spoken(["e", "f", "g"], 2.0), 2.0, 4.0) == (3, 1)
 
 
-def test_where_one_heard_nothing_the_other_is_kept_whole():
+def test_if_one_piece_is_empty_the_other_is_kept():
     heard = spoken(["hello", "there", "friend"], 27.0)
-    assert joined([], heard, 27.0, 30.0) == (0, 0)
-    assert joined(heard, [], 27.0, 30.0) == (3, 0)
+    assert join_overlap([], heard, 27.0, 30.0) == (0, 0)
+    assert join_overlap(heard, [], 27.0, 30.0) == (3, 0)
 
 
 def test_one_that_fell_silent_loses_nothing():
-    """What the first piece did not hear of the overlap comes from the second, though a word is alike in both."""
+    """Words of the overlap that the first piece misses come from the second, even if one word is similar in both."""
     before = [Word(n, n + 0.5, f" {text}", 1.0) for n, text in enumerate(["as", "he", "was"])]
     after = [Word(3 + n, 3.5 + n, f" {text}", 1.0) for n, text in enumerate(["he", "might", "even"])]
-    assert joined(before, after, 2.5, 5.5) == (3, 0)
+    assert join_overlap(before, after, 2.5, 5.5) == (3, 0)
 
 
-def test_segments_are_given_once_they_are_settled():
+def test_segments_are_returned_once_they_are_final():
     assembly = Assembly()
     one = Segment(0.0, 1.0, "a", (1,), tuple(spoken(["a"])))
     assert assembly.add(1, [one], 5.0, 0.0) == []
@@ -291,13 +293,18 @@ def test_segments_are_given_once_they_are_settled():
 
 def test_fallback():
     rule = Fallback()
+
+    def retry(hypothesis, text):
+        tokenizer = SimpleNamespace(decode=lambda tokens: text)
+        return WhisperPolicy(tokenizer, rule).retry(hypothesis)
+
     good = Hypothesis(None, [1] * 9, True, logprob=-1.0)
-    assert rule.retry(good, "a text that is said once") is None
+    assert retry(good, "a text that is said once") is None
     assert compression_ratio("abc " * 50) > 2.4
-    assert rule.retry(good, "abc " * 50) == 0.2
-    assert rule.retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=0.2), "a") == 0.4
-    assert rule.retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=1.0), "a") is None
+    assert retry(good, "abc " * 50) == 0.2
+    assert retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=0.2), "a") == 0.4
+    assert retry(Hypothesis(None, [1] * 9, True, logprob=-11.0, temperature=1.0), "a") is None
     silence = Hypothesis(None, [1] * 9, True, logprob=-11.0, no_speech=0.9)
-    assert rule.retry(silence, "a") is None
+    assert retry(silence, "a") is None
     assert rule.silent(silence)
     assert not rule.silent(Hypothesis(None, [1] * 9, True, logprob=-1.0, no_speech=0.9))

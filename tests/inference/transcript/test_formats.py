@@ -10,10 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canter.inference.inputs import Item
-from canter.inference.transcribe import Transcription
-from canter.inference.transcript.formats import SUFFIXES, json_text, render_segments, srt, timestamp, vtt, whisper_json
+from canter.inference.recording import Transcription
+from canter.inference.transcript.formats import (
+    SUFFIXES,
+    json_text,
+    render,
+    render_one,
+    render_segments,
+    srt,
+    timestamp,
+    vtt,
+    whisper_json,
+)
 from canter.inference.transcript.segments import Segment, Word
-from canter.inference.transcript.writers import render, render_one
 
 GOLDEN = Path(__file__).parent / "golden_formats"
 
@@ -63,7 +72,7 @@ def test_timestamps_are_milliseconds(seconds, hours):
 
 
 @given(st.lists(st.sampled_from(["a", "b c", "今日", "a b"]), max_size=6), st.sampled_from([" ", ""]))
-def test_texts_of_segments_join_to_the_whole(parts, space):
+def test_texts_of_segments_join_to_the_text(parts, space):
     text = space.join(parts)
     value = whisper_json(text, [Segment(0.0, 1.0, part) for part in parts], None)
     assert "".join(segment["text"] for segment in value["segments"]) == text
@@ -114,7 +123,7 @@ def test_numbers_that_are_not_finite_leave_as_null(value):
     assert json.loads(json_text(value), parse_constant=lambda name: pytest.fail(name)) == plain(value)
 
 
-def test_a_row_with_a_duration_that_is_no_number_is_json():
+def test_a_row_with_a_duration_that_is_not_a_number_is_json():
     row = {"audio_filepath": "a.wav", "duration": float("nan"), "speakers": [float("inf"), 1.5]}
     (line,) = render([Item(row, None)], [Transcription("one")], "nemo")
     assert json.loads(line) == {

@@ -4,7 +4,6 @@ import html
 import json
 import os
 import re
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canter.errors import ConfigError
+from canter.inference.recognizer import Transcript
 from canter.inference.transcript.formats import render_segments, srt, vtt
 from canter.inference.transcript.segments import Segment, Word
 from canter.inference.transcript.subtitles import LINES, LONGEST_CUE, WIDTH, SubtitleStyle, cues_of
-from canter.inference.transcript.writers import write
 
 SHAPED = json.loads((Path(__file__).parent / "golden_formats" / "shaped.json").read_text())
 KINDS = ("sentence", "whisper")
 
 
 def spoken(text: str, start: float = 0.0, seconds: float = 0.3) -> Segment:
-    """A segment whose words follow one another, each so many seconds long."""
+    """Return a segment of consecutive words, each of the given length in seconds."""
     texts = text.split()
     words = [Word(start + n * seconds, start + (n + 1) * seconds, word, 1.0) for n, word in enumerate(texts)]
     return Segment(start, start + len(texts) * seconds, text, words=tuple(words))
@@ -164,7 +163,7 @@ def test_a_short_cue_stays_for_a_second_where_there_is_room():
     assert (second.start, second.end) == (1.4, 2.4)
 
 
-def test_a_pause_that_an_alignment_gives_to_a_word_is_no_part_of_the_cue():
+def test_a_pause_that_an_alignment_gives_to_a_word_is_not_in_the_cue():
     words = (Word(0.0, 0.5, "So", 1.0), Word(0.5, 9.0, "then.", 1.0), Word(9.0, 10.0, "Go.", 1.0))
     found = cues_of([Segment(0.0, 10.0, "So then. Go.", words=words)])
     assert [(cue.start, round(cue.end, 3)) for cue in found] == [(0.0, 1.9), (9.0, 10.0)]
@@ -172,11 +171,7 @@ def test_a_pause_that_an_alignment_gives_to_a_word_is_no_part_of_the_cue():
 
 def test_without_times_of_words_a_segment_is_divided_by_its_characters():
     found = cues_of([Segment(10.0, 22.0, "One two three. Four five six. Seven.")])
-    assert [(round(cue.start, 1), round(cue.end, 1)) for cue in found] == [
-        (10.0, 14.9),
-        (14.9, 19.7),
-        (19.7, 22.0),
-    ]
+    assert [(round(cue.start, 1), round(cue.end, 1)) for cue in found] == [(10.0, 14.9), (14.9, 19.7), (19.7, 22.0)]
     assert ["".join(cue.words) for cue in found] == ["One two three.", "Four five six.", "Seven."]
 
 
@@ -188,8 +183,8 @@ def test_scripts_without_spaces_take_two_columns_a_character():
     assert all(len(line) <= WIDTH // 2 for cue in found for line in cue.split("\n"))
 
 
-def test_words_that_are_not_the_whole_text_lose_none_of_it():
-    """As where an alignment ends before the text does."""
+def test_text_without_words_is_kept():
+    """Words without times occur if an alignment ends before the text does."""
     segment = Segment(0.0, 2.0, "one two three", words=(Word(0.0, 0.5, "one", 1.0),))
     for kind in KINDS:
         assert "".join(lines_of([segment], SubtitleStyle(kind))).split() == ["one", "two", "three"]
@@ -223,35 +218,22 @@ def test_which_cues_options_ask_for():
     assert not SubtitleStyle("sentence", max_line_count=1).ignored
 
 
-@dataclass
-class Result:
-    text: str
-    segments: tuple[Segment, ...]
-    language: str | None = "en"
-    duration: float = 3.0
-    options: dict = field(default_factory=dict)
-
-
 def test_one_transcript_is_written_in_the_format_of_its_suffix(tmp_path):
-    result = Result("Yes. No.", (spoken("Yes. No."),))
-    write(result, tmp_path / "a.srt")
+    result = Transcript("Yes. No.", (spoken("Yes. No."),), "en", 3.0)
+    result.save(tmp_path / "a.srt")
     assert (tmp_path / "a.srt").read_text() == "1\n00:00:00,000 --> 00:00:01,000\nYes. No.\n\n"
-    write(result, tmp_path / "a.vtt", style=SubtitleStyle(max_words_per_line=1))
+    result.save(tmp_path / "a.vtt", max_words_per_line=1)
     assert (tmp_path / "a.vtt").read_text().count("-->") == 2
-    write(result, tmp_path / "b", "json")
-    assert json.loads((tmp_path / "b").read_text())["segments"][0]["words"][0]["word"] == " Yes."
-    write(Result("Hello.", ()), tmp_path / "c.srt")
+    result.save(tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["segments"][0]["words"][0]["word"] == " Yes."
+    Transcript("Hello.", (), "en", 3.0).save(tmp_path / "c.srt")
     assert "00:00:00,000 --> 00:00:03,000\nHello." in (tmp_path / "c.srt").read_text()
-    for name, kind, message in [
-        ("a.mp3", None, r"suffix is \.mp3; a transcript is written as txt, srt"),
-        ("a", None, "suffix is missing"),
-        ("a.srt", "doc", "doc is no such format"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            write(result, tmp_path / name, kind)
-    untimed = Result("Yes.", (Segment(0.0, 1.0, "Yes."),))
+    for name in ("a.mp3", "a"):
+        with pytest.raises(ConfigError, match="the suffix is none of"):
+            result.save(tmp_path / name)
+    untimed = Transcript("Yes.", (Segment(0.0, 1.0, "Yes."),), "en", 3.0)
     with pytest.raises(ConfigError, match="timestamps='word'"):
-        write(untimed, tmp_path / "a.srt", style=SubtitleStyle(highlight_words=True))
+        untimed.save(tmp_path / "a.srt", highlight_words=True)
     assert re.search("No", (tmp_path / "a.srt").read_text())
 
 

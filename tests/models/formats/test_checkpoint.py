@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import canter
 from canter.errors import CheckpointError
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.models.hub import checkpoint_of
 
 from ..conftest import small_model
@@ -107,8 +108,8 @@ FAULTS = {
     "not JSON": lambda f: (f / "config.json").write_text("{"),
     "not a JSON object": lambda f: (f / "config.json").write_text("[]"),
     "not a Canter model": lambda f: (f / "config.json").write_text("{}"),
-    "unknown field 'colour'": lambda f: rewrite_config(f, lambda c: c["decoder"].update(colour="red")),
-    "decoder: width is 'wide'": lambda f: rewrite_config(f, lambda c: c["decoder"].update(width="wide")),
+    "unknown setting 'colour'": lambda f: rewrite_config(f, lambda c: c["decoder"].update(colour="red")),
+    "width: expected int, found 'wide'": lambda f: rewrite_config(f, lambda c: c["decoder"].update(width="wide")),
     r"encoder.width is -1; it must be from 1 to 16,384": lambda f: rewrite_config(
         f, lambda c: c["encoder"].update(width=-1)
     ),
@@ -133,8 +134,8 @@ def test_tokenizer_must_fit(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_an_adapter_is_told_from_a_model(tmp_path):
-    """As PEFT writes it: a few matrices that change a model which lies elsewhere."""
+def test_an_adapter_is_distinguished_from_a_model(tmp_path):
+    """A PEFT adapter holds a few matrices that change a model in another folder."""
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/whisper-tiny"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     for read in (load_model, checkpoint_of):

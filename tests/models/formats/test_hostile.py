@@ -77,13 +77,7 @@ BEYOND = (0, -1, 10**8, 10**400, True, 1.5, "6", None, [6], {"a": 1}, float("nan
         ("whisper", name)
         for name in (
             *("d_model", "encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim"),
-            *(
-                "decoder_ffn_dim",
-                "vocab_size",
-                "max_source_positions",
-                "max_target_positions",
-                "num_mel_bins",
-            ),
+            *("decoder_ffn_dim", "vocab_size", "max_source_positions", "max_target_positions", "num_mel_bins"),
         )
     ],
 )
@@ -91,7 +85,7 @@ def test_every_size_has_a_range(folder, kind, setting, within_200_mib):
     path = folder(kind)
     for value in BEYOND:
         edit(path / "config.json", {setting: value})
-        assert_refused(path, r"must be|missing")
+        assert_refused(path, r"must be|missing|expected")
 
 
 @pytest.mark.parametrize("setting", ["encoder.layers", "decoder.layers", "ctc_vocabulary", "decoder.pad"])
@@ -99,18 +93,17 @@ def test_counts_that_may_be_0_have_a_range_too(folder, setting, within_200_mib):
     path = folder("own")
     for value in BEYOND[1:]:
         edit(path / "config.json", {setting: value})
-        assert_refused(path, "must be")
+        assert_refused(path, "must be|expected")
 
 
 @pytest.mark.parametrize(
-    "setting",
-    ["features.dither", "features.preemphasis", "encoder.dropout", "encoder.layer_drop", "decoder.dropout"],
+    "setting", ["features.dither", "features.preemphasis", "encoder.dropout", "encoder.layer_drop", "decoder.dropout"]
 )
 def test_fractions_have_a_range(folder, setting):
     path = folder("own")
     for value in (-0.1, 1.1, 10**400, True, "0.1", None, float("nan"), float("inf")):
         edit(path / "config.json", {setting: value})
-        assert_refused(path, "must be")
+        assert_refused(path, "must be|expected")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +122,8 @@ def test_fractions_have_a_range(folder, setting):
         ("encoder.norm", "group", "must be 'batch' or 'layer'"),
         ("decoder.activation", "__import__", "must be 'relu' or 'gelu'"),
         ("encoder.kind", ["x"], r"kind \['x'\]"),
-        ("encoder", 3, "encoder is 3"),
-        ("decoder", None, "not a JSON object"),
+        ("encoder", 3, "encoder: expected a mapping of settings, found 3"),
+        ("decoder", None, "decoder: expected a mapping of settings, found None"),
         ("model_type", ["whisper"], "model_type is"),
     ],
 )
@@ -142,13 +135,7 @@ def test_what_must_agree(folder, setting, value, message, within_200_mib):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [
-        ("sampling_rate", 0),
-        ("n_fft", 1),
-        ("hop_length", -5),
-        ("chunk_length", 10**9),
-        ("feature_size", 10**9),
-    ],
+    [("sampling_rate", 0), ("n_fft", 1), ("hop_length", -5), ("chunk_length", 10**9), ("feature_size", 10**9)],
 )
 def test_the_extractor_has_ranges_too(folder, setting, value, within_200_mib):
     path = folder("whisper")
@@ -184,13 +171,7 @@ def test_generation_settings_are_checked(folder, kind, setting):
 
 def test_generation_settings_of_others_are_kept(folder):
     path = folder("whisper")
-    settings = {
-        "bos_token_id": 50256,
-        "eos_token_id": [3, 4],
-        "suppress_tokens": None,
-        "language": "<|en|>",
-        "x": [{}],
-    }
+    settings = {"bos_token_id": 50256, "eos_token_id": [3, 4], "suppress_tokens": None, "language": "<|en|>", "x": [{}]}
     (path / "generation_config.json").write_text(json.dumps(settings))
     assert settings.items() <= canter.load_model(path).generation.items()
 

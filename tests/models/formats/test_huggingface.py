@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import canter
-from canter import files
 from canter.errors import CheckpointError
+from canter.loading import model_format
 from canter.models.batch import Batch
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.formats.huggingface import foreign_type, write_hf
+from canter.models.formats.huggingface import write_hf
 
 from ..conftest import small_model, small_whisper
 from ..test_invariance import make_batch
@@ -84,12 +84,7 @@ def test_canary_greedy(pair):
     prompt = torch.tensor([[7, 4, 9]])
     mask = torch.ones(features.shape[:2], dtype=torch.bool)
     expected = theirs.generate(
-        features,
-        attention_mask=mask,
-        decoder_input_ids=prompt,
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=3,
+        features, attention_mask=mask, decoder_input_ids=prompt, max_new_tokens=20, do_sample=False, eos_token_id=3
     )[0].tolist()
     encoded, frames = model.encode(features, lengths)
     tokens = prompt
@@ -222,7 +217,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(path):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "to_disk", full)
+    monkeypatch.setattr("canter.files.to_disk", full)
     for target in ("model", "new"):
         with pytest.raises(OSError, match="No space left"):
             write_hf(small_canary(layers=3), tmp_path / target)
@@ -232,7 +227,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_whose_architecture_a_folder_is(tmp_path):
     write_hf(small_canary(), tmp_path / "ours")
-    assert foreign_type(tmp_path / "ours") is None
+    assert model_format(tmp_path / "ours").name == "huggingface"
     (tmp_path / "config.json").write_text('{"model_type": "moonshine"}')
-    assert foreign_type(tmp_path) == "moonshine"
-    assert foreign_type(tmp_path / "nothing.nemo") is None
+    assert model_format(tmp_path).name == "transformers"
+    (tmp_path / "some.nemo").write_bytes(b"")
+    assert model_format(tmp_path / "some.nemo").name == "nemo"

@@ -10,12 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 import canter
-from canter import files
 from canter.errors import CheckpointError
 from canter.models.batch import Batch
 from canter.models.features import length_mask
-from canter.models.formats.nemo import NAMES, opened
-from canter.models.formats.nemo_export import special_tokens_model, write_nemo
+from canter.models.formats.nemo import NAMES, opened, special_tokens_model, write_nemo
 
 from ..conftest import small_model, small_whisper
 
@@ -245,10 +243,7 @@ def test_written_archive(shared, tmp_path, variant):
 def test_archive_with_one_tokenizer_for_all_languages(shared, tmp_path):
     """canary-1b-v2's layout: no aggregate, one SentencePiece model with the special tokens inside."""
     tokens = "<unk> <|nospeech|> <pad> <|endoftext|> <|startofcontext|> <|startoftranscript|> <|emo:undefined|>"
-    tokens = (
-        *tokens.split(),
-        *(f"<|{x}|>" for x in ["en", "de", "pnc", "noitn", "notimestamp", "nodiarize"]),
-    )
+    tokens = (*tokens.split(), *(f"<|{x}|>" for x in ["en", "de", "pnc", "noitn", "notimestamp", "nodiarize"]))
     with tarfile.open(shared / "fixtures" / "nemo" / "b" / "model.nemo") as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar if m.isreg()}
     config = yaml.safe_load(members["./model_config.yaml"])
@@ -278,7 +273,7 @@ def test_a_full_disk_leaves_what_was_there(shared, tmp_path, monkeypatch):
     def full(path):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "to_disk", full)
+    monkeypatch.setattr("canter.files.to_disk", full)
     for target in ("x.nemo", "new.nemo"):
         with pytest.raises(OSError, match="No space left"):
             write_nemo(model, tmp_path / target)

@@ -19,11 +19,7 @@ def saved(value) -> bytes:
     return stream.getvalue()
 
 
-STATE = {
-    "a.weight": torch.arange(6.0).reshape(2, 3),
-    "b": torch.tensor(3),
-    "c": torch.ones(4, dtype=torch.bfloat16),
-}
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3), "c": torch.ones(4, dtype=torch.bfloat16)}
 
 
 def rewritten(pickled: bytes | None = None, compression: int = zipfile.ZIP_STORED, more: bytes = b"") -> bytes:
@@ -47,10 +43,7 @@ class Runs:
 
 CODE = "could run code; refused"
 HOSTILE = {
-    "deflated tensors": (
-        rewritten(compression=zipfile.ZIP_DEFLATED, more=bytes(10**8)),
-        "compressed records",
-    ),
+    "deflated tensors": (rewritten(compression=zipfile.ZIP_DEFLATED, more=bytes(10**8)), "compressed records"),
     "code": (rewritten(pickle.dumps({"a": Runs()}, protocol=2)), CODE),
     "code, by a string": (rewritten(b"cos\nsystem\n(S'true'\ntR."), CODE),
     "code, by INST": (rewritten(b"(S'true'\nios\nsystem\n."), CODE),

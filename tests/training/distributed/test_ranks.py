@@ -1,4 +1,4 @@
-"""Several ranks, as real processes over gloo: the same steps, whoever computes them, and no hanging."""
+"""Several ranks, as real processes over gloo: the same steps on any number of ranks, and no hanging."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ import pytest
 
 from canter.errors import CanterError, ConfigError
 from canter.training.config import OptimizerConfig
-from canter.training.distributed.ranks import _place, joined
-from canter.training.session import train
+from canter.training.distributed.ranks import _place, process_group
+from canter.training.recipe import run_training
 from canter.training.step import gradient
 
-from ..conftest import memory_cap, stopping_after, unwatched
+from ..conftest import memory_cap, stopping_after
 
 
 def rows(config, name):
@@ -35,7 +35,7 @@ def assert_same_steps(ours, theirs):
 
 
 def train_on(rank, config, stop=None):
-    return train(config, stopping_after(stop) if stop and rank == 0 else unwatched).progress.step
+    return run_training(config, *([stopping_after(stop)] if stop and rank == 0 else [])).progress.step
 
 
 def killed_at_three(rank, config):
@@ -48,25 +48,25 @@ def killed_at_three(rank, config):
         return compute(self, loaded, counts, step, alone)
 
     gradient.Gradient.compute = dying
-    return train(config, unwatched).progress.step
+    return run_training(config).progress.step
 
 
 def short_of_memory(rank, config, limit):
     """The last rank has less memory than the budget says."""
     if rank == 1:
         with memory_cap(limit):
-            return train(config, unwatched).progress.step
-    return train(config, unwatched).progress.step
+            return run_training(config).progress.step
+    return run_training(config).progress.step
 
 
 @pytest.fixture
 def shared(config):
     """Four micro-batches a step, two windows an epoch."""
-    return dataclasses.replace(config, micro_batches_per_step=4, window=20, save_every=2, valid=())
+    return dataclasses.replace(config, micro_batches_per_step=4, batching_window=20, save_every=2, valid=())
 
 
 def test_any_number_of_ranks_and_workers_takes_the_same_steps(shared, tmp_path, on_ranks):
-    train(shared, unwatched)
+    run_training(shared)
     elastic = dataclasses.replace(shared, output=tmp_path / "elastic")
     for ranks, workers, stop in ((1, 0, 3), (2, 2, 5), (4, 0, 7), (1, 4, None)):
         answers = on_ranks(ranks, train_on, dataclasses.replace(elastic, workers=workers), stop)
@@ -82,7 +82,7 @@ def test_any_number_of_ranks_and_workers_takes_the_same_steps(shared, tmp_path, 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_state_may_be_sharded(shared, tmp_path, on_ranks, parallel):
     shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw", ema=0.9), steps=4)
-    train(shared, unwatched)
+    run_training(shared)
     other = dataclasses.replace(shared, output=tmp_path / parallel, parallel=parallel)
     assert on_ranks(2, train_on, other, 3) == [
         (None, f"RuntimeError: {PLUG}"),
@@ -99,7 +99,7 @@ PLUG = "pulled the plug after step 3"
 
 def test_a_rank_without_work_takes_part(shared, tmp_path, on_ranks):
     one = dataclasses.replace(shared, micro_batches_per_step=1, steps=3)
-    train(one, unwatched)
+    run_training(one)
     two = dataclasses.replace(one, output=tmp_path / "two")
     assert on_ranks(2, train_on, two) == [(3, ""), (3, "")]
     assert_same_steps(steps(two), steps(one))
@@ -110,14 +110,14 @@ def test_a_killed_rank_ends_the_others_with_a_message(shared, on_ranks):
     first, second = on_ranks(2, killed_at_three, shared)
     assert second is None
     assert first[1].startswith("CanterError: rank 0 of 2: another rank was lost")
-    assert "goes on from the last checkpoint" in first[1]
+    assert "resumes from the last checkpoint" in first[1]
     assert on_ranks(2, train_on, shared) == [(8, ""), (8, "")]
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_a_rank_out_of_memory_cuts_and_none_hangs(shared, tmp_path, on_ranks, parallel):
-    shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw"), steps=3, window=50)
-    train(shared, unwatched)
+    shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw"), steps=3, batching_window=50)
+    run_training(shared)
     short = dataclasses.replace(shared, output=tmp_path / "short", parallel=parallel)
     assert on_ranks(2, short_of_memory, short, 4_000_000) == [(3, ""), (3, "")]
     cuts = [row for row in rows(short, "metrics.jsonl") if row["kind"] == "event"]
@@ -141,7 +141,7 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("canter.training.distributed.ranks.MEETING", timedelta(seconds=1))
         says = pytest.raises(CanterError, match=rf"rank 1 of 2 did not meet the others at 127.0.0.1:{port}")
-        with says, joined("cpu"):
+        with says, process_group("cpu"):
             pass
 
 
@@ -160,5 +160,5 @@ def test_the_launcher_s_environment(monkeypatch):
     assert _place(slurm) == (2, 3, 1)
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("node7", "20077")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         assert (ranks.rank, ranks.size) == (0, 1)

@@ -13,9 +13,9 @@ from canter.corpus.manifest import Utterance, read_manifest
 from canter.errors import ManifestError
 from canter.training.config import load_config
 from canter.training.feed.corpus import usable_rows, validation_rows
-from canter.training.session import train
+from canter.training.recipe import run_training
 
-from ..conftest import unwatched
+from ..conftest import Messages
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def hub(spoken, tmp_path_factory):
 def test_a_run_reads_parquet_in_place(config, hub, spoken, tmp_path):
     said = []
     # the tokenizer of a run whose data has no row in Kabyle
-    before = train(dataclasses.replace(config, steps=1, valid=()), unwatched).prepared
+    before = run_training(dataclasses.replace(config, steps=1, valid=())).prepared
     config = dataclasses.replace(
         config,
         manifest=(hub,),
@@ -53,15 +53,15 @@ def test_a_run_reads_parquet_in_place(config, hub, spoken, tmp_path):
         output=tmp_path / "other",
         tokenizer=before.run.folder / "tokenizer",
         text_column="said",
-        lang_column="tongue",
+        language_column="tongue",
         audio_column="speech",
         steps=4,
     )
-    finished = train(config, unwatched, said.append)
-    index = finished.prepared.index
+    finished = run_training(config, Messages(said))
+    index = finished.prepared.data.index
     assert finished.progress.step == 4
-    assert len(index) == len(before.index) - 1
-    assert np.isin(index.tokens, before.index.tokens).all()
+    assert len(index) == len(before.data.index) - 1
+    assert np.isin(index.tokens, before.data.index.tokens).all()
     (problem,) = index.problems
     assert (problem.file, problem.line) == (str(hub / "data" / "train-00000-of-00002.parquet"), 4)
     assert "'kab' (Kabyle) is not a language of this model" in problem.reason

@@ -10,11 +10,11 @@ import shutil
 import pytest
 
 from canter.errors import CanterError
-from canter.training.config import load_config
-from canter.training.run.folder import Run
-from canter.training.session import train
+from canter.training.config import load_run_config
+from canter.training.recipe import run_training
+from canter.training.run.folder import RunFolder
 
-from ..conftest import a_config, stopping_after, unwatched
+from ..conftest import Messages, a_config, stopping_after
 from ..run.test_checkpoints import log, losses
 
 HARMS = ("cut", "flipped", "empty", "list", "object", "text", "number", "null", "removed")
@@ -42,9 +42,9 @@ def stopped(spoken, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     config = dataclasses.replace(a_config(spoken, folder), steps=6, save_every=2, valid_every=2, track=())
     straight = dataclasses.replace(config, output=folder / "straight")
-    train(straight, unwatched)
+    run_training(straight)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(config, stopping_after(5))
+        run_training(config, stopping_after(5))
     return config, losses(straight), log(straight, "utterances.jsonl")
 
 
@@ -61,7 +61,7 @@ def resumed(stopped, tmp_path, name, how, seed=0):
     harm(run / name, how, random.Random(f"{name} {how} {seed}"))
     said, told = [], ""
     try:
-        train(dataclasses.replace(config, output=run), unwatched, said.append)
+        run_training(dataclasses.replace(config, output=run), Messages(said))
     except CanterError as error:
         told = str(error)
     if told:
@@ -110,21 +110,9 @@ def test_every_file_of_a_run_may_be_damaged(stopped, tmp_path):
         ("run.json", "flipped", r"run.json is damaged .*; copy .*/step-000004/training/run.json there"),
         ("run.json", "removed", r"run.json is missing; copy .*/step-000004/training/run.json there"),
         ("run.json", "list", r"run.json is damaged \(not a JSON object\); copy"),
-        (
-            "budget.json",
-            "flipped",
-            r"budget.json is changed since the run began.*--allow-changes takes it as it is",
-        ),
-        (
-            "tokenizer/characters.json",
-            "flipped",
-            r"characters.json is changed .*: copy .*/step-000004/characters",
-        ),
-        (
-            "lengths.arrow",
-            "flipped",
-            r"lengths.arrow (is damaged|is not a length index|is an index of|has a damaged)",
-        ),
+        ("budget.json", "flipped", r"budget.json is changed since the run began.*--allow-changes uses it as it is"),
+        ("tokenizer/characters.json", "flipped", r"characters.json is changed .*: copy .*/step-000004/characters"),
+        ("lengths.arrow", "flipped", r"lengths.arrow (is damaged|is not a length index|is an index of|has a damaged)"),
         ("checkpoints/best.json", "cut", r"best.json is damaged .*; remove it, and the next validation"),
         ("checkpoints/best.json", "text", r"best.json is damaged"),
     ],
@@ -147,7 +135,7 @@ def test_a_damaged_file_is_named_with_the_way_out(stopped, tmp_path, name, how, 
 )
 def test_a_damaged_checkpoint_is_put_aside(stopped, tmp_path, name, how, why):
     said, _ = resumed(stopped, tmp_path, f"checkpoints/step-000004/training/{name}", how)
-    assert any(why in line and "going on from step-000002" in line for line in said), said
+    assert any(why in line and "resuming from step-000002" in line for line in said), said
     assert "continuing at step 2 of 6" in said
 
 
@@ -156,8 +144,8 @@ def test_the_only_checkpoint_is_never_given_up_silently(stopped, tmp_path):
     shutil.copytree(stopped[0].output, config.output)
     shutil.rmtree(config.output / "checkpoints" / "step-000002")
     harm(config.output / "checkpoints" / "step-000004" / "model.safetensors", "flipped", random.Random(0))
-    with pytest.raises(CanterError, match=r"step-000004 is damaged .*no sound checkpoint before it"):
-        train(config, unwatched)
+    with pytest.raises(CanterError, match=r"step-000004 is damaged .*no intact checkpoint before it"):
+        run_training(config)
     assert len(log(config)) > 3
 
 
@@ -167,14 +155,14 @@ def test_a_damaged_setting_is_never_trained_with(stopped, tmp_path):
     shutil.copytree(stopped[0].output, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 4"))
-    config = dataclasses.replace(load_config(run / "config.yaml", relative=False), output=run)
+    config = dataclasses.replace(load_run_config(run / "config.yaml"), output=run)
     with pytest.raises(CanterError, match=r"another configuration \(seed: 0 -> 4\)"):
-        train(config, unwatched)
+        run_training(config)
 
 
 @pytest.mark.parametrize("line", [b"", b"[]\n", b'{"step": "x"}\n', b'{"kind": \xff\n', b'{"step": 99}\n'])
 def test_a_damaged_line_costs_none_after_it(tmp_path, line):
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path).log
     good = [json.dumps({"kind": "train", "step": step}).encode() + b"\n" for step in range(1, 7)]
     torn = b'{"kind": "train", "st'
     said = []
@@ -186,7 +174,7 @@ def test_a_damaged_line_costs_none_after_it(tmp_path, line):
 
 
 def test_only_what_comes_after_a_step_and_a_torn_line_is_cut(tmp_path):
-    run, said = Run(tmp_path), []
+    run, said = RunFolder(tmp_path).log, []
     good = [json.dumps({"step": step}).encode() + b"\n" for step in (1, 2, 2, 3)]
     run.metrics.write_bytes(b"".join(good) + b'{"step": 2')
     run.forget_after(2, said.append)

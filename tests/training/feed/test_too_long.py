@@ -1,4 +1,4 @@
-"""What a model cannot take is in no batch and named; what turns out so when it is read is skipped."""
+"""Utterances that a model cannot take are in no batch and are listed; those found while reading are skipped."""
 
 import dataclasses
 import json
@@ -13,9 +13,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError
 from canter.text import train_tokenizer
 from canter.training.feed.data import MicroBatches
-from canter.training.session import train
-
-from ..conftest import unwatched
+from canter.training.recipe import run_training
 
 
 def test_audio_and_text_beyond_the_models(tmp_path):
@@ -36,13 +34,13 @@ def test_audio_and_text_beyond_the_models(tmp_path):
 
 
 def test_a_run_leaves_them_out_of_its_plan_and_names_them(config):
-    before = train(dataclasses.replace(config, steps=1, valid=()), unwatched)
-    positions = int(np.median(before.prepared.index.tokens))
+    before = run_training(dataclasses.replace(config, steps=1, valid=()))
+    positions = int(np.median(before.prepared.data.index.tokens))
     shape, folder = dataclasses.replace(config.model, positions=positions), config.output.with_name("other")
     config = dataclasses.replace(config, output=folder)
-    finished = train(dataclasses.replace(config, model=shape, steps=4, valid=()), unwatched)
+    finished = run_training(dataclasses.replace(config, model=shape, steps=4, valid=()))
     assert finished.progress.step == 4
-    index = finished.prepared.index
+    index = finished.prepared.data.index
     left_out = [json.loads(line) for line in (config.output / "left_out.jsonl").read_text().splitlines()]
     assert {row["line"] for row in left_out} == set(np.flatnonzero(index.tokens > positions).tolist())
     assert all("more tokens than the model has positions for: " in row["reason"] for row in left_out)

@@ -16,14 +16,12 @@ import pytest
 
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
-from canter.training.feed import waiting
-from canter.training.feed.data import Address, load_ahead
-from canter.training.feed.waiting import Patience, Puller, StoppedWaitingError, prefetch_within_limit
+from canter.events import Events
+from canter.training.feed import data
+from canter.training.feed.data import Address, Patience, Puller, StoppedWaitingError, load_ahead, prefetch_within_limit
 from canter.training.loop import Trainer
-from canter.training.prepare import prepare
-from canter.training.session import train
+from canter.training.recipe import prepare_training, run_training
 
-from ..conftest import unwatched
 from ..run.test_checkpoints import losses
 
 # Python 3.12 warns of forking where threads are
@@ -32,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 
 @contextmanager
 def leased(path):
-    """Whoever opens the file waits until the block is left: its lease is not given up."""
+    """A process that opens the file waits until the block ends, because its lease is not given up."""
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
         with open(path, "rb+") as file:
@@ -50,12 +48,12 @@ def leased(path):
 def soon(monkeypatch):
     """Everything that takes seconds takes tenths of them."""
     for name, seconds in (("NOTICE_SECONDS", 0.2), ("STOP_SECONDS", 0.2), ("POLL_SECONDS", 0.05)):
-        monkeypatch.setattr(waiting, name, seconds)
+        monkeypatch.setattr(data, name, seconds)
 
 
 @pytest.fixture
 def slow(config, spoken, tmp_path):
-    """A run of six steps, and the file of a row that its fourth step alone needs."""
+    """A run of six steps, and the file of a row that only its fourth step needs."""
     rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(spoken.train_manifest.parent / row["audio_filepath"])
@@ -65,7 +63,7 @@ def slow(config, spoken, tmp_path):
     config = dataclasses.replace(config, micro_batches_per_step=2)
     write_manifest(tmp_path / "train.jsonl", rows)
     straight = dataclasses.replace(config, output=tmp_path / "straight")
-    train(straight, unwatched)
+    run_training(straight)
     used = [json.loads(line) for line in (straight.output / "utterances.jsonl").read_text().splitlines()]
     row = used[3]["rows"][1][0]
     original = rows[row]["audio_filepath"]
@@ -82,33 +80,31 @@ def test_a_file_that_never_answers_ends_the_run_saved_and_named(slow, soon, monk
     config, straight, path, row = slow
     config = dataclasses.replace(config, workers=workers)
     passed = 0.0
-    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
 
-    def say(line):  # the clock jumps once the file is waited for: how fast this machine is does not count
-        nonlocal passed
-        if f"while reading row {row} ({path}); the run ends after 300 s (--data-timeout)" in line:
-            passed = 1000.0
+    class Clock(Events):
+        def message(self, line):  # the clock jumps once the file is waited for: how fast this machine is does not count
+            nonlocal passed
+            if f"while reading row {row} ({path}); the run ends after 300 s (--data-timeout)" in line:
+                passed = 1000.0
 
-    with (
-        leased(path),
-        pytest.raises(CanterError, match=rf"no data for 10.. s, while reading row {row} \({path}\)"),
-    ):
-        train(config, unwatched, say)
+    with leased(path), pytest.raises(CanterError, match=rf"no data for 10.. s, while reading row {row} \({path}\)"):
+        run_training(config, Clock())
     assert [folder.name for folder in (config.output / "checkpoints").glob("step-*")] == ["step-000003"]
-    train(config, unwatched)
+    run_training(config)
     assert losses(config) == losses(straight)
 
 
 def asked_to_stop(rank, config):
-    """The process that waits for its data gets SIGTERM; it alone."""
+    """SIGTERM goes only to the process that waits for its data."""
 
     def say_and_stop(self, line):
         if "waiting for data" in line:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    waiting.NOTICE_SECONDS, waiting.STOP_SECONDS = 1.0, 0.3
-    Trainer._tell = say_and_stop
-    return train(config, unwatched).progress.step
+    data.NOTICE_SECONDS, data.STOP_SECONDS = 1.0, 0.3
+    Trainer._warn = say_and_stop
+    return run_training(config).progress.step
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -120,17 +116,17 @@ def test_a_run_that_waits_for_data_obeys_sigterm(slow, on_ranks, ranks):
     assert on_ranks(ranks, asked_to_stop, config) == [(6, "")] * ranks
 
 
-def test_a_named_pipe_is_no_audio_and_is_skipped(slow):
+def test_a_named_pipe_is_skipped_as_audio(slow):
     config, _, path, row = slow
     path.unlink()
     os.mkfifo(path)
-    train(config, unwatched)
+    run_training(config)
     (skipped,) = [json.loads(line) for line in (config.output / "skipped.jsonl").read_text().splitlines()]
     assert skipped["line"] == row
     assert skipped["reason"] == f"{path} cannot be read: a named pipe, not a regular file; write it to a file first"
 
 
-def test_waiting_is_told_and_ends():
+def test_waiting_is_reported_and_ends():
     hold, said = threading.Event(), []
 
     def values():
@@ -141,9 +137,9 @@ def test_waiting_is_told_and_ends():
     puller = Puller(values(), [], lambda: "row 7 (a.wav)")
     assert puller.next(Patience()) == 1
     with pytest.raises(CanterError, match=r"no data for \d s, while reading row 7"):
-        puller.next(Patience(limit=0.3, say=said.append))
+        puller.next(Patience(limit=0.3, warn=said.append))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waiting, "STOP_SECONDS", 0.0)
+        patch.setattr(data, "STOP_SECONDS", 0.0)
         with pytest.raises(StoppedWaitingError):
             puller.next(Patience(stopping=lambda: True))
     hold.set()
@@ -168,13 +164,7 @@ def test_what_the_iterator_raises_is_raised_where_it_is_waited_for():
 
 @pytest.mark.parametrize(
     ("limit", "workers", "held", "prefetch"),
-    [
-        (resource.RLIM_INFINITY, 64, 8, 8),
-        (1024, 1, 1, 8),
-        (1024, 16, 1, 7),
-        (1024, 64, 8, 1),
-        (256, 8, 2, 2),
-    ],
+    [(resource.RLIM_INFINITY, 64, 8, 8), (1024, 1, 1, 8), (1024, 16, 1, 7), (1024, 64, 8, 1), (256, 8, 2, 2)],
 )
 def test_workers_load_ahead_what_the_open_files_allow(monkeypatch, limit, workers, held, prefetch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
@@ -191,12 +181,12 @@ def test_too_few_open_files_are_refused_before_workers_start(monkeypatch):
 
 
 def test_open_files_that_run_out_are_no_fault_of_a_row(config):
-    prepared = prepare(config)
+    prepared = prepare_training(config)
     address = Address(0, 0, True, np.array([0, 1]), 0)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
     try:
-        loaded = prepared.data[address]
+        loaded = prepared.data.micro_batches[address]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert not loaded.skipped
@@ -204,15 +194,17 @@ def test_open_files_that_run_out_are_no_fault_of_a_row(config):
 
 
 def test_few_open_files_are_enough_for_a_worker(config):
-    """As many as the check asks for."""
-    prepared = prepare(config)
+    """Workers load as far ahead as the check allows."""
+    prepared = prepare_training(config)
     addresses = [Address(step, 0, True, np.array([step]), 0) for step in range(20)]
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 64 + 3 * 8, before[1]))
     said = []
     try:
-        patience = Patience(say=said.append)
-        steps = [one.address.step for one in load_ahead(prepared.data, iter(addresses), 1, patience=patience)]
+        patience = Patience(warn=said.append)
+        steps = [
+            one.address.step for one in load_ahead(prepared.data.micro_batches, iter(addresses), 1, patience=patience)
+        ]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert steps == list(range(20))

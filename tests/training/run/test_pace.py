@@ -3,12 +3,12 @@
 import pytest
 
 from canter.training.config import LossConfig, TrainConfig
-from canter.training.run.pace import Pace
+from canter.training.schedule import Pace
 
 
 def simulated(minutes: float, promised: float, seconds_at) -> tuple[float, int]:
     """Return the seconds that a run takes, and its steps; ``seconds_at(elapsed)`` is the time of a step."""
-    config = TrainConfig(minutes=minutes, loss=LossConfig(ctc_weight=0.3, ctc_alone=0.2))
+    config = TrainConfig(minutes=minutes, loss=LossConfig(ctc_weight=0.3, ctc_warmup=0.2))
     pace, elapsed, step = Pace(config, promised), 0.0, 0
     steps = round(minutes * 60 / promised)
     pace.plan(0, steps)

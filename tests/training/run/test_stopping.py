@@ -1,20 +1,19 @@
-"""Being asked to stop by whoever starts a run, and another process in its folder."""
+"""Requests to stop a run, and another process in its folder."""
 
 import dataclasses
 import json
 import os
 import signal
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from canter.errors import ConfigError
+from canter.training.loop import finish_step_on_signals
+from canter.training.recipe import run_training
 from canter.training.run.folder import claimed
-from canter.training.run.signals import finish_step_on_signals
-from canter.training.session import train
 
-from ..conftest import unwatched
+from ..conftest import Reports
 from .test_checkpoints import losses
 
 # Python 3.12 warns of forking where threads are
@@ -27,7 +26,7 @@ def test_signals_that_come_together_are_one_and_a_later_one_stops_at_once(monkey
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping.is_set()
-        monkeypatch.setattr("canter.training.run.signals.AT_ONCE", -1.0)
+        monkeypatch.setattr("canter.training.loop.SAME_SIGNAL", -1.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -36,28 +35,18 @@ def ended_in_step(rank, config, last):
     """Trains until, with ``last`` steps taken, all processes of the job get SIGTERM twice."""
     os.setsid()
 
-    class Watch:
-        def __init__(self, steps, done):
-            pass
+    def report(taken):
+        if taken.step == last:
+            os.killpg(0, signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def __call__(self, report):
-            if report.step == last:
-                os.killpg(0, signal.SIGTERM)
-                os.killpg(0, signal.SIGTERM)
-
-    return train(config, Watch).progress.step
+    return run_training(config, Reports(report)).progress.step
 
 
 def test_a_job_that_is_ended_saves_the_step_in_hand(config, tmp_path, on_ranks):
     """Also where that step waits for data still to be loaded, and where there are several ranks."""
     config = dataclasses.replace(config, valid=(), track=(), batch_seconds=4.0, micro_batches_per_step=12, steps=6)
-    train(config, unwatched)
+    run_training(config)
     for ranks in (1, 2):
         ended = dataclasses.replace(config, output=tmp_path / f"ended-{ranks}", workers=1)
         assert on_ranks(ranks, ended_in_step, ended, 3) == [(None, "KeyboardInterrupt: ")] * ranks
@@ -71,15 +60,11 @@ def killed_in_step(rank, config, note):
     os.setsid()
     note.write_text(str(os.getpid()))
 
-    @contextmanager
-    def watch(steps, done):
-        def report(taken):
-            if taken.step == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def report(taken):
+        if taken.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        yield report
-
-    train(config, watch)
+    run_training(config, Reports(report))
 
 
 def test_data_workers_end_with_a_run_that_is_killed(config, tmp_path, on_ranks):
@@ -92,7 +77,7 @@ def test_data_workers_end_with_a_run_that_is_killed(config, tmp_path, on_ranks):
 
 
 def gone(group):
-    """Whether no process of the group is left."""
+    """Return whether all processes of the group have ended."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

@@ -9,9 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from canter.errors import ConfigError
-from canter.training.session import train
+from canter.training.recipe import run_training
 
-from ..conftest import stopping_after, unwatched
+from ..conftest import stopping_after
 
 
 class Calls:
@@ -52,15 +52,15 @@ def trackio(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_run_that_goes_on_is_one_run(config, request, name):
+def test_a_resumed_run_is_one_run(config, request, name):
     calls = request.getfixturevalue(name)
     config = dataclasses.replace(config, track=(name,), steps=4, valid_every=2)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        train(config, stopping_after(3))
+        run_training(config, stopping_after(3))
     assert calls.finished == 1
     assert [step for step, _ in calls.logged] == [1, 2, 2, 3]
     calls.logged.clear()
-    train(config, unwatched)
+    run_training(config)
     assert calls.finished == 2
     assert [step for step, _ in calls.logged] == [3, 4, 4]
     _, step, valid = (data for _, data in calls.logged)
@@ -74,15 +74,15 @@ def test_a_run_that_goes_on_is_one_run(config, request, name):
 
 
 def test_tensorboard(config):
-    train(dataclasses.replace(config, steps=2, valid_every=2), unwatched)
+    run_training(dataclasses.replace(config, steps=2, valid_every=2))
     events = EventAccumulator(str(config.output / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert [event.step for event in events.Scalars("valid/wer")] == [2]
 
 
-def test_one_that_is_missing_is_told_before_anything_is_made(config, monkeypatch):
+def test_a_missing_tracker_is_reported_before_any_work(config, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--track wandb needs wandb, which is not installed"):
-        train(dataclasses.replace(config, track=("wandb",)), unwatched)
+        run_training(dataclasses.replace(config, track=("wandb",)))
     assert not (config.output / "config.yaml").exists()

@@ -12,11 +12,10 @@ from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.measure import synthetic_batch
-from canter.training.session import train
+from canter.training.recipe import run_training
 from canter.training.step import gradient
-from canter.training.step.half import HalfWeights, half_weights
+from canter.training.step.gradient import Bf16Weights, bf16_weights
 
-from ..conftest import unwatched
 from .test_recovery import losses, rows
 
 
@@ -39,7 +38,7 @@ def test_gradients_come_close_and_weights_come_back(model):
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
     exact = backward(model, batch)
     gradients = {name: one.grad.clone() for name, one in model.named_parameters()}
-    with HalfWeights(model) as half:
+    with Bf16Weights(model) as half:
         assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
         assert backward(model, batch) == pytest.approx(exact, rel=0.02)
         half.collect()
@@ -53,7 +52,7 @@ def test_gradients_come_close_and_weights_come_back(model):
 def test_micro_batches_are_summed_in_float32(model):
     """A hundred and one gradients of one: in bf16 they would come to 100."""
     weight = model.decoder.head_bias
-    with HalfWeights(model) as half:
+    with Bf16Weights(model) as half:
         for size in [256.0] + 100 * [1.0]:
             weight.grad = torch.full_like(weight, size)
             half.collect()
@@ -63,17 +62,17 @@ def test_micro_batches_are_summed_in_float32(model):
 def test_what_is_frozen_has_no_gradient_and_what_was_collected_is_forgotten(model):
     model.encoder.requires_grad_(False)
     batch = synthetic_batch(model, 2, 20, 8, prompt=2)
-    with HalfWeights(model) as half:
+    with Bf16Weights(model) as half:
         backward(model, batch)
         half.collect()
     assert all(one.grad is None for one in model.encoder.parameters())
     assert all(one.grad is not None for one in model.decoder.parameters())
 
     def broken():
-        with HalfWeights(model) as half:
+        with Bf16Weights(model) as half:
             backward(model, batch)
             half.collect()
-            half.clear()
+            half.sums = {}
             raise RuntimeError("on the way")
 
     with pytest.raises(RuntimeError, match="on the way"):
@@ -81,13 +80,13 @@ def test_what_is_frozen_has_no_gradient_and_what_was_collected_is_forgotten(mode
     assert all(one.grad is None and one.dtype == torch.float32 for one in model.parameters())
 
 
-def test_a_run_learns_as_in_float32_cuts_and_saves_whole_weights(config, tmp_path, monkeypatch):
+def test_a_run_learns_as_in_float32_splits_and_saves_float32_weights(config, tmp_path, monkeypatch):
     rate = OptimizerConfig(schedule="constant", warmup=1)
-    quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_alone=0.0), optimizer=rate)
-    train(quiet, unwatched)
-    monkeypatch.setattr(gradient, "half_weights", lambda model, precision: HalfWeights(model))
+    quiet = dataclasses.replace(config, valid=(), track=(), loss=LossConfig(ctc_warmup=0.0), optimizer=rate)
+    run_training(quiet)
+    monkeypatch.setattr(gradient, "bf16_weights", lambda model, precision: Bf16Weights(model))
     half = dataclasses.replace(quiet, output=tmp_path / "half", precision="bf16")
-    train(half, unwatched)
+    run_training(half)
     assert losses(half) == pytest.approx(losses(quiet), rel=0.05)
     assert rows(half, "event") == []
     saved = load_file(half.output / "checkpoints/step-000008/model.safetensors")
@@ -95,4 +94,4 @@ def test_a_run_learns_as_in_float32_cuts_and_saves_whole_weights(config, tmp_pat
 
 
 def test_on_a_cpu_bf16_is_autocast(model):
-    assert half_weights(model, "bf16") is None
+    assert bf16_weights(model, "bf16") is None

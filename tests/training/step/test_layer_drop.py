@@ -1,4 +1,4 @@
-"""Layers left out at random: a step is the same whoever computes it, BatchNorm's running statistics included."""
+"""Layers left out at random: a step, including BatchNorm's running statistics, is the same on any rank."""
 
 import dataclasses
 
@@ -6,23 +6,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from canter.models.formats.checkpoint import load_model, save_model
+from canter.loading import load_model
+from canter.models.formats.checkpoint import save_model
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig
-from canter.training.session import train
-
-from ..conftest import unwatched
+from canter.training.recipe import run_training
 
 
 def train_on(rank, config):
-    return train(config, unwatched).progress.step
+    return run_training(config).progress.step
 
 
 @pytest.fixture
 def dropping(config, tmp_path):
     """A run of four steps from a model of three layers, each of which is left out half of the time."""
     shape = dataclasses.replace(config.model, encoder_layers=3)
-    train(dataclasses.replace(config, model=shape, steps=1, valid=()), unwatched)
+    run_training(dataclasses.replace(config, model=shape, steps=1, valid=()))
     start = next((config.output / "checkpoints").glob("step-*"))
     model = load_model(start)
     encoder = dataclasses.replace(model.config.encoder, layer_drop=0.5)  # pyright: ignore[reportArgumentType]
@@ -33,8 +32,8 @@ def dropping(config, tmp_path):
         config,
         init=tmp_path / "start",
         model=ModelShape(),
-        vocabulary=TrainConfig.vocabulary,
-        loss=LossConfig(ctc_alone=0.0),
+        vocab_size=TrainConfig.vocab_size,
+        loss=LossConfig(ctc_warmup=0.0),
         micro_batches_per_step=4,
         steps=4,
         valid=(),
@@ -48,7 +47,7 @@ def statistics(config):
 
 def test_two_ranks_take_the_steps_of_one(dropping, tmp_path, on_ranks):
     alone = dataclasses.replace(dropping, output=tmp_path / "alone")
-    train(alone, unwatched)
+    run_training(alone)
     both = dataclasses.replace(dropping, output=tmp_path / "both")
     assert on_ranks(2, train_on, both) == [(4, ""), (4, "")]
     ours, theirs = statistics(both), statistics(alone)

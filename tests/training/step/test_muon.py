@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from canter.training.step.muon import Muon, orthogonalise
+from canter.training.step.optimizers import Muon, orthogonalise
 
 
 def test_singular_values_come_close_to_one():
@@ -37,7 +37,7 @@ def test_wide_matrices_take_the_same_iteration_on_their_gram_matrices():
     assert torch.allclose(orthogonalise(wide), orthogonalise(narrow)[:, :24], atol=1e-4)
 
 
-def test_matrices_take_turns_and_go_on_in_their_last_direction():
+def test_matrices_take_turns_and_keep_their_last_direction():
     torch.manual_seed(0)
     start, gradients = torch.randn(3, 24, 64), torch.randn(5, 3, 24, 64)
 

@@ -12,13 +12,12 @@ from canter.errors import CanterError
 from canter.runtime import retry_once
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.distributed import ranks as ranks_module
-from canter.training.distributed.ranks import joined
+from canter.training.distributed.ranks import process_group
 from canter.training.loop import Trainer
-from canter.training.session import train
+from canter.training.recipe import run_training
 from canter.training.step.gradient import Gradient
 from canter.training.step.optimizers import Optimizers
 
-from ..conftest import unwatched
 from ..distributed.test_ranks import assert_same_steps, rows, steps
 
 # Python 3.12 warns of forking where threads are
@@ -46,7 +45,7 @@ class Failing:
 
 
 class TwoLayers(nn.Module):
-    """Matrices of two shapes for Muon, the rest for AdamW."""
+    """A model with matrices of two shapes for Muon, and other parameters for AdamW."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +69,7 @@ def three_steps(model, attempt):
 
 @pytest.mark.parametrize("name", ["zeros_like", "_foreach_lerp", "stack", "_foreach_norm", "_foreach_mul_", "baddbmm"])
 def test_an_update_that_runs_out_of_memory_anywhere_is_finished_to_the_same_bits(monkeypatch, name):
-    monkeypatch.setattr("canter.runtime.give_back", lambda: None)  # takes longer than all else
+    monkeypatch.setattr("canter.runtime.release_memory", lambda: None)  # takes longer than all else
     model = TwoLayers()
     straight, one = three_steps(copy.deepcopy(model), lambda step: step())
     counting = Failing(getattr(torch, name))
@@ -105,7 +104,7 @@ def sums(rank, short, device_full):
         torch.empty = Failing(torch.empty, 0, 1)  # also once what was cached is given back
     if rank in device_full:
         torch.zeros_like = Failing(torch.zeros_like, 0, 1)
-    with joined("cpu") as ranks:
+    with process_group("cpu") as ranks:
         ranks.sum_gradients(weights)
         again = [None if w.grad is None else w.grad.clone() for w in weights]
     return [None if g is None else g.unique().tolist() for g in again]
@@ -130,10 +129,10 @@ def inject(model, where):
     armed = []
     compute = Gradient._micro_batch
 
-    def micro_batch(self, one, counts, step, alone, cut, unfit):
-        phase = where.get((step, one.address.number)) if cut is None else None
+    def micro_batch(self, one, objective, step, split, unfit):
+        phase = where.get((step, one.address.number)) if split is None else None
         armed[:] = [phase] if phase else []
-        return compute(self, one, counts, step, alone, cut, unfit)
+        return compute(self, one, objective, step, split, unfit)
 
     def forward(*_):
         if armed == ["forward"]:
@@ -177,7 +176,7 @@ def train_injected(rank, config, where, outside=False):
 
     Trainer.__init__, ranks_module.Ranks.sum_gradients, Optimizers._update = begin, summed, updated
     try:
-        return train(config, unwatched).progress.step
+        return run_training(config).progress.step
     finally:
         Trainer.__init__, Gradient._micro_batch, ranks_module.Ranks.sum_gradients = init, compute, reduce
         Optimizers._update, torch.empty = update, empty
@@ -190,7 +189,7 @@ def test_two_ranks_survive_what_one_survives_and_take_the_same_steps(config, tmp
         track=(),
         steps=7,
         micro_batches_per_step=4,
-        loss=LossConfig(ctc_alone=0.0),
+        loss=LossConfig(ctc_warmup=0.0),
         optimizer=OptimizerConfig(schedule="constant", warmup=1),
     )
     where = {(1, 0): "forward", (2, 1): "backward", (3, 2): "forward", (3, 3): "backward"}
@@ -217,7 +216,7 @@ def never_fits(rank, config):
     step = Optimizers.step
     if rank == 1:
         Optimizers.step = lambda self, number: full() if number else step(self, number)
-    return train(config, unwatched).progress.step
+    return run_training(config).progress.step
 
 
 def test_only_memory_that_runs_out_is_tried_again():

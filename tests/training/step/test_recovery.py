@@ -1,4 +1,4 @@
-"""What a run survives: memory that runs out, losses that are no numbers."""
+"""Errors that a run survives: out of memory, and losses that are not finite."""
 
 import dataclasses
 import json
@@ -13,12 +13,11 @@ from canter.errors import CanterError, ManifestError
 from canter.runtime import is_out_of_memory
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.feed.data import Address
-from canter.training.prepare import prepare
-from canter.training.session import train
-from canter.training.step.gradient import Counts, Gradient
+from canter.training.recipe import prepare_training, run_training
+from canter.training.step.gradient import Gradient, TargetCounts
 from canter.training.step.optimizers import Optimizers
 
-from ..conftest import memory_cap, unwatched
+from ..conftest import Messages, memory_cap
 
 
 def rows(config, kind):
@@ -36,25 +35,22 @@ def skipped(config):
 
 @pytest.fixture
 def quiet(config):
-    loss, rate = (
-        LossConfig(ctc_alone=0.0),
-        OptimizerConfig(schedule="constant", warmup=1),
-    )  # whatever the steps are
-    return dataclasses.replace(config, valid=(), window=20, track=(), loss=loss, optimizer=rate)
+    loss, rate = (LossConfig(ctc_warmup=0.0), OptimizerConfig(schedule="constant", warmup=1))  # whatever the steps are
+    return dataclasses.replace(config, valid=(), batching_window=20, track=(), loss=loss, optimizer=rate)
 
 
 def test_what_does_not_fit_is_cut_to_the_same_losses_and_the_budget_learns(quiet, tmp_path):
     """The cap is below what a micro-batch of the budget takes."""
     with memory_cap(1e12) as kept:
-        train(dataclasses.replace(quiet, steps=4), unwatched)
+        run_training(dataclasses.replace(quiet, steps=4))
     cap = kept[1] / 1.25
     capped = dataclasses.replace(quiet, output=tmp_path / "capped", steps=12)
     with memory_cap(cap):
-        finished = train(capped, unwatched)
+        finished = run_training(capped)
     events = rows(capped, "event")
     assert {event["what"] for event in events} == {"out of memory"}
     assert losses(capped)[:2] == pytest.approx(losses(quiet)[:2], rel=1e-4)
-    limit = finished.prepared.plan.budgets[0][1].limit_bytes
+    limit = finished.prepared.schedule.plan.budgets[0][1].limit_bytes
     assert all(0.5 * limit < event["limit"] < limit for event in events)
     filled = [row["batch"] * row["frames_max"] for row in rows(capped, "train")]
     assert max(filled[-4:]) < max(filled)
@@ -64,30 +60,30 @@ def test_what_does_not_fit_is_cut_to_the_same_losses_and_the_budget_learns(quiet
 
 def test_a_run_whose_budget_was_tightened_resumes_to_the_same_steps(quiet, tmp_path):
     with memory_cap(1e12) as kept:
-        train(dataclasses.replace(quiet, steps=4), unwatched)
+        run_training(dataclasses.replace(quiet, steps=4))
     outputs = []
     for name, stops in (("through", (12,)), ("resumed", (5, 8, 12))):
         one = dataclasses.replace(quiet, output=tmp_path / name, save_every=1, allow_changes=True)
         for stop in stops:
             with memory_cap(kept[1] / 1.25):
-                train(dataclasses.replace(one, steps=stop), unwatched)
+                run_training(dataclasses.replace(one, steps=stop))
         outputs.append((one.output / "utterances.jsonl").read_text())
     assert rows(one, "event")
     assert outputs[0] == outputs[1]
 
 
-def test_an_utterance_that_does_not_fit_alone_is_skipped_and_named(quiet):
+def test_an_utterance_that_does_not_fit_by_itself_is_skipped_and_named(quiet):
     with memory_cap(300_000):
-        finished = train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
+        finished = run_training(dataclasses.replace(quiet, steps=2, max_skipped=1.0))
     assert finished.progress.step == 2
-    assert any("do not fit in memory even alone" in row["reason"] for row in skipped(quiet))
+    assert any("do not fit in memory even as a batch of one" in row["reason"] for row in skipped(quiet))
 
 
 def test_the_gradient_is_a_mean_over_what_is_left(quiet):
-    """One utterance of four does not fit even alone: its targets do not count either."""
-    prepared = prepare(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_alone=0.0)))
-    model, true = prepared.model, prepared.model.loss_of
-    lengths = np.asarray(prepared.index.seconds)
+    """One utterance of four does not fit even by itself: its targets do not count either."""
+    prepared = prepare_training(dataclasses.replace(quiet, loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0)))
+    model, true = prepared.subject.model, prepared.subject.model.loss_of
+    lengths = np.asarray(prepared.data.index.seconds)
     four = np.argsort(lengths)[-4:]
 
     def gradient_of(rows, too_large=None):
@@ -97,11 +93,11 @@ def test_the_gradient_is_a_mean_over_what_is_left(quiet):
             return true(encoded, encoded_lengths, batch, **settings)
 
         model.loss_of = loss_of
-        one = prepared.data[Address(0, 0, True, rows, 0)]
-        gradient, counts = Gradient(prepared.config, model, "float32"), Counts.of([one.batch])
-        computed = gradient.compute([one], counts, 0, alone=False)
+        one = prepared.data.micro_batches[Address(0, 0, True, rows, 0)]
+        gradient, counts = Gradient(prepared.config, model, "float32"), TargetCounts.of([one.batch])
+        computed = gradient.compute([one], counts, 0, ctc_only=False)
         assert computed.unfit == ([] if too_large is None else [too_large])
-        gradient.correct(counts, Counts.of([one.batch.without(computed.unfit)]), alone=False)
+        gradient.correct(counts, TargetCounts.of([one.batch.without(computed.unfit)]), ctc_only=False)
         found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         gradient.discard()
         return torch.cat([part.flatten() for part in found])
@@ -110,9 +106,9 @@ def test_the_gradient_is_a_mean_over_what_is_left(quiet):
     assert with_it.norm() == pytest.approx(float(without_it.norm()), rel=0.05)
 
 
-def test_what_does_not_fit_alone_counts_in_no_figure_of_its_step(quiet):
+def test_an_utterance_that_does_not_fit_by_itself_counts_in_no_figure(quiet):
     with memory_cap(300_000):
-        train(dataclasses.replace(quiet, steps=2, skip_limit=1.0), unwatched)
+        run_training(dataclasses.replace(quiet, steps=2, max_skipped=1.0))
     lost = [row["step"] for row in skipped(quiet)]
     planned = [json.loads(line) for line in (quiet.output / "utterances.jsonl").read_text().splitlines()]
     for row, plan in zip(rows(quiet, "train"), planned, strict=True):
@@ -124,10 +120,7 @@ def test_what_does_not_fit_alone_counts_in_no_figure_of_its_step(quiet):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (MemoryError(), True),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-            True,
-        ),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
@@ -144,7 +137,7 @@ def test_memory_that_runs_out_elsewhere_ends_the_run_with_a_message(quiet, monke
 
     monkeypatch.setattr(Optimizers, "step", full)
     with pytest.raises(CanterError, match=r"step 1: memory ran out outside of a micro-batch .*Tried to allocate 2 GiB"):
-        train(quiet, unwatched)
+        run_training(quiet)
 
 
 def spoiled(monkeypatch, steps):
@@ -163,20 +156,20 @@ def spoiled(monkeypatch, steps):
 
 def test_a_step_without_a_finite_loss_or_gradient_changes_nothing(quiet, monkeypatch):
     spoiled(monkeypatch, {2, 3})
-    finished = train(quiet, unwatched)
+    finished = run_training(quiet)
     assert finished.progress.step == 8
     assert [event["step"] for event in rows(quiet, "event")] == [3, 4]
-    assert all(torch.isfinite(tensor).all() for tensor in finished.prepared.model.state_dict().values())
+    assert all(torch.isfinite(tensor).all() for tensor in finished.prepared.subject.model.state_dict().values())
     assert math.isfinite(losses(quiet)[-1])
 
 
 def test_too_many_of_them_in_a_row_end_the_run(quiet, monkeypatch):
     spoiled(monkeypatch, set(range(2, 8)))
-    with pytest.raises(CanterError, match=r"step 5: .* 3 steps up to here .* lower --optimizer.learning-rate"):
-        train(dataclasses.replace(quiet, bad_steps=3), unwatched)
+    with pytest.raises(CanterError, match=r"step 5: .* the last 3 steps .* lower --optimizer.learning-rate"):
+        run_training(dataclasses.replace(quiet, max_bad_steps=3))
 
 
-def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path):
+def test_validation_audio_that_cannot_be_read_is_reported(quiet, spoken, tmp_path):
     rows = [json.loads(line) for line in spoken.test_manifest.read_text().splitlines()]
     for row in rows:
         row["audio_filepath"] = str(spoken.test_manifest.parent / row["audio_filepath"])
@@ -184,10 +177,10 @@ def test_validation_audio_that_cannot_be_read_is_told_of(quiet, spoken, tmp_path
     write_manifest(tmp_path / "valid.jsonl", rows)
     one = dataclasses.replace(quiet, valid=(tmp_path / "valid.jsonl",), valid_utterances=6, steps=1)
     said = []
-    train(one, unwatched, said.append)
+    run_training(one, Messages(said))
     assert any("1 of 6 validation utterances cannot be used: " in line and "gone.wav" in line for line in said)
     write_manifest(tmp_path / "valid.jsonl", [row | {"audio_filepath": "gone.wav"} for row in rows])
     with pytest.raises(ManifestError, match=r"6 of 6 validation utterances cannot be used: .*gone.wav"):
-        train(one, unwatched)
+        run_training(one)
     with pytest.raises(ManifestError, match=r"nowhere.jsonl does not exist"):
-        train(dataclasses.replace(one, valid=(tmp_path / "nowhere.jsonl",), output=tmp_path / "new"), unwatched)
+        run_training(dataclasses.replace(one, valid=(tmp_path / "nowhere.jsonl",), output=tmp_path / "new"))

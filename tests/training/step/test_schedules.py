@@ -16,14 +16,12 @@ from canter.models.norm import MaskedBatchNorm
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import AugmentConfig, OptimizerConfig
-from canter.training.feed.skipped import kind_of
+from canter.training.feed.data import Steps
 from canter.training.feed.speed import AtSpeed, speeds_of
-from canter.training.feed.steps import Steps
-from canter.training.session import train
-from canter.training.step.optimizers import Optimizers, Schedule
-from canter.training.step.weights import Average, compile_layers, freeze, to_training
-
-from ..conftest import unwatched
+from canter.training.recipe import run_training
+from canter.training.run.reports import problem_kind
+from canter.training.step.optimizers import Average, Optimizers, Schedule
+from canter.training.step.weights import compile_layers, freeze, to_training
 
 
 def factors(steps=100, **settings):
@@ -39,7 +37,7 @@ def test_a_cosine_falls_to_its_floor():
 
 
 def test_the_learning_rate_does_not_jump_where_steps_are_estimated_again():
-    """Nor does it where a run goes on, or goes back to a checkpoint before."""
+    """The learning rate does not jump when a run resumes, or returns to an earlier checkpoint."""
     schedule = Schedule(1000)
     optimizers = Optimizers(nn.Linear(4, 4), OptimizerConfig(name="adamw", learning_rate=1.0), 1000, schedule)
     before = [optimizers.factor(step) for step in range(20)]
@@ -84,8 +82,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
 
 def test_frozen_weights_and_statistics_stay(config):
     config = dataclasses.replace(config, steps=3, valid=(), freeze=("encoder.*",), track=("tensorboard",))
-    finished = train(config, unwatched)
-    trained = finished.prepared.model
+    finished = run_training(config)
+    trained = finished.prepared.subject.model
     torch.manual_seed(config.seed)
     fresh = type(trained)(trained.config).state_dict()
     saved = load_file(config.output / "checkpoints" / "step-000003" / "model.safetensors")
@@ -119,9 +117,9 @@ def test_an_average_trails_the_weights_and_takes_their_place_for_a_while():
 
 @pytest.mark.filterwarnings("default")  # torch.compile's own
 def test_compiled_layers_compute_the_same_and_one_utterance_is_not_compiled(config):
-    from canter.training.prepare import prepare
+    from canter.training.recipe import prepare_training
 
-    model = prepare(config).model.eval()
+    model = prepare_training(config).subject.model.eval()
     audio, lengths = torch.randn(2, 8000), torch.tensor([8000, 6000])
     plain = model.encode(*model.features(audio, lengths))[0]
     names = list(model.state_dict())
@@ -165,10 +163,10 @@ def test_a_plan_batches_by_the_lengths_of_its_epoch():
         assert all(np.ceil(seconds[batch] / 0.08).max() * 0.08 * len(batch) <= 60.08 for batch in batches)
 
 
-def test_an_utterance_is_heard_at_the_speed_that_the_plan_knows(config):
+def test_an_utterance_has_the_speed_that_the_plan_knows(config):
     config = dataclasses.replace(config, augment=AugmentConfig(speed=(0.8, 1.25)), steps=4, track=(), valid=())
-    finished = train(config, unwatched)
-    data, index = finished.prepared.data, finished.prepared.index
+    finished = run_training(config)
+    data, index = finished.prepared.data.micro_batches, finished.prepared.data.index
     utterance = index.utterance(3)
     plain, slow = data.example(utterance, 3), data.example(utterance, 3, 0.8)
     assert len(slow.audio) == pytest.approx(len(plain.audio) / 0.8, abs=2)
@@ -187,9 +185,9 @@ def test_a_tracker_that_is_not_installed_is_named(config, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"--track wandb needs wandb, .*: pip install 'canter\[log\]'"):
-        train(dataclasses.replace(config, track=("wandb",)), unwatched)
+        run_training(dataclasses.replace(config, track=("wandb",)))
 
 
 def test_reasons_are_counted_by_kind():
-    one = kind_of("/a/b.wav is empty (0 bytes); copy it again", "/a/b.wav")
-    assert one == kind_of("/c/d.wav is empty (0 bytes); copy it again", "/c/d.wav") == "is empty (N bytes)"
+    one = problem_kind("/a/b.wav is empty (0 bytes); copy it again", "/a/b.wav")
+    assert one == problem_kind("/c/d.wav is empty (0 bytes); copy it again", "/c/d.wav") == "is empty (N bytes)"

@@ -1,2 +1,1 @@
-"""One small module for each format: ``read_NAME(path, ...)`` yields utterances and problems, in the
-file's order."""
+"""Readers: ``read_NAME(path, options)`` yields the number and content of every row, in the file's order."""

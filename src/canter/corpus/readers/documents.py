@@ -1,23 +1,20 @@
-"""One JSON value for a whole manifest: an array of rows or of Lhotse cuts, or SpeechBrain's object of rows by name."""
+"""One JSON value as a manifest: an array of rows or of Lhotse cuts, or SpeechBrain's object of rows by name."""
 
 import json
 import zlib
-from typing import Any
 
-from canter.corpus.columns import ANY, Columns, common_fields, first_of
+from canter.corpus.columns import ReadOptions, common_fields, first_of
 from canter.corpus.manifest import open_manifest, shown, utterance_from_row
 from canter.corpus.readers.lhotse import is_cut, utterance_from_cut
-from canter.corpus.readers.tables import PLACEHOLDERS
+from canter.corpus.readers.tables import unresolved
 from canter.corpus.remote import folder_of
-from canter.corpus.utterance import NumberedFinds
+from canter.corpus.utterance import NumberedRows
 from canter.errors import ManifestError
 
 MOST_BYTES = 256 << 20  # which take about ten times as much memory
 
 
-def read_document(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
+def read_document(path: str, options: ReadOptions) -> NumberedRows:
     """Yield the rows of a JSON array, or of an object of objects; rows count from 1."""
     value = _load(path)
     base = folder_of(path)
@@ -26,28 +23,19 @@ def read_document(
             if not isinstance(row, dict):
                 yield number, f"not a JSON object: {shown(row)}"
                 continue
-            fields = common_fields(row, columns)
+            fields = common_fields(row, options.columns)
             fields["id"] = fields["id"] or name
-            fields["audio_filepath"] = where = columns.of(row, "audio")
+            fields["audio_filepath"] = where = options.columns.of(row, "audio")
             fields["duration"] = first_of(row, ("duration", "length"))  # seconds in SpeechBrain
-            if isinstance(where, str) and any(one in where for one in PLACEHOLDERS):
-                yield number, f"path with a placeholder: {where!r:.80}; write the folder in its place"
-                continue
-            yield number, utterance_from_row(fields, base, require_text=require_text, measure_durations=True)
+            yield number, unresolved(where) or utterance_from_row(fields, base, options.for_fields)
         return
     for number, row in enumerate(value, 1):
-        if is_cut(row):
-            yield number, utterance_from_cut(row, base, require_text=require_text, columns=columns)
-        else:
-            found = utterance_from_row(
-                row, base, require_text=require_text, measure_durations=measure_durations, columns=columns
-            )
-            yield number, found
+        read = utterance_from_cut if is_cut(row) else utterance_from_row
+        yield number, read(row, base, options)
 
 
 def is_document(path: str) -> bool:
-    """Return whether a file is one JSON value: it begins with an array, or with an object that its first line does not
-    end."""
+    """Return whether a file is one JSON value: an array, or an object that its first line does not end."""
     try:
         with open_manifest(path) as file:
             first = b""
@@ -62,15 +50,14 @@ def is_document(path: str) -> bool:
         return False
     try:
         value = json.loads(first)
-    except (ValueError, RecursionError):  # it goes on in the next line, or is a damaged line of JSONL
+    except (ValueError, RecursionError):  # it continues in the next line, or is a damaged line of JSONL
         return first.startswith(b"[") or (first == b"{" and path.removesuffix(".gz").endswith(".json"))
     if isinstance(value, dict):
         return len(value) > 0 and all(isinstance(one, dict) for one in value.values())
     return any(isinstance(one, dict) for one in value)
 
 
-def _load(path: str) -> Any:
-    """Return the value in a file. Raises ManifestError where it is none, too large, or neither array nor object."""
+def _load(path: str) -> list[object] | dict[str, object]:
     with open_manifest(path) as file:
         try:
             data = file.read(MOST_BYTES + 1)

@@ -3,25 +3,18 @@
 import os
 from pathlib import Path
 
-from canter.corpus.columns import ANY, Columns
+from canter.corpus.columns import ReadOptions
 from canter.corpus.manifest import utterance_from_row
 from canter.corpus.media import media_in
 from canter.corpus.remote import refuse_special
-from canter.corpus.utterance import NumberedFinds, Problem
+from canter.corpus.utterance import NumberedRows, Problem
 from canter.errors import ManifestError
 
 
-def audio_files(folder: str) -> list[str]:
-    """Return all audio and video files below a folder, recognised by their content, in the order of their paths."""
-    return media_in(folder)[0]
-
-
-def read_folder(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
+def read_media_folder(path: str, options: ReadOptions) -> NumberedRows:
     """Yield every audio and video file below ``path``, with its length, and one Problem that counts the other files.
 
-    Without ``require_text`` no ``.txt`` is needed.
+    A ``.txt`` is needed only where the options require a text.
     """
     if not os.path.isdir(path):
         raise ManifestError(f"{path} is not a folder")
@@ -41,15 +34,13 @@ def read_folder(
             continue
         except OSError:
             missing = True
-        if missing and require_text:
+        if missing and options.require_text:
             yield number, Problem(audio, 1, f"text missing: there is no {beside.name} beside it")
             continue
-        row = utterance_from_row(
-            {"audio_filepath": audio, "text": text}, "", require_text=require_text, measure_durations=True
-        )
+        row = utterance_from_row({"audio_filepath": audio, "text": text}, "", options.for_fields)
         if row is not None:
             yield number, Problem(audio, 1, row) if isinstance(row, str) else row
-    left = [one for one in others if one not in texts]
-    if left:
-        files = f"{len(left):,} files, the first" if len(left) > 1 else "1 file,"
-        yield number + 1, Problem(path, 0, f"no audio or video: {files} {os.path.relpath(left[0], path)}")
+    unused = [one for one in others if one not in texts]
+    if unused:
+        files = f"{len(unused):,} files, the first" if len(unused) > 1 else "1 file,"
+        yield number + 1, Problem(path, 0, f"no audio or video: {files} {os.path.relpath(unused[0], path)}")

@@ -1,7 +1,7 @@
-"""Hugging Face data sets as they lie: Arrow files (``Dataset.save_to_disk``) and Parquet (the Hub), by Arrow alone.
+"""Hugging Face data sets, read by Arrow only: Arrow files (``Dataset.save_to_disk``) and Parquet (the Hub).
 
 Audio inside an Arrow file is uncompressed, so an utterance names its byte range, as for a tar; audio inside Parquet is
-named by row group and row. Nothing is copied out. A duration that no column gives is read from the audio's header.
+named by row group and row. Nothing is copied out. A missing duration is read from the audio's header.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from canter.corpus.audio import member_ref
-from canter.corpus.columns import ANY, AUDIO_NAMES, TEXT_NAMES, Columns, common_fields
+from canter.corpus.columns import ANY, AUDIO_NAMES, TEXT_NAMES, Columns, ReadOptions, common_fields, no_column
+from canter.corpus.containers import Place, leaf, member_ref, open_parquet, parquet_ref
 from canter.corpus.manifest import utterance_from_row
-from canter.corpus.parquet import Place, leaf, open_parquet, parquet_ref
 from canter.corpus.remote import folder_of, refuse_special
-from canter.corpus.utterance import NumberedFinds
+from canter.corpus.utterance import Found, NumberedRows, one_line
 from canter.errors import ManifestError
 
 BYTES_NAMES = ("audio", "audio_bytes", "bytes", "wav", "flac", "mp3")
 ROWS_AT_ONCE = 1024  # of the small columns
+References = list[str | bytes | None]  # bytes: text that is not UTF-8
+Reader = pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader
 
 
 def dataset_files(folder: str) -> list[str]:
@@ -44,52 +45,47 @@ def dataset_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def read_huggingface(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
+def read_huggingface(path: str, options: ReadOptions) -> NumberedRows:
     """Yield the rows of one Arrow file of a saved data set, with a column of audio (bytes and/or path) or of paths."""
     path = os.path.abspath(path)
-    reader, whole = open_arrow(path)
-    name = chosen_audio(reader.schema, columns, path)
-    count = getattr(reader, "num_record_batches", None)
-    batches = reader if count is None else (reader.get_batch(number) for number in range(count))
-    rows = _Rows(reader.schema, name, path, columns, require_text)
+    reader, mapped = open_arrow(path)
+    rows = _Rows(reader.schema, path, options)
     number = 0
     try:
-        for batch in batches:
+        for batch in arrow_batches(reader):
             for column in batch.columns:
                 _validate(column)
-            for row in rows.of(batch, _references(batch.column(name), path, whole)):
+            for row in rows.of(batch, _references(batch.column(rows.audio), path, mapped)):
                 number += 1
                 yield number, row
-    except (pa.ArrowException, OSError, ValueError, OverflowError, IndexError) as error:
-        yield number + 1, f"damaged Arrow file: {' '.join(str(error).split())[:200]}"
+    except _DAMAGE as error:
+        yield number + 1, f"damaged Arrow file: {one_line(error)}"
 
 
-def read_parquet(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
+def read_parquet(path: str, options: ReadOptions) -> NumberedRows:
     """Yield the rows of one Parquet file, whose audio (bytes and/or path, or paths) stays where it is."""
     file = open_parquet(path)
-    name = chosen_audio(file.schema_arrow, columns, path)
-    rows = _Rows(file.schema_arrow, name, path, columns, require_text)
+    rows = _Rows(file.schema_arrow, path, options)
     number = 0
     for group in range(file.num_row_groups):
         first = number
         try:
-            for batch, references in _group(file, group, name, path, rows.small):
+            for batch, references in _batches_of_group(file, group, rows.audio, path, rows.small):
                 for row in rows.of(batch, references):
                     number += 1
                     yield number, row
-        except (pa.ArrowException, OSError, ValueError, OverflowError, IndexError) as error:
-            yield number + 1, f"damaged Parquet file: {' '.join(str(error).split())[:200]}"
+        except _DAMAGE as error:
+            yield number + 1, f"damaged Parquet file: {one_line(error)}"
         number = first + file.metadata.row_group(group).num_rows
 
 
-def _group(
+_DAMAGE = (pa.ArrowException, OSError, ValueError, OverflowError, IndexError)  # what Arrow raises for damaged files
+
+
+def _batches_of_group(
     file: pq.ParquetFile, group: int, name: str, path: str, small: list[str]
-) -> Iterator[tuple[pa.RecordBatch, list[str | None]]]:
-    """Yield the small columns of a row group, a thousand rows at a time, and where the audio of each row is."""
+) -> Iterator[tuple[pa.RecordBatch, References]]:
+    """Yield batches of the small columns of a row group, and the reference to the audio of each row."""
     kind = file.schema_arrow.field(name).type
     if not (pa.types.is_struct(kind) or _is_binary(kind)):
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[*small, name]):
@@ -105,7 +101,7 @@ def _group(
         names = _strings(leaf(batch, path_in[0])) if path_in else [None] * batch.num_rows
         there = [inside] * batch.num_rows if isinstance(inside, bool) else inside[start:][: batch.num_rows]
         references = [
-            parquet_ref(path, os.path.basename(one or str(start + row)), Place(bytes_in, group, start + row))
+            parquet_ref(path, os.path.basename(str(one or start + row)), Place(bytes_in, group, start + row))
             if held
             else one
             for row, (one, held) in enumerate(zip(names, there, strict=True))
@@ -115,7 +111,7 @@ def _group(
 
 
 def _is_inside(file: pq.ParquetFile, group: int, column: str) -> bool | list[bool]:
-    """Return for the rows of a group whether they hold the audio's bytes: all, none, or one by one."""
+    """Return whether all rows of a group hold the audio's bytes, or none, or a list of one value a row."""
     details = file.metadata.row_group(group)
     for number in range(details.num_columns):
         one = details.column(number)
@@ -133,16 +129,17 @@ def _is_inside(file: pq.ParquetFile, group: int, column: str) -> bool | list[boo
 
 
 class _Rows:
-    """Turns batches of a table into utterances."""
+    """Converts batches of a table to utterances. Raises ManifestError for a table without the columns."""
 
-    def __init__(self, schema: pa.Schema, audio: str, path: str, columns: Columns, require_text: bool):
-        columns.check(schema.names, path, require_text)
-        self.small = [one.name for one in schema if one.name != audio and _is_small(one.type)]
+    def __init__(self, schema: pa.Schema, path: str, options: ReadOptions):
+        self.audio = chosen_audio(schema, options.columns, path)
+        options.columns.check(schema.names, path, options.require_text)
+        self.small = [one.name for one in schema if one.name != self.audio and _is_small(one.type)]
         self.names = class_names(schema)
-        self.columns, self.require_text, self.folder = columns, require_text, folder_of(path)
+        self.options, self.folder = options, folder_of(path)
 
-    def of(self, batch: pa.RecordBatch, audio: list[str | None]) -> Iterator[Any]:
-        """Yield an utterance, or the reason why there is none, for each row."""
+    def of(self, batch: pa.RecordBatch, audio: References) -> Iterator[Found]:
+        """Yield an utterance, or the reason why the row cannot be used, for each row."""
         values = {name: self._values(batch.column(name), name) for name in self.small}
         for row, where in enumerate(audio):
             fields = {name: column[row] for name, column in values.items()}
@@ -150,11 +147,11 @@ class _Rows:
             if broken is not None:
                 yield f"invalid UTF-8: in column {broken}"
                 continue
-            found = common_fields(fields, self.columns)
+            found = common_fields(fields, self.options.columns)
             found["audio_filepath"] = where
-            yield utterance_from_row(found, self.folder, require_text=self.require_text, measure_durations=True)
+            yield utterance_from_row(found, self.folder, self.options.for_fields)
 
-    def _values(self, column: Any, name: str) -> list[Any]:
+    def _values(self, column: pa.Array, name: str) -> list[Any]:
         if _is_text(column.type):
             return _strings(column)
         values = column.to_pylist()
@@ -182,15 +179,25 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     }
 
 
-def open_arrow(path: str) -> tuple[Any, pa.Buffer]:
-    """Return a reader of an Arrow file, stream or random-access, and the mapped bytes it reads."""
+def arrow_batches(reader: Reader) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of an Arrow file, stream or random-access."""
+    if isinstance(reader, pa.ipc.RecordBatchFileReader):
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))
+    return iter(reader)
+
+
+def open_arrow(path: str) -> tuple[Reader, pa.Buffer]:
+    """Return a reader of an Arrow file, stream or random-access, and the mapped bytes that it reads.
+
+    Raises ManifestError where the file is missing or not Arrow.
+    """
     try:
         refuse_special(path)
-        whole = pa.memory_map(path).read_buffer()
-        source = pa.BufferReader(whole)
-        if whole[:6].to_pybytes() == b"ARROW1":
-            return pa.ipc.open_file(source), whole
-        return pa.ipc.open_stream(source), whole
+        mapped = pa.memory_map(path).read_buffer()
+        source = pa.BufferReader(mapped)
+        if mapped[:6].to_pybytes() == b"ARROW1":
+            return pa.ipc.open_file(source), mapped
+        return pa.ipc.open_stream(source), mapped
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist") from None
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -198,8 +205,11 @@ def open_arrow(path: str) -> tuple[Any, pa.Buffer]:
 
 
 def audio_column(schema: pa.Schema, columns: Columns = ANY) -> str | None:
-    """Return the column with audio: the one chosen, else a struct of bytes and path, bytes, or paths in a column of a
-    customary name."""
+    """Return the column with audio, or None.
+
+    It is the chosen one, else the first with a struct of bytes and path, with bytes, or with paths under a customary
+    name.
+    """
     if columns.audio:
         return columns.audio if columns.audio in schema.names else None
     for field in schema:
@@ -218,7 +228,7 @@ def audio_column(schema: pa.Schema, columns: Columns = ANY) -> str | None:
 
 
 def holds_audio(schema: pa.Schema, columns: Columns = ANY) -> bool:
-    """Return whether a table is one of utterances; else its lengths can be planned with."""
+    """Return whether a table holds utterances, not only lengths to plan with."""
     name = audio_column(schema, columns)
     if name is None:
         return False
@@ -227,13 +237,11 @@ def holds_audio(schema: pa.Schema, columns: Columns = ANY) -> bool:
 
 
 def chosen_audio(schema: pa.Schema, columns: Columns, path: str) -> str:
-    """Return the column with audio. Raises ManifestError, with the columns that there are, for a table without one."""
+    """Return the column with audio. Raises ManifestError, with the table's columns, where there is none."""
     columns.check(schema.names, path)
     name = audio_column(schema, columns)
     if name is None:
-        raise ManifestError(
-            f"{path} has no column of audio; name it (--audio-column); it has {', '.join(schema.names)}"
-        )
+        raise no_column(path, "audio", schema.names)
     kind = schema.field(name).type
     if not (_is_text(kind) or _is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
         raise ManifestError(
@@ -257,15 +265,15 @@ def _is_small(kind: pa.DataType) -> bool:
     return _is_text(kind) or pa.types.is_primitive(kind)
 
 
-def _validate(column: Any) -> None:
-    """Raise ArrowInvalid where a column's buffers are too short; texts may hold what is no UTF-8."""
+def _validate(column: pa.Array) -> None:
+    """Raise ArrowInvalid where a column's buffers are too short; invalid UTF-8 in texts is accepted."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.view(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
     column.validate(full=True)
 
 
-def _strings(column: Any) -> list[Any]:
-    """Return the texts of a column; what is not UTF-8 stays bytes."""
+def _strings(column: pa.Array) -> References:
+    """Return the texts of a column; text that is not UTF-8 stays bytes."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
@@ -282,8 +290,8 @@ def _decoded(value: bytes) -> str | bytes:
         return value
 
 
-def _references(column: Any, path: str, whole: pa.Buffer) -> list[str | None]:
-    """Return where the audio of each row of an Arrow file is: its byte range, or its path."""
+def _references(column: pa.Array, path: str, mapped: pa.Buffer) -> References:
+    """Return the reference to the audio of each row of an Arrow file: its byte range, or its path."""
     if _is_text(column.type):
         return _strings(column)
     struct = pa.types.is_struct(column.type)
@@ -294,9 +302,9 @@ def _references(column: Any, path: str, whole: pa.Buffer) -> list[str | None]:
     wide = pa.types.is_large_binary(blobs.type)
     ends = np.frombuffer(offsets, np.int64 if wide else np.int32)[blobs.offset :][: len(blobs) + 1]
     inside = blobs.is_valid().to_numpy(zero_copy_only=False)
-    base = data.address - whole.address if data is not None else 0
+    base = data.address - mapped.address if data is not None else 0
     return [
-        member_ref(path, os.path.basename(name or str(at)), base + int(ends[at]), int(ends[at + 1] - ends[at]))
+        member_ref(path, os.path.basename(str(name or at)), base + int(ends[at]), int(ends[at + 1] - ends[at]))
         if inside[at]
         else name
         for at, name in enumerate(names)

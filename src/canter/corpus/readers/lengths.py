@@ -1,19 +1,18 @@
-"""Tables of lengths alone, Parquet or Arrow: enough to plan with, where the audio is elsewhere."""
+"""Tables of lengths without audio, Parquet or Arrow, which can be planned with but not trained on."""
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
+from canter.corpus.containers import open_parquet
 from canter.corpus.manifest import LONGEST_SECONDS
-from canter.corpus.parquet import open_parquet
 from canter.corpus.readers.huggingface import open_arrow
 from canter.corpus.remote import absolute, suffix_of
-from canter.corpus.utterance import Problem
+from canter.corpus.utterance import Problem, one_line
 from canter.errors import ManifestError
 
 
 def table_schema(path: str) -> pa.Schema:
-    """The columns of a Parquet or Arrow file. Raises `ManifestError` where it is neither."""
+    """Return the columns of a Parquet or Arrow file. Raises ManifestError where it is neither."""
     return open_parquet(path).schema_arrow if suffix_of(path) == ".parquet" else open_arrow(path)[0].schema
 
 
@@ -25,10 +24,9 @@ def is_lengths(schema: pa.Schema) -> bool:
 def read_lengths(
     path: str, *, prompt_tokens: int = 0, most_tokens: int = 65535
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Problem]]:
-    """``(seconds (n,) float64, tokens (n,) int64, row numbers (n,) from 0, problems)`` of a table.
+    """Return ``(seconds (n,) float64, tokens (n,) int64, row numbers (n,) from 0, problems)`` of a table.
 
-    Tokens are the column ``num_tokens`` as it stands, or else ``tokens`` (of the text) +
-    ``prompt_tokens`` + 1 for the end token.
+    Tokens are the column ``num_tokens``, or ``tokens`` (of the text) + ``prompt_tokens`` + 1 for the end token.
     """
     schema = table_schema(path)
     tokens_name = next((name for name in ("num_tokens", "tokens") if name in schema.names), None)
@@ -48,7 +46,7 @@ def read_lengths(
         for name in ("duration", tokens_name):
             table[name].validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ManifestError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from None
+        raise ManifestError(f"{path} is damaged ({one_line(error)})") from None
     seconds = table["duration"].cast(pa.float64()).to_numpy()
     nulls = table[tokens_name].is_null().to_numpy()
     tokens = table[tokens_name].fill_null(0).cast(pa.int64()).to_numpy()

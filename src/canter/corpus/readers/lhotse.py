@@ -1,65 +1,50 @@
 """Lhotse cuts, as JSONL (gzip or not) and as Shar folders, read without Lhotse.
 
-Format: Lhotse 1.x ``CutSet.to_jsonl`` and ``CutSet.to_shar``. Only cuts of one recording are utterances:
-mixed and padded cuts, and recordings with transforms still to be applied, exist on paper alone until they
-are saved as audio.
+Format: Lhotse 1.x ``CutSet.to_jsonl`` and ``CutSet.to_shar``. Only a cut of one recording is an utterance: mixed and
+padded cuts, and recordings with transforms, have no audio of their own until they are saved.
 """
 
 import os
 import re
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
-from canter.corpus.audio import member_ref
-from canter.corpus.columns import ANY, Columns
-from canter.corpus.manifest import (
-    LONGEST_SECONDS,
-    parse_line,
-    read_json_lines,
-    shown,
-    utterance_from_row,
-)
-from canter.corpus.remote import folder_of
-from canter.corpus.tar import Member, walk_tar
-from canter.corpus.utterance import OPTIONAL_TEXT, Found, NumberedFinds, Problem, Utterance
+from canter.corpus.columns import Columns, ReadOptions
+from canter.corpus.containers import Member, member_ref, walk_tar
+from canter.corpus.manifest import LONGEST_SECONDS, parse_line, read_json_lines, shown, utterance_from_row
+from canter.corpus.remote import folder_of, from_working_folder
+from canter.corpus.utterance import OPTIONAL_TEXT, Found, NumberedRows, Problem
 
-TOLERANCE = 0.1  # seconds that a supervision may reach out of its cut
+TOLERANCE = 0.1  # seconds by which a supervision may reach out of its cut
+JsonObject = dict[str, object]
 
 
-def read_lhotse(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
-    """Yield the cuts of a manifest. A relative audio path is relative to the working folder if there is such a file,
-    else to the manifest's folder."""
+def read_lhotse(path: str, options: ReadOptions) -> NumberedRows:
+    """Yield the cuts of a manifest.
+
+    A relative audio path is relative to the working folder if there is such a file, else to the manifest's folder.
+    """
     base = folder_of(path)
-    return read_json_lines(
-        path,
-        lambda line: utterance_from_cut(parse_line(line), base, require_text=require_text, columns=columns),
-    )
+    return read_json_lines(path, lambda line: utterance_from_cut(parse_line(line), base, options))
 
 
-def utterance_from_cut(
-    cut: Any, base: str, *, require_text: bool = True, columns: Columns = ANY
-) -> Utterance | str | None:
-    """Return the utterance in a cut, or the reason why it cannot be used; ``cut`` may be such a reason already."""
-    row = _row_from_cut(cut, columns)
+def utterance_from_cut(cut: object, base: str, options: ReadOptions) -> Found:
+    """Return the utterance in a cut, or the reason why it cannot be used; ``cut`` may already be such a reason."""
+    row = _row_from_cut(cut, options.columns)
     if isinstance(row, str):
         return row
-    source = row["audio_filepath"]
-    if isinstance(source, str) and "://" not in source and "\0" not in source and os.path.exists(source):
-        row["audio_filepath"] = os.path.abspath(source)
-    return utterance_from_row(row, base, require_text=require_text)
+    if isinstance(row["audio_filepath"], str):
+        row["audio_filepath"] = from_working_folder(row["audio_filepath"])
+    return utterance_from_row(row, base, ReadOptions(options.require_text))
 
 
-def is_cut(row: Any) -> bool:
-    """Return whether a JSON object looks like a Lhotse cut."""
+def is_cut(row: object) -> bool:
+    """Return whether a JSON value looks like a Lhotse cut."""
     return isinstance(row, dict) and "audio_filepath" not in row and bool({"recording", "tracks"} & set(row))
 
 
-def read_shar(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
-    """One shard of a Shar folder: ``cuts.NNNNNN.jsonl.gz`` and the ``recording.NNNNNN.tar`` beside it."""
+def read_shar(path: str, options: ReadOptions) -> NumberedRows:
+    """Yield the cuts of one shard: ``cuts.NNNNNN.jsonl.gz``, with ``recording.NNNNNN.tar`` beside it."""
     tar = shar_tar(path)
     members: dict[str, Member] = {}
     for member in walk_tar(tar):
@@ -69,7 +54,7 @@ def read_shar(
             members[os.path.splitext(member.name)[0]] = member
 
     def parse(line: bytes) -> Found:
-        row = _row_from_cut(parse_line(line), columns)
+        row = _row_from_cut(parse_line(line), options.columns)
         if isinstance(row, str):
             return row
         name = row["id"]
@@ -79,18 +64,18 @@ def read_shar(
         if member is None or not member.size or member.name.endswith(".nodata"):
             return f"no recording in the shard: {shown(row['id'])} is not in {tar}"
         row["audio_filepath"] = member_ref(tar, member.name, member.start, member.size)
-        return utterance_from_row(row, "", require_text=require_text)
+        return utterance_from_row(row, "", ReadOptions(options.require_text))
 
     yield from read_json_lines(path, parse)
 
 
 def shar_tar(cuts: str) -> str:
-    """``x/cuts.000001.jsonl.gz`` -> ``/…/x/recording.000001.tar``."""
+    """Return ``/.../x/recording.000001.tar`` for ``x/cuts.000001.jsonl.gz``."""
     name = re.sub(r"^cuts(.*?)\.jsonl(\.gz)?$", r"recording\1.tar", os.path.basename(cuts))
     return str(Path(cuts).absolute().with_name(name))
 
 
-def _row_from_cut(cut: Any, columns: Columns = ANY) -> dict[str, Any] | str:
+def _row_from_cut(cut: object, columns: Columns) -> JsonObject | str:
     if isinstance(cut, str):
         return cut
     if not isinstance(cut, dict):
@@ -101,9 +86,9 @@ def _row_from_cut(cut: Any, columns: Columns = ANY) -> dict[str, Any] | str:
         return f"a {kind} has no single audio file: save it first (CutSet.save_audios or to_shar)"
     recording, supervisions = cut.get("recording"), cut.get("supervisions") or []
     if not isinstance(recording, dict) or not isinstance(supervisions, list):
-        return "cut without a recording: features alone cannot be read"
+        return "cut without a recording: features without audio cannot be read"
     if recording.get("transforms"):
-        return "recording with transforms: they exist on paper alone; save the audio first (CutSet.save_audios)"
+        return "recording with transforms: they are not applied; save the audio first (CutSet.save_audios)"
     sources = recording.get("sources")
     if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
         return "recording of several files: save it as one first (CutSet.save_audios)"
@@ -119,20 +104,20 @@ def _row_from_cut(cut: Any, columns: Columns = ANY) -> dict[str, Any] | str:
     if not all(isinstance(one, dict) for one in supervisions):
         return "supervision that is not a JSON object"
     for one in sorted(supervisions, key=_start):
-        told: dict[str, Any] = one["custom"] if isinstance(one.get("custom"), dict) else {}
-        text = one.get(columns.text, told.get(columns.text)) if columns.text else one.get("text")
+        inner: JsonObject = one["custom"] if isinstance(one.get("custom"), dict) else {}
+        text = one.get(columns.text, inner.get(columns.text)) if columns.text else one.get("text")
         if not isinstance(text or "", str):
             return "supervision without a text that is a string"
         start, end = one.get("start"), cut.get("duration")
-        if _is_number(start) and _is_number(end):
+        if _is_seconds(start) and _is_seconds(end):
             length = one.get("duration")
-            stop = start + (length if _is_number(length) else 0.0)
+            stop = start + (length if _is_seconds(length) else 0.0)
             if start < -TOLERANCE or stop > end + TOLERANCE:
                 return f"text goes beyond the cut: spoken from {start:g} to {stop:g} s of a cut of {end:g} s"
         if text:
             texts.append(text)
-        lang = lang or (one.get(columns.lang, told.get(columns.lang)) if columns.lang else one.get("language"))
-        custom = {**told, **custom}
+        lang = lang or (one.get(columns.lang, inner.get(columns.lang)) if columns.lang else one.get("language"))
+        custom = {**inner, **custom}
     row = {field: custom.get(field) for field in (*OPTIONAL_TEXT, "num_tokens", "answer", "_skipme")}
     row["lang"] = lang if columns.lang else row["lang"] or lang
     return row | {
@@ -145,25 +130,25 @@ def _row_from_cut(cut: Any, columns: Columns = ANY) -> dict[str, Any] | str:
     }
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    """Return whether it is a number that can be one of seconds; integers of JSON have no limit."""
-    return type(value) in (int, float) and abs(value) <= LONGEST_SECONDS
+def _is_seconds(value: object) -> TypeGuard[float]:
+    """Return whether a value can be a number of seconds; integers of JSON have no limit."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= LONGEST_SECONDS
 
 
-def _start(supervision: dict[str, Any]) -> float:
+def _start(supervision: JsonObject) -> float:
     start = supervision.get("start")
-    return float(start) if _is_number(start) else 0.0
+    return float(start) if _is_seconds(start) else 0.0
 
 
-def _channel(wanted: Any, there: Any) -> int | str | None:
-    """Where in the file the cut's channel is; None where the cut is of all that the file has."""
-    if not isinstance(there, list):
+def _channel(wanted: object, present: object) -> int | str | None:
+    """Return the position of the cut's channel in the file, None for all channels, or why it cannot be read."""
+    if not isinstance(present, list):
         return None
-    wanted = wanted if isinstance(wanted, list) else [wanted]
-    if not all(type(one) is int for one in there) or not all(type(one) is int or one is None for one in wanted):
-        return f"channels that are not numbers: {shown(wanted)} of {shown(there)}"
-    if wanted == [None] or len(there) < 2 or set(wanted) == set(there):
+    chosen = wanted if isinstance(wanted, list) else [wanted]
+    if not all(type(one) is int for one in present) or not all(type(one) is int or one is None for one in chosen):
+        return f"channels that are not numbers: {shown(chosen)} of {shown(present)}"
+    if chosen == [None] or len(present) < 2 or set(chosen) == set(present):
         return None
-    if len(wanted) != 1 or wanted[0] not in there:
-        return f"channels {wanted} of a file with {there}: one or all can be read; save the audio first"
-    return there.index(wanted[0])
+    if len(chosen) != 1 or chosen[0] not in present:
+        return f"channels {chosen} of a file with {present}: one or all can be read; save the audio first"
+    return present.index(chosen[0])

@@ -2,10 +2,10 @@
 
 import posixpath
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from canter.corpus.audio import member_ref
-from canter.corpus.columns import ANY, Columns, common_fields
+from canter.corpus.columns import Columns, ReadOptions, common_fields
+from canter.corpus.containers import Member, member_ref, walk_tar
 from canter.corpus.manifest import (
     expand_shards,
     open_manifest,
@@ -14,34 +14,25 @@ from canter.corpus.manifest import (
     utterance_from_row,
     without_sub,
 )
-from canter.corpus.readers.common import AUDIO_SUFFIXES
+from canter.corpus.media import AUDIO_SUFFIXES
 from canter.corpus.remote import absolute
-from canter.corpus.tar import Member, walk_tar
-from canter.corpus.utterance import Found, NumberedFinds, Problem
+from canter.corpus.utterance import Found, NumberedRows, Problem
 
 
-def read_nemo_tarred(
-    path: str,
-    audio: str,
-    *,
-    require_text: bool = True,
-    measure_durations: bool = False,
-    columns: Columns = ANY,
-) -> NumberedFinds:
-    """A NeMo manifest whose ``audio_filepath`` names members of tars: one, or several told apart by
-    ``shard_id``.
+def read_nemo_tarred(path: str, options: ReadOptions, audio: str) -> NumberedRows:
+    """Yield the rows of a NeMo manifest whose audio is in one tar, or in several, numbered by ``shard_id``.
 
-    ``audio`` is a tar or a pattern of tars. Format: NeMo's ``convert_to_tarred_audio_dataset``, whose
-    ``a-sub1.wav`` is the second cut of member ``a.wav``.
+    ``audio`` is a tar or a pattern of tars. Format: NeMo's ``convert_to_tarred_audio_dataset``, whose ``a-sub1.wav`` is
+    the second segment of member ``a.wav``.
     """
-    tars = expand_shards(audio)
+    tars, columns = expand_shards(audio), options.columns
     opened: dict[str, dict[str, Member]] = {}
-    told: list[Problem] = []
+    problems: list[Problem] = []
 
     def members(tar: str) -> dict[str, Member]:
         if tar not in opened:
             found = list(walk_tar(tar))
-            told.extend(one for one in found if isinstance(one, Problem))
+            problems.extend(one for one in found if isinstance(one, Problem))
             opened[tar] = {one.name: one for one in found if isinstance(one, Member)}
         return opened[tar]
 
@@ -59,24 +50,20 @@ def read_nemo_tarred(
             if member is None:
                 return f"no such member in the tar: {name!r} is not in {tar}"
             row[columns.audio or "audio_filepath"] = member_ref(absolute(tar), member.name, member.start, member.size)
-        return utterance_from_row(
-            row, "", require_text=require_text, measure_durations=measure_durations, columns=columns
-        )
+        return utterance_from_row(row, "", options)
 
     for row in read_json_lines(path, parse):
-        yield from ((problem.line, problem) for problem in told)
-        told.clear()
+        yield from ((problem.line, problem) for problem in problems)
+        problems.clear()
         yield row
 
 
-def read_webdataset(
-    path: str, *, require_text: bool = True, measure_durations: bool = False, columns: Columns = ANY
-) -> NumberedFinds:
+def read_webdataset(path: str, options: ReadOptions) -> NumberedRows:
     """Yield the samples of a WebDataset tar: members ``KEY.flac`` with ``KEY.txt`` and/or ``KEY.json``.
 
-    The JSON may hold any manifest field; a ``duration`` it does not give is read from the audio's header. Members of a
-    sample need not be neighbours. Format: the WebDataset specification (the key is the path up to the first dot of its
-    last part); where a key has several audio files, as of ``a.1.flac`` and ``a.2.flac``, each is a sample, with the
+    The JSON may hold any manifest field; a missing ``duration`` is read from the audio's header. Members of a sample
+    need not be neighbours. Format: the WebDataset specification (the key is the path up to the first dot of its last
+    part). Where a key has several audio files, such as ``a.1.flac`` and ``a.2.flac``, each is a sample, with the
     members that share its name up to the last dot.
     """
     samples: list[_Sample] = []
@@ -89,23 +76,23 @@ def read_webdataset(
         stem, _, extension = base.partition(".")
         key, extension = posixpath.join(folder, stem), extension.lower()
         sample = open_keys.get(key)
-        if sample is None or extension in sample.members:  # a key again is a sample of its own
+        if sample is None or extension in sample.members:  # a repeated key begins another sample
             sample = open_keys[key] = _Sample(key, {})
             samples.append(sample)
         sample.members[extension] = member
     with open_manifest(path) as file:
         for sample in samples:
             for one in sample.split():
-                number, row = _webdataset_row(one, path, file, columns)
+                number, row = _webdataset_row(one, path, file, options.columns)
                 if isinstance(row, dict):
-                    row = utterance_from_row(row, "", require_text=require_text, measure_durations=True)
+                    row = utterance_from_row(row, "", options.for_fields)
                     row = f"{row} ({one.key})" if isinstance(row, str) else row
                 yield number, row
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Members of a tar that belong together, by their extensions: what follows the key and a dot, in lower case."""
+    """Members of a tar that share a key, by extension: everything after the key and a dot, in lower case."""
 
     key: str
     members: dict[str, Member]
@@ -115,9 +102,9 @@ class _Sample:
         return [one for one in self.members if "." + one.rsplit(".", 1)[-1] in AUDIO_SUFFIXES]
 
     def split(self) -> "list[_Sample]":
-        """Return a sample for each name up to the last dot, where not all audio is named after the key itself.
+        """Return a sample for each name up to the last dot, where some audio has a longer name than the key.
 
-        Members named after the key are then every sample's, unless there is audio among them.
+        Members named after the key then belong to every sample, unless there is audio among them.
         """
         groups: dict[str, dict[str, Member]] = {}
         for extension, member in self.members.items():
@@ -133,24 +120,27 @@ class _Sample:
         ]
 
     def get(self, *kinds: str) -> Member | None:
-        """Return the member of the first kind that is there, named after the key or after the audio."""
+        """Return the member of the first kind present, named after the key or after the audio."""
         name = self.audio[0].rpartition(".")[0] if self.audio else ""
         wanted = (one for kind in kinds for one in (f"{name}.{kind}" if name else kind, kind))
         return next((self.members[one] for one in wanted if one in self.members), None)
 
 
-def _webdataset_row(sample: _Sample, path: str, file: BinaryIO, columns: Columns) -> tuple[int, dict[str, Any] | str]:
-    """Return the number of the sample's member that counts, and its row or the reason why there is none."""
+def _webdataset_row(
+    sample: _Sample, path: str, file: BinaryIO, columns: Columns
+) -> tuple[int, dict[str, object] | str]:
+    """Return the number of a member of the sample, and its row or the reason why it cannot be used."""
     number = min(member.number for member in sample.members.values())
     if not sample.audio:
         return number, f"no audio in the sample: {sample.key!r} has {', '.join(sample.members)}"
-    row: Any = {}
+    row: object = {}
     described = sample.get("json")
     if described is not None:
         file.seek(described.start)
         row = parse_line(file.read(described.size))
-        if not isinstance(row, dict):
-            return described.number, row if isinstance(row, str) else f"{described.name} is not an object"
+    if not isinstance(row, dict):
+        assert described is not None
+        return described.number, row if isinstance(row, str) else f"{described.name} is not an object"
     name, start, size, number = sample.members[sample.audio[0]]
     row = common_fields(row, columns)
     row["audio_filepath"] = member_ref(absolute(path), name, start, size)

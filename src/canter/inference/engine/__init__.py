@@ -1,1 +1,1 @@
-"""Decode a batch of requests: caches, search, rules, quantisation."""
+"""The decoding engine: audio in, hypotheses out."""

@@ -1,4 +1,4 @@
-"""The CTC head in decoding: greedy outputs, and scores of prefixes for joint CTC/attention decoding.
+"""Decoding with a CTC head: greedy outputs, and prefix scores for joint CTC/attention decoding.
 
 B: utterances, T: CTC frames, C: CTC outputs, V: vocabulary of the decoder, S: slots, N: beams, M: hypotheses scored.
 """
@@ -16,12 +16,12 @@ from canter.models.cache import swap_out
 from canter.models.model import SpeechModel
 
 IMPOSSIBLE = -1000.0
-"""Least log probability of a token. What CTC rules out stays comparable by its attention score."""
+"""Minimum log probability of a token, so that tokens which CTC excludes stay comparable by their attention scores."""
 DECAY = 60.0
-"""Forward variables that are so much (in nats) below their maximum are left out."""
-LOOK_AHEAD = 16  # frames by which a window grows at first when a symbol is appended
+"""Forward variables this far below their maximum, in nats, are omitted."""
+LOOK_AHEAD = 16  # frames that a window first grows by when a symbol is appended
 PADDING = -1e7  # log probability of every output after an utterance's last frame
-RULED_OUT = PADDING / 2  # no alignment of frames that exist is as unlikely
+RULED_OUT = PADDING / 2  # below the log probability of every alignment of real frames
 
 
 def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -37,28 +37,28 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Spelling:
-    """Map each token of the decoder to the CTC outputs that it stands for.
+    """Map from tokens of the decoder to sequences of CTC outputs.
 
-    A CTC head over the decoder's own tokens spells every token as itself; one over characters spells a piece as its
-    characters. Tokens that CTC never outputs (language, task, timestamps) spell nothing.
+    With a CTC head over the decoder's tokens every token maps to itself, with one over characters to its characters.
+    Tokens that CTC never outputs (language, task, timestamps) map to an empty sequence.
     """
 
     symbols: Sequence[tuple[int, ...]]
-    """The outputs of each of the V tokens."""
+    """CTC outputs of each of the V tokens."""
     blank: int = 0
     separator: int | None = None
-    """An output that no text begins with, such as the space: left out at the start of a hypothesis."""
+    """Output that no text begins with, such as the space; it is dropped at the start of a hypothesis."""
 
     def at_start(self, symbols: tuple[int, ...]) -> tuple[int, ...]:
-        """Return ``symbols`` as a hypothesis begins with them."""
+        """Return ``symbols`` without separators at the start."""
         first = next((n for n, symbol in enumerate(symbols) if symbol != self.separator), len(symbols))
         return symbols[first:]
 
 
 def spelling_of(model: SpeechModel) -> Spelling:
-    """Return how the model's tokens are spelled by its CTC head.
+    """Return the spelling of the model's tokens in outputs of its CTC head.
 
-    Raises ConfigError where the model has no CTC head, or it is not known what the head's outputs mean.
+    Raises ConfigError where the model has no CTC head, or the meaning of the head's outputs is unknown.
     """
     if model.ctc is None:
         raise ConfigError("--ctc-weight: this model has no CTC head; leave the option out")
@@ -69,21 +69,20 @@ def spelling_of(model: SpeechModel) -> Spelling:
             "characters.json and a SentencePiece tokenizer); leave the option out"
         )
     texts = [tokenizer.piece(token).replace("▁", " ") for token in range(model.vocabulary)]
-    spoken = [bool(not text.strip() or tokenizer.decode([token])) for token, text in enumerate(texts)]
-    symbols = [tuple(characters.encode(text)) if says else () for text, says in zip(texts, spoken)]
+    is_text = [bool(not text.strip() or tokenizer.decode([token])) for token, text in enumerate(texts)]
+    symbols = [tuple(characters.encode(text)) if written else () for text, written in zip(texts, is_text)]
     return Spelling(symbols, separator=next(iter(characters.encode(" ")), None))
 
 
 class PrefixScorer:
-    """Score tokens by CTC: log of the probability that the text begins with hypothesis and token, over that of the
-    hypothesis (Watanabe et al., 2017, equation 13); for the end token, that the hypothesis is the whole text.
+    """CTC prefix scores of tokens: log P(text begins with hypothesis and token) - log P(text begins with hypothesis)
+    (Watanabe et al., 2017, equation 13); for the end token, log P(text is the hypothesis) in place of the first term.
 
     The scorer holds rows in slots like the decoder's cache, N hypotheses in each, as forward variables over all
-    alignments (Graves et al., 2006): of those that end in the last symbol, and in the blank. Both follow
+    alignments (Graves et al., 2006), one for those that end in the last symbol and one for the blank. Both follow
     x[t + 1] = p[t] (x[t] + f[t]), which a cumulative sum solves for all t at once. They are kept in a window of W
-    frames, outside of which they are `DECAY` below their maximum: a hypothesis ends somewhere, and its alignments
-    soon meet symbols that it does not have. So a token costs a few operations for each of its symbols, of a width that
-    depends on how sure CTC is, not on the length of the audio. A row's scores do not depend on other rows.
+    frames, outside of which they are `DECAY` below their maximum. So the cost of a token depends on its number of
+    symbols and on the certainty of CTC, not on the length of the audio. A row's scores do not depend on other rows.
     """
 
     def __init__(self, spelling: Spelling, end: int, beams: int, device: torch.device):
@@ -137,7 +136,7 @@ class PrefixScorer:
         symbols = self.symbols[(before.last >= 0).long(), tokens]  # (M, longest)
         ends = tokens == self.end
         lengths = (symbols >= 0).sum(1).masked_fill(ends, 0)
-        order = lengths.argsort(descending=True, stable=True)  # those still to be spelled come first
+        order = lengths.argsort(descending=True, stable=True)  # longest first
         counts = (lengths[:, None] > torch.arange(symbols.shape[1], device=self.device)).sum(0).tolist()
         done: list[_Hypotheses] = []
         now, rows_now, symbols = before.take(order), rows[order], symbols[order]
@@ -151,8 +150,8 @@ class PrefixScorer:
             now = self._append(now, rows_now, symbols[:count, place])
         found = _Hypotheses.cat(done[::-1]).take(order.argsort())
         self.scored.append(found)
-        after = torch.where(ends, before.whole(self.frames[rows]), found.prefix)
-        scores = (after - before.prefix).masked_fill(before.prefix < RULED_OUT, 0.0)  # nothing is possible any more
+        after = torch.where(ends, before.complete(self.frames[rows]), found.prefix)
+        scores = (after - before.prefix).masked_fill(before.prefix < RULED_OUT, 0.0)  # no alignment is left
         return scores.clamp(min=IMPOSSIBLE)
 
     def _append(self, now: "_Hypotheses", rows: Tensor, symbols: Tensor) -> "_Hypotheses":
@@ -167,10 +166,10 @@ class PrefixScorer:
             frames = now.begin[:, None] + torch.arange(begun.shape[1], device=self.device)
             outside = frames >= longest
             frames = frames.clamp(max=max(0, longest - 1))
-            own = self._log_probs(rows, symbols, frames, outside)
-            label = _accumulate(begun, own)
+            emitted = self._log_probs(rows, symbols, frames, outside)
+            label = _accumulate(begun, emitted)
             pause = _accumulate(F.pad(label, (1, -1), value=-math.inf), self._log_probs(rows, None, frames, outside))
-            found = _Hypotheses(torch.stack([label, pause]), (begun + own).logsumexp(-1), symbols, now.begin + 1)
+            found = _Hypotheses(torch.stack([label, pause]), (begun + emitted).logsumexp(-1), symbols, now.begin + 1)
             over = found.begin + label.shape[1] > self.frames[rows]
             if bool((over | found.decayed()).all()):
                 found.trim()
@@ -183,9 +182,9 @@ class PrefixScorer:
         return values.gather(1, frames).double().masked_fill(outside, PADDING)
 
     def choose(self, first: int, picked: Tensor) -> None:
-        """Move hypotheses on to what was scored since the last call: those of the rows from slot ``first`` on.
+        """Extend the hypotheses of the rows from slot ``first`` on by candidates scored since the last call.
 
-        ``picked`` (rows x N,) numbers the candidates in the order they were scored; -1 leaves a hypothesis as it is.
+        ``picked`` (rows x N,): numbers of the candidates in the order of their scoring; -1 keeps a hypothesis as it is.
         """
         before = len(self.live.last)
         everything = _Hypotheses.cat([self.live, *self.scored])
@@ -199,8 +198,8 @@ class PrefixScorer:
 
 @dataclass
 class _Hypotheses:
-    """Forward variables of M hypotheses, each in its own window of W frames; index ``begin`` + w counts the frames that
-    an alignment has passed."""
+    """Forward variables of M hypotheses, each in its own window of W frames; index ``begin`` + w is the number of
+    frames in an alignment."""
 
     forward: Tensor  # (2, M, W): alignments that end in the last symbol, in the blank
     prefix: Tensor  # (M,) log P(text begins so)
@@ -228,16 +227,16 @@ class _Hypotheses:
         return _Hypotheses(self.forward[:, part], self.prefix[part], self.last[part], self.begin[part])
 
     def _near(self) -> Tensor:
-        """(M, W) where the forward variables are near their maximum."""
+        """Return a mask (M, W) of the forward variables near their maximum."""
         highest = self.forward.amax(0)
         return highest > highest.amax(1, keepdim=True) - DECAY
 
     def decayed(self) -> Tensor:
-        """(M,) whether the window's last frame is far below the maximum."""
+        """Return a mask (M,) of windows whose last frame is far below the maximum."""
         return ~self._near()[:, -1]
 
     def trim(self) -> None:
-        """Begin each window at its first frame that counts, and end all after the last that does."""
+        """Trim all windows to the frames near their maxima."""
         near, width = self._near(), self.forward.shape[2]
         places = torch.arange(width, device=near.device)
         first = torch.where(near, places, width).amin(1)
@@ -251,23 +250,22 @@ class _Hypotheses:
         self.begin = self.begin + first
 
     def narrow(self) -> None:
-        """Cut off what is beyond every window."""
+        """Drop frames that are in no window."""
         used = self._near().any(0).nonzero()
         self.forward = self.forward[:, :, : int(used.max()) + 1 if len(used) else 1]
 
-    def whole(self, frames: Tensor) -> Tensor:
-        """(M,) log P(text is this), of audio of ``frames`` (M,)."""
+    def complete(self, frames: Tensor) -> Tensor:
+        """Return log P(text is the hypothesis) (M,) of audio of ``frames`` (M,)."""
         place, width = frames - self.begin, self.forward.shape[2]
         total = self.forward.gather(2, place.clamp(0, width - 1).expand(2, -1)[:, :, None])[:, :, 0]
         return torch.logaddexp(*total).masked_fill((place < 0) | (place >= width), -math.inf)
 
 
 class Joint:
-    """Joint CTC/attention scores (Hori et al., 2017): (1 - w) log p_attention + w log p_CTC, of the candidates that may
-    be among the best. Tokens that spell nothing count by attention only, else they would be free.
+    """Joint CTC/attention scores (Hori et al., 2017): (1 - w) log p_attention + w log p_CTC.
 
-    As log p_CTC is never positive, (1 - w) log p_attention bounds a candidate's score: once the best are known, those
-    whose bound is lower need no CTC score.
+    Tokens that spell nothing are scored by attention only. As log p_CTC is never positive, (1 - w) log p_attention is
+    an upper bound of a candidate's score: once the best are known, candidates with a lower bound need no CTC score.
     """
 
     def __init__(self, scorer: PrefixScorer, weight: float):
@@ -278,14 +276,15 @@ class Joint:
     ) -> tuple[Tensor, Tensor]:
         """Score candidates after hypotheses of the rows from slot ``first`` on.
 
-        attention (B, N, K) log probabilities of ``tokens`` (B, N, K), ``before`` (B, N) joint scores of the hypotheses
-        -> joint scores (B, N, K), float64, exact for the ``wanted`` best of each row, and -inf or exact for the others;
-        and the candidates' numbers for `PrefixScorer.choose`, -1 where CTC was not asked.
+        attention: log probabilities of ``tokens``, both (B, N, K); before: joint scores (B, N) of the hypotheses.
+
+        Return joint scores (B, N, K), float64, exact for the ``wanted`` best of each row, and -inf or exact for the
+        others; and the candidates' numbers for `PrefixScorer.choose`, -1 where CTC did not score them.
         """
         rows, beams, _ = tokens.shape
-        own = attention.double() * (1 - self.weight)
-        own = own.masked_fill(attention == -math.inf, -math.inf)
-        bounds = (before[:, :, None] + own).flatten(1)  # (B, N x K)
+        bound = attention.double() * (1 - self.weight)
+        bound = bound.masked_fill(attention == -math.inf, -math.inf)
+        bounds = (before[:, :, None] + bound).flatten(1)  # (B, N x K)
         slots = torch.arange(first, first + rows, device=tokens.device)[:, None, None]
         numbered = slots * self.scorer.beams + torch.arange(beams, device=tokens.device)[:, None]
         hypotheses = numbered.expand_as(tokens).flatten()
@@ -302,16 +301,15 @@ class Joint:
                 break
             asked_tokens = tokens.flatten()[places]
             found = self.scorer.score(hypotheses[places], asked_tokens)
-            # what CTC has no say in counts by attention only
             found = torch.where(self.scorer.silent[asked_tokens], attention.flatten()[places].double(), found)
             joint.view(-1)[places] = bounds.flatten()[places] + self.weight * found
             numbers.view(-1)[places] = asked + torch.arange(len(places), device=tokens.device)
             asked += len(places)
             threshold = joint.gather(1, leading).amin(1, keepdim=True)
-        return joint.view_as(own), numbers.view_as(tokens)
+        return joint.view_as(bound), numbers.view_as(tokens)
 
 
-def _accumulate(begun: Tensor, own: Tensor) -> Tensor:
-    """Solve x[t + 1] = own[t] + logaddexp(x[t], begun[t]), x[0] = -inf, for (M, W) -> x[1:] (M, W)."""
-    total = own.cumsum(-1)
-    return (begun - (total - own)).logcumsumexp(-1) + total
+def _accumulate(begun: Tensor, emitted: Tensor) -> Tensor:
+    """Solve x[t + 1] = emitted[t] + logaddexp(x[t], begun[t]), x[0] = -inf, for (M, W) -> x[1:] (M, W)."""
+    total = emitted.cumsum(-1)
+    return (begun - (total - emitted)).logcumsumexp(-1) + total

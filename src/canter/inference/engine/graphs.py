@@ -1,11 +1,11 @@
 """Decoder steps in a few fixed shapes, captured as CUDA graphs.
 
-A step of a small decoder is hundreds of short kernels: launched one by one they take longer than they run.
-A graph launches them at once, but only in the shapes and at the addresses that it was captured with, so
-live rows are rounded up to one of ``shapes``, columns and encoder frames to powers of two.
+A step of a small decoder consists of hundreds of short kernels, and launching them takes longer than running them. A
+graph launches all at once, but only in the shapes and at the addresses of its capture. So live rows are rounded up to
+one of ``shapes``, columns and encoder frames to powers of two.
 
-A capture takes as long as many steps. Until a shape has been asked for PATIENCE times a larger one that is captured
-already serves, so that shapes met in passing, such as those of a queue's last rows, are not captured at all.
+A capture takes as long as many steps. Until a shape has been used PATIENCE times, a larger captured shape computes it,
+so that rare shapes, such as those of a queue's last rows, are never captured.
 """
 
 from collections import Counter
@@ -19,19 +19,19 @@ from canter.models.cache import DecoderCache
 from canter.models.decoder import Decoder
 
 SHAPES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Rows of a captured step; between neighbours lies little, so that few rows are computed for nothing."""
-SMALLEST = 64  # columns and frames
-PATIENCE = 16  # steps that a larger shape than need be costs less, together, than a capture
+"""Rows of a captured step; neighbours are close, so that few padding rows are computed."""
+MIN_SIZE = 64  # columns and frames
+PATIENCE = 16  # uses of a shape before its capture; as many steps in a larger shape cost less
 
 
 def next_shape(rows: int, shapes: Sequence[int] = SHAPES) -> int:
-    """The smallest shape that holds ``rows``; beyond the largest, the next multiple of it."""
+    """Return the smallest shape that holds ``rows``; beyond the largest, the next multiple of it."""
     return next((shape for shape in shapes if shape >= rows), -(-rows // shapes[-1]) * shapes[-1])
 
 
 def power_of_two(size: int, most: int) -> int:
-    """The power of two that holds ``size``, from SMALLEST on, but at most ``most``."""
-    return min(most, max(SMALLEST, 1 << (size - 1).bit_length()))
+    """Return the power of two that holds ``size``, between MIN_SIZE and ``most``."""
+    return min(most, max(MIN_SIZE, 1 << (size - 1).bit_length()))
 
 
 @dataclass
@@ -43,27 +43,27 @@ class _Captured:
 
 
 class FixedSteps:
-    """``step(tokens, cache)`` as the decoder's, in fixed shapes; on a CPU without capture, for tests."""
+    """Decoder steps in fixed shapes; ``capture=False`` runs them without CUDA graphs, on a CPU too."""
 
     def __init__(self, decoder: Decoder, shapes: Sequence[int] = SHAPES, capture: bool = True):
         self.decoder, self.shapes, self.capture = decoder, shapes, capture
         self.captured: dict[tuple[int, int, int, int], _Captured] = {}
         self.wanted: Counter[tuple[int, int, int, int]] = Counter()
-        self.version = -1  # of the cache that the graphs know
-        self.pool = None  # of memory, which all graphs share: one runs at a time
-        self.side: torch.cuda.Stream | None = None  # on which they are captured
+        self.version = -1  # of the cache at capture
+        self.pool = None  # of memory, shared by all graphs: one runs at a time
+        self.side: torch.cuda.Stream | None = None  # stream of the captures
         self.rows = 0
-        """Rows that the latest step computed."""
+        """Number of rows in the latest step."""
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """tokens (B, N) of all live rows -> logits (B, N, V), valid until the next step."""
+        """Return logits (B, N, V) of the tokens (B, N) of all live rows; they are valid until the next step."""
         live, n = tokens.shape
         self.rows = rows = next_shape(live, self.shapes)
         cache.reserve(rows - live, 0, before=0, after=n)
         cache.branch()
         if cache.version != self.version:
-            self.captured.clear()  # the buffers that they were captured with are gone
-            self.pool = None  # which went with the last of them
+            self.captured.clear()  # their buffers are gone, and the pool with the last of them
+            self.pool = None
             self.version = cache.version
         columns = power_of_two(cache.column + n, cache.own.shape[4])
         frames = power_of_two(max(cache.frames), cache.cross.shape[4])
@@ -84,7 +84,7 @@ class FixedSteps:
         return logits[:live]
 
     def _graph_for(self, key: tuple[int, int, int, int]) -> _Captured | None:
-        """The graph of this shape, or, while it is not worth a capture, of the smallest that holds it."""
+        """Return the graph of this shape, or of the smallest larger shape until a capture is worth it."""
         self.wanted[key] += 1
         if key in self.captured or self.wanted[key] > PATIENCE:
             return self.captured.get(key)
@@ -99,16 +99,16 @@ class FixedSteps:
         buffer = tokens.new_zeros(rows, n)
         column = torch.full((1,), cache.column, device=tokens.device)
         current = torch.cuda.current_stream(tokens.device)
-        # A graph's kernels go before others, an encoder's beside it, as those of the stream that it was captured on.
+        # The priority of the capturing stream is that of the graph's kernels; they precede those of the encoder.
         self.side = side = self.side or torch.cuda.Stream(tokens.device, priority=-1)
         graph = torch.cuda.CUDAGraph()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            # Kernels are loaded and choose their workspaces when first run, which must not happen inside a capture.
-            # What this run writes stands in columns that the captured step writes anew.
+            # Kernels load and choose their workspaces when first run, which must not happen inside a capture. The
+            # captured step overwrites the columns that this run writes.
             self.decoder.fixed_step(buffer, column, cache, columns, frames)
-            # Not by ``torch.cuda.graph``: it waits for the whole device, the encoder's next batch too, and gives back
-            # all memory that is kept for later, of the device and pinned, which then has to be asked for anew.
+            # ``torch.cuda.graph`` would wait for the device, the encoder's next batch included, and release all cached
+            # memory, pinned memory too, which would have to be allocated again.
             graph.capture_begin(*([self.pool] if self.pool else []), capture_error_mode="thread_local")
             try:
                 logits = self.decoder.fixed_step(buffer, column, cache, columns, frames)

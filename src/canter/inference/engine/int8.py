@@ -1,30 +1,23 @@
-"""The linear layers that see many rows at once in int8, on a CPU: those of the encoder, and those that project its
-output to the decoder's keys and values.
+"""Linear layers in int8 on a CPU: those of the encoder, and the projections to cross-attention's keys and values.
 
-Weights are stored in int8 and activations rounded row by row: there int8 multiplies about twice as fast as float32,
-even with no more than AVX2. A decoder step on a few rows gains nothing without VNNI, so its layers stay as they are.
-Rows are rounded apart and sums are of whole numbers, so a row's result does not depend on the others. N: outputs,
+Weights are stored in int8 and activations are quantised row by row. With many rows, int8 multiplies about twice as fast
+as float32, even with AVX2 only. A decoder step on a few rows gains nothing without VNNI, so its layers stay in float32.
+Each row has its own scale and sums are integers, so a row's result does not depend on the others. N: outputs,
 K: inputs.
 """
-
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from canter.errors import ConfigError
-from canter.models.formats.checkpoint import load_model
 from canter.models.model import SpeechModel
 
-Precision = Literal["float32", "bf16", "int8"]
 # Processors without VNNI add two products in 16 bits: 2 x 255 x 63 fits there, 2 x 255 x 127 does not.
 WEIGHTS, INPUTS, ZERO = 63, 127, 128
 
 
 class Int8Linear(nn.Module):
-    """x (..., K) -> x times the transpose of a weight (N, K), plus bias. The weight's rows are scaled to -63 ... 63,
-    those of x to 1 ... 255 around 128."""
+    """Linear layer with a weight (N, K) whose rows are scaled to -63 ... 63, on x (..., K) scaled to 1 ... 255."""
 
     weight: Tensor
     scale: Tensor
@@ -47,28 +40,18 @@ class Int8Linear(nn.Module):
         largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True)).clamp_(min=1e-12)
         rounded = (rows * (INPUTS / largest)).round_().add_(ZERO).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            1.0,
-            ZERO,
-            self.weight,
-            self.scale,
-            self.zero,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            rounded, 1.0, ZERO, self.weight, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         y = torch.addcmul(self.bias, product, largest, value=1 / INPUTS, out=product)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def quantize(model: SpeechModel) -> SpeechModel:
-    """Replaces, in place, the linear layers of the encoder and the projections to cross-attention's keys and values
-    by int8 ones. For inference on a CPU alone: the model can no longer be trained or saved. Raises ConfigError for a
-    model on another device, and where torch comes without oneDNN."""
+    """Replace the linear layers of the encoder and the projections to cross-attention's keys and values by int8 ones.
+
+    The model is changed in place and can no longer be trained or saved. Raises ConfigError for a model that is not on a
+    CPU, and where torch was built without oneDNN.
+    """
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ConfigError(f"int8 runs on a CPU; this model is on {device}: use bf16 there")
@@ -83,12 +66,3 @@ def quantize(model: SpeechModel) -> SpeechModel:
             child = getattr(layer.cross_attention, name)
             setattr(layer.cross_attention, name, Int8Linear(child.weight, child.bias))
     return model
-
-
-def load_in(precision: Precision, path: str | Path, device: str) -> SpeechModel:
-    """The model at ``path`` for inference. Raises ConfigError for int8 anywhere but on a CPU, CheckpointError as
-    ``load_model``."""
-    if precision == "int8" and device != "cpu":
-        raise ConfigError(f"--precision int8 runs on a CPU alone, not on {device}: use bf16 there")
-    model = load_model(path, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return quantize(model) if precision == "int8" else model

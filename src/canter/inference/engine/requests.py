@@ -1,133 +1,145 @@
-"""What goes into the engine and comes out of it: settings, requests, hypotheses, and counts of the work done."""
+"""Input and output of the engine: settings, requests, hypotheses, progress and counters."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from canter.inference.transcript.alignment import Alignment
+from canter.inference.engine.alignment import Alignment
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine works. ``rows``, ``frames`` and ``graphs`` change no transcript."""
+    """Settings of the engine. ``rows``, ``frames`` and ``graphs`` do not change any transcript."""
 
     rows: int | None = None
-    """Rows the decoder advances together, at most (None: what suits model and device)."""
+    """Maximum number of rows that the decoder advances together (None: chosen by model and device)."""
     frames: int | None = None
-    """Encoder frames in a batch of the encoder, padding included, at most (one utterance may have more; None: what
-    suits the device)."""
+    """Maximum number of encoder frames in a batch of the encoder, padding included; a single longer utterance still
+    makes a batch (None: chosen by device)."""
     tokens_per_frame: float | None = None
-    """A row ends without an end token after this many tokens for each of its encoder frames (None: what the model's
-    generation settings say, of the fastest speech that it was trained on; else 1) ..."""
+    """Maximum number of tokens per encoder frame, plus ``extra_tokens``; a row ends there without an end token (None:
+    the rate in the model's generation settings, else 1)."""
     extra_tokens: int = 10
-    """... and this many more (and in any case where the decoder's positions end)."""
+    """Number of tokens that every row may have in addition to ``tokens_per_frame``."""
     max_repeats: int = 3
-    """Greedy search ends a row that repeats an n-gram of tokens for longer than its audio lasts, and keeps so many
-    repeats; 0: no guard. No token is replaced, so the text is that without a guard, or its beginning."""
+    """Number of repeats to keep when greedy search repeats an n-gram of tokens for longer than the audio lasts; 0 turns
+    the guard off. No token is replaced: the text is that of unguarded decoding, or its beginning."""
     repeat_ngram: int = 32
-    """The longest n-gram that the guard against repetition looks at."""
+    """Maximum length of the n-grams that the guard against repetition checks."""
     beams: int = 1
-    """Hypotheses that are kept for each row; 1: greedy."""
+    """Beam size; 1 is greedy search."""
     length_penalty: float | None = None
-    """Exponent of the length that a beam's score is divided by; None: 1 as `transformers` for Whisper, 0 as
-    NeMo for others."""
+    """Exponent of the length by which the score of a beam is divided (None: 1 for Whisper, as in `transformers`, else
+    0, as in NeMo)."""
     early_stopping: bool = False
-    """Ends a row's beams as soon as there are as many finished ones (Whisper's search; see BeamSearch)."""
+    """End a row as soon as it has as many finished beams as the beam size (Whisper's search; see BeamSearch)."""
     ctc_weight: float = 0.0
-    """Weight w of CTC in joint decoding, (1 - w) log p_attention + w log p_CTC; 0: attention only. The model needs a
-    CTC head, and requests have no temperature."""
+    """Weight w of CTC in joint decoding, (1 - w) log p_attention + w log p_CTC; 0 is attention only. It needs a model
+    with a CTC head and requests without a temperature."""
     graphs: bool = True
-    """On a GPU, whether decoder steps are captured as CUDA graphs."""
+    """Capture decoder steps as CUDA graphs on a GPU."""
+
+
+class DecodingPolicy(Protocol):
+    """Rule that decides, once a hypothesis has ended, whether the engine decodes its audio again or decodes on."""
+
+    def retry(self, hypothesis: "Hypothesis", /) -> float | None:
+        """Return the temperature at which to decode the same audio again; None keeps the hypothesis."""
+        ...
+
+    def continue_at(self, hypothesis: "Hypothesis", seconds: float, /) -> float | None:
+        """Return the time in seconds from which to decode the audio again, as a separate request; None where the
+        hypothesis covers all ``seconds`` of it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One utterance to decode."""
+    """One chunk of audio to decode."""
 
     audio: np.ndarray
-    """(S,) float32 at the model's rate."""
+    """(S,) float32 at the model's sample rate."""
     prompt: Sequence[int]
     """The decoder's first tokens; at least one."""
     key: Hashable = None
-    """Comes back with the hypothesis."""
+    """Identifier that the hypothesis is returned with."""
     temperature: float = 0.0
-    """0: the best tokens; else drawn from softmax(logits / temperature)."""
-    retry: "Callable[[Hypothesis], float | None] | None" = None
-    """Looks at a hypothesis; a number is the temperature to decode the same audio at once more."""
-    rest: "Callable[[Hypothesis, float], float | None] | None" = None
-    """Looks at the hypothesis that is kept and the seconds of its audio; a number is where, in seconds, it ended early:
-    the audio from there on is decoded on its own."""
+    """0: the most probable tokens; else tokens are drawn from softmax(logits / temperature)."""
+    policy: DecodingPolicy | None = None
+    """Rule for decoding again and decoding on; None keeps every hypothesis as it is."""
     languages: tuple[int, ...] = ()
-    """Tokens among which the language is detected; the likeliest replaces the token at ``language_at`` in the
-    prompt."""
+    """Tokens of the languages among which to detect the language; the most probable one replaces the token at
+    ``language_at`` in the prompt. Empty: no detection."""
     language_at: int = 1
-    """Place in the prompt of the language token, which follows <|startoftranscript|>."""
-    stretches: tuple[tuple[float, float], ...] = ()
-    """Stretches of speech, in seconds. Where the language changes from one to the next for certain, the audio is cut
-    and the rest is decoded on its own."""
-    nearby: np.ndarray | None = None
-    """Other audio (S,) of the same recording, whose language counts too where that of this audio is not certain."""
+    """Position of the language token in the prompt, after <|startoftranscript|>."""
+    speech_spans: tuple[tuple[float, float], ...] = ()
+    """Spans of speech, in seconds. Where the language changes between two of them with certainty, the audio is divided
+    there, and each part is decoded in its own language."""
+    nearby_audio: np.ndarray | None = None
+    """Other audio (S,) of the same recording, which counts in language detection where this chunk is uncertain."""
     scored: bool = False
-    """Whether log probabilities and the probability of no speech are wanted."""
+    """Compute log probabilities and the probability of no speech."""
     aligned: bool = False
-    """Whether the times of tokens are wanted."""
+    """Compute the times of tokens."""
     guarded: bool = True
-    """End it where it runs in circles (``max_repeats``); False where ``retry`` judges repetition."""
+    """Apply the guard against repetition (``max_repeats``); False where ``policy`` detects repetition."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What was decoded for one request."""
+    """The decoder's output for one request."""
 
     key: Hashable
     tokens: list[int]
-    """Without the prompt and the end token."""
+    """Tokens without the prompt and the end token."""
     finished: bool
-    """Whether the model ended it, not the limit on tokens."""
+    """True where the model wrote an end token, False where the limit on tokens ended the row."""
     ctc: list[int] | None = None
-    """The CTC head's greedy outputs, collapsed, where they were asked for."""
+    """Greedy outputs of the CTC head, collapsed, if they were asked for."""
     logprob: float = 0.0
-    """Sum of natural-log probabilities, end token included; of beams and scored requests."""
+    """Sum of natural-log probabilities, end token included, of beams and scored requests."""
     no_speech: float = 0.0
-    """Probability of Whisper's no-speech token after its first token; of scored requests."""
+    """Probability of Whisper's no-speech token after its first token, of scored requests."""
     temperature: float = 0.0
+    """Temperature of the attempt that was kept."""
     prompt: tuple[int, ...] = ()
-    """With the language that was detected."""
+    """Prompt with the detected language."""
     languages: tuple[float, ...] = ()
-    """Probability of each of the request's languages, where the language was detected."""
+    """Probability of each of the request's languages, if the language was detected."""
     alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
     """Tokens and sums of log probabilities of all beams, best first."""
     alignment: Alignment | None = None
-    rest: "Hypothesis | None" = None
-    """Hypothesis of the audio from ``rest_begins`` seconds on, where this one ended before its audio did, or another
-    language begins there."""
-    rest_begins: float = 0.0
+    continuation: "Hypothesis | None" = None
+    """Hypothesis of the audio from ``continues_at`` seconds on, where this one ended before its audio did, or where
+    another language begins."""
+    continues_at: float = 0.0
 
     @property
     def parts(self) -> "list[Hypothesis]":
-        """This one and those of the rest, in order."""
-        return [self, *(self.rest.parts if self.rest else ())]
+        """Hypothesis and its continuations, in order."""
+        return [self, *(self.continuation.parts if self.continuation else ())]
 
     @property
     def avg_logprob(self) -> float:
-        """A token, the end token counted, as Whisper counts it."""
+        """Mean log probability of a token, with the end token counted, as in Whisper."""
         return self.logprob / (len(self.tokens) + 1)
 
 
 @dataclass(frozen=True)
 class Underway:
-    """Progress of the rows that the engine has taken and not finished."""
+    """Progress of the rows that the engine has taken but not finished."""
 
     rows: tuple[tuple[Hashable, float], ...]
-    """Key of each row and the fraction that is done: half once it is encoded, the rest in proportion to its tokens, by
-    the tokens a second that finished rows had."""
+    """Key and finished fraction of each row: half once it is encoded, then in proportion to its tokens, by the tokens
+    per second of finished rows."""
 
 
 @dataclass
 class Counters:
-    """What the engine did and where the time went; seconds are wall-clock, on a GPU the encoder's are the
-    device's own, which may overlap with the decoder's."""
+    """Work of the engine and wall-clock seconds of its stages. On a GPU the encoder's seconds are measured on the
+    device and may overlap with the decoder's."""
 
     utterances: int = 0
     audio_seconds: float = 0.0
@@ -135,29 +147,46 @@ class Counters:
     encoder_seconds: float = 0.0
     decoder_seconds: float = 0.0
     seconds: float = 0.0
-    """From the first request taken to the last hypothesis given, all else included."""
+    """Total seconds, from the first request to the last hypothesis."""
     tokens: int = 0
     steps: int = 0
     row_steps: int = 0
-    """Rows computed, summed over decoder steps."""
+    """Number of rows computed, summed over decoder steps."""
     useful_row_steps: int = 0
-    """Those among them that had not ended."""
+    """Number of rows among them that had not ended."""
     retries: int = 0
-    """Rows that were decoded once more."""
+    """Number of rows that were decoded again."""
     slots: int = 0
-    """Rows the decoder had room for."""
+    """Maximum number of rows in the decoder."""
 
     @property
     def rtfx(self) -> float:
-        """Seconds of audio for each second of work."""
+        """Seconds of audio per second of work."""
         return self.audio_seconds / max(self.seconds, 1e-9)
 
     @property
     def useful_rows(self) -> float:
-        """Share of the rows computed that were useful."""
+        """Useful fraction of the rows computed."""
         return self.useful_row_steps / max(self.row_steps, 1)
 
     @property
     def mean_rows(self) -> float:
-        """Useful rows a step."""
+        """Mean number of useful rows in a step."""
         return self.useful_row_steps / max(self.steps, 1)
+
+
+def encoder_batches(lengths: Sequence[float], budget: float, rows: int | None = None) -> list[list[int]]:
+    """Return batches of indices of ``lengths``, longest first.
+
+    A batch has at most ``rows`` rows, and its padded length is at most ``budget``, in the unit of ``lengths``; a single
+    longer item makes a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    for index in order:
+        batch = batches[-1] if batches else None
+        if batch is None or (len(batch) + 1) * lengths[batch[0]] > budget or len(batch) == rows:
+            batches.append([index])
+        else:
+            batch.append(index)
+    return batches

@@ -1,52 +1,203 @@
-"""How the next tokens are chosen: greedily (or drawn at a temperature), or by beam search.
+"""Choice of the next tokens: what the model's settings forbid, greedy search, sampling, and beam search.
 
-Rows sit in slots as in the decoder's cache. B: rows, N: beams, V: vocabulary.
+Rows are in slots as in the decoder's cache. B: rows, N: beams, R: rows of logits, V: vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from canter.inference.engine.ctc import Joint
-from canter.inference.engine.repetition import RepetitionGuard
-from canter.inference.engine.rules import Rules
 from canter.models.cache import swap_out
 
-BLOCK = 64  # of logits, when the best of many are looked for
-CANDIDATES = 16  # tokens, the likeliest by attention and the end token, that joint greedy search chooses from
+BLOCK = 64  # logits per block in `best`
+CANDIDATES = 16  # most probable tokens by attention that joint greedy search scores, beside the end token
+LEAST_REPEATS = 8
+"""Number of times that an n-gram follows itself at the end of a row that repeats itself endlessly."""
+
+
+class Rules:
+    """Constraints on the next token: suppressed tokens, and the order of Whisper's timestamps.
+
+    With timestamps (Radford et al., 2022, section 4.5) a transcript begins with one within the first second; they come
+    in pairs, except before the end; they never decrease; and where their probabilities together exceed that of every
+    token of text, the next token is a timestamp.
+    """
+
+    def __init__(self, generation: Mapping[str, Any], end: int, device: torch.device):
+        """Read the constraints from ``generation``, in the terms of Hugging Face's ``generation_config.json``."""
+        self.end = end
+        never, at_first = (
+            torch.tensor(generation.get(name) or [], dtype=torch.long, device=device)
+            for name in ("suppress_tokens", "begin_suppress_tokens")
+        )
+        self.never, self.never_first = never, torch.cat([never, at_first])
+        self.no_timestamps: int | None = generation.get("no_timestamps_token_id")
+        most = generation.get("max_initial_timestamp_index")
+        self.latest_first = 50 if most is None else int(most)
+
+    @property
+    def no_speech(self) -> int | None:
+        """Id of Whisper's no-speech token, which precedes <|notimestamps|>."""
+        return None if self.no_timestamps is None else self.no_timestamps - 1
+
+    @property
+    def first_timestamp(self) -> int:
+        """Id of <|0.00|>."""
+        assert self.no_timestamps is not None
+        return self.no_timestamps + 1
+
+    def has_timestamps(self, prompt: Sequence[int]) -> bool:
+        """Return whether the model writes timestamps after this prompt."""
+        return self.no_timestamps is not None and self.no_timestamps not in prompt
+
+    def suppress(self, logits: Tensor, opening: bool) -> None:
+        """Set suppressed tokens to -inf in logits (R, V); ``opening``: the first token after the prompt is next."""
+        which = self.never_first if opening else self.never
+        if len(which):
+            # An assignment would copy the number to the GPU and wait for it.
+            logits.index_fill_(1, which, -math.inf)
+
+    def order_timestamps(self, logits: Tensor, rows: Sequence[int], written: Sequence[Sequence[int]]) -> None:
+        """Enforce the order of timestamps in ``rows`` of logits (R, V), whose tokens after the prompt are
+        ``written``."""
+        first = self.first_timestamp
+        size = logits.shape[1] - first
+        low, high, no_text, no_stamp = (np.zeros(len(rows), dtype=np.int64) for _ in range(4))
+        high[:] = size
+        for index, tokens in enumerate(written):
+            if not tokens:
+                no_text[index], high[index] = logits.shape[1], self.latest_first + 1
+                continue
+            last_is = tokens[-1] >= first
+            before_is = len(tokens) < 2 or tokens[-2] >= first
+            last = next((token - first for token in reversed(tokens) if token >= first), None)
+            if last is not None:
+                low[index] = last if last_is and not before_is else last + 1
+            if last_is and before_is:
+                no_stamp[index] = 1
+            elif last_is:
+                no_text[index] = self.end
+        device = logits.device
+        part = logits[list(rows)] if len(rows) < len(logits) else logits
+        place = torch.arange(size, device=device)
+        stamps = part[:, first:]
+        bounds = torch.from_numpy(np.stack([low, high])).to(device)[:, :, None]
+        out = (place < bounds[0]) | (place >= bounds[1]) | torch.from_numpy(no_stamp > 0).to(device)[:, None]
+        stamps.masked_fill_(out, -math.inf)
+        part[:, first - 1] = -math.inf
+        text = part[:, :first]
+        for index in np.flatnonzero(no_text):
+            text[index, : no_text[index]] = -math.inf
+        likelier = stamps.logsumexp(-1) > text.amax(-1)
+        text.masked_fill_(likelier[:, None], -math.inf)
+        if part is not logits:
+            logits[list(rows)] = part
+
+
+class RepetitionGuard:
+    """Guard that ends rows which repeat an n-gram endlessly; it replaces no token.
+
+    A model may repeat the same words until the limit on tokens, given audio unlike its training data. People repeat
+    themselves too (digits, "no no no", laughter), so a row ends only if its repeats also take more tokens than its
+    audio has time for. Its text is truncated after a few repeats, and is the beginning of the unguarded text.
+
+    B: live rows, N: maximum length of an n-gram.
+    """
+
+    def __init__(self, ngram: int, repeats: int):
+        """Check n-grams of up to ``ngram`` tokens, and keep ``repeats`` repeats; 0 of either turns the guard off."""
+        self.repeats = repeats
+        self.sizes = np.arange(1, ngram + 1 if repeats else 1)  # (N,)
+        # (B, N) the latest tokens, the newest first
+        self.last = np.zeros((0, len(self.sizes)), dtype=np.int64)
+        # (B, N) number of a row's latest tokens that equal the one n before: n x r where an n-gram followed itself r
+        # times
+        self.equal = self.last.copy()
+        self.allowed = np.zeros(0)  # (B,) number of tokens that fit in the time of the row's audio
+        self.counts = np.zeros(0, dtype=np.int64)  # (B,) tokens so far
+
+    def add(self, allowed: Sequence[float]) -> None:
+        """Add rows in the next slots, with the number of tokens that fit in the time of each (infinite: no guard)."""
+        new = np.zeros((len(allowed), len(self.sizes)), dtype=np.int64)
+        self.last, self.equal = np.concatenate([self.last, new - 1]), np.concatenate([self.equal, new])
+        self.allowed = np.concatenate([self.allowed, np.array(allowed, dtype=float)])
+        self.counts = np.concatenate([self.counts, np.zeros(len(allowed), dtype=np.int64)])
+
+    def remove(self, slots: list[int]) -> None:
+        """Remove rows; the last ones take their slots."""
+        for slot in sorted(slots, reverse=True):
+            for name in ("last", "equal", "allowed", "counts"):
+                values = getattr(self, name)
+                values[slot] = values[-1]
+                setattr(self, name, values[:-1])
+
+    def took(self, chosen: Sequence[int], first: int = 0) -> dict[int, int]:
+        """Record the next tokens of the rows from slot ``first`` on.
+
+        Return the slots of rows whose repeats take more tokens than fit in the time of their audio, each with the
+        number of tokens to keep.
+        """
+        self.counts[first:] += 1
+        if not len(self.sizes) or not len(chosen):
+            return {}
+        tokens = np.array(chosen)[:, None]
+        last, equal = self.last[first:], self.equal[first:]
+        equal[:] = np.where(last == tokens, equal + 1, 0)
+        last[:, 1:] = last[:, :-1].copy()
+        last[:, :1] = tokens
+        span = equal + self.sizes
+        repeating = (equal >= LEAST_REPEATS * self.sizes) & (span > self.allowed[first:, None])
+        return {first + int(row): self._kept(first + int(row)) for row in np.flatnonzero(repeating.any(1))}
+
+    def at_limit(self, slot: int) -> int:
+        """Return the number of tokens to keep of a row at the limit on tokens: all, unless it has more than fit in the
+        time of its audio and ends in repeats."""
+        if not len(self.sizes) or self.counts[slot] < self.allowed[slot]:
+            return int(self.counts[slot])
+        return self._kept(slot)
+
+    def _kept(self, slot: int) -> int:
+        """Return the number of tokens up to the last repeat to keep of the shortest repeating n-gram."""
+        repeating = np.flatnonzero(self.equal[slot] >= LEAST_REPEATS * self.sizes)
+        if not len(repeating):
+            return int(self.counts[slot])
+        size = int(self.sizes[repeating[0]])
+        span = int(self.equal[slot, repeating[0]]) + size
+        return int(self.counts[slot]) - max(0, span - size * (self.repeats + 1))
 
 
 @dataclass
 class Row:
-    """A live row, as far as choosing tokens is concerned."""
+    """State of a live row in the search."""
 
     limit: int
-    """Tokens it may have, the end token included or not."""
+    """Maximum number of tokens."""
     temperature: float = 0.0
-    """0: the best token; else drawn from softmax(logits / temperature)."""
+    """0: the most probable token; else tokens are drawn from softmax(logits / temperature)."""
     stamped: bool = False
-    """Whether timestamps are ruled."""
+    """Enforce the order of timestamps."""
     seed: int = 0
     prompt: int = 0
-    """Tokens of the prompt."""
+    """Number of tokens in the prompt."""
     scored: bool = False
-    """Whether a greedy search sums up log probabilities too."""
+    """Sum log probabilities in greedy search too."""
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
-    """Sum of the tokens' natural-log probabilities, the end token's included, where they were asked for."""
+    """Sum of the tokens' natural-log probabilities, end token included, of beams and scored rows."""
     steps: list[float] = field(default_factory=list)
     """Log probability of each token, for scored rows of greedy search."""
     finished: bool = False
-    """Whether an end token ended it."""
+    """True once an end token has ended the row."""
     allowed: float = math.inf
-    """Tokens that its audio has time for; one that runs in circles for longer ends. Infinite: it is not guarded."""
+    """Number of tokens that fit in the time of its audio, for `RepetitionGuard`; infinite: no guard."""
     alternatives: list[tuple[list[int], float, bool]] = field(default_factory=list)
-    """Of beams: tokens, sum of log probabilities, and whether finished, best first."""
+    """Tokens, sum of log probabilities and ``finished`` of each beam, best first."""
     ctc: Tensor | None = None
     """Log probabilities of the CTC head (T, C), for joint search."""
 
@@ -55,59 +206,64 @@ class Row:
 
 
 class Search(Protocol):
-    """What the engine needs of a search."""
+    """Interface of the searches to the engine."""
 
     beams: int
 
     def add(self, rows: Sequence[Row]) -> None:
-        """New rows, in the next slots."""
+        """Add rows in the next slots."""
         ...
 
     def remove(self, slots: list[int]) -> None:
-        """Rows leave, the last ones take their slots."""
+        """Remove rows; the last ones take their slots."""
         ...
 
     def inputs(self) -> list[list[int]]:
-        """The tokens (B, N) that the decoder reads next."""
+        """Return the next input tokens (B, N) of the decoder."""
         ...
 
     def choose(self, logits: Tensor, first: int, opening: bool) -> tuple[list[int], Tensor | None]:
-        """logits of the rows from slot ``first`` on, (B, 1, V) if ``opening``, else (B, N, V) -> the slots
-        that have ended, and which beam each goes on from (B, N), None if each from itself."""
+        """Choose the next tokens of the rows from slot ``first`` on.
+
+        logits: (B, 1, V) if ``opening`` (after the prompt), else (B, N, V).
+
+        Return the slots that have ended, and the parent beam of each beam (B, N), None if each is its own.
+        """
         ...
 
 
 def drawn(logits: Tensor, row: Row, count: int = 1) -> np.ndarray:
-    """``count`` tokens drawn from logits (V,) at the row's temperature, by its own random numbers."""
+    """Draw ``count`` tokens from logits (V,) at the row's temperature, by random numbers of the row."""
     assert row.draws is not None
-    shares = (logits.float() / row.temperature).softmax(-1).double().cumsum(-1)
-    points = torch.from_numpy(row.draws.random(count)).to(shares.device) * shares[-1]
-    return torch.searchsorted(shares, points, right=True).clamp(max=len(logits) - 1).cpu().numpy()
+    cumulated = (logits.float() / row.temperature).softmax(-1).double().cumsum(-1)
+    points = torch.from_numpy(row.draws.random(count)).to(cumulated.device) * cumulated[-1]
+    return torch.searchsorted(cumulated, points, right=True).clamp(max=len(logits) - 1).cpu().numpy()
 
 
 def best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """logits (R, V) -> values and indices (R, count) of the largest, largest first.
+    """Return values and indices (R, count) of the largest of logits (R, V), largest first.
 
-    As ``topk``, in two passes: the largest of all are within the ``count`` blocks whose own largest are.
+    This is ``topk`` in two passes: the largest values lie in the ``count`` blocks with the largest maxima.
     """
     rows, size = logits.shape
     blocks = size // BLOCK
     if blocks <= 2 * count:
         return logits.topk(count, dim=-1)
-    whole = logits[:, : blocks * BLOCK].view(rows, blocks, BLOCK)
-    chosen = whole.amax(-1).topk(count, dim=-1).indices
-    values = whole.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    blocked = logits[:, : blocks * BLOCK].view(rows, blocks, BLOCK)
+    chosen = blocked.amax(-1).topk(count, dim=-1).indices
+    values = blocked.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
     places = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
-    rest = torch.arange(blocks * BLOCK, size, device=logits.device).expand(rows, -1)
-    values, places = torch.cat([values, logits[:, blocks * BLOCK :]], 1), torch.cat([places, rest], 1)
+    remaining = torch.arange(blocks * BLOCK, size, device=logits.device).expand(rows, -1)
+    values, places = torch.cat([values, logits[:, blocks * BLOCK :]], 1), torch.cat([places, remaining], 1)
     values, within = values.topk(count, dim=-1)
     return values, places.gather(1, within)
 
 
 def candidates(logits: Tensor, count: int, end: int) -> tuple[Tensor, Tensor]:
-    """Return values and indices (R, count + 1) of the largest of logits (R, V), and of the end token in any case."""
+    """Return values and indices (R, count + 1) of the largest of logits (R, V), and of the end token in the last
+    column."""
     values, tokens = best(logits, min(count, logits.shape[1]))
-    values = values.masked_fill(tokens == end, -math.inf)  # which stands in the last column
+    values = values.masked_fill(tokens == end, -math.inf)
     ends = torch.full_like(tokens[:, :1], end)
     return torch.cat([values, logits[:, end, None]], 1), torch.cat([tokens, ends], 1)
 
@@ -145,7 +301,7 @@ class Greedy:
             self.rules.order_timestamps(scores, stamped, [rows[index].tokens for index in stamped])
         chosen = self._jointly(scores, rows, first) if self.joint else self._by_attention(scores, rows)
         ended, end = [], self.rules.end
-        circling = self.guard.took(chosen, first)
+        repeating = self.guard.took(chosen, first)
         for slot, (row, token) in enumerate(zip(rows, chosen), first):
             if token == end:
                 row.finished = True
@@ -153,8 +309,8 @@ class Greedy:
                 row.tokens.append(token)
             if row.finished:
                 ended.append(slot)
-            elif slot in circling or len(row.tokens) >= row.limit:
-                kept = circling.get(slot, self.guard.at_limit(slot))
+            elif slot in repeating or len(row.tokens) >= row.limit:
+                kept = repeating.get(slot, self.guard.at_limit(slot))
                 row.logprob -= sum(row.steps[kept:])
                 del row.tokens[kept:]
                 ended.append(slot)
@@ -191,26 +347,26 @@ class Greedy:
 
 @dataclass
 class _Beams:
-    """The beams of one row."""
+    """Beams of one row."""
 
     scores: np.ndarray  # (N,) sums of log probabilities
     tokens: list[list[int]]
     ended: list[bool]
     done: list[tuple[float, float, list[int], bool]] = field(default_factory=list)
-    """Set aside, best first: score, sum of log probabilities, tokens, whether an end token ended it."""
+    """Finished hypotheses, best first: score, sum of log probabilities, tokens, and True for one with an end token."""
 
 
 class BeamSearch:
-    """The N best continuations at every step.
+    """Beam search: the N best hypotheses at every step.
 
-    ``in_place=False`` is the search of `transformers`: finished hypotheses are set aside, N others run on,
-    scores are divided by (tokens ** length_penalty), end token counted; it ends when the best that runs
-    could not enter the N finished ones at its present length, or with ``early_stopping`` as soon as there
-    are N. ``in_place=True`` is NeMo's: a finished hypothesis keeps its place among the N, scores are divided
-    by ((5 + length) / 6) ** length_penalty, prompt counted (Wu et al., 2016), it ends when all have ended.
+    ``in_place=False`` is the search of `transformers`: finished hypotheses are set aside while N others continue, and
+    scores are divided by (tokens ** length_penalty), end token counted. The row ends when the best live beam could not
+    enter the N finished ones at its present length, or with ``early_stopping`` as soon as N are finished.
+    ``in_place=True`` is the search of NeMo: a finished hypothesis keeps its place among the N, and scores are divided
+    by ((5 + length) / 6) ** length_penalty, prompt counted (Wu et al., 2016). The row ends when all have ended.
 
-    Rows with a temperature draw N hypotheses independently and keep the likeliest a token. With ``joint``, scores are
-    those of CTC and attention, of the 2N tokens of each beam that attention finds likeliest and of the end token.
+    Rows with a temperature draw N hypotheses independently and are sorted by mean log probability. With ``joint``,
+    scores combine CTC and attention, for the 2N most probable tokens of each beam by attention and the end token.
     """
 
     def __init__(
@@ -252,7 +408,7 @@ class BeamSearch:
         states = self.state[first:]
         width = logits.shape[1]  # beams that the decoder computed
         scores = logits.flatten(0, 1).float()  # (B * width, V)
-        total = scores.logsumexp(-1)  # before the rules, as `transformers` has it
+        total = scores.logsumexp(-1)  # before the rules, as in `transformers`
         if scores.data_ptr() == logits.data_ptr():
             scores = scores.clone()
         self.rules.suppress(scores, opening)
@@ -267,7 +423,7 @@ class BeamSearch:
             attention = (values - total[:, None]).view(shape)
             sums, choices, numbers = self._jointly(self.joint, attention, tokens.view(shape), first)
         else:
-            values, tokens = best(scores, 2 * n)  # of each beam; the best of all are among them
+            values, tokens = best(scores, 2 * n)  # per beam; they include the best of the row
             sums = (values - total[:, None]).cpu().double().numpy().reshape(shape)
             choices = tokens.cpu().numpy().reshape(shape)
         parents = np.tile(np.arange(n), (len(rows), 1))
@@ -292,7 +448,7 @@ class BeamSearch:
     def _jointly(
         self, joint: Joint, attention: Tensor, tokens: Tensor, first: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return joint scores of candidates (B, N, K), best first for each beam, the candidates and their numbers."""
+        """Return joint scores of candidates (B, N, K), best first per beam, the candidates and their numbers."""
         states, width = self.state[first:], tokens.shape[1]
         ended = torch.tensor([beams.ended[:width] for beams in states], device=tokens.device)
         attention = attention.masked_fill(ended[:, :, None], -math.inf)
@@ -308,7 +464,7 @@ class BeamSearch:
     def _picked(
         self, states: Sequence[_Beams], parents: np.ndarray, choices: np.ndarray, numbers: np.ndarray
     ) -> np.ndarray:
-        """Return the number (B x N,) of the candidate that each live beam took; -1 for beams that have ended."""
+        """Return the number (B x N,) of the chosen candidate of each beam; -1 for beams that have ended."""
         picked = np.full(parents.shape, -1)
         for row, beams in enumerate(states):
             for beam, (parent, tokens, ended) in enumerate(zip(parents[row], beams.tokens, beams.ended)):
@@ -375,8 +531,8 @@ class BeamSearch:
     def _draw(self, row: Row, beams: _Beams, logits: Tensor, total: Tensor) -> list[int]:
         n = self.beams
         tokens = drawn(logits[0], row, n) if len(logits) == 1 else np.array([drawn(one, row)[0] for one in logits])
-        which = range(n) if len(logits) > 1 else [0] * n
-        gained = (logits[list(which), tokens.tolist()] - total[list(which)]).cpu().numpy()
+        parents = range(n) if len(logits) > 1 else [0] * n
+        gained = (logits[list(parents), tokens.tolist()] - total[list(parents)]).cpu().numpy()
         for beam, token in enumerate(tokens.tolist()):
             if beams.ended[beam]:
                 continue

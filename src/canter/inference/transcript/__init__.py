@@ -1,1 +1,1 @@
-"""Make transcripts of hypotheses: long audio, timestamps, languages, writers."""
+"""Transcripts: chunks of long audio, segments and words, subtitles and file formats."""

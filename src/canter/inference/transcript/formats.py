@@ -1,28 +1,40 @@
-"""Segments as text in the formats of the Whisper command line, byte for byte as openai-whisper writes them."""
+"""Transcripts as text and as files, in the formats of the Whisper command line and of NeMo.
+
+Whisper's formats hold one recording a file, byte for byte as openai-whisper writes them. ``nemo`` is the manifest, in
+its order, with ``pred_text`` added to every row, or ``error`` to one that could not be transcribed.
+"""
 
 import html
 import json
 import math
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from urllib.parse import urlsplit
 
+from canter.corpus.audio import STANDARD_INPUT
+from canter.errors import ConfigError
+from canter.files import write_text
+from canter.inference.inputs import Item
+from canter.inference.recording import Transcription
+from canter.inference.transcript.reading import compression_ratio
 from canter.inference.transcript.segments import Segment, spaced
-from canter.inference.transcript.subtitles import WHISPER, Cue, SubtitleStyle, cues_of
+from canter.inference.transcript.subtitles import SENTENCES, WHISPER, Cue, SubtitleStyle, cues_of
+from canter.redaction import redacted
 
 SUFFIXES = {"nemo": ".jsonl", "txt": ".txt", "srt": ".srt", "vtt": ".vtt", "tsv": ".tsv", "json": ".json"}
 FORMATS = tuple(SUFFIXES)
-ONE_RECORDING = tuple(kind for kind in SUFFIXES if kind != "nemo")
 SUBTITLES = ("srt", "vtt")
 
 
 def timestamp(seconds: float, *, hours: bool, comma: bool = False) -> str:
-    """``01:02:03.045``; where ``hours`` is not asked for they are left out as long as there are none."""
+    """Return ``01:02:03.045``; without ``hours``, zero hours are omitted."""
     milliseconds = round(seconds * 1000)
     minutes, milliseconds = divmod(milliseconds, 60_000)
-    whole, minutes = divmod(minutes, 60)
-    front = f"{whole:02d}:" if hours or whole else ""
+    full_hours, minutes = divmod(minutes, 60)
+    front = f"{full_hours:02d}:" if hours or full_hours else ""
     mark = "," if comma else "."
     return f"{front}{minutes:02d}:{milliseconds // 1000:02d}{mark}{milliseconds % 1000:03d}"
 
@@ -49,7 +61,7 @@ def vtt(segments: Sequence[Segment], style: SubtitleStyle = WHISPER) -> str:
 
 
 def _text(cue: Cue, escape: Callable[[str], str]) -> str:
-    """Return the cue's lines, without blank ones, which would end it."""
+    """Return the lines of a cue, without blank lines, which would end it."""
     if cue.underlined is None:
         text = escape("".join(cue.words))
     else:
@@ -72,25 +84,25 @@ def tsv(segments: Iterable[Segment]) -> str:
     )
 
 
-def whisper_json(text: str, segments: Sequence[Segment], language: str | None) -> dict[str, Any]:
-    """Return the object that Whisper writes, and the OpenAI API calls ``verbose_json``.
+def whisper_json(text: str, segments: Sequence[Segment], language: str | None) -> dict[str, object]:
+    """Return the object of Whisper's JSON files, and of ``verbose_json`` in the OpenAI API.
 
-    Its segments' texts join to the whole. As in Whisper's, every word begins with a space where its script has
-    spaces. ``seek`` is the start of the segment in frames of 10 ms.
+    The texts of the segments join to ``text``. As in Whisper's files, every word begins with a space where its script
+    has spaces, and ``seek`` is the start of the segment in frames of 10 ms.
     """
     return {"text": text, "segments": [*_whisper_segments(text, segments)], "language": language}
 
 
-def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
+def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[str, object]]:
     texts = spaced(text, [segment.text for segment in segments])
     texts[:1] = [one if text[:1].isspace() else one.lstrip() for one in texts[:1]]
-    for number, (segment, whole) in enumerate(zip(segments, texts)):
-        value: dict[str, Any] = {
+    for number, (segment, shown) in enumerate(zip(segments, texts)):
+        value: dict[str, object] = {
             "id": number,
             "seek": round(segment.start * 100),
             "start": segment.start,
             "end": segment.end,
-            "text": whole,
+            "text": shown,
             "tokens": [*segment.tokens],
             "temperature": segment.temperature,
             "avg_logprob": segment.avg_logprob,
@@ -98,7 +110,7 @@ def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[s
             "no_speech_prob": segment.no_speech_prob,
         }
         if segment.words:
-            parts = spaced(whole, [word.text for word in segment.words])
+            parts = spaced(shown, [word.text for word in segment.words])
             value["words"] = [
                 {"word": part, "start": word.start, "end": word.end, "probability": word.probability}
                 for part, word in zip(parts, segment.words)
@@ -106,14 +118,8 @@ def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[s
         yield value
 
 
-def compression_ratio(text: str) -> float:
-    """Bytes of the text for each byte of it compressed, as Whisper's: over 2.4 it repeats itself."""
-    data = text.encode()
-    return len(data) / len(zlib.compress(data))
-
-
-def finite(value: Any) -> Any:
-    """Return a value for JSON with null in place of numbers that are not finite, which JSON does not have."""
+def finite(value: object) -> object:
+    """Return a value for JSON, with None in place of numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -123,9 +129,9 @@ def finite(value: Any) -> Any:
     return value
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
-    """Return the value as JSON in its own letters; as ASCII where something in it, a file's name that is no UTF-8,
-    could not be written otherwise. Numbers that are not finite become null."""
+def json_text(value: object, indent: int | None = None) -> str:
+    """Return the value as JSON in UTF-8, or in ASCII where it contains a file name that is not valid UTF-8. Numbers
+    that are not finite become null."""
     value = finite(value)
     text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     try:
@@ -143,8 +149,8 @@ def render_segments(
     style: SubtitleStyle = WHISPER,
     probability: float | None = None,
 ) -> str:
-    """Return the file in any format but ``nemo``; ``style`` is that of srt and vtt, ``probability`` that of a language
-    that was detected, which json has."""
+    """Return the contents of a file in any format but ``nemo``. ``style`` lays out srt and vtt; ``probability`` is that
+    of a detected language, for json."""
     if kind == "json":
         value = whisper_json(text, segments, language)
         if probability is not None:
@@ -153,3 +159,196 @@ def render_segments(
     if kind in ("srt", "vtt"):
         return {"srt": srt, "vtt": vtt}[kind](segments, style)
     return {"txt": txt, "tsv": tsv}[kind](segments)
+
+
+# Items of the user and their transcriptions.
+
+
+def file_segments(item: Item, transcription: Transcription) -> list[Segment]:
+    """Return the transcription's segments in seconds of the audio file, rounded to milliseconds; without any, one from
+    start to end."""
+    utterance, segments = item.utterance, transcription.segments
+    offset, duration = (utterance.offset or 0.0, utterance.duration) if utterance else (0.0, 0.0)
+    if not segments and transcription.text:
+        segments = (Segment(0.0, duration, transcription.text, transcription.tokens),)
+    return [_to_milliseconds(segment.shifted(offset)) for segment in segments]
+
+
+def _to_milliseconds(segment: Segment) -> Segment:
+    words = tuple(replace(word, start=round(word.start, 3), end=round(word.end, 3)) for word in segment.words)
+    return replace(segment, start=round(segment.start, 3), end=round(segment.end, 3), words=words)
+
+
+def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, object]:
+    """Return the item's own fields, then ``pred_text`` and, if ``timed``, ``segments`` in seconds of the audio file; or
+    ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs are removed."""
+    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability")
+    row = {
+        key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
+        for key, value in item.row.items()
+        if key not in ours
+    }
+    if transcription.error is not None:
+        return row | {"error": transcription.error}
+    row |= {"pred_text": transcription.text}
+    row |= _language_fields(transcription)
+    if timed:
+        row["segments"] = [_nemo_segment(segment) for segment in file_segments(item, transcription)]
+    if transcription.lost_seconds:
+        row["lost_seconds"] = transcription.lost_seconds
+    if transcription.warnings:
+        row["warnings"] = list(transcription.warnings)
+    return row
+
+
+def _language_fields(transcription: Transcription) -> dict[str, object]:
+    if transcription.language_probability is None:
+        return {}
+    return {"language": transcription.language, "language_probability": round(transcription.language_probability, 4)}
+
+
+def _nemo_segment(segment: Segment) -> dict[str, object]:
+    value: dict[str, object] = {"start": segment.start, "end": segment.end, "text": segment.text}
+    if segment.words:
+        value["words"] = [{"start": word.start, "end": word.end, "text": word.text.strip()} for word in segment.words]
+    return value
+
+
+def render_one(item: Item, transcription: Transcription, kind: str, style: SubtitleStyle = SENTENCES) -> str:
+    """Return the contents of one utterance's file in any format but ``nemo``; ``style`` lays out srt and vtt."""
+    segments = file_segments(item, transcription)
+    language, probability = _language(item, transcription), transcription.language_probability
+    return render_segments(kind, transcription.text, segments, language, style, probability)
+
+
+def render(
+    items: Sequence[Item],
+    transcriptions: Sequence[Transcription],
+    kind: str,
+    timed: bool = False,
+    style: SubtitleStyle = SENTENCES,
+) -> Iterator[str]:
+    """Yield the parts of a file with all transcripts. For several utterances, ``txt`` has a line and ``json`` a list
+    entry each; ``nemo`` has ``segments`` if ``timed``.
+
+    Raises ConfigError for several utterances in a format for one.
+    """
+    pairs = list(zip(items, transcriptions))
+    if kind == "nemo":
+        yield from (json_text(result_row(*pair, timed)) + "\n" for pair in pairs)
+    elif len(pairs) == 1:
+        if pairs[0][1].error is None:
+            yield render_one(*pairs[0], kind, style)
+    elif kind == "txt":
+        yield from (" ".join(transcription.text.split()) + "\n" for transcription in transcriptions)
+    elif kind == "json":
+        yield "["
+        yield from (f"{',' if number else ''}\n{_entry(*pair)}" for number, pair in enumerate(pairs))
+        yield "\n]\n"
+    else:
+        check_renderable(len(pairs), kind)
+
+
+def check_renderable(utterances: int, kind: str) -> None:
+    """Raise ConfigError for more utterances than a file of that format can hold."""
+    if utterances > 1 and kind not in ("nemo", "txt", "json"):
+        raise ConfigError(
+            f"--format {kind} holds one utterance a file, and there are {utterances}: name a folder as --output"
+        )
+
+
+def _entry(item: Item, transcription: Transcription) -> str:
+    """Return the entry of an utterance in a JSON file with several: Whisper's object and the file's name."""
+    value: dict[str, object] = {"audio_filepath": item.path}
+    if transcription.error is not None:
+        return json_text(value | {"error": transcription.error})
+    segments = file_segments(item, transcription)
+    value |= whisper_json(transcription.text, segments, _language(item, transcription))
+    value |= _language_fields(transcription) | {"language": value["language"]}
+    return json_text(value)
+
+
+def _language(item: Item, transcription: Transcription) -> str | None:
+    utterance = item.utterance
+    stated = (utterance.target_lang or utterance.lang) if utterance else None
+    return transcription.language or stated
+
+
+@dataclass(frozen=True)
+class FolderOutput:
+    """Folder with ``transcripts.jsonl`` for the format ``nemo``, and one file per utterance for each other format."""
+
+    path: Path
+    names: Sequence[str]
+    """File name of each utterance without suffix; see `file_names`."""
+    kinds: Sequence[str]
+    style: SubtitleStyle = SENTENCES
+    timed: bool = False
+
+    def files(self, index: int) -> list[tuple[str, Path]]:
+        """Return the formats and files of an utterance."""
+        return [(kind, self.path / f"{self.names[index]}{SUFFIXES[kind]}") for kind in self.kinds if kind != "nemo"]
+
+    def write(self, index: int, item: Item, transcription: Transcription) -> None:
+        """Write the files of an utterance, unless it failed."""
+        if transcription.error is None:
+            for kind, path in self.files(index):
+                write_output(path, [render_one(item, transcription, kind, self.style)])
+
+    def write_all(self, items: Sequence[Item], transcriptions: Sequence[Transcription]) -> Path:
+        """Write all files, and return the path of the rows in NeMo's format, or of the folder."""
+        for index, (item, transcription) in enumerate(zip(items, transcriptions)):
+            self.write(index, item, transcription)
+        if "nemo" not in self.kinds:
+            return self.path
+        write_output(rows := self.path / "transcripts.jsonl", render(items, transcriptions, "nemo", self.timed))
+        return rows
+
+
+def file_names(items: Sequence[Item], roots: Sequence[str | Path] = ()) -> list[str]:
+    """Return a file name for each item: that of its audio, without suffix, relative to the one of ``roots`` that holds
+    it.
+
+    Audio files that differ only in the suffix keep it (``a.mp4.srt`` and ``a.mkv.srt``). Among several items with the
+    same audio, all but the first get numbers.
+    """
+    paths = [_below(_name_of(item), roots) for item in items]
+    files: dict[Path, set[Path]] = {}
+    for path in paths:
+        files.setdefault(path.with_suffix(""), set()).add(path)
+    stems = [str(path if len(files[path.with_suffix("")]) > 1 else path.with_suffix("")) for path in paths]
+    taken, seen = set(stems), Counter[str]()
+    names: list[str] = []
+    for stem in stems:
+        seen[stem] += 1
+        name = stem
+        while name != stem or seen[stem] > 1:
+            name = f"{stem}-{seen[stem]}"
+            if name not in taken:
+                break
+            seen[stem] += 1
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _name_of(item: Item) -> str:
+    """Return the path of a file, the path of a URL without its query, or the name of an archive member."""
+    path = str(item.row.get("audio_filepath") or "row").rpartition("::")[2]
+    if path == STANDARD_INPUT:
+        return "stdin"
+    return urlsplit(redacted(path)).path if "://" in path else path
+
+
+def _below(path: str, roots: Sequence[str | Path]) -> Path:
+    """Return the path relative to the first root that holds it, else the name only."""
+    root = next((root for root in roots if Path(path).is_relative_to(root)), None)
+    return Path(path).relative_to(root) if root else Path(Path(path).name or "row")
+
+
+def write_output(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file atomically. Raises ConfigError where it cannot be written."""
+    try:
+        write_text(path, pieces)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --output") from None

@@ -1,15 +1,15 @@
-"""From hypotheses to segments and words: timestamps that the model wrote, times of words, joints of pieces."""
+"""Segments and words from hypotheses: timestamps that the model wrote, times of words, and joining of chunks."""
 
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
 
+from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.requests import Hypothesis
-from canter.inference.transcript.alignment import Alignment
 from canter.inference.transcript.segments import UNSPACED, Segment, Word
 from canter.inference.transcript.vad import FRAME
 from canter.text.sentencepiece import SentencePieceTokenizer
@@ -19,67 +19,89 @@ from canter.text.whisper import TIMESTAMP_SECONDS
 OPENING = "\"'“¿([{-"  # punctuation that belongs to the word after it (openai-whisper's lists)
 CLOSING = "\"'.。,，!！?？:：”)]}、"
 _CANARY_STAMP = re.compile(r"<\|(\d+)\|>")
-CANARY_FRAME = 0.08  # seconds that a timestamp of Canary counts in
-LONG_WORD = 0.7  # seconds that the usual word of an alignment lasts at most
-TAIL = 0.3  # seconds after the end of a transcript that still belong to it
-LEAST_SPEECH = 1.0  # seconds of speech after the end of a transcript that are decoded on their own
-USUAL, SPARSE = (
-    15.0,
-    3.0,
-)  # bytes of text a second of speech; a quarter of what slow speakers say in any script
-MUCH_SPEECH = 5.0  # seconds of speech in a segment, from which it can be sparse
-SILENT = 0.5  # seconds of silence at the start or end of a segment that are left out of its times ...
-AROUND = 0.1  # ... but for so many
-LEAST_REST = 0.5  # seconds before and after a Whisper's last timestamp that make a window of their own
-NEAR = 1.0  # seconds by which two pieces may differ about when a word was said
+CANARY_FRAME = 0.08  # seconds per unit of Canary's timestamps
+LONG_WORD = 0.7  # upper bound in seconds of the median word of an alignment
+TAIL = 0.3  # seconds after the last timestamp of a transcript that still belong to it
+MIN_SPEECH_AFTER = 1.0  # minimum seconds of speech after the last timestamp to decode from there
+USUAL_RATE = 15.0  # bytes of text per second of speech
+SPARSE_RATE = 3.0  # a quarter of the rate of slow speakers in any script
+MUCH_SPEECH = 5.0  # minimum seconds of speech in a segment to call its text sparse
+LONG_SILENCE = 0.5  # minimum seconds of silence to trim from the times of a segment
+AROUND = 0.1  # seconds of silence that stay
+MIN_WINDOW = 0.5  # minimum seconds before and after the last timestamp to decode from there
+SAME_TIME = 1.0  # maximum difference in seconds between the times of a word in two overlapping chunks
 
 
 def compression_ratio(text: str) -> float:
-    """Bytes of the text for each byte of its zlib compression, as Whisper tells repetition by."""
+    """Return the bytes of the text per byte of its zlib compression, Whisper's measure of repetition."""
     data = text.encode()
-    return len(data) / len(zlib.compress(data)) if data else 0.0
+    return len(data) / len(zlib.compress(data))
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """When a Whisper's hypothesis is not believed and the audio is decoded once more, hotter (Radford et al.,
-    2022, section 4.5)."""
+    """Thresholds above which Whisper decodes a window again at a higher temperature (Radford et al., 2022, section
+    4.5)."""
 
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    """Of the attempts; the last is kept whatever it gives."""
+    """Temperatures of the attempts; the last attempt is always kept."""
     compression_ratio: float | None = 2.4
-    """More repetitive than this is not believed."""
+    """Maximum compression ratio of the text."""
     logprob: float | None = -1.0
-    """Less likely a token than this, on average, is not believed ..."""
+    """Minimum mean log probability of a token."""
     no_speech: float | None = 0.6
-    """... unless no speech is likelier than this: then the audio is taken for silence."""
+    """Probability of no speech above which an improbable text counts as silence, and is not decoded again."""
 
     def silent(self, hypothesis: Hypothesis) -> bool:
-        """Whether the hypothesis is of silence."""
+        """Return True for a hypothesis of silence."""
         unlikely = self.logprob is None or hypothesis.avg_logprob < self.logprob
         return self.no_speech is not None and hypothesis.no_speech > self.no_speech and unlikely
 
-    def retry(self, hypothesis: Hypothesis, text: str) -> float | None:
-        """The temperature of the next attempt, None where the hypothesis is kept."""
-        doubtful = (self.compression_ratio is not None and compression_ratio(text) > self.compression_ratio) or (
-            self.logprob is not None and hypothesis.avg_logprob < self.logprob
-        )
-        if not doubtful or self.silent(hypothesis):
+
+@dataclass(frozen=True)
+class WhisperPolicy:
+    """Whisper's rules for decoding a window again, at a higher temperature or from where its text ended early; a
+    `DecodingPolicy` of the engine."""
+
+    tokenizer: Tokenizer
+    fallback: Fallback
+    first_timestamp: int | None = None
+    """Id of <|0.00|>; None for a model without timestamps."""
+    voiced: np.ndarray | None = field(default=None, compare=False)
+    """(F,) True for speech, in frames of FRAME seconds that end with the audio; None if unknown."""
+
+    def retry(self, hypothesis: Hypothesis) -> float | None:
+        """Return the temperature of the next attempt; None keeps the hypothesis."""
+        rules = self.fallback
+        doubtful = (
+            rules.compression_ratio is not None
+            and compression_ratio(self.tokenizer.decode(hypothesis.tokens)) > rules.compression_ratio
+        ) or (rules.logprob is not None and hypothesis.avg_logprob < rules.logprob)
+        if not doubtful or rules.silent(hypothesis):
             return None
-        return next((one for one in self.temperatures if one > hypothesis.temperature), None)
+        return next((one for one in rules.temperatures if one > hypothesis.temperature), None)
+
+    def continue_at(self, hypothesis: Hypothesis, seconds: float) -> float | None:
+        """Return the time from which to decode on, before the end at ``seconds``; None where nothing is missing."""
+        if self.first_timestamp is None or self.fallback.silent(hypothesis):
+            return None
+        place = ended_early(hypothesis, seconds, self.first_timestamp, self.voiced)
+        if place is None:
+            place = skipped(hypothesis, self.tokenizer, seconds, self.first_timestamp, self.voiced)
+        return place
 
 
 def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
-    """The words of an alignment; in scripts without spaces every character that is whole is one. Their texts
-    keep the space before them, so that they join to the text."""
+    """Return the words of an alignment, in scripts without spaces one per character. Their texts keep the space before
+    them, so that they join to the text."""
     found: list[Word] = []
     begin = 0
     for end in range(1, len(alignment.tokens) + 1):
         text = _raw(tokenizer, alignment.tokens[begin:end])
-        if "\ufffd" in text:  # a character is not whole yet
+        if "\ufffd" in text:  # an incomplete character
             continue
-        shares = alignment.probabilities[begin:end]
-        word = Word(alignment.starts[begin], alignment.starts[end], text, sum(shares) / len(shares))
+        probability = sum(alignment.probabilities[begin:end]) / (end - begin)
+        word = Word(alignment.starts[begin], alignment.starts[end], text, probability)
         begin = end
         last = found[-1] if found else None
         if last is None or _begins_word(last.text, text):
@@ -90,7 +112,7 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
 
 
 def _raw(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text with its space in front, which ``decode`` takes away."""
+    """Return the text with leading space, which ``decode`` strips."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return "".join(map(tokenizer.piece, tokens)).replace("▁", " ")
     return tokenizer.decode(tokens, special=True)
@@ -105,20 +127,19 @@ def _begins_word(before: str, text: str) -> bool:
 
 
 def _merged(one: Word, other: Word) -> Word:
-    longer = max(len(one.text) + len(other.text), 1)
-    share = (one.probability * len(one.text) + other.probability * len(other.text)) / longer
-    return Word(one.start, other.end, one.text + other.text, share)
+    length = max(len(one.text) + len(other.text), 1)
+    probability = (one.probability * len(one.text) + other.probability * len(other.text)) / length
+    return Word(one.start, other.end, one.text + other.text, probability)
 
 
 def segments_of(
     hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int | None = None
 ) -> list[Segment]:
-    """The segments of one piece of audio of so many seconds, times from its start.
+    """Return the segments of a chunk of ``seconds`` seconds, with times from its start.
 
-    Where the model wrote timestamps they are the segments' bounds: Whisper's, whose first has the id
-    ``first_timestamp`` (an unfinished last segment ends with the audio), or Canary's, which stand around
-    every word and make words. Else the piece is one segment, with the words of the alignment, if there is
-    one.
+    Timestamps that the model wrote are the bounds: those of Whisper, the first of which has the id ``first_timestamp``
+    (an unfinished last segment ends with the audio), or those of Canary, which surround every word. Without timestamps
+    the chunk is one segment. An alignment gives the times of words.
     """
     tokens = hypothesis.tokens
     spans: list[tuple[float, float, list[int]]] = []
@@ -132,21 +153,12 @@ def segments_of(
     aligned = hypothesis.alignment is not None and not words
     if hypothesis.alignment and aligned:
         words = words_of(hypothesis.alignment, tokenizer)
-    found = []
-    for begin, end, part in spans:
-        text = tokenizer.decode(part).strip()
-        if text:
-            found.append(
-                Segment(
-                    begin,
-                    end,
-                    text,
-                    tuple(part),
-                    avg_logprob=hypothesis.avg_logprob,
-                    temperature=hypothesis.temperature,
-                    no_speech_prob=hypothesis.no_speech,
-                )
-            )
+    scores = (hypothesis.avg_logprob, hypothesis.temperature, hypothesis.no_speech)
+    found = [
+        Segment(begin, end, text, tuple(part), (), *scores)
+        for begin, end, part in spans
+        if (text := tokenizer.decode(part).strip())
+    ]
     if not words:
         return found
     found = _with_words(found, words)
@@ -156,18 +168,17 @@ def segments_of(
 def ended_early(
     hypothesis: Hypothesis, seconds: float, first_timestamp: int, voiced: np.ndarray | None = None
 ) -> float | None:
-    """Return where in so many seconds of audio a Whisper's hypothesis stopped, None if at their end.
+    """Return the time at which a Whisper's hypothesis ended before its audio of ``seconds`` did, else None.
 
-    Of a sentence that the window's end cuts Whisper often writes the first timestamp alone, and its command line
-    begins the next window there (Radford et al., 2022, section 4.5). One timestamp at the end says that nobody speaks
-    after it; that is believed unless the detector hears speech there: ``voiced`` (F,), frames of FRAME seconds that end
-    where the audio does; empty or None where that is not known.
+    Of a sentence that the end of the window divides, Whisper often writes only the first timestamp, and its command
+    line begins the next window there (Radford et al., 2022, section 4.5). A single timestamp at the end means that
+    no speech follows; that is accepted unless ``voiced`` (F,) has speech there (see `WhisperPolicy`).
     """
     tokens = hypothesis.tokens
     if not tokens or tokens[-1] < first_timestamp:
         return None
     begins = (tokens[-1] - first_timestamp) * TIMESTAMP_SECONDS
-    if begins < LEAST_REST or seconds - begins <= LEAST_REST:
+    if begins < MIN_WINDOW or seconds - begins <= MIN_WINDOW:
         return None
     if len(tokens) == 1 or tokens[-2] >= first_timestamp:
         return begins
@@ -175,22 +186,18 @@ def ended_early(
     if voiced is None or not 0 < left <= len(voiced) or tokens[0] < first_timestamp:
         return None
     after = np.flatnonzero(voiced[len(voiced) - left :])
-    after = after[after * FRAME >= TAIL]  # the end of the last word may lie behind its timestamp
-    if len(after) * FRAME < LEAST_SPEECH:
+    after = after[after * FRAME >= TAIL]  # the last word may end after its timestamp
+    if len(after) * FRAME < MIN_SPEECH_AFTER:
         return None
     return max(begins, begins + after[0] * FRAME - TAIL)
 
 
 def skipped(
-    hypothesis: Hypothesis,
-    tokenizer: Tokenizer,
-    seconds: float,
-    first_timestamp: int,
-    voiced: np.ndarray | None,
+    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int, voiced: np.ndarray | None
 ) -> float | None:
-    """Return where to go on after the last segment of a Whisper's hypothesis, where that has next to no text for all
-    the speech in it: the model has passed over what was said. That is the first pause after the time that the text
-    takes. ``voiced``: as for `ended_early`. None where nothing was skipped."""
+    """Return the time from which to decode on where the last segment of a Whisper's hypothesis has next to no text for
+    the speech in it, so that the model has skipped some: the first pause after the usual duration of the text. None
+    where nothing was skipped."""
     tokens = hypothesis.tokens
     if voiced is None or not len(voiced) or not tokens or tokens[0] < first_timestamp:
         return None
@@ -200,19 +207,18 @@ def skipped(
     begin, end, part = spans[-1]
     here = voiced[max(0, len(voiced) - round(seconds / FRAME)) :]
     size = len(tokenizer.decode(part).encode())
-    if here[round(begin / FRAME) : round(end / FRAME)].sum() * FRAME < max(MUCH_SPEECH, size / SPARSE):
+    if here[round(begin / FRAME) : round(end / FRAME)].sum() * FRAME < max(MUCH_SPEECH, size / SPARSE_RATE):
         return None
-    said = round((begin + max(LEAST_SPEECH, size / USUAL)) / FRAME)
-    pauses = np.flatnonzero(~here[said:])
-    place = (said + int(pauses[0])) * FRAME if len(pauses) else seconds
+    first = round((begin + max(MIN_SPEECH_AFTER, size / USUAL_RATE)) / FRAME)
+    pauses = np.flatnonzero(~here[first:])
+    place = (first + int(pauses[0])) * FRAME if len(pauses) else seconds
     return place if seconds - place > MUCH_SPEECH / 2 else None
 
 
 def in_speech(segments: Sequence[Segment], voiced: np.ndarray) -> list[Segment]:
-    """Return the segments, times from the start of their audio, without the silence at their beginnings and ends.
+    """Return the segments without silence at their starts and ends; the first and the last word are adapted.
 
-    voiced (F,): whether somebody speaks, in frames of FRAME seconds; empty where that is not known. The first and the
-    last word of a segment go with it.
+    voiced (F,): True for speech, in frames of FRAME seconds; empty if unknown.
     """
     places = np.flatnonzero(voiced) * FRAME
     if not len(places):
@@ -225,13 +231,13 @@ def _in_speech(segment: Segment, places: np.ndarray) -> Segment:
     if not len(inside):
         return segment
     start, end, words = segment.start, segment.end, [*segment.words]
-    if inside[0] - start > SILENT:
+    if inside[0] - start > LONG_SILENCE:
         start = float(inside[0]) - AROUND
         if words and words[0].start < start < words[0].end:
             words[0] = replace(words[0], start=start)
         elif words:
             start = min(start, words[0].start)
-    if end - inside[-1] > SILENT:
+    if end - inside[-1] > LONG_SILENCE:
         end = min(end, float(inside[-1]) + FRAME + AROUND)
         if words and words[-1].start < end < words[-1].end:
             words[-1] = replace(words[-1], end=end)
@@ -249,7 +255,7 @@ def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tu
             continue
         time = min((token - first) * TIMESTAMP_SECONDS, seconds)
         if any(one < first for one in part):
-            time = max(time, begin)  # a model that was not asked for timestamps may write any
+            time = max(time, begin)  # a model without timestamps in its prompt may write any
             spans.append((begin, time, [*part, token]))
             part = []
             begin = time
@@ -261,7 +267,7 @@ def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tu
 
 
 def _canary_words(text: str) -> list[Word]:
-    """The words between pairs of Canary's timestamps, ``<|3|> word<|7|>``, in frames of 80 ms."""
+    """Return the words between pairs of Canary's timestamps, ``<|3|> word<|7|>``, in frames of 80 ms."""
     parts = _CANARY_STAMP.split(text)  # text, number, text, number, ...
     stamps = [int(number) * CANARY_FRAME for number in parts[1::2]]
     found = []
@@ -273,7 +279,7 @@ def _canary_words(text: str) -> list[Word]:
 
 
 def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
-    """Words go to segments in order, as many characters as each segment's text has."""
+    """Return the segments with their words: each gets as many characters as its text has."""
     found, place = [], 0
     for number, segment in enumerate(segments):
         length, taken = sum(not one.isspace() for one in segment.text), 0
@@ -286,9 +292,12 @@ def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
 
 
 def _bounded(segments: list[Segment]) -> list[Segment]:
-    """Return the segments with the times of their words. An alignment covers all audio, so the pause before a segment
-    falls to its first word, and what is after it to its last: a first word lasts no more than twice the usual (the
-    median, at most LONG_WORD, as openai-whisper's), a last one no longer than its segment."""
+    """Return the segments with the times of their words.
+
+    An alignment covers all audio, so that a segment's first word includes the pause before it, and its last word the
+    one after it. A first word is limited to twice the median (at most LONG_WORD, as in openai-whisper), a last one to
+    the end of its segment.
+    """
     lengths = [word.end - word.start for word in _all_words(segments) if word.end > word.start]
     most = 2 * min(LONG_WORD, median(lengths)) if lengths else 0.0
     found = []
@@ -305,18 +314,18 @@ def _bounded(segments: list[Segment]) -> list[Segment]:
     return found
 
 
-def joined(before: list[Word], after: list[Word], start: float, end: float) -> tuple[int, int]:
-    """Two pieces both have the audio from ``start`` to ``end``: how many words of ``before`` are kept, and
-    the first of ``after`` that is.
+def join_overlap(before: list[Word], after: list[Word], start: float, end: float) -> tuple[int, int]:
+    """Return the number of words of ``before`` to keep, and the first of ``after`` to keep, where two chunks both have
+    the audio from ``start`` to ``end``.
 
-    They part within the longest run of words that both heard there at about the same time (its middle: words
-    at the very edge of a piece are heard worst); where they heard nothing alike, in the middle of the
-    overlap, or where one of them fell silent before it. All words are kept where one of them heard none at all.
+    They are joined in the middle of the longest run of words that both have at about the same time, because words at
+    the edge of a chunk are the least reliable. Without such a run they are joined in the middle of the overlap, or
+    where the text of one ends. All words are kept where one of them has none.
     """
     if not before or not after:
         return len(before), 0
-    heard, again = ([_plain(word.text) for word in words] for words in (before, after))
-    low = next((i for i, word in enumerate(before) if word.end > start - NEAR), len(before))
+    texts, other_texts = ([_plain(word.text) for word in words] for words in (before, after))
+    low = next((i for i, word in enumerate(before) if word.end > start - SAME_TIME), len(before))
     longest = (0, 0, 0)
     for one in range(low, len(before)):
         for other, word in enumerate(after):
@@ -324,12 +333,12 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
             while (
                 one + size < len(before)
                 and other + size < len(after)
-                and heard[one + size] == again[other + size] != ""
-                and abs(before[one + size].start - after[other + size].start) < NEAR
+                and texts[one + size] == other_texts[other + size] != ""
+                and abs(before[one + size].start - after[other + size].start) < SAME_TIME
             ):
                 size += 1
             longest = max(longest, (size, one, other))
-            if word.start > end + NEAR:
+            if word.start > end + SAME_TIME:
                 break
     size, one, other = longest
     if size:
@@ -342,35 +351,31 @@ def joined(before: list[Word], after: list[Word], start: float, end: float) -> t
 
 
 class Assembly:
-    """The segments of one utterance, from hypotheses of its pieces in any order."""
+    """Segments of one recording, joined from those of its chunks, which may arrive in any order."""
 
     def __init__(self):
         self.total: int | None = None
-        """How many pieces there are, once that is known."""
+        """Number of chunks, once it is known."""
         self.segments: list[Segment] = []
-        """In order; the words' texts have the space before them."""
-        self.hypotheses: dict[int, Hypothesis] = {}
-        self.languages: list[tuple[float, tuple[float, ...]]] = []
-        """Seconds of each part of the audio whose language was detected, and the probabilities of the languages."""
+        """Segments in order; the texts of words have the space before them."""
         self._waiting: dict[int, tuple[list[Segment], float, float]] = {}
         self._next = 0
-        self._last_begins = 0  # in ``segments``: of the latest piece, which the next may still shorten
+        self._last_begins = 0  # index of the latest chunk's segments, which the next chunk may still shorten
 
     @property
     def complete(self) -> bool:
         return self._next == self.total
 
     def add(self, number: int, segments: list[Segment], start: float, overlap: float) -> list[Segment]:
-        """The segments of piece ``number``, times from its own start, which is at ``start`` seconds; of the
-        first ``overlap`` the piece before has the words too. Returns segments that nothing will change any
-        more."""
+        """Add the segments of chunk ``number``, with times from its start at ``start`` seconds; the chunk before
+        contains its first ``overlap`` seconds too. Return the segments that have become final."""
         self._waiting[number] = ([one.shifted(start) for one in segments], start, overlap)
-        settled = self._last_begins
+        final = self._last_begins
         while self._next in self._waiting:
             new, start, overlap = self._waiting.pop(self._next)
             if overlap:
                 last = self.segments[self._last_begins :]
-                kept, first = joined(_all_words(last), _all_words(new), start, start + overlap)
+                kept, first = join_overlap(_all_words(last), _all_words(new), start, start + overlap)
                 self.segments[self._last_begins :] = _sliced(last, 0, kept)
                 new = _sliced(new, first, None)
             self._last_begins = len(self.segments)
@@ -378,15 +383,19 @@ class Assembly:
             self._next += 1
         if self.complete:
             self._last_begins = len(self.segments)
-        return [_stripped(one) for one in self.segments[settled : self._last_begins]]
+        return [_stripped(one) for one in self.segments[final : self._last_begins]]
 
     def finished(self) -> tuple[str, tuple[Segment, ...]]:
-        """The text and the segments."""
+        """Return the text and the segments."""
         text = ""
         for segment in self.segments:
-            close = UNSPACED.match(segment.text) and UNSPACED.search(text[-1:])
-            text += segment.text if close or not text else " " + segment.text
+            text += space_between(text, segment.text) + segment.text
         return text, tuple(map(_stripped, self.segments))
+
+
+def space_between(text: str, more: str) -> str:
+    """Return the space between two parts of a transcript; empty in scripts without spaces."""
+    return " " if text and more and not (UNSPACED.match(more) and UNSPACED.search(text[-1:])) else ""
 
 
 def _all_words(segments: list[Segment]) -> list[Word]:
@@ -394,7 +403,7 @@ def _all_words(segments: list[Segment]) -> list[Word]:
 
 
 def _sliced(segments: list[Segment], first: int, end: int | None) -> list[Segment]:
-    """The words from ``first`` to ``end`` of all; a segment that loses some has no tokens any more."""
+    """Return the segments with the words from ``first`` to ``end``; a segment that loses words loses its tokens too."""
     found, place = [], 0
     for segment in segments:
         words = segment.words[max(0, first - place) : None if end is None else max(0, end - place)]

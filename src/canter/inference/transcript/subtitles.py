@@ -1,7 +1,7 @@
-"""Cues of subtitles, made of the segments and words of a transcript.
+"""Layout of subtitles: cues from the segments and words of a transcript.
 
-By default cues end where sentences end, last at most seven seconds and have at most two lines of 42 columns.
-`SubtitleStyle` asks for other limits, or for the cues of the Whisper command line.
+By default cues end at sentence ends, last at most seven seconds and have at most two lines of 42 columns.
+`SubtitleStyle` sets other limits, or selects the cues of the Whisper command line.
 """
 
 import re
@@ -15,20 +15,20 @@ from typing import Literal
 from canter.errors import ConfigError
 from canter.inference.transcript.segments import UNSPACED, Segment, Word, spaced
 
-WIDTH, LINES = 42, 2  # columns of a line and lines of a cue that broadcasters' guides ask for
+WIDTH, LINES = 42, 2  # columns per line and lines per cue in broadcasters' guides
 LONGEST_CUE = 7.0  # seconds
-SHORTEST_CUE = 1.0  # seconds that a cue stays on the screen, where the next one leaves room
-PAUSE = 1.0  # seconds of silence that no cue goes on over
-LONGEST_WORD = 1.4  # seconds; an alignment gives the pause after a word to that word
-WHISPER_PAUSE = 3.0  # seconds between the starts of two words that begin a new cue of Whisper's
-SECONDS_PER_COLUMN = 0.06  # of text whose times leave it no duration
+SHORTEST_CUE = 1.0  # seconds, unless the next cue begins earlier
+PAUSE = 1.0  # seconds of silence that end every cue
+LONGEST_WORD = 1.4  # seconds; an alignment adds the pause after a word to the word
+WHISPER_PAUSE = 3.0  # seconds between the starts of two words that divide Whisper's cues
+SECONDS_PER_COLUMN = 0.06  # for text without duration
 
-# Costs of ending a cue or line after a word; the lowest sum decides.
+# Costs of ending a cue or line after a word; the lowest sum is chosen.
 SENTENCE, CLAUSE, SEGMENT, ANYWHERE = 0.0, 3.0, 5.0, 8.0
-LITTLE = 2.0  # more after a word of three letters or fewer: articles and prepositions belong to what follows
-FILLED = 3.0  # of a full cue, by the square of how full it is: cues of a sentence come out equally long
-HURRIED = 3.0  # of a cue that is there for no time, less the longer it is
-ANOTHER, BEGUN = 1.0, 4.0  # of a sentence end within a cue, and where the cue then ends within a sentence
+SHORT_WORD = 2.0  # extra after a word of at most three letters, such as articles and prepositions
+FILLED = 3.0  # of a full cue, by the square of its fill, so that the cues of a sentence are equally long
+HURRIED = 3.0  # of a cue of no duration, less for longer ones
+ANOTHER, BEGUN = 1.0, 4.0  # of a sentence end within a cue that ends at a sentence end, and one that does not
 
 _TERMINAL = re.compile(r"[.!?…。！？।؟۔][\"'”’»)\]」』]*$")
 _CLAUSE = re.compile(r"[,;:—–、，；：][\"'”’»)\]」』]*$")
@@ -41,16 +41,16 @@ class SubtitleStyle:
     """Layout of words as cues. Raises ConfigError for limits below 1."""
 
     cues: Literal["auto", "sentence", "whisper"] = "auto"
-    """`sentence`: cues end where sentences end; `whisper`: one cue a segment, or as the options below shape them in
-    Whisper's command; `auto`: `whisper` where one of these options is given, else `sentence`."""
+    """`sentence`: cues end at sentence ends; `whisper`: one cue per segment, or the cues of Whisper's command with the
+    options below; `auto`: `whisper` with one of these options, else `sentence`."""
     max_line_width: int | None = None
-    """Characters of a line; by default 42 for `sentence`, any number for `whisper`."""
+    """Maximum number of characters in a line (default: 42 for `sentence`, no limit for `whisper`)."""
     max_line_count: int | None = None
-    """Lines of a cue; by default 2 for `sentence`; for `whisper` it counts the lines of ``max_line_width``."""
+    """Maximum number of lines in a cue (default: 2 for `sentence`); `whisper` needs ``max_line_width`` with it."""
     max_words_per_line: int | None = None
-    """Words of a line; by default any number."""
+    """Maximum number of words in a line (default: no limit)."""
     highlight_words: bool = False
-    """Underline each word while it is spoken, one cue a word."""
+    """Underline each word while it is spoken, with one cue per word."""
 
     def __post_init__(self) -> None:
         for name in ("max_line_width", "max_line_count", "max_words_per_line"):
@@ -60,23 +60,23 @@ class SubtitleStyle:
 
     @property
     def shaped(self) -> bool:
-        """Return whether an option of Whisper's command is set."""
+        """True if an option of Whisper's command is set."""
         limits = (self.max_line_width, self.max_line_count, self.max_words_per_line)
         return self.highlight_words or any(limit is not None for limit in limits)
 
     @property
     def by_sentence(self) -> bool:
-        """Return whether cues end where sentences end."""
+        """True if cues end at sentence ends."""
         return self.cues == "sentence" or (self.cues == "auto" and not self.shaped)
 
     @property
     def needs_words(self) -> bool:
-        """Return whether nothing but times of words will do."""
+        """True if the times of words are required."""
         return self.highlight_words or (self.shaped and not self.by_sentence)
 
     @property
     def ignored(self) -> str | None:
-        """Return one line about an option that has no effect beside the others."""
+        """Message about an option without effect, or None."""
         if self.by_sentence:
             return None
         if self.max_line_count and not self.max_line_width:
@@ -92,21 +92,21 @@ WHISPER = SubtitleStyle("whisper")
 
 @dataclass(frozen=True)
 class Cue:
-    """One subtitle; times are seconds."""
+    """One subtitle, with times in seconds."""
 
     start: float
     end: float
     words: tuple[str, ...]
-    """Words, or the whole text, with the white space before each; a newline begins a line."""
+    """Words, or the complete text, each with the white space before it; a newline begins a line."""
     underlined: int | None = None
-    """Index of the word that is underlined."""
+    """Index of the underlined word."""
 
 
 def cues_of(segments: Sequence[Segment], style: SubtitleStyle = SENTENCES) -> list[Cue]:
     """Return the cues of the segments, in order.
 
-    Segments whose words have no times are cut at their sentence ends, at times in proportion to their characters;
-    Whisper's cues leave them whole.
+    Segments without times of words are divided at sentence ends, at times in proportion to their characters; Whisper's
+    cues do not divide them.
     """
     cues = _sentences(segments, style) if style.by_sentence else [*_as_whisper(segments, style)]
     if style.highlight_words:
@@ -115,16 +115,16 @@ def cues_of(segments: Sequence[Segment], style: SubtitleStyle = SENTENCES) -> li
 
 
 def _timed(segment: Segment) -> list[Word]:
-    """Return the words, each with the space before it; the whole segment as one where they do not make up its text."""
+    """Return the words, each with the space before it; the segment as one word where they do not join to its text."""
     if "".join("".join(word.text.split()) for word in segment.words) != "".join(segment.text.split()):
-        whole = spaced(segment.text, [segment.text])[0]
-        return [Word(segment.start, segment.end, whole, 0.0)] if segment.text.strip() else []
+        complete = spaced(segment.text, [segment.text])[0]
+        return [Word(segment.start, segment.end, complete, 0.0)] if segment.text.strip() else []
     texts = spaced(segment.text, [word.text for word in segment.words])
     return [replace(word, text=text) for word, text in zip(segment.words, texts)]
 
 
 def _highlighted(words: Sequence[Word]) -> Iterator[Cue]:
-    """Yield a cue for each word and for each pause between two of them."""
+    """Yield a cue for each word and for each pause."""
     texts = tuple(word.text for word in words)
     last = words[0].start
     for index, word in enumerate(words):
@@ -140,14 +140,14 @@ def _highlighted(words: Sequence[Word]) -> Iterator[Cue]:
 def _as_whisper(segments: Sequence[Segment], style: SubtitleStyle) -> Iterator[list[Word]]:
     width, rows = style.max_line_width or 1000, style.max_line_count
     every = style.max_words_per_line or 1000
-    whole = style.max_line_width is None or rows is None  # segments stay cues of their own
+    separate = style.max_line_width is None or rows is None  # every segment begins a cue
     cue: list[Word] = []
     used, row = 0, 1  # columns of the line, and its number
     last = 0.0
     for segment in segments:
         for number, word in enumerate(_timed(segment)):
-            paused = bool(cue) and not whole and word.start - last > WHISPER_PAUSE
-            apart = bool(cue) and whole and number % every == 0
+            paused = bool(cue) and not separate and word.start - last > WHISPER_PAUSE
+            apart = bool(cue) and separate and number % every == 0
             last = word.start
             if used and used + len(word.text) <= width and not paused and not apart:
                 cue.append(word)
@@ -178,7 +178,8 @@ def _sentences(segments: Sequence[Segment], style: SubtitleStyle) -> list[list[W
 
 
 def _stretches(segments: Sequence[Segment]) -> Iterator[tuple[list[Word], bool, list[bool]]]:
-    """Yield words without a pause among them, whether their times are known, and of each whether it ends a segment."""
+    """Yield runs of words without a pause: the words, a flag for known times, and a flag per word that ends a
+    segment."""
     words: list[Word] = []
     known: list[bool] = []
     ends: list[bool] = []
@@ -200,14 +201,14 @@ def _stretches(segments: Sequence[Segment]) -> Iterator[tuple[list[Word], bool, 
 
 
 def _spread(texts: Sequence[str], start: float, end: float) -> list[Word]:
-    """Return the texts as words that share the time in proportion to their columns."""
+    """Return the texts as words, with times in proportion to their columns."""
     places = [*accumulate((_columns(text) for text in texts), initial=0)]
     times = [start + (end - start) * place / max(1, places[-1]) for place in places]
     return [Word(*pair, text, 0.0) for pair, text in zip(pairwise(times), texts)]
 
 
 def _in_order(words: Sequence[Word], known: Sequence[bool]) -> list[Word]:
-    """Return the words with times that never go back; those that begin at the same time share what follows."""
+    """Return the words with times that never decrease; words with the same start share the time up to the next one."""
     starts = [*accumulate((word.start for word in words), max)]
     found: list[Word] = []
     while (first := len(found)) < len(words):
@@ -249,7 +250,7 @@ def _shaped(words: Sequence[Word], aligned: bool, ends: Sequence[bool], style: S
 
 
 def _broken(words: Sequence[Word], first: int, end: int, layout: "_Layout", after: Sequence[float]) -> list[Word]:
-    """Return the words of a cue on as few lines as can be, equally long, broken after punctuation where possible."""
+    """Return the words of a cue in the fewest lines, of similar lengths, with breaks after punctuation if possible."""
 
     def line_cost(one: int, other: int) -> float:
         if other > max(layout.line_ends[one], one + 1):
@@ -268,7 +269,7 @@ def _broken(words: Sequence[Word], first: int, end: int, layout: "_Layout", afte
 
 
 class _Layout:
-    """Columns of the words on a line, and where lines that begin at each word must end."""
+    """Columns of words, and the end of the line that begins at each word."""
 
     def __init__(self, words: Sequence[Word], width: int, most: int | None):
         self.width = width
@@ -283,11 +284,11 @@ class _Layout:
             self.line_ends.append(end if most is None else min(end, first + most))
 
     def columns(self, first: int, end: int) -> int:
-        """Return the columns that the words take in one line."""
+        """Return the number of columns of the words in one line."""
         return self._places[end] - self._places[first] - self._before[first]
 
     def reach(self, first: int, lines: int) -> int:
-        """Return the end of the words that fit on so many lines."""
+        """Return the end of the words that fit on ``lines`` lines."""
         for _ in range(lines):
             if first < len(self.line_ends):
                 first = self.line_ends[first]
@@ -295,12 +296,12 @@ class _Layout:
 
 
 def _columns(text: str) -> int:
-    """Return the width of the text; characters of East Asian scripts take two columns."""
+    """Return the number of columns of the text; East Asian characters take two."""
     return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text)
 
 
 def _cost_after(words: Sequence[Word], place: int, segment_ends: bool) -> float:
-    """Return what it costs to end a cue after a word."""
+    """Return the cost of ending a cue after a word."""
     if place + 1 == len(words):
         return SENTENCE
     text, following = words[place].text.strip(), words[place + 1].text.strip()
@@ -308,11 +309,11 @@ def _cost_after(words: Sequence[Word], place: int, segment_ends: bool) -> float:
         return CLAUSE if following[:1].islower() else SENTENCE
     if _CLAUSE.search(text):
         return CLAUSE
-    return (SEGMENT if segment_ends else ANYWHERE) + (LITTLE if len(text) <= 3 else 0.0)
+    return (SEGMENT if segment_ends else ANYWHERE) + (SHORT_WORD if len(text) <= 3 else 0.0)
 
 
 def _divided(first: int, end: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
-    """Return the division of the places from ``first`` to ``end`` into parts with the lowest sum of costs.
+    """Return the division of ``first`` to ``end`` into parts (i, j) with the lowest sum of costs.
 
     ``cost(i, j)`` is infinite for a part that is too long, and then for every longer one with the same end.
     """

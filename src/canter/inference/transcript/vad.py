@@ -1,4 +1,4 @@
-"""Where somebody speaks: by energy, or by silero-vad's network (extra ``vad``).
+"""Voice activity detection, by energy or by silero-vad's network (extra ``vad``).
 
 F: frames of FRAME seconds.
 """
@@ -15,53 +15,53 @@ from canter.extras import install
 
 RATE = 16000
 FRAME = 0.02  # seconds
-QUIET = 1e-10  # added to power, so that silence has a logarithm
-CONTRAST = 10.0  # dB between the quietest and the loudest, below which energy says nothing
-RISE = 8.0  # dB above the quietest that speech need not exceed
-FAINTEST = -80.0  # dB of full scale; what is below is silence
-HISS = -50.0  # dB of full scale, below which noise is no speech where it is nowhere UNEVEN dB above its quietest
-UNEVEN = 6.0
-EVEN = 3.0  # dB between the quietest and all but the loudest moments of an even background
+EPSILON = 1e-10  # added to the power, so that silence has a logarithm
+CONTRAST = 10.0  # minimum dB between quiet and loud frames for a decision by energy
+RISE = 8.0  # maximum dB of the threshold above the noise floor
+SILENCE_LEVEL = -80.0  # dB of full scale
+HISS_LEVEL = -50.0  # dB of full scale; quieter noise is not speech, unless it rises HISS_RANGE dB above its floor
+HISS_RANGE = 6.0
+EVEN = 3.0  # maximum dB between the floor and all but the loudest frames of an even background
 Detector = Callable[[np.ndarray], np.ndarray]
-"""Samples (S,) -> (F,) how likely somebody speaks, 0 to 1, above 0.5 taken for speech."""
+"""Function of samples (S,) that returns the probability of speech (F,); above 0.5 counts as speech."""
 
 
 def loudness(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
-    """samples (S,) -> (F,) dB of full scale, smoothed over 5 frames; the last frame may be cut short."""
+    """Return the level (F,) of samples (S,) in dB of full scale, smoothed over 5 frames; the last may be shorter."""
     size = round(FRAME * rate)
     frames = -(-len(samples) // size)
     padded = np.zeros(frames * size, dtype=np.float32)
     padded[: len(samples)] = samples
     power = np.square(padded.reshape(frames, size)).mean(1)
     smooth = np.convolve(np.pad(power, 2, mode="edge"), np.full(5, 0.2), mode="valid") if frames else power
-    return 10 * np.log10(smooth + QUIET)
+    return 10 * np.log10(smooth + EPSILON)
 
 
 def energy(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
-    """A ``Detector``: speech is what stands out from the quietest tenth by a quarter of what the loudest do, or by
-    RISE: beside a loud speaker a quiet one is heard too.
+    """Return the probability of speech (F,) by energy; a `Detector`.
 
-    Careful rather than keen: where there is little contrast (noise, music) all is taken for speech. Nothing is where
-    all is silent, or nothing but a faint even hiss; and where the background is even and something stands out of it for
-    a moment (a word in long silence), that alone is.
+    The threshold lies above the noise floor (the 10th percentile) by a quarter of the range of levels, at most by RISE,
+    so that a quiet speaker beside a loud one is detected. With little contrast (noise, music) everything counts as
+    speech, in silence or a faint even hiss nothing. In an even background with a short event (a word in long silence)
+    only the event does.
     """
     level = loudness(samples, rate)
     if not len(level):
         return level
     floor, top, loudest = np.percentile(level, 10), np.percentile(level, 95), level.max()
-    if loudest < FAINTEST or (loudest < HISS and loudest - floor < UNEVEN):
+    if loudest < SILENCE_LEVEL or (loudest < HISS_LEVEL and loudest - floor < HISS_RANGE):
         return np.zeros(len(level))
     if top - floor < EVEN and loudest - floor >= 2 * CONTRAST:
         top = loudest
     if top - floor < CONTRAST:
         return np.ones(len(level))
-    threshold = max(floor + min((top - floor) / 4, RISE), FAINTEST)
+    threshold = max(floor + min((top - floor) / 4, RISE), SILENCE_LEVEL)
     return np.clip((level - floor) / (threshold - floor) / 2, 0, 1)
 
 
 @functools.cache
 def _silero_session():
-    found = importlib.util.find_spec("silero_vad")  # not imported: it would load a model of its own
+    found = importlib.util.find_spec("silero_vad")  # not imported: that would load another model
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -77,12 +77,12 @@ def _silero_session():
 
 
 def silero(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
-    """A ``Detector``: silero-vad's network, which looks at 32 ms after 4 ms of what was before.
+    """Return the probability of speech (F,) by silero-vad's network, on 32 ms and the 4 ms before; a `Detector`.
 
-    Raises ConfigError without the extra ``vad``, and for a rate that the network does not know.
+    Raises ConfigError without the extra ``vad``, and for a sample rate that the network does not support.
     """
     if rate not in (8000, 16000):
-        raise ConfigError(f"--vad silero hears 8,000 or 16,000 Hz, the model {rate:,}: use --vad energy")
+        raise ConfigError(f"--vad silero takes 8,000 or 16,000 Hz, the model {rate:,}: use --vad energy")
     session, size, before = _silero_session(), 512 * rate // 16000, 64 * rate // 16000
     windows = -(-len(samples) // size)
     padded = np.zeros(before + windows * size, dtype=np.float32)
@@ -92,11 +92,11 @@ def silero(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
     given = np.array(rate, dtype=np.int64)
     for index in range(windows):
         part = padded[None, index * size : index * size + size + before]
-        share, state = session.run(None, {"input": part, "state": state, "sr": given})
-        found[index] = np.asarray(share)[0, 0]
+        probability, state = session.run(None, {"input": part, "state": state, "sr": given})
+        found[index] = np.asarray(probability)[0, 0]
     frames = -(-len(samples) // round(FRAME * rate))
     return found[(np.arange(frames) * round(FRAME * rate)) // size]
 
 
 DETECTORS: dict[str, Callable[..., np.ndarray]] = {"energy": energy, "silero": silero}
-"""Detectors by name; each also takes the samples' rate."""
+"""Detectors by name; each also takes the sample rate."""

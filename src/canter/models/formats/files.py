@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and clear errors for those that cannot be read."""
+"""Files of model folders: replaced as a unit, and read with a clear error for what is damaged."""
 
 import os
 import stat
@@ -17,6 +17,9 @@ from canter.untrusted import is_file_name, read_json_value
 
 MOST_HEADER_BYTES = 4 * 2**20
 """Header of a safetensors file; 10,000 tensors take about 1 MiB."""
+
+Settings = dict[str, Any]
+"""A JSON object or YAML mapping of settings, of which nothing is known until it is checked."""
 
 
 @contextmanager
@@ -55,7 +58,7 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Settings:
     """Return a JSON object; CheckpointError if it is anything else, or beyond the limits of `canter.untrusted`."""
     try:
         value = read_json_value(path)
@@ -68,10 +71,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def shard_names(index: Any, source: str | Path) -> list[str]:
+def shard_names(index: object, source: str | Path) -> list[str]:
     """Return the files that a ``.safetensors.index.json`` lists, sorted.
 
-    Raises CheckpointError for what is no such index, and for a shard that is outside its folder or no safetensors file.
+    Raises CheckpointError for anything but such an index, and for a shard outside its folder or of another kind.
     """
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not weights:
@@ -117,7 +120,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Check the kind of a safetensors file and the length of its header, which is parsed whole.
+    """Check the kind of a safetensors file and the length of its header, which is parsed at once.
 
     Raises CheckpointError, and FileNotFoundError where there is no such file.
     """

@@ -1,5 +1,10 @@
-"""From a configuration and tensors of any origin to a model, with every misfit named."""
+"""Make a model of a configuration and tensors of any origin, with every misfit named.
 
+A configuration is a few bytes and decides how much memory and time building the model takes, so every value is checked
+by range, and the total size by the bytes of weights that come with it.
+"""
+
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +15,53 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from canter.errors import CheckpointError
-from canter.models.formats.ranges import check_config
+from canter.models.layers import ACTIVATIONS
 from canter.models.model import ModelConfig, SpeechModel
+from canter.text import Tokenizer
+
+# Field of any part -> least and greatest value. A new part may use these names and add its own.
+RANGES: dict[str, tuple[float, float]] = {
+    "sample_rate": (1000, 192_000),
+    "mels": (1, 512),
+    "n_fft": (2, 8192),
+    "window": (2, 8192),
+    "hop": (1, 8192),
+    "preemphasis": (0, 1),
+    "dither": (0, 1),
+    "pad_seconds": (0, 300),
+    "layers": (0, 256),
+    "width": (1, 16_384),
+    "heads": (1, 512),
+    "feedforward": (1, 131_072),
+    "kernel_size": (1, 1023),
+    "subsampling_channels": (1, 8192),
+    "subsampling": (4, 8),
+    "cgmlp_units": (2, 131_072),
+    "merge_kernel_size": (1, 1023),
+    "epsilon": (0, 1e-2),
+    "vocabulary": (1, 2_000_000),
+    "positions": (1, 1_000_000),
+    "pad": (0, 2_000_000),
+    "ctc_vocabulary": (0, 2_000_000),
+    "ctc_upsampling": (1, 64),
+    "dropout": (0, 1),
+    "dropout_input": (0, 1),
+    "dropout_attention": (0, 1),
+    "dropout_activation": (0, 1),
+    "layer_drop": (0, 1),
+}
+CHOICES: dict[str, tuple[str, ...]] = {"norm": ("batch", "layer"), "activation": tuple(ACTIVATIONS)}
+MOST_POSITION_VALUES = 2**23
+"""Positions times width of tables that are computed, not stored."""
+SMALL = 2**24
+"""A model of at most this many parameters is built before its weights are looked at."""
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Modules built in this context keep their parameters as allocated: they are about to be overwritten, and
-    drawing a billion normals takes longer than reading them."""
+    """Mode in which new modules keep their parameters as allocated.
+
+    They are about to be overwritten, and drawing a billion normals takes longer than reading them.
+    """
 
     SKIPPED = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
@@ -27,9 +72,9 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def build(config: ModelConfig, source: str | Path, stored: int | None = None) -> SpeechModel:
-    """Return the model of that shape with whatever its memory held: fill it next.
+    """Return a model of that shape with uninitialised weights.
 
-    ``stored`` is the size of its weights in bytes, where it is known. Raises CheckpointError for an impossible
+    ``stored`` is the size of its weights in bytes, if it is known. Raises CheckpointError for an impossible
     configuration, or one that these weights cannot fill; see `check_config`.
     """
     check_config(config, source, stored)
@@ -40,8 +85,83 @@ def build(config: ModelConfig, source: str | Path, stored: int | None = None) ->
         raise CheckpointError(f"{source} describes no possible model: {error}") from None
 
 
+def check_config(config: ModelConfig, source: str | Path, stored: int | None = None) -> None:
+    """Check every value of ``config`` by type and range, and what must agree between its parts.
+
+    ``stored`` is the number of bytes of weights that come with it: more parameters than bytes are refused. Raises
+    CheckpointError naming ``source``, the field, its value and its range.
+    """
+    _check_fields(config, f"{source}: ")
+    features, encoder, decoder = config.features, config.encoder, config.decoder
+    heads, mels = getattr(encoder, "heads", 1), getattr(encoder, "mels", features.mels)
+    faults = (
+        (encoder.width % heads, f"encoder.width {encoder.width} is not a multiple of its {heads} heads"),
+        (
+            decoder.width % decoder.heads,
+            f"decoder.width {decoder.width} is not a multiple of its {decoder.heads} heads",
+        ),
+        (
+            getattr(encoder, "kernel_size", 1) % 2 == 0,
+            f"encoder.kernel_size {getattr(encoder, 'kernel_size', 1)} is even",
+        ),
+        (mels != features.mels, f"encoder.mels is {mels}, but the features have {features.mels} mel bins"),
+        (
+            getattr(features, "window", 0) > features.n_fft,
+            f"features.window {getattr(features, 'window', 0)} is longer than n_fft {features.n_fft}",
+        ),
+        (features.hop > features.n_fft, f"features.hop {features.hop} is longer than n_fft {features.n_fft}"),
+        (
+            decoder.pad >= decoder.vocabulary,
+            f"decoder.pad {decoder.pad} is beyond the vocabulary of {decoder.vocabulary}",
+        ),
+        (
+            not decoder.learned_positions and decoder.positions * decoder.width > MOST_POSITION_VALUES,
+            f"decoder.positions {decoder.positions} of width {decoder.width} take more than "
+            f"{MOST_POSITION_VALUES:,} values",
+        ),
+    )
+    for wrong, fault in faults:
+        if wrong:
+            raise CheckpointError(f"{source}: {fault}")
+    parameters = least_parameters(config)
+    if stored is not None and parameters > max(stored, SMALL):
+        raise CheckpointError(
+            f"{source} describes a model of more than {parameters:,} parameters, but its weights have only {stored:,} "
+            "bytes; was the configuration edited, or are the weights another model's?"
+        )
+
+
+def _check_fields(part: Any, place: str) -> None:
+    for field in dataclasses.fields(part):
+        value, name = getattr(part, field.name), field.name
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, f"{place}{name}.")
+        elif name in CHOICES and value not in CHOICES[name]:
+            raise CheckpointError(f"{place}{name} is {value!r:.80}; it must be {' or '.join(map(repr, CHOICES[name]))}")
+        elif name in RANGES:
+            least, most = RANGES[name]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            whole = field.type not in ("int", int) or isinstance(value, int)
+            if not (number and whole and least <= value <= most):
+                raise CheckpointError(f"{place}{name} is {value!r:.80}; it must be from {least:,} to {most:,}")
+
+
+def least_parameters(config: ModelConfig) -> int:
+    """Return the parameters of attention, feed-forward and embedding: a lower bound for a model of this shape."""
+    encoder, decoder = config.encoder, config.decoder
+    feedforward = getattr(encoder, "feedforward", 0)
+    return (
+        encoder.layers * encoder.width * (4 * encoder.width + 2 * feedforward)
+        + decoder.layers * decoder.width * (8 * decoder.width + 2 * decoder.feedforward)
+        + (decoder.vocabulary + decoder.positions * decoder.learned_positions) * decoder.width
+        + config.ctc_vocabulary * config.ctc_upsampling * encoder.width
+        + getattr(encoder, "positions", 0) * encoder.width
+        + getattr(encoder, "subsampling_channels", 0) * config.features.mels // 8 * encoder.width
+    )
+
+
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
+    """Copy ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
 
     Raises CheckpointError with the names of missing, unexpected, misshapen and mistyped tensors, before anything is
     copied.
@@ -61,12 +181,7 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         or tensors[name].is_quantized
         or tensors[name].is_floating_point() != wanted[name].is_floating_point()
     ]
-    faults = [
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("misshapen", misshapen),
-        ("mistyped", mistyped),
-    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen), ("mistyped", mistyped)]
     if missing or unexpected or misshapen or mistyped:
         parts = [f"{len(names)} {fault}: {_some(names)}" for fault, names in faults if names]
         raise CheckpointError(
@@ -81,8 +196,8 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> None:
-    """CheckpointError if the tokenizer has ids that the model's embedding does not."""
+def check_vocabulary(model: SpeechModel, tokenizer: Tokenizer | None, source: str | Path) -> None:
+    """Raise CheckpointError if the tokenizer has ids that the model's embedding does not."""
     if tokenizer is not None and tokenizer.vocab_size > model.config.decoder.vocabulary:
         raise CheckpointError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only "
@@ -90,13 +205,12 @@ def check_vocabulary(model: SpeechModel, tokenizer: Any, source: str | Path) -> 
         )
 
 
-def without_ctc(model: SpeechModel, target: str | Path) -> dict[str, Tensor]:
-    """The state dict for formats that have no auxiliary CTC head; warns if the model has one."""
-    tensors = model.state_dict()
-    if model.ctc is not None:
+def without_ctc(tensors: Mapping[str, Tensor], target: str | Path) -> dict[str, Tensor]:
+    """Return the tensors for a format that has no auxiliary CTC head; warn if there is one."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("ctc.")}
+    if len(kept) < len(tensors):
         warnings.warn(f"{target}: the format has no auxiliary CTC head; it is left out", stacklevel=3)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ctc.")}
-    return tensors
+    return kept
 
 
 class Renaming:
@@ -109,13 +223,13 @@ class Renaming:
         self.pairs = pairs
 
     def name(self, ours: str) -> str:
-        """Their name of our tensor."""
+        """Return their name of our tensor."""
         for our, their in self.pairs:
             ours = ours.replace(our, their)
         return ours
 
     def ours(self, theirs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Their tensors under the names and shapes of ``model``; unknown ones keep their names."""
+        """Return their tensors under the names and shapes of ``model``; unknown ones keep their names."""
         theirs = dict(theirs)
         ours = {}
         for name, tensor in model.state_dict().items():
@@ -125,7 +239,7 @@ class Renaming:
         return ours | theirs
 
     def theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors under their names and shapes, ready to be written."""
+        """Return our tensors under their names and shapes, ready to be written."""
         theirs = {}
         for name, tensor in ours.items():
             kernel = ".pointwise_conv" in name and tensor.ndim == 2

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from canter.errors import CheckpointError
+from canter.models.formats.files import Settings
 
 MOST_IDS = 100_000
 """Entries of a list of token ids."""
@@ -47,21 +46,20 @@ LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
 
 def check_generation(
-    values: Mapping[str, Any], source: str | Path, vocabulary: int, heads: tuple[int, int] | None = None
-) -> dict[str, Any]:
-    """Return the settings, once those that decoding reads are checked against the model; others are kept as they are.
+    values: Settings, source: str | Path, vocabulary: int, heads: tuple[int, int] | None = None
+) -> Settings:
+    """Return the settings, after checking those that decoding reads; others are kept as they are.
 
     ``vocabulary`` is the number of the model's tokens, ``heads`` the layers of its decoder and the heads of each.
-
     Raises CheckpointError naming ``source``, the setting and its value: token ids beyond the vocabulary, numbers out of
     range, lists without end, attention heads that the decoder lacks.
     """
 
-    def refuse(name: str, value: Any, what: str) -> CheckpointError:
+    def refuse(name: str, value: object, what: str) -> CheckpointError:
         return CheckpointError(f"{source}: {name} is {value!r:.80}; it must be {what}")
 
-    def is_id(value: Any) -> bool:
-        return _is_number(value) and value < vocabulary
+    def is_id(value: object) -> bool:
+        return isinstance(value, int) and _is_number(value) and value < vocabulary
 
     for name, value in values.items():
         if value is None:
@@ -99,9 +97,9 @@ def check_generation(
     return dict(values)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)

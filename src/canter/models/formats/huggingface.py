@@ -14,12 +14,12 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.formats.files import read_json, read_tensors, replacing_model, stored_bytes
+from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
-from canter.text import load_tokenizer
+from canter.text import Tokenizer, load_tokenizer
 
 # Our names to theirs, as substrings, in this order.
 CANARY_NAMES = Renaming(
@@ -82,8 +82,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 
 @dataclass(frozen=True)
 class Layout:
-    """How transformers spells an architecture: (their setting, our field) for each part, where it keeps
-    them, and what is the same in all models that both have."""
+    """An architecture's settings in transformers: names, sections, and constants."""
 
     architecture: str
     extractor: str
@@ -93,9 +92,9 @@ class Layout:
     sections: Mapping[str, str]
     """Part -> key of its settings inside ``config.json``; '' for the top level."""
     fields: Mapping[str, tuple[tuple[str, str], ...]]
-    theirs: Mapping[str, Mapping[str, Any]]
+    theirs: Mapping[str, Settings]
     """Section -> settings with the one value that our modules compute."""
-    ours: Mapping[str, Any]
+    ours: Settings
     """Fields of DecoderConfig."""
     tokenizer: str
     """File of a tokenizer that we read."""
@@ -224,31 +223,15 @@ WHISPER = Layout(
 LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
 
 
-def foreign_type(folder: str | Path) -> str | None:
-    """The ``model_type`` of a Hugging Face folder of an architecture that is not read here; None of anything else."""
-    source = Path(folder) / "config.json"
-    kind = read_json(source).get("model_type") if source.is_file() else None
-    if kind is not None and not isinstance(kind, str):
-        raise CheckpointError(f"{source}: model_type is {kind!r:.80}; it must be a string")
-    return None if kind in LAYOUTS else kind
-
-
 def read_hf(folder: str | Path) -> SpeechModel:
-    """The Canary or Whisper in a folder that transformers wrote (safetensors only).
+    """Return the Canary or Whisper in a folder that transformers wrote (only safetensors).
 
-    Raises CheckpointError for other architectures, settings that these modules lack, and tensors that do not
-    fit.
+    Raises CheckpointError for settings that these modules lack, and tensors that do not fit.
     """
     folder = Path(folder)
     source = folder / "config.json"
     values = read_json(source)
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in LAYOUTS:
-        raise CheckpointError(
-            f"{source}: model_type is {kind!r:.80}; read are {' and '.join(map(repr, LAYOUTS))}. Others run through "
-            "transformers, in canter tune, train, transcribe and info alone"
-        )
-    layout = LAYOUTS[kind]
+    layout = LAYOUTS[values["model_type"]]
     features_file = folder / "preprocessor_config.json"
     sound = read_json(features_file) if features_file.exists() else {}
     model = build(_our_config(layout, values, sound, source), source, stored_bytes(folder / SAFETENSORS))
@@ -272,7 +255,7 @@ def read_hf(folder: str | Path) -> SpeechModel:
     return model
 
 
-def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, Any], source: Path) -> ModelConfig:
+def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path) -> ModelConfig:
     for section, required in layout.theirs.items():
         given = values.get(section) if section else values
         if not isinstance(given, Mapping):
@@ -282,7 +265,7 @@ def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, A
                 place = f"{section}.{name}" if section else name
                 raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
-    def part(name: str, cls: type, given: Mapping[str, Any], **fixed: Any) -> Any:
+    def _part(name: str, cls: type, given: Settings, **fixed: Any) -> Any:
         fields = dict(fixed)
         for theirs, ours in layout.fields[name]:
             kind = type(getattr(cls, ours))  # of the default
@@ -300,20 +283,23 @@ def _our_config(layout: Layout, values: Mapping[str, Any], sound: Mapping[str, A
         return cls(**fields)
 
     given = {name: values[key] if key else values for name, key in layout.sections.items()}
-    encoder = part("encoder", layout.encoder, given["encoder"])
-    decoder = part("decoder", DecoderConfig, given["decoder"], **layout.ours)
-    features = part("features", layout.features, {"feature_size": encoder.mels, **sound})
+    encoder = _part("encoder", layout.encoder, given["encoder"])
+    decoder = _part("decoder", DecoderConfig, given["decoder"], **layout.ours)
+    features = _part("features", layout.features, {"feature_size": encoder.mels, **sound})
     return ModelConfig(features, encoder, decoder)
 
 
 def _sines_first(width: int) -> Tensor:
-    """Order of the columns that puts alternating sines and cosines apart."""
+    """Return the order of columns that puts all sines before all cosines, from alternating ones."""
     return torch.arange(width).view(-1, 2).T.flatten()
 
 
 def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """The decoder with its residual stream in another order: what is added to it and what is read from it are
-    permuted alike, so that it computes the same with positions permuted so."""
+    """Return the decoder's tensors with its residual stream in another order.
+
+    Modules that write to the stream and those that read from it are permuted alike, so the function is the same with
+    positions permuted so.
+    """
     permuted = {}
     for name, tensor in tensors.items():
         leaf = name.rsplit(".", 2)[-2:]
@@ -328,11 +314,16 @@ def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
     return permuted
 
 
-def write_hf(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> Path:
-    """Writes ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files. A
-    CTC head has no place there: it is left out, with a warning.
+def write_hf(
+    model: SpeechModel,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files.
 
-    Raises CheckpointError for a model that transformers has no architecture for, naming what is in the way.
+    A CTC head is left out, with a warning. Raises CheckpointError for a model that transformers has no architecture
+    for, naming what is in the way.
     """
     folder = Path(folder)
     config, tokenizer = model.config, tokenizer or model.tokenizer
@@ -345,7 +336,7 @@ def write_hf(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> P
     values, sound = _their_config(layout, config)
     _check_expressible(config, _our_config(layout, values, sound, folder), folder)
     values |= {name: generation[name] for name in TOKEN_IDS if name in generation}
-    tensors = without_ctc(model, folder)
+    tensors = without_ctc(weights or model.state_dict(), folder)
     if layout.sines_first:
         tensors = _permuted(tensors, _sines_first(config.decoder.width).to(model.decoder.embedding.weight.device))
     with replacing_model(folder) as fresh:
@@ -358,9 +349,9 @@ def write_hf(model: SpeechModel, folder: str | Path, tokenizer: Any = None) -> P
     return folder
 
 
-def _their_config(layout: Layout, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json``."""
-    values: dict[str, Any] = {"architectures": [layout.architecture]}
+def _their_config(layout: Layout, config: ModelConfig) -> tuple[Settings, Settings]:
+    """Return ``config.json`` and ``preprocessor_config.json``."""
+    values: Settings = {"architectures": [layout.architecture]}
     for section, settings in layout.theirs.items():
         (values.setdefault(section, {}) if section else values).update(settings)
     for part, section in layout.sections.items():
@@ -385,8 +376,7 @@ FREE = ("dropout", "layer_drop", "dither", "pad_seconds")  # of training, or of 
 
 
 def _check_expressible(config: ModelConfig, theirs: ModelConfig, folder: Path) -> None:
-    """CheckpointError if ``theirs``, which is what the layout makes of ``config``, computes something
-    else."""
+    """Raise CheckpointError if ``theirs``, made from ``config`` by the layout, computes something else."""
     wrong = [
         f"{part}.{name} {value!r}"
         for part in ("features", "encoder", "decoder")

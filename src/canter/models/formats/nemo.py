@@ -1,29 +1,36 @@
 """NeMo's ``.nemo`` archives of Canary, read and written without NeMo.
 
-An archive is a tar of ``model_config.yaml``, ``model_weights.ckpt`` (a ``torch.save`` of a state dict) and
-the tokenizer's files. Nothing in it is unpickled but tensors, and nothing is extracted to disk: members are
-read by name, links and names that lead out of the archive are refused.
+An archive is a tar of ``model_config.yaml``, ``model_weights.ckpt`` (a ``torch.save`` of a state dict) and the
+tokenizer's files. Only tensors are unpickled, and nothing is extracted to disk: members are read by name; links and
+names that lead out of the archive are refused.
 """
 
+import hashlib
+import io
 import math
+import struct
+import tarfile
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from canter.errors import CheckpointError
+from canter.files import replacing
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
-from canter.models.formats.fitting import Renaming, build, fit_tensors
+from canter.models.formats.files import Settings
+from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.torchfile import load_tensors
 from canter.models.model import ModelConfig, SpeechModel
-from canter.text.archive import Archive, open_archive
-from canter.text.nemo import nemo_tokenizer
+from canter.text import SentencePieceTokenizer, Tokenizer
+from canter.text.archive import CONFIG, Archive, open_archive
+from canter.text.nemo import SPECIAL, nemo_tokenizer
 
 WEIGHTS = "model_weights.ckpt"
 
@@ -90,7 +97,7 @@ def opened(path: Path) -> AbstractContextManager[NemoArchive]:
     return open_archive(path, NemoArchive)
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _section(config: Settings, name: str) -> Settings:
     for part in name.split("."):
         config = config.get(part) or {}
         if not isinstance(config, Mapping):
@@ -98,9 +105,11 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return config
 
 
-def model_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
-    """NeMo's configuration as ours. CheckpointError names a setting that is missing or that these modules
-    lack."""
+def _our_config(config: Settings, source: str | Path) -> ModelConfig:
+    """Return NeMo's configuration as ours.
+
+    Raises CheckpointError that names a setting that is missing or that these modules lack.
+    """
     for section, name, values in REQUIRED:
         value = _section(config, section).get(name, values[0])
         if value not in values:
@@ -112,7 +121,7 @@ def model_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
     if encoder.get("dropout_emb"):
         warnings.warn(f"{source}: encoder.dropout_emb {encoder['dropout_emb']} is ignored", stacklevel=2)
 
-    def number(part: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    def number(part: Settings, name: str, default: float | None = None) -> float:
         value = part.get(name, default)
         if value is None:
             raise CheckpointError(f"{source}: the configuration of a Canary lacks {name!r}")
@@ -120,7 +129,7 @@ def model_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
             raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r:.80})")
         return value
 
-    def whole(part: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    def whole(part: Settings, name: str, default: int | None = None) -> int:
         value = number(part, name, default)
         if value != int(value):
             raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r})")
@@ -166,16 +175,16 @@ def model_config(config: Mapping[str, Any], source: str | Path) -> ModelConfig:
     )
 
 
-def read_nemo(path: str | Path) -> SpeechModel:
-    """The Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
+def read_nemo_archive(path: str | Path) -> SpeechModel:
+    """Return the Canary in a ``.nemo`` archive (canary-1b, -flash, -v2 layouts).
 
-    Raises CheckpointError for what is no archive, truncated, unsafe, or another kind of model.
+    Raises CheckpointError for a file that is not an archive, truncated, unsafe, or another kind of model.
     """
     path = Path(path)
     with opened(path) as archive:
         values = archive.config()
         stored = archive.members[WEIGHTS].size if WEIGHTS in archive.members else 0
-        model = build(model_config(values, path), path, stored)
+        model = build(_our_config(values, path), path, stored)
         tensors = archive.weights()
         head, embedding = tensors.get(HEAD_WEIGHT), tensors.get(EMBEDDING)
         if head is not None and embedding is not None and not torch.equal(head, embedding):
@@ -187,3 +196,248 @@ def read_nemo(path: str | Path) -> SpeechModel:
         else:
             warnings.warn(f"{path}: no tokenizer inside; none is attached", stacklevel=3)
     return model
+
+
+def write_nemo(
+    model: SpeechModel,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write ``model`` and its tokenizer to an archive that NeMo restores; a CTC head is left out, with a warning.
+
+    Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's options,
+    a tokenizer without a vocabulary for each language.
+    """
+    path = Path(path)
+    tokenizer = tokenizer or model.tokenizer
+    check_vocabulary(model, tokenizer, path)
+    _check_expressible(model.config, path)
+    files = _tokenizer_files(tokenizer, path)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    stored = io.BytesIO()
+    torch.save(_their_tensors(model, weights or model.state_dict(), path), stored)
+    values = _their_config(model.config, tokenizer, files)
+    config = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    members = dict(files.values())
+    members |= {CONFIG: config.encode(), WEIGHTS: stored.getvalue()}
+    with replacing(path) as fresh, tarfile.open(fresh, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size, info.mode = len(content), 0o644
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def _check_expressible(config: ModelConfig, path: Path) -> None:
+    encoder, decoder = config.encoder, config.decoder
+    if not isinstance(encoder, FastConformerConfig) or not isinstance(config.features, FeatureConfig):
+        raise CheckpointError(f"{path}: NeMo's Canary has a FastConformer encoder; keep it as a Canter folder")
+    plain = DecoderConfig()
+    for name in ("learned_positions", "embedding_norm", "activation", "key_bias", "head_bias"):
+        if getattr(decoder, name) != getattr(plain, name):
+            raise CheckpointError(f"{path}: NeMo's Canary has no decoder with {name} {getattr(decoder, name)!r}")
+    if encoder.feedforward % encoder.width:
+        raise CheckpointError(
+            f"{path}: NeMo wants an encoder feed-forward that is a multiple of the width {encoder.width}, "
+            f"not {encoder.feedforward}"
+        )
+
+
+def _tokenizer_files(tokenizer: Tokenizer | None, path: Path) -> dict[str, tuple[str, bytes]]:
+    """Return name in the archive and SentencePiece model by language."""
+    if tokenizer is None:
+        raise CheckpointError(f"{path}: the model has no tokenizer, without which NeMo restores nothing")
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise CheckpointError(f"{path}: NeMo's Canary has SentencePiece tokenizers, not {type(tokenizer).__name__}")
+    models = dict(tokenizer.models)
+    if not tokenizer.special:
+        raise CheckpointError(
+            f"{path}: archives are written with an aggregate tokenizer; this one is a single SentencePiece model "
+            "(canary-1b-v2's), so write a Canter or Hugging Face folder"
+        )
+    if "" in models:
+        if len(tokenizer.languages) != 1:
+            raise CheckpointError(
+                f"{path}: NeMo's aggregate tokenizer has a vocabulary a language; this one is shared by "
+                f"{', '.join(tokenizer.languages)}"
+            )
+        models = {tokenizer.languages[0]: models[""]}
+    models = {SPECIAL: special_tokens_model(tokenizer.special), **models}
+    return {
+        lang: (f"{hashlib.md5(model, usedforsecurity=False).hexdigest()}_{lang}_tokenizer.model", model)
+        for lang, model in models.items()
+    }
+
+
+def special_tokens_model(tokens: tuple[str, ...]) -> bytes:
+    """Return a serialised SentencePiece model (``sentencepiece_model.proto``); the first token is for unknowns."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+    pieces = []
+    for place, token in enumerate(tokens):
+        kind = 2 if place == 0 else 4  # UNKNOWN, USER_DEFINED
+        body = field(1, token.encode()) + b"\x15" + struct.pack("<f", 0.0) + b"\x18" + _varint(kind)
+        pieces.append(field(1, body))
+    return b"".join(pieces)
+
+
+def _varint(value: int) -> bytes:
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def _their_tensors(model: SpeechModel, weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    theirs = NAMES.theirs(without_ctc(weights, path))
+    theirs = {name: x.float() if x.is_floating_point() else x for name, x in theirs.items()}
+    theirs[HEAD_WEIGHT] = theirs[EMBEDDING]
+    theirs[POSITIONS] = model.decoder.positions.detach().cpu().float()
+    theirs["preprocessor.featurizer.window"] = model.features.taper.cpu()
+    theirs["preprocessor.featurizer.fb"] = model.features.filters.cpu()[None]
+    return theirs
+
+
+def _their_config(
+    config: ModelConfig, tokenizer: SentencePieceTokenizer, files: dict[str, tuple[str, bytes]]
+) -> Settings:
+    features, encoder, decoder = config.features, config.encoder, config.decoder
+    assert isinstance(features, FeatureConfig)
+    assert isinstance(encoder, FastConformerConfig)
+    asr = "nemo.collections.asr"
+    rates = {
+        "ffn_dropout": decoder.dropout,
+        "attn_score_dropout": decoder.dropout_attention,
+        "attn_layer_dropout": decoder.dropout,
+    }
+    return {
+        "sample_rate": features.sample_rate,
+        "label_smoothing": 0.0,
+        "use_loss_mask_for_prompt": True,
+        "log_prediction": True,
+        "prompt_format": tokenizer.prompt_format,
+        "prompt_defaults": [{"role": "user", "slots": dict(tokenizer.defaults)}],
+        "model_defaults": {
+            "asr_enc_hidden": encoder.width,
+            "lm_enc_hidden": decoder.width,
+            "lm_dec_hidden": decoder.width,
+        },
+        "train_ds": None,
+        "validation_ds": None,
+        "test_ds": None,
+        "tokenizer": {
+            "dir": None,
+            "type": "agg",
+            "langs": {
+                lang: {"dir": lang, "type": "bpe", "model_path": f"nemo:{name}"} for lang, (name, _) in files.items()
+            },
+            "custom_tokenizer": {
+                "_target_": "nemo.collections.common.tokenizers.canary_tokenizer.CanaryTokenizer",
+                "tokenizers": None,
+            },
+        },
+        "preprocessor": {
+            "_target_": f"{asr}.modules.AudioToMelSpectrogramPreprocessor",
+            "sample_rate": features.sample_rate,
+            "normalize": "per_feature",
+            "window_size": features.window / features.sample_rate,
+            "window_stride": features.hop / features.sample_rate,
+            "window": "hann",
+            "features": features.mels,
+            "n_fft": features.n_fft,
+            "log": True,
+            "frame_splicing": 1,
+            "preemph": features.preemphasis,
+            "dither": features.dither,
+            "pad_to": 0,
+            "pad_value": 0.0,
+        },
+        "spec_augment": None,
+        "encoder": {
+            "_target_": f"{asr}.modules.ConformerEncoder",
+            "feat_in": encoder.mels,
+            "feat_out": -1,
+            "n_layers": encoder.layers,
+            "d_model": encoder.width,
+            "subsampling": "dw_striding",
+            "subsampling_factor": 8,
+            "subsampling_conv_channels": encoder.subsampling_channels,
+            "causal_downsampling": False,
+            "reduction": None,
+            "reduction_position": None,
+            "reduction_factor": 1,
+            "ff_expansion_factor": encoder.feedforward // encoder.width,
+            "self_attention_model": "rel_pos",
+            "n_heads": encoder.heads,
+            "att_context_size": [-1, -1],
+            "xscaling": encoder.xscaling,
+            "untie_biases": True,
+            "pos_emb_max_len": 5000,
+            "conv_kernel_size": encoder.kernel_size,
+            "conv_norm_type": f"{encoder.norm}_norm",
+            "conv_context_size": None,
+            "use_bias": encoder.bias,
+            "dropout": encoder.dropout,
+            "dropout_pre_encoder": encoder.dropout_input,
+            "dropout_emb": 0.0,
+            "dropout_att": encoder.dropout_attention,
+        },
+        "transf_encoder": {
+            "_target_": f"{asr}.modules.transformer.transformer_encoders.TransformerEncoder",
+            "num_layers": 0,
+            "hidden_size": decoder.width,
+            "inner_size": decoder.feedforward,
+            "num_attention_heads": decoder.heads,
+            **rates,
+            "mask_future": False,
+            "pre_ln": True,
+            "pre_ln_final_layer_norm": True,
+        },
+        "transf_decoder": {
+            "_target_": f"{asr}.modules.transformer.get_nemo_transformer",
+            "model_name": None,
+            "pretrained": False,
+            "encoder": None,
+            "pre_ln_final_layer_norm": True,
+            "config_dict": {
+                "max_sequence_length": decoder.positions,
+                "num_token_types": 0,
+                "embedding_dropout": decoder.dropout,
+                "learn_positional_encodings": False,
+                "hidden_size": decoder.width,
+                "inner_size": decoder.feedforward,
+                "num_layers": decoder.layers,
+                "num_attention_heads": decoder.heads,
+                **rates,
+                "hidden_act": "relu",
+                "pre_ln": True,
+                "vocab_size": "None",
+            },
+        },
+        "head": {
+            "_target_": f"{asr}.parts.submodules.token_classifier.TokenClassifier",
+            "num_layers": 1,
+            "activation": "relu",
+            "log_softmax": True,
+            "hidden_size": decoder.width,
+            "num_classes": decoder.vocabulary,
+            "dropout": 0.0,
+            "use_transformer_init": True,
+        },
+        "decoding": {
+            "strategy": "beam",
+            "return_best_hypothesis": True,
+            "beam": {"beam_size": 1, "len_pen": 0.0, "max_generation_delta": 50},
+        },
+        "loss": {
+            "_target_": "nemo.collections.common.losses.smoothed_cross_entropy.SmoothedCrossEntropyLoss",
+            "label_smoothing": 0.0,
+            "pad_id": tokenizer.pad,
+        },
+        "optim": None,
+        "target": f"{asr}.models.aed_multitask_models.EncDecMultiTaskModel",
+    }

@@ -1,4 +1,4 @@
-"""Tensors of a ``torch.save`` file from an unknown hand: what it may unpack to is checked before torch reads it."""
+"""Tensors of a ``torch.save`` file from an untrusted source; its unpacked size is checked before torch reads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pickle
 import pickletools
 import zipfile
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -24,7 +24,7 @@ _CODE = "holds objects other than tensors, which could run code"
 def load_tensors(file: IO[bytes], source: str) -> dict[str, torch.Tensor]:
     """Return the state dict that ``torch.save`` wrote to ``file``, as plain tensors on the CPU.
 
-    Raises CheckpointError as `load_saved` does, and for what is no mapping from names to tensors.
+    Raises CheckpointError as `load_saved` does, and for anything but a mapping from names to tensors.
     """
     tensors = load_saved(file, source)
     if not isinstance(tensors, dict) or not all(
@@ -35,11 +35,11 @@ def load_tensors(file: IO[bytes], source: str) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def load_saved(file: IO[bytes], source: str, operations: int = MOST_OPERATIONS) -> Any:
+def load_saved(file: IO[bytes], source: str, operations: int = MOST_OPERATIONS) -> object:
     """Return what ``torch.save`` wrote to ``file``: tensors on the CPU, numbers and texts, in lists and mappings.
 
-    Raises CheckpointError for records that are compressed (torch.save stores them as they are), a pickle that calls
-    anything but what rebuilds tensors or has more than ``operations`` opcodes, and what is truncated.
+    Raises CheckpointError for records that are compressed (torch.save stores them uncompressed), a pickle that calls
+    anything but functions that rebuild tensors or has more than ``operations`` opcodes, and a truncated file.
     """
     try:
         _check(file, source, operations)
@@ -76,7 +76,7 @@ def _check(file: IO[bytes], source: str, operations: int) -> None:
 
 
 def _plain(pickled: bytes, operations: int) -> bool:
-    """Return whether a pickle is short and names nothing but storages and what rebuilds tensors from them."""
+    """Return whether a pickle is short and names only storages and the functions that rebuild tensors from them."""
     for count, (code, argument, _) in enumerate(pickletools.genops(io.BytesIO(pickled))):
         if count > operations:
             return False

@@ -1,8 +1,8 @@
-"""Kernels for a GPU where torch's own pass over memory far more often than they need to; in Triton, which torch's
-builds for CUDA bring along. What they compute can be had without them too, in the modules that call them.
+"""Triton kernels for what takes several passes over memory in torch; torch's builds for CUDA include Triton.
 
-Triton launches on the current device, so whoever calls a kernel outside of a backward pass makes that of its tensors
-the current one."""
+The modules that call them can compute the same without. Triton launches on the current device, so the caller of a
+kernel outside of a backward pass makes that of its tensors the current one.
+"""
 
 import importlib.util
 
@@ -14,12 +14,12 @@ OLDEST = (8, 0)  # compute capability whose matrix units know bf16
 
 
 def look_at(device: torch.device) -> None:
-    """Does without them from now on where ``device`` is too old for them."""
+    """Disable the kernels from now on if ``device`` is too old for them."""
     global AVAILABLE
     if AVAILABLE and device.type == "cuda" and not torch.compiler.is_compiling():
         AVAILABLE = torch.cuda.get_device_capability(device) >= OLDEST
 
 
-def usable(x: Tensor) -> bool:
-    """Whether ``x`` is where these kernels run, and of a type that their products of matrices are fast in."""
+def can_run(x: Tensor) -> bool:
+    """Return whether ``x`` is on a device that these kernels run on, and of a 16-bit type."""
     return AVAILABLE and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

@@ -80,14 +80,8 @@ def _depthwise_table(
 
 
 def _run_depthwise(
-    x: Tensor,
-    valid: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: tuple[Any, ...] = (),
-    flipped: bool = False,
+    x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Any, ...] = (), flipped: bool = False
 ) -> Tensor:
-    """``norm``: mean, variance, gain, shift (D,) and epsilon."""
     x, weight = x.contiguous(), weight.contiguous()
     (b, t, d), y = x.shape, torch.empty_like(x)
     blocks = triton.cdiv(t, FRAMES)
@@ -102,8 +96,7 @@ def _run_depthwise(
 
 @torch.library.custom_op("canter::depthwise", mutates_args=())
 def depthwise(x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A depthwise convolution, zero padding, of x (B, T, D), taken for zero where ``valid`` (B, T) is false, by weight
-    (D, 1, K), K odd, and bias (D,) -> (B, T, D)."""
+    """Return a depthwise convolution, zero padding, of x (B, T, D), taken as zero where ``valid`` (B, T) is false."""
     return _run_depthwise(x, valid, weight, bias)
 
 
@@ -160,7 +153,7 @@ def depthwise_normed(
     shift: Tensor,
     epsilon: float,
 ) -> Tensor:
-    """As ``depthwise``, then BatchNorm by given statistics (D,) each, then SiLU; without gradients."""
+    """Return ``depthwise``, BatchNorm by given statistics (D,), and SiLU; without gradients."""
     return _run_depthwise(x, valid, weight, bias, (mean, variance, gain, shift, epsilon))
 
 
@@ -172,11 +165,7 @@ def _(x, valid, weight, bias, mean, variance, gain, shift, epsilon):
 @triton.jit
 def _shift(scores, valid, out, T, N, batch, heads, LEAST: tl.constexpr, R: tl.constexpr, S: tl.constexpr):
     """(H, B, T, N) by distance -> (B, H, T, T) by key."""
-    bh, t, s = (
-        tl.program_id(0),
-        tl.program_id(1) * R + tl.arange(0, R),
-        tl.program_id(2) * S + tl.arange(0, S),
-    )
+    bh, t, s = (tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R), tl.program_id(2) * S + tl.arange(0, S))
     inside = (t < T)[:, None] & (s < T)[None, :]
     b, h = (bh // heads).to(tl.int64), bh % heads
     source = ((h * batch + b) * T + t)[:, None] * N + (T - 1 - t[:, None] + s[None, :])
@@ -188,11 +177,7 @@ def _shift(scores, valid, out, T, N, batch, heads, LEAST: tl.constexpr, R: tl.co
 
 @triton.jit
 def _shift_back(gradient, valid, out, T, N, batch, heads, R: tl.constexpr, S: tl.constexpr):
-    bh, t, n = (
-        tl.program_id(0),
-        tl.program_id(1) * R + tl.arange(0, R),
-        tl.program_id(2) * S + tl.arange(0, S),
-    )
+    bh, t, n = (tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R), tl.program_id(2) * S + tl.arange(0, S))
     b, h = (bh // heads).to(tl.int64), bh % heads
     s = n[None, :] - (T - 1 - t[:, None])
     there = (t < T)[:, None] & (s >= 0) & (s < T)
@@ -204,8 +189,10 @@ def _shift_back(gradient, valid, out, T, N, batch, heads, R: tl.constexpr, S: tl
 
 @torch.library.custom_op("canter::relative_bias", mutates_args=())
 def relative_bias(scores: Tensor, valid: Tensor) -> Tensor:
-    """scores (H, B, T, N) by distance, from T - 1 down, and valid (B, T) -> (B, H, T, T) by key, the type's least
-    number where the key is not valid."""
+    """Return scores (H, B, T, N) by distance, from T - 1 down, as (B, H, T, T) by key, where ``valid`` (B, T).
+
+    Invalid keys get the type's least value.
+    """
     h, b, t, n = scores.shape
     out = scores.new_empty(b, h, t, t)
     grid = (b * h, triton.cdiv(t, ROWS), triton.cdiv(t, COLUMNS))

@@ -1,6 +1,6 @@
 """The strided convolutions before a FastConformer, without what lies between them in memory.
 
-B: utterances, F: feature frames, M: mel bins, C: channels; F1, M1 and so on: after so many halvings. Channels are last.
+B: utterances, F: feature frames, M: mel bins, C: channels, last in memory; F1, M1, F2, ...: after each halving.
 
 The first convolution makes 2 GB of a minute of 128 utterances in bf16, eight times what the second leaves of them. Here
 a tile of the second's outputs computes the values of the first that it needs, as products of matrices: 16 columns
@@ -149,9 +149,7 @@ def _next_backward_weight(
         b, f1, m1 = _place(p, F1, M1)
         length = tl.load(lengths + b, mask=within, other=0).to(tl.int32)
         g = tl.load(
-            gradient + p[:, None].to(tl.int64) * C + c[None, :],
-            mask=within[:, None] & wide[None, :],
-            other=0.0,
+            gradient + p[:, None].to(tl.int64) * C + c[None, :], mask=within[:, None] & wide[None, :], other=0.0
         ).to(tl.float32)
         for n in range(9):
             a, e = n // 3, n % 3
@@ -170,13 +168,13 @@ def _halved(size: int) -> int:
 
 
 def _table(weight: Tensor, bias: Tensor) -> Tensor:
-    """(C, 1, 3, 3) and (C,) -> (TAPS, C): a tap a row, then the bias."""
+    """Return weight (C, 1, 3, 3) and bias (C,) as a table (TAPS, C): a tap a row, then the bias."""
     rows = torch.cat([weight.flatten(1).mT, bias[None]])
     return torch.cat([rows, rows.new_zeros(TAPS - len(rows), rows.shape[1])])
 
 
 def _untabled(tables: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Partial sums (chunks, TAPS, C) of a table's gradient -> of the weight (C, 1, 3, 3) and of the bias (C,)."""
+    """Return the gradients of weight (C, 1, 3, 3) and bias (C,) of partial sums (chunks, TAPS, C) of a table's."""
     table = tables.sum(0)
     return table[:9].mT.reshape(like.shape).to(like.dtype), table[9].to(like.dtype)
 
@@ -246,13 +244,17 @@ class _Next(torch.autograd.Function):
 
 
 def start(x: Tensor, lengths: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """A 3x3 convolution of stride 2 of one channel, ReLU, and a depthwise one of stride 2: x (B, F, M), of which
-    ``lengths`` (B,) frames are valid, weights (C, 1, 3, 3), biases (C,) -> (B, F2, M2, C). What is past an
-    utterance's end is zero before either."""
+    """Return two 3x3 convolutions of stride 2, of one channel and depthwise, with ReLU between: (B, F2, M2, C).
+
+    x: (B, F, M), of which ``lengths`` (B,) frames are valid; weights (C, 1, 3, 3), biases (C,). Frames past an
+    utterance's end are zero before either.
+    """
     return _Start.apply(x, lengths, weight1, bias1, weight2, bias2)  # pyright: ignore[reportReturnType]
 
 
 def halve(y: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ReLU and a depthwise 3x3 convolution of stride 2: y (B, F, M, C), of which ``lengths`` (B,) frames are valid and
-    the rest is taken for zero, weight (C, 1, 3, 3), bias (C,) -> (B, F1, M1, C)."""
+    """Return ReLU and a depthwise 3x3 convolution of stride 2 of y (B, F, M, C): (B, F1, M1, C).
+
+    Only ``lengths`` (B,) frames of y are valid, the others are taken as zero; weight (C, 1, 3, 3), bias (C,).
+    """
     return _Next.apply(y, lengths, weight, bias)  # pyright: ignore[reportReturnType]

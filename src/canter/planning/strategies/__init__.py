@@ -2,14 +2,12 @@
 
 import difflib
 from dataclasses import fields
-from typing import Any
 
 from canter.errors import PlanError
 from canter.planning.strategies.balanced import Balanced
 from canter.planning.strategies.base import Cut, Cutter, Strategy
+from canter.planning.strategies.baselines import Bucket1D, Duration, Random
 from canter.planning.strategies.bucket_2d import Bucket2D
-from canter.planning.strategies.duration import Bucket1D, Duration
-from canter.planning.strategies.random import Random
 
 STRATEGIES: dict[str, type] = {kind.name: kind for kind in (Random, Duration, Bucket1D, Bucket2D, Balanced)}
 
@@ -27,8 +25,8 @@ __all__ = [
 ]
 
 
-def strategy(name: str, **options: Any) -> Strategy:
-    """The strategy of that name. Raises PlanError for an unknown name or option."""
+def strategy(name: str, **options: object) -> Strategy:
+    """Return the strategy of that name. Raises PlanError for an unknown name or option."""
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,4 +1,4 @@
-"""One interface for all strategies: a window's lengths in, its steps out."""
+"""The interface of the strategies, which take a window's lengths and return its steps, and their common parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from canter.planning.lengths import Index, Lengths
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A window cut into steps: two nested ragged arrays.
+    """A window divided into steps: two nested ragged arrays.
 
     order: (n,) positions in the window; micro-batch b is ``order[batches[b]:batches[b + 1]]``, step s the
     micro-batches ``steps[s] .. steps[s + 1] - 1``, at most M of them.
@@ -25,31 +25,28 @@ class Cut:
     batches: np.ndarray
     steps: np.ndarray
 
-    def batch(self, number: int) -> np.ndarray:
-        return self.order[self.batches[number] : self.batches[number + 1]]
 
-
-# (lengths of the window in shuffled order, M, generator of the window, least number of steps) -> its steps
+# (lengths of the window in shuffled order, M, generator of the window, minimum number of steps) -> its steps
 Cutter = Callable[[Lengths, int, np.random.Generator, int], Cut]
 
 
 class Strategy(Protocol):
-    """A named way to batch. Frozen dataclasses: their fields are the strategy's options."""
+    """A named way to batch. Strategies are frozen dataclasses whose fields are the strategy's options."""
 
     name: ClassVar[str]
-    default_window: ClassVar[int | None]  # utterances; None is the whole epoch
+    default_window: ClassVar[int | None] = None  # number of utterances; None is the complete epoch
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int]) -> Cutter:
-        """Look at the index once (bins, outlier bounds) and return what cuts a window.
+        """Look at the index once (bins, outlier bounds) and return what divides a window into steps.
 
-        The cutter makes at least the number of steps that it is asked for, with smaller batches where need be, as
-        long as there are utterances enough.
+        The cutter makes at least the number of steps that it is asked for, with smaller batches if necessary, as long
+        as there are enough utterances.
         """
         ...
 
     def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
-        """The outlier bound this strategy asks for, if any."""
-        ...
+        """Return the strategy's bound on outliers in tokens per second, if it has one."""
+        return None
 
 
 def nothing() -> Cut:
@@ -57,17 +54,17 @@ def nothing() -> Cut:
 
 
 def none_usable(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
-    """Cutter of an index whose sample has not one usable utterance, from which bins could be estimated."""
+    """Take the place of a cutter whose bins cannot be estimated. Raises PlanError for a window with utterances."""
     if len(lengths):
         raise PlanError("bins cannot be estimated: hardly an utterance fits the budget; raise its limit")
     return nothing()
 
 
 def least_batches(per_step: int, steps: int) -> int:
-    """Return the least number of batches that make so many steps: the last one is at least half full.
+    """Return the minimum number of batches that make `steps` steps: the last step is at least half full.
 
-    With fewer the last update would be one of a few utterances; with more, a rank that takes all micro-batches of a
-    step would pay their fixed time more often than it need.
+    With fewer, the last update would have only a few utterances; with more, a rank that takes all micro-batches of a
+    step would pay their fixed time more often than necessary.
     """
     return steps * per_step - per_step // 2
 
@@ -75,27 +72,27 @@ def least_batches(per_step: int, steps: int) -> int:
 def enough_batches(form: Callable[[float], np.ndarray], utterances: int, per_step: int, least_steps: int) -> np.ndarray:
     """Return offsets of the largest batches that make at least `least_steps` steps, or a batch for each utterance.
 
-    form: makes the offsets of batches that are filled to a share, from 0 to 1, of what the strategy fills them to.
+    form: returns the offsets of batches that are filled to a fraction, from 0 to 1, of the strategy's full batches.
     """
     least = 1 if least_steps == 1 else min(least_batches(per_step, least_steps), utterances)
     batches = form(1.0)
     if len(batches) - 1 >= least:
         return batches
-    low, high = 0.0, 1.0  # shares that make enough batches, and too few
+    low, high = 0.0, 1.0  # fractions that make enough batches, and too few
     batches = np.arange(utterances + 1)
-    share = 0.5
+    fraction = 0.5
     while high - low > 0.002 * high and high > 1e-9 and len(batches) - 1 > least:
-        tried = form(share)
+        tried = form(fraction)
         if len(tried) - 1 >= least:
-            low, batches = share, tried
+            low, batches = fraction, tried
         else:
-            high = share
-        share = (low + high) / 2 if low else high / 4
+            high = fraction
+        fraction = (low + high) / 2 if low else high / 4
     return batches
 
 
 def reorder(order: np.ndarray, batches: np.ndarray, sequence: np.ndarray, steps: np.ndarray) -> Cut:
-    """The Cut whose micro-batches are those of (order, batches) in another sequence."""
+    """Return the Cut whose micro-batches are those of (order, batches) in another sequence."""
     sizes = np.diff(batches)[sequence]
     ends = np.concatenate([[0], np.cumsum(sizes)])
     take = np.arange(ends[-1]) + np.repeat(batches[:-1][sequence] - ends[:-1], sizes)
@@ -103,16 +100,16 @@ def reorder(order: np.ndarray, batches: np.ndarray, sequence: np.ndarray, steps:
 
 
 def in_steps(batches: int, per_step: int) -> np.ndarray:
-    """Offsets of steps of `per_step` micro-batches; the last may have fewer."""
+    """Return offsets of steps of `per_step` micro-batches; the last may have fewer."""
     return np.append(np.arange(0, batches, per_step), batches)
 
 
 def shuffled_steps(order: np.ndarray, batches: np.ndarray, per_step: int, rng: np.random.Generator) -> Cut:
-    """Micro-batches in random sequence, M to a step."""
+    """Return the micro-batches in random sequence, M to a step."""
     count = len(batches) - 1
     return reorder(order, batches, rng.permutation(count), in_steps(count, per_step))
 
 
 def maxima(values: np.ndarray, batches: np.ndarray) -> np.ndarray:
-    """(batches,) maximum of each segment."""
+    """Return the maximum of each segment, (batches,)."""
     return np.maximum.reduceat(values, batches[:-1]) if len(batches) > 1 else values[:0]

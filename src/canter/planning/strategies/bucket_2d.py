@@ -1,4 +1,4 @@
-"""2-D bucketing with a batch size per bucket (Zelasko et al. 2025): the published state of the art."""
+"""2-D bucketing with a batch size for each bucket (Zelasko et al. 2025): the published state of the art."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from canter.planning.lengths import Index, Lengths, sample
 from canter.planning.strategies.base import (
     Cut,
     Cutter,
+    Strategy,
     enough_batches,
     in_steps,
     none_usable,
@@ -22,12 +23,12 @@ from canter.planning.strategies.base import (
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket2D:
-    """`buckets` bins of equal audio, each in `sub_buckets` of equal tokens; the budget gives each its batch size.
+class Bucket2D(Strategy):
+    """`buckets` bins of equal audio, each in `sub_buckets` of equal tokens, with batch sizes by the budget.
 
     synchronised: the micro-batches of a step come from one bucket, so that ranks take equally long.
     optimal: place the edges by dynamic programming instead of by equal sums.
-    z_score: the bound on tokens per second beyond which utterances are left out (None: leave none out).
+    z_score: leave out utterances whose tokens per second are this many standard deviations above the mean.
     """
 
     buckets: int = 30
@@ -36,7 +37,6 @@ class Bucket2D:
     optimal: bool = False
     z_score: float | None = None
     name: ClassVar[str] = "bucket_2d"
-    default_window: ClassVar[int | None] = None
 
     def tokens_per_second(self, index: Index, budget: Budget) -> float | None:
         if self.z_score is None:
@@ -44,6 +44,7 @@ class Bucket2D:
         return tokens_per_second_bound(sample(index, budget), self.z_score)
 
     def bins(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Bins:
+        """Estimate the bins of an index. Raises PlanError where no utterance can be used."""
         lengths = sample(index, budget, grid)
         if self.optimal:
             return optimal_bins(lengths, budget, self.buckets, self.sub_buckets)
@@ -60,31 +61,31 @@ class Bucket2D:
                 return nothing()
             bucket = bins.assign(lengths)
             order = np.argsort(bucket, kind="stable")
-            # the last bucket of a row also takes what lies beyond its corner: such batches must still fit
+            # the last bucket of a row also takes utterances beyond its corner: their batches must fit too
             count = np.bincount(bucket, minlength=len(bins))
             first = np.concatenate([[0], np.cumsum(count)])
             used = np.flatnonzero(count)
             corners = (np.maximum.reduceat(values[order], first[used]) for values in (lengths.frames, lengths.tokens))
             most = np.minimum(sizes[used], budget.max_batch(*corners))
 
-            def form(share: float) -> np.ndarray:
-                size = np.maximum(1, (share * most).astype(np.int64))
+            def form(part: float) -> np.ndarray:
+                size = np.maximum(1, (part * most).astype(np.int64))
                 starts = [np.arange(first[b], first[b + 1], n) for b, n in zip(used, size)]
                 return np.append(np.concatenate(starts), len(order))
 
             batches = enough_batches(form, len(order), per_step, least_steps)
-            return deal(order, batches, bucket[order[batches[:-1]]], per_step, self.synchronised, rng)
+            return bucket_steps(order, batches, bucket[order[batches[:-1]]], per_step, self.synchronised, rng)
 
         return cut
 
 
 def batch_sizes(bins: Bins, budget: Budget) -> np.ndarray:
-    """(buckets,) the largest batch of each bucket that fits when padded to its corner, at least 1."""
+    """Return the largest batch of each bucket that fits when padded to its corner, (buckets,), at least 1."""
     edges = np.array(bins.edges)
     return np.maximum(1, budget.max_batch(budget.frames(edges[:, 0]), edges[:, 1].astype(np.int64)))
 
 
-def deal(
+def bucket_steps(
     order: np.ndarray,
     batches: np.ndarray,
     owner: np.ndarray,
@@ -92,17 +93,17 @@ def deal(
     synchronised: bool,
     rng: np.random.Generator,
 ) -> Cut:
-    """Batches to steps in random sequence; synchronised, whole steps of one bucket, then steps of neighbours' rests."""
+    """Return steps in random sequence. Synchronised steps have one bucket; the remainders of buckets share steps."""
     shuffled = rng.permutation(len(owner))
     if not synchronised or per_step == 1:
         return reorder(order, batches, shuffled, in_steps(len(owner), per_step))
     shuffled = shuffled[np.argsort(owner[shuffled], kind="stable")]
     place = np.arange(len(owner)) - np.searchsorted(owner[shuffled], owner[shuffled])
     total = np.bincount(owner)[owner[shuffled]]
-    whole = place < total // per_step * per_step
-    full = shuffled[whole].reshape(-1, per_step)
-    rest = shuffled[~whole]
-    tail = rest[len(rest) // per_step * per_step :]
-    full = np.concatenate([full, rest[: len(rest) - len(tail)].reshape(-1, per_step)])
+    complete = place < total // per_step * per_step
+    full = shuffled[complete].reshape(-1, per_step)
+    remainder = shuffled[~complete]
+    tail = remainder[len(remainder) // per_step * per_step :]
+    full = np.concatenate([full, remainder[: len(remainder) - len(tail)].reshape(-1, per_step)])
     full = full[rng.permutation(len(full))]
     return reorder(order, batches, np.concatenate([full.ravel(), tail]), in_steps(len(owner), per_step))

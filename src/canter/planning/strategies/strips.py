@@ -1,15 +1,15 @@
-"""A given number of batches of a small window with nearly the least padding: strips of T, each cut by U.
+"""Batches of a small window with nearly the least padding for their number: strips of T, each divided by U.
 
 Where a window has few batches, or small ones, most of a snake's padding is in the batches at its turns. Here every
-strip holds a whole number of batches. The utterances are sorted by T, and a dynamic programme chooses the strips, and
-the number of batches of each, that make the sum over batches of
+strip holds complete batches. The utterances are sorted by T, and dynamic programming chooses the strips, and the number
+of batches of each, that minimise the sum over batches of
 
     padded seconds / mean + EVEN * (padded seconds / mean)^2 + price of a batch
 
-least. The second term keeps batches even. The price is moved until there are as many batches as are wanted. The edges
-at which strips may end are moved at random for every window, so that an utterance meets others in every epoch.
+The second term keeps batches even. The price is adjusted until the number of batches is the wanted one. The edges at
+which strips may end are moved at random for every window, so that an utterance meets others in every epoch.
 
-It makes some ten thousand utterances a second into batches, where a snake makes millions.
+It batches about ten thousand utterances a second, a snake millions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ import numpy as np
 
 from canter.planning.budget import Budget
 
-FINE, FINEST = (
-    4,
-    8,
-)  # possible edges of strips in the length of a mean batch; the second in a window of at most
-FEW = 2048  # utterances
-WIDEST = 6  # mean batches in a strip
-UNEVEN = 1.7  # a strip has at most this many times the batches that its utterances make on average, or this part of it
+FINE = 4  # possible edges of strips in the length of a mean batch
+FINEST = 8  # the same in a window of at most FEW utterances
+FEW = 2048
+WIDEST = 6  # maximum number of mean batches in a strip
+UNEVEN = 1.7  # maximum ratio between a strip's batches and those that its utterances make on average, either way
 EVEN = 0.02
-PRICES = 10  # that are tried
+PRICES = 10  # number of prices to try
 
 
 def strips(
@@ -65,7 +63,7 @@ def strips(
 def halved(
     members: list[np.ndarray], count: int, frames: np.ndarray, tokens: np.ndarray, budget: Budget
 ) -> list[np.ndarray]:
-    """Return `count` batches: the slowest are cut in two, by frames or by tokens, as pads less."""
+    """Return `count` batches: the slowest are halved, by frames or by tokens, whichever pads less."""
 
     def seconds(rows: np.ndarray) -> float:
         return float(len(rows) * budget.time(frames[rows].max(), tokens[rows].max()))
@@ -84,10 +82,10 @@ def halved(
 
 @dataclass(frozen=True, slots=True)
 class StripTable:
-    """Every strip that may be, and what it costs cut into 1, 2, ... batches.
+    """Every possible strip, and its cost if it is divided into 1, 2, ... batches.
 
     edges: (P + 1,) positions in the sequence sorted by frames at which a strip may end. costs: (P + 1, R, K) of the
-    strip that ends at an edge, reaches back over r + 1 edges, and is cut into pieces[r, k] batches.
+    strip that ends at an edge, extends back over r + 1 edges, and is divided into pieces[r, k] batches.
     """
 
     edges: np.ndarray
@@ -98,15 +96,15 @@ class StripTable:
     def of(
         cls, frames: np.ndarray, tokens: np.ndarray, budget: Budget, count: int, rng: np.random.Generator
     ) -> StripTable:
-        """Return the table of a sequence sorted by frames that is to be cut into about `count` batches."""
+        """Return the table of a sequence sorted by frames for about `count` batches."""
         n = len(frames)
         mean = n / count
         unit = max(1, round(mean / (FINEST if n <= FEW else FINE)))
-        front = int(rng.integers(0, unit))  # empty places before the first utterance move all edges
+        front = int(rng.integers(0, unit))  # empty places before the first utterance shift all edges
         units = -(-(front + n) // unit)
         padded = np.concatenate([np.full(front, -1), tokens, np.full(units * unit - front - n, -1)])
         edges = np.clip(np.arange(units + 1) * unit - front, 0, n)
-        room = budget.limit_bytes - budget.fixed_bytes
+        room = budget.room_bytes
         typical = float(budget.time(frames, tokens).sum()) / count
         reaches = min(units, max(1, round(WIDEST * mean / unit)))
         sizes = unit * np.arange(1, reaches + 1)
@@ -130,7 +128,7 @@ class StripTable:
         return cls(edges, costs, pieces)
 
     def cheapest(self, price: float) -> list[tuple[int, int, int]] | None:
-        """Return (first position, end, batches) of the strips that cost least; None where none fit."""
+        """Return (first position, end, batches) of the cheapest strips; None where no division fits."""
         units, reaches = len(self.edges) - 1, len(self.pieces)
         total = self.costs + price * self.pieces
         way = total.argmin(axis=2)

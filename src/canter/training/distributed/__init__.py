@@ -1,1 +1,1 @@
-"""Train on several ranks: collectives, failure detection, sharding."""
+"""Distributed training: collectives, failure detection, sharding."""

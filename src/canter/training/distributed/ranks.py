@@ -1,7 +1,7 @@
-"""The processes that train together: who they are, what they tell one another, and how they end when one is lost.
+"""Ranks of distributed training: how they start, exchange values and gradients, and end when one is lost.
 
-Started by ``torchrun`` or by SLURM's ``srun``; a process alone is rank 0 of 1, and nothing here then costs anything.
-Small values travel on the CPU (gloo), gradients on the device's own network (NCCL on GPUs).
+``torchrun`` or SLURM's ``srun`` starts them; a single process is rank 0 of 1 and exchanges nothing. Small values travel
+over gloo on the CPU, gradients over the device's backend (NCCL on GPUs).
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,10 +25,10 @@ from canter.errors import CanterError, ConfigError
 from canter.processes import end_with_launcher
 from canter.runtime import is_out_of_memory, retry_once
 
-BUCKET_BYTES = 64 * 2**20  # of gradients reduced in one piece
-IN_FLIGHT = 2  # buckets being reduced at a time
-BEAT = 1.0  # seconds between signs of life
-GRACE = 5.0  # seconds that a rank has to end by itself once another has failed
+BUCKET_BYTES = 64 * 2**20  # gradients that are reduced together
+IN_FLIGHT = 2  # buckets that are reduced at a time
+BEAT = 1.0  # seconds between heartbeats
+GRACE = 5.0  # seconds that a rank has to end by itself after another has failed
 FAILED = "failed"
 MEETING = timedelta(minutes=10)  # for all ranks to start
 T = TypeVar("T")
@@ -36,25 +36,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others of its run."""
+    """One process of a process group, as it sees itself and the others."""
 
     rank: int = 0
     size: int = 1
     local: int = 0
-    """Rank on this machine: the number of its GPU."""
-    store: Any = field(default=None, repr=False)
-    heard: list[str] = field(default_factory=list, repr=False)
-    """Why another rank failed, where it said so."""
+    """Rank on this machine, which is the number of its GPU."""
+    store: dist.Store | None = field(default=None, repr=False)
+    failures: list[str] = field(default_factory=list, repr=False)
+    """Reasons of other ranks that failed."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files."""
+        """True on rank 0, which writes files."""
         return self.rank == 0
 
     # -- small values --
 
-    def table(self, values: Sequence[float]) -> np.ndarray:
-        """Every rank's values (K,), to all of them: (ranks, K) float64."""
+    def all_gather(self, values: Sequence[float]) -> np.ndarray:
+        """Return the values (K,) of all ranks, on every rank: (ranks, K) float64."""
         if self.size == 1:
             return np.array([values], np.float64)
         mine = torch.tensor(values, dtype=torch.float64)
@@ -63,8 +63,12 @@ class Ranks:
             dist.all_gather(rows, mine)
         return torch.stack(rows).numpy()
 
-    def objects(self, value: T) -> list[T]:
-        """Every rank's value, to all of them."""
+    def all_gather_named(self, values: Mapping[str, float]) -> dict[str, np.ndarray]:
+        """Return the values of all ranks by their names, on every rank: (ranks,) float64 each."""
+        return dict(zip(values, self.all_gather(list(values.values())).T, strict=True))
+
+    def all_gather_objects(self, value: T) -> list[T]:
+        """Return the values of all ranks, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -72,8 +76,8 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def agreed(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+    def broadcast_object(self, value: T) -> T:
+        """Return rank 0's value, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -81,11 +85,11 @@ class Ranks:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """``work()`` on rank 0, and once it is through, however long that takes, on all others at the same time."""
-        if self.size == 1:
+    def rank_0_first(self, work: Callable[[], T]) -> T:
+        """Return ``work()``, called on rank 0 and, however long that takes, then on all others at the same time."""
+        if self.size == 1 or self.store is None:
             return work()
-        key = "first is through"
+        key = "rank 0 is done"
         if self.first:
             result = work()
             self.store.set(key, "1")
@@ -97,26 +101,26 @@ class Ranks:
 
     # -- tensors --
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum the tensor over ranks, in place, and return it."""
         if self.size > 1:
             with self._together():
                 dist.all_reduce(tensor)
         return tensor
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors by those of rank 0."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0."""
         if self.size > 1:
             with self._together(), torch.no_grad():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over ranks, in buckets. A parameter without a gradient on any rank stays without; on a rank
-        that computed nothing the others' sum appears.
+        """Sum gradients over ranks, in buckets.
 
-        Memory for the buckets is allocated before the ranks exchange anything. Where a rank lacks it, all ranks reduce
-        gradient by gradient, in place: a rank that stopped in the middle would leave the others waiting. So a call
+        A parameter that has no gradient on any rank stays without; a rank that computed nothing gets the others' sum.
+        Memory for the buckets is allocated before the ranks exchange anything. If a rank lacks it, all ranks reduce
+        gradient by gradient, in place, as a rank that stopped in the middle would leave the others waiting. So a call
         that raises an out-of-memory error has exchanged nothing, and may be repeated.
         """
         if self.size == 1 or not parameters:
@@ -153,7 +157,7 @@ class Ranks:
                 land()
 
     def _zeros_like(self, parameter: Tensor) -> Tensor:
-        """Return a gradient of zeros. Raises CanterError, once the ranks exchange gradients, where it does not fit."""
+        """Return a gradient of zeros. Raise CanterError if it does not fit, as the ranks exchange gradients by then."""
         try:
             return retry_once(lambda: torch.zeros_like(parameter))
         except (RuntimeError, MemoryError) as error:
@@ -164,42 +168,42 @@ class Ranks:
                 f"({str(error)[:200]}); use a smaller model, --parallel shard, or fewer processes a device"
             ) from None
 
-    # -- when one is lost --
+    # -- lost ranks --
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Around what all ranks do at the same time: says what happened where another rank has gone."""
+        """Context manager around collective operations, which raises CanterError with the reason if a rank is lost."""
         try:
             yield
         except RuntimeError as error:  # gloo's "Connection closed by peer", NCCL's DistBackendError
-            for _ in range(10):  # the one that failed may be about to say why
+            for _ in range(10):  # the failed rank may be about to write its reason
                 self._raise_if_one_failed()
                 time.sleep(0.1)
             raise CanterError(self._lost(" ".join(str(error).split())[:200])) from None
 
     def _raise_if_one_failed(self) -> None:
-        if reason := self.heard[0] if self.heard else self._known(FAILED):
+        if reason := self.failures[0] if self.failures else self._known(FAILED):
             raise CanterError(reason)
 
     def _known(self, key: str) -> str:
-        """What was said under ``key``; empty where nothing was."""
+        """Return the store's value of ``key``, or an empty string."""
         try:
-            return self.store.get(key).decode() if self.store.check([key]) else ""
+            return self.store.get(key).decode() if self.store and self.store.check([key]) else ""
         except RuntimeError:
-            raise CanterError(self._lost("the process that held the ranks together is gone")) from None
+            raise CanterError(self._lost("the process with the ranks' store is gone")) from None
 
     def _lost(self, what: str) -> str:
         return (
-            f"rank {self.rank} of {self.size}: another rank was lost ({what}); the same command goes on from the "
+            f"rank {self.rank} of {self.size}: another rank was lost ({what}); the same command resumes from the "
             "last checkpoint"
         )
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def _bucket_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return IN_FLIGHT flat buffers of bytes; none where they do not fit in memory."""
+    """Return IN_FLIGHT flat buffers of bytes, or none if they do not fit in memory."""
     size = min(BUCKET_BYTES, sum(parameter.nbytes for parameter in parameters))
     device = parameters[0].device
     try:
@@ -211,7 +215,7 @@ def _bucket_memory(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _part_of(room: Sequence[Tensor], number: int, bucket: Sequence[Tensor]) -> Tensor | None:
-    """Return a flat view for the bucket of this number; None where there is no such memory."""
+    """Return a flat view for the bucket of this number, or None without such memory."""
     size = sum(tensor.nbytes for tensor in bucket)
     if not room or size > room[0].nbytes:
         return None
@@ -219,7 +223,7 @@ def _part_of(room: Sequence[Tensor], number: int, bucket: Sequence[Tensor]) -> T
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbouring tensors of one type, up to BUCKET_BYTES together."""
+    """Yield lists of neighbouring tensors of one type, up to BUCKET_BYTES together."""
     bucket: list[Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -233,15 +237,15 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
-    """The ranks that this process was started among, connected until the block is left.
+def process_group(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
+    """Context manager that connects this process to the ranks that its launcher started, and yields them.
 
-    A rank that leaves by an exception tells the others, which end with its message; one that gives no sign of life for
-    ``timeout`` seconds is taken for dead. Raises ConfigError where the launcher's environment is incomplete.
+    A rank that leaves with an exception ends the others with its message; one without a heartbeat for ``timeout``
+    seconds counts as dead. Raises ConfigError if the launcher's environment is incomplete.
     """
     place = _place(os.environ)
     if place is None:
-        yield ALONE
+        yield SINGLE_RANK
         return
     rank, size, local = place
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -258,7 +262,7 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
             world_size=size,
             timeout=timedelta(minutes=30),
         )
-    except RuntimeError as error:  # of the store, the network or the time
+    except RuntimeError as error:  # from the store, the network or the timeout
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise CanterError(
             f"rank {rank} of {size} did not meet the others at {where} ({' '.join(str(error).split())[:200]}); were "
@@ -267,19 +271,19 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
     ranks = Ranks(rank, size, local, store)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher(ranks._lost("torchrun is gone"))
-    pulse = _Pulse(ranks, timeout)
+    pulse = _Pulse(ranks, store, timeout)
     pulse.start()
     try:
         yield ranks
-        ranks.table([0.0])  # no rank leaves while another may still need it
+        ranks.all_gather([0.0])  # no rank leaves while another may need it
     except BaseException as error:
         reason = str(error) or type(error).__name__
-        said = reason if reason.startswith("rank ") else f"rank {rank} of {size} ended: {reason}"
-        with suppress(RuntimeError):  # without a connection there is nobody to tell
+        message = reason if reason.startswith("rank ") else f"rank {rank} of {size} ended: {reason}"
+        with suppress(RuntimeError):  # the connection may be lost
             if not store.check([FAILED]) and not isinstance(error, KeyboardInterrupt):
-                store.set(FAILED, said)
+                store.set(FAILED, message)
                 if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                    time.sleep(2 * BEAT)  # the store ends with this process: the others read it before
+                    time.sleep(2 * BEAT)  # the store ends with this process: let the others read it before
         raise
     finally:
         pulse.stop()
@@ -287,8 +291,8 @@ def joined(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _place(environment: Any) -> tuple[int, int, int] | None:
-    """(rank, ranks, rank on this machine) as torchrun or srun say; None for a process alone."""
+def _place(environment: MutableMapping[str, str]) -> tuple[int, int, int] | None:
+    """Return (rank, number of ranks, rank on this machine) from torchrun or srun; None for a single process."""
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in environment:
         job = int(environment.get("SLURM_JOB_ID", 0))
         environment["RANK"] = environment["SLURM_PROCID"]
@@ -309,7 +313,7 @@ def _place(environment: Any) -> tuple[int, int, int] | None:
 
 
 def _first_host(nodes: str) -> str:
-    """The first machine of a SLURM node list, which scontrol can expand."""
+    """Return the first machine of a SLURM node list, which scontrol expands."""
     if "[" not in nodes:
         return nodes.split(",")[0]
     try:
@@ -322,13 +326,17 @@ def _first_host(nodes: str) -> str:
 
 
 class _Pulse(threading.Thread):
-    """Tells the next rank that this one lives and watches the one before; ends the process, whatever it waits for,
-    once a rank has failed or fallen silent. Gloo notices a dead peer itself, NCCL waits for it."""
+    """Thread with the heartbeat of this rank, which watches that of the rank before.
 
-    def __init__(self, ranks: Ranks, timeout: float):
+    It ends the process, whatever that waits for, if a rank has failed or has no heartbeat: gloo notices a dead peer
+    itself, but NCCL waits for it.
+    """
+
+    def __init__(self, ranks: Ranks, store: dist.Store, timeout: float):
         super().__init__(daemon=True)
         self.ranks, self.timeout = ranks, timeout
-        self.store = ranks.store.clone() if hasattr(ranks.store, "clone") else ranks.store
+        clone = getattr(store, "clone", None)  # a connection of this thread
+        self.store = clone() if clone else store
         self.over = threading.Event()
 
     def stop(self) -> None:
@@ -336,30 +344,30 @@ class _Pulse(threading.Thread):
 
     def run(self) -> None:
         ranks, watched = self.ranks, (self.ranks.rank - 1) % self.ranks.size
-        heard, last, count = time.monotonic(), "", 0
+        last_beat, last, count = time.monotonic(), "", 0
         while not self.over.wait(BEAT):
             try:
                 count += 1
                 self.store.set(f"pulse/{ranks.rank}", str(count))
                 if self.store.check([FAILED]):
                     return self._end(self.store.get(FAILED).decode())
-                said = self.store.get(f"pulse/{watched}").decode() if self.store.check([f"pulse/{watched}"]) else ""
+                beat = self.store.get(f"pulse/{watched}").decode() if self.store.check([f"pulse/{watched}"]) else ""
             except RuntimeError:
-                return self._end(ranks._lost("the process that held the ranks together is gone"))
-            if said != last:
-                heard, last = time.monotonic(), said
-            elif time.monotonic() - heard > self.timeout:
+                return self._end(ranks._lost("the process with the ranks' store is gone"))
+            if beat != last:
+                last_beat, last = time.monotonic(), beat
+            elif time.monotonic() - last_beat > self.timeout:
                 reason = (
-                    f"rank {watched} of {ranks.size} gave no sign of life for {self.timeout:g} s; the same "
-                    "command goes on from the last checkpoint"
+                    f"rank {watched} of {ranks.size} gave no sign of life for {self.timeout:g} s; the same command "
+                    "resumes from the last checkpoint"
                 )
                 with suppress(RuntimeError):
                     self.store.set(FAILED, reason)
                 return self._end(reason)
 
     def _end(self, reason: str) -> None:
-        """Leaves the main thread a moment to end in order, then ends the process."""
-        self.ranks.heard.append(reason)
+        """Give the main thread a moment to end in order, then end the process."""
+        self.ranks.failures.append(reason)
         if self.over.wait(GRACE):
             return
         print(f"canter: {reason}", file=sys.stderr, flush=True)

@@ -1,12 +1,13 @@
-"""Training state shared out to ranks (FSDP2): each keeps its part of weights, gradients and optimiser state.
+"""Training state sharded over ranks (FSDP2): each rank keeps its part of weights, gradients and optimiser state.
 
-FSDP's ranks meet in every layer, and would wait for ever for one that ran out of memory or has fewer micro-batches.
-So weights are gathered once, before the step's first micro-batch; ranks then compute on their own, as many
-micro-batches as they have and cut as they must; and the gradients are summed and scattered once, at the end of the
-step. Optimiser state and the weights between steps are sharded; a step itself needs room for all weights and gradients.
+FSDP's ranks meet in every layer, and would wait forever for one that ran out of memory or has fewer micro-batches. So
+weights are gathered once, before the step's first micro-batch; ranks then compute their micro-batches independently and
+split them as needed; gradients are reduced and scattered once, at the end of the step. Optimiser state and the weights
+between steps are sharded; a step itself needs memory for all weights and gradients.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from canter.models.batch import Batch
 from canter.models.model import SpeechModel
 from canter.models.norm import frozen_statistics
+from canter.models.protocol import AnyModel
 from canter.training.distributed.ranks import Ranks
 
 
 class Shards:
-    """``model`` sharded over all ranks, in place: its parameters become DTensors."""
+    """A model sharded over all ranks, in place: its parameters become DTensors."""
 
-    def __init__(self, model: SpeechModel, device: torch.device, ranks: Ranks):
-        self.model, self.device, self.ranks = model, device, ranks
+    def __init__(self, model: AnyModel, device: torch.device, ranks: Ranks):
+        """Shard a model that supports "shard"."""
+        self.model = model = cast(SpeechModel, model)
+        self.device, self.ranks = device, ranks
         mesh = init_device_mesh(device.type, (ranks.size,))
         for stack in (model.encoder, model.decoder):
             for layer in getattr(stack, "layers", ()):
@@ -35,19 +39,18 @@ class Shards:
         self.root.set_reshard_after_backward(False)
 
     def gather(self) -> None:
-        """Has all weights whole on every rank, until ``scatter``; what is computed meanwhile meets nobody."""
+        """Gather all weights on every rank, until ``scatter``; computations in between do not synchronise."""
         self.root.set_requires_gradient_sync(False)
         for module in self.modules:
             module.unshard()
 
     def scatter(self) -> None:
-        """Leaves each rank its part of the weights."""
+        """Reduce each rank to its part of the weights."""
         for module in self.modules:
             module.reshard()
 
     def sum_gradients(self, objective: Callable[[Batch], Tensor]) -> None:
-        """Sums gradients over ranks and leaves each its part, through the backward pass of a tiny batch of weight
-        zero, which every rank runs; then scatters the weights."""
+        """Reduce and scatter gradients by the backward pass of a tiny batch of weight zero, then scatter weights."""
         self.root.set_requires_gradient_sync(True)
         with frozen_statistics():
             (objective(self._tiny()) * 0).backward()
@@ -57,7 +60,7 @@ class Shards:
                 parameter.grad.mul_(self.ranks.size)  # FSDP takes the mean
 
     def _tiny(self) -> Batch:
-        """An utterance of a few frames."""
+        """Return an utterance of a few frames."""
         samples = round(4 * self.model.frame_seconds * self.model.config.features.sample_rate)
         one = torch.ones(1, dtype=torch.long)
         audio = 0.1 * torch.sin(torch.arange(samples, dtype=torch.float32))[None]

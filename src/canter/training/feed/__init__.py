@@ -1,1 +1,1 @@
-"""Deliver the micro-batches of the plan: loading ahead, speed perturbation, damaged data."""
+"""Data of a run: rows of manifests, micro-batches loaded ahead, the steps of the plan."""

@@ -1,33 +1,73 @@
-"""A run's training data before it is batched: its rows, the tokenizer, the length index; found, or made once."""
+"""Training data of a run before it is batched: rows of manifests, tokenizer and length index."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Never
 
-from canter.corpus.build import build_index
+from canter.corpus.build import index_sources
 from canter.corpus.columns import Columns
 from canter.corpus.counting import PromptCheck, prompt_length
 from canter.corpus.index import VERIFIED_ROWS, LengthIndex
 from canter.corpus.manifest import Problem, Utterance, no_usable_row
 from canter.corpus.mixture import Group, leaves, sources_of
 from canter.corpus.sources import open_source, read_unit, units_of
-from canter.inference.transcribe import checkpoint_of
-from canter.models.model import SpeechModel
+from canter.events import QUIET, Events
+from canter.models.hub import checkpoint_of
+from canter.models.protocol import AnyModel
 from canter.text import Characters, load_tokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
-from canter.training.feed.data import prompt_and_text
-from canter.training.run.folder import Run
+from canter.training.feed.data import MicroBatches, prompt_and_text
+from canter.training.subject import has_ctc_head
+
+Numbered = tuple[str, int, Utterance | Problem]
+"""File, line and content of a row."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Data of a run, from its manifests to micro-batches."""
+
+    tokenizer: Tokenizer
+    characters: Characters
+    """Alphabet of the CTC head."""
+    index: LengthIndex
+    valid: list[Utterance]
+    """Usable rows of --valid."""
+    micro_batches: MicroBatches
+
+
+def load_data(
+    config: TrainConfig, model: AnyModel, index: LengthIndex, characters: Characters, rows: Iterable[Numbered]
+) -> tuple[TrainingData, list[Problem]]:
+    """Return the training data for ``model``, and a problem for each row of --valid that cannot be used.
+
+    Raises ManifestError if --valid has rows but none can be used.
+    """
+    assert model.tokenizer is not None
+    valid, problems = usable_rows(rows, model.tokenizer, model.longest_seconds, model.positions)
+    micro_batches = MicroBatches(
+        index,
+        model.tokenizer,
+        characters if config.loss.ctc_weight else None,
+        model.sample_rate,
+        config.augment.speed,
+        config.seed,
+        model.longest_seconds,
+        model.positions,
+    )
+    return TrainingData(model.tokenizer, characters, index, valid, micro_batches), problems
 
 
 def columns_of(config: TrainConfig) -> Columns:
-    """Return the columns that the configuration names."""
-    return Columns(config.text_column or "", config.lang_column or "", config.audio_column or "")
+    return Columns(config.text_column or "", config.language_column or "", config.audio_column or "")
 
 
 def utterances(config: TrainConfig) -> Iterator[Utterance]:
-    """The rows of the training manifests, with the tags of their sources."""
+    """Yield the rows of the training manifests, with the tags of their sources."""
     sources = sources_of(config.manifest, columns_of(config))
     for source in leaves(sources) if isinstance(sources, Group) else sources:
         for row in open_source(source.path, audio=source.audio, columns=source.columns):
@@ -35,12 +75,8 @@ def utterances(config: TrainConfig) -> Iterator[Utterance]:
                 yield source.tagged(row)
 
 
-Numbered = tuple[str, int, Utterance | Problem]
-"""The file that a row is of, its line, and what it holds."""
-
-
 def validation_rows(config: TrainConfig) -> list[Numbered]:
-    """Return the rows of the validation manifests. Raises ManifestError for one that has none to use."""
+    """Return the rows of the validation manifests. Raise ManifestError for a manifest without a usable row."""
     found: list[Numbered] = []
     columns = columns_of(config)
     for path in config.valid:
@@ -50,11 +86,11 @@ def validation_rows(config: TrainConfig) -> list[Numbered]:
 
 
 def usable_rows(
-    rows: Iterable[Numbered], tokenizer: Any, longest_seconds: float, most_tokens: float
+    rows: Iterable[Numbered], tokenizer: Tokenizer, longest_seconds: float, most_tokens: float
 ) -> tuple[list[Utterance], list[Problem]]:
-    """Return the utterances that the model can take, by what their rows say, and a problem for each other row.
+    """Return the utterances whose rows fit the model, and a problem for each other row.
 
-    Raises ManifestError where there are rows but none can be used.
+    Raises ManifestError if there are rows but none can be used.
     """
     usable: list[Utterance] = []
     problems: list[Problem] = []
@@ -81,51 +117,68 @@ def usable_rows(
 
 
 def find_tokenizer(
-    config: TrainConfig, run: Run, initial: SpeechModel | None, say: Callable[[str], None]
+    config: TrainConfig, folder: Path, initial: AnyModel | None = None, events: Events[Never] = QUIET
 ) -> tuple[Tokenizer, Characters]:
-    """The run's tokenizer and alphabet: those of --init or --tokenizer, or made from the transcripts, once."""
-    if initial is not None and "characters" not in initial.supports:
-        return initial.tokenizer, Characters("")  # another library's, which its checkpoints bring along
-    folder = run.folder / "tokenizer"
-    if config.init is not None and initial is not None and not (folder / "characters.json").exists():
-        alphabet = Characters("")  # without a CTC head nothing is written in characters
-        if initial.ctc is not None:
-            alphabet = Characters.load(checkpoint_of(config.init))
-        folder.mkdir(exist_ok=True)
-        initial.tokenizer.save(folder)
-        alphabet.save(folder)
-    if not (folder / "characters.json").exists():
-        texts: list[str] = []
-        languages: set[str] = set()
-        for row in utterances(config):
-            texts.append(row.text)
-            languages |= {lang for lang in (row.lang, row.source_lang, row.target_lang) if lang}
-        folder.mkdir(exist_ok=True)
-        if config.tokenizer is not None:
-            load_tokenizer(config.tokenizer).save(folder)
+    """Return tokenizer and alphabet: those of --init or --tokenizer, or trained on the transcripts.
+
+    ``folder`` keeps them, and once it does, they are read from there.
+    """
+    if initial is not None and "characters" not in initial.supports:  # a library's: its checkpoints include it
+        assert initial.tokenizer is not None
+        return initial.tokenizer, Characters("")
+    kept = folder / "tokenizer"
+    if not (kept / "characters.json").exists():
+        kept.mkdir(exist_ok=True)
+        if config.init is not None and initial is not None:
+            assert initial.tokenizer is not None
+            initial.tokenizer.save(kept)
+            characters = Characters.load(checkpoint_of(config.init)) if has_ctc_head(initial) else Characters("")
         else:
-            with warnings.catch_warnings(record=True) as notices:
-                warnings.simplefilter("always")
-                trained = train_tokenizer(texts, languages, config.vocabulary, folder)
-            for notice in notices:
-                say(str(notice.message))
-            say(f"tokenizer of {trained.vocab_size} tokens trained on {len(texts)} transcripts")
-        Characters.of(texts).save(folder)
-    return load_tokenizer(folder), Characters.load(folder)
+            characters = _make_tokenizer(config, kept, events)
+        characters.save(kept)
+    return load_tokenizer(kept), Characters.load(kept)
 
 
-def find_index(config: TrainConfig, run: Run, tokenizer: Tokenizer) -> LengthIndex:
-    """The run's length index, built where it is not there yet."""
-    path = run.folder / "lengths.arrow"
+def _make_tokenizer(config: TrainConfig, folder: Path, events: Events[Never]) -> Characters:
+    """Write the tokenizer of --tokenizer, or one trained on the transcripts; return their alphabet."""
+    texts: list[str] = []
+    languages: set[str] = set()
+    for row in utterances(config):
+        texts.append(row.text)
+        languages |= {lang for lang in (row.lang, row.source_lang, row.target_lang) if lang}
+    if config.tokenizer is not None:
+        load_tokenizer(config.tokenizer).save(folder)
+    else:
+        with warnings.catch_warnings(record=True) as notices:
+            warnings.simplefilter("always")
+            trained = train_tokenizer(texts, languages, config.vocab_size, folder)
+        for notice in notices:
+            events.message(str(notice.message))
+        events.message(f"tokenizer of {trained.vocab_size} tokens trained on {len(texts)} transcripts")
+    return Characters.of(texts)
+
+
+def find_index(
+    config: TrainConfig, folder: Path, tokenizer: Tokenizer, events: Events[Never] = QUIET, verify: bool = True
+) -> LengthIndex:
+    """Return the length index of the training data in ``folder``, which is built if it is not there yet.
+
+    verify: check the content of a large index too.
+    """
+    path = folder / "lengths.arrow"
     if path.exists():
         index = LengthIndex.open(path)
-        if run.writes and len(index) > VERIFIED_ROWS:
+        if verify and len(index) > VERIFIED_ROWS:
             index.verify()
-        return index
-    return build_index(
-        sources_of(config.manifest, columns_of(config)),
-        path,
-        tokenizer,
-        prompt_tokens=prompt_length(tokenizer, utterances(config)),
-        progress=True,
-    )
+    else:
+        index = index_sources(
+            sources_of(config.manifest, columns_of(config)),
+            path,
+            tokenizer,
+            prompt_tokens=prompt_length(tokenizer, utterances(config)),
+            progress=True,
+        )
+    if index.problems:
+        listed = path.with_name("lengths.skipped.jsonl")
+        events.message(f"{len(index.problems)} rows left out, listed in {listed}: {index.problems[0]}")
+    return index

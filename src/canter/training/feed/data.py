@@ -1,17 +1,23 @@
-"""Rows of the length index to padded micro-batches, decoded ahead by worker processes."""
+"""Rows of the length index to padded micro-batches, which worker processes decode ahead of training."""
 
 import copy
 import errno
 import math
 import multiprocessing
 import os
+import queue
+import resource
 import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import soxr
@@ -21,50 +27,103 @@ from torch import Tensor
 from canter.corpus.audio import load_utterance
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Problem, Utterance
-from canter.errors import AudioError, CanterError, ManifestError
+from canter.errors import AudioError, CanterError, ConfigError, ManifestError
 from canter.models.batch import Batch
+from canter.planning.budget import Budget
+from canter.planning.plan import Plan, Position
+from canter.planning.sampler import PlannedStep, Stepper
 from canter.processes import end_with_parent, ignore_signals
 from canter.text import Characters, Tokenizer
+from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.speed import speeds_of
-from canter.training.feed.waiting import Patience, Puller, children_of, prefetch_within_limit
 
-SECONDS_TOLERANCE = 0.25
-SHARE_TOLERANCE = 0.1
-MOST_NAMED = 8  # files that a message names
-MORE_FILES = "raise the limit on open files (ulimit -n) or take fewer --workers"
+SECONDS_TOLERANCE = 0.25  # between the duration in a manifest and that of the audio
+RELATIVE_TOLERANCE = 0.1
+MAX_NAMED = 8  # files that a message names
+MORE_FILES = "raise the limit on open files (ulimit -n) or use fewer --workers"
+NOTICE_SECONDS = 30.0  # between messages while a run waits for data
+STOP_SECONDS = 10.0  # that a run which was asked to stop waits for the data of the current step
+POLL_SECONDS = 0.5  # between looks at the clock and at signals
+CLOSE_SECONDS = 5.0  # that data workers have to end by themselves
+ASK_SECONDS = 2.0  # to find out the name of a file that is waited for
+PREFETCH = 8  # micro-batches that a worker loads ahead
+TENSORS = 8  # tensors of a micro-batch, each of which a worker hands over as an open file
+OTHER_FILES = 64  # files that a process has open besides those, with a margin
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Address:
-    """Which micro-batch of the run: its optimiser step, its place in the step and its rows (B,), none where the rank
-    has nothing to do in the step."""
+    """Micro-batch of a run: its optimiser step, its number in the step and its rows (B,).
+
+    A rank without a micro-batch in a step has an address without rows.
+    """
 
     step: int
     number: int
     last: bool
-    """Whether it is the last of this rank's in the step."""
+    """True for this rank's last micro-batch of the step."""
     rows: np.ndarray
     epoch: int = 0
-    """By which speeds and masks are drawn."""
+    """Epoch that speeds and masks are drawn for."""
+
+
+class Steps(Stepper):
+    """A `Stepper` that gives addresses, by which the micro-batches are loaded."""
+
+    def __init__(self, plan: Plan, ranks: Ranks = SINGLE_RANK, memory: Budget | None = None) -> None:
+        super().__init__(plan, ranks.rank, ranks.size, memory)
+
+    def addresses(self, start: dict[str, object] | None, epoch: int, step: int) -> Iterator[Address]:
+        """Yield this rank's micro-batches from a step of the run on, without end.
+
+        ``start``: the saved position of the step in the epoch; None is the epoch's beginning. A step in which the rank
+        has no micro-batch yields one address without rows. Raises PlanError for a plan without a step.
+        """
+        self.epoch, self.number = epoch, step
+        self.start = None if start is None else Position.from_json(start)
+        for planned in self.draw():
+            mine = planned.micro_batches(self.rank, self.ranks)
+            # speeds and masks are drawn for each epoch, or for each window of an endless stream
+            draw = planned.window if planned.plan.endless else planned.epoch
+            for batch in mine:
+                yield Address(planned.number, batch.number, batch.number == mine[-1].number, batch.rows, draw)
+            if not mine:
+                yield Address(planned.number, -1, True, planned.rows[0][:0], draw)
+
+    @staticmethod
+    def position(start: dict[str, object] | None, plan: Plan) -> Position | None:
+        """Return a saved position as one of ``plan``, whose budget may have been tightened since."""
+        if start is None:
+            return None
+        place = Position.from_json(start)
+        return Position(place.epoch, place.window, place.step, plan.fingerprint)
+
+    def taken(self, step: int) -> PlannedStep:
+        """Return the step, which is now taken."""
+        planned = self.take()
+        assert planned.number == step, f"step {planned.number} was drawn and step {step} taken"
+        return planned
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A micro-batch read from disk; ``batch`` is None where none of its utterances could be used."""
+    """A micro-batch read from disk; ``batch`` is None if none of its utterances can be used."""
 
     address: Address
     batch: Batch | None
     skipped: list[Problem]
     fatal: CanterError | None = None
-    """What the run cannot go on with; raised in the training process, where it reads better than in a worker."""
+    """Error that ends the run; the training process raises it, as messages of workers are hard to read."""
 
-    def pin_memory(self) -> "Loaded":
-        """DataLoader asks for it where the device is a GPU."""
+    def pin_memory(self) -> "Loaded":  # DataLoader calls it for a GPU
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
 class Example:
+    """Audio and targets of an utterance."""
+
     audio: np.ndarray  # (S,) float32
     tokens: list[int]
     prompt: int
@@ -73,7 +132,7 @@ class Example:
 
 
 class MicroBatches(torch.utils.data.Dataset):
-    """Reads the micro-batch at an address. A file that cannot be used is skipped and named, never fatal."""
+    """Dataset of micro-batches by address. A file that cannot be used is skipped and named, never fatal."""
 
     def __init__(
         self,
@@ -86,12 +145,12 @@ class MicroBatches(torch.utils.data.Dataset):
         longest_seconds: float = math.inf,
         most_tokens: float = math.inf,
     ):
-        """``longest_seconds`` and ``most_tokens``, prompt and end token included, are the model's."""
+        """Take the model's maximum seconds and tokens, prompt and end token included."""
         self.index, self.tokenizer, self.characters = index, tokenizer, characters
         self.sample_rate, self.speeds, self.seed = sample_rate, speeds, seed
         self.longest_seconds, self.most_tokens = longest_seconds, most_tokens
         self.reading: Tensor | None = None
-        """Row that each worker is reading, -1 for none (workers,), in memory that they share."""
+        """Row that each worker is reading, -1 for none: (workers,), in shared memory."""
 
     def __getitem__(self, address: Address) -> Loaded:
         examples, skipped = [], []
@@ -102,7 +161,7 @@ class MicroBatches(torch.utils.data.Dataset):
             self._note(row)
             try:
                 utterance = self.index.utterance(row)
-            except ManifestError as error:  # not one bad file: the whole plan is of another manifest
+            except ManifestError as error:  # not one bad file: the plan belongs to another manifest
                 return Loaded(address, None, skipped, error)
             try:
                 examples.append(self.example(utterance, row, speed))
@@ -119,17 +178,19 @@ class MicroBatches(torch.utils.data.Dataset):
             self.reading[worker.id if worker else 0] = row
 
     def being_read(self) -> str:
-        """Return the rows that are being read now, with their files."""
+        """Return the rows that workers are reading, with their files."""
         rows = [row for row in ([] if self.reading is None else self.reading.tolist()) if row >= 0]
-        return ", ".join(f"row {row} ({self.index.utterance(row).audio_filepath})" for row in rows[:MOST_NAMED])
+        return ", ".join(f"row {row} ({self.index.utterance(row).audio_filepath})" for row in rows[:MAX_NAMED])
 
     def example(self, utterance: Utterance, row: int = -1, speed: float = 1.0) -> Example:
-        """Audio and targets of one utterance, spoken ``speed`` times as fast. Raises AudioError where the file is
-        unusable, silent throughout, or longer or shorter than the manifest says by over a tenth and 0.25 s: the plan
-        was made for the stated length; and where audio or text are longer than the model takes."""
+        """Return audio and targets of an utterance at ``speed``.
+
+        Raises AudioError for a file that cannot be used, is silent, or differs from the duration in the manifest (for
+        which the plan was made) by more than a tenth and 0.25 s; and for audio or text longer than the model takes.
+        """
         audio = load_utterance(utterance, self.sample_rate)
         seconds = len(audio) / self.sample_rate
-        if abs(seconds - utterance.duration) > max(SECONDS_TOLERANCE, SHARE_TOLERANCE * utterance.duration):
+        if abs(seconds - utterance.duration) > max(SECONDS_TOLERANCE, RELATIVE_TOLERANCE * utterance.duration):
             raise AudioError(
                 f"{utterance.audio_filepath}: duration is {utterance.duration:g} s in the manifest, but the audio "
                 f"has {seconds:.2f} s; correct the manifest"
@@ -138,25 +199,31 @@ class MicroBatches(torch.utils.data.Dataset):
             raise AudioError(f"{utterance.audio_filepath} is silent: every sample is 0; leave it out")
         if speed != 1:
             audio = soxr.resample(audio, self.sample_rate * speed, self.sample_rate, quality="HQ")
+        prompt, text = prompt_and_text(self.tokenizer, utterance)
+        tokens = [*prompt, *text, self.tokenizer.end]
+        self.check_length(utterance, audio, len(tokens))
+        characters = self.characters.encode(utterance.text) if self.characters else []
+        return Example(audio, tokens, len(prompt), characters, row)
+
+    def check_length(self, utterance: Utterance, audio: np.ndarray, tokens: int) -> None:
+        """Raise AudioError for audio or text, with prompt and end token, that is longer than the model takes."""
         if len(audio) > self.longest_seconds * self.sample_rate:
             raise AudioError(
                 f"{utterance.audio_filepath}: {len(audio) / self.sample_rate:.2f} s are more than the "
                 f"{self.longest_seconds:g} s that the model takes; cut it"
             )
-        prompt, text = prompt_and_text(self.tokenizer, utterance)
-        tokens = [*prompt, *text, self.tokenizer.end]
-        if len(tokens) > self.most_tokens:
+        if tokens > self.most_tokens:
             raise AudioError(
-                f"{utterance.audio_filepath}: its text has {len(tokens)} tokens with prompt and end, more than the "
+                f"{utterance.audio_filepath}: its text has {tokens} tokens with prompt and end, more than the "
                 f"{self.most_tokens} that the model has positions for; cut it"
             )
-        characters = self.characters.encode(utterance.text) if self.characters else []
-        return Example(audio, tokens, len(prompt), characters, row)
 
 
 def prompt_and_text(tokenizer: Tokenizer, utterance: Utterance) -> tuple[list[int], list[int]]:
-    """Return the token ids of an utterance's prompt and of its text. Raises AudioError, naming the utterance, where its
-    language or task is none of the tokenizer's."""
+    """Return the token ids of an utterance's prompt and of its text.
+
+    Raises AudioError, naming the utterance, for a language or task that the tokenizer does not have.
+    """
     try:
         return tokenizer.prompt(utterance), tokenizer.encode(utterance.text, utterance.text_lang)
     except (CanterError, ValueError, KeyError) as error:
@@ -164,12 +231,12 @@ def prompt_and_text(tokenizer: Tokenizer, utterance: Utterance) -> tuple[list[in
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """Pads B examples on the right."""
+    """Return a batch of B examples, padded on the right."""
 
-    def lengths(items: Iterable[Any]) -> Tensor:
+    def lengths(items: Iterable[Sized]) -> Tensor:
         return torch.tensor([len(item) for item in items])
 
-    def padded(items: Sequence[Any], dtype: torch.dtype, value: int) -> Tensor:
+    def padded(items: Sequence[object], dtype: torch.dtype, value: int) -> Tensor:
         tensors = [torch.as_tensor(item, dtype=dtype) for item in items]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -187,30 +254,183 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     )
 
 
+# -- loading ahead --
+
+
+class StoppedWaitingError(Exception):
+    """The run was asked to stop, and the data of the current step did not come in time."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Limits and messages of waiting for data."""
+
+    limit: float = 300.0
+    """Seconds after which the run ends."""
+    stopping: Callable[[], bool] = lambda: False
+    """Return whether the run was asked to stop."""
+    warn: Callable[[str], None] = lambda _: None
+
+
+class _Done:
+    """End of the iterator."""
+
+
+class Puller(Generic[T]):
+    """Reader of an iterator in a thread, so that the caller can stop waiting for a value.
+
+    ``children`` are the processes behind the iterator, which are killed if they do not end by themselves.
+    ``being_read`` returns what they are reading; it runs in another thread, as it may wait for the same storage.
+    """
+
+    def __init__(self, values: Iterator[T], children: list[BaseProcess], being_read: Callable[[], str] = lambda: ""):
+        self.children, self.being_read = children, being_read
+        self.asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.given: queue.SimpleQueue[T | _Done | BaseException] = queue.SimpleQueue()
+        self.hangs = False
+        self.thread = threading.Thread(target=_pull, args=([values], self.asked, self.given), daemon=True)
+        self.thread.start()
+
+    def next(self, patience: Patience) -> T:
+        """Return the next value.
+
+        Raises StopIteration at the end, CanterError after ``patience.limit`` seconds, StoppedWaitingError some seconds
+        after the run was asked to stop, and what the iterator raises.
+        """
+        self.asked.put(True)
+        began = time.monotonic()
+        warned, stopped = began, 0.0
+        while True:
+            try:
+                value = self.given.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                pass
+            else:
+                if isinstance(value, _Done):
+                    raise StopIteration
+                if isinstance(value, BaseException):
+                    raise value
+                return value
+            now = time.monotonic()
+            if patience.stopping():
+                stopped = stopped or now
+                if now - stopped >= STOP_SECONDS:
+                    self.hangs = True
+                    raise StoppedWaitingError
+            if now - began >= patience.limit:
+                self.hangs = True
+                raise CanterError(
+                    f"no data for {now - began:.0f} s{self._reading()}; make the storage answer or remove these rows, "
+                    "and the same command resumes from the checkpoint saved now; --data-timeout sets the limit"
+                )
+            if now - warned >= NOTICE_SECONDS:
+                warned = now
+                patience.warn(
+                    f"waiting for data for {now - began:.0f} s{self._reading()}; the run ends after "
+                    f"{patience.limit:g} s (--data-timeout)"
+                )
+
+    def close(self) -> None:
+        """End the iterator and the processes behind it within some seconds."""
+        self.asked.put(False)
+        if not self.hangs:
+            self.thread.join(CLOSE_SECONDS)
+        # what hangs: a reference to a raised exception, too, keeps the iterator and its processes alive
+        for child in self.children:
+            if child.is_alive():
+                child.kill()  # data workers ignore SIGTERM, and the interpreter waits for them when it exits
+
+    def _reading(self) -> str:
+        files = answer_within(ASK_SECONDS, self.being_read)
+        return f", while reading {files}" if files else ""
+
+
+def _pull(values: list[Iterator[T]], asked: queue.SimpleQueue, given: queue.SimpleQueue) -> None:
+    """Answer each request with a value, an exception, or _Done. The iterator ends with this thread."""
+    iterator = values.pop()
+    while asked.get():
+        try:
+            given.put(next(iterator))
+        except StopIteration:
+            given.put(_Done())
+        except BaseException as error:  # raised again by `Puller.next`
+            given.put(error)
+
+
+def answer_within(seconds: float, work: Callable[[], T]) -> T | None:
+    """Return ``work()``, computed in a thread, or None if it takes longer or fails."""
+    answers: queue.SimpleQueue[T] = queue.SimpleQueue()
+
+    def compute() -> None:
+        try:
+            answers.put(work())
+        except Exception:
+            return
+
+    threading.Thread(target=compute, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def children_of(start: Callable[[], T]) -> tuple[T, list[BaseProcess]]:
+    """Return ``start()`` and the processes that it started."""
+    before = set(multiprocessing.active_children())
+    value = start()
+    return value, [child for child in multiprocessing.active_children() if child not in before]
+
+
+def prefetch_within_limit(workers: int, held: int, warn: Callable[[str], None] = lambda _: None) -> int:
+    """Return the number of micro-batches that each worker may load ahead within the limit on open files.
+
+    held: number of micro-batches that the training process uses at a time. Raises ConfigError if not even one fits: a
+    worker that cannot hand over a batch would leave the run waiting forever.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return PREFETCH
+    mine = (limit - len(os.listdir("/dev/fd")) - OTHER_FILES) // TENSORS - held
+    prefetch = min(PREFETCH, mine // workers, (limit - OTHER_FILES) // TENSORS)
+    if prefetch < 1:
+        needed = (workers + held) * TENSORS + 2 * OTHER_FILES
+        raise ConfigError(
+            f"--workers {workers} needs about {needed} open files, and this process may have {limit}: raise the limit "
+            f"(ulimit -n {max(1024, 2 * needed)}) or use fewer --workers; --workers 0 needs none"
+        )
+    if prefetch < PREFETCH:
+        warn(
+            f"at most {limit} open files (ulimit -n): each of {workers} workers loads {prefetch} instead of {PREFETCH} "
+            "micro-batches ahead"
+        )
+    return prefetch
+
+
 def start_worker(_: int) -> None:
-    """Has a data worker end with the process that it works for, however that ends, and not before: Ctrl-C reaches
-    every process of a terminal, SLURM's SIGTERM every process of a job; the step in hand still needs its data."""
+    """Make a data worker end with its training process, and not before.
+
+    Ctrl-C reaches every process of a terminal and SLURM's SIGTERM every process of a job, but the current step still
+    needs its data.
+    """
     ignore_signals(signal.SIGINT, signal.SIGTERM)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
-    def complain(*what: Any) -> None:
-        """A thread that was handing over a batch when the other process ended has nothing to say."""
+    def except_when_orphaned(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         parent.join(timeout=1.0)
         if parent.is_alive():
-            sys.__excepthook__(*what)
+            sys.__excepthook__(kind, error, traceback)
         else:
             os._exit(1)
 
-    sys.excepthook = complain
-    end_with_parent()  # DataLoader's own watchdog looks at the fork server, which waits for the workers
+    sys.excepthook = except_when_orphaned
+    end_with_parent()  # DataLoader's watchdog observes the fork server, which waits for the workers
 
 
 def _start_server() -> None:
-    """Starts the process that workers are forked from with SIGTERM blocked: it would end by what reaches all processes
-    of a job, and the workers after it."""
-    resource_tracker.ensure_running()  # it sets the mask for itself
+    """Start the process that workers are forked from with SIGTERM blocked, which reaches all processes of a job."""
+    resource_tracker.ensure_running()  # it sets its own mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         forkserver.ensure_running()
@@ -219,8 +439,6 @@ def _start_server() -> None:
 
 
 class _Stream(torch.utils.data.Sampler):
-    """An iterator of addresses, as DataLoader wants it."""
-
     def __init__(self, addresses: Iterator[Address]):
         self.addresses = addresses
 
@@ -229,7 +447,6 @@ class _Stream(torch.utils.data.Sampler):
 
 
 def _out_of_files(error: BaseException) -> bool:
-    """Return whether a file could not be opened because too many are open."""
     cause = error.__context__
     return isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
 
@@ -242,36 +459,29 @@ def load_ahead(
     patience: Patience | None = None,
     held: int = 1,
 ) -> Generator[Loaded]:
-    """Micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: a thread of this one).
+    """Yield micro-batches in the order of ``addresses``, decoded by ``workers`` processes (0: a thread of this one).
 
-    ``held`` of them are in use at a time. Raises CanterError where data does not come within ``patience.limit``, and
-    StoppedWaitingError where the run is asked to stop while it waits.
+    held: number of them that are in use at a time. Raises CanterError if data does not come within ``patience.limit``,
+    and StoppedWaitingError if the run is asked to stop while it waits.
     """
     patience = patience or Patience()
     dataset = copy.copy(dataset)
     dataset.reading = torch.full((max(1, workers),), -1).share_memory_()
     context: dict[str, Any] = {}
     if workers:
-        prefetch = prefetch_within_limit(workers, held, patience.say)
+        prefetch = prefetch_within_limit(workers, held, patience.warn)
         _start_server()
-        context = {
-            "multiprocessing_context": "forkserver",
-            "prefetch_factor": prefetch,
-            "worker_init_fn": start_worker,
-        }
+        context = {"multiprocessing_context": "forkserver", "prefetch_factor": prefetch, "worker_init_fn": start_worker}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create"
+        )  # more workers than cores are the user's choice
         loader = torch.utils.data.DataLoader(
-            dataset,
-            sampler=_Stream(addresses),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=pin,
-            **context,
+            dataset, sampler=_Stream(addresses), batch_size=None, num_workers=workers, pin_memory=pin, **context
         )
         micro_batches, children = children_of(lambda: iter(loader))
     puller = Puller(micro_batches, children, dataset.being_read)
-    del micro_batches  # it ends with the puller
+    del micro_batches  # it must end with the puller
     try:
         while (one := _next_of(puller, patience)) is not None:
             if one.fatal is not None:
@@ -282,8 +492,8 @@ def load_ahead(
             raise CanterError(f"data workers have too many open files; {MORE_FILES}") from None
         if "DataLoader worker" in str(error):
             raise CanterError(
-                f"a data worker died: {error}. Was it out of memory? Try fewer --workers; the run continues where "
-                "its last checkpoint is"
+                f"a data worker died: {error}. Was it out of memory? Try fewer --workers; the same command resumes "
+                "from the last checkpoint"
             ) from None
         raise
     finally:
@@ -291,7 +501,7 @@ def load_ahead(
 
 
 def _next_of(puller: Puller[Loaded], patience: Patience) -> Loaded | None:
-    """Return the next micro-batch, None at the end: a generator must not raise StopIteration."""
+    """Return the next micro-batch, or None at the end, as a generator must not raise StopIteration."""
     try:
         return puller.next(patience)
     except StopIteration:

@@ -1,18 +1,17 @@
-"""Speed perturbation that the plan knows of: an utterance's speed is drawn before it is batched, by its length."""
+"""Speed perturbation known to the plan: speeds are drawn before utterances are batched by their lengths."""
 
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from canter.corpus.index import LengthIndex
+from canter.corpus.index import LengthIndex, Shard, Source
 from canter.planning.windows import mix
 
 SALT = 0x5BEED
 
 
 def speeds_of(rows: np.ndarray, seed: int, epoch: int, speeds: tuple[float, ...]) -> np.ndarray:
-    """(N,) float64, the speed of each of ``rows`` (N,) in an epoch: a hash of (seed, epoch, row) chooses."""
+    """Return the speed of each of ``rows`` (N,) in an epoch, chosen by a hash of (seed, epoch, row): (N,) float64."""
     h = rows.astype(np.uint64) + np.uint64(mix(seed, epoch, SALT))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
@@ -20,7 +19,7 @@ def speeds_of(rows: np.ndarray, seed: int, epoch: int, speeds: tuple[float, ...]
 
 
 class AtSpeed:
-    """A length index whose seconds are those of an epoch's speeds; anything else is the index's own."""
+    """Length index whose seconds follow from an epoch's speeds; it has all else from another index."""
 
     def __init__(self, index: LengthIndex, seed: int, epoch: int, speeds: tuple[float, ...]):
         self.index, self.seed, self.epoch, self.speeds = index, seed, epoch, speeds
@@ -37,16 +36,16 @@ class AtSpeed:
         return self.index.source_of
 
     @property
-    def sources(self) -> Any:
+    def sources(self) -> tuple[Source, ...]:
         return self.index.sources
 
     @property
-    def shards(self) -> Any:
+    def shards(self) -> tuple[Shard, ...]:
         return self.index.shards
 
     @property
     def seconds(self) -> np.ndarray:
-        """(N,) float32."""
+        """Seconds (N,) float32 at the epoch's speeds."""
         return self._seconds
 
     @cached_property
@@ -56,7 +55,7 @@ class AtSpeed:
 
     @property
     def fingerprint(self) -> str:
-        """Of all epochs alike, as a plan's."""
+        """Fingerprint, the same for all epochs, as that of a plan."""
         return f"{self.index.fingerprint}@{self.speeds}"
 
     def at_epoch(self, epoch: int) -> "AtSpeed":

@@ -1,1 +1,1 @@
-"""Keep a run on disk: its folder, checkpoints, logs and trackers."""
+"""A run on disk: its folder, checkpoints, reports and logs."""

@@ -1,19 +1,19 @@
 """The folder of a training run.
 
 config.yaml       the configuration in force
-run.json          what was decided at the start: steps, precision, micro-batches a step, batches and their limits
+run.json          decisions: steps, precision, micro-batches per step, batches and their limits; and the configuration
 lengths.arrow     the length index of the training data
-left_out.jsonl    utterances that are in no batch, with the reason
+left_out.jsonl    utterances in no batch, with the reason
 valid.skipped.jsonl  validation rows that cannot be used, with the reason
 budget.json       measured memory and time of a step
-tokenizer/        where one was trained on the way
-metrics.jsonl     a line a training step ("kind": "train"), a validation ("valid") and anything unusual ("event")
-utterances.jsonl  the rows that each step was made of
+tokenizer/        tokenizer and alphabet
+metrics.jsonl     a line for each training step ("kind": "train"), validation ("valid") and unusual event ("event")
+utterances.jsonl  the rows of each step
 skipped.jsonl     utterances that could not be used, with the reason
 validation/       step-000500.jsonl: the transcripts of a validation, a manifest with pred_text
 checkpoints/      step-000500/ (a model folder with training/ beside the weights), best.json
-tensorboard/      the metrics once more
-report.html       by 'canter report'
+tensorboard/      the metrics for TensorBoard
+report.html       written by 'canter report'
 """
 
 import dataclasses
@@ -27,41 +27,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
-import numpy as np
+import yaml
 
-from canter.corpus.manifest import Problem
 from canter.errors import CheckpointError, ConfigError
-from canter.fields import from_mapping, to_mapping
+from canter.events import QUIET, Events
+from canter.fields import to_mapping
 from canter.files import to_disk, write_text
-from canter.training.config import (
-    TrainConfig,
-    changes,
-    dump_config,
-    load_config,
-    rooted,
-)
-from canter.training.run.checkpoints import (
-    CONFIG,
-    SETTLED,
-    Checkpoints,
-    checksum,
-    text_checksum,
-)
+from canter.training.config import TrainConfig, changes, config_of_run, dump_config, load_run_config, rooted
+from canter.training.run.checkpoints import CONFIG, RECORD, Checkpoints, checksum, text_checksum
+from canter.training.run.reports import RunLog, writing
 
-CHECKSUM = "checksum"  # in run.json, over all else that it holds
+BEGUN_WITH = "batch_seconds of 0.1"  # key in run.json: Canter 0.1 began the run
+CHECKSUM = "checksum"  # key in run.json, over all its other content
 LOCK = ".lock"
-LEFTOVERS = (
-    "tokenizer",
-    "lengths.arrow",
-    "lengths.skipped.jsonl",
-    "lengths.arrow.parts",
-    "budget.json",
-    ".cache",
-)
-KEPT = ("tokenizer", "budget.json")  # of these, what run.json has the checksums of
-# Types of what run.json holds.
+# Files and folders that a run makes before its first step.
+LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", "budget.json", ".cache")
+KEPT = ("tokenizer", "budget.json")  # those whose checksums are in run.json
+Record = dict[str, Any]
+"""Content of run.json, whose known keys have these types:"""
 TYPES = {
     "steps": int,
     "scheduled": int,
@@ -75,12 +60,12 @@ TYPES = {
     "config": dict,
     "files": dict,
 }
-# What an allowed change makes void: settled values by their key, files by their name.
+# What an allowed change of a setting invalidates: keys of run.json and names of files.
 STEPS, BATCHES = ("steps", "scheduled", "schedule"), ("batch_limits",)
 VOID = {
     "manifest": ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
     **dict.fromkeys(
-        ("text_column", "lang_column", "audio_column"),
+        ("text_column", "language_column", "audio_column"),
         ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
     ),
     "budget": ("budget.json", *STEPS, *BATCHES),
@@ -92,45 +77,44 @@ VOID = {
     "precision": ("precision",),
     "micro_batches_per_step": ("micro_batches_per_step", *BATCHES),
 }
-FIXED = ("tokenizer", "vocabulary", "init", "model.")  # what the weights were made for
+FIXED = ("tokenizer", "vocab_size", "init", "model.")  # settings that the weights depend on
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's folder; ``open`` makes or continues one. With ``writes`` false (any rank but the first) nothing is
-    written."""
+class RunFolder:
+    """Folder of a run, new or resumed. Only rank 0 writes (``writes``)."""
 
     folder: Path
     writes: bool = True
     changed: tuple[str, ...] = ()
-    """Settings that differ from those that the run had, where that is allowed: 'name: before -> now'."""
-    config: Mapping[str, Any] | None = None
-    """The settings in force, as run.json keeps them."""
+    """Allowed changes of settings since the last start, as 'name: before -> now'."""
+    config: Mapping[str, object] | None = None
+    """Current settings, as run.json keeps them."""
 
     @classmethod
-    def open(cls, config: TrainConfig, writes: bool = True) -> "Run":
-        """Claims ``config.output``, or continues the run that is there.
+    def open(cls, config: TrainConfig, writes: bool = True) -> "RunFolder":
+        """Make the folder ``config.output``, or open the run that it holds.
 
-        Raises ConfigError if the folder cannot be written, holds something else, or a run of another configuration;
+        Raises ConfigError if the folder cannot be written, holds something else or a run of another configuration, and
         CheckpointError if its run.json is damaged.
         """
         folder = config.output
         if not writes:
             return cls(folder, writes=False)
         held, config = folder / CONFIG, rooted(config)
-        # what is allowed to this start is not to the next
+        # --allow-changes holds for one start only
         settings = dataclasses.replace(config, allow_changes=False)
-        changed: list[tuple[str, Any, Any]] = []
-        settled = read_settled(folder)
-        if settled:
-            if "config" in settled:
-                before = from_mapping(TrainConfig, settled["config"], str(folder / SETTLED))
-            else:  # of an older Canter
-                before = load_config(held, relative=False)
+        changed: list[tuple[str, object, object]] = []
+        record = read_record(folder)
+        if record:
+            if "config" in record:
+                before = config_of_run(record["config"], str(folder / RECORD))
+            else:  # an older Canter wrote it
+                before = load_run_config(held)
             changed = changes(config, rooted(before))
             _refuse(folder, changed, config.allow_changes)
-            _void(folder, settled, [name for name, _, _ in changed], to_mapping(settings))
-        elif held.exists():  # of an attempt that got no further: its leftovers may be of other data
+            _invalidate(folder, record, [name for name, _, _ in changed], to_mapping(settings))
+        elif held.exists():  # an earlier start ended here: its files may belong to other data
             _remove(folder, LEFTOVERS)
         else:
             _refuse_other_content(folder)
@@ -138,53 +122,46 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(held, dump_config(settings))
             (folder / "checkpoints").mkdir(exist_ok=True)
-        told = tuple(f"{name}: {before} -> {now}" for name, before, now in changed)
-        return cls(folder, changed=told, config=to_mapping(settings))
+        changes_made = tuple(f"{name}: {before} -> {now}" for name, before, now in changed)
+        return cls(folder, changed=changes_made, config=to_mapping(settings))
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        return Checkpoints(self.folder / "checkpoints", 1).whole()
+        """Complete checkpoints, oldest first."""
+        return Checkpoints(self.folder / "checkpoints", 1).complete()
 
     @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
+    def log(self) -> RunLog:
+        """Log files of the run."""
+        return RunLog(self.folder, self.writes)
 
-    @property
-    def logs(self) -> tuple[Path, ...]:
-        """Files with a line for steps, in their order."""
-        return (self.metrics, self.folder / "utterances.jsonl", self.folder / "skipped.jsonl")
+    def recorded(self) -> Record:
+        """Return the content of run.json, empty for a new run. Raise CheckpointError as `read_record`."""
+        return read_record(self.folder)
 
-    def settled(self) -> dict[str, Any]:
-        """Return what run.json holds: what was decided at the start; empty for a new run.
+    def verify(self, allow_changes: bool, warn: Callable[[str], None] = lambda _: None) -> None:
+        """Compare tokenizer and budget with their checksums in run.json.
 
-        Raises CheckpointError where the file is damaged, or missing beside checkpoints.
+        Raises CheckpointError for a file that has changed; a changed budget is only a warning if changes are allowed.
         """
-        return read_settled(self.folder)
-
-    def verify(self, allow_changes: bool, say: Callable[[str], None] = lambda _: None) -> None:
-        """Compare the tokenizer and the budget with their checksums in run.json.
-
-        Raises CheckpointError for a file that is not as it was written; a changed budget is only told of where changes
-        are allowed.
-        """
-        for name, expected in self.settled().get("files", {}).items():
+        for name, expected in self.recorded().get("files", {}).items():
             path = self.folder / name
             what = "missing" if not path.is_file() else "changed" if checksum(path) != expected else None
             if what is None:
                 continue
             if name == "budget.json" and allow_changes:
-                say(f"{path} is {what} since the run began; the steps from here on follow it")
+                warn(f"{path} is {what} since the run began; the steps from here on follow it")
                 continue
             copies = [one / path.name for one in reversed(self.checkpoints) if (one / path.name).exists()]
-            way = f"copy {copies[0]} there" if copies and path.parent != self.folder else "put it back as it was"
-            also = "; --allow-changes takes it as it is" if name == "budget.json" else ""
+            way = f"copy {copies[0]} there" if copies and path.parent != self.folder else "restore it"
+            also = "; --allow-changes uses it as it is" if name == "budget.json" else ""
             raise CheckpointError(f"{path} is {what} since the run began, and its steps would be others: {way}{also}")
 
-    def settle(self, values: dict[str, Any]) -> None:
+    def record(self, values: Record) -> None:
+        """Write run.json, with the checksums of tokenizer and budget."""
         if not self.writes:
             return
-        for name in LEFTOVERS:  # what they rest on outlives a power cut too
+        for name in LEFTOVERS:  # the files that decisions rest on must survive a power cut too
             for path in (self.folder / name, *(self.folder / name).glob("**/*")):
                 to_disk(path)
         files = sorted(
@@ -193,67 +170,18 @@ class Run:
         values = dict(values) | {"files": {str(path.relative_to(self.folder)): checksum(path) for path in files}}
         if self.config is not None:
             values["config"] = self.config
-        with writing(self.folder / SETTLED):
-            _write_settled(self.folder, values)
-
-    def log(self, **values: Any) -> None:
-        """Appends a line to the metrics."""
-        self._append(self.metrics, [values | {"time": time.time()}])
-
-    def log_utterances(self, step: int, epoch: int, micro_batches: Sequence[np.ndarray]) -> None:
-        """Appends the rows of the length index that a step was made of, micro-batch by micro-batch."""
-        rows = [rows.tolist() for rows in micro_batches]
-        self._append(self.folder / "utterances.jsonl", [{"step": step, "epoch": epoch, "rows": rows}])
-
-    def skip(self, step: int, problems: Iterable[Problem]) -> None:
-        """Appends unusable utterances of a step to skipped.jsonl; ``line`` is the row of the length index."""
-        lines = [{"file": p.file, "line": p.line, "reason": p.reason, "step": step} for p in problems]
-        self._append(self.folder / "skipped.jsonl", lines)
-
-    def keep_transcripts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the transcripts of a validation to validation/step-NNNNNN.jsonl, whole or not at all."""
-        if not rows or not self.writes:
-            return
-        path = self.folder / "validation" / f"step-{step:06d}.jsonl"
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-    def _append(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
-        if lines and self.writes:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            with writing(path), path.open("a", encoding="utf-8") as file:
-                file.write(text)
-
-    def forget_after(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
-        """Drop what was logged after ``step``, and a last line that was torn: those steps are taken again. Damaged
-        lines before that are kept, with all lines after them, and told of."""
-        for path in self.logs if self.writes else ():
-            if path.exists():
-                with writing(path):
-                    size, damaged = _bytes_up_to(path, step)
-                if damaged:
-                    lines = f"line {damaged[0]} is" if len(damaged) == 1 else f"lines {_some(damaged)} are"
-                    say(f"{path}: {lines} damaged, and kept as found; the run itself does not need them")
-                with writing(path):
-                    os.truncate(path, size)
-
-    def validated(self, step: int) -> bool:
-        """Whether the metrics have a validation at this step."""
-        if not self.metrics.exists():
-            return False
-        with self.metrics.open(encoding="utf-8", errors="replace") as file:
-            return any(f'"kind": "valid", "step": {step},' in line for line in file)
+        with writing(self.folder / RECORD):
+            _write_record(self.folder, values)
 
 
 @contextmanager
 def claimed(folder: Path, seconds: float = 10.0) -> Iterator[None]:
-    """Keeps other processes from training in ``folder``, which is made, in this context. Waits for one that has the
-    folder for as many seconds: what a killed launcher leaves needs a moment to notice.
+    """Context manager that makes ``folder`` and locks it against other processes.
 
-    Raises ConfigError where one still has it, or the folder cannot be written.
+    Waits ``seconds`` for a process that has the lock: the children of a killed launcher need a moment to end. Raises
+    ConfigError if one still has it, or the folder cannot be written.
     """
-    if not any((folder / name).exists() for name in (CONFIG, SETTLED)):
+    if not any((folder / name).exists() for name in (CONFIG, RECORD)):
         _refuse_other_content(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +192,7 @@ def claimed(folder: Path, seconds: float = 10.0) -> Iterator[None]:
             if time.monotonic() > end:
                 holder = os.pread(handle, 100, 0).decode(errors="replace").strip()
                 raise ConfigError(
-                    f"{folder}: another process ({holder}) trains there; wait for it or stop it, or choose another "
+                    f"{folder}: another process ({holder}) trains there; wait for it, stop it, or choose another "
                     "--output"
                 )
             time.sleep(0.1)
@@ -281,70 +209,56 @@ def _locked(handle: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        # else a file system without locks, which has none to wait for
+        # otherwise the file system has no locks
     return True
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Context manager that raises ConfigError, naming ``path``, where it cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot write there ({error.strerror}); make room or choose another --output"
-        ) from None
-
-
 def _refuse_other_content(folder: Path) -> None:
-    """Raises ConfigError where a folder without config.yaml is not empty, hidden files aside."""
     if folder.exists() and (not folder.is_dir() or any(not n.startswith(".") for n in os.listdir(folder))):
         raise ConfigError(f"{folder} exists and is not a run; choose another --output")
 
 
-def _refuse(folder: Path, changed: list[tuple[str, Any, Any]], allowed: bool) -> None:
-    """Raises ConfigError where settings differ that may not."""
-    told = [f"{name}: {before} -> {now}" for name, before, now in changed]
-    fixed = [line for (name, _, _), line in zip(changed, told) if name.startswith(FIXED)]
+def _refuse(folder: Path, changed: list[tuple[str, object, object]], allowed: bool) -> None:
+    lines = [f"{name}: {before} -> {now}" for name, before, now in changed]
+    fixed = [line for (name, _, _), line in zip(changed, lines) if name.startswith(FIXED)]
     if fixed:
         raise ConfigError(
-            f"{folder} holds a run of another configuration ({'; '.join(told)}), and {'; '.join(fixed)} would leave "
-            "its weights without use; choose another --output, or set these as they were"
+            f"{folder} holds a run of another configuration ({'; '.join(lines)}), and {'; '.join(fixed)} would make "
+            "its weights useless; choose another --output, or set these as they were"
         )
-    if told and not allowed:
+    if lines and not allowed:
         raise ConfigError(
-            f"{folder} holds a run of another configuration ({'; '.join(told)}); choose another --output, "
-            "remove the folder, set these as they were, or go on with the new ones by --allow-changes"
+            f"{folder} holds a run of another configuration ({'; '.join(lines)}); choose another --output, "
+            "remove the folder, set these as they were, or use the new ones with --allow-changes"
         )
 
 
-def _void(folder: Path, settled: dict[str, Any], changed: Sequence[str], config: Mapping[str, Any]) -> None:
-    """Take back what followed from settings that have changed, and note those that hold now."""
+def _invalidate(folder: Path, record: Record, changed: Sequence[str], config: Mapping[str, object]) -> None:
+    """Remove decisions and files that follow from changed settings, and record the new settings."""
     void = {name for setting in changed for name in VOID.get(setting, ())}
-    if changed or "config" in settled:
-        kept = {key: value for key, value in settled.items() if key not in void}
+    if changed or "config" in record:
+        kept = {key: value for key, value in record.items() if key not in void}
         if "files" in kept:
             kept["files"] = {name: one for name, one in kept["files"].items() if name not in void}
-        if "config" in settled:
+        if "config" in record:
             kept["config"] = config
-        with writing(folder / SETTLED):
-            _write_settled(folder, kept)
-    _remove(folder, sorted(void - settled.keys()))
+        with writing(folder / RECORD):
+            _write_record(folder, kept)
+    _remove(folder, sorted(void - record.keys()))
 
 
-def _write_settled(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write run.json, with a checksum over all else that it holds."""
+def _write_record(folder: Path, values: Mapping[str, object]) -> None:
     text = json.dumps({name: value for name, value in values.items() if name != CHECKSUM}, indent=2)
-    write_text(folder / SETTLED, json.dumps(json.loads(text) | {CHECKSUM: text_checksum(text)}, indent=2) + "\n")
+    write_text(folder / RECORD, json.dumps(json.loads(text) | {CHECKSUM: text_checksum(text)}, indent=2) + "\n")
 
 
-def read_settled(folder: Path) -> dict[str, Any]:
-    """Return what run.json holds; empty where there is none and no checkpoint either.
+def read_record(folder: Path) -> Record:
+    """Return the content of run.json, empty if there are neither run.json nor checkpoints.
 
-    Raises CheckpointError where it is damaged, or missing beside checkpoints, naming where a copy is.
+    Raises CheckpointError if it is damaged, or missing beside checkpoints, and names a copy.
     """
-    path = folder / SETTLED
-    checkpoints = Checkpoints(folder / "checkpoints", 1).whole()
+    path = folder / RECORD
+    checkpoints = Checkpoints(folder / "checkpoints", 1).complete()
     if not path.exists() and not checkpoints:
         return {}
     try:
@@ -353,7 +267,7 @@ def read_settled(folder: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
         stated = values.pop(CHECKSUM, None)
         if stated is not None and stated != text_checksum(json.dumps(values, indent=2)):
-            raise ValueError("it is not as it was written")
+            raise ValueError("its checksum differs")
         for name, kind in TYPES.items():
             value = values.get(name)
             if name in values and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -363,40 +277,39 @@ def read_settled(folder: Path) -> dict[str, Any]:
         return values
     except (OSError, ValueError, RecursionError) as error:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
-        copies = [one / "training" / SETTLED for one in reversed(checkpoints)]
+        copies = [one / "training" / RECORD for one in reversed(checkpoints)]
         copy = next((one for one in copies if one.exists()), None)
-        way = f"copy {copy} there" if copy else "put it back from a copy"
+        way = f"copy {copy} there" if copy else "restore it from a copy"
         if not checkpoints:
-            way = "remove it: no checkpoint was saved yet, and the same command starts the run anew"
+            way = "remove it: no checkpoint was saved yet, and the same command starts the run again"
         raise CheckpointError(f"{path} {why}; {way}") from None
+
+
+def is_first_version(record: Record) -> bool:
+    """Return whether Canter 0.1 began the run of this record."""
+    return BEGUN_WITH in record or (bool(record) and "batches" not in record)
+
+
+def with_first_batch_seconds(config: TrainConfig, events: Events[Never] = QUIET) -> TrainConfig:
+    """Return ``config`` with the --batch-seconds of a run that Canter 0.1 began, if it is 'auto'.
+
+    The default of 0.1 was another, and the steps of the run must stay the same.
+    """
+    record = read_record(config.output)
+    if config.batch_seconds != "auto" or not is_first_version(record):
+        return config
+    if BEGUN_WITH not in record:
+        held = config.output / CONFIG
+        try:
+            record[BEGUN_WITH] = yaml.safe_load(held.read_text(encoding="utf-8")).get("batch_seconds", 24.0)
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(f"{held} cannot be read: {' '.join(str(error).split())}; restore it") from None
+    begun = record[BEGUN_WITH]
+    events.message(f"--batch-seconds {'none' if begun is None else begun}, with which the run began under Canter 0.1")
+    return dataclasses.replace(config, batch_seconds=begun)
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _bytes_up_to(path: Path, step: int) -> tuple[int, list[int]]:
-    """Return (size, numbers of damaged lines in it) of that part of a log which is of steps up to ``step``: all up to
-    the last whole line of such a step."""
-    size = place = 0
-    damaged: list[int] = []
-    pending: list[int] = []  # damaged lines that count only if a line of such a step follows
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            place += len(line)
-            try:
-                kept = json.loads(line).get("step", 0) <= step and line.endswith(b"\n")
-            except (ValueError, AttributeError, TypeError, RecursionError):
-                pending.append(number)
-                continue
-            if kept:
-                size, damaged = place, damaged + pending
-                pending = []
-    return size, damaged
-
-
-def _some(numbers: Sequence[int], most: int = 5) -> str:
-    told = ", ".join(map(str, numbers[:most]))
-    return f"{told} and {len(numbers) - most} more" if len(numbers) > most else told

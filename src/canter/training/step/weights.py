@@ -1,13 +1,10 @@
-"""What is done with weights besides updating them: frozen by name, averaged, compiled."""
+"""Preparation of a model for training: frozen parameters, training mode, compiled layers."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 
 from canter.errors import ConfigError
 from canter.models.model import SpeechModel
@@ -15,8 +12,10 @@ from canter.models.norm import MaskedBatchNorm
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
-    """Take parameters whose names match a pattern ('encoder.layers.0.*') out of training; return how many numbers
-    they hold. Raises ConfigError as ``frozen_names``."""
+    """Freeze the parameters whose names match a pattern ('encoder.layers.0.*'); return the number of frozen values.
+
+    Raises ConfigError as `frozen_names` does.
+    """
     frozen = frozen_names(model, patterns)
     for name, parameter in model.named_parameters():
         if name in frozen:
@@ -25,8 +24,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def frozen_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Return the names of the parameters that match a pattern. Raises ConfigError for a pattern that matches none,
-    and where nothing would be left to train."""
+    """Return the names of the parameters that match a pattern.
+
+    Raises ConfigError for a pattern that matches none, and if no parameter would be trained.
+    """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
     for pattern in patterns:
@@ -47,7 +48,7 @@ def _first_two(name: str) -> str:
 
 
 def to_training(model: nn.Module) -> None:
-    """Training mode, but for BatchNorm that is frozen: it normalises by its running statistics and keeps them."""
+    """Switch to training mode, except for frozen BatchNorm layers, which keep their running statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, MaskedBatchNorm) and not module.weight.requires_grad:
@@ -55,55 +56,8 @@ def to_training(model: nn.Module) -> None:
 
 
 def compile_layers(model: SpeechModel, backend: str | Callable = "inductor") -> None:
-    """Compiles each layer of encoder and decoder in place, for any length: names and state stay as they are."""
+    """Compile each layer of encoder and decoder in place, for any length; names and state stay the same."""
     for stack in (model.encoder, model.decoder):
         for layer in getattr(stack, "layers", ()):
             layer.compile(dynamic=True, backend=backend)
         stack.compiled = True
-
-
-def copy_into(target: Tensor, source: Tensor) -> None:
-    """Overwrites ``target``, which may be sharded, by a whole tensor."""
-    if isinstance(target, DTensor):
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
-    target.copy_(source)
-
-
-class Average:
-    """The exponential moving average of a model's weights, buffers included as they are.
-
-    The decay rises with the steps, (1 + step) / (10 + step) up to ``decay``, so that the start is soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """After the update of ``step`` (from 0)."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
-        now = [p.detach() for name, p in model.named_parameters() if name in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), now, share)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, shadow in self.shadow.items():
-            copy_into(shadow, tensors[name])
-
-    @contextmanager
-    def in_place_of(self, model: nn.Module):
-        """In this context ``model`` has the average's weights."""
-        self._exchange(model)
-        try:
-            yield
-        finally:
-            self._exchange(model)
-
-    @torch.no_grad()
-    def _exchange(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            if name in self.shadow:
-                held = parameter.detach().clone()
-                parameter.copy_(self.shadow[name])
-                self.shadow[name].copy_(held)

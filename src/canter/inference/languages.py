@@ -1,0 +1,127 @@
+"""Language rules: what decides in which language a recording is transcribed, and whether it is translated.
+
+The first of these that applies decides:
+
+1. the recording's row in a manifest, or the request to the service;
+2. the default of the user (`--language`, ``language=``);
+3. the only language of a model that knows one;
+4. detection, by a multilingual Whisper (`canter.inference.engine.language`).
+
+A model that needs a language and cannot detect it refuses recordings without one. `canter.text.languages` reads codes
+and names of languages.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from canter.corpus.manifest import Utterance
+from canter.errors import ConfigError
+from canter.inference.engine import language
+from canter.text.languages import canonical, is_said, resolve, same, shortened
+from canter.text.prompts import utterance_slots
+from canter.text.tokenizer import Tokenizer
+from canter.text.whisper import WhisperTokenizer
+
+Task = Literal["transcribe", "translate"]
+Probabilities = tuple[float, tuple[float, ...]]
+"""Seconds of a part of the audio, and the probability of each language in it."""
+
+
+def detects_language(tokenizer: Tokenizer) -> bool:
+    """Return True for a model that detects the language of a recording: a multilingual Whisper."""
+    return isinstance(tokenizer, WhisperTokenizer) and len(tokenizer.languages) > 1
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Language and task of recordings that name none."""
+
+    language: str | None = None
+    """Language spoken."""
+    task: Task | None = None
+    target_language: str = "en"
+    """Language written, if the task is to translate."""
+    required: tuple[str, ...] = field(default=(), compare=False)
+    """Languages of a model that must be given one of them; empty where none is needed."""
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, language: str | None, task: Task | None = None, target_language: str = "en"
+    ) -> "Defaults":
+        """Return the defaults of a user for a model, with languages in the model's own codes.
+
+        Raises ConfigError for languages that the model does not know, and for a translation that it cannot make.
+        """
+        known = tokenizer.languages
+        required = known if len(known) > 1 and not detects_language(tokenizer) else ()
+        spoken = None
+        if is_said(language):
+            spoken = resolve(language, known) if known else _label(tokenizer, language)
+        elif len(known) == 1:
+            spoken = known[0]
+        if task != "translate":
+            return cls(spoken, task, required=required)
+        if len(known) < 2:
+            raise ConfigError("this model knows only one language and cannot translate; leave the task out")
+        written = resolve(target_language, known)
+        if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
+            raise ConfigError(f"a Whisper translates only into English, not into {target_language!r}")
+        return cls(spoken, task, written, required)
+
+    def complete(self, utterance: Utterance) -> Utterance:
+        """Return the utterance with unset fields taken from the defaults.
+
+        Raises ConfigError where the model needs a language and there is none; a target language is not enough.
+        """
+        stated = map(is_said, (utterance.lang, utterance.source_lang, utterance.target_lang))
+        changes: dict[str, str] = {}
+        if self.language and not any(stated):
+            changes["lang"] = self.language
+        if self.task and not utterance.taskname:
+            changes["taskname"] = self.task
+            if self.task == "translate" and not is_said(utterance.target_lang):
+                source = next(filter(is_said, (utterance.source_lang, utterance.lang, self.language)), None)
+                changes |= {"source_lang": source} if source else {}
+                changes["target_lang"] = self.target_language
+        found = replace(utterance, **changes) if changes else utterance
+        if self.required and "source_lang" not in utterance_slots(found):
+            raise ConfigError(
+                f"{utterance.audio_filepath} names no language, and the model knows {shortened(self.required)}: give "
+                "'lang' in the manifest, or --language"
+            )
+        return found
+
+
+def _label(tokenizer: Tokenizer, name: str) -> str:
+    """Return the code of a language for a model without a list of languages. Raises ConfigError where its prompt has a
+    slot for the language."""
+    code = canonical(name)
+    if code is None:
+        raise ConfigError(f"{name!r} is not the name or code of a language")
+    try:
+        tokenizer.prompt_ids({"source_lang": code, "target_lang": code})
+    except ConfigError:
+        resolve(name, ())  # raises an error that lists the languages
+    return code
+
+
+def languages_to_detect(tokenizer: Tokenizer, slots: Mapping[str, str]) -> Sequence[str]:
+    """Return the languages among which to detect the one of a recording; none where its prompt slots name one, or the
+    model does not detect languages."""
+    return tokenizer.languages if detects_language(tokenizer) and "source_lang" not in slots else ()
+
+
+def detected_language(tokenizer: Tokenizer, parts: Iterable[Probabilities]) -> tuple[str, float] | None:
+    """Return the most probable language over all speech of a recording, and its probability; None where nothing was
+    detected."""
+    found = language.spoken(parts)
+    return (tokenizer.languages[found[0]], found[1]) if found else None
+
+
+def language_in_prompt(tokenizer: Tokenizer, prompt: Iterable[int]) -> str | None:
+    """Return the language that a Whisper's prompt names."""
+    if not isinstance(tokenizer, WhisperTokenizer):
+        return None
+    shown = tokenizer.decode(prompt, special=True)
+    return next((name for name in tokenizer.languages if f"<|{name}|>" in shown), None)
