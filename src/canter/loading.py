@@ -186,6 +186,22 @@ def _read_transformers(path: Path, dtype: torch.dtype) -> AnyModel:
     return TransformersModel.from_pretrained(path, dtype=dtype)
 
 
+def _is_espnet(path: Path) -> bool:
+    return path.is_dir() and (path / "meta.yaml").is_file()
+
+
+def _read_espnet(path: Path, dtype: torch.dtype) -> AnyModel:
+    from canter.models.formats.espnet import read_espnet
+
+    return _fitting(read_espnet(path), path, dtype)
+
+
+def _write_espnet(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
+    from canter.models.formats.espnet import write_espnet
+
+    return write_espnet(cast(SpeechModel, model), path, weights=weights)
+
+
 def _write_canter(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
     from canter.models.formats.checkpoint import save_model
 
@@ -212,6 +228,7 @@ FORMATS = {
     one.name: one
     for one in (
         Format("nemo", "a `.nemo` archive", lambda path: not path.is_dir(), _read_nemo, _write_nemo),
+        Format("espnet", "an ESPnet folder of OWSM", _is_espnet, _read_espnet, _write_espnet),
         Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
                _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),

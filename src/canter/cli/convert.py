@@ -1,4 +1,4 @@
-"""Rewrite a model in another format: a Canter folder, a Hugging Face folder or a .nemo archive."""
+"""Rewrite a model in another format: a Canter, Hugging Face or ESPnet folder, or a .nemo archive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Options:
     """A Canter or Hugging Face folder, a .nemo file, a run's folder (its best checkpoint), or a hub name."""
     output: tyro.conf.Positional[Path]
     """Folder or file to write; a name that ends in .nemo asks for an archive."""
-    format: Literal["auto", "canter", "huggingface", "nemo"] = "auto"
+    format: Literal["auto", "canter", "huggingface", "nemo", "espnet"] = "auto"
     """Format to write (default: nemo for a name that ends in .nemo, canter for any other)."""
     precision: Literal["float32", "bf16", "float16"] = "float32"
     """Type of the weights as written; .nemo archives are always float32."""

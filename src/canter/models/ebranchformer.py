@@ -98,7 +98,7 @@ class DepthwiseConvolution(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """x (B, T, C), valid (B, T, 1) or None where everything is -> (B, T, C)."""
+        """X (B, T, C), valid (B, T, 1) or None where everything is -> (B, T, C)."""
         x = (x if valid is None else x * valid).transpose(1, 2)
         padding, groups = self.weight.shape[2] // 2, len(self.weight)
         if x.is_cuda:
@@ -149,7 +149,7 @@ class EBranchformerLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, valid: Tensor | None) -> Tensor:
-        """x (B, T, D), mask (B, 1, 1, T), valid (B, T, 1); None where every position is valid -> (B, T, D)."""
+        """X (B, T, D), mask (B, 1, 1, T), valid (B, T, 1); None where every position is valid -> (B, T, D)."""
         x = torch.add(x, self.dropout(self.feed_forward1(x)), alpha=0.5)
         h = self.norm_attention(x)
         attended = self.dropout(self.attention(h, h, mask))
@@ -170,7 +170,9 @@ class EBranchformer(Encoder):
         super().__init__()
         self.config = config
         self.subsampling = ConvolutionalSubsampling(config)
-        self.register_buffer("positions", sinusoids(torch.arange(config.positions), rates(config.width)), persistent=False)
+        self.register_buffer(
+            "positions", sinusoids(torch.arange(config.positions), rates(config.width)), persistent=False
+        )
         self.dropout = nn.Dropout(config.dropout_input)
         self.layers = nn.ModuleList(EBranchformerLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, EPSILON)

@@ -82,8 +82,9 @@ class SpeechModel(nn.Module):
 
     @property
     def supports(self) -> Set[Capability]:
-        """All features."""
-        return SUPPORTED
+        """All features; a CTC head on the decoder's tokens, as OWSM's, has no characters."""
+        on_tokens = self.config.ctc_vocabulary == self.config.decoder.vocabulary
+        return SUPPORTED - {"characters"} if on_tokens else SUPPORTED
 
     @property
     def frame_seconds(self) -> float:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from canter.corpus.counting import UNITS, UnitCounter
 from canter.errors import CheckpointError
-from canter.text import sentencepiece, whisper
+from canter.text import owsm, sentencepiece, whisper
 from canter.text.characters import Characters
 from canter.text.nemo import read_nemo_tokenizer
+from canter.text.owsm import OwsmTokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -14,6 +15,7 @@ from canter.untrusted import read_limited
 
 __all__ = [
     "Characters",
+    "OwsmTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "WhisperTokenizer",
@@ -23,11 +25,11 @@ __all__ = [
 ]
 
 
-def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer:
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer:
     """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    It may be a folder (Canter's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece ``.model``
-    with Canary's special tokens.
+    It may be a folder (Canter's, OWSM's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece
+    ``.model`` with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":
@@ -40,6 +42,8 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
     folder = path if path.is_dir() else path.parent
     if (path.is_dir() or path.name == sentencepiece.FILE) and (folder / sentencepiece.FILE).exists():
         return SentencePieceTokenizer.load(folder)
+    if (path.is_dir() or path.name == owsm.FILE) and (folder / owsm.FILE).exists():
+        return OwsmTokenizer.load(folder)
     if (path.is_dir() or path.suffix == ".json") and (folder / whisper.FILE).exists():
         return WhisperTokenizer.load(path / whisper.FILE if path.is_dir() else path)
     raise CheckpointError(
@@ -47,7 +51,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
     )
 
 
-def load_counter(name: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | UnitCounter:
+def load_counter(name: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer | UnitCounter:
     """Return a token counter: that of a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
 
     Raises CheckpointError for a path without a tokenizer.

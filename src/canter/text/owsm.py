@@ -31,8 +31,8 @@ _TRANSLATION = re.compile(r"<st_(.+)>")
 class OwsmTokenizer:
     """Token ids are places in ``tokens``. ``model`` is the serialised SentencePiece model that cuts text into them.
 
-    Raises CheckpointError for a list without OWSM's special tokens, or with a token twice, and for what is no
-    SentencePiece model.
+    Raises CheckpointError for a list without OWSM's special tokens, or with a token twice, and for bytes that are
+    not a SentencePiece model.
     """
 
     def __init__(self, tokens: Sequence[str], model: bytes):
@@ -51,6 +51,8 @@ class OwsmTokenizer:
             raise CheckpointError(f"not a SentencePiece model ({' '.join(str(error).split())[:200]})") from None
         self.pad, self.end = self.ids["<blank>"], self.ids["<eos>"]
         self.unknown = self.ids["<unk>"]
+
+    detects_language = True
 
     @property
     def vocab_size(self) -> int:

@@ -133,7 +133,7 @@ def load_initial(
         _set_padding(cast(SpeechModel, model), config.pad_seconds, config.init)
     has_ctc = has_ctc_head(model)
     if config.loss.ctc_weight and not has_ctc:
-        raise ConfigError(f"{source}: the checkpoint has no CTC head; leave --loss.ctc-weight out")
+        raise ConfigError(f"{source}: the checkpoint has no CTC head on characters; leave --loss.ctc-weight out")
     if has_ctc and not config.loss.ctc_weight:
         if not checkpoints:
             events.message("the checkpoint's CTC head is left out; --loss.ctc-weight 0.3 trains it")

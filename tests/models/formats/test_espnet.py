@@ -13,6 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from canter.errors import CheckpointError, ConfigError
+from canter.inference.loading import load_engine
+from canter.loading import load_module, save_module
 from canter.models.batch import Batch
 from canter.models.formats.espnet import is_espnet_folder, read_espnet, write_espnet
 from canter.text.owsm import OwsmTokenizer
@@ -218,3 +220,20 @@ def test_tensors_that_do_not_fit_are_named(copy):
     torch.save(tensors, weights)
     with pytest.raises(CheckpointError, match=r"1 missing: features.mean"):
         read_espnet(copy)
+
+
+def test_every_format_holds_it_and_training_takes_it(folder, tmp_path):
+    """Decoding it is refused in one line: its order of timestamps is not implemented."""
+    model = load_module(folder)
+    save_module(model, tmp_path / "canter", form="canter")
+    save_module(load_module(tmp_path / "canter"), tmp_path / "espnet", form="espnet")
+    again = load_module(tmp_path / "espnet")
+    assert again.layers() == model.layers()
+    assert all(torch.equal(one, other) for one, other in zip(again.state_dict().values(), model.state_dict().values()))
+    assert "characters" not in model.supports
+    with pytest.raises(ConfigError, match="not decoded yet"):
+        load_engine(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not an ESPnet model"):
+        save_module(model, tmp_path / "other", form="espnet")

@@ -631,8 +631,13 @@ class _WithEngine(Protocol):
 def engine_for(model: AnyModel, end: int, config: EngineConfig) -> Engine:
     """Return the engine that decodes ``model``: a model of another library has its own.
 
-    Raises ConfigError where that one is asked for joint decoding.
+    Raises ConfigError where that one is asked for joint decoding, and for OWSM, whose decoding rules are missing.
     """
+    if model.generation.get("timestamp_rules") == "espnet":
+        raise ConfigError(
+            f"{model.shape} is an OWSM model: its order of timestamps is not implemented, so it can be converted, "
+            "measured and trained, but not decoded yet"
+        )
     if "cached_decoding" in model.supports:
         return Engine(cast(SpeechModel, model), end, config)
     if config.ctc_weight:

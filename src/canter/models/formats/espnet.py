@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.files import replacing_folder, write_text
@@ -188,6 +189,7 @@ def read_espnet(folder: str | Path) -> SpeechModel:
         "eos_token_id": tokenizer.end,
         "pad_token_id": tokenizer.pad,
         "no_timestamps_token_id": tokenizer.ids["<notimestamps>"],
+        "timestamp_rules": "espnet",
     }
     return model
 
@@ -263,7 +265,7 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
                 supported = ONLY.get(name, allowed[-1] if len(allowed) == 1 else " or ".join(map(repr, allowed)))
                 raise CheckpointError(f"{source}: {place} is {value!r:.80}; supported: {supported!r}")
 
-    def part(section: str, cls: type, **fixed: Any) -> Any:
+    def _part(section: str, cls: type, **fixed: Any) -> Any:
         fields = dict(fixed)
         for theirs, ours, default in FIELDS[section]:
             kind, value = type(getattr(cls, ours)), values[section].get(theirs, default)
@@ -281,9 +283,9 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
         raise CheckpointError(
             f"{source}: encoder_conf.input_layer is {input_layer!r:.80}; supported: {' or '.join(SUBSAMPLING)}"
         )
-    features = part("frontend_conf", EspnetFeatureConfig)
-    encoder = part("encoder_conf", EBranchformerConfig, mels=features.mels, subsampling=SUBSAMPLING[input_layer])
-    decoder = part(
+    features = _part("frontend_conf", EspnetFeatureConfig)
+    encoder = _part("encoder_conf", EBranchformerConfig, mels=features.mels, subsampling=SUBSAMPLING[input_layer])
+    decoder = _part(
         "decoder_conf",
         DecoderConfig,
         width=encoder.width,
@@ -298,21 +300,26 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
     return ModelConfig(features, encoder, decoder, ctc_vocabulary=vocabulary if weight else 0, ctc_upsampling=1)
 
 
-def write_espnet(model: SpeechModel, folder: str | Path) -> Path:
+def write_espnet(model: SpeechModel, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write ``model`` as a folder that ESPnet's ``Speech2Text`` and its trainer load, and return the folder.
+
+    ``weights`` stand in for the model's state dict.
 
     Raises CheckpointError for a model of another architecture or tokenizer than OWSM's.
     """
     folder, config, tokenizer = Path(folder), model.config, model.tokenizer
+    if folder.exists() and not is_espnet_folder(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an ESPnet model; choose another name")
     ours = isinstance(config.encoder, EBranchformerConfig) and isinstance(config.features, EspnetFeatureConfig)
     if not ours or not isinstance(tokenizer, OwsmTokenizer) or model.ctc is None or config.decoder.tied:
         raise CheckpointError(f"{folder}: ESPnet's layout is for OWSM models, with their tokenizer and CTC head")
     assert isinstance(config.encoder, EBranchformerConfig)
     assert isinstance(config.features, EspnetFeatureConfig)
-    tensors = NAMES.theirs({name: x for name, x in model.state_dict().items() if not name.startswith(OUT)})
+    ours_now = weights or model.state_dict()
+    tensors = NAMES.theirs({name: x for name, x in ours_now.items() if not name.startswith(OUT)})
     input_layer = next(name for name, factor in SUBSAMPLING.items() if factor == config.encoder.subsampling)
     for kind in ("weight", "bias"):
-        tensors[THEIR_OUT[input_layer] + kind] = model.state_dict()[OUT + kind].cpu()
+        tensors[THEIR_OUT[input_layer] + kind] = ours_now[OUT + kind].detach().cpu().contiguous()
     tensors["frontend.logmel.melmat"] = model.features.filters.T.contiguous().cpu()
     tokens, stats = Path("data/token_list/bpe_unigram"), Path("exp/s2t_stats_raw_bpe/train/feats_stats.npz")
     trained = Path("exp/s2t_train")
@@ -339,7 +346,7 @@ def write_espnet(model: SpeechModel, folder: str | Path) -> Path:
 def _their_config(config: ModelConfig, tokenizer: OwsmTokenizer, input_layer: str) -> dict[str, Any]:
     """Return ESPnet's training configuration of a model of this shape."""
 
-    def part(section: str, ours: Any) -> dict[str, Any]:
+    def _part(section: str, ours: Any) -> dict[str, Any]:
         fixed = {name: ONLY.get(name, allowed[0]) for name, allowed in REQUIRED[section].items()}
         kept = {name: value for name, value in fixed.items() if name in ("use_ffn", "macaron_ffn", *ONLY)}
         return kept | {theirs: getattr(ours, field) for theirs, field, _ in FIELDS[section]}
@@ -359,7 +366,7 @@ def _their_config(config: ModelConfig, tokenizer: OwsmTokenizer, input_layer: st
         "input_size": None,
         "ctc_conf": {},
         "frontend": "default",
-        "frontend_conf": part("frontend_conf", config.features),
+        "frontend_conf": _part("frontend_conf", config.features),
         "specaug": None,
         "specaug_conf": {},
         "normalize": "global_mvn",
@@ -368,9 +375,9 @@ def _their_config(config: ModelConfig, tokenizer: OwsmTokenizer, input_layer: st
         "postencoder": None,
         "postencoder_conf": {},
         "encoder": "e_branchformer",
-        "encoder_conf": part("encoder_conf", config.encoder) | {"input_layer": input_layer},
+        "encoder_conf": _part("encoder_conf", config.encoder) | {"input_layer": input_layer},
         "decoder": "transformer",
-        "decoder_conf": part("decoder_conf", config.decoder) | decoder,
+        "decoder_conf": _part("decoder_conf", config.decoder) | decoder,
         "model": "espnet",
         "model_conf": {"ctc_weight": 0.3, "lsm_weight": 0.1, "length_normalized_loss": False, "sym_na": "<na>"},
         "preprocessor": "s2t",
