@@ -59,7 +59,7 @@ class OwsmTokenizer:
         """V."""
         return len(self.tokens)
 
-    @cached_property
+    @property
     def languages(self) -> tuple[str, ...]:
         """Languages that may be spoken, by ISO 639-3 code: the tokens between <nospeech> and <asr>."""
         return tuple(token[1:-1] for token in self.tokens[self.ids["<nospeech>"] + 1 : self.ids["<asr>"]])
@@ -69,7 +69,7 @@ class OwsmTokenizer:
         """Languages that may be translated into."""
         return tuple(found[1] for token in self.tokens if (found := _TRANSLATION.fullmatch(token)))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over tokens and model."""
         digest = hashlib.blake2b("\n".join(self.tokens).encode(), digest_size=8)
