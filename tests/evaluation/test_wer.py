@@ -5,7 +5,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from canter.evaluation.normalize import normalizer
@@ -169,6 +169,7 @@ def test_a_combining_mark_more_is_an_error(lang, base, mark, before):
 @pytest.mark.parametrize("normalize", ["standard", "leaderboard"])
 @pytest.mark.parametrize("lang", ["vi", "hi", "ko", "en", None])
 @given(text=st.text(st.characters(min_codepoint=0x20, max_codepoint=0xD7FF, exclude_categories=["Cn"])))
+@example(text="A.À")
 def test_composed_and_decomposed_texts_are_equal(normalize, lang, text):
     rule = normalizer(normalize, lang)
     composed = unicodedata.normalize("NFC", text)

@@ -71,7 +71,13 @@ def _english() -> Callable[[str], str]:
     from whisper_normalizer.english import EnglishTextNormalizer
 
     normalize = EnglishTextNormalizer()
-    return lambda text: normalize(_INITIALS.sub(lambda found: found[0].replace(".", ""), text.lower()))
+
+    def without_initials(text: str) -> str:
+        """Normalise a text, composed first: an initial is one letter, whichever way its accent is written."""
+        text = unicodedata.normalize("NFC", text.lower())
+        return normalize(_INITIALS.sub(lambda found: found[0].replace(".", ""), text))
+
+    return without_initials
 
 
 @cache

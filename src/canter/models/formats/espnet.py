@@ -315,19 +315,19 @@ def write_espnet(model: SpeechModel, folder: str | Path, *, weights: Mapping[str
         raise CheckpointError(f"{folder}: ESPnet's layout is for OWSM models, with their tokenizer and CTC head")
     assert isinstance(config.encoder, EBranchformerConfig)
     assert isinstance(config.features, EspnetFeatureConfig)
-    ours_now = weights or model.state_dict()
-    tensors = NAMES.theirs({name: x for name, x in ours_now.items() if not name.startswith(OUT)})
+    tensors_now = weights or model.state_dict()
+    tensors = NAMES.theirs({name: x for name, x in tensors_now.items() if not name.startswith(OUT)})
     input_layer = next(name for name, factor in SUBSAMPLING.items() if factor == config.encoder.subsampling)
     for kind in ("weight", "bias"):
-        tensors[THEIR_OUT[input_layer] + kind] = ours_now[OUT + kind].detach().cpu().contiguous()
+        tensors[THEIR_OUT[input_layer] + kind] = tensors_now[OUT + kind].detach().cpu().contiguous()
     tensors["frontend.logmel.melmat"] = model.features.filters.T.contiguous().cpu()
     tokens, stats = Path("data/token_list/bpe_unigram"), Path("exp/s2t_stats_raw_bpe/train/feats_stats.npz")
     trained = Path("exp/s2t_train")
-    weights = trained / "valid.total_count.ave.pth"
+    stored = trained / "valid.total_count.ave.pth"
     with replacing_folder(folder) as fresh:
         for part in (tokens, trained, stats.parent):
             (fresh / part).mkdir(parents=True)
-        torch.save(tensors, fresh / weights)
+        torch.save(tensors, fresh / stored)
         (fresh / tokens / "bpe.model").write_bytes(tokenizer.model)
         write_text(fresh / tokens / "tokens.txt", "".join(f"{token}\n" for token in tokenizer.tokens))
         mean, deviation = (tensors[f"normalize.{name}"].double().numpy() for name in ("mean", "std"))
@@ -338,7 +338,7 @@ def write_espnet(model: SpeechModel, folder: str | Path, *, weights: Mapping[str
             "output_dir": str(trained),
         }
         write_text(fresh / trained / "config.yaml", yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
-        meta = {"files": {MODEL_FILE: str(weights)}, "yaml_files": {CONFIG_FILE: str(trained / "config.yaml")}}
+        meta = {"files": {MODEL_FILE: str(stored)}, "yaml_files": {CONFIG_FILE: str(trained / "config.yaml")}}
         write_text(fresh / META, yaml.safe_dump(meta))
     return folder
 
