@@ -23,17 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 from canter.integrations.transformers import TransformersModel, TransformersTokenizer  # noqa: E402
 
-from .small_transformers import (  # noqa: E402
-    END,
-    FAMILIES,
-    PAD,
-    START,
-    built,
-    canary,
-    clips,
-    make,
-    word_tokenizer,
-)
+from .small_transformers import END, FAMILIES, PAD, START, built, canary, clips, make, word_tokenizer  # noqa: E402
 
 # the others read padding (Moonshine's GroupNorm, Speech2Text's and SeamlessM4T's convolutions)
 PADDING_CHANGES_NOTHING = ("whisper", "canary")

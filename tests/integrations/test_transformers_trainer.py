@@ -15,11 +15,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from canter.corpus.index import LengthIndex  # noqa: E402
 from canter.errors import PlanError  # noqa: E402
-from canter.integrations.transformers_trainer import (  # noqa: E402
-    PlannedSeq2SeqTrainer,
-    SpeechCollator,
-    accept_short_audio,
-)
+from canter.integrations.transformers_trainer import PlannedSeq2SeqTrainer, SpeechCollator, accept_short_audio  # noqa: E402
 from canter.planning import Budget, Plan  # noqa: E402
 
 START, END, ROWS, SECONDS = 1, 2, 23, 2.0
