@@ -21,7 +21,7 @@ from canter.files import replacing_folder, write_text
 from canter.models.decoder import DecoderConfig
 from canter.models.ebranchformer import EPSILON, EBranchformerConfig
 from canter.models.features import EspnetFeatureConfig
-from canter.models.formats.fitting import Renaming, build, fit_tensors
+from canter.models.formats.fitting import Renaming, build, fit_tensors, read_part
 from canter.models.formats.torchfile import load_tensors
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text.owsm import MOST_MODEL_BYTES, OwsmTokenizer
@@ -258,44 +258,40 @@ def _tokenizer(values: Mapping[str, Any], tokens: list[str], folder: Path, sourc
 
 def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> ModelConfig:
     for section, settings in REQUIRED.items():
-        given = values[section] if section else values
+        found = values[section] if section else values
         for name, allowed in settings.items():
-            value, place = given.get(name, allowed[0]), f"{section}.{name}" if section else name
+            value, place = found.get(name, allowed[0]), f"{section}.{name}" if section else name
             if value not in allowed or (name in ONLY and value != ONLY[name]):
                 supported = ONLY.get(name, allowed[-1] if len(allowed) == 1 else " or ".join(map(repr, allowed)))
                 raise CheckpointError(f"{source}: {place} is {value!r:.80}; supported: {supported!r}")
 
-    def _part(section: str, cls: type, **fixed: Any) -> Any:
-        fields = dict(fixed)
-        for theirs, ours, default in FIELDS[section]:
-            kind, value = type(getattr(cls, ours)), values[section].get(theirs, default)
-            if value is None and theirs == "win_length":
-                value = values[section].get("n_fft", 512)
-            if kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind:
-                raise CheckpointError(f"{source}: {section}.{theirs} is {value!r:.80}; it must be {kind.__name__}")
-            fields[ours] = value
-        return cls(**fields)
+    def given(section: str) -> dict[str, object]:
+        settings = {theirs: default for theirs, _, default in FIELDS[section]} | values[section]
+        if settings.get("win_length", 0) is None:  # ESPnet's default
+            settings["win_length"] = settings["n_fft"]
+        return settings
+
+    def fields(section: str) -> list[tuple[str, str]]:
+        return [(theirs, ours) for theirs, ours, _ in FIELDS[section]]
 
     input_layer = values["encoder_conf"].get("input_layer", "conv2d")
     if input_layer not in SUBSAMPLING:
         raise CheckpointError(
             f"{source}: encoder_conf.input_layer is {input_layer!r:.80}; supported: {' or '.join(SUBSAMPLING)}"
         )
-    features = _part("frontend_conf", EspnetFeatureConfig)
-    encoder = _part("encoder_conf", EBranchformerConfig, mels=features.mels, subsampling=SUBSAMPLING[input_layer])
-    decoder = _part(
-        "decoder_conf",
-        DecoderConfig,
-        width=encoder.width,
-        vocabulary=vocabulary,
-        positions=POSITIONS,
-        embedding_norm=False,
-        tied=False,
-        scale_embedding=True,
-        epsilon=EPSILON,
-    )
+    features = read_part(EspnetFeatureConfig, fields("frontend_conf"), given("frontend_conf"), source)
+    shared: dict[str, object] = {"mels": features.mels, "subsampling": SUBSAMPLING[input_layer]}
+    encoder = read_part(EBranchformerConfig, fields("encoder_conf"), given("encoder_conf"), source, shared)
+    shared = {
+        "width": encoder.width,
+        "vocabulary": vocabulary,
+        "positions": POSITIONS,
+        "embedding_norm": False,
+        "tied": False,
+        "scale_embedding": True,
+        "epsilon": EPSILON,
+    }
+    decoder = read_part(DecoderConfig, fields("decoder_conf"), given("decoder_conf"), source, shared)
     weight = values["model_conf"].get("ctc_weight", 0.5)
     return ModelConfig(features, encoder, decoder, ctc_vocabulary=vocabulary if weight else 0, ctc_upsampling=1)
 

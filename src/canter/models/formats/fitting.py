@@ -6,9 +6,10 @@ by range, and the total size by the bytes of weights that come with it.
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from canter.errors import CheckpointError
 from canter.models.layers import ACTIVATIONS
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import Tokenizer
+
+Part = TypeVar("Part")
+MAX_NUMBER = 2**31
+"""Limit of integers in a configuration."""
 
 # Field of any part -> least and greatest value. A new part may use these names and add its own.
 RANGES: dict[str, tuple[float, float]] = {
@@ -158,6 +163,38 @@ def least_parameters(config: ModelConfig) -> int:
         + getattr(encoder, "positions", 0) * encoder.width
         + getattr(encoder, "subsampling_channels", 0) * config.features.mels // 8 * encoder.width
     )
+
+
+def read_part(
+    cls: type[Part],
+    fields: Iterable[tuple[str, str]],
+    given: Mapping[str, object],
+    source: str | Path,
+    fixed: Mapping[str, object] = MappingProxyType({}),
+    *,
+    complete: bool = True,
+) -> Part:
+    """Return a part's configuration ``cls`` of another project's settings.
+
+    fields: (their setting, our field). fixed: fields that their models share. complete: integers may not be missing.
+    Raises CheckpointError that names ``source`` and the setting, for values of another type and for settings of one
+    field that differ.
+    """
+    values: dict[str, object] = dict(fixed)
+    for theirs, ours in fields:
+        kind = type(getattr(cls, ours))  # of the default
+        if theirs not in given:
+            if kind is int and complete:
+                raise CheckpointError(f"{source}: {theirs} is missing")
+            continue
+        value = given[theirs]
+        if kind is float and type(value) is int and abs(value) < MAX_NUMBER:
+            value = float(value)
+        if type(value) is not kind:
+            raise CheckpointError(f"{source}: {theirs} is {value!r:.80}; it must be {kind.__name__}")
+        if values.setdefault(ours, value) != value:
+            raise CheckpointError(f"{source}: {theirs} {value!r} differs from its like, {values[ours]!r}")
+    return cls(**values)
 
 
 def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

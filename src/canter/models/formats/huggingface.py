@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +14,7 @@ from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes
-from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
+from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, read_part, without_ctc
 from canter.models.formats.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
@@ -76,7 +75,6 @@ WHISPER_NAMES = Renaming(
 )
 HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 SAFETENSORS = "model.safetensors"
-MOST_NUMBER = 2**31
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -265,27 +263,11 @@ def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path)
                 place = f"{section}.{name}" if section else name
                 raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
-    def _part(name: str, cls: type, given: Settings, **fixed: Any) -> Any:
-        fields = dict(fixed)
-        for theirs, ours in layout.fields[name]:
-            kind = type(getattr(cls, ours))  # of the default
-            if theirs not in given:
-                if kind is int and name != "features":
-                    raise CheckpointError(f"{source}: {theirs} is missing")
-                continue
-            value = given[theirs]
-            if kind is float and type(value) is int and abs(value) < MOST_NUMBER:
-                value = float(value)
-            if type(value) is not kind:
-                raise CheckpointError(f"{source}: {theirs} is {value!r:.80}; it must be {kind.__name__}")
-            if fields.setdefault(ours, value) != value:
-                raise CheckpointError(f"{source}: {theirs} {value!r} differs from its like, {fields[ours]!r}")
-        return cls(**fields)
-
     given = {name: values[key] if key else values for name, key in layout.sections.items()}
-    encoder = _part("encoder", layout.encoder, given["encoder"])
-    decoder = _part("decoder", DecoderConfig, given["decoder"], **layout.ours)
-    features = _part("features", layout.features, {"feature_size": encoder.mels, **sound})
+    encoder = read_part(layout.encoder, layout.fields["encoder"], given["encoder"], source)
+    decoder = read_part(DecoderConfig, layout.fields["decoder"], given["decoder"], source, layout.ours)
+    heard = {"feature_size": encoder.mels, **sound}
+    features = read_part(layout.features, layout.fields["features"], heard, source, complete=False)
     return ModelConfig(features, encoder, decoder)
 
 

@@ -25,7 +25,7 @@ from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats.files import Settings
-from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, without_ctc
+from canter.models.formats.fitting import MAX_NUMBER, Renaming, build, check_vocabulary, fit_tensors, without_ctc
 from canter.models.formats.torchfile import load_tensors
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import SentencePieceTokenizer, Tokenizer
@@ -54,7 +54,6 @@ NAMES = Renaming(
     (".up.", ".third_sub_layer.dense_in."),
     (".down.", ".third_sub_layer.dense_out."),
 )
-MOST_NUMBER = 2**31
 HEAD_WEIGHT, EMBEDDING = "log_softmax.mlp.layer0.weight", "transf_decoder._embedding.token_embedding.weight"
 POSITIONS = "transf_decoder._embedding.position_embedding.pos_enc"
 COMPUTED = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb", POSITIONS)
@@ -125,7 +124,7 @@ def _our_config(config: Settings, source: str | Path) -> ModelConfig:
         value = part.get(name, default)
         if value is None:
             raise CheckpointError(f"{source}: the configuration of a Canary lacks {name!r}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_NUMBER:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_NUMBER:
             raise CheckpointError(f"{source}: the configuration is not a Canary's ({name} is {value!r:.80})")
         return value
 
