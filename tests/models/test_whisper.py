@@ -72,7 +72,7 @@ def test_features_of_a_full_thirty_seconds(ours, folder):
 
 
 def test_longer_than_thirty_seconds_is_refused(ours):
-    with pytest.raises(ValueError, match=r"31\.00 s is longer than Whisper's 30 s"):
+    with pytest.raises(ValueError, match=r"31\.00 s is longer than the model's 30 s"):
         ours.features(torch.zeros(1, 31 * 16000), torch.tensor([31 * 16000]))
 
 

@@ -3,7 +3,7 @@
 B: utterances, S: samples, F: feature frames (10 ms), M: mel bins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.augment import noise
+from canter.models.layers import Count
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,64 @@ class LogMel(nn.Module):
             return ((features - mean) / deviation) * valid, frames
 
 
+class PaddedLogMel(nn.Module):
+    """Log-mel features of audio that is padded to a fixed length with silence, or to the longest of its batch.
+
+    The windows are centred: the audio's start is mirrored, and its end too if it is padded. Windows of silence are not
+    computed.
+    """
+
+    filters: Tensor
+    taper: Tensor
+    silence: float
+    """Value of a window of silence."""
+
+    def __init__(self, config: "WhisperFeatureConfig | EspnetFeatureConfig", window: int):
+        super().__init__()
+        self.config = config
+        filters = slaney_mel_filters(config.sample_rate, config.n_fft, config.mels)
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
+        self.register_buffer("taper", torch.hann_window(window), persistent=False)
+
+    def frames(self, samples: Count) -> Count:
+        """Return the feature frames of ``samples``, or of the padded length if there is one."""
+        raise NotImplementedError
+
+    def log_mel(
+        self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None, log: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logarithms ``log`` of mel powers (B, F, M), float32, and the frames (B,).
+
+        In training mode each utterance's seed draws its dither. Raises ValueError for audio longer than the padded
+        length.
+        """
+        config = self.config
+        size = audio.shape[1]
+        if config.pad_seconds:
+            size = round(config.pad_seconds * config.sample_rate)
+            if audio.shape[1] > size and int(lengths.max()) > size:
+                seconds = int(lengths.max()) / config.sample_rate
+                raise ValueError(
+                    f"an utterance of {seconds:.2f} s is longer than the model's {config.pad_seconds:g} s; cut it first"
+                )
+        audio = audio.float()
+        if self.training and config.dither and seeds is not None:
+            audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
+        audio = audio * length_mask(lengths, audio.shape[1])
+        total, pad = self.frames(size), config.n_fft // 2
+        sounding = min(total, (audio.shape[1] + pad) // config.hop + 1)  # later windows hold only silence
+        width = max(size if sounding == total else sounding * config.hop, pad + 1)  # the mirrored start
+        audio = F.pad(audio, (0, width - audio.shape[1]))
+        ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
+        audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
+        spectrum = torch.stft(
+            audio, config.n_fft, config.hop, len(self.taper), self.taper, center=False, return_complex=True
+        )
+        power = power_of(spectrum[:, :, :sounding])
+        features = log(torch.matmul(self.filters, power).clamp(min=1e-10)).transpose(1, 2)
+        return F.pad(features, (0, 0, 0, total - features.shape[1]), value=self.silence), self.frames(lengths)
+
+
 @dataclass(frozen=True)
 class WhisperFeatureConfig:
     """Whisper's log-mel: 25 ms windows every 10 ms, eight decades below the loudest."""
@@ -149,21 +208,16 @@ class WhisperFeatureConfig:
         return WhisperLogMel(self)
 
 
-class WhisperLogMel(nn.Module):
+class WhisperLogMel(PaddedLogMel):
     """Audio to Whisper's features; unpadded, an utterance's frames are the first ones of its 30 s."""
 
-    filters: Tensor
-    taper: Tensor
+    silence = -10.0
 
     def __init__(self, config: WhisperFeatureConfig):
-        super().__init__()
-        self.config = config
-        filters = slaney_mel_filters(config.sample_rate, config.n_fft, config.mels)
-        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
-        self.register_buffer("taper", torch.hann_window(config.n_fft), persistent=False)
+        super().__init__(config, config.n_fft)
 
-    def frames(self, samples):
-        """Return the feature frames of ``samples`` (an int or a tensor), or of the padded length if there is one."""
+    def frames(self, samples: Count) -> Count:
+        """Return the feature frames of ``samples``, or of the padded length if there is one."""
         config = self.config
         if config.pad_seconds:
             return samples * 0 + round(config.pad_seconds * config.sample_rate) // config.hop
@@ -171,35 +225,11 @@ class WhisperLogMel(nn.Module):
 
     def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Return features and lengths as `LogMel` does; raise ValueError for audio longer than the padded length."""
-        config = self.config
-        size = audio.shape[1]
-        if config.pad_seconds:
-            size = round(config.pad_seconds * config.sample_rate)
-            if audio.shape[1] > size and int(lengths.max()) > size:
-                seconds = int(lengths.max()) / config.sample_rate
-                raise ValueError(
-                    f"an utterance of {seconds:.2f} s is longer than Whisper's {config.pad_seconds:g} s; cut it first"
-                )
         with torch.autocast(audio.device.type, enabled=False):
-            audio = audio.float()
-            if self.training and config.dither and seeds is not None:
-                audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
-            audio = audio * length_mask(lengths, audio.shape[1])
-            frames, total, pad = self.frames(lengths), self.frames(size), config.n_fft // 2
-            heard = min(total, (audio.shape[1] + pad) // config.hop + 1)  # later windows see silence alone
-            width = size if heard == total else heard * config.hop
-            width = max(width, pad + 1)  # the start is mirrored, which takes that many samples
-            audio = F.pad(audio, (0, width - audio.shape[1]))
-            ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
-            audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
-            spectrum = torch.stft(audio, config.n_fft, config.hop, window=self.taper, center=False, return_complex=True)
-            power = power_of(spectrum[:, :, :heard])
-            features = torch.matmul(self.filters, power).clamp(min=1e-10).log10().transpose(1, 2)
-            features = F.pad(features, (0, 0, 0, total - heard), value=-10.0)
-            valid = length_mask(frames, total)[:, :, None]
+            features, frames = self.log_mel(audio, lengths, seeds, torch.log10)
+            valid = length_mask(frames, features.shape[1])[:, :, None]
             loudest = features.masked_fill(~valid, -10.0).amax((1, 2), keepdim=True)
-            features = (torch.maximum(features, loudest - 8.0) + 4.0) / 4.0
-            return features * valid, frames
+            return (torch.maximum(features, loudest - 8.0) + 4.0) / 4.0 * valid, frames
 
 
 @dataclass(frozen=True)
@@ -222,63 +252,29 @@ class EspnetFeatureConfig:
         return EspnetLogMel(self)
 
 
-class EspnetLogMel(nn.Module):
+class EspnetLogMel(PaddedLogMel):
     """Audio to ESPnet's features (``DefaultFrontend`` and ``GlobalMVN``), with the mean and deviation of its training
-    data. Unpadded, an utterance's frames are the first ones of its 30 s."""
+    data; unpadded, an utterance's frames are the first ones of its 30 s."""
 
-    filters: Tensor
-    taper: Tensor
     mean: Tensor
     deviation: Tensor
+    silence = float(np.log(np.float32(1e-10)))
 
     def __init__(self, config: EspnetFeatureConfig):
-        super().__init__()
-        self.config = config
-        filters = slaney_mel_filters(config.sample_rate, config.n_fft, config.mels)
-        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
-        self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
+        super().__init__(config, config.window)
         self.register_buffer("mean", torch.zeros(config.mels))
         self.register_buffer("deviation", torch.ones(config.mels))
 
-    def frames(self, samples):
-        """Return the feature frames of a number of samples (an int or a tensor): of the padded length, if there is
-        one."""
+    def frames(self, samples: Count) -> Count:
+        """Return the feature frames of ``samples``, or of the padded length if there is one."""
         config = self.config
         if config.pad_seconds:
-            return samples * 0 + round(config.pad_seconds * config.sample_rate) // config.hop + 1
+            samples = samples * 0 + round(config.pad_seconds * config.sample_rate)
         return samples // config.hop + 1
 
     def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Audio (B, S) in [-1, 1) and lengths (B,) in samples -> features (B, F, M) float32, lengths (B,) in frames.
-
-        In training mode each utterance's seed draws its dither; without seeds there is none. Raises ValueError for
-        audio longer than the padded length.
-        """
-        config = self.config
-        size = audio.shape[1]
-        if config.pad_seconds:
-            size = round(config.pad_seconds * config.sample_rate)
-            if audio.shape[1] > size and int(lengths.max()) > size:
-                seconds = int(lengths.max()) / config.sample_rate
-                raise ValueError(
-                    f"an utterance of {seconds:.2f} s is longer than the model's {config.pad_seconds:g} s; cut it first"
-                )
+        """Return features and lengths as `LogMel` does; raise ValueError for audio longer than the padded length."""
         with torch.autocast(audio.device.type, enabled=False):
-            audio = audio.float()
-            if self.training and config.dither and seeds is not None:
-                audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
-            audio = audio * length_mask(lengths, audio.shape[1])
-            frames, total, pad = self.frames(lengths), int(self.frames(size)), config.n_fft // 2
-            sounding = min(total, (audio.shape[1] + pad) // config.hop + 1)  # later windows see silence
-            width = max(size if sounding == total else sounding * config.hop, pad + 1)  # the start is mirrored
-            audio = F.pad(audio[:, :width], (0, max(0, width - audio.shape[1])))
-            ends = audio[:, -pad - 1 : -1].flip(1) if config.pad_seconds else audio.new_zeros(len(audio), pad)
-            audio = torch.cat([audio[:, 1 : pad + 1].flip(1), audio, ends], dim=1)
-            spectrum = torch.stft(
-                audio, config.n_fft, config.hop, config.window, self.taper, center=False, return_complex=True
-            )
-            power = power_of(spectrum[:, :, :sounding])
-            features = torch.matmul(self.filters, power).clamp(min=1e-10).log().transpose(1, 2)
-            features = F.pad(features, (0, 0, 0, total - features.shape[1]), value=float(np.log(np.float32(1e-10))))
+            features, frames = self.log_mel(audio, lengths, seeds, torch.log)
             features = (features - self.mean) / self.deviation
-            return features * length_mask(frames, total)[:, :, None], frames
+            return features * length_mask(frames, features.shape[1])[:, :, None], frames
