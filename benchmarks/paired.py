@@ -63,7 +63,7 @@ def write_clips(count, seconds):
             file.writeframes(samples.astype(np.int16).tobytes())
     return paths
 
-kept = {}  # tokenizer and budget of the first run
+kept = {"budget": folder / "budget.json"}  # and the tokenizer of the first run: a measured budget would vary
 
 def train(steps, name):
     manifest = folder / "train.jsonl"
@@ -76,13 +76,14 @@ def train(steps, name):
                 seconds = file.getnframes() / 16000
             rows.append({"audio_filepath": path.name, "duration": seconds, "text": text})
         manifest.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+        canter.Budget.from_batch_seconds(24, frame_seconds=0.08).save(kept["budget"])
     fields = canter.TrainConfig.__dataclass_fields__
     shape = type(fields["model"].default_factory())(width=options["width"], encoder_layers=2, decoder_layers=2)
     settings = dict(manifest=(manifest,), output=folder / name, model=shape, steps=steps, batch_seconds=24, workers=0,
                     device="cpu", precision="float32", threads=1, **kept)
     settings["vocab_size" if "vocab_size" in fields else "vocabulary"] = 64  # today's name, or that of Canter 0.1
     run = canter.train(canter.TrainConfig(**settings), progress=False)
-    kept.update(budget=run / "budget.json", tokenizer=run / "tokenizer")
+    kept.update(tokenizer=run / "tokenizer")
     return run, settings
 
 def main():
