@@ -21,7 +21,7 @@ from canter.files import replacing_folder, write_text
 from canter.models.decoder import DecoderConfig
 from canter.models.ebranchformer import EPSILON, EBranchformerConfig
 from canter.models.features import EspnetFeatureConfig
-from canter.models.formats.fitting import Renaming, build, fit_tensors, read_part
+from canter.models.formats.fitting import Renaming, build, fit_tensors, read_settings
 from canter.models.formats.torchfile import load_tensors
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text.owsm import MOST_MODEL_BYTES, OwsmTokenizer
@@ -279,9 +279,9 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
         raise CheckpointError(
             f"{source}: encoder_conf.input_layer is {input_layer!r:.80}; supported: {' or '.join(SUBSAMPLING)}"
         )
-    features = read_part(EspnetFeatureConfig, fields("frontend_conf"), given("frontend_conf"), source)
+    features = read_settings(EspnetFeatureConfig, fields("frontend_conf"), given("frontend_conf"), source)
     shared: dict[str, object] = {"mels": features.mels, "subsampling": SUBSAMPLING[input_layer]}
-    encoder = read_part(EBranchformerConfig, fields("encoder_conf"), given("encoder_conf"), source, shared)
+    encoder = read_settings(EBranchformerConfig, fields("encoder_conf"), given("encoder_conf"), source, shared)
     shared = {
         "width": encoder.width,
         "vocabulary": vocabulary,
@@ -291,7 +291,7 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
         "scale_embedding": True,
         "epsilon": EPSILON,
     }
-    decoder = read_part(DecoderConfig, fields("decoder_conf"), given("decoder_conf"), source, shared)
+    decoder = read_settings(DecoderConfig, fields("decoder_conf"), given("decoder_conf"), source, shared)
     weight = values["model_conf"].get("ctc_weight", 0.5)
     return ModelConfig(features, encoder, decoder, ctc_vocabulary=vocabulary if weight else 0, ctc_upsampling=1)
 

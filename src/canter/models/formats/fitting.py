@@ -165,7 +165,7 @@ def least_parameters(config: ModelConfig) -> int:
     )
 
 
-def read_part(
+def read_settings(
     cls: type[Part],
     fields: Iterable[tuple[str, str]],
     given: Mapping[str, object],

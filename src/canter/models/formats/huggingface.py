@@ -14,7 +14,7 @@ from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes
-from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, read_part, without_ctc
+from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, read_settings, without_ctc
 from canter.models.formats.generation import check_generation
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
@@ -264,10 +264,10 @@ def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path)
                 raise CheckpointError(f"{source}: {place} is {given[name]!r:.80}; supported: {value!r}")
 
     given = {name: values[key] if key else values for name, key in layout.sections.items()}
-    encoder = read_part(layout.encoder, layout.fields["encoder"], given["encoder"], source)
-    decoder = read_part(DecoderConfig, layout.fields["decoder"], given["decoder"], source, layout.ours)
+    encoder = read_settings(layout.encoder, layout.fields["encoder"], given["encoder"], source)
+    decoder = read_settings(DecoderConfig, layout.fields["decoder"], given["decoder"], source, layout.ours)
     heard = {"feature_size": encoder.mels, **sound}
-    features = read_part(layout.features, layout.fields["features"], heard, source, complete=False)
+    features = read_settings(layout.features, layout.fields["features"], heard, source, complete=False)
     return ModelConfig(features, encoder, decoder)
 
 
