@@ -42,7 +42,7 @@ class DecoderConfig:
     head_bias: bool = True
     """Bias of the head, beside the embedding's weight; Whisper's has none."""
     tied: bool = True
-    """Whether the head shares the embedding's weight; OWSM's has a weight of its own."""
+    """Share the embedding's weight with the head; OWSM's head has a weight of its own."""
     scale_embedding: bool = False
     """Multiply embedded tokens by sqrt(width), and do not divide sinusoids by it (OWSM)."""
     epsilon: float = 1e-5

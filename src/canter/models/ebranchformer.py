@@ -17,7 +17,7 @@ from canter.models.features import attention_mask, length_mask
 from canter.models.layers import Attention, Count, Encoder, rates, sinusoids
 
 EPSILON = 1e-12
-"""Of every LayerNorm, as in ESPnet."""
+"""Epsilon of every LayerNorm, as in ESPnet."""
 
 
 @dataclass(frozen=True)

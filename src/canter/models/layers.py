@@ -48,7 +48,7 @@ class KeyValues(NamedTuple):
     keys: Tensor
     values: Tensor
     columns: slice | Tensor | None = None
-    """Where the keys and values of new tokens go; None: nothing is written (cross-attention)."""
+    """Columns for the keys and values of new tokens; None: nothing is written (cross-attention)."""
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values (B, H, U, K) of new tokens to ``columns``."""
