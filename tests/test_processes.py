@@ -1,6 +1,5 @@
 """Workers that end with the process that started them, by SIGKILL too."""
 
-import fcntl
 import json
 import os
 import signal
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from .helpers import gone, leased
+
 LONG = 120.0  # seconds that no test comes near to
 
 
@@ -22,15 +23,6 @@ def until(found, what):
     while not found():
         assert time.monotonic() < end, what
         time.sleep(0.02)
-
-
-def gone(group):
-    """Return whether all processes of the group have ended."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 @contextmanager
@@ -42,21 +34,6 @@ def started(*command, **settings):
         finally:
             if not gone(process.pid):
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-@contextmanager
-def held(path):
-    """A process that opens the file waits, because its lease is not given up."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    try:
-        with open(path, "rb+") as file:
-            try:
-                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            except OSError as error:
-                pytest.skip(f"no leases on this file system: {error}")
-            yield
-    finally:
-        signal.signal(signal.SIGIO, before)
 
 
 def workers_of(pid):
@@ -82,7 +59,7 @@ def test_workers_of_an_index_that_is_killed_end_too(tmp_path):
     soundfile.write(tmp_path / "b.wav", np.zeros(1600), 16000)
     command = (sys.executable, "-m", "canter", "index", "one.jsonl", "two.jsonl", "-o", "lengths.arrow")
     options = ("--workers", "2", "--measure-durations", "--tokenizer", "bytes")
-    with held(tmp_path / "a.wav"), started(*command, *options, cwd=tmp_path) as process:
+    with leased(tmp_path / "a.wav"), started(*command, *options, cwd=tmp_path) as process:
         until(lambda: len(workers_of(process.pid)) == 2, "no workers")
         process.kill()
         process.wait()

@@ -1,14 +1,12 @@
 """Data that does not come: what is said, when a run ends, and what it keeps."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import resource
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,26 +20,11 @@ from canter.training.feed.data import Address, Patience, Puller, StoppedWaitingE
 from canter.training.loop import Trainer
 from canter.training.recipe import prepare_training, run_training
 
+from ...helpers import leased
 from ..run.test_checkpoints import losses
 
 # Python 3.12 warns of forking where threads are
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-
-@contextmanager
-def leased(path):
-    """A process that opens the file waits until the block ends, because its lease is not given up."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    try:
-        with open(path, "rb+") as file:
-            try:
-                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            except OSError as error:
-                pytest.skip(f"no leases on this file system: {error}")
-            yield
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    finally:
-        signal.signal(signal.SIGIO, before)
 
 
 @pytest.fixture

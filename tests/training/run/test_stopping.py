@@ -13,6 +13,7 @@ from canter.training.loop import finish_step_on_signals
 from canter.training.recipe import run_training
 from canter.training.run.folder import claimed
 
+from ...helpers import gone
 from ..conftest import Reports
 from .test_checkpoints import losses
 
@@ -74,15 +75,6 @@ def test_data_workers_end_with_a_run_that_is_killed(config, tmp_path, on_ranks):
     while not gone(group) and time.monotonic() < end:
         time.sleep(0.05)
     assert gone(group)
-
-
-def gone(group):
-    """Return whether all processes of the group have ended."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def claiming(rank, folder):
