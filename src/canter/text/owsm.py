@@ -70,6 +70,11 @@ class OwsmTokenizer:
         return tuple(found[1] for token in self.tokens if (found := _TRANSLATION.fullmatch(token)))
 
     @property
+    def loss_after(self) -> int:
+        """Id of <sos>: language and task are targets too, previous text is none."""
+        return self.ids["<sos>"]
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over tokens and model."""
         digest = hashlib.blake2b("\n".join(self.tokens).encode(), digest_size=8)

@@ -40,7 +40,7 @@ def align(
     decoder, generation = model.decoder, model.generation
     prompt, tokens = list(prompt), list(tokens)
     no_timestamps, stamps = generation.get("no_timestamps_token_id"), timestamp_tokens(generation)
-    if stamps is not None:
+    if stamps is not None and no_timestamps is not None:
         last = end if end < stamps.first else model.vocabulary  # Whisper: ids from the end token on are special
         tokens = [token for token in tokens if token < last and token not in stamps]
         prompt += [] if no_timestamps in prompt else [no_timestamps]
