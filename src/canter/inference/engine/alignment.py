@@ -5,6 +5,7 @@ normalised over tokens, smoothed over time and averaged, and the cheapest monoto
 U: tokens, T: encoder frames.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ def align(
     """Return the times of ``tokens`` in audio of ``samples`` samples.
 
     cross (L, 2, H, T, K): the row's keys and values of cross-attention. The heads are the model's ``alignment_heads``,
-    by default those of the upper half of the layers.
+    by default those of the upper half of the layers, as in openai-whisper, with a warning for a Whisper.
     """
     decoder, generation = model.decoder, model.generation
     prompt, tokens = list(prompt), list(tokens)
@@ -48,6 +49,12 @@ def align(
     if not tokens:
         return Alignment((), (0.0,), ())
     config = model.config.decoder
+    if no_timestamps is not None and not generation.get("alignment_heads"):
+        warnings.warn(
+            "the model's generation_config.json has no alignment_heads: times of words are computed from all heads of "
+            "the upper half of the decoder's layers, and are less exact",
+            stacklevel=2,
+        )
     heads = generation.get("alignment_heads") or [
         (layer, head) for layer in range(config.layers // 2, config.layers) for head in range(config.heads)
     ]
