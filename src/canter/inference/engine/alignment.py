@@ -5,7 +5,6 @@ normalised over tokens, smoothed over time and averaged, and the cheapest monoto
 U: tokens, T: encoder frames.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from canter.inference.engine.timestamps import timestamp_tokens
 from canter.models.model import SpeechModel
+from canter.models.protocol import AnyModel
 
 MEDIAN_FRAMES = 7  # width of the median filter
 
@@ -36,7 +36,7 @@ def align(
     """Return the times of ``tokens`` in audio of ``samples`` samples.
 
     cross (L, 2, H, T, K): the row's keys and values of cross-attention. The heads are the model's ``alignment_heads``,
-    by default those of the upper half of the layers, as in openai-whisper, with a warning for a Whisper.
+    by default those of the upper half of the layers, as in openai-whisper.
     """
     decoder, generation = model.decoder, model.generation
     prompt, tokens = list(prompt), list(tokens)
@@ -49,12 +49,6 @@ def align(
     if not tokens:
         return Alignment((), (0.0,), ())
     config = model.config.decoder
-    if no_timestamps is not None and not generation.get("alignment_heads"):
-        warnings.warn(
-            "the model's generation_config.json has no alignment_heads: times of words are computed from all heads of "
-            "the upper half of the decoder's layers, and are less exact",
-            stacklevel=2,
-        )
     heads = generation.get("alignment_heads") or [
         (layer, head) for layer in range(config.layers // 2, config.layers) for head in range(config.heads)
     ]
@@ -70,6 +64,16 @@ def align(
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     probabilities = logits[first:-1].float().softmax(-1).gather(1, chosen)[:, 0]
     return Alignment(tuple(tokens), tuple(starts.tolist()), tuple(probabilities.tolist()))
+
+
+def word_times_warning(model: AnyModel) -> str | None:
+    """Return why times of words are less exact, for a Whisper whose settings name no ``alignment_heads``."""
+    if model.generation.get("no_timestamps_token_id") is None or model.generation.get("alignment_heads"):
+        return None
+    return (
+        "names no alignment_heads (in generation_config.json): times of words come from all heads of the upper half of "
+        "the decoder's layers and are less exact"
+    )
 
 
 def _median(matrix: np.ndarray) -> np.ndarray:
