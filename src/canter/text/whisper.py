@@ -294,9 +294,10 @@ def _following(values: Mapping[str, Json], source: Path, ids: Mapping[str, int])
     """Return the tokens that a ``special_tokens_map.json`` adds to ``ids``, with the ids that follow."""
     listed = values.get("additional_special_tokens") or []
     named = [one.get("content") if isinstance(one, dict) else one for one in listed] if type(listed) is list else [None]
-    if not all(isinstance(token, str) for token in named):
+    tokens = [token for token in named if isinstance(token, str)]
+    if len(tokens) < len(named):
         raise CheckpointError(f"{source}: additional_special_tokens is {listed!r:.80}; it must be a list of tokens")
-    new = dict.fromkeys(token for token in named if token not in ids)
+    new = dict.fromkeys(token for token in tokens if token not in ids)
     return dict(zip(new, itertools.count(max(ids.values(), default=-1) + 1), strict=False))
 
 

@@ -89,6 +89,30 @@ def test_pickled_weights_of_canary(tmp_path):
     assert equal(canter.load_model(tmp_path / "x"), small_canary())
 
 
+class Runs:
+    """An object whose unpickling writes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    write_hf(small_whisper(), tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").unlink()
+    torch.save({"a": Runs(tmp_path / "marker")}, tmp_path / "x" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds objects .* could run code; refused"):
+        canter.load_model(tmp_path / "x")
+    index = json.dumps({"weight_map": {"a": "../pytorch_model.bin"}})
+    (tmp_path / "x" / "pytorch_model.bin").rename(tmp_path / "pytorch_model.bin")
+    (tmp_path / "x" / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="names a shard outside its folder"):
+        canter.load_model(tmp_path / "x")
+    assert not (tmp_path / "marker").exists()
+
+
 def test_safetensors_go_before_a_pickle(tmp_path):
     write_hf(small_whisper(), tmp_path / "x")
     (tmp_path / "x" / "pytorch_model.bin").write_bytes(b"damaged")

@@ -11,7 +11,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from canter.models.formats.huggingface import WHISPER
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import WhisperTokenizer, load_tokenizer, whisper
 from canter.untrusted import read_json_value, read_limited
+
+if TYPE_CHECKING:
+    from io import BufferedReader
 
 FILE = "model.bin"
 VERSION, SPECIFICATION = 6, "WhisperSpec"
@@ -133,7 +136,7 @@ def read_variables(path: Path) -> dict[str, Tensor]:
 class _Reader:
     """Reader of the records of a ``model.bin``, which never asks for more bytes than remain."""
 
-    def __init__(self, file: BinaryIO, remaining: int, path: Path):
+    def __init__(self, file: "BufferedReader", remaining: int, path: Path):
         self.file, self.remaining, self.path = file, remaining, path
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
