@@ -208,3 +208,27 @@ def test_ids_of_large_v3_are_those_of_its_tokenizer(tmp_path):
     assert derived["begin_suppress_tokens"] == [220, 50257]
     assert derived["lang_to_id"]["<|yue|>"] == 50358
     assert derived["task_to_id"] == {"transcribe": 50360, "translate": 50359}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its vocabulary open
+@pytest.mark.parametrize("languages", [0, 99, 100], ids=["english", "multilingual", "large-v3"])
+def test_tokens_and_settings_are_those_of_openai_whisper(languages):
+    """Its vocabularies, as a list of tokens without merges: the same ids, texts and suppressed tokens."""
+    whisper = pytest.importorskip("whisper.tokenizer", reason="openai-whisper is not installed")
+    theirs = whisper.get_tokenizer(bool(languages), num_languages=languages or 99)
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that stand for themselves; others follow 255
+    shifted = (number for number in range(256) if number not in plain)
+    spelled = {number: chr(number) for number in plain} | {number: chr(256 + n) for n, number in enumerate(shifted)}
+    ranks = theirs.encoding._mergeable_ranks
+    vocabulary = {"".join(map(spelled.__getitem__, token)): rank for token, rank in ranks.items()}
+    ours = WhisperTokenizer.of_tokens({**vocabulary, **theirs.encoding._special_tokens}, None, "openai-whisper")
+    for text in SCRIPTS:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)).strip()
+    settings = ours.generation()
+    specials = {theirs.sot, theirs.sot_prev, theirs.sot_lm, theirs.no_speech, theirs.translate, theirs.transcribe}
+    assert settings["suppress_tokens"] == sorted({*theirs.non_speech_tokens, *specials})
+    assert settings["begin_suppress_tokens"] == [*theirs.encode(" "), theirs.eot]
+    assert settings["no_timestamps_token_id"] == theirs.no_timestamps == theirs.timestamp_begin - 1
+    assert ours.vocab_size == theirs.encoding.n_vocab
+    assert sorted(ours.languages) == sorted(theirs.all_language_codes if languages else ["en"])

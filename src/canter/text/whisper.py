@@ -32,8 +32,8 @@ UNSPOKEN = """ " # ( ) * + / : ; < = > @ [ \\ ] ^ _ ` { | } ~ 「 」 『 』 <<
 NOTES = "♩♪♫♬♭♮♯"
 """Marks suppressed by their first token, which several of them share."""
 MOST_TOKENS = 500_000
-MOST_SQUARES = 30_000_000
-"""Sum of the squared lengths of all tokens whose merges are looked for; Whisper's has 3 million."""
+MOST_SQUARES = 15_000_000
+"""Sum of the squared lengths of all tokens whose merges are looked for; GPT-2 has 2.5 million."""
 SPECIAL = re.compile(r"<\|[^|]*\|>")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """Settings of an added token, with names as in ``tokenizer.json``."""
