@@ -111,10 +111,16 @@ def test_only_the_files_that_are_read_are_wanted():
     assert _wanted(NAME, pickled, lambda _: index) == [*pickled[:4]]
     faster = ["README.md", "config.json", "model.bin", "tokenizer.json", "vocabulary.txt"]
     assert _wanted(NAME, faster, dict) == ["config.json", "tokenizer.json", "vocabulary.txt", "model.bin"]
+    owsm = [
+        "meta.yaml", "exp/s2t_train/config.yaml", "exp/s2t_train/valid.total_count.ave_5best.till45epoch.pth",
+        "data/token_list/bpe_unigram50000/bpe.model", "data/token_list/bpe_unigram50000/tokens.txt",
+    ]  # fmt: skip
+    others = ["README.md", "exp/s2t_train/images/loss.png", "exp/s2t_stats/train/feats_stats.npz", "exp/RESULTS.md"]
+    assert _wanted("espnet/owsm_v4", [*others, *owsm], dict) == owsm
     assert _wanted("nvidia/canary", ["README.md", "canary.nemo"], dict) == ["canary.nemo"]
     with pytest.raises(CheckpointError, match=r"holds 2 \.nemo files"):
         _wanted(NAME, ["a.nemo", "b.nemo"], dict)
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors, .* with a config\.json nor a \.nemo file"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors, .* with a config\.json, nor a \.nemo file"):
         _wanted(NAME, ["config.json", "tf_model.h5"], dict)
 
 

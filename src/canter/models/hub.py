@@ -36,6 +36,7 @@ SETTINGS = (
     "merges.txt",
     "*.model",
 )
+ESPNET = ("meta.yaml", "exp/*/config.yaml", "exp/*.pth", "data/*.model", "data/*/tokens.txt")
 WEIGHTS = "model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "model.bin")  # the last one is CTranslate2's
 SECONDS = 10.0  # that the hub has to answer before the cache is used
@@ -205,6 +206,8 @@ def _wanted(name: str, files: Sequence[str], read_index: Callable[[str], object]
             from canter.models.formats.files import shard_names
 
             return [*settings, index, *shard_names(read_index(index), f"{name}: {index}")]
+    if "meta.yaml" in files:
+        return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in ESPNET)]
     if "adapter_config.json" in files:
         raise CheckpointError(
             f"{name} is a PEFT adapter, not a model: merge it with the model which it changes (merge_and_unload() in "
@@ -219,8 +222,8 @@ def _wanted(name: str, files: Sequence[str], read_index: Callable[[str], object]
             f"with 'hf download {name} FILE' and name it"
         )
     raise CheckpointError(
-        f"{name} holds neither {', '.join(WEIGHT_FILES)} with a config.json nor a .nemo file, which are the files that "
-        "Canter reads"
+        f"{name} holds neither {', '.join(WEIGHT_FILES)} with a config.json, nor a .nemo file, nor ESPnet's "
+        "meta.yaml: nothing that Canter reads"
     )
 
 

@@ -68,7 +68,9 @@ def align(
 
 def word_times_warning(model: AnyModel) -> str | None:
     """Return why times of words are less exact, for a Whisper whose settings name no ``alignment_heads``."""
-    if model.generation.get("no_timestamps_token_id") is None or model.generation.get("alignment_heads"):
+    told = model.generation
+    whisper = told.get("no_timestamps_token_id") is not None and told.get("timestamp_rules") != "espnet"
+    if not whisper or told.get("alignment_heads"):
         return None
     return (
         "names no alignment_heads (in generation_config.json): times of words come from all heads of the upper half of "
