@@ -15,6 +15,7 @@ from torch import Tensor
 from canter.inference.engine.timestamps import timestamp_tokens
 from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel
+from canter.text import WhisperTokenizer
 
 MEDIAN_FRAMES = 7  # width of the median filter
 
@@ -68,9 +69,7 @@ def align(
 
 def word_times_warning(model: AnyModel) -> str | None:
     """Return why times of words are less exact, for a Whisper whose settings name no ``alignment_heads``."""
-    told = model.generation
-    whisper = told.get("no_timestamps_token_id") is not None and told.get("timestamp_rules") != "espnet"
-    if not whisper or told.get("alignment_heads"):
+    if not isinstance(model.tokenizer, WhisperTokenizer) or model.generation.get("alignment_heads"):
         return None
     return (
         "names no alignment_heads (in generation_config.json): times of words come from all heads of the upper half of "

@@ -40,6 +40,12 @@ COMPUTED = {"decoder/activation": 3, "decoder/pre_norm": 1}
 """Flags with the values that these modules compute (3: GELU); any other flag must be 0."""
 FREE = ("alignment_layer", "alignment_heads", "alibi_use_positive_positions", "scale_alibi", "num_heads")
 """Numbers that are read, or have no effect on a Whisper."""
+GENERATION = {
+    "suppress_ids": "suppress_tokens",
+    "suppress_ids_begin": "begin_suppress_tokens",
+    "alignment_heads": "alignment_heads",
+}
+"""Settings of their ``config.json``, and their names in Hugging Face's ``generation_config.json``."""
 EMBEDDING, HEAD = "decoder/embeddings/weight", "decoder/projection/weight"
 
 # Our names to theirs, as substrings, in this order.
@@ -95,11 +101,7 @@ def read_ctranslate2(folder: str | Path) -> SpeechModel:
     fit_tensors(model, NAMES.ours(_unfused(variables, source), model), source)
     model.tokenizer = tokenizer
     given = read_json(settings) if settings.exists() else {}
-    told = {
-        "suppress_tokens": given.get("suppress_ids"),
-        "begin_suppress_tokens": given.get("suppress_ids_begin"),
-        "alignment_heads": given.get("alignment_heads"),
-    }
+    told = {ours: given[theirs] for theirs, ours in GENERATION.items() if given.get(theirs) is not None}
     decoder = config.decoder
     place = f"{settings} (suppress_ids are suppress_tokens)"
     told = check_generation(told, place, decoder.vocabulary, (decoder.layers, decoder.heads))
