@@ -229,7 +229,7 @@ FORMATS = {
     for one in (
         Format("nemo", "a `.nemo` archive", lambda path: not path.is_dir(), _read_nemo, _write_nemo),
         Format("espnet", "an ESPnet folder of OWSM", _is_espnet, _read_espnet, _write_espnet),
-        Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
+        Format("huggingface", "a Hugging Face folder of `canary`, `cohere_asr` or `whisper`", _is_huggingface,
                _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),
                _read_transformers, _write_transformers, native=False),

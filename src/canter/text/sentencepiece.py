@@ -14,14 +14,17 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import sentencepiece
+from tokenizers import decoders
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
 from canter.text.languages import canonical, find, is_said
 from canter.text.prompts import FORMATS, prompt_ids, utterance_slots
+from canter.text.tokenizer import Tokenizer
 from canter.untrusted import is_file_name, read_json_value, read_limited
 
 FILE = "canter_tokenizer.json"
@@ -39,18 +42,46 @@ MOST_MODELS_BYTES = 2 * MOST_TOKENIZER_BYTES
 MOST_SENTENCES = 1_000_000  # a tokenizer is trained on a random sample of this size
 _TIMESTAMP = re.compile(r"(<\|\d+\|>)")
 _LANGUAGE = re.compile(r"<\|(?!(?:pnc|itn)\|)([A-Za-z]{2,3}(?:[-_]\w+)*)\|>")
-_SPECIAL_PIECE = re.compile(r"<\|.+\|>|<pad>")
+SPACED = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+"""Pieces to text, with the space before the first word."""
+SPECIAL_PIECE = re.compile(r"<\|.+\|>|<pad>")
 _TOO_LARGE = re.compile(r"<= (\d+)")
 
 
-class SentencePieceTokenizer:
+class CanaryTokens:
+    """Base of tokenizers with Canary's special tokens: it looks them up, and makes prompts of them."""
+
+    detects_language = False
+    prompt_format: str
+    defaults: dict[str, str]
+    special_numbers: frozenset[int]
+    """Ids that are not text."""
+    _special_ids: dict[str, int]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        found = (_LANGUAGE.fullmatch(token) for token in self._special_ids)
+        return tuple(match[1] for match in found if match)
+
+    def special_id(self, token: str) -> int:
+        if token not in self._special_ids:
+            languages = f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
+            raise ConfigError(f"the tokenizer has no special token {token}{languages}")
+        return self._special_ids[token]
+
+    def prompt(self, utterance: Utterance) -> list[int]:
+        return self.prompt_ids(utterance_slots(utterance))
+
+    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
+        return prompt_ids(cast(Tokenizer, self), self.prompt_format, {**self.defaults, **slots})
+
+
+class SentencePieceTokenizer(CanaryTokens):
     """Special tokens and SentencePiece models (``{language: serialised model}``, or one for all under "").
 
     ``special`` is empty where the one vocabulary has the special tokens among its pieces. ``defaults`` are values of
     prompt slots (``source_lang``, ...) that an utterance leaves unset.
     """
-
-    detects_language = False
 
     def __init__(
         self,
@@ -78,17 +109,12 @@ class SentencePieceTokenizer:
         self._special_ids = {token: number for number, token in enumerate(self.special)}
         if not self.special:
             self._special_ids = _special_pieces(self._processors[SHARED])
-        self._special_numbers = frozenset(self._special_ids.values())
+        self.special_numbers = frozenset(self._special_ids.values())
         self.pad, self.end = self.special_id("<pad>"), self.special_id("<|endoftext|>")
 
     @property
     def vocab_size(self) -> int:
         return self._starts[-1]
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        found = (_LANGUAGE.fullmatch(token) for token in self._special_ids)
-        return tuple(match[1] for match in found if match)
 
     @property
     def fingerprint(self) -> str:
@@ -139,21 +165,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of ids; with ``special`` exactly NeMo's, with special tokens and the leading space."""
-        kept = ids if special else (number for number in ids if number not in self._special_numbers)
-        text = "".join(map(self.piece, kept)).replace("▁", " ")
+        kept = ids if special else (number for number in ids if number not in self.special_numbers)
+        text = SPACED.decode(list(map(self.piece, kept)))
         return text if special else text.strip()
-
-    def special_id(self, token: str) -> int:
-        if token not in self._special_ids:
-            languages = f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
-            raise ConfigError(f"the tokenizer has no special token {token}{languages}")
-        return self._special_ids[token]
-
-    def prompt(self, utterance: Utterance) -> list[int]:
-        return self.prompt_ids(utterance_slots(utterance))
-
-    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
-        return prompt_ids(self, self.prompt_format, {**self.defaults, **slots})
 
     def save(self, folder: str | Path) -> None:
         """Write ``canter_tokenizer.json`` and a ``tokenizer[.LANG].model`` for each vocabulary."""
@@ -229,7 +243,7 @@ def _special_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str
     return {
         piece: number
         for piece, number in pieces
-        if _SPECIAL_PIECE.fullmatch(piece) or processor.is_control(number) or processor.is_unknown(number)
+        if SPECIAL_PIECE.fullmatch(piece) or processor.is_control(number) or processor.is_unknown(number)
     }
 
 

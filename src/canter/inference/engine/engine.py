@@ -285,13 +285,14 @@ class Engine:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
             return Greedy(self.rules, guard, joint)
         whisper = self.rules.no_timestamps is not None
+        style = self.model.generation.get("beam_search") or ("huggingface" if whisper else "nemo")
         penalty = config.length_penalty
         return BeamSearch(
             self.rules,
             config.beams,
-            (1.0 if whisper else 0.0) if penalty is None else penalty,
+            (1.0 if style == "huggingface" else 0.0) if penalty is None else penalty,
             config.early_stopping,
-            in_place=not whisper,
+            in_place=style == "nemo",
             pad=self.model.config.decoder.pad,
             joint=joint,
         )
