@@ -253,8 +253,20 @@ def test_archive_with_one_tokenizer_for_all_languages(shared, tmp_path):
     model = canter.load_model(archive(tmp_path / "v2.nemo", members))
     assert (model.tokenizer.pad, model.tokenizer.end, model.tokenizer.vocab_size) == (2, 3, len(tokens))
     assert model.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
-    with pytest.raises(CheckpointError, match="single SentencePiece model"):
-        write_nemo(model, tmp_path / "again.nemo")
+    write_nemo(model, tmp_path / "again.nemo")
+    again = canter.load_model(tmp_path / "again.nemo")
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert again.tokenizer.prompt_format == "canary2"
+    assert again.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
+    with opened(tmp_path / "again.nemo") as new:
+        section = new.config()["tokenizer"]
+        assert section["custom_tokenizer"]["_target_"].endswith(".CanaryBPETokenizer")
+        files = {
+            name: section[name].removeprefix("nemo:") for name in ("model_path", "vocab_path", "spe_tokenizer_vocab")
+        }
+        assert new.read(files["model_path"], 10**6) == members["./one.model"]
+        assert new.read(files["vocab_path"], 10**6).decode().split() == list(tokens)
+        assert new.read(files["spe_tokenizer_vocab"], 10**6).decode().split("\t0\n")[:-1] == list(tokens)
 
 
 def test_what_nemo_lacks_is_refused(tmp_path):
