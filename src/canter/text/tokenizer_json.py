@@ -72,8 +72,9 @@ class JsonTokenizer(CanaryTokens):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Return the text of ids; ids of a model that the vocabulary lacks have none."""
         if special:
-            return SPACED.decode([self.piece(number) for number in ids])
+            return SPACED.decode([self.piece(number) for number in ids if self._backend.id_to_token(number)])
         kept = [number for number in ids if number not in self.special_numbers]
         return self._backend.decode(kept, skip_special_tokens=False).strip()
 
@@ -156,7 +157,9 @@ def chat_template(prompt_format: str) -> str:
     }
     for name, value in DEFAULTS.items():
         values.setdefault(name, f"<|no{name}|>" if name in FLAGS else value)
-    prompt = "".join(values[part] if part in values else part for part in FORMATS[prompt_format])
+    parts = FORMATS[prompt_format]
+    values = dict(zip(parts, parts)) | values
+    prompt = "".join(values[part] for part in parts)
     return (
         "{%- for message in messages -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
         "{%- for part in message.content if part.type == 'text' -%}{%- if message.role == 'user' -%}"
