@@ -107,7 +107,8 @@ def test_read_again_it_is_the_same(pair):
     slots = {"source_lang": "de", "target_lang": "en", "pnc": "no"}
     assert again.prompt_ids(slots) == ours.prompt_ids(slots)
     ids = [*ours.prompt_ids(slots), *ours.encode("the door", "en"), ours.end]
-    assert again.encode("the door") == ours.encode("the door", "en")
+    for text in ("the door", "the door<|endoftext|>", "<|3|> the door <|12|>"):
+        assert again.encode(text) == ours.encode(text, "en")
     assert again.decode(ids) == ours.decode(ids) == "the door"
     assert again.decode(ids, special=True) == ours.decode(ids, special=True)
     assert [again.piece(number) for number in range(again.vocab_size)] == [

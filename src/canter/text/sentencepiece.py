@@ -56,7 +56,32 @@ class CanaryTokens:
     defaults: dict[str, str]
     special_numbers: frozenset[int]
     """Ids that are not text."""
+    end: int
     _special_ids: dict[str, int]
+
+    def text_ids(self, text: str, lang: str | None) -> list[int]:
+        """Return the ids of text without special tokens."""
+        raise NotImplementedError
+
+    def encode(self, text: str, lang: str | None = None) -> list[int]:
+        """Return the ids of ``text``.
+
+        "<|endoftext|>" at the end and, where the vocabulary has them, timestamps such as "<|12|>" are special tokens;
+        anything else is plain text. Raises ConfigError for a language without a vocabulary.
+        """
+        if "<|" not in text:
+            return self.text_ids(text, lang)
+        end = text.endswith("<|endoftext|>")
+        parts = [text.removesuffix("<|endoftext|>")]
+        if "<|0|>" in self._special_ids and _TIMESTAMP.search(text):
+            parts = [part.strip() for part in _TIMESTAMP.split(parts[0])]
+        ids: list[int] = []
+        for part in parts:
+            if _TIMESTAMP.fullmatch(part) and part in self._special_ids:
+                ids.append(self._special_ids[part])
+            else:
+                ids += self.text_ids(part, lang)
+        return [*ids, self.end] if end else ids
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -123,12 +148,8 @@ class SentencePieceTokenizer(CanaryTokens):
             digest.update(model)
         return digest.hexdigest()
 
-    def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Return the ids of ``text``.
-
-        "<|endoftext|>" at the end and, where the vocabulary has them, timestamps such as "<|12|>" are special tokens;
-        anything else is plain text. Raises ConfigError for a language without a vocabulary.
-        """
+    def text_ids(self, text: str, lang: str | None) -> list[int]:
+        """Return the ids of text without special tokens; raise ConfigError for a language without a vocabulary."""
         if SHARED in self._processors:
             name = SHARED
         else:
@@ -139,20 +160,8 @@ class SentencePieceTokenizer(CanaryTokens):
                     f"the tokenizer has no vocabulary for language '{name}', only {', '.join(self.models)}; "
                     "correct 'lang' in the manifest"
                 )
-        processor, offset = self._processors[name], self.offsets[name]
-        if "<|" not in text:
-            return [offset + number for number in processor.encode(text)]
-        end = text.endswith("<|endoftext|>")
-        parts = [text.removesuffix("<|endoftext|>")]
-        if "<|0|>" in self._special_ids and _TIMESTAMP.search(text):
-            parts = [part.strip() for part in _TIMESTAMP.split(parts[0])]
-        ids: list[int] = []
-        for part in parts:
-            if _TIMESTAMP.fullmatch(part) and part in self._special_ids:
-                ids.append(self._special_ids[part])
-            else:
-                ids += (offset + number for number in processor.encode(part))
-        return [*ids, self.end] if end else ids
+        offset = self.offsets[name]
+        return [offset + number for number in self._processors[name].encode(text)]
 
     def piece(self, number: int) -> str:
         """Return the piece of an id, with "▁" for a space. Raises ValueError for an id beyond the vocabulary."""

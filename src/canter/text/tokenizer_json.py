@@ -67,8 +67,8 @@ class JsonTokenizer(CanaryTokens):
         """16 hexadecimal digits over the serialised tokenizer."""
         return hashlib.blake2b(self.serialised.encode(), digest_size=8).hexdigest()
 
-    def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Return the ids of ``text``; one vocabulary serves all languages, and no special token is made."""
+    def text_ids(self, text: str, lang: str | None) -> list[int]:
+        """Return the ids of text without special tokens; one vocabulary serves all languages."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
