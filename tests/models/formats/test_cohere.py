@@ -182,6 +182,23 @@ def test_the_published_layout(folder):
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_named_by_their_modules(tmp_path, tied):
+    theirs, processor = save_cohere(tmp_path / "x", tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path / "y", save_original_format=False)
+    processor.save_pretrained(tmp_path / "y")
+    assert "model.decoder.embed_tokens.weight" in load_file(tmp_path / "y" / "model.safetensors")
+    expected, found = (canter.load_model(tmp_path / name).state_dict() for name in "xy")
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+def test_a_window_out_of_range_is_named(folder):
+    file = folder / "processor_config.json"
+    file.write_text(file.read_text().replace("35.0", '"long"'))
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: max_audio_clip_s is 'long'"):
+        canter.load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

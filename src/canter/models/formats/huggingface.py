@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -77,6 +77,13 @@ WHISPER_NAMES = Renaming(
     (".up.", ".fc1."),
     (".down.", ".fc2."),
 )
+COHERE_MODULES = Renaming(
+    ("projection.", "model.decoder.proj."),
+    ("decoder.positions", "model.decoder.pos_emb.weight"),
+    ("decoder.output", "proj_out.weight"),
+    *CANARY_NAMES.pairs,
+)
+"""Names of the modules of transformers, which it writes where it is asked not to write the published ones."""
 COHERE_NAMES = Renaming(("decoder.output", HEAD_WEIGHT), ("decoder.positions", POSITIONS), *NEMO_NAMES.pairs)
 HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 SAFETENSORS = "model.safetensors"
@@ -310,8 +317,14 @@ def read_hf(folder: str | Path) -> SpeechModel:
             values[section] = {**layout.defaults[section], **given}
     sound = _their_features(layout, folder)
     model = build(_our_config(layout, values, sound, source), source, stored_bytes(folder / SAFETENSORS))
-    stored = read_tensors(folder / SAFETENSORS).items()
-    tensors = {name.removeprefix(layout.prefix): x for name, x in stored if "preprocessor.featurizer." not in name}
+    stored = read_tensors(folder / SAFETENSORS)
+    if layout is COHERE and EMBEDDING in stored:
+        layout = replace(layout, names=COHERE_MODULES, head=HEAD, embedding=EMBEDDING, prefix="")
+    tensors = {
+        name.removeprefix(layout.prefix): tensor
+        for name, tensor in stored.items()
+        if "preprocessor.featurizer." not in name  # tables, which the model computes
+    }
     head = tensors.pop(layout.head, None) if model.config.decoder.tied else None
     if head is not None and layout.embedding in tensors and not torch.equal(head, tensors[layout.embedding]):
         raise CheckpointError(
@@ -337,11 +350,16 @@ def read_hf(folder: str | Path) -> SpeechModel:
 
 def _their_features(layout: Layout, folder: Path) -> Settings:
     """Return the settings of the feature extractor, from a file of its own or ``processor_config.json``."""
-    source, processor = folder / "preprocessor_config.json", folder / "processor_config.json"
-    found = read_json(source) if source.exists() else None
-    if found is None and processor.exists():
-        found = read_json(processor).get("feature_extractor")
-    return {**layout.defaults.get("preprocessor_config", {}), **(found if isinstance(found, dict) else {})}
+    source, found = folder / "preprocessor_config.json", None
+    if source.exists():
+        found = read_json(source)
+    elif (processor := source.with_name("processor_config.json")).exists():
+        source, found = processor, read_json(processor).get("feature_extractor")
+    found = {**layout.defaults.get("preprocessor_config", {}), **(found if isinstance(found, dict) else {})}
+    window = found.get("max_audio_clip_s", 35.0)
+    if not isinstance(window, int | float) or isinstance(window, bool) or not 0.1 <= window <= 3600:
+        raise CheckpointError(f"{source}: max_audio_clip_s is {window!r:.80}; it must be a number from 0.1 to 3,600")
+    return found
 
 
 def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path) -> ModelConfig:
