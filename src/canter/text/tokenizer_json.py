@@ -43,7 +43,9 @@ class JsonTokenizer(CanaryTokens):
     def __init__(self, serialised: str, prompt_format: str):
         try:
             self._backend = tokenizers.Tokenizer.from_str(serialised)
-        except Exception as error:  # the library raises nothing more precise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing more precise, and panics at damaged tables
             raise CheckpointError(f"not a tokenizer.json ({error})") from None
         self._backend.no_padding()  # a file may request padding to a billion ids
         self._backend.no_truncation()

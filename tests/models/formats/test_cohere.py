@@ -243,5 +243,24 @@ def test_a_damaged_tokenizer_is_named(folder):
         canter.load_model(folder)
 
 
+def test_a_damaged_table_of_characters_is_refused(folder):
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "=" * 9}
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        canter.load_model(folder)
+
+
+@pytest.mark.parametrize("start", [None, [3, 4]])
+def test_a_start_token_that_is_no_id(folder, start):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "decoder_start_token_id": start}))
+    model = canter.load_model(folder)
+    prompt = model.prompt(source_lang="en", target_lang="en")
+    (found,) = Engine(model, 3).decode([Request(CLIPS[0], prompt)])
+    assert found.prompt == tuple(prompt)
+
+
 def test_the_format(folder):
     assert model_format(folder).name == "huggingface"
