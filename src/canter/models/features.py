@@ -111,7 +111,7 @@ class LogMel(nn.Module):
         config = self.config
         with torch.autocast(audio.device.type, enabled=False):
             audio = audio.float()
-            if config.dither_by_length:
+            if config.dither and config.dither_by_length:
                 seeds = lengths.tolist()
             if config.dither and seeds is not None and (self.training or config.dither_by_length):
                 audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)

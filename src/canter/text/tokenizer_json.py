@@ -24,8 +24,6 @@ from canter.untrusted import read_json_value, read_limited
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-PROCESSORS = {"cohere": "CohereAsrProcessor", "canary": "CanaryProcessor", "canary2": "CanaryProcessor"}
-"""Prompt format -> class of transformers that builds the prompt."""
 STATED = {"config.json": "model_type", CONFIG: "processor_class"}
 """File beside a tokenizer -> setting that tells Cohere Transcribe's from Canary's."""
 HIDDEN = "\ue000"
@@ -94,7 +92,7 @@ class JsonTokenizer(CanaryTokens):
         tokens = {"bos_token": "<|startoftranscript|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
         values = {
             "tokenizer_class": "TokenizersBackend",
-            "processor_class": PROCESSORS[self.prompt_format],
+            "processor_class": "CohereAsrProcessor" if self.prompt_format == "cohere" else "CanaryProcessor",
             **{name: token for name, token in tokens.items() if token in self._special_ids},
             "clean_up_tokenization_spaces": False,
         }
@@ -202,7 +200,10 @@ class _Model:
                 charsmap = texts.get(2, b"") if number == 3 else charsmap
         settings, normalizer = sections.values()
         if settings.get(3, UNIGRAM) not in (UNIGRAM, BPE):
-            raise CheckpointError(f"{FILE} holds BPE and unigram models of SentencePiece, no others")
+            raise CheckpointError(
+                f"{FILE} holds only BPE and unigram models of SentencePiece, and this is another; keep the model as a "
+                "Canter folder"
+            )
         return cls(pieces, settings, normalizer, charsmap)
 
     @property

@@ -424,7 +424,8 @@ def write_hf(
     check_vocabulary(model, tokenizer, folder)
     ids = {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad} if tokenizer is not None else {}
     if isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
-        ids["decoder_start_token_id"] = tokenizer.special_id(FORMATS[tokenizer.prompt_format][0])
+        first = next(part for part in FORMATS[tokenizer.prompt_format] if part.startswith(("<|", "▁")))
+        ids["decoder_start_token_id"] = tokenizer.special_id(first)
     generation = {**ids, **model.generation}
     alike = [one for one in LAYOUTS.values() if isinstance(config.encoder, one.encoder)]
     learned = config.decoder.learned_positions
