@@ -34,7 +34,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -420,8 +420,28 @@ class Models(Area):
             "decoder_start_token_id": letters.special_id("<|startoftranscript|>"), "lang_to_id": {"<|en|>": 258},
         }  # fmt: skip
         write_hf(whisper, folder / "whisper", letters)
+        write_hf(small_canary(words), folder / "canary")
+        for name in ("canter_tokenizer.json", "tokenizer.model"):
+            (folder / "canary" / name).unlink()
+        self._cohere(folder / "cohere", words)
         with contextlib.suppress(ImportError):
             self._moonshine(folder / "moonshine")
+
+    @staticmethod
+    def _cohere(folder: Path, words: Any) -> None:
+        from canter.models.formats.huggingface import write_hf
+        from canter.models.model import SpeechModel
+        from canter.text import JsonTokenizer, SentencePieceTokenizer
+
+        named = ("startofcontext", "emo:undefined", "noitn", "notimestamp", "nodiarize")
+        special = (*words.special, *(f"<|{name}|>" for name in named))
+        pieces = JsonTokenizer.of(SentencePieceTokenizer(special, words.models, "canary2"))
+        tokenizer = JsonTokenizer(pieces.serialised, "cohere")
+        config = small_canary(tokenizer).config
+        decoder = replace(config.decoder, learned_positions=True, tied=False)
+        features = replace(config.features, dither=1e-5, dither_by_length=True)
+        model = SpeechModel(replace(config, features=features, decoder=decoder, projected=True)).eval()
+        write_hf(model, folder, tokenizer)
 
     @staticmethod
     def _moonshine(folder: Path) -> None:

@@ -1,14 +1,14 @@
 """Measure inference on one GPU: RTFx against `transformers`, decoder steps against memory bandwidth, and the 2 x 2.
 
-Shapes are those of canary-1b-flash and whisper-large-v3-turbo, weights random, audio noise of real lengths: every
-row is made to stop at the same given length in both engines. Both read the same weights in bf16; runs are
-interleaved, after one that warms up.
+Shapes are those of canary-1b-flash, whisper-large-v3-turbo, Cohere Transcribe and OWSM medium, weights random, audio
+noise of real lengths: every row is made to stop at the same given length in both engines. Both read the same weights in
+bf16; runs are interleaved, after one that warms up. transformers has no OWSM, which is measured without it.
 
     CANTER_SHARED=... python benchmarks/gpu_inference.py --json benchmarks/results/gpu-inference-DATE.json
     python benchmarks/gpu_inference.py --models canary --canary 17 4 256 --clips 48 --batch 16 --no-ways   # a processor
     python benchmarks/gpu_inference.py --smoke          # small shapes on a processor, to see that it runs
 
-On one H200 it takes under nine minutes; `--seconds` bounds it, and what is left out is said in the result.
+On one H200 the first two take under nine minutes; `--seconds` bounds it, and what is left out is said in the result.
 """
 
 import copy
@@ -32,7 +32,9 @@ from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
 from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
-from canter.models.features import WhisperFeatureConfig
+from canter.models.ebranchformer import EPSILON, EBranchformerConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.models.features import EspnetFeatureConfig, FeatureConfig, WhisperFeatureConfig
 from canter.models.formats.huggingface import write_hf
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
@@ -48,7 +50,7 @@ class Options:
     """Utterances, drawn from real lengths up to 30 s."""
     batch: int = 128
     """Batch size of `transformers`, and slots of Canter's decoder."""
-    models: tuple[Literal["canary", "whisper"], ...] = ("canary", "whisper")
+    models: tuple[Literal["canary", "whisper", "cohere", "owsm"], ...] = ("canary", "whisper", "cohere", "owsm")
     canary: tuple[int, int, int] = (32, 4, 1024)
     """Encoder layers, decoder layers and width (default: those of canary-1b-flash)."""
     ways: bool = True
@@ -74,6 +76,36 @@ def whisper_config(layers: int, width: int) -> ModelConfig:
         decoder=DecoderConfig(
             layers=4, width=width, heads=heads, feedforward=4 * width, vocabulary=51866, positions=448, pad=50257,
             learned_positions=True, embedding_norm=False, activation="gelu", key_bias=False, head_bias=False,
+        ),
+    )  # fmt: skip
+
+
+def cohere_config(encoder_layers: int, decoder_layers: int, widths: tuple[int, int]) -> ModelConfig:
+    """Return the shape of Cohere Transcribe: 48 layers of width 1280 and 8 of 1024."""
+    wide, narrow = widths
+    return ModelConfig(
+        features=FeatureConfig(mels=128, dither=1e-5, dither_by_length=True),
+        encoder=FastConformerConfig(
+            layers=encoder_layers, width=wide, heads=8, feedforward=4 * wide, subsampling_channels=wide // 5, mels=128
+        ),
+        decoder=DecoderConfig(
+            layers=decoder_layers, width=narrow, heads=8, feedforward=4 * narrow, vocabulary=16384, positions=1024,
+            pad=2, learned_positions=True, tied=False,
+        ),
+        projected=True,
+    )  # fmt: skip
+
+
+def owsm_config(layers: int, width: int) -> ModelConfig:
+    """Return the shape of OWSM v4 medium, 18 layers of width 1024 each, at the utterances' own lengths."""
+    heads = max(1, width // 64)
+    shape = {"layers": layers, "width": width, "heads": heads, "feedforward": 4 * width}
+    return ModelConfig(
+        features=EspnetFeatureConfig(pad_seconds=0.0),
+        encoder=EBranchformerConfig(**shape, cgmlp_units=4 * width),
+        decoder=DecoderConfig(
+            **shape, vocabulary=50002, positions=448, embedding_norm=False, scale_embedding=True, tied=False,
+            epsilon=EPSILON,
         ),
     )  # fmt: skip
 
@@ -219,6 +251,8 @@ def run(options: Options) -> None:
     configs = {
         "canary": (f"canary {deep}/{shallow} x {width}", canary_config(deep, shallow, width)),
         "whisper": ("whisper-large-v3-turbo", whisper_config(*((1, 64) if options.smoke else (32, 1280)))),
+        "cohere": ("cohere-transcribe", cohere_config(*((2, 1, (80, 64)) if options.smoke else (48, 8, (1280, 1024))))),
+        "owsm": ("owsm medium", owsm_config(*((1, 64) if options.smoke else (18, 1024)))),
     }
     random = np.random.default_rng(1)
     lengths = draw_lengths(options.clips)
@@ -246,7 +280,8 @@ def run(options: Options) -> None:
             return True
         return False
 
-    for name, config in (configs[model] for model in options.models):
+    for kind in options.models:
+        name, config = configs[kind]
         if late(name):
             continue
         torch.manual_seed(0)
@@ -254,9 +289,11 @@ def run(options: Options) -> None:
         for rows in (1, 16, 128) if gpu else (1, options.batch):
             frames = model.encoder_frames(10.0)
             result["steps"].append({"model": name, **step_time(model, rows, frames, 20, result["bandwidth"])})
-        hf, version = load_theirs(model, dtype, device)
-        result["transformers"] = version
-        engines = {"canter": (ours, model), "transformers": (theirs, model, hf)}
+        engines: dict[str, tuple] = {"canter": (ours, model)}
+        if kind != "owsm":
+            hf, result["transformers"] = load_theirs(model, dtype, device)
+            engines["transformers"] = (theirs, model, hf)
+            del hf
         if not gpu:
             engines["canter int8"] = (ours, quantize(copy.deepcopy(model)))
         runs: dict[str, list[dict]] = {way: [] for way in engines}
@@ -274,7 +311,7 @@ def run(options: Options) -> None:
                 result["engines"].append(row)
                 print(row)
         save(result, options)
-        del model, hf, engines, given
+        del model, engines, given
         if gpu:
             torch.cuda.empty_cache()
     if options.ways and not late("2 x 2"):

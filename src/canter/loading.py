@@ -248,7 +248,7 @@ FORMATS = {
         Format("espnet", "an ESPnet folder of OWSM", _is_espnet, _read_espnet, _write_espnet),
         Format("ctranslate2", "a CTranslate2 folder of Whisper", _is_ctranslate2, _read_ctranslate2,
                _write_ctranslate2),
-        Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
+        Format("huggingface", "a Hugging Face folder of `canary`, `cohere_asr` or `whisper`", _is_huggingface,
                _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),
                _read_transformers, _write_transformers, native=False),

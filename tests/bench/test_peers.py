@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from canter import load_model
@@ -13,6 +14,11 @@ from canter.corpus.audio import load_audio
 from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
+from canter.models.decoder import DecoderConfig
+from canter.models.fastconformer import FastConformerConfig
+from canter.text import SentencePieceTokenizer, train_tokenizer
+
+from ..models.conftest import small_model
 
 SHARED = Path(os.environ.get("CANTER_SHARED", ""))
 needs_whisper = pytest.mark.skipif(
@@ -40,6 +46,45 @@ def test_a_peer_says_the_same(spoken, tmp_path, spec):
     peer = load_peer(model, *parse_peer(spec, "float32"), batch=2, work=tmp_path)
     assert peer(clips) == expected
     assert peer.details() == {}
+
+
+def decoded(model, lengths, folder):
+    """What transformers and our engine decode in clips of noise, and the limit on tokens."""
+    random, prompt = np.random.default_rng(0), tuple(model.prompt(source_lang="en", target_lang="en"))
+    audio = [(0.1 * random.standard_normal(size)).astype(np.float32) for size in lengths]
+    clips = [Clip(samples, len(samples) / 16000, prompt) for samples in audio]
+    peer = load_peer(model, *parse_peer("transformers", "float32"), batch=2, work=folder)
+    config = EngineConfig(tokens_per_frame=99.0, max_repeats=0)  # no limits that generate lacks
+    return peer(clips), EngineSystem(Engine(model, model.tokenizer.end, config))(clips)
+
+
+@pytest.mark.filterwarnings("ignore:::transformers")
+def test_cohere_decodes_the_same_even_beyond_its_window(tmp_path):
+    pytest.importorskip("transformers")
+    from ..small_cohere import save_cohere
+
+    save_cohere(tmp_path / "cohere")
+    peer, ours = decoded(load_model(tmp_path / "cohere"), (16000, 40 * 16000, 9000), tmp_path)
+    assert peer == ours
+    assert all(ours)
+
+
+@pytest.mark.parametrize("vocabularies", [1, 2])
+def test_canary_with_a_tokenizer_decodes_the_same(tmp_path, vocabularies):
+    pytest.importorskip("transformers")
+    tokenizer = train_tokenizer(["the doctor opened the window"] * 5, ["en", "de"], 60)
+    if vocabularies == 2:
+        models = {"en": tokenizer.models[""], "de": tokenizer.models[""]}
+        defaults = {"source_lang": "en", "target_lang": "en"}
+        tokenizer = SentencePieceTokenizer(tokenizer.special, models, "canary", defaults)
+    model = small_model(
+        encoder=FastConformerConfig(layers=2, width=32, heads=2, feedforward=48, subsampling_channels=8, mels=32),
+        decoder=DecoderConfig(layers=2, width=32, heads=4, feedforward=64, vocabulary=tokenizer.vocab_size, pad=2),
+        ctc_vocabulary=0,
+    )
+    model.tokenizer = tokenizer
+    peer, ours = decoded(model, (16000, 9000, 30000), tmp_path)
+    assert peer == ours
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Each is used only where it is installed, and nothing is downloaded: both read a 
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +53,9 @@ def load_peer(model: SpeechModel, package: str, kind: str, batch: int, work: Pat
     """
     folder = work / "huggingface"
     if not folder.exists():
-        write_hf(model, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # clips bring their prompts, and no text is encoded
+            write_hf(model, folder)
     if package == "transformers":
         return TransformersPeer(model, folder, kind, batch)
     return CTranslate2Peer(model, folder, kind, batch)
@@ -69,6 +73,7 @@ class TransformersPeer:
         transformers.logging.disable_progress_bar()
         self.model = TransformersModel.from_pretrained(folder, prompt=[0], dtype=getattr(torch, kind))
         self.model.model.to(next(model.parameters()).device)
+        self.model.extractor.max_audio_clip_s = math.inf  # Cohere's would split longer clips into several
         self.batch = batch
 
     def __call__(self, clips: Sequence[Clip]) -> list[list[int]]:

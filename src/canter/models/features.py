@@ -29,6 +29,8 @@ class FeatureConfig:
     preemphasis: float = 0.97
     dither: float = 0.0
     """Standard deviation of the noise added to samples in training."""
+    dither_by_length: bool = False
+    """Draw the dither from the utterance's number of samples, in inference too (Cohere Transcribe)."""
 
     def build(self) -> "LogMel":
         return LogMel(self)
@@ -103,13 +105,15 @@ class LogMel(nn.Module):
         """Return features (B, F, M) float32 and lengths (B,) in frames of audio (B, S) in [-1, 1), lengths (B,) in
         samples.
 
-        In training mode each utterance's seed draws its dither; without seeds there is none. F is that of S samples, so
-        that audio padded to a grid of sizes gives a grid of shapes.
+        In training mode each utterance's seed draws its dither; without seeds there is none, except for dither that
+        follows from the length. F is that of S samples, so that audio padded to a grid of sizes gives a grid of shapes.
         """
         config = self.config
         with torch.autocast(audio.device.type, enabled=False):
             audio = audio.float()
-            if self.training and config.dither and seeds is not None:
+            if config.dither and config.dither_by_length:
+                seeds = lengths.tolist()
+            if config.dither and seeds is not None and (self.training or config.dither_by_length):
                 audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
             audio = torch.cat([audio[:, :1], audio[:, 1:] - config.preemphasis * audio[:, :-1]], dim=1)
             audio = audio * length_mask(lengths, audio.shape[1])

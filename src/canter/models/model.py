@@ -45,6 +45,8 @@ class ModelConfig:
     features: FeatureConfig | WhisperFeatureConfig | EspnetFeatureConfig = field(default_factory=FeatureConfig)
     encoder: EncoderConfig = field(default_factory=FastConformerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    projected: bool = False
+    """Project the encoder's output linearly where both widths are equal too (Cohere Transcribe)."""
     ctc_vocabulary: int = 0
     """Outputs of the auxiliary CTC head, blank (id 0) included; 0: no head."""
     ctc_upsampling: int = 2
@@ -69,7 +71,8 @@ class SpeechModel(nn.Module):
         self.encoder = config.encoder.build()
         self.encoder.same_lengths = self.padded_seconds > 0
         narrow, wide = config.encoder.width, config.decoder.width
-        self.projection = nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+        projected = config.projected or narrow != wide
+        self.projection = nn.Linear(narrow, wide) if projected else nn.Identity()
         self.decoder = Decoder(config.decoder)
         self.ctc = nn.Linear(narrow, config.ctc_upsampling * config.ctc_vocabulary) if config.ctc_vocabulary else None
 

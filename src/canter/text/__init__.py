@@ -10,11 +10,13 @@ from canter.text.nemo import read_nemo_tokenizer
 from canter.text.owsm import OwsmTokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
+from canter.text.tokenizer_json import JsonTokenizer, is_canary
 from canter.text.whisper import WhisperTokenizer
 from canter.untrusted import read_limited
 
 __all__ = [
     "Characters",
+    "JsonTokenizer",
     "OwsmTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
@@ -25,11 +27,11 @@ __all__ = [
 ]
 
 
-def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer:
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | JsonTokenizer | WhisperTokenizer | OwsmTokenizer:
     """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    It may be a folder (Canter's, OWSM's or Whisper's, the latter with ``vocab.json`` too), a ``tokenizer.json``, a
-    ``.nemo`` archive, or a SentencePiece ``.model`` with Canary's special tokens.
+    It may be a folder (Canter's, OWSM's, Whisper's, the latter with ``vocab.json`` too, Canary's or Cohere
+    Transcribe's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece ``.model`` with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":
@@ -45,7 +47,8 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
     if (path.is_dir() or path.name == owsm.FILE) and (folder / owsm.FILE).exists():
         return OwsmTokenizer.load(folder)
     if (path.is_dir() or path.suffix == ".json") and (folder / whisper.FILE).exists():
-        return WhisperTokenizer.load(path / whisper.FILE if path.is_dir() else path)
+        file = path / whisper.FILE if path.is_dir() else path
+        return JsonTokenizer.load(file) if is_canary(file) else WhisperTokenizer.load(file)
     if path.is_dir() and (path / whisper.VOCABULARY).exists():
         return WhisperTokenizer.load_lists(path)
     raise CheckpointError(
@@ -53,7 +56,9 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
     )
 
 
-def load_counter(name: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer | UnitCounter:
+def load_counter(
+    name: str | Path,
+) -> SentencePieceTokenizer | JsonTokenizer | WhisperTokenizer | OwsmTokenizer | UnitCounter:
     """Return a token counter: that of a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
 
     Raises CheckpointError for a path without a tokenizer.

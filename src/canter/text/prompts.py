@@ -1,8 +1,8 @@
 """Prompt formats: the tokens before a transcript, made of slots (language, task, punctuation, ...).
 
-``canary`` (canary-1b) and ``canary2`` (the flash and v2 models) follow NVIDIA's Canary, ``whisper`` OpenAI's Whisper. A
-format is a sequence of special tokens and slot names; a slot's value is a word such as "en", "asr" or "yes", or a
-special token such as "<|en|>".
+``canary`` (canary-1b) and ``canary2`` (the flash and v2 models) follow NVIDIA's Canary, ``cohere`` Cohere Transcribe,
+and ``whisper`` OpenAI's Whisper. A format is a sequence of special tokens and slot names; a slot's value is a word such
+as "en", "asr" or "yes", or a special token such as "<|en|>".
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,10 @@ FORMATS = {
     "canary2": (
         "<|startofcontext|>", "decodercontext", "<|startoftranscript|>", "emotion", "source_lang",
         "target_lang", "pnc", "itn", "timestamp", "diarize",
+    ),
+    "cohere": (
+        "▁", "<|startofcontext|>", "<|startoftranscript|>", "emotion", "source_lang", "target_lang", "pnc", "itn",
+        "<|notimestamp|>", "diarize",
     ),
     "canary2_partial": ("<|startofcontext|>", "decodercontext", "<|startoftranscript|>"),
     "whisper": ("prevtext", "<|startoftranscript|>", "source_lang", "task", "timestamp"),
@@ -74,7 +78,7 @@ def prompt_ids(tokenizer: Tokenizer, name: str, slots: Mapping[str, str]) -> lis
         if part in CONTEXTS:
             ids += _context(tokenizer, part, slots)
             continue
-        token = part if part.startswith("<|") else _token(name, part, slots)
+        token = part if part.startswith(("<|", "▁")) else _token(name, part, slots)
         if token and part in LANGUAGES:
             ids.append(_language_id(tokenizer, token))
         elif token:

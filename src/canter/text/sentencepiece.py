@@ -14,14 +14,17 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import sentencepiece
+from tokenizers import decoders
 
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
 from canter.text.languages import canonical, find, is_said
 from canter.text.prompts import FORMATS, prompt_ids, utterance_slots
+from canter.text.tokenizer import Tokenizer
 from canter.untrusted import is_file_name, read_json_value, read_limited
 
 FILE = "canter_tokenizer.json"
@@ -39,19 +42,72 @@ MOST_MODELS_BYTES = 2 * MOST_TOKENIZER_BYTES
 MOST_SENTENCES = 1_000_000  # a tokenizer is trained on a random sample of this size
 _TIMESTAMP = re.compile(r"(<\|\d+\|>)")
 _LANGUAGE = re.compile(r"<\|(?!(?:pnc|itn)\|)([A-Za-z]{2,3}(?:[-_]\w+)*)\|>")
-_SPECIAL_PIECE = re.compile(r"<\|.+\|>|<pad>")
+SPACED = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+"""Pieces to text, with the space before the first word."""
+SPECIAL_PIECE = re.compile(r"<\|.+\|>|<pad>")
 _TOO_LARGE = re.compile(r"<= (\d+)")
 
 
-class SentencePieceTokenizer:
+class CanaryTokens:
+    """Base of tokenizers with Canary's special tokens: it looks them up, and makes prompts of them."""
+
+    detects_language = False
+    loss_after = None
+    prompt_format: str
+    defaults: dict[str, str]
+    special_numbers: frozenset[int]
+    """Ids that are not text."""
+    end: int
+    _special_ids: dict[str, int]
+
+    def text_ids(self, text: str, lang: str | None) -> list[int]:
+        """Return the ids of text without special tokens."""
+        raise NotImplementedError
+
+    def encode(self, text: str, lang: str | None = None) -> list[int]:
+        """Return the ids of ``text``.
+
+        "<|endoftext|>" at the end and, where the vocabulary has them, timestamps such as "<|12|>" are special tokens;
+        anything else is plain text. Raises ConfigError for a language without a vocabulary.
+        """
+        if "<|" not in text:
+            return self.text_ids(text, lang)
+        end = text.endswith("<|endoftext|>")
+        parts = [text.removesuffix("<|endoftext|>")]
+        if "<|0|>" in self._special_ids and _TIMESTAMP.search(text):
+            parts = [part.strip() for part in _TIMESTAMP.split(parts[0])]
+        ids: list[int] = []
+        for part in parts:
+            if _TIMESTAMP.fullmatch(part) and part in self._special_ids:
+                ids.append(self._special_ids[part])
+            else:
+                ids += self.text_ids(part, lang)
+        return [*ids, self.end] if end else ids
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        found = (_LANGUAGE.fullmatch(token) for token in self._special_ids)
+        return tuple(match[1] for match in found if match)
+
+    def special_id(self, token: str) -> int:
+        if token not in self._special_ids:
+            languages = f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
+            raise ConfigError(f"the tokenizer has no special token {token}{languages}")
+        return self._special_ids[token]
+
+    def prompt(self, utterance: Utterance) -> list[int]:
+        return self.prompt_ids(utterance_slots(utterance))
+
+    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
+        return prompt_ids(cast(Tokenizer, self), self.prompt_format, {**self.defaults, **slots})
+
+
+class SentencePieceTokenizer(CanaryTokens):
     """Special tokens and SentencePiece models (``{language: serialised model}``, or one for all under "").
 
     ``special`` is empty where the one vocabulary has the special tokens among its pieces. ``defaults`` are values of
     prompt slots (``source_lang``, ...) that an utterance leaves unset.
     """
-
-    detects_language = False
-    loss_after = None
 
     def __init__(
         self,
@@ -79,17 +135,12 @@ class SentencePieceTokenizer:
         self._special_ids = {token: number for number, token in enumerate(self.special)}
         if not self.special:
             self._special_ids = _special_pieces(self._processors[SHARED])
-        self._special_numbers = frozenset(self._special_ids.values())
+        self.special_numbers = frozenset(self._special_ids.values())
         self.pad, self.end = self.special_id("<pad>"), self.special_id("<|endoftext|>")
 
     @property
     def vocab_size(self) -> int:
         return self._starts[-1]
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        found = (_LANGUAGE.fullmatch(token) for token in self._special_ids)
-        return tuple(match[1] for match in found if match)
 
     @property
     def fingerprint(self) -> str:
@@ -98,12 +149,8 @@ class SentencePieceTokenizer:
             digest.update(model)
         return digest.hexdigest()
 
-    def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Return the ids of ``text``.
-
-        "<|endoftext|>" at the end and, where the vocabulary has them, timestamps such as "<|12|>" are special tokens;
-        anything else is plain text. Raises ConfigError for a language without a vocabulary.
-        """
+    def text_ids(self, text: str, lang: str | None) -> list[int]:
+        """Return the ids of text without special tokens; raise ConfigError for a language without a vocabulary."""
         if SHARED in self._processors:
             name = SHARED
         else:
@@ -114,20 +161,8 @@ class SentencePieceTokenizer:
                     f"the tokenizer has no vocabulary for language '{name}', only {', '.join(self.models)}; "
                     "correct 'lang' in the manifest"
                 )
-        processor, offset = self._processors[name], self.offsets[name]
-        if "<|" not in text:
-            return [offset + number for number in processor.encode(text)]
-        end = text.endswith("<|endoftext|>")
-        parts = [text.removesuffix("<|endoftext|>")]
-        if "<|0|>" in self._special_ids and _TIMESTAMP.search(text):
-            parts = [part.strip() for part in _TIMESTAMP.split(parts[0])]
-        ids: list[int] = []
-        for part in parts:
-            if _TIMESTAMP.fullmatch(part) and part in self._special_ids:
-                ids.append(self._special_ids[part])
-            else:
-                ids += (offset + number for number in processor.encode(part))
-        return [*ids, self.end] if end else ids
+        offset = self.offsets[name]
+        return [offset + number for number in self._processors[name].encode(text)]
 
     def piece(self, number: int) -> str:
         """Return the piece of an id, with "▁" for a space. Raises ValueError for an id beyond the vocabulary."""
@@ -140,21 +175,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of ids; with ``special`` exactly NeMo's, with special tokens and the leading space."""
-        kept = ids if special else (number for number in ids if number not in self._special_numbers)
-        text = "".join(map(self.piece, kept)).replace("▁", " ")
+        kept = ids if special else (number for number in ids if number not in self.special_numbers)
+        text = SPACED.decode(list(map(self.piece, kept)))
         return text if special else text.strip()
-
-    def special_id(self, token: str) -> int:
-        if token not in self._special_ids:
-            languages = f"; its languages are {', '.join(self.languages)}" if _LANGUAGE.fullmatch(token) else ""
-            raise ConfigError(f"the tokenizer has no special token {token}{languages}")
-        return self._special_ids[token]
-
-    def prompt(self, utterance: Utterance) -> list[int]:
-        return self.prompt_ids(utterance_slots(utterance))
-
-    def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
-        return prompt_ids(self, self.prompt_format, {**self.defaults, **slots})
 
     def save(self, folder: str | Path) -> None:
         """Write ``canter_tokenizer.json`` and a ``tokenizer[.LANG].model`` for each vocabulary."""
@@ -230,7 +253,7 @@ def _special_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str
     return {
         piece: number
         for piece, number in pieces
-        if _SPECIAL_PIECE.fullmatch(piece) or processor.is_control(number) or processor.is_unknown(number)
+        if SPECIAL_PIECE.fullmatch(piece) or processor.is_control(number) or processor.is_unknown(number)
     }
 
 

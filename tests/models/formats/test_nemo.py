@@ -253,8 +253,17 @@ def test_archive_with_one_tokenizer_for_all_languages(shared, tmp_path):
     model = canter.load_model(archive(tmp_path / "v2.nemo", members))
     assert (model.tokenizer.pad, model.tokenizer.end, model.tokenizer.vocab_size) == (2, 3, len(tokens))
     assert model.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
-    with pytest.raises(CheckpointError, match="single SentencePiece model"):
-        write_nemo(model, tmp_path / "again.nemo")
+    write_nemo(model, tmp_path / "again.nemo")
+    again = canter.load_model(tmp_path / "again.nemo")
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert again.tokenizer.prompt_format == "canary2"
+    assert again.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
+    with opened(tmp_path / "again.nemo") as new:
+        section = new.config()["tokenizer"]
+        assert section["custom_tokenizer"]["_target_"].endswith(".CanaryBPETokenizer")
+        assert new.read(section["model_path"].removeprefix("nemo:"), 10**6) == members["./one.model"]
+        for name in ("vocab_path", "spe_tokenizer_vocab"):
+            assert section[name].removeprefix("nemo:") in new.members  # NeMo restores nothing without them
 
 
 def test_what_nemo_lacks_is_refused(tmp_path):

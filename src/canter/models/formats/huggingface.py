@@ -1,8 +1,8 @@
-"""Hugging Face folders of Canary and Whisper, read without transformers and written so that it loads them."""
+"""Read Hugging Face folders of Canary, Cohere Transcribe and Whisper, and write them for transformers to load."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,13 @@ from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes, weights_file
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, read_settings, without_ctc
 from canter.models.formats.generation import LISTS, check_generation, with_defaults
+from canter.models.formats.nemo import EMBEDDING as NEMO_EMBEDDING
+from canter.models.formats.nemo import HEAD_WEIGHT, POSITIONS
+from canter.models.formats.nemo import NAMES as NEMO_NAMES
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
-from canter.text import Tokenizer, load_tokenizer
+from canter.text import JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from canter.text.prompts import FORMATS
 from canter.text.whisper import VOCABULARY
 
 # Our names to theirs, as substrings, in this order.
@@ -74,6 +78,14 @@ WHISPER_NAMES = Renaming(
     (".up.", ".fc1."),
     (".down.", ".fc2."),
 )
+COHERE_MODULES = Renaming(
+    ("projection.", "model.decoder.proj."),
+    ("decoder.positions", "model.decoder.pos_emb.weight"),
+    ("decoder.output", "proj_out.weight"),
+    *CANARY_NAMES.pairs,
+)
+"""Names of the modules of transformers, which it writes where it is asked not to write the published ones."""
+COHERE_NAMES = Renaming(("decoder.output", HEAD_WEIGHT), ("decoder.positions", POSITIONS), *NEMO_NAMES.pairs)
 HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 SAFETENSORS = "model.safetensors"
 UNSET = [220, 50256]
@@ -101,6 +113,16 @@ class Layout:
     """File of a tokenizer that we read."""
     sines_first: bool = False
     """Whether the decoder's sinusoids are all sines, then all cosines, where ours alternate."""
+    defaults: Mapping[str, Settings] = field(default_factory=dict)
+    """Section, or "preprocessor_config" -> settings for those that a file leaves out."""
+    our_features: Settings = field(default_factory=dict)
+    """Fields of the features' configuration."""
+    projected: bool = False
+    """Whether a projection follows the encoder, whatever its width."""
+    head: str = HEAD
+    embedding: str = EMBEDDING
+    prefix: str = ""
+    """Prefix of the names of all tensors but the head's, which may be missing."""
 
 
 CANARY = Layout(
@@ -221,11 +243,69 @@ WHISPER = Layout(
     },
     tokenizer="tokenizer.json",
 )
-LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
+COHERE = Layout(
+    architecture="CohereAsrForConditionalGeneration",
+    extractor="CohereAsrFeatureExtractor",
+    names=COHERE_NAMES,
+    features=FeatureConfig,
+    encoder=FastConformerConfig,
+    sections={"encoder": "encoder_config", "decoder": ""},
+    fields={
+        "features": (*CANARY.fields["features"], ("dither", "dither")),
+        "encoder": CANARY.fields["encoder"],
+        "decoder": (
+            ("num_hidden_layers", "layers"),
+            ("hidden_size", "width"),
+            ("num_attention_heads", "heads"),
+            ("intermediate_size", "feedforward"),
+            ("vocab_size", "vocabulary"),
+            ("max_position_embeddings", "positions"),
+            ("pad_token_id", "pad"),
+            ("attention_dropout", "dropout_attention"),
+            ("tie_word_embeddings", "tied"),
+        ),
+    },
+    theirs={
+        "": {"model_type": "cohere_asr", "hidden_act": "relu", "attention_bias": True},
+        "encoder_config": CANARY.theirs["encoder_config"],
+    },
+    ours={"learned_positions": True},
+    tokenizer="tokenizer.json",
+    defaults={
+        "": {
+            "num_hidden_layers": 8,
+            "hidden_size": 1024,
+            "num_attention_heads": 8,
+            "intermediate_size": 4096,
+            "vocab_size": 16384,
+            "max_position_embeddings": 1024,
+            "pad_token_id": 2,
+            "eos_token_id": 3,
+            "bos_token_id": 4,
+            "tie_word_embeddings": False,
+        },
+        "encoder_config": {
+            "num_hidden_layers": 48,
+            "hidden_size": 1280,
+            "num_attention_heads": 8,
+            "intermediate_size": 5120,
+            "conv_kernel_size": 9,
+            "subsampling_conv_channels": 256,
+            "num_mel_bins": 128,
+        },
+        "preprocessor_config": {"dither": 1e-5, "max_audio_clip_s": 35.0},
+    },
+    our_features={"dither_by_length": True},
+    projected=True,
+    head=HEAD_WEIGHT,
+    embedding=NEMO_EMBEDDING,
+    prefix="model.",
+)
+LAYOUTS = {"canary": CANARY, "whisper": WHISPER, "cohere_asr": COHERE}
 
 
 def read_hf(folder: str | Path) -> SpeechModel:
-    """Return the Canary or Whisper in a folder that transformers wrote.
+    """Return the Canary, Cohere Transcribe or Whisper in a folder that transformers wrote.
 
     Settings for decoding that neither ``generation_config.json`` nor ``config.json`` has are those of the tokenizer.
     Raises CheckpointError for settings that these modules lack, and tensors that do not fit.
@@ -234,32 +314,59 @@ def read_hf(folder: str | Path) -> SpeechModel:
     source = folder / "config.json"
     values = read_json(source)
     layout = LAYOUTS[values["model_type"]]
-    features_file = folder / "preprocessor_config.json"
-    sound = read_json(features_file) if features_file.exists() else {}
-    weights = weights_file(folder)
+    values = {**layout.defaults.get("", {}), **values}
+    for section in layout.defaults.keys() & layout.theirs.keys() - {""}:
+        given = values.get(section) or {}
+        if isinstance(given, dict):
+            values[section] = {**layout.defaults[section], **given}
+    sound, weights = _their_features(layout, folder), weights_file(folder)
     model = build(_our_config(layout, values, sound, source), source, stored_bytes(weights))
-    tensors = read_tensors(weights)
-    if EMBEDDING not in tensors and EMBEDDING.removeprefix("model.") in tensors:  # saved without the head
-        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    head = tensors.pop(HEAD, None)
-    if head is not None and EMBEDDING in tensors and not torch.equal(head, tensors[EMBEDDING]):
-        raise CheckpointError(f"{weights}: {HEAD} differs from the embedding; the head must be tied")
+    stored = read_tensors(weights)
+    if layout is COHERE and EMBEDDING in stored:
+        layout = replace(layout, names=COHERE_MODULES, head=HEAD, embedding=EMBEDDING, prefix="")
+    elif EMBEDDING not in stored and EMBEDDING.removeprefix("model.") in stored:  # saved without the head
+        stored = {f"model.{name}": tensor for name, tensor in stored.items()}
+    tensors = {
+        name.removeprefix(layout.prefix): tensor
+        for name, tensor in stored.items()
+        if "preprocessor.featurizer." not in name  # tables, which the model computes
+    }
+    head = tensors.pop(layout.head, None) if model.config.decoder.tied else None
+    if head is not None and layout.embedding in tensors and not torch.equal(head, tensors[layout.embedding]):
+        raise CheckpointError(f"{weights}: {layout.head} differs from the embedding; the head must be tied")
     tensors = layout.names.ours(tensors, model)
     if layout.sines_first:
         tensors = _permuted(tensors, torch.argsort(_sines_first(model.config.decoder.width)))
     fit_tensors(model, tensors, folder)
     generation = folder / "generation_config.json"
     told = read_json(generation) if generation.exists() else {}
+    if "max_audio_clip_s" in sound:
+        told = {"window_seconds": sound["max_audio_clip_s"], "beam_search": "huggingface", **told}
     decoder = model.config.decoder
     known = range(decoder.vocabulary)
     ids = {name: values[name] for name in TOKEN_IDS if type(values.get(name)) is int and values[name] in known}
     told = check_generation(told, generation, decoder.vocabulary, (decoder.layers, decoder.heads))
     lists = {name: values[name] for name in LISTS if values.get(name) not in (None, UNSET)}
     lists = check_generation(lists, source, decoder.vocabulary)
-    if (folder / layout.tokenizer).exists() or (layout is WHISPER and (folder / VOCABULARY).exists()):
+    names = (layout.tokenizer, CANARY.tokenizer, WHISPER.tokenizer, *([VOCABULARY] if layout is WHISPER else []))
+    if any((folder / name).exists() for name in names):
         model.tokenizer = load_tokenizer(folder)
     model.generation = with_defaults(model.tokenizer, ids, lists, told)
     return model
+
+
+def _their_features(layout: Layout, folder: Path) -> Settings:
+    """Return the settings of the feature extractor, from a file of its own or ``processor_config.json``."""
+    source, found = folder / "preprocessor_config.json", None
+    if source.exists():
+        found = read_json(source)
+    elif (processor := source.with_name("processor_config.json")).exists():
+        source, found = processor, read_json(processor).get("feature_extractor")
+    found = {**layout.defaults.get("preprocessor_config", {}), **(found if isinstance(found, dict) else {})}
+    window = found.get("max_audio_clip_s", 35.0)
+    if not isinstance(window, int | float) or isinstance(window, bool) or not 0.1 <= window <= 3600:
+        raise CheckpointError(f"{source}: max_audio_clip_s is {window!r:.80}; it must be a number from 0.1 to 3,600")
+    return found
 
 
 def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path) -> ModelConfig:
@@ -276,8 +383,10 @@ def _our_config(layout: Layout, values: Settings, sound: Settings, source: Path)
     encoder = read_settings(layout.encoder, layout.fields["encoder"], given["encoder"], source)
     decoder = read_settings(DecoderConfig, layout.fields["decoder"], given["decoder"], source, layout.ours)
     heard = {"feature_size": encoder.mels, **sound}
-    features = read_settings(layout.features, layout.fields["features"], heard, source, complete=False)
-    return ModelConfig(features, encoder, decoder)
+    features = read_settings(
+        layout.features, layout.fields["features"], heard, source, layout.our_features, complete=False
+    )
+    return ModelConfig(features, encoder, decoder, layout.projected)
 
 
 def _sines_first(width: int) -> Tensor:
@@ -311,7 +420,8 @@ def write_hf(
     tokenizer: Tokenizer | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``model`` as a folder that transformers' Canary or Whisper loads, with the tokenizer's files.
+    """Write ``model`` as a folder that transformers' Canary, Cohere Transcribe or Whisper loads, with the tokenizer's
+    files.
 
     A CTC head is left out, with a warning. Raises CheckpointError for a model that transformers has no architecture
     for, naming what is in the way.
@@ -320,11 +430,18 @@ def write_hf(
     config, tokenizer = model.config, tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, folder)
     ids = {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad} if tokenizer is not None else {}
+    if isinstance(tokenizer, JsonTokenizer | SentencePieceTokenizer):
+        first = next(part for part in FORMATS[tokenizer.prompt_format] if part.startswith(("<|", "▁")))
+        ids["decoder_start_token_id"] = tokenizer.special_id(first)
     generation = {**ids, **model.generation}
-    layout = next((x for x in LAYOUTS.values() if isinstance(config.encoder, x.encoder)), None)
+    alike = [one for one in LAYOUTS.values() if isinstance(config.encoder, one.encoder)]
+    learned = config.decoder.learned_positions
+    layout = next((one for one in alike if one.ours.get("learned_positions", False) == learned), (alike or [None])[0])
     if layout is None or not isinstance(config.features, layout.features):
         raise CheckpointError(f"{folder}: transformers has no such architecture; keep it as a Canter folder")
     values, sound = _their_config(layout, config)
+    if layout is COHERE:
+        sound["max_audio_clip_s"] = generation.get("window_seconds", 35.0)
     _check_expressible(config, _our_config(layout, values, sound, folder), folder)
     values |= {name: generation[name] for name in TOKEN_IDS if name in generation}
     tensors = without_ctc(weights or model.state_dict(), folder)
@@ -333,7 +450,11 @@ def write_hf(
     with replacing_model(folder) as fresh:
         if tokenizer is not None:
             tokenizer.save(fresh)
-        save_file(layout.names.theirs(tensors), fresh / SAFETENSORS, metadata={"format": "pt"})
+        if isinstance(tokenizer, SentencePieceTokenizer) and layout is not WHISPER:
+            JsonTokenizer.of(tokenizer).save(fresh)
+        named = layout.names.theirs(tensors)
+        named = {name if name.startswith("log_softmax.") else layout.prefix + name: x for name, x in named.items()}
+        save_file(named, fresh / SAFETENSORS, metadata={"format": "pt"})
         files = {"config": values, "preprocessor_config": sound, "generation_config": generation}
         for name, content in files.items():
             (fresh / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -355,6 +476,8 @@ def _their_config(layout: Layout, config: ModelConfig) -> tuple[Settings, Settin
         seconds = sound["chunk_length"] = int(sound["chunk_length"]) or 30
         sound["n_samples"] = seconds * sound["sampling_rate"]
         sound["nb_max_frames"] = sound["n_samples"] // sound["hop_length"]
+    elif layout is COHERE:
+        sound["return_attention_mask"] = True
     else:
         decoder = config.decoder
         values |= {"vocab_size": decoder.vocabulary, "pad_token_id": decoder.pad}
@@ -375,8 +498,9 @@ def _check_expressible(config: ModelConfig, theirs: ModelConfig, folder: Path) -
         if value != asdict(getattr(theirs, part))[name] and not name.startswith(FREE)
     ]
     wide, narrow = config.decoder.width, config.encoder.width
-    if wide != narrow:
-        wrong.append(f"decoder of width {wide} on an encoder of width {narrow}")
+    if (config.projected or wide != narrow) != theirs.projected:
+        missing = " without a projection" if theirs.projected else ""
+        wrong.append(f"decoder of width {wide} on an encoder of width {narrow}{missing}")
     if wrong:
         raise CheckpointError(
             f"{folder}: transformers has no such architecture: {', '.join(wrong)}. Keep it as a Canter folder"

@@ -206,19 +206,18 @@ def write_nemo(
     """Write ``model`` and its tokenizer to an archive that NeMo restores; a CTC head is left out, with a warning.
 
     Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's options,
-    a tokenizer without a vocabulary for each language.
+    a vocabulary beside the special tokens that several languages share.
     """
     path = Path(path)
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, path)
     _check_expressible(model.config, path)
-    files = _tokenizer_files(tokenizer, path)
+    section, members = _their_tokenizer(tokenizer, path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     stored = io.BytesIO()
     torch.save(_their_tensors(model, weights or model.state_dict(), path), stored)
-    values = _their_config(model.config, tokenizer, files)
+    values = _their_config(model.config, tokenizer, section)
     config = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    members = dict(files.values())
     members |= {CONFIG: config.encode(), WEIGHTS: stored.getvalue()}
     with replacing(path) as fresh, tarfile.open(fresh, "w") as tar:
         for name, content in members.items():
@@ -243,18 +242,25 @@ def _check_expressible(config: ModelConfig, path: Path) -> None:
         )
 
 
-def _tokenizer_files(tokenizer: Tokenizer | None, path: Path) -> dict[str, tuple[str, bytes]]:
-    """Return name in the archive and SentencePiece model by language."""
+def _their_tokenizer(tokenizer: Tokenizer | None, path: Path) -> tuple[Settings, dict[str, bytes]]:
+    """Return the section of the configuration, and the files of the archive that it names."""
     if tokenizer is None:
         raise CheckpointError(f"{path}: the model has no tokenizer, without which NeMo restores nothing")
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise CheckpointError(f"{path}: NeMo's Canary has SentencePiece tokenizers, not {type(tokenizer).__name__}")
     models = dict(tokenizer.models)
-    if not tokenizer.special:
-        raise CheckpointError(
-            f"{path}: archives are written with an aggregate tokenizer; this one is a single SentencePiece model "
-            "(canary-1b-v2's), so write a Canter or Hugging Face folder"
-        )
+    kind = "nemo.collections.common.tokenizers.canary_tokenizer"
+    if not tokenizer.special:  # canary-1b-v2's
+        pieces = [tokenizer.piece(number) for number in range(tokenizer.vocab_size)]
+        lists = {
+            "model_path": ("tokenizer.model", models[""]),
+            "vocab_path": ("vocab.txt", "".join(f"{piece}\n" for piece in pieces).encode()),
+            "spe_tokenizer_vocab": ("tokenizer.vocab", "".join(f"{piece}\t0\n" for piece in pieces).encode()),
+        }
+        files = {setting: (f"{_md5(content)}_{name}", content) for setting, (name, content) in lists.items()}
+        names = {setting: f"nemo:{name}" for setting, (name, _) in files.items()}
+        section = {"dir": None, "type": "bpe", **names, "custom_tokenizer": {"_target_": f"{kind}.CanaryBPETokenizer"}}
+        return section, dict(files.values())
     if "" in models:
         if len(tokenizer.languages) != 1:
             raise CheckpointError(
@@ -263,10 +269,14 @@ def _tokenizer_files(tokenizer: Tokenizer | None, path: Path) -> dict[str, tuple
             )
         models = {tokenizer.languages[0]: models[""]}
     models = {SPECIAL: special_tokens_model(tokenizer.special), **models}
-    return {
-        lang: (f"{hashlib.md5(model, usedforsecurity=False).hexdigest()}_{lang}_tokenizer.model", model)
-        for lang, model in models.items()
-    }
+    files = {lang: (f"{_md5(model)}_{lang}_tokenizer.model", model) for lang, model in models.items()}
+    langs = {lang: {"dir": lang, "type": "bpe", "model_path": f"nemo:{name}"} for lang, (name, _) in files.items()}
+    custom = {"_target_": f"{kind}.CanaryTokenizer", "tokenizers": None}
+    return {"dir": None, "type": "agg", "langs": langs, "custom_tokenizer": custom}, dict(files.values())
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def special_tokens_model(tokens: tuple[str, ...]) -> bytes:
@@ -301,9 +311,7 @@ def _their_tensors(model: SpeechModel, weights: Mapping[str, Tensor], path: Path
     return theirs
 
 
-def _their_config(
-    config: ModelConfig, tokenizer: SentencePieceTokenizer, files: dict[str, tuple[str, bytes]]
-) -> Settings:
+def _their_config(config: ModelConfig, tokenizer: SentencePieceTokenizer, section: Settings) -> Settings:
     features, encoder, decoder = config.features, config.encoder, config.decoder
     assert isinstance(features, FeatureConfig)
     assert isinstance(encoder, FastConformerConfig)
@@ -328,17 +336,7 @@ def _their_config(
         "train_ds": None,
         "validation_ds": None,
         "test_ds": None,
-        "tokenizer": {
-            "dir": None,
-            "type": "agg",
-            "langs": {
-                lang: {"dir": lang, "type": "bpe", "model_path": f"nemo:{name}"} for lang, (name, _) in files.items()
-            },
-            "custom_tokenizer": {
-                "_target_": "nemo.collections.common.tokenizers.canary_tokenizer.CanaryTokenizer",
-                "tokenizers": None,
-            },
-        },
+        "tokenizer": section,
         "preprocessor": {
             "_target_": f"{asr}.modules.AudioToMelSpectrogramPreprocessor",
             "sample_rate": features.sample_rate,
