@@ -8,6 +8,7 @@ from canter.text import owsm, sentencepiece, whisper
 from canter.text.characters import Characters
 from canter.text.nemo import read_nemo_tokenizer
 from canter.text.owsm import OwsmTokenizer
+from canter.text.seamless import SeamlessTokenizer, is_seamless_tokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -16,6 +17,7 @@ from canter.untrusted import read_limited
 __all__ = [
     "Characters",
     "OwsmTokenizer",
+    "SeamlessTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "WhisperTokenizer",
@@ -25,11 +27,11 @@ __all__ = [
 ]
 
 
-def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer:
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer | SeamlessTokenizer:
     """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    It may be a folder (Canter's, OWSM's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece
-    ``.model`` with Canary's special tokens.
+    It may be a folder (Canter's, OWSM's, Seamless' or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a
+    SentencePiece ``.model`` with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":
@@ -44,6 +46,8 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
         return SentencePieceTokenizer.load(folder)
     if (path.is_dir() or path.name == owsm.FILE) and (folder / owsm.FILE).exists():
         return OwsmTokenizer.load(folder)
+    if path.is_dir() and is_seamless_tokenizer(folder):
+        return SeamlessTokenizer.load(folder)
     if (path.is_dir() or path.suffix == ".json") and (folder / whisper.FILE).exists():
         return WhisperTokenizer.load(path / whisper.FILE if path.is_dir() else path)
     raise CheckpointError(
@@ -51,7 +55,9 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
     )
 
 
-def load_counter(name: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer | UnitCounter:
+def load_counter(
+    name: str | Path,
+) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer | SeamlessTokenizer | UnitCounter:
     """Return a token counter: that of a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
 
     Raises CheckpointError for a path without a tokenizer.

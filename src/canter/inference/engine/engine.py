@@ -284,7 +284,7 @@ class Engine:
         if config.beams == 1:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
             return Greedy(self.rules, guard, joint)
-        whisper = self.rules.no_timestamps is not None
+        whisper = self.rules.no_timestamps is not None or self.model.generation.get("beam_search") == "transformers"
         penalty = config.length_penalty
         return BeamSearch(
             self.rules,
@@ -345,7 +345,8 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens: the decoder has {positions} positions")
         if request.temperature and self.spelling:
             raise ValueError("joint decoding takes the best tokens: a request must not have a temperature")
-        return min(positions - len(request.prompt), self._tokens_of(frames))
+        most = self.model.generation.get("max_new_tokens") or positions
+        return min(positions - len(request.prompt), self._tokens_of(frames), most)
 
     def _tokens_of(self, frames: int) -> int:
         """Return the maximum number of tokens of audio of ``frames`` encoder frames."""

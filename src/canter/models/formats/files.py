@@ -7,13 +7,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.files import replacing_folder
-from canter.untrusted import is_file_name, read_json_value
+from canter.untrusted import MOST_JSON_BYTES, is_file_name, read_json_value
 
 MOST_HEADER_BYTES = 4 * 2**20
 """Header of a safetensors file; 10,000 tensors take about 1 MiB."""
@@ -58,10 +57,10 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def read_json(path: Path) -> Settings:
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Settings:
     """Return a JSON object; CheckpointError if it is anything else, or beyond the limits of `canter.untrusted`."""
     try:
-        value = read_json_value(path)
+        value = read_json_value(path, most=most)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a model folder has config.json and model.safetensors") from None
     except OSError as error:
@@ -100,16 +99,19 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in tensor_files(path) if file.exists())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file, or of the shards that its ``.index.json`` lists.
 
-    Raises CheckpointError for a file that is missing, truncated, or whose header is not what its size says.
+    Those whose names start with one of ``without`` are not loaded. Raises CheckpointError for a file that is missing,
+    truncated, or whose header is not what its size says.
     """
     tensors: dict[str, Tensor] = {}
     for file in tensor_files(path):
         try:
             check_safetensors(file)
-            tensors |= load_file(file)
+            with safe_open(file, "pt") as stored:
+                kept = [name for name in stored.keys() if not name.startswith(without)]  # noqa: SIM118
+                tensors |= {name: stored.get_tensor(name) for name in kept}
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing; copy the whole model folder") from None
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
