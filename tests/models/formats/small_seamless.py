@@ -26,7 +26,8 @@ SHAPES = {
     "other sizes": {
         "hidden_size": 24, "speech_encoder_layers": 3, "speech_encoder_attention_heads": 3,
         "decoder_attention_heads": 2, "conv_depthwise_kernel_size": 3, "left_max_position_embeddings": 5,
-        "right_max_position_embeddings": 2, "adaptor_kernel_size": 5, "adaptor_stride": 5, "feature_projection_input_dim": 40,
+        "right_max_position_embeddings": 2, "adaptor_kernel_size": 5, "adaptor_stride": 5,
+        "feature_projection_input_dim": 40,
     },
     "chunks of attention": {"speech_encoder_chunk_size": 30, "speech_encoder_left_chunk_num": 1},
 }  # fmt: skip

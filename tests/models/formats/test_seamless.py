@@ -252,7 +252,7 @@ def test_embedding_and_head_must_be_one(copy):
     with pytest.raises(CheckpointError, match="embedding and head must be tied"):
         load_module(copy)
     save_file({n: x for n, x in weights.items() if n != name}, copy / "model.safetensors")
-    with pytest.raises(CheckpointError, match="1 missing: decoder.embedding.weight"):
+    with pytest.raises(CheckpointError, match=r"1 missing: decoder\.embedding\.weight"):
         load_module(copy)
 
 
