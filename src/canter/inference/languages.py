@@ -34,6 +34,11 @@ def detects_language(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer, WhisperTokenizer) and len(tokenizer.languages) > 1
 
 
+def prompts_written_language(tokenizer: Tokenizer) -> bool:
+    """Return True for a model whose prompt names only the language that is written: Seamless."""
+    return isinstance(tokenizer, SeamlessTokenizer)
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Language and task of recordings that name none."""
@@ -64,13 +69,13 @@ class Defaults:
         elif len(known) == 1:
             spoken = known[0]
         if task != "translate":
-            return cls(spoken, task, required=required, written_only=isinstance(tokenizer, SeamlessTokenizer))
+            return cls(spoken, task, required=required, written_only=prompts_written_language(tokenizer))
         if len(known) < 2:
             raise ConfigError("this model knows only one language and cannot translate; leave the task out")
-        written, written_only = resolve(target_language, known), isinstance(tokenizer, SeamlessTokenizer)
+        written = resolve(target_language, known)
         if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
             raise ConfigError(f"a Whisper translates only into English, not into {target_language!r}")
-        return cls(spoken, task, written, required, written_only)
+        return cls(spoken, task, written, required, prompts_written_language(tokenizer))
 
     def complete(self, utterance: Utterance) -> Utterance:
         """Return the utterance with unset fields taken from the defaults.
