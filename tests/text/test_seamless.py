@@ -109,7 +109,7 @@ def test_what_a_user_must_say(tokenizer):
         ("added_tokens.json", b'{"__eng__": "3"}', "the id of the added token '__eng__' is '3'"),
         ("added_tokens.json", b'{"__eng__": 3}', "language tokens such as __eng__, or one id for two"),
         ("added_tokens.json", b'{"<special>": 201}', "has no language tokens such as __eng__"),
-        ("added_tokens.json", b"[1]", "holds a list, not a JSON object"),
+        ("added_tokens.json", b"[1]", "added_tokens.json holds no JSON object of added tokens"),
         ("added_tokens.json", b'{"__eng__"', "is not JSON"),
     ],
 )
@@ -128,7 +128,7 @@ def test_ids_of_added_tokens_are_in_either_file(tmp_path):
     (tmp_path / "added_tokens.json").unlink()
     assert load_tokenizer(tmp_path).language_ids == tokenizer.language_ids
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for value in ({"x": 3}, {"x": {"content": "__eng__"}}, {}, 3):
+    for value in ({"1": 3}, {"x": {"content": "__eng__"}}, {"1": {}}, {}, 3):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "added_tokens_decoder": value}))
         with pytest.raises(CheckpointError, match=r"added token|language tokens"):
             load_tokenizer(tmp_path)

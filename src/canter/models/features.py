@@ -306,7 +306,8 @@ def kaldi_mel_filters(sample_rate: int, n_fft: int, mels: int, lowest: float = 2
         return 1127.0 * np.log1p(hertz / 700.0)
 
     bins = to_mel(np.linspace(0, sample_rate / 2, n_fft // 2 + 1))
-    edges = np.linspace(*to_mel(np.array([lowest, sample_rate // 2])), mels + 2)
+    low, high = to_mel(np.array([lowest, sample_rate // 2])).tolist()
+    edges = np.linspace(low, high, mels + 2)
     rising, falling = bins - edges[:-2, None], edges[2:, None] - bins
     triangles = np.minimum(rising, falling) / (edges[1] - edges[0])
     return np.maximum(0, triangles).astype(np.float32)

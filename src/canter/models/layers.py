@@ -196,6 +196,8 @@ class Encoder(Stack):
 
     outputs: tuple[str, ...] = ()
     """Modules of a layer that write to the residual stream: with all of them zero, the layer is the identity."""
+    inner_frames: int = 1
+    """Frames in the layers per encoder frame, where an adapter after them reduces their number."""
     same_lengths: bool = False
     """True if every utterance fills its batch, because all are padded to one length; the model sets it."""
     last_norm: str = ""

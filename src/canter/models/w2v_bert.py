@@ -149,7 +149,7 @@ class W2vBert(Encoder):
         self.layers = nn.ModuleList(W2vBertLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
         self.up, self.down = nn.Linear(d, config.feedforward), nn.Linear(config.feedforward, d)
-        self.adapter = Adapter(config)
+        self.adapter, self.inner_frames = Adapter(config), config.adapter_stride
         self.norm_out = nn.LayerNorm(d)
 
     def frames(self, feature_frames: Count) -> Count:

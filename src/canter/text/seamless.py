@@ -179,19 +179,23 @@ def is_seamless_tokenizer(folder: str | Path) -> bool:
 
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Return the tokens beside a SentencePiece model with their ids, from one of two files."""
-    values = read_json_value(folder / ADDED) if (folder / ADDED).is_file() else None
-    if values is None:
-        settings = read_json_value(folder / SETTINGS)
+    source = folder / ADDED
+    if source.is_file():
+        values = read_json_value(source)
+        pairs = list(values.items()) if isinstance(values, dict) else None
+    else:
+        source = folder / SETTINGS
+        settings = read_json_value(source)
         values = settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
-        values = {
-            token.get("content"): int(number) if number.isdecimal() else None
-            for number, token in (values.items() if isinstance(values, dict) else ())
-            if isinstance(token, dict)
-        }
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / ADDED} holds a {type(values).__name__}, not a JSON object")
-    for token, number in values.items():
+        pairs = None
+        if isinstance(values, dict) and all(isinstance(token, dict) for token in values.values()):
+            pairs = [(token.get("content"), int(n) if n.isdecimal() else n) for n, token in values.items()]
+    if pairs is None:
+        raise CheckpointError(f"{source} holds no JSON object of added tokens and ids; copy it anew")
+    for token, number in pairs:
         if not isinstance(token, str) or type(number) is not int or not 0 <= number < MOST_ID:
-            raise CheckpointError(f"{folder}: the id of the added token {token!r:.80} is {number!r:.80}; it must be a "
-                                  f"number below {MOST_ID:,}")  # fmt: skip
-    return values
+            raise CheckpointError(
+                f"{source}: the id of the added token {token!r:.80} is {number!r:.80}; it must be a number below "
+                f"{MOST_ID:,}"
+            )
+    return dict(pairs)

@@ -46,9 +46,10 @@ def default_window(model: AnyModel) -> float:
     return min(cast(float, model.generation.get("window_seconds", 40.0)), model.longest_seconds)
 
 
-def default_frames(device: torch.device) -> int:
+def default_frames(model: AnyModel, device: torch.device) -> int:
     """Return the encoder frames in a batch; larger batches are memory-bound on a CPU."""
-    return 16384 if device.type == "cuda" else 1024
+    frames = 16384 if device.type == "cuda" else 1024
+    return frames // cast(SpeechModel, model).encoder.inner_frames if "cached_decoding" in model.supports else frames
 
 
 def default_rows(model: AnyModel, device: torch.device) -> int:
@@ -173,7 +174,7 @@ class Engine:
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
         self.rows = self.config.rows or default_rows(model, self.device)
-        self.frames = self.config.frames or default_frames(self.device)
+        self.frames = self.config.frames or default_frames(model, self.device)
         self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
         self.rules = Rules(model.generation, end, self.device)
