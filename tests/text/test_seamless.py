@@ -45,6 +45,13 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
     assert not {tokenizer.language_ids["eng"], tokenizer.end} & set(ids)
 
 
+def test_only_special_tokens_are_languages(tmp_path):
+    """A piece of text may look like one."""
+    tokenizer = small_tokenizer(["__xyz__"])
+    assert "__xyz__" in tokenizer.ids
+    assert tokenizer.languages == LANGUAGES
+
+
 def test_it_is_saved_pickled_and_told_apart(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     for again in (SeamlessTokenizer.load(tmp_path), load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):

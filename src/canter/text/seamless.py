@@ -29,7 +29,7 @@ MOST_SERIALISED_BYTES = 64 * 2**20
 """Size of the ``tokenizer.json``; with 256,000 pieces and their merges it takes up to 40 MB."""
 MOST_ID = 2_000_000
 BASIC = ("<pad>", "<unk>", "<s>", "</s>")
-_LANGUAGE = re.compile(r"__(\w+?)__")
+_LANGUAGE = re.compile(r"__([A-Za-z]{2,3}(?:_[A-Za-z]+)?)__")
 
 
 class SeamlessTokenizer:
@@ -60,28 +60,26 @@ class SeamlessTokenizer:
             kind = "a tokenizer.json" if added is None else "a SentencePiece model"
             raise CheckpointError(f"not {kind} ({' '.join(str(error).split())[:200]})") from None
         self._tokens = {number: token for token, number in self.ids.items()}
+        self._size = max(self._tokens, default=-1) + 1
+        self._special = {*special, *range(len(BASIC))}
+        found = ((number, _LANGUAGE.fullmatch(self._tokens.get(number, ""))) for number in sorted(self._special))
+        self.language_ids = {match[1]: number for number, match in found if match}
+        """Ids of the language tokens by language, in the order of ids."""
         wrong = [token for number, token in enumerate(BASIC) if self.ids.get(token) != number]
         if wrong or not self.languages or len(self._tokens) < len(self.ids):
             missing = wrong[0] if wrong else "language tokens such as __eng__, or one id for two tokens"
             raise CheckpointError(f"the tokenizer has no {missing}; is it Seamless'?")
-        self._special = {*special, *range(len(BASIC))}
         self.pad, self.end = self.ids["<pad>"], self.ids["</s>"]
 
     @property
     def vocab_size(self) -> int:
         """The largest id + 1."""
-        return max(self._tokens) + 1
+        return self._size
 
     @property
     def languages(self) -> tuple[str, ...]:
         """Languages that may be written, by ISO 639-3 code, some with a script (``cmn_Hant``)."""
         return tuple(self.language_ids)
-
-    @property
-    def language_ids(self) -> dict[str, int]:
-        """Ids of the language tokens by language, in the order of ids."""
-        found = ((number, _LANGUAGE.fullmatch(token)) for token, number in self.ids.items())
-        return {match[1]: number for number, match in sorted((n, m) for n, m in found if m)}
 
     @property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,19 +34,20 @@ SHAPES = {
 }  # fmt: skip
 
 
-def sentencepiece_model(size: int = 200) -> bytes:
-    """Return a serialised BPE of ``size`` pieces."""
+def sentencepiece_model(symbols: Sequence[str], size: int = 200) -> bytes:
+    """Return a serialised BPE of ``size`` pieces, some of them given."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 5), model_writer=out, model_type="bpe", vocab_size=size, hard_vocab_limit=False,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0, minloglevel=2,
+        user_defined_symbols=list(symbols),
     )  # fmt: skip
     return out.getvalue()
 
 
-def small_tokenizer() -> SeamlessTokenizer:
+def small_tokenizer(symbols: Sequence[str] = ()) -> SeamlessTokenizer:
     """Return a tokenizer of a SentencePiece model and language tokens after its pieces."""
-    model = sentencepiece_model()
+    model = sentencepiece_model(symbols)
     first = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size() + 1
     return SeamlessTokenizer(model, {f"__{name}__": first + number for number, name in enumerate(LANGUAGES)})
 

@@ -244,6 +244,20 @@ def test_settings_for_decoding_that_are_refused(copy, name, value, says):
         load_module(copy)
 
 
+@pytest.mark.parametrize(("entries", "read"), [(200_000, True), (600_000, False)])
+def test_the_texts_of_all_tokens_may_be_listed(copy, entries, read):
+    """The released file has more than the 4 MiB that other JSON may have."""
+    path = copy / "generation_config.json"
+    texts = {str(number): f"▁token{number}" for number in range(entries)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id_to_text": texts}, indent=2))
+    assert path.stat().st_size > 4 * 2**20
+    if read:
+        assert load_module(copy).generation["max_new_tokens"] == 256
+    else:
+        with pytest.raises(CheckpointError, match="more than the 16,777,216 that are read"):
+            load_module(copy)
+
+
 def test_embedding_and_head_must_be_one(copy):
     weights = load_file(copy / "model.safetensors")
     name = next(name for name in ("shared.weight", "lm_head.weight") if name in weights)
