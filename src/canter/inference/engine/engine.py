@@ -285,14 +285,14 @@ class Engine:
         if config.beams == 1:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
             return Greedy(self.rules, guard, joint)
-        whisper = self.rules.no_timestamps is not None or self.model.generation.get("beam_search") == "transformers"
+        theirs = self.rules.no_timestamps is not None or self.model.generation.get("beam_search") == "transformers"
         penalty = config.length_penalty
         return BeamSearch(
             self.rules,
             config.beams,
-            (1.0 if whisper else 0.0) if penalty is None else penalty,
+            (1.0 if theirs else 0.0) if penalty is None else penalty,
             config.early_stopping,
-            in_place=not whisper,
+            in_place=not theirs,
             pad=self.model.config.decoder.pad,
             joint=joint,
         )
