@@ -18,12 +18,14 @@ from canter.models.formats.files import read_json, read_tensors, refuse_adapter
 from canter.models.formats.fitting import check_vocabulary
 from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel, check_support, module_of
+from canter.models.w2v_bert import W2vBertConfig
 from canter.runtime import choose_device
 
 if TYPE_CHECKING:
     from canter.integrations.transformers import TransformersModel
 
 Precision = Literal["float32", "bf16", "int8"]
+SEAMLESS = "seamless_m4t_v2"
 StoredPrecision = Literal["float32", "bf16", "float16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 """Type of the weights as they are read; int8 weights are made of float32 ones."""
@@ -93,8 +95,8 @@ def load_model(
     path, kept = Path(path), model_format(path)
     if not kept.native:
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}; read are 'canary' and 'whisper'. "
-            "Others run through transformers, in canter tune, train, transcribe and info only"
+            f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}; read are 'canary', 'whisper' and "
+            f"{SEAMLESS!r}. Others run through transformers, in canter tune, train, transcribe and info only"
         )
     model = cast(SpeechModel, kept.read(path, dtype))
     return model.to(choose_device(str(device))).eval()
@@ -139,7 +141,7 @@ def model_type(folder: Path) -> str | None:
 def _is_huggingface(path: Path) -> bool:
     from canter.models.formats.huggingface import LAYOUTS
 
-    return model_type(path) in LAYOUTS
+    return model_type(path) in (*LAYOUTS, SEAMLESS)
 
 
 def _read_canter(path: Path, dtype: torch.dtype) -> AnyModel:
@@ -150,8 +152,9 @@ def _read_canter(path: Path, dtype: torch.dtype) -> AnyModel:
 
 def _read_huggingface(path: Path, dtype: torch.dtype) -> AnyModel:
     from canter.models.formats.huggingface import read_hf
+    from canter.models.formats.seamless import read_seamless
 
-    return _fitting(read_hf(path), path, dtype)
+    return _fitting((read_seamless if model_type(path) == SEAMLESS else read_hf)(path), path, dtype)
 
 
 def _read_nemo(path: Path, dtype: torch.dtype) -> AnyModel:
@@ -227,8 +230,10 @@ def _write_canter(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | N
 
 def _write_huggingface(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
     from canter.models.formats.huggingface import write_hf
+    from canter.models.formats.seamless import write_seamless
 
-    return write_hf(cast(SpeechModel, model), path, weights=weights)
+    ours = cast(SpeechModel, model)
+    return (write_seamless if isinstance(ours.config.encoder, W2vBertConfig) else write_hf)(ours, path, weights=weights)
 
 
 def _write_nemo(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
@@ -248,7 +253,8 @@ FORMATS = {
         Format("espnet", "an ESPnet folder of OWSM", _is_espnet, _read_espnet, _write_espnet),
         Format("ctranslate2", "a CTranslate2 folder of Whisper", _is_ctranslate2, _read_ctranslate2,
                _write_ctranslate2),
-        Format("huggingface", "a Hugging Face folder of `canary`, `cohere_asr` or `whisper`", _is_huggingface,
+        Format("huggingface", "a Hugging Face folder of `canary`, `cohere_asr`, `whisper` or `seamless_m4t_v2`",
+               _is_huggingface,
                _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),
                _read_transformers, _write_transformers, native=False),

@@ -69,15 +69,17 @@ def read_limited(path: str | Path, most: int, error: type[CanterError] = Checkpo
     return data
 
 
-def parse_json(text: bytes | str, source: str | Path, error: type[CanterError] = CheckpointError) -> Json:
-    """Return the value of a JSON text of at most MOST_DEPTH levels.
+def parse_json(
+    text: bytes | str, source: str | Path, error: type[CanterError] = CheckpointError, most: int = MOST_JSON_BYTES
+) -> Json:
+    """Return the value of a JSON text of at most ``most`` bytes and MOST_DEPTH levels.
 
     Raises ``error`` for text that is not JSON, is nested deeper, or holds an integer of thousands of digits.
     """
     try:
         data = text.encode() if isinstance(text, str) else text.removeprefix(b"\xef\xbb\xbf")
-        if len(data) > MOST_JSON_BYTES:
-            raise error(f"{source} has more than {MOST_JSON_BYTES:,} bytes of JSON")
+        if len(data) > most:
+            raise error(f"{source} has more than {most:,} bytes of JSON")
         if _json_depth(data) > MOST_DEPTH:
             raise error(f"{source} is JSON nested deeper than {MOST_DEPTH} levels")
         return json.loads(data.decode())
@@ -150,9 +152,9 @@ def _yaml_fault(events: Iterable[yaml.Event]) -> str | None:
     return None
 
 
-def read_json_value(path: str | Path, error: type[CanterError] = CheckpointError) -> Json:
+def read_json_value(path: str | Path, error: type[CanterError] = CheckpointError, most: int = MOST_JSON_BYTES) -> Json:
     """Return the value of a JSON file; see `read_limited` and `parse_json`."""
-    return parse_json(read_limited(path, MOST_JSON_BYTES, error), path, error)
+    return parse_json(read_limited(path, most, error), path, error, most)
 
 
 def read_yaml_value(

@@ -49,7 +49,8 @@ def moonshine():
 
 
 def seamless():
-    config = transformers.SeamlessM4Tv2Config(
+    """The first version, which has no modules of ours."""
+    config = transformers.SeamlessM4TConfig(
         **SPECIAL, hidden_size=16, speech_encoder_layers=2, speech_encoder_attention_heads=2,
         speech_encoder_intermediate_size=32, feature_projection_input_dim=40, decoder_layers=2,
         decoder_attention_heads=2, decoder_ffn_dim=32, encoder_layers=1, encoder_attention_heads=2,
@@ -57,7 +58,7 @@ def seamless():
         conv_depthwise_kernel_size=5,
     )  # fmt: skip
     extractor = transformers.SeamlessM4TFeatureExtractor(feature_size=20, num_mel_bins=20)
-    return transformers.SeamlessM4Tv2ForSpeechToText(config), extractor
+    return transformers.SeamlessM4TForSpeechToText(config), extractor
 
 
 def canary():

@@ -4,8 +4,9 @@ import torch
 
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
-from canter.models.features import FeatureConfig, WhisperFeatureConfig
+from canter.models.features import FeatureConfig, KaldiFeatureConfig, WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.w2v_bert import W2vBertConfig
 from canter.models.whisper import WhisperEncoderConfig
 
 
@@ -55,3 +56,10 @@ def small_whisper():
         ),
         ctc_vocabulary=0,
     )
+
+
+def small_w2v_bert(**changes):
+    """The encoder of Seamless, with chunks of attention and clamped distances that short clips reach."""
+    encoder = W2vBertConfig(layers=2, width=24, heads=2, feedforward=48, kernel_size=5, mels=32, most_before=6,
+                            most_after=2, chunk_frames=16, chunks_before=1, adapter_stride=4)  # fmt: skip
+    return small_model(features=KaldiFeatureConfig(mels=32), encoder=encoder, **changes)

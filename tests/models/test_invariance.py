@@ -11,7 +11,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import length_mask
 from canter.models.norm import MaskedBatchNorm, merge_pending
 
-from .conftest import small_model
+from .conftest import small_model, small_w2v_bert
 
 lengths = st.lists(st.integers(1600, 12000), min_size=1, max_size=4)
 paddings = st.integers(0, 9000)
@@ -45,9 +45,9 @@ def run(model, batch):
     return encoded, encoded_lengths, model.log_probs(encoded, encoded_lengths, batch.tokens)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
+@pytest.fixture(scope="module", params=[small_model, small_w2v_bert])
+def model(request):
+    return request.param()
 
 
 @settings(max_examples=25)
@@ -60,21 +60,27 @@ def test_single_or_in_a_batch(model, sizes, padding, seed):
     for row, size in enumerate(sizes):
         single = make_batch([size], 0, seed + row)
         alone, alone_lengths, alone_log_probs = run(model, single)
-        assert alone_lengths[0] == encoded_lengths[row] == model.encoder.frames(size // 160)
+        assert alone_lengths[0] == encoded_lengths[row] == model.encoder.frames(model.features.frames(size))
         t, u = alone_lengths[0], single.token_lengths[0]
         assert (encoded[row, :t] - alone[0, :t]).abs().max() < 1e-4
         assert (log_probs[row, :u] - alone_log_probs[0, :u]).abs().max() < 1e-4
 
 
 @settings(max_examples=15)
-@given(lengths, paddings, seeds, st.sampled_from(["batch", "layer"]), st.booleans())
+@given(lengths, paddings, seeds, st.sampled_from(["batch", "layer", "w2v_bert"]), st.booleans())
 def test_gradients_of_padded_and_unpadded(sizes, padding, seed, norm, xscaling):
     """Training mode, BatchNorm over the batch's own statistics: loss, gradients and statistics of a batch
     padded with junk equal those of the same batch as narrow as it can be."""
-    encoder = FastConformerConfig(
-        layers=2, width=24, heads=2, feedforward=48, subsampling_channels=8, mels=32, norm=norm, xscaling=xscaling
-    )
-    models = [small_model(encoder=encoder).train() for _ in range(2)]
+
+    def build():
+        if norm == "w2v_bert":
+            return small_w2v_bert()
+        encoder = FastConformerConfig(
+            layers=2, width=24, heads=2, feedforward=48, subsampling_channels=8, mels=32, norm=norm, xscaling=xscaling
+        )
+        return small_model(encoder=encoder)
+
+    models = [build().train() for _ in range(2)]
     for model, batch in zip(
         models, (make_batch(sizes, 0, seed), make_batch(sizes, padding, seed, junk=7.0)), strict=True
     ):

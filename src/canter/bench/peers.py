@@ -16,8 +16,8 @@ import torch
 from canter.bench.speed import Clip, Details, System
 from canter.errors import ConfigError
 from canter.extras import install
+from canter.loading import save_module
 from canter.models.features import WhisperFeatureConfig
-from canter.models.formats.huggingface import write_hf
 from canter.models.model import SpeechModel
 
 PACKAGES = {"transformers": install("transformers"), "ctranslate2": "pip install ctranslate2", "canter": ""}
@@ -55,7 +55,7 @@ def load_peer(model: SpeechModel, package: str, kind: str, batch: int, work: Pat
     if not folder.exists():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clips bring their prompts, and no text is encoded
-            write_hf(model, folder)
+            save_module(model, folder, form="huggingface")
     if package == "transformers":
         return TransformersPeer(model, folder, kind, batch)
     return CTranslate2Peer(model, folder, kind, batch)

@@ -20,7 +20,8 @@ from canter.errors import ConfigError
 from canter.inference.engine import language
 from canter.text.languages import canonical, is_said, resolve, same, shortened
 from canter.text.owsm import OwsmTokenizer
-from canter.text.prompts import utterance_slots
+from canter.text.prompts import TASKS, utterance_slots
+from canter.text.seamless import SeamlessTokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
 
@@ -34,6 +35,16 @@ def detects_language(tokenizer: Tokenizer) -> bool:
     return tokenizer.detects_language and len(tokenizer.languages) > 1
 
 
+def translation_targets(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the languages that a model may translate into, of those that it knows."""
+    return tokenizer.translations if isinstance(tokenizer, OwsmTokenizer) else tokenizer.languages
+
+
+def prompts_written_language(tokenizer: Tokenizer) -> bool:
+    """Return True for a model whose prompt names only the language that is written: Seamless."""
+    return isinstance(tokenizer, SeamlessTokenizer)
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Language and task of recordings that name none."""
@@ -45,6 +56,8 @@ class Defaults:
     """Language written, if the task is to translate."""
     required: tuple[str, ...] = field(default=(), compare=False)
     """Languages of a model that must be given one of them; empty where none is needed."""
+    written_only: bool = field(default=False, compare=False)
+    """True for a model whose translations need only the language written, such as Seamless."""
 
     @classmethod
     def of(
@@ -62,14 +75,13 @@ class Defaults:
         elif len(known) == 1:
             spoken = known[0]
         if task != "translate":
-            return cls(spoken, task, required=required)
+            return cls(spoken, task, required=required, written_only=prompts_written_language(tokenizer))
         if len(known) < 2:
             raise ConfigError("this model knows only one language and cannot translate; leave the task out")
-        targets = tokenizer.translations if isinstance(tokenizer, OwsmTokenizer) else known
-        written = resolve(target_language, targets)
+        written = resolve(target_language, translation_targets(tokenizer))
         if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
             raise ConfigError(f"a Whisper translates only into English, not into {target_language!r}")
-        return cls(spoken, task, written, required)
+        return cls(spoken, task, written, required, prompts_written_language(tokenizer))
 
     def complete(self, utterance: Utterance) -> Utterance:
         """Return the utterance with unset fields taken from the defaults.
@@ -87,7 +99,9 @@ class Defaults:
                 changes |= {"source_lang": source} if source else {}
                 changes["target_lang"] = self.target_language
         found = replace(utterance, **changes) if changes else utterance
-        if self.required and "source_lang" not in utterance_slots(found):
+        slots = utterance_slots(found)
+        translated = self.written_only and TASKS.get(slots["task"]) == TASKS["translate"]
+        if self.required and ("target_lang" if translated else "source_lang") not in slots:
             raise ConfigError(
                 f"{utterance.audio_filepath} names no language, and the model knows {shortened(self.required)}: give "
                 "'lang' in the manifest, or --language"

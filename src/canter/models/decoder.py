@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from canter.models.cache import ROUND, DecoderCache
 from canter.models.features import attention_mask
-from canter.models.layers import Attention, KeyValues, Stack, TransformerLayer, rates, sinusoids
+from canter.models.layers import Attention, KeyValues, Stack, TransformerLayer, rates, sinusoids, whisper_rates
 from canter.runtime import upload
 
 
@@ -33,6 +33,8 @@ class DecoderConfig:
     """Id of the padding token."""
     learned_positions: bool = False
     """Learned positions (Whisper) instead of sinusoids (Canary)."""
+    fairseq_positions: bool = False
+    """Sinusoids of fairseq: all sines first, counted from ``pad`` + 1 (Seamless)."""
     embedding_norm: bool = True
     """LayerNorm on embedded tokens (Canary)."""
     activation: str = "relu"
@@ -103,7 +105,12 @@ class Decoder(Stack):
         self.embedding = nn.Embedding(config.vocabulary, config.width, padding_idx=config.pad)
         # NeMo divides the sinusoids by sqrt(width) instead of multiplying the embedding by it.
         self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
-        table = sinusoids(torch.arange(config.positions), rates(config.width)) * (self.scale / math.sqrt(config.width))
+        places = torch.arange(config.positions)
+        if config.fairseq_positions:
+            table = sinusoids(places + config.pad + 1, whisper_rates(config.width), alternate=False)
+        else:
+            table = sinusoids(places, rates(config.width))
+        table = table * (self.scale / math.sqrt(config.width))
         if config.learned_positions:
             self.positions = nn.Parameter(table)
         else:

@@ -93,9 +93,9 @@ class ConvolutionalSubsampling(nn.Module):
 class FeedForwardModule(nn.Module):
     """Norm, two linear layers with a SiLU between them."""
 
-    def __init__(self, width: int, units: int, dropout: float):
+    def __init__(self, width: int, units: int, dropout: float, epsilon: float = EPSILON):
         super().__init__()
-        self.norm = nn.LayerNorm(width, EPSILON)
+        self.norm = nn.LayerNorm(width, epsilon)
         self.up, self.down = nn.Linear(width, units), nn.Linear(units, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -104,23 +104,28 @@ class FeedForwardModule(nn.Module):
 
 
 class DepthwiseConvolution(nn.Module):
-    """A depthwise convolution over time that zeroes its input past the utterances' ends."""
+    """A depthwise convolution over time that zeroes its input past the utterances' ends; a causal one has no bias."""
 
-    def __init__(self, channels: int, kernel_size: int):
+    bias: Tensor | None
+
+    def __init__(self, channels: int, kernel_size: int, causal: bool = False):
         super().__init__()
+        self.before = kernel_size - 1 if causal else kernel_size // 2
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_parameter("bias", None if causal else nn.Parameter(torch.zeros(channels)))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """X (B, T, C), valid (B, T, 1) or None where everything is -> (B, T, C)."""
         x = (x if valid is None else x * valid).transpose(1, 2)
-        padding, groups = self.weight.shape[2] // 2, len(self.weight)
+        padding, groups, frames = self.before, len(self.weight), x.shape[2]
         if x.is_cuda:
-            return F.conv1d(x, self.weight, self.bias, padding=padding, groups=groups).transpose(1, 2)
-        # on a CPU in two dimensions, of which one is empty: those have kernels for channels that are last in memory
-        y = F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, padding=(0, padding), groups=groups)
-        return y[:, :, 0].transpose(1, 2)
+            y = F.conv1d(x, self.weight, self.bias, padding=padding, groups=groups)
+        else:  # in two dimensions, of which one is empty: those have kernels for channels that are last in memory
+            y = F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, padding=(0, padding), groups=groups)[
+                :, :, 0
+            ]
+        return y[:, :, :frames].transpose(1, 2)
 
 
 class ConvolutionalGatingMLP(nn.Module):
@@ -135,6 +140,7 @@ class ConvolutionalGatingMLP(nn.Module):
         self.conv = DepthwiseConvolution(half, config.kernel_size)
         self.down = nn.Linear(half, config.width)
         self.dropout = nn.Dropout(config.dropout)
+        assert self.conv.bias is not None
         with torch.no_grad():  # the gate begins as one, so that a new layer passes its input through
             self.conv.weight.normal_(std=1e-6)
             self.conv.bias.fill_(1.0)

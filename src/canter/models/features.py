@@ -282,3 +282,82 @@ class EspnetLogMel(PaddedLogMel):
             features, frames = self.log_mel(audio, lengths, seeds, torch.log)
             features = (features - self.mean) / self.deviation
             return features * length_mask(frames, features.shape[1])[:, :, None], frames
+
+
+@dataclass(frozen=True)
+class KaldiFeatureConfig:
+    """Kaldi's log-mel filter banks: 25 ms windows every 10 ms that lie within the audio, per-feature normalisation."""
+
+    sample_rate: int = 16000
+    mels: int = 80
+    n_fft: int = 512
+    window: int = 400
+    """Window length in samples."""
+    hop: int = 160
+    """Frame shift in samples."""
+    preemphasis: float = 0.97
+    dither: float = 0.0
+    """Standard deviation of the noise added to samples in training."""
+
+    def build(self) -> "KaldiLogMel":
+        return KaldiLogMel(self)
+
+
+def kaldi_mel_filters(sample_rate: int, n_fft: int, mels: int, lowest: float = 20.0) -> np.ndarray:
+    """Return filters (M, n_fft // 2 + 1) of height 1 that are triangular on the mel scale, from ``lowest`` Hz up."""
+
+    def to_mel(hertz: np.ndarray) -> np.ndarray:
+        return 1127.0 * np.log1p(hertz / 700.0)
+
+    bins = to_mel(np.linspace(0, sample_rate / 2, n_fft // 2 + 1))
+    low, high = to_mel(np.array([lowest, sample_rate // 2])).tolist()
+    edges = np.linspace(low, high, mels + 2)
+    rising, falling = bins - edges[:-2, None], edges[2:, None] - bins
+    triangles = np.minimum(rising, falling) / (edges[1] - edges[0])
+    return np.maximum(0, triangles).astype(np.float32)
+
+
+class KaldiLogMel(nn.Module):
+    """Audio to the features of Seamless: Kaldi's filter banks of 16-bit samples, normalised over an utterance's frames.
+
+    Frames lie within an utterance, so that padding never reaches a valid one; audio shorter than a window has one.
+    """
+
+    filters: Tensor
+    taper: Tensor
+
+    def __init__(self, config: KaldiFeatureConfig):
+        super().__init__()
+        self.config = config
+        filters = kaldi_mel_filters(config.sample_rate, config.n_fft, config.mels)
+        self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
+        taper = torch.hann_window(config.window, periodic=False, dtype=torch.float64) ** 0.85  # Povey's window
+        self.register_buffer("taper", taper, persistent=False)
+
+    def frames(self, samples: Count) -> Count:
+        """Return the valid feature frames of ``samples``, at least one."""
+        within = samples - self.config.window
+        within = within.clamp(min=0) if isinstance(within, Tensor) else max(0, within)
+        return within // self.config.hop + 1
+
+    def forward(self, audio: Tensor, lengths: Tensor, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Return features and lengths as `LogMel` does."""
+        config = self.config
+        with torch.autocast(audio.device.type, enabled=False):
+            audio = audio.float()
+            if self.training and config.dither and seeds is not None:
+                audio = audio + config.dither * noise(lengths, audio.shape[1], seeds)
+            audio = audio * length_mask(lengths, audio.shape[1]) * 2.0**15
+            size, frames = self.frames(audio.shape[1]), self.frames(lengths)
+            audio = F.pad(audio, (0, max(0, config.window - audio.shape[1]))).double()  # else quiet bands lose digits
+            windows = audio.unfold(1, config.window, config.hop)
+            windows = windows - windows.mean(2, keepdim=True)
+            before = torch.cat([windows[:, :, :1], windows[:, :, :-1]], dim=2)
+            windows = (windows - config.preemphasis * before) * self.taper
+            power = power_of(torch.fft.rfft(windows, config.n_fft)).float()
+            features = torch.log(torch.matmul(power, self.filters.T).clamp(min=2.0**-23))
+            valid = length_mask(frames, size)[:, :, None]
+            count = frames[:, None, None]
+            features = features - (features * valid).sum(1, keepdim=True) / count
+            variance = (features.square() * valid).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+            return features * valid / (variance + 1e-7).sqrt(), frames

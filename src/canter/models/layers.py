@@ -34,6 +34,12 @@ def rates(width: int, device: torch.device | None = None) -> Tensor:
     return torch.exp(torch.arange(0, width, 2, device=device) * -(math.log(10000.0) / width))
 
 
+def whisper_rates(width: int) -> Tensor:
+    """Return D // 2 angular frequencies of which the last is exactly 1 / 10000, as in Whisper and fairseq."""
+    half = width // 2
+    return 10000 ** -(torch.arange(half) / max(1, half - 1))
+
+
 def sinusoids(places: Tensor, rates: Tensor, alternate: bool = True) -> Tensor:
     """Return encodings (N, D) of ``places`` (N,): sines in even and cosines in odd columns, or all sines first."""
     angle = places[:, None] * rates
@@ -93,10 +99,15 @@ class Attention(nn.Module):
         else:
             keys, values = self.project(source)
         dropout = self.dropout if self.training else 0.0
+        query = self.split(self.query(x))
         y = F.scaled_dot_product_attention(
-            self.split(self.query(x)), keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            query, keys, values, attn_mask=self.bias(query, mask), dropout_p=dropout, is_causal=causal
         )
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def bias(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return what is added to the scores of queries (B, H, U, K), or a boolean mask; relative positions go here."""
+        return mask
 
     def weights(self, x: Tensor, keys: Tensor) -> Tensor:
         """Return the attention weights (B, H, U, N), float32, of queries ``x`` (B, U, D) on keys (B, H, N, K)."""
@@ -185,6 +196,8 @@ class Encoder(Stack):
 
     outputs: tuple[str, ...] = ()
     """Modules of a layer that write to the residual stream: with all of them zero, the layer is the identity."""
+    inner_frames: int = 1
+    """Frames in the layers per encoder frame, where an adapter after them reduces their number."""
     same_lengths: bool = False
     """True if every utterance fills its batch, because all are padded to one length; the model sets it."""
     last_norm: str = ""

@@ -20,19 +20,26 @@ from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.decoder import Decoder, DecoderConfig
 from canter.models.ebranchformer import EBranchformerConfig
 from canter.models.fastconformer import FastConformerConfig
-from canter.models.features import EspnetFeatureConfig, FeatureConfig, WhisperFeatureConfig
+from canter.models.features import EspnetFeatureConfig, FeatureConfig, KaldiFeatureConfig, WhisperFeatureConfig
 from canter.models.layers import EncoderConfig
 from canter.models.protocol import Capability
+from canter.models.w2v_bert import W2vBertConfig
 from canter.models.whisper import WhisperEncoderConfig
 
 if TYPE_CHECKING:
     from canter.text import Characters
 
-FEATURES: dict[str, type] = {"nemo": FeatureConfig, "whisper": WhisperFeatureConfig, "espnet": EspnetFeatureConfig}
+FEATURES: dict[str, type] = {
+    "nemo": FeatureConfig,
+    "whisper": WhisperFeatureConfig,
+    "espnet": EspnetFeatureConfig,
+    "kaldi": KaldiFeatureConfig,
+}
 ENCODERS: dict[str, type] = {
     "fastconformer": FastConformerConfig,
     "whisper": WhisperEncoderConfig,
     "e_branchformer": EBranchformerConfig,
+    "w2v_bert": W2vBertConfig,
 }
 """Kinds of encoders that a checkpoint can name; a new encoder joins by one line here."""
 SUPPORTED = frozenset[Capability](get_args(Capability))
@@ -42,7 +49,9 @@ SUPPORTED = frozenset[Capability](get_args(Capability))
 class ModelConfig:
     """Shapes of all parts of a model."""
 
-    features: FeatureConfig | WhisperFeatureConfig | EspnetFeatureConfig = field(default_factory=FeatureConfig)
+    features: FeatureConfig | WhisperFeatureConfig | EspnetFeatureConfig | KaldiFeatureConfig = field(
+        default_factory=FeatureConfig
+    )
     encoder: EncoderConfig = field(default_factory=FastConformerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projected: bool = False

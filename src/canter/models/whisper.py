@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from canter.models.features import attention_mask, length_mask
-from canter.models.layers import Attention, Encoder, TransformerLayer, gelu, sinusoids
+from canter.models.layers import Attention, Encoder, TransformerLayer, gelu, sinusoids, whisper_rates
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class WhisperEncoder(Encoder):
         self.config = config
         self.conv1 = nn.Conv1d(config.mels, config.width, 3, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
-        half = config.width // 2
-        rates = 10000 ** -(torch.arange(half) / (half - 1))
+        rates = whisper_rates(config.width)
         self.register_buffer("positions", sinusoids(torch.arange(config.positions), rates, alternate=False))
         self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)

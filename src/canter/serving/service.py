@@ -27,7 +27,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.inference.languages import detects_language
+from canter.inference.languages import detects_language, prompts_written_language, translation_targets
 from canter.inference.recording import Recording, TranscribeConfig, Transcriber
 from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
@@ -36,7 +36,7 @@ from canter.serving.config import ServiceConfig
 from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
 from canter.serving.upload import anonymous_file, disk_errors, path_of, write_all
-from canter.text.languages import is_said, resolve
+from canter.text.languages import find, is_said, resolve
 
 MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded between two checks that the client is still there
@@ -183,7 +183,8 @@ class Service:
         """Target languages of translation; a Whisper has English only."""
         if len(self.tokenizer.languages) == 1:
             return ()
-        return self.tokenizer.languages if "target_lang" in self._slots else ("en",)
+        free = "target_lang" in self._slots or prompts_written_language(self.tokenizer)
+        return translation_targets(self.tokenizer) if free else ("en",)
 
     @property
     def detects(self) -> bool:
@@ -323,12 +324,13 @@ class Service:
         source = fields.language or (languages[0] if len(languages) == 1 else None)
         if fields.task == "translate" and not self.targets:
             raise ApiError(400, f"this model knows {languages[0]} only and does not translate", "model")
-        if source is None and not self.detects:
+        unneeded = fields.task == "translate" and prompts_written_language(self.tokenizer)
+        if source is None and not self.detects and not unneeded:
             text = f"this model needs the language of the audio: {known}"
             raise ApiError(400, text, "language", "missing_language")
         if source and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
-        target = source if fields.task == "transcribe" else fields.to_language or "en"
+        target = source if fields.task == "transcribe" else fields.to_language or find("en", self.targets)
         if fields.task == "translate" and target not in self.targets:
             text = f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}"
             raise ApiError(400, text, "to_language")

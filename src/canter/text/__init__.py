@@ -8,6 +8,7 @@ from canter.text import owsm, sentencepiece, whisper
 from canter.text.characters import Characters
 from canter.text.nemo import read_nemo_tokenizer
 from canter.text.owsm import OwsmTokenizer
+from canter.text.seamless import SeamlessTokenizer, is_seamless_tokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.tokenizer_json import JsonTokenizer, is_canary
@@ -18,6 +19,7 @@ __all__ = [
     "Characters",
     "JsonTokenizer",
     "OwsmTokenizer",
+    "SeamlessTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "WhisperTokenizer",
@@ -27,11 +29,11 @@ __all__ = [
 ]
 
 
-def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | JsonTokenizer | WhisperTokenizer | OwsmTokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    It may be a folder (Canter's, OWSM's, Whisper's, the latter with ``vocab.json`` too, Canary's or Cohere
-    Transcribe's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece ``.model`` with Canary's special tokens.
+    It may be a folder (of Canter, OWSM, Seamless, Canary, Cohere Transcribe or Whisper, the latter with ``vocab.json``
+    too), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece ``.model`` with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":
@@ -46,6 +48,8 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | JsonTokenizer |
         return SentencePieceTokenizer.load(folder)
     if (path.is_dir() or path.name == owsm.FILE) and (folder / owsm.FILE).exists():
         return OwsmTokenizer.load(folder)
+    if path.is_dir() and is_seamless_tokenizer(folder):
+        return SeamlessTokenizer.load(folder)
     if (path.is_dir() or path.suffix == ".json") and (folder / whisper.FILE).exists():
         file = path / whisper.FILE if path.is_dir() else path
         return JsonTokenizer.load(file) if is_canary(file) else WhisperTokenizer.load(file)
@@ -56,9 +60,7 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | JsonTokenizer |
     )
 
 
-def load_counter(
-    name: str | Path,
-) -> SentencePieceTokenizer | JsonTokenizer | WhisperTokenizer | OwsmTokenizer | UnitCounter:
+def load_counter(name: str | Path) -> Tokenizer | UnitCounter:
     """Return a token counter: that of a unit ("chars", "bytes"), or the tokenizer at the path ``name``.
 
     Raises CheckpointError for a path without a tokenizer.

@@ -56,7 +56,7 @@ def find(written: str, known: Iterable[str]) -> str | None:
     """Return the one of the codes ``known`` that means the language written, or None.
 
     An equal code, apart from case and separators, is preferred, so that ``pt-PT`` and ``pt-BR`` may both be known; then
-    the shortest code of the same language.
+    one of the same language with an equal script or region (``cmn_Hant`` for ``zh-Hant``), then the shortest one.
     """
     names = list(known)
     if written in names:
@@ -65,7 +65,7 @@ def find(written: str, known: Iterable[str]) -> str | None:
     exact = [name for name in names if _plain(name) == plain]
     code = canonical(written)
     alike = [name for name in names if code is not None and canonical(name) == code]
-    return min(exact or alike, key=len, default=None)
+    return min(exact or alike, key=lambda name: (_subtags(name) != _subtags(written), len(name)), default=None)
 
 
 def resolve(written: str, known: Sequence[str]) -> str:
@@ -94,6 +94,10 @@ def shortened(names: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     return _SEPARATORS.sub("-", _MARKS.sub("", text).strip()).casefold()
+
+
+def _subtags(code: str) -> str:
+    return _plain(code).partition("-")[2]
 
 
 @functools.cache

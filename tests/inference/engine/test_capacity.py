@@ -61,7 +61,13 @@ def test_a_gpu_takes_more(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, of=properties: of)
         found.append(default_rows(model, GPU))
     assert found == [128, int(2e9 / 4 / cached(model)), 8]
-    assert default_frames(GPU) > default_frames(CPU)
+    assert default_frames(model, GPU) > default_frames(model, CPU)
+
+
+def test_frames_in_the_layers_count():
+    model, frames = canary(4), default_frames(canary(4), CPU)
+    model.encoder.inner_frames = 8  # as with the adapter of Seamless
+    assert Engine(model, 1).frames == default_frames(model, CPU) == frames // 8
 
 
 def test_what_is_said_counts(model):

@@ -46,9 +46,10 @@ def default_window(model: AnyModel) -> float:
     return min(cast(float, model.generation.get("window_seconds", 40.0)), model.longest_seconds)
 
 
-def default_frames(device: torch.device) -> int:
+def default_frames(model: AnyModel, device: torch.device) -> int:
     """Return the encoder frames in a batch; larger batches are memory-bound on a CPU."""
-    return 16384 if device.type == "cuda" else 1024
+    frames = 16384 if device.type == "cuda" else 1024
+    return frames // cast(SpeechModel, model).encoder.inner_frames if "cached_decoding" in model.supports else frames
 
 
 def default_rows(model: AnyModel, device: torch.device, joint: bool = False) -> int:
@@ -176,7 +177,7 @@ class Engine:
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
         self.rows = self.config.rows or default_rows(model, self.device, joint=weight > 0)
-        self.frames = self.config.frames or default_frames(self.device)
+        self.frames = self.config.frames or default_frames(model, self.device)
         self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
         self.rules = Rules(model.generation, end, self.device)
@@ -349,7 +350,8 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens: the decoder has {positions} positions")
         if request.temperature and self.spelling:
             raise ValueError("joint decoding takes the best tokens: a request must not have a temperature")
-        return min(positions - len(request.prompt), self._tokens_of(frames))
+        most = self.model.generation.get("max_new_tokens") or positions
+        return min(positions - len(request.prompt), self._tokens_of(frames), most)
 
     def _tokens_of(self, frames: int) -> int:
         """Return the maximum number of tokens of audio of ``frames`` encoder frames."""
@@ -587,9 +589,9 @@ class Engine:
         hidden (m, P, D): decoder output of the prompts, right-aligned.
         """
         token, begin = self.rules.no_speech, self.model.generation.get("decoder_start_token_id")
-        wanted = [
-            index for index, row in enumerate(new) if token is not None and row.request.scored and begin in row.prompt
-        ]
+        if token is None or begin is None:
+            return new
+        wanted = [index for index, row in enumerate(new) if row.request.scored and begin in row.prompt]
         if not wanted:
             return new
         places = [hidden.shape[1] - len(new[i].prompt) + new[i].prompt.index(begin) for i in wanted]

@@ -31,7 +31,7 @@ class EngineConfig:
     beams: int = 1
     """Beam size; 1 is greedy search."""
     length_penalty: float | None = None
-    """Exponent of the length by which the score of a beam is divided (None: 1 for Whisper and Cohere Transcribe, as in
+    """Exponent of the length by which the score of a beam is divided (None: 1 for models of Hugging Face, as in
     `transformers`, else 0, as in NeMo)."""
     early_stopping: bool = False
     """End a row as soon as it has as many finished beams as the beam size (Whisper's search; see BeamSearch)."""

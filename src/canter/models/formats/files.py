@@ -7,14 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.files import replacing_folder
 from canter.models.formats.torchfile import load_tensors
-from canter.untrusted import is_file_name, read_json_value
+from canter.untrusted import MOST_JSON_BYTES, is_file_name, read_json_value
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files with weights of Hugging Face folders, in the order in which they are preferred; either may be sharded."""
@@ -61,10 +60,10 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def read_json(path: Path) -> Settings:
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Settings:
     """Return a JSON object; CheckpointError if it is anything else, or beyond the limits of `canter.untrusted`."""
     try:
-        value = read_json_value(path)
+        value = read_json_value(path, most=most)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a model folder has config.json and model.safetensors") from None
     except OSError as error:
@@ -113,20 +112,22 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in tensor_files(path) if file.exists())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file or a ``.bin`` of torch, or of the shards that its ``.index.json`` lists.
 
-    Raises CheckpointError for a file that is missing, truncated, whose header is not what its size says, or whose
-    pickle holds anything but tensors.
+    Those whose names start with one of ``without`` are left out. Raises CheckpointError for a file that is missing,
+    truncated, whose header is not what its size says, or whose pickle holds anything but tensors.
     """
     tensors: dict[str, Tensor] = {}
     for file in tensor_files(path):
         try:
             if file.suffix == ".bin":
-                tensors |= _read_torch(file)
+                tensors |= {name: x for name, x in _read_torch(file).items() if not name.startswith(without)}
                 continue
             check_safetensors(file)
-            tensors |= load_file(file)
+            with safe_open(file, "pt") as stored:
+                kept = [name for name in stored.keys() if not name.startswith(without)]  # noqa: SIM118
+                tensors |= {name: stored.get_tensor(name) for name in kept}
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing; copy the whole model folder") from None
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

@@ -32,7 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
 WHOLE = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k",
          "no_repeat_ngram_size", "max_initial_timestamp_index")  # fmt: skip
 FLAGS = ("use_cache", "is_multilingual", "return_timestamps")
-TABLES = ("lang_to_id", "task_to_id")
+TABLES = ("lang_to_id", "task_to_id", "text_decoder_lang_to_code_id")
 IDS = (
     "eos_token_id",
     "pad_token_id",
