@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,10 @@ def test_decoding_is_that_of_generate(pair, beams):
     most = model.positions - len(prompt)
     config = EngineConfig(beams=beams, tokens_per_frame=99.0, max_repeats=0)
     found = Engine(model, model.tokenizer.end, config).decode([Request(clip, prompt) for clip in CLIPS])
+    single = Engine(model, model.tokenizer.end, replace(config, rows=1))
+    assert [one.tokens for one in single.decode([Request(clip, prompt) for clip in CLIPS])] == [
+        one.tokens for one in found
+    ]
     for clip, hypothesis in zip(CLIPS, found, strict=True):
         inputs = processor(clip, language="en", sampling_rate=16000)
         ids = theirs.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=beams)[0].tolist()

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 import canter
 from canter.errors import CheckpointError
 from canter.models.batch import Batch
+from canter.models.decoder import DecoderConfig
 from canter.models.features import length_mask
 from canter.models.formats.nemo import NAMES, opened, special_tokens_model, write_nemo
+from canter.text import SentencePieceTokenizer
 
 from ..conftest import small_model, small_whisper
 
@@ -253,15 +255,26 @@ def test_archive_with_one_tokenizer_for_all_languages(shared, tmp_path):
     model = canter.load_model(archive(tmp_path / "v2.nemo", members))
     assert (model.tokenizer.pad, model.tokenizer.end, model.tokenizer.vocab_size) == (2, 3, len(tokens))
     assert model.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
-    write_nemo(model, tmp_path / "again.nemo")
-    again = canter.load_model(tmp_path / "again.nemo")
+
+
+def test_one_tokenizer_for_all_languages_is_written(tmp_path):
+    tokens = "<unk> <|nospeech|> <pad> <|endoftext|> <|startofcontext|> <|startoftranscript|> <|emo:undefined|>"
+    names = ("en", "de", "pnc", "noitn", "notimestamp", "nodiarize", "nopnc", "itn", "timestamp")
+    tokens = (*tokens.split(), *(f"<|{name}|>" for name in names))
+    one = special_tokens_model(tokens)
+    decoder = DecoderConfig(layers=2, width=32, heads=4, feedforward=64, vocabulary=len(tokens), positions=64, pad=0)
+    model = small_model(decoder=decoder, ctc_vocabulary=0)
+    model.tokenizer = SentencePieceTokenizer.of_model(one)
+    write_nemo(model, tmp_path / "x.nemo")
+    again = canter.load_model(tmp_path / "x.nemo")
     assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
     assert again.tokenizer.prompt_format == "canary2"
     assert again.prompt(source_lang="en", target_lang="de") == list(range(4, 13))
-    with opened(tmp_path / "again.nemo") as new:
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    with opened(tmp_path / "x.nemo") as new:
         section = new.config()["tokenizer"]
         assert section["custom_tokenizer"]["_target_"].endswith(".CanaryBPETokenizer")
-        assert new.read(section["model_path"].removeprefix("nemo:"), 10**6) == members["./one.model"]
+        assert new.read(section["model_path"].removeprefix("nemo:"), 10**6) == one
         for name in ("vocab_path", "spe_tokenizer_vocab"):
             assert section[name].removeprefix("nemo:") in new.members  # NeMo restores nothing without them
 
