@@ -49,7 +49,7 @@ def moonshine():
 
 
 def seamless():
-    config = transformers.SeamlessM4Tv2Config(
+    config = transformers.SeamlessM4TConfig(
         **SPECIAL, hidden_size=16, speech_encoder_layers=2, speech_encoder_attention_heads=2,
         speech_encoder_intermediate_size=32, feature_projection_input_dim=40, decoder_layers=2,
         decoder_attention_heads=2, decoder_ffn_dim=32, encoder_layers=1, encoder_attention_heads=2,
@@ -57,7 +57,16 @@ def seamless():
         conv_depthwise_kernel_size=5,
     )  # fmt: skip
     extractor = transformers.SeamlessM4TFeatureExtractor(feature_size=20, num_mel_bins=20)
-    return transformers.SeamlessM4Tv2ForSpeechToText(config), extractor
+    return transformers.SeamlessM4TForSpeechToText(config), extractor
+
+
+def speecht5():
+    config = transformers.SpeechT5Config(
+        **SPECIAL, hidden_size=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, conv_dim=(16,) * 7,
+        max_text_positions=40, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    return transformers.SpeechT5ForSpeechToText(config), transformers.SpeechT5FeatureExtractor()
 
 
 def canary():

@@ -115,7 +115,7 @@ def load_clips(
     model, tokenizer = engine.model, engine.model.tokenizer
     assert tokenizer is not None
     rate = model.sample_rate
-    language = language or tokenizer.languages[0]
+    language = language or next(iter(tokenizer.languages), None)
     if audio is None:
         prompt = tuple(tokenizer.prompt(Utterance("noise", 1.0, "", lang=language)))
         return [Clip(samples, len(samples) / rate, prompt) for samples in _noise(most or NOISE_CLIPS, rate)], []
@@ -133,6 +133,10 @@ def load_clips(
             clips.append(Clip(samples, seconds, tuple(tokenizer.prompt(utterance))))
         except CanterError as error:
             left_out.append(str(error))
+    if "cached_decoding" not in model.supports:  # another library may fail on audio that is sound
+        found = engine.decode([Request(clip.audio, clip.prompt) for clip in clips])
+        left_out += [hypothesis.error for hypothesis in found if hypothesis.error]
+        clips = [clip for clip, hypothesis in zip(clips, found) if not hypothesis.error]
     if not clips:
         raise ConfigError(f"{audio}: no clip can be used: {left_out[0]}")
     return sorted(clips, key=lambda clip: -clip.seconds), left_out

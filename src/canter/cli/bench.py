@@ -67,7 +67,7 @@ def run(options: Options) -> None:
 
     from canter.bench.peers import load_peer, parse_peer
     from canter.bench.speed import EngineSystem, System, load_clips, measure_speed
-    from canter.inference.engine.engine import Engine
+    from canter.inference.engine.engine import engine_for
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.loading import load_engine
     from canter.inference.transcript.formats import json_text
@@ -101,7 +101,7 @@ def run(options: Options) -> None:
                 system = load_peer(cast("SpeechModel", weights), package, type_name, peer_batch, Path(work))
             systems[f"{package} {type_name}"] = system
         if options.beam_size > 1:
-            beams = Engine(model, engine.end, replace(config, beams=options.beam_size))
+            beams = engine_for(model, engine.end, replace(config, beams=options.beam_size))
             systems[f"canter {kind}, {options.beam_size} beams"] = EngineSystem(beams)
         speeds = measure_speed(systems, clips, repeats=options.repeats, latency_clips=options.latency_utterances)
     for reason in left_out[:5]:
