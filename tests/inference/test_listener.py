@@ -61,7 +61,7 @@ class Told(Engine):
             new = (
                 self.model.tokenizer.encode(one)
                 if isinstance(one, str)
-                else [self.rules.first_timestamp + round(one * SECOND)]
+                else [self.rules.timestamps.first + round(one * SECOND)]
             )
             tokens += new
             text += new if isinstance(one, str) else []

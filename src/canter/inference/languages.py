@@ -5,7 +5,7 @@ The first of these that applies decides:
 1. the recording's row in a manifest, or the request to the service;
 2. the default of the user (`--language`, ``language=``);
 3. the only language of a model that knows one;
-4. detection, by a multilingual Whisper (`canter.inference.engine.language`).
+4. detection, by a multilingual Whisper or OWSM (`canter.inference.engine.language`).
 
 A model that needs a language and cannot detect it refuses recordings without one. `canter.text.languages` reads codes
 and names of languages.
@@ -29,8 +29,8 @@ Probabilities = tuple[float, tuple[float, ...]]
 
 
 def detects_language(tokenizer: Tokenizer) -> bool:
-    """Return True for a model that detects the language of a recording: a multilingual Whisper."""
-    return isinstance(tokenizer, WhisperTokenizer) and len(tokenizer.languages) > 1
+    """Return True for a model that detects the language of a recording: a multilingual Whisper, or OWSM."""
+    return tokenizer.detects_language and len(tokenizer.languages) > 1
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def detected_language(tokenizer: Tokenizer, parts: Iterable[Probabilities]) -> t
 
 
 def language_in_prompt(tokenizer: Tokenizer, prompt: Iterable[int]) -> str | None:
-    """Return the language that a Whisper's prompt names."""
-    if not isinstance(tokenizer, WhisperTokenizer):
+    """Return the language that the prompt of a model which detects languages names."""
+    if not detects_language(tokenizer):
         return None
-    shown = tokenizer.decode(prompt, special=True)
-    return next((name for name in tokenizer.languages if f"<|{name}|>" in shown), None)
+    named = set(prompt)
+    return next((name for name in tokenizer.languages if tokenizer.special_id(f"<|{name}|>") in named), None)

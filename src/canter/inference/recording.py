@@ -15,9 +15,10 @@ from canter.inference.engine.engine import Engine, default_window
 from canter.inference.engine.requests import Hypothesis, Request
 from canter.inference.languages import Probabilities, detected_language, language_in_prompt, languages_to_detect
 from canter.inference.transcript.chunks import Chunk, split_audio, trim_silence
-from canter.inference.transcript.reading import Assembly, Fallback, WhisperPolicy, in_speech, segments_of
+from canter.inference.transcript.reading import NO_FALLBACK, Assembly, Fallback, WindowPolicy, in_speech, segments_of
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.vad import DETECTORS, FRAME
+from canter.text.owsm import OwsmTokenizer
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -85,11 +86,12 @@ class Transcriber:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: TranscribeConfig | None = None):
         """Raise ConfigError where ``vad`` needs an extra that is not installed."""
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
-        self.first_timestamp = engine.rules.first_timestamp if engine.rules.no_timestamps else None
-        self.policy: WhisperPolicy | None = None
+        self.timestamps = engine.rules.timestamps
+        self.policy: WindowPolicy | None = None
         if isinstance(tokenizer, WhisperTokenizer):
-            fallback = self.config.fallback or Fallback(temperatures=())
-            self.policy = WhisperPolicy(tokenizer, fallback, self.first_timestamp)
+            self.policy = WindowPolicy(tokenizer, self.config.fallback or Fallback(temperatures=()), self.timestamps)
+        elif self.timestamps:
+            self.policy = WindowPolicy(tokenizer, NO_FALLBACK, self.timestamps)
         asked = self.config.chunk_seconds or default_window(engine.model)
         self.window = min(asked, engine.model.longest_seconds)
         self.rate = engine.model.sample_rate
@@ -101,6 +103,8 @@ class Transcriber:
     @property
     def format(self) -> tuple[str, ...]:
         """Tokens and slots of the model's prompt."""
+        if isinstance(self.tokenizer, OwsmTokenizer):
+            return self.tokenizer.prompt_slots
         return FORMATS.get(getattr(self.tokenizer, "prompt_format", "whisper" if self.policy else ""), ())
 
     def slots(self, utterance: Utterance) -> dict[str, str]:
@@ -137,12 +141,13 @@ class Transcriber:
         if names:
             slots = {**slots, "source_lang": names[0]}
         ids = self.prompt(slots, prompt)
+        languages = tuple(self.tokenizer.special_id(f"<|{name}|>") for name in names)
         return Request(
             NO_SAMPLES,
             ids,
             policy=self.policy,
-            languages=tuple(self.tokenizer.special_id(f"<|{name}|>") for name in names),
-            language_at=ids.index(self.tokenizer.special_id("<|startoftranscript|>")) + 1 if names else 1,
+            languages=languages,
+            language_at=ids.index(languages[0]) if names else 1,
             scored=self.policy is not None,
             aligned=self.config.timestamps == "word",
             guarded=not (self.policy and any(self.policy.fallback.temperatures)),
@@ -151,7 +156,7 @@ class Transcriber:
     def at_temperature(self, request: Request, temperature: float) -> Request:
         """Return the request with a temperature, at which it is decoded only once."""
         policy = request.policy
-        if isinstance(policy, WhisperPolicy):
+        if isinstance(policy, WindowPolicy):
             policy = replace(policy, fallback=replace(policy.fallback, temperatures=()))
         return replace(request, temperature=temperature, policy=policy)
 
@@ -205,7 +210,7 @@ class Transcriber:
             audio=chunk.samples,
             prompt=prompt,
             aligned=request.aligned or chunk.overlap > 0 or chunk.ends_in_speech,
-            policy=replace(policy, voiced=chunk.voiced) if isinstance(policy, WhisperPolicy) else policy,
+            policy=replace(policy, voiced=chunk.voiced) if isinstance(policy, WindowPolicy) else policy,
         )
 
     def segments(self, hypothesis: Hypothesis, seconds: float, voiced: np.ndarray | None = None) -> list[Segment]:
@@ -215,7 +220,7 @@ class Transcriber:
         for part in hypothesis.parts:
             end = begins + part.continues_at if part.continuation else seconds
             if not self._silent(part):
-                new = segments_of(part, self.tokenizer, end - begins, self.first_timestamp)
+                new = segments_of(part, self.tokenizer, end - begins, self.timestamps)
                 found += [segment.shifted(begins) for segment in new]
             begins = end
         return found if voiced is None else in_speech(found, voiced)

@@ -482,6 +482,7 @@ class TransformersTokenizer:
     """
 
     detects_language = False
+    loss_after = None
 
     def __init__(self, tokenizer: Any, prompt_tokens: Sequence[int], language_ids: Mapping[str, int] | None = None):
         self.tokenizer, self.prompt_tokens = tokenizer, list(prompt_tokens)

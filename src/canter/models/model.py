@@ -221,7 +221,7 @@ class SpeechModel(nn.Module):
         label_smoothing: float = 0.0,
         features: tuple[Tensor, Tensor] | None = None,
     ) -> Loss:
-        """Return sums of cross-entropy over text and end tokens (not the prompt) and of CTC over characters.
+        """Return sums of cross-entropy over text and end tokens (not the prompt) and of CTC over its targets, if any.
 
         ``attention=False`` skips the decoder (CTC-only warm-up); ``features`` (B, F, M) and lengths (B,) may be given,
         already computed and augmented.
@@ -244,7 +244,7 @@ class SpeechModel(nn.Module):
         if attention:
             logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1])
             attention_sum, attention_count = attention_loss(logits, batch, label_smoothing)
-        if self.ctc is not None:
+        if self.ctc is not None and batch.characters.shape[1]:
             log_probs, ctc_lengths = self.ctc_log_probs(encoded, encoded_lengths)
             ctc_sum = F.ctc_loss(
                 log_probs.transpose(0, 1),

@@ -20,7 +20,6 @@ FILE, MODEL = "owsm_tokens.json", "bpe.model"
 FORMAT = "canter-owsm-tokens/1"
 NEEDED = ("<blank>", "<unk>", "<na>", "<nospeech>", "<asr>", "<notimestamps>", "<0.00>", "<30.00>", "<sos>", "<eos>",
           "<sop>")  # fmt: skip
-TIMESTAMP_SECONDS = 0.02
 MOST_MODEL_BYTES = 8 * 2**20
 """Size of the SentencePiece model; OWSM's 50,000 pieces take about 1 MB."""
 MOST_TOKENS = 1_000_000
@@ -53,6 +52,7 @@ class OwsmTokenizer:
         self.unknown = self.ids["<unk>"]
 
     detects_language = True
+    prompt_slots = ("prevtext", "source_lang", "target_lang", "task", "timestamp")
 
     @property
     def vocab_size(self) -> int:
@@ -70,21 +70,16 @@ class OwsmTokenizer:
         return tuple(found[1] for token in self.tokens if (found := _TRANSLATION.fullmatch(token)))
 
     @property
+    def loss_after(self) -> int:
+        """Id of <sos>: language and task are targets too, previous text is none."""
+        return self.ids["<sos>"]
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over tokens and model."""
         digest = hashlib.blake2b("\n".join(self.tokens).encode(), digest_size=8)
         digest.update(self.model)
         return digest.hexdigest()
-
-    @property
-    def first_timestamp(self) -> int:
-        """Id of <0.00>; those that follow are 20 ms apart, up to <30.00>."""
-        return self.ids["<0.00>"]
-
-    @property
-    def last_timestamp(self) -> int:
-        """Id of <30.00>."""
-        return self.ids["<30.00>"]
 
     def encode(self, text: str, lang: str | None = None) -> list[int]:
         """Return the token ids of ``text``; one vocabulary serves all languages, and no special token is made."""
@@ -99,8 +94,8 @@ class OwsmTokenizer:
         return self.processor.decode_pieces(tokens)
 
     def piece(self, number: int) -> str:
-        """Return the SentencePiece piece, or special token, of an id."""
-        return self.tokens[number]
+        """Return the SentencePiece piece of an id; a special token has none and gives ""."""
+        return "" if _SPECIAL.fullmatch(self.tokens[number]) else self.tokens[number]
 
     def special_id(self, token: str) -> int:
         """Return the id of a special token, "<eng>" or "<|eng|>". Raises ConfigError where there is none."""

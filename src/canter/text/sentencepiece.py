@@ -51,6 +51,7 @@ class SentencePieceTokenizer:
     """
 
     detects_language = False
+    loss_after = None
 
     def __init__(
         self,

@@ -40,6 +40,11 @@ class Tokenizer(Protocol):
         """True if the model can write the language of the audio itself, as multilingual Whisper does."""
         ...
 
+    @property
+    def loss_after(self) -> int | None:
+        """Id of the prompt's token after which every token bears loss in training; None: no token of it does."""
+        ...
+
     def encode(self, text: str, lang: str | None = None) -> list[int]:
         """Return the ids of ``text``, without prompt and end token; ``lang`` selects one of several vocabularies."""
         ...

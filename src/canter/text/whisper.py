@@ -24,6 +24,8 @@ ENGLISH_END = 50256  # English-only models use GPT-2's vocabulary, one token sma
 class WhisperTokenizer:
     """Whisper's tokenizer: ids below ``<|endoftext|>`` are text, the others special tokens and timestamps."""
 
+    loss_after = None
+
     def __init__(self, serialised: str):
         try:
             self._backend = tokenizers.Tokenizer.from_str(serialised)

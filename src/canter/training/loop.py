@@ -26,6 +26,7 @@ from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.planning.sampler import PlannedStep
 from canter.runtime import is_out_of_memory
+from canter.text.characters import Characters
 from canter.training.config import TrainConfig
 from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.corpus import TrainingData
@@ -468,7 +469,9 @@ class Trainer:
         state = self.progress.state()
         snapshot = take_snapshot(state, self.model, self.optimizers, self.average, self.ranks)
         if snapshot is not None:
-            self.checkpoints.save(snapshot, self.model, self.data.characters)
+            targets = self.data.ctc_targets
+            alphabet = targets if isinstance(targets, Characters) else None
+            self.checkpoints.save(snapshot, self.model, alphabet)
 
     def _validate(self) -> None:
         """Validate the model, or its moving average, and mark the checkpoint if it is the best."""

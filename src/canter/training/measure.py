@@ -38,14 +38,22 @@ GPU_FRACTION = 0.95  # of a GPU's free memory
 DECIDING = ("model_shape", "device", "precision", "optimizer", "compile")
 
 
-def synthetic_batch(model: AnyModel, batch: int, frames: int, tokens: int, prompt: int) -> Batch:
-    """Return noise of B utterances of T encoder frames each, with U random tokens, on the device of the model."""
+def synthetic_batch(
+    model: AnyModel, batch: int, frames: int, tokens: int, prompt: int, ctc_weight: float | None = None
+) -> Batch:
+    """Return noise of B utterances of T encoder frames each, with U random tokens, on the device of the model.
+
+    There are targets for its CTC head, unless ``ctc_weight`` is 0.
+    """
     device = next(model.parameters()).device
     samples = max(1, round(frames * planned_frame_seconds(model) * model.sample_rate))
     characters = max(1, min(int(samples / model.sample_rate * CHARACTERS_PER_SECOND), 2 * frames))
     outputs = 2
-    if "characters" in model.supports and (ours := cast(SpeechModel, model)).ctc is not None:
-        outputs = max(2, ours.config.ctc_vocabulary)
+    if model.ctc is not None:
+        outputs = max(2, cast(SpeechModel, model).config.ctc_vocabulary)
+        if "characters" not in model.supports:
+            characters = min(tokens, frames)
+    characters *= ctc_weight != 0
     with device:
         return Batch(
             audio=(torch.randn(samples) * 0.1).repeat(batch, 1),
@@ -72,7 +80,7 @@ class SyntheticStep(ProbedStep):
         self.step = TrainingStep(decided(config), model, precision, steps=1000)
 
     def __call__(self, batch: int, frames: int, tokens: int) -> None:
-        data = synthetic_batch(self.step.model, batch, frames, tokens, self.prompt)
+        data = synthetic_batch(self.step.model, batch, frames, tokens, self.prompt, self.step.config.loss.ctc_weight)
         self.step.backward(data)  # which stays in memory through the update, as a batch of training does
         self.step.update(0, numbers=[0], count=1)
 
@@ -241,7 +249,8 @@ def fits(step: TrainingStep, shape: BatchShape, frame_seconds: float) -> bool:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             state = torch.empty(step.optimizers.missing_bytes(), dtype=torch.uint8, device=device)
-            step.backward(synthetic_batch(model, shape.batch, frames, min(max(2, shape.tokens), model.positions), 1))
+            tokens = min(max(2, shape.tokens), model.positions)
+            step.backward(synthetic_batch(model, shape.batch, frames, tokens, 1, step.config.loss.ctc_weight))
             fitted = True
             del state
         except (RuntimeError, MemoryError) as error:

@@ -131,21 +131,18 @@ def load_initial(
         raise ConfigError(f"{source}: the checkpoint has no tokenizer, without which it cannot be trained")
     if config.pad_seconds is not None:
         _set_padding(cast(SpeechModel, model), config.pad_seconds, config.init)
-    has_ctc = has_ctc_head(model)
-    if config.loss.ctc_weight and not has_ctc:
-        raise ConfigError(f"{source}: the checkpoint has no CTC head on characters; leave --loss.ctc-weight out")
-    if has_ctc and not config.loss.ctc_weight:
+    if config.loss.ctc_weight and model.ctc is None:
+        raise ConfigError(f"{source}: the checkpoint has no CTC head; leave --loss.ctc-weight out")
+    if model.ctc is not None and not config.loss.ctc_weight and "characters" not in model.supports:
+        if not checkpoints:
+            events.message("the checkpoint's CTC head stays as it is; --loss.ctc-weight 0.3 trains it, as ESPnet does")
+    elif model.ctc is not None and not config.loss.ctc_weight:
         if not checkpoints:
             events.message("the checkpoint's CTC head is left out; --loss.ctc-weight 0.3 trains it")
         ours = cast(SpeechModel, model)
         ours.ctc, ours.config = None, dataclasses.replace(ours.config, ctc_vocabulary=0)
     check_freeze(config, model)
     return model
-
-
-def has_ctc_head(model: AnyModel) -> bool:
-    """Return whether the model has a CTC head on characters."""
-    return "characters" in model.supports and cast(SpeechModel, model).ctc is not None
 
 
 def _set_padding(model: SpeechModel, seconds: float, source: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_wide_beam_by_ctc_only_finds_the_text_of_the_highest_probability(seed)
     tokens = [(), *((s,) for s in (1, 2, 3)), *itertools.product((1, 2, 3), repeat=2)]
     tokens += itertools.product((1, 2, 3), repeat=3)
     joint = Joint(PrefixScorer(Spelling(tokens), end=0, beams=20, device=CPU), weight=1.0)
-    search = BeamSearch(Rules({}, 0, CPU), 20, 0.0, False, in_place=True, pad=0, joint=joint)
+    search = BeamSearch(Rules({}, 0, CPU), 20, 0.0, False, style="nemo", pad=0, joint=joint)
     row = Row(limit=8, ctc=log_probs)
     search.add([row])
     generator = torch.Generator().manual_seed(seed)  # attention has no say

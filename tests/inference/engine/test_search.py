@@ -229,7 +229,7 @@ def test_timestamps_are_in_order(draws):
     for seed in draws:
         logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * 4
         rules.suppress(logits[1:], opening=not tokens)
-        rules.order_timestamps(logits, [1], [tokens])
+        rules.order_timestamps(logits, [False, True], [[], tokens])
         assert not torch.isinf(logits[0]).any()
         token = int(logits[1].argmax())
         if token == end:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from canter.inference.engine.alignment import Alignment, path_starts
 from canter.inference.engine.requests import Hypothesis
+from canter.inference.engine.timestamps import TimestampTokens
 from canter.inference.transcript.reading import (
     Assembly,
     Fallback,
-    WhisperPolicy,
+    WindowPolicy,
     compression_ratio,
     ended_early,
     in_speech,
@@ -26,6 +27,7 @@ from canter.inference.transcript.segments import Segment, Word
 from canter.text import Characters
 
 FIRST = 1000  # a first timestamp
+STAMPS = TimestampTokens(FIRST, FIRST + 1500)
 
 
 def cheapest(cost: np.ndarray) -> float:
@@ -116,10 +118,10 @@ def test_words(text, expected):
 def test_segments_of_timestamps():
     tokens = [FIRST, *tokens_of(" ab"), FIRST + 50, FIRST + 100, *tokens_of(" cd"), FIRST + 200]
     tokens += [FIRST + 250, *tokens_of(" e")]
-    found = segments_of(Hypothesis(None, tokens, True), Spelled(), 5.5, FIRST)
+    found = segments_of(Hypothesis(None, tokens, True), Spelled(), 5.5, STAMPS)
     assert [(one.start, one.end, one.text) for one in found] == [(0, 1, "ab"), (2, 4, "cd"), (5, 5.5, "e")]
     with_words = Hypothesis(None, tokens, True, alignment=aligned(" ab cd e"))
-    found = segments_of(with_words, Spelled(), 5.5, FIRST)
+    found = segments_of(with_words, Spelled(), 5.5, STAMPS)
     assert [[word.text for word in one.words] for one in found] == [[" ab"], [" cd"], [" e"]]
 
 
@@ -129,7 +131,7 @@ def test_pauses_are_no_part_of_the_words_beside_them():
     starts = [0.0, 3.0, 3.4, 3.8, 4.0, 4.2, 4.4, 7.0, 7.2, 7.4, 7.6, 7.8, 10.0]
     alignment = Alignment(tuple(tokens), tuple(starts), (1.0,) * len(tokens))
     stamped = [FIRST, *tokens_of(" a b c"), FIRST + 225, FIRST + 350, *tokens_of(" a b c"), FIRST + 400]
-    found = segments_of(Hypothesis(None, stamped, True, alignment=alignment), Spelled(), 10.0, FIRST)
+    found = segments_of(Hypothesis(None, stamped, True, alignment=alignment), Spelled(), 10.0, STAMPS)
     times = [[(round(word.start, 2), round(word.end, 2)) for word in one.words] for one in found]
     assert times == [
         [(2.0, 3.4), (3.4, 4.0), (4.0, 4.4)],  # 1.4 s: the median is over LONG_WORD
@@ -154,7 +156,7 @@ def test_where_a_hypothesis_ended_early(times, seconds, expected):
     tokens = []
     for one in times:
         tokens += tokens_of(one) if isinstance(one, str) else [FIRST + round(50 * one)]
-    assert ended_early(Hypothesis(None, tokens, True), seconds, FIRST) == expected
+    assert ended_early(Hypothesis(None, tokens, True), seconds, STAMPS) == expected
 
 
 def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
@@ -178,20 +180,20 @@ def voiced(*spans: tuple[float, float], seconds: float) -> np.ndarray:
 def test_after_one_timestamp_the_detector_is_asked(spans, expected):
     """The model reports silence after the text, as it also does after a window that ends too early."""
     tokens = [FIRST, *tokens_of("ab"), FIRST + 100]
-    found = ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, voiced(*spans, seconds=10.0))
+    found = ended_early(Hypothesis(None, tokens, True), 10.0, STAMPS, voiced(*spans, seconds=10.0))
     assert found == (None if expected is None else pytest.approx(expected, abs=0.03))
     of_a_rest = voiced((0.0, 5.0), *((start + 5, end + 5) for start, end in spans), seconds=15.0)
-    assert ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, of_a_rest) == found
-    assert ended_early(Hypothesis(None, tokens, True), 10.0, FIRST, np.zeros(0, bool)) is None
+    assert ended_early(Hypothesis(None, tokens, True), 10.0, STAMPS, of_a_rest) == found
+    assert ended_early(Hypothesis(None, tokens, True), 10.0, STAMPS, np.zeros(0, bool)) is None
     without = Hypothesis(None, tokens[1:], True)  # it was not asked for timestamps
-    assert ended_early(without, 10.0, FIRST, voiced((0.0, 9.5), seconds=10.0)) is None
+    assert ended_early(without, 10.0, STAMPS, voiced((0.0, 9.5), seconds=10.0)) is None
 
 
 def test_speech_without_text_is_decoded_again():
     """One word stands for sixteen seconds of speech: decoding continues in the pause after that word."""
     tokens = [FIRST, *tokens_of("abc" * 20), FIRST + 250, FIRST + 250, *tokens_of("de"), FIRST + 1050]
     speech = voiced((0.0, 6.4), (6.8, 12.0), (12.5, 21.0), seconds=22.0)
-    asked = (Hypothesis(None, tokens, True), Spelled(), 22.0, FIRST)
+    asked = (Hypothesis(None, tokens, True), Spelled(), 22.0, STAMPS)
     assert skipped(*asked, speech) == pytest.approx(6.4, abs=0.03)
     assert skipped(*asked, None) is skipped(*asked, np.zeros(0, bool)) is None
     assert skipped(*asked, voiced((0.0, 6.4), seconds=22.0)) is None  # the rest is silence
@@ -296,7 +298,7 @@ def test_fallback():
 
     def retry(hypothesis, text):
         tokenizer = SimpleNamespace(decode=lambda tokens: text)
-        return WhisperPolicy(tokenizer, rule).retry(hypothesis)
+        return WindowPolicy(tokenizer, rule).retry(hypothesis)
 
     good = Hypothesis(None, [1] * 9, True, logprob=-1.0)
     assert retry(good, "a text that is said once") is None

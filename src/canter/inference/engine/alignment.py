@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from canter.inference.engine.timestamps import timestamp_tokens
 from canter.models.model import SpeechModel
 
 MEDIAN_FRAMES = 7  # width of the median filter
@@ -38,9 +39,10 @@ def align(
     """
     decoder, generation = model.decoder, model.generation
     prompt, tokens = list(prompt), list(tokens)
-    no_timestamps = generation.get("no_timestamps_token_id")
-    if no_timestamps is not None:  # Whisper: ids from the end token on are special
-        tokens = [token for token in tokens if token < end]
+    no_timestamps, stamps = generation.get("no_timestamps_token_id"), timestamp_tokens(generation)
+    if stamps is not None and no_timestamps is not None:
+        last = end if end < stamps.first else model.vocabulary  # Whisper: ids from the end token on are special
+        tokens = [token for token in tokens if token < last and token not in stamps]
         prompt += [] if no_timestamps in prompt else [no_timestamps]
     tokens = tokens[: model.config.decoder.positions - len(prompt) - 1]
     if not tokens:

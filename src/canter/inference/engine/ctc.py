@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canter.errors import ConfigError
+from canter.inference.engine.timestamps import timestamp_tokens
 from canter.models.cache import swap_out
 from canter.models.model import SpeechModel
 
@@ -21,6 +22,8 @@ DECAY = 60.0
 """Forward variables this far below their maximum, in nats, are omitted."""
 LOOK_AHEAD = 16  # frames that a window first grows by when a symbol is appended
 PADDING = -1e7  # log probability of every output after an utterance's last frame
+PROMPT_FRAMES = 3
+"""ESPnet's prefix scores count the tokens after <sos> in OWSM's prompt as if each took a frame of the audio."""
 RULED_OUT = PADDING / 2  # below the log probability of every alignment of real frames
 
 
@@ -48,6 +51,8 @@ class Spelling:
     blank: int = 0
     separator: int | None = None
     """Output that no text begins with, such as the space; it is dropped at the start of a hypothesis."""
+    silent_frames: int = 0
+    """Frames at the start of the audio in which no text begins."""
 
     def at_start(self, symbols: tuple[int, ...]) -> tuple[int, ...]:
         """Return ``symbols`` without separators at the start."""
@@ -63,6 +68,10 @@ def spelling_of(model: SpeechModel) -> Spelling:
     if model.ctc is None:
         raise ConfigError("--ctc-weight: this model has no CTC head; leave the option out")
     tokenizer, characters = model.tokenizer, model.characters
+    if model.config.ctc_vocabulary == model.vocabulary:
+        stamps = timestamp_tokens(model.generation) or ()
+        return Spelling([() if token in stamps else (token,) for token in range(model.vocabulary)],
+                        silent_frames=PROMPT_FRAMES)  # fmt: skip
     if characters is None or not hasattr(tokenizer, "piece"):
         raise ConfigError(
             "--ctc-weight: it is not known how this model's CTC head spells its tokens (a run's checkpoint has "
@@ -87,12 +96,13 @@ class PrefixScorer:
 
     def __init__(self, spelling: Spelling, end: int, beams: int, device: torch.device):
         self.end, self.beams, self.device = end, beams, device
-        self.blank = spelling.blank
+        self.blank, self.silent_frames = spelling.blank, spelling.silent_frames
         starts = [spelling.at_start(symbols) for symbols in spelling.symbols]
         longest = max(map(len, spelling.symbols), default=0)
         table = [[*symbols, *[-1] * (longest - len(symbols))] for symbols in (*starts, *spelling.symbols)]
         # (2, V, longest): at the start of a hypothesis, and later; -1 after the last symbol
         self.symbols = torch.tensor(table, device=device).view(2, len(starts), longest)
+        self.is_blank = torch.tensor([self.blank in symbols for symbols in spelling.symbols], device=device)
         self.silent = torch.tensor([not symbols for symbols in spelling.symbols], device=device)
         self.silent[end] = False
         self.log_probs = torch.zeros(0, 1, 0, device=device)  # (S, C, T)
@@ -114,6 +124,7 @@ class PrefixScorer:
         pause = self.log_probs[first:, self.blank].double().cumsum(-1)
         pause = F.pad(pause, (1, 0)).repeat_interleave(n, 0)  # (N x rows, T + 1): the blank so far
         empty = _Hypotheses.empty(len(pause), self.device)
+        pause[:, : self.silent_frames] = -math.inf
         empty.forward = torch.stack([torch.full_like(pause, -math.inf), pause])
         empty.trim()
         self.live = _Hypotheses.cat([self.live, empty])
@@ -152,7 +163,7 @@ class PrefixScorer:
         self.scored.append(found)
         after = torch.where(ends, before.complete(self.frames[rows]), found.prefix)
         scores = (after - before.prefix).masked_fill(before.prefix < RULED_OUT, 0.0)  # no alignment is left
-        return scores.clamp(min=IMPOSSIBLE)
+        return scores.clamp(min=IMPOSSIBLE).masked_fill(self.is_blank[tokens], -math.inf)
 
     def _append(self, now: "_Hypotheses", rows: Tensor, symbols: Tensor) -> "_Hypotheses":
         """Return the hypotheses of ``rows`` (M,) with one more of ``symbols`` (M,)."""

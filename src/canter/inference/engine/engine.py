@@ -285,13 +285,14 @@ class Engine:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
             return Greedy(self.rules, guard, joint)
         whisper = self.rules.no_timestamps is not None
+        style = self.model.generation.get("beam_search") or ("huggingface" if whisper else "nemo")
         penalty = config.length_penalty
         return BeamSearch(
             self.rules,
             config.beams,
-            (1.0 if whisper else 0.0) if penalty is None else penalty,
+            (1.0 if style == "huggingface" else 0.0) if penalty is None else penalty,
             config.early_stopping,
-            in_place=not whisper,
+            style,
             pad=self.model.config.decoder.pad,
             joint=joint,
         )
@@ -631,13 +632,8 @@ class _WithEngine(Protocol):
 def engine_for(model: AnyModel, end: int, config: EngineConfig) -> Engine:
     """Return the engine that decodes ``model``: a model of another library has its own.
 
-    Raises ConfigError where that one is asked for joint decoding, and for OWSM, whose decoding rules are missing.
+    Raises ConfigError where that one is asked for joint decoding.
     """
-    if model.generation.get("timestamp_rules") == "espnet":
-        raise ConfigError(
-            f"{model.shape} is an OWSM model: its order of timestamps is not implemented, so it can be converted, "
-            "measured and trained, but not decoded yet"
-        )
     if "cached_decoding" in model.supports:
         return Engine(cast(SpeechModel, model), end, config)
     if config.ctc_weight:

@@ -6,13 +6,14 @@ Rows are in slots as in the decoder's cache. B: rows, N: beams, R: rows of logit
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from canter.inference.engine.ctc import Joint
+from canter.inference.engine.timestamps import TimestampTokens, WhisperOrder, timestamp_order
 from canter.models.cache import swap_out
 
 BLOCK = 64  # logits per block in `best`
@@ -22,12 +23,7 @@ LEAST_REPEATS = 8
 
 
 class Rules:
-    """Constraints on the next token: suppressed tokens, and the order of Whisper's timestamps.
-
-    With timestamps (Radford et al., 2022, section 4.5) a transcript begins with one within the first second; they come
-    in pairs, except before the end; they never decrease; and where their probabilities together exceed that of every
-    token of text, the next token is a timestamp.
-    """
+    """Constraints on the next token: suppressed tokens, and the order of timestamps."""
 
     def __init__(self, generation: Mapping[str, Any], end: int, device: torch.device):
         """Read the constraints from ``generation``, in the terms of Hugging Face's ``generation_config.json``."""
@@ -38,19 +34,19 @@ class Rules:
         )
         self.never, self.never_first = never, torch.cat([never, at_first])
         self.no_timestamps: int | None = generation.get("no_timestamps_token_id")
-        most = generation.get("max_initial_timestamp_index")
-        self.latest_first = 50 if most is None else int(most)
+        self.order = timestamp_order(generation, end)
+        self.renormalised = isinstance(self.order, WhisperOrder)
+        """True where greedy search's log probabilities are those among the allowed tokens, as in openai-whisper."""
+
+    @property
+    def timestamps(self) -> TimestampTokens | None:
+        """Ids of timestamps; None for a model without them."""
+        return self.order.stamps if self.order else None
 
     @property
     def no_speech(self) -> int | None:
         """Id of Whisper's no-speech token, which precedes <|notimestamps|>."""
-        return None if self.no_timestamps is None else self.no_timestamps - 1
-
-    @property
-    def first_timestamp(self) -> int:
-        """Id of <|0.00|>."""
-        assert self.no_timestamps is not None
-        return self.no_timestamps + 1
+        return self.no_timestamps - 1 if self.no_timestamps is not None and self.renormalised else None
 
     def has_timestamps(self, prompt: Sequence[int]) -> bool:
         """Return whether the model writes timestamps after this prompt."""
@@ -63,41 +59,11 @@ class Rules:
             # An assignment would copy the number to the GPU and wait for it.
             logits.index_fill_(1, which, -math.inf)
 
-    def order_timestamps(self, logits: Tensor, rows: Sequence[int], written: Sequence[Sequence[int]]) -> None:
-        """Enforce the order of timestamps in ``rows`` of logits (R, V), whose tokens after the prompt are
-        ``written``."""
-        first = self.first_timestamp
-        size = logits.shape[1] - first
-        low, high, no_text, no_stamp = (np.zeros(len(rows), dtype=np.int64) for _ in range(4))
-        high[:] = size
-        for index, tokens in enumerate(written):
-            if not tokens:
-                no_text[index], high[index] = logits.shape[1], self.latest_first + 1
-                continue
-            last_is = tokens[-1] >= first
-            before_is = len(tokens) < 2 or tokens[-2] >= first
-            last = next((token - first for token in reversed(tokens) if token >= first), None)
-            if last is not None:
-                low[index] = last if last_is and not before_is else last + 1
-            if last_is and before_is:
-                no_stamp[index] = 1
-            elif last_is:
-                no_text[index] = self.end
-        device = logits.device
-        part = logits[list(rows)] if len(rows) < len(logits) else logits
-        place = torch.arange(size, device=device)
-        stamps = part[:, first:]
-        bounds = torch.from_numpy(np.stack([low, high])).to(device)[:, :, None]
-        out = (place < bounds[0]) | (place >= bounds[1]) | torch.from_numpy(no_stamp > 0).to(device)[:, None]
-        stamps.masked_fill_(out, -math.inf)
-        part[:, first - 1] = -math.inf
-        text = part[:, :first]
-        for index in np.flatnonzero(no_text):
-            text[index, : no_text[index]] = -math.inf
-        likelier = stamps.logsumexp(-1) > text.amax(-1)
-        text.masked_fill_(likelier[:, None], -math.inf)
-        if part is not logits:
-            logits[list(rows)] = part
+    def order_timestamps(self, logits: Tensor, stamped: Sequence[bool], written: Sequence[Sequence[int]]) -> None:
+        """Enforce the order of timestamps in logits (R, V) of rows whose tokens after the prompt are ``written``;
+        ``stamped``: the rows with timestamps."""
+        if self.order:
+            self.order.apply(logits, stamped, written)
 
 
 class RepetitionGuard:
@@ -295,11 +261,16 @@ class Greedy:
 
     def choose(self, logits: Tensor, first: int, opening: bool) -> tuple[list[int], Tensor | None]:
         scores, rows = logits[:, 0].float(), self.rows[first:]
+        scored = bool(self.joint) or any(row.scored for row in rows)
+        total = scores.logsumexp(-1) if scored and not self.rules.renormalised else None
         self.rules.suppress(scores, opening)
-        stamped = [index for index, row in enumerate(rows) if row.stamped]
-        if stamped:
-            self.rules.order_timestamps(scores, stamped, [rows[index].tokens for index in stamped])
-        chosen = self._jointly(scores, rows, first) if self.joint else self._by_attention(scores, rows)
+        self.rules.order_timestamps(scores, [row.stamped for row in rows], [row.tokens for row in rows])
+        if scored and total is None:
+            total = scores.logsumexp(-1)
+        if self.joint and total is not None:
+            chosen = self._jointly(self.joint, scores - total[:, None], rows, first)
+        else:
+            chosen = self._by_attention(scores, rows, total)
         ended, end = [], self.rules.end
         repeating = self.guard.took(chosen, first)
         for slot, (row, token) in enumerate(zip(rows, chosen), first):
@@ -316,8 +287,7 @@ class Greedy:
                 ended.append(slot)
         return ended, None
 
-    def _by_attention(self, scores: Tensor, rows: Sequence[Row]) -> list[int]:
-        total = scores.logsumexp(-1) if any(row.scored for row in rows) else None
+    def _by_attention(self, scores: Tensor, rows: Sequence[Row], total: Tensor | None) -> list[int]:
         chosen = scores.argmax(-1).tolist()
         for index, row in enumerate(rows):
             if row.temperature:
@@ -329,14 +299,12 @@ class Greedy:
                 row.steps.append(logprob)
         return chosen
 
-    def _jointly(self, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
-        assert self.joint
-        scores = scores.log_softmax(-1)
+    def _jointly(self, joint: Joint, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
         attention, tokens = candidates(scores, CANDIDATES, self.rules.end)
         before = attention.new_zeros(len(rows), 1, dtype=torch.float64)
-        joint, numbers = self.joint.scores(attention[:, None], tokens[:, None], before, first, wanted=1)
-        values, places = joint[:, 0].max(-1, keepdim=True)
-        self.joint.scorer.choose(first, numbers[:, 0].gather(1, places)[:, 0])
+        sums, numbers = joint.scores(attention[:, None], tokens[:, None], before, first, wanted=1)
+        values, places = sums[:, 0].max(-1, keepdim=True)
+        joint.scorer.choose(first, numbers[:, 0].gather(1, places)[:, 0])
         chosen = tokens.gather(1, places)[:, 0].tolist()
         for row, value in zip(rows, values[:, 0].tolist()):
             if row.scored:
@@ -356,17 +324,29 @@ class _Beams:
     """Finished hypotheses, best first: score, sum of log probabilities, tokens, and True for one with an end token."""
 
 
+BeamStyle = Literal["nemo", "huggingface", "espnet"]
+"""Library whose beam search is computed."""
+PRE_BEAM = 1.5  # tokens per beam that ESPnet's joint search scores with CTC, as a multiple of the beam size
+END_LENGTHS, END_MARGIN = 3, 10.0
+"""ESPnet's search stops once the best finished hypothesis of each of END_LENGTHS lengths in a row is END_MARGIN nats
+worse than the best of all (Watanabe et al., 2017, equation 50)."""
+
+
 class BeamSearch:
     """Beam search: the N best hypotheses at every step.
 
-    ``in_place=False`` is the search of `transformers`: finished hypotheses are set aside while N others continue, and
-    scores are divided by (tokens ** length_penalty), end token counted. The row ends when the best live beam could not
-    enter the N finished ones at its present length, or with ``early_stopping`` as soon as N are finished.
-    ``in_place=True`` is the search of NeMo: a finished hypothesis keeps its place among the N, and scores are divided
-    by ((5 + length) / 6) ** length_penalty, prompt counted (Wu et al., 2016). The row ends when all have ended.
+    The style "huggingface" is the search of `transformers`: finished hypotheses are set aside while N others continue,
+    and scores are divided by (tokens ** length_penalty), end token counted. The row ends when the best live beam could
+    not enter the N finished ones at its present length, or with ``early_stopping`` as soon as N are finished.
+    "nemo": a finished hypothesis keeps its place among the N, and scores are divided by
+    ((5 + length) / 6) ** length_penalty, prompt counted (Wu et al., 2016). The row ends when all have ended.
+    "espnet": hypotheses among the N best that finish are set aside, those that are left are extended to N again, and
+    every token adds ``length_penalty`` to the score. The row ends when all N finish at once, or when further ones have
+    become hopeless.
 
     Rows with a temperature draw N hypotheses independently and are sorted by mean log probability. With ``joint``,
-    scores combine CTC and attention, for the 2N most probable tokens of each beam by attention and the end token.
+    scores combine CTC and attention, for the most probable tokens of each beam by attention (2N; ESPnet: 1.5 N) and the
+    end token.
     """
 
     def __init__(
@@ -375,12 +355,12 @@ class BeamSearch:
         beams: int,
         length_penalty: float,
         early_stopping: bool,
-        in_place: bool,
+        style: BeamStyle,
         pad: int,
         joint: Joint | None = None,
     ):
         self.rules, self.beams, self.pad, self.joint = rules, beams, pad, joint
-        self.length_penalty, self.early_stopping, self.in_place = length_penalty, early_stopping, in_place
+        self.length_penalty, self.early_stopping, self.style = length_penalty, early_stopping, style
         self.rows: list[Row] = []
         self.state: list[_Beams] = []
 
@@ -412,14 +392,13 @@ class BeamSearch:
         if scores.data_ptr() == logits.data_ptr():
             scores = scores.clone()
         self.rules.suppress(scores, opening)
-        stamped = [i * width + beam for i, row in enumerate(rows) if row.stamped for beam in range(width)]
-        if stamped:
-            written = [states[i // width].tokens[i % width] for i in stamped]
-            self.rules.order_timestamps(scores, stamped, written)
+        stamped = [row.stamped for row in rows for _ in range(width)]
+        self.rules.order_timestamps(scores, stamped, [tokens for beams in states for tokens in beams.tokens[:width]])
         shape = (len(rows), width, -1)
         numbers = None
         if self.joint:
-            values, tokens = candidates(scores, 2 * n, self.rules.end)
+            most = int(PRE_BEAM * n) if self.style == "espnet" else 2 * n
+            values, tokens = candidates(scores, most, self.rules.end)
             attention = (values - total[:, None]).view(shape)
             sums, choices, numbers = self._jointly(self.joint, attention, tokens.view(shape), first)
         else:
@@ -432,10 +411,8 @@ class BeamSearch:
             if row.temperature:
                 part = scores[index * width : (index + 1) * width]
                 parents[index] = self._draw(row, beams, part, total[index * width : (index + 1) * width])
-            elif self.in_place:
-                parents[index] = self._keep_places(row, beams, sums[index], choices[index])
             else:
-                parents[index] = self._set_aside(row, beams, sums[index], choices[index])
+                parents[index] = self._extend(row, beams, sums[index], choices[index])
             if row.alternatives:
                 row.tokens, row.logprob, row.finished = row.alternatives[0]
                 ended.append(first + index)
@@ -453,7 +430,7 @@ class BeamSearch:
         ended = torch.tensor([beams.ended[:width] for beams in states], device=tokens.device)
         attention = attention.masked_fill(ended[:, :, None], -math.inf)
         before = torch.from_numpy(np.stack([beams.scores[:width] for beams in states])).to(tokens.device)
-        wanted = self.beams if self.in_place else 2 * self.beams
+        wanted = 2 * self.beams if self.style == "huggingface" else self.beams
         totals, numbers = joint.scores(attention, tokens, before, first, wanted)
         sums = (totals - before[:, :, None]).cpu().numpy()
         order = np.argsort(-sums, axis=-1, kind="stable")
@@ -473,8 +450,16 @@ class BeamSearch:
                     picked[row, beam] = numbers[row, parent, place[0]] if len(place) else -1
         return picked.ravel()
 
+    def _extend(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
+        """Extend the beams of a row by candidates (N, K), best first, and return their parents."""
+        if self.style == "nemo":
+            return self._keep_places(row, beams, sums, choices)
+        if self.style == "espnet":
+            return self._refill(row, beams, sums, choices)
+        return self._set_aside(row, beams, sums, choices)
+
     def _normaliser(self, tokens: int, prompt: int) -> float:
-        if self.in_place:
+        if self.style == "nemo":
             return ((5 + prompt + tokens) / 6) ** self.length_penalty
         return tokens**self.length_penalty
 
@@ -527,6 +512,40 @@ class BeamSearch:
         if all(beams.ended) or longest >= row.limit:
             row.alternatives = [(tokens, total, by_end) for _, total, tokens, by_end, _ in kept]
         return [parent for *_, parent in kept]
+
+    def _refill(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
+        n, length = self.beams, max(map(len, beams.tokens)) + 1
+        totals = beams.scores[: len(sums), None] + sums + self.length_penalty
+        totals[np.array(beams.ended[: len(sums)])] = -math.inf
+        order = np.argsort(-totals.ravel(), kind="stable")[:n]
+        parents, scores, written = [], [], []
+        for place in order.tolist():
+            parent, token, total = place // sums.shape[1], int(choices.flat[place]), float(totals.flat[place])
+            by_end = token == self.rules.end
+            tokens = beams.tokens[parent] if by_end else [*beams.tokens[parent], token]
+            if total == -math.inf:
+                break
+            if by_end or length >= row.limit:
+                beams.done.append((total, total, tokens, by_end))
+            else:
+                parents.append(parent)
+                scores.append(total)
+                written.append(tokens)
+        if not parents or self._hopeless(beams.done, length - 1 - row.prompt):
+            best_first = sorted(beams.done, key=lambda one: -one[0])[:n]
+            row.alternatives = [(tokens, total, by_end) for _, total, tokens, by_end in best_first]
+        missing = n - len(parents)
+        beams.scores, beams.tokens = np.array(scores + [-math.inf] * missing), written + [[] for _ in range(missing)]
+        beams.ended = [False] * len(parents) + [True] * missing
+        return parents + [0] * missing
+
+    def _hopeless(self, done: Sequence[tuple[float, float, list[int], bool]], longest: int) -> bool:
+        """Return whether the finished hypotheses of ``longest`` tokens, end token included, and of the lengths before
+        are far worse than the best; ESPnet looks as many tokens back as the prompt is long."""
+        top = max((score for score, *_ in done), default=0.0)
+        lengths = range(longest, longest - END_LENGTHS, -1)
+        found = [[score for score, _, tokens, _ in done if len(tokens) + 1 == length] for length in lengths]
+        return all(scores and max(scores) - top < -END_MARGIN for scores in found)
 
     def _draw(self, row: Row, beams: _Beams, logits: Tensor, total: Tensor) -> list[int]:
         n = self.beams

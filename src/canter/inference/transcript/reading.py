@@ -10,11 +10,12 @@ import numpy as np
 
 from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.requests import Hypothesis
+from canter.inference.engine.timestamps import TimestampTokens
 from canter.inference.transcript.segments import UNSPACED, Segment, Word
 from canter.inference.transcript.vad import FRAME
+from canter.text.owsm import OwsmTokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer
 from canter.text.tokenizer import Tokenizer
-from canter.text.whisper import TIMESTAMP_SECONDS
 
 OPENING = "\"'“¿([{-"  # punctuation that belongs to the word after it (openai-whisper's lists)
 CLOSING = "\"'.。,，!！?？:：”)]}、"
@@ -58,15 +59,18 @@ class Fallback:
         return self.no_speech is not None and hypothesis.no_speech > self.no_speech and unlikely
 
 
+NO_FALLBACK = Fallback((), None, None, None)
+"""Thresholds of a model that is decoded once, and never found silent."""
+
+
 @dataclass(frozen=True)
-class WhisperPolicy:
+class WindowPolicy:
     """Whisper's rules for decoding a window again, at a higher temperature or from where its text ended early; a
-    `DecodingPolicy` of the engine."""
+    `DecodingPolicy` of the engine. OWSM is only decoded on from there."""
 
     tokenizer: Tokenizer
     fallback: Fallback
-    first_timestamp: int | None = None
-    """Id of <|0.00|>; None for a model without timestamps."""
+    timestamps: TimestampTokens | None = None
     voiced: np.ndarray | None = field(default=None, compare=False)
     """(F,) True for speech, in frames of FRAME seconds that end with the audio; None if unknown."""
 
@@ -83,11 +87,11 @@ class WhisperPolicy:
 
     def continue_at(self, hypothesis: Hypothesis, seconds: float) -> float | None:
         """Return the time from which to decode on, before the end at ``seconds``; None where nothing is missing."""
-        if self.first_timestamp is None or self.fallback.silent(hypothesis):
+        if self.timestamps is None or self.fallback.silent(hypothesis):
             return None
-        place = ended_early(hypothesis, seconds, self.first_timestamp, self.voiced)
+        place = ended_early(hypothesis, seconds, self.timestamps, self.voiced)
         if place is None:
-            place = skipped(hypothesis, self.tokenizer, seconds, self.first_timestamp, self.voiced)
+            place = skipped(hypothesis, self.tokenizer, seconds, self.timestamps, self.voiced)
         return place
 
 
@@ -113,7 +117,7 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
 
 def _raw(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """Return the text with leading space, which ``decode`` strips."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
+    if isinstance(tokenizer, SentencePieceTokenizer | OwsmTokenizer):
         return "".join(map(tokenizer.piece, tokens)).replace("▁", " ")
     return tokenizer.decode(tokens, special=True)
 
@@ -133,19 +137,19 @@ def _merged(one: Word, other: Word) -> Word:
 
 
 def segments_of(
-    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int | None = None
+    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, timestamps: TimestampTokens | None = None
 ) -> list[Segment]:
     """Return the segments of a chunk of ``seconds`` seconds, with times from its start.
 
-    Timestamps that the model wrote are the bounds: those of Whisper, the first of which has the id ``first_timestamp``
-    (an unfinished last segment ends with the audio), or those of Canary, which surround every word. Without timestamps
-    the chunk is one segment. An alignment gives the times of words.
+    Timestamps that the model wrote are the bounds: ``timestamps`` of Whisper and OWSM (an unfinished last segment ends
+    with the audio), or those of Canary, which surround every word. Without timestamps the chunk is one segment. An
+    alignment gives the times of words.
     """
     tokens = hypothesis.tokens
     spans: list[tuple[float, float, list[int]]] = []
     words: list[Word] = []
-    if first_timestamp is not None and any(token >= first_timestamp for token in tokens):
-        spans = _whisper_spans(tokens, first_timestamp, seconds)
+    if timestamps is not None and any(token in timestamps for token in tokens):
+        spans = _stamped_spans(tokens, timestamps, seconds)
     else:
         words = _canary_words(tokenizer.decode(tokens, special=True))
         begin, end = (words[0].start, words[-1].end) if words else (0.0, seconds)
@@ -166,24 +170,25 @@ def segments_of(
 
 
 def ended_early(
-    hypothesis: Hypothesis, seconds: float, first_timestamp: int, voiced: np.ndarray | None = None
+    hypothesis: Hypothesis, seconds: float, timestamps: TimestampTokens, voiced: np.ndarray | None = None
 ) -> float | None:
-    """Return the time at which a Whisper's hypothesis ended before its audio of ``seconds`` did, else None.
+    """Return the time at which a hypothesis ended before its audio of ``seconds`` did, else None.
 
     Of a sentence that the end of the window divides, Whisper often writes only the first timestamp, and its command
-    line begins the next window there (Radford et al., 2022, section 4.5). A single timestamp at the end means that
-    no speech follows; that is accepted unless ``voiced`` (F,) has speech there (see `WhisperPolicy`).
+    line begins the next window there (Radford et al., 2022, section 4.5). A single timestamp at the end, as OWSM always
+    writes it, means that no speech follows; that is accepted unless ``voiced`` (F,) has speech there (see
+    `WindowPolicy`).
     """
     tokens = hypothesis.tokens
-    if not tokens or tokens[-1] < first_timestamp:
+    if not tokens or tokens[-1] not in timestamps:
         return None
-    begins = (tokens[-1] - first_timestamp) * TIMESTAMP_SECONDS
+    begins = timestamps.seconds(tokens[-1])
     if begins < MIN_WINDOW or seconds - begins <= MIN_WINDOW:
         return None
-    if len(tokens) == 1 or tokens[-2] >= first_timestamp:
+    if len(tokens) == 1 or tokens[-2] in timestamps:
         return begins
     left = round((seconds - begins) / FRAME)
-    if voiced is None or not 0 < left <= len(voiced) or tokens[0] < first_timestamp:
+    if voiced is None or not 0 < left <= len(voiced) or tokens[0] not in timestamps:
         return None
     after = np.flatnonzero(voiced[len(voiced) - left :])
     after = after[after * FRAME >= TAIL]  # the last word may end after its timestamp
@@ -193,15 +198,15 @@ def ended_early(
 
 
 def skipped(
-    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, first_timestamp: int, voiced: np.ndarray | None
+    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, timestamps: TimestampTokens, voiced: np.ndarray | None
 ) -> float | None:
-    """Return the time from which to decode on where the last segment of a Whisper's hypothesis has next to no text for
-    the speech in it, so that the model has skipped some: the first pause after the usual duration of the text. None
-    where nothing was skipped."""
+    """Return the time from which to decode on where the last segment of a hypothesis has next to no text for the speech
+    in it, so that the model has skipped some: the first pause after the usual duration of the text. None where nothing
+    was skipped."""
     tokens = hypothesis.tokens
-    if voiced is None or not len(voiced) or not tokens or tokens[0] < first_timestamp:
+    if voiced is None or not len(voiced) or not tokens or tokens[0] not in timestamps:
         return None
-    spans = _whisper_spans(tokens, first_timestamp, seconds)
+    spans = _stamped_spans(tokens, timestamps, seconds)
     if not spans:
         return None
     begin, end, part = spans[-1]
@@ -246,22 +251,24 @@ def _in_speech(segment: Segment, places: np.ndarray) -> Segment:
     return replace(segment, start=start, end=end, words=tuple(words))
 
 
-def _whisper_spans(tokens: Sequence[int], first: int, seconds: float) -> list[tuple[float, float, list[int]]]:
+def _stamped_spans(
+    tokens: Sequence[int], timestamps: TimestampTokens, seconds: float
+) -> list[tuple[float, float, list[int]]]:
     spans: list[tuple[float, float, list[int]]] = []
     begin, part = 0.0, list[int]()
     for token in tokens:
-        if token < first:
+        if token not in timestamps:
             part.append(token)
             continue
-        time = min((token - first) * TIMESTAMP_SECONDS, seconds)
-        if any(one < first for one in part):
+        time = min(timestamps.seconds(token), seconds)
+        if any(one not in timestamps for one in part):
             time = max(time, begin)  # a model without timestamps in its prompt may write any
             spans.append((begin, time, [*part, token]))
             part = []
             begin = time
         else:
             begin, part = time, [token]
-    if any(one < first for one in part):
+    if any(one not in timestamps for one in part):
         spans.append((begin, seconds, part))
     return spans
 

@@ -188,8 +188,12 @@ def read_espnet(folder: str | Path) -> SpeechModel:
     model.generation = {
         "eos_token_id": tokenizer.end,
         "pad_token_id": tokenizer.pad,
+        "decoder_start_token_id": tokenizer.ids["<sos>"],
         "no_timestamps_token_id": tokenizer.ids["<notimestamps>"],
+        "first_timestamp_token_id": tokenizer.ids["<0.00>"],
+        "last_timestamp_token_id": tokenizer.ids["<30.00>"],
         "timestamp_rules": "espnet",
+        "beam_search": "espnet",
     }
     return model
 

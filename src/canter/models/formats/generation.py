@@ -37,11 +37,14 @@ IDS = (
     "pad_token_id",
     "decoder_start_token_id",
     "no_timestamps_token_id",
+    "first_timestamp_token_id",
+    "last_timestamp_token_id",
     "forced_bos_token_id",
     "prev_sot_token_id",
 )
 """Ids that decoding reads; others, such as ``bos_token_id``, have defaults of larger vocabularies in many files."""
 ONE_OR_MORE = ("eos_token_id", "decoder_start_token_id")
+CHOICES = {"timestamp_rules": ("whisper", "espnet"), "beam_search": ("nemo", "huggingface", "espnet")}
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
 
@@ -78,6 +81,9 @@ def check_generation(
             for one in value:
                 if not is_id(one):
                     raise refuse(f"an entry of {name}", one, ids)
+        elif name in CHOICES:
+            if value not in CHOICES[name]:
+                raise refuse(name, value, f"one of {', '.join(CHOICES[name])}")
         elif name in FLAGS:
             if not isinstance(value, bool):
                 raise refuse(name, value, "true or false")

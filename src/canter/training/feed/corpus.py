@@ -21,7 +21,6 @@ from canter.text import Characters, load_tokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
 from canter.training.feed.data import MicroBatches, prompt_and_text
-from canter.training.subject import has_ctc_head
 
 Numbered = tuple[str, int, Utterance | Problem]
 """File, line and content of a row."""
@@ -49,10 +48,11 @@ def load_data(
     """
     assert model.tokenizer is not None
     valid, problems = usable_rows(rows, model.tokenizer, model.longest_seconds, model.positions)
+    ctc_targets = characters if "characters" in model.supports else model.tokenizer
     micro_batches = MicroBatches(
         index,
         model.tokenizer,
-        characters if config.loss.ctc_weight else None,
+        ctc_targets if config.loss.ctc_weight else None,
         model.sample_rate,
         config.augment.speed,
         config.seed,
@@ -132,7 +132,7 @@ def find_tokenizer(
         if config.init is not None and initial is not None:
             assert initial.tokenizer is not None
             initial.tokenizer.save(kept)
-            characters = Characters.load(checkpoint_of(config.init)) if has_ctc_head(initial) else Characters("")
+            characters = Characters.load(checkpoint_of(config.init)) if initial.ctc is not None else Characters("")
         else:
             characters = _make_tokenizer(config, kept, events)
         characters.save(kept)

@@ -127,6 +127,7 @@ class Example:
     audio: np.ndarray  # (S,) float32
     tokens: list[int]
     prompt: int
+    """Number of tokens at the start that bear no loss."""
     characters: list[int]
     row: int
 
@@ -138,15 +139,16 @@ class MicroBatches(torch.utils.data.Dataset):
         self,
         index: LengthIndex,
         tokenizer: Tokenizer,
-        characters: Characters | None,
+        ctc_targets: Characters | Tokenizer | None,
         sample_rate: int,
         speeds: tuple[float, ...] = (),
         seed: int = 0,
         longest_seconds: float = math.inf,
         most_tokens: float = math.inf,
     ):
-        """Take the model's maximum seconds and tokens, prompt and end token included."""
-        self.index, self.tokenizer, self.characters = index, tokenizer, characters
+        """Take what makes the targets of CTC from a text, and the model's maximum seconds and tokens, prompt and end
+        token included."""
+        self.index, self.tokenizer, self.ctc_targets = index, tokenizer, ctc_targets
         self.sample_rate, self.speeds, self.seed = sample_rate, speeds, seed
         self.longest_seconds, self.most_tokens = longest_seconds, most_tokens
         self.reading: Tensor | None = None
@@ -202,8 +204,10 @@ class MicroBatches(torch.utils.data.Dataset):
         prompt, text = prompt_and_text(self.tokenizer, utterance)
         tokens = [*prompt, *text, self.tokenizer.end]
         self.check_length(utterance, audio, len(tokens))
-        characters = self.characters.encode(utterance.text) if self.characters else []
-        return Example(audio, tokens, len(prompt), characters, row)
+        characters = self.ctc_targets.encode(utterance.text) if self.ctc_targets else []
+        start = self.tokenizer.loss_after
+        without_loss = len(prompt) if start is None else prompt.index(start) + 1
+        return Example(audio, tokens, without_loss, characters, row)
 
     def check_length(self, utterance: Utterance, audio: np.ndarray, tokens: int) -> None:
         """Raise AudioError for audio or text, with prompt and end token, that is longer than the model takes."""
