@@ -1,6 +1,7 @@
 """Files, folders and manifests give rows in order; bad ones are named and never stop the others."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from canter import load
 from canter.cli.main import main
-from canter.errors import CheckpointError, ManifestError
+from canter.errors import CheckpointError, ConfigError, ManifestError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.inputs import read_items
@@ -248,3 +250,33 @@ def test_a_model_says_what_long_audio_is_cut_into(folder, tmp_path):
         pieces = list(listener.chunks([np.zeros(16000 * 50, np.float32)]))
         windows[told, asked] = max(len(piece.samples) for piece in pieces) / 16000
     assert windows == {(None, None): 40.0, (12.0, None): 12.0, (12.0, 20.0): 20.0}
+
+
+def test_owsm_writes_long_audio_in_segments_whatever_the_batch():
+    """More than two windows of audio: language detection, timestamps, times of words, translation."""
+    shared = Path(os.environ.get("CANTER_SHARED", "absent"))
+    if not shared.is_dir():
+        pytest.skip("CANTER_SHARED names no folder with OWSM fixtures")
+    model, audio = load(shared / "fixtures" / "owsm" / "v31"), shared / "cases" / "inference" / "german_65s.opus"
+    found = model.transcribe(audio, timestamps="segment")
+    assert found.language in ("en", "de", "fr")
+    assert 0 < found.language_probability <= 1
+    assert len(found.segments) > 2
+    times = [time for segment in found.segments for time in (segment.start, segment.end)]
+    assert times == sorted(times)
+    assert times[-1] <= found.duration + 0.02
+    assert times[-1] > 30, "the second window is missing"
+    assert "<" not in found.text.replace("<unk>", "")
+    for size in (1, 8):
+        others = [*model.transcribe([audio, audio], timestamps="segment", batch_size=size)]
+        for other in others:
+            assert [(s.start, s.end, s.tokens) for s in other.segments] == [
+                (s.start, s.end, s.tokens) for s in found.segments
+            ]
+    translated = model.transcribe(audio, language="German", task="translate", timestamps="word")
+    assert translated.words
+    assert all(word.start <= word.end for word in translated.words)
+    with pytest.raises(ConfigError, match="French"):
+        model.transcribe(audio, task="translate", target_language="fr")
+    with pytest.raises(ConfigError, match="Japanese"):
+        model.transcribe(audio, language="ja")

@@ -19,6 +19,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
 from canter.inference.engine import language
 from canter.text.languages import canonical, is_said, resolve, same, shortened
+from canter.text.owsm import OwsmTokenizer
 from canter.text.prompts import utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -64,7 +65,8 @@ class Defaults:
             return cls(spoken, task, required=required)
         if len(known) < 2:
             raise ConfigError("this model knows only one language and cannot translate; leave the task out")
-        written = resolve(target_language, known)
+        targets = tokenizer.translations if isinstance(tokenizer, OwsmTokenizer) else known
+        written = resolve(target_language, targets)
         if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
             raise ConfigError(f"a Whisper translates only into English, not into {target_language!r}")
         return cls(spoken, task, written, required)

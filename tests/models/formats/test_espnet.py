@@ -4,20 +4,24 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
+from canter import build_index
 from canter.errors import CheckpointError, ConfigError
 from canter.inference.loading import load_engine
 from canter.loading import load_module, save_module
 from canter.models.batch import Batch
 from canter.models.formats.espnet import is_espnet_folder, read_espnet, write_espnet
 from canter.text.owsm import OwsmTokenizer
+from canter.training.feed.data import MicroBatches, collate
 
 SHARED = Path(os.environ.get("CANTER_SHARED", "absent")) / "fixtures" / "owsm"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="CANTER_SHARED names no folder with OWSM fixtures")
@@ -235,3 +239,23 @@ def test_every_format_holds_it(folder, tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not an ESPnet model"):
         save_module(model, tmp_path / "other", form="espnet")
+
+
+def test_training_scores_language_and_task_and_gives_ctc_the_tokens(model, arrays, tmp_path):
+    """Previous text and <sos> bear no loss; without a weight of CTC its head is not computed."""
+    soundfile.write(tmp_path / "0.wav", arrays["0.audio"].numpy(), 16000)
+    row = {"audio_filepath": "0.wav", "duration": len(arrays["0.audio"]) / 16000, "text": "of course", "lang": "en"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    index = build_index(tmp_path / "manifest.jsonl", tokenizer=model.tokenizer)
+    text = model.tokenizer.encode("of course")
+    found = MicroBatches(index, model.tokenizer, model.tokenizer, 16000).example(index.utterance(0))
+    assert found.tokens == [*model.tokenizer.prompt_ids({"source_lang": "en"}), *text, model.tokenizer.end]
+    assert (found.prompt, found.characters) == (1, text)
+    batch = collate([found], model.tokenizer.pad)
+    with torch.no_grad():
+        both, plain = model.loss(batch), model.loss(replace(batch, characters=batch.characters[:, :0]))
+    assert both.attention_count == len(text) + 4
+    assert both.ctc_count == len(text)
+    assert both.ctc > 0
+    assert torch.equal(both.attention, plain.attention)
+    assert plain.ctc == plain.ctc_count == 0

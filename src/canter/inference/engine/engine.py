@@ -51,8 +51,8 @@ def default_frames(device: torch.device) -> int:
     return 16384 if device.type == "cuda" else 1024
 
 
-def default_rows(model: AnyModel, device: torch.device) -> int:
-    """Return the number of rows that decode together.
+def default_rows(model: AnyModel, device: torch.device, joint: bool = False) -> int:
+    """Return the number of rows that decode together; in ``joint`` decoding each keeps its CTC scores too.
 
     More rows read the decoder's weights less often, but each adds the keys and values of its window, which every step
     reads. On a CPU, Whisper decodes no faster with 64 rows than with 24, and needs three times the memory.
@@ -62,9 +62,12 @@ def default_rows(model: AnyModel, device: torch.device) -> int:
     if "cached_decoding" not in model.supports:
         return most
     room = torch.cuda.get_device_properties(device).total_memory // 4 if on_gpu else CPU_CACHE
-    decoder = cast(SpeechModel, model).decoder
-    shape, size = decoder.config, decoder.embedding.weight.element_size()
-    row = 2 * shape.layers * model.encoder_frames(default_window(model)) * shape.width * size
+    ours = cast(SpeechModel, model)
+    shape, size = ours.decoder.config, ours.decoder.embedding.weight.element_size()
+    row = 2 * shape.layers * shape.width * size
+    if joint:
+        row += 4 * ours.config.ctc_vocabulary * ours.config.ctc_upsampling
+    row *= model.encoder_frames(default_window(model))
     return max(MIN_ROWS, min(most, room // row))
 
 
@@ -172,7 +175,7 @@ class Engine:
         self.spelling = spelling_of(model) if weight else None
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
-        self.rows = self.config.rows or default_rows(model, self.device)
+        self.rows = self.config.rows or default_rows(model, self.device, joint=weight > 0)
         self.frames = self.config.frames or default_frames(self.device)
         self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
