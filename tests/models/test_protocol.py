@@ -56,7 +56,7 @@ def sample(kind: str) -> SpeechModel:
     sizes = {"layers": 1, "width": 16, "heads": 2, "feedforward": 32, "mels": 32, "subsampling_channels": 4}
     known = {field.name for field in fields(ENCODERS[kind])}
     encoder = ENCODERS[kind](**{name: size for name, size in sizes.items() if name in known})
-    decoder = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=50, positions=64)
+    decoder = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=64)
     if kind != "e_branchformer":
         model = small_model(encoder=encoder, decoder=decoder)
         model.tokenizer = train_tokenizer(TEXT, languages=["en"], vocab_size=40)

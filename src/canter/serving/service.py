@@ -37,6 +37,7 @@ from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
 from canter.serving.upload import anonymous_file, disk_errors, path_of, write_all
 from canter.text.languages import find, is_said
+from canter.text.owsm import OwsmTokenizer
 from canter.text.whisper import WhisperTokenizer
 
 MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
@@ -184,6 +185,8 @@ class Service:
         """Target languages of translation; a Whisper has English only."""
         if len(self.tokenizer.languages) < 2:
             return ()
+        if isinstance(self.tokenizer, OwsmTokenizer):
+            return self.tokenizer.translations
         return ("en",) if isinstance(self.tokenizer, WhisperTokenizer) else self.tokenizer.languages
 
     @property
