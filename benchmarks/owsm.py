@@ -60,7 +60,7 @@ class Options:
     """Tokens of text, beside special ones and timestamps."""
     threads: int | None = None
     """Number of torch threads."""
-    seconds: float = 540.0
+    seconds: float = 240.0
     """Start no new run after this many seconds."""
     smoke: bool = False
     """Use a small shape and few clips."""
