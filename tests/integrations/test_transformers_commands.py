@@ -169,6 +169,18 @@ def test_a_file_that_the_library_cannot_take_fails_by_itself(speech_to_text, mix
         canter.load(str(speech_to_text)).transcribe(mixed / "short.wav")
 
 
+def test_validation_counts_what_the_library_cannot_take_as_empty(speech_to_text, mixed, corpus, tmp_path, capsys):
+    rows = [(str(mixed / "a.wav"), 1.0), (str(mixed / "short.wav"), 0.005)]
+    write_manifest(
+        tmp_path / "valid.jsonl",
+        [{"audio_filepath": path, "duration": seconds, "text": "w7 w8"} for path, seconds in rows],
+    )
+    more = ["--valid", str(tmp_path / "valid.jsonl"), "--steps", "2"]
+    assert command(corpus, speech_to_text, tmp_path / "run", *more) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 validation utterances count as empty transcripts: transformers Speech2Text" in said
+
+
 def test_bench(speech_to_text, mixed, tmp_path, capsys):
     out = tmp_path / "bench.json"
     options = ["--repeats", "1", "--latency-utterances", "1", "--beam-size", "2", "--output", str(out)]
