@@ -122,7 +122,7 @@ def detected_language(tokenizer: Tokenizer, parts: Iterable[Probabilities]) -> t
     """Return the most probable language over all speech of a recording, and its probability; None where nothing was
     detected."""
     found = language.spoken(parts)
-    return (tokenizer.languages[found[0]], found[1]) if found else None
+    return (_code(tokenizer.languages[found[0]]), found[1]) if found else None
 
 
 def language_in_prompt(tokenizer: Tokenizer, prompt: Iterable[int]) -> str | None:
@@ -130,4 +130,9 @@ def language_in_prompt(tokenizer: Tokenizer, prompt: Iterable[int]) -> str | Non
     if not detects_language(tokenizer):
         return None
     named = set(prompt)
-    return next((name for name in tokenizer.languages if tokenizer.special_id(f"<|{name}|>") in named), None)
+    return next((_code(name) for name in tokenizer.languages if tokenizer.special_id(f"<|{name}|>") in named), None)
+
+
+def _code(name: str) -> str:
+    """Return the usual code of a language of a model: OWSM writes "deu"."""
+    return canonical(name) or name

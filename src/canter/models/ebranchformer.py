@@ -74,7 +74,7 @@ class ConvolutionalSubsampling(nn.Module):
 
         Only on a CPU: a GPU would have to wait for the number of frames.
         """
-        if features.is_cuda:
+        if features.device.type != "cpu":
             return self.convolve(features)
         window, frames = 2 * self.factor - 1, features.shape[1]
         last = (features != features[:, -1:]).any(-1).any(0).nonzero()[-1:]  # frame before the silence

@@ -234,6 +234,7 @@ def test_every_format_holds_it(folder, tmp_path):
     assert again.layers() == model.layers()
     assert all(torch.equal(one, other) for one, other in zip(again.state_dict().values(), model.state_dict().values()))
     assert "characters" not in model.supports
+    assert model.cost(10.0, 40).encoder_flops > model.cost(10.0, 40).decoder_flops > 0
     assert load_engine(tmp_path / "canter").rules.timestamps == load_engine(folder).rules.timestamps
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
