@@ -1,9 +1,10 @@
 """Processes and files of tests in several folders."""
 
 import fcntl
+import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,3 +34,27 @@ def leased(path: Path) -> Iterator[None]:
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     finally:
         signal.signal(signal.SIGIO, before)
+
+
+def write_token_lists(source: Path, folder: Path, languages: Sequence[str] = ()) -> dict[str, int]:
+    """Write the tokens of an English-only ``tokenizer.json`` as older Whispers have them: ``vocab.json``,
+    ``merges.txt``, ``added_tokens.json`` and ``special_tokens_map.json``. Return the added tokens.
+
+    With ``languages`` they are those of a multilingual Whisper, in its order.
+    """
+    values = json.loads(source.read_text())
+    vocabulary = values["model"]["vocab"]
+    added = {one["content"]: one["id"] for one in values["added_tokens"] if one["content"] not in vocabulary}
+    if languages:
+        end = vocabulary.pop("<|endoftext|>")
+        vocabulary[""] = end
+        names = ("endoftext", "startoftranscript", *languages, "translate", "transcribe", "startoflm", "startofprev",
+                 "nospeech", "notimestamps", *(f"{0.02 * step:.2f}" for step in range(1501)))  # fmt: skip
+        added = {f"<|{name}|>": end + 1 + place for place, name in enumerate(names)}
+    merges = [" ".join(pair) for pair in values["model"]["merges"]]
+    specials = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "pad", "unk")}
+    specials["additional_special_tokens"] = [name for name in added if not name[2].isdigit()]
+    for name, content in (("vocab", vocabulary), ("added_tokens", added), ("special_tokens_map", specials)):
+        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    return added

@@ -204,6 +204,23 @@ def _write_espnet(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | N
     return write_espnet(cast(SpeechModel, model), path, weights=weights)
 
 
+def _is_ctranslate2(path: Path) -> bool:
+    return (path / "model.bin").is_file() and not model_type(path)
+
+
+def _read_ctranslate2(path: Path, dtype: torch.dtype) -> AnyModel:
+    from canter.models.formats.ctranslate2 import read_ctranslate2
+
+    return _fitting(read_ctranslate2(path), path, dtype)
+
+
+def _write_ctranslate2(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
+    raise CheckpointError(
+        f"{path}: CTranslate2's format is only read; write a Hugging Face folder and convert that with "
+        "ct2-transformers-converter"
+    )
+
+
 def _write_canter(model: AnyModel, path: Path, weights: Mapping[str, Tensor] | None) -> Path:
     from canter.models.formats.checkpoint import save_model
 
@@ -231,6 +248,8 @@ FORMATS = {
     for one in (
         Format("nemo", "a `.nemo` archive", lambda path: not path.is_dir(), _read_nemo, _write_nemo),
         Format("espnet", "an ESPnet folder of OWSM", _is_espnet, _read_espnet, _write_espnet),
+        Format("ctranslate2", "a CTranslate2 folder of Whisper", _is_ctranslate2, _read_ctranslate2,
+               _write_ctranslate2),
         Format("huggingface", "a Hugging Face folder of `canary` or `whisper`", _is_huggingface,
                _read_huggingface, _write_huggingface),
         Format("transformers", "a Hugging Face folder of another architecture", lambda path: bool(model_type(path)),

@@ -143,10 +143,10 @@ def test_what_would_need_foreign_code_takes_one_line(planted, file, changes, mes
 
 
 @pytest.mark.parametrize("family", ["moonshine", "whisper"])
-def test_pickled_weights_are_not_read(planted, family):
+def test_pickled_code_in_weights_is_not_run(planted, family):
     folder, marker = planted(family)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="is not a zip file" if family == "whisper" else "is missing"):
         canter.load(folder)
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         (folder / index).write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))

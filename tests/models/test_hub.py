@@ -105,12 +105,23 @@ def test_only_the_files_that_are_read_are_wanted():
     }  # fmt: skip
     shards = ["config.json", "model.safetensors.index.json", "a-1.safetensors", "a-2.safetensors", "b.safetensors"]
     index = {"weight_map": {"x": "a-2.safetensors", "y": "a-1.safetensors", "z": "a-1.safetensors"}}
-    assert _wanted(NAME, shards, lambda: index) == [*shards[:4]]
+    assert _wanted(NAME, shards, lambda _: index) == [*shards[:4]]
+    pickled = ["config.json", "pytorch_model.bin.index.json", "a-1.bin", "a-2.bin", "b.bin"]
+    index = {"weight_map": {"x": "a-2.bin", "y": "a-1.bin"}}
+    assert _wanted(NAME, pickled, lambda _: index) == [*pickled[:4]]
+    faster = ["README.md", "config.json", "model.bin", "tokenizer.json", "vocabulary.txt"]
+    assert _wanted(NAME, faster, dict) == ["config.json", "tokenizer.json", "vocabulary.txt", "model.bin"]
+    owsm = [
+        "meta.yaml", "exp/s2t_train/config.yaml", "exp/s2t_train/valid.total_count.ave_5best.till45epoch.pth",
+        "data/token_list/bpe_unigram50000/bpe.model", "data/token_list/bpe_unigram50000/tokens.txt",
+    ]  # fmt: skip
+    others = ["README.md", "exp/s2t_train/images/loss.png", "exp/s2t_stats/train/feats_stats.npz", "exp/RESULTS.md"]
+    assert _wanted("espnet/owsm_v4", [*others, *owsm], dict) == owsm
     assert _wanted("nvidia/canary", ["README.md", "canary.nemo"], dict) == ["canary.nemo"]
     with pytest.raises(CheckpointError, match=r"holds 2 \.nemo files"):
         _wanted(NAME, ["a.nemo", "b.nemo"], dict)
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors with a config\.json nor a \.nemo file"):
-        _wanted(NAME, ["config.json", "pytorch_model.bin"], dict)
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors, .* with a config\.json, nor a \.nemo file"):
+        _wanted(NAME, ["config.json", "tf_model.h5"], dict)
 
 
 def test_commands_take_a_hub_name(offline, tmp_path, capsys):
@@ -171,4 +182,4 @@ def test_the_best_checkpoint_is_one_of_the_run(tmp_path, content):
 def test_an_index_of_the_hub_fetches_only_safetensors(shard):
     files = ["config.json", "model.safetensors.index.json", "evil.py", "pytorch_model.bin"]
     with pytest.raises(CheckpointError, match="refused"):
-        _wanted("a/b", files, lambda: {"weight_map": {"x": shard}})
+        _wanted("a/b", files, lambda _: {"weight_map": {"x": shard}})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from canter.cli.convert import Options
 from canter.errors import CheckpointError, ConfigError
 from canter.loading import FORMATS, save_module
 from canter.models.abilities import NEEDS, abilities
@@ -93,12 +94,11 @@ def test_the_page_says_what_models_support(tmp_path):
     columns = {f"`{kind}`": abilities(model, native=True) for kind, model in models.items()}
     columns["transformers"] = abilities(theirs, native=FORMATS["transformers"].native)
     names = list(columns["transformers"])
-    for form, kept in FORMATS.items():
-        if kept.native:
-            names.append(f"convert --format {form}")
-            for kind, model in models.items():
-                columns[f"`{kind}`"][names[-1]] = holds(model, form, tmp_path)
-            columns["transformers"][names[-1]] = False
+    for form in typing.get_args(typing.get_type_hints(Options)["format"])[1:]:  # after "auto"
+        names.append(f"convert --format {form}")
+        for kind, model in models.items():
+            columns[f"`{kind}`"][names[-1]] = holds(model, form, tmp_path)
+        columns["transformers"][names[-1]] = False
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
     rows += [
         [f"`{name}`" if "--" in name or " " not in name else name]

@@ -12,7 +12,7 @@ import tyro
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A Canter or Hugging Face folder, a .nemo file, a run's folder (its best checkpoint), or a hub name."""
+    """A Canter, Hugging Face or CTranslate2 folder, a .nemo file, a run (its best checkpoint), or a hub name."""
     output: tyro.conf.Positional[Path]
     """Folder or file to write; a name that ends in .nemo asks for an archive."""
     format: Literal["auto", "canter", "huggingface", "nemo", "espnet"] = "auto"

@@ -19,7 +19,7 @@ OPTIMIZER_BYTES = 16  # a parameter in training: weight, gradient and two moment
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A Canter or Hugging Face folder, a .nemo file, a run's folder (its best checkpoint), or a hub name."""
+    """A Canter, Hugging Face or CTranslate2 folder, a .nemo file, a run (its best checkpoint), or a hub name."""
     seconds: float = 10.0
     """Duration of the utterance whose FLOPs and memory are shown."""
     tokens_per_second: float = 4.0

@@ -127,6 +127,7 @@ def transcribe_inputs(
     """Load the engine, read the inputs, transcribe them, and write the transcripts and a summary."""
     from canter.files import remove_stale
     from canter.inference.bulk import PartialFiles, transcribe_items
+    from canter.inference.engine.alignment import word_times_warning
     from canter.inference.inputs import read_items
     from canter.inference.languages import Defaults
     from canter.inference.recording import TranscribeConfig
@@ -140,6 +141,8 @@ def transcribe_inputs(
     timestamps = timestamps_of(options, kinds, style)
     if timestamps == "word" and not engine.aligns:
         timestamps = without_words(checkpoint, style, display)
+    if timestamps == "word" and (warning := word_times_warning(engine.model)):
+        display.message(f"{checkpoint} {warning}")
     report_ignored_files(options.inputs, display)
 
     tokenizer = engine.model.tokenizer
@@ -344,10 +347,13 @@ def without_words(checkpoint: Path, style: "SubtitleStyle", events: Events["Repo
 
 def identity(checkpoint: Path, options: Options, timestamps: str) -> dict[str, object]:
     """Return the model and the options that partial results must have been made with."""
-    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
+    from canter.models.hub import WEIGHT_FILES
+
+    files = [checkpoint / name for name in WEIGHT_FILES] if checkpoint.is_dir() else [checkpoint]
+    weights = next((path for path in files if path.exists()), None)
     return {
         "model": str(checkpoint.resolve()),
-        "weights": int(weights.stat().st_mtime) if weights.exists() else None,
+        "weights": None if weights is None else int(weights.stat().st_mtime),
         "timestamps": timestamps,
         **{name: getattr(options, option) for name, option in IDENTITY.items()},
     }

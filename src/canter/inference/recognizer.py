@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.media import is_media
 from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
+from canter.inference.engine.alignment import word_times_warning
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.inputs import Item, files_in, items_of
@@ -324,6 +326,8 @@ class Recognizer:
         if timestamps == "word" and not engine.aligns:
             called = self.name or self._module.shape
             raise ConfigError(f"{called} cannot compute times of words; use timestamps='segment' or 'none'")
+        if timestamps == "word" and (warning := word_times_warning(self._module)):
+            warnings.warn(f"{self.name or 'the model'} {warning}", stacklevel=2)
         asked: Task | None = "translate" if task == "translate" else None
         call = _Call(
             Transcriber(engine, self.tokenizer, config),

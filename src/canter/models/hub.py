@@ -1,7 +1,7 @@
 """Models by name: a file or folder on disk, the checkpoint of a run, or a model of the Hugging Face hub.
 
-Only the files that Canter reads are fetched from the hub, into its own cache: settings, tokenizer, and either
-safetensors or a ``.nemo`` archive. Nothing in them is executed.
+Only the files that Canter reads are fetched from the hub, into its own cache: settings, tokenizer, and weights in one
+format, safetensors first. Nothing in them is executed.
 """
 
 # pyright: strict
@@ -32,12 +32,13 @@ SETTINGS = (
     "added_tokens.json",
     "normalizer.json",
     "vocab*.json",
-    "vocab.txt",
+    "vocab*.txt",
     "merges.txt",
     "*.model",
 )
+ESPNET = ("meta.yaml", "exp/*/config.yaml", "exp/*.pth", "data/*.model", "data/*/tokens.txt")
 WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "model.bin")  # the last one is CTranslate2's
 SECONDS = 10.0  # that the hub has to answer before the cache is used
 
 
@@ -147,8 +148,8 @@ def _fetched(name: str, revision: str | None) -> Path:
     files = [file.rfilename for file in info.siblings or []]
     commit = info.sha or revision
 
-    def read_index() -> object:
-        return read_json(Path(hf_hub_download(name, WEIGHTS_INDEX, revision=commit)))
+    def read_index(file: str) -> object:
+        return read_json(Path(hf_hub_download(name, file, revision=commit)))
 
     wanted = _wanted(name, files, read_index)
     # under the name of the revision, so that the cache knows later which commit that was
@@ -178,7 +179,7 @@ def _cached(name: str, revision: str | None, why: str) -> Path:
     wanted: list[str] = []
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.exists()]
     try:
-        wanted = _wanted(name, files, lambda: read_json(folder / WEIGHTS_INDEX))
+        wanted = _wanted(name, files, lambda file: read_json(folder / file))
         missing = [file for file in wanted if not (folder / file).exists()]
     except CheckpointError:
         missing = [WEIGHTS]
@@ -190,20 +191,23 @@ def _cached(name: str, revision: str | None, why: str) -> Path:
     return _model_in(folder, wanted)
 
 
-def _wanted(name: str, files: Sequence[str], read_index: Callable[[], object]) -> list[str]:
+def _wanted(name: str, files: Sequence[str], read_index: Callable[[str], object]) -> list[str]:
     """Return the files of a hub model to fetch, out of all that it has.
 
-    Raises CheckpointError for a model with neither safetensors nor a ``.nemo`` archive.
+    Raises CheckpointError for a model without weights that are read.
     """
     settings = [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in SETTINGS)]
     settings = [file for file in settings if "/" not in file]
-    if "config.json" in files and WEIGHTS in files:
-        return [*settings, WEIGHTS]
-    if "config.json" in files and WEIGHTS_INDEX in files:
-        from canter.models.formats.files import shard_names
+    for weights in WEIGHT_FILES if "config.json" in files else ():
+        index = f"{weights}.index.json"
+        if weights in files:
+            return [*settings, weights]
+        if index in files:
+            from canter.models.formats.files import shard_names
 
-        shards = shard_names(read_index(), f"{name}: {WEIGHTS_INDEX}")
-        return [*settings, WEIGHTS_INDEX, *shards]
+            return [*settings, index, *shard_names(read_index(index), f"{name}: {index}")]
+    if "meta.yaml" in files:
+        return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in ESPNET)]
     if "adapter_config.json" in files:
         raise CheckpointError(
             f"{name} is a PEFT adapter, not a model: merge it with the model which it changes (merge_and_unload() in "
@@ -218,7 +222,8 @@ def _wanted(name: str, files: Sequence[str], read_index: Callable[[], object]) -
             f"with 'hf download {name} FILE' and name it"
         )
     raise CheckpointError(
-        f"{name} holds neither {WEIGHTS} with a config.json nor a .nemo file, which are what Canter reads"
+        f"{name} holds neither {', '.join(WEIGHT_FILES)} with a config.json, nor a .nemo file, nor ESPnet's "
+        "meta.yaml: nothing that Canter reads"
     )
 
 

@@ -28,8 +28,8 @@ __all__ = [
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenizer | OwsmTokenizer:
     """Return the tokenizer in a file or folder. Raises CheckpointError if there is none.
 
-    It may be a folder (Canter's, OWSM's or Whisper's), a ``tokenizer.json``, a ``.nemo`` archive, or a SentencePiece
-    ``.model`` with Canary's special tokens.
+    It may be a folder (Canter's, OWSM's or Whisper's, the latter with ``vocab.json`` too), a ``tokenizer.json``, a
+    ``.nemo`` archive, or a SentencePiece ``.model`` with Canary's special tokens.
     """
     path = Path(path)
     if path.suffix == ".nemo":
@@ -46,6 +46,8 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | WhisperTokenize
         return OwsmTokenizer.load(folder)
     if (path.is_dir() or path.suffix == ".json") and (folder / whisper.FILE).exists():
         return WhisperTokenizer.load(path / whisper.FILE if path.is_dir() else path)
+    if path.is_dir() and (path / whisper.VOCABULARY).exists():
+        return WhisperTokenizer.load_lists(path)
     raise CheckpointError(
         f"{path}: no tokenizer; give a .nemo file or a folder with {sentencepiece.FILE} or {whisper.FILE}"
     )

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from canter.inference.engine.timestamps import timestamp_tokens
 from canter.models.model import SpeechModel
+from canter.models.protocol import AnyModel
+from canter.text import WhisperTokenizer
 
 MEDIAN_FRAMES = 7  # width of the median filter
 
@@ -35,7 +37,7 @@ def align(
     """Return the times of ``tokens`` in audio of ``samples`` samples.
 
     cross (L, 2, H, T, K): the row's keys and values of cross-attention. The heads are the model's ``alignment_heads``,
-    by default those of the upper half of the layers.
+    by default those of the upper half of the layers, as in openai-whisper.
     """
     decoder, generation = model.decoder, model.generation
     prompt, tokens = list(prompt), list(tokens)
@@ -63,6 +65,16 @@ def align(
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     probabilities = logits[first:-1].float().softmax(-1).gather(1, chosen)[:, 0]
     return Alignment(tuple(tokens), tuple(starts.tolist()), tuple(probabilities.tolist()))
+
+
+def word_times_warning(model: AnyModel) -> str | None:
+    """Return why times of words are less exact, for a Whisper whose settings name no ``alignment_heads``."""
+    if not isinstance(model.tokenizer, WhisperTokenizer) or model.generation.get("alignment_heads"):
+        return None
+    return (
+        "names no alignment_heads (in generation_config.json): times of words come from all heads of the upper half of "
+        "the decoder's layers and are less exact"
+    )
 
 
 def _median(matrix: np.ndarray) -> np.ndarray:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from canter.errors import CheckpointError
 from canter.files import replacing_folder
+from canter.models.formats.torchfile import load_tensors
 from canter.untrusted import is_file_name, read_json_value
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files with weights of Hugging Face folders, in the order in which they are preferred; either may be sharded."""
 MOST_HEADER_BYTES = 4 * 2**20
 """Header of a safetensors file; 10,000 tensors take about 1 MiB."""
 
@@ -47,7 +50,7 @@ def replacing_model(target: str | Path) -> Iterator[Path]:
 def refuse_adapter(folder: Path) -> None:
     """Raise CheckpointError for a folder of PEFT's that holds an adapter without the model which it changes."""
     adapter = folder / "adapter_config.json"
-    if not adapter.is_file() or any(folder.glob("model*.safetensors")):
+    if not adapter.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return
     base = None
     with suppress(CheckpointError):
@@ -71,19 +74,29 @@ def read_json(path: Path) -> Settings:
     return value
 
 
+def weights_file(folder: Path) -> Path:
+    """Return the file with the weights of a Hugging Face folder, which may be there as shards only.
+
+    Where there is none, it is the one that a folder should have.
+    """
+    kept = (name for name in WEIGHTS if any(os.path.lexists(folder / f"{name}{end}") for end in ("", ".index.json")))
+    return folder / next(kept, WEIGHTS[0])
+
+
 def shard_names(index: object, source: str | Path) -> list[str]:
-    """Return the files that a ``.safetensors.index.json`` lists, sorted.
+    """Return the files that a ``.safetensors.index.json`` or ``.bin.index.json`` lists, sorted.
 
     Raises CheckpointError for anything but such an index, and for a shard outside its folder or of another kind.
     """
     weights = index.get("weight_map") if isinstance(index, dict) else None
+    suffix = ".bin" if str(source).endswith(".bin.index.json") else ".safetensors"
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{source} has no weight_map; copy the model folder again")
     for name in weights.values():
         if not is_file_name(name):
             raise CheckpointError(f"{source} names a shard outside its folder, {name!r:.80}; refused")
-        if not name.endswith(".safetensors") or any(character in name for character in "*?["):
-            raise CheckpointError(f"{source} names {name!r:.80}, which is no name of a safetensors file; refused")
+        if not name.endswith(suffix) or any(character in name for character in "*?["):
+            raise CheckpointError(f"{source} names {name!r:.80}, which is no name of a {suffix[1:]} file; refused")
     return sorted(set(weights.values()))
 
 
@@ -96,18 +109,22 @@ def tensor_files(path: Path) -> list[Path]:
 
 
 def stored_bytes(path: Path) -> int:
-    """Return the size of a safetensors file or of all its shards; what is missing counts nothing."""
+    """Return the size of a file of tensors or of all its shards; what is missing counts nothing."""
     return sum(file.stat().st_size for file in tensor_files(path) if file.exists())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file, or of the shards that its ``.index.json`` lists.
+    """Return all tensors of a safetensors file or a ``.bin`` of torch, or of the shards that its ``.index.json`` lists.
 
-    Raises CheckpointError for a file that is missing, truncated, or whose header is not what its size says.
+    Raises CheckpointError for a file that is missing, truncated, whose header is not what its size says, or whose
+    pickle holds anything but tensors.
     """
     tensors: dict[str, Tensor] = {}
     for file in tensor_files(path):
         try:
+            if file.suffix == ".bin":
+                tensors |= _read_torch(file)
+                continue
             check_safetensors(file)
             tensors |= load_file(file)
         except FileNotFoundError:
@@ -117,6 +134,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from None
     return tensors
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    with open(path, "rb") as file:
+        return load_tensors(file, str(path))
 
 
 def check_safetensors(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from canter.errors import CheckpointError
 from canter.models.formats.files import Settings
+from canter.text import Tokenizer, WhisperTokenizer
 
 MOST_IDS = 100_000
 """Entries of a list of token ids."""
@@ -101,6 +102,17 @@ def check_generation(
         elif name.endswith("_token_id") and not _is_number(value):
             raise refuse(name, value, "a token id")
     return dict(values)
+
+
+def with_defaults(tokenizer: Tokenizer | None, *given: Settings) -> Settings:
+    """Return the settings of ``given``, later ones over earlier ones, over those that follow from Whisper's tokens.
+
+    None counts as unset, as in transformers; an empty list of suppressed tokens does not.
+    """
+    found = tokenizer.generation() if isinstance(tokenizer, WhisperTokenizer) else {}
+    for settings in given:
+        found |= {name: value for name, value in settings.items() if value is not None or name not in found}
+    return found
 
 
 def _is_number(value: object) -> bool:

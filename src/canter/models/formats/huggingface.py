@@ -13,12 +13,13 @@ from canter.errors import CheckpointError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
-from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes
+from canter.models.formats.files import Settings, read_json, read_tensors, replacing_model, stored_bytes, weights_file
 from canter.models.formats.fitting import Renaming, build, check_vocabulary, fit_tensors, read_settings, without_ctc
-from canter.models.formats.generation import check_generation
+from canter.models.formats.generation import LISTS, check_generation, with_defaults
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.text import Tokenizer, load_tokenizer
+from canter.text.whisper import VOCABULARY
 
 # Our names to theirs, as substrings, in this order.
 CANARY_NAMES = Renaming(
@@ -75,6 +76,8 @@ WHISPER_NAMES = Renaming(
 )
 HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 SAFETENSORS = "model.safetensors"
+UNSET = [220, 50256]
+"""begin_suppress_tokens that transformers writes into any Whisper's ``config.json``, right for English-only ones."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -222,8 +225,9 @@ LAYOUTS = {"canary": CANARY, "whisper": WHISPER}
 
 
 def read_hf(folder: str | Path) -> SpeechModel:
-    """Return the Canary or Whisper in a folder that transformers wrote (only safetensors).
+    """Return the Canary or Whisper in a folder that transformers wrote.
 
+    Settings for decoding that neither ``generation_config.json`` nor ``config.json`` has are those of the tokenizer.
     Raises CheckpointError for settings that these modules lack, and tensors that do not fit.
     """
     folder = Path(folder)
@@ -232,11 +236,14 @@ def read_hf(folder: str | Path) -> SpeechModel:
     layout = LAYOUTS[values["model_type"]]
     features_file = folder / "preprocessor_config.json"
     sound = read_json(features_file) if features_file.exists() else {}
-    model = build(_our_config(layout, values, sound, source), source, stored_bytes(folder / SAFETENSORS))
-    tensors = read_tensors(folder / SAFETENSORS)
+    weights = weights_file(folder)
+    model = build(_our_config(layout, values, sound, source), source, stored_bytes(weights))
+    tensors = read_tensors(weights)
+    if EMBEDDING not in tensors and EMBEDDING.removeprefix("model.") in tensors:  # saved without the head
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     head = tensors.pop(HEAD, None)
     if head is not None and EMBEDDING in tensors and not torch.equal(head, tensors[EMBEDDING]):
-        raise CheckpointError(f"{folder / SAFETENSORS}: {HEAD} differs from the embedding; the head must be tied")
+        raise CheckpointError(f"{weights}: {HEAD} differs from the embedding; the head must be tied")
     tensors = layout.names.ours(tensors, model)
     if layout.sines_first:
         tensors = _permuted(tensors, torch.argsort(_sines_first(model.config.decoder.width)))
@@ -247,9 +254,11 @@ def read_hf(folder: str | Path) -> SpeechModel:
     known = range(decoder.vocabulary)
     ids = {name: values[name] for name in TOKEN_IDS if type(values.get(name)) is int and values[name] in known}
     told = check_generation(told, generation, decoder.vocabulary, (decoder.layers, decoder.heads))
-    model.generation = {**ids, **told}
-    if (folder / layout.tokenizer).exists():
+    lists = {name: values[name] for name in LISTS if values.get(name) not in (None, UNSET)}
+    lists = check_generation(lists, source, decoder.vocabulary)
+    if (folder / layout.tokenizer).exists() or (layout is WHISPER and (folder / VOCABULARY).exists()):
         model.tokenizer = load_tokenizer(folder)
+    model.generation = with_defaults(model.tokenizer, ids, lists, told)
     return model
 
 
