@@ -94,9 +94,12 @@ def load_model(
     """
     path, kept = Path(path), model_format(path)
     if not kept.native:
+        from canter.models.formats.huggingface import LAYOUTS
+
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}; read are 'canary', 'whisper' and "
-            f"{SEAMLESS!r}. Others run through transformers, in canter tune, train, transcribe and info only"
+            f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}, not one of "
+            f"{', '.join((*LAYOUTS, SEAMLESS))}: only transformers runs it, so it cannot be converted or reshaped "
+            "('canter info' lists what it supports)"
         )
     model = cast(SpeechModel, kept.read(path, dtype))
     return model.to(choose_device(str(device))).eval()

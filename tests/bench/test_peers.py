@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from canter import load_model
 from canter.bench.peers import load_peer, parse_peer
 from canter.bench.speed import Clip, EngineSystem
 from canter.corpus.audio import load_audio
-from canter.errors import ConfigError
+from canter.errors import CheckpointError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.models.decoder import DecoderConfig
@@ -87,6 +88,27 @@ def test_canary_with_a_tokenizer_decodes_the_same(tmp_path, vocabularies):
     assert peer == ours
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("espnet2"), reason="ESPnet is not installed")
+@pytest.mark.filterwarnings("ignore")  # of ESPnet, while it loads
+@pytest.mark.parametrize(("kind", "beams"), [("v31", 1), ("v4", 1), ("v4", 5)])
+def test_espnet_says_the_same(tmp_path, kind, beams):
+    model = load_model(SHARED / "fixtures/owsm" / kind)
+    arrays = load_file(SHARED / "fixtures/owsm" / kind / "arrays.safetensors")
+    prompt = tuple(model.prompt(source_lang="en"))
+    clips = [Clip(arrays[f"{clip}.audio"].numpy(), len(arrays[f"{clip}.audio"]) / 16000, prompt) for clip in range(2)]
+    search = EngineConfig(beams=beams, tokens_per_frame=0.0, extra_tokens=20, max_repeats=0)
+    peer = load_peer(model, "espnet", "float32", 1, tmp_path, search)
+    found = peer(clips)
+    assert found == EngineSystem(Engine(model, model.tokenizer.end, search))(clips)
+    assert [len(tokens) for tokens in found] == [20, 20]
+    assert peer.details() == {}
+
+
+def test_espnet_has_only_owsm(tmp_path):
+    with pytest.raises(CheckpointError, match="ESPnet's layout is for OWSM models"):
+        load_peer(small_model(), "espnet", "float32", 1, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [("whisperx", "there are transformers, ctranslate2"), ("transformers:int8", "transformers has float32")],
@@ -104,6 +126,7 @@ def test_a_type_of_its_own(monkeypatch):
     assert parse_peer("ctranslate2", "bfloat16") == ("ctranslate2", "bfloat16")
     monkeypatch.setattr(module, "find_spec", lambda name: True)
     assert parse_peer("transformers", "int8") == ("transformers", "float32")
+    assert parse_peer("espnet", "int8") == ("espnet", "float32")
     monkeypatch.setattr(module, "find_spec", lambda name: False)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'canter\[hf\]'"):
         parse_peer("transformers", "float32")

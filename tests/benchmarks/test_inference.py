@@ -56,6 +56,30 @@ def test_gpu_inference_runs_small_without_a_gpu(script, tmp_path):
     ]
 
 
+def test_owsm_runs_small_beside_espnet(script, tmp_path):
+    pytest.importorskip("espnet2")
+    owsm = script("owsm")
+    owsm.run(owsm.Options(smoke=True, json=tmp_path / "x"))
+    result = json.loads((tmp_path / "x").read_text())
+    for rows in (result["queue"], result["single"]):
+        espnet, padded, unpadded = rows.values()
+        assert padded["same_tokens"] == 1.0
+        assert espnet["tokens"] == padded["tokens"] == unpadded["tokens"] > 0
+        assert unpadded["times_espnet"] > 0
+
+
+def test_owsm_ends_texts_at_their_limits(script, tmp_path):
+    owsm = script("owsm")
+    options = owsm.Options(layers=(1, 1), width=64, vocabulary=300)
+    model = owsm.build(options, tmp_path / "espnet")
+    prompt = tuple(model.tokenizer.prompt_ids({"source_lang": "en"}))
+    random = np.random.default_rng(0)
+    clips = [owsm.Clip(random.normal(size=8000 * n).astype(np.float32), 0.5 * n, prompt) for n in (3, 2, 1)]
+    found = {beams: owsm.CanterQueue(model, 2, beams)(clips, [9, 4, 6]) for beams in (1, 3)}
+    assert [[len(tokens) for tokens in texts] for texts in found.values()] == [[9, 4, 6]] * 2
+    assert len({tuple(tokens[:4]) for tokens in found[1]}) > 1
+
+
 def test_slots_stay_full(script, lengths, tmp_path):
     decoding = script("decoding")
     decoding.run(decoding.Options((lengths,), rows=(4,), repeats=1, json=tmp_path / "x"))

@@ -74,7 +74,7 @@ def test_precisions_and_beams_side_by_side(model, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert json.loads(printed) == json.loads((tmp_path / "x").read_text())
     systems = json.loads(printed)["systems"]
-    assert list(systems) == ["canter float32", "canter int8", "canter float32, 2 beams"]
+    assert list(systems) == ["canter float32", "canter float32, 2 beams", "canter int8"]
     assert all(speed["rtfx"] > 0 for speed in systems.values())
 
 

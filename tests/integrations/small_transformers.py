@@ -61,6 +61,15 @@ def seamless():
     return transformers.SeamlessM4TForSpeechToText(config), extractor
 
 
+def speecht5():
+    config = transformers.SpeechT5Config(
+        **SPECIAL, hidden_size=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, conv_dim=(16,) * 7,
+        max_text_positions=40, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    return transformers.SpeechT5ForSpeechToText(config), transformers.SpeechT5FeatureExtractor()
+
+
 def canary():
     config = transformers.CanaryConfig(
         encoder_config={

@@ -10,7 +10,10 @@ import torch
 
 from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
-from canter.corpus.manifest import write_manifest
+from canter.corpus.manifest import Utterance, write_manifest
+from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.recording import TranscribeConfig
+from canter.inference.transcribe import transcribe
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import OptimizerConfig, TrainConfig
@@ -182,6 +185,71 @@ def test_beams(adapted):
 def test_audio_that_would_be_cut_is_refused():
     with pytest.raises(ValueError, match=r"5.00 s is longer than the model's 4 s"):
         built("whisper").transcribe(clips([5.0]))
+
+
+def test_layers_inside_of_other_modules_are_counted():
+    adapted = built("speecht5")
+    layers, audio = adapted.layers(), clips([0.8])
+    assert (layers["encoder"]["layers"], layers["decoder"]["layers"], adapted.positions) == (2, 2, 40)
+    assert adapted.cost(1.0, 5).cache_values == 2 * 2 * 16 * (adapted.exact_frames(1.0) + 5)
+    assert adapted.transcribe(audio, limits=[8]) == [alone(adapted, audio[0], [START], 8)]
+
+
+def engine_of(adapted, **settings):
+    return adapted.engine(END, EngineConfig(**settings))
+
+
+def test_audio_that_the_library_cannot_take_fails_by_itself():
+    """Speech2Text's filterbank needs 25 ms."""
+    adapted, audio = built("speech_to_text"), clips([1.0, 0.005, 0.7])
+    engine = engine_of(adapted.train())
+    found = {one.key: one for one in engine.run([[Request(clip, [START], n) for n, clip in enumerate(audio)]])}
+    assert adapted.training
+    adapted.eval()
+    assert [found[number].tokens for number in (0, 2)] == [adapted.transcribe([audio[n]])[0] for n in (0, 2)]
+    assert "Speech2TextForConditionalGeneration fails on 0.01 s of this audio: " in found[1].error
+    assert (found[0].error, found[2].error, found[1].tokens) == (None, None, [])
+    assert engine.counters.utterances == 3
+
+
+def test_lack_of_memory_divides_a_batch_and_is_nobodys_fault(monkeypatch):
+    adapted, audio, sizes = built("moonshine"), clips([0.7, 0.6]), []
+    plain, room = type(adapted).transcribe, [1]
+
+    def limited(self, audio, *arguments, **settings):
+        sizes.append(len(audio))
+        if len(audio) > room[0]:
+            raise RuntimeError("CUDA out of memory")
+        return plain(self, audio, *arguments, **settings)
+
+    monkeypatch.setattr(type(adapted), "transcribe", limited)
+    requests = [Request(clip, [START]) for clip in audio]
+    assert [one.error for one in engine_of(adapted).decode(requests)] == [None, None]
+    assert sizes == [2, 1, 1]
+    room[0] = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine_of(adapted).decode(requests)
+
+
+@pytest.mark.parametrize(("family", "longest"), [("whisper", 4.0), ("cohere", 30.0)])
+def test_long_audio_is_cut_to_what_the_extractor_takes(family, longest, tmp_path):
+    """Whisper's extractor truncates, Cohere's divides: both windows are shorter than the usual 40 s."""
+    if family == "whisper":
+        model, extractor = built("whisper").model, built("whisper").extractor
+    else:
+        model, extractor = built("canary").model, transformers.CohereAsrFeatureExtractor(feature_size=32)
+    tokenizer = word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    adapted = TransformersModel(model, extractor, tokenizer)
+    assert adapted.longest_seconds == longest
+    soundfile.write(tmp_path / "long.wav", clips([38.0])[0], 16000)
+    config = TranscribeConfig(timestamps="segment")
+    engine = engine_of(adapted)
+    (found,) = transcribe(engine, adapted.tokenizer, [Utterance(str(tmp_path / "long.wav"), 38.0, "")], config=config)
+    assert found.error is None
+    assert engine.counters.utterances >= 38 / longest
+    assert max(segment.end - segment.start for segment in found.segments) <= longest + 0.01
+    with pytest.raises(ValueError, match=f"38.00 s is longer than the model's {longest:g} s"):
+        adapted.transcribe(clips([38.0]))
 
 
 def test_a_tokenizer_without_an_end_is_refused():

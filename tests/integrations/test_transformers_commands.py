@@ -12,9 +12,11 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import canter
 from canter.cli.main import main
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
+from canter.errors import AudioError
 from canter.planning.budget import Budget
 
 transformers = pytest.importorskip("transformers")
@@ -136,6 +138,71 @@ def test_long_audio_is_cut_and_timed(moonshine, tmp_path):
     assert len(starts) == -(-len(audio) // 48000)
 
 
+@pytest.fixture(scope="module")
+def speech_to_text(tmp_path_factory):
+    return saved("speech_to_text", tmp_path_factory.mktemp("models") / "speech_to_text")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A folder with two sound clips, and one that is shorter than the window of Speech2Text's filterbank."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name, clip in zip(("a", "short", "z"), clips([1.0, 0.005, 0.7])):
+        soundfile.write(folder / f"{name}.wav", clip, 16000)
+    return folder
+
+
+def test_a_file_that_the_library_cannot_take_fails_by_itself(speech_to_text, mixed, tmp_path, capsys):
+    out = tmp_path / "x.jsonl"
+    assert main(["transcribe", str(speech_to_text), str(mixed), "--output", str(out)]) == 1
+    rows = {row["audio_filepath"]: row for row in map(json.loads, out.read_text().splitlines())}
+    texts = {name: rows[str(mixed / f"{name}.wav")].get("pred_text") for name in ("a", "short", "z")}
+    assert texts["a"]
+    assert texts["z"]
+    assert "pred_text" not in rows[str(mixed / "short.wav")]
+    assert "2 of 3 transcribed; 1 failed" in (said := capsys.readouterr().err)
+    assert f"{mixed / 'short.wav'}: transformers Speech2TextForConditionalGeneration fails on 0.01 s" in said
+    results = list(canter.load(str(speech_to_text)).transcribe([mixed]))
+    assert [result.text or None for result in results] == [texts["a"], None, texts["z"]]
+    assert [result.error is None for result in results] == [True, False, True]
+    with pytest.raises(AudioError, match=r"fails on 0.01 s of this audio"):
+        canter.load(str(speech_to_text)).transcribe(mixed / "short.wav")
+
+
+def test_validation_counts_what_the_library_cannot_take_as_empty(speech_to_text, mixed, corpus, tmp_path, capsys):
+    rows = [(str(mixed / "a.wav"), 1.0), (str(mixed / "short.wav"), 0.005)]
+    write_manifest(
+        tmp_path / "valid.jsonl",
+        [{"audio_filepath": path, "duration": seconds, "text": "w7 w8"} for path, seconds in rows],
+    )
+    more = ["--valid", str(tmp_path / "valid.jsonl"), "--steps", "2"]
+    assert command(corpus, speech_to_text, tmp_path / "run", *more) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 validation utterances count as empty transcripts: transformers Speech2Text" in said
+
+
+def test_bench(speech_to_text, mixed, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    options = ["--repeats", "1", "--latency-utterances", "1", "--beam-size", "2", "--output", str(out)]
+    assert main(["bench", str(speech_to_text), "--audio", str(mixed), *options]) == 0
+    assert "left out: transformers Speech2TextForConditionalGeneration fails on" in capsys.readouterr().err
+    found = json.loads(out.read_text())
+    assert (found["clips"], found["left_out"]) == (2, 1)
+    assert list(found["systems"]) == ["canter float32", "canter float32, 2 beams"]
+    assert main(["bench", str(speech_to_text), "--utterances", "1", "--repeats", "1"]) == 0
+
+
+def test_info_says_what_the_model_supports(moonshine, capsys):
+    assert main(["info", str(moonshine), "--json"]) == 0
+    supports = json.loads(capsys.readouterr().out)["supports"]
+    assert supports["serve"] is supports["bench"] is True
+    assert supports["convert"] is supports["--timestamps word"] is False
+    assert main(["info", str(moonshine)]) == 0
+    works, lacks = capsys.readouterr().out.splitlines()[-2:]
+    assert works.removeprefix("supports: ").split(", ") == [name for name, value in supports.items() if value]
+    assert lacks.removeprefix("not: ").split(", ") == [name for name, value in supports.items() if not value]
+
+
 def test_beams(moonshine, corpus, tmp_path, capsys):
     assert main(["transcribe", str(moonshine), str(corpus / "2.wav"), "--beam-size", "3"]) == 0
     model = TransformersModel.from_pretrained(moonshine)
@@ -188,15 +255,26 @@ def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_pat
     [
         (["transcribe", "{model}", "{clip}", "--timestamps", "word"], "--timestamps word"),
         (["transcribe", "{model}", "{clip}", "--precision", "int8"], "--precision int8"),
+        (["transcribe", "{model}", "{clip}", "--ctc-weight", "0.3"], "--ctc-weight: "),
+        (["transcribe", "{model}", "{clip}", "--max-repeats", "1"], "--max-repeats: "),
+        (["transcribe", "{model}", "{clip}", "--prompt", "w7"], "this model takes no text before what it transcribes"),
+        (["transcribe", "{model}", "{clip}", "--task", "translate"], "cannot translate"),
+        (["serve", "{model}", "--port", "0", "--precision", "int8"], "--precision int8: "),
+        (["serve", "{model}", "--port", "0", "--max-repeats", "1"], "--max-repeats: "),
+        (["bench", "{model}", "--precision", "int8"], "--precision int8: "),
+        (["bench", "{model}", "--against", "transformers"], "--against: "),
         (["reshape", "{model}", "-o", "{tmp}/x", "--decoder-layers", "1"], "model_type is 'moonshine'"),
         (["convert", "{model}", "{tmp}/x"], "model_type is 'moonshine'"),
+        (["convert", "{model}", "{tmp}/x.nemo"], "cannot be converted or reshaped"),
         (["tune", "{model}", "--compile", "-o", "{tmp}/b.json"], "--compile: "),
     ],
 )
 def test_what_other_commands_have_nothing_for_takes_one_line(moonshine, corpus, tmp_path, capsys, arguments, says):
     filled = [part.format(model=moonshine, clip=corpus / "0.wav", tmp=tmp_path) for part in arguments]
     assert main(filled) == 1
-    assert says in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
     assert not any(tmp_path.iterdir())
 
 

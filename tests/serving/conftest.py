@@ -17,12 +17,13 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 import torch
 
-from canter.inference.engine.engine import Engine
+from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig, WhisperFeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
+from canter.models.protocol import AnyModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.serving.app import create_app
 from canter.serving.config import ServiceConfig
@@ -126,10 +127,10 @@ def held(engine: Engine, after: int = 0) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def running(model: SpeechModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
+def running(model: AnyModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
     """Serve ``model`` on a free port while the block runs."""
     config = replace(ServiceConfig(names=("small", "whisper-1"), max_seconds=300.0), **settings)
-    service = Service(Engine(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
+    service = Service(engine_for(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
     listening = bind("127.0.0.1", 0)
     server = make_server(create_app(service), config.upload_timeout)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

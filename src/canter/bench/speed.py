@@ -73,7 +73,7 @@ class Speed:
     latency_seconds: dict[str, float]
     """Percentiles (p50, ...) of the time for a single clip."""
     same_transcripts: float
-    """Fraction of clips with the tokens of the first system."""
+    """Fraction of clips with the tokens of the first system of the same beam size."""
     tokens: int
     details: Details
     """Details of the median repeat."""
@@ -115,7 +115,7 @@ def load_clips(
     model, tokenizer = engine.model, engine.model.tokenizer
     assert tokenizer is not None
     rate = model.sample_rate
-    language = language or tokenizer.languages[0]
+    language = language or next(iter(tokenizer.languages), None)
     if audio is None:
         prompt = tuple(tokenizer.prompt(Utterance("noise", 1.0, "", lang=language)))
         return [Clip(samples, len(samples) / rate, prompt) for samples in _noise(most or NOISE_CLIPS, rate)], []
@@ -133,6 +133,10 @@ def load_clips(
             clips.append(Clip(samples, seconds, tuple(tokenizer.prompt(utterance))))
         except CanterError as error:
             left_out.append(str(error))
+    if "cached_decoding" not in model.supports:  # another library may fail on audio that is sound
+        found = engine.decode([Request(clip.audio, clip.prompt) for clip in clips])
+        left_out += [hypothesis.error for hypothesis in found if hypothesis.error]
+        clips = [clip for clip, hypothesis in zip(clips, found) if not hypothesis.error]
     if not clips:
         raise ConfigError(f"{audio}: no clip can be used: {left_out[0]}")
     return sorted(clips, key=lambda clip: -clip.seconds), left_out
@@ -172,19 +176,23 @@ def measure_speed(
     for clip in single:
         for name, system in systems.items():
             latencies[name].append(_seconds(system, [clip]))
-    first = next(iter(found.values()))
     audio = sum(clip.seconds for clip in clips)
     return {
         name: Speed(
             seconds=tuple(seconds for seconds, _ in timed),
             rtfx=rtfx(audio, median(seconds for seconds, _ in timed)),
             latency_seconds={f"p{percent}": float(np.percentile(latencies[name], percent)) for percent in PERCENTILES},
-            same_transcripts=sum(map(list.__eq__, found[name], first)) / len(clips),
+            same_transcripts=sum(map(list.__eq__, found[name], _reference(found, name))) / len(clips),
             tokens=sum(map(len, found[name])),
             details=sorted(timed, key=lambda run: run[0])[(len(timed) - 1) // 2][1],
         )
         for name, timed in runs.items()
     }
+
+
+def _reference(found: Mapping[str, list[list[int]]], name: str) -> list[list[int]]:
+    """Return the transcripts of the first system whose name has the same beam size after a comma, or none too."""
+    return next(tokens for other, tokens in found.items() if other.partition(", ")[2] == name.partition(", ")[2])
 
 
 def _seconds(system: System, clips: Sequence[Clip]) -> float:

@@ -29,12 +29,13 @@ class Options:
     """Manifest, or folder of audio (default: modulated noise, which gives only a rough figure, since a model decodes
     other texts from noise than from speech)."""
     against: str = ""
-    """Other systems on the same weights and utterances, separated by commas: `transformers`, `ctranslate2`, or `canter`
-    itself. Each may have a type other than --precision, as in `ctranslate2:int8`."""
+    """Other systems on the same weights and utterances, separated by commas: `transformers`, `ctranslate2`, `espnet`
+    (OWSM), or `canter` itself. Each may have a type other than --precision, as in `ctranslate2:int8`."""
     batch_size: int | None = None
-    """Maximum number of rows decoded together (default: Canter chooses by model and device; the others take 16)."""
+    """Maximum number of rows decoded together (default: Canter chooses by model and device; the others take 16, and
+    ESPnet always 1)."""
     beam_size: int = 1
-    """Above 1, Canter also decodes by beam search of this size, beside its greedy search."""
+    """Above 1, Canter and ESPnet also decode by beam search of this size, beside their greedy search."""
     language: str | None = None
     """Language of utterances that name none."""
     utterances: int | None = None
@@ -67,7 +68,7 @@ def run(options: Options) -> None:
 
     from canter.bench.peers import load_peer, parse_peer
     from canter.bench.speed import EngineSystem, System, load_clips, measure_speed
-    from canter.inference.engine.engine import Engine
+    from canter.inference.engine.engine import engine_for
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.loading import load_engine
     from canter.inference.transcript.formats import json_text
@@ -90,6 +91,9 @@ def run(options: Options) -> None:
         keep_freed_memory()
     clips, left_out = load_clips(engine, options.audio, options.language, options.utterances)
     systems: dict[str, System] = {f"canter {kind}": EngineSystem(engine)}
+    wide, beams = replace(config, beams=options.beam_size), f", {options.beam_size} beams"
+    if options.beam_size > 1:
+        systems[f"canter {kind}{beams}"] = EngineSystem(engine_for(model, engine.end, wide))
     with TemporaryDirectory(prefix="canter-bench-") as work:
         for package, type_name in peers:
             if package == "canter":
@@ -100,9 +104,9 @@ def run(options: Options) -> None:
                 weights = load_module(checkpoint, device) if options.precision == "int8" else model
                 system = load_peer(cast("SpeechModel", weights), package, type_name, peer_batch, Path(work))
             systems[f"{package} {type_name}"] = system
-        if options.beam_size > 1:
-            beams = Engine(model, engine.end, replace(config, beams=options.beam_size))
-            systems[f"canter {kind}, {options.beam_size} beams"] = EngineSystem(beams)
+            if package == "espnet" and options.beam_size > 1:
+                searching = load_peer(cast("SpeechModel", model), package, type_name, 1, Path(work), wide)
+                systems[f"espnet {type_name}{beams}"] = searching
         speeds = measure_speed(systems, clips, repeats=options.repeats, latency_clips=options.latency_utterances)
     for reason in left_out[:5]:
         print(f"canter: left out: {reason}", file=sys.stderr)
@@ -161,6 +165,6 @@ def print_speeds(speeds: dict[str, Speed], clips: list[Clip]) -> None:
         f"{details.get('mean_rows', 0):.1f} rows a step"
     )
     for name, speed in speeds.items():
-        if name.endswith("beams"):
+        if name.startswith("canter ") and name.endswith("beams"):
             decoder, greedy = (one.details.get("counters", {})["decoder_seconds"] for one in (speed, first))
             console.print(f"{name}: {decoder / greedy:.2f} times the decoder's time of greedy search")

@@ -30,7 +30,8 @@ class Options:
 
 def run(options: Options) -> int | None:
     from canter.errors import ConfigError
-    from canter.loading import load_module
+    from canter.loading import FORMATS, load_module
+    from canter.models.abilities import abilities
     from canter.models.hub import checkpoint_of
 
     if options.seconds <= 0 or options.tokens_per_second <= 0:
@@ -38,10 +39,15 @@ def run(options: Options) -> int | None:
     model = load_module(checkpoint_of(options.model))
     tokens = max(1, min(model.positions, round(options.seconds * options.tokens_per_second)))
     cost = model.cost(options.seconds, tokens)
+    supported = abilities(model, FORMATS[model.format].native)
     if options.json:
-        print(json.dumps(_figures(model, cost), indent=2))
-    else:
-        _show(model, cost, str(options.model))
+        print(json.dumps({**_figures(model, cost), "supports": supported}, indent=2))
+        return
+    _show(model, cost, str(options.model))
+    for title, asked in (("supports", True), ("not", False)):
+        names = [name for name, works in supported.items() if works == asked]
+        if names:
+            print(f"{title}: {', '.join(names)}")
 
 
 def _figures(model: AnyModel, cost: UtteranceCost) -> dict[str, object]:

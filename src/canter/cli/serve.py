@@ -108,13 +108,17 @@ def load_in_thread(options: Options, checkpoint: Path, device: str) -> "Engine":
     """
     from canter.inference.engine.requests import EngineConfig
     from canter.inference.loading import load_engine
+    from canter.models.protocol import check_support
 
     config = EngineConfig(rows=options.batch_size, max_repeats=options.max_repeats)
     loaded: Future[Engine] = Future()
 
     def load() -> None:
         try:
-            loaded.set_result(load_engine(checkpoint, config, device=device, precision=options.precision))
+            engine = load_engine(checkpoint, config, device=device, precision=options.precision)
+            if options.max_repeats != Options.max_repeats:
+                check_support(engine.model, {"--max-repeats": "repetition_guard"}, checkpoint)
+            loaded.set_result(engine)
         except BaseException as error:
             loaded.set_exception(error)
 

@@ -71,7 +71,7 @@ class Defaults:
         required = known if len(known) > 1 and not detects_language(tokenizer) else ()
         spoken = None
         if is_said(language):
-            spoken = resolve(language, known) if known else _label(tokenizer, language)
+            spoken = spoken_language(tokenizer, language)
         elif len(known) == 1:
             spoken = known[0]
         if task != "translate":
@@ -109,9 +109,13 @@ class Defaults:
         return found
 
 
-def _label(tokenizer: Tokenizer, name: str) -> str:
-    """Return the code of a language for a model without a list of languages. Raises ConfigError where its prompt has a
-    slot for the language."""
+def spoken_language(tokenizer: Tokenizer, name: str) -> str:
+    """Return the model's code of a language; for a model without a list of languages the usual code.
+
+    Raises ConfigError for a language that the model does not know.
+    """
+    if tokenizer.languages:
+        return resolve(name, tokenizer.languages)
     code = canonical(name)
     if code is None:
         raise ConfigError(f"{name!r} is not the name or code of a language")

@@ -10,7 +10,7 @@ from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
 from canter.loading import Precision, load_module
 from canter.models.hub import checkpoint_of
-from canter.models.protocol import AnyModel
+from canter.models.protocol import AnyModel, check_support
 from canter.text.tokenizer import Tokenizer
 
 
@@ -26,8 +26,10 @@ def load_engine(
     Raises CheckpointError for a path that holds no model, and ConfigError for a missing device, an unsupported
     precision or option, or a model without a tokenizer.
     """
-    module = load_module(checkpoint_of(Path(model)), device, precision)
-    return engine_for(module, tokenizer_of(module, os.fspath(model)).end, config or EngineConfig())
+    module, config = load_module(checkpoint_of(Path(model)), device, precision), config or EngineConfig()
+    if config.ctc_weight:
+        check_support(module, {"--ctc-weight": "joint_decoding"}, os.fspath(model))
+    return engine_for(module, tokenizer_of(module, os.fspath(model)).end, config)
 
 
 def tokenizer_of(model: AnyModel, name: str) -> Tokenizer:

@@ -147,6 +147,7 @@ class _Open:
     samples: int = 0  # read so far
     lost_seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    error: str | None = None  # of the first chunk that the model could not decode
 
 
 class _Queue:
@@ -168,7 +169,9 @@ class _Queue:
             key = event.key
             assert isinstance(key, ChunkKey)
             if key.recording in self.open:
-                self.open[key.recording].recording.add(key.number, event)
+                opened = self.open[key.recording]
+                opened.error = opened.error or event.error
+                opened.recording.add(key.number, event)
                 yield key
             yield from self.finished()
         yield from self.finished()
@@ -274,6 +277,9 @@ class _Queue:
                 self.read.append(index)
                 continue
             opened = self.open.pop(index)
+            if opened.error is not None:
+                yield index, Transcription("", error=opened.error)
+                continue
             utterance = opened.job.utterance
             yield (
                 index,

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence, Set
 from functools import cached_property
@@ -30,10 +31,11 @@ from canter.models.batch import Batch, Loss, attention_loss
 from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.protocol import Capability
+from canter.runtime import is_out_of_memory
 from canter.text.languages import find
 from canter.text.prompts import utterance_slots
 
-POSITIONS = ("max_target_positions", "max_position_embeddings")  # a decoder's, by architecture
+POSITIONS = ("max_target_positions", "max_text_positions", "max_position_embeddings")  # a decoder's, by architecture
 TOKENS_PER_SECOND, EXTRA_TOKENS = 12.5, 10  # what a clip may be transcribed in
 PREFIX = "model."  # of our names of their tensors
 FRAME_SECONDS = 0.08  # the engine's settings count encoder frames of this duration
@@ -111,8 +113,9 @@ class TransformersModel(nn.Module):
 
     @property
     def longest_seconds(self) -> float:
-        """Maximum seconds of an utterance."""
-        return self.padded_seconds or math.inf
+        """Maximum seconds of an utterance: those that the extractor pads to, or up to which it does not divide it."""
+        undivided = getattr(self.extractor, "max_audio_clip_s", math.inf)
+        return self.padded_seconds or undivided - getattr(self.extractor, "overlap_chunk_second", 0.0)
 
     @property
     def frame_seconds(self) -> float:
@@ -187,14 +190,13 @@ class TransformersModel(nn.Module):
     def inputs(self, audio: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """Return the encoder's inputs, padded, on the model's device, for mono audio (S,) of B utterances.
 
-        Raises ValueError for audio longer than the model's fixed length, which the extractor would truncate silently.
+        Raises ValueError for audio longer than `longest_seconds`, which the extractor would truncate silently, or
+        divide.
         """
-        most = self.extractor.n_samples if self._pads_to_length else math.inf
-        longest = max(map(len, audio))
-        if longest > most:
+        longest = max(map(len, audio)) / self.sample_rate
+        if longest > self.longest_seconds:
             raise ValueError(
-                f"an utterance of {longest / self.sample_rate:.2f} s is longer than the model's "
-                f"{most / self.sample_rate:g} s; cut it first"
+                f"an utterance of {longest:.2f} s is longer than the model's {self.longest_seconds:g} s; cut it first"
             )
         extracted = self.extractor(
             list(audio),
@@ -292,12 +294,11 @@ class TransformersModel(nn.Module):
     def layers(self) -> dict[str, dict[str, str | int]]:
         """Return kind, layers and width of encoder and decoder; of the latter the vocabulary too."""
         encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
-        inner = encoder if hasattr(encoder, "layers") else getattr(encoder, "encoder", encoder)
         return {
-            "encoder": {"kind": type(encoder).__name__, "layers": len(inner.layers), "width": self.width},
+            "encoder": {"kind": type(encoder).__name__, "layers": _depth(encoder), "width": self.width},
             "decoder": {
                 "kind": type(decoder).__name__,
-                "layers": len(decoder.layers),
+                "layers": _depth(decoder),
                 "width": decoder.config.hidden_size,
                 "vocabulary": self.vocabulary,
             },
@@ -319,7 +320,7 @@ class TransformersModel(nn.Module):
             tokens,
             encode=lambda: self.model.get_encoder()(**inputs),
             decode=lambda states: self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False).logits,
-            cached=2 * len(decoder.layers) * width,
+            cached=2 * _depth(decoder) * width,
         )
 
     # -- decoding --
@@ -354,8 +355,6 @@ class TransformersModel(nn.Module):
         if limits is None:
             limits = [self.limit(clip, prompt) for clip, prompt in zip(audio, prompts, strict=True)]
         results: list[list[int]] = [[] for _ in audio]
-        training = self.model.training
-        self.model.eval()
         for size in sorted({len(prompt) for prompt in prompts}):
             chosen = [place for place, prompt in enumerate(prompts) if len(prompt) == size]
             seconds = [self.padded_seconds or len(audio[place]) / self.sample_rate for place in chosen]
@@ -369,7 +368,6 @@ class TransformersModel(nn.Module):
                 )
                 for place, tokens in zip(places, found, strict=True):
                     results[place] = tokens[: limits[place]]
-        self.model.train(training)
         return results
 
     def _generate(
@@ -381,13 +379,17 @@ class TransformersModel(nn.Module):
         the prompts already.
         """
         settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit, **generation}
-        sequences = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            self.model,
-            **self.inputs(audio),
-            decoder_input_ids=torch.tensor([list(prompt) for prompt in prompts], device=self.model.device),
-            decoder_start_token_id=[prompt[0] for prompt in prompts],
-            **settings,
-        )
+        training = self.model.training
+        try:
+            sequences = GenerationMixin.generate(  # pyright: ignore[reportAttributeAccessIssue]
+                self.model.eval(),
+                **self.inputs(audio),
+                decoder_input_ids=torch.tensor([list(prompt) for prompt in prompts], device=self.model.device),
+                decoder_start_token_id=[prompt[0] for prompt in prompts],
+                **settings,
+            )
+        finally:
+            self.model.train(training)
         ends = self._setting("eos_token_id")
         ends = set(ends) if isinstance(ends, list | tuple) else {ends}
         found = []
@@ -397,10 +399,17 @@ class TransformersModel(nn.Module):
         return found
 
 
+def _depth(part: nn.Module) -> int:
+    """Return the number of layers of an encoder or decoder, whose stack may be inside of another module."""
+    stacks = [name for name, _ in part.named_modules() if re.search(r"(^|\.)layers$", name)]
+    return len(list(part.get_submodule(min(stacks, key=lambda name: name.count("."))).children()))
+
+
 class GenerateEngine(Engine):
     """`Engine` over the model's own ``generate``: a batch is decoded as one, by beam search if there are several beams.
 
-    Of the settings ``rows``, ``frames`` (of 80 ms), ``beams`` and ``length_penalty`` are used.
+    Of the settings ``rows``, ``frames`` (of 80 ms), ``beams`` and ``length_penalty`` are used. Audio on which the
+    library fails has a hypothesis with an ``error``; the other audio of its batch is decoded.
     """
 
     aligns = False
@@ -421,20 +430,48 @@ class GenerateEngine(Engine):
             if not requests:
                 continue
             began = time.perf_counter()
-            audio, prompts = [one.audio for one in requests], [one.prompt for one in requests]
-            limits = [model.limit(clip, prompt) for clip, prompt in zip(audio, prompts)]
-            found = model.transcribe(audio, prompts, batch_seconds=math.inf, limits=limits, **self.generation)
+            found = self._decoded(requests)
             seconds = time.perf_counter() - began
-            steps = max(map(len, found)) + 1
+            steps = max(len(one.tokens) for one in found) + 1
             self.counters.seconds += seconds
             self.counters.decoder_seconds += seconds
-            self.counters.audio_seconds += sum(map(len, audio)) / model.sample_rate
+            self.counters.utterances += len(requests)
+            self.counters.audio_seconds += sum(len(one.audio) for one in requests) / model.sample_rate
+            self.counters.tokens += sum(len(one.tokens) for one in found)
             self.counters.steps += steps
             self.counters.row_steps += steps * len(found)
-            self.counters.useful_row_steps += sum(len(tokens) + 1 for tokens in found)
-            for request, tokens, limit in zip(requests, found, limits):
-                prompt = tuple(request.prompt)
-                yield Hypothesis(request.key, tokens, len(tokens) < limit, prompt=prompt)
+            self.counters.useful_row_steps += sum(len(one.tokens) + 1 for one in found)
+            yield from found
+
+    def _decoded(self, requests: list[Request]) -> list[Hypothesis]:
+        """Return the hypotheses of a batch; if the library fails on it, its requests are decoded one at a time.
+
+        Raises what a single request raises for lack of memory, which is not the fault of its audio.
+        """
+        model: Any = self.model
+        limits = [model.limit(one.audio, one.prompt) for one in requests]
+        try:
+            found = model.transcribe(
+                [one.audio for one in requests],
+                [one.prompt for one in requests],
+                batch_seconds=math.inf,
+                limits=limits,
+                **self.generation,
+            )
+        except Exception as error:  # what a library raises for audio that it cannot take is not documented
+            if len(requests) == 1:
+                if is_out_of_memory(error):
+                    raise
+                said = " ".join(str(error).split())[:300] or type(error).__name__
+                seconds = len(requests[0].audio) / model.sample_rate
+                said = f"{model.shape} fails on {seconds:.2f} s of this audio: {said}"
+                return [Hypothesis(requests[0].key, [], False, prompt=tuple(requests[0].prompt), error=said)]
+        else:
+            return [
+                Hypothesis(one.key, tokens, len(tokens) < limit, prompt=tuple(one.prompt))
+                for one, tokens, limit in zip(requests, found, limits)
+            ]
+        return [self._decoded([one])[0] for one in requests]
 
 
 class TransformersTokenizer:

@@ -252,7 +252,7 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         if fields.stream:
             return _Stream(_events(service, client, result, wanted), stack.pop_all())
         await client.wait_for(_collect(service, result, wanted))
-        return result.response(service.tokenizer.languages[0])
+        return result.response(next(iter(service.tokenizer.languages), None))
 
 
 class _Stream(StreamingResponse):
@@ -331,7 +331,7 @@ class TranscriptionAnswer:
             done["subtitles"] = {name: write(self.segments, SENTENCES) for name, write in WRITERS.items()}
         return done | {"timing": self._milliseconds}
 
-    def response(self, default_language: str) -> Response:
+    def response(self, default_language: str | None) -> Response:
         """Return the answer in the requested format, with the time of each stage in its ``Server-Timing``."""
         stages = [f"{name};dur={value}" for name, value in self._milliseconds.items()]
         headers = {"Server-Timing": ", ".join(stages)}

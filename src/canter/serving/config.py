@@ -1,9 +1,12 @@
 """Settings of the service; those in `ServiceOptions` are options of ``canter serve``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from canter.errors import ConfigError
+
+if TYPE_CHECKING:
+    from canter.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,8 @@ class ServiceConfig(ServiceOptions):
     hosts: frozenset[str] | None = None
     """Names and addresses under which the service may be addressed, in lower case and without a port; `ANY_ADDRESS`
     among them allows every IP address. None allows any name."""
-    languages: tuple[str, ...] = ()
-    """Languages of the model; the service fills them in."""
+    tokenizer: "Tokenizer | None" = None
+    """Tokenizer of the model, which knows its languages; the service fills it in."""
     readers: int = 2
     """Number of threads that decode audio."""
 

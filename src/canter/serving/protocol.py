@@ -7,8 +7,9 @@ from typing import Literal
 from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
+from canter.inference.languages import spoken_language
 from canter.serving.config import ServiceConfig
-from canter.text.languages import is_said, resolve
+from canter.text.languages import is_said
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 GRANULARITIES = ("segment", "word")
@@ -119,8 +120,9 @@ def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> st
     value = values.get(name, "").strip()[:40]
     if not is_said(value):
         return None
+    assert config.tokenizer is not None
     try:
-        return resolve(value, config.languages)
+        return spoken_language(config.tokenizer, value)
     except ConfigError as error:
         raise ApiError(400, f"{name}: {error}", name) from None
 

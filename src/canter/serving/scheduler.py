@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from canter.errors import CanterError
+from canter.errors import AudioError, CanterError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Hypothesis, Request, encoder_batches
 
@@ -183,7 +183,9 @@ class Scheduler:
                     with self._changed:
                         expected = entry in self._inside
                         self._inside.discard(entry)
-                    if expected:
+                    if expected and hypothesis.error is not None:
+                        self._deliver(entry, None, AudioError(hypothesis.error))
+                    elif expected:
                         self._deliver(entry, hypothesis, None)
             except Exception as error:
                 self._recover(error)

@@ -27,7 +27,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.inference.languages import detects_language, prompts_written_language, translation_targets
+from canter.inference.languages import detects_language, prompts_written_language, spoken_language, translation_targets
 from canter.inference.recording import Recording, TranscribeConfig, Transcriber
 from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
@@ -36,7 +36,8 @@ from canter.serving.config import ServiceConfig
 from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
 from canter.serving.scheduler import Outcome, Scheduler, Stored, Timing
 from canter.serving.upload import anonymous_file, disk_errors, path_of, write_all
-from canter.text.languages import find, is_said, resolve
+from canter.text.languages import find, is_said
+from canter.text.whisper import WhisperTokenizer
 
 MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
 BLOCK = 2**22  # values decoded between two checks that the client is still there
@@ -90,8 +91,8 @@ class TranscriptUpdate:
 
     segments: list[Segment]
     """The next segments in order, which are final."""
-    language: str
-    """Language of the audio: the requested one, or the one detected so far."""
+    language: str | None
+    """Language of the audio: the requested one, or the one detected so far; None of a model without languages."""
     timing: Timing
     language_probability: float | None = None
     """Probability of the detected language; None if the language was requested."""
@@ -160,10 +161,10 @@ class Service:
         language = config.language if is_said(config.language) else None
         if language is not None:
             try:
-                language = resolve(language, tokenizer.languages)
+                language = spoken_language(tokenizer, language)
             except ConfigError as error:
                 raise ConfigError(f"--language: {error}") from None
-        config = replace(config, language=language, languages=tokenizer.languages)
+        config = replace(config, language=language, tokenizer=tokenizer)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.sample_rate
         self.transcribers = {
@@ -181,19 +182,14 @@ class Service:
     @property
     def targets(self) -> tuple[str, ...]:
         """Target languages of translation; a Whisper has English only."""
-        if len(self.tokenizer.languages) == 1:
+        if len(self.tokenizer.languages) < 2:
             return ()
-        free = "target_lang" in self._slots or prompts_written_language(self.tokenizer)
-        return translation_targets(self.tokenizer) if free else ("en",)
+        return ("en",) if isinstance(self.tokenizer, WhisperTokenizer) else translation_targets(self.tokenizer)
 
     @property
     def detects(self) -> bool:
         """True for a model that detects the language of the audio, such as a multilingual Whisper."""
         return detects_language(self.tokenizer)
-
-    @property
-    def _slots(self) -> tuple[str, ...]:
-        return self.transcribers["none"].format
 
     def close(self) -> None:
         for stop in self._reading:
@@ -202,9 +198,10 @@ class Service:
         self._readers.shutdown(cancel_futures=True)  # each ends after its current block and closes its file
 
     async def warm_up(self) -> None:
-        """Decode a second of silence, so that the first request does not pay for initialisation."""
-        fields = AudioRequest("transcribe", self.config.language or self.tokenizer.languages[0])
-        audio = self._stored([Chunk(0.0, np.zeros(self.rate, np.float32))])
+        """Decode a second of noise, so that the first request does not pay for initialisation."""
+        fields = AudioRequest("transcribe", self.config.language or next(iter(self.tokenizer.languages), None))
+        noise = np.random.default_rng(0).normal(scale=1e-3, size=self.rate)  # some libraries divide by silence
+        audio = self._stored([Chunk(0.0, noise.astype(np.float32))])
         try:
             async for _ in self.segments(audio, fields, self.request(fields)):
                 pass
@@ -323,14 +320,18 @@ class Service:
         known = ", ".join(languages)
         source = fields.language or (languages[0] if len(languages) == 1 else None)
         if fields.task == "translate" and not self.targets:
-            raise ApiError(400, f"this model knows {languages[0]} only and does not translate", "model")
+            raise ApiError(400, f"this model knows {known or 'one language'} only and does not translate", "model")
         unneeded = fields.task == "translate" and prompts_written_language(self.tokenizer)
-        if source is None and not self.detects and not unneeded:
+        if source is None and languages and not self.detects and not unneeded:
             text = f"this model needs the language of the audio: {known}"
             raise ApiError(400, text, "language", "missing_language")
-        if source and source not in languages:
+        if source and languages and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
-        target = source if fields.task == "transcribe" else fields.to_language or find("en", self.targets)
+        if fields.timestamps == "word" and not self.engine.aligns:
+            raise ApiError(400, "this model has no times of words", "timestamp_granularities[]")
+        if fields.temperature and "cached_decoding" not in self.engine.model.supports:
+            raise ApiError(400, "another library decodes this model, at temperature 0 only", "temperature")
+        target = source if fields.task == "transcribe" else fields.to_language or find("en", self.targets) or "en"
         if fields.task == "translate" and target not in self.targets:
             text = f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}"
             raise ApiError(400, text, "to_language")
@@ -364,11 +365,13 @@ class Service:
         try:
             for _ in requests:
                 outcome = await outcomes.get()
+                if isinstance(outcome.error, AudioError):
+                    raise ApiError(400, str(outcome.error), "file", "invalid_audio")
                 if outcome.hypothesis is None:
                     raise ApiError(500, str(outcome.error))
                 final = recording.add(outcome.chunk, outcome.hypothesis)
                 detected, probability = recording.detected or (None, None)
-                language = fields.language or detected or self.tokenizer.languages[0]
+                language = fields.language or detected or next(iter(self.tokenizer.languages), None)
                 yield TranscriptUpdate(final, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds)
         finally:

@@ -53,7 +53,7 @@ class Validator:
         events: Events[Never] = QUIET,
     ):
         """Read the audio of ``utterances``; ``data`` gives tokenizer, sample rate and the model's limits."""
-        self.tokenizer, self.precision, self.ranks = data.tokenizer, precision, ranks
+        self.tokenizer, self.precision, self.ranks, self.events = data.tokenizer, precision, ranks, events
         self.utterances: list[Utterance] = []
         self.requests: list[Request] = []
         problems: list[str] = []
@@ -81,6 +81,8 @@ class Validator:
         device = next(model.parameters()).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
             hypotheses = engine.decode(self.requests)
+        if failed := [hypothesis.error for hypothesis in hypotheses if hypothesis.error]:
+            self.events.message(f"{len(failed)} validation utterances count as empty transcripts: {failed[0]}")
         mine = list(zip(self.utterances, (self.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses)))
         pairs = [pair for some in self.ranks.all_gather_objects(mine) for pair in some]  # in the order of ranks
         scored = score_texts(

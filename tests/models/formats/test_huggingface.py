@@ -155,7 +155,10 @@ def test_what_transformers_lacks_is_refused(model, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2'; read are 'canary', 'whisper' and 'seamless_m4t_v2'"),
+        (
+            {"model_type": "wav2vec2"},
+            "model_type is 'wav2vec2', not one of canary, whisper, cohere_asr, seamless_m4t_v2",
+        ),
         ({"activation_function": "relu"}, "activation_function is 'relu'; supported: 'gelu'"),
         ({"d_model": "wide"}, "d_model is 'wide'; it must be int"),
         ({"encoder_layers": None}, "encoder_layers is None"),

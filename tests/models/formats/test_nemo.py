@@ -1,8 +1,10 @@
 """Equal to the real NeMo on its own archives, and safe with archives that are not what they seem."""
 
+import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from canter.models.batch import Batch
 from canter.models.decoder import DecoderConfig
 from canter.models.features import length_mask
 from canter.models.formats.nemo import NAMES, opened, special_tokens_model, write_nemo
-from canter.text import SentencePieceTokenizer
+from canter.text import SentencePieceTokenizer, train_tokenizer
 
 from ..conftest import small_model, small_whisper
 
@@ -216,6 +218,61 @@ def test_tokenizer_is_attached(nemo):
     assert model.tokenizer.pad == 2
     for case in meta["prompts"]:
         assert model.tokenizer is not None, case
+
+
+def leaves(value, path=()):
+    """Yield every setting of a configuration with its path; names of files without their hash."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, (*path, name))
+    else:
+        yield path, value.split("_", 1)[1] if str(value).startswith("nemo:") else value
+
+
+# Settings that NeMo does not need to restore: the folder from which a tokenizer came, what only training reads, and
+# the heads of an encoder of no layers.
+FREE = ("nemo_version", "label_smoothing", "use_loss_mask_for_prompt", "dir", "decoding", "prompt_defaults")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_written_archive_has_all_that_nemo_restores(shared, tmp_path, variant):
+    """NeMo 2.7.3 opened archives of this structure (docs/models.md): its members and settings, one at a time."""
+    original = shared / "fixtures" / "nemo" / variant / "model.nemo"
+    write_nemo(canter.load_model(original), tmp_path / "x.nemo")
+    with opened(original) as old, opened(tmp_path / "x.nemo") as new:
+        kinds = [sorted(name.split("_", 1)[-1] for name in archive.members) for archive in (old, new)]
+        assert kinds[0] == kinds[1]
+        expected, found = dict(leaves(old.config())), dict(leaves(new.config()))
+        files = {name: archive.read(name, 2**24) for archive in (old, new) for name in archive.members}
+        for path, value in expected.items():
+            if path[-1] not in FREE and path[0] not in FREE and path != ("transf_encoder", "num_attention_heads"):
+                assert found[path] == value, path
+        assert new.config()["prompt_defaults"] == old.config()["prompt_defaults"][:1]  # the user's turn
+        for lang, named in new.config()["tokenizer"]["langs"].items():
+            theirs = old.config()["tokenizer"]["langs"][lang]
+            for setting in ("model_path", "vocab_path", "spe_tokenizer_vocab"):
+                ours = files[named[setting].removeprefix("nemo:")]
+                assert named[setting] == f"nemo:{hashlib.md5(ours).hexdigest()}_{named[setting].split('_', 1)[1]}"
+                if lang != "spl_tokens":  # written again from the tokens, without the scores of a training
+                    assert ours == files[theirs[setting].removeprefix("nemo:")], (lang, setting)
+
+
+def test_vocabulary_is_rounded_up_as_in_nemo(tmp_path):
+    """NeMo makes 8 * ceil(tokenizer / 8) outputs; those without a token get no probability."""
+    model = small_model(ctc_vocabulary=0)
+    model.tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en"], vocab_size=37)
+    with pytest.raises(CheckpointError, match="has 50 ids, and NeMo's Canary 40 with a tokenizer of 37"):
+        write_nemo(model, tmp_path / "x.nemo")
+    config = replace(model.config, decoder=replace(model.config.decoder, vocabulary=37))
+    model = small_model(decoder=config.decoder, ctc_vocabulary=0)
+    model.tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en"], vocab_size=37)
+    again = canter.load_model(write_nemo(model, tmp_path / "x.nemo"))
+    assert again.vocabulary == 40
+    encoded, ids = torch.randn(1, 6, 24), torch.randint(0, 37, (1, 5))
+    ours = model.log_probs(encoded, torch.tensor([6]), ids)
+    theirs = again.log_probs(encoded, torch.tensor([6]), ids)
+    assert (ours - theirs[..., :37]).abs().max() < 1e-5
+    assert theirs[..., 37:].max() < -50
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

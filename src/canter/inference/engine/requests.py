@@ -115,6 +115,8 @@ class Hypothesis:
     """Hypothesis of the audio from ``continues_at`` seconds on, where this one ended before its audio did, or where
     another language begins."""
     continues_at: float = 0.0
+    error: str | None = None
+    """Reason why there are no tokens, where another library's model fails on this audio."""
 
     @property
     def parts(self) -> "list[Hypothesis]":

@@ -13,9 +13,12 @@ import tarfile
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
+import sentencepiece
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -34,13 +37,16 @@ from canter.text.nemo import SPECIAL, nemo_tokenizer
 
 WEIGHTS = "model_weights.ckpt"
 
+HEAD_BIAS = "log_softmax.mlp.layer0.bias"
+NEVER = -100.0  # logit of ids without a token: no probability, and yet no loss out of bounds with label smoothing
+
 # Our names to theirs, as substrings, in this order; the encoder's are the same.
 NAMES = Renaming(
     ("projection.", "encoder_decoder_proj."),
     ("decoder.embedding.", "transf_decoder._embedding.token_embedding."),
     ("decoder.embedding_norm.", "transf_decoder._embedding.layer_norm."),
     ("decoder.norm.", "transf_decoder._decoder.final_layer_norm."),
-    ("decoder.head_bias", "log_softmax.mlp.layer0.bias"),
+    ("decoder.head_bias", HEAD_BIAS),
     ("decoder.layers.", "transf_decoder._decoder.layers."),
     (".norm_self.", ".layer_norm_1."),
     (".norm_cross.", ".layer_norm_2."),
@@ -205,8 +211,9 @@ def write_nemo(
 ) -> Path:
     """Write ``model`` and its tokenizer to an archive that NeMo restores; a CTC head is left out, with a warning.
 
-    Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's options,
-    a vocabulary beside the special tokens that several languages share.
+    NeMo's vocabulary is that of the tokenizer, rounded up to a multiple of 8: further ids are written that are never
+    decoded. Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's
+    options, more ids than the tokenizer has, a vocabulary beside the special tokens that several languages share.
     """
     path = Path(path)
     tokenizer = tokenizer or model.tokenizer
@@ -214,9 +221,16 @@ def write_nemo(
     _check_expressible(model.config, path)
     section, members = _their_tokenizer(tokenizer, path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
+    size = 8 * math.ceil(tokenizer.vocab_size / 8)
+    if size < model.vocabulary:
+        raise CheckpointError(
+            f"{path}: the model has {model.vocabulary} ids, and NeMo's Canary {size} with a tokenizer of "
+            f"{tokenizer.vocab_size}; keep it as a Canter folder"
+        )
     stored = io.BytesIO()
-    torch.save(_their_tensors(model, weights or model.state_dict(), path), stored)
-    values = _their_config(model.config, tokenizer, section)
+    torch.save(_their_tensors(model, weights or model.state_dict(), size, path), stored)
+    decoder = replace(model.config.decoder, vocabulary=size)
+    values = _their_config(replace(model.config, decoder=decoder), tokenizer, section)
     config = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     members |= {CONFIG: config.encode(), WEIGHTS: stored.getvalue()}
     with replacing(path) as fresh, tarfile.open(fresh, "w") as tar:
@@ -243,7 +257,10 @@ def _check_expressible(config: ModelConfig, path: Path) -> None:
 
 
 def _their_tokenizer(tokenizer: Tokenizer | None, path: Path) -> tuple[Settings, dict[str, bytes]]:
-    """Return the section of the configuration, and the files of the archive that it names."""
+    """Return the section of the configuration, and the files of the archive that it names.
+
+    NeMo restores no SentencePiece model without its list of words, and saves the list of pieces again.
+    """
     if tokenizer is None:
         raise CheckpointError(f"{path}: the model has no tokenizer, without which NeMo restores nothing")
     if not isinstance(tokenizer, SentencePieceTokenizer):
@@ -251,15 +268,9 @@ def _their_tokenizer(tokenizer: Tokenizer | None, path: Path) -> tuple[Settings,
     models = dict(tokenizer.models)
     kind = "nemo.collections.common.tokenizers.canary_tokenizer"
     if not tokenizer.special:  # canary-1b-v2's
-        pieces = [tokenizer.piece(number) for number in range(tokenizer.vocab_size)]
-        lists = {
-            "model_path": ("tokenizer.model", models[""]),
-            "vocab_path": ("vocab.txt", "".join(f"{piece}\n" for piece in pieces).encode()),
-            "spe_tokenizer_vocab": ("tokenizer.vocab", "".join(f"{piece}\t0\n" for piece in pieces).encode()),
-        }
-        files = {setting: (f"{_md5(content)}_{name}", content) for setting, (name, content) in lists.items()}
-        names = {setting: f"nemo:{name}" for setting, (name, _) in files.items()}
-        section = {"dir": None, "type": "bpe", **names, "custom_tokenizer": {"_target_": f"{kind}.CanaryBPETokenizer"}}
+        files = _named_files(models[""])
+        custom = {"_target_": f"{kind}.CanaryBPETokenizer"}
+        section = {"dir": None, "type": "bpe", **_settings(files), "custom_tokenizer": custom}
         return section, dict(files.values())
     if "" in models:
         if len(tokenizer.languages) != 1:
@@ -269,14 +280,36 @@ def _their_tokenizer(tokenizer: Tokenizer | None, path: Path) -> tuple[Settings,
             )
         models = {tokenizer.languages[0]: models[""]}
     models = {SPECIAL: special_tokens_model(tokenizer.special), **models}
-    files = {lang: (f"{_md5(model)}_{lang}_tokenizer.model", model) for lang, model in models.items()}
-    langs = {lang: {"dir": lang, "type": "bpe", "model_path": f"nemo:{name}"} for lang, (name, _) in files.items()}
+    named = {lang: _named_files(model) for lang, model in models.items()}
+    langs = {lang: {"dir": lang, "type": "bpe", **_settings(files)} for lang, files in named.items()}
     custom = {"_target_": f"{kind}.CanaryTokenizer", "tokenizers": None}
-    return {"dir": None, "type": "agg", "langs": langs, "custom_tokenizer": custom}, dict(files.values())
+    section = {"dir": None, "type": "agg", "langs": langs, "custom_tokenizer": custom}
+    return section, dict(file for files in named.values() for file in files.values())
 
 
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+def _settings(files: Mapping[str, tuple[str, bytes]]) -> Settings:
+    return {setting: f"nemo:{name}" for setting, (name, _) in files.items()}
+
+
+def _named_files(model: bytes) -> dict[str, tuple[str, bytes]]:
+    """Return the files of a SentencePiece model, by setting: the model, its pieces of text in WordPiece's notation, and
+    all pieces with their scores. A hash of the content tells those of two languages apart."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    listed, words = "", ""
+    for number in range(pieces.vocab_size()):
+        piece = pieces.id_to_piece(number)
+        listed += f"{piece}\t{pieces.get_score(number):g}\n"
+        if not (piece.startswith("<") and piece.endswith(">")):
+            words += (piece if piece == "▁" else piece[1:] if piece.startswith("▁") else f"##{piece}") + "\n"
+    files = {
+        "model_path": ("tokenizer.model", model),
+        "vocab_path": ("vocab.txt", words.encode()),
+        "spe_tokenizer_vocab": ("tokenizer.vocab", listed.encode()),
+    }
+    return {
+        setting: (f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}_{name}", content)
+        for setting, (name, content) in files.items()
+    }
 
 
 def special_tokens_model(tokens: tuple[str, ...]) -> bytes:
@@ -301,9 +334,13 @@ def _varint(value: int) -> bytes:
     return bytes([*parts, value])
 
 
-def _their_tensors(model: SpeechModel, weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _their_tensors(model: SpeechModel, weights: Mapping[str, Tensor], size: int, path: Path) -> dict[str, Tensor]:
+    """Return NeMo's tensors, with a vocabulary of ``size`` ids."""
     theirs = NAMES.theirs(without_ctc(weights, path))
     theirs = {name: x.float() if x.is_floating_point() else x for name, x in theirs.items()}
+    more = size - model.vocabulary
+    theirs[EMBEDDING] = F.pad(theirs[EMBEDDING], (0, 0, 0, more))
+    theirs[HEAD_BIAS] = F.pad(theirs[HEAD_BIAS], (0, more), value=NEVER)
     theirs[HEAD_WEIGHT] = theirs[EMBEDDING]
     theirs[POSITIONS] = model.decoder.positions.detach().cpu().float()
     theirs["preprocessor.featurizer.window"] = model.features.taper.cpu()
