@@ -583,7 +583,7 @@ class Engine:
 
         hidden (m, P, D): decoder output of the prompts, right-aligned.
         """
-        token, begin = self.rules.no_speech, self.model.generation.get("decoder_start_token_id")
+        token, begin = self.rules.no_speech, self.model.generation.get("decoder_start_token_id", -1)
         wanted = [
             index for index, row in enumerate(new) if token is not None and row.request.scored and begin in row.prompt
         ]
