@@ -76,7 +76,7 @@ def split(options: Options) -> tuple[Path, Path]:
 def curve(run: Path) -> list[dict[str, float]]:
     """Return step and WER of each validation of a run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{"step": row["step"], "wer": row["wer"]} for row in rows if "wer" in row]
+    return [{"step": row["step"], "wer": row["wer"]} for row in rows if row["kind"] == "valid"]
 
 
 def main() -> None:

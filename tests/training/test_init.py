@@ -83,7 +83,7 @@ def test_a_checkpoint_without_a_ctc_head_wants_its_weight_at_zero(onwards, train
     model.ctc, model.config = None, dataclasses.replace(model.config, ctc_vocabulary=0)
     save_model(model, tmp_path / "attention")
     config = dataclasses.replace(onwards, init=tmp_path / "attention")
-    with pytest.raises(ConfigError, match=r"no CTC head on characters; leave --loss.ctc-weight out"):
+    with pytest.raises(ConfigError, match=r"no CTC head; leave --loss.ctc-weight out"):
         prepare_training(config)
     config = dataclasses.replace(config, loss=LossConfig())
     assert run_training(config).progress.step == 4
