@@ -1,0 +1,173 @@
+"""Measure the time that batching strategies need to the same word error rate, on the demo's corpus with a long tail.
+
+    python benchmarks/time_to_wer.py -o FOLDER [--seeds 3] [--minutes 2 4 8 16] [--json FILE] [--figure FILE]
+
+Every run is a `canter train` of its own length: the learning rate falls to its floor at the end of each, so that a run
+of four minutes is not the first half of one of eight. Runs differ in seed, strategy and length only: they share corpus,
+tokenizer, measured budget, model and the memory that a micro-batch may fill. Lengths are in seconds of training steps:
+each strategy takes the steps that fit, by step times measured beforehand, in turns; what counts is the sum of the times
+that its steps took. Strategies take turns on the same core, run by run. The time to a WER is interpolated between a
+strategy's two neighbouring lengths, in the logarithm of the time. The same command continues where it stopped.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from convergence import label, shared, step_seconds
+from convergence import run as trained
+from rich.console import Console
+from rich.table import Table
+
+from canter.cli.progress import say
+from canter.reporting.figures import draw_curves
+from canter.reporting.machine import describe_machine
+from canter.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for corpus and runs."""
+    seeds: int = 3
+    minutes: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
+    """Lengths of the runs, in minutes of training steps."""
+    arms: tuple[str, ...] = ("random", "bucket_1d", "bucket_2d", "balanced", "balanced, mixed steps")
+    """Strategies; the first is the baseline."""
+    rates: tuple[float, ...] = (0.10, 0.05, 0.02)
+    """Word error rates to reach."""
+    utterances: int = 3000
+    """Training utterances of the corpus."""
+    longest: float = 30.0
+    """Maximum seconds of an utterance, in training and testing."""
+    batch_seconds: float = 96.0
+    """Maximum audio of a step, padding included."""
+    width: int = 96
+    layers: tuple[int, int] = (4, 2)
+    """Layers of encoder and decoder."""
+    threads: int = 1
+    timed: int = 60
+    """Steps of each strategy that are timed before the runs."""
+    json: Path | None = None
+    """File for the figures."""
+    figure: Path | None = None
+    """File for a plot of WER against time."""
+
+
+def settings_of(arm: str) -> dict[str, Any]:
+    """Return the settings of `canter train` of a strategy by its name."""
+    name, _, mixed = arm.partition(", ")
+    return {"strategy": name} | ({"mix_steps": True} if mixed else {})
+
+
+def runs_of(options: Options) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
+    """Yield (description, configuration) of every run: seed by seed, the shortest first, strategies in turns."""
+    base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
+    arms = {name: settings_of(name) for name in options.arms}
+    seconds = step_seconds(base, arms, options)  # type: ignore[arg-type]
+    for seed in range(options.seeds):
+        for minutes in sorted(options.minutes):
+            for name in arms:
+                steps = max(10, round(60 * minutes / seconds[name]))
+                folder = options.output / f"{label(name)}-{minutes:g}-{seed}"
+                about = {"arm": name, "seed": seed, "minutes": minutes, "predicted_seconds": steps * seconds[name]}
+                yield about, replace(base, output=folder, seed=seed, steps=steps, **arms[name])
+
+
+def step_time(folder: Path) -> float:
+    """Return the sum of the seconds that the steps of a run took."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return sum(row["seconds"] for row in rows if row["kind"] == "train")
+
+
+def time_to(points: Sequence[tuple[float, float]], rate: float) -> float | None:
+    """Return the seconds at which a strategy reaches a WER, of its points (seconds, WER), one for each length.
+
+    The shortest length from which on all are at or below the rate is the end of the crossing; None where the longest is
+    above it. Between two lengths the WER is linear in the logarithm of the time; before the shortest, its own time is
+    an upper bound and is returned.
+    """
+    ordered = sorted(points)
+    after = len(ordered)
+    while after and ordered[after - 1][1] <= rate:
+        after -= 1
+    if after == len(ordered):
+        return None
+    if after == 0:
+        return ordered[0][0]
+    (early, above), (late, below) = ordered[after - 1], ordered[after]
+    part = (above - rate) / (above - below)
+    return math.exp(math.log(early) + part * (math.log(late) - math.log(early)))
+
+
+def summary(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, dict[str, Any]]:
+    """Return, by strategy, the times to each WER of every seed, and how much faster than the baseline they are."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm in options.arms:
+        mine = [row for row in rows if row["arm"] == arm]
+        seeds = sorted({row["seed"] for row in mine})
+        times = {
+            f"{rate:g}": [
+                time_to([(r["seconds"], r["wer"]) for r in mine if r["seed"] == seed], rate) for seed in seeds
+            ]
+            for rate in options.rates
+        }
+        found[arm] = {"seconds_to": times}
+    first = found[options.arms[0]]["seconds_to"]
+    for one in found.values():
+        one["speed_up"] = {
+            rate: [theirs / ours if ours and theirs else None for ours, theirs in zip(times, first[rate])]
+            for rate, times in one["seconds_to"].items()
+        }
+    return found
+
+
+def show(found: dict[str, dict[str, Any]], options: Options) -> None:
+    """Print a table: seconds to each WER, its spread over the seeds, and the speed-up over the baseline."""
+    table = Table("strategy", *(f"to {rate:.0%} WER, minutes" for rate in options.rates), "times the baseline's speed")
+    for arm, one in found.items():
+        cells = []
+        for times in one["seconds_to"].values():
+            known = [seconds / 60 for seconds in times if seconds]
+            missing = f" ({len(times) - len(known)} not reached)" if len(known) < len(times) else ""
+            spread = f" ({min(known):.1f} to {max(known):.1f})" if len(known) > 1 else ""
+            cells.append(f"{statistics.mean(known):.1f}{spread}{missing}" if known else "not reached")
+        gains = [gain for gain in one["speed_up"][f"{options.rates[-1]:g}"] if gain]
+        table.add_row(arm, *cells, ", ".join(f"{gain:.2f}" for gain in gains) or "-")
+    Console().print(table)
+
+
+def plot(rows: Sequence[dict[str, Any]], options: Options, path: Path) -> None:
+    """Draw the mean WER of each strategy against the minutes of its runs."""
+    series = {}
+    for arm in options.arms:
+        mine = [[row for row in rows if (row["arm"], row["minutes"]) == (arm, length)] for length in options.minutes]
+        mine = [some for some in mine if some]
+        minutes = [statistics.mean(row["seconds"] for row in some) / 60 for some in mine]
+        series[arm] = (minutes, [statistics.mean(row["wer"] for row in some) for some in mine])
+    figure = draw_curves(series, xlabel="minutes of training steps", percent=True, markers=True, log=True, zero=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options) -> None:
+    rows: list[dict[str, Any]] = []
+    for about, config in runs_of(options):
+        say(f"{about['arm']}, {about['minutes']:g} minutes, seed {about['seed']}, {config.steps} steps")
+        figures = trained(config)
+        rows.append(about | {"seconds": step_time(config.output)} | figures)
+        if options.json:  # after every run, so that a stop loses nothing
+            given = {k: v for k, v in vars(options).items() if k not in ("output", "json", "figure")}
+            kept = {"options": given, "machine": describe_machine(), "runs": rows, "summary": summary(rows, options)}
+            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    show(summary(rows, options), options)
+    if options.figure:
+        plot(rows, options, options.figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
