@@ -34,10 +34,10 @@ from canter.models.decoder import DecoderConfig
 from canter.models.ebranchformer import EPSILON, EBranchformerConfig
 from canter.models.features import EspnetFeatureConfig
 from canter.models.formats.espnet import read_espnet, write_espnet
+from canter.models.formats.nemo import special_tokens_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.reporting.machine import describe_machine
 from canter.runtime import keep_freed_memory
-from canter.text import train_tokenizer
 from canter.text.owsm import OwsmTokenizer
 
 NEVER = -1e4  # bias of the end token, so that texts end at their limit
@@ -110,10 +110,11 @@ class EspnetLoop:
 @torch.no_grad()
 def build(options: Options, folder: Path) -> SpeechModel:
     """Return a random OWSM, read from the folder in ESPnet's layout that it is written to."""
-    pieces = train_tokenizer(["one two three four five"] * 20, languages=["en"], vocab_size=40).models[""]
+    words = [f"▁w{number}" for number in range(options.vocabulary)]
+    pieces = special_tokens_model(("<unk>", *words))
     times = [f"<{step * 0.02:.2f}>" for step in range(1501)]
     tokens = ["<blank>", "<unk>", "<na>", "<nospeech>", "<eng>", "<asr>", "<st_eng>", "<notimestamps>", *times]
-    tokens += [*(f"▁w{number}" for number in range(options.vocabulary)), "<sos>", "<eos>", "<sop>"]
+    tokens += [*words, "<sos>", "<eos>", "<sop>"]
     tokenizer, (encoder, decoder), width = OwsmTokenizer(tokens, pieces), options.layers, options.width
     shape = {"width": width, "heads": width // 64, "feedforward": 4 * width}
     size = tokenizer.vocab_size

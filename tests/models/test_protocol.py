@@ -68,7 +68,8 @@ def sample(kind: str, folder: Path) -> SpeechModel:
         model.tokenizer = train_tokenizer(TEXT, languages=["en"], vocab_size=40)
         return model
     pieces = train_tokenizer(TEXT, languages=["en"], vocab_size=40).models[""]
-    tokenizer = OwsmTokenizer([*NEEDED[:4], "<eng>", *NEEDED[4:8], "o", *NEEDED[8:]], pieces)
+    times = [f"<{step * 0.02:.2f}>" for step in range(1501)]
+    tokenizer = OwsmTokenizer([*NEEDED[:4], "<eng>", *NEEDED[4:6], *times, "▁", *NEEDED[8:]], pieces)
     size = tokenizer.vocab_size
     decoder = replace(decoder, vocabulary=size, tied=False)
     features = EspnetFeatureConfig(mels=32)

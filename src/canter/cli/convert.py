@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +45,10 @@ def run(options: Options) -> int | None:
     if form == "auto":
         form = "nemo" if output.suffix == ".nemo" else "canter"
     model = load_model(checkpoint, dtype=DTYPES[options.precision])
-    save_module(model, output, form=form)
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        save_module(model, output, form=form)
+    for notice in notices:
+        print(f"canter: {notice.message}", file=sys.stderr)
     tokenizer = "with its tokenizer" if model.tokenizer is not None else "without a tokenizer"
     print(f"{output}: {sum(model.parts().values()):,} parameters, {tokenizer}")

@@ -32,7 +32,7 @@ COMMANDS = {
     "tokenizer": ("canter.cli.tokenizer", "train a tokenizer on transcripts"),
     "bench": ("canter.cli.bench", "measure decoding speed, and compare it with other frameworks"),
     "info": ("canter.cli.info", "print a model's shape, parameters and FLOPs"),
-    "convert": ("canter.cli.convert", "convert a model between Canter, Hugging Face and NeMo"),
+    "convert": ("canter.cli.convert", "convert a model between Canter, Hugging Face, NeMo and ESPnet"),
     "reshape": ("canter.cli.reshape", "move layers from decoder to encoder"),
     "demo": ("canter.cli.demo", "train and evaluate a model on synthesised speech in ten minutes"),
 }

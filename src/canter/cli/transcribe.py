@@ -55,14 +55,14 @@ class Options:
     device)."""
     language: str | None = None
     """Language spoken in recordings that name none, as a code or in English: `de`, `de-AT`, `German` (default: detected
-    by a multilingual Whisper)."""
+    by a multilingual Whisper or OWSM)."""
     task: Literal["transcribe", "translate"] | None = None
     """Task of rows that name none (default: translate rows whose source and target languages differ)."""
     target_language: str = "en"
     """Target language of `--task translate` for rows that name none."""
     prompt: str = ""
-    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper and Canary-flash.
-    """
+    """Text that precedes every recording: names and words to expect, a style of writing. For Whisper, OWSM and
+    Canary-flash."""
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, from the model's timestamp tokens where it has them; `word`: times of words too,
     from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
@@ -81,7 +81,8 @@ class Options:
     beam_size: int = 1
     """Beam size; 1 is greedy search."""
     length_penalty: float | None = None
-    """Exponent of the length by which the score of a beam is divided (default: 1 for Whisper, 0 for others)."""
+    """Exponent of the length by which the score of a beam is divided (default: 0 for Canary and runs, 1 for other
+    models of Hugging Face). For OWSM it is added to the score for every token (default: 0)."""
     ctc_weight: float = 0.0
     """Weight of the CTC head in joint CTC/attention decoding, 0 to 1, such as 0.3 (default: 0, attention only)."""
     vad: Literal["energy", "silero", "none"] = "energy"

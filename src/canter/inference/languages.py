@@ -20,7 +20,7 @@ from canter.errors import ConfigError
 from canter.inference.engine import language
 from canter.text.languages import canonical, is_said, resolve, same, shortened
 from canter.text.owsm import OwsmTokenizer
-from canter.text.prompts import TASKS, utterance_slots
+from canter.text.prompts import TASKS, TRANSCRIBING, utterance_slots
 from canter.text.seamless import SeamlessTokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
@@ -36,8 +36,10 @@ def detects_language(tokenizer: Tokenizer) -> bool:
 
 
 def translation_targets(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the languages that a model may translate into, of those that it knows."""
-    return tokenizer.translations if isinstance(tokenizer, OwsmTokenizer) else tokenizer.languages
+    """Return the languages that a model may translate into, of those that it knows; none for Cohere Transcribe."""
+    if isinstance(tokenizer, OwsmTokenizer):
+        return tokenizer.translations
+    return () if getattr(tokenizer, "prompt_format", None) in TRANSCRIBING else tokenizer.languages
 
 
 def prompts_written_language(tokenizer: Tokenizer) -> bool:
@@ -78,7 +80,10 @@ class Defaults:
             return cls(spoken, task, required=required, written_only=prompts_written_language(tokenizer))
         if len(known) < 2:
             raise ConfigError("this model knows only one language and cannot translate; leave the task out")
-        written = resolve(target_language, translation_targets(tokenizer))
+        targets = translation_targets(tokenizer)
+        if not targets:
+            raise ConfigError("this model transcribes and does not translate; leave the task out")
+        written = resolve(target_language, targets)
         if isinstance(tokenizer, WhisperTokenizer) and not same(written, "en"):
             raise ConfigError(f"a Whisper translates only into English, not into {target_language!r}")
         return cls(spoken, task, written, required, prompts_written_language(tokenizer))

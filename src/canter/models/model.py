@@ -95,7 +95,7 @@ class SpeechModel(nn.Module):
     @property
     def supports(self) -> Set[Capability]:
         """All features; a CTC head on the decoder's tokens, as OWSM's, has no characters."""
-        on_tokens = self.config.ctc_vocabulary == self.config.decoder.vocabulary
+        on_tokens = self.characters is None and self.config.ctc_vocabulary == self.config.decoder.vocabulary
         return SUPPORTED - {"characters"} if on_tokens else SUPPORTED
 
     @property

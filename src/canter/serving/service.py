@@ -320,7 +320,8 @@ class Service:
         known = ", ".join(languages)
         source = fields.language or (languages[0] if len(languages) == 1 else None)
         if fields.task == "translate" and not self.targets:
-            raise ApiError(400, f"this model knows {known or 'one language'} only and does not translate", "model")
+            knows = "transcribes" if len(languages) > 1 else f"knows {known or 'one language'} only"
+            raise ApiError(400, f"this model {knows} and does not translate", "model")
         unneeded = fields.task == "translate" and prompts_written_language(self.tokenizer)
         if source is None and languages and not self.detects and not unneeded:
             text = f"this model needs the language of the audio: {known}"

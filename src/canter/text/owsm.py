@@ -23,6 +23,9 @@ NEEDED = ("<blank>", "<unk>", "<na>", "<nospeech>", "<asr>", "<notimestamps>", "
 MOST_MODEL_BYTES = 8 * 2**20
 """Size of the SentencePiece model; OWSM's 50,000 pieces take about 1 MB."""
 MOST_TOKENS = 1_000_000
+TIMESTAMPS, TIMESTAMP_SECONDS = 1501, 0.02
+MOST_UNKNOWN = 0.01
+"""Fraction of the tokens of text that the SentencePiece model may lack."""
 _SPECIAL = re.compile(r"<.+>")
 _TRANSLATION = re.compile(r"<st_(.+)>")
 
@@ -50,6 +53,32 @@ class OwsmTokenizer:
             raise CheckpointError(f"not a SentencePiece model ({' '.join(str(error).split())[:200]})") from None
         self.pad, self.end = self.ids["<blank>"], self.ids["<eos>"]
         self.unknown = self.ids["<unk>"]
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Raise CheckpointError for a list whose order is not OWSM's, or whose text is not the SentencePiece model's.
+
+        CTC's blank is the first token, the timestamps follow one another, and so do the languages, after <nospeech>.
+        """
+        if self.pad:
+            raise CheckpointError(f"the list of tokens has <blank> at place {self.pad}; it must be the first, for CTC")
+        first = self.ids["<0.00>"]
+        for step in range(TIMESTAMPS):
+            wanted = f"<{step * TIMESTAMP_SECONDS:.2f}>"
+            if (found := self.ids.get(wanted)) != first + step:
+                raise CheckpointError(
+                    f"the list of tokens has {wanted} at place {found}; timestamps must follow <0.00>, at place {first}"
+                )
+        if not self.languages:
+            raise CheckpointError("the list of tokens has no language between <nospeech> and <asr>; is it OWSM's?")
+        text = [token for token in self.tokens if not _SPECIAL.fullmatch(token)]
+        known = {self.processor.id_to_piece(number) for number in range(self.processor.vocab_size())}
+        missing = [token for token in text if token not in known]
+        if len(missing) > MOST_UNKNOWN * len(text):
+            raise CheckpointError(
+                f"the list of tokens is not that of {MODEL}: {len(missing):,} of {len(text):,} pieces are missing "
+                f"there, such as {missing[0]!r:.80}"
+            )
 
     detects_language = True
     prompt_slots = ("prevtext", "source_lang", "target_lang", "task", "timestamp")

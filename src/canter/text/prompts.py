@@ -38,6 +38,8 @@ TASKS = {
     "translate": "<|translate|>",
 }
 TRUE = ("yes", "1", "True", "true")
+TRANSCRIBING = ("cohere",)
+"""Formats of models that write the language spoken only."""
 FLAGS = ("pnc", "itn", "timestamp", "diarize")
 CONTEXTS = ("decodercontext", "prevtext")
 LANGUAGES = ("source_lang", "target_lang")
@@ -72,6 +74,9 @@ def prompt_ids(tokenizer: Tokenizer, name: str, slots: Mapping[str, str]) -> lis
     unknown = slots.keys() - DEFAULTS.keys() - {"source_lang", "target_lang", "prompt_language"}
     if unknown:
         raise ConfigError(f"{', '.join(sorted(unknown))}: not a slot of prompts; there are {', '.join(DEFAULTS)}")
+    spoken, written = slots.get("source_lang"), slots.get("target_lang")
+    if name in TRANSCRIBING and spoken and written and not same(spoken, written):
+        raise ConfigError(f"this model transcribes and does not translate: it cannot write {written} of {spoken}")
     slots = {**DEFAULTS, **slots}
     ids: list[int] = []
     for part in FORMATS[name]:

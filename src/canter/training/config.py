@@ -177,8 +177,8 @@ class TrainConfig:
     init: Annotated[Path | None, Read(_initial_model)] = None
     """Checkpoint to fine-tune, which gives weights, shape and tokenizer (default: train from scratch)."""
     pad_seconds: float | None = None
-    """With --init and a Whisper: pad every utterance to this many seconds; 0 keeps each at its own length, which is
-    several times as fast (default: the checkpoint's setting, 30 for a pretrained Whisper)."""
+    """With --init and a Whisper or OWSM: pad every utterance to this many seconds; 0 keeps each at its own length,
+    which is several times as fast (default: the checkpoint's setting, 30 for a pretrained model)."""
     tokenizer: Path | None = None
     """Folder of a tokenizer (default: train one on the transcripts)."""
     vocab_size: int = 512

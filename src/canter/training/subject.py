@@ -148,7 +148,7 @@ def load_initial(
 def _set_padding(model: SpeechModel, seconds: float, source: Path) -> None:
     """Set the length to which the model pads utterances. Raise ConfigError if it pads to none, or not to that."""
     if not hasattr(model.config.features, "pad_seconds"):
-        raise ConfigError(f"--pad-seconds: {source} is not a Whisper model, and pads to no length; leave it out")
+        raise ConfigError(f"--pad-seconds: {source} is no Whisper or OWSM, and pads to no length; leave it out")
     positions = getattr(model.config.encoder, "positions", None)
     model.set_features(pad_seconds=0.0)
     if positions and seconds and model.encoder_frames(seconds) > positions:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
 from canter.inference.engine.timestamps import EspnetOrder, TimestampTokens
@@ -87,6 +88,13 @@ def test_language_is_detected_among_its_language_tokens(owsm):
     (found,) = Engine(model, tokenizer.end, EngineConfig(extra_tokens=3, tokens_per_frame=0)).decode([request])
     assert found.languages == pytest.approx(expected.tolist(), abs=1e-4)
     assert found.prompt[request.language_at] == names[int(expected.argmax())]
+
+
+@with_fixtures
+def test_a_beam_wider_than_half_the_vocabulary_is_refused(owsm):
+    model = owsm[0]
+    with pytest.raises(ConfigError, match=f"--beam-size 2000 is more than half of the model's {model.vocabulary:,}"):
+        Engine(model, model.tokenizer.end, EngineConfig(beams=2000))
 
 
 START, END, FIRST, LAST, SIZE = 0, 1, 5, 55, 70

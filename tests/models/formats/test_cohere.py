@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import canter
-from canter.errors import CheckpointError
+from canter.errors import CheckpointError, ConfigError
+from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.engine import Engine, default_window
 from canter.inference.engine.requests import EngineConfig, Request
+from canter.inference.transcript.reading import words_of
 from canter.loading import model_format, save_module
 from canter.models.formats.huggingface import write_hf
 from canter.models.formats.nemo import write_nemo
@@ -269,3 +271,21 @@ def test_a_start_token_that_is_no_id(folder, start):
 
 def test_the_format(folder):
     assert model_format(folder).name == "huggingface"
+
+
+def test_it_transcribes_and_does_not_translate(folder):
+    """Its prompt has two languages, but it was trained with equal ones only."""
+    model = canter.load(folder)
+    noise = np.random.default_rng(0).normal(scale=0.1, size=16000).astype(np.float32)
+    with pytest.raises(ConfigError, match="transcribes and does not translate"):
+        model.transcribe(noise, language="en", task="translate", target_language="de")
+    with pytest.raises(ConfigError, match="it cannot write de of en"):
+        model.tokenizer.prompt_ids({"source_lang": "en", "target_lang": "de"})
+
+
+def test_words_hold_no_special_tokens(folder):
+    model = canter.load(folder)
+    tokens = [model.tokenizer.special_id("<|nospeech|>"), *model.tokenizer.encode("the door"), model.tokenizer.end]
+    times = tuple(0.1 * place for place in range(len(tokens) + 1))
+    words = words_of(Alignment(tuple(tokens), times, (0.5,) * len(tokens)), model.tokenizer)
+    assert "".join(word.text for word in words).split() == ["the", "door"]

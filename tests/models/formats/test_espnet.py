@@ -190,6 +190,9 @@ def test_folders_are_known_by_their_meta_file(copy, tmp_path):
         ("", "bpemodel", "../../secret", "bpemodel is '../../secret'"),
         ("", "token_list", ["a", "b"], "has no <blank>"),
         ("", "token_list", 3, "token_list is no list"),
+        ("encoder_conf", "input_layer", ["conv2d"], "input_layer is"),
+        ("model_conf", "ctc_weight", "much", "ctc_weight is 'much'"),
+        ("model_conf", "ctc_weight", 0.0, "ctc_weight is 0, but"),
     ],
 )
 def test_settings_that_are_refused(copy, section, name, value, says):
@@ -199,6 +202,38 @@ def test_settings_that_are_refused(copy, section, name, value, says):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(CheckpointError, match=says.replace("(", r"\(")):
         read_espnet(copy)
+
+
+def swapped(tokens: list[str], one: str, other: str) -> list[str]:
+    places = {one: other, other: one}
+    return [places.get(token, token) for token in tokens]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tokens: swapped(tokens, "<blank>", tokens[1600]), "<blank> at place 1600; it must be the first"),
+        (lambda tokens: swapped(tokens, "<0.02>", "<30.00>"), "<0.02> at place 1511; timestamps must follow <0.00>"),
+        (lambda tokens: swapped(tokens, "<0.00>", "<30.00>"), "<0.02> at place 12; timestamps must follow <0.00>"),
+        (lambda tokens: swapped(tokens, "<asr>", "<nospeech>"), "no language between <nospeech> and <asr>"),
+        (lambda tokens: [f"{t}x" if n > 1560 and t[0] != "<" else t for n, t in enumerate(tokens)], "not that of bpe"),
+    ],
+)
+def test_a_list_of_tokens_in_another_order_is_refused(copy, change, says):
+    path = next(copy.glob("exp/*/config.yaml"))
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(values | {"token_list": change(values["token_list"])}))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_espnet(copy)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_padding_is_written_with_a_warning(tmp_path):
+    model = read_espnet(SHARED / "v4")
+    model.set_features(pad_seconds=0.0)
+    with pytest.warns(UserWarning, match="ESPnet pads every utterance to 30 s, but this model pads to 0 s"):
+        write_espnet(model, tmp_path / "copy")
 
 
 def test_nothing_of_the_yaml_is_made_and_no_code_unpickled(copy):

@@ -68,10 +68,12 @@ def spelling_of(model: SpeechModel) -> Spelling:
     if model.ctc is None:
         raise ConfigError("--ctc-weight: this model has no CTC head; leave the option out")
     tokenizer, characters = model.tokenizer, model.characters
-    if model.config.ctc_vocabulary == model.vocabulary:
+    if characters is None and model.config.ctc_vocabulary == model.vocabulary:
         stamps = timestamp_tokens(model.generation) or ()
-        return Spelling([() if token in stamps else (token,) for token in range(model.vocabulary)],
-                        silent_frames=PROMPT_FRAMES)  # fmt: skip
+        silent = PROMPT_FRAMES if model.generation.get("beam_search") == "espnet" else 0
+        return Spelling(
+            [() if token in stamps else (token,) for token in range(model.vocabulary)], silent_frames=silent
+        )
     if characters is None or not hasattr(tokenizer, "piece"):
         raise ConfigError(
             "--ctc-weight: it is not known how this model's CTC head spells its tokens (a run's checkpoint has "

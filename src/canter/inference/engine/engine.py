@@ -173,6 +173,10 @@ class Engine:
         weight = self.config.ctc_weight
         if not 0 <= weight <= 1:
             raise ConfigError(f"--ctc-weight {weight:g} must lie between 0 (attention only) and 1 (CTC only)")
+        if self.config.beams > max(1, model.vocabulary // 2):
+            raise ConfigError(
+                f"--beam-size {self.config.beams} is more than half of the model's {model.vocabulary:,} tokens"
+            )
         self.spelling = spelling_of(model) if weight else None
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device

@@ -99,13 +99,16 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
     """Return the words of an alignment, in scripts without spaces one per character. Their texts keep the space before
     them, so that they join to the text."""
     found: list[Word] = []
+    kept = [place for place, token in enumerate(alignment.tokens) if not _is_special(tokenizer, token)]
+    tokens, probabilities = [alignment.tokens[i] for i in kept], [alignment.probabilities[i] for i in kept]
+    starts = [alignment.starts[i] for i in [*kept, len(alignment.tokens)]]
     begin = 0
-    for end in range(1, len(alignment.tokens) + 1):
-        text = _raw(tokenizer, alignment.tokens[begin:end])
+    for end in range(1, len(tokens) + 1):
+        text = _raw(tokenizer, tokens[begin:end])
         if "\ufffd" in text:  # an incomplete character
             continue
-        probability = sum(alignment.probabilities[begin:end]) / (end - begin)
-        word = Word(alignment.starts[begin], alignment.starts[end], text, probability)
+        probability = sum(probabilities[begin:end]) / (end - begin)
+        word = Word(starts[begin], starts[end], text, probability)
         begin = end
         last = found[-1] if found else None
         if last is None or _begins_word(last.text, text):
@@ -113,6 +116,11 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
         else:
             found[-1] = _merged(last, word)
     return found
+
+
+def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+    """Return whether a token is written out with special tokens only, such as one of a prompt."""
+    return bool(tokenizer.decode([token], special=True).strip()) and not tokenizer.decode([token])
 
 
 def _raw(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:

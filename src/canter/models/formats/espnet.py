@@ -6,6 +6,7 @@ instantiated and nothing is unpickled but tensors; names that lead out of the fo
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ META = "meta.yaml"
 MODEL_FILE, CONFIG_FILE = "s2t_model_file", "s2t_train_config"
 POSITIONS = 1024
 """Maximum tokens; ESPnet computes as many positions as it needs."""
+PAD_SECONDS = 30.0
+"""Length to which ESPnet pads every utterance."""
 SUBSAMPLING = {"conv2d": 4, "conv2d8": 8}
 
 # Our names to theirs, as substrings, in this order.
@@ -179,6 +182,8 @@ def read_espnet(folder: str | Path) -> SpeechModel:
         tensors = load_tensors(file, str(parts.weights))
     for name in COMPUTED:
         tensors.pop(name, None)
+    if not config.ctc_vocabulary and any(name.startswith("ctc.") for name in tensors):
+        raise CheckpointError(f"{parts.config}: model_conf.ctc_weight is 0, but {parts.weights.name} has a CTC head")
     input_layer = values["encoder_conf"].get("input_layer", "conv2d")
     for kind in ("weight", "bias"):
         if (given := tensors.pop(THEIR_OUT[input_layer] + kind, None)) is not None:
@@ -279,7 +284,7 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
         return [(theirs, ours) for theirs, ours, _ in FIELDS[section]]
 
     input_layer = values["encoder_conf"].get("input_layer", "conv2d")
-    if input_layer not in SUBSAMPLING:
+    if not isinstance(input_layer, str) or input_layer not in SUBSAMPLING:
         raise CheckpointError(
             f"{source}: encoder_conf.input_layer is {input_layer!r:.80}; supported: {' or '.join(SUBSAMPLING)}"
         )
@@ -297,13 +302,16 @@ def _our_config(values: Mapping[str, Any], vocabulary: int, source: Path) -> Mod
     }
     decoder = read_settings(DecoderConfig, fields("decoder_conf"), given("decoder_conf"), source, shared)
     weight = values["model_conf"].get("ctc_weight", 0.5)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise CheckpointError(f"{source}: model_conf.ctc_weight is {weight!r:.80}; it must be a number from 0 to 1")
     return ModelConfig(features, encoder, decoder, ctc_vocabulary=vocabulary if weight else 0, ctc_upsampling=1)
 
 
 def write_espnet(model: SpeechModel, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Write ``model`` as a folder that ESPnet's ``Speech2Text`` and its trainer load, and return the folder.
 
-    ``weights`` stand in for the model's state dict.
+    ``weights`` stand in for the model's state dict. ESPnet pads every utterance to 30 s; a model that does not is
+    written with a warning.
 
     Raises CheckpointError for a model of another architecture or tokenizer than OWSM's.
     """
@@ -315,6 +323,13 @@ def write_espnet(model: SpeechModel, folder: str | Path, *, weights: Mapping[str
         raise CheckpointError(f"{folder}: ESPnet's layout is for OWSM models, with their tokenizer and CTC head")
     assert isinstance(config.encoder, EBranchformerConfig)
     assert isinstance(config.features, EspnetFeatureConfig)
+    if config.features.pad_seconds != PAD_SECONDS:
+        warnings.warn(
+            f"{folder}: ESPnet pads every utterance to {PAD_SECONDS:g} s, but this model pads to "
+            f"{config.features.pad_seconds:g} s (0: not at all); its results will differ there, and here once it is "
+            "read again",
+            stacklevel=2,
+        )
     tensors_now = weights or model.state_dict()
     tensors = NAMES.theirs({name: x for name, x in tensors_now.items() if not name.startswith(OUT)})
     input_layer = next(name for name, factor in SUBSAMPLING.items() if factor == config.encoder.subsampling)
@@ -386,7 +401,7 @@ def _their_config(config: ModelConfig, tokenizer: OwsmTokenizer, input_layer: st
             "text_ctc_name": "text_ctc",
             "fs": config.features.sample_rate,
             "na_symbol": "<na>",
-            "speech_length": 30,
+            "speech_length": int(PAD_SECONDS),
             "speech_resolution": 0.02,
             "speech_init_silence": 30,
             "text_prev_apply_prob": 0.5,

@@ -101,6 +101,9 @@ def check_generation(
             raise refuse(name, value, ids)
         elif name.endswith("_token_id") and not _is_number(value):
             raise refuse(name, value, "a token id")
+    first, last = (values.get(f"{name}_timestamp_token_id") for name in ("first", "last"))
+    if isinstance(first, int) and isinstance(last, int) and last < first:
+        raise refuse("last_timestamp_token_id", last, f"at least first_timestamp_token_id, {first}")
     return dict(values)
 
 
