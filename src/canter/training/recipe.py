@@ -95,15 +95,15 @@ def prepare_training(
         run.verify(config.allow_changes, events.message)
         Checkpoints(run.folder / "checkpoints", config.keep_checkpoints).tidy(events.message)
 
-    # manifest -> tokenizer -> length index
+    # manifest -> tokenizer -> model and teacher
     initial = load_initial(config, events, run.checkpoints)
     tokenizer, characters = find_tokenizer(config, run.folder, initial, events)
-    index = find_index(config, run.folder, tokenizer, events, verify=ranks.first)
-
-    # model -> micro-batches
     model = initial or build_model(config, tokenizer, characters)
     model.tokenizer = tokenizer
     teacher = load_teacher(config, model)
+
+    # length index -> micro-batches
+    index = find_index(config, run.folder, tokenizer, events, verify=ranks.first)
     data, problems = load_data(config, model, index, characters, rows)
     if ranks.first:
         list_problems(run.folder / "valid.skipped.jsonl", problems, events.message)
