@@ -16,7 +16,8 @@ from canter.loading import load_model
 from canter.models.batch import Batch, SoftTargets, distillation_loss
 from canter.models.formats.checkpoint import save_model
 from canter.planning.budget import Budget
-from canter.training.config import AugmentConfig, LossConfig, ModelShape, OptimizerConfig, TrainConfig
+from canter.training.config import AugmentConfig, LossConfig, ModelShape, OptimizerConfig, TrainConfig, rooted
+from canter.training.defaults import decided
 from canter.training.feed.data import collate
 from canter.training.measure import SyntheticStep, measured_on
 from canter.training.recipe import prepare_training, run_training
@@ -291,6 +292,9 @@ def test_errors_name_what_to_change(config, spoken, tmp_path):
         dataclasses.replace(config, loss=LossConfig(teacher_weight=1.5))
     with pytest.raises(ConfigError, match=r"--loss.teacher-temperature is 0; it must be positive"):
         dataclasses.replace(config, loss=LossConfig(teacher_temperature=0))
+    assert decided(dataclasses.replace(config, loss=LossConfig())).loss.teacher_weight == 0.5
+    assert decided(TrainConfig()).loss.teacher_weight is None
+    assert rooted(dataclasses.replace(config, teacher="relative")).teacher.is_absolute()
     with pytest.raises(CheckpointError, match=r"nowhere"):
         prepare_training(dataclasses.replace(config, teacher=tmp_path / "nowhere"))
 
