@@ -3,7 +3,6 @@
 B: utterances, S: samples, U: tokens, V: vocabulary, C: characters.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -115,9 +114,7 @@ def distillation_loss(logits: Tensor, teacher: SoftTargets, batch: Batch) -> Ten
     student, target = (
         (one[bears].float() / teacher.temperature).log_softmax(-1) for one in (logits, teacher.logits.detach())
     )
-    divergence = target.exp() * (target - student)
-    possible = target > -math.inf  # an output without a token has probability 0 in both models
-    return teacher.temperature**2 * torch.where(possible, divergence, 0.0).sum()
+    return teacher.temperature**2 * F.kl_div(student, target, reduction="sum", log_target=True)
 
 
 def _bears_loss(batch: Batch) -> Tensor:
