@@ -1,10 +1,11 @@
 """What a trained run becomes with a smaller decoder and a larger encoder: WER after the same further training of both
-shapes, and decoding times, predicted from the trained shape and measured on the new one.
+shapes, of the new one with and without distillation from the run's model, and decoding times, predicted from the
+trained shape and measured on the new one.
 
     python benchmarks/reshape.py RUN -o FOLDER [--decoder-layers 1] [--steps 500] [--json FILE]
 
-Both shapes take the same steps on the same batches (the run's seconds of audio, precision and seed), at a share of its
-learning rates. FOLDER keeps the reshaped model and both runs; started again, it goes on where it was.
+All arms take the same steps on the same batches (the run's seconds of audio, precision and seed), at a fraction of its
+learning rates. FOLDER keeps the reshaped model and the runs; started again, it resumes them.
 """
 
 import json
@@ -30,7 +31,8 @@ from canter.models.model import SpeechModel
 from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, measure_times, reshape
 from canter.planning.budget import Budget
 from canter.text import Characters
-from canter.training.config import ModelShape, TrainConfig, load_run_config
+from canter.training.config import LossConfig, ModelShape, TrainConfig, load_run_config
+from canter.training.defaults import TEACHER_WEIGHT
 from canter.training.feed.data import MicroBatches, collate
 from canter.training.recipe import run_training
 from canter.training.validation import Validator, spread_over
@@ -41,7 +43,13 @@ class Options:
     run: tyro.conf.Positional[Path]
     """A finished run's folder."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for the reshaped model and the two further runs."""
+    """Folder for the reshaped model and the further runs."""
+    arms: tuple[str, ...] = ("trained", "reshaped", "distilled")
+    """Arms to train further: the run's shape, the new shape, the new shape with the run's model as its teacher."""
+    teacher_weight: float | None = None
+    """Weight of the teacher (default: that of 'canter train')."""
+    temperature: float = LossConfig.teacher_temperature
+    """Temperature of the teacher."""
     decoder_layers: int = 1
     """Layers that the decoder keeps; the encoder grows to keep the number of parameters."""
     growth: Growth = "identity"
@@ -49,7 +57,7 @@ class Options:
     kept: Kept = "even"
     """Which decoder layers stay."""
     steps: int = 500
-    """Further steps, of both shapes."""
+    """Further steps of each arm."""
     rate: float = 0.3
     """Share of the run's learning rates."""
     valid: tuple[Path, ...] = ()
@@ -68,13 +76,14 @@ class Options:
     """File for the figures."""
 
 
-def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> TrainConfig:
-    """The further run of one shape."""
+def onwards(options: Options, config: TrainConfig, init: Path, name: str, teacher: Path | None = None) -> TrainConfig:
+    """The further run of one arm."""
     rates = config.optimizer
     settled = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
     return replace(
         config,
         init=init,
+        teacher=teacher,
         valid=options.valid or config.valid,
         tokenizer=None,
         model=ModelShape(),
@@ -91,7 +100,12 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str) -> Tra
             learning_rate=options.rate * rates.learning_rate,
             matrix_learning_rate=options.rate * rates.matrix_learning_rate,
         ),
-        loss=replace(config.loss, ctc_warmup=0.0),
+        loss=replace(
+            config.loss,
+            ctc_warmup=0.0,
+            teacher_weight=options.teacher_weight if teacher else None,
+            teacher_temperature=options.temperature if teacher else LossConfig.teacher_temperature,
+        ),
     )
 
 
@@ -164,10 +178,12 @@ def run(options: Options) -> dict[str, Any]:
     )  # the run's own setting is what bounds the batches of both shapes
     Budget.from_batch_seconds(seconds, frame_seconds=model.frame_seconds).save(options.output / "budget.json")
     shapes = {}
-    for name, one, init in (("trained", model, source), ("reshaped", reshaped, start)):
+    for name in options.arms:
+        one, init = (model, source) if name == "trained" else (reshaped, start)
         with torch.inference_mode():
             before = validate(one.eval()).metrics["wer"]
-        shapes[name] = figures(one, before, onwards(options, config, init, name))
+        teacher = source if name == "distilled" else None
+        shapes[name] = figures(one, before, onwards(options, config, init, name, teacher))
 
     size = (options.seconds, options.tokens, options.batch)
     old, new = measure_times(model, *size), measure_times(reshaped, *size)
@@ -186,6 +202,8 @@ def run(options: Options) -> dict[str, Any]:
         "steps": options.steps,
         "growth": options.growth,
         "kept": options.kept,
+        "teacher_weight": TEACHER_WEIGHT if options.teacher_weight is None else options.teacher_weight,
+        "temperature": options.temperature,
         "seconds": options.seconds,
         "tokens": options.tokens,
         "batch": options.batch,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import nn
 
 from canter.corpus.build import index_sources
 from canter.corpus.index import LengthIndex
@@ -14,6 +15,7 @@ from canter.corpus.manifest import Utterance, write_manifest
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.inference.recording import TranscribeConfig
 from canter.inference.transcribe import transcribe
+from canter.models.batch import SoftTargets
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
 from canter.training.config import OptimizerConfig, TrainConfig
@@ -98,6 +100,27 @@ def test_loss_is_that_of_transformers(adapted):
     assert int(loss.ctc_count) == 0
     smoothed = adapted.loss(batch_of(audio, TOKENS, prompt=2), label_smoothing=0.1)
     assert smoothed.attention != loss.attention
+
+
+def test_it_teaches_and_learns(adapted):
+    """Logits are those of transformers, and the divergence is that of torch."""
+    audio = clips([1.0] * 3)
+    batch = batch_of(audio, TOKENS, prompt=2)
+    with torch.no_grad():
+        logits = adapted.token_logits(batch)
+        torch.testing.assert_close(
+            logits, adapted.model(**adapted.inputs(audio), decoder_input_ids=batch.tokens[:, :-1]).logits
+        )
+    noisy = SoftTargets(logits + torch.randn_like(logits), temperature=2.0)
+    expected = 0.0
+    for row, tokens in enumerate(TOKENS):
+        targets, ours = ((one[row, 1 : len(tokens) - 1] / 2).log_softmax(-1) for one in (noisy.logits, logits))
+        expected += 4 * nn.functional.kl_div(ours, targets, reduction="sum", log_target=True)
+    loss = adapted.loss(batch, teacher=noisy)
+    loss.distillation.backward()
+    assert loss.distillation.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())
+    adapted.zero_grad()
 
 
 @pytest.mark.parametrize("name", PADDING_CHANGES_NOTHING)

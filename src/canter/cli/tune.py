@@ -72,6 +72,7 @@ def run(options: Options) -> None:
     from canter.errors import ConfigError
     from canter.planning.budget import parse_memory
     from canter.training.measure import make_prober
+    from canter.training.subject import load_teacher
     from canter.tuning.fit import within
 
     began, events = time.perf_counter(), TerminalEvents()
@@ -87,12 +88,15 @@ def run(options: Options) -> None:
     model, index = load_subject(config, options, events)
     lengths = index if index is not None else typical_lengths(model, events)
     lengths = within(lengths, model.longest_seconds, model.positions)
-    precision = choose_precision(config, options, model, events)
+    teacher = load_teacher(config, model)
+    precision = choose_precision(config, options, model, events, teacher)
 
     # probes -> budget
     options.output.parent.mkdir(parents=True, exist_ok=True)
     journal = options.output.with_suffix(".probes.jsonl")
-    prober = make_prober(config, model, precision, memory=memory, exact=True, journal=journal, events=events)
+    prober = make_prober(
+        config, model, precision, teacher=teacher, memory=memory, exact=True, journal=journal, events=events
+    )
     budget, bins = make_budget(options, prober, lengths)
     budget.save(options.output)
 
@@ -224,7 +228,9 @@ class _Sizes:
         return self.vocab_size
 
 
-def choose_precision(config: TrainConfig, options: Options, model: AnyModel, events: Events[Never]) -> str:
+def choose_precision(
+    config: TrainConfig, options: Options, model: AnyModel, events: Events[Never], teacher: AnyModel | None = None
+) -> str:
     """Return the precision of a step; a configuration that leaves it open gets the faster one, and its threads."""
     import torch
 
@@ -236,7 +242,7 @@ def choose_precision(config: TrainConfig, options: Options, model: AnyModel, eve
         return "bf16"
     if not is_configuration(options.model):
         return "float32"
-    precision, threads = choose_speed(config, model, events)
+    precision, threads = choose_speed(config, model, events, teacher)
     torch.set_num_threads(threads)
     return precision
 

@@ -27,7 +27,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway, encoder_batches
 from canter.integrations.transformers_files import load_parts
-from canter.models.batch import Batch, Loss, attention_loss
+from canter.models.batch import Batch, Loss, SoftTargets, attention_loss, distillation_loss
 from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.protocol import Capability
@@ -222,24 +222,29 @@ class TransformersModel(nn.Module):
         attention: bool = True,
         label_smoothing: float = 0.0,
         features: tuple[Tensor, Tensor] | None = None,
+        teacher: SoftTargets | None = None,
     ) -> Loss:
         """Return the sum of cross-entropy over text and end tokens, and their number; there is no CTC.
 
         Prompt and padding bear no loss. Masks that the model draws in training follow torch's seed.
         """
         assert attention, "there is no CTC to train alone"
-        inputs, mask = features or self.features(batch.audio, batch.audio_lengths)
         if self.training:
             np.random.seed(int(torch.randint(2**32, ())))  # SpecAugment of transformers draws from NumPy
-        logits = self.model(
+        logits, batch = self.token_logits(batch, features), batch.to(self.model.device)
+        total, count = attention_loss(logits, batch, label_smoothing)
+        zero = total.new_zeros(())
+        return Loss(total, count, zero, zero, distillation_loss(logits, teacher, batch) if teacher else None)
+
+    def token_logits(self, batch: Batch, features: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return logits (B, U - 1, V) of the tokens after the first; ``features`` may be given, already computed."""
+        inputs, mask = features or self.features(batch.audio, batch.audio_lengths)
+        return self.model(
             **{self.model.main_input_name: inputs},
             attention_mask=mask,
             decoder_input_ids=batch.tokens[:, :-1].to(self.model.device),
             use_cache=False,
         ).logits
-        total, count = attention_loss(logits, batch.to(self.model.device), label_smoothing)
-        zero = total.new_zeros(())
-        return Loss(total, count, zero, zero)
 
     # -- on disk --
 

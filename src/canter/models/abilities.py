@@ -8,7 +8,7 @@ from canter.models.protocol import AnyModel, Capability
 
 EVERYWHERE = ("info", "tune", "score", "--precision bf16")
 """Commands and options that take every model."""
-WITH_TOKENIZER = ("train --init", "transcribe", "serve", "bench", "--beam-size")
+WITH_TOKENIZER = ("train --init", "train --teacher", "transcribe", "serve", "bench", "--beam-size")
 """Commands and options that take every model with a tokenizer."""
 NATIVE = ("convert", "reshape")
 """Commands for models in a native format (see `canter.loading.FORMATS`)."""

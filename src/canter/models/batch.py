@@ -75,6 +75,17 @@ class Loss:
     attention_count: Tensor
     ctc: Tensor
     ctc_count: Tensor
+    distillation: Tensor | None = None
+    """Divergence from a teacher, over the targets of ``attention``."""
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's predictions for a batch, which a student is trained to match."""
+
+    logits: Tensor  # (B, U - 1, V) of the tokens after the first
+    temperature: float
+    """Divisor of both models' logits."""
 
 
 def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -83,9 +94,7 @@ def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -
     logits: (B, U - 1, V) of the tokens after the first. Prompt and padding bear no loss. Label smoothing as in NeMo's
     SmoothedCrossEntropyLoss.
     """
-    targets = batch.tokens[:, 1:]
-    size, v = targets.shape[1], logits.shape[-1]
-    bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)
+    targets, v, bears = batch.tokens[:, 1:], logits.shape[-1], _bears_loss(batch)
     total = F.cross_entropy(
         logits.float().flatten(0, 1),
         torch.where(bears, targets, -100).flatten(),
@@ -94,3 +103,21 @@ def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -
         label_smoothing=label_smoothing * v / (v - 1),
     )
     return total, bears.sum()
+
+
+def distillation_loss(logits: Tensor, teacher: SoftTargets, batch: Batch) -> Tensor:
+    """Return the sum of T^2 KL(teacher || student) over text and end tokens, in nats (Hinton et al., 2015, section 2).
+
+    logits: (B, U - 1, V) of the tokens after the first. T^2 keeps the size of the gradient at every temperature T.
+    """
+    bears = _bears_loss(batch)
+    student, target = (
+        (one[bears].float() / teacher.temperature).log_softmax(-1) for one in (logits, teacher.logits.detach())
+    )
+    return teacher.temperature**2 * F.kl_div(student, target, reduction="sum", log_target=True)
+
+
+def _bears_loss(batch: Batch) -> Tensor:
+    """Return a mask (B, U - 1) of the tokens after the first: True for text and end, False for prompt and padding."""
+    size = batch.tokens.shape[1] - 1
+    return length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)

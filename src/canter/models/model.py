@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.batch import Batch, Loss, attention_loss
+from canter.models.batch import Batch, Loss, SoftTargets, attention_loss, distillation_loss
 from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.decoder import Decoder, DecoderConfig
 from canter.models.ebranchformer import EBranchformerConfig
@@ -232,14 +232,20 @@ class SpeechModel(nn.Module):
         attention: bool = True,
         label_smoothing: float = 0.0,
         features: tuple[Tensor, Tensor] | None = None,
+        teacher: SoftTargets | None = None,
     ) -> Loss:
         """Return sums of cross-entropy over text and end tokens (not the prompt) and of CTC over its targets, if any.
 
         ``attention=False`` skips the decoder (CTC-only warm-up); ``features`` (B, F, M) and lengths (B,) may be given,
-        already computed and augmented.
+        already computed and augmented. With ``teacher``, the divergence from it too.
         """
         encoded = self.encode(*(features or self.features(batch.audio, batch.audio_lengths)))
-        return self.loss_of(*encoded, batch, attention=attention, label_smoothing=label_smoothing)
+        return self.loss_of(*encoded, batch, attention=attention, label_smoothing=label_smoothing, teacher=teacher)
+
+    def token_logits(self, batch: Batch) -> Tensor:
+        """Return logits (B, U - 1, V) of the tokens after the first."""
+        encoded = self.encode(*self.features(batch.audio, batch.audio_lengths))
+        return self.logits(*encoded, batch.tokens[:, :-1])
 
     def loss_of(
         self,
@@ -249,13 +255,15 @@ class SpeechModel(nn.Module):
         *,
         attention: bool = True,
         label_smoothing: float = 0.0,
+        teacher: SoftTargets | None = None,
     ) -> Loss:
         """Return the losses of audio that is already encoded (B, T, D), lengths (B,); ``batch`` gives the targets."""
         zero = encoded.new_zeros((), dtype=torch.float32)
-        attention_sum, attention_count, ctc_sum, ctc_count = zero, zero, zero, zero
+        attention_sum, attention_count, ctc_sum, ctc_count, distillation = zero, zero, zero, zero, None
         if attention:
             logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1])
             attention_sum, attention_count = attention_loss(logits, batch, label_smoothing)
+            distillation = distillation_loss(logits, teacher, batch) if teacher else None
         if self.ctc is not None and batch.characters.shape[1]:
             log_probs, ctc_lengths = self.ctc_log_probs(encoded, encoded_lengths)
             ctc_sum = F.ctc_loss(
@@ -267,7 +275,7 @@ class SpeechModel(nn.Module):
                 zero_infinity=True,
             )
             ctc_count = batch.character_lengths.sum()
-        return Loss(attention_sum, attention_count, ctc_sum, ctc_count)
+        return Loss(attention_sum, attention_count, ctc_sum, ctc_count, distillation)
 
 
 def part_kind(part: object) -> str:

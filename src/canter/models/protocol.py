@@ -15,7 +15,7 @@ from canter.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from canter.models.batch import Batch, Loss
+    from canter.models.batch import Batch, Loss, SoftTargets
     from canter.models.cost import UtteranceCost
     from canter.text.tokenizer import Tokenizer
 
@@ -146,8 +146,13 @@ class AnyModel(Protocol):
         attention: bool = True,
         label_smoothing: float = 0.0,
         features: tuple[Tensor, Tensor] | None = None,
+        teacher: SoftTargets | None = None,
     ) -> Loss:
         """Return sums of the losses and the numbers of targets that bear them."""
+        ...
+
+    def token_logits(self, batch: Batch) -> Tensor:
+        """Return logits (B, U - 1, V) of the tokens after the first."""
         ...
 
     # -- torch.nn.Module --
@@ -155,6 +160,7 @@ class AnyModel(Protocol):
     training: bool
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def requires_grad_(self, requires_grad: bool = True) -> AnyModel: ...
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]: ...

@@ -22,7 +22,9 @@ Points = tuple[Sequence[float], Sequence[float]]
 def curves(train: Sequence[Row], valid: Sequence[Row]) -> Iterator[Html]:
     """Yield figures of loss, error rates and learning rate over steps."""
     rates = _series(valid, {"WER": "wer", "CER": "cer"})
-    losses = _series(train, {"loss": "loss", "CTC": "loss_ctc", "attention": "loss_attention"})
+    losses = _series(
+        train, {"loss": "loss", "CTC": "loss_ctc", "attention": "loss_attention", "teacher": "loss_teacher"}
+    )
     for part in ("CTC", "attention"):  # a part with weight 0, or equal to the total loss
         if part in losses and (losses[part] == losses.get("loss") or not any(losses[part][1])):
             del losses[part]

@@ -68,12 +68,13 @@ LIMITS = (
      "model.kernel_size model.subsampling_channels model.mels model.positions", lambda value: value >= 1, "at least 1"),
     ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
     ("optimizer.clip", lambda value: value > 0, "positive"),
-    ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate",
+    ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate "
+     "loss.teacher_temperature",
      lambda value: 0 < value < math.inf, "positive and finite"),
     ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
     ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
      "augment.time_masks", lambda value: value >= 0, "0 or more"),
-    ("max_skipped loss.ctc_weight loss.ctc_warmup optimizer.floor augment.time_width",
+    ("max_skipped loss.ctc_weight loss.ctc_warmup loss.teacher_weight optimizer.floor augment.time_width",
      lambda value: 0 <= value <= 1, "between 0 and 1"),
     ("model.dropout loss.label_smoothing optimizer.ema", lambda value: 0 <= value < 1, "at least 0 and below 1"),
 )
@@ -144,6 +145,11 @@ class LossConfig:
     0.2 from scratch, 0 with --init or without CTC)."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
+    teacher_weight: float | None = None
+    """Weight of the divergence from --teacher, between 0 and 1; cross-entropy has 1 - weight (default: 0.5 with
+    --teacher)."""
+    teacher_temperature: Annotated[float, FileOnly()] = 2.0
+    """Temperature of the teacher's and the model's token probabilities (Hinton et al., 2015)."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,9 @@ class TrainConfig:
     """Folder of the run. A folder that holds a run of the same configuration is resumed."""
     init: Annotated[Path | None, Read(_initial_model)] = None
     """Checkpoint to fine-tune, which gives weights, shape and tokenizer (default: train from scratch)."""
+    teacher: Annotated[Path | None, Read(_initial_model)] = None
+    """Checkpoint of a model with the same tokenizer to distil from, such as the one that --init was reshaped from
+    (default: no teacher)."""
     pad_seconds: float | None = None
     """With --init and a Whisper or OWSM: pad every utterance to this many seconds; 0 keeps each at its own length,
     which is several times as fast (default: the checkpoint's setting, 30 for a pretrained model)."""
@@ -285,6 +294,8 @@ class TrainConfig:
             raise ConfigError(f"--max-tokens-per-second: {error}") from None
         if self.loss.ctc_weight == 0 and self.loss.ctc_warmup:
             raise ConfigError("--loss.ctc-warmup needs a --loss.ctc-weight above 0; set --loss.ctc-warmup 0")
+        if self.loss.teacher_weight is not None and self.teacher is None:
+            raise ConfigError(f"--loss.teacher-weight {self.loss.teacher_weight:g} needs a --teacher; name one")
         if not all(0.3 <= speed <= 3 for speed in self.augment.speed):
             raise ConfigError(f"--augment.speed {self.augment.speed}: speeds must lie between 0.3 and 3")
         if self.parallel == "shard" and self.optimizer.name == "muon":
@@ -315,7 +326,7 @@ def _use_paths(config: TrainConfig) -> None:
         value = getattr(config, name)
         several = [value] if isinstance(value, str | os.PathLike) else value
         object.__setattr__(config, name, tuple(map(Path, several)))
-    for name in ("output", "init", "tokenizer", "budget"):
+    for name in ("output", "init", "teacher", "tokenizer", "budget"):
         value = getattr(config, name)
         object.__setattr__(config, name, None if value is None else Path(value))
 
@@ -339,6 +350,7 @@ def rooted(config: TrainConfig) -> TrainConfig:
         manifest=tuple(map(absolute, config.manifest)),
         valid=tuple(map(absolute, config.valid)),
         init=config.init if is_hub_name(config.init) else absolute(config.init),
+        teacher=config.teacher if is_hub_name(config.teacher) else absolute(config.teacher),
         tokenizer=absolute(config.tokenizer),
         budget=absolute(config.budget),
     )

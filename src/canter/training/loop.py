@@ -107,7 +107,7 @@ class Trainer:
         record = self.run.recorded()
         self.schedule = Schedule(record.get("scheduled", self.steps), record.get("schedule", ()))
         self.training_step = TrainingStep(
-            config, self.model, subject.precision, self.steps, self.schedule, ranks, self.shards
+            config, self.model, subject.precision, self.steps, self.schedule, ranks, self.shards, subject.teacher
         )
         self.gradient, self.optimizers = self.training_step.gradient, self.training_step.optimizers
         self.average = self.training_step.average
@@ -280,7 +280,10 @@ class Trainer:
         counts = ready.counts.less(ranks["lost_tokens"].sum(), ranks["lost_characters"].sum())
         ctc = float(ranks["ctc"].sum()) / max(1, counts.characters)
         attention = None if ctc_only else float(ranks["attention"].sum()) / max(1, counts.tokens)
-        loss = weighted_loss(self.config.loss, ctc, attention)
+        teacher = None
+        if self.gradient.teacher and not ctc_only:
+            teacher = float(ranks["distillation"].sum()) / max(1, counts.tokens)
+        loss = weighted_loss(self.config.loss, ctc, attention, teacher)
         self.gradient.correct(ready.counts, counts, ctc_only)
         update = self.training_step.update(
             step, computed.numbers, len(planned.rows), ctc_only=ctc_only, finite=math.isfinite(loss)
@@ -308,6 +311,7 @@ class Trainer:
             waiting=float(ranks["seconds"].max() / max(1e-9, ranks["seconds"].mean())),
             rank_seconds=tuple(round(float(s), 5) for s in ranks["seconds"]),
             wer=self.progress.wer,
+            loss_teacher=teacher,
         )
         self.pace.took(max(predicted), report.seconds)
         self._account(report, planned, update.finite)
@@ -333,6 +337,7 @@ class Trainer:
         return {
             "attention": computed.attention,
             "ctc": computed.ctc,
+            "distillation": computed.distillation,
             "seconds": computed.seconds,
             "wait": ready.wait,
             "samples": sum(int(b.audio_lengths.sum()) for b in batches),

@@ -70,14 +70,23 @@ def synthetic_batch(
 class SyntheticStep(ProbedStep):
     """The training step of a configuration on synthetic batches, on a copy of the model unless ``copied`` is false."""
 
-    def __init__(self, config: TrainConfig, model: AnyModel, precision: str, prompt: int = 1, *, copied: bool = True):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: AnyModel,
+        precision: str,
+        prompt: int = 1,
+        *,
+        copied: bool = True,
+        teacher: AnyModel | None = None,
+    ):
         model = copy.deepcopy(model) if copied else model
         self.model, self.frame_seconds, self.compiled = module_of(model), planned_frame_seconds(model), config.compile
         self.prompt = prompt
         to_training(self.model)
         if config.compile:
             compile_layers(cast(SpeechModel, model))
-        self.step = TrainingStep(decided(config), model, precision, steps=1000)
+        self.step = TrainingStep(decided(config), model, precision, steps=1000, teacher=teacher)
 
     def __call__(self, batch: int, frames: int, tokens: int) -> None:
         data = synthetic_batch(self.step.model, batch, frames, tokens, self.prompt, self.step.config.loss.ctc_weight)
@@ -107,6 +116,7 @@ def make_prober(
     model: AnyModel,
     precision: str,
     *,
+    teacher: AnyModel | None = None,
     memory: float | None = None,
     exact: bool = False,
     journal: Path | None = None,
@@ -118,8 +128,8 @@ def make_prober(
     process holds little more than its tensors; the budget notes it, and `canter train` does the same. journal: file
     that keeps the probes.
     """
-    step = SyntheticStep(config, model, precision)
-    conditions = measured_on(config, model, precision)
+    step = SyntheticStep(config, model, precision, teacher=teacher)
+    conditions = measured_on(config, model, precision, teacher)
     if exact and step.device.type == "cpu" and map_large_blocks():
         conditions["mmap_threshold"] = MMAP_THRESHOLD
     prober = Prober(step, memory_limit(step.device, memory, events), conditions, journal, events)
@@ -151,14 +161,17 @@ def memory_limit(device: torch.device, limit: float | None = None, events: Event
     return limit
 
 
-def measured_on(config: TrainConfig, model: AnyModel, precision: str) -> dict[str, object]:
+def measured_on(
+    config: TrainConfig, model: AnyModel, precision: str, teacher: AnyModel | None = None
+) -> dict[str, object]:
     """Return the conditions of a measurement; those in DECIDING must agree where the budget is used."""
     device = next(model.parameters()).device
     count = sum(parameter.numel() for parameter in model.parameters())
+    taught = f", teacher {teacher.shape}" if teacher else ""
     recompute = ", recomputed" if model.recomputes else ""
     return {
         "model": model.shape,
-        "model_shape": f"{model.shape}, {count:,} parameters{recompute}",
+        "model_shape": f"{model.shape}, {count:,} parameters{recompute}{taught}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "optimizer": config.optimizer.name,
@@ -171,7 +184,9 @@ def measured_on(config: TrainConfig, model: AnyModel, precision: str) -> dict[st
 # -- precision and threads --
 
 
-def choose_speed(config: TrainConfig, model: AnyModel, events: Events[Never] = QUIET) -> tuple[str, int]:
+def choose_speed(
+    config: TrainConfig, model: AnyModel, events: Events[Never] = QUIET, teacher: AnyModel | None = None
+) -> tuple[str, int]:
     """Return the (precision, threads) with the shortest training step among those that the configuration leaves open.
 
     bf16 means float32 weights and bf16 arithmetic. All cores are not always fastest: on a machine that others use too,
@@ -194,7 +209,7 @@ def choose_speed(config: TrainConfig, model: AnyModel, events: Events[Never] = Q
     for precision in precisions:
         for count in sorted(threads):
             torch.set_num_threads(count)
-            step = SyntheticStep(config, model, precision, prompt=4)
+            step = SyntheticStep(config, model, precision, prompt=4, teacher=teacher)
             times = []
             for _ in range(TIMED_STEPS):
                 start = time.perf_counter()

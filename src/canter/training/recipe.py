@@ -20,7 +20,14 @@ from canter.training.run.checkpoints import Checkpoints
 from canter.training.run.folder import BEGUN_WITH, RunFolder, claimed, is_first_version, with_first_batch_seconds
 from canter.training.run.reports import Progress, StepReport, check_trackers, list_left_out, list_problems
 from canter.training.schedule import choose_schedule, find_budget, strategy_of
-from canter.training.subject import build_model, check_freeze, choose_subject, load_initial, set_decoding_limits
+from canter.training.subject import (
+    build_model,
+    check_freeze,
+    choose_subject,
+    load_initial,
+    load_teacher,
+    set_decoding_limits,
+)
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,15 @@ def prepare_training(
         run.verify(config.allow_changes, events.message)
         Checkpoints(run.folder / "checkpoints", config.keep_checkpoints).tidy(events.message)
 
-    # manifest -> tokenizer -> length index
+    # manifest -> tokenizer -> model and teacher
     initial = load_initial(config, events, run.checkpoints)
     tokenizer, characters = find_tokenizer(config, run.folder, initial, events)
-    index = find_index(config, run.folder, tokenizer, events, verify=ranks.first)
-
-    # model -> micro-batches
     model = initial or build_model(config, tokenizer, characters)
     model.tokenizer = tokenizer
+    teacher = load_teacher(config, model)
+
+    # length index -> micro-batches
+    index = find_index(config, run.folder, tokenizer, events, verify=ranks.first)
     data, problems = load_data(config, model, index, characters, rows)
     if ranks.first:
         list_problems(run.folder / "valid.skipped.jsonl", problems, events.message)
@@ -103,7 +111,7 @@ def prepare_training(
     # budget -> plan
     if choose_device(config.device).type == "cpu":
         keep_freed_memory()
-    subject = choose_subject(config, model, record, events)
+    subject = choose_subject(config, model, record, events, teacher)
     micro_batches = record.get("micro_batches_per_step") or config.micro_batches_per_step or ranks.size
     budget = find_budget(config, run.folder, subject, index, micro_batches, events)
     if subject.device.type == "cpu" and "mmap_threshold" in budget.measured_on:

@@ -59,7 +59,7 @@ def find_budget(
     path = folder / "budget.json"
     if path.exists():
         return Budget.load(path)
-    here = measured_on(config, subject.model, subject.precision)
+    here = measured_on(config, subject.model, subject.precision, subject.teacher)
     if config.budget is not None:
         budget = Budget.load(config.budget)
         try:
@@ -86,7 +86,9 @@ def _measure(
     usable, on_cpu = subject.usable(index), subject.device.type == "cpu"
     bounds = probe_bounds(config, usable, planned_frame_seconds(subject.model), micro_batches, on_cpu)
     journal = folder / "budget.probes.jsonl"
-    prober = make_prober(config, subject.model, subject.precision, journal=journal, events=events)
+    prober = make_prober(
+        config, subject.model, subject.precision, teacher=subject.teacher, journal=journal, events=events
+    )
     budget = fit_budget(prober, usable, most_probes=PROBES, most_frames=bounds[0], probe_seconds=bounds[1])
     return dataclasses.replace(budget, measured_on=dict(budget.measured_on) | {MADE_BY: "canter train"})
 

@@ -44,6 +44,7 @@ class Subject:
     device: torch.device
     precision: str
     threads: int
+    teacher: AnyModel | None = None
 
     @property
     def limits(self) -> ModelLimits:
@@ -58,7 +59,11 @@ class Subject:
 
 
 def choose_subject(
-    config: TrainConfig, model: AnyModel, record: Record | None = None, events: Events[Never] = QUIET
+    config: TrainConfig,
+    model: AnyModel,
+    record: Record | None = None,
+    events: Events[Never] = QUIET,
+    teacher: AnyModel | None = None,
 ) -> Subject:
     """Return ``model`` on its device, with the fastest precision and number of threads that ``config`` leaves open.
 
@@ -68,9 +73,9 @@ def choose_subject(
     model.to(device)
     precision, threads = (record or {}).get("precision"), (record or {}).get("threads")
     if precision is None or threads is None:
-        precision, threads = choose_speed(config, model, events)
+        precision, threads = choose_speed(config, model, events, teacher)
     torch.set_num_threads(config.threads or threads)
-    return Subject(model, device, precision, threads)
+    return Subject(model, device, precision, threads, teacher)
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> SpeechModel:
@@ -175,6 +180,35 @@ def check_freeze(config: TrainConfig, model: AnyModel | None = None) -> None:
             f"--freeze {' '.join(config.freeze)} leaves nothing to train during the CTC-only warm-up; set "
             "--loss.ctc-warmup 0"
         )
+
+
+def load_teacher(config: TrainConfig, student: AnyModel) -> AnyModel | None:
+    """Return the model of --teacher on its device, in evaluation mode and frozen; None without one or with weight 0.
+
+    Raises ConfigError for a teacher that encodes texts otherwise than ``student``, or takes less audio or fewer tokens.
+    """
+    if config.teacher is None or not config.loss.teacher_weight:
+        return None
+    from canter.loading import load_module
+    from canter.models.hub import checkpoint_of
+
+    teacher = load_module(checkpoint_of(config.teacher), choose_device(config.device)).requires_grad_(False)
+    ours, theirs = ((m.tokenizer and m.tokenizer.fingerprint, m.vocabulary) for m in (student, teacher))
+    of = "the new model" if config.init is None else f"--init {config.init}"
+    if ours != theirs:
+        names = [f"{name or 'none'} of {size} outputs" for name, size in (theirs, ours)]
+        raise ConfigError(
+            f"--teacher {config.teacher} has another tokenizer ({names[0]}) than {of} ({names[1]}); use a teacher with "
+            "the same tokenizer, such as the model that 'canter reshape' started from"
+        )
+    limits = [(m.sample_rate, m.longest_seconds, m.positions) for m in (teacher, student)]
+    if limits[0][0] != limits[1][0] or limits[0][1] < limits[1][1] or limits[0][2] < limits[1][2]:
+        inputs = ["{} Hz, {:g} s and {} tokens".format(*one) for one in limits]
+        raise ConfigError(
+            f"--teacher {config.teacher} takes at most {inputs[0]}, and {of} {inputs[1]}; use a teacher that takes the "
+            "same audio"
+        )
+    return teacher
 
 
 # -- how it will be decoded --

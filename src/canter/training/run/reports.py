@@ -63,6 +63,8 @@ class StepReport:
     """Compute seconds of each rank."""
     wer: float | None = None
     """WER of the last validation."""
+    loss_teacher: float | None = None
+    """Divergence from the teacher per target; None without one."""
 
 
 @dataclass

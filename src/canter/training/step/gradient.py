@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from canter.models.augment import SpecAugmentConfig, spec_augment
-from canter.models.batch import Batch, Loss
+from canter.models.batch import Batch, Loss, SoftTargets
 from canter.models.model import SpeechModel
 from canter.models.norm import MaskedBatchNorm
 from canter.models.protocol import AnyModel, module_of
@@ -61,7 +61,7 @@ class TargetCounts:
 
 @dataclass(frozen=True)
 class Objective:
-    """The function that a step minimises: both losses, each a mean over its targets in the step, by weight."""
+    """The function that a step minimises: its losses, each a mean over its targets in the step, by weight."""
 
     config: LossConfig
     counts: TargetCounts
@@ -72,13 +72,20 @@ class Objective:
         """Return the part of the objective that a batch with these sums of losses contributes."""
         ctc = loss.ctc / max(1, self.counts.characters)
         attention = None if self.ctc_only else loss.attention / max(1, self.counts.tokens)
-        return weighted_loss(self.config, ctc, attention)
+        distillation = None if loss.distillation is None else loss.distillation / max(1, self.counts.tokens)
+        return weighted_loss(self.config, ctc, attention, distillation)
 
 
-def weighted_loss(config: LossConfig, ctc: Number, attention: Number | None) -> Number:
-    """Return the weighted sum of both losses; of CTC only if ``attention`` is None."""
+def weighted_loss(
+    config: LossConfig, ctc: Number, attention: Number | None, distillation: Number | None = None
+) -> Number:
+    """Return the weighted sum of the losses; CTC only if ``attention`` is None, without a teacher's part if there is
+    none."""
     if attention is None:
         return ctc
+    if distillation is not None:
+        part = config.teacher_weight or 0.0
+        attention = (1 - part) * attention + part * distillation
     weight = config.ctc_weight
     return weight * ctc + (1 - weight) * attention if weight else attention
 
@@ -111,6 +118,8 @@ class ComputedGradient:
     """Sum of the cross-entropy."""
     ctc: float
     """Sum of the CTC loss."""
+    distillation: float
+    """Sum of the divergence from the teacher."""
     seconds: float
     splits: list[SplitMicroBatch] = field(default_factory=list)
     """Micro-batches that did not fit in memory."""
@@ -123,14 +132,22 @@ class ComputedGradient:
 class Gradient:
     """Gradient of a step's micro-batches, each computed with its own seed."""
 
-    def __init__(self, config: TrainConfig, model: AnyModel, precision: str, ranks: Ranks = SINGLE_RANK):
-        self.config, self.model, self.ranks = config, model, ranks
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: AnyModel,
+        precision: str,
+        ranks: Ranks = SINGLE_RANK,
+        teacher: AnyModel | None = None,
+    ):
+        self.config, self.model, self.ranks, self.teacher = config, model, ranks, teacher
         self.device = next(model.parameters()).device
         masks = {name: value for name, value in vars(config.augment).items() if name != "speed"}
         self.augment = SpecAugmentConfig(**masks)
         self.norms = [module for module in model.modules() if isinstance(module, MaskedBatchNorm)]
         self.copies = bf16_weights(model, precision)
         self.autocast = precision == "bf16" and self.copies is None
+        self.bf16 = precision == "bf16"
 
     def compute(self, loaded: Sequence[Loaded], counts: TargetCounts, step: int, ctc_only: bool) -> ComputedGradient:
         """Run forward and backward passes of all micro-batches.
@@ -151,24 +168,37 @@ class Gradient:
                 self.discard()  # outside of the handler: the exception holds on to tensors
                 self._split(failed, splits, unfit)
             # one synchronisation a step
-            attention, ctc = torch.stack(sums).double().sum(0).tolist() if sums else (0.0, 0.0)
+            attention, ctc, teacher = torch.stack(sums).double().sum(0).tolist() if sums else (0.0, 0.0, 0.0)
         seconds = time.perf_counter() - began
-        return ComputedGradient(attention, ctc, seconds, list(splits.values()), unfit, numbers)
+        return ComputedGradient(attention, ctc, teacher, seconds, list(splits.values()), unfit, numbers)
 
     def bf16_context(self) -> AbstractContextManager[object]:
         """Return the context manager in which backward passes run: it swaps in bf16 copies of the weights, if any."""
         return self.copies or nullcontext()
 
     def backward(self, batch: Batch, objective: Objective, epoch: int) -> Tensor:
-        """Add the batch's part of the step's gradient; return the sums of (cross-entropy, CTC loss) (2,)."""
+        """Add the batch's part of the step's gradient.
+
+        Return the sums of (cross-entropy, CTC loss, divergence from the teacher) (3,).
+        """
+        teacher = self.soft_targets(batch, objective)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model.loss(
                 batch,
                 attention=not objective.ctc_only,
                 label_smoothing=self.config.loss.label_smoothing,
                 features=self.features(batch, epoch),
+                teacher=teacher,
             )
             return self._add_gradient(loss, objective)
+
+    @torch.no_grad()
+    def soft_targets(self, batch: Batch, objective: Objective) -> SoftTargets | None:
+        """Return the teacher's predictions for audio without augmentation masks; None without a teacher."""
+        if self.teacher is None or objective.ctc_only:
+            return None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return SoftTargets(self.teacher.token_logits(batch), self.config.loss.teacher_temperature)
 
     def features(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
         """Return features (B, F, M) with SpecAugment masks, and their lengths (B,)."""
@@ -282,7 +312,7 @@ class Gradient:
     def _micro_batch(
         self, one: Loaded, objective: Objective, step: int, split: SplitMicroBatch | None, unfit: Sequence[int]
     ) -> list[Tensor]:
-        """Run the backward pass; return the sums of (cross-entropy, CTC loss) (2,) of each part."""
+        """Run the backward pass; return the sums of the losses (3,) of each part, as `backward` does."""
         assert one.batch is not None
         torch.manual_seed(seed_of(self.config.seed, step, one.address.number))
         if (batch := one.batch.without(unfit)) is None:
@@ -309,17 +339,19 @@ class Gradient:
         if parts == 1:
             return self.backward(batch, objective, epoch)
         model = cast(SpeechModel, self.model)  # others have no BatchNorm of ours
-        total = torch.zeros(2, device=self.device)
+        total = torch.zeros(3, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             encoded, lengths = model.encode(*self.features(batch, epoch))
             leaf = encoded.detach().requires_grad_()
             for rows in torch.arange(len(lengths), device=self.device).tensor_split(min(parts, len(lengths))):
+                part = batch.take(rows)
                 loss = model.loss_of(
                     leaf[rows],
                     lengths[rows],
-                    batch.take(rows),
+                    part,
                     attention=not objective.ctc_only,
                     label_smoothing=self.config.loss.label_smoothing,
+                    teacher=self.soft_targets(part, objective),
                 )
                 total += self._add_gradient(loss, objective)
             if encoded.requires_grad:
@@ -330,7 +362,8 @@ class Gradient:
     def _add_gradient(self, loss: Loss, objective: Objective) -> Tensor:
         objective(loss).backward()
         self._collect()
-        return torch.stack([loss.attention.detach(), loss.ctc.detach()])
+        teacher = torch.zeros_like(loss.attention) if loss.distillation is None else loss.distillation
+        return torch.stack([loss.attention, loss.ctc, teacher]).detach()
 
     def _collect(self) -> None:
         if self.copies:
@@ -438,10 +471,11 @@ class TrainingStep:
         schedule: Schedule | None = None,
         ranks: Ranks = SINGLE_RANK,
         shards: Shards | None = None,
+        teacher: AnyModel | None = None,
     ):
         self.config, self.model, self.ranks, self.shards = config, model, ranks, shards
         module, optimizer = module_of(model), config.optimizer
-        self.gradient = Gradient(config, model, precision, ranks)
+        self.gradient = Gradient(config, model, precision, ranks, teacher)
         self.optimizers = Optimizers(module, optimizer, steps, schedule)
         self.average = Average(module, optimizer.ema) if optimizer.ema else None
 
@@ -476,9 +510,13 @@ class TrainingStep:
         return Update(rate, norm, True)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors that are kept between steps: weights, buffers, optimiser state, averages, bf16 copies."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
+        """Yield the tensors that are kept between steps: weights, buffers, optimiser state, averages, bf16 copies.
+
+        Those of the teacher are among them.
+        """
+        for model in filter(None, (self.model, self.gradient.teacher)):
+            yield from model.parameters()
+            yield from model.buffers()
         for optimizer, _ in self.optimizers.parts:
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
