@@ -261,7 +261,7 @@ class Options:
     """Numbers of ranks."""
     detail: int = 64
     """Number of ranks at which jitter, exchange and a straggler are told apart."""
-    jitter: float = 0.08
+    jitter: float = 0.03
     """Standard deviation of the logarithm of a rank's seconds of a step."""
     straggler: float = 1.2
     """Factor of the slow rank's seconds, in the row with a straggler."""
@@ -331,6 +331,7 @@ def stages(options: Options) -> dict[str, Cluster]:
         "computing only": Cluster(),
         "jitter": Cluster(options.jitter),
         "a slow rank": dataclasses.replace(cluster(options), straggler=options.straggler),
+        "three times the jitter": dataclasses.replace(cluster(options), jitter=3 * options.jitter),
     }
 
 
@@ -359,15 +360,20 @@ def show(options: Options, parts: dict[str, Any]) -> str:
         table(["waiting", *options.ranks], {n: [f"{e['waiting']:.1%}" for e in r] for n, r in epochs.items()}),
         table(["updates an epoch", *options.ranks], {n: [f"{e['steps']:,}" for e in r] for n, r in epochs.items()}),
     ]
-    labels = list(stages(options))
+    first, second, *more = stages(options)
     rows = {}
     for name in STRATEGIES:
         prefix = f"{name}, {options.detail} ranks"
-        found = [
-            parts[one] for one in (*(f"{prefix}, {label}" for label in labels[:2]), prefix, f"{prefix}, {labels[2]}")
-        ]
+        found = [parts[f"{prefix}, {label}"] for label in (first, second)] + [parts[prefix]]
+        found += [parts[f"{prefix}, {label}"] for label in more]
         rows[name] = [f"{e['seconds'] / 3600:.3f}, {e['waiting']:.1%}" for e in found]
-    head = [f"{options.detail} ranks: hours, waiting", *labels[:2], "jitter, exchange", f"these and {labels[2]}"]
+    head = [
+        f"{options.detail} ranks: hours, waiting",
+        first,
+        second,
+        "jitter, exchange",
+        *(f"and {one}" for one in more),
+    ]
     texts.append(table(head, rows))
     rows = {}
     for baseline in BASELINES:

@@ -2,10 +2,11 @@
 
     python benchmarks/ranks_check.py -o FOLDER MANIFEST ... [--steps 80] [--rounds 2] [--json FILE]
 
-First, one pinned process measures steps of the model: a budget, a table of (B, T, U) -> seconds, and the spread of
-repeated steps. Then `canter train` runs on two ranks (torchrun, gloo), `random` and `balanced` in turns. The emulator
-gets the micro-batches of these runs and the table, and predicts the seconds of each rank. Both clocks are reported: CPU
-time, which other processes on the machine hardly change, and wall time, which they do. Finished runs are kept.
+First, one pinned process measures a budget. In every round, one pinned process measures a table of (B, T, U) -> seconds
+and the spread of repeated steps; then `canter train` runs on two ranks (torchrun, gloo) with `random` and `balanced`.
+The emulator gets the micro-batches of these runs and the round's table, and predicts the seconds of each rank. Both
+clocks are reported: CPU time, without that of other processes on the core, and wall time, with it. What is finished in
+FOLDER is kept.
 """
 
 import json
@@ -134,21 +135,20 @@ def main() -> None:
         sys.exit(child(what, Path(folder), memory, probes, arguments))
     options = tyro.cli(Options, description=__doc__)
     options.output.mkdir(parents=True, exist_ok=True)
-    steps, runs = [], []
     find_budget(options)
+    rows, rounds = [], []
     for number in range(options.rounds):
-        steps += timed_steps(options, number)
-        runs += [(name, run(options, name, number)) for name in STRATEGIES]
+        table, spread = medians(np.array(timed_steps(options, number)))
+        rounds.append({"spread": spread, "table": table})
+        for name in STRATEGIES:
+            rows.append(compared(options, table, spread["cpu"], name, run(options, name, number)))
     shapes = json.loads((options.output / "shapes.json").read_text(encoding="utf-8"))
-    table, spread = medians(np.array(steps))
-    rows = [compared(options, table, spread["cpu"], name, folder) for name, folder in runs]
     result = {
         "machine": machine(),
         "parameters": shapes["parameters"],
-        "spread": spread,
         "errors": errors(rows),
         "runs": rows,
-        "table": table,
+        "rounds": rounds,
     }
     print(json.dumps(result, indent=1))
     if options.json:
@@ -212,10 +212,13 @@ def timed_steps(options: Options, number: int) -> list[list[float]]:
 
 
 def probe(options: Options, folder: Path) -> None:
+    """Measure steps in a pinned process, with the memory allocator as in the runs: the budget says how."""
     shutil.rmtree(folder, ignore_errors=True)
-    rough = options.output / "rough.json"
-    Budget.from_batch_seconds(40.0).save(rough)
-    start(options, "probe", 1, folder, "--steps", "1", "--budget", str(rough))
+    budget = options.output / "budget.json"
+    if not budget.exists():
+        budget = options.output / "rough.json"
+        Budget.from_batch_seconds(40.0).save(budget)
+    start(options, "probe", 1, folder, "--steps", "1", "--budget", str(budget))
 
 
 def run(options: Options, strategy: str, number: int) -> Path:
