@@ -394,8 +394,10 @@ def draw(options: Options, parts: dict[str, Any]) -> None:
         left, right = drawn.subplots(1, 2)
         for color, name in zip(COLORS, STRATEGIES):
             row = [parts[f"{name}, {ranks} ranks"] for ranks in options.ranks]
-            left.plot(options.ranks, [e["seconds"] / 3600 for e in row], color=color, marker="o", markersize=4)
-            right.plot(options.ranks, [e["waiting"] for e in row], color=color, marker="o", markersize=4, label=name)
+            look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4}
+            look["linestyle"] = "--" if "mixed" in name else "-"  # it lies on that of `balanced`
+            left.plot(options.ranks, [e["seconds"] / 3600 for e in row], **look)
+            right.plot(options.ranks, [e["waiting"] for e in row], label=name, **look)
         left.set(yscale="log", title="epoch, hours (emulated)")
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
