@@ -236,9 +236,11 @@ def read_budget(path: Path | None) -> Budget:
 
 
 def read_table(path: Path) -> list[list[float]]:
-    """Return measured (B, T, U, seconds): the rows of a result of `gpu_budget.py`, or the table of `ranks_check.py`."""
+    """Return measured (B, T, U, seconds): those in a result of `gpu_budget.py` or of `ranks_check.py`."""
     value = json.loads(path.read_text(encoding="utf-8"))
-    return value["table"] if "table" in value else [[*row["shape"], row["seconds"]] for row in value["rows"]]
+    if "rounds" in value:
+        return [row for one in value["rounds"] for row in one["table"]]
+    return [[*row["shape"], row["seconds"]] for row in value["rows"]]
 
 
 # -- the command --
@@ -256,11 +258,11 @@ class Options:
     """Budget of the plans and of the time of a step: a budget file, or a result of gpu_training.py (default: the
     analytic budget of canary-1b on 80 GB)."""
     table: Path | None = None
-    """Measured steps that correct the budget's times: a result of gpu_budget.py, or a table of ranks_check.py."""
+    """Measured steps that correct the budget's times: a result of gpu_budget.py or ranks_check.py."""
     ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     """Numbers of ranks."""
     detail: int = 64
-    """Number of ranks at which jitter, exchange and a straggler are told apart."""
+    """Number of ranks at which jitter, exchange and a slow rank are shown separately."""
     jitter: float = 0.03
     """Standard deviation of the logarithm of a rank's seconds of a step."""
     straggler: float = 1.2
@@ -297,15 +299,10 @@ class Kept:
         write_text(self.path, f'{head},\n "parts": {{\n  {lines}\n }}\n}}\n')
 
 
-def run(options: Options, kept: Kept) -> None:
+def run(options: Options, emulator: Emulator, kept: Kept) -> None:
     """Emulate every part that is not kept yet."""
-    budget = read_budget(options.budget)
-    times = StepTimes.from_table(budget, read_table(options.table)) if options.table else StepTimes(budget)
-    emulator = Emulator(
-        draw_lengths(options.lengths, options.utterances), budget, times, cluster(options), options.draws
-    )
     for strategy in STRATEGIES:
-        for ranks in options.ranks:
+        for ranks in sorted({*options.ranks, options.detail}):
             if (name := f"{strategy}, {ranks} ranks") not in kept.parts:
                 kept.add(name, rounded(emulator.epoch(strategy, ranks)))
         for label, conditions in stages(options).items():
@@ -418,14 +415,16 @@ def draw(options: Options, parts: dict[str, Any]) -> None:
 def main(options: Options) -> None:
     if options.smoke:
         options = dataclasses.replace(options, utterances=3000, ranks=(2, 4), detail=4)
+    budget, index = read_budget(options.budget), draw_lengths(options.lengths, options.utterances)
+    times = StepTimes.from_table(budget, read_table(options.table)) if options.table else StepTimes(budget)
     settings = {
         name: Path(value).name if isinstance(value, str | Path) else list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(options).items()
         if name not in ("output", "figure")
     }
-    kept = Kept(options.output, settings)
     began = time.perf_counter()
-    run(options, kept)
+    kept = Kept(options.output, settings | {"fingerprints": [index.fingerprint, budget.fingerprint]})
+    run(options, Emulator(index, budget, times, cluster(options), options.draws), kept)
     print(show(options, kept.parts))
     print(f"\n{time.perf_counter() - began:.0f} s; {options.output} written")
     if options.figure:

@@ -148,3 +148,15 @@ def test_the_table_of_repeated_steps_holds_medians(ranks):
     assert table == [[1, 4, 2, 0.2], [2, 9, 3, 1.1]]
     logs = np.log([1.0 / 1.1, 1, 5.0 / 1.1, 1, 1, 1])
     assert spread["cpu"] == pytest.approx(logs.std(), abs=1e-4)
+
+
+def test_committed_measurements_give_budgets_and_tables(ranks, monkeypatch):
+    results = BENCHMARKS / "results"
+    budget = ranks.read_budget(results / "2026-11-26-gpu-training.json")
+    rows = ranks.read_table(results / "2026-11-26-gpu-budget.json")
+    times = ranks.StepTimes.from_table(budget, rows)
+    assert times(*np.array(rows)[:, :3].T) == pytest.approx([row[3] for row in rows], rel=0.02)
+    monkeypatch.delenv("CANTER_SHARED", raising=False)
+    with pytest.raises(SystemExit, match="CANTER_SHARED"):
+        ranks.draw_lengths("real", 10)
+    assert len(ranks.draw_lengths("synthetic", 10)) == 10
