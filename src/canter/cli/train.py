@@ -76,7 +76,7 @@ def run(config: TrainConfig | None) -> None:
     hours = progress.audio_seconds / 3600
     events.message(
         f"done: {progress.step} steps, {hours:.2f} h of audio in {progress.seconds / 60:.1f} min "
-        f"({progress.audio_seconds / progress.seconds:.0f} h/h), {progress.skipped} skipped"
+        f"({progress.audio_seconds / max(progress.seconds, 1e-9):.0f} h/h), {progress.skipped} skipped"
     )
     best = Checkpoints(folder / "checkpoints", 1).best()
     if best:
