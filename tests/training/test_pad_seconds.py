@@ -81,5 +81,5 @@ def test_models_that_do_not_pad(config, tmp_path):
     model.tokenizer = train_tokenizer(["a b c"] * 10, ["en"], 19, tmp_path / "tokenizer")
     save_model(model, tmp_path / "canary")
     tuned = dataclasses.replace(config, init=tmp_path / "canary", pad_seconds=0.0, model=ModelShape())
-    with pytest.raises(ConfigError, match="is not a Whisper"):
+    with pytest.raises(ConfigError, match="is no Whisper or OWSM"):
         run_training(dataclasses.replace(tuned, loss=LossConfig()), Reports(lambda _: pytest.fail("it trains")))
