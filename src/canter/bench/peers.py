@@ -177,9 +177,7 @@ class EspnetPeer:
                 penalty=search.length_penalty or 0.0,
             )
         self.model.tokenizer = None  # text is not timed
-        rate = search.tokens_per_frame
-        rate = model.generation.get("tokens_per_frame", 1.0) if rate is None else rate
-        limit = math.ceil(rate * model.encoder_frames(model.padded_seconds)) + search.extra_tokens
+        limit = search.most_tokens(model.encoder_frames(model.padded_seconds), model.generation)
         self.positions, self.limit, self.tokenizer = model.positions, limit, model.tokenizer
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
 from canter.text.languages import resolve
 from canter.text.prompts import TASKS, TRUE, utterance_slots
+from canter.text.whisper import TIMESTAMP_SECONDS, TIMESTAMPS
 from canter.untrusted import read_json_value, read_limited
 
 FILE, MODEL = "owsm_tokens.json", "bpe.model"
@@ -23,7 +24,6 @@ NEEDED = ("<blank>", "<unk>", "<na>", "<nospeech>", "<asr>", "<notimestamps>", "
 MOST_MODEL_BYTES = 8 * 2**20
 """Size of the SentencePiece model; OWSM's 50,000 pieces take about 1 MB."""
 MOST_TOKENS = 1_000_000
-TIMESTAMPS, TIMESTAMP_SECONDS = 1501, 0.02
 MOST_UNKNOWN = 0.01
 """Fraction of the tokens of text that the SentencePiece model may lack."""
 _SPECIAL = re.compile(r"<.+>")

@@ -355,20 +355,13 @@ class Engine:
         if request.temperature and self.spelling:
             raise ValueError("joint decoding takes the best tokens: a request must not have a temperature")
         most = self.model.generation.get("max_new_tokens") or positions
-        return min(positions - len(request.prompt), self._tokens_of(frames), most)
-
-    def _tokens_of(self, frames: int) -> int:
-        """Return the maximum number of tokens of audio of ``frames`` encoder frames."""
-        rate = self.config.tokens_per_frame
-        if rate is None:
-            rate = self.model.generation.get("tokens_per_frame", 1.0)
-        return math.ceil(rate * frames) + self.config.extra_tokens
+        return min(positions - len(request.prompt), self.config.most_tokens(frames, self.model.generation), most)
 
     def _allowed(self, row: _Encoded) -> float:
         """Return the number of tokens that fit in the row's time; infinite where the row is not guarded."""
         if not row.request.guarded:
             return math.inf
-        tokens = self._tokens_of(len(row.encoding.states))
+        tokens = self.config.most_tokens(len(row.encoding.states), self.model.generation)
         if "tokens_per_frame" in self.model.generation:  # a rate that accounts for small tokens
             return tokens
         spoken = SPEECH_RATE * row.seconds(self.model.sample_rate) + self.config.extra_tokens

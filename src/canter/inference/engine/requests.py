@@ -1,8 +1,9 @@
 """Input and output of the engine: settings, requests, hypotheses, progress and counters."""
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -40,6 +41,12 @@ class EngineConfig:
     with a CTC head and requests without a temperature."""
     graphs: bool = True
     """Capture decoder steps as CUDA graphs on a GPU."""
+
+    def most_tokens(self, frames: int, generation: Mapping[str, object]) -> int:
+        """Return the maximum number of tokens of audio of ``frames`` encoder frames, by the rate here, else the one in
+        a model's ``generation`` settings."""
+        rate = generation.get("tokens_per_frame", 1.0) if self.tokens_per_frame is None else self.tokens_per_frame
+        return math.ceil(cast(float, rate) * frames) + self.extra_tokens
 
 
 class DecodingPolicy(Protocol):

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEP_SECONDS = 0.02
-COUNT = 1501  # 0.00 to 30.00 s
+from canter.text.whisper import TIMESTAMP_SECONDS, TIMESTAMPS
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class TimestampTokens:
 
     def seconds(self, token: int) -> float:
         """Return the time that a timestamp stands for."""
-        return (token - self.first) * STEP_SECONDS
+        return (token - self.first) * TIMESTAMP_SECONDS
 
 
 def timestamp_tokens(generation: Mapping[str, object]) -> TimestampTokens | None:
@@ -40,7 +39,7 @@ def timestamp_tokens(generation: Mapping[str, object]) -> TimestampTokens | None
     )
     if first is not None and last is not None:
         return TimestampTokens(first, last)
-    return None if without is None else TimestampTokens(without + 1, without + COUNT)
+    return None if without is None else TimestampTokens(without + 1, without + TIMESTAMPS)
 
 
 @dataclass(frozen=True)
