@@ -10,6 +10,7 @@ that fit the time of `random`'s updates, by step times measured beforehand, stra
 reaches its floor in every run. WER is of test sentences, decoded by attention only. The same command resumes.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from ladder import Rig
 from rich.console import Console
@@ -42,8 +44,12 @@ class Options:
     """Training utterances of the corpus."""
     dials: tuple[float, float] = (1.0, 4.0)
     """Values of `mixing` of `balanced`."""
+    test_utterances: int = 200
+    """Utterances to test on."""
     longest: float = 8.0
     """Maximum seconds of an utterance, in training and testing."""
+    tail: float | None = None
+    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
     batch_seconds: float = 16.0
     """Maximum audio of a step, padding included; `random` has the batch size that fits the longest utterances."""
     width: int = 96
@@ -62,25 +68,33 @@ def arms_of(options: Options) -> dict[str, dict[str, Any]]:
     return {"random": {"strategy": "random"}, "bucket_2d": {"strategy": "bucket_2d"}, **dialled}
 
 
-def up_to(longest: float, manifest: Path) -> Path:
-    """Write a manifest of the utterances up to ``longest`` seconds beside ``manifest``, and return it."""
+def up_to(longest: float, manifest: Path, tail: float | None = None) -> Path:
+    """Write a manifest of the utterances up to ``longest`` seconds beside ``manifest``, and return it.
+
+    tail: keep an utterance of d seconds with probability tail / d, so that most are short and few are long.
+    """
     rows = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = manifest.with_name(f"{manifest.stem}-{longest:g}.jsonl")
-    kept.write_text("".join(row for row in rows if json.loads(row)["duration"] <= longest), encoding="utf-8")
-    return kept
+    draws = np.random.default_rng(0).random(len(rows))
+    seconds = [json.loads(row)["duration"] for row in rows]
+    kept = [s <= longest and (tail is None or draw * s < tail) for s, draw in zip(seconds, draws)]
+    path = manifest.with_name(f"{manifest.stem}-{longest:g}{'' if tail is None else f'-{tail:g}'}.jsonl")
+    path.write_text("".join(itertools.compress(rows, kept)), encoding="utf-8")
+    return path
 
 
 def shared(options: Options) -> TrainConfig:
     """Return the settings that all runs share; corpus, tokenizer and budget are made once."""
-    corpus = synthesise(options.output / "corpus", utterances=options.utterances, test_utterances=200)
+    corpus = synthesise(
+        options.output / "corpus", utterances=options.utterances, test_utterances=options.test_utterances
+    )
     config = TrainConfig(
-        manifest=(up_to(options.longest, corpus.train_manifest),),
-        valid=(up_to(options.longest, corpus.test_manifest),),
+        manifest=(up_to(options.longest, corpus.train_manifest, options.tail),),
+        valid=(up_to(options.longest, corpus.test_manifest, options.tail),),
         output=options.output / "shared",
         vocab_size=600,
         batch_seconds=options.batch_seconds,
         valid_every=1_000_000,
-        valid_utterances=200,
+        valid_utterances=options.test_utterances,
         steps=1,
         threads=options.threads,
         precision="float32",
@@ -118,12 +132,14 @@ def _logged(metrics: Path) -> list[dict[str, Any]]:
 
 def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Options) -> dict[str, float]:
     """Return the mean step time of each strategy, measured once, in turns, each with its own model."""
-    kept = options.output / "step_seconds.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    taken: dict[str, list[float]] = {name: [] for name in arms}
+    path = options.output / "step_seconds.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = {name: settings for name, settings in arms.items() if name not in kept}
+    if not missing:
+        return kept
+    taken: dict[str, list[float]] = {name: [] for name in missing}
     runs = {}
-    for name, settings in arms.items():
+    for name, settings in missing.items():
         prepared = prepare_training(
             replace(base, output=options.output / f"timed-{label(name)}", **settings), TerminalEvents()
         )
@@ -138,8 +154,8 @@ def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Op
             start = time.perf_counter()
             rig.step([data[next(addresses)]], number)
             taken[name].append(time.perf_counter() - start)
-    found = {name: statistics.mean(seconds[1:]) for name, seconds in taken.items()}
-    kept.write_text(json.dumps(found), encoding="utf-8")
+    found = kept | {name: statistics.mean(seconds[1:]) for name, seconds in taken.items()}
+    path.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

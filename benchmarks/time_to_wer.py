@@ -25,9 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from canter.cli.progress import say
+from canter.errors import ConfigError
 from canter.reporting.figures import draw_curves
 from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig
+from canter.training.defaults import decided
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,17 @@ class Options:
     minutes: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
     """Lengths of the runs, in minutes of training steps."""
     arms: tuple[str, ...] = ("random", "bucket_1d", "bucket_2d", "balanced", "balanced, mixed steps")
-    """Strategies; the first is the baseline."""
+    """Strategies, with other settings after commas (see `settings_of`); the first is the baseline."""
     rates: tuple[float, ...] = (0.10, 0.05, 0.02)
     """Word error rates to reach."""
-    utterances: int = 3000
-    """Training utterances of the corpus."""
-    longest: float = 30.0
+    utterances: int = 12000
+    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
+    test_utterances: int = 600
+    """Utterances to synthesise for testing."""
+    longest: float = 16.0
     """Maximum seconds of an utterance, in training and testing."""
+    tail: float | None = 1.5
+    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
     batch_seconds: float = 96.0
     """Maximum audio of a step, padding included."""
     width: int = 96
@@ -59,16 +65,38 @@ class Options:
     """File for a plot of WER against time."""
 
 
-def settings_of(arm: str) -> dict[str, Any]:
-    """Return the settings of `canter train` of a strategy by its name."""
-    name, _, mixed = arm.partition(", ")
-    return {"strategy": name} | ({"mix_steps": True} if mixed else {})
+def settings_of(arm: str, base: TrainConfig) -> dict[str, Any]:
+    """Return the settings of `canter train` of an arm: a strategy, and what differs from the defaults after commas.
+
+    Such as "balanced, mixed steps", "balanced, 48 s", "random, rate 0.5" (both learning rates times 0.5) and
+    "balanced, mixing 4".
+    """
+    name, *others = arm.split(", ")
+    settings: dict[str, Any] = {"strategy": name}
+    for other in others:
+        word, _, value = other.partition(" ")
+        if other == "mixed steps":
+            settings["mix_steps"] = True
+        elif value == "s":
+            settings["batch_seconds"] = float(word)
+        elif word == "mixing":
+            settings["mixing"] = float(value)
+        elif word == "rate":
+            rates = decided(base).optimizer
+            settings["optimizer"] = replace(
+                base.optimizer,
+                learning_rate=float(value) * (rates.learning_rate or 0.0),
+                matrix_learning_rate=float(value) * rates.matrix_learning_rate,
+            )
+        else:
+            raise ConfigError(f"arm {arm!r}: {other!r} is none of 'mixed steps', '48 s', 'rate 2' and 'mixing 4'")
+    return settings
 
 
 def runs_of(options: Options) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
     """Yield (description, configuration) of every run: seed by seed, the shortest first, strategies in turns."""
     base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
-    arms = {name: settings_of(name) for name in options.arms}
+    arms = {name: settings_of(name, base) for name in options.arms}
     seconds = step_seconds(base, arms, options)  # type: ignore[arg-type]
     for seed in range(options.seeds):
         for minutes in sorted(options.minutes):

@@ -1,0 +1,199 @@
+"""Train deep and shallow decoders of equal parameters from scratch, and compare their accuracy and decoding speed.
+
+    python benchmarks/decoder_depth.py -o FOLDER [--shapes 6/5 8/2 9/1] [--steps 1500] [--seeds 3] [--json FILE]
+
+Every run is a `canter train` on the demo's corpus with the `balanced` strategy; runs of one seed differ in the layers
+of encoder and decoder only, and see the same batches. WER is of test sentences, decoded greedily by attention only. The
+difference of a shape from the first has a 95 % interval by paired bootstrap over utterances, each with the errors of
+all seeds. Decoding is then timed on the trained models of the first seed, shapes and ways in turns, with each sentence
+stopped at its reference's number of tokens: our engine, and the released toolkit's way (hidden states cached, keys and
+values projected again at each step). The same command continues where it stopped.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from convergence import run as trained
+from convergence import shared
+from decoder_shift import measure_ways
+from rich.console import Console
+from rich.table import Table
+
+from canter.cli.progress import say
+from canter.corpus.audio import load_utterance
+from canter.corpus.manifest import Utterance
+from canter.corpus.sources import open_source
+from canter.evaluation.wer import ErrorCounts, Score, paired_difference, score_texts
+from canter.loading import load_model
+from canter.models.hub import checkpoint_of
+from canter.models.model import SpeechModel
+from canter.planning.budget import Budget
+from canter.reporting.machine import describe_machine
+from canter.training.config import ModelShape, TrainConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for corpus and runs."""
+    shapes: tuple[str, ...] = ("6/5", "8/2", "9/1")
+    """Encoder/decoder layers; the first is the baseline. These have 1.9 million parameters at width 96, within 2 %."""
+    steps: tuple[int, ...] = (750, 1500)
+    """Numbers of updates; each is a run of its own with its own learning-rate schedule."""
+    seeds: int = 3
+    utterances: int = 12000
+    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
+    test_utterances: int = 600
+    """Utterances to synthesise for testing."""
+    longest: float = 16.0
+    """Maximum seconds of an utterance, in training and testing."""
+    tail: float | None = 1.5
+    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
+    batch_seconds: float = 48.0
+    """Maximum audio of a step, padding included."""
+    width: int = 96
+    threads: int = 1
+    ctc_warmup: float | None = None
+    """CTC-only warm-up as a fraction of the steps (default: that of `canter train`)."""
+    repeats: int = 3
+    """Timed decodings of the test set."""
+    json: Path | None = None
+    """File for the figures."""
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Layers of the first shape."""
+        return layers_of(self.shapes[0])
+
+
+def layers_of(shape: str) -> tuple[int, int]:
+    encoder, decoder = shape.split("/")
+    return int(encoder), int(decoder)
+
+
+def config_of(base: TrainConfig, options: Options, shape: str, steps: int, seed: int) -> TrainConfig:
+    """Return the configuration of a run."""
+    encoder, decoder = layers_of(shape)
+    folder = options.output / f"{encoder}-{decoder}-{steps}-{seed}"
+    model = ModelShape(width=options.width, encoder_layers=encoder, decoder_layers=decoder)
+    loss = replace(base.loss, ctc_warmup=options.ctc_warmup)
+    return replace(base, output=folder, seed=seed, steps=steps, model=model, loss=loss)
+
+
+def transcripts(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Return the manifest rows of a run's last validation, with `pred_text`."""
+    path = folder / "validation" / f"step-{steps:06}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def step_times(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["seconds"] for row in rows if row["kind"] == "train"]
+
+
+def pooled(scores: Sequence[Score]) -> Score:
+    """Return one score of several results on the same references: each utterance has the errors of all of them."""
+    together = zip(*(score.utterances for score in scores), strict=True)
+    utterances = [replace(some[0], counts=sum((one.counts for one in some), ErrorCounts())) for some in together]
+    return replace(scores[0], utterances=utterances, total=sum((score.total for score in scores), ErrorCounts()))
+
+
+def accuracy(rows: Sequence[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+    """Return WER and step time of each shape and number of updates, over all seeds that every shape has.
+
+    From the second shape on, also the difference of its WER from the first shape's.
+    """
+    found = []
+    for steps in options.steps:
+        done = {shape: [r for r in rows if (r["shape"], r["steps"]) == (shape, steps)] for shape in options.shapes}
+        seeds = min(len(some) for some in done.values())
+        scores = {}
+        for shape, some in done.items() if seeds else ():
+            texts = [transcripts(options.output / row["folder"], steps) for row in some[:seeds]]
+            scores[shape] = pooled(
+                [score_texts([t["text"] for t in one], [t["pred_text"] for t in one]) for one in texts]
+            )
+            one = {
+                "shape": shape,
+                "steps": steps,
+                "seeds": seeds,
+                "wer": scores[shape].wer,
+                "wer_of_seeds": [row["wer"] for row in some[:seeds]],
+                "seconds_a_step": statistics.median(row["seconds_a_step"] for row in some[:seeds]),
+            }
+            if shape != options.shapes[0]:
+                one |= {"difference": asdict(paired_difference(scores[shape], scores[options.shapes[0]]))}
+            found.append(one)
+    return found
+
+
+def decoding(models: dict[str, SpeechModel], manifest: Path, options: Options) -> list[dict[str, Any]]:
+    """Return times of decoding the test set both ways, each sentence up to its reference's number of tokens."""
+    model = next(iter(models.values()))
+    rows = [row for row in open_source(manifest) if isinstance(row, Utterance)]
+    clips = [load_utterance(row, model.sample_rate) for row in rows]
+    tokens = [len(model.tokenizer.encode(row.text)) + 1 for row in rows]
+    prompt = model.tokenizer.prompt(rows[0])
+    found = measure_ways(models, clips, tokens, repeats=options.repeats, rows=16, batch=16, prompt=prompt)
+    return [asdict(row) for row in found]
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables of accuracy and decoding."""
+    table = Table("layers", "updates", "WER", "of each seed", "difference (95 %)", "seconds a step")
+    for row in result["accuracy"]:
+        gap = row.get("difference")
+        cells = f"{gap['wer']:+.2%} ({gap['low']:+.2%} to {gap['high']:+.2%})" if gap else "-"
+        each = ", ".join(f"{wer:.1%}" for wer in row["wer_of_seeds"])
+        time = f"{row['seconds_a_step']:.3f}"
+        table.add_row(row["shape"], f"{row['steps']:,}", f"{row['wer']:.2%}", each, cells, time)
+    Console().print(table)
+    table = Table("layers", "way", "parameters", "encoder, s", "decoder, s", "RTFx", "speed")
+    for row in result["decoding"]:
+        numbers = [f"{row[name]:.2f}" for name in ("encoder_seconds", "decoder_seconds")]
+        table.add_row(row["shape"], row["way"], f"{row['parameters']:,}", *numbers, f"{row['rtfx']:.0f}",
+                      f"{row['speedup']:.2f}x")  # fmt: skip
+    Console().print(table)
+
+
+def main(options: Options) -> None:
+    base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
+    frame_seconds = Budget.load(base.budget or Path()).frame_seconds
+    same_batches = options.output / "budget.json"  # a measured budget would hold for one of the shapes only
+    Budget.from_batch_seconds(options.batch_seconds, frame_seconds=frame_seconds).save(same_batches)
+    base = replace(base, budget=same_batches)
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "options": {k: v for k, v in vars(options).items() if k not in ("output", "json")},
+        "machine": describe_machine(),
+        "runs": rows,
+        "accuracy": [],
+        "decoding": [],
+    }
+    models: dict[str, SpeechModel] = {}
+    for seed in range(options.seeds):
+        for steps in sorted(options.steps):
+            for shape in options.shapes:
+                config = config_of(base, options, shape, steps, seed)
+                say(f"{shape} layers, {steps} updates, seed {seed}")
+                figures = trained(config)
+                seconds = statistics.median(step_times(config.output))
+                rows.append({"shape": shape, "seed": seed, "folder": config.output.name, "seconds_a_step": seconds}
+                            | figures)  # fmt: skip
+                models.setdefault(shape, load_model(checkpoint_of(config.output)))
+                result["accuracy"] = accuracy(rows, options)
+                if options.json:  # after every run, so that a stop loses nothing
+                    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result["decoding"] = decoding(models, base.valid[0], options)
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
