@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 PIP    := env -u PIP_TARGET -u PIP_PREFIX -u PIP_ROOT -u PIP_REQUIRE_HASHES -u PIP_NO_DEPS PIP_USER=0 \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: setup demo test oldest wheel-test lint docs bench clean
+.PHONY: setup demo test oldest wheel-test lint docs bench paper clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,11 @@ $(VENV)/.docs: $(STAMP)
 # every benchmark that needs no GPU, at a small size; some of them: make bench BENCH="index models"
 bench: setup
 	@$(BIN)/python benchmarks $(BENCH)
+
+# the paper's claims (docs/paper.md), an evening on two cores; it continues where it stopped.
+# Some parts: make paper PAPER="padding depth". At toy size: make paper PAPER=--quick
+paper: setup
+	@$(BIN)/python benchmarks/paper.py $(PAPER)
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .hypothesis

@@ -1,17 +1,23 @@
-"""Measure the time that batching strategies need to the same word error rate, on the demo's corpus with a long tail.
+"""Measure the time that batching strategies need to the same word error rate, on speech with a long tail of lengths.
 
     python benchmarks/time_to_wer.py -o FOLDER [--seeds 3] [--minutes 2 4 8 16] [--json FILE] [--figure FILE]
+    python benchmarks/time_to_wer.py -o FOLDER --whisper MODEL --speech MANIFEST ... [...]
+
+The first trains a small model from scratch on the demo's corpus, the second fine-tunes a Whisper at the clips' own
+lengths on the English of manifests; every eighth speaker is held out for testing.
 
 Every run is a `canter train` of its own length: the learning rate falls to its floor at the end of each, so that a run
 of four minutes is not the first half of one of eight. Runs differ in seed, strategy and length only: they share corpus,
 tokenizer, measured budget, model and the memory that a micro-batch may fill. Lengths are in seconds of training steps:
 each strategy takes the steps that fit, by step times measured beforehand, in turns; what counts is the sum of the times
 that its steps took. Strategies take turns on the same core, run by run. The time to a WER is interpolated between a
-strategy's two neighbouring lengths, in the logarithm of the time. The same command continues where it stopped.
+strategy's two neighbouring lengths, in the logarithm of the time. A strategy that has reached the lowest WER makes no
+longer run with that seed. The same command continues where it stopped.
 """
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +27,19 @@ from typing import Annotated, Any
 import tyro
 from convergence import label, shared, step_seconds
 from convergence import run as trained
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from canter.cli.progress import say
+from canter.cli.progress import TerminalEvents, say
+from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
+from canter.events import QUIET
 from canter.reporting.figures import draw_curves
 from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
+from canter.training.recipe import prepare_training
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,10 @@ class Options:
     seeds: int = 3
     minutes: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
     """Lengths of the runs, in minutes of training steps."""
+    whisper: Path | None = None
+    """Whisper to fine-tune on --speech (default: train on the synthesised corpus)."""
+    speech: tuple[Path, ...] = ()
+    """Manifests of real speech; rows of other languages than English are left out."""
     arms: tuple[str, ...] = ("random", "bucket_1d", "bucket_2d", "balanced", "balanced, mixed steps")
     """Strategies, with other settings after commas (see `settings_of`); the first is the baseline."""
     rates: tuple[float, ...] = (0.10, 0.05, 0.02)
@@ -53,6 +67,9 @@ class Options:
     """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
     batch_seconds: float = 96.0
     """Maximum audio of a step, padding included."""
+    rate_at: float | None = 90.0
+    """Seconds of audio in a step for which the learning rates of `canter train` hold; those of a strategy are scaled
+    with the square root of its audio in a step, without padding. None: the same learning rates for all."""
     width: int = 96
     layers: tuple[int, int] = (4, 2)
     """Layers of encoder and decoder."""
@@ -93,18 +110,89 @@ def settings_of(arm: str, base: TrainConfig) -> dict[str, Any]:
     return settings
 
 
-def runs_of(options: Options) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
+def real_speech(options: Options) -> TrainConfig:
+    """Return the settings that all runs on real speech share; the budget is measured once.
+
+    Texts are in lower case without punctuation, since the manifests differ in both.
+    """
+    rows: list[dict[str, Any]] = []
+    for manifest in options.speech:
+        for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines()):
+            if row.get("lang", "en").startswith("en") and row["duration"] <= options.longest:
+                text = " ".join(re.sub(r"[^\w' ]", " ", row["text"].lower()).split())
+                audio = str((manifest.parent / row["audio_filepath"]).resolve())
+                speaker = f"{manifest.parent.name}/{row.get('speaker', row['audio_filepath'])}"
+                rows.append({"audio_filepath": audio, "duration": row["duration"], "text": text, "speaker": speaker})
+    held_out = set(sorted({row["speaker"] for row in rows})[3::8])
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "test"):
+        write_manifest(
+            options.output / f"{name}.jsonl", [r for r in rows if (r["speaker"] in held_out) == (name == "test")]
+        )
+    config = TrainConfig(
+        manifest=(options.output / "train.jsonl",),
+        valid=(options.output / "test.jsonl",),
+        output=options.output / "shared",
+        init=options.whisper,
+        pad_seconds=0.0,
+        batch_seconds=options.batch_seconds,
+        valid_every=1_000_000,
+        valid_utterances=len(rows),
+        steps=1,
+        threads=options.threads,
+        precision="float32",
+        workers=0,
+        track=(),
+    )
+    folder = prepare_training(config, TerminalEvents()).run.folder
+    return replace(config, budget=folder / "budget.json")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a strategy's plan predicts. speed: hours of audio an hour. audio: seconds of it in a step."""
+
+    speed: float
+    audio: float
+
+
+def planned(base: TrainConfig, settings: dict[str, Any], folder: Path) -> Planned:
+    """Return what the plan of a strategy predicts by the budget."""
+    plan = prepare_training(replace(base, output=folder, **settings), QUIET).schedule.plan
+    seconds = float(plan.table().audio_seconds.sum())
+    return Planned(seconds / 3600 / plan.figures().hours, seconds / len(plan))
+
+
+def arms_of(options: Options, base: TrainConfig) -> dict[str, tuple[dict[str, Any], Planned]]:
+    """Return the settings of each strategy, with its learning rates, and what its plan predicts."""
+    found = {}
+    for name in options.arms:
+        settings = settings_of(name, base)
+        predicted = planned(base, settings, options.output / f"timed-{label(name)}")
+        rates = decided(replace(base, **settings)).optimizer
+        scale = math.sqrt(predicted.audio / options.rate_at) if options.rate_at else 1.0
+        settings["optimizer"] = replace(
+            settings.get("optimizer", base.optimizer),
+            learning_rate=scale * (rates.learning_rate or 0.0),
+            matrix_learning_rate=scale * rates.matrix_learning_rate,
+        )
+        found[name] = settings, predicted
+    return found
+
+
+def runs_of(
+    options: Options, base: TrainConfig, arms: dict[str, dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
     """Yield (description, configuration) of every run: seed by seed, the shortest first, strategies in turns."""
-    base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
-    arms = {name: settings_of(name, base) for name in options.arms}
-    seconds = step_seconds(base, arms, options)  # type: ignore[arg-type]
+    seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, options)  # type: ignore[arg-type]
     for seed in range(options.seeds):
         for minutes in sorted(options.minutes):
-            for name in arms:
+            for name, settings in arms.items():
                 steps = max(10, round(60 * minutes / seconds[name]))
                 folder = options.output / f"{label(name)}-{minutes:g}-{seed}"
-                about = {"arm": name, "seed": seed, "minutes": minutes, "predicted_seconds": steps * seconds[name]}
-                yield about, replace(base, output=folder, seed=seed, steps=steps, **arms[name])
+                rate = settings["optimizer"].learning_rate
+                about = {"arm": name, "seed": seed, "minutes": minutes, "learning_rate": rate}
+                yield about, replace(base, output=folder, seed=seed, steps=steps, **settings)
 
 
 def step_time(folder: Path) -> float:
@@ -113,8 +201,8 @@ def step_time(folder: Path) -> float:
     return sum(row["seconds"] for row in rows if row["kind"] == "train")
 
 
-def time_to(points: Sequence[tuple[float, float]], rate: float) -> float | None:
-    """Return the seconds at which a strategy reaches a WER, of its points (seconds, WER), one for each length.
+def crossing(points: Sequence[tuple[float, float]], rate: float) -> float | None:
+    """Return where a strategy reaches a WER, of its points (seconds, WER), one for each length; or (updates, WER).
 
     The shortest length from which on all are at or below the rate is the end of the crossing; None where the longest is
     above it. Between two lengths the WER is linear in the logarithm of the time; before the shortest, its own time is
@@ -134,18 +222,21 @@ def time_to(points: Sequence[tuple[float, float]], rate: float) -> float | None:
 
 
 def summary(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, dict[str, Any]]:
-    """Return, by strategy, the times to each WER of every seed, and how much faster than the baseline they are."""
+    """Return, by strategy, seconds, updates and hours of audio to each WER of every seed, and the speed-ups.
+
+    A speed-up is the baseline's seconds to a WER over the strategy's, seed by seed.
+    """
     found: dict[str, dict[str, Any]] = {}
     for arm in options.arms:
         mine = [row for row in rows if row["arm"] == arm]
         seeds = sorted({row["seed"] for row in mine})
-        times = {
-            f"{rate:g}": [
-                time_to([(r["seconds"], r["wer"]) for r in mine if r["seed"] == seed], rate) for seed in seeds
-            ]
-            for rate in options.rates
+        found[arm] = {
+            f"{key}_to": {
+                f"{rate:g}": [crossing([(r[key], r["wer"]) for r in mine if r["seed"] == s], rate) for s in seeds]
+                for rate in options.rates
+            }
+            for key in ("seconds", "steps", "audio_hours")
         }
-        found[arm] = {"seconds_to": times}
     first = found[options.arms[0]]["seconds_to"]
     for one in found.values():
         one["speed_up"] = {
@@ -170,31 +261,42 @@ def show(found: dict[str, dict[str, Any]], options: Options) -> None:
     Console().print(table)
 
 
-def plot(rows: Sequence[dict[str, Any]], options: Options, path: Path) -> None:
-    """Draw the mean WER of each strategy against the minutes of its runs."""
+def draw_wer(rows: Sequence[dict[str, Any]], arms: Sequence[str], minutes: Sequence[float]) -> Figure:
+    """Return a figure of each strategy's mean WER against the minutes of its runs."""
     series = {}
-    for arm in options.arms:
-        mine = [[row for row in rows if (row["arm"], row["minutes"]) == (arm, length)] for length in options.minutes]
-        mine = [some for some in mine if some]
-        minutes = [statistics.mean(row["seconds"] for row in some) / 60 for some in mine]
-        series[arm] = (minutes, [statistics.mean(row["wer"] for row in some) for some in mine])
-    figure = draw_curves(series, xlabel="minutes of training steps", percent=True, markers=True, log=True, zero=False)
-    figure.savefig(path, dpi=150)
+    for arm in arms:
+        lengths = [[row for row in rows if (row["arm"], row["minutes"]) == (arm, length)] for length in minutes]
+        lengths = [some for some in lengths if some]
+        taken = [statistics.mean(row["seconds"] for row in some) / 60 for some in lengths]
+        series[arm] = (taken, [statistics.mean(row["wer"] for row in some) for some in lengths])
+    return draw_curves(series, xlabel="minutes of training steps", percent=True, markers=True, log=True, zero=False)
 
 
 def main(options: Options) -> None:
+    base = real_speech(options) if options.whisper else shared(options)  # type: ignore[arg-type]
+    arms = arms_of(options, base)
     rows: list[dict[str, Any]] = []
-    for about, config in runs_of(options):
+    reached: set[tuple[str, int]] = set()
+    for about, config in runs_of(options, base, {name: settings for name, (settings, _) in arms.items()}):
+        if (about["arm"], about["seed"]) in reached:
+            continue
         say(f"{about['arm']}, {about['minutes']:g} minutes, seed {about['seed']}, {config.steps} steps")
         figures = trained(config)
         rows.append(about | {"seconds": step_time(config.output)} | figures)
+        if figures["wer"] <= min(options.rates):
+            reached.add((about["arm"], about["seed"]))
         if options.json:  # after every run, so that a stop loses nothing
-            given = {k: v for k, v in vars(options).items() if k not in ("output", "json", "figure")}
-            kept = {"options": given, "machine": describe_machine(), "runs": rows, "summary": summary(rows, options)}
-            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            result = {
+                "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "speech"},
+                "machine": describe_machine(),
+                "runs": rows,
+                "summary": summary(rows, options),
+                "predicted": {name: vars(predicted) for name, (_, predicted) in arms.items()},
+            }
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(summary(rows, options), options)
     if options.figure:
-        plot(rows, options, options.figure)
+        draw_wer(rows, options.arms, options.minutes).savefig(options.figure, dpi=150, facecolor="white")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,21 @@ def bench(monkeypatch):
     ],
 )
 def test_the_time_to_a_rate(bench, points, rate, expected):
-    assert bench.time_to(points, rate) == (None if expected is None else pytest.approx(expected))
+    assert bench.crossing(points, rate) == (None if expected is None else pytest.approx(expected))
 
 
 def test_the_baseline_has_speed_one_and_a_faster_strategy_more(bench, tmp_path):
     options = bench.Options(tmp_path, seeds=2, minutes=(1, 2), arms=("random", "balanced"), rates=(0.1,))
     rows = [
-        {"arm": arm, "seed": seed, "minutes": minutes, "seconds": 60 * minutes, "wer": wer / minutes}
+        {
+            "arm": arm,
+            "seed": seed,
+            "minutes": minutes,
+            "seconds": 60 * minutes,
+            "steps": 9,
+            "audio_hours": 9,
+            "wer": wer / minutes,
+        }
         for arm, wer in (("random", 0.2), ("balanced", 0.1))
         for seed in range(2)
         for minutes in (1, 2)
@@ -46,5 +54,5 @@ def test_the_baseline_has_speed_one_and_a_faster_strategy_more(bench, tmp_path):
     assert found["random"]["speed_up"]["0.1"] == pytest.approx([1, 1])
     assert found["balanced"]["speed_up"]["0.1"] == pytest.approx([2, 2])
     bench.show(found, options)
-    bench.plot(rows, options, tmp_path / "wer.png")
+    bench.draw_wer(rows, options.arms, options.minutes).savefig(tmp_path / "wer.png")
     assert (tmp_path / "wer.png").stat().st_size > 5000

@@ -1,0 +1,127 @@
+"""Measure whether training gains from optimiser steps that hold short and long utterances together.
+
+    python benchmarks/step_mixing.py -o FOLDER [--updates 600] [--seeds 3] [--json FILE]
+
+The budget is like a GPU's: memory grows with the square of an utterance's length, time does not, so that a full
+micro-batch of short utterances takes longer than one of long utterances, and steps of equally long micro-batches hold
+utterances of similar length. Arms differ in how micro-batches are grouped into steps: `full` fills every micro-batch,
+`mixed steps` shrinks some of them (`--mix-steps`), and `free` groups full micro-batches without regard to their time,
+as gradient accumulation on one rank may. Corpus, model, updates and audio are the same; the WER is of test sentences.
+The same command resumes.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from convergence import run as trained
+from convergence import shared
+from rich.console import Console
+from rich.table import Table
+
+from canter.cli.progress import say
+from canter.events import QUIET
+from canter.planning.budget import Budget, Polynomial
+from canter.reporting.machine import describe_machine
+from canter.training.config import TrainConfig
+from canter.training.recipe import prepare_training
+
+ARMS = ("full", "mixed steps", "free")
+
+
+@dataclass(frozen=True)
+class Options:
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for corpus and runs."""
+    updates: int = 600
+    seeds: int = 3
+    micro_batches: int = 4
+    """Micro-batches of a step."""
+    utterances: int = 12000
+    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
+    test_utterances: int = 600
+    """Utterances to synthesise for testing."""
+    longest: float = 16.0
+    """Maximum seconds of an utterance, in training and testing."""
+    tail: float | None = 1.5
+    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
+    batch_seconds: float = 48.0
+    """Audio of a micro-batch of utterances of 3 s, padding included."""
+    quadratic: float = 0.05
+    """Memory of an utterance of d seconds is d + quadratic d² (0.05: a full micro-batch of utterances of 16 s has
+    64 % of the audio of one of 3 s)."""
+    width: int = 96
+    layers: tuple[int, int] = (4, 2)
+    """Layers of encoder and decoder."""
+    threads: int = 1
+    json: Path | None = None
+    """File for the figures."""
+
+
+def budget_of(arm: str, options: Options, frame_seconds: float) -> Budget:
+    """Return the budget of an arm: the same memory for all."""
+    memory = Polynomial(T=1.0, TT=options.quadratic * frame_seconds)
+    limit = options.batch_seconds / frame_seconds * (1 + options.quadratic * 3.0)
+    time = memory if arm == "free" else Polynomial(T=1.0)  # equal times may be grouped freely
+    scaled = Polynomial(T=1e-3 * time.T, TT=1e-3 * time.TT)
+    return Budget(limit, memory, scaled, frame_seconds=frame_seconds)
+
+
+def config_of(base: TrainConfig, arm: str, seed: int, options: Options) -> TrainConfig:
+    """Return the configuration of a run."""
+    name = arm.replace(" ", "-")
+    return replace(
+        base,
+        output=options.output / f"{name}-{seed}",
+        budget=options.output / f"{name}.json",
+        batch_seconds=None,
+        mix_steps=arm == "mixed steps",
+        micro_batches_per_step=options.micro_batches,
+        seed=seed,
+        steps=options.updates,
+    )
+
+
+def main(options: Options) -> None:
+    base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
+    frame_seconds = Budget.load(base.budget or Path()).frame_seconds
+    rows: list[dict[str, Any]] = []
+    for arm in ARMS:
+        budget_of(arm, options, frame_seconds).save(options.output / f"{arm.replace(' ', '-')}.json")
+    for seed in range(options.seeds):
+        for arm in ARMS:
+            say(f"{arm}, seed {seed}")
+            config = config_of(base, arm, seed, options)
+            plan = prepare_training(config, QUIET).schedule.plan
+            counts = np.add.reduceat(plan.table().size, plan.table().steps[:-1])
+            figures = {
+                "step_mixing": plan.figures().step_mixing,
+                "steps_an_epoch": len(plan),
+                "utterances_a_step": [int(value) for value in np.percentile(counts, (0, 50, 100))],
+            }
+            rows.append({"arm": arm, "seed": seed} | figures | trained(config))
+            if options.json:  # after every run, so that a stop loses nothing
+                given = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
+                result = {"options": given, "machine": describe_machine(), "runs": rows}
+                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table = Table("steps", "step mixing", "utterances a step", "audio, h", "WER of each seed", "mean")
+    for arm in ARMS:
+        mine = [row for row in rows if row["arm"] == arm]
+        low, middle, high = mine[0]["utterances_a_step"]
+        table.add_row(
+            arm,
+            f"{mine[0]['step_mixing']:.2f}",
+            f"{low} to {high}, median {middle}",
+            f"{statistics.mean(row['audio_hours'] for row in mine):.1f}",
+            ", ".join(f"{row['wer']:.1%}" for row in mine),
+            f"{statistics.mean(row['wer'] for row in mine):.1%}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
