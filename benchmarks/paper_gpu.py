@@ -132,6 +132,8 @@ def main(options: Options) -> int:
     parts, folder = parts_of(options), options.output.resolve()
     if unknown := set(options.parts) - {part.name for part in parts}:
         raise ConfigError(f"no part {min(unknown)!r}; there are {', '.join(part.name for part in parts)}")
+    if options.lengths and not options.lengths.exists():
+        raise ConfigError(f"{options.lengths}: no such file; --lengths takes an index or a table of lengths")
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), environment.get("PYTHONPATH"))))
     if options.smoke:

@@ -67,11 +67,11 @@ def record(folder: Path, part: str) -> dict:
 def test_a_second_call_continues_after_a_kill(tmp_path):
     smoke = command(tmp_path, "--smoke", "--parts", "budget", "decoder_shift")
     first = subprocess.Popen(smoke, env=environment(), stdout=subprocess.DEVNULL)
-    wait_until((tmp_path / "budget.json").exists)
+    wait_until((tmp_path / "decoder_shift.log").exists)  # the second part has begun
     first.kill()
     first.wait()
     before = (tmp_path / "budget.json").stat().st_mtime_ns
-    assert "| budget | complete |" in (tmp_path / "summary.md").read_text() or not (tmp_path / "summary.md").exists()
+    assert "| budget | complete |" in (tmp_path / "summary.md").read_text()
     done = subprocess.run(smoke, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "== budget" not in done.stdout
@@ -198,7 +198,9 @@ def test_without_a_gpu_one_line_names_the_smoke_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_parts_are_refused(tmp_path, paper_gpu):
+def test_unknown_parts_and_missing_lengths_are_refused(tmp_path, paper_gpu):
+    with pytest.raises(ConfigError, match=r"gone.parquet: no such file"):
+        paper_gpu.main(paper_gpu.Options(tmp_path, lengths=tmp_path / "gone.parquet"))
     with pytest.raises(ConfigError, match="no part 'training'; there are tests, budget, random"):
         paper_gpu.main(paper_gpu.Options(tmp_path, parts=("training",)))
 
