@@ -13,7 +13,7 @@ A GPU runs width 1024 (canary-1b and canary-1b-flash) in bf16 with 512 utterance
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +24,7 @@ import tyro
 
 from canter.demo.naive import generate
 from canter.demo.shift import synchronised_time
+from canter.files import write_text
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
@@ -137,15 +138,39 @@ def measure_ways(
 
     ``rows`` and ``frames`` are the engine's; ``batch`` is the batch size of the released way.
     """
+    *_, found = repeat_ways(models, clips, tokens, repeats, EngineConfig(rows, frames, max_repeats=0), batch, prompt)
+    return found
+
+
+def repeat_ways(
+    models: dict[str, SpeechModel],
+    clips: Sequence[np.ndarray],
+    tokens: Sequence[int],
+    repeats: int,
+    config: EngineConfig,
+    batch: int,
+    prompt: Sequence[int] = (1, 2, 3, 4),
+) -> Iterator[list[WayRow]]:
+    """Yield the rows of `measure_ways` after each timed repeat."""
     runs: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for repeat in range(repeats + 1):
         for shape, model in models.items():
             model.eval()
             released = _released_way(model, clips, tokens, batch, prompt)
-            engine = _engine_way(model, clips, tokens, EngineConfig(rows, frames, max_repeats=0), prompt)
+            engine = _engine_way(model, clips, tokens, config, prompt)
             if repeat:
                 for way, run in zip(WAYS, (released, engine)):
                     runs.setdefault((shape, way), []).append(run)
+        if repeat:
+            yield _middle_runs(models, clips, runs)
+
+
+def _middle_runs(
+    models: dict[str, SpeechModel],
+    clips: Sequence[np.ndarray],
+    runs: dict[tuple[str, str], list[tuple[float, float, float, float]]],
+) -> list[WayRow]:
+    """Return a row for the median repeat of each shape and way."""
     rate = next(iter(models.values())).config.features.sample_rate
     audio_seconds = sum(map(len, clips)) / rate
     found: list[WayRow] = []
@@ -248,16 +273,7 @@ def run(options: Options) -> None:
                 part.to(torch.bfloat16)
         models[f"{layers}/{decoder}"] = model
     rows, batch = options.rows or (128 if gpu else 32), options.batch or (128 if gpu else 16)
-    found = measure_ways(
-        models,
-        clips,
-        [tokens for _, tokens in lengths],
-        repeats=options.repeats,
-        rows=rows,
-        frames=16384 if gpu else 1024,
-        batch=batch,
-    )
-    result = {
+    result: dict = {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
         "precision": "bf16" if gpu else "float32",
@@ -271,8 +287,14 @@ def run(options: Options) -> None:
         "engine_rows": rows,
         "released_batch": batch,
         "repeats": options.repeats,
-        "rows": [asdict(row) for row in found],
+        "rows": [],
     }
+    config = EngineConfig(rows, 16384 if gpu else 1024, max_repeats=0)
+    found: list[WayRow] = []
+    for found in repeat_ways(models, clips, [tokens for _, tokens in lengths], options.repeats, config, batch):
+        result["rows"] = [asdict(row) for row in found]
+        if options.json:
+            write_text(options.json, json.dumps(result, indent=2) + "\n", durable=False)
     print(f"{result['utterances']} utterances, {result['audio_seconds']:,.0f} s, {result['tokens']:,} tokens, "
           f"width {width}, {result['precision']}, {result['device']}")  # fmt: skip
     print("| encoder/decoder | way | parameters | encoder | decoder | useful rows | RTFx | speed |")
@@ -282,9 +304,6 @@ def run(options: Options) -> None:
             f"| {row.shape} | {row.way} | {row.parameters / 1e6:,.0f} M | {row.encoder_seconds:.2f} s | "
             f"{row.decoder_seconds:.2f} s | {row.useful_rows:.0%} | {row.rtfx:,.1f} | {row.speedup:.2f}x |"
         )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

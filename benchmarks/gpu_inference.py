@@ -28,6 +28,7 @@ import torch
 import tyro
 from decoder_shift import ForcedLengths, canary_config, measure_ways
 
+from canter.files import write_text
 from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
 from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
@@ -60,7 +61,7 @@ class Options:
     repeats: int = 2
     """Number of timed runs of each engine; the median is reported."""
     seconds: float = 500.0
-    """Start no new measurement after this many minutes."""
+    """Start no new measurement after this many seconds."""
     smoke: bool = False
     """Use small shapes and few clips, on any device."""
     json: Path | None = None
@@ -304,13 +305,9 @@ def run(options: Options) -> None:
                 found = decode(*given, clips, tokens, options)
                 if repeat:
                     runs[way].append(found)
-        for way, timed in runs.items():
-            if timed:
-                middle = sorted(timed, key=lambda one: one["seconds"])[len(timed) // 2]
-                row = {"model": name, "engine": way, "rtfx": audio_seconds / middle["seconds"], **middle}
-                result["engines"].append(row)
-                print(row)
-        save(result, options)
+                    others = [row for row in result["engines"] if row["model"] != name]
+                    result["engines"] = others + middle_runs(name, runs, audio_seconds)
+                    save(result, options)
         del model, engines, given
         if gpu:
             torch.cuda.empty_cache()
@@ -328,10 +325,20 @@ def run(options: Options) -> None:
             print(row)
 
 
+def middle_runs(name: str, runs: dict[str, list[dict]], audio_seconds: float) -> list[dict]:
+    """Return the row of each engine's median run so far."""
+    rows = []
+    for way, timed in runs.items():
+        if timed:
+            middle = sorted(timed, key=lambda one: one["seconds"])[len(timed) // 2]
+            rows.append({"model": name, "engine": way, "rtfx": audio_seconds / middle["seconds"], **middle})
+    return rows
+
+
 def save(result: dict, options: Options) -> None:
-    """Write the result; called after each model, in case time runs out."""
+    """Write the result; called after each run of an engine, in case time runs out."""
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(result, indent=1) + "\n", durable=False)
 
 
 def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> SpeechModel:

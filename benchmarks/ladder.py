@@ -14,6 +14,8 @@ from canter.corpus.index import LengthIndex
 from canter.models.batch import Batch
 from canter.models.model import SpeechModel
 from canter.planning import Budget, Plan
+from canter.planning.lengths import Lengths
+from canter.planning.metrics import BatchTable, figures
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
 from canter.training.feed.data import Loaded, Steps
@@ -22,6 +24,7 @@ from canter.training.step.gradient import TargetCounts, TrainingStep
 STRATEGIES = ("random", "duration", "bucket_1d", "bucket_2d", "balanced")
 RATE = 16000
 PROMPT = 4  # tokens; an end token follows the text
+FRAME_GRIDS, TOKEN_GRIDS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32)  # multiples that `few_shapes` tries
 
 
 def lengths_of(path: Path, longest: float, most_tokens: int, most: int = 10**9) -> LengthIndex:
@@ -55,6 +58,24 @@ def batch_of(index: LengthIndex, rows: np.ndarray, vocabulary: int, noise: Tenso
     )
 
 
+def few_shapes(index: LengthIndex, budget: Budget, strategy: str, more: float = 0.01) -> tuple[int, int]:
+    """Return the grid (frames, tokens) with which an epoch has the fewest distinct shapes, while the padded fraction of
+    its compute grows by at most ``more``."""
+    tables = {
+        (frames, tokens): Plan(index, budget, strategy, grid=(frames, tokens)).table()
+        for frames in FRAME_GRIDS
+        for tokens in TOKEN_GRIDS
+    }
+    padded = {grid: figures(table, budget, 1).padded_compute for grid, table in tables.items()}
+    allowed = [grid for grid in tables if padded[grid] <= padded[1, 1] + more]
+    return min(allowed, key=lambda grid: (distinct_shapes(tables[grid]), padded[grid]))
+
+
+def distinct_shapes(table: BatchTable) -> int:
+    """Return the number of distinct shapes (B, T, U) among the micro-batches."""
+    return len(np.unique(np.stack([table.size, table.frames, table.tokens], axis=1), axis=0))
+
+
 class Rig:
     """A model and its training step, which all strategies share: the times do not depend on the weights."""
 
@@ -77,12 +98,14 @@ class Rig:
 
 
 class Arm:
-    """A strategy, its plan, and the results of its timed steps."""
+    """A strategy, its plan, and the results of its timed steps; shapes are rounded up to ``grid`` (frames, tokens)."""
 
-    def __init__(self, name: str, rig: Rig, index: LengthIndex, budget: Budget, seed: int = 0):
-        self.name, self.rig, self.index, self.budget = name, rig, index, budget
+    def __init__(
+        self, name: str, rig: Rig, index: LengthIndex, budget: Budget, seed: int = 0, grid: tuple[int, int] = (1, 1)
+    ):
+        self.name, self.rig, self.index, self.budget, self.grid = name, rig, index, budget, grid
         self.noise = 0.1 * torch.randn(round(float(np.max(index.seconds)) * RATE) + 1)
-        self.plan = Plan(index, budget, name, seed=seed)
+        self.plan = Plan(index, budget, name, seed=seed, grid=grid)
         self.steps = Steps(self.plan)
         self.addresses = self.steps.addresses(None, 0, 0)
         self.number = 0
@@ -101,6 +124,8 @@ class Arm:
         while not loaded or not loaded[-1].address.last:
             address = next(self.addresses)
             batch = batch_of(self.index, address.rows, self.rig.model.config.decoder.vocabulary, self.noise)
+            if self.grid != (1, 1):
+                batch = batch.on_grid(round(self.grid[0] * self.budget.frame_seconds * RATE), self.grid[1])
             if self.rig.device.type == "cuda":
                 batch = batch.pin_memory()
             loaded.append(Loaded(address, batch, []))
@@ -117,8 +142,8 @@ class Arm:
         self.peaks.append(peak)
         self.cuts += cuts
         for rows in planned.rows:
-            frames = int(self.budget.frames(self.index.seconds[rows]).max())
-            self.shapes.append((len(rows), frames, int(self.index.tokens[rows].max())))
+            lengths = Lengths.of(self.index, rows, self.budget, self.grid)
+            self.shapes.append((len(rows), int(lengths.frames.max()), int(lengths.tokens.max())))
             self.rows.append(rows)
 
     @property

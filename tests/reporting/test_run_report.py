@@ -1,6 +1,7 @@
 """The report of complete, partial and damaged run folders."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,60 @@ def test_the_gain_over_random_batches_is_the_planners(trained: Path):
     assert "batches are limited by the size of the data; --min-steps changes it." in run_report(trained)
     for told in ("random, predicted", "What the batches gained", "A batch of this run", f"{found.speedup:.1f}×"):
         assert told in page, told
+
+
+def table_of(page: str) -> dict[str, list[str]]:
+    """Return the rows of the table of predicted and measured figures by name; "" is its header."""
+    text = page.split("What the batches gained")[1].split("</table>")[0]
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", text, re.DOTALL)
+    cells = [[re.sub(r"<.*?>", " ", cell).split() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+    return {" ".join(name): [" ".join(one) for one in others] for name, *others in cells}
+
+
+def test_what_is_predicted_is_beside_what_was_measured(trained: Path, metrics):
+    found = gain(read_run(trained))
+    assert found is not None
+    random, bucket, own = (row.figures for row in (*found.others, found.own))
+    table = table_of(run_report(trained))
+    assert table[""] == [
+        "random predicted", "bucket_2d predicted", "this run predicted", "this run measured", "measured / predicted"
+    ]  # fmt: skip
+    faster = [f"{random.hours / one.hours:.2f}×" for one in (random, bucket, own)]
+    assert table["speed relative to random"] == [*faster, "–", "–"]  # no other strategy was trained
+    step = 3600 * own.hours / 60  # two utterances each, all of an epoch
+    assert found.own.step_seconds == pytest.approx(step)
+    assert table["time of a step"][2:] == [duration(step), "0.5 s", f"{0.5 / step:.2f}"]
+    audio = float(np.sum(LengthIndex.open(trained / "lengths.arrow").seconds))
+    assert found.own.audio_rate == pytest.approx(audio / 60 / step, rel=1e-5)
+    assert table["audio hours per hour"][3:] == ["40.0", f"{40 / found.own.audio_rate:.2f}"]  # 20 s in 0.5 s
+    assert table["time of an epoch"][3] == duration(audio / 40)
+    assert table["padded audio"][2:4] == [f"{own.padded_audio:.1%}", "20.0%"]
+    assert table["time spent waiting for data"] == ["–", "–", "–", "10.0%", "–"]
+    assert table["memory budget filled by a micro-batch"][3] == "–"
+    assert "peak memory of the device" not in table  # a CPU's is not measured
+    rows = [row | {"rank_seconds": [0.5, 0.3], "waiting": 1.25, "memory_peak": 0.81} for row in metrics]
+    (trained / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = run_report(trained)
+    table = table_of(page)
+    assert table["time of the slowest rank over the mean"][3] == "1.250"
+    assert table["peak memory of the device"][3] == "81.0%"
+    assert "for the same budget and 2 ranks" in page
+
+
+def test_the_rates_of_the_others_do_not_depend_on_how_much_was_trained(trained: Path):
+    whole = gain(read_run(trained))
+    lines = (trained / "utterances.jsonl").read_text().splitlines(keepends=True)
+    (trained / "utterances.jsonl").write_text("".join(lines[:20]))  # the shortest utterances
+    part = gain(read_run(trained))
+    assert whole is not None
+    assert part is not None
+    assert part.others[0].audio_rate == pytest.approx(whole.others[0].audio_rate)
+    index = LengthIndex.open(trained / "lengths.arrow")
+    shortest = np.sort(np.asarray(index.seconds, float))[:40]
+    frames = np.ceil(shortest / 0.08).reshape(20, 2).max(1)
+    seconds = float((0.1 + 2e-3 * frames).sum())
+    assert part.own.step_seconds == pytest.approx(seconds / 20)
+    assert part.own.audio_rate == pytest.approx(shortest.sum() / seconds, rel=1e-5)
 
 
 def test_a_run_that_fills_the_memory_is_compared_at_the_same_memory(trained: Path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from canter.cli.progress import TrainingProgress
+from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
 from canter.errors import CanterError, ConfigError
 from canter.loading import load_model
 from canter.planning.budget import Budget, Polynomial
+from canter.reporting.run_curves import duration
+from canter.reporting.run_report import run_report
 from canter.training.config import AugmentConfig
 from canter.training.recipe import run_training
 from canter.training.schedule import Pace
@@ -52,6 +56,29 @@ def test_a_run_leaves_what_it_promises(config):
     rate = model.generation["tokens_per_frame"]  # at which transcription ends what goes round in circles
     assert max((u - 10) / (s / 0.08 + 1) for u, s in zip(tokens, seconds)) < rate < 2
     assert max(seconds) < model.generation["window_seconds"] <= max(10, 1.1 * max(seconds) + 1)
+
+
+def test_the_report_of_a_run_shows_what_was_predicted_and_measured(config, tmp_path):
+    budget = Budget(1e6, Polynomial(T=100.0), Polynomial(T=1e-4), 1e5, fixed_seconds=0.02)
+    budget.save(tmp_path / "budget.json")
+    run_training(config)
+    page = run_report(config.output)
+    logged = [json.loads(line) for line in (config.output / "utterances.jsonl").read_text().splitlines()]
+    frames = budget.frames(LengthIndex.open(config.output / "lengths.arrow").seconds)
+    predicted = [
+        sum(0.02 + 1e-4 * len(batch) * int(frames[batch].max()) for batch in filter(None, row["rows"]))
+        for row in logged
+    ]
+    rows = metrics(config)
+    measured = sum(row["seconds"] for row in rows) / len(rows)
+    audio = sum(row["audio_seconds"] for row in rows)
+    step = re.search(r"time of a step</td>(.*?)</tr>", page)
+    assert step
+    *_, told, seen, ratio = re.findall(r">([^<]+)</td>", step[1])
+    mean = sum(predicted) / len(predicted)
+    assert (told, seen, ratio) == (duration(mean), duration(measured), f"{measured / mean:.2f}")
+    assert f">{audio / sum(row['seconds'] for row in rows):,.1f}</td>" in page
+    assert re.search(r"speed relative to random</td>.*?×</td>.*?×</td>.*?×</td><td class=\"number\">–</td>", page)
 
 
 def test_minutes_are_kept_where_the_budget_promised_too_much(config, tmp_path):

@@ -33,6 +33,10 @@ class Batching:
     """``memory_filled`` is a fraction of the run's memory budget; ``hours`` are for a complete epoch."""
     updates: float
     """Optimiser steps in an epoch."""
+    step_seconds: float
+    """Mean predicted seconds of a step, on its slowest rank."""
+    audio_rate: float
+    """Predicted audio hours per hour."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +98,26 @@ def gain(run: RunRecord) -> Gain | None:
         found = {"random": random, "bucket_2d": _of_mean_batch(mean, partial(plan, Bucket2D()), budget, planned)}
     if not all(figures.utterances for figures in found.values()):
         return None
-    others = [_batching(name, figures, len(index)) for name, figures in found.items()]
+    audio = float(np.sum(index.seconds, dtype=np.float64))
+    of_planned = float(np.sum(planned.seconds, dtype=np.float64)) / len(planned)
+    others = [_batching(name, one, len(index), of_planned * one.utterances) for name, one in found.items()]
     frames, tokens = budget.frames(np.asarray(index.seconds)), np.asarray(index.tokens, np.int64)
     work = float(budget.utterance_seconds(frames, tokens).sum()) / float(table.own_seconds.sum())
-    own = _batching("this run", figures(table, budget, run.ranks), len(index), work)
+    taken_audio = float(table.audio_seconds.sum())
+    own = _batching("this run", figures(table, budget, run.ranks), len(index), taken_audio, work)
     batch = _typical(seconds, batches, table)
     drawn = np.random.default_rng(0).choice(planned.seconds, min(len(batch), len(planned)), replace=False)
-    audio = float(np.sum(index.seconds, dtype=np.float64))
     return Gain(others, own, fills, len(planned), own.figures.utterances, len(index), audio, batch, drawn.tolist())
 
 
-def _batching(name: str, found: Figures, utterances: int, work: float | None = None) -> Batching:
-    """Scale figures to an epoch of ``utterances``.
+def _batching(name: str, found: Figures, utterances: int, audio: float, work: float | None = None) -> Batching:
+    """Scale figures, which are for ``audio`` seconds, to an epoch of ``utterances``.
 
     ``work`` is the epoch's useful compute as a multiple of theirs, by default in proportion to the utterances.
     """
-    times = utterances / found.utterances
-    return Batching(name, replace(found, hours=found.hours * (work or times)), found.steps * times)
+    times, seconds = utterances / found.utterances, 3600 * found.hours
+    whole = replace(found, hours=found.hours * (work or times))
+    return Batching(name, whole, found.steps * times, seconds / found.steps, audio / seconds if seconds else 0.0)
 
 
 def _of_mean_batch(mean: float, plan: Callable[[float], Figures], budget: Budget, index: LengthIndex) -> Figures:

@@ -79,15 +79,21 @@ def _headline(run: RunRecord, found: Gain | None) -> list[Card]:
         own, other = found.own.figures, found.others[0].figures
         note = f"random batches: {other.padded_compute:.1%}"
         cards.append((f"{own.padded_compute:.1%}", "padded compute", note, "predicted"))
-        cards.append((f"{found.speedup:.1f}×", "faster epochs", "than with random batches", "predicted"))
+        note = "than with random batches, by the budget"
+        cards.append((f"{found.speedup:.1f}×", "faster epochs", note, "predicted"))
     elif run.padded_fraction is not None:
         cards.append((f"{run.padded_fraction:.1%}", "padded audio", "fraction of the audio computed", "measured"))
     cards += _memory_card(run, found)
     if seconds > 0:
-        rate = audio / seconds
-        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-        cards.append((shown, "audio hours per hour", f"trained for {duration(seconds)}", "measured"))
+        note = f"trained for {duration(seconds)}"
+        if found:
+            note += f"; the budget predicted {_rounded(found.own.audio_rate)}"
+        cards.append((_rounded(audio / seconds), "audio hours per hour", note, "measured"))
     return cards
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _memory_card(run: RunRecord, found: Gain | None) -> list[Card]:
@@ -120,27 +126,14 @@ def _batching(run: RunRecord, found: Gain | None) -> Html:
     )
     bars = figures.draw_epochs([row.name for row in rows], hours, padded, best="this run")
     times = ", ".join(f"{row.name} {duration(3600 * row.figures.hours)}" for row in rows)
-    header = (
-        "batches", "", "padded compute", "padded audio", "memory filled", "mean batch", "updates an epoch",
-        "epoch", "speed-up",
-    )  # fmt: skip
-    cells: list[tuple[object, ...]] = [
-        (
-            row.name,
-            html.origin("predicted"),
-            f"{row.figures.padded_compute:.1%}",
-            f"{row.figures.padded_audio:.1%}",
-            f"{row.figures.memory_filled:.1%}",
-            f"{row.figures.mean_batch:,.1f}",
-            f"{row.updates:,.0f}",
-            duration(3600 * row.figures.hours),
-            f"{rows[0].figures.hours / row.figures.hours:.2f}×",
-        )
-        for row in rows
-    ]
     return html.section(
         "What the batches gained",
-        "Every utterance of a batch is padded to the longest one, and the padding is computed like speech.",
+        Html(
+            "Every utterance of a batch is padded to the longest one, and the padding is computed like speech. Figures "
+            f"of the planner are {html.origin('predicted')}, those of the run's steps {html.origin('measured')}."
+        ),
+        _comparison(run, found),
+        html.element("p", _explanation(run, found), class_="lead"),
         html.figure(
             picture,
             "Padding in a batch",
@@ -155,28 +148,59 @@ def _batching(run: RunRecord, found: Gain | None) -> Html:
             wide=True,
             alt=f"Predicted time of an epoch: {times}.",
         ),
-        html.table(header, [*cells, _measured(run, found)], text_columns=2, best=len(rows) - 1),
-        html.element("p", _explanation(run, found), class_="lead"),
     )
 
 
-def _measured(run: RunRecord, found: Gain) -> tuple[object, ...]:
-    """Return the table's row of measured figures."""
-    seconds, audio = np.nansum(run.column("seconds")), np.nansum(run.column("audio_seconds"))
-    utterances = np.nansum(run.column("utterances"))
-    peak = np.nansum(run.column("memory_peak"))
-    steps = int(np.isfinite(run.column("utterances")).sum())
-    return (
-        "this run",
-        html.origin("measured"),
-        "–",
-        "–" if run.padded_fraction is None else f"{run.padded_fraction:.1%}",
-        f"{np.nanmax(run.column('memory_peak')):.1%}" if peak > 0 else "–",
-        f"{found.own.figures.mean_batch:,.1f}",
-        f"{found.epoch_utterances * steps / utterances:,.0f}" if utterances > 0 else "–",
-        duration(found.epoch_audio * seconds / audio) if audio > 0 else "–",
-        "–",
+def _comparison(run: RunRecord, found: Gain) -> Html:
+    """Return the table of predicted and measured figures: a column for each strategy, and two for this run."""
+    rows = [*found.others, found.own]
+    planned = [row.figures for row in rows]
+    hours = [3600 * one.hours for one in planned]
+    steps, timed = (int(np.isfinite(run.column(name)).sum()) for name in ("utterances", "seconds"))
+    seconds, audio, utterances, waited = (
+        float(np.nansum(run.column(name))) for name in ("seconds", "audio_seconds", "utterances", "data_wait_seconds")
     )
+    waiting, peak = run.column("waiting"), run.column("memory_peak")
+    epoch = found.epoch_audio * seconds / audio if audio > 0 and seconds > 0 else None
+    rate = audio / seconds if seconds > 0 else None
+    step = seconds / timed if seconds > 0 else None
+    slowest = float(np.nanmean(waiting)) if np.isfinite(waiting).any() else None
+    filled = float(np.nanmax(peak)) if np.nansum(peak) > 0 else None
+    updates = found.epoch_utterances * steps / utterances if utterances > 0 else None
+    none = [None] * len(rows)
+    # name, format, predicted for each of the rows, measured in the run, whether to divide the two
+    lines: list[tuple[str, str, Sequence[float | None], float | None, bool]] = [
+        ("speed relative to random", "{:.2f}×", [hours[0] / one for one in hours], None, False),
+        ("time of an epoch", "time", hours, epoch, True),
+        ("audio hours per hour", "{:,.1f}", [row.audio_rate for row in rows], rate, True),
+        ("time of a step", "time", [row.step_seconds for row in rows], step, True),
+        ("padded audio", "{:.1%}", [one.padded_audio for one in planned], run.padded_fraction, False),
+        ("padded compute", "{:.1%}", [one.padded_compute for one in planned], None, False),
+        ("time of the slowest rank over the mean", "{:.3f}", [one.waiting for one in planned], slowest, False),
+        ("time spent waiting for data", "{:.1%}", none, waited / seconds if seconds > 0 else None, False),
+        ("memory budget filled by a micro-batch", "{:.1%}", [one.memory_filled for one in planned], None, False),
+        ("peak memory of the device", "{:.1%}", none, filled, False),
+        ("utterances in a micro-batch", "{:,.1f}", [one.mean_batch for one in planned], None, False),
+        ("updates an epoch", "{:,.0f}", [row.updates for row in rows], updates, False),
+    ]
+    header: list[object] = [""]
+    header += [Html(f"{row.name}<br>{html.origin('predicted')}") for row in rows]
+    header += [Html(f"this run<br>{html.origin('measured')}"), Html("measured /<br>predicted")]
+    cells = []
+    for name, form, predicted, measured, divided in lines:
+        own = predicted[-1]
+        if own is None and measured is None:
+            continue
+        ratio = measured / own if divided and measured is not None and own else None
+        cells.append((name, *(_shown(value, form) for value in (*predicted, measured)), _shown(ratio, "{:.2f}")))
+    return html.table(header, cells)
+
+
+def _shown(value: float | None, form: str) -> str:
+    """Return a figure by its format, "time" for seconds, or a dash where there is none."""
+    if value is None:
+        return "–"
+    return duration(value) if form == "time" else form.format(value)
 
 
 def _explanation(run: RunRecord, found: Gain) -> str:
@@ -192,7 +216,14 @@ def _explanation(run: RunRecord, found: Gain) -> str:
     text = (
         f"{limit} Predicted figures are the planner's, for {planned} utterances of lengths.arrow, with the memory and "
         f"time of budget.json; those of this run are for the {found.taken:,} utterances of its batches{scaled}. "
-        "Measured ones are from its steps."
+        f"Measured ones are of all {len(run.train):,} steps, the first included"
+    )
+    if np.isfinite(run.column("seconds")).any():
+        text += f"; half of the steps took at most {duration(float(np.nanmedian(run.column('seconds'))))}"
+    ranks = f" and {run.ranks} ranks" if run.ranks > 1 else ""
+    text += (
+        f". The gain over random is only predicted, for the same budget{ranks}, as the others were not trained. "
+        "Predicted times leave out waiting for data."
     )
     if budget.frame_seconds >= 1:
         text += (
