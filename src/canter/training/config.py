@@ -217,7 +217,7 @@ class TrainConfig:
     """With 'balanced': shrink some batches so that every optimiser step holds short and long utterances."""
     batch_seconds: float | Literal["auto"] | None = "auto"
     """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, but use less if the run would
-    have too few updates or, on a CPU, if larger batches are no faster. none: always fill the memory budget."""
+    have too few updates or, on a CPU, if larger batches are hardly faster. none: always fill the memory budget."""
     min_steps: int | None = None
     """Minimum optimiser steps per epoch; smaller batches make more steps (default: 50 with --batch-seconds auto, more
     for short runs; otherwise no minimum)."""

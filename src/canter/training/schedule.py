@@ -1,6 +1,6 @@
 """The steps of a run: how large its batches are, the plan that they follow, and the number of steps.
 
-Batches fill the memory budget, unless the run would have too few updates or, on a CPU, larger batches are no faster.
+Batches fill the memory budget, unless the run would have too few updates or, on a CPU, larger batches are hardly faster.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ PROBES = 16  # steps that a run measures for its budget; 'canter tune' measures 
 CPU_PROBE_SECONDS = 6.0  # longest step that is measured on a CPU
 PROBED = 1.5  # largest batch that is measured, as a multiple of the wanted batches
 MIN_STEP_SECONDS = 4.0  # audio of an optimiser step; steps are not made smaller, not even for more updates
-FIXED_FRACTION = 0.05  # of a step's time on a CPU: if its fixed part takes less, larger batches are no faster
+FIXED_FRACTION = 0.2  # of a step's time on a CPU that its fixed part takes at the largest batch (docs/training.md)
 CPU_SECONDS = 24.0, 120.0  # bounds of that limit, in padded audio of a micro-batch
 SEEN_WINDOWS = 4  # windows of an endless plan that the mean step time is taken from
 UNTIMED_STEPS = 10  # first steps, which wait for workers to start
@@ -140,7 +140,7 @@ def choose_limits(
     - An epoch has at least 50 optimiser steps, and the run at least 1000 from scratch or 200 with --init; but a step
       has at least 4 s of audio.
     - On a CPU, unless 'canter tune' measured the budget, a micro-batch is no longer than it takes for the fixed part
-      of its step to be 5 % of the time.
+      of its step to be a fifth of the time: larger ones gain little speed and cost updates.
     """
     if config.batch_seconds != "auto":
         return BatchLimits(config.batch_seconds, config.min_steps or 1)
@@ -235,7 +235,7 @@ def batch_limit(limits: BatchLimits, steps: int, enough: bool, by_seconds: bool,
     if enough and not by_seconds:
         return "memory; --budget or --batch-seconds changes it"
     if enough and limits.seconds_by == "the CPU":
-        return "the CPU, on which larger batches are no faster; --batch-seconds changes it"
+        return "the CPU, on which larger batches are hardly faster; --batch-seconds changes it"
     if enough:
         return f"--batch-seconds {limits.seconds:g}"
     if steps < limits.min_steps and single:
