@@ -47,13 +47,15 @@ class Options:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
     seeds: int = 3
+    first_seed: int = 0
+    """First of the seeds, to share them out to several processes, each with a core and a --json of its own."""
     minutes: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
     """Lengths of the runs, in minutes of training steps."""
     whisper: Path | None = None
     """Whisper to fine-tune on --speech (default: train on the synthesised corpus)."""
     speech: tuple[Path, ...] = ()
     """Manifests of real speech; rows of other languages than English are left out."""
-    arms: tuple[str, ...] = ("random", "bucket_1d", "bucket_2d", "balanced", "balanced, mixed steps")
+    arms: tuple[str, ...] = ("random", "bucket_1d, 48 s", "bucket_2d, 48 s", "balanced, 48 s")
     """Strategies, with other settings after commas (see `settings_of`); the first is the baseline."""
     rates: tuple[float, ...] = (0.10, 0.05, 0.02)
     """Word error rates to reach."""
@@ -185,7 +187,7 @@ def runs_of(
 ) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
     """Yield (description, configuration) of every run: seed by seed, the shortest first, strategies in turns."""
     seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, options)  # type: ignore[arg-type]
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for minutes in sorted(options.minutes):
             for name, settings in arms.items():
                 steps = max(10, round(60 * minutes / seconds[name]))
