@@ -25,10 +25,10 @@ from canter.models.protocol import module_of
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.planning.sampler import PlannedStep
+from canter.ranks import SINGLE_RANK, Ranks
 from canter.runtime import is_out_of_memory
 from canter.text.characters import Characters
 from canter.training.config import TrainConfig
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.corpus import TrainingData
 from canter.training.feed.data import Address, Loaded, Patience, Steps, StoppedWaitingError, load_ahead
 from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_snapshot, take_snapshot

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from canter.errors import ConfigError
 from canter.events import QUIET, Events
 from canter.planning.budget import Budget
+from canter.ranks import SINGLE_RANK, Ranks, process_group
 from canter.runtime import choose_device, keep_freed_memory, map_large_blocks, raise_file_limit
 from canter.text import load_tokenizer
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided, describe_defaults
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks, process_group
 from canter.training.feed.corpus import find_index, find_tokenizer, load_data, validation_rows
 from canter.training.loop import PreparedRun, Trainer
 from canter.training.measure import check_memory

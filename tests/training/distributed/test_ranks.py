@@ -10,8 +10,8 @@ from datetime import timedelta
 import pytest
 
 from canter.errors import CanterError, ConfigError
+from canter.ranks import _place, process_group
 from canter.training.config import OptimizerConfig
-from canter.training.distributed.ranks import _place, process_group
 from canter.training.recipe import run_training
 from canter.training.step import gradient
 
@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_others_with_a_message(shared, on_ranks):
     first, second = on_ranks(2, killed_at_three, shared)
     assert second is None
     assert first[1].startswith("CanterError: rank 0 of 2: another rank was lost")
-    assert "resumes from the last checkpoint" in first[1]
+    assert "resumes from what was saved last" in first[1]
     assert on_ranks(2, train_on, shared) == [(8, ""), (8, "")]
 
 
@@ -139,7 +139,7 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch):
         }
         for name, value in place.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("canter.training.distributed.ranks.MEETING", timedelta(seconds=1))
+        monkeypatch.setattr("canter.ranks.MEETING", timedelta(seconds=1))
         says = pytest.raises(CanterError, match=rf"rank 1 of 2 did not meet the others at 127.0.0.1:{port}")
         with says, process_group("cpu"):
             pass

@@ -27,8 +27,8 @@ from canter.models.formats.files import read_tensors
 from canter.models.formats.fitting import fit_tensors
 from canter.models.formats.torchfile import load_saved
 from canter.models.protocol import AnyModel, module_of
+from canter.ranks import Ranks
 from canter.text.characters import Characters
-from canter.training.distributed.ranks import Ranks
 from canter.training.step.optimizers import Average, Optimizers, copy_into
 
 STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors"
