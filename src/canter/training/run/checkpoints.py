@@ -56,10 +56,10 @@ class Snapshot:
 
 
 class Checkpoints:
-    """Checkpoints in ``folder``: the newest ``keep`` and the best."""
+    """Checkpoints in ``folder``: the newest ``keep`` and the best. ``written`` is called after each that is written."""
 
-    def __init__(self, folder: Path, keep: int, logs: Sequence[Path] = ()):
-        self.folder, self.keep, self.logs = folder, keep, logs
+    def __init__(self, folder: Path, keep: int, logs: Sequence[Path] = (), written: Callable[[], None] = lambda: None):
+        self.folder, self.keep, self.logs, self.written = folder, keep, logs, written
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: list[Future] = []
 
@@ -125,6 +125,7 @@ class Checkpoints:
             for log in self.logs:
                 to_disk(log)
         self._prune()
+        self.written()
 
     def _fill(self, partial: Path, snapshot: Snapshot, model: AnyModel, characters: Characters | None) -> None:
         save_module(model, partial, weights=snapshot.average or snapshot.weights)
