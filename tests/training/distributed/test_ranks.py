@@ -145,6 +145,29 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch):
             pass
 
 
+def meet_after_restarts(rank):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(3 * rank)
+    with process_group("cpu") as ranks:
+        return ranks.gather_objects(f"of rank {rank}")
+
+
+def test_ranks_of_torchruns_with_other_numbers_of_restarts_meet(on_ranks):
+    """Each torchrun counts its restarts by itself, and that of a node that comes back starts at 0."""
+    assert on_ranks(2, meet_after_restarts) == [(["of rank 0", "of rank 1"], ""), ([], "")]
+
+
+def test_the_only_rank_ends_with_torchrun(monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr("canter.ranks.end_with_launcher", messages.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group("cpu") as ranks:
+        assert (ranks.size, messages) == (1, [])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with process_group("cpu") as ranks:
+        assert ranks.size == 1
+    assert messages == ["torchrun is gone; the same command resumes from what was saved last"]
+
+
 def test_the_launcher_s_environment(monkeypatch):
     assert _place({}) is None
     assert _place({"WORLD_SIZE": "1", "RANK": "0"}) is None
