@@ -145,6 +145,15 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch):
             pass
 
 
+def train_in_separate_folders(rank, config):
+    return run_training(dataclasses.replace(config, output=config.output / str(rank))).progress.step
+
+
+def test_a_run_folder_that_machines_do_not_share_is_refused(shared, on_ranks):
+    for _, error in on_ranks(2, train_in_separate_folders, shared):
+        assert "does not hold the run that rank 0 has begun; the run folder must be on a disk that all" in error
+
+
 def meet_after_restarts(rank):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(3 * rank)
     with process_group("cpu") as ranks:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -84,6 +85,32 @@ def test_a_failed_upload_is_one_line_and_training_continues(uploaded):
     assert all(line.startswith(f"--upload {url}: not uploaded (") and "\n" not in line for line in failures)
     assert "bucket does not exist" in failures[0]
     assert not fsspec.filesystem("s3").exists("no-such-bucket")  # a misspelt bucket is not made
+
+
+@pytest.fixture
+def no_server(bucket, monkeypatch):
+    """The URL of a bucket whose server has gone."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{found.getsockname()[1]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    files = fsspec.get_filesystem_class("s3")
+    files.clear_instance_cache()  # they keep the address that they were made with
+    yield bucket
+    files.clear_instance_cache()
+
+
+def test_storage_that_cannot_be_reached(config, no_server):
+    """A new run does not start, as it may have to be restored; one with a checkpoint resumes."""
+    away = dataclasses.replace(config, upload=f"{no_server}/runs/a")
+    with pytest.raises(
+        ConfigError, match=r"--upload s3://.* cannot be read \(.* refuses the connection\), and .*run has"
+    ):
+        run_training(away)
+    run_training(config)
+    said: list[str] = []
+    assert run_training(away, Messages(said)).progress.step == 8
+    assert f"training resumes from {config.output}" in said[0]
+    assert "not uploaded" in said[-1]
 
 
 def test_what_else_the_url_may_hold(uploaded, tmp_path):

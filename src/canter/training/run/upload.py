@@ -92,8 +92,9 @@ class Uploads:
 def restore_upload(config: TrainConfig, events: Events[Never] = QUIET) -> None:
     """Download the run at ``config.upload`` into ``config.output``, unless that has a checkpoint or the URL has none.
 
-    Only the newest complete checkpoint and the best are downloaded. Raises ConfigError if the URL cannot be read or
-    holds a run of another configuration, and CheckpointError if the newest checkpoint is damaged.
+    Only the newest complete checkpoint and the best are downloaded. Raises ConfigError if the URL holds a run of
+    another configuration, or cannot be read and the folder has no checkpoint, and CheckpointError if the newest
+    checkpoint there is damaged.
     """
     folder, url = config.output, config.upload
     if url is None:
@@ -121,10 +122,10 @@ def restore_upload(config: TrainConfig, events: Events[Never] = QUIET) -> None:
         for name in [*(one for one in complete[:-1] if one == marked), complete[-1]]:
             _download_checkpoint(folder, url, name, there)
     except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"--upload {redacted(url)} cannot be read ({redacted(reason)}); correct it, or leave it out"
-        ) from None
+        unread = f"--upload {redacted(url)} cannot be read ({redacted(' '.join(str(error).split())[:300])})"
+        if not Checkpoints(folder / CHECKPOINTS, 1).complete():
+            raise ConfigError(f"{unread}, and {folder} has no checkpoint; correct it, or leave it out") from None
+        events.message(f"{unread}; training resumes from {folder}")
 
 
 def _refuse_other_run(config: TrainConfig, url: str) -> None:
