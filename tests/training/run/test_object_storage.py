@@ -69,10 +69,13 @@ def test_an_interrupted_upload_is_not_restored_but_completed(uploaded):
     assert any("restoring step-000006" in line for line in said)
     shutil.rmtree(uploaded.output)
     kept.rename(uploaded.output)
+    files.pipe_file(f"{uploaded.upload}/checkpoints/step-000008/model.safetensors", b"of another number of ranks")
     run_training(uploaded)  # at its last step already
     assert {f"checkpoints/step-000008/training/{name}" for name in (STATE, "optimizers.pt")} <= {
         *files_below(uploaded.upload)
     }
+    weights = "checkpoints/step-000008/model.safetensors"
+    assert files.cat_file(f"{uploaded.upload}/{weights}") == (uploaded.output / weights).read_bytes()
 
 
 def test_a_failed_upload_is_one_line_and_training_continues(uploaded):

@@ -68,18 +68,24 @@ class Uploads:
             files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
             for path in sorted(files, key=lambda path: path.relative_to(checkpoint).as_posix() == LAST):
                 try:
-                    inside = path.relative_to(self.folder).as_posix()
-                    if there.get(inside) != path.stat().st_size:
-                        upload_file(path, below(self.url, inside))
+                    self._send(path)
                 except FileNotFoundError:
                     if checkpoint.exists():
                         raise
                     break  # newer checkpoints have replaced it meanwhile
         for path in self._other_files():
-            state = path.stat()
-            if self.sent.get(path) != (state.st_size, state.st_mtime_ns):
-                upload_file(path, below(self.url, path.relative_to(self.folder).as_posix()))
-                self.sent[path] = state.st_size, state.st_mtime_ns
+            self._send(path)
+
+    def _send(self, path: Path) -> None:
+        """Upload a file that this process has not uploaded as it is now.
+
+        A file that an earlier process uploaded does not count: on another number of ranks, the same step has other
+        bits in files of the same size.
+        """
+        state = path.stat()
+        if self.sent.get(path) != (state.st_size, state.st_mtime_ns):
+            upload_file(path, below(self.url, path.relative_to(self.folder).as_posix()))
+            self.sent[path] = state.st_size, state.st_mtime_ns
 
     def _other_files(self) -> list[Path]:
         """Return the files of the run beside its checkpoints, and best.json."""
