@@ -32,10 +32,10 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.norm import merge_pending
+from canter.ranks import Ranks, process_group
 from canter.runtime import CLEAR, map_large_blocks, release_memory, resident
 from canter.training.config import OptimizerConfig, TrainConfig
 from canter.training.defaults import decided
-from canter.training.distributed.ranks import Ranks, process_group
 from canter.training.distributed.shards import Shards
 from canter.training.measure import synthetic_batch
 from canter.training.step.gradient import TrainingStep

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import hashlib
+import logging
 import math
 import os
 import random
@@ -102,6 +104,31 @@ def shared() -> Path:
     if not folder:
         pytest.skip("CANTER_SHARED does not name the folder of shared fixtures")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an S3-compatible server, as a process would find it on another machine."""
+    pytest.importorskip("s3fs", reason="the extra 's3' is not installed")
+    server = pytest.importorskip("moto.server", reason="moto is not installed (extra 'dev')")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints every request
+    found = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    found.start()
+    yield "http://{}:{}".format(*found.get_host_and_port())
+    found.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The URL of an empty bucket, ``s3://...``, which credentials in the environment open."""
+    import fsspec
+
+    place = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "user", "AWS_SECRET_ACCESS_KEY": "word"}
+    for name, value in (place | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{hashlib.blake2b(request.node.nodeid.encode(), digest_size=6).hexdigest()}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture

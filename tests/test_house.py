@@ -15,7 +15,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES += [ROOT / "benchmarks" / "README.md"]
 PROSE_COLUMNS = 120
 SUBJECT_COLUMNS = 72
-MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 122}
+# The 123rd option is --upload: a run on machines without a lasting disk can keep its checkpoints only elsewhere.
+MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 123}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",
     "Any in public signatures": "annotate with the real type, a Protocol or a type variable",

@@ -13,7 +13,7 @@ import canter
 ROOT = Path(canter.__file__).parent
 # Rooms and the modules beside them, from the foundation up: a module imports from its own room and those before it.
 ROOMS = (
-    *("errors", "extras", "files", "fields", "events", "redaction", "untrusted", "processes", "runtime"),
+    *("errors", "extras", "files", "fields", "events", "redaction", "untrusted", "processes", "runtime", "ranks"),
     *("corpus", "text", "planning", "models", "loading", "inference", "evaluation", "tuning", "training"),
     *("reporting", "serving", "integrations", "api", "bench", "demo", "cli"),
 )

@@ -44,7 +44,7 @@ PLANNER = ("corpus", "planning", "text")
 COMMANDS = ("index", "inspect", "compare", "plan", "tokenizer")
 OPTIONAL = {"av", "espeakng_loader"}  # in those rooms
 BESIDE = {"triton", "ctranslate2", "espnet2"}  # triton comes with torch; the others are only measured beside
-HEAVY = {"loading", "runtime"}  # of the commands and of the public face: import torch as they are loaded
+HEAVY = {"loading", "ranks", "runtime"}  # of the commands and of the public face: import torch as they are loaded
 PLANNER_MEGABYTES = 300  # without bytecode
 
 

@@ -18,7 +18,8 @@ FENCE = re.compile(r"^```(?:bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | r
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:canter|make) [^`\n]+)`")
 FLAG = re.compile(r"`(--[a-z][\w.-]*[\w])")
-FOREIGN_FLAGS = {"--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--shutdown-timeout"}  # torchrun's
+# torchrun's
+FOREIGN_FLAGS = {"--max-restarts", "--nnodes", "--nproc-per-node", "--rdzv-endpoint", "--shutdown-timeout"}
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 

@@ -22,6 +22,7 @@ PACKAGES = {
     "lhotse": "lhotse",
     "lightning": "pytorch_lightning",
     "log": "wandb trackio",
+    "s3": "s3fs",
 }
 EXTRA_OF = {package: extra for extra, packages in PACKAGES.items() for package in packages.split()}
 """The extra that installs each package, by the package's imported name."""

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,6 +387,40 @@ def test_two_ranks_share_a_manifest_and_resume_from_one(model, clips, tmp_path, 
     kept = ["alone.jsonl.partial", "out.jsonl.partial", "out.jsonl.partial-1"]  # for when bad-nan.wav is mended
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(["alone.jsonl", "m.jsonl", "out.jsonl", *kept])
+
+
+def test_a_lost_rank_ends_the_others_with_a_message(model, clips, tmp_path, free_port):
+    """Finished rows are kept, so that the same command resumes."""
+    good = str(clips / "good.wav")
+    lines = [
+        {"audio_filepath": good, "lang": "en", "id": str(n), "offset": n / 10_000, "duration": 0.1} for n in range(2000)
+    ]
+    manifest, out = tmp_path / "m.jsonl", tmp_path / "out.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "canter", "transcribe", model, str(manifest), "--batch-size", "1", "-o", str(out)]
+    with free_port() as port:
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        first, second = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        theirs = tmp_path / "out.jsonl.partial-1"
+        while not (theirs.exists() and theirs.read_text().count("\n") > 1):
+            assert second.poll() is None
+            time.sleep(0.01)
+        second.kill()
+        _, errors = first.communicate(timeout=1800)
+        second.communicate()
+    assert first.returncode == 1
+    assert re.search(r"canter: rank 0 of 2: another rank was lost .*the same command resumes", errors)
+    assert "Traceback" not in errors
+    assert not out.exists()
+    assert theirs.exists()
 
 
 def test_media_on_standard_input(model, clips, tmp_path, monkeypatch):

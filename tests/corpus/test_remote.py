@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from canter.corpus import remote
 from canter.corpus.audio import load_audio
 from canter.corpus.manifest import utterance_from_row
 from canter.errors import AudioError, ConfigError
+from canter.extras import MissingExtraError
 
 SECRET = "s3cr3t"
 
@@ -108,6 +110,15 @@ def test_audio_errors_name_the_url_without_its_secrets(server, closed):
             load_audio(url)
         assert SECRET not in str(found.value)
         assert "a.wav" in str(found.value)
+
+
+def test_s3_without_its_extra_is_one_line(monkeypatch):
+    from fsspec.registry import _registry  # of the file systems that are imported already
+
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    with pytest.raises(MissingExtraError, match=r"s3://bucket/a\.wav needs s3fs.*: pip install 'canter\[s3\]'"):
+        remote.size_of("s3://bucket/a.wav")
 
 
 class Breaking(io.BytesIO):

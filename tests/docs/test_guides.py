@@ -8,6 +8,7 @@ a block says where the test departs from the page:
     <!-- test: replace "TEXT" with "TEXT" -->           in the block
     <!-- test: background until "URL" answers -->       left running until the page ends
     <!-- test: interrupt once "PATH" exists -->         Ctrl-C at that moment, unless the command has ended
+    <!-- test: on two nodes -->                         run by tests/docs/test_several_nodes.py
 
 Port 8000, which may be taken, becomes a free one. Anything else in such a comment is an error.
 """
@@ -44,6 +45,7 @@ FORMS = {
     "replace": re.compile(r'replace "(.+)" with "(.*)"'),
     "background": re.compile(r'background until "(.+)" answers'),
     "interrupt": re.compile(r'interrupt once "(.+)" exists'),
+    "on": re.compile(r"on two nodes"),
 }
 
 
@@ -56,6 +58,7 @@ class Block:
     skipped: str = ""
     until: str = ""
     interrupt: str = ""
+    on_nodes: bool = False
 
 
 def blocks_of(markdown: str) -> list[Block]:
@@ -75,6 +78,8 @@ def blocks_of(markdown: str) -> list[Block]:
                 block.until = match[1]
             elif kind == "interrupt":
                 block.interrupt = match[1]
+            elif kind == "on":
+                block.on_nodes = True
             else:
                 assert match[1] in text, f"{match[1]!r} is not in the block that it is to be replaced in:\n{text}"
                 text = text.replace(match[1], match[2])
@@ -107,7 +112,7 @@ class Shell:
         return "".join(self.run(block) for block in blocks_of((DOCS / page).read_text()))
 
     def run(self, block: Block) -> str:
-        if block.skipped:
+        if block.skipped or block.on_nodes:
             return ""
         printed = self.in_python(block.python) if block.python else ""
         for line in block.lines:
@@ -317,7 +322,8 @@ def test_serve(shell, real_hub):
 
 
 def test_every_guide_has_a_test():
-    tested = set(re.findall(r'run_page\("(.+?)"\)', Path(__file__).read_text()))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tested = set(re.findall(r'run_page\("(.+?)"\)', tests))
     pages = {path.relative_to(DOCS).as_posix() for path in (DOCS / "guides").glob("*.md")} | {"quickstart.md"}
     assert tested == pages
 

@@ -18,12 +18,13 @@ from canter.redaction import redacted
 
 if TYPE_CHECKING:
     from canter.cli.progress import TranscriptionProgress
-    from canter.inference.bulk import BulkResult, DecodingRanks, Report
+    from canter.inference.bulk import BulkResult, Report
     from canter.inference.engine.engine import Engine
     from canter.inference.inputs import Item
     from canter.inference.recording import Timestamps
     from canter.inference.transcript.formats import FolderOutput
     from canter.inference.transcript.subtitles import SubtitleStyle
+    from canter.ranks import Ranks
 
 # Options that a transcript depends on beside the model and its row, by their names in files of partial results.
 # fmt: off
@@ -116,15 +117,14 @@ def run(options: Options) -> int:
     folder, kinds = destination(options)
     style = style_of(options, kinds)
 
-    from canter.inference.bulk import DecodingRanks
+    from canter.inference.bulk import LONGEST_WAIT
+    from canter.ranks import process_group
 
-    with contextlib.closing(DecodingRanks()) as ranks:
+    with process_group("cpu", longest_wait=LONGEST_WAIT) as ranks:
         return transcribe_inputs(options, folder, kinds, style, ranks)
 
 
-def transcribe_inputs(
-    options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "DecodingRanks"
-) -> int:
+def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "SubtitleStyle", ranks: "Ranks") -> int:
     """Load the engine, read the inputs, transcribe them, and write the transcripts and a summary."""
     from canter.files import remove_stale
     from canter.inference.bulk import PartialFiles, transcribe_items
@@ -159,7 +159,7 @@ def transcribe_inputs(
         check_renderable(len(items), kinds[0])
     names = display.files.names if display.files else None
     if options.output:
-        if ranks.rank == 0:
+        if ranks.first:
             remove_stale((options.output / name).parent for name in names or ["."])
         partial = PartialFiles(partial_files(options.output, folder), identity(checkpoint, options, timestamps))
 
@@ -175,7 +175,7 @@ def transcribe_inputs(
     seconds = time.perf_counter() - begun
 
     failed = sum(result.error is not None for result in found.transcriptions)
-    if ranks.rank == 0:
+    if ranks.first:
         written: list[Path] = []
         if display.files:
             written = [display.files.write_all(items, found.transcriptions)]
@@ -189,7 +189,7 @@ def transcribe_inputs(
         if options.json:
             print(json_text(asdict(summary), indent=2))
         summary.show(display)
-    failed = ranks.all_gather(failed)[0]  # rank 0, which has all results, has written them
+    failed = ranks.broadcast_object(failed)  # rank 0, which has all results, has written them
     if partial and 0 < failed < len(items):  # the others need not be decoded again
         display.message(f"finished transcriptions are kept in {partial.first}; fix the failures and run again")
     elif partial:
@@ -201,7 +201,7 @@ class Display(Events["Report"]):
     """Messages and progress of rank 0 on standard error; a single rank also writes each file of an output folder as
     soon as it is transcribed."""
 
-    def __init__(self, ranks: "DecodingRanks"):
+    def __init__(self, ranks: "Ranks"):
         self.ranks = ranks
         self.files: FolderOutput | None = None
         self.progress: TranscriptionProgress | None = None
@@ -214,7 +214,7 @@ class Display(Events["Report"]):
         self._open.close()
 
     def message(self, text: str) -> None:
-        if self.ranks.rank == 0:
+        if self.ranks.first:
             print(f"canter: {text}", file=sys.stderr)
 
     def step(self, report: "Report") -> None:
@@ -237,7 +237,7 @@ class Display(Events["Report"]):
         self.progress.finish(duration, report.transcription.error is not None)
 
 
-def engine_of(options: Options, checkpoint: Path, ranks: "DecodingRanks") -> "Engine":
+def engine_of(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
     """Load the engine. Raises ConfigError for options that the model does not support."""
     import torch
 
@@ -250,7 +250,7 @@ def engine_of(options: Options, checkpoint: Path, ranks: "DecodingRanks") -> "En
     if device == "cpu":
         keep_freed_memory()
     if device == "cuda" and ranks.size > 1:
-        device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
+        device = f"cuda:{ranks.local % torch.cuda.device_count()}"
     config = EngineConfig(
         rows=options.batch_size,
         max_repeats=options.max_repeats,

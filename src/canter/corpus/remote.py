@@ -12,10 +12,12 @@ import posixpath
 import socket
 import stat
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from canter.errors import ConfigError
+from canter.extras import missing
 from canter.redaction import redacted
 
 NO_URLS = "CANTER_NO_URLS"
@@ -126,6 +128,33 @@ def list_files(pattern: str) -> list[str]:
         return [files.unstrip_protocol(one) for one in files.glob(place)]
 
 
+def files_below(url: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files below a URL, by their paths relative to it; none if there is nothing.
+
+    Raises OSError where they cannot be listed.
+    """
+    with _file_system(url) as (files, place):
+        files.invalidate_cache()
+        place = place.rstrip("/")
+        try:
+            found = files.find(place, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name[len(place) + 1 :]: one["size"] for name, one in found.items() if name.startswith(f"{place}/")}
+
+
+def upload_file(path: str | os.PathLike[str], url: str) -> None:
+    """Copy a file of this machine to a URL. Raise OSError where it cannot be read or written."""
+    with _file_system(url) as (files, place):
+        files.put_file(os.fspath(path), place)
+
+
+def download_file(url: str, path: str | os.PathLike[str]) -> None:
+    """Copy the file at a URL to this machine. Raise OSError where it cannot be read or written."""
+    with _file_system(url) as (files, place):
+        files.get_file(place, os.fspath(path))
+
+
 class _RemoteFile(io.RawIOBase):
     """A file of fsspec with a separate position (readers of ``memory://`` share one), whose errors are OSErrors."""
 
@@ -169,7 +198,8 @@ class _RemoteFile(io.RawIOBase):
 def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     """Yield fsspec's file system for a URL and the path in it; every protocol's errors become OSError.
 
-    FileNotFoundError is raised only where the server reports it, ConfigError where URLs are forbidden.
+    FileNotFoundError is raised only where the server reports it, ConfigError where URLs are forbidden, and
+    MissingExtraError where ``s3://`` needs the extra.
     """
     if urls_forbidden():
         raise ConfigError(
@@ -180,6 +210,8 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     try:
         yield url_to_fs(url)
     except Exception as error:
+        if isinstance(error, ImportError) and url.startswith(("s3://", "s3a://")) and not find_spec("s3fs"):
+            raise missing("s3fs", redacted(url)) from None
         reason = _reason(url, error)
         if reason is None:
             raise

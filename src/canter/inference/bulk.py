@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,52 +22,11 @@ from canter.inference.transcribe import Decoded, transcribe_events
 from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel
 from canter.planning.elastic import share_out
+from canter.ranks import Ranks
 from canter.redaction import redacted
 
 TOKENS_PER_SECOND = 4.0  # of speech, to weigh the decoder against the encoder
-TIMEOUT = timedelta(days=30)  # a rank waits for the slowest however long it takes
-T = TypeVar("T")
-
-
-class DecodingRanks:
-    """Processes of one transcription, started by ``torchrun``; a single process needs no connection."""
-
-    def __init__(self) -> None:
-        """Connect to the other ranks, if there are any."""
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if self.size > 1:
-            import torch.distributed as dist
-
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=TIMEOUT)
-
-    def all_gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in their order."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return cast("list[T]", values)
-
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks on rank 0, and an empty list on the others."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[T | None] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(value, values or None)
-        return cast("list[T]", values)
-
-    def close(self) -> None:
-        """Disconnect from the other ranks."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
+LONGEST_WAIT = timedelta(days=30)  # a rank waits for the slowest however long it takes
 
 
 def expected_work(model: AnyModel, utterances: Sequence[Utterance]) -> np.ndarray:
@@ -147,7 +105,7 @@ def transcribe_items(
     engine: Engine,
     items: Sequence[Item],
     config: TranscribeConfig,
-    ranks: DecodingRanks,
+    ranks: Ranks,
     events: Events[Report],
     partial: PartialFiles | None = None,
     max_seconds: float = math.inf,
@@ -165,7 +123,7 @@ def transcribe_items(
             if item.utterance and (result := done.get(row_key(item.utterance))):
                 results[index] = result
                 known.add(index)
-    known_by = ranks.all_gather(known)
+    known_by = ranks.all_gather_objects(known)
     resumed = set[int]().union(*known_by)
     if resumed:
         kept = names_of([items[index] for index in sorted(resumed)])
@@ -201,7 +159,7 @@ def transcribe_items(
         if file:
             file.close()
     mine = {index: results[index] for index in {*(index for index, _ in wanted), *(known - known_by[0])}}
-    found = ranks.gather((mine, asdict(engine.counters), audio_seconds))
+    found = ranks.gather_objects((mine, asdict(engine.counters), audio_seconds))
     for transcriptions, _, _ in found:
         for index, result in transcriptions.items():
             results[index] = result
@@ -209,11 +167,11 @@ def transcribe_items(
     return BulkResult(results, resumed, counters, sum(seconds for *_, seconds in found))
 
 
-def _check_same_items(items: Sequence[Item], ranks: DecodingRanks) -> None:
+def _check_same_items(items: Sequence[Item], ranks: Ranks) -> None:
     if ranks.size == 1:
         return
     rows = blake2b(digest_size=8)
     for item in items:
         rows.update(json.dumps(item.row, sort_keys=True).encode())
-    if len(set(ranks.all_gather(rows.hexdigest()))) > 1:
+    if len(set(ranks.all_gather_objects(rows.hexdigest()))) > 1:
         raise ConfigError("the ranks found different rows: every machine needs the same files at the same paths")

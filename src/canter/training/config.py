@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import yaml
 
+from canter.corpus.remote import is_url
 from canter.errors import ConfigError, PlanError
 from canter.fields import FileOnly, Read, from_mapping, to_mapping
 from canter.models.hub import is_hub_name
@@ -55,7 +56,7 @@ REMOVED: dict[str, object] = {"short_first": False, "optimizer.matrix_every": 2}
 # fmt: off
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
-    "save_every", "keep_checkpoints", "max_skipped", "max_bad_steps", "rank_timeout", "data_timeout", "track",
+    "save_every", "keep_checkpoints", "upload", "max_skipped", "max_bad_steps", "rank_timeout", "data_timeout", "track",
     "log_utterances", "allow_changes", "check_memory",
 ))
 # fmt: on
@@ -258,6 +259,9 @@ class TrainConfig:
     """Maximum number of utterances transcribed at a validation, evenly spread over the manifest."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep besides the best one."""
+    upload: str | None = None
+    """Folder in object storage, such as s3://bucket/run, to which checkpoints and logs are copied during the run. A run
+    whose folder has no checkpoint is restored from it (default: none)."""
     max_skipped: Annotated[float, FileOnly()] = 0.1
     """Maximum fraction of utterances that turn out to be unusable; the run stops beyond it."""
     max_bad_steps: Annotated[int, FileOnly()] = 10
@@ -292,6 +296,10 @@ class TrainConfig:
             object.__setattr__(self, "max_tokens_per_second", rate_limits(self.max_tokens_per_second))
         except (PlanError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"--max-tokens-per-second: {error}") from None
+        if self.upload is not None and not is_url(self.upload):
+            raise ConfigError(
+                f"--upload {self.upload} is not a URL; name a folder in object storage, such as s3://bucket/run"
+            )
         if self.loss.ctc_weight == 0 and self.loss.ctc_warmup:
             raise ConfigError("--loss.ctc-warmup needs a --loss.ctc-weight above 0; set --loss.ctc-warmup 0")
         if self.loss.teacher_weight is not None and self.teacher is None:

@@ -25,15 +25,16 @@ from canter.models.protocol import module_of
 from canter.planning.elastic import share_out
 from canter.planning.plan import Plan
 from canter.planning.sampler import PlannedStep
+from canter.ranks import SINGLE_RANK, Ranks
 from canter.runtime import is_out_of_memory
 from canter.text.characters import Characters
 from canter.training.config import TrainConfig
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.corpus import TrainingData
 from canter.training.feed.data import Address, Loaded, Patience, Steps, StoppedWaitingError, load_ahead
 from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_snapshot, take_snapshot
 from canter.training.run.folder import RunFolder
 from canter.training.run.reports import Progress, StepReport, Tracker, check_skipped, open_trackers
+from canter.training.run.upload import Uploads
 from canter.training.schedule import Pace, TrainingSchedule
 from canter.training.step.gradient import ComputedGradient, TargetCounts, TrainingStep, weighted_loss
 from canter.training.step.optimizers import Schedule
@@ -112,7 +113,11 @@ class Trainer:
         self.gradient, self.optimizers = self.training_step.gradient, self.training_step.optimizers
         self.average = self.training_step.average
         self.upcoming = Steps(schedule.plan, ranks, schedule.budget)
-        self.checkpoints = Checkpoints(self.run.folder / "checkpoints", config.keep_checkpoints, self.log.files)
+        self.uploads = Uploads(self.run.folder, config.upload, events) if config.upload and ranks.first else None
+        written = self.uploads.start if self.uploads else lambda: None
+        self.checkpoints = Checkpoints(
+            self.run.folder / "checkpoints", config.keep_checkpoints, self.log.files, written
+        )
         self.progress = Progress(plan=schedule.plan.fingerprint)
         self.saved = -1  # step of the last checkpoint
         self.reopen = False  # load data again, for a smaller budget, from the next window on
@@ -185,6 +190,8 @@ class Trainer:
                 if not stopped and not self._is_validated():
                     self._validate()
                 self.checkpoints.wait()
+                if self.uploads:
+                    self.uploads.finish()
                 self.ranks.all_gather([0.0])  # a launcher ends the other ranks once one has ended
             if failure:
                 raise CanterError(failure)

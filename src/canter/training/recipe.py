@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from canter.errors import ConfigError
 from canter.events import QUIET, Events
 from canter.planning.budget import Budget
+from canter.ranks import SINGLE_RANK, Ranks, process_group
 from canter.runtime import choose_device, keep_freed_memory, map_large_blocks, raise_file_limit
 from canter.text import load_tokenizer
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided, describe_defaults
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks, process_group
 from canter.training.feed.corpus import find_index, find_tokenizer, load_data, validation_rows
 from canter.training.loop import PreparedRun, Trainer
 from canter.training.measure import check_memory
 from canter.training.run.checkpoints import Checkpoints
 from canter.training.run.folder import BEGUN_WITH, RunFolder, claimed, is_first_version, with_first_batch_seconds
 from canter.training.run.reports import Progress, StepReport, check_trackers, list_left_out, list_problems
+from canter.training.run.upload import restore_upload
 from canter.training.schedule import choose_schedule, find_budget, strategy_of
 from canter.training.subject import (
     build_model,
@@ -83,6 +84,8 @@ def prepare_training(
     Rank 0 must finish first: other ranks only read. Raises ConfigError for settings that cannot be used, and
     ManifestError for a manifest that cannot be used.
     """
+    if ranks.first:
+        restore_upload(decided(config), events)
     config = with_first_batch_seconds(config, events)
     defaults, config = describe_defaults(config), decided(config)
     check_settings(config)

@@ -18,9 +18,9 @@ from canter.events import QUIET, Events
 from canter.inference.engine.engine import engine_for
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.models.protocol import AnyModel
+from canter.ranks import SINGLE_RANK, Ranks
 from canter.redaction import redacted
 from canter.text.languages import same
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import MicroBatches, prompt_and_text
 from canter.training.run.checkpoints import Scores
 

@@ -10,8 +10,8 @@ from datetime import timedelta
 import pytest
 
 from canter.errors import CanterError, ConfigError
+from canter.ranks import _place, process_group
 from canter.training.config import OptimizerConfig
-from canter.training.distributed.ranks import _place, process_group
 from canter.training.recipe import run_training
 from canter.training.step import gradient
 
@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_others_with_a_message(shared, on_ranks):
     first, second = on_ranks(2, killed_at_three, shared)
     assert second is None
     assert first[1].startswith("CanterError: rank 0 of 2: another rank was lost")
-    assert "resumes from the last checkpoint" in first[1]
+    assert "resumes from what was saved last" in first[1]
     assert on_ranks(2, train_on, shared) == [(8, ""), (8, "")]
 
 
@@ -139,10 +139,42 @@ def test_ranks_that_do_not_meet_say_where(monkeypatch):
         }
         for name, value in place.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("canter.training.distributed.ranks.MEETING", timedelta(seconds=1))
+        monkeypatch.setattr("canter.ranks.MEETING", timedelta(seconds=1))
         says = pytest.raises(CanterError, match=rf"rank 1 of 2 did not meet the others at 127.0.0.1:{port}")
         with says, process_group("cpu"):
             pass
+
+
+def train_in_separate_folders(rank, config):
+    return run_training(dataclasses.replace(config, output=config.output / str(rank))).progress.step
+
+
+def test_a_run_folder_that_machines_do_not_share_is_refused(shared, on_ranks):
+    for _, error in on_ranks(2, train_in_separate_folders, shared):
+        assert "does not hold the run that rank 0 has begun; the run folder must be on a disk that all" in error
+
+
+def meet_after_restarts(rank):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(3 * rank)
+    with process_group("cpu") as ranks:
+        return ranks.gather_objects(f"of rank {rank}")
+
+
+def test_ranks_of_torchruns_with_other_numbers_of_restarts_meet(on_ranks):
+    """Each torchrun counts its restarts by itself, and that of a node that comes back starts at 0."""
+    assert on_ranks(2, meet_after_restarts) == [(["of rank 0", "of rank 1"], ""), ([], "")]
+
+
+def test_the_only_rank_ends_with_torchrun(monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr("canter.ranks.end_with_launcher", messages.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group("cpu") as ranks:
+        assert (ranks.size, messages) == (1, [])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with process_group("cpu") as ranks:
+        assert ranks.size == 1
+    assert messages == ["torchrun is gone; the same command resumes from what was saved last"]
 
 
 def test_the_launcher_s_environment(monkeypatch):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from canter import ranks as ranks_module
 from canter.errors import CanterError
+from canter.ranks import process_group
 from canter.runtime import retry_once
 from canter.training.config import LossConfig, OptimizerConfig
-from canter.training.distributed import ranks as ranks_module
-from canter.training.distributed.ranks import process_group
 from canter.training.loop import Trainer
 from canter.training.recipe import run_training
 from canter.training.step.gradient import Gradient

@@ -1,1 +1,1 @@
-"""Distributed training: collectives, failure detection, sharding."""
+"""Distributed training: sharding."""

@@ -18,7 +18,7 @@ from canter.models.batch import Batch
 from canter.models.model import SpeechModel
 from canter.models.norm import frozen_statistics
 from canter.models.protocol import AnyModel
-from canter.training.distributed.ranks import Ranks
+from canter.ranks import Ranks
 
 
 class Shards:

@@ -33,8 +33,8 @@ from canter.planning.budget import Budget
 from canter.planning.plan import Plan, Position
 from canter.planning.sampler import PlannedStep, Stepper
 from canter.processes import end_with_parent, ignore_signals
+from canter.ranks import SINGLE_RANK, Ranks
 from canter.text import Characters, Tokenizer
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.speed import speeds_of
 
 SECONDS_TOLERANCE = 0.25  # between the duration in a manifest and that of the audio

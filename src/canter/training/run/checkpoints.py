@@ -27,8 +27,8 @@ from canter.models.formats.files import read_tensors
 from canter.models.formats.fitting import fit_tensors
 from canter.models.formats.torchfile import load_saved
 from canter.models.protocol import AnyModel, module_of
+from canter.ranks import Ranks
 from canter.text.characters import Characters
-from canter.training.distributed.ranks import Ranks
 from canter.training.step.optimizers import Average, Optimizers, copy_into
 
 STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors"
@@ -56,10 +56,10 @@ class Snapshot:
 
 
 class Checkpoints:
-    """Checkpoints in ``folder``: the newest ``keep`` and the best."""
+    """Checkpoints in ``folder``: the newest ``keep`` and the best. ``written`` is called after each that is written."""
 
-    def __init__(self, folder: Path, keep: int, logs: Sequence[Path] = ()):
-        self.folder, self.keep, self.logs = folder, keep, logs
+    def __init__(self, folder: Path, keep: int, logs: Sequence[Path] = (), written: Callable[[], None] = lambda: None):
+        self.folder, self.keep, self.logs, self.written = folder, keep, logs, written
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: list[Future] = []
 
@@ -125,6 +125,7 @@ class Checkpoints:
             for log in self.logs:
                 to_disk(log)
         self._prune()
+        self.written()
 
     def _fill(self, partial: Path, snapshot: Snapshot, model: AnyModel, characters: Characters | None) -> None:
         save_module(model, partial, weights=snapshot.average or snapshot.weights)

@@ -95,11 +95,16 @@ class RunFolder:
     def open(cls, config: TrainConfig, writes: bool = True) -> "RunFolder":
         """Make the folder ``config.output``, or open the run that it holds.
 
-        Raises ConfigError if the folder cannot be written, holds something else or a run of another configuration, and
-        CheckpointError if its run.json is damaged.
+        Raises ConfigError if the folder cannot be written, holds something else or a run of another configuration, or
+        does not hold the run that rank 0 has begun, and CheckpointError if its run.json is damaged.
         """
         folder = config.output
         if not writes:
+            if not (folder / CONFIG).exists():
+                raise ConfigError(
+                    f"{folder} on {os.uname().nodename} does not hold the run that rank 0 has begun; the run folder "
+                    "must be on a disk that all machines share, at the same path"
+                )
             return cls(folder, writes=False)
         held, config = folder / CONFIG, rooted(config)
         # --allow-changes holds for one start only

@@ -23,8 +23,8 @@ from canter.extras import needed_by, require
 from canter.fields import from_mapping
 from canter.files import write_text
 from canter.planning.plan import Plan
+from canter.ranks import Ranks
 from canter.redaction import redacted
-from canter.training.distributed.ranks import Ranks
 
 MIN_SKIPPED = 20  # unusable utterances that are allowed, whatever their fraction
 Tracker = Callable[[int, Mapping[str, object]], None]

@@ -26,9 +26,9 @@ from canter.models.batch import Batch, Loss, SoftTargets
 from canter.models.model import SpeechModel
 from canter.models.norm import MaskedBatchNorm
 from canter.models.protocol import AnyModel, module_of
+from canter.ranks import SINGLE_RANK, Ranks
 from canter.runtime import is_out_of_memory, release_memory, retry_once
 from canter.training.config import LossConfig, TrainConfig
-from canter.training.distributed.ranks import SINGLE_RANK, Ranks
 from canter.training.feed.data import Loaded
 from canter.training.step.optimizers import Average, Optimizers, Schedule
 

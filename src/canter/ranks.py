@@ -1,4 +1,4 @@
-"""Ranks of distributed training: how they start, exchange values and gradients, and end when one is lost.
+"""Ranks of training and of bulk transcription: how they start, exchange values and gradients, and end when one is lost.
 
 ``torchrun`` or SLURM's ``srun`` starts them; a single process is rank 0 of 1 and exchanges nothing. Small values travel
 over gloo on the CPU, gradients over the device's backend (NCCL on GPUs).
@@ -31,6 +31,7 @@ BEAT = 1.0  # seconds between heartbeats
 GRACE = 5.0  # seconds that a rank has to end by itself after another has failed
 FAILED = "failed"
 MEETING = timedelta(minutes=10)  # for all ranks to start
+LONGEST_WAIT = timedelta(minutes=30)  # of a rank for the others in a collective operation
 T = TypeVar("T")
 
 
@@ -74,6 +75,15 @@ class Ranks:
         values: list[Any] = [None] * self.size
         with self._together():
             dist.all_gather_object(values, value)
+        return values
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the values of all ranks on rank 0, and an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.first else []
+        with self._together():
+            dist.gather_object(value, values or None)
         return values
 
     def broadcast_object(self, value: T) -> T:
@@ -194,8 +204,8 @@ class Ranks:
 
     def _lost(self, what: str) -> str:
         return (
-            f"rank {self.rank} of {self.size}: another rank was lost ({what}); the same command resumes from the "
-            "last checkpoint"
+            f"rank {self.rank} of {self.size}: another rank was lost ({what}); the same command resumes from what was "
+            "saved last"
         )
 
 
@@ -237,14 +247,17 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def process_group(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
+def process_group(device: str, timeout: float = 60.0, longest_wait: timedelta = LONGEST_WAIT) -> Iterator[Ranks]:
     """Context manager that connects this process to the ranks that its launcher started, and yields them.
 
     A rank that leaves with an exception ends the others with its message; one without a heartbeat for ``timeout``
     seconds counts as dead. Raises ConfigError if the launcher's environment is incomplete.
     """
     place = _place(os.environ)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if place is None:
+        if under_torchrun:  # with the only rank that is left of several, or the first of several to come
+            end_with_launcher("torchrun is gone; the same command resumes from what was saved last")
         yield SINGLE_RANK
         return
     rank, size, local = place
@@ -253,14 +266,13 @@ def process_group(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     try:
         base, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"canter/{attempt}", base)
+        store = dist.PrefixStore("canter", base)  # torchrun's own store has a prefix for each attempt already
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("groups", store),
             rank=rank,
             world_size=size,
-            timeout=timedelta(minutes=30),
+            timeout=longest_wait,
         )
     except RuntimeError as error:  # from the store, the network or the timeout
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -269,7 +281,7 @@ def process_group(device: str, timeout: float = 60.0) -> Iterator[Ranks]:
             "all of them started, and is the port free and reachable?"
         ) from None
     ranks = Ranks(rank, size, local, store)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun:
         end_with_launcher(ranks._lost("torchrun is gone"))
     pulse = _Pulse(ranks, store, timeout)
     pulse.start()
@@ -307,7 +319,7 @@ def _place(environment: MutableMapping[str, str]) -> tuple[int, int, int] | None
     if missing:
         raise ConfigError(
             f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start the ranks with "
-            "'torchrun --nproc-per-node N -m canter train ...' or with srun"
+            "'torchrun --nproc-per-node N -m canter ...' or with srun"
         )
     return int(environment["RANK"]), size, int(environment["LOCAL_RANK"])
 
@@ -359,7 +371,7 @@ class _Pulse(threading.Thread):
             elif time.monotonic() - last_beat > self.timeout:
                 reason = (
                     f"rank {watched} of {ranks.size} gave no sign of life for {self.timeout:g} s; the same command "
-                    "resumes from the last checkpoint"
+                    "resumes from what was saved last"
                 )
                 with suppress(RuntimeError):
                     self.store.set(FAILED, reason)
