@@ -27,11 +27,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from canter.cli.progress import say
 from canter.errors import CanterError, ConfigError
 from canter.files import write_text
+from canter.reporting.figures import COLORS, INK, styled
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
@@ -40,6 +43,7 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLE_NAMES = re.compile(r"<!-- table: ([\w-]+) -->")
 REAL = "--minutes 1 2 4 --batch-seconds 48 --rates 0.2 0.15 0.1 --arms random bucket_1d bucket_2d balanced"
 TINY = "--utterances 200 --test-utterances 30 --width 32 --seeds 1"
+WAYS = {"released": "hidden states cached, batches wait", "engine": "Canter's engine"}
 POLL = 2.0  # seconds between looks at the results of running parts
 
 
@@ -284,9 +288,8 @@ def depth_table(result: dict[str, Any]) -> str:
 
 
 def decoding_table(result: dict[str, Any]) -> str:
-    way = {"released": "hidden states cached, batches wait", "engine": "Canter's engine"}
     rows = [
-        [one["shape"], way[one["way"]], f"{one['encoder_seconds']:.2f}", f"{one['decoder_seconds']:.2f}",
+        [one["shape"], WAYS[one["way"]], f"{one['encoder_seconds']:.2f}", f"{one['decoder_seconds']:.2f}",
          f"{one['rtfx']:,.0f}", f"{one['speedup']:.2f}x"]
         for one in result["decoding"]
     ]  # fmt: skip
@@ -312,7 +315,10 @@ def with_tables(page: str) -> str:
     def made(match: re.Match[str]) -> str:
         part, make = TABLES[match[2]]
         found = newest(part)
-        return f"{match[1]}\n{make(found[1])}\n{match[3]}" if found else match[0]
+        if found is None:
+            return match[0]
+        path, result = found
+        return f"{match[1]}\n{make(result)}\n[Result](../benchmarks/results/{path.name})\n\n{match[3]}"
 
     return TABLE.sub(made, page)
 
@@ -332,11 +338,54 @@ def draw_figures() -> None:
     """Draw the figures of docs/paper.md from the newest results."""
     from time_to_wer import draw_wer
 
+    drawn = {"padding": draw_padding, "depth": draw_depth}
     for part in ("time-to-wer", "real-speech"):
+        drawn[part] = lambda result: draw_wer(result["runs"], list(result["summary"]), result["options"]["minutes"])
+    for part, draw in drawn.items():
         if found := newest(part):
-            result = found[1]
-            figure = draw_wer(result["runs"], list(result["summary"]), result["options"]["minutes"])
-            figure.savefig(DOCS / "images" / f"paper-{part}.svg", facecolor="white")
+            draw(found[1]).savefig(DOCS / "images" / f"paper-{part}.svg", facecolor="white")
+
+
+@styled
+def draw_padding(result: dict[str, Any]) -> Figure:
+    """Return a figure of the fraction of compute that each strategy spends on padding."""
+    figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+    axes = figure.subplots()
+    rows = result["rows"][::-1]
+    bars = axes.barh([row["name"] for row in rows], [row["padded_compute"] for row in rows], color=COLORS[0])
+    axes.bar_label(bars, [f"{row['padded_compute']:.1%}" for row in rows], padding=4)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel="compute spent on padding")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(length=0)
+    return figure
+
+
+@styled
+def draw_depth(result: dict[str, Any]) -> Figure:
+    """Return a figure of the WER of each shape, a point for each seed, and of its decoding time."""
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shapes = list(dict.fromkeys(row["shape"] for row in result["decoding"]))
+    most = max(row["steps"] for row in result["accuracy"])
+    for place, shape in enumerate(shapes):
+        row = next(row for row in result["accuracy"] if (row["shape"], row["steps"]) == (shape, most))
+        left.bar(place, row["wer"], color=COLORS[0], width=0.55)
+        left.plot([place] * len(row["wer_of_seeds"]), row["wer_of_seeds"], "o", color=INK, markersize=4)
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    left.set(title=f"WER after {most:,} updates", ylim=(0, None))
+    for offset, way in ((-0.2, "released"), (0.2, "engine")):
+        mine = [row for row in result["decoding"] if row["way"] == way]
+        color = COLORS[1] if way == "released" else COLORS[2]
+        places = np.arange(len(mine)) + offset
+        right.bar(places, [row["decoder_seconds"] for row in mine], 0.38, color=color, label=WAYS[way])
+    right.set(title="decoder, seconds for the test set")
+    right.legend()
+    for axes in (left, right):
+        axes.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="encoder/decoder layers")
+        axes.grid(axis="x", visible=False)
+        axes.tick_params(length=0)
+    return figure
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import tyro
 from convergence import label, shared, step_seconds
 from convergence import run as trained
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,7 @@ from canter.cli.progress import TerminalEvents, say
 from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
 from canter.events import QUIET
-from canter.reporting.figures import draw_curves
+from canter.reporting.figures import COLORS, styled
 from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
@@ -263,15 +264,32 @@ def show(found: dict[str, dict[str, Any]], options: Options) -> None:
     Console().print(table)
 
 
+@styled
 def draw_wer(rows: Sequence[dict[str, Any]], arms: Sequence[str], minutes: Sequence[float]) -> Figure:
-    """Return a figure of each strategy's mean WER against the minutes of its runs."""
-    series = {}
-    for arm in arms:
+    """Return a figure of each strategy's WER against the minutes of its runs: mean, and range of the seeds."""
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    lowest = max(0.002, min(row["wer"] for row in rows))
+    for color, arm in zip(COLORS, arms):
         lengths = [[row for row in rows if (row["arm"], row["minutes"]) == (arm, length)] for length in minutes]
         lengths = [some for some in lengths if some]
         taken = [statistics.mean(row["seconds"] for row in some) / 60 for some in lengths]
-        series[arm] = (taken, [statistics.mean(row["wer"] for row in some) for some in lengths])
-    return draw_curves(series, xlabel="minutes of training steps", percent=True, markers=True, log=True, zero=False)
+        rates = [[max(lowest, row["wer"]) for row in some] for some in lengths]
+        means = [statistics.mean(some) for some in rates]
+        ends = [
+            [mean - min(some) for mean, some in zip(means, rates)],
+            [max(some) - m for m, some in zip(means, rates)],
+        ]
+        axes.errorbar(taken, means, ends, color=color, marker="o", markersize=4, capsize=3, label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="minutes of training steps", ylabel="WER")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(length=0, which="both")
+    axes.legend()
+    return figure
 
 
 def main(options: Options) -> None:
