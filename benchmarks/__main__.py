@@ -41,6 +41,15 @@ RUNS: dict[str, tuple[str, ...]] = {
         "--tasks an4 --batch-seconds 16 64",
     ),
     "convergence": ("convergence.py -o $scratch/convergence --updates 100 --seeds 1",),
+    "time_to_wer": (
+        "time_to_wer.py -o $scratch/time --seeds 1 --minutes 0.5 --utterances 1000 --test-utterances 100 --timed 10",
+    ),
+    "decoder_depth": (
+        "decoder_depth.py -o $scratch/depth --seeds 1 --steps 30 --utterances 1000 --test-utterances 100",
+    ),
+    "step_mixing": (
+        "step_mixing.py -o $scratch/mixing --seeds 1 --updates 20 --utterances 1000 --test-utterances 100",
+    ),
     "demo_steps": ("demo_steps.py -o $scratch/demo --steps 60 --seeds 1 --utterances 600 --beam 1",),
     "finetune": (
         "finetune.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
