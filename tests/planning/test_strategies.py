@@ -10,7 +10,7 @@ from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_
 from canter.planning.lengths import Lengths, sample
 from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
-from canter.planning.strategies.balanced import without_drift
+from canter.planning.strategies.balanced import even_accumulation, folded, without_drift
 from canter.planning.strategies.base import maxima
 from canter.planning.strategies.strips import strips
 
@@ -20,6 +20,20 @@ from .resuming import assert_same
 KINDS = [Random(), Random(7), Duration(), Bucket1D(5), Bucket2D(5, 2), Bucket2D(4, 2, synchronised=False),
          Bucket2D(4, 3, optimal=True), Balanced(), Balanced(0), Balanced(2.5),
          Balanced(1.5, mix_steps=True)]  # fmt: skip
+CANARY = Budget(
+    limit_bytes=25e9,
+    memory=Polynomial(T=2.3e6, TT=2300, U=1.5e6, TU=1500, UU=1500),
+    time=Polynomial(T=1.7e-5, TT=1.8e-9, U=8.6e-6, TU=1.2e-9, UU=6e-10),
+    fixed_seconds=0.04,
+)
+
+
+def commands_read_speech_and_talks(seed: int = 0) -> LengthIndex:
+    rng = np.random.default_rng(seed)
+    seconds = np.concatenate(
+        [rng.uniform(1, 5, 15_000), 10 + 6.5 * rng.beta(2.2, 1.1, 25_000), 16 + 24 * rng.beta(1, 1.8, 10_000)]
+    )
+    return LengthIndex(seconds, (seconds * 3.2 * np.exp(rng.normal(0, 0.35, len(seconds))) + 8).astype(np.int64))
 
 
 @settings(max_examples=150)
@@ -165,17 +179,7 @@ def test_balanced_gives_each_window_complete_full_and_even_steps(budget, per_ste
 @pytest.mark.parametrize("per_step", [8, 64])
 def test_mixed_steps_hold_short_and_long_utterances_and_take_hardly_longer(per_step):
     """Commands, read speech and talks; a full batch of short utterances takes a third longer than one of long ones."""
-    budget = Budget(
-        limit_bytes=25e9,
-        memory=Polynomial(T=2.3e6, TT=2300, U=1.5e6, TU=1500, UU=1500),
-        time=Polynomial(T=1.7e-5, TT=1.8e-9, U=8.6e-6, TU=1.2e-9, UU=6e-10),
-        fixed_seconds=0.04,
-    )
-    rng = np.random.default_rng(0)
-    seconds = np.concatenate(
-        [rng.uniform(1, 5, 15_000), 10 + 6.5 * rng.beta(2.2, 1.1, 25_000), 16 + 24 * rng.beta(1, 1.8, 10_000)]
-    )
-    index = LengthIndex(seconds, (seconds * 3.2 * np.exp(rng.normal(0, 0.35, len(seconds))) + 8).astype(np.int64))
+    index, budget = commands_read_speech_and_talks(), CANARY
     full, mixed = (
         Plan(index, budget, Balanced(mix_steps=mix), micro_batches_per_step=per_step, min_steps=1).figures()
         for mix in (False, True)
@@ -185,6 +189,36 @@ def test_mixed_steps_hold_short_and_long_utterances_and_take_hardly_longer(per_s
     assert mixed.hours < 1.03 * full.hours
     assert mixed.padded_compute < 1.02 * full.padded_compute
     assert mixed.over == 0
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(4, 2), (4, 3), (2, 4)])
+def test_with_accumulation_steps_are_mixed_and_no_batch_is_smaller(ranks, accumulation):
+    index, budget = commands_read_speech_and_talks(), CANARY
+    full, mixed = (
+        Plan(index, budget, strategy, micro_batches_per_step=ranks * accumulation, min_steps=1).figures(ranks)
+        for strategy in (Balanced(), Balanced(mix_steps=True, accumulation=accumulation))
+    )
+    assert full.step_mixing < 0.5 < 0.8 < mixed.step_mixing
+    assert mixed.waiting < 1.015
+    for name in ("padded_audio", "padded_compute", "mean_batch", "memory_filled", "steps", "utterances"):
+        assert getattr(mixed, name) == pytest.approx(getattr(full, name), rel=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(0, 20))
+def test_folding_gives_each_batch_to_one_group(together, groups):
+    table = folded(np.arange(together * groups), together)
+    assert table.shape == (groups, together)
+    assert sorted(table.ravel()) == list(range(together * groups))
+    if together % 2 == 0:  # the times of a sequence that rises evenly add up to the same
+        assert len(set(table.sum(axis=1))) <= 1
+
+
+def test_accumulation_must_divide_the_micro_batches(index, budget):
+    with pytest.raises(PlanError, match=r"4 micro-batches per step are not a multiple of accumulation \(3\)"):
+        len(Plan(index, budget, Balanced(mix_steps=True, accumulation=3), micro_batches_per_step=4))
+    with pytest.raises(PlanError, match="accumulation is 0"):
+        len(Plan(index, budget, Balanced(mix_steps=True, accumulation=0)))
+    assert [even_accumulation(*pair) for pair in ((8, 8), (8, 4), (8, 3), (4, 8))] == [1, 2, 1, 1]
 
 
 def test_mixed_steps_make_another_plan(index, budget):
@@ -320,7 +354,7 @@ def test_strategies_by_name():
     assert set(STRATEGIES) == {"random", "duration", "bucket_1d", "bucket_2d", "balanced"}
     with pytest.raises(PlanError, match="did you mean 'balanced'"):
         strategy("balance")
-    with pytest.raises(PlanError, match="its options: mix_steps, mixing"):
+    with pytest.raises(PlanError, match="its options: accumulation, mix_steps, mixing"):
         strategy("balanced", window=3)
 
 

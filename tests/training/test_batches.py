@@ -234,6 +234,23 @@ def test_a_run_keeps_what_was_chosen(plain, read_speech):
     assert changed.schedule.plan.version == made.schedule.plan.version == VERSION
 
 
+def test_a_run_keeps_its_accumulation_on_other_numbers_of_ranks(plain, read_speech):
+    config = dataclasses.replace(plain, manifest=(read_speech(3),), mix_steps=True, micro_batches_per_step=4)
+    made, _, _ = prepared(config)
+    assert made.schedule.plan.batching.accumulation == 4
+    settled = json.loads((config.output / "run.json").read_text())
+    assert settled["accumulation"] == 4
+    settled["accumulation"] = 2  # as a run that began on two ranks wrote it
+    del settled["checksum"]
+    (config.output / "run.json").write_text(json.dumps(settled))
+    again, _, _ = prepared(config)
+    assert again.schedule.plan.batching.accumulation == 2
+    del settled["accumulation"]  # of a run that began before this setting
+    (config.output / "run.json").write_text(json.dumps(settled))
+    older, _, _ = prepared(config)
+    assert older.schedule.plan.batching.accumulation == 1
+
+
 @pytest.mark.parametrize(
     ("cap", "fingerprint", "steps", "rows"),
     [(24.0, "ab360423357efdd9", 96, "7c85d7c9e2605246"), (None, "9e7477c06a32356f", 17, "f0769d0123a50fa1")],

@@ -81,7 +81,8 @@ class PlanOptions(LengthOptions):
     """With `balanced`: number of random parts of a window that are sorted separately. More parts mix and pad more; 0
     mixes and pads least."""
     mix_steps: bool = False
-    """With `balanced`: make some batches smaller, so that every optimiser step holds short and long utterances."""
+    """With `balanced`: every optimiser step holds short and long utterances. Some micro-batches are smaller, unless
+    each rank takes several of a step."""
     min_steps: int | None = None
     """Minimum number of optimiser steps an epoch; batches become smaller evenly to reach it. 1 makes the largest
     batches (default: 50, or fewer where a step would have less than 16 utterances)."""

@@ -35,6 +35,7 @@ def run(options: Options) -> int | None:
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
     from canter.planning.strategies import Balanced, Bucket2D
+    from canter.planning.strategies.balanced import even_accumulation
 
     settings = {"mixing": options.mixing, "mix_steps": options.mix_steps}
     if options.strategy != "balanced":
@@ -42,6 +43,8 @@ def run(options: Options) -> int | None:
             if value != getattr(Balanced(), name):
                 raise PlanError(f"--{name.replace('_', '-')} is an option of 'balanced'; {options.strategy} has none")
         settings = {}
+    elif options.mix_steps:
+        settings["accumulation"] = even_accumulation(options.micro_batches_per_step or options.ranks, options.ranks)
     if options.output and not options.output.parent.is_dir():
         raise PlanError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     index = options.open_index()

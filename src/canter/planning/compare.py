@@ -54,9 +54,9 @@ class Rung:
         }
 
 
-def ladder(window: int | None = None, mixing: float = 1.0, mix_steps: bool = False) -> Rows:
-    """Return the rows that `canter compare` shows."""
-    balanced = Balanced(mixing, mix_steps)
+def ladder(window: int | None = None, mixing: float = 1.0, mix_steps: bool = False, accumulation: int = 1) -> Rows:
+    """Return the rows that `canter compare` shows; the options are those of `Balanced`."""
+    balanced = Balanced(mixing, mix_steps, accumulation)
     window = balanced.default_window if window is None else window
     thousands = f"{window // 1000}k" if window and window % 1000 == 0 else f"{window}"
     return [

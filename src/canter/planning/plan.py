@@ -225,6 +225,8 @@ class Plan:
         options = asdict(self.batching) if is_dataclass(self.batching) else {}  # type: ignore[call-overload]
         if not options.get("mix_steps", True):  # plans without it keep the fingerprint that they had
             del options["mix_steps"]
+        if options.get("accumulation", 1) == 1:
+            options.pop("accumulation", None)
         parts = [
             self.version, self.index.fingerprint, [(w, b.fingerprint) for w, b in self.budgets],
             self.batching.name, options, self.seed, self.windows.size, self.micro_batches_per_step,

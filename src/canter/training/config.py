@@ -215,7 +215,8 @@ class TrainConfig:
     mixing: float | None = None
     """Mixing of 'balanced': 0 pads least, larger numbers mix more (default: 1)."""
     mix_steps: bool = False
-    """With 'balanced': shrink some batches so that every optimiser step holds short and long utterances."""
+    """With 'balanced': every optimiser step holds short and long utterances. Some micro-batches are smaller, unless
+    each rank takes several of a step (gradient accumulation)."""
     batch_seconds: float | Literal["auto"] | None = "auto"
     """Maximum padded audio of a micro-batch, in seconds. auto: fill the memory budget, but use less if the run would
     have too few updates or, on a CPU, if larger batches are hardly faster. none: always fill the memory budget."""

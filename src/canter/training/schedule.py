@@ -1,6 +1,6 @@
 """The steps of a run: how large its batches are, the plan that they follow, and the number of steps.
 
-Batches fill the memory budget, unless the run would have too few updates or, on a CPU, larger batches are hardly faster.
+Batches fill the memory budget, unless the run would have too few updates or, on a CPU, larger ones are hardly faster.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from canter.planning.lengths import Index, ModelLimits
 from canter.planning.metrics import BatchTable, figures
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.strategies import Strategy, strategy
+from canter.planning.strategies.balanced import even_accumulation
 from canter.training.config import TrainConfig
 from canter.training.defaults import EPOCH_STEPS, RUN_STEPS, min_epoch_steps
 from canter.training.feed.speed import AtSpeed
@@ -315,11 +316,12 @@ def choose_schedule(
     slowest = min(speeds, default=1.0)
     bounded = record.get("model_limits", not record)  # runs that began without these limits resume without
     bounds = subject.limits if bounded and subject.limits.exceeded(index, slowest) else ModelLimits()
+    accumulation = record.get("accumulation", 1 if record else even_accumulation(micro_batches, ranks))
     planned = AtSpeed(index, config.seed, 0, speeds) if speeds else index
     plan = Plan(
         planned,
         budget,
-        strategy_of(config),
+        strategy_of(config, accumulation),
         longest_seconds=bounds.seconds,
         most_tokens=bounds.tokens,
         seed=config.seed,
@@ -340,13 +342,19 @@ def choose_schedule(
         "batch_limits": dataclasses.asdict(limits),
         "batches": dataclasses.asdict(sizes),
         "model_limits": bounded,
+        "accumulation": accumulation,
     }
     return TrainingSchedule(plan, steps, step_seconds, budget, decisions)
 
 
-def strategy_of(config: TrainConfig) -> Strategy:
-    """Return the batching strategy with its options. Raise PlanError for an unknown one."""
+def strategy_of(config: TrainConfig, accumulation: int = 1) -> Strategy:
+    """Return the batching strategy with its options. Raise PlanError for an unknown one.
+
+    accumulation: micro-batches of a step that each rank takes at the run's first start.
+    """
     options = {"mixing": config.mixing, "mix_steps": config.mix_steps or None}
+    if config.mix_steps and config.strategy == "balanced":
+        options["accumulation"] = accumulation
     return strategy(config.strategy, **{name: value for name, value in options.items() if value is not None})
 
 

@@ -48,10 +48,13 @@ class Balanced(Strategy):
         grows with it, padding with its square root. 0 mixes least: as 1, but small batches exchange no utterances.
     mix_steps: make some batches smaller, so that a step holds short and long utterances together (`mixed_sizes`). Fills
         a few per cent less of the memory.
+    accumulation: with mix_steps, the number of micro-batches of a step that each rank takes. Above 1, only the sums of
+        the ranks must be equal, so batches of different times share a step and none is made smaller.
     """
 
     mixing: float = 1.0
     mix_steps: bool = False
+    accumulation: int = 1
     name: ClassVar[str] = "balanced"
     default_window: ClassVar[int | None] = 50_000
     strips_up_to: ClassVar[int] = SMALL
@@ -59,14 +62,23 @@ class Balanced(Strategy):
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         if not (self.mixing >= 1 or self.mixing == 0):
             raise PlanError(f"balanced: mixing is {self.mixing}; it must be 0 (least mixing), or 1 or more")
+        if self.accumulation < 1:
+            raise PlanError(f"balanced: accumulation is {self.accumulation}; it must be at least 1")
 
         def cut(lengths: Lengths, per_step: int, rng: np.random.Generator, least_steps: int = 1) -> Cut:
             if len(lengths) == 0:
                 return nothing()
+            together = self.accumulation if self.mix_steps else 1
+            if per_step % together:
+                raise PlanError(
+                    f"balanced: {per_step} micro-batches per step are not a multiple of accumulation ({together})"
+                )
             order = snake(lengths, budget, max(1.0, self.mixing), rng)
             frames, tokens = lengths.frames[order], lengths.tokens[order]
             least = least_batches(per_step, least_steps)
-            batches = even_batches(frames, tokens, budget, per_step, least, rng if self.mix_steps else None)
+            batches = even_batches(
+                frames, tokens, budget, per_step, least, rng if self.mix_steps and together == 1 else None
+            )
             count = len(batches) - 1
             if len(order) <= self.strips_up_to and self.mixing <= 1 and 1 < count < len(order):
                 found = strips(lengths.frames, lengths.tokens, budget, count, rng)
@@ -75,9 +87,14 @@ class Balanced(Strategy):
                 if self.mixing == 1 and len(order) < FEW_TOGETHER * count:
                     order = exchanged(order, batches, lengths.frames, lengths.tokens, budget, rng)
                 frames, tokens = lengths.frames[order], lengths.tokens[order]
-            return even_steps(order, batches, frames, tokens, budget, per_step, rng)
+            return even_steps(order, batches, frames, tokens, budget, per_step, rng, together)
 
         return cut
+
+
+def even_accumulation(micro_batches: int, ranks: int) -> int:
+    """Return the number of micro-batches of a step that each rank takes, or 1 if the ranks do not share them evenly."""
+    return micro_batches // ranks if micro_batches % ranks == 0 else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,32 +375,46 @@ def even_steps(
     budget: Budget,
     per_step: int,
     rng: np.random.Generator,
+    together: int = 1,
 ) -> Cut:
-    """Return steps of M batches equal in predicted time and mixed in length, in a sequence without drift."""
+    """Return steps of M batches equal in predicted time and mixed in length, in a sequence without drift.
+
+    together: number of batches that one rank takes of a step, whose sums are equal instead.
+    """
     count = len(batches) - 1
     longest = maxima(frames, batches)
     seconds = budget.step_seconds(np.diff(batches), longest, maxima(tokens, batches))
-    steps = count // per_step
+    steps, ranks = count // per_step, per_step // together
     by_time = np.argsort(seconds, kind="stable")
-    by_time = np.roll(by_time, -(count - steps * per_step))  # the quickest make an incomplete last step
-    chosen = np.empty(count, np.int64)
+    quickest, by_time = np.split(by_time, [count - steps * per_step])  # these make an incomplete last step
+    parts = folded(by_time, together)  # what one rank takes of a step
+    time, length = seconds[parts].sum(axis=1), longest[parts].sum(axis=1)
+    parts = parts[in_order := np.argsort(time, kind="stable")]
+    time, length = time[in_order], length[in_order]
     begin = 0
-    while begin < steps:  # classes of steps within which batches may change places
-        first = seconds[by_time[begin * per_step]]
-        reach = int(np.searchsorted(seconds[by_time], first * TIME_CLASS, side="right")) // per_step
+    while begin < steps:  # classes of steps within which parts may change places
+        reach = int(np.searchsorted(time, time[begin * ranks] * TIME_CLASS, side="right")) // ranks
         end = min(max(begin + 1, reach), steps)
-        inside = by_time[begin * per_step : end * per_step]
-        inside = inside[np.argsort(longest[inside], kind="stable")]
-        chosen[begin * per_step : end * per_step] = inside.reshape(per_step, end - begin).T.ravel()
+        inside = slice(begin * ranks, end * ranks)
+        by_length = parts[inside][np.argsort(length[inside], kind="stable")]
+        parts[inside] = by_length.reshape(ranks, end - begin, together).swapaxes(0, 1).reshape(-1, together)
         begin = end
-    chosen[steps * per_step :] = by_time[steps * per_step :]
+    table = parts.reshape(steps, per_step)
     if steps:
-        table = chosen[: steps * per_step].reshape(steps, per_step)
         size = np.diff(batches)[table].sum(axis=1)
         total = np.add.reduceat(frames, batches[:-1])[table].sum(axis=1)
         table = table[without_drift(total, size, rng)]
-        chosen[: steps * per_step] = table.ravel()
-    return reorder(order, batches, chosen, in_steps(count, per_step))
+    return reorder(order, batches, np.concatenate([table.ravel(), quickest]), in_steps(count, per_step))
+
+
+def folded(by_time: np.ndarray, together: int) -> np.ndarray:
+    """Return groups of batches whose times add up to similar sums, (n / together, together).
+
+    by_time: (n,) batches from quick to slow. The slowest of a group's first half comes with the quickest of its second:
+    the sequence is folded like a letter.
+    """
+    layers = by_time.reshape(together, -1)
+    return np.stack([layer[::-1] if number % 2 else layer for number, layer in enumerate(layers)], axis=1)
 
 
 def without_drift(total: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
