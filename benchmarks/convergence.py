@@ -130,9 +130,11 @@ def _logged(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], options: Options) -> dict[str, float]:
-    """Return the mean step time of each strategy, measured once, in turns, each with its own model."""
-    path = options.output / "step_seconds.json"
+def step_seconds(
+    base: TrainConfig, arms: dict[str, dict[str, Any]], options: Options, file: str = "step_seconds.json"
+) -> dict[str, float]:
+    """Return the mean step time of each strategy, measured in turns, each with its own model, and kept in ``file``."""
+    path = options.output / file
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     missing = {name: settings for name, settings in arms.items() if name not in kept}
     if not missing:

@@ -8,11 +8,12 @@ lengths on the English of manifests; every eighth speaker is held out for testin
 
 Every run is a `canter train` of its own length: the learning rate falls to its floor at the end of each, so that a run
 of four minutes is not the first half of one of eight. Runs differ in seed, strategy and length only: they share corpus,
-tokenizer, measured budget, model and the memory that a micro-batch may fill. Lengths are in seconds of training steps:
-each strategy takes the steps that fit, by step times measured beforehand, in turns; what counts is the sum of the times
-that its steps took. Strategies take turns on the same core, run by run. The time to a WER is interpolated between a
-strategy's two neighbouring lengths, in the logarithm of the time. A strategy that has reached the lowest WER makes no
-longer run with that seed. The same command continues where it stopped.
+tokenizer, measured budget, model and the memory that a micro-batch may fill. Strategies take turns on the same core,
+run by run. The time of a run is its number of updates times the strategy's mean step time; step times are measured in
+turns too, step by step, after the runs, so that a machine that is slow for a while is slow for all. The sum of a run's
+own step times is kept beside it. The time to a WER is interpolated between a strategy's two neighbouring lengths, in
+the logarithm of the time. A strategy that has reached the lowest WER makes no longer run with that seed. The same
+command continues where it stopped.
 """
 
 import json
@@ -78,7 +79,7 @@ class Options:
     """Layers of encoder and decoder."""
     threads: int = 1
     timed: int = 60
-    """Steps of each strategy that are timed before the runs."""
+    """Steps of each strategy that are timed before the runs, to choose their lengths, and twice as many after them."""
     json: Path | None = None
     """File for the figures."""
     figure: Path | None = None
@@ -292,28 +293,43 @@ def draw_wer(rows: Sequence[dict[str, Any]], arms: Sequence[str], minutes: Seque
     return figure
 
 
+def with_times(rows: Sequence[dict[str, Any]], step_seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the runs with the time that their updates take."""
+    return [row | {"seconds": row["steps"] * step_seconds[row["arm"]]} for row in rows]
+
+
+def keep(rows: Sequence[dict[str, Any]], arms: dict[str, tuple[dict[str, Any], Planned]], options: Options) -> None:
+    """Write the figures of the runs so far."""
+    if options.json:
+        result = {
+            "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "speech"},
+            "machine": describe_machine(),
+            "runs": rows,
+            "summary": summary(rows, options),
+            "predicted": {name: vars(predicted) for name, (_, predicted) in arms.items()},
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main(options: Options) -> None:
     base = real_speech(options) if options.whisper else shared(options)  # type: ignore[arg-type]
     arms = arms_of(options, base)
     rows: list[dict[str, Any]] = []
     reached: set[tuple[str, int]] = set()
+    seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, options)  # type: ignore[arg-type]
     for about, config in runs_of(options, base, {name: settings for name, (settings, _) in arms.items()}):
         if (about["arm"], about["seed"]) in reached:
             continue
         say(f"{about['arm']}, {about['minutes']:g} minutes, seed {about['seed']}, {config.steps} steps")
         figures = trained(config)
-        rows.append(about | {"seconds": step_time(config.output)} | figures)
+        rows.append(about | {"own_seconds": step_time(config.output)} | figures)
         if figures["wer"] <= min(options.rates):
             reached.add((about["arm"], about["seed"]))
-        if options.json:  # after every run, so that a stop loses nothing
-            result = {
-                "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "speech"},
-                "machine": describe_machine(),
-                "runs": rows,
-                "summary": summary(rows, options),
-                "predicted": {name: vars(predicted) for name, (_, predicted) in arms.items()},
-            }
-            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep(with_times(rows, seconds), arms, options)  # after every run, so that a stop loses nothing
+    turns = replace(options, timed=2 * options.timed)
+    seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, turns, "turns.json")  # type: ignore[arg-type]
+    rows = with_times(rows, seconds)
+    keep(rows, arms, options)
     show(summary(rows, options), options)
     if options.figure:
         draw_wer(rows, options.arms, options.minutes).savefig(options.figure, dpi=150, facecolor="white")
