@@ -345,6 +345,31 @@ def test_noise_that_breaks_later_is_named_once_and_left_out(config, spoken, tmp_
     assert not (config.output / "skipped.jsonl").exists()
 
 
+def train_rank(rank, config):
+    return run_training(config).progress.step
+
+
+# Python 3.12 warns of forking where threads are
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_two_ranks_take_the_steps_of_one_and_name_broken_noise_once(noisy, tmp_path, on_ranks):
+    (tmp_path / "noise").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "noise" / f"{name}.wav", 0.1 * np.random.default_rng(1).standard_normal(RATE))
+    augment = dataclasses.replace(noisy.augment, noise=(tmp_path / "noise",), noise_probability=1.0)
+    noisy = dataclasses.replace(noisy, augment=augment, micro_batches_per_step=4, batch_seconds=4.0, steps=4)
+    one, two = (dataclasses.replace(noisy, output=tmp_path / name) for name in ("one", "two"))
+    prepare_training(one)
+    prepare_training(two)
+    os.remove(tmp_path / "noise" / "a.wav")
+    run_training(one)
+    assert on_ranks(2, train_rank, two) == [(4, ""), (4, "")]
+    assert log(two, "utterances.jsonl") == log(one, "utterances.jsonl")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for config in (one, two):
+        events = [row for row in log(config) if row.get("what") == "unaugmented"]
+        assert [row["file"] for row in events] == [str(tmp_path / "noise" / "a.wav")]
+
+
 def test_other_noise_is_a_change_that_must_be_allowed(noisy, tmp_path):
     noisy = dataclasses.replace(noisy, steps=2)
     run_training(noisy)
