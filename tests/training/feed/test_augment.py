@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -187,6 +188,27 @@ def test_responses_use_one_channel_and_noise_all(sounds, tmp_path):
     assert {one.channel for one in files.noise} == {None}
     again, _ = files_of(config, tmp_path)
     assert again == files
+
+
+def test_noise_is_read_from_tars(sounds, tmp_path):
+    with tarfile.open(tmp_path / "noise.tar", "w") as tar:
+        for name in ("long.flac", "short.wav"):
+            tar.add(sounds / "noise" / name, arcname=name)
+    config = TrainConfig(augment=AugmentConfig(noise=(tmp_path / "noise.tar",), noise_probability=1.0))
+    files, problems = files_of(config, tmp_path)
+    assert not problems
+    assert [round(one.seconds, 2) for one in files.noise] == [20.0, 0.25]
+    audio = np.full(RATE, 0.1, np.float32)
+    for row in range(10):
+        done, failed = Augmentation(config.augment, files, 0, RATE).apply(audio, 0, row)
+        assert not failed
+        assert np.abs(done - audio).max() > 1e-3
+    said = []
+    assert files_of(config, tmp_path, said)[0] == files
+    assert not said
+    (tmp_path / "noise.tar").write_bytes(b"other")
+    files_of(config, tmp_path, said)
+    assert "2 noise files or impulse responses are not those with which the run began" in said[0]
 
 
 def test_a_damaged_list_is_named(sounds, tmp_path):
