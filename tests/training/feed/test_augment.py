@@ -367,6 +367,16 @@ def test_noise_that_breaks_later_is_named_once_and_left_out(config, spoken, tmp_
     assert not (config.output / "skipped.jsonl").exists()
 
 
+def test_a_lost_list_of_noise_is_made_again_if_that_is_allowed(noisy):
+    run_training(dataclasses.replace(noisy, steps=2))
+    kept = (noisy.output / "augment.json").read_bytes()
+    os.remove(noisy.output / "augment.json")
+    with pytest.raises(CheckpointError, match=r"augment.json is missing since the run began.*--allow-changes"):
+        run_training(dataclasses.replace(noisy, steps=2))
+    run_training(dataclasses.replace(noisy, steps=2, allow_changes=True))
+    assert (noisy.output / "augment.json").read_bytes() == kept
+
+
 def train_rank(rank, config):
     return run_training(config).progress.step
 

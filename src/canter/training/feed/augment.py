@@ -239,7 +239,9 @@ def _read_files(path: Path) -> AugmentFiles:
                 raise ValueError(f"{one}")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is damaged ({reason}); remove it, and the noise is checked again") from None
+        raise CheckpointError(
+            f"{path} is damaged ({reason}); remove it, and add --allow-changes: the noise is then checked again"
+        ) from None
     return AugmentFiles(**found)
 
 

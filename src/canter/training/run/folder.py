@@ -55,6 +55,7 @@ LEFTOVERS = (
     ".cache",
 )
 KEPT = ("tokenizer", "budget.json", "augment.json")  # those whose checksums are in run.json
+REMADE = ("budget.json", "augment.json")  # those of them that --allow-changes may change
 Record = dict[str, Any]
 """Content of run.json, whose known keys have these types:"""
 TYPES = {
@@ -159,19 +160,20 @@ class RunFolder:
     def verify(self, allow_changes: bool, warn: Callable[[str], None] = lambda _: None) -> None:
         """Compare tokenizer, budget and list of noise with their checksums in run.json.
 
-        Raises CheckpointError for a file that has changed; a changed budget is only a warning if changes are allowed.
+        Raises CheckpointError for a file that has changed; if changes are allowed, a changed budget or list of noise is
+        only a warning.
         """
         for name, expected in self.recorded().get("files", {}).items():
             path = self.folder / name
             what = "missing" if not path.is_file() else "changed" if checksum(path) != expected else None
             if what is None:
                 continue
-            if name == "budget.json" and allow_changes:
+            if name in REMADE and allow_changes:
                 warn(f"{path} is {what} since the run began; the steps from here on follow it")
                 continue
             copies = [one / path.name for one in reversed(self.checkpoints) if (one / path.name).exists()]
             way = f"copy {copies[0]} there" if copies and path.parent != self.folder else "restore it"
-            also = "; --allow-changes uses it as it is" if name == "budget.json" else ""
+            also = "; --allow-changes uses it as it is" if name in REMADE else ""
             raise CheckpointError(f"{path} is {what} since the run began, and its steps would be others: {way}{also}")
 
     def record(self, values: Record) -> None:
