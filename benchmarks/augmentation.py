@@ -129,13 +129,13 @@ def at_level(audio: np.ndarray, peak: float = 0.5) -> np.ndarray:
 
 def write_noise(folder: Path, rows: Sequence[Row]) -> Path:
     """Write the training noise to ``folder`` once, and return it."""
-    if not (folder / "complete").exists():
+    if not (folder / ".complete").exists():
         samples, draw = round(NOISE_SECONDS * RATE), np.random.default_rng(1)
         for number in range(BABBLE_FILES):
             write(folder / f"babble-{number}.flac", at_level(babble(rows, samples, draw)))
         for number, exponent in enumerate(np.linspace(0, 2, COLOURED_FILES)):
             write(folder / f"coloured-{number}.flac", at_level(coloured(samples, float(exponent), draw)))
-        (folder / "complete").touch()
+        (folder / ".complete").touch()
     return folder
 
 
