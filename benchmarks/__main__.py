@@ -55,6 +55,12 @@ RUNS: dict[str, tuple[str, ...]] = {
         "finetune.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
         "--valid $shared/data/speech/an4/manifest.jsonl --split train --steps 20",
     ),
+    "augmentation": (
+        "augmentation.py throughput $shared/models/whisper-tiny.en $shared/data/speech/an4/manifest.jsonl "
+        "-o $scratch/augmentation --rounds 1",
+        "augmentation.py wer $shared/models/whisper-tiny.en $shared/data/speech/an4/manifest.jsonl "
+        "-o $scratch/augmentation --seeds 1 --steps 20 --test-clips 20",
+    ),
     "resilience": (
         "resilience.py kills -o $scratch/kills --trials 5",
         "resilience.py broken -o $scratch/broken --files 200",

@@ -155,7 +155,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al., 2019) and speed perturbation, drawn from (seed, epoch, row), for small sets."""
+    """SpecAugment (Park et al., 2019), speed perturbation, noise and channels, drawn from (seed, epoch, row).
+
+    Ranges are a low and a high value, or one value. Each effect has a probability per utterance and epoch."""
 
     frequency_masks: int = 0
     """Number of frequency masks (Canary's recipe: 2)."""
@@ -168,6 +170,64 @@ class AugmentConfig:
     speed: tuple[float, ...] = ()
     """Speed perturbation: each utterance gets one of these speeds in each epoch (Ko et al., 2015), such as 0.9 1.0 1.1
     (default: no perturbation)."""
+    rir: tuple[Path, ...] = ()
+    """Manifests or folders of room impulse responses, with which utterances are convolved (default: no
+    reverberation)."""
+    rir_probability: Annotated[float, FileOnly()] = 0.5
+    """Probability of reverberation."""
+    noise: tuple[Path, ...] = ()
+    """Manifests or folders of noise that is added to utterances (default: no noise)."""
+    noise_probability: Annotated[float, FileOnly()] = 0.5
+    """Probability of noise."""
+    noise_snr: Annotated[tuple[float, ...], FileOnly()] = (0.0, 20.0)
+    """Range of the signal-to-noise ratio in dB."""
+    gain: Annotated[tuple[float, ...], FileOnly()] = ()
+    """Range of the gain in dB, such as [-20, 6] (default: no gain)."""
+    gain_probability: Annotated[float, FileOnly()] = 0.5
+    """Probability of a gain."""
+    clipping: Annotated[tuple[float, ...], FileOnly()] = ()
+    """Range of the level at which samples are clipped, as a fraction of the utterance's peak, such as [0.2, 0.9]
+    (default: no clipping)."""
+    clipping_probability: Annotated[float, FileOnly()] = 0.1
+    """Probability of clipping."""
+    low_pass: Annotated[tuple[float, ...], FileOnly()] = ()
+    """Range of the cutoff frequency of a low-pass filter in Hz, such as [2500, 7000] (default: no filter)."""
+    low_pass_probability: Annotated[float, FileOnly()] = 0.2
+    """Probability of a low-pass filter."""
+    telephone: Annotated[tuple[Literal["mulaw", "alaw", "gsm"], ...], FileOnly()] = ()
+    """Telephone codecs, one of which is drawn: G.711 with mu-law or A-law, GSM 06.10; each at 8 kHz and 300 to 3400 Hz
+    (default: no telephone)."""
+    telephone_probability: Annotated[float, FileOnly()] = 0.2
+    """Probability of a telephone channel."""
+
+    def __post_init__(self) -> None:
+        for name in ("rir", "noise"):
+            value = getattr(self, name)
+            several = [value] if isinstance(value, str | os.PathLike) else value
+            object.__setattr__(self, name, tuple(map(Path, several)))
+        ranges = {
+            "noise_snr": (-math.inf, math.inf, "finite"),
+            "gain": (-math.inf, math.inf, "finite"),
+            "clipping": (0.0, 1.0, "above 0 and at most 1"),
+            "low_pass": (0.0, math.inf, "above 0 and finite"),
+        }
+        for name, (above, most, must) in ranges.items():
+            values = getattr(self, name)
+            if len(values) > 2 or not all(above < one <= most and math.isfinite(one) for one in values):
+                raise ConfigError(f"augment.{name} is {list(values)}; it must be one value or two, {must}")
+            if list(values) != sorted(values):
+                raise ConfigError(f"augment.{name} is {list(values)}; the lower value comes first")
+        if self.noise and not self.noise_snr:
+            raise ConfigError("augment.noise_snr is empty; give the range of the signal-to-noise ratio in dB")
+        for one in dataclasses.fields(self):
+            effect = re.sub("_(probability|snr)$", "", one.name)
+            if effect == one.name:
+                continue
+            value = getattr(self, one.name)
+            if one.name.endswith("_probability") and not 0 <= value <= 1:
+                raise ConfigError(f"augment.{one.name} is {value}; it must be between 0 and 1")
+            if value != one.default and not getattr(self, effect):
+                raise ConfigError(f"augment.{one.name} has no effect without augment.{effect}; set it, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -350,6 +410,9 @@ def rooted(config: TrainConfig) -> TrainConfig:
         for path in getattr(config, name):
             if re.search(r"(^|/)[a-z][a-z0-9+]+:/", str(path)):  # a Path keeps one slash of two
                 raise ConfigError(f"--{name} {path} is a URL; {way}")
+    for path in (*config.augment.noise, *config.augment.rir):
+        if re.search(r"(^|/)[a-z][a-z0-9+]+:/", str(path)):
+            raise ConfigError(f"--augment.noise and --augment.rir take no URL, as {path} is; {copy}")
 
     def absolute(path: Path | None) -> Path | None:  # a manifest may name its tars: MANIFEST::TAR
         return None if path is None else Path("::".join(map(os.path.abspath, str(path).split("::"))))
@@ -362,6 +425,11 @@ def rooted(config: TrainConfig) -> TrainConfig:
         teacher=config.teacher if is_hub_name(config.teacher) else absolute(config.teacher),
         tokenizer=absolute(config.tokenizer),
         budget=absolute(config.budget),
+        augment=dataclasses.replace(
+            config.augment,
+            noise=tuple(map(absolute, config.augment.noise)),
+            rir=tuple(map(absolute, config.augment.rir)),
+        ),
     )
 
 

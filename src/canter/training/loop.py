@@ -123,6 +123,7 @@ class Trainer:
         self.reopen = False  # load data again, for a smaller budget, from the next window on
         self.drawn = False  # the data of all steps has been requested
         self.stopping = threading.Event()  # set when this rank is asked to stop
+        self.unaugmented: set[str] = set()  # files of noise that could not be read, and were named
         self.track: Tracker = lambda step, numbers: None
         self.pace = Pace(config, schedule.step_seconds, record.get("timed", 0))
         self.pace.plan(0, self.steps)
@@ -283,7 +284,8 @@ class Trainer:
             self.shards.gather()
         computed = self.gradient.compute(ready.loaded, ready.counts, step, ctc_only)
         problems = [problem for one in ready.loaded for problem in one.skipped] + self._unfit(ready, computed)
-        ranks = self.ranks.all_gather_named(self._numbers(ready, computed, len(problems)))
+        unaugmented = [problem for one in ready.loaded for problem in one.unaugmented]
+        ranks = self.ranks.all_gather_named(self._numbers(ready, computed, len(problems), len(unaugmented)))
         counts = ready.counts.less(ranks["lost_tokens"].sum(), ranks["lost_characters"].sum())
         ctc = float(ranks["ctc"].sum()) / max(1, counts.characters)
         attention = None if ctc_only else float(ranks["attention"].sum()) / max(1, counts.tokens)
@@ -323,12 +325,16 @@ class Trainer:
         self.pace.took(max(predicted), report.seconds)
         self._account(report, planned, update.finite)
         self._skip(step + 1, problems, int(ranks["skipped"].sum()))
+        if ranks["unaugmented"].any():
+            self._name_unaugmented(step + 1, unaugmented)
         if ranks["splits"].any():
             self._tighten(step, planned, computed)
         self.events.step(report)
         return planned, bool(ranks["stopping"].any())
 
-    def _numbers(self, ready: LoadedStep, computed: ComputedGradient, skipped: int) -> dict[str, float]:
+    def _numbers(
+        self, ready: LoadedStep, computed: ComputedGradient, skipped: int, unaugmented: int
+    ) -> dict[str, float]:
         """Return this rank's numbers of the step, to be gathered from all ranks."""
         batches, lost = ready.batches, TargetCounts(0, 0)
         if computed.unfit:
@@ -354,6 +360,7 @@ class Trainer:
             "frames": max((self.model.encoder_frames(b.audio.shape[1] / rate) for b in batches), default=0),
             "tokens": max((b.tokens.shape[1] for b in batches), default=0),
             "skipped": skipped,
+            "unaugmented": unaugmented,
             "splits": len(computed.splits) + len(computed.unfit),
             "lost_tokens": lost.tokens,
             "lost_characters": lost.characters,
@@ -413,6 +420,16 @@ class Trainer:
             everyone = self.ranks.all_gather_objects(problems)
             self.log.add_skipped(step, [problem for some in everyone for problem in some])
             check_skipped(self.log, self.progress, self.config.max_skipped, self.ranks)
+
+    def _name_unaugmented(self, step: int, problems: list[Problem]) -> None:
+        """Name each file of noise that a rank could not read, once."""
+        for problem in [one for some in self.ranks.all_gather_objects(problems) for one in some]:
+            if problem.file not in self.unaugmented:
+                self.unaugmented.add(problem.file)
+                self.log.event(step, "unaugmented", file=problem.file, reason=problem.reason)
+                self.events.message(
+                    f"step {step}: {problem.reason}; utterances that drew it are trained without its noise or room"
+                )
 
     def _tighten(self, step: int, planned: PlannedStep, computed: ComputedGradient) -> None:
         """Log micro-batches that did not fit, and lower the budget from the next window on."""

@@ -13,6 +13,7 @@ from canter.runtime import choose_device, keep_freed_memory, map_large_blocks, r
 from canter.text import load_tokenizer
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided, describe_defaults
+from canter.training.feed.augment import describe_augmentation, find_augment_files
 from canter.training.feed.corpus import find_index, find_tokenizer, load_data, validation_rows
 from canter.training.loop import PreparedRun, Trainer
 from canter.training.measure import check_memory
@@ -107,9 +108,14 @@ def prepare_training(
 
     # length index -> micro-batches
     index = find_index(config, run.folder, tokenizer, events, verify=ranks.first)
-    data, problems = load_data(config, model, index, characters, rows)
+    files, unusable = find_augment_files(config, run.folder, events, writes=ranks.first)
+    data, problems = load_data(config, model, index, characters, rows, files)
     if ranks.first:
-        list_problems(run.folder / "valid.skipped.jsonl", problems, events.message)
+        list_problems(run.folder / "valid.skipped.jsonl", problems, events.message, "validation rows")
+    if ranks.first and unusable:
+        list_problems(run.folder / "augment.skipped.jsonl", unusable, events.message, "rows of noise")
+    if augmented := describe_augmentation(config.augment, files):
+        events.message(augmented)
 
     # budget -> plan
     if choose_device(config.device).type == "cpu":

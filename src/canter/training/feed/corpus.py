@@ -20,6 +20,7 @@ from canter.models.protocol import AnyModel
 from canter.text import Characters, load_tokenizer, train_tokenizer
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
+from canter.training.feed.augment import EFFECTS, Augmentation, AugmentFiles
 from canter.training.feed.data import MicroBatches, prompt_and_text
 
 Numbered = tuple[str, int, Utterance | Problem]
@@ -40,15 +41,24 @@ class TrainingData:
 
 
 def load_data(
-    config: TrainConfig, model: AnyModel, index: LengthIndex, characters: Characters, rows: Iterable[Numbered]
+    config: TrainConfig,
+    model: AnyModel,
+    index: LengthIndex,
+    characters: Characters,
+    rows: Iterable[Numbered],
+    files: AugmentFiles,
 ) -> tuple[TrainingData, list[Problem]]:
     """Return the training data for ``model``, and a problem for each row of --valid that cannot be used.
+
+    files: noise and impulse responses of the augmentation.
 
     Raises ManifestError if --valid has rows but none can be used.
     """
     assert model.tokenizer is not None
     valid, problems = usable_rows(rows, model.tokenizer, model.longest_seconds, model.positions)
     ctc_targets = characters if "characters" in model.supports else model.tokenizer
+    on = any(getattr(config.augment, effect) for effect in EFFECTS)
+    augmentation = Augmentation(config.augment, files, config.seed, model.sample_rate) if on else None
     micro_batches = MicroBatches(
         index,
         model.tokenizer,
@@ -58,6 +68,7 @@ def load_data(
         config.seed,
         model.longest_seconds,
         model.positions,
+        augmentation,
     )
     return TrainingData(model.tokenizer, characters, index, valid, micro_batches), problems
 

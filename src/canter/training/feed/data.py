@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -35,6 +35,7 @@ from canter.planning.sampler import PlannedStep, Stepper
 from canter.processes import end_with_parent, ignore_signals
 from canter.ranks import SINGLE_RANK, Ranks
 from canter.text import Characters, Tokenizer
+from canter.training.feed.augment import Augmentation
 from canter.training.feed.speed import speeds_of
 
 SECONDS_TOLERANCE = 0.25  # between the duration in a manifest and that of the audio
@@ -115,6 +116,8 @@ class Loaded:
     skipped: list[Problem]
     fatal: CanterError | None = None
     """Error that ends the run; the training process raises it, as messages of workers are hard to read."""
+    unaugmented: list[Problem] = field(default_factory=list)
+    """Noise and impulse responses that could not be read; their utterances are in the batch without them."""
 
     def pin_memory(self) -> "Loaded":  # DataLoader calls it for a GPU
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
@@ -145,17 +148,19 @@ class MicroBatches(torch.utils.data.Dataset):
         seed: int = 0,
         longest_seconds: float = math.inf,
         most_tokens: float = math.inf,
+        augmentation: Augmentation | None = None,
     ):
         """Take what makes the targets of CTC from a text, and the model's maximum seconds and tokens, prompt and end
         token included."""
         self.index, self.tokenizer, self.ctc_targets = index, tokenizer, ctc_targets
         self.sample_rate, self.speeds, self.seed = sample_rate, speeds, seed
         self.longest_seconds, self.most_tokens = longest_seconds, most_tokens
+        self.augmentation = augmentation
         self.reading: Tensor | None = None
         """Row that each worker is reading, -1 for none: (workers,), in shared memory."""
 
     def __getitem__(self, address: Address) -> Loaded:
-        examples, skipped = [], []
+        examples, skipped, unaugmented = [], [], []
         speeds = np.ones(len(address.rows))
         if self.speeds:
             speeds = speeds_of(address.rows, self.seed, address.epoch, self.speeds)
@@ -166,13 +171,22 @@ class MicroBatches(torch.utils.data.Dataset):
             except ManifestError as error:  # not one bad file: the plan belongs to another manifest
                 return Loaded(address, None, skipped, error)
             try:
-                examples.append(self.example(utterance, row, speed))
+                example = self.example(utterance, row, speed)
+                if self.augmentation is not None:
+                    audio, failed = self.augmentation.apply(example.audio, address.epoch, row)
+                    for file, reason in failed:
+                        if _out_of_files(reason):
+                            raise reason
+                        unaugmented.append(Problem(file, row, str(reason)))
+                    example = replace(example, audio=audio)
+                examples.append(example)
             except AudioError as error:
                 if _out_of_files(error):  # not one bad file
                     return Loaded(address, None, skipped, CanterError(f"{error}; {MORE_FILES}"))
                 skipped.append(Problem(utterance.audio_filepath, row, str(error)))
         self._note(-1)
-        return Loaded(address, collate(examples, self.tokenizer.pad) if examples else None, skipped)
+        batch = collate(examples, self.tokenizer.pad) if examples else None
+        return Loaded(address, batch, skipped, unaugmented=unaugmented)
 
     def _note(self, row: int) -> None:
         if self.reading is not None:

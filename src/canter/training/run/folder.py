@@ -6,6 +6,8 @@ lengths.arrow     the length index of the training data
 left_out.jsonl    utterances in no batch, with the reason
 valid.skipped.jsonl  validation rows that cannot be used, with the reason
 budget.json       measured memory and time of a step
+augment.json      usable noise and impulse responses of the augmentation
+augment.skipped.jsonl  those that cannot be used, with the reason
 tokenizer/        tokenizer and alphabet
 metrics.jsonl     a line for each training step ("kind": "train"), validation ("valid") and unusual event ("event")
 utterances.jsonl  the rows of each step
@@ -43,8 +45,17 @@ BEGUN_WITH = "batch_seconds of 0.1"  # key in run.json: Canter 0.1 began the run
 CHECKSUM = "checksum"  # key in run.json, over all its other content
 LOCK = ".lock"
 # Files and folders that a run makes before its first step.
-LEFTOVERS = ("tokenizer", "lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", "budget.json", ".cache")
-KEPT = ("tokenizer", "budget.json")  # those whose checksums are in run.json
+LEFTOVERS = (
+    "tokenizer",
+    "lengths.arrow",
+    "lengths.skipped.jsonl",
+    "lengths.arrow.parts",
+    "budget.json",
+    "augment.json",
+    ".cache",
+)
+KEPT = ("tokenizer", "budget.json", "augment.json")  # those whose checksums are in run.json
+REMADE = ("budget.json", "augment.json")  # those of them that --allow-changes may change
 Record = dict[str, Any]
 """Content of run.json, whose known keys have these types:"""
 TYPES = {
@@ -69,6 +80,8 @@ VOID = {
         ("lengths.arrow", "lengths.skipped.jsonl", "lengths.arrow.parts", ".cache", *STEPS, *BATCHES),
     ),
     "budget": ("budget.json", *STEPS, *BATCHES),
+    "augment.noise": ("augment.json",),
+    "augment.rir": ("augment.json",),
     "batch_seconds": BATCHES,
     "min_steps": BATCHES,
     "steps": (*STEPS, "timed"),
@@ -145,25 +158,26 @@ class RunFolder:
         return read_record(self.folder)
 
     def verify(self, allow_changes: bool, warn: Callable[[str], None] = lambda _: None) -> None:
-        """Compare tokenizer and budget with their checksums in run.json.
+        """Compare tokenizer, budget and list of noise with their checksums in run.json.
 
-        Raises CheckpointError for a file that has changed; a changed budget is only a warning if changes are allowed.
+        Raises CheckpointError for a file that has changed; if changes are allowed, a changed budget or list of noise is
+        only a warning.
         """
         for name, expected in self.recorded().get("files", {}).items():
             path = self.folder / name
             what = "missing" if not path.is_file() else "changed" if checksum(path) != expected else None
             if what is None:
                 continue
-            if name == "budget.json" and allow_changes:
+            if name in REMADE and allow_changes:
                 warn(f"{path} is {what} since the run began; the steps from here on follow it")
                 continue
             copies = [one / path.name for one in reversed(self.checkpoints) if (one / path.name).exists()]
             way = f"copy {copies[0]} there" if copies and path.parent != self.folder else "restore it"
-            also = "; --allow-changes uses it as it is" if name == "budget.json" else ""
+            also = "; --allow-changes uses it as it is" if name in REMADE else ""
             raise CheckpointError(f"{path} is {what} since the run began, and its steps would be others: {way}{also}")
 
     def record(self, values: Record) -> None:
-        """Write run.json, with the checksums of tokenizer and budget."""
+        """Write run.json, with the checksums of tokenizer, budget and list of noise."""
         if not self.writes:
             return
         for name in LEFTOVERS:  # the files that decisions rest on must survive a power cut too

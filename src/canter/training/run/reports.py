@@ -236,11 +236,11 @@ def list_left_out(path: Path, plan: Plan, index: LengthIndex) -> int:
     return len(lines)
 
 
-def list_problems(path: Path, problems: Sequence[Problem], warn: Callable[[str], None]) -> None:
-    """Write the validation rows that cannot be used, and warn of their number and the first."""
+def list_problems(path: Path, problems: Sequence[Problem], warn: Callable[[str], None], rows: str) -> None:
+    """Write the ``rows`` ("validation rows") that cannot be used, and warn of their number and the first."""
     if problems:
         write_text(path, (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in problems))
-        warn(f"{len(problems)} validation rows left out, listed in {path}: {problems[0]}")
+        warn(f"{len(problems)} {rows} left out, listed in {path}: {problems[0]}")
     else:
         path.unlink(missing_ok=True)
 

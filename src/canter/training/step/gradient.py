@@ -142,7 +142,7 @@ class Gradient:
     ):
         self.config, self.model, self.ranks, self.teacher = config, model, ranks, teacher
         self.device = next(model.parameters()).device
-        masks = {name: value for name, value in vars(config.augment).items() if name != "speed"}
+        masks = {one.name: getattr(config.augment, one.name) for one in dataclasses.fields(SpecAugmentConfig)}
         self.augment = SpecAugmentConfig(**masks)
         self.norms = [module for module in model.modules() if isinstance(module, MaskedBatchNorm)]
         self.copies = bf16_weights(model, precision)
