@@ -15,8 +15,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PAGES += [ROOT / "benchmarks" / "README.md"]
 PROSE_COLUMNS = 120
 SUBJECT_COLUMNS = 72
-# The 123rd option is --upload: a run on machines without a lasting disk can keep its checkpoints only elsewhere.
-MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 123}
+# The last six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
+# is named, and convert --merge.
+MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 129}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",
     "Any in public signatures": "annotate with the real type, a Protocol or a type variable",

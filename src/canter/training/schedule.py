@@ -1,6 +1,6 @@
 """The steps of a run: how large its batches are, the plan that they follow, and the number of steps.
 
-Batches fill the memory budget, unless the run would have too few updates or, on a CPU, larger batches are hardly faster.
+Batches fill the memory budget, unless the run would have too few updates or, on a CPU, larger ones are hardly faster.
 """
 
 import dataclasses
