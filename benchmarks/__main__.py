@@ -55,6 +55,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "finetune.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
         "--valid $shared/data/speech/an4/manifest.jsonl --split train --steps 20",
     ),
+    "lora": (
+        "lora.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
+        "--valid $shared/data/speech/an4/manifest.jsonl --work $scratch/lora --steps 10 --valid-utterances 20",
+    ),
     "resilience": (
         "resilience.py kills -o $scratch/kills --trials 5",
         "resilience.py broken -o $scratch/broken --files 200",
