@@ -9,8 +9,8 @@ full         all weights, learning rate 3e-5
 lora         rank 16, attention and feed-forward, learning rate 3e-4 (the defaults)
 lora_qv      rank 16 on q_proj and v_proj only, at the same learning rate
 
-Memory is that of the budget: weights, gradients and optimiser state that every step needs, and the padded audio that a
-limit of --limit-gib has room for beside them.
+Memory is that of the measured budget: fixed_mib are weights, gradients and optimiser state, which every step needs;
+utterance_mib and utterances_in_limit follow from its fit, which few probes of small batches make rough.
 """
 
 import json
