@@ -61,6 +61,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "augmentation.py wer $shared/models/whisper-tiny.en $shared/data/speech/an4/manifest.jsonl "
         "-o $scratch/augmentation --seeds 1 --steps 20 --test-clips 20",
     ),
+    "lora": (
+        "lora.py $shared/models/whisper-tiny.en --train $shared/data/speech/an4/manifest.jsonl "
+        "--valid $shared/data/speech/an4/manifest.jsonl --work $scratch/lora --steps 10 --valid-utterances 20",
+    ),
     "resilience": (
         "resilience.py kills -o $scratch/kills --trials 5",
         "resilience.py broken -o $scratch/broken --files 200",

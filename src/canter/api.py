@@ -31,19 +31,26 @@ Precision = Literal["auto", "float32", "bf16", "int8"]
 
 
 def load(
-    model: str | os.PathLike[str], *, device: str = "auto", precision: Precision = "auto", revision: str | None = None
+    model: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    revision: str | None = None,
 ) -> Recognizer:
     """Load a speech recognition model.
 
     model: the folder of a training run (its best checkpoint is taken), a model folder of Canter or Hugging Face, a
         ``.nemo`` file, or a name on the Hugging Face hub such as "openai/whisper-tiny.en", whose files are fetched once
         and kept in the hub's cache.
+    adapter: folder of a LoRA adapter, of Canter or peft, or a run that trained one; it is merged into the weights. The
+        run of an adapter, named as ``model``, finds its model itself.
     device: "cpu", "cuda" or "cuda:1"; "auto" takes a GPU where there is one.
     precision: "float32", "bf16" or, on a CPU, "int8"; "auto" is bf16 on a GPU and float32 elsewhere.
     revision: branch, tag or commit of a hub name; "NAME@REVISION" says the same.
 
-    Raises CheckpointError for what is not a model or cannot be found, ConfigError for a device or precision that is not
-    here.
+    Raises CheckpointError for what is not a model, or an adapter of another model, or cannot be found, ConfigError for
+    a device or precision that is not here.
     """
     from canter.inference.recognizer import Recognizer
     from canter.loading import load_module
@@ -56,7 +63,9 @@ def load(
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "float32"
     path = checkpoint_of(os.fspath(model), revision)
-    return Recognizer(load_module(path, chosen, precision), os.fspath(model))
+    return Recognizer(
+        load_module(path, chosen, precision, None if adapter is None else Path(adapter)), os.fspath(model)
+    )
 
 
 def build_index(

@@ -16,6 +16,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.extras import require
 from canter.models.formats.files import read_json, read_tensors, refuse_adapter
 from canter.models.formats.fitting import check_vocabulary
+from canter.models.hub import adapter_folder, checkpoint_of
 from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel, check_support, module_of
 from canter.models.w2v_bert import W2vBertConfig
@@ -61,9 +62,15 @@ def model_format(path: str | Path) -> Format:
 
 
 def load_module(
-    path: str | Path, device: str | torch.device = "cpu", precision: Precision | StoredPrecision = "float32"
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    precision: Precision | StoredPrecision = "float32",
+    adapter: str | Path | None = None,
 ) -> AnyModel:
     """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
+
+    adapter: folder of a LoRA adapter, or run that trained one, which is merged into the weights. Where ``path`` itself
+    is an adapter that Canter trained, the model is the one that it names.
 
     Raises CheckpointError for a path without a model, and for one that is truncated, does not fit its configuration, or
     cannot take the audio that it pads to; MissingExtraError if transformers is needed and not installed; ConfigError
@@ -72,9 +79,8 @@ def load_module(
     path, device = Path(path), choose_device(str(device))
     if precision == "int8" and device.type != "cpu":
         raise ConfigError(f"--precision int8 runs only on a CPU, not on {device}: use bf16 there")
-    kept = model_format(path)
-    model = kept.read(path, DTYPES[precision])
-    if kept.native:
+    model = _read(path, DTYPES[precision], None if adapter is None else adapter_folder(adapter))
+    if FORMATS[model.format].native:
         _check_window(cast(SpeechModel, model), path)
     if precision == "int8":
         from canter.inference.engine.int8 import quantize
@@ -86,23 +92,74 @@ def load_module(
 
 
 def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    adapter: str | Path | None = None,
 ) -> SpeechModel:
     """Return the model at ``path`` as Canter's own module, in evaluation mode; see `load_module` for what is raised.
 
     Raises CheckpointError for an architecture that only transformers runs.
     """
-    path, kept = Path(path), model_format(path)
-    if not kept.native:
+    path = Path(path)
+    base = base_folder(path)
+    if not model_format(base).native:
         from canter.models.formats.huggingface import LAYOUTS
 
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type is {model_type(path)!r:.80}, not one of "
+            f"{base / 'config.json'}: model_type is {model_type(base)!r:.80}, not one of "
             f"{', '.join((*LAYOUTS, SEAMLESS))}: only transformers runs it, so it cannot be converted or reshaped "
             "('canter info' lists what it supports)"
         )
-    model = cast(SpeechModel, kept.read(path, dtype))
+    model = cast(SpeechModel, _read(path, dtype, None if adapter is None else adapter_folder(adapter)))
     return model.to(choose_device(str(device))).eval()
+
+
+def base_folder(path: Path) -> Path:
+    """Return the file or folder of the model that the adapter at ``path`` changes; of a model, ``path`` itself.
+
+    Raises CheckpointError where it is not there any more.
+    """
+    from canter.models.formats.peft import base_of, holds_adapter
+
+    while path.is_dir() and holds_adapter(path) and (base := base_of(path)) is not None:
+        path = _model_of(path, base)
+    return path
+
+
+def _model_of(adapter: Path, base: str) -> Path:
+    try:
+        return checkpoint_of(base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter} is an adapter, and its model is not where it was: {error}; name the model, and this folder "
+            "with --adapter, or canter.load(MODEL, adapter=...)"
+        ) from None
+
+
+def _read(path: Path, dtype: torch.dtype, adapter: Path | None = None) -> AnyModel:
+    """Return the model at ``path`` with weights of ``dtype`` and the adapter merged, on the CPU."""
+    from canter.models.formats.peft import base_of, holds_adapter, merge_adapter
+
+    if adapter is None and path.is_dir() and holds_adapter(path) and (base := base_of(path)) is not None:
+        return _read(_model_of(path, base), dtype, path)
+    if adapter is None:
+        return model_format(path).read(path, dtype)
+    model = _read(path, torch.float32)  # whose weights are rounded once, when the adapter is merged
+    merge_adapter(model, adapter, path)
+    _cast(model, dtype)
+    return model
+
+
+def _cast(model: AnyModel, dtype: torch.dtype) -> None:
+    if model.format == "transformers":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return
+    for part in module_of(model).children():
+        if part is not cast(SpeechModel, model).features:
+            part.to(dtype)
 
 
 def save_module(
@@ -113,6 +170,10 @@ def save_module(
     ``weights`` stand in for the model's state dict: those of an earlier step, or an average. Raises CheckpointError
     where something else is at ``path``, and for a model that the format cannot hold.
     """
+    if model.adapter is not None:
+        from canter.models.formats.peft import save_adapter
+
+        return save_adapter(model, Path(path), weights)
     own, kept = FORMATS[model.format], FORMATS[form or model.format]
     if own != kept and not (own.native and kept.native):
         raise CheckpointError(f"{path}: {model.shape} can only be kept as {own.files}, not as {kept.files}")
@@ -124,6 +185,10 @@ def read_weights(model: AnyModel | None, folder: Path) -> dict[str, Tensor]:
 
     None stands for a model in Canter's format. Raises CheckpointError for files that are missing or damaged.
     """
+    if model is not None and model.adapter is not None:
+        from canter.models.formats.peft import read_adapter
+
+        return read_adapter(folder, model)[1]
     if model is not None and model.format == "transformers":
         return cast("TransformersModel", model).read_weights(folder)
     return read_tensors(folder / "model.safetensors")
@@ -169,9 +234,7 @@ def _read_nemo(path: Path, dtype: torch.dtype) -> AnyModel:
 def _fitting(model: SpeechModel, path: Path, dtype: torch.dtype) -> AnyModel:
     """Return the model with weights of ``dtype``; raise CheckpointError for a tokenizer that does not fit."""
     check_vocabulary(model, model.tokenizer, path)
-    for part in model.children():
-        if part is not model.features:
-            part.to(dtype)
+    _cast(model, dtype)
     return model
 
 

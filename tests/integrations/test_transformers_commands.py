@@ -116,6 +116,33 @@ def test_trained_resumed_and_transcribed(family, corpus, tmp_path, capsys):
         assert main(["report", str(run)]) == 0
 
 
+def test_an_adapter_is_trained_resumed_merged_and_loaded(corpus, tmp_path, capsys):
+    init, run = saved("moonshine", tmp_path / "init"), tmp_path / "run"
+    lora = ("--lora.rank", "2", "--lora.targets", "q_proj", "fc?", "--optimizer.learning-rate", "0.01")
+    assert command(corpus, init, run, *lora) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "LoRA of rank 2 on 14 linear layers (" in said, said[said.find("LoRA of") :][:200]
+    newest = run / "checkpoints" / "step-000004"
+    first, weights = losses(run), load_file(newest / "adapter_model.safetensors")
+    assert {name.rpartition("_")[0] for name in weights} >= {"base_model.model.model.encoder.layers.0.mlp.fc1.lora"}
+    shutil.rmtree(newest)
+    (run / "checkpoints" / "best.json").unlink()
+    assert command(corpus, init, run, *lora) == 0
+    assert losses(run) == first
+    again = load_file(newest / "adapter_model.safetensors")
+    assert all(torch.equal(x, again[name]) for name, x in weights.items())
+    assert main(["convert", str(newest), str(tmp_path / "merged"), "--merge", "--format", "huggingface"]) == 0
+    texts = []
+    data = str(corpus / "train.jsonl")
+    for number, arguments in enumerate(([str(tmp_path / "merged")], [str(newest)], [str(init), "--adapter", str(run)])):
+        output = tmp_path / f"{number}.jsonl"
+        assert main(["transcribe", arguments[0], data, *arguments[1:], "--output", str(output)]) == 0
+        texts.append([json.loads(line)["pred_text"] for line in output.read_text().splitlines()])
+    assert texts[0] == texts[1]
+    best = json.loads((run / "checkpoints" / "best.json").read_text())["checkpoint"]
+    assert texts[2] == texts[1] or best != "step-000004"
+
+
 @pytest.fixture(scope="module")
 def moonshine(tmp_path_factory):
     return saved("moonshine", tmp_path_factory.mktemp("models") / "moonshine")

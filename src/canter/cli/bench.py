@@ -28,6 +28,8 @@ class Options:
     audio: Path | None = None
     """Manifest, or folder of audio (default: modulated noise, which gives only a rough figure, since a model decodes
     other texts from noise than from speech)."""
+    adapter: Path | None = None
+    """LoRA adapter to merge into the model: a folder of Canter or peft, or a run (default: none)."""
     against: str = ""
     """Other systems on the same weights and utterances, separated by commas: `transformers`, `ctranslate2`, `espnet`
     (OWSM), or `canter` itself. Each may have a type other than --precision, as in `ctranslate2:int8`."""
@@ -84,7 +86,9 @@ def run(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     checkpoint, config = checkpoint_of(options.model), EngineConfig(rows=options.batch_size)
-    engine = load_engine(checkpoint, config, device=options.device, precision=options.precision)
+    engine = load_engine(
+        checkpoint, config, device=options.device, precision=options.precision, adapter=options.adapter
+    )
     model = engine.model
     device = str(next(model.parameters()).device)
     if device == "cpu":  # for all systems, which share the process
@@ -97,11 +101,15 @@ def run(options: Options) -> None:
     with TemporaryDirectory(prefix="canter-bench-") as work:
         for package, type_name in peers:
             if package == "canter":
-                other = load_engine(checkpoint, config, device=device, precision=PRECISION_OF[type_name])
+                other = load_engine(
+                    checkpoint, config, device=device, precision=PRECISION_OF[type_name], adapter=options.adapter
+                )
                 system: System = EngineSystem(other)
             else:
                 check_support(model, {"--against": "cached_decoding"}, options.model)
-                weights = load_module(checkpoint, device) if options.precision == "int8" else model
+                weights = (
+                    load_module(checkpoint, device, adapter=options.adapter) if options.precision == "int8" else model
+                )
                 system = load_peer(cast("SpeechModel", weights), package, type_name, peer_batch, Path(work))
             systems[f"{package} {type_name}"] = system
             if package == "espnet" and options.beam_size > 1:

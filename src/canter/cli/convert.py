@@ -19,6 +19,10 @@ class Options:
     """Folder or file to write; a name that ends in .nemo asks for an archive."""
     format: Literal["auto", "canter", "huggingface", "nemo", "espnet"] = "auto"
     """Format to write (default: nemo for a name that ends in .nemo, canter for any other)."""
+    merge: bool = False
+    """Write the model with its LoRA adapter merged; needed for a run that trained one, and for --adapter."""
+    adapter: Path | None = None
+    """LoRA adapter to merge into the model: a folder of Canter or peft, or a run (default: none)."""
     precision: Literal["float32", "bf16", "float16"] = "float32"
     """Type of the weights as written; .nemo archives are always float32."""
     overwrite: bool = False
@@ -32,11 +36,20 @@ def run(options: Options) -> int | None:
     if output.exists() and not options.overwrite:
         raise ConfigError(f"{output} exists; choose another name, or --overwrite")
 
-    from canter.loading import DTYPES, load_model, save_module
+    from canter.loading import DTYPES, base_folder, load_model, load_module, model_format, save_module
     from canter.models.hub import checkpoint_of
 
     checkpoint = checkpoint_of(options.model)
-    for path in (options.model.resolve(), checkpoint.resolve()):
+    base = base_folder(checkpoint)
+    adapted = options.adapter is not None or base != checkpoint
+    if adapted != options.merge:
+        raise ConfigError(
+            f"{options.model} has no adapter to merge; leave --merge out, or name an --adapter"
+            if options.merge
+            else f"{options.adapter or checkpoint} is a LoRA adapter, which is not converted by itself; add --merge to "
+            "write the model with the adapter merged into its weights"
+        )
+    for path in (options.model.resolve(), checkpoint.resolve(), base.resolve()):
         if path == output.resolve():
             raise ConfigError(f"{output} is the model itself; choose another name")
         if output.resolve() in path.parents:
@@ -44,7 +57,10 @@ def run(options: Options) -> int | None:
     form = options.format
     if form == "auto":
         form = "nemo" if output.suffix == ".nemo" else "canter"
-    model = load_model(checkpoint, dtype=DTYPES[options.precision])
+    if adapted and options.format in ("auto", "huggingface") and not model_format(base).native:
+        model, form = load_module(checkpoint, precision=options.precision, adapter=options.adapter), "transformers"
+    else:
+        model = load_model(checkpoint, dtype=DTYPES[options.precision], adapter=options.adapter)
     with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
         save_module(model, output, form=form)

@@ -27,6 +27,8 @@ class Options(ServiceOptions):
     model: tyro.conf.Positional[Path]
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
+    adapter: Path | None = None
+    """LoRA adapter to merge into the model: a folder of Canter or peft, or a run (default: none)."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every address of this machine."""
     port: int = 8000
@@ -115,7 +117,9 @@ def load_in_thread(options: Options, checkpoint: Path, device: str) -> "Engine":
 
     def load() -> None:
         try:
-            engine = load_engine(checkpoint, config, device=device, precision=options.precision)
+            engine = load_engine(
+                checkpoint, config, device=device, precision=options.precision, adapter=options.adapter
+            )
             if options.max_repeats != Options.max_repeats:
                 check_support(engine.model, {"--max-repeats": "repetition_guard"}, checkpoint)
             loaded.set_result(engine)

@@ -51,6 +51,8 @@ class Options:
     """`txt`, `srt`, `vtt`, `tsv`, `json`: one file per recording, as Whisper's command writes them; `nemo`: the
     manifest with `pred_text` in every row; `all`: all of them, in a folder (default: by the output's suffix, else nemo;
     txt on standard output)."""
+    adapter: Path | None = None
+    """LoRA adapter to merge into the model: a folder of Canter or peft, or a run (default: none)."""
     batch_size: int | None = None
     """Maximum number of utterances decoded together; it changes the speed, not the text (default: 8 to 128 by model and
     device)."""
@@ -258,7 +260,7 @@ def engine_of(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         length_penalty=options.length_penalty,
         ctc_weight=options.ctc_weight,
     )
-    engine = load_engine(checkpoint, config, device=device, precision=options.precision)
+    engine = load_engine(checkpoint, config, device=device, precision=options.precision, adapter=options.adapter)
     asked: dict[str, Capability] = {}
     if options.timestamps == "word":
         asked["--timestamps word"] = "word_timestamps"
@@ -348,13 +350,15 @@ def without_words(checkpoint: Path, style: "SubtitleStyle", events: Events["Repo
 
 def identity(checkpoint: Path, options: Options, timestamps: str) -> dict[str, object]:
     """Return the model and the options that partial results must have been made with."""
-    from canter.models.hub import WEIGHT_FILES
+    from canter.models.hub import ADAPTER, WEIGHT_FILES, adapter_folder
 
-    files = [checkpoint / name for name in WEIGHT_FILES] if checkpoint.is_dir() else [checkpoint]
+    files = [checkpoint / name for name in (*WEIGHT_FILES, ADAPTER)] if checkpoint.is_dir() else [checkpoint]
     weights = next((path for path in files if path.exists()), None)
+    adapter = options.adapter and adapter_folder(options.adapter).resolve()
     return {
         "model": str(checkpoint.resolve()),
         "weights": None if weights is None else int(weights.stat().st_mtime),
+        **({} if adapter is None else {"adapter": str(adapter), "matrices": int((adapter / ADAPTER).stat().st_mtime)}),
         "timestamps": timestamps,
         **{name: getattr(options, option) for name, option in IDENTITY.items()},
     }

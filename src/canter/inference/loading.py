@@ -20,13 +20,15 @@ def load_engine(
     *,
     device: str = "auto",
     precision: Precision = "float32",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Engine:
-    """Load the model that ``model`` names (see `canter.load`), and return its engine.
+    """Load the model that ``model`` names, with an adapter if one is named (see `canter.load`); return its engine.
 
     Raises CheckpointError for a path that holds no model, and ConfigError for a missing device, an unsupported
     precision or option, or a model without a tokenizer.
     """
-    module, config = load_module(checkpoint_of(Path(model)), device, precision), config or EngineConfig()
+    chosen = None if adapter is None else Path(adapter)
+    module, config = load_module(checkpoint_of(Path(model)), device, precision, chosen), config or EngineConfig()
     if config.ctc_weight:
         check_support(module, {"--ctc-weight": "joint_decoding"}, os.fspath(model))
     return engine_for(module, tokenizer_of(module, os.fspath(model)).end, config)

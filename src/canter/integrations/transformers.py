@@ -1,4 +1,4 @@
-"""Adapter for the speech encoder-decoders of transformers: Canter plans, tunes, trains and decodes them.
+"""LoraAdapter for the speech encoder-decoders of transformers: Canter plans, tunes, trains and decodes them.
 
 B: utterances, S: samples, T: encoder frames, U: tokens, V: vocabulary.
 """
@@ -30,6 +30,7 @@ from canter.integrations.transformers_files import load_parts
 from canter.models.batch import Batch, Loss, SoftTargets, attention_loss, distillation_loss
 from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
+from canter.models.lora import LoraAdapter
 from canter.models.protocol import Capability
 from canter.runtime import is_out_of_memory
 from canter.text.languages import find
@@ -50,6 +51,7 @@ class TransformersModel(nn.Module):
     """
 
     ctc = None
+    adapter: LoraAdapter | None = None
 
     def __init__(self, model: Any, extractor: Any, tokenizer: Any = None, prompt: Sequence[int] | None = None):
         """Wrap the parts; raise ValueError if neither ``prompt`` nor the model's settings have a start token."""

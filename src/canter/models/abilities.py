@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from canter.models.protocol import AnyModel, Capability
 
-EVERYWHERE = ("info", "tune", "score", "--precision bf16")
+EVERYWHERE = ("info", "tune", "score", "--precision bf16", "--adapter", "convert --merge")
 """Commands and options that take every model."""
-WITH_TOKENIZER = ("train --init", "train --teacher", "transcribe", "serve", "bench", "--beam-size")
+WITH_TOKENIZER = ("train --init", "train --lora.rank", "train --teacher", "transcribe", "serve", "bench", "--beam-size")
 """Commands and options that take every model with a tokenizer."""
 NATIVE = ("convert", "reshape")
 """Commands for models in a native format (see `canter.loading.FORMATS`)."""

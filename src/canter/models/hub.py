@@ -38,6 +38,7 @@ SETTINGS = (
 )
 ESPNET = ("meta.yaml", "exp/*/config.yaml", "exp/*.pth", "data/*.model", "data/*/tokens.txt")
 WEIGHTS = "model.safetensors"
+ADAPTER, OUR_ADAPTER = "adapter_config.json", "canter_adapter.json"
 WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "model.bin")  # the last one is CTranslate2's
 SECONDS = 10.0  # that the hub has to answer before the cache is used
 
@@ -81,8 +82,24 @@ def _like(name: str) -> str:
     return f"openai/whisper-{bare}" if size else "openai/whisper-tiny.en"
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Return the folder of an adapter: ``path`` itself, or the best checkpoint of a run.
+
+    Raises CheckpointError for anything else.
+    """
+    path = Path(path)
+    folder = _of_run(path) if path.is_dir() else path
+    if not (folder / ADAPTER).is_file():
+        there = f"holds no {ADAPTER}" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"adapter {folder} {there}; name the folder of a LoRA adapter, or a run that trained one (one of the hub: "
+            "'hf download NAME --local-dir FOLDER')"
+        )
+    return folder
+
+
 def _refuse_adapter(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file() and not (folder / OUR_ADAPTER).is_file():
         from canter.models.formats.files import refuse_adapter  # with torch
 
         refuse_adapter(folder)
@@ -103,7 +120,7 @@ def _of_run(path: Path) -> Path:
             raise CheckpointError(f"{best} is damaged ({error}); name a folder of {checkpoints} instead") from None
         if chosen.is_dir():
             return chosen
-    whole = sorted(file.parent for file in checkpoints.glob("step-*/config.json"))
+    whole = sorted({file.parent for kind in ("config.json", ADAPTER) for file in checkpoints.glob(f"step-*/{kind}")})
     if not whole:
         raise CheckpointError(f"{path} holds no checkpoint yet; train on, or name a model folder")
     return whole[-1]
@@ -208,10 +225,10 @@ def _wanted(name: str, files: Sequence[str], read_index: Callable[[str], object]
             return [*settings, index, *shard_names(read_index(index), f"{name}: {index}")]
     if "meta.yaml" in files:
         return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in ESPNET)]
-    if "adapter_config.json" in files:
+    if ADAPTER in files:
         raise CheckpointError(
-            f"{name} is a PEFT adapter, not a model: merge it with the model which it changes (merge_and_unload() in "
-            "peft, then save_pretrained(FOLDER) of model and processor) and name that folder"
+            f"{name} is a PEFT adapter, not a model: fetch it with 'hf download {name} --local-dir FOLDER', and name "
+            "the model that it changes with --adapter FOLDER, or canter.load(MODEL, adapter=FOLDER)"
         )
     archives = [file for file in files if file.endswith(".nemo")]
     if len(archives) == 1:

@@ -22,6 +22,7 @@ from canter.models.ebranchformer import EBranchformerConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import EspnetFeatureConfig, FeatureConfig, KaldiFeatureConfig, WhisperFeatureConfig
 from canter.models.layers import EncoderConfig
+from canter.models.lora import LoraAdapter
 from canter.models.protocol import Capability
 from canter.models.w2v_bert import W2vBertConfig
 from canter.models.whisper import WhisperEncoderConfig
@@ -71,6 +72,8 @@ class SpeechModel(nn.Module):
     """The alphabet of the CTC head."""
     generation: dict[str, Any]
     """Settings for decoding (token ids, suppressed tokens), named as in Hugging Face's ``generation_config.json``."""
+    adapter: LoraAdapter | None = None
+    """The LoRA adapter that is trained, if any."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from canter.models.batch import Batch, Loss, SoftTargets
     from canter.models.cost import UtteranceCost
+    from canter.models.lora import LoraAdapter
     from canter.text.tokenizer import Tokenizer
 
 Capability = Literal[
@@ -55,6 +56,9 @@ class AnyModel(Protocol):
 
     tokenizer: Tokenizer | None
     """The checkpoint's tokenizer, if it has one."""
+
+    adapter: LoraAdapter | None
+    """The LoRA adapter that is trained, if any; it is saved in place of the model."""
 
     @property
     def generation(self) -> Mapping[str, object]:

@@ -70,14 +70,15 @@ LIMITS = (
     ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
     ("optimizer.clip", lambda value: value > 0, "positive"),
     ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate "
-     "loss.teacher_temperature",
+     "loss.teacher_temperature lora.alpha",
      lambda value: 0 < value < math.inf, "positive and finite"),
     ("seed", lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
-    ("workers optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
+    ("workers lora.rank optimizer.weight_decay optimizer.warmup augment.frequency_masks augment.frequency_width "
      "augment.time_masks", lambda value: value >= 0, "0 or more"),
     ("max_skipped loss.ctc_weight loss.ctc_warmup loss.teacher_weight optimizer.floor augment.time_width",
      lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ("model.dropout loss.label_smoothing optimizer.ema", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("model.dropout loss.label_smoothing optimizer.ema lora.dropout",
+     lambda value: 0 <= value < 1, "at least 0 and below 1"),
 )
 # fmt: on
 
@@ -231,6 +232,21 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al., 2021): train low-rank additions to linear layers; the weights of --init stay as they are."""
+
+    rank: int = 0
+    """Rank of the additions, such as 16; 0: no LoRA, all weights are trained."""
+    alpha: float | None = None
+    """Factor of the additions, divided by the rank (default: twice the rank)."""
+    targets: tuple[str, ...] = ()
+    """Patterns of linear layers, by their names or ends of them in Hugging Face's module or Canter's, such as q_proj
+    v_proj (default: attention and feed-forward of all layers of encoder and decoder)."""
+    dropout: float = 0.0
+    """Dropout probability of the inputs of the additions."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Train a model on a manifest, or resume the run in --output."""
 
@@ -345,6 +361,8 @@ class TrainConfig:
     """Training loss."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Data augmentation."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """LoRA adapters."""
 
     def __post_init__(self) -> None:
         _use_paths(self)
@@ -371,6 +389,7 @@ class TrainConfig:
             raise ConfigError(
                 "--parallel shard cannot go with Muon, which needs whole matrices; use --optimizer.name adamw"
             )
+        _check_lora(self)
         if self.pad_seconds is not None and (self.init is None or not 0 <= self.pad_seconds < math.inf):
             raise ConfigError(
                 f"--pad-seconds {self.pad_seconds:g} needs --init with a Whisper, and to be finite, 0 or more"
@@ -387,6 +406,24 @@ class TrainConfig:
                 )
         if self.model.width % self.model.heads:
             raise ConfigError(f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    """Raise ConfigError for settings of LoRA without a rank, and for those that cannot go with it."""
+    if not config.lora.rank:
+        given = [f.name for f in dataclasses.fields(LoraConfig) if getattr(config.lora, f.name) != f.default]
+        if given:
+            raise ConfigError(f"--lora.{given[0]} needs --lora.rank, such as 16; set it, or leave --lora out")
+        return
+    refused = (
+        (config.init is None, "needs --init: it adapts a trained model; name one"),
+        (config.parallel == "shard", "cannot go with --parallel shard; use --parallel replicate: adapters are small"),
+        (config.optimizer.name == "muon", "cannot go with --optimizer.name muon; use adamw"),
+        (bool(config.loss.ctc_warmup), "cannot go with a CTC-only warm-up; set --loss.ctc-warmup 0"),
+    )
+    for wrong, why in refused:
+        if wrong:
+            raise ConfigError(f"--lora.rank {config.lora.rank} {why}")
 
 
 def _use_paths(config: TrainConfig) -> None:

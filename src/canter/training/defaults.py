@@ -13,6 +13,8 @@ from canter.training.config import TrainConfig, changes, dump_config, rooted
 # Goals of --batch-seconds auto (docs/training.md has the measurement).
 EPOCH_STEPS = 50  # minimum optimiser steps per epoch
 TEACHER_WEIGHT = 0.5  # Distil-Whisper has 0.8 beside 1 for the labels, 0.44 of the sum (Gandhi et al., 2023)
+LORA_SCALE = 2  # alpha / rank, as in PEFT's example for Whisper (rank 32, alpha 64)
+LORA_RATE = 10  # times the learning rate of full fine-tuning (Schulman et al., LoRA Without Regret, 2025)
 RUN_STEPS = {"scratch": 1000, "init": 200}  # minimum optimiser steps of a run
 
 
@@ -21,10 +23,12 @@ def decided(config: TrainConfig) -> TrainConfig:
 
     Batch sizes depend on measurements and are chosen in `canter.training.schedule`.
     """
-    scratch, optimizer, loss = config.init is None, config.optimizer, config.loss
+    scratch, optimizer, loss, lora = config.init is None, config.optimizer, config.loss, config.lora
     matrices = "muon" if scratch and config.parallel != "shard" else "adamw"
     name = matrices if optimizer.name == "auto" else optimizer.name
-    rate = (2e-3 if scratch else 3e-5) if optimizer.learning_rate is None else optimizer.learning_rate
+    chosen = 2e-3 if scratch else 3e-5 * LORA_RATE if lora.rank else 3e-5
+    rate = chosen if optimizer.learning_rate is None else optimizer.learning_rate
+    alpha = LORA_SCALE * float(lora.rank) if lora.rank and lora.alpha is None else lora.alpha
     weight = (0.3 if scratch else 0.0) if loss.ctc_weight is None else loss.ctc_weight
     warmup = (0.2 if scratch and weight else 0.0) if loss.ctc_warmup is None else loss.ctc_warmup
     teacher = TEACHER_WEIGHT if config.teacher and loss.teacher_weight is None else loss.teacher_weight
@@ -32,6 +36,7 @@ def decided(config: TrainConfig) -> TrainConfig:
         config,
         optimizer=dataclasses.replace(optimizer, name=name, learning_rate=rate),
         loss=dataclasses.replace(loss, ctc_weight=weight, ctc_warmup=warmup, teacher_weight=teacher),
+        lora=dataclasses.replace(lora, alpha=alpha),
     )
 
 
@@ -49,7 +54,7 @@ def min_epoch_steps(config: TrainConfig) -> int:
 def describe_defaults(config: TrainConfig) -> str:
     """Return a line with the unset options that `decided` resolves; empty if there are none."""
     chosen = [f"--{name.replace('_', '-')} {value}" for name, _, value in changes(decided(config), config)]
-    situation = "training from scratch" if config.init is None else "fine-tuning"
+    situation = "training from scratch" if config.init is None else "LoRA" if config.lora.rank else "fine-tuning"
     return f"defaults for {situation}: {', '.join(chosen)}" if chosen else ""
 
 

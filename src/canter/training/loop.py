@@ -95,7 +95,7 @@ class Trainer:
 
             chosen = spread_over(prepared.data.valid, config.valid_utterances)
             self.validate = Validator(chosen, self.data, subject.precision, ranks, events)
-        if config.freeze:
+        if config.freeze and self.model.adapter is None:
             events.message(f"{freeze(self.module, config.freeze):,} parameters are frozen")
         ranks.broadcast([*self.model.parameters(), *self.model.buffers()])
         self.shards = None
@@ -147,7 +147,8 @@ class Trainer:
                 )
             self.progress.position, self.progress.tightenings = None, []
         self.progress.plan = plan
-        restore_snapshot(snapshot, self.model, self.optimizers, self.average, newest / "model.safetensors")
+        weights = newest / ("model.safetensors" if self.model.adapter is None else "adapter_model.safetensors")
+        restore_snapshot(snapshot, self.model, self.optimizers, self.average, weights)
         self.upcoming.tightenings = self.progress.tightenings
         self.saved = self.progress.step
         if self.ranks.first:

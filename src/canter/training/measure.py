@@ -169,6 +169,8 @@ def measured_on(
     count = sum(parameter.numel() for parameter in model.parameters())
     taught = f", teacher {teacher.shape}" if teacher else ""
     recompute = ", recomputed" if model.recomputes else ""
+    if model.adapter is not None:
+        recompute += f", LoRA of rank {model.adapter.rank} on {len(model.adapter.modules)} layers"
     return {
         "model": model.shape,
         "model_shape": f"{model.shape}, {count:,} parameters{recompute}{taught}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from canter.events import QUIET, Events
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.hub import is_hub_name
+from canter.models.lora import LoraAdapter, attach, choose_modules, describe, fingerprint_of
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.protocol import AnyModel, Capability, check_support, module_of
 from canter.planning.budget import Budget
@@ -116,15 +119,26 @@ def load_initial(
 ) -> AnyModel | None:
     """Return the model of --init, if any; of a run with ``checkpoints``, that of the newest one.
 
-    Raises ConfigError for settings that the model does not support.
+    With LoRA it is always that of --init, with an adapter that changes nothing yet, as the checkpoints hold the adapter
+    only. Raises ConfigError for settings that the model does not support, and CheckpointError if the adapter of the
+    newest checkpoint is of another model.
     """
     if config.init is None:
         return None
     from canter.loading import load_module
     from canter.models.hub import checkpoint_of
 
-    model: AnyModel = load_module(checkpoints[-1] if checkpoints else checkpoint_of(config.init))
+    lora, newest = config.lora.rank > 0, checkpoints[-1] if checkpoints else None
+    start = newest if newest and not lora else checkpoint_of(config.init)
+    model: AnyModel = load_module(start)
     source = f"--init {config.init}"
+    fingerprint = ""
+    if lora:
+        from canter.models.formats.peft import check_base
+
+        fingerprint = fingerprint_of(module_of(model))
+        if newest:
+            check_base(newest, model, source)
     given: dict[str, tuple[Capability, bool]] = {
         "--pad-seconds": ("any_length", config.pad_seconds is not None),
         "--compile": ("compile", config.compile),
@@ -146,8 +160,26 @@ def load_initial(
             events.message("the checkpoint's CTC head is left out; --loss.ctc-weight 0.3 trains it")
         ours = cast(SpeechModel, model)
         ours.ctc, ours.config = None, dataclasses.replace(ours.config, ctc_vocabulary=0)
-    check_freeze(config, model)
+    if lora:
+        base = os.fspath(config.init) if is_hub_name(config.init) else os.path.abspath(start)
+        _attach_adapter(config, model, base, fingerprint, events)
+    else:
+        check_freeze(config, model)
     return model
+
+
+def _attach_adapter(
+    config: TrainConfig, model: AnyModel, base: str, fingerprint: str, events: Events[Never] = QUIET
+) -> None:
+    """Freeze the model and give it an adapter. Raises ConfigError for patterns that match no linear layer."""
+    from canter.models.formats.peft import their_names
+
+    lora, module, names = config.lora, module_of(model), their_names(model)
+    assert lora.alpha is not None
+    chosen = choose_modules(module, lora.targets, config.freeze, names, config.init)
+    model.adapter = LoraAdapter(lora.rank, lora.alpha, lora.dropout, chosen, base, fingerprint)
+    attach(module, model.adapter, config.seed)
+    events.message(describe(module, model.adapter, names))
 
 
 def _set_padding(model: SpeechModel, seconds: float, source: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
+from canter.models.lora import LoraAdapter, attach, linear_layers
 from canter.models.model import ModelConfig, SpeechModel
 from canter.training.config import LossConfig, OptimizerConfig
 from canter.training.measure import synthetic_batch
@@ -47,6 +48,24 @@ def test_gradients_come_close_and_weights_come_back(model):
         assert torch.equal(one, before[name])
         assert one.grad.dtype == torch.float32
         assert (one.grad - gradients[name]).norm() <= 0.25 * gradients[name].norm() + 1e-2, name
+
+
+def test_an_adapter_is_trained_in_bf16_copies(model):
+    names = tuple(name for name in linear_layers(model) if ".layers." in name)
+    attach(model, LoraAdapter(4, 8.0, 0.0, names), 0)
+    for name, one in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(one, std=0.1)
+    batch = synthetic_batch(model, 3, 40, 12, prompt=2)
+    exact = backward(model, batch)
+    gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad}
+    with Bf16Weights(model) as half:
+        assert backward(model, batch) == pytest.approx(exact, rel=0.02)
+        half.collect()
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    assert found.keys() == gradients.keys()
+    ours, exactly = (torch.cat([tensors[name].flatten() for name in gradients]) for tensors in (found, gradients))
+    assert (ours - exactly).norm() <= 0.1 * exactly.norm()
 
 
 def test_micro_batches_are_summed_in_float32(model):

@@ -47,7 +47,7 @@ def replacing_model(target: str | Path) -> Iterator[Path]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError for a folder of PEFT's that holds an adapter without the model which it changes."""
+    """Raise CheckpointError for an adapter of peft, which is loaded together with a model that the user names."""
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return
@@ -55,8 +55,8 @@ def refuse_adapter(folder: Path) -> None:
     with suppress(CheckpointError):
         base = read_json(adapter).get("base_model_name_or_path")
     raise CheckpointError(
-        f"{folder} is a PEFT adapter of {base or 'a model that it does not name'}, not a model: merge the two "
-        "(merge_and_unload() in peft, then save_pretrained(FOLDER) of model and processor) and name that folder"
+        f"{folder} is a PEFT adapter of {base or 'a model that it does not name'}, not a model: name that model, and "
+        "this folder as its adapter (--adapter FOLDER, or canter.load(MODEL, adapter=FOLDER))"
     )
 
 

@@ -203,13 +203,15 @@ def read_settings(
     return cls(**values)
 
 
-def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def fit_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, wanted: Mapping[str, Tensor] | None = None
+) -> None:
     """Copy ``tensors`` into the parameters and buffers of ``module``, which they must match exactly.
 
-    Raises CheckpointError with the names of missing, unexpected, misshapen and mistyped tensors, before anything is
-    copied.
+    ``wanted``: the part of the state dict that they are (default: all of it). Raises CheckpointError with the names of
+    missing, unexpected, misshapen and mistyped tensors, before anything is copied.
     """
-    wanted = module.state_dict()
+    partial, wanted = wanted is not None, module.state_dict() if wanted is None else wanted
     missing = sorted(wanted.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - wanted.keys())
     misshapen = [
@@ -231,7 +233,7 @@ def fit_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
             f"{source}: tensors do not fit the configuration. {'; '.join(parts)}. "
             "Was the configuration edited, or are the weights another model's?"
         )
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(dict(tensors), strict=not partial)
 
 
 def _some(names: list[str], most: int = 8) -> str:

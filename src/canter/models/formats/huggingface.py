@@ -402,16 +402,42 @@ def _permuted(tensors: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
     """
     permuted = {}
     for name, tensor in tensors.items():
-        leaf = name.rsplit(".", 2)[-2:]
+        module, _, kind = name.rpartition(".")
+        leaf = module.rpartition(".")[2]
         if name.startswith("decoder."):
-            added = "norm" in name or leaf[0] in ("out", "down")
-            read = leaf in (["embedding", "weight"], ["up", "weight"], ["query", "weight"])
-            read = read or ("self_attention" in name and leaf in (["key", "weight"], ["value", "weight"]))
-            axis = 0 if added else 1 if read else None
+            added = "norm" in name or leaf in ("out", "down")
+            read = kind in ("weight", "lora_A") and leaf in ("embedding", "up", "query")
+            read = read or ("self_attention" in name and kind in ("weight", "lora_A") and leaf in ("key", "value"))
+            axis = None if kind == "lora_A" and added else 0 if added else 1 if read else None
             if axis is not None and tensor.ndim > axis and tensor.shape[axis] == len(order):
                 tensor = tensor.index_select(axis, order)
         permuted[name] = tensor
     return permuted
+
+
+def _layout_of(config: ModelConfig) -> Layout | None:
+    """Return the layout of the architecture that is most like ``config``; None if there is none."""
+    alike = [one for one in LAYOUTS.values() if isinstance(config.encoder, one.encoder)]
+    learned = config.decoder.learned_positions
+    return next((one for one in alike if one.ours.get("learned_positions", False) == learned), (alike or [None])[0])
+
+
+def module_names(model: SpeechModel) -> Renaming | None:
+    """Return the names of the modules that transformers has for this architecture; None if it has none."""
+    layout = _layout_of(model.config)
+    return layout and (COHERE_MODULES if layout is COHERE else layout.names)
+
+
+def in_their_order(model: SpeechModel, tensors: Mapping[str, Tensor], back: bool = False) -> dict[str, Tensor]:
+    """Return tensors of ``model``, or of its adapter, with the decoder's residual stream in transformers' order.
+
+    ``back``: they are in that order, and are returned in ours.
+    """
+    layout = _layout_of(model.config)
+    if layout is None or not layout.sines_first:
+        return dict(tensors)
+    order = _sines_first(model.config.decoder.width)
+    return _permuted(tensors, torch.argsort(order) if back else order)
 
 
 def write_hf(
@@ -434,9 +460,7 @@ def write_hf(
         first = next(part for part in FORMATS[tokenizer.prompt_format] if part.startswith(("<|", "▁")))
         ids["decoder_start_token_id"] = tokenizer.special_id(first)
     generation = {**ids, **model.generation}
-    alike = [one for one in LAYOUTS.values() if isinstance(config.encoder, one.encoder)]
-    learned = config.decoder.learned_positions
-    layout = next((one for one in alike if one.ours.get("learned_positions", False) == learned), (alike or [None])[0])
+    layout = _layout_of(config)
     if layout is None or not isinstance(config.features, layout.features):
         raise CheckpointError(f"{folder}: transformers has no such architecture; keep it as a Canter folder")
     values, sound = _their_config(layout, config)

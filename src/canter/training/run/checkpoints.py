@@ -26,6 +26,7 @@ from canter.loading import read_weights, save_module
 from canter.models.formats.files import read_tensors
 from canter.models.formats.fitting import fit_tensors
 from canter.models.formats.torchfile import load_saved
+from canter.models.lora import adapter_tensors
 from canter.models.protocol import AnyModel, module_of
 from canter.ranks import Ranks
 from canter.text.characters import Characters
@@ -279,7 +280,7 @@ def take_snapshot(
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     if not ranks.first and not sharded:
         return None
-    weights = _copied(model.state_dict())
+    weights = _copied(_trained(model))
     parts = _copied(optimizers.state_dict())
     mean = None
     if average is not None:
@@ -297,13 +298,18 @@ def restore_snapshot(
             for name, tensor in snapshot.weights.items():
                 copy_into(targets[name], tensor)
     else:
-        fit_tensors(module_of(model), snapshot.weights, source)
+        fit_tensors(module_of(model), snapshot.weights, source, _trained(model))
     try:
         optimizers.load_state_dict(_as_parameters(snapshot.optimizers, optimizers, source))
         if average is not None:
             average.load(snapshot.average or snapshot.weights)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{source}: the training state beside it is damaged ({error!r})") from None
+
+
+def _trained(model: AnyModel) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint holds: those of the adapter, if there is one, else all."""
+    return adapter_tensors(module_of(model)) if model.adapter is not None else model.state_dict()
 
 
 def _copied(value: Any) -> Any:

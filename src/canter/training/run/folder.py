@@ -90,7 +90,7 @@ VOID = {
     "precision": ("precision",),
     "micro_batches_per_step": ("micro_batches_per_step", *BATCHES),
 }
-FIXED = ("tokenizer", "vocab_size", "init", "model.")  # settings that the weights depend on
+FIXED = ("tokenizer", "vocab_size", "init", "model.", "lora.")  # settings that the weights depend on
 
 
 @dataclass(frozen=True)
