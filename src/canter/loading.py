@@ -14,9 +14,9 @@ from torch import Tensor
 
 from canter.errors import CheckpointError, ConfigError
 from canter.extras import require
-from canter.models.formats.files import read_json, read_tensors, refuse_adapter
+from canter.models.formats.files import read_json, read_tensors
 from canter.models.formats.fitting import check_vocabulary
-from canter.models.hub import adapter_folder, checkpoint_of
+from canter.models.hub import adapter_folder, checkpoint_of, holds_adapter, refuse_adapter
 from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel, check_support, module_of
 from canter.models.w2v_bert import W2vBertConfig
@@ -121,7 +121,7 @@ def base_folder(path: Path) -> Path:
 
     Raises CheckpointError where it is not there any more.
     """
-    from canter.models.formats.peft import base_of, holds_adapter
+    from canter.models.formats.peft import base_of
 
     while path.is_dir() and holds_adapter(path) and (base := base_of(path)) is not None:
         path = _model_of(path, base)
@@ -140,7 +140,7 @@ def _model_of(adapter: Path, base: str) -> Path:
 
 def _read(path: Path, dtype: torch.dtype, adapter: Path | None = None) -> AnyModel:
     """Return the model at ``path`` with weights of ``dtype`` and the adapter merged, on the CPU."""
-    from canter.models.formats.peft import base_of, holds_adapter, merge_adapter
+    from canter.models.formats.peft import base_of, merge_adapter
 
     if adapter is None and path.is_dir() and holds_adapter(path) and (base := base_of(path)) is not None:
         return _read(_model_of(path, base), dtype, path)

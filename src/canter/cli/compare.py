@@ -31,22 +31,19 @@ def run(options: Options) -> int | None:
 
     from canter.cli.lengths import check_ranks, is_estimated, none_fits, plain, print_skipped
     from canter.planning.compare import compare, ladder
-    from canter.planning.strategies.balanced import even_accumulation
 
     if options.figure:
         require("matplotlib", "--figure")
     index = options.open_index()
     check_ranks(options.ranks, len(index), "utterances")
     budget = options.choose_budget()
-    micro_batches = options.micro_batches_per_step or options.ranks
-    accumulation = even_accumulation(micro_batches, options.ranks)
-    strategies = ladder(options.batching_window, options.mixing, options.mix_steps, accumulation)
+    strategies = ladder(options.batching_window, options.mixing, options.mix_steps, options.accumulation)
     found = compare(
         index,
         budget,
         strategies,
         ranks=options.ranks,
-        micro_batches_per_step=options.micro_batches_per_step,
+        micro_batches_per_step=options.micro_batches,
         seed=options.seed,
         min_steps=options.min_steps,
         max_tokens_per_second=options.max_tokens_per_second,

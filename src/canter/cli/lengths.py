@@ -92,6 +92,18 @@ class PlanOptions(LengthOptions):
     seed: int = 0
     """Seed of the shuffle."""
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimiser step."""
+        return self.ranks if self.micro_batches_per_step is None else self.micro_batches_per_step
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of an optimiser step that each rank takes."""
+        from canter.planning.strategies.balanced import even_accumulation
+
+        return even_accumulation(self.micro_batches, self.ranks)
+
     def choose_budget(self) -> Budget:
         """Return the budget of --budget, checked against --model if given, or else an analytic budget."""
         from canter.errors import BudgetError

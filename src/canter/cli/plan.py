@@ -35,7 +35,6 @@ def run(options: Options) -> int | None:
     from canter.errors import PlanError
     from canter.planning import Plan, strategy
     from canter.planning.strategies import Balanced, Bucket2D
-    from canter.planning.strategies.balanced import even_accumulation
 
     settings = {"mixing": options.mixing, "mix_steps": options.mix_steps}
     if options.strategy != "balanced":
@@ -44,7 +43,7 @@ def run(options: Options) -> int | None:
                 raise PlanError(f"--{name.replace('_', '-')} is an option of 'balanced'; {options.strategy} has none")
         settings = {}
     elif options.mix_steps:
-        settings["accumulation"] = even_accumulation(options.micro_batches_per_step or options.ranks, options.ranks)
+        settings["accumulation"] = options.accumulation
     if options.output and not options.output.parent.is_dir():
         raise PlanError(f"--output {options.output}: there is no folder {options.output.parent}; make it first")
     index = options.open_index()
@@ -65,9 +64,7 @@ def run(options: Options) -> int | None:
         seed=options.seed,
         epoch=options.epoch,
         window=options.batching_window,
-        micro_batches_per_step=(
-            options.ranks if options.micro_batches_per_step is None else options.micro_batches_per_step
-        ),
+        micro_batches_per_step=options.micro_batches,
         min_steps=options.min_steps,
         max_tokens_per_second=options.max_tokens_per_second,
         cache=steps_folder(index),

@@ -1,4 +1,4 @@
-"""LoraAdapter for the speech encoder-decoders of transformers: Canter plans, tunes, trains and decodes them.
+"""Adapter for the speech encoder-decoders of transformers: Canter plans, tunes, trains and decodes them.
 
 B: utterances, S: samples, T: encoder frames, U: tokens, V: vocabulary.
 """

@@ -27,10 +27,10 @@ from transformers import (
 from transformers.utils import logging
 
 from canter.errors import CheckpointError
-from canter.models.formats.files import check_safetensors, read_json, refuse_adapter, stored_bytes, tensor_files
+from canter.models.formats.files import check_safetensors, read_json, stored_bytes, tensor_files
 from canter.models.formats.fitting import SMALL
 from canter.models.formats.generation import check_generation
-from canter.models.hub import checkpoint_of
+from canter.models.hub import ADAPTER, checkpoint_of, refuse_adapter
 
 # How every part is read: with transformers' own classes alone, and from the disk alone.
 SAFELY = {"trust_remote_code": False, "local_files_only": True}
@@ -133,7 +133,7 @@ def check_folder(folder: Path) -> None:
     """
     config_file = folder / "config.json"
     refuse_adapter(folder)
-    if (folder / "adapter_config.json").exists():  # beside a model: peft, where it is installed, would load it too
+    if (folder / ADAPTER).exists():  # beside a model: peft, where it is installed, would load it too
         raise CheckpointError(f"{folder} holds an adapter, not a whole model; merge it into its base model first")
     settings = {name: read_json(folder / f"{name}.json") for name in SETTINGS if (folder / f"{name}.json").exists()}
     config = settings.get("config") or read_json(config_file)

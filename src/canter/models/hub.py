@@ -12,6 +12,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from canter.errors import CheckpointError
@@ -39,6 +40,7 @@ SETTINGS = (
 ESPNET = ("meta.yaml", "exp/*/config.yaml", "exp/*.pth", "data/*.model", "data/*/tokens.txt")
 WEIGHTS = "model.safetensors"
 ADAPTER, OUR_ADAPTER = "adapter_config.json", "canter_adapter.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "pytorch_model.bin", "model.bin")  # the last one is CTranslate2's
 SECONDS = 10.0  # that the hub has to answer before the cache is used
 
@@ -57,7 +59,8 @@ def checkpoint_of(model: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"{path} is on this disk and has no revision {revision!r}; leave it out")
-        _refuse_adapter(path)
+        if not (path / OUR_ADAPTER).is_file():
+            refuse_adapter(path)
         return _of_run(path)
     named = HUB_NAME.fullmatch(os.fspath(model))
     if named is None or path.suffix in (".nemo", ".safetensors"):
@@ -98,11 +101,25 @@ def adapter_folder(path: str | Path) -> Path:
     return folder
 
 
-def _refuse_adapter(folder: Path) -> None:
-    if (folder / ADAPTER).is_file() and not (folder / OUR_ADAPTER).is_file():
-        from canter.models.formats.files import refuse_adapter  # with torch
+def holds_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, and no model beside it."""
+    models = ("model*.safetensors", "pytorch_model*.bin")
+    return (folder / ADAPTER).is_file() and not any(next(folder.glob(one), None) for one in models)
 
-        refuse_adapter(folder)
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for an adapter of peft, which is loaded together with a model that the user names."""
+    if not holds_adapter(folder):
+        return
+    from canter.models.formats.files import read_json  # with torch
+
+    base = None
+    with suppress(CheckpointError):
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder} is a PEFT adapter of {base or 'a model that it does not name'}, not a model: name that model, and "
+        "this folder as its adapter (--adapter FOLDER, or canter.load(MODEL, adapter=FOLDER))"
+    )
 
 
 def _of_run(path: Path) -> Path:

@@ -32,7 +32,7 @@ NO_DEFAULT = ("*pointwise_conv?", "*linear_pos", "*relative_k_proj", "*.merge", 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """What is known of a model's LoRA adapter besides its matrices."""
+    """Settings of a model's LoRA adapter: everything but its matrices."""
 
     rank: int
     alpha: float

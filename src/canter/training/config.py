@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -203,9 +203,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("rir", "noise"):
-            value = getattr(self, name)
-            several = [value] if isinstance(value, str | os.PathLike) else value
-            object.__setattr__(self, name, tuple(map(Path, several)))
+            object.__setattr__(self, name, _several_paths(getattr(self, name)))
         ranges = {
             "noise_snr": (-math.inf, math.inf, "finite"),
             "gain": (-math.inf, math.inf, "finite"),
@@ -429,12 +427,19 @@ def _check_lora(config: TrainConfig) -> None:
 def _use_paths(config: TrainConfig) -> None:
     """Replace the strings and lists that a program may give by paths and tuples."""
     for name in ("manifest", "valid"):
-        value = getattr(config, name)
-        several = [value] if isinstance(value, str | os.PathLike) else value
-        object.__setattr__(config, name, tuple(map(Path, several)))
+        object.__setattr__(config, name, _several_paths(getattr(config, name)))
     for name in ("output", "init", "teacher", "tokenizer", "budget"):
         value = getattr(config, name)
         object.__setattr__(config, name, None if value is None else Path(value))
+
+
+def _several_paths(value: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
+    return (Path(value),) if isinstance(value, str | os.PathLike) else tuple(map(Path, value))
+
+
+def _was_url(path: Path) -> bool:
+    """Return True for the path made of a URL, which keeps one slash of two."""
+    return re.search(r"(^|/)[a-z][a-z0-9+]+:/", str(path)) is not None
 
 
 def rooted(config: TrainConfig) -> TrainConfig:
@@ -445,10 +450,10 @@ def rooted(config: TrainConfig) -> TrainConfig:
     mixture, copy = "name it in a mixture's YAML (- path: URL), and that file here", "copy it to a disk"
     for name, way in (("manifest", mixture), ("valid", copy)):
         for path in getattr(config, name):
-            if re.search(r"(^|/)[a-z][a-z0-9+]+:/", str(path)):  # a Path keeps one slash of two
+            if _was_url(path):
                 raise ConfigError(f"--{name} {path} is a URL; {way}")
     for path in (*config.augment.noise, *config.augment.rir):
-        if re.search(r"(^|/)[a-z][a-z0-9+]+:/", str(path)):
+        if _was_url(path):
             raise ConfigError(f"--augment.noise and --augment.rir take no URL, as {path} is; {copy}")
 
     def absolute(path: Path | None) -> Path | None:  # a manifest may name its tars: MANIFEST::TAR

@@ -20,6 +20,7 @@ from canter.errors import CanterError, CheckpointError
 from canter.events import QUIET, Events
 from canter.fields import to_mapping
 from canter.models.batch import Batch
+from canter.models.hub import ADAPTER_WEIGHTS, WEIGHTS
 from canter.models.model import SpeechModel
 from canter.models.protocol import module_of
 from canter.planning.elastic import share_out
@@ -147,7 +148,7 @@ class Trainer:
                 )
             self.progress.position, self.progress.tightenings = None, []
         self.progress.plan = plan
-        weights = newest / ("model.safetensors" if self.model.adapter is None else "adapter_model.safetensors")
+        weights = newest / (WEIGHTS if self.model.adapter is None else ADAPTER_WEIGHTS)
         restore_snapshot(snapshot, self.model, self.optimizers, self.average, weights)
         self.upcoming.tightenings = self.progress.tightenings
         self.saved = self.progress.step

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,6 @@ def replacing_model(target: str | Path) -> Iterator[Path]:
             )
     with replacing_folder(target) as fresh:
         yield fresh
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise CheckpointError for an adapter of peft, which is loaded together with a model that the user names."""
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-        return
-    base = None
-    with suppress(CheckpointError):
-        base = read_json(adapter).get("base_model_name_or_path")
-    raise CheckpointError(
-        f"{folder} is a PEFT adapter of {base or 'a model that it does not name'}, not a model: name that model, and "
-        "this folder as its adapter (--adapter FOLDER, or canter.load(MODEL, adapter=FOLDER))"
-    )
 
 
 def read_json(path: Path, most: int = MOST_JSON_BYTES) -> Settings:

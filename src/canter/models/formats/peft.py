@@ -23,12 +23,15 @@ from canter.models.formats.fitting import Renaming
 from canter.models.formats.generation import check_generation
 from canter.models.formats.huggingface import in_their_order, module_names
 from canter.models.formats.seamless import NAMES as SEAMLESS_NAMES
+from canter.models.hub import ADAPTER as CONFIG
+from canter.models.hub import ADAPTER_WEIGHTS as WEIGHTS
+from canter.models.hub import OUR_ADAPTER as OURS
+from canter.models.hub import holds_adapter
 from canter.models.lora import LoraAdapter, adapter_tensors, fingerprint_of, linear_layers, merge
 from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel, module_of
 from canter.models.w2v_bert import W2vBertConfig
 
-CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "canter_adapter.json"
 FORMAT = "canter-adapter/1"
 PREFIX = "base_model.model."
 MAX_RANK = 16_384
@@ -48,12 +51,6 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
         (None, False, {}, []),
     ),
 }
-
-
-def holds_adapter(path: Path) -> bool:
-    """Return whether a folder holds an adapter, and no model beside it."""
-    models = ("model*.safetensors", "pytorch_model*.bin")
-    return (path / CONFIG).is_file() and not any(next(path.glob(one), None) for one in models)
 
 
 def base_of(folder: Path) -> str | None:
