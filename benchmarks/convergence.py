@@ -34,32 +34,44 @@ from canter.training.recipe import prepare_training, run_training
 
 
 @dataclass(frozen=True)
-class Options:
+class Setting:
+    """Corpus and size of the runs that a benchmark compares."""
+
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for corpus and runs."""
+    seeds: int = 3
+    utterances: int = 12000
+    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
+    test_utterances: int = 600
+    """Utterances to synthesise for testing."""
+    longest: float = 16.0
+    """Maximum seconds of an utterance, in training and testing."""
+    tail: float | None = 1.5
+    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
+    batch_seconds: float = 48.0
+    """Maximum audio of a micro-batch, padding included."""
+    width: int = 96
+    threads: int = 1
+    json: Path | None = None
+    """File for the figures."""
+
+
+@dataclass(frozen=True)
+class Options(Setting):
     updates: int = 2000
     """Steps of the runs of equal updates."""
-    seeds: int = 3
     utterances: int = 3000
-    """Training utterances of the corpus."""
     dials: tuple[float, float] = (1.0, 4.0)
     """Values of `mixing` of `balanced`."""
     test_utterances: int = 200
-    """Utterances to test on."""
     longest: float = 8.0
-    """Maximum seconds of an utterance, in training and testing."""
     tail: float | None = None
-    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
     batch_seconds: float = 16.0
     """Maximum audio of a step, padding included; `random` has the batch size that fits the longest utterances."""
-    width: int = 96
     layers: tuple[int, int] = (4, 2)
     """Layers of encoder and decoder."""
-    threads: int = 1
     timed: int = 60
     """Steps of each strategy that are timed before the runs."""
-    json: Path | None = None
-    """File for the figures."""
 
 
 def arms_of(options: Options) -> dict[str, dict[str, Any]]:
@@ -82,7 +94,7 @@ def up_to(longest: float, manifest: Path, tail: float | None = None) -> Path:
     return path
 
 
-def shared(options: Options) -> TrainConfig:
+def shared(options: Setting, layers: tuple[int, int]) -> TrainConfig:
     """Return the settings that all runs share; corpus, tokenizer and budget are made once."""
     corpus = synthesise(
         options.output / "corpus", utterances=options.utterances, test_utterances=options.test_utterances
@@ -100,7 +112,7 @@ def shared(options: Options) -> TrainConfig:
         precision="float32",
         workers=0,
         track=(),
-        model=ModelShape(width=options.width, encoder_layers=options.layers[0], decoder_layers=options.layers[1]),
+        model=ModelShape(width=options.width, encoder_layers=layers[0], decoder_layers=layers[1]),
     )
     folder = prepare_training(config, TerminalEvents()).run.folder
     return replace(config, budget=folder / "budget.json", tokenizer=folder / "tokenizer")
@@ -126,15 +138,28 @@ def run(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def train_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return what a run logged of its training steps."""
+    return [line for line in _logged(folder / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def keep(options: Setting, **figures: object) -> None:
+    """Write the figures so far to --json, if that is given, with the options and the machine."""
+    if options.json:
+        given = {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "speech"}
+        result = {"options": given, "machine": describe_machine(), **figures}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def _logged(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def step_seconds(
-    base: TrainConfig, arms: dict[str, dict[str, Any]], options: Options, file: str = "step_seconds.json"
-) -> dict[str, float]:
-    """Return the mean step time of each strategy, measured in turns, each with its own model, and kept in ``file``."""
-    path = options.output / file
+def step_seconds(base: TrainConfig, arms: dict[str, dict[str, Any]], path: Path, timed: int) -> dict[str, float]:
+    """Return the mean step time of each strategy over ``timed`` steps, measured in turns, each with its own model.
+
+    The times are kept in ``path``, and only those that it lacks are measured.
+    """
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     missing = {name: settings for name, settings in arms.items() if name not in kept}
     if not missing:
@@ -143,7 +168,7 @@ def step_seconds(
     runs = {}
     for name, settings in missing.items():
         prepared = prepare_training(
-            replace(base, output=options.output / f"timed-{label(name)}", **settings), TerminalEvents()
+            replace(base, output=path.parent / f"timed-{label(name)}", **settings), TerminalEvents()
         )
         addresses = Steps(prepared.schedule.plan).addresses(None, 0, 0)
         runs[name] = (
@@ -151,7 +176,7 @@ def step_seconds(
             prepared.data.micro_batches,
             addresses,
         )
-    for number in range(options.timed + 1):
+    for number in range(timed + 1):
         for name, (rig, data, addresses) in runs.items():
             start = time.perf_counter()
             rig.step([data[next(addresses)]], number)
@@ -167,8 +192,8 @@ def label(name: str) -> str:
 
 def runs_of(options: Options) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
     """Yield (description, configuration) of every run, seed by seed."""
-    base, arms = shared(options), arms_of(options)
-    seconds = step_seconds(base, arms, options)
+    base, arms = shared(options, options.layers), arms_of(options)
+    seconds = step_seconds(base, arms, options.output / "step_seconds.json", options.timed)
     first, *others = arms
     for seed in range(options.seeds):
         for equal in ("updates", "time"):
@@ -187,10 +212,7 @@ def main(options: Options) -> None:
     first = next(iter(arms_of(options)))
     rows += [row | {"equal": "time"} for row in rows if row["arm"] == first]  # the same runs, by definition
     show(rows, list(arms_of(options)))
-    if options.json:
-        figures = {"options": {k: v for k, v in vars(options).items() if k not in ("output", "json")}}
-        figures |= {"machine": describe_machine(), "runs": rows}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    keep(options, runs=rows)
 
 
 def mean(rows: list[dict[str, Any]], equal: str, arm: str, key: str) -> float:

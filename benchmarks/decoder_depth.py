@@ -15,11 +15,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
+from convergence import Setting, keep, shared, train_rows
 from convergence import run as trained
-from convergence import shared
 from decoder_shift import measure_ways
 from rich.console import Console
 from rich.table import Table
@@ -33,42 +33,19 @@ from canter.loading import load_model
 from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
 from canter.planning.budget import Budget
-from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
 
 
 @dataclass(frozen=True)
-class Options:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for corpus and runs."""
+class Options(Setting):
     shapes: tuple[str, ...] = ("6/5", "8/2", "9/1")
     """Encoder/decoder layers; the first is the baseline. These have 1.9 million parameters at width 96, within 2 %."""
     steps: tuple[int, ...] = (750, 1500)
     """Numbers of updates; each is a run of its own with its own learning-rate schedule."""
-    seeds: int = 3
-    utterances: int = 12000
-    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
-    test_utterances: int = 600
-    """Utterances to synthesise for testing."""
-    longest: float = 16.0
-    """Maximum seconds of an utterance, in training and testing."""
-    tail: float | None = 1.5
-    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
-    batch_seconds: float = 48.0
-    """Maximum audio of a step, padding included."""
-    width: int = 96
-    threads: int = 1
     ctc_warmup: float | None = None
     """CTC-only warm-up as a fraction of the steps (default: that of `canter train`)."""
     repeats: int = 3
     """Timed decodings of the test set."""
-    json: Path | None = None
-    """File for the figures."""
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        """Layers of the first shape."""
-        return layers_of(self.shapes[0])
 
 
 def layers_of(shape: str) -> tuple[int, int]:
@@ -89,11 +66,6 @@ def transcripts(folder: Path, steps: int) -> list[dict[str, Any]]:
     """Return the manifest rows of a run's last validation, with `pred_text`."""
     path = folder / "validation" / f"step-{steps:06}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def step_times(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["seconds"] for row in rows if row["kind"] == "train"]
 
 
 def pooled(scores: Sequence[Score]) -> Score:
@@ -162,19 +134,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(options: Options) -> None:
-    base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
+    base = shared(options, layers_of(options.shapes[0]))
     frame_seconds = Budget.load(base.budget or Path()).frame_seconds
     same_batches = options.output / "budget.json"  # a measured budget would hold for one of the shapes only
     Budget.from_batch_seconds(options.batch_seconds, frame_seconds=frame_seconds).save(same_batches)
     base = replace(base, budget=same_batches)
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {
-        "options": {k: v for k, v in vars(options).items() if k not in ("output", "json")},
-        "machine": describe_machine(),
-        "runs": rows,
-        "accuracy": [],
-        "decoding": [],
-    }
+    result: dict[str, Any] = {"runs": rows, "accuracy": [], "decoding": []}
     models: dict[str, SpeechModel] = {}
     for seed in range(options.seeds):
         for steps in sorted(options.steps):
@@ -182,17 +148,15 @@ def main(options: Options) -> None:
                 config = config_of(base, options, shape, steps, seed)
                 say(f"{shape} layers, {steps} updates, seed {seed}")
                 figures = trained(config)
-                seconds = statistics.median(step_times(config.output))
+                seconds = statistics.median(row["seconds"] for row in train_rows(config.output))
                 rows.append({"shape": shape, "seed": seed, "folder": config.output.name, "seconds_a_step": seconds}
                             | figures)  # fmt: skip
                 models.setdefault(shape, load_model(checkpoint_of(config.output)))
                 result["accuracy"] = accuracy(rows, options)
-                if options.json:  # after every run, so that a stop loses nothing
-                    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                keep(options, **result)  # after every run, so that a stop loses nothing
     result["decoding"] = decoding(models, base.valid[0], options)
     show(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(options, **result)
 
 
 if __name__ == "__main__":

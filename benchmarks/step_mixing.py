@@ -10,23 +10,21 @@ as gradient accumulation on one rank may. Corpus, model, updates and audio are t
 The same command resumes.
 """
 
-import json
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import tyro
+from convergence import Setting, keep, shared
 from convergence import run as trained
-from convergence import shared
 from rich.console import Console
 from rich.table import Table
 
 from canter.cli.progress import say
 from canter.events import QUIET
 from canter.planning.budget import Budget, Polynomial
-from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig
 from canter.training.recipe import prepare_training
 
@@ -34,32 +32,17 @@ ARMS = ("full", "mixed steps", "free")
 
 
 @dataclass(frozen=True)
-class Options:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for corpus and runs."""
+class Options(Setting):
     updates: int = 600
-    seeds: int = 3
     micro_batches: int = 4
     """Micro-batches of a step."""
-    utterances: int = 12000
-    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
-    test_utterances: int = 600
-    """Utterances to synthesise for testing."""
-    longest: float = 16.0
-    """Maximum seconds of an utterance, in training and testing."""
-    tail: float | None = 1.5
-    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
     batch_seconds: float = 48.0
     """Audio of a micro-batch of utterances of 3 s, padding included."""
     quadratic: float = 0.05
     """Memory of an utterance of d seconds is d + quadratic d² (0.05: a full micro-batch of utterances of 16 s has
     64 % of the audio of one of 3 s)."""
-    width: int = 96
     layers: tuple[int, int] = (4, 2)
     """Layers of encoder and decoder."""
-    threads: int = 1
-    json: Path | None = None
-    """File for the figures."""
 
 
 def budget_of(arm: str, options: Options, frame_seconds: float) -> Budget:
@@ -87,7 +70,7 @@ def config_of(base: TrainConfig, arm: str, seed: int, options: Options) -> Train
 
 
 def main(options: Options) -> None:
-    base = shared(options)  # type: ignore[arg-type]  # it has the settings that `convergence` reads
+    base = shared(options, options.layers)
     frame_seconds = Budget.load(base.budget or Path()).frame_seconds
     rows: list[dict[str, Any]] = []
     for arm in ARMS:
@@ -104,10 +87,7 @@ def main(options: Options) -> None:
                 "utterances_a_step": [int(value) for value in np.percentile(counts, (0, 50, 100))],
             }
             rows.append({"arm": arm, "seed": seed} | figures | trained(config))
-            if options.json:  # after every run, so that a stop loses nothing
-                given = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
-                result = {"options": given, "machine": describe_machine(), "runs": rows}
-                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            keep(options, runs=rows)  # after every run, so that a stop loses nothing
     table = Table("steps", "step mixing", "utterances a step", "audio, h", "WER of each seed", "mean")
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]

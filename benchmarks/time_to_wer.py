@@ -23,10 +23,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
-from convergence import label, shared, step_seconds
+from convergence import Setting, keep, label, shared, step_seconds, train_rows
 from convergence import run as trained
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -38,17 +38,13 @@ from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
 from canter.events import QUIET
 from canter.reporting.figures import COLORS, styled
-from canter.reporting.machine import describe_machine
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
 from canter.training.recipe import prepare_training
 
 
 @dataclass(frozen=True)
-class Options:
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for corpus and runs."""
-    seeds: int = 3
+class Options(Setting):
     first_seed: int = 0
     """First of the seeds, to share them out to several processes, each with a core and a --json of its own."""
     minutes: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
@@ -61,27 +57,15 @@ class Options:
     """Strategies, with other settings after commas (see `settings_of`); the first is the baseline."""
     rates: tuple[float, ...] = (0.10, 0.05, 0.02)
     """Word error rates to reach."""
-    utterances: int = 12000
-    """Utterances to synthesise for training; `longest` and `tail` keep some of them."""
-    test_utterances: int = 600
-    """Utterances to synthesise for testing."""
-    longest: float = 16.0
-    """Maximum seconds of an utterance, in training and testing."""
-    tail: float | None = 1.5
-    """Keep an utterance of d seconds with probability tail / d, so that most are short; None keeps all."""
     batch_seconds: float = 96.0
     """Maximum audio of a step, padding included."""
     rate_at: float | None = 90.0
     """Seconds of audio in a step for which the learning rates of `canter train` hold; those of a strategy are scaled
     with the square root of its audio in a step, without padding. None: the same learning rates for all."""
-    width: int = 96
     layers: tuple[int, int] = (4, 2)
     """Layers of encoder and decoder."""
-    threads: int = 1
     timed: int = 60
     """Steps of each strategy that are timed before the runs, to choose their lengths, and twice as many after them."""
-    json: Path | None = None
-    """File for the figures."""
     figure: Path | None = None
     """File for a plot of WER against time."""
 
@@ -185,10 +169,12 @@ def arms_of(options: Options, base: TrainConfig) -> dict[str, tuple[dict[str, An
 
 
 def runs_of(
-    options: Options, base: TrainConfig, arms: dict[str, dict[str, Any]]
+    options: Options, base: TrainConfig, arms: dict[str, dict[str, Any]], seconds: dict[str, float]
 ) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
-    """Yield (description, configuration) of every run: seed by seed, the shortest first, strategies in turns."""
-    seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, options)  # type: ignore[arg-type]
+    """Yield (description, configuration) of every run: seed by seed, the shortest first, strategies in turns.
+
+    seconds: step time of each strategy, from which the number of steps follows.
+    """
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for minutes in sorted(options.minutes):
             for name, settings in arms.items():
@@ -197,12 +183,6 @@ def runs_of(
                 rate = settings["optimizer"].learning_rate
                 about = {"arm": name, "seed": seed, "minutes": minutes, "learning_rate": rate}
                 yield about, replace(base, output=folder, seed=seed, steps=steps, **settings)
-
-
-def step_time(folder: Path) -> float:
-    """Return the sum of the seconds that the steps of a run took."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return sum(row["seconds"] for row in rows if row["kind"] == "train")
 
 
 def crossing(points: Sequence[tuple[float, float]], rate: float) -> float | None:
@@ -298,38 +278,32 @@ def with_times(rows: Sequence[dict[str, Any]], step_seconds: dict[str, float]) -
     return [row | {"seconds": row["steps"] * step_seconds[row["arm"]]} for row in rows]
 
 
-def keep(rows: Sequence[dict[str, Any]], arms: dict[str, tuple[dict[str, Any], Planned]], options: Options) -> None:
-    """Write the figures of the runs so far."""
-    if options.json:
-        result = {
-            "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "speech"},
-            "machine": describe_machine(),
-            "runs": rows,
-            "summary": summary(rows, options),
-            "predicted": {name: vars(predicted) for name, (_, predicted) in arms.items()},
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def figures_of(
+    rows: Sequence[dict[str, Any]], arms: dict[str, tuple[dict[str, Any], Planned]], options: Options
+) -> dict[str, Any]:
+    """Return what is kept of the runs so far."""
+    predicted = {name: vars(planned) for name, (_, planned) in arms.items()}
+    return {"runs": rows, "summary": summary(rows, options), "predicted": predicted}
 
 
 def main(options: Options) -> None:
-    base = real_speech(options) if options.whisper else shared(options)  # type: ignore[arg-type]
+    base = real_speech(options) if options.whisper else shared(options, options.layers)
     arms = arms_of(options, base)
+    timed = {name: settings_of(name, base) for name in arms}
+    seconds = step_seconds(base, timed, options.output / "step_seconds.json", options.timed)
     rows: list[dict[str, Any]] = []
     reached: set[tuple[str, int]] = set()
-    seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, options)  # type: ignore[arg-type]
-    for about, config in runs_of(options, base, {name: settings for name, (settings, _) in arms.items()}):
+    for about, config in runs_of(options, base, {name: settings for name, (settings, _) in arms.items()}, seconds):
         if (about["arm"], about["seed"]) in reached:
             continue
         say(f"{about['arm']}, {about['minutes']:g} minutes, seed {about['seed']}, {config.steps} steps")
         figures = trained(config)
-        rows.append(about | {"own_seconds": step_time(config.output)} | figures)
+        rows.append(about | {"own_seconds": sum(row["seconds"] for row in train_rows(config.output))} | figures)
         if figures["wer"] <= min(options.rates):
             reached.add((about["arm"], about["seed"]))
-        keep(with_times(rows, seconds), arms, options)  # after every run, so that a stop loses nothing
-    turns = replace(options, timed=2 * options.timed)
-    seconds = step_seconds(base, {name: settings_of(name, base) for name in arms}, turns, "turns.json")  # type: ignore[arg-type]
-    rows = with_times(rows, seconds)
-    keep(rows, arms, options)
+        keep(options, **figures_of(with_times(rows, seconds), arms, options))  # after every run, so that none is lost
+    rows = with_times(rows, step_seconds(base, timed, options.output / "turns.json", 2 * options.timed))
+    keep(options, **figures_of(rows, arms, options))
     show(summary(rows, options), options)
     if options.figure:
         draw_wer(rows, options.arms, options.minutes).savefig(options.figure, dpi=150, facecolor="white")
