@@ -63,7 +63,8 @@ class DecoderCache:
     Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K) for cross-attention, ``own``
     (L, 2, C, H, U, K) for self-attention. All rows write their next token at the same ``column``; a row that entered
     later starts at a later one (``starts``), so a step reads and writes only slices, whatever the ages of its rows.
-    ``cross_mask`` (C, T) and ``own_mask`` (C, N, U) are 0 where a row attends and -inf where it does not.
+    ``cross_mask`` (C, T) and ``own_mask`` (C, N, U) are 0 where a row attends and -inf where it does not. Tokens that a
+    row takes back are masked and stay as a hole (`rewind`).
 
     The N beams of a row share its slot: a step writes adjacent columns, one for each beam, and ``own_mask`` marks the
     columns of a beam's past (a tree in one row of keys). Choosing among beams rewrites only that mask; keys and values
@@ -83,8 +84,9 @@ class DecoderCache:
         self.own = self.cross.clone()
         self.cross_mask = like.new_zeros(0, 0)
         self.own_mask = like.new_zeros(0, beams, 0)
-        self.places = torch.zeros(2, 0, dtype=torch.long, device=like.device)  # starts and prompts
+        self.places = torch.zeros(2, 0, dtype=torch.long, device=like.device)  # starts + holes, and prompts
         self.starts: list[int] = []  # of live rows: the column of the first token
+        self.holes: list[int] = []  # number of masked columns since then
         self.prompts: list[int] = []  # tokens of their prompts
         self.frames: list[int] = []  # encoder frames of live rows
         self.column = 0
@@ -96,7 +98,7 @@ class DecoderCache:
 
     @property
     def start(self) -> Tensor:
-        """``starts`` (C,) on the device."""
+        """``starts`` + ``holes`` (C,) on the device: a column's distance from it is the position of its token."""
         return self.places[0]
 
     @property
@@ -157,13 +159,14 @@ class DecoderCache:
         self.starts = [start + column - self.column for start in self.starts]
         self.column = column
         self._write_places(0)
-        if self.beams > 1:  # in every row's past stand other beams too
+        if self.beams > 1 or any(self.holes):  # in every row's past stand other beams, or holes
             self.own_mask[live, :, column - used.shape[4] : column] = mask
 
     def add(self, prompt_lengths: list[int], frames: list[int]) -> None:
         """Add live rows, whose prompts are about to end at ``column``."""
         first = self.rows
         self.starts += [self.column - length for length in prompt_lengths]
+        self.holes += [0] * len(prompt_lengths)
         self.prompts += prompt_lengths
         self.frames += frames
         attended = self._write_places(first)
@@ -188,8 +191,14 @@ class DecoderCache:
                 for table, rows in tables:
                     for slot, source in moves:
                         table.select(rows, slot).copy_(table.select(rows, source))
-        for values in (self.starts, self.prompts, self.frames):
+        for values in (self.starts, self.holes, self.prompts, self.frames):
             swap_out(values, slots)
+
+    def rewind(self, slot: int, count: int) -> None:
+        """Take back the last ``count`` tokens of a row, which are in the last columns; a cache of one beam only."""
+        self.own_mask[slot, :, self.column - count : self.column] = -math.inf
+        self.holes[slot] += count
+        self.places[0, slot] += count
 
     def branch(self) -> None:
         """Mask the columns of the next step so that each beam attends only to its own."""
@@ -206,8 +215,9 @@ class DecoderCache:
     def _write_places(self, first: int) -> Tensor:
         """Write where the rows from slot ``first`` on start to the device, and return their frames there."""
         rows = slice(first, self.rows)
-        table = upload([self.starts[rows], self.prompts[rows], self.frames[rows]], self.own.device)
-        self.places[:, rows] = table[:2]
-        before = torch.arange(self.own.shape[4], device=self.own.device) < table[0, :, None]
+        columns = [self.starts[rows], self.holes[rows], self.prompts[rows], self.frames[rows]]
+        starts, holes, prompts, frames = upload(columns, self.own.device)
+        self.places[0, rows], self.places[1, rows] = starts + holes, prompts
+        before = torch.arange(self.own.shape[4], device=self.own.device) < starts[:, None]
         self.own_mask[rows].zero_().masked_fill_(before[:, None], -math.inf)
-        return table[2]
+        return frames

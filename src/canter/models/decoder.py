@@ -225,7 +225,7 @@ class Decoder(Stack):
                 # A prompt's left padding attends to itself alone, so that no row of scores is empty.
                 own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
                 place = place.clamp(min=0)
-            elif max(starts) > oldest:
+            elif max(starts) > oldest or any(cache.holes[rows]):
                 own_mask = cache.own_mask[rows, None, :1, oldest : column + 1]
         if min(frames) < size:
             cross_mask = cache.cross_mask[rows, None, None, :size]

@@ -141,9 +141,9 @@ def test_a_wide_beam_by_ctc_only_finds_the_text_of_the_highest_probability(seed)
     row = Row(limit=8, ctc=log_probs)
     search.add([row])
     generator = torch.Generator().manual_seed(seed)  # attention has no say
-    ended, _ = search.choose(torch.randn(1, 1, len(tokens), generator=generator), 0, True)
+    ended = search.choose(torch.randn(1, 1, len(tokens), generator=generator), 0, True).ended
     while not ended:
-        ended, _ = search.choose(torch.randn(1, 20, len(tokens), generator=generator), 0, False)
+        ended = search.choose(torch.randn(1, 20, len(tokens), generator=generator), 0, False).ended
     texts = all_texts(log_probs)
     likeliest = max(texts, key=lambda text: texts[text])
     assert tuple(s for token in row.tokens for s in tokens[token]) == likeliest

@@ -112,5 +112,5 @@ def test_beams(nemo, rows):
             [token for token in tokens[len(prompt) :] if token not in special] for tokens in case["beam_sequences"][0]
         ]
         for one in found:
-            assert [list(tokens) for tokens, _ in one.alternatives] == beams, name
-            assert [score for _, score in one.alternatives] == pytest.approx(case["beam_scores"][0], abs=1e-3)
+            assert [list(beam.tokens) for beam in one.alternatives] == beams, name
+            assert [beam.logprob for beam in one.alternatives] == pytest.approx(case["beam_scores"][0], abs=1e-3)

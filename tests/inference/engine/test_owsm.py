@@ -50,7 +50,8 @@ def decode(owsm, label: str, rows: int, copies: int = 1) -> list[Hypothesis]:
 
 def same(hypothesis: Hypothesis, expected: list[dict], tokenizer) -> None:
     """Check the N best; ESPnet leaves blanks out of its tokens, and writes the end token twice at the limit."""
-    found = hypothesis.alternatives or ((tuple(hypothesis.tokens), hypothesis.logprob),)
+    found = [(beam.tokens, beam.logprob) for beam in hypothesis.alternatives]
+    found = found or [(tuple(hypothesis.tokens), hypothesis.logprob)]
     for (tokens, score), one in zip(found, expected):
         ids = [*hypothesis.prompt[1:], *(token for token in tokens if token != tokenizer.pad)]
         assert ids == [token for token in one["ids"] if token != tokenizer.end]

@@ -28,7 +28,7 @@ def said(
     for number, token in enumerate([*tokens, END]):
         logits = torch.zeros(1, 1, max([*tokens, END]) + 1)
         logits[0, 0, token] = 1.0
-        ended, _ = search.choose(logits, 0, opening=not number)
+        ended = search.choose(logits, 0, opening=not number).ended
         if ended:
             break
     return row.tokens

@@ -63,8 +63,8 @@ def test_beams_in_any_batch(whisper, rows):
     found = Engine(model, END, config).decode(requests(8))
     for request, hypothesis in zip(requests(8), found):
         expected = slow_beams(model, request, 3, limit, not whisper, 0.0)
-        assert [list(tokens) for tokens, _ in hypothesis.alternatives] == [tokens for tokens, _ in expected]
-        sums = [total for _, total in hypothesis.alternatives]
+        assert [list(one.tokens) for one in hypothesis.alternatives] == [tokens for tokens, _ in expected]
+        sums = [one.logprob for one in hypothesis.alternatives]
         assert sums == pytest.approx([total for _, total in expected], abs=1e-4)
 
 

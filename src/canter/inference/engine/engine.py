@@ -354,6 +354,8 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens: the decoder has {positions} positions")
         if request.temperature and self.spelling:
             raise ValueError("joint decoding takes the best tokens: a request must not have a temperature")
+        if request.hotwords and self.spelling:
+            raise ValueError("joint decoding has no hot words")
         most = self.model.generation.get("max_new_tokens") or positions
         return min(positions - len(request.prompt), self.config.most_tokens(frames, self.model.generation), most)
 
@@ -396,13 +398,15 @@ class Engine:
             self.counters.steps += 1
             self.counters.row_steps += steps.rows if steps else len(tokens)
             self.counters.useful_row_steps += len(live.rows)
-        ended, parents = live.search.choose(logits, first, opening=bool(enter))
-        if parents is not None:
-            live.cache.choose(parents, first)
+        choice = live.search.choose(logits, first, opening=bool(enter))
+        if choice.parents is not None:
+            live.cache.choose(choice.parents, first)
+        for slot, count in choice.taken_back.items():
+            live.cache.rewind(slot, count)
         self.counters.tokens += len(live.rows) - first
         finished: list[Hypothesis] = []
         unfinished: list[tuple[_Encoded, Hypothesis, float]] = []
-        for slot in ended:
+        for slot in choice.ended:
             row, hypothesis = live.rows[slot], self._hypothesis(live, slot)
             policy = row.request.policy
             temperature = policy.retry(hypothesis) if policy else None
@@ -420,8 +424,8 @@ class Engine:
             for before, begins in reversed(row.earlier):
                 hypothesis = replace(before, continuation=hypothesis, continues_at=begins)
             finished.append(hypothesis)
-        if ended:
-            live.remove(ended)
+        if choice.ended:
+            live.remove(choice.ended)
         self.counters.decoder_seconds += time.perf_counter() - begun
         self.timer.collect()
         waiting += self._encode_continuations(unfinished)
@@ -489,6 +493,7 @@ class Engine:
                 scored=row.request.scored,
                 allowed=self._allowed(row),
                 ctc=row.encoding.ctc_log_probs,
+                hotwords=row.request.hotwords,
             )
             for row in new
         ]
@@ -611,11 +616,12 @@ class Engine:
             drawn.finished,
             row.encoding.ctc,
             drawn.logprob,
+            tuple(drawn.logprobs[: len(drawn.tokens)]),
             row.no_speech,
             row.temperature,
             tuple(row.prompt),
             row.languages,
-            tuple((tuple(tokens), total) for tokens, total, _ in drawn.alternatives),
+            tuple(drawn.alternatives),
             alignment,
         )
 

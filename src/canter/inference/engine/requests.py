@@ -8,6 +8,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from canter.inference.engine.alignment import Alignment
+from canter.inference.engine.hotwords import HotWords
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,26 @@ class Request:
     """Other audio (S,) of the same recording, which counts in language detection where this chunk is uncertain."""
     scored: bool = False
     """Compute log probabilities and the probability of no speech."""
+    hotwords: HotWords | None = None
+    """Phrases to prefer; without effect at a temperature."""
     aligned: bool = False
     """Compute the times of tokens."""
     guarded: bool = True
     """Apply the guard against repetition (``max_repeats``); False where ``policy`` detects repetition."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of the hypotheses of a beam search."""
+
+    tokens: tuple[int, ...]
+    """Tokens without the prompt and the end token."""
+    logprob: float
+    """Sum of natural-log probabilities, end token included."""
+    finished: bool
+    """True where the model wrote an end token."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each token, and of the end token; in joint decoding, of CTC and attention."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,8 @@ class Hypothesis:
     """Greedy outputs of the CTC head, collapsed, if they were asked for."""
     logprob: float = 0.0
     """Sum of natural-log probabilities, end token included, of beams and scored requests."""
+    logprobs: tuple[float, ...] = ()
+    """Natural-log probability of each of ``tokens``, of beams and scored requests."""
     no_speech: float = 0.0
     """Probability of Whisper's no-speech token after its first token, of scored requests."""
     temperature: float = 0.0
@@ -115,8 +134,8 @@ class Hypothesis:
     """Prompt with the detected language."""
     languages: tuple[float, ...] = ()
     """Probability of each of the request's languages, if the language was detected."""
-    alternatives: tuple[tuple[tuple[int, ...], float], ...] = ()
-    """Tokens and sums of log probabilities of all beams, best first."""
+    alternatives: tuple[Alternative, ...] = ()
+    """All beams, best first."""
     alignment: Alignment | None = None
     continuation: "Hypothesis | None" = None
     """Hypothesis of the audio from ``continues_at`` seconds on, where this one ended before its audio did, or where

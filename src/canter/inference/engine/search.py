@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from canter.inference.engine.ctc import Joint
+from canter.inference.engine.hotwords import ATTEMPTS, Boost, Candidate, Credit, HotWords
+from canter.inference.engine.requests import Alternative
 from canter.inference.engine.timestamps import TimestampTokens, WhisperOrder, timestamp_order
 from canter.models.cache import swap_out
 
@@ -103,6 +105,14 @@ class RepetitionGuard:
                 values[slot] = values[-1]
                 setattr(self, name, values[:-1])
 
+    def state(self, slot: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return a copy of the state of a row, for `restore`."""
+        return self.last[slot].copy(), self.equal[slot].copy(), int(self.counts[slot])
+
+    def restore(self, slot: int, state: tuple[np.ndarray, np.ndarray, int]) -> None:
+        """Forget the tokens of a row since ``state``."""
+        self.last[slot], self.equal[slot], self.counts[slot] = state
+
     def took(self, chosen: Sequence[int], first: int = 0) -> dict[int, int]:
         """Record the next tokens of the rows from slot ``first`` on.
 
@@ -152,23 +162,39 @@ class Row:
     prompt: int = 0
     """Number of tokens in the prompt."""
     scored: bool = False
-    """Sum log probabilities in greedy search too."""
+    """Compute log probabilities in greedy search too."""
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     """Sum of the tokens' natural-log probabilities, end token included, of beams and scored rows."""
-    steps: list[float] = field(default_factory=list)
-    """Log probability of each token, for scored rows of greedy search."""
+    logprobs: list[float] = field(default_factory=list)
+    """Natural-log probability of each token, of beams and scored rows; in greedy search then of the end token."""
     finished: bool = False
     """True once an end token has ended the row."""
     allowed: float = math.inf
     """Number of tokens that fit in the time of its audio, for `RepetitionGuard`; infinite: no guard."""
-    alternatives: list[tuple[list[int], float, bool]] = field(default_factory=list)
-    """Tokens, sum of log probabilities and ``finished`` of each beam, best first."""
+    alternatives: list[Alternative] = field(default_factory=list)
+    """Finished beams, best first."""
     ctc: Tensor | None = None
     """Log probabilities of the CTC head (T, C), for joint search."""
+    hotwords: HotWords | None = None
+    """Phrases to prefer; rows with a temperature do not."""
 
     def __post_init__(self):
         self.draws = np.random.default_rng(self.seed) if self.temperature else None
+        self.boost = Boost(self.hotwords) if self.hotwords and not self.temperature else None
+        self.earlier: tuple[np.ndarray, np.ndarray, int] | None = None  # guard's state before an attempt of ``boost``
+
+
+@dataclass
+class Choice:
+    """What a search chose in one step."""
+
+    ended: list[int]
+    """Slots that have ended."""
+    parents: Tensor | None = None
+    """Parent beam of each beam (B, N); None if each is its own."""
+    taken_back: dict[int, int] = field(default_factory=dict)
+    """Number of tokens in the cache that a row takes back, by slot."""
 
 
 class Search(Protocol):
@@ -188,12 +214,10 @@ class Search(Protocol):
         """Return the next input tokens (B, N) of the decoder."""
         ...
 
-    def choose(self, logits: Tensor, first: int, opening: bool) -> tuple[list[int], Tensor | None]:
+    def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:
         """Choose the next tokens of the rows from slot ``first`` on.
 
         logits: (B, 1, V) if ``opening`` (after the prompt), else (B, N, V).
-
-        Return the slots that have ended, and the parent beam of each beam (B, N), None if each is its own.
         """
         ...
 
@@ -259,7 +283,7 @@ class Greedy:
     def inputs(self) -> list[list[int]]:
         return [[row.tokens[-1]] for row in self.rows]
 
-    def choose(self, logits: Tensor, first: int, opening: bool) -> tuple[list[int], Tensor | None]:
+    def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:
         scores, rows = logits[:, 0].float(), self.rows[first:]
         scored = bool(self.joint) or any(row.scored for row in rows)
         total = scores.logsumexp(-1) if scored and not self.rules.renormalised else None
@@ -267,13 +291,18 @@ class Greedy:
         self.rules.order_timestamps(scores, [row.stamped for row in rows], [row.tokens for row in rows])
         if scored and total is None:
             total = scores.logsumexp(-1)
+        taken_back: dict[int, int] = {}
         if self.joint and total is not None:
-            chosen = self._jointly(self.joint, scores - total[:, None], rows, first)
+            chosen, logprobs = self._jointly(self.joint, scores - total[:, None], rows, first)
         else:
-            chosen = self._by_attention(scores, rows, total)
+            chosen, logprobs = self._by_attention(scores, rows, total)
+            if any(row.boost for row in rows):
+                taken_back = self._prefer_hotwords(scores, rows, chosen, logprobs, first)
         ended, end = [], self.rules.end
         repeating = self.guard.took(chosen, first)
-        for slot, (row, token) in enumerate(zip(rows, chosen), first):
+        for slot, (row, token, logprob) in enumerate(zip(rows, chosen, logprobs), first):
+            if row.scored:
+                row.logprobs.append(logprob)
             if token == end:
                 row.finished = True
             else:
@@ -282,46 +311,110 @@ class Greedy:
                 ended.append(slot)
             elif slot in repeating or len(row.tokens) >= row.limit:
                 kept = repeating.get(slot, self.guard.at_limit(slot))
-                row.logprob -= sum(row.steps[kept:])
-                del row.tokens[kept:]
+                del row.tokens[kept:], row.logprobs[kept:]
                 ended.append(slot)
-        return ended, None
+        for slot in ended:
+            self.rows[slot].logprob = sum(self.rows[slot].logprobs)
+        return Choice(ended, taken_back=taken_back)
 
-    def _by_attention(self, scores: Tensor, rows: Sequence[Row], total: Tensor | None) -> list[int]:
+    def _by_attention(self, scores: Tensor, rows: Sequence[Row], total: Tensor | None) -> tuple[list[int], list[float]]:
+        """Return the most probable or drawn tokens, and their log probabilities (0 if no row is scored)."""
         chosen = scores.argmax(-1).tolist()
         for index, row in enumerate(rows):
             if row.temperature:
                 chosen[index] = int(drawn(scores[index], row)[0])
-        if total is not None:
-            picked = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None])[:, 0]
-            for row, logprob in zip(rows, (picked - total).tolist()):
-                row.logprob += logprob
-                row.steps.append(logprob)
-        return chosen
+        if total is None:
+            return chosen, [0.0] * len(rows)
+        picked = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None])[:, 0]
+        return chosen, (picked - total).tolist()
 
-    def _jointly(self, joint: Joint, scores: Tensor, rows: Sequence[Row], first: int) -> list[int]:
+    def _prefer_hotwords(
+        self, scores: Tensor, rows: Sequence[Row], chosen: list[int], logprobs: list[float], first: int
+    ) -> dict[int, int]:
+        """Replace the choices of rows by their hot words, where these are probable enough.
+
+        Return the number of tokens that rows take back, by slot.
+        """
+        taken_back: dict[int, int] = {}
+        for index, candidates in self._candidates(scores, rows).items():
+            row, slot = rows[index], first + index
+            assert row.boost
+            length = len(row.tokens)
+            at_limit = length + 1 >= row.limit
+            decision = row.boost.choose(length, chosen[index], logprobs[index], candidates, at_limit)
+            chosen[index], logprobs[index] = decision.token, decision.logprob
+            if decision.kept < length:
+                taken_back[slot] = length - decision.kept
+                del row.tokens[decision.kept :], row.logprobs[decision.kept :]
+                assert row.earlier
+                self.guard.restore(slot, row.earlier)
+            elif row.boost.attempt and row.boost.attempt.place == length:
+                row.earlier = self.guard.state(slot)
+        return taken_back
+
+    def _candidates(self, scores: Tensor, rows: Sequence[Row]) -> dict[int, list[Candidate]]:
+        """Return, by row with hot words, the tokens that begin or continue one and are probable enough."""
+        boosted = {index: row.boost for index, row in enumerate(rows) if row.boost}
+        found: dict[int, list[Candidate]] = {}
+        for words in {boost.words for boost in boosted.values()}:
+            same = [index for index, boost in boosted.items() if boost.words is words]
+            here = scores[same]
+            here = here.amax(1, keepdim=True) - here  # nats below the model's own choice
+            roots = words.on(scores.device)[0]
+            first = here[:, roots].topk(min(ATTEMPTS, len(roots)), largest=False)
+            tokens, gaps = roots[first.indices].tolist(), first.values.tolist()
+            following = [boosted[index].following() for index in same]
+            wanted = [(place, token) for place, pairs in enumerate(following) for token, _ in pairs]
+            others = iter(here[tuple(zip(*wanted))].tolist() if wanted else ())
+            for place, index in enumerate(same):
+                some = [Candidate(*one) for one in zip(tokens[place], words.first_nodes(tokens[place]), gaps[place])]
+                some += [Candidate(token, node, next(others)) for token, node in following[place]]
+                found[index] = [one for one in some if one.deficit <= words.weight]
+        return found
+
+    def _jointly(self, joint: Joint, scores: Tensor, rows: Sequence[Row], first: int) -> tuple[list[int], list[float]]:
         attention, tokens = candidates(scores, CANDIDATES, self.rules.end)
         before = attention.new_zeros(len(rows), 1, dtype=torch.float64)
         sums, numbers = joint.scores(attention[:, None], tokens[:, None], before, first, wanted=1)
         values, places = sums[:, 0].max(-1, keepdim=True)
         joint.scorer.choose(first, numbers[:, 0].gather(1, places)[:, 0])
-        chosen = tokens.gather(1, places)[:, 0].tolist()
-        for row, value in zip(rows, values[:, 0].tolist()):
-            if row.scored:
-                row.logprob += value
-                row.steps.append(value)
-        return chosen
+        return tokens.gather(1, places)[:, 0].tolist(), values[:, 0].tolist()
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """Hypothesis of a beam search."""
+
+    score: float = 0.0
+    """Sum of log probabilities, and of what hot words and length penalties add."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Log probability of each token, and of the end token."""
+    ended: bool = False
+    credit: Credit | None = None
+
+    def after(self, token: int, score: float, end: int, bonus: float = 0.0) -> "_Beam":
+        """Return the hypothesis with one more token and a new score, which contains ``bonus`` for the token."""
+        credit, gained = None, score - self.score - bonus
+        if self.credit:
+            credit = self.credit.after(token)
+            gained -= credit.total - self.credit.total
+        tokens = self.tokens if token == end else [*self.tokens, token]
+        return _Beam(score, tokens, [*self.logprobs, gained], token == end, credit)
+
+    def alternative(self) -> Alternative:
+        logprob = self.score - (self.credit.total if self.credit else 0.0)
+        return Alternative(tuple(self.tokens), logprob, self.ended, tuple(self.logprobs))
 
 
 @dataclass
 class _Beams:
     """Beams of one row."""
 
-    scores: np.ndarray  # (N,) sums of log probabilities
-    tokens: list[list[int]]
-    ended: list[bool]
-    done: list[tuple[float, float, list[int], bool]] = field(default_factory=list)
-    """Finished hypotheses, best first: score, sum of log probabilities, tokens, and True for one with an end token."""
+    live: list[_Beam]
+    """N hypotheses that the decoder extends; in NeMo's and ESPnet's search some may have ended."""
+    done: list[tuple[float, _Beam]] = field(default_factory=list)
+    """Finished hypotheses that were set aside, and their scores by length, best first."""
 
 
 BeamStyle = Literal["nemo", "huggingface", "espnet"]
@@ -366,8 +459,9 @@ class BeamSearch:
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
-        n = self.beams
-        self.state += [_Beams(np.zeros(n), [[] for _ in range(n)], [False] * n) for _ in rows]
+        for row in rows:
+            credit = Credit(row.hotwords, row.hotwords.opening) if row.hotwords and not row.temperature else None
+            self.state.append(_Beams([_Beam(credit=credit)] * self.beams))
         if self.joint:
             self.joint.scorer.add([row.ctc for row in rows if row.ctc is not None])
 
@@ -378,12 +472,9 @@ class BeamSearch:
             self.joint.scorer.remove(slots)
 
     def inputs(self) -> list[list[int]]:
-        return [
-            [self.pad if ended else tokens[-1] for tokens, ended in zip(beams.tokens, beams.ended)]
-            for beams in self.state
-        ]
+        return [[self.pad if beam.ended else beam.tokens[-1] for beam in beams.live] for beams in self.state]
 
-    def choose(self, logits: Tensor, first: int, opening: bool) -> tuple[list[int], Tensor | None]:
+    def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:
         n, rows = self.beams, self.rows[first:]
         states = self.state[first:]
         width = logits.shape[1]  # beams that the decoder computed
@@ -393,7 +484,11 @@ class BeamSearch:
             scores = scores.clone()
         self.rules.suppress(scores, opening)
         stamped = [row.stamped for row in rows for _ in range(width)]
-        self.rules.order_timestamps(scores, stamped, [tokens for beams in states for tokens in beams.tokens[:width]])
+        beams = [beam for state in states for beam in state.live[:width]]
+        self.rules.order_timestamps(scores, stamped, [beam.tokens for beam in beams])
+        for one, beam in zip(scores, beams):
+            if beam.credit and not beam.ended:
+                beam.credit.add_to(one)
         shape = (len(rows), width, -1)
         numbers = None
         if self.joint:
@@ -407,29 +502,32 @@ class BeamSearch:
             choices = tokens.cpu().numpy().reshape(shape)
         parents = np.tile(np.arange(n), (len(rows), 1))
         ended = []
-        for index, (row, beams) in enumerate(zip(rows, states)):
+        for index, (row, state) in enumerate(zip(rows, states)):
             if row.temperature:
                 part = scores[index * width : (index + 1) * width]
-                parents[index] = self._draw(row, beams, part, total[index * width : (index + 1) * width])
+                parents[index] = self._draw(row, state, part, total[index * width : (index + 1) * width])
             else:
-                parents[index] = self._extend(row, beams, sums[index], choices[index])
+                parents[index] = self._extend(row, state, sums[index], choices[index])
             if row.alternatives:
-                row.tokens, row.logprob, row.finished = row.alternatives[0]
+                found = row.alternatives[0]
+                row.tokens, row.logprobs = list(found.tokens), list(found.logprobs)
+                row.logprob, row.finished = found.logprob, found.finished
                 ended.append(first + index)
         if self.joint and numbers is not None:
             picked = self._picked(states, parents, choices, numbers)
             self.joint.scorer.choose(first, torch.from_numpy(picked).to(logits.device))
         same = opening or (parents == np.arange(n)).all()
-        return ended, None if same else torch.from_numpy(parents).to(logits.device)
+        return Choice(ended, None if same else torch.from_numpy(parents).to(logits.device))
 
     def _jointly(
         self, joint: Joint, attention: Tensor, tokens: Tensor, first: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return joint scores of candidates (B, N, K), best first per beam, the candidates and their numbers."""
-        states, width = self.state[first:], tokens.shape[1]
-        ended = torch.tensor([beams.ended[:width] for beams in states], device=tokens.device)
+        live = [state.live[: tokens.shape[1]] for state in self.state[first:]]
+        ended = torch.tensor([[beam.ended for beam in beams] for beams in live], device=tokens.device)
         attention = attention.masked_fill(ended[:, :, None], -math.inf)
-        before = torch.from_numpy(np.stack([beams.scores[:width] for beams in states])).to(tokens.device)
+        scores = [[beam.score for beam in beams] for beams in live]
+        before = torch.tensor(scores, dtype=torch.float64, device=tokens.device)
         wanted = 2 * self.beams if self.style == "huggingface" else self.beams
         totals, numbers = joint.scores(attention, tokens, before, first, wanted)
         sums = (totals - before[:, :, None]).cpu().numpy()
@@ -443,11 +541,11 @@ class BeamSearch:
     ) -> np.ndarray:
         """Return the number (B x N,) of the chosen candidate of each beam; -1 for beams that have ended."""
         picked = np.full(parents.shape, -1)
-        for row, beams in enumerate(states):
-            for beam, (parent, tokens, ended) in enumerate(zip(parents[row], beams.tokens, beams.ended)):
-                if tokens and not ended:
-                    place = np.flatnonzero(choices[row, parent] == tokens[-1])
-                    picked[row, beam] = numbers[row, parent, place[0]] if len(place) else -1
+        for row, state in enumerate(states):
+            for place, (parent, beam) in enumerate(zip(parents[row], state.live)):
+                if beam.tokens and not beam.ended:
+                    found = np.flatnonzero(choices[row, parent] == beam.tokens[-1])
+                    picked[row, place] = numbers[row, parent, found[0]] if len(found) else -1
         return picked.ravel()
 
     def _extend(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
@@ -463,104 +561,96 @@ class BeamSearch:
             return ((5 + prompt + tokens) / 6) ** self.length_penalty
         return tokens**self.length_penalty
 
+    def _totals(self, beams: _Beams, sums: np.ndarray) -> np.ndarray:
+        """Return the scores (N, K) of beams with each of their candidates."""
+        return np.array([beam.score for beam in beams.live[: len(sums)]])[:, None] + sums
+
     def _set_aside(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
-        n, length = self.beams, len(beams.tokens[0]) + 1
-        totals = (beams.scores[: len(sums), None] + sums).ravel()
+        n, length = self.beams, len(beams.live[0].tokens) + 1
+        totals = self._totals(beams, sums).ravel()
         order = np.argsort(-totals, kind="stable")[: 2 * n]
         at_limit = length >= row.limit
-        parents, scores, written = [], [], []
-        for rank, place in enumerate(order):
-            parent, token = int(place) // sums.shape[1], int(choices.flat[place])
-            tokens, by_end = beams.tokens[parent], token == self.rules.end
-            if not by_end and not at_limit:
+        parents: list[int] = []
+        live: list[_Beam] = []
+        for rank, place in enumerate(order.tolist()):
+            parent, token = place // sums.shape[1], int(choices.flat[place])
+            beam = beams.live[parent].after(token, float(totals[place]), self.rules.end)
+            if not beam.ended and not at_limit:
                 if len(parents) < n:
                     parents.append(parent)
-                    scores.append(totals[place])
-                    written.append([*tokens, token])
+                    live.append(beam)
             elif rank < n and not (self.early_stopping and len(beams.done) >= n):
-                total = float(totals[place])
-                score = total / self._normaliser(length, 0)
-                beams.done.append((score, total, tokens if by_end else [*tokens, token], by_end))
+                beams.done.append((beam.score / self._normaliser(length, 0), beam))
         beams.done = sorted(beams.done, key=lambda one: -one[0])[:n]
         enough = len(beams.done) == n and (
-            at_limit or self.early_stopping or scores[0] / self._normaliser(length, 0) <= beams.done[-1][0]
+            at_limit or self.early_stopping or live[0].score / self._normaliser(length, 0) <= beams.done[-1][0]
         )
         if enough or at_limit:
-            row.alternatives = [(tokens, total, by_end) for _, total, tokens, by_end in beams.done]
+            row.alternatives = [beam.alternative() for _, beam in beams.done]
             return list(range(n))
-        beams.scores, beams.tokens = np.array(scores), written
+        beams.live = live
         return parents
 
     def _keep_places(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
-        n, candidates = self.beams, []
+        n, found, totals = self.beams, list[tuple[float, _Beam, int]](), self._totals(beams, sums)
         for parent in range(len(sums)):
-            tokens, before = beams.tokens[parent], beams.scores[parent]
-            if beams.ended[parent]:
-                key = before / self._normaliser(len(tokens) + 1, row.prompt)
-                candidates.append((key, before, tokens, True, parent))
+            before = beams.live[parent]
+            if before.ended:
+                key = before.score / self._normaliser(len(before.tokens) + 1, row.prompt)
+                found.append((key, before, parent))
                 continue
-            for total, token in zip(before + sums[parent, :n], choices[parent, :n]):
-                by_end = int(token) == self.rules.end
-                key = total / self._normaliser(len(tokens) + 1, row.prompt)
-                candidates.append((key, total, tokens if by_end else [*tokens, int(token)], by_end, parent))
-        candidates.sort(key=lambda one: -one[0])
-        kept = candidates[:n]
-        beams.scores = np.array([total for _, total, *_ in kept])
-        beams.tokens = [tokens for _, _, tokens, *_ in kept]
-        beams.ended = [by_end for *_, by_end, _ in kept]
-        longest = max((len(t) for t, by_end in zip(beams.tokens, beams.ended) if not by_end), default=0)
-        if all(beams.ended) or longest >= row.limit:
-            row.alternatives = [(tokens, total, by_end) for _, total, tokens, by_end, _ in kept]
-        return [parent for *_, parent in kept]
+            for total, token in zip(totals[parent, :n].tolist(), choices[parent, :n].tolist()):
+                key = total / self._normaliser(len(before.tokens) + 1, row.prompt)
+                found.append((key, before.after(token, total, self.rules.end), parent))
+        found.sort(key=lambda one: -one[0])
+        beams.live = [beam for _, beam, _ in found[:n]]
+        longest = max((len(beam.tokens) for beam in beams.live if not beam.ended), default=0)
+        if all(beam.ended for beam in beams.live) or longest >= row.limit:
+            row.alternatives = [beam.alternative() for beam in beams.live]
+        return [parent for *_, parent in found[:n]]
 
     def _refill(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
-        n, length = self.beams, max(map(len, beams.tokens)) + 1
-        totals = beams.scores[: len(sums), None] + sums + self.length_penalty
-        totals[np.array(beams.ended[: len(sums)])] = -math.inf
+        n, length = self.beams, max(len(beam.tokens) for beam in beams.live) + 1
+        totals = self._totals(beams, sums) + self.length_penalty
+        totals[[place for place, beam in enumerate(beams.live[: len(sums)]) if beam.ended]] = -math.inf
         order = np.argsort(-totals.ravel(), kind="stable")[:n]
-        parents, scores, written = [], [], []
+        parents: list[int] = []
+        live: list[_Beam] = []
         for place in order.tolist():
             parent, token, total = place // sums.shape[1], int(choices.flat[place]), float(totals.flat[place])
-            by_end = token == self.rules.end
-            tokens = beams.tokens[parent] if by_end else [*beams.tokens[parent], token]
             if total == -math.inf:
                 break
-            if by_end or length >= row.limit:
-                beams.done.append((total, total, tokens, by_end))
+            beam = beams.live[parent].after(token, total, self.rules.end, self.length_penalty)
+            if beam.ended or length >= row.limit:
+                beams.done.append((total, beam))
             else:
                 parents.append(parent)
-                scores.append(total)
-                written.append(tokens)
+                live.append(beam)
         if not parents or self._hopeless(beams.done, length - 1 - row.prompt):
             best_first = sorted(beams.done, key=lambda one: -one[0])[:n]
-            row.alternatives = [(tokens, total, by_end) for _, total, tokens, by_end in best_first]
+            row.alternatives = [beam.alternative() for _, beam in best_first]
         missing = n - len(parents)
-        beams.scores, beams.tokens = np.array(scores + [-math.inf] * missing), written + [[] for _ in range(missing)]
-        beams.ended = [False] * len(parents) + [True] * missing
+        beams.live = live + [_Beam(-math.inf, ended=True)] * missing
         return parents + [0] * missing
 
-    def _hopeless(self, done: Sequence[tuple[float, float, list[int], bool]], longest: int) -> bool:
+    def _hopeless(self, done: Sequence[tuple[float, _Beam]], longest: int) -> bool:
         """Return whether the finished hypotheses of ``longest`` tokens, end token included, and of the lengths before
         are far worse than the best; ESPnet looks as many tokens back as the prompt is long."""
-        top = max((score for score, *_ in done), default=0.0)
+        top = max((score for score, _ in done), default=0.0)
         lengths = range(longest, longest - END_LENGTHS, -1)
-        found = [[score for score, _, tokens, _ in done if len(tokens) + 1 == length] for length in lengths]
+        found = [[score for score, beam in done if len(beam.tokens) + 1 == length] for length in lengths]
         return all(scores and max(scores) - top < -END_MARGIN for scores in found)
 
     def _draw(self, row: Row, beams: _Beams, logits: Tensor, total: Tensor) -> list[int]:
         n = self.beams
         tokens = drawn(logits[0], row, n) if len(logits) == 1 else np.array([drawn(one, row)[0] for one in logits])
         parents = range(n) if len(logits) > 1 else [0] * n
-        gained = (logits[list(parents), tokens.tolist()] - total[list(parents)]).cpu().numpy()
-        for beam, token in enumerate(tokens.tolist()):
-            if beams.ended[beam]:
-                continue
-            beams.scores[beam] += gained[beam]
-            if token == self.rules.end:
-                beams.ended[beam] = True
-            else:
-                beams.tokens[beam].append(token)
-        if all(beams.ended) or max(map(len, beams.tokens)) >= row.limit:
-            found = zip(beams.tokens, beams.scores.tolist(), beams.ended)
-            row.alternatives = sorted(found, key=lambda one: -one[1] / (len(one[0]) + 1))
+        gained = (logits[list(parents), tokens.tolist()] - total[list(parents)]).cpu().double().tolist()
+        beams.live = [
+            beam if beam.ended else beam.after(token, beam.score + gain, self.rules.end)
+            for beam, token, gain in zip(beams.live, tokens.tolist(), gained)
+        ]
+        if all(beam.ended for beam in beams.live) or max(len(beam.tokens) for beam in beams.live) >= row.limit:
+            order = sorted(beams.live, key=lambda one: -one.score / (len(one.tokens) + 1))
+            row.alternatives = [beam.alternative() for beam in order]
         return list(range(n))
