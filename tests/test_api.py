@@ -235,6 +235,12 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_repeats": -1}, "max_repeats is -1; it must be 0, for no limit"),
     ({"prompt": "Names", "language": "en"}, "takes no text before"),
     ({"task": "translate", "language": "de", "target_language": "fr"}, "is not a language of this model"),
+    ({"hotwords": " , "}, "hot words: .* holds none"),
+    ({"hotwords": ["Zürich"], "language": "en"}, "cannot spell the hot word 'Zürich'"),
+    ({"hotwords": ["one"], "hotword_weight": 0.0}, "the weight of hot words is 0"),
+    ({"hotwords": "no-such-file.txt"}, "no-such-file.txt cannot be read"),
+    ({"nbest": 3, "beam_size": 2}, "the 3 best texts need a beam size of at least 3; it is 2"),
+    ({"nbest": 0}, "nbest is 0"),
     ({"sampling_rate": -1}, "sampling_rate is -1"),
     ({"sampling_rate": 8000}, "sampling_rate is for arrays"),
 ]
@@ -452,6 +458,56 @@ def test_words_have_times_and_texts(tiny_en):
     for wrong in ({"language": "de"}, {"task": "translate"}):
         with pytest.raises(canter.CanterError, match=r"it knows en|knows only one language"):
             tiny_en.transcribe(clip, **wrong)
+
+
+def test_tokens_and_alternatives_have_log_probabilities(canary, clips, tmp_path):
+    options = {"language": "en", "beam_size": 4, "nbest": 3, "logprobs": True}
+    found = list(canary.transcribe(clips, **options))
+    for one in found:
+        assert "".join(token.text for token in one.logprobs).strip() == one.text
+        (best,) = one.nbest
+        assert (best.start, best.end) == (0.0, pytest.approx(one.duration, abs=0.01))
+        assert len(best.hypotheses) == 3
+        assert best.hypotheses[0][0] == one.text
+        tokens = sum(token.logprob for token in one.logprobs)
+        assert best.hypotheses[0][1] <= tokens + 1e-4  # the end token is counted too
+    assert len({one.nbest[0].hypotheses[0][1] for one in found}) > 1
+    alone = [canary.transcribe(clip, **options) for clip in clips]
+    assert [[text for text, _ in one.nbest[0].hypotheses] for one in alone] == [
+        [text for text, _ in one.nbest[0].hypotheses] for one in found
+    ]
+    row = json.loads(found[0].save(tmp_path / "one.jsonl").read_text())
+    assert [entry["token"] for entry in row["logprobs"]] == [token.text for token in found[0].logprobs]
+    assert [entry["text"] for entry in row["nbest"][0]["hypotheses"]] == [t for t, _ in found[0].nbest[0].hypotheses]
+    value = json.loads(found[0].save(tmp_path / "one.json").read_text())
+    assert value["segments"][0]["logprobs"] == row["logprobs"]
+    assert value["nbest"] == row["nbest"]
+    assert not canary.transcribe(clips[0], language="en").logprobs
+
+
+@needs_shared
+def test_tokens_of_long_recordings_are_those_of_the_text(tiny_en):
+    """In overlapping chunks, tokens are left out with their words."""
+    parts = [soundfile.read(path, dtype="float32")[0] for path in speech("librivox_mini", 6)]
+    found = tiny_en.transcribe(np.concatenate(parts), logprobs=True, vad="none", timestamps="word")
+    assert found.duration > 30
+    for segment in found.segments:
+        assert "".join(token.text for token in segment.token_scores).strip() == segment.text
+        assert all(token.logprob <= 0 for token in segment.token_scores)
+
+
+@needs_shared
+def test_hot_words_are_preferred_where_they_are_said(tiny_en):
+    clip = speech("librivox_mini", 1)[0]
+    usual = tiny_en.transcribe(clip)
+    assert "flower-fattened" in usual.text
+    wanted = tiny_en.transcribe(clip, hotwords=["flour", "fattened", "Ploughshare"])
+    assert "flour" in wanted.text
+    assert "Ploughshare" not in wanted.text
+    assert tiny_en.transcribe(clip, hotwords="Zanzibar, ploughshare, Timbuktu").text == usual.text
+    files = speech("an4", 4)
+    together = [result.text for result in tiny_en.transcribe([clip, *files], hotwords="flour, fattened")]
+    assert together == [tiny_en.transcribe(one, hotwords="flour, fattened").text for one in (clip, *files)]
 
 
 @needs_shared

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from canter.cli.progress import TranscriptionProgress
     from canter.inference.bulk import BulkResult, Report
     from canter.inference.engine.engine import Engine
+    from canter.inference.hotwords import Phrases
     from canter.inference.inputs import Item
     from canter.inference.recording import Timestamps
     from canter.inference.transcript.formats import FolderOutput
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 IDENTITY = {"precision": "precision", "max_repeats": "max_repeats", "beam": "beam_size",
             "length_penalty": "length_penalty", "ctc_weight": "ctc_weight", "vad": "vad",
             "window_seconds": "chunk_seconds", "fallback": "fallback", "initial_prompt": "prompt",
-            "audio_track": "audio_track"}
+            "audio_track": "audio_track", "hotwords": "hotword_list", "nbest": "nbest", "logprobs": "logprobs"}
 # fmt: on
 SHOWN = 20  # failures and warnings that are printed
 
@@ -66,6 +67,11 @@ class Options:
     prompt: str = ""
     """Text that precedes every recording: names and words to expect, a style of writing. For Whisper, OWSM and
     Canary-flash."""
+    hotwords: str | None = None
+    """Words and phrases to prefer, separated by commas, or a text file with one a line. Those that are not said change
+    nothing (default: none)."""
+    hotword_weight: float = 4.0
+    """Nats (natural logarithms) by which a hot word may be less probable than the model's own text."""
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, from the model's timestamp tokens where it has them; `word`: times of words too,
     from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
@@ -83,6 +89,11 @@ class Options:
     """Underline each word in srt and vtt while it is spoken."""
     beam_size: int = 1
     """Beam size; 1 is greedy search."""
+    nbest: int = 1
+    """Number of texts of each chunk to write to json and nemo, best first, with their log probabilities; at most
+    --beam-size."""
+    logprobs: bool = False
+    """Write the log probability of every token to json and nemo."""
     length_penalty: float | None = None
     """Exponent of the length by which the score of a beam is divided (default: 0 for Canary and runs, 1 for other
     models of Hugging Face). For OWSM it is added to the score for every token (default: 0)."""
@@ -112,12 +123,24 @@ class Options:
     json: bool = False
     """Print one JSON object on stdout instead of a table; needs --output."""
 
+    @property
+    def phrases(self) -> "Phrases | None":
+        from canter.inference.hotwords import Phrases
+
+        return Phrases.read(self.hotwords, self.hotword_weight) if self.hotwords is not None else None
+
+    @property
+    def hotword_list(self) -> list[object] | None:
+        return [*self.phrases.phrases, self.phrases.weight] if self.phrases else None
+
 
 def run(options: Options) -> int:
     if not options.inputs:
         raise ConfigError("nothing to transcribe: name audio files, folders or manifests")
     folder, kinds = destination(options)
     style = style_of(options, kinds)
+    if (options.nbest > 1 or options.logprobs) and not {"json", "nemo"} & {*kinds}:
+        raise ConfigError(f"--nbest and --logprobs are for json and nemo, not {kinds[0]}: add --format json, or nemo")
 
     from canter.inference.bulk import LONGEST_WAIT
     from canter.ranks import process_group
@@ -133,7 +156,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
     from canter.inference.engine.alignment import word_times_warning
     from canter.inference.inputs import read_items
     from canter.inference.languages import Defaults
-    from canter.inference.recording import TranscribeConfig
+    from canter.inference.recording import TranscribeConfig, Transcriber
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcript.formats import check_renderable, json_text, render, write_output
     from canter.models.hub import checkpoint_of
@@ -166,10 +189,18 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
         partial = PartialFiles(partial_files(options.output, folder), identity(checkpoint, options, timestamps))
 
     config = TranscribeConfig(
-        timestamps, options.chunk_seconds, vad=options.vad, prompt=options.prompt, audio_track=options.audio_track
+        timestamps,
+        options.chunk_seconds,
+        vad=options.vad,
+        prompt=options.prompt,
+        audio_track=options.audio_track,
+        hotwords=options.phrases,
+        nbest=options.nbest,
+        logprobs=options.logprobs,
     )
     if not options.fallback:
         config = replace(config, fallback=None)
+    Transcriber(engine, tokenizer, config).check(checkpoint)
     longest = math.inf if options.max_seconds is None else options.max_seconds
     begun = time.perf_counter()
     with display:
@@ -275,7 +306,8 @@ def destination(options: Options) -> tuple[bool, list[str]]:
     from canter.inference.transcript.formats import FORMATS, SUFFIXES
 
     kind, output = options.format, options.output
-    for name, value in (("batch-size", options.batch_size), ("beam-size", options.beam_size)):
+    counts = {"batch-size": options.batch_size, "beam-size": options.beam_size, "nbest": options.nbest}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: at least 1")
     if options.chunk_seconds is not None and options.chunk_seconds < 1:

@@ -39,6 +39,7 @@ from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.engine.alignment import word_times_warning
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
+from canter.inference.hotwords import WEIGHT, Phrases
 from canter.inference.inputs import Item, files_in, items_of
 from canter.inference.languages import Defaults, Task, detects_language
 from canter.inference.loading import tokenizer_of
@@ -53,7 +54,7 @@ from canter.inference.transcript.formats import (
     result_row,
     write_output,
 )
-from canter.inference.transcript.segments import Segment, Word
+from canter.inference.transcript.segments import Alternatives, Segment, TokenScore, Word
 from canter.inference.transcript.subtitles import SubtitleStyle
 from canter.models.protocol import AnyModel, module_of
 from canter.redaction import redacted
@@ -90,6 +91,10 @@ class TranscribeOptions(TypedDict, total=False):
     vad: Vad
     max_repeats: int
     prompt: str
+    hotwords: str | Iterable[str]
+    hotword_weight: float
+    nbest: int
+    logprobs: bool
     sampling_rate: int | None
     audio_track: int | None
 
@@ -115,6 +120,8 @@ class Transcript:
     """Faults of the audio: losses and where they begin, channels that cancel each other out."""
     language_probability: float | None = None
     """Probability of the detected language over all speech; None where it was stated."""
+    nbest: tuple[Alternatives, ...] = ()
+    """The most probable texts of each chunk of the audio, each a tuple of (text, log probability), if asked for."""
     _item: Item | None = field(default=None, compare=False)
     _found: Transcription | None = field(default=None, compare=False)
 
@@ -123,6 +130,11 @@ class Transcript:
         """Words of all segments, each with ``start``, ``end``, ``text`` and ``probability``; empty without
         ``timestamps="word"``."""
         return tuple(word for segment in self.segments for word in segment.words)
+
+    @property
+    def logprobs(self) -> tuple[TokenScore, ...]:
+        """Tokens of all segments, each with ``text`` and ``logprob``; empty without ``logprobs=True``."""
+        return tuple(score for segment in self.segments for score in segment.token_scores)
 
     def save(
         self,
@@ -281,6 +293,10 @@ class Recognizer:
         vad: Vad = "energy",
         max_repeats: int = 3,
         prompt: str = "",
+        hotwords: str | Iterable[str] = (),
+        hotword_weight: float = WEIGHT,
+        nbest: int = 1,
+        logprobs: bool = False,
         sampling_rate: int | None = None,
         audio_track: int | None = None,
     ) -> Transcript | Iterator[Transcript]:
@@ -307,6 +323,11 @@ class Recognizer:
         max_repeats: number of repeats to keep where a model repeats the same words for longer than the audio lasts; 0
             means no limit. No other repetition is changed; a Whisper has its own rule.
         prompt: text that precedes the recording: names to expect, a style of writing.
+        hotwords: words and phrases to prefer where the model finds them almost as probable as its own text: a list, a
+            text file with one a line, or a string with commas between them. Those that are not said change nothing.
+        hotword_weight: nats (natural logarithms) by which a phrase may be less probable than the model's own text.
+        nbest: number of texts of each chunk to keep, as ``nbest`` of the result; at most ``beam_size``.
+        logprobs: add the log probability of every token, as ``logprobs`` of the result.
         sampling_rate: sample rate of arrays in Hz (None: the model's).
         audio_track: audio track of files with several, from 0 (None: the one marked as default, else the first).
 
@@ -314,12 +335,24 @@ class Recognizer:
         """
         if task not in get_args(Task):
             raise ConfigError(f"task is {task!r}; it must be one of {', '.join(get_args(Task))}")
-        _check_whole(beam_size=beam_size, batch_size=batch_size, sampling_rate=sampling_rate)
+        _check_whole(beam_size=beam_size, batch_size=batch_size, sampling_rate=sampling_rate, nbest=nbest)
         if audio_track is not None and (not _is_whole(audio_track) or audio_track < 0):
             raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
         if not _is_whole(max_repeats) or max_repeats < 0:
             raise ConfigError(f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above")
-        config = TranscribeConfig(timestamps, vad=vad, prompt=prompt, audio_track=audio_track)
+        phrases = None
+        if hotwords:
+            read = Phrases.read if isinstance(hotwords, str) else Phrases.of
+            phrases = read(hotwords, hotword_weight)  # pyright: ignore[reportArgumentType]
+        config = TranscribeConfig(
+            timestamps,
+            vad=vad,
+            prompt=prompt,
+            audio_track=audio_track,
+            hotwords=phrases,
+            logprobs=logprobs,
+            nbest=nbest,
+        )
         engine = self._engine(
             EngineConfig(rows=batch_size, max_repeats=max_repeats, beams=beam_size, ctc_weight=ctc_weight)
         )
@@ -335,6 +368,7 @@ class Recognizer:
             sampling_rate,
         )
         self._check_prompt(call)
+        call.transcriber.check(self.name or self._module.shape)
         if _is_one(audio):
             return self._one(cast(Audio, audio), call)
         if not isinstance(audio, Iterable):
@@ -521,6 +555,7 @@ class Recognizer:
             lost_seconds=found.lost_seconds,
             warnings=found.warnings,
             language_probability=found.language_probability,
+            nbest=found.nbest,
             _item=item,
             _found=found,
         )

@@ -12,12 +12,15 @@ from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
 from canter.inference.engine import language
 from canter.inference.engine.engine import Engine, default_window
+from canter.inference.engine.hotwords import HotWords
 from canter.inference.engine.requests import Hypothesis, Request
+from canter.inference.hotwords import Phrases, hotwords_of
 from canter.inference.languages import Probabilities, detected_language, language_in_prompt, languages_to_detect
 from canter.inference.transcript.chunks import Chunk, split_audio, trim_silence
 from canter.inference.transcript.reading import NO_FALLBACK, Assembly, Fallback, WindowPolicy, in_speech, segments_of
-from canter.inference.transcript.segments import Segment
+from canter.inference.transcript.segments import Alternatives, Segment
 from canter.inference.transcript.vad import DETECTORS, FRAME
+from canter.models.protocol import Capability, check_support
 from canter.text.owsm import OwsmTokenizer
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
@@ -52,6 +55,8 @@ class Transcription:
     """Seconds of the audio that are damaged or missing."""
     warnings: tuple[str, ...] = ()
     """Faults of the audio: losses, channels that cancel each other out."""
+    nbest: tuple[Alternatives, ...] = ()
+    """The most probable texts of each chunk, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ class TranscribeConfig:
     """Text that precedes the recording: names and words to expect, a style of writing."""
     audio_track: int | None = None
     """Audio track of files with several, from 0; None: the one marked as default, else the first."""
+    hotwords: Phrases | None = None
+    """Phrases to prefer."""
+    logprobs: bool = False
+    """Add the log probability of every token."""
+    nbest: int = 1
+    """Number of texts of each chunk to keep; more than one needs as many beams."""
 
     def __post_init__(self) -> None:
         for name, value, known in (("timestamps", self.timestamps, Timestamps), ("vad", self.vad, Vad)):
@@ -87,6 +98,7 @@ class Transcriber:
         """Raise ConfigError where ``vad`` needs an extra that is not installed."""
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
         self.timestamps = engine.rules.timestamps
+        self._hotwords: dict[tuple[Phrases, str | None], HotWords] = {}  # the latest
         self.policy: WindowPolicy | None = None
         if isinstance(tokenizer, WhisperTokenizer):
             self.policy = WindowPolicy(tokenizer, self.config.fallback or Fallback(temperatures=()), self.timestamps)
@@ -106,6 +118,25 @@ class Transcriber:
         if isinstance(self.tokenizer, OwsmTokenizer):
             return self.tokenizer.prompt_slots
         return FORMATS.get(getattr(self.tokenizer, "prompt_format", "whisper" if self.policy else ""), ())
+
+    def check(self, source: object) -> None:
+        """Raise ConfigError for settings that the engine or the model, from ``source``, does not support."""
+        asked: dict[str, Capability] = {}
+        if self.config.hotwords:
+            asked["hot words"] = "cached_decoding"
+        if self.config.logprobs or self.config.nbest > 1:
+            asked["log probabilities and N-best texts"] = "cached_decoding"
+        check_support(self.engine.model, asked, source)
+        if self.config.nbest > self.engine.config.beams:
+            raise ConfigError(
+                f"the {self.config.nbest} best texts need a beam size of at least {self.config.nbest}; it is "
+                f"{self.engine.config.beams}"
+            )
+        if self.config.hotwords and self.engine.config.ctc_weight:
+            raise ConfigError("hot words cannot be combined with joint CTC/attention decoding; leave one out")
+        if self.config.hotwords:
+            language = next(iter(self.tokenizer.languages), None)
+            self.hotwords(self.config.hotwords, {"target_lang": language} if language else {})
 
     def slots(self, utterance: Utterance) -> dict[str, str]:
         """Return the prompt slots of an utterance."""
@@ -133,9 +164,18 @@ class Transcriber:
         over = max(0, len(ids) - most)
         return ids[:1] + ids[1 + over :]  # <|startofprev|> or <|startofcontext|> precedes the text
 
-    def request(self, slots: Mapping[str, str], prompt: str | None = None) -> Request:
-        """Return the request that all chunks of an utterance have in common. ``prompt``: preceding text, by default the
-        configuration's."""
+    def hotwords(self, phrases: Phrases | None, slots: Mapping[str, str]) -> HotWords | None:
+        """Return phrases as tokens of the language of a prompt; raise ConfigError where they cannot be spelled."""
+        if phrases is None:
+            return None
+        key = phrases, slots.get("target_lang")
+        if key not in self._hotwords:
+            self._hotwords = {key: hotwords_of(phrases, self.tokenizer, self.engine.model.vocabulary, key[1])}
+        return self._hotwords[key]
+
+    def request(self, slots: Mapping[str, str], prompt: str | None = None, hotwords: Phrases | None = None) -> Request:
+        """Return the request that all chunks of an utterance have in common. ``prompt``: preceding text, and
+        ``hotwords``: phrases to prefer, by default the configuration's."""
         prompt = self.config.prompt if prompt is None else prompt
         names = languages_to_detect(self.tokenizer, slots)
         if names:
@@ -148,7 +188,8 @@ class Transcriber:
             policy=self.policy,
             languages=languages,
             language_at=ids.index(languages[0]) if names else 1,
-            scored=self.policy is not None,
+            scored=self.policy is not None or self.config.logprobs,
+            hotwords=self.hotwords(hotwords or self.config.hotwords, slots),
             aligned=self.config.timestamps == "word",
             guarded=not (self.policy and any(self.policy.fallback.temperatures)),
         )
@@ -220,7 +261,7 @@ class Transcriber:
         for part in hypothesis.parts:
             end = begins + part.continues_at if part.continuation else seconds
             if not self._silent(part):
-                new = segments_of(part, self.tokenizer, end - begins, self.timestamps)
+                new = segments_of(part, self.tokenizer, end - begins, self.timestamps, self.config.logprobs)
                 found += [segment.shifted(begins) for segment in new]
             begins = end
         return found if voiced is None else in_speech(found, voiced)
@@ -234,6 +275,17 @@ class Transcriber:
             if part.languages and not self._silent(part):
                 found.append((here, part.languages))
         return found
+
+    def alternatives(self, hypothesis: Hypothesis, start: float, seconds: float) -> Iterator[Alternatives]:
+        """Yield the N best texts of each part of a chunk that begins at ``start`` and lasts ``seconds``."""
+        end = start + seconds
+        for part in hypothesis.parts:
+            until = start + part.continues_at if part.continuation else end
+            best = part.alternatives[: self.config.nbest]
+            texts = tuple((self.tokenizer.decode(one.tokens).strip(), one.logprob) for one in best)
+            if texts and not self._silent(part):
+                yield Alternatives(start, until, texts)
+            start = until
 
     def _silent(self, hypothesis: Hypothesis) -> bool:
         return self.policy is not None and self.policy.fallback.silent(hypothesis)
@@ -298,6 +350,10 @@ class Recording:
         if spoken is None:
             named = language_in_prompt(tokenizer, found[0].prompt) if found and not found[0].languages else None
             spoken = named or stated
+        nbest: list[Alternatives] = []
+        if self.transcriber.config.nbest > 1:
+            for number, (key, _, _) in enumerate(self._chunks):
+                nbest += self.transcriber.alternatives(self._hypotheses[number], key.start, key.seconds)
         with_ctc = any(one.ctc is not None for one in found)
         return Transcription(
             text,
@@ -307,4 +363,5 @@ class Recording:
             segments=segments,
             language=spoken,
             language_probability=probability,
+            nbest=tuple(nbest),
         )

@@ -17,7 +17,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import ConfigError
 from canter.inference.recording import Transcription
 from canter.inference.transcript.formats import json_text
-from canter.inference.transcript.segments import Segment, Word
+from canter.inference.transcript.segments import Alternatives, Segment, TokenScore, Word
 
 IRRELEVANT = ("text", "num_tokens", "id")  # fields that the transcript does not depend on
 
@@ -90,14 +90,18 @@ def _rows(path: Path, identity: Mapping[str, object]) -> Iterator[tuple[str, Tra
 def _transcription(row: dict[str, Any]) -> Transcription:
     segments = []
     for segment in row.pop("segments", ()):
-        words = tuple(Word(**word) for word in segment.pop("words"))
-        segments.append(Segment(**segment | {"tokens": tuple(segment["tokens"])}, words=words))
+        words = tuple(Word(**word | {"probabilities": tuple(word["probabilities"])}) for word in segment.pop("words"))
+        scores = tuple(TokenScore(**score) for score in segment.pop("token_scores"))
+        segment |= {"tokens": tuple(segment["tokens"]), "words": words, "token_scores": scores}
+        segments.append(Segment(**segment))
+    nbest = [Alternatives(**one | {"hypotheses": tuple(map(tuple, one["hypotheses"]))}) for one in row.pop("nbest", ())]
     ctc = row.pop("ctc", None)
     return Transcription(
         tokens=tuple(row.pop("tokens")),
         segments=tuple(segments),
         ctc=None if ctc is None else tuple(ctc),
         warnings=tuple(row.pop("warnings", ())),
+        nbest=tuple(nbest),
         **row,
     )
 

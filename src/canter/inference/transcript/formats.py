@@ -20,7 +20,7 @@ from canter.files import write_text
 from canter.inference.inputs import Item
 from canter.inference.recording import Transcription
 from canter.inference.transcript.reading import compression_ratio
-from canter.inference.transcript.segments import Segment, spaced
+from canter.inference.transcript.segments import Alternatives, Segment, TokenScore, spaced
 from canter.inference.transcript.subtitles import SENTENCES, WHISPER, Cue, SubtitleStyle, cues_of
 from canter.redaction import redacted
 
@@ -115,7 +115,26 @@ def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[s
                 {"word": part, "start": word.start, "end": word.end, "probability": word.probability}
                 for part, word in zip(parts, segment.words)
             ]
+        if segment.token_scores:
+            value["logprobs"] = logprobs_json(segment.token_scores)
         yield value
+
+
+def logprobs_json(scores: Iterable[TokenScore]) -> list[dict[str, object]]:
+    """Return tokens with their log probabilities as OpenAI's API writes them."""
+    return [{"token": one.text, "logprob": round(one.logprob, 5), "bytes": [*one.text.encode()]} for one in scores]
+
+
+def nbest_json(nbest: Iterable[Alternatives]) -> list[dict[str, object]]:
+    """Return the most probable texts of each chunk, for JSON and NeMo's rows."""
+    return [
+        {
+            "start": round(one.start, 3),
+            "end": round(one.end, 3),
+            "hypotheses": [{"text": text, "logprob": round(logprob, 4)} for text, logprob in one.hypotheses],
+        }
+        for one in nbest
+    ]
 
 
 def finite(value: object) -> object:
@@ -147,14 +166,12 @@ def render_segments(
     segments: Sequence[Segment],
     language: str | None,
     style: SubtitleStyle = WHISPER,
-    probability: float | None = None,
+    more: Mapping[str, object] | None = None,
 ) -> str:
-    """Return the contents of a file in any format but ``nemo``. ``style`` lays out srt and vtt; ``probability`` is that
-    of a detected language, for json."""
+    """Return the contents of a file in any format but ``nemo``. ``style`` lays out srt and vtt; ``more`` is added to
+    json."""
     if kind == "json":
-        value = whisper_json(text, segments, language)
-        if probability is not None:
-            value["language_probability"] = round(probability, 4)
+        value = whisper_json(text, segments, language) | dict(more or {})
         return json.dumps(finite(value), allow_nan=False)
     if kind in ("srt", "vtt"):
         return {"srt": srt, "vtt": vtt}[kind](segments, style)
@@ -182,7 +199,7 @@ def _to_milliseconds(segment: Segment) -> Segment:
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, object]:
     """Return the item's own fields, then ``pred_text`` and, if ``timed``, ``segments`` in seconds of the audio file; or
     ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs are removed."""
-    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability")
+    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability", "logprobs", "nbest")
     row = {
         key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
         for key, value in item.row.items()
@@ -194,11 +211,21 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
     row |= _language_fields(transcription)
     if timed:
         row["segments"] = [_nemo_segment(segment) for segment in file_segments(item, transcription)]
+    scores = [score for segment in transcription.segments for score in segment.token_scores]
+    if scores:
+        row["logprobs"] = logprobs_json(scores)
+    row |= _nbest_fields(item, transcription)
     if transcription.lost_seconds:
         row["lost_seconds"] = transcription.lost_seconds
     if transcription.warnings:
         row["warnings"] = list(transcription.warnings)
     return row
+
+
+def _nbest_fields(item: Item, transcription: Transcription) -> dict[str, object]:
+    offset = (item.utterance.offset or 0.0) if item.utterance else 0.0
+    nbest = [replace(one, start=one.start + offset, end=one.end + offset) for one in transcription.nbest]
+    return {"nbest": nbest_json(nbest)} if nbest else {}
 
 
 def _language_fields(transcription: Transcription) -> dict[str, object]:
@@ -217,8 +244,10 @@ def _nemo_segment(segment: Segment) -> dict[str, object]:
 def render_one(item: Item, transcription: Transcription, kind: str, style: SubtitleStyle = SENTENCES) -> str:
     """Return the contents of one utterance's file in any format but ``nemo``; ``style`` lays out srt and vtt."""
     segments = file_segments(item, transcription)
-    language, probability = _language(item, transcription), transcription.language_probability
-    return render_segments(kind, transcription.text, segments, language, style, probability)
+    probability = transcription.language_probability
+    more = {} if probability is None else {"language_probability": round(probability, 4)}
+    more |= _nbest_fields(item, transcription)
+    return render_segments(kind, transcription.text, segments, _language(item, transcription), style, more)
 
 
 def render(
@@ -264,7 +293,7 @@ def _entry(item: Item, transcription: Transcription) -> str:
         return json_text(value | {"error": transcription.error})
     segments = file_segments(item, transcription)
     value |= whisper_json(transcription.text, segments, _language(item, transcription))
-    value |= _language_fields(transcription) | {"language": value["language"]}
+    value |= _language_fields(transcription) | {"language": value["language"]} | _nbest_fields(item, transcription)
     return json_text(value)
 
 

@@ -1,5 +1,6 @@
 """Segments and words from hypotheses: timestamps that the model wrote, times of words, and joining of chunks."""
 
+import itertools
 import re
 import zlib
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.requests import Hypothesis
 from canter.inference.engine.timestamps import TimestampTokens
-from canter.inference.transcript.segments import UNSPACED, Segment, Word
+from canter.inference.transcript.segments import UNSPACED, Segment, TokenScore, Word
 from canter.inference.transcript.vad import FRAME
 from canter.text.owsm import OwsmTokenizer
 from canter.text.sentencepiece import SentencePieceTokenizer
@@ -104,11 +105,11 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
     starts = [alignment.starts[i] for i in [*kept, len(alignment.tokens)]]
     begin = 0
     for end in range(1, len(tokens) + 1):
-        text = _raw(tokenizer, tokens[begin:end])
+        text = raw_text(tokenizer, tokens[begin:end])
         if "\ufffd" in text:  # an incomplete character
             continue
         probability = sum(probabilities[begin:end]) / (end - begin)
-        word = Word(starts[begin], starts[end], text, probability)
+        word = Word(starts[begin], starts[end], text, probability, tuple(probabilities[begin:end]))
         begin = end
         last = found[-1] if found else None
         if last is None or _begins_word(last.text, text):
@@ -123,7 +124,7 @@ def _is_special(tokenizer: Tokenizer, token: int) -> bool:
     return bool(tokenizer.decode([token], special=True).strip()) and not tokenizer.decode([token])
 
 
-def _raw(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def raw_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """Return the text with leading space, which ``decode`` strips."""
     if isinstance(tokenizer, SentencePieceTokenizer | OwsmTokenizer):
         return "".join(map(tokenizer.piece, tokens)).replace("▁", " ")
@@ -141,19 +142,37 @@ def _begins_word(before: str, text: str) -> bool:
 def _merged(one: Word, other: Word) -> Word:
     length = max(len(one.text) + len(other.text), 1)
     probability = (one.probability * len(one.text) + other.probability * len(other.text)) / length
-    return Word(one.start, other.end, one.text + other.text, probability)
+    return Word(one.start, other.end, one.text + other.text, probability, one.probabilities + other.probabilities)
+
+
+def token_scores_of(tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> tuple[TokenScore, ...]:
+    """Return the tokens of a text with their log probabilities, without special tokens and timestamps."""
+    kept = [place for place, token in enumerate(tokens) if not _is_special(tokenizer, token)]
+    found: list[TokenScore] = []
+    begin = 0
+    for end in range(1, len(kept) + 1):
+        text = raw_text(tokenizer, [tokens[place] for place in kept[begin:end]])
+        if "\ufffd" in text and end < len(kept):  # an incomplete character
+            continue
+        found.append(TokenScore(text, sum(logprobs[place] for place in kept[begin:end])))
+        begin = end
+    return tuple(found)
 
 
 def segments_of(
-    hypothesis: Hypothesis, tokenizer: Tokenizer, seconds: float, timestamps: TimestampTokens | None = None
+    hypothesis: Hypothesis,
+    tokenizer: Tokenizer,
+    seconds: float,
+    timestamps: TimestampTokens | None = None,
+    scored: bool = False,
 ) -> list[Segment]:
     """Return the segments of a chunk of ``seconds`` seconds, with times from its start.
 
     Timestamps that the model wrote are the bounds: ``timestamps`` of Whisper and OWSM (an unfinished last segment ends
     with the audio), or those of Canary, which surround every word. Without timestamps the chunk is one segment. An
-    alignment gives the times of words.
+    alignment gives the times of words. scored: add the log probabilities of tokens.
     """
-    tokens = hypothesis.tokens
+    tokens, logprobs = hypothesis.tokens, hypothesis.logprobs
     spans: list[tuple[float, float, list[int]]] = []
     words: list[Word] = []
     if timestamps is not None and any(token in timestamps for token in tokens):
@@ -161,16 +180,17 @@ def segments_of(
     else:
         words = _canary_words(tokenizer.decode(tokens, special=True))
         begin, end = (words[0].start, words[-1].end) if words else (0.0, seconds)
-        spans = [(begin, min(end, seconds), list(tokens))]
+        spans = [(begin, min(end, seconds), [*range(len(tokens))])]
     aligned = hypothesis.alignment is not None and not words
     if hypothesis.alignment and aligned:
         words = words_of(hypothesis.alignment, tokenizer)
     scores = (hypothesis.avg_logprob, hypothesis.temperature, hypothesis.no_speech)
-    found = [
-        Segment(begin, end, text, tuple(part), (), *scores)
-        for begin, end, part in spans
-        if (text := tokenizer.decode(part).strip())
-    ]
+    found: list[Segment] = []
+    for begin, end, places in spans:
+        part = tuple(tokens[place] for place in places)
+        if text := tokenizer.decode(part).strip():
+            more = token_scores_of(part, [logprobs[place] for place in places], tokenizer) if scored else ()
+            found.append(Segment(begin, end, text, part, (), *scores, more))
     if not words:
         return found
     found = _with_words(found, words)
@@ -262,21 +282,22 @@ def _in_speech(segment: Segment, places: np.ndarray) -> Segment:
 def _stamped_spans(
     tokens: Sequence[int], timestamps: TimestampTokens, seconds: float
 ) -> list[tuple[float, float, list[int]]]:
+    """Return start, end and places of the tokens of each segment."""
     spans: list[tuple[float, float, list[int]]] = []
-    begin, part = 0.0, list[int]()
-    for token in tokens:
+    begin, part, is_text = 0.0, list[int](), False
+    for place, token in enumerate(tokens):
         if token not in timestamps:
-            part.append(token)
+            part.append(place)
+            is_text = True
             continue
         time = min(timestamps.seconds(token), seconds)
-        if any(one not in timestamps for one in part):
+        if is_text:
             time = max(time, begin)  # a model without timestamps in its prompt may write any
-            spans.append((begin, time, [*part, token]))
-            part = []
-            begin = time
+            spans.append((begin, time, [*part, place]))
+            begin, part, is_text = time, [], False
         else:
-            begin, part = time, [token]
-    if any(one not in timestamps for one in part):
+            begin, part = time, [place]
+    if is_text:
         spans.append((begin, seconds, part))
     return spans
 
@@ -297,10 +318,10 @@ def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
     """Return the segments with their words: each gets as many characters as its text has."""
     found, place = [], 0
     for number, segment in enumerate(segments):
-        length, taken = sum(not one.isspace() for one in segment.text), 0
+        length, taken = _length(segment.text), 0
         begin = place
         while place < len(words) and (taken < length or number == len(segments) - 1):
-            taken += sum(not one.isspace() for one in words[place].text)
+            taken += _length(words[place].text)
             place += 1
         found.append(replace(segment, words=tuple(words[begin:place])))
     return found
@@ -421,16 +442,31 @@ def _sliced(segments: list[Segment], first: int, end: int | None) -> list[Segmen
     """Return the segments with the words from ``first`` to ``end``; a segment that loses words loses its tokens too."""
     found, place = [], 0
     for segment in segments:
-        words = segment.words[max(0, first - place) : None if end is None else max(0, end - place)]
+        begin, stop = max(0, first - place), None if end is None else max(0, end - place)
+        words = segment.words[begin:stop]
         place += len(segment.words)
         if words == segment.words:
             found.append(segment)
         elif words:
             text = "".join(word.text for word in words).strip()
             start = words[0].start if words[0] != segment.words[0] else segment.start
-            stop = words[-1].end if words[-1] != segment.words[-1] else segment.end
-            found.append(replace(segment, start=start, end=stop, text=text, tokens=(), words=words))
+            till = words[-1].end if words[-1] != segment.words[-1] else segment.end
+            before = sum(_length(word.text) for word in segment.words[:begin])
+            scores = _scores_within(segment.token_scores, before, before + sum(_length(word.text) for word in words))
+            found.append(
+                replace(segment, start=start, end=till, text=text, tokens=(), words=words, token_scores=scores)
+            )
     return found
+
+
+def _scores_within(scores: Sequence[TokenScore], begin: int, end: int) -> tuple[TokenScore, ...]:
+    """Return the tokens that begin between two numbers of characters, without counting spaces."""
+    places = [0, *itertools.accumulate(_length(score.text) for score in scores)]
+    return tuple(score for score, place in zip(scores, places) if begin <= place < end)
+
+
+def _length(text: str) -> int:
+    return sum(not character.isspace() for character in text)
 
 
 def _stripped(segment: Segment) -> Segment:

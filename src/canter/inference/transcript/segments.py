@@ -18,6 +18,29 @@ class Word:
     """Text with its punctuation, without surrounding space."""
     probability: float
     """Mean probability of its tokens."""
+    probabilities: tuple[float, ...] = ()
+    """Probability of each of its tokens, given those before; empty for words that the model timed itself."""
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """Token of a transcript; tokens that share a character are one."""
+
+    text: str
+    """Text with the space before it."""
+    logprob: float
+    """Natural-log probability, given the text before."""
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The most probable texts of one chunk of the audio, by beam search."""
+
+    start: float
+    """Seconds from the start of the utterance's audio."""
+    end: float
+    hypotheses: tuple[tuple[str, float], ...]
+    """(text, sum of natural-log probabilities of its tokens), in the order of the search, best first."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,8 @@ class Segment:
     """Temperature of the attempt that was kept; 0 is greedy or beam search."""
     no_speech_prob: float = 0.0
     """Probability of Whisper's no-speech token at the start of its window; 0 for models without one."""
+    token_scores: tuple[TokenScore, ...] = ()
+    """Tokens of the text; empty unless log probabilities were asked for."""
 
     def shifted(self, seconds: float) -> "Segment":
         """Return the segment with its times moved by ``seconds``."""
