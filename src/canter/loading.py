@@ -66,11 +66,13 @@ def load_module(
     device: str | torch.device = "cpu",
     precision: Precision | StoredPrecision = "float32",
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> AnyModel:
     """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
 
     adapter: folder of a LoRA adapter, or run that trained one, which is merged into the weights. Where ``path`` itself
-    is an adapter that Canter trained, the model is the one that it names.
+    is an adapter that Canter trained, the model is the one that it names. adapters: adapters by name that stay apart, of
+    which each row of a batch may have one.
 
     Raises CheckpointError for a path without a model, and for one that is truncated, does not fit its configuration, or
     cannot take the audio that it pads to; MissingExtraError if transformers is needed and not installed; ConfigError
@@ -82,6 +84,12 @@ def load_module(
     model = _read(path, DTYPES[precision], None if adapter is None else adapter_folder(adapter))
     if FORMATS[model.format].native:
         _check_window(cast(SpeechModel, model), path)
+    if adapters:
+        from canter.models.formats.peft import attach_adapters
+
+        if precision == "int8":
+            raise ConfigError("--precision int8: its layers take no adapters; use float32, or one adapter, merged")
+        attach_adapters(model, {name: adapter_folder(folder) for name, folder in adapters.items()}, path)
     if precision == "int8":
         from canter.inference.engine.int8 import quantize
 

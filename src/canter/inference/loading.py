@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from canter.errors import ConfigError
@@ -21,14 +22,18 @@ def load_engine(
     device: str = "auto",
     precision: Precision = "float32",
     adapter: str | os.PathLike[str] | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Engine:
     """Load the model that ``model`` names, with an adapter if one is named (see `canter.load`); return its engine.
+
+    adapters: adapters by name, of which each request may have one (see `Request.adapter`).
 
     Raises CheckpointError for a path that holds no model, and ConfigError for a missing device, an unsupported
     precision or option, or a model without a tokenizer.
     """
     chosen = None if adapter is None else Path(adapter)
-    module, config = load_module(checkpoint_of(Path(model)), device, precision, chosen), config or EngineConfig()
+    module = load_module(checkpoint_of(Path(model)), device, precision, chosen, adapters)
+    config = config or EngineConfig()
     if config.ctc_weight:
         check_support(module, {"--ctc-weight": "joint_decoding"}, os.fspath(model))
     return engine_for(module, tokenizer_of(module, os.fspath(model)).end, config)

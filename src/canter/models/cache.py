@@ -84,11 +84,13 @@ class DecoderCache:
         self.own = self.cross.clone()
         self.cross_mask = like.new_zeros(0, 0)
         self.own_mask = like.new_zeros(0, beams, 0)
-        self.places = torch.zeros(2, 0, dtype=torch.long, device=like.device)  # starts + holes, and prompts
+        # (3, C): starts + holes, prompts, and adapters
+        self.places = torch.zeros(3, 0, dtype=torch.long, device=like.device)
         self.starts: list[int] = []  # of live rows: the column of the first token
         self.holes: list[int] = []  # number of masked columns since then
         self.prompts: list[int] = []  # tokens of their prompts
         self.frames: list[int] = []  # encoder frames of live rows
+        self.adapters: list[int] = []  # their numbers in the model's bank
         self.column = 0
         self.version = 0  # counts the times that buffers moved in memory
 
@@ -105,6 +107,11 @@ class DecoderCache:
     def prompt(self) -> Tensor:
         """``prompts`` (C,) on the device."""
         return self.places[1]
+
+    @property
+    def adapter(self) -> Tensor:
+        """``adapters`` (C,) on the device."""
+        return self.places[2]
 
     @property
     def slots(self) -> int:
@@ -162,13 +169,14 @@ class DecoderCache:
         if self.beams > 1 or any(self.holes):  # in every row's past stand other beams, or holes
             self.own_mask[live, :, column - used.shape[4] : column] = mask
 
-    def add(self, prompt_lengths: list[int], frames: list[int]) -> None:
+    def add(self, prompt_lengths: list[int], frames: list[int], adapters: list[int] | None = None) -> None:
         """Add live rows, whose prompts are about to end at ``column``."""
         first = self.rows
         self.starts += [self.column - length for length in prompt_lengths]
         self.holes += [0] * len(prompt_lengths)
         self.prompts += prompt_lengths
         self.frames += frames
+        self.adapters += adapters or [0] * len(frames)
         attended = self._write_places(first)
         outside = torch.arange(self.cross.shape[4], device=self.own.device) >= attended[:, None]
         self.cross_mask[first : self.rows].zero_().masked_fill_(outside, -math.inf)
@@ -191,7 +199,7 @@ class DecoderCache:
                 for table, rows in tables:
                     for slot, source in moves:
                         table.select(rows, slot).copy_(table.select(rows, source))
-        for values in (self.starts, self.holes, self.prompts, self.frames):
+        for values in (self.starts, self.holes, self.prompts, self.frames, self.adapters):
             swap_out(values, slots)
 
     def rewind(self, slot: int, count: int) -> None:
@@ -215,9 +223,9 @@ class DecoderCache:
     def _write_places(self, first: int) -> Tensor:
         """Write where the rows from slot ``first`` on start to the device, and return their frames there."""
         rows = slice(first, self.rows)
-        columns = [self.starts[rows], self.holes[rows], self.prompts[rows], self.frames[rows]]
-        starts, holes, prompts, frames = upload(columns, self.own.device)
-        self.places[0, rows], self.places[1, rows] = starts + holes, prompts
+        lists = (self.starts, self.holes, self.prompts, self.adapters, self.frames)
+        starts, holes, prompts, adapters, frames = upload([values[rows] for values in lists], self.own.device)
+        self.places[:, rows] = torch.stack([starts + holes, prompts, adapters])
         before = torch.arange(self.own.shape[4], device=self.own.device) < starts[:, None]
         self.own_mask[rows].zero_().masked_fill_(before[:, None], -math.inf)
         return frames

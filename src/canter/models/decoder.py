@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from canter.models.cache import ROUND, DecoderCache
 from canter.models.features import attention_mask
 from canter.models.layers import Attention, KeyValues, Stack, TransformerLayer, rates, sinusoids, whisper_rates
+from canter.models.lora import AdapterBank
 from canter.runtime import upload
 
 
@@ -98,6 +99,8 @@ class Decoder(Stack):
 
     positions: Tensor
     head_bias: Tensor | None
+    bank: AdapterBank | None = None
+    """Adapters of which each row has one, or none."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -164,25 +167,37 @@ class Decoder(Stack):
         return DecoderCache(self.config, like=self.embedding.weight, beams=beams, most=rows)
 
     def admit(
-        self, prompts: list[list[int]], encoded: Tensor, encoded_lengths: list[int], cache: DecoderCache
+        self,
+        prompts: list[list[int]],
+        encoded: Tensor,
+        encoded_lengths: list[int],
+        cache: DecoderCache,
+        adapters: list[int] | None = None,
     ) -> Tensor:
         """Add rows to the cache, and return the logits (m, V) of the first token after each prompt.
 
         The encoder output (m, T, D) is projected to every layer's keys and values, once; prompts may have any lengths.
+        adapters: number of each row's adapter in the bank, 0 for none (default: none has one).
         """
-        return self.head(self.read(prompts, encoded, encoded_lengths, cache)[:, -1])
+        return self.head(self.read(prompts, encoded, encoded_lengths, cache, adapters)[:, -1])
 
     def read(
-        self, prompts: list[list[int]], encoded: Tensor, encoded_lengths: list[int], cache: DecoderCache
+        self,
+        prompts: list[list[int]],
+        encoded: Tensor,
+        encoded_lengths: list[int],
+        cache: DecoderCache,
+        adapters: list[int] | None = None,
     ) -> Tensor:
         """Add rows as ``admit`` does, and return hidden states (m, P, D) of the prompts, which end at the last of P."""
         first, size, frames = cache.rows, max(map(len, prompts)), max(encoded_lengths)
         cache.reserve(len(prompts), frames, before=size, after=cache.beams)
-        cache.add([len(prompt) for prompt in prompts], encoded_lengths)
+        cache.add([len(prompt) for prompt in prompts], encoded_lengths, adapters)
         together = PROJECTED if cache.on_cpu else len(prompts)
         for begin in range(first, cache.rows, together):
             some = slice(begin, min(begin + together, cache.rows))
             part = encoded[begin - first : some.stop - first, :frames]
+            self._use_adapters(cache, some)
             for layer, cross in zip(self.blocks, cache.cross.unbind(0)):
                 keys, values = layer.cross_attention.project(part)
                 cross[0, some, :, :frames] = keys
@@ -200,6 +215,11 @@ class Decoder(Stack):
         cache.reserve(0, 0, before=0, after=tokens.shape[1])
         cache.branch()
         return self.head(self._advance(tokens, cache))
+
+    def _use_adapters(self, cache: DecoderCache, rows: slice) -> None:
+        """Let the layers use the adapters of these rows. Graphs of a GPU have one form, with adapters or without."""
+        if self.bank:
+            self.bank.rows = cache.adapter[rows] if cache.own.is_cuda or any(cache.adapters[rows]) else None
 
     def _advance(self, tokens: Tensor, cache: DecoderCache, first: int | None = None) -> Tensor:
         """Return hidden states of tokens (B, N) of all live rows, or of the prompts of those from slot ``first`` on."""
@@ -232,6 +252,7 @@ class Decoder(Stack):
         own = cache.own[:, :, rows, :, oldest : column + n]
         cross = cache.cross[:, :, rows, :, :size]
         cache.column += n
+        self._use_adapters(cache, rows)
         return self._run_cached(tokens, place, own, own_mask, cross, cross_mask, slice(-n, None))
 
     def _run_cached(
@@ -251,11 +272,15 @@ class Decoder(Stack):
             x = layer.forward(x, KeyValues(*encoded.unbind(0)), cross_mask, past, own_mask)  # never the compiled layer
         return x
 
-    def cross_weights(self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def cross_weights(
+        self, tokens: Tensor, cross: Tensor, heads: list[tuple[int, int]], adapter: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Return cross-attention weights (heads, U, T), float32, and logits (U, V) of the tokens (U,) of one row.
 
-        cross: (L, 2, H, T, K) of its cache. heads: pairs of layer and head.
+        cross: (L, 2, H, T, K) of its cache. heads: pairs of layer and head. adapter: the row's number in the bank.
         """
+        if self.bank:
+            self.bank.rows = torch.tensor([adapter], device=tokens.device) if adapter else None
         x = self.embed(tokens[None], torch.arange(len(tokens), device=tokens.device))
         found: dict[tuple[int, int], Tensor] = {}
         for number, (layer, encoded) in enumerate(zip(self.blocks, cross[:, :, None].unbind(0))):
@@ -276,6 +301,7 @@ class Decoder(Stack):
         advances ``cache.column``.
         """
         r, n = tokens.shape
+        self._use_adapters(cache, slice(0, r))
         own, cross = cache.own[:, :, :r, :, :columns], cache.cross[:, :, :r, :, :frames]
         prompt, start = cache.prompt[:r, None], cache.start[:r, None]
         place = (prompt + (column - start - prompt) // n).clamp(0, self.config.positions - 1)

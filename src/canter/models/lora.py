@@ -29,6 +29,8 @@ LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 # merges of branches, encodings of relative positions.
 NO_DEFAULT = ("*pointwise_conv?", "*linear_pos", "*relative_k_proj", "*.merge", "*.cgmlp.*")
 
+SHARED_INPUT = ("*linear_pos", "*relative_k_proj")
+
 
 @dataclass(frozen=True)
 class LoraAdapter:
@@ -62,6 +64,32 @@ class LoraLinear(nn.Linear):
         """Return (..., O) for ``input`` (..., I); dropout, of the adapter's input only, follows torch's seed."""
         x = F.dropout(input, self.dropout, self.training) if self.dropout else input
         return torch.add(super().forward(input), F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+
+
+class AdapterBank:
+    """Several LoRA adapters of one model, which stay apart from its weights: each row of a batch has one, or none."""
+
+    def __init__(self, names: Sequence[str]):
+        self.numbers = {name: number for number, name in enumerate(names, 1)}
+        """Number of each adapter; 0 is the model without one."""
+        self.rows: Tensor | None = None
+        """Numbers (B,) of the rows of the next calls of the model's layers; None: no row has an adapter."""
+
+
+class BankLinear(nn.Linear):
+    """A linear layer to which the bank's adapters are added, row by row. K: adapters and one of zeros, for none."""
+
+    bank: AdapterBank
+    bank_A: Tensor  # (K, R, I)
+    bank_B: Tensor  # (K, O, R), times the scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (B, N, O) for ``input`` (B, N, I)."""
+        y, rows = super().forward(input), self.bank.rows
+        if rows is None:
+            return y
+        low = torch.bmm(input, self.bank_A[rows].transpose(1, 2))
+        return torch.baddbmm(y, low, self.bank_B[rows].transpose(1, 2))
 
 
 # -- which layers --
@@ -179,6 +207,41 @@ def merge(model: nn.Module, adapter: LoraAdapter, tensors: Mapping[str, Tensor])
         weight = layers[name].weight
         a, b = (tensors[f"{name}.{matrix}"].to(weight.device, torch.float32) for matrix in ("lora_A", "lora_B"))
         weight.copy_(weight.float() + adapter.scale * (b @ a))
+
+
+def attach_bank(
+    model: nn.Module, adapters: Mapping[str, tuple[LoraAdapter, Mapping[str, Tensor]]], sources: Mapping[str, object]
+) -> AdapterBank:
+    """Give ``model`` a bank of adapters, each with its matrices, named as in `adapter_tensors`; return the bank.
+
+    Raises ConfigError, which names the adapter by its entry in ``sources``, for one that changes a layer whose input is
+    shared by all rows of a batch.
+    """
+    bank, layers = AdapterBank(list(adapters)), linear_layers(model)
+    changed = dict.fromkeys(name for adapter, _ in adapters.values() for name in adapter.modules)
+    for name in changed:
+        if any(fnmatchcase(name, pattern) for pattern in SHARED_INPUT):
+            source = next(sources[one] for one, (adapter, _) in adapters.items() if name in adapter.modules)
+            raise ConfigError(
+                f"{source} changes {name}, whose input all rows of a batch share; serve that adapter alone, merged into "
+                "the model"
+            )
+        layer = layers[name]
+        mine = [(a, t) if name in a.modules else None for a, t in adapters.values()]
+        rank = max(adapter.rank for adapter, _ in filter(None, mine))
+        down = layer.weight.new_zeros(len(mine) + 1, rank, layer.in_features)
+        up = layer.weight.new_zeros(len(mine) + 1, layer.out_features, rank)
+        for number, one in enumerate(mine, 1):
+            if one:
+                adapter, tensors = one
+                down[number, : adapter.rank] = tensors[f"{name}.lora_A"].to(down)
+                up[number, :, : adapter.rank] = (adapter.scale * tensors[f"{name}.lora_B"].float()).to(up)
+        layer.__class__ = BankLinear
+        assert isinstance(layer, BankLinear)
+        layer.bank = bank
+        layer.register_buffer("bank_A", down, persistent=False)
+        layer.register_buffer("bank_B", up, persistent=False)
+    return bank
 
 
 def fingerprint_of(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ V: vocabulary, C: characters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,10 +22,11 @@ from canter.models.ebranchformer import EBranchformerConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import EspnetFeatureConfig, FeatureConfig, KaldiFeatureConfig, WhisperFeatureConfig
 from canter.models.layers import EncoderConfig
-from canter.models.lora import LoraAdapter
+from canter.models.lora import AdapterBank, LoraAdapter
 from canter.models.protocol import Capability
 from canter.models.w2v_bert import W2vBertConfig
 from canter.models.whisper import WhisperEncoderConfig
+from canter.runtime import upload
 
 if TYPE_CHECKING:
     from canter.text import Characters
@@ -74,6 +75,8 @@ class SpeechModel(nn.Module):
     """Settings for decoding (token ids, suppressed tokens), named as in Hugging Face's ``generation_config.json``."""
     adapter: LoraAdapter | None = None
     """The LoRA adapter that is trained, if any."""
+    bank: AdapterBank | None = None
+    """Adapters of which each row of a batch has one, or none, in decoding."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -210,8 +213,19 @@ class SpeechModel(nn.Module):
         self.features.load_state_dict(kept)
         self.encoder.same_lengths = self.padded_seconds > 0
 
-    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the encoder output (B, T, D), before its projection, and lengths (B,) of features (B, F, M), (B,)."""
+    def set_bank(self, bank: AdapterBank) -> None:
+        """Use a bank whose adapters are attached to the layers (see `canter.models.lora.attach_bank`)."""
+        self.bank = self.decoder.bank = bank
+
+    def encode(
+        self, features: Tensor, lengths: Tensor, *, adapters: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the encoder output (B, T, D), before its projection, and lengths (B,) of features (B, F, M), (B,).
+
+        adapters: number of each row's adapter in the bank, 0 for none (default: none has one).
+        """
+        if self.bank:
+            self.bank.rows = upload(adapters, features.device) if adapters and any(adapters) else None
         return self.encoder(features.to(next(self.encoder.parameters()).dtype), lengths)
 
     def logits(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:

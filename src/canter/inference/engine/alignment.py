@@ -32,11 +32,17 @@ class Alignment:
 
 
 def align(
-    model: SpeechModel, cross: Tensor, prompt: Sequence[int], tokens: Sequence[int], end: int, samples: int
+    model: SpeechModel,
+    cross: Tensor,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    end: int,
+    samples: int,
+    adapter: int = 0,
 ) -> Alignment:
     """Return the times of ``tokens`` in audio of ``samples`` samples.
 
-    cross (L, 2, H, T, K): the row's keys and values of cross-attention. The heads are the model's ``alignment_heads``,
+    cross (L, 2, H, T, K): the row's keys and values of cross-attention. adapter: its number in the model's bank. The heads are the model's ``alignment_heads``,
     by default those of the upper half of the layers, as in openai-whisper.
     """
     decoder, generation = model.decoder, model.generation
@@ -54,7 +60,7 @@ def align(
         (layer, head) for layer in range(config.layers // 2, config.layers) for head in range(config.heads)
     ]
     read = torch.tensor([*prompt, *tokens], device=cross.device)
-    weights, logits = decoder.cross_weights(read, cross, [(layer, head) for layer, head in heads])
+    weights, logits = decoder.cross_weights(read, cross, [(layer, head) for layer, head in heads], adapter)
     first = len(prompt) - 1  # it predicts the first token
     seconds = model.frame_seconds
     frames = min(cross.shape[3], max(2, -(-samples // round(seconds * model.config.features.sample_rate))))

@@ -322,7 +322,7 @@ class Engine:
                     audio.to(self.device, non_blocking=True), upload(lengths, self.device)
                 )
             with self.timer.timed(self.counters, "encoder_seconds"):
-                encoded, encoded_lengths = model.encode(features, frames)
+                encoded, encoded_lengths = model.encode(features, frames, adapters=[item.adapter for item in batch])
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
                 ctc_log_probs: Tensor | None = None
                 if self.ctc or self.spelling:
@@ -481,7 +481,8 @@ class Engine:
         new = self._with_languages(new)
         prompts = [row.prompt for row in new]
         states = pad_sequence([row.encoding.states for row in new], batch_first=True)
-        hidden = decoder.read(prompts, states, [len(row.encoding.states) for row in new], live.cache)
+        lengths, adapters = [len(row.encoding.states) for row in new], [row.request.adapter for row in new]
+        hidden = decoder.read(prompts, states, lengths, live.cache, adapters)
         new = self._with_no_speech(new, hidden)
         drawn = [
             Row(
@@ -580,6 +581,7 @@ class Engine:
             pad_sequence([states for _, states in rows], batch_first=True),
             [len(states) for _, states in rows],
             self.model.decoder.cache(),
+            [row.request.adapter for row, _ in rows],
         )
         return [
             scores[list(row.request.languages)].float().softmax(-1).tolist() for (row, _), scores in zip(rows, logits)
@@ -609,7 +611,8 @@ class Engine:
         if row.request.aligned:
             cross = live.cache.cross[:, :, slot, :, : len(row.encoding.states)]
             samples = round(row.seconds(self.model.sample_rate) * self.model.sample_rate)
-            alignment = align(self.model, cross, row.prompt, drawn.tokens, self.end, samples)
+            given = (row.prompt, drawn.tokens, self.end, samples, row.request.adapter)
+            alignment = align(self.model, cross, *given)
         return Hypothesis(
             row.request.key,
             drawn.tokens,

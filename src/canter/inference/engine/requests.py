@@ -91,6 +91,8 @@ class Request:
     """Compute log probabilities and the probability of no speech."""
     hotwords: HotWords | None = None
     """Phrases to prefer; without effect at a temperature."""
+    adapter: int = 0
+    """Number of its adapter in the model's bank; 0: none."""
     aligned: bool = False
     """Compute the times of tokens."""
     guarded: bool = True

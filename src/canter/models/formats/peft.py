@@ -16,7 +16,7 @@ from typing import cast
 from safetensors.torch import save_file
 from torch import Tensor
 
-from canter.errors import CheckpointError
+from canter.errors import CheckpointError, ConfigError
 from canter.files import replacing_folder
 from canter.models.formats.files import Settings, read_json, read_tensors
 from canter.models.formats.fitting import Renaming
@@ -27,9 +27,9 @@ from canter.models.hub import ADAPTER as CONFIG
 from canter.models.hub import ADAPTER_WEIGHTS as WEIGHTS
 from canter.models.hub import OUR_ADAPTER as OURS
 from canter.models.hub import holds_adapter
-from canter.models.lora import LoraAdapter, adapter_tensors, fingerprint_of, linear_layers, merge
+from canter.models.lora import LoraAdapter, adapter_tensors, attach_bank, fingerprint_of, linear_layers, merge
 from canter.models.model import SpeechModel
-from canter.models.protocol import AnyModel, module_of
+from canter.models.protocol import AnyModel, check_support, module_of
 from canter.models.w2v_bert import W2vBertConfig
 
 FORMAT = "canter-adapter/1"
@@ -216,6 +216,35 @@ def check_base(folder: Path, model: AnyModel, source: object) -> None:
             f"{folder} is an adapter of a model with the fingerprint {stated!s:.40}, and {source} has {found}: its "
             "weights were changed, or it is another model; restore it, or name the right one"
         )
+
+
+def attach_adapters(model: AnyModel, folders: Mapping[str, Path], source: object) -> None:
+    """Give ``model`` a bank of the adapters in ``folders``, by name, of which each row of a batch may have one.
+
+    source: where ``model`` is from. Raises CheckpointError as `read_adapter` and `check_base`; ConfigError for a model
+    that Canter's engine does not decode, in int8, or that was trained on audio padded to another length.
+    """
+    check_support(model, {"several adapters": "cached_decoding"}, source)
+    ours = cast(SpeechModel, model)
+    adapters: dict[str, tuple[LoraAdapter, dict[str, Tensor]]] = {}
+    for name, folder in folders.items():
+        check_base(folder, model, source)
+        adapters[name] = read_adapter(folder, model)
+        kept = _ours(folder) if (folder / OURS).is_file() else {}
+        pad = kept.get("pad_seconds")
+        if isinstance(pad, int | float) and pad != ours.padded_seconds:
+            raise ConfigError(
+                f"adapter {folder} was trained on audio padded to {pad:g} s, and {source} pads to "
+                f"{ours.padded_seconds:g} s: the rows of a batch have one length, so serve that adapter alone, merged into "
+                "the model"
+            )
+        limits = kept.get("generation")
+        if isinstance(limits, dict):  # limits on tokens, of which the highest holds for all
+            known = check_generation(
+                {name: value for name, value in limits.items() if name in LIMITS}, folder / OURS, ours.vocabulary
+            )
+            ours.generation |= {n: max(value, ours.generation.get(n, value)) for n, value in known.items()}
+    ours.set_bank(attach_bank(ours, adapters, folders))
 
 
 def merge_adapter(model: AnyModel, folder: Path, source: object) -> None:
