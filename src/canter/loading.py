@@ -71,8 +71,9 @@ def load_module(
     """Return the model at ``path`` in evaluation mode, its weights in ``precision``; features stay float32.
 
     adapter: folder of a LoRA adapter, or run that trained one, which is merged into the weights. Where ``path`` itself
-    is an adapter that Canter trained, the model is the one that it names. adapters: adapters by name that stay apart, of
-    which each row of a batch may have one.
+    is an adapter that Canter trained, the model is the one that it names.
+
+    adapters: adapters by name that stay apart from the weights, of which each row of a batch may have one.
 
     Raises CheckpointError for a path without a model, and for one that is truncated, does not fit its configuration, or
     cannot take the audio that it pads to; MissingExtraError if transformers is needed and not installed; ConfigError

@@ -1,7 +1,9 @@
 """The interface as clients see it: the openai package, and raw requests."""
 
+import copy
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
+import torch
 from starlette.requests import Request
 
 from canter.corpus.manifest import Utterance
@@ -18,6 +21,7 @@ from canter.inference.recording import Transcriber
 from canter.inference.transcribe import transcribe
 from canter.inference.transcript.segments import Segment, Word
 from canter.loading import load_model
+from canter.models.lora import LoraAdapter, attach_bank, linear_layers, merge
 from canter.serving.app import TranscriptionAnswer
 from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
@@ -384,3 +388,41 @@ def test_whisper_with_the_openai_client():
             openai.BadRequestError, match=r"'de' \(German\) is not a language of this model; it knows en"
         ):
             client.audio.transcriptions.create(model="whisper-1", file=paths[0], language="de")
+
+
+def test_requests_of_several_adapters_share_a_batch(model, client, tmp_path):
+    """Each answer is that of a service whose model has that adapter merged."""
+    layers = {name: layer for name, layer in linear_layers(model).items() if "decoder" in name}
+    adapters = {}
+    for seed, name in enumerate(("medical", "legal")):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for layer_name, layer in layers.items():
+            tensors[f"{layer_name}.lora_A"] = torch.randn(2, layer.in_features, generator=generator) * 0.3
+            tensors[f"{layer_name}.lora_B"] = torch.randn(layer.out_features, 2, generator=generator) * 0.3
+        adapters[name] = LoraAdapter(2, 4.0, 0.0, tuple(layers)), tensors
+    together = copy.deepcopy(model)
+    together.set_bank(attach_bank(together, adapters, {name: name for name in adapters}))
+    merged = {"small": copy.deepcopy(model)}
+    for name, (adapter, tensors) in adapters.items():
+        merged[name] = copy.deepcopy(model)
+        merge(merged[name], adapter, tensors)
+    expected = {}
+    for name, one in merged.items():
+        with running(one, names=("small",), language="en") as live:
+            answers = [client_of(live).audio.transcriptions.create(model="small", file=clip(n)) for n in range(4)]
+            expected[name] = [answer.text for answer in answers]
+    assert len({tuple(texts) for texts in expected.values()}) == 3
+    numbers = dict(together.bank.numbers.items())
+    with running(together, names=("small",), adapters=numbers, language="en") as live:
+        ours = client_of(live)
+        assert [one.id for one in ours.models.list()] == ["small", "medical", "legal"]
+        assert ours.models.retrieve("legal").id == "legal"
+        asked = [(name, n) for n in range(4) for name in expected]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            found = list(
+                pool.map(lambda one: ours.audio.transcriptions.create(model=one[0], file=clip(one[1])).text, asked)
+            )
+        assert found == [expected[name][n] for name, n in asked]
+        with pytest.raises(openai.NotFoundError, match="there is no model 'other' here, only 'small', 'medical'"):
+            ours.audio.transcriptions.create(model="other", file=clip(0))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,8 +28,9 @@ class Options(ServiceOptions):
     model: tyro.conf.Positional[Path]
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
-    adapter: Path | None = None
-    """LoRA adapter to merge into the model: a folder of Canter or peft, or a run (default: none)."""
+    adapter: tuple[str, ...] = ()
+    """LoRA adapters, each a folder of Canter or peft, or a run (default: none). FOLDER merges one into the model; each
+    NAME=FOLDER is kept apart, and requests ask for it by NAME as their model, beside others in the same batch."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every address of this machine."""
     port: int = 8000
@@ -74,11 +76,13 @@ def run(options: Options) -> int:
     if options.max_repeats < 0:
         raise ConfigError(f"--max-repeats {options.max_repeats}: give 0 (no limit) or more")
     keys = read_keys(options.api_keys)
+    merged, adapters = read_adapters(options.adapter)
     local = is_loopback(options.host)
     checkpoint = checkpoint_of(options.model)
     config = ServiceConfig(
         **{field.name: getattr(options, field.name) for field in fields(ServiceOptions)},
         names=options.name or (options.model.resolve().name, "whisper-1"),
+        adapters={name: number for number, name in enumerate(adapters, 1)},
         keys=keys,
         hosts=host_names(options.host, options.allowed_hosts),
     )
@@ -88,7 +92,7 @@ def run(options: Options) -> int:
         device = str(choose_device(options.device))
         if device == "cpu":
             map_large_blocks(LARGEST_THRESHOLD)
-        service = Service(load_in_thread(options, checkpoint, device), config)
+        service = Service(load_in_thread(options, checkpoint, device, merged, adapters), config)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{port}/"
@@ -102,7 +106,26 @@ def run(options: Options) -> int:
     return 0
 
 
-def load_in_thread(options: Options, checkpoint: Path, device: str) -> "Engine":
+def read_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
+    """Return the adapter to merge, and those to keep apart by name. Raise ConfigError for a mixture."""
+    apart = {name: Path(folder) for name, found, folder in (one.partition("=") for one in given) if found}
+    if apart and len(apart) == len(given) and all(apart):
+        return None, apart
+    if len(given) > 1 or apart:
+        raise ConfigError(
+            f"--adapter {' '.join(given)}: name each of several adapters once, as in --adapter medical=FOLDER "
+            "legal=FOLDER"
+        )
+    return (Path(given[0]) if given else None), {}
+
+
+def load_in_thread(
+    options: Options,
+    checkpoint: Path,
+    device: str,
+    merged: Path | None = None,
+    adapters: Mapping[str, Path] | None = None,
+) -> "Engine":
     """Return the engine, loaded in a thread that ends, so that its OpenMP threads end too.
 
     OpenMP keeps the threads of every thread that computes. While there are more of them than cores, all sleep almost
@@ -118,7 +141,7 @@ def load_in_thread(options: Options, checkpoint: Path, device: str) -> "Engine":
     def load() -> None:
         try:
             engine = load_engine(
-                checkpoint, config, device=device, precision=options.precision, adapter=options.adapter
+                checkpoint, config, device=device, precision=options.precision, adapter=merged, adapters=adapters
             )
             if options.max_repeats != Options.max_repeats:
                 check_support(engine.model, {"--max-repeats": "repetition_guard"}, checkpoint)

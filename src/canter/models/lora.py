@@ -223,8 +223,8 @@ def attach_bank(
         if any(fnmatchcase(name, pattern) for pattern in SHARED_INPUT):
             source = next(sources[one] for one, (adapter, _) in adapters.items() if name in adapter.modules)
             raise ConfigError(
-                f"{source} changes {name}, whose input all rows of a batch share; serve that adapter alone, merged into "
-                "the model"
+                f"{source} changes {name}, whose input all rows of a batch share; serve that adapter alone, merged "
+                "into the model"
             )
         layer = layers[name]
         mine = [(a, t) if name in a.modules else None for a, t in adapters.values()]

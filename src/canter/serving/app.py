@@ -73,7 +73,10 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _bug)
     page = (files("canter.serving") / "page.html").read_text(encoding="utf-8")
     config = service.config
-    model = {"id": config.names[0], "object": "model", "created": service.started, "owned_by": "canter"}
+    models_by_name = {
+        name: {"id": name, "object": "model", "created": service.started, "owned_by": "canter"}
+        for name in (config.names[0], *config.adapters)
+    }
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> Response:
@@ -86,6 +89,7 @@ def create_app(service: Service) -> FastAPI:
             "status": "ok" if alive else "down",
             "version": __version__,
             "model": config.names[0],
+            "adapters": [*config.adapters],
             "languages": service.tokenizer.languages,
             "language": config.language,
             "targets": service.targets,
@@ -105,12 +109,12 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [*models_by_name.values()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         check_model_name(name, config)
-        return JSONResponse(model)
+        return JSONResponse(models_by_name.get(name, models_by_name[config.names[0]]))
 
     @app.post("/v1/audio/transcriptions", openapi_extra=_BODY)
     async def transcriptions(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Settings of the service; those in `ServiceOptions` are options of ``canter serve``."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from canter.errors import ConfigError
@@ -44,6 +45,8 @@ class ServiceConfig(ServiceOptions):
 
     names: tuple[str, ...] = ("canter", "whisper-1")
     """Names by which clients may ask for the model; the first one is shown."""
+    adapters: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Names by which clients ask for the model with an adapter, and the adapters' numbers in the model's bank."""
     keys: frozenset[str] = frozenset()
     """API keys; a request must carry one of them. No key is needed if this is empty."""
     hosts: frozenset[str] | None = None
@@ -60,3 +63,6 @@ class ServiceConfig(ServiceOptions):
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be more than 0")
         if not self.names or not all(self.names):
             raise ConfigError("the model needs a name that clients can ask for")
+        both = sorted({*self.names} & {*self.adapters})
+        if both:
+            raise ConfigError(f"--adapter {both[0]}: that is a name of the model itself; choose another")

@@ -50,6 +50,8 @@ class AudioRequest:
     temperature: float = 0.0
     stream: bool = False
     granularities: tuple[str, ...] = ("segment",)
+    adapter: int = 0
+    """Number of the model's adapter; 0: none."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -68,7 +70,8 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
     values = {name: value for name, value in form.items() if isinstance(value, str)}
-    check_model_name(values.get("model") or config.names[0], config)
+    model = values.get("model") or config.names[0]
+    check_model_name(model, config)
     request = AudioRequest(
         task,
         _language(values, "language", config) or config.language,
@@ -78,15 +81,17 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
         _temperature(values),
         _choice(values, "stream", ("true", "false", "True", "False", "1", "0"), "false") in ("true", "True", "1"),
         _granularities(form),
+        adapter=config.adapters.get(model, 0),
     )
     _check_combination(values, request, "include[]" in form)
     return file, request
 
 
 def check_model_name(name: str, config: ServiceConfig) -> None:
-    """Raise ApiError (404) if the service's model does not have this name."""
-    if name not in config.names:
-        text = f"there is no model {name!r} here, only {config.names[0]!r}"
+    """Raise ApiError (404) if neither the service's model nor one of its adapters has this name."""
+    if name not in config.names and name not in config.adapters:
+        known = ", ".join(map(repr, (config.names[0], *config.adapters)))
+        text = f"there is no model {name[:80]!r} here, only {known}"
         raise ApiError(404, text, "model", "model_not_found")
 
 

@@ -346,7 +346,7 @@ class Service:
             raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
         if fields.temperature:
             request = transcriber.at_temperature(request, fields.temperature)
-        return request
+        return replace(request, adapter=fields.adapter)
 
     async def segments(self, audio: Audio, fields: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
         """Yield the transcript in order, as soon as a chunk is decoded; ``request`` is the result of `Service.request`.

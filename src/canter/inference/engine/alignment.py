@@ -42,8 +42,8 @@ def align(
 ) -> Alignment:
     """Return the times of ``tokens`` in audio of ``samples`` samples.
 
-    cross (L, 2, H, T, K): the row's keys and values of cross-attention. adapter: its number in the model's bank. The heads are the model's ``alignment_heads``,
-    by default those of the upper half of the layers, as in openai-whisper.
+    cross (L, 2, H, T, K): the row's keys and values of cross-attention. adapter: its number in the model's bank. The
+    heads are the model's ``alignment_heads``, by default those of the upper half of the layers, as in openai-whisper.
     """
     decoder, generation = model.decoder, model.generation
     prompt, tokens = list(prompt), list(tokens)

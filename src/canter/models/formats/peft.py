@@ -235,8 +235,8 @@ def attach_adapters(model: AnyModel, folders: Mapping[str, Path], source: object
         if isinstance(pad, int | float) and pad != ours.padded_seconds:
             raise ConfigError(
                 f"adapter {folder} was trained on audio padded to {pad:g} s, and {source} pads to "
-                f"{ours.padded_seconds:g} s: the rows of a batch have one length, so serve that adapter alone, merged into "
-                "the model"
+                f"{ours.padded_seconds:g} s: the rows of a batch have one length, so serve that adapter alone, merged "
+                "into the model"
             )
         limits = kept.get("generation")
         if isinstance(limits, dict):  # limits on tokens, of which the highest holds for all
