@@ -42,7 +42,7 @@ from canter.inference.engine.requests import EngineConfig
 from canter.inference.inputs import Item, files_in, items_of
 from canter.inference.languages import Defaults, Task, detects_language
 from canter.inference.loading import tokenizer_of
-from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription, Vad
+from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription
 from canter.inference.transcribe import Job, transcribe_jobs
 from canter.inference.transcript.formats import (
     SUBTITLES,
@@ -55,6 +55,7 @@ from canter.inference.transcript.formats import (
 )
 from canter.inference.transcript.segments import Segment, Word
 from canter.inference.transcript.subtitles import SubtitleStyle
+from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.models.protocol import AnyModel, module_of
 from canter.redaction import redacted
 from canter.text.languages import canonical
@@ -88,6 +89,7 @@ class TranscribeOptions(TypedDict, total=False):
     ctc_weight: float
     batch_size: int | None
     vad: Vad
+    vad_options: VadOptions | None
     max_repeats: int
     prompt: str
     sampling_rate: int | None
@@ -279,6 +281,7 @@ class Recognizer:
         ctc_weight: float = 0.0,
         batch_size: int | None = None,
         vad: Vad = "energy",
+        vad_options: VadOptions | None = None,
         max_repeats: int = 3,
         prompt: str = "",
         sampling_rate: int | None = None,
@@ -304,6 +307,7 @@ class Recognizer:
             on it.
         vad: voice activity detector: long silence is left out, and audio longer than the model's window is divided in
             pauses. "energy", "silero" (needs the extra ``vad``), or "none".
+        vad_options: threshold, padding and shortest lengths of the detector.
         max_repeats: number of repeats to keep where a model repeats the same words for longer than the audio lasts; 0
             means no limit. No other repetition is changed; a Whisper has its own rule.
         prompt: text that precedes the recording: names to expect, a style of writing.
@@ -319,7 +323,9 @@ class Recognizer:
             raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
         if not _is_whole(max_repeats) or max_repeats < 0:
             raise ConfigError(f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above")
-        config = TranscribeConfig(timestamps, vad=vad, prompt=prompt, audio_track=audio_track)
+        config = TranscribeConfig(
+            timestamps, vad=vad, vad_options=vad_options or USUAL_VAD, prompt=prompt, audio_track=audio_track
+        )
         engine = self._engine(
             EngineConfig(rows=batch_size, max_repeats=max_repeats, beams=beam_size, ctc_weight=ctc_weight)
         )

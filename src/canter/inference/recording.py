@@ -17,14 +17,13 @@ from canter.inference.languages import Probabilities, detected_language, languag
 from canter.inference.transcript.chunks import Chunk, split_audio, trim_silence
 from canter.inference.transcript.reading import NO_FALLBACK, Assembly, Fallback, WindowPolicy, in_speech, segments_of
 from canter.inference.transcript.segments import Segment
-from canter.inference.transcript.vad import DETECTORS, FRAME
+from canter.inference.transcript.vad import DETECTORS, FRAME, USUAL_VAD, Vad, VadOptions
 from canter.text.owsm import OwsmTokenizer
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
 
 Timestamps = Literal["none", "segment", "word"]
-Vad = Literal["energy", "silero", "none"]
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -67,6 +66,8 @@ class TranscribeConfig:
     """Overlap of two chunks where speech has no pause."""
     vad: Vad = "energy"
     """Voice activity detector; `silero` needs the extra `vad`, `none` makes overlapping chunks of full length."""
+    vad_options: VadOptions = USUAL_VAD
+    """Threshold, padding and shortest lengths of the voice activity detector."""
     fallback: Fallback | None = field(default_factory=Fallback)
     """Thresholds for decoding again, for Whisper only. None: no further attempts, but silence is still omitted."""
     prompt: str = ""
@@ -78,6 +79,8 @@ class TranscribeConfig:
         for name, value, known in (("timestamps", self.timestamps, Timestamps), ("vad", self.vad, Vad)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
+        if self.vad == "none" and self.vad_options != USUAL_VAD:
+            raise ConfigError("the options of voice activity detection mean nothing without a detector (vad none)")
 
 
 class Transcriber:
@@ -168,11 +171,12 @@ class Transcriber:
             begun.append(block)
             if sum(map(len, begun)) > self.window * self.rate:
                 overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # words join overlapping chunks
-                yield from split_audio(chain(begun, blocks), self.detector, self.window, overlap, self.rate)
+                given = (self.detector, self.window, overlap, self.rate, self.config.vad_options)
+                yield from split_audio(chain(begun, blocks), *given)
                 return
         if begun:
             audio = begun[0] if len(begun) == 1 else np.concatenate(begun)
-            yield from trim_silence(audio, self.detector, self.window, self.rate)
+            yield from trim_silence(audio, self.detector, self.window, self.rate, self.config.vad_options)
 
     def requests(self, request: Request, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Request]]:
         """Yield the chunks of an utterance, each with its request; ``request`` is what they have in common.

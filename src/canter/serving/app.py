@@ -53,6 +53,9 @@ _FORM = {
         "temperature": {"type": "number", "minimum": 0, "maximum": 1},
         "stream": {"type": "boolean"},
         "timestamp_granularities[]": {"type": "array", "items": {"enum": ["segment", "word"]}},
+        "chunking_strategy": {"oneOf": [{"enum": ["auto"]}, {"type": "object"}]},
+        "vad_filter": {"type": "boolean"},
+        "vad_parameters": {"type": "object"},
     },
 }
 _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
@@ -244,7 +247,7 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         except BaseException:
             await form.close()
             raise
-        audio = await client.wait_for(service.read(file.file, file.filename or "the upload"))
+        audio = await client.wait_for(service.read(file.file, file.filename or "the upload", fields))
         audio = replace(audio, upload=upload)
         stack.callback(audio.close)
         stack.enter_context(service.room_for(audio))  # before a stream starts, whose status is 200

@@ -167,10 +167,10 @@ class Service:
         config = replace(config, language=language, tokenizer=tokenizer)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.sample_rate
-        self.transcribers = {
-            timestamps: Transcriber(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
-            for timestamps in TIMESTAMPS
-        }
+        self._transcribers: dict[TranscribeConfig, Transcriber] = {}
+        for timestamps in TIMESTAMPS:
+            usual = TranscribeConfig(timestamps=timestamps, vad=config.vad)
+            self._transcribers[usual] = Transcriber(engine, tokenizer, usual)
         self.requests = 0
         self.seconds = 0.0
         self.started = int(time.time())
@@ -234,7 +234,7 @@ class Service:
         self.metrics.refused.labels("busy").inc()
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
 
-    async def read(self, file: BinaryIO, name: str) -> Audio:
+    async def read(self, file: BinaryIO, name: str, fields: AudioRequest) -> Audio:
         """Decode an upload in a thread, and close its ``file`` (open, on disk). The caller closes the result.
 
         Cancelling the call stops the thread. Raises ApiError: 400 for files that are not audio, damaged, or too long,
@@ -243,7 +243,7 @@ class Service:
         stop = threading.Event()
         self._reading.add(stop)
         try:
-            running = self._readers.submit(self._read, file, name, stop)
+            running = self._readers.submit(self._read, file, name, fields, stop)
         except RuntimeError:  # the pool is shut down
             file.close()
             self._reading.discard(stop)
@@ -258,7 +258,7 @@ class Service:
             stop.set()
             self._reading.discard(stop)
 
-    def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
+    def _read(self, file: BinaryIO, name: str, fields: AudioRequest, stop: threading.Event) -> Audio:
         start, path, samples = time.perf_counter(), path_of(file), 0
         try:
             header = audio_info(path)
@@ -277,7 +277,7 @@ class Service:
                     self._check_length(samples / self.rate, density, name)
                     yield block
 
-            audio = self._stored(self.transcribers["none"].chunks(checked()))
+            audio = self._stored(self._transcriber(fields).chunks(checked()))
         except AudioError as error:
             text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
@@ -312,7 +312,13 @@ class Service:
         Subtitles need the times of words, if the model has them: their cues end with sentences.
         """
         cues = fields.response_format in SUBTITLES
-        return self.transcribers["word" if cues and self.engine.aligns else fields.timestamps]
+        config = TranscribeConfig(
+            "word" if cues and self.engine.aligns else fields.timestamps,
+            fields.chunk_seconds,
+            vad=fields.vad or self.config.vad,
+            vad_options=fields.vad_options,
+        )
+        return self._transcribers.get(config) or Transcriber(self.engine, self.tokenizer, config)
 
     def request(self, fields: AudioRequest) -> Request:
         """Return the engine's request, without audio. Raise ApiError, naming the field, if the model cannot do it."""
