@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,47 @@ def test_a_request_sets_the_voice_activity_detector(live, client):
     assert live.quiet()
 
 
+def test_channels_are_merged_in_order_of_time(client, live):
+    """A call of two people: each channel by itself gives the segments that both together give, in every answer."""
+    samples = np.zeros((16000 * 100, 2), np.float32)
+    for turn in range(5):
+        clip = noise(2.0, turn)
+        samples[turn * 320_000 : turn * 320_000 + len(clip), turn % 2] = clip
+    asked = {"model": "small", "file": ("call.wav", wav(samples)), "language": "en"}
+
+    def create(channel: str, **changes):
+        return client.audio.transcriptions.create(**asked, **changes, extra_body={"channel": channel})
+
+    both = create("each", response_format="verbose_json")
+    assert (both.duration, both.usage.seconds) == (100.0, 100)
+    assert [one.channel for one in both.segments] == [0, 1, 0, 1, 0]
+    assert [one.start for one in both.segments] == sorted(one.start for one in both.segments)
+    for channel in (0, 1):
+        one = create(str(channel), response_format="verbose_json")
+        assert not hasattr(one.segments[0], "channel")
+        part = [segment for segment in both.segments if segment.channel == channel]
+        assert [(a.start, a.end, a.text.strip()) for a in part] == [
+            (b.start, b.end, b.text.strip()) for b in one.segments
+        ]
+    *deltas, done = create("each", stream=True)
+    assert [event.segment["channel"] for event in deltas] == [0, 1, 0, 1, 0]
+    assert "".join(event.delta for event in deltas) == done.text == both.text == create("each").text
+    lines = create("each", response_format="text").splitlines()
+    assert [line[:12] for line in lines] == [f"[channel {turn % 2}] " for turn in range(5)]
+    assert {"<v Channel 0>", "<v Channel 1>"} <= {*re.findall("<.*?>", create("each", response_format="vtt"))}
+    assert create("mix").text == client.audio.transcriptions.create(**asked).text
+    assert live.quiet()
+
+
+def test_all_channels_count_for_the_limit(model):
+    samples = np.zeros((16000 * 4, 2), np.float32)
+    with running(model, max_seconds=5.0) as live, client_of(live) as client:
+        asked = {"model": "small", "file": ("call.wav", wav(samples)), "language": "en"}
+        assert client.audio.transcriptions.create(**asked).text == ""
+        with pytest.raises(openai.BadRequestError, match="is 4 s long on each of 2 channels, over the limit of 5 s"):
+            client.audio.transcriptions.create(**asked, extra_body={"channel": "each"})
+
+
 def test_languages_are_weighed_and_distinguished(polyglot, spoken_tones):
     """A recording in two languages is decoded in both.
 
@@ -335,6 +377,13 @@ def test_models(client):
             "means nothing without vad_filter",
             "vad_parameters",
         ),
+        (
+            {"extra_body": {"channel": 1}},
+            openai.BadRequestError,
+            "1.wav has no channel 1: it has 1, counted",
+            "channel",
+        ),
+        ({"extra_body": {"channel": "left"}}, openai.BadRequestError, "must be each, mix, or the number", "channel"),
         ({"extra_body": {"vad_filter": "maybe"}}, openai.BadRequestError, "'maybe' is not one of", "vad_filter"),
         ({"timestamp_granularities": ["word"]}, openai.BadRequestError, "need response_format verbose_json", None),
     ],

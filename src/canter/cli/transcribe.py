@@ -33,7 +33,7 @@ IDENTITY = {"precision": "precision", "max_repeats": "max_repeats", "beam": "bea
             "window_seconds": "chunk_seconds", "fallback": "fallback", "initial_prompt": "prompt",
             "audio_track": "audio_track", "vad_threshold": "vad_threshold",
             "vad_min_speech": "vad_min_speech", "vad_min_silence": "vad_min_silence",
-            "vad_padding": "vad_padding"}
+            "vad_padding": "vad_padding", "channel": "channel"}
 # fmt: on
 SHOWN = 20  # failures and warnings that are printed
 
@@ -117,6 +117,9 @@ class Options:
     limit. No other text is changed. With --fallback a Whisper has its own rule."""
     audio_track: int | None = None
     """Audio track of files with several, from 0 (default: the one marked as default, else the first)."""
+    channel: str = "mix"
+    """Channel of recordings that name none. `mix`: the average of all; a number from 0: that one; `each`: every one by
+    itself, merged in order of time, with the channel of each segment (for calls recorded on two channels)."""
     max_seconds: float | None = None
     """Maximum length of a recording in seconds; longer ones are refused (default: no limit)."""
     skip_existing: bool = False
@@ -143,7 +146,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
     from canter.files import remove_stale
     from canter.inference.bulk import PartialFiles, transcribe_items
     from canter.inference.engine.alignment import word_times_warning
-    from canter.inference.inputs import read_items
+    from canter.inference.inputs import read_channel, read_items
     from canter.inference.languages import Defaults
     from canter.inference.recording import TranscribeConfig
     from canter.inference.resume import partial_files, remove
@@ -153,6 +156,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
 
     display, timed = Display(ranks), options.timestamps in ("segment", "word")
     checkpoint = checkpoint_of(options.model)
+    channel = read_channel(options.channel)
     config = TranscribeConfig(
         chunk_seconds=options.chunk_seconds,
         vad=options.vad,
@@ -161,6 +165,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
         ),
         prompt=options.prompt,
         audio_track=options.audio_track,
+        each_channel=channel == "each",
     )
     if not options.fallback:
         config = replace(config, fallback=None)
@@ -176,7 +181,7 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None
     defaults = Defaults.of(tokenizer, options.language, options.task, options.target_language)
-    items = read_items(options.inputs, defaults=defaults, track=options.audio_track)
+    items = read_items(options.inputs, defaults=defaults, track=options.audio_track, channel=channel)
     if defaults.language and options.language:
         report_other_languages(items, defaults.language, display)
     partial = None

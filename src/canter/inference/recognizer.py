@@ -39,7 +39,7 @@ from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.engine.alignment import word_times_warning
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
-from canter.inference.inputs import Item, files_in, items_of
+from canter.inference.inputs import Channel, Item, files_in, items_of, read_channel
 from canter.inference.languages import Defaults, Task, detects_language
 from canter.inference.loading import tokenizer_of
 from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription
@@ -94,6 +94,7 @@ class TranscribeOptions(TypedDict, total=False):
     prompt: str
     sampling_rate: int | None
     audio_track: int | None
+    channel: Channel
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,7 +103,8 @@ class Transcript:
 
     text: str
     segments: tuple[Segment, ...] = ()
-    """Segments in order, each with ``start`` and ``end`` in seconds, ``text`` and ``words``."""
+    """Segments in order, each with ``start`` and ``end`` in seconds, ``text`` and ``words``, and its ``channel`` with
+    ``channel="each"``."""
     language: str | None = None
     """Code of the language spoken, stated or detected; of a translation, the language written."""
     duration: float = 0.0
@@ -197,6 +199,7 @@ class _Call:
     transcriber: Transcriber
     defaults: Defaults
     sampling_rate: int | None
+    channel: Channel
 
 
 @dataclass
@@ -286,6 +289,7 @@ class Recognizer:
         prompt: str = "",
         sampling_rate: int | None = None,
         audio_track: int | None = None,
+        channel: Channel = "mix",
     ) -> Transcript | Iterator[Transcript]:
         """Transcribe one recording, or an iterable of them.
 
@@ -313,6 +317,8 @@ class Recognizer:
         prompt: text that precedes the recording: names to expect, a style of writing.
         sampling_rate: sample rate of arrays in Hz (None: the model's).
         audio_track: audio track of files with several, from 0 (None: the one marked as default, else the first).
+        channel: channel of recordings that name none: "mix" averages all, a number takes that one (from 0), and "each"
+            transcribes every one by itself and merges their segments in order of time.
 
         Raises ConfigError, before anything is decoded, for options that the model does not support.
         """
@@ -323,8 +329,14 @@ class Recognizer:
             raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
         if not _is_whole(max_repeats) or max_repeats < 0:
             raise ConfigError(f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above")
+        channel = read_channel(channel)
         config = TranscribeConfig(
-            timestamps, vad=vad, vad_options=vad_options or USUAL_VAD, prompt=prompt, audio_track=audio_track
+            timestamps,
+            vad=vad,
+            vad_options=vad_options or USUAL_VAD,
+            prompt=prompt,
+            audio_track=audio_track,
+            each_channel=channel == "each",
         )
         engine = self._engine(
             EngineConfig(rows=batch_size, max_repeats=max_repeats, beams=beam_size, ctc_weight=ctc_weight)
@@ -339,6 +351,7 @@ class Recognizer:
             Transcriber(engine, self.tokenizer, config),
             Defaults.of(self.tokenizer, language, asked, target_language),
             sampling_rate,
+            channel,
         )
         self._check_prompt(call)
         if _is_one(audio):
@@ -458,7 +471,7 @@ class Recognizer:
                     yield from (self._recording(file, call) for file in files)
                     continue
                 empty = True
-                for item in items_of(one, call.defaults):
+                for item in items_of(one, call.defaults, call.channel):
                     empty = False
                     yield self._listed(item)
                 if empty:
@@ -490,14 +503,14 @@ class Recognizer:
                 shown = shown if isinstance(shown, str) else None
             elif isinstance(one, ArrayLike):
                 path, shown = "array", None
-                samples = _samples(one, call.sampling_rate or self.sample_rate, self.sample_rate)
+                samples = _samples(one, call.sampling_rate or self.sample_rate, self.sample_rate, call.channel)
             else:
                 raise AudioError(f"{_shown(one)} is no audio: give a path, samples, or the bytes of a file")
         except CanterError as error:
             return _Source.failed(None, str(error))
         seconds = len(samples) / self.sample_rate if samples is not None else np.inf
         utterance = Utterance(path, 0.0 if samples is None else seconds, text="")
-        item = Item({"audio_filepath": shown}, utterance).completed(call.defaults)
+        item = Item({"audio_filepath": shown}, utterance).on(call.channel).completed(call.defaults)
         if item.utterance is None:
             if close:
                 close()
@@ -579,8 +592,8 @@ def _spooled(one: bytes | BinaryIO) -> tuple[str, Callable[[], None]]:
     return path, partial(Path(path).unlink, missing_ok=True)
 
 
-def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32]:
-    """Return an array (S,) or (S, C) of any usual type as mono float32 at ``wanted`` Hz.
+def _samples(array: ArrayLike, rate: int, wanted: int, channel: Channel = "mix") -> npt.NDArray[np.float32]:
+    """Return an array (S,) or (S, C) of any usual type as float32 at ``wanted`` Hz: (S,), or (S, C) for each channel.
 
     Raises AudioError for one of another shape or type, and for samples that are no audio.
     """
@@ -597,7 +610,12 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
     elif samples.dtype.kind != "f":
         raise AudioError(f"an array of {samples.dtype} is no audio: give float samples in -1 ... 1, int16 or int32")
     samples = samples.astype(np.float32, copy=False)
-    if samples.ndim == 2:
+    if isinstance(channel, int):
+        count = 1 if samples.ndim == 1 else samples.shape[1]
+        if channel >= count:
+            raise AudioError(f"an array has no channel {channel}: it has {count}, counted from 0; choose one of them")
+        samples = samples if samples.ndim == 1 else samples[:, channel]
+    elif samples.ndim == 2 and channel == "mix":
         samples = samples.mean(axis=1)
     peak = max(float(samples.max()), -float(samples.min()))  # np.abs would double the memory
     if not np.isfinite(peak):

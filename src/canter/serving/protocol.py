@@ -8,6 +8,7 @@ from typing import Literal
 from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
+from canter.inference.inputs import Channel, read_channel
 from canter.inference.languages import spoken_language
 from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.serving.config import ServiceConfig
@@ -19,7 +20,7 @@ TIMESTAMPS: tuple[Literal["none", "segment", "word"], ...] = ("none", "segment",
 FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
-    "vad_filter", "vad_parameters",
+    "vad_filter", "vad_parameters", "channel",
 }  # fmt: skip
 OBJECTS = ("chunking_strategy", "vad_parameters")
 """Fields whose value is an object: JSON, or a field for each member, ``chunking_strategy[threshold]``."""
@@ -70,6 +71,8 @@ class AudioRequest:
     vad_options: VadOptions = USUAL_VAD
     chunk_seconds: float | None = None
     """Maximum length of the chunks of long audio; None: the model's window."""
+    channel: Channel = "mix"
+    """Channel to transcribe."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -99,6 +102,7 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
         _flag(values, "stream"),
         _granularities(form),
         *_vad(values, config),
+        _channel(values),
     )
     _check_combination(values, request, "include[]" in form)
     return file, request
@@ -156,6 +160,13 @@ def _vad(values: Mapping[str, str], config: ServiceConfig) -> tuple[Vad | None, 
         for theirs, ours in names.items():
             text = text.replace(f"VAD {ours}", theirs)
         raise ApiError(400, f"{field}: {text}", field) from None
+
+
+def _channel(values: Mapping[str, str]) -> Channel:
+    try:
+        return read_channel(values.get("channel") or "mix")
+    except ConfigError as error:
+        raise ApiError(400, str(error), "channel") from None
 
 
 def _object(values: Mapping[str, str], name: str) -> dict[str, object]:

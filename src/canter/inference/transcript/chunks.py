@@ -30,6 +30,8 @@ class Chunk:
     rate: int = RATE
     voiced: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """(F,) True for speech, in frames of FRAME seconds; empty if unknown."""
+    channel: int | None = None
+    """Channel of the recording, from 0, where every channel is transcribed by itself."""
 
     @property
     def seconds(self) -> float:

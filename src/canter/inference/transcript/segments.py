@@ -38,6 +38,8 @@ class Segment:
     """Temperature of the attempt that was kept; 0 is greedy or beam search."""
     no_speech_prob: float = 0.0
     """Probability of Whisper's no-speech token at the start of its window; 0 for models without one."""
+    channel: int | None = None
+    """Channel of the recording, from 0, where every channel is transcribed by itself."""
 
     def shifted(self, seconds: float) -> "Segment":
         """Return the segment with its times moved by ``seconds``."""
