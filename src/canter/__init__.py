@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from canter.errors import CanterError
     from canter.inference.recognizer import Recognizer, Transcript
     from canter.inference.transcript.segments import Segment, Word
+    from canter.inference.transcript.vad import VadOptions
     from canter.planning import Budget, Plan, analytic_budget
     from canter.planning.sampler import PlanSampler
     from canter.training.config import TrainConfig
@@ -32,6 +33,7 @@ __all__ = [
     "Segment",
     "TrainConfig",
     "Transcript",
+    "VadOptions",
     "Word",
     "__version__",
     "analytic_budget",
@@ -57,6 +59,7 @@ if not TYPE_CHECKING:  # type checkers report names that are not in __all__
         "Segment": "canter.inference.transcript.segments",
         "TrainConfig": "canter.training.config",
         "Transcript": "canter.inference.recognizer",
+        "VadOptions": "canter.inference.transcript.vad",
         "Word": "canter.inference.transcript.segments",
         "analytic_budget": "canter.planning",
         "build_index": "canter.api",

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -184,6 +185,75 @@ def test_silence_is_an_empty_transcript(client, live):
     assert found.segments[0].start == pytest.approx(4.7, abs=0.2)
 
 
+def test_a_request_sets_the_voice_activity_detector(live, client):
+    """Three words with pauses of 1.2 s: together by default, divided by a request that counts such pauses as silence,
+    whichever way a client sends the setting, and one chunk without a detector."""
+    pause = np.zeros(round(1.2 * 16000), np.float32)
+    samples = np.concatenate([noise(2.0, 1), pause, noise(1.0, 2), pause, noise(2.0, 3), np.zeros(48000, np.float32)])
+    file = ("three.wav", wav(samples))
+
+    def segments(**changes) -> list[tuple[float, float]]:
+        asked = {"model": "small", "file": file, "language": "en", "response_format": "verbose_json", **changes}
+        return [(one.start, one.end) for one in client.audio.transcriptions.create(**asked).segments]
+
+    (usual,) = segments(chunking_strategy="auto")
+    assert usual[1] < 8.0
+    assert segments(extra_body={"vad_filter": True}) == [usual]
+    assert segments(extra_body={"vad_filter": False})[0][1] == pytest.approx(len(samples) / 16000, abs=0.01)
+    ours = {"type": "server_vad", "threshold": 0.5, "prefix_padding_ms": 100, "silence_duration_ms": 600}
+    divided = segments(chunking_strategy=ours)
+    assert [round(start, 1) for start, _ in divided] == [0.0, 3.1, 5.3]
+    assert segments(extra_body={"chunking_strategy": json.dumps(ours)}) == divided
+    theirs = {"speech_pad_ms": 100, "min_silence_duration_ms": 600}
+    assert segments(extra_body={"vad_parameters": json.dumps(theirs), "vad_filter": True}) == divided
+    assert segments(extra_body={"vad_parameters": theirs}) == divided
+    assert len(segments(extra_body={"vad_parameters": {"max_speech_duration_s": 3.0}})) > 1
+    without_short = segments(extra_body={"vad_parameters": {**theirs, "min_speech_duration_ms": 1500}})
+    assert without_short == [divided[0], divided[2]]
+    assert live.quiet()
+
+
+def test_channels_are_merged_in_order_of_time(client, live):
+    """A call of two people: each channel by itself gives the segments that both together give, in every answer."""
+    samples = np.zeros((16000 * 100, 2), np.float32)
+    for turn in range(5):
+        clip = noise(2.0, turn)
+        samples[turn * 320_000 : turn * 320_000 + len(clip), turn % 2] = clip
+    asked = {"model": "small", "file": ("call.wav", wav(samples)), "language": "en"}
+
+    def create(channel: str, **changes):
+        return client.audio.transcriptions.create(**asked, **changes, extra_body={"channel": channel})
+
+    both = create("each", response_format="verbose_json")
+    assert (both.duration, both.usage.seconds) == (100.0, 100)
+    assert [one.channel for one in both.segments] == [0, 1, 0, 1, 0]
+    assert [one.start for one in both.segments] == sorted(one.start for one in both.segments)
+    for channel in (0, 1):
+        one = create(str(channel), response_format="verbose_json")
+        assert not hasattr(one.segments[0], "channel")
+        part = [segment for segment in both.segments if segment.channel == channel]
+        assert [(a.start, a.end, a.text.strip()) for a in part] == [
+            (b.start, b.end, b.text.strip()) for b in one.segments
+        ]
+    *deltas, done = create("each", stream=True)
+    assert [event.segment["channel"] for event in deltas] == [0, 1, 0, 1, 0]
+    assert "".join(event.delta for event in deltas) == done.text == both.text == create("each").text
+    lines = create("each", response_format="text").splitlines()
+    assert [line[:12] for line in lines] == [f"[channel {turn % 2}] " for turn in range(5)]
+    assert {"<v Channel 0>", "<v Channel 1>"} <= {*re.findall("<.*?>", create("each", response_format="vtt"))}
+    assert create("mix").text == client.audio.transcriptions.create(**asked).text
+    assert live.quiet()
+
+
+def test_all_channels_count_for_the_limit(model):
+    samples = np.zeros((16000 * 4, 2), np.float32)
+    with running(model, max_seconds=5.0) as live, client_of(live) as client:
+        asked = {"model": "small", "file": ("call.wav", wav(samples)), "language": "en"}
+        assert client.audio.transcriptions.create(**asked).text == ""
+        with pytest.raises(openai.BadRequestError, match="is 4 s long on each of 2 channels, over the limit of 5 s"):
+            client.audio.transcriptions.create(**asked, extra_body={"channel": "each"})
+
+
 def test_languages_are_weighed_and_distinguished(polyglot, spoken_tones):
     """A recording in two languages is decoded in both.
 
@@ -279,7 +349,46 @@ def test_models(client):
         ({"stream": True, "response_format": "verbose_json"}, openai.BadRequestError, "use json or text", None),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "'colour' is not a field", "colour"),
         ({"extra_body": {"to_language": "de"}}, openai.BadRequestError, "translations", "to_language"),
-        ({"chunking_strategy": {"type": "server_vad"}}, openai.BadRequestError, "not a field", None),
+        ({"chunking_strategy": {"type": "vad"}}, openai.BadRequestError, "of type server_vad", "chunking_strategy"),
+        ({"extra_body": {"chunking_strategy": "x"}}, openai.BadRequestError, "not a JSON object", "chunking_strategy"),
+        (
+            {"chunking_strategy": {"type": "server_vad", "silence_duration_ms": -1}},
+            openai.BadRequestError,
+            "silence_duration_ms is -0.001; it must be 0 or more seconds",
+            "chunking_strategy",
+        ),
+        (
+            {"extra_body": {"vad_parameters": {"threshold": 1.5}}},
+            openai.BadRequestError,
+            "vad_parameters: threshold is 1.5; it must lie between",
+            "vad_parameters",
+        ),
+        (
+            {"extra_body": {"vad_parameters": '{"neg_threshold": 0.2}'}},
+            openai.BadRequestError,
+            "'neg_threshold' is not one of threshold, min_speech_duration_ms",
+            "vad_parameters",
+        ),
+        (
+            {"extra_body": {"vad_parameters": '{"threshold": "high"}'}},
+            openai.BadRequestError,
+            "threshold 'high' is not a number",
+            "vad_parameters",
+        ),
+        (
+            {"extra_body": {"vad_filter": False, "vad_parameters": {"threshold": 0.4}}},
+            openai.BadRequestError,
+            "means nothing without vad_filter",
+            "vad_parameters",
+        ),
+        (
+            {"extra_body": {"channel": 1}},
+            openai.BadRequestError,
+            "1.wav has no channel 1: it has 1, counted",
+            "channel",
+        ),
+        ({"extra_body": {"channel": "left"}}, openai.BadRequestError, "must be each, mix, or the number", "channel"),
+        ({"extra_body": {"vad_filter": "maybe"}}, openai.BadRequestError, "'maybe' is not one of", "vad_filter"),
         ({"timestamp_granularities": ["word"]}, openai.BadRequestError, "need response_format verbose_json", None),
     ],
 )

@@ -25,7 +25,7 @@ from canter.corpus.audio import audio_blocks
 from canter.inference.engine.engine import Engine
 from canter.serving import app, service, upload
 from canter.serving.config import ServiceConfig
-from canter.serving.protocol import ApiError
+from canter.serving.protocol import ApiError, AudioRequest
 from canter.serving.server import ANY_ADDRESS, MOST_SHREDS, RECEIVED_BYTES, SHRED_BYTES, host_names
 from canter.serving.service import Service
 
@@ -210,7 +210,7 @@ def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
     async def read_and_close() -> None:
         file = upload.anonymous_file()
         upload.write_all(file, flac(250))
-        reading = asyncio.create_task(closing.read(file, "a.flac"))
+        reading = asyncio.create_task(closing.read(file, "a.flac", AudioRequest("transcribe")))
         await asyncio.to_thread(gate.reached.wait, PATIENCE)
         assert not [*tmp_path.iterdir()]
         closing.close()

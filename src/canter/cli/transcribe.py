@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 IDENTITY = {"precision": "precision", "max_repeats": "max_repeats", "beam": "beam_size",
             "length_penalty": "length_penalty", "ctc_weight": "ctc_weight", "vad": "vad",
             "window_seconds": "chunk_seconds", "fallback": "fallback", "initial_prompt": "prompt",
-            "audio_track": "audio_track", "hotwords": "hotword_list", "nbest": "nbest", "logprobs": "logprobs"}
+            "audio_track": "audio_track", "vad_threshold": "vad_threshold",
+            "vad_min_speech": "vad_min_speech", "vad_min_silence": "vad_min_silence",
+            "vad_padding": "vad_padding", "channel": "channel",
+            "hotwords": "hotword_list", "nbest": "nbest", "logprobs": "logprobs"}
 # fmt: on
 SHOWN = 20  # failures and warnings that are printed
 
@@ -102,6 +105,16 @@ class Options:
     vad: Literal["energy", "silero", "none"] = "energy"
     """Voice activity detector. Silence of at least 2 s at the ends of a recording, and of 5 s within, is left out, and
     long audio is divided in pauses. `silero` needs the extra `vad`; `none` keeps all audio in overlapping chunks."""
+    vad_threshold: float = 0.5
+    """Probability above which `silero` finds speech, between 0 and 1. `energy` finds it above the noise floor by 16 dB
+    times this, or by half the contrast times this where that is less."""
+    vad_min_speech: float = 0.0
+    """Minimum length of speech in seconds; shorter spans count as silence."""
+    vad_min_silence: float | None = None
+    """Minimum length in seconds of silence that is left out, padding included; smaller values make more and shorter
+    chunks (default: 2.3 at the ends of a short recording, 5.6 within one)."""
+    vad_padding: float = 0.3
+    """Seconds kept before and after speech."""
     chunk_seconds: float | None = None
     """Maximum length in seconds of the chunks that long audio is divided into (default: the model's training length
     where known, else 30 for Whisper and 40 for others)."""
@@ -116,6 +129,9 @@ class Options:
     limit. No other text is changed. With --fallback a Whisper has its own rule."""
     audio_track: int | None = None
     """Audio track of files with several, from 0 (default: the one marked as default, else the first)."""
+    channel: str = "mix"
+    """Channel of recordings that name none. `mix`: the average of all; a number from 0: that one; `each`: every one by
+    itself, merged in order of time, with the channel of each segment (for calls recorded on two channels)."""
     max_seconds: float | None = None
     """Maximum length of a recording in seconds; longer ones are refused (default: no limit)."""
     skip_existing: bool = False
@@ -154,27 +170,46 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
     from canter.files import remove_stale
     from canter.inference.bulk import PartialFiles, transcribe_items
     from canter.inference.engine.alignment import word_times_warning
-    from canter.inference.inputs import read_items
+    from canter.inference.inputs import read_channel, read_items
     from canter.inference.languages import Defaults
     from canter.inference.recording import TranscribeConfig, Transcriber
     from canter.inference.resume import partial_files, remove
     from canter.inference.transcript.formats import check_renderable, json_text, render, write_output
+    from canter.inference.transcript.vad import VadOptions
     from canter.models.hub import checkpoint_of
 
     display, timed = Display(ranks), options.timestamps in ("segment", "word")
     checkpoint = checkpoint_of(options.model)
+    channel = read_channel(options.channel)
+    config = TranscribeConfig(
+        chunk_seconds=options.chunk_seconds,
+        vad=options.vad,
+        vad_options=VadOptions(
+            options.vad_threshold, options.vad_min_speech, options.vad_min_silence, options.vad_padding
+        ),
+        prompt=options.prompt,
+        audio_track=options.audio_track,
+        each_channel=channel == "each",
+        hotwords=options.phrases,
+        nbest=options.nbest,
+        logprobs=options.logprobs,
+    )
+    if not options.fallback:
+        config = replace(config, fallback=None)
     engine = engine_of(options, checkpoint, ranks)
     timestamps = timestamps_of(options, kinds, style)
     if timestamps == "word" and not engine.aligns:
         timestamps = without_words(checkpoint, style, display)
     if timestamps == "word" and (warning := word_times_warning(engine.model)):
         display.message(f"{checkpoint} {warning}")
+    config = replace(config, timestamps=timestamps)
     report_ignored_files(options.inputs, display)
 
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None
+    Transcriber(engine, tokenizer, config).check(checkpoint)
     defaults = Defaults.of(tokenizer, options.language, options.task, options.target_language)
-    items = read_items(options.inputs, defaults=defaults, track=options.audio_track)
+    items = read_items(options.inputs, defaults=defaults, track=options.audio_track, channel=channel)
     if defaults.language and options.language:
         report_other_languages(items, defaults.language, display)
     partial = None
@@ -188,19 +223,6 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
             remove_stale((options.output / name).parent for name in names or ["."])
         partial = PartialFiles(partial_files(options.output, folder), identity(checkpoint, options, timestamps))
 
-    config = TranscribeConfig(
-        timestamps,
-        options.chunk_seconds,
-        vad=options.vad,
-        prompt=options.prompt,
-        audio_track=options.audio_track,
-        hotwords=options.phrases,
-        nbest=options.nbest,
-        logprobs=options.logprobs,
-    )
-    if not options.fallback:
-        config = replace(config, fallback=None)
-    Transcriber(engine, tokenizer, config).check(checkpoint)
     longest = math.inf if options.max_seconds is None else options.max_seconds
     begun = time.perf_counter()
     with display:

@@ -295,7 +295,7 @@ class _Decoding:
         rate, channels, channel = source.rate, source.channels, self.segment.channel
         if channel is not None and channel >= channels:
             raise AudioError(
-                f"{self.path} has no channel {channel}: it has {channels}, counted from 0; correct the manifest"
+                f"{self.path} has no channel {channel}: it has {channels}, counted from 0; choose one of them"
             )
         size = max(1, min(round(seconds * rate), BLOCK_SAMPLES // channels))
         mixed = channels > 1 and channel is None

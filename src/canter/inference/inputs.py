@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
 from canter.corpus.audio import STANDARD_INPUT, audio_seconds
 from canter.corpus.columns import ReadOptions
@@ -22,6 +23,19 @@ from canter.corpus.sources import Unit, open_source, units_of
 from canter.errors import AudioError, ConfigError, ManifestError
 from canter.inference.languages import Defaults
 from canter.redaction import redacted
+
+Channel = int | Literal["each", "mix"]
+"""Channel of recordings with several, from 0: one of them, each by itself, or the average of all."""
+
+
+def read_channel(value: str | int) -> Channel:
+    """Return the channel that a user names. Raises ConfigError for anything but "each", "mix" or a number from 0."""
+    text = str(value)
+    if text in ("each", "mix"):
+        return cast(Channel, text)
+    if isinstance(value, bool) or not text.isascii() or not text.isdecimal():
+        raise ConfigError(f"channel is {text[:40]!r}; it must be each, mix, or the number of a channel, from 0")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,13 @@ class Item:
         path = self.row.get("audio_filepath")
         return redacted(path) if isinstance(path, str) else None
 
+    def on(self, channel: Channel) -> "Item":
+        """Return the item with that channel where it names none and ``channel`` is a number."""
+        if self.utterance is None or not isinstance(channel, int) or self.utterance.channel_selector is not None:
+            return self
+        row, utterance = self.row | {"channel_selector": channel}, replace(self.utterance, channel_selector=channel)
+        return replace(self, row=row, utterance=utterance)
+
     def completed(self, defaults: Defaults) -> "Item":
         """Return the item with unset fields taken from ``defaults``; with a problem where it lacks a language."""
         if self.utterance is None:
@@ -62,12 +83,17 @@ def names_of(items: Sequence[Item], most: int = 5) -> str:
 
 
 def read_items(
-    paths: Iterable[str | os.PathLike[str]], *, defaults: Defaults | None = None, track: int | None = None
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    defaults: Defaults | None = None,
+    track: int | None = None,
+    channel: Channel = "mix",
 ) -> list[Item]:
     """Return the items of audio files, folders and manifests, in the order given; ``-`` is standard input.
 
-    ``track`` is the audio track of files with several. A path that is nothing of the kind, or a folder or manifest
-    without a single item, is an item with a problem. Raises ManifestError where that holds for all paths.
+    ``track`` is the audio track of files with several, ``channel`` that of items that name none. A path that is nothing
+    of the kind, or a folder or manifest without a single item, is an item with a problem. Raises ManifestError where
+    that holds for all paths.
     """
     items: list[Item] = []
     failures: list[str] = []
@@ -85,7 +111,7 @@ def read_items(
         items += found
     if failures and len(failures) == len(names):
         raise ManifestError("\n".join(failures))
-    return [item.completed(defaults or Defaults()) for item in items]
+    return [item.on(channel).completed(defaults or Defaults()) for item in items]
 
 
 def files_in(path: str) -> list[str] | None:
@@ -95,11 +121,11 @@ def files_in(path: str) -> list[str] | None:
     return media_in(os.path.abspath(path))[0]
 
 
-def items_of(path: str | os.PathLike[str], defaults: Defaults) -> Iterator[Item]:
+def items_of(path: str | os.PathLike[str], defaults: Defaults, channel: Channel = "mix") -> Iterator[Item]:
     """Yield the items of one audio file, folder or manifest as they are read. Raises ManifestError for any other
     path."""
     for item in _items(os.fspath(path)):
-        yield item.completed(defaults)
+        yield item.on(channel).completed(defaults)
 
 
 def _items(path: str, track: int | None = None) -> Iterator[Item]:

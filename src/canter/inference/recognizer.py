@@ -40,10 +40,10 @@ from canter.inference.engine.alignment import word_times_warning
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.hotwords import WEIGHT, Phrases
-from canter.inference.inputs import Item, files_in, items_of
+from canter.inference.inputs import Channel, Item, files_in, items_of, read_channel
 from canter.inference.languages import Defaults, Task, detects_language
 from canter.inference.loading import tokenizer_of
-from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription, Vad
+from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription
 from canter.inference.transcribe import Job, transcribe_jobs
 from canter.inference.transcript.formats import (
     SUBTITLES,
@@ -56,6 +56,7 @@ from canter.inference.transcript.formats import (
 )
 from canter.inference.transcript.segments import Alternatives, Segment, TokenScore, Word
 from canter.inference.transcript.subtitles import SubtitleStyle
+from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.models.protocol import AnyModel, module_of
 from canter.redaction import redacted
 from canter.text.languages import canonical
@@ -89,6 +90,7 @@ class TranscribeOptions(TypedDict, total=False):
     ctc_weight: float
     batch_size: int | None
     vad: Vad
+    vad_options: VadOptions | None
     max_repeats: int
     prompt: str
     hotwords: str | Iterable[str]
@@ -97,6 +99,7 @@ class TranscribeOptions(TypedDict, total=False):
     logprobs: bool
     sampling_rate: int | None
     audio_track: int | None
+    channel: Channel
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +108,8 @@ class Transcript:
 
     text: str
     segments: tuple[Segment, ...] = ()
-    """Segments in order, each with ``start`` and ``end`` in seconds, ``text`` and ``words``."""
+    """Segments in order, each with ``start`` and ``end`` in seconds, ``text`` and ``words``, and its ``channel`` with
+    ``channel="each"``."""
     language: str | None = None
     """Code of the language spoken, stated or detected; of a translation, the language written."""
     duration: float = 0.0
@@ -207,6 +211,7 @@ class _Call:
     transcriber: Transcriber
     defaults: Defaults
     sampling_rate: int | None
+    channel: Channel
 
 
 @dataclass
@@ -291,6 +296,7 @@ class Recognizer:
         ctc_weight: float = 0.0,
         batch_size: int | None = None,
         vad: Vad = "energy",
+        vad_options: VadOptions | None = None,
         max_repeats: int = 3,
         prompt: str = "",
         hotwords: str | Iterable[str] = (),
@@ -299,6 +305,7 @@ class Recognizer:
         logprobs: bool = False,
         sampling_rate: int | None = None,
         audio_track: int | None = None,
+        channel: Channel = "mix",
     ) -> Transcript | Iterator[Transcript]:
         """Transcribe one recording, or an iterable of them.
 
@@ -320,6 +327,7 @@ class Recognizer:
             on it.
         vad: voice activity detector: long silence is left out, and audio longer than the model's window is divided in
             pauses. "energy", "silero" (needs the extra ``vad``), or "none".
+        vad_options: threshold, padding and shortest lengths of the detector.
         max_repeats: number of repeats to keep where a model repeats the same words for longer than the audio lasts; 0
             means no limit. No other repetition is changed; a Whisper has its own rule.
         prompt: text that precedes the recording: names to expect, a style of writing.
@@ -330,6 +338,8 @@ class Recognizer:
         logprobs: add the log probability of every token, as ``logprobs`` of the result.
         sampling_rate: sample rate of arrays in Hz (None: the model's).
         audio_track: audio track of files with several, from 0 (None: the one marked as default, else the first).
+        channel: channel of recordings that name none: "mix" averages all, a number takes that one (from 0), and "each"
+            transcribes every one by itself and merges their segments in order of time.
 
         Raises ConfigError, before anything is decoded, for options that the model does not support.
         """
@@ -344,11 +354,14 @@ class Recognizer:
         if hotwords:
             read = Phrases.read if isinstance(hotwords, str) else Phrases.of
             phrases = read(hotwords, hotword_weight)  # pyright: ignore[reportArgumentType]
+        channel = read_channel(channel)
         config = TranscribeConfig(
             timestamps,
             vad=vad,
+            vad_options=vad_options or USUAL_VAD,
             prompt=prompt,
             audio_track=audio_track,
+            each_channel=channel == "each",
             hotwords=phrases,
             logprobs=logprobs,
             nbest=nbest,
@@ -366,6 +379,7 @@ class Recognizer:
             Transcriber(engine, self.tokenizer, config),
             Defaults.of(self.tokenizer, language, asked, target_language),
             sampling_rate,
+            channel,
         )
         self._check_prompt(call)
         call.transcriber.check(self.name or self._module.shape)
@@ -486,7 +500,7 @@ class Recognizer:
                     yield from (self._recording(file, call) for file in files)
                     continue
                 empty = True
-                for item in items_of(one, call.defaults):
+                for item in items_of(one, call.defaults, call.channel):
                     empty = False
                     yield self._listed(item)
                 if empty:
@@ -518,14 +532,14 @@ class Recognizer:
                 shown = shown if isinstance(shown, str) else None
             elif isinstance(one, ArrayLike):
                 path, shown = "array", None
-                samples = _samples(one, call.sampling_rate or self.sample_rate, self.sample_rate)
+                samples = _samples(one, call.sampling_rate or self.sample_rate, self.sample_rate, call.channel)
             else:
                 raise AudioError(f"{_shown(one)} is no audio: give a path, samples, or the bytes of a file")
         except CanterError as error:
             return _Source.failed(None, str(error))
         seconds = len(samples) / self.sample_rate if samples is not None else np.inf
         utterance = Utterance(path, 0.0 if samples is None else seconds, text="")
-        item = Item({"audio_filepath": shown}, utterance).completed(call.defaults)
+        item = Item({"audio_filepath": shown}, utterance).on(call.channel).completed(call.defaults)
         if item.utterance is None:
             if close:
                 close()
@@ -608,8 +622,8 @@ def _spooled(one: bytes | BinaryIO) -> tuple[str, Callable[[], None]]:
     return path, partial(Path(path).unlink, missing_ok=True)
 
 
-def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32]:
-    """Return an array (S,) or (S, C) of any usual type as mono float32 at ``wanted`` Hz.
+def _samples(array: ArrayLike, rate: int, wanted: int, channel: Channel = "mix") -> npt.NDArray[np.float32]:
+    """Return an array (S,) or (S, C) of any usual type as float32 at ``wanted`` Hz: (S,), or (S, C) for each channel.
 
     Raises AudioError for one of another shape or type, and for samples that are no audio.
     """
@@ -626,7 +640,12 @@ def _samples(array: ArrayLike, rate: int, wanted: int) -> npt.NDArray[np.float32
     elif samples.dtype.kind != "f":
         raise AudioError(f"an array of {samples.dtype} is no audio: give float samples in -1 ... 1, int16 or int32")
     samples = samples.astype(np.float32, copy=False)
-    if samples.ndim == 2:
+    if isinstance(channel, int):
+        count = 1 if samples.ndim == 1 else samples.shape[1]
+        if channel >= count:
+            raise AudioError(f"an array has no channel {channel}: it has {count}, counted from 0; choose one of them")
+        samples = samples if samples.ndim == 1 else samples[:, channel]
+    elif samples.ndim == 2 and channel == "mix":
         samples = samples.mean(axis=1)
     peak = max(float(samples.max()), -float(samples.min()))  # np.abs would double the memory
     if not np.isfinite(peak):

@@ -1,6 +1,6 @@
 """One recording in decoding: its chunks become requests to the engine, and their hypotheses its transcript."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -17,9 +17,18 @@ from canter.inference.engine.requests import Hypothesis, Request
 from canter.inference.hotwords import Phrases, hotwords_of
 from canter.inference.languages import Probabilities, detected_language, language_in_prompt, languages_to_detect
 from canter.inference.transcript.chunks import Chunk, split_audio, trim_silence
-from canter.inference.transcript.reading import NO_FALLBACK, Assembly, Fallback, WindowPolicy, in_speech, segments_of
+from canter.inference.transcript.reading import (
+    NO_FALLBACK,
+    Assembly,
+    Fallback,
+    WindowPolicy,
+    in_order_of_time,
+    in_speech,
+    joined,
+    segments_of,
+)
 from canter.inference.transcript.segments import Alternatives, Segment
-from canter.inference.transcript.vad import DETECTORS, FRAME
+from canter.inference.transcript.vad import DETECTORS, FRAME, USUAL_VAD, Vad, VadOptions
 from canter.models.protocol import Capability, check_support
 from canter.text.owsm import OwsmTokenizer
 from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
@@ -27,7 +36,6 @@ from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
 
 Timestamps = Literal["none", "segment", "word"]
-Vad = Literal["energy", "silero", "none"]
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -72,6 +80,10 @@ class TranscribeConfig:
     """Overlap of two chunks where speech has no pause."""
     vad: Vad = "energy"
     """Voice activity detector; `silero` needs the extra `vad`, `none` makes overlapping chunks of full length."""
+    vad_options: VadOptions = USUAL_VAD
+    """Threshold, padding and shortest lengths of the voice activity detector."""
+    each_channel: bool = False
+    """Transcribe each channel of a recording by itself, and merge their segments in order of time."""
     fallback: Fallback | None = field(default_factory=Fallback)
     """Thresholds for decoding again, for Whisper only. None: no further attempts, but silence is still omitted."""
     prompt: str = ""
@@ -89,6 +101,13 @@ class TranscribeConfig:
         for name, value, known in (("timestamps", self.timestamps, Timestamps), ("vad", self.vad, Vad)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
+        if self.vad == "none" and self.vad_options != USUAL_VAD:
+            raise ConfigError("the options of voice activity detection mean nothing without a detector (vad none)")
+
+    @property
+    def times(self) -> Timestamps:
+        """Times to ask the model for: at least those of segments, where channels are merged by them."""
+        return "segment" if self.each_channel and self.timestamps == "none" else self.timestamps
 
 
 class Transcriber:
@@ -144,7 +163,7 @@ class Transcriber:
 
     def with_timestamps(self, slots: dict[str, str]) -> dict[str, str]:
         """Return the slots with timestamps, if these are asked for and the prompt has a slot for them."""
-        asked = self.config.timestamps != "none" and "timestamp" in self.format
+        asked = self.config.times != "none" and "timestamp" in self.format
         return {**slots, "timestamp": "yes"} if asked else slots
 
     def prompt(self, slots: Mapping[str, str], text: str) -> list[int]:
@@ -209,11 +228,12 @@ class Transcriber:
             begun.append(block)
             if sum(map(len, begun)) > self.window * self.rate:
                 overlap = self.config.overlap_seconds if self.engine.aligns else 0.0  # words join overlapping chunks
-                yield from split_audio(chain(begun, blocks), self.detector, self.window, overlap, self.rate)
+                given = (self.detector, self.window, overlap, self.rate, self.config.vad_options)
+                yield from split_audio(chain(begun, blocks), *given)
                 return
         if begun:
             audio = begun[0] if len(begun) == 1 else np.concatenate(begun)
-            yield from trim_silence(audio, self.detector, self.window, self.rate)
+            yield from trim_silence(audio, self.detector, self.window, self.rate, self.config.vad_options)
 
     def requests(self, request: Request, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Request]]:
         """Yield the chunks of an utterance, each with its request; ``request`` is what they have in common.
@@ -300,14 +320,31 @@ class ChunkKey:
     start: float
     """Seconds from the start of the recording."""
     seconds: float
+    part: int = 0
+    """Number of the channel among those that are transcribed by themselves."""
+    parts: int = 1
+    """Number of these channels."""
 
 
 class Recording:
-    """One recording in decoding: the requests of its chunks, and the transcript of those whose hypotheses are back."""
+    """One recording, or one channel of it, in decoding: the requests of its chunks, and the transcript of those whose
+    hypotheses are back."""
 
-    def __init__(self, transcriber: Transcriber, request: Request, number: int = 0):
-        """Begin a recording: all chunks have ``request`` in common; ``number`` identifies the recording in keys."""
+    def __init__(
+        self,
+        transcriber: Transcriber,
+        request: Request,
+        number: int = 0,
+        channel: int | None = None,
+        part: int = 0,
+        parts: int = 1,
+    ):
+        """Begin a recording: all chunks have ``request`` in common; ``number`` identifies the recording in keys.
+
+        ``channel`` labels the segments; the channel is ``part`` of the ``parts`` of the recording.
+        """
         self.transcriber, self.request, self.number = transcriber, request, number
+        self.channel, self.part, self.parts = channel, part, parts
         self._assembly = Assembly()
         self._chunks: list[tuple[ChunkKey, float, np.ndarray]] = []  # with overlap and ``voiced``, without samples
         self._hypotheses: dict[int, Hypothesis] = {}
@@ -316,7 +353,7 @@ class Recording:
     def requests(self, chunks: Iterable[Chunk]) -> Iterator[Request]:
         """Yield the request of each chunk in order, with a `ChunkKey`. `complete` needs all of them to be taken."""
         for chunk, request in self.transcriber.requests(self.request, chunks):
-            key = ChunkKey(self.number, len(self._chunks), chunk.start, chunk.seconds)
+            key = ChunkKey(self.number, len(self._chunks), chunk.start, chunk.seconds, self.part, self.parts)
             self._chunks.append((key, chunk.overlap, chunk.voiced))
             yield replace(request, key=key)
         self._assembly.total = len(self._chunks)
@@ -327,12 +364,24 @@ class Recording:
         self._hypotheses[number] = hypothesis
         self._languages += self.transcriber.languages(hypothesis, key.seconds)
         segments = self.transcriber.segments(hypothesis, key.seconds, voiced)
+        if self.channel is not None:
+            segments = [replace(one, channel=self.channel) for one in segments]
         return self._assembly.add(number, segments, key.start, overlap)
 
     @property
     def complete(self) -> bool:
         """True once the hypotheses of all chunks are there."""
         return self._assembly.complete
+
+    @property
+    def final_until(self) -> float:
+        """Seconds up to which the segments are final; infinite once they are complete."""
+        return self._assembly.final_until
+
+    @property
+    def languages(self) -> list[Probabilities]:
+        """Seconds and language probabilities of the chunks so far."""
+        return self._languages
 
     @property
     def detected(self) -> tuple[str, float] | None:
@@ -353,7 +402,8 @@ class Recording:
         nbest: list[Alternatives] = []
         if self.transcriber.config.nbest > 1:
             for number, (key, _, _) in enumerate(self._chunks):
-                nbest += self.transcriber.alternatives(self._hypotheses[number], key.start, key.seconds)
+                best = self.transcriber.alternatives(self._hypotheses[number], key.start, key.seconds)
+                nbest += [replace(one, channel=self.channel) for one in best]
         with_ctc = any(one.ctc is not None for one in found)
         return Transcription(
             text,
@@ -365,3 +415,26 @@ class Recording:
             language_probability=probability,
             nbest=tuple(nbest),
         )
+
+
+def merged_channels(recordings: Sequence[Recording], stated: str | None = None) -> Transcription:
+    """Return the transcript of all channels of a recording, with the segments in order of time; ``stated`` is the
+    utterance's language. A detected language is that of most speech in all channels."""
+    found = [one.transcription(stated) for one in recordings]
+    if len(found) == 1:
+        return found[0]
+    segments = in_order_of_time(segment for one in found for segment in one.segments)
+    parts = [part for one in recordings for part in one.languages]
+    spoken, probability = detected_language(recordings[0].transcriber.tokenizer, parts) or (None, None)
+    spoken = spoken or next((one.language for one in found if one.language is not None), None)
+    ctc = [one.ctc for one in found if one.ctc is not None]
+    return Transcription(
+        joined(segments),
+        tuple(token for one in found for token in one.tokens),
+        all(one.finished for one in found),
+        tuple(output for one in ctc for output in one) if ctc else None,
+        segments=tuple(segments),
+        language=spoken,
+        language_probability=probability,
+        nbest=tuple(sorted((one for each in found for one in each.nbest), key=lambda one: one.start)),
+    )

@@ -11,12 +11,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from canter.corpus.audio import AudioBlocks, DecodedAudio, audio_blocks, decode_utterance
+from canter.corpus.audio import AudioBlocks, DecodedAudio, audio_blocks, audio_info, decode_utterance
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, CanterError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request, Underway, encoder_batches
-from canter.inference.recording import ChunkKey, Recording, TranscribeConfig, Transcriber, Transcription
+from canter.inference.recording import (
+    ChunkKey,
+    Recording,
+    TranscribeConfig,
+    Transcriber,
+    Transcription,
+    merged_channels,
+)
 from canter.text.tokenizer import Tokenizer
 
 READERS = 2  # threads that decode audio while the model works
@@ -32,7 +39,8 @@ class Job:
     seconds: float = math.inf
     """Length by which batches are made; infinite if it is unknown before reading."""
     audio: np.ndarray | None = None
-    """(S,) float32 at the model's sample rate; None: read from the utterance's file."""
+    """(S,) or, for each channel by itself, (S, C) float32 at the model's sample rate; None: read from the utterance's
+    file."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ class Tally:
         self.durations = durations
         self._finished: set[int] = set()
         self._finished_seconds = 0.0
-        self._chunks: dict[int, dict[int, tuple[float, float]]] = {}  # end in seconds and fraction, by number
+        self._chunks: dict[int, dict[tuple[int, int], tuple[float, float, int]]] = {}
+        """End in seconds, fraction and number of parts of each chunk of an utterance, by part and number."""
         self._most = 0.0
 
     def add(self, chunk: ChunkKey, fraction: float = 1.0) -> None:
@@ -112,8 +121,9 @@ class Tally:
         if chunk.recording in self._finished:
             return
         chunks = self._chunks.setdefault(chunk.recording, {})
-        if chunks.get(chunk.number, (0.0, 0.0))[1] < 1:
-            chunks[chunk.number] = chunk.start + chunk.seconds, fraction
+        place = chunk.part, chunk.number
+        if chunks.get(place, (0.0, 0.0))[1] < 1:
+            chunks[place] = chunk.start + chunk.seconds, fraction, chunk.parts
 
     def finish(self, utterance: int) -> None:
         """Record that an utterance is finished, or has failed."""
@@ -128,11 +138,11 @@ class Tally:
             self.add(chunk, fraction)
         seconds = self._finished_seconds
         for utterance, chunks in self._chunks.items():
-            done = before = 0.0
-            for number in sorted(chunks):
-                end, fraction = chunks[number]
-                done += (end - before) * fraction
-                before = end
+            done, before = 0.0, dict[int, float]()
+            for part, number in sorted(chunks):
+                end, fraction, parts = chunks[part, number]
+                done += (end - before.get(part, 0.0)) * fraction / parts
+                before[part] = end
             seconds += min(done, self.durations[utterance])
         self._most = max(self._most, seconds)
         return Decoded(self._most)
@@ -143,8 +153,9 @@ class _Open:
     """A job that is being read or decoded."""
 
     job: Job
-    recording: Recording
-    samples: int = 0  # read so far
+    recordings: list[Recording]  # one, or one for each channel
+    channels: list[Utterance]  # what to read for each of them
+    samples: int = 0  # read so far, of one channel
     lost_seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     error: str | None = None  # of the first chunk that the model could not decode
@@ -171,7 +182,7 @@ class _Queue:
             if key.recording in self.open:
                 opened = self.open[key.recording]
                 opened.error = opened.error or event.error
-                opened.recording.add(key.number, event)
+                opened.recordings[key.part].add(key.number, event)
                 yield key
             yield from self.finished()
         yield from self.finished()
@@ -179,19 +190,20 @@ class _Queue:
     def batches(self) -> Iterator[list[Request]]:
         """Yield requests in batches for the engine, while threads read the audio of the next ones."""
         with ThreadPoolExecutor(READERS) as pool:
-            ahead: deque[Callable[[], list[Request]]] = deque()
+            ahead: deque[Callable[[], list[list[Request]]]] = deque()
             try:
                 for batch in self._batches(pool):
                     ahead.append(batch)
                     if len(ahead) > AHEAD:
-                        yield ahead.popleft()()
+                        yield from ahead.popleft()()
                 while ahead:
-                    yield ahead.popleft()()
+                    yield from ahead.popleft()()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Callable[[], list[Request]]]:
-        """Yield the batches of each group, as functions that wait for the audio."""
+    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Callable[[], list[list[Request]]]]:
+        """Yield functions that wait for audio, and return the next batches of a group: usually one, but more where
+        channels are transcribed by themselves."""
         engine, window = self.transcriber.engine, self.transcriber.window
         size = max(1, int(engine.frames // engine.model.encoder_frames(window)))
         for group in self.groups:
@@ -199,22 +211,27 @@ class _Queue:
             long = [pair for pair in jobs if pair[1].seconds > window]
             short = [pair for pair in jobs if pair[1].seconds <= window]
             for requests in _ahead(_grouped(self._long(long), size)):
-                yield partial(list, requests)
+                yield partial(list, [requests])
             frames = [engine.model.encoder_frames(job.seconds) for _, job in short]
             for batch in encoder_batches(frames, engine.frames, engine.rows):
-                yield partial(_all, [pool.submit(self._short, *short[place]) for place in batch])
+                yield partial(_divided, [pool.submit(self._short, *short[place]) for place in batch])
 
     def _short(self, index: int, job: Job) -> list[Request]:
-        """Return the requests of an utterance that is read at once: one, unless it is longer than stated."""
+        """Return the requests of an utterance that is read at once: one per channel, unless it is longer than
+        stated."""
         try:
             opened = self._begin(index, job)
-            audio = job.audio
-            if audio is None:
-                config = self.transcriber.config
-                decoded = decode_utterance(job.utterance, self.transcriber.rate, track=config.audio_track)
-                audio = decoded.samples
-                self._note(opened, decoded)
-            found = list(opened.recording.requests(self.transcriber.chunks([self._count(opened, audio)])))
+            found: list[Request] = []
+            for recording, utterance in zip(opened.recordings, opened.channels):
+                if job.audio is None:
+                    track = self.transcriber.config.audio_track
+                    decoded = decode_utterance(utterance, self.transcriber.rate, track=track)
+                    audio = decoded.samples
+                    self._note(opened, decoded)
+                else:
+                    audio = _channel(job.audio, utterance)
+                chunks = self.transcriber.chunks([self._count(opened, recording, audio)])
+                found += recording.requests(chunks)
         except CanterError as error:
             self.failed.append((index, Transcription("", error=str(error))))
             return []
@@ -222,31 +239,44 @@ class _Queue:
         return found
 
     def _long(self, jobs: Sequence[tuple[int, Job]]) -> Iterator[Request]:
-        """Yield the requests of utterances that are read chunk by chunk."""
+        """Yield the requests of utterances that are read chunk by chunk, one channel after another."""
         for index, job in jobs:
             try:
                 opened = self._begin(index, job)
-                decoded = None
-                blocks: Iterable[np.ndarray] = () if job.audio is None else [job.audio]
-                if job.audio is None:
-                    track = self.transcriber.config.audio_track
-                    decoded = audio_blocks(job.utterance, self.transcriber.rate, keep_damaged=True, track=track)
-                    blocks = decoded
-                chunks = self.transcriber.chunks(self._count(opened, block) for block in blocks)
-                yield from opened.recording.requests(chunks)
-                if decoded is not None:
-                    self._note(opened, decoded)
+                for recording, utterance in zip(opened.recordings, opened.channels):
+                    decoded = None
+                    if job.audio is None:
+                        track = self.transcriber.config.audio_track
+                        decoded = audio_blocks(utterance, self.transcriber.rate, keep_damaged=True, track=track)
+                    blocks = [_channel(job.audio, utterance)] if job.audio is not None else decoded or ()
+                    chunks = self.transcriber.chunks(self._count(opened, recording, block) for block in blocks)
+                    yield from recording.requests(chunks)
+                    if decoded is not None:
+                        self._note(opened, decoded)
             except CanterError as error:
                 self.failed.append((index, Transcription("", error=str(error))))
             else:
                 self.read.append(index)
 
     def _begin(self, index: int, job: Job) -> _Open:
-        """Return a job that is open from now on. Raises AudioError if its stated length is too long."""
+        """Return a job that is open from now on. Raises AudioError if its stated length is too long, or it is not
+        audio."""
         if job.seconds < math.inf:
             self._check_length(job, job.seconds)
         request = self.transcriber.request(self.transcriber.slots(job.utterance))
-        self.open[index] = opened = _Open(job, Recording(self.transcriber, request, index))
+        channels = [job.utterance]
+        if self.transcriber.config.each_channel and job.utterance.channel_selector is None:
+            if job.audio is None:
+                count = audio_info(job.utterance.audio_filepath, track=self.transcriber.config.audio_track).channels
+            else:
+                count = 1 if job.audio.ndim == 1 else job.audio.shape[1]
+            channels = [replace(job.utterance, channel_selector=channel) for channel in range(count)]
+        labelled = self.transcriber.config.each_channel
+        recordings = [
+            Recording(self.transcriber, request, index, one.channel_selector if labelled else None, part, len(channels))
+            for part, one in enumerate(channels)
+        ]
+        self.open[index] = opened = _Open(job, recordings, channels)
         return opened
 
     def _check_length(self, job: Job, seconds: float) -> None:
@@ -257,12 +287,14 @@ class _Queue:
             )
 
     def _note(self, opened: _Open, decoded: DecodedAudio | AudioBlocks) -> None:
-        opened.lost_seconds, opened.warnings = decoded.lost_seconds, decoded.warnings
+        opened.lost_seconds = max(opened.lost_seconds, decoded.lost_seconds)
+        opened.warnings = tuple(dict.fromkeys((*opened.warnings, *decoded.warnings)))
 
-    def _count(self, opened: _Open, block: np.ndarray) -> np.ndarray:
+    def _count(self, opened: _Open, recording: Recording, block: np.ndarray) -> np.ndarray:
         """Count the samples of ``block`` and return it. Raises AudioError where they are too many."""
-        opened.samples += len(block)
-        self._check_length(opened.job, opened.samples / self.transcriber.rate)
+        if recording.part == 0:
+            opened.samples += len(block)
+            self._check_length(opened.job, opened.samples / self.transcriber.rate)
         return block
 
     def finished(self) -> Iterator[tuple[int, Transcription]]:
@@ -273,7 +305,7 @@ class _Queue:
             yield index, transcription
         for _ in range(len(self.read)):
             index = self.read.popleft()
-            if not self.open[index].recording.complete:
+            if not all(one.complete for one in self.open[index].recordings):
                 self.read.append(index)
                 continue
             opened = self.open.pop(index)
@@ -284,7 +316,7 @@ class _Queue:
             yield (
                 index,
                 replace(
-                    opened.recording.transcription(utterance.target_lang or utterance.lang),
+                    merged_channels(opened.recordings, utterance.target_lang or utterance.lang),
                     seconds=opened.samples / self.transcriber.rate,
                     lost_seconds=round(opened.lost_seconds, 3),
                     warnings=opened.warnings,
@@ -292,8 +324,14 @@ class _Queue:
             )
 
 
-def _all(futures: Sequence[Future[list[Request]]]) -> list[Request]:
-    return [request for future in futures for request in future.result()]
+def _channel(audio: np.ndarray, utterance: Utterance) -> np.ndarray:
+    """Return the utterance's channel of an array (S,) or (S, C)."""
+    return audio if audio.ndim == 1 else np.ascontiguousarray(audio[:, utterance.channel_selector or 0])
+
+
+def _divided(futures: Sequence[Future[list[Request]]]) -> list[list[Request]]:
+    """Return the requests of utterances in batches of at most their number."""
+    return [*_grouped((request for future in futures for request in future.result()), len(futures))]
 
 
 def _grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from canter import __version__
 from canter.inference.engine.requests import Request as EngineRequest
-from canter.inference.transcript.formats import finite, srt, vtt, whisper_json
+from canter.inference.transcript.formats import finite, srt, txt, vtt, whisper_json
 from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
@@ -53,6 +53,10 @@ _FORM = {
         "temperature": {"type": "number", "minimum": 0, "maximum": 1},
         "stream": {"type": "boolean"},
         "timestamp_granularities[]": {"type": "array", "items": {"enum": ["segment", "word"]}},
+        "chunking_strategy": {"oneOf": [{"enum": ["auto"]}, {"type": "object"}]},
+        "vad_filter": {"type": "boolean"},
+        "vad_parameters": {"type": "object"},
+        "channel": {"type": "string"},
     },
 }
 _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
@@ -248,7 +252,7 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         except BaseException:
             await form.close()
             raise
-        audio = await client.wait_for(service.read(file.file, file.filename or "the upload"))
+        audio = await client.wait_for(service.read(file.file, file.filename or "the upload", fields))
         audio = replace(audio, upload=upload)
         stack.callback(audio.close)
         stack.enter_context(service.room_for(audio))  # before a stream starts, whose status is 200
@@ -322,6 +326,8 @@ class TranscriptionAnswer:
     def delta(self, number: int, delta: str, segment: Segment) -> dict[str, object]:
         """Return OpenAI's event for a segment, with the segment's times and the language, which are ours."""
         times: dict[str, object] = {"id": number, "start": segment.start, "end": segment.end, "text": segment.text}
+        if segment.channel is not None:
+            times["channel"] = segment.channel
         if "word" in self.fields.granularities:
             words = [{"word": one.text.strip(), "start": one.start, "end": one.end} for one in segment.words]
             times["words"] = words
@@ -341,7 +347,8 @@ class TranscriptionAnswer:
         headers = {"Server-Timing": ", ".join(stages)}
         kind = self.fields.response_format
         if kind == "text":
-            return PlainTextResponse(self.text + "\n", headers=headers)
+            text = txt(self.segments) if self.fields.channel == "each" else self.text + "\n"
+            return PlainTextResponse(text, headers=headers)
         if kind in WRITERS:
             return PlainTextResponse(WRITERS[kind](self.segments, SENTENCES), headers=headers)
         if kind == "json":

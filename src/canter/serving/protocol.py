@@ -1,5 +1,6 @@
 """Fields and errors of OpenAI's audio API."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +8,9 @@ from typing import Literal
 from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
+from canter.inference.inputs import Channel, read_channel
 from canter.inference.languages import spoken_language
+from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.serving.config import ServiceConfig
 from canter.text.languages import is_said
 
@@ -17,7 +20,20 @@ TIMESTAMPS: tuple[Literal["none", "segment", "word"], ...] = ("none", "segment",
 FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
+    "vad_filter", "vad_parameters", "channel",
 }  # fmt: skip
+OBJECTS = ("chunking_strategy", "vad_parameters")
+"""Fields whose value is an object: JSON, or a field for each member, ``chunking_strategy[threshold]``."""
+SERVER_VAD = {
+    "threshold": "threshold", "prefix_padding_ms": "padding_seconds", "silence_duration_ms": "min_silence_seconds",
+}  # fmt: skip
+"""Members of OpenAI's ``chunking_strategy`` of type ``server_vad``, and the fields of `VadOptions` that they set."""
+VAD_PARAMETERS = {
+    "threshold": "threshold", "min_speech_duration_ms": "min_speech_seconds",
+    "min_silence_duration_ms": "min_silence_seconds", "speech_pad_ms": "padding_seconds",
+    "max_speech_duration_s": "chunk_seconds",
+}  # fmt: skip
+"""Members of faster-whisper's ``vad_parameters``, and the settings that they set."""
 
 
 class ApiError(CanterError):
@@ -52,6 +68,13 @@ class AudioRequest:
     granularities: tuple[str, ...] = ("segment",)
     adapter: int = 0
     """Number of the model's adapter; 0: none."""
+    vad: Vad | None = None
+    """Voice activity detector; None: that of the service."""
+    vad_options: VadOptions = USUAL_VAD
+    chunk_seconds: float | None = None
+    """Maximum length of the chunks of long audio; None: the model's window."""
+    channel: Channel = "mix"
+    """Channel to transcribe."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -63,7 +86,7 @@ class AudioRequest:
 
 def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, AudioRequest]:
     """Return the file and the fields of a form. Raise ApiError, naming the field and its value, for what is invalid."""
-    unknown = sorted(form.keys() - FIELDS)
+    unknown = sorted(name for name in form.keys() - FIELDS if name.partition("[")[0] not in OBJECTS)
     if unknown:
         raise ApiError(400, f"{unknown[0]!r} is not a field of this service", unknown[0], "unknown_parameter")
     file = form.get("file")
@@ -79,9 +102,11 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
         values.get("prompt", "").strip(),
         _choice(values, "response_format", FORMATS, "json"),
         _temperature(values),
-        _choice(values, "stream", ("true", "false", "True", "False", "1", "0"), "false") in ("true", "True", "1"),
+        _flag(values, "stream"),
         _granularities(form),
-        adapter=config.adapters.get(model, 0),
+        config.adapters.get(model, 0),
+        *_vad(values, config),
+        _channel(values),
     )
     _check_combination(values, request, "include[]" in form)
     return file, request
@@ -109,8 +134,83 @@ def _check_combination(values: Mapping[str, str], request: AudioRequest, include
         raise ApiError(400, text, "timestamp_granularities[]")
     if includes:
         raise ApiError(400, "'include[]' is not supported", "include[]")
-    if values.get("chunking_strategy", "auto") != "auto":
-        raise ApiError(400, "'chunking_strategy' can only be auto", "chunking_strategy")
+
+
+def _vad(values: Mapping[str, str], config: ServiceConfig) -> tuple[Vad | None, VadOptions, float | None]:
+    """Return the voice activity detector, its options and the maximum length of a chunk in seconds."""
+    vad: Vad | None = None
+    if values.get("vad_filter"):
+        on = _flag(values, "vad_filter")
+        vad = "none" if not on else "energy" if config.vad == "none" else config.vad
+    strategy = values.get("chunking_strategy") or "auto"
+    given: dict[str, object] = {}
+    if strategy != "auto" or any(name.startswith("chunking_strategy[") for name in values):
+        given = _object(values, "chunking_strategy")
+        if given.pop("type", None) != "server_vad":
+            raise ApiError(400, "chunking_strategy is auto, or an object of type server_vad", "chunking_strategy")
+    parameters = _object(values, "vad_parameters")
+    if given and parameters:
+        raise ApiError(400, "chunking_strategy and vad_parameters set the same options", "vad_parameters")
+    field, names = ("vad_parameters", VAD_PARAMETERS) if parameters else ("chunking_strategy", SERVER_VAD)
+    settings = _seconds_of(parameters or given, field, names)
+    chunk_seconds = settings.pop("chunk_seconds", None)
+    if chunk_seconds is not None and chunk_seconds < 1:
+        raise ApiError(400, f"vad_parameters: max_speech_duration_s is {chunk_seconds:g}; at least 1", field)
+    if settings and (vad or config.vad) == "none":
+        raise ApiError(400, f"{field} means nothing without vad_filter", field)
+    try:
+        return vad, VadOptions(**settings), chunk_seconds
+    except ConfigError as error:
+        text = str(error)
+        for theirs, ours in names.items():
+            text = text.replace(f"VAD {ours}", theirs)
+        raise ApiError(400, f"{field}: {text}", field) from None
+
+
+def _channel(values: Mapping[str, str]) -> Channel:
+    try:
+        return read_channel(values.get("channel") or "mix")
+    except ConfigError as error:
+        raise ApiError(400, str(error), "channel") from None
+
+
+def _object(values: Mapping[str, str], name: str) -> dict[str, object]:
+    """Return the members of an object, which is JSON or a field for each member."""
+    start = f"{name}["
+    members: dict[str, object] = {
+        key.removeprefix(start).removesuffix("]"): value for key, value in values.items() if key.startswith(start)
+    }
+    text = values.get(name, "")
+    if not text or (members and text == "auto"):
+        return members
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ApiError(400, f"{name} {text[:40]!r} is not a JSON object", name)
+    return {**found, **members}
+
+
+def _seconds_of(members: Mapping[str, object], field: str, names: Mapping[str, str]) -> dict[str, float]:
+    """Return the members by their names here, with milliseconds as seconds."""
+    found: dict[str, float] = {}
+    for name, value in members.items():
+        if name not in names:
+            text = f"{field}: {name[:40]!r} is not one of {', '.join(names)}"
+            raise ApiError(400, text, field)
+        try:
+            number = float("nan") if isinstance(value, bool) else float(str(value))
+        except ValueError:
+            number = float("nan")
+        if number != number:
+            raise ApiError(400, f"{field}: {name} {str(value)[:40]!r} is not a number", field)
+        found[names[name]] = number / 1000 if name.endswith("_ms") else number
+    return found
+
+
+def _flag(values: Mapping[str, str], name: str, default: str = "false") -> bool:
+    return _choice(values, name, ("true", "false", "True", "False", "1", "0"), default) in ("true", "True", "1")
 
 
 def _choice(values: Mapping[str, str], name: str, known: tuple[str, ...], default: str) -> str:

@@ -27,10 +27,17 @@ from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import Request
-from canter.inference.languages import detects_language, prompts_written_language, spoken_language, translation_targets
+from canter.inference.languages import (
+    detected_language,
+    detects_language,
+    prompts_written_language,
+    spoken_language,
+    translation_targets,
+)
 from canter.inference.recording import Recording, TranscribeConfig, Transcriber
 from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
+from canter.inference.transcript.reading import ChannelMerger
 from canter.inference.transcript.segments import Segment
 from canter.serving.config import ServiceConfig
 from canter.serving.protocol import TIMESTAMPS, ApiError, AudioRequest
@@ -76,6 +83,8 @@ class Audio:
     seconds: float
     reading: float
     """Seconds that decoding and segmentation took."""
+    channels: int = 1
+    """Number of channels that are transcribed by themselves."""
     upload: float = 0.0
     """Seconds that the upload took."""
     warnings: tuple[str, ...] = ()
@@ -167,10 +176,10 @@ class Service:
         config = replace(config, language=language, tokenizer=tokenizer)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.sample_rate
-        self.transcribers = {
-            timestamps: Transcriber(engine, tokenizer, TranscribeConfig(timestamps=timestamps, vad=config.vad))
-            for timestamps in TIMESTAMPS
-        }
+        self._transcribers: dict[TranscribeConfig, Transcriber] = {}
+        for timestamps in TIMESTAMPS:
+            usual = TranscribeConfig(timestamps=timestamps, vad=config.vad)
+            self._transcribers[usual] = Transcriber(engine, tokenizer, usual)
         self.requests = 0
         self.seconds = 0.0
         self.started = int(time.time())
@@ -222,19 +231,20 @@ class Service:
     @contextmanager
     def room_for(self, audio: Audio) -> Iterator[None]:
         """Context manager that counts a request's audio as inside. Raise ApiError (503) if the service is full."""
-        if self.seconds + audio.seconds > max(60 * self.config.max_minutes, audio.seconds):
+        seconds = audio.seconds * audio.channels
+        if self.seconds + seconds > max(60 * self.config.max_minutes, seconds):
             raise self._busy()
-        self.seconds += audio.seconds
+        self.seconds += seconds
         try:
             yield
         finally:
-            self.seconds -= audio.seconds
+            self.seconds -= seconds
 
     def _busy(self) -> ApiError:
         self.metrics.refused.labels("busy").inc()
         return ApiError(503, "the service is full; try again in a moment", code="overloaded")
 
-    async def read(self, file: BinaryIO, name: str) -> Audio:
+    async def read(self, file: BinaryIO, name: str, fields: AudioRequest) -> Audio:
         """Decode an upload in a thread, and close its ``file`` (open, on disk). The caller closes the result.
 
         Cancelling the call stops the thread. Raises ApiError: 400 for files that are not audio, damaged, or too long,
@@ -243,7 +253,7 @@ class Service:
         stop = threading.Event()
         self._reading.add(stop)
         try:
-            running = self._readers.submit(self._read, file, name, stop)
+            running = self._readers.submit(self._read, file, name, fields, stop)
         except RuntimeError:  # the pool is shut down
             file.close()
             self._reading.discard(stop)
@@ -258,17 +268,25 @@ class Service:
             stop.set()
             self._reading.discard(stop)
 
-    def _read(self, file: BinaryIO, name: str, stop: threading.Event) -> Audio:
+    def _read(self, file: BinaryIO, name: str, fields: AudioRequest, stop: threading.Event) -> Audio:
         start, path, samples = time.perf_counter(), path_of(file), 0
         try:
             header = audio_info(path)
             density = header.rate * header.channels
+            channels = _channels(fields, header.channels, name)
             if header.seconds is not None:
-                self._check_length(header.seconds, density, name)
-            utterance = Utterance(path, 0.0, text="")
-            blocks = audio_blocks(utterance, self.rate, min(30.0, BLOCK / density), keep_damaged=True)
+                self._check_length(header.seconds, density, name, len(channels))
+            found = [
+                audio_blocks(
+                    Utterance(path, 0.0, text="", channel_selector=channel),
+                    self.rate,
+                    min(30.0, BLOCK / density),
+                    keep_damaged=True,
+                )
+                for channel in channels
+            ]
 
-            def checked() -> Iterator[np.ndarray]:
+            def checked(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
                 nonlocal samples
                 for block in blocks:
                     if stop.is_set():  # the error reaches a client only if the service is closing
@@ -277,12 +295,18 @@ class Service:
                     self._check_length(samples / self.rate, density, name)
                     yield block
 
-            audio = self._stored(self.transcribers["none"].chunks(checked()))
+            transcriber = self._transcriber(fields)
+            audio = self._stored(
+                replace(chunk, channel=channel if fields.channel == "each" else None)
+                for channel, blocks in zip(channels, found)
+                for chunk in transcriber.chunks(checked(blocks))
+            )
         except AudioError as error:
             text = str(error).replace(path, name)
             raise ApiError(400, text, "file", "invalid_audio") from None
-        seconds, reading = samples / self.rate, time.perf_counter() - start
-        return replace(audio, seconds=seconds, reading=reading, warnings=tuple(blocks.warnings))
+        seconds, reading = samples / self.rate / len(channels), time.perf_counter() - start
+        warnings = dict.fromkeys(warning for blocks in found for warning in blocks.warnings)
+        return replace(audio, seconds=seconds, reading=reading, channels=len(channels), warnings=tuple(warnings))
 
     def _stored(self, chunks: Iterable[Chunk]) -> Audio:
         """Return the chunks as an upload whose samples are on disk."""
@@ -296,10 +320,11 @@ class Service:
             raise
         return Audio(kept, samples, sum(len(chunk.samples) for chunk in kept) / self.rate, 0.0)
 
-    def _check_length(self, seconds: float, density: int, name: str) -> None:
+    def _check_length(self, seconds: float, density: int, name: str, channels: int = 1) -> None:
         longest = self.config.max_seconds
-        if seconds > longest:
-            text = f"{name} is {seconds:,.0f} s long, over the limit of {longest:g} s: cut it"
+        if seconds * channels > longest:
+            each = f" on each of {channels} channels" if channels > 1 else ""
+            text = f"{name} is {seconds:,.0f} s long{each}, over the limit of {longest:g} s: cut it"
             raise ApiError(400, text, "file", "audio_too_long")
         if seconds * density > longest * MAX_DENSITY:
             text = f"{name} is {seconds:,.0f} s of {density:,} samples a second, all channels counted, which is over "
@@ -312,7 +337,14 @@ class Service:
         Subtitles need the times of words, if the model has them: their cues end with sentences.
         """
         cues = fields.response_format in SUBTITLES
-        return self.transcribers["word" if cues and self.engine.aligns else fields.timestamps]
+        config = TranscribeConfig(
+            "word" if cues and self.engine.aligns else fields.timestamps,
+            fields.chunk_seconds,
+            vad=fields.vad or self.config.vad,
+            vad_options=fields.vad_options,
+            each_channel=fields.channel == "each",
+        )
+        return self._transcribers.get(config) or Transcriber(self.engine, self.tokenizer, config)
 
     def request(self, fields: AudioRequest) -> Request:
         """Return the engine's request, without audio. Raise ApiError, naming the field, if the model cannot do it."""
@@ -360,8 +392,16 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        recording = Recording(self._transcriber(fields), request)
-        requests = list(recording.requests(audio.chunks))
+        transcriber, requests = self._transcriber(fields), list[Request]()
+        recordings: list[Recording] = []
+        places: list[tuple[Recording, int]] = []  # of each request: its channel, and the number of its chunk there
+        for channel in dict.fromkeys(chunk.channel for chunk in audio.chunks):
+            recording = Recording(transcriber, request, channel=channel, part=len(recordings))
+            recordings.append(recording)
+            new = list(recording.requests(chunk for chunk in audio.chunks if chunk.channel == channel))
+            places += [(recording, number) for number in range(len(new))]
+            requests += new
+        merger = ChannelMerger(len(recordings))
         ticket = self.scheduler.submit(requests, deliver)
         try:
             for _ in requests:
@@ -370,15 +410,27 @@ class Service:
                     raise ApiError(400, str(outcome.error), "file", "invalid_audio")
                 if outcome.hypothesis is None:
                     raise ApiError(500, str(outcome.error))
-                final = recording.add(outcome.chunk, outcome.hypothesis)
-                detected, probability = recording.detected or (None, None)
+                recording, number = places[outcome.chunk]
+                final = recording.add(number, outcome.hypothesis)
+                if len(recordings) > 1:
+                    final = merger.add(recording.part, final, recording.final_until)
+                parts = [part for one in recordings for part in one.languages]
+                detected, probability = detected_language(self.tokenizer, parts) or (None, None)
                 language = fields.language or detected or next(iter(self.tokenizer.languages), None)
                 yield TranscriptUpdate(final, language, outcome.timing, probability)
-            self.metrics.audio.inc(audio.seconds)
+            self.metrics.audio.inc(audio.seconds * audio.channels)
         finally:
             if ticket.left:
                 self.metrics.cancelled.inc()
                 self.scheduler.cancel(ticket)
+
+
+def _channels(fields: AudioRequest, count: int, name: str) -> list[int | None]:
+    """Return the channels of audio with ``count`` of them to transcribe; None is the average of all."""
+    if isinstance(fields.channel, int) and fields.channel >= count:
+        text = f"{name} has no channel {fields.channel}: it has {count}, counted from 0"
+        raise ApiError(400, text, "channel")
+    return [*range(count)] if fields.channel == "each" else [None if fields.channel == "mix" else fields.channel]
 
 
 def _discard(running: "Future[Audio]") -> None:

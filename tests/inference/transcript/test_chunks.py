@@ -9,8 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from canter.inference.transcript.chunks import MARGIN, MIN_TRIM, SILENCE, split_audio, trim_silence
-from canter.inference.transcript.vad import FRAME, RATE, energy, loudness
+from canter.inference.transcript.chunks import MIN_TRIM, SILENCE, split_audio, trim_silence
+from canter.inference.transcript.vad import FRAME, RATE, USUAL_VAD, energy, loudness
+
+MARGIN = USUAL_VAD.padding_seconds
 
 
 def speech(spans: list[tuple[float, float]]) -> np.ndarray:

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from canter.errors import ConfigError
 from canter.inference.recognizer import Transcript
 from canter.inference.transcript.formats import render_segments, srt, vtt
 from canter.inference.transcript.segments import Segment, Word
-from canter.inference.transcript.subtitles import LINES, LONGEST_CUE, WIDTH, SubtitleStyle, cues_of
+from canter.inference.transcript.subtitles import LINES, LONGEST_CUE, SENTENCES, WHISPER, WIDTH, SubtitleStyle, cues_of
 
 SHAPED = json.loads((Path(__file__).parent / "golden_formats" / "shaped.json").read_text())
 KINDS = ("sentence", "whisper")
@@ -262,3 +263,18 @@ def test_subtitles_of_real_speech(tmp_path, capsys):
     begins = len(first) / 16000 + 1
     assert begins - 0.5 < start < begins + 0.7
     assert begins + len(second) / 16000 - 0.7 < end < begins + len(second) / 16000 + 0.5
+
+
+def test_cues_have_the_words_of_one_channel():
+    """Two people who speak at the same time, in cues that both begin when they do."""
+    segments = [
+        Segment(0.0, 4.0, "One two three. Four five.", channel=0),
+        Segment(1.0, 5.0, "Six seven. Eight.", channel=1),
+        Segment(6.0, 7.0, "Nine.", channel=0),
+    ]
+    for style in (SENTENCES, WHISPER):
+        cues = cues_of(segments, style)
+        assert [cue.start for cue in cues] == sorted(cue.start for cue in cues)
+        for channel in (0, 1):
+            own = [replace(one, channel=None) for one in segments if one.channel == channel]
+            assert [replace(cue, channel=None) for cue in cues if cue.channel == channel] == cues_of(own, style)

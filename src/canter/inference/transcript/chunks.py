@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from canter.inference.transcript.vad import FRAME, RATE, Detector
+from canter.inference.transcript.vad import FRAME, RATE, USUAL_VAD, Detector, VadOptions
 
-MARGIN = 0.3  # seconds kept around speech, so that pauses of twice this length separate it
 BREATH = 0.12  # minimum seconds without speech to divide audio there without an overlap
-SILENCE = 5.0  # seconds without speech that end every chunk
-MIN_TRIM = 2.0  # minimum seconds without speech to trim from the ends of audio that fits the window
+SILENCE = 5.0  # seconds without speech and its padding that end every chunk, by default
+MIN_TRIM = 2.0  # minimum seconds to trim from the ends of audio that fits the window, by default
 MIN_FILL = 0.5  # minimum fraction of the window that a chunk should fill
 
 
@@ -31,6 +30,8 @@ class Chunk:
     rate: int = RATE
     voiced: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """(F,) True for speech, in frames of FRAME seconds; empty if unknown."""
+    channel: int | None = None
+    """Channel of the recording, from 0, where every channel is transcribed by itself."""
 
     @property
     def seconds(self) -> float:
@@ -47,6 +48,7 @@ def split_audio(
     window: float = 30.0,
     overlap: float = 3.0,
     rate: int = RATE,
+    options: VadOptions = USUAL_VAD,
 ) -> Iterator[Chunk]:
     """Yield audio (S,), given in blocks of any size, in chunks of at most ``window`` seconds, in order.
 
@@ -54,7 +56,9 @@ def split_audio(
     Speech without a pause is divided within a breath, or else at the end of the window, and then the next chunk begins
     ``overlap`` seconds earlier.
     """
-    most, size, margin = round(window / FRAME), round(FRAME * rate), round(MARGIN / FRAME)
+    most, size = round(window / FRAME), round(FRAME * rate)
+    margin = min(round(options.padding_seconds / FRAME), most)
+    least, silence = round(options.min_speech_seconds / FRAME), options.least_gap(SILENCE, 2)
     lap = round(min(overlap, window / 2) / FRAME)
     ahead, done, carried = np.zeros(0, np.float32), 0, 0  # frames that are finished, and that the next chunk repeats
     blocks, more = _divided(blocks, most * size), True
@@ -68,15 +72,17 @@ def split_audio(
         seen = ahead[: 2 * most * size]
         further = more or len(ahead) > len(seen)
         frames = -(-len(seen) // size)
-        raw = np.ones(frames, bool) if detector is None else detector(seen) > 0.5
+        raw = np.ones(frames, bool) if detector is None else detector(seen) > options.threshold
         speech = np.convolve(raw, np.ones(2 * margin + 1))[margin : margin + frames] > 0.5 if frames else raw
+        if least:
+            _drop_short(raw, speech, least, begun=carried > 0, more=further)
         voiced = np.flatnonzero(speech)
         begin = int(voiced[0]) if len(voiced) else frames
-        if carried and begin * FRAME < SILENCE:  # the chunk before ended without a pause
+        if carried and begin * FRAME < silence:  # the chunk before ended without a pause
             begin = 0
         carried = max(0, carried - begin)
         late = further and begin + most > frames  # a complete window from there on is not known yet
-        end, again = (begin, 0) if late or begin == frames else _end(speech, raw, begin, most, lap, further)
+        end, again = (begin, 0) if late or begin == frames else _end(speech, raw, begin, most, lap, further, silence)
         if end > begin:
             samples = seen[begin * size : end * size]
             shared = min(carried * size, len(samples)) / rate
@@ -98,15 +104,32 @@ def _divided(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             yield block[start : start + size]
 
 
-def trim_silence(samples: np.ndarray, detector: Detector | None, window: float, rate: int = RATE) -> list[Chunk]:
+def _drop_short(raw: np.ndarray, speech: np.ndarray, least: int, begun: bool, more: bool) -> None:
+    """Remove spans of speech of less than ``least`` frames from ``raw`` (F,) and, with margins, ``speech`` (F,), in
+    place.
+
+    A span at the start is kept if it has ``begun`` before, and one at the end if ``more`` audio follows.
+    """
+    edges = np.diff(np.r_[0, speech.astype(int), 0])
+    for first, end in zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist()):
+        places = np.flatnonzero(raw[first:end])
+        unknown = (first == 0 and begun) or (end == len(speech) and more)
+        if not unknown and (not len(places) or places[-1] - places[0] + 1 < least):
+            raw[first:end] = speech[first:end] = False
+
+
+def trim_silence(
+    samples: np.ndarray, detector: Detector | None, window: float, rate: int = RATE, options: VadOptions = USUAL_VAD
+) -> list[Chunk]:
     """Return the chunks of audio (S,) that fits the ``window``: none without speech, usually one, several with a long
-    silence in between. Silence of less than MIN_TRIM seconds at the ends is kept."""
+    silence in between. Silence that is shorter than ``options`` say, by default MIN_TRIM, is kept at the ends."""
+    least = options.least_gap(MIN_TRIM, 1)
     if detector is None:
         return [Chunk(0.0, samples, rate=rate)]
-    found = list(split_audio([samples], detector, window, 0.0, rate))
-    if found and found[0].start < MIN_TRIM:
+    found = list(split_audio([samples], detector, window, 0.0, rate, options))
+    if found and found[0].start < least:
         found[0] = _widened(found[0], samples, 0.0, found[0].end)
-    if found and len(samples) / rate - found[-1].end < MIN_TRIM:
+    if found and len(samples) / rate - found[-1].end < least:
         found[-1] = _widened(found[-1], samples, found[-1].start, len(samples) / rate)
     return found
 
@@ -128,16 +151,19 @@ def _known(raw: np.ndarray) -> np.ndarray:
     return np.zeros(0, bool) if raw.all() else raw.copy()
 
 
-def _end(speech: np.ndarray, raw: np.ndarray, begin: int, most: int, lap: int, more: bool) -> tuple[int, int]:
+def _end(
+    speech: np.ndarray, raw: np.ndarray, begin: int, most: int, lap: int, more: bool, silence: float
+) -> tuple[int, int]:
     """Return the end of a chunk from frame ``begin`` on, and the number of its frames that the next one repeats.
 
-    speech (F,) has margins, ``raw`` (F,) has none; ``more``: audio follows after F.
+    speech (F,) has margins, ``raw`` (F,) has none; ``more``: audio follows after F; ``silence``: seconds that end every
+    chunk.
     """
     limit = min(begin + most, len(speech))
     gap_ends = np.flatnonzero(np.diff(np.r_[speech[begin:limit], True].astype(int)) == 1) + begin + 1
     gaps = [(begin + _run_before(~speech[begin:gap_end]), gap_end) for gap_end in gap_ends.tolist()]
     for start, stop in gaps:
-        if (stop - start) * FRAME >= SILENCE:
+        if (stop - start) * FRAME >= silence:
             return start, 0
     if limit == len(speech) and not more:
         return (gaps[-1][0] if gaps and gaps[-1][1] == limit else limit), 0

@@ -39,25 +39,39 @@ def timestamp(seconds: float, *, hours: bool, comma: bool = False) -> str:
     return f"{front}{minutes:02d}:{milliseconds // 1000:02d}{mark}{milliseconds % 1000:03d}"
 
 
+def labelled(segment: Segment) -> str:
+    """Return the text of a segment, after its channel if it has one, as in ``[channel 0] Hello``."""
+    return f"{_label(segment.channel)}{segment.text.strip()}"
+
+
+def _label(channel: int | None) -> str:
+    return "" if channel is None else f"[channel {channel}] "
+
+
 def txt(segments: Iterable[Segment]) -> str:
-    return "".join(f"{segment.text.strip()}\n" for segment in segments)
+    return "".join(f"{labelled(segment)}\n" for segment in segments)
 
 
 def srt(segments: Sequence[Segment], style: SubtitleStyle = WHISPER) -> str:
     return "".join(
         f"{number}\n{timestamp(cue.start, hours=True, comma=True)} --> "
-        f"{timestamp(cue.end, hours=True, comma=True)}\n{_text(cue, _without_arrow)}\n\n"
+        f"{timestamp(cue.end, hours=True, comma=True)}\n{_label(cue.channel)}{_text(cue, _without_arrow)}\n\n"
         for number, cue in enumerate(cues_of(segments, style), 1)
     )
 
 
 def vtt(segments: Sequence[Segment], style: SubtitleStyle = WHISPER) -> str:
-    """Return WebVTT; ``&``, ``<`` and ``>`` of the text are escaped."""
+    """Return WebVTT; ``&``, ``<`` and ``>`` of the text are escaped. A channel is a voice, as in
+    ``<v Channel 0>Hello``."""
     return "WEBVTT\n\n" + "".join(
         f"{timestamp(cue.start, hours=False)} --> {timestamp(cue.end, hours=False)}\n"
-        f"{_text(cue, partial(html.escape, quote=False))}\n\n"
+        f"{_voice(cue.channel)}{_text(cue, partial(html.escape, quote=False))}\n\n"
         for cue in cues_of(segments, style)
     )
+
+
+def _voice(channel: int | None) -> str:
+    return "" if channel is None else f"<v Channel {channel}>"
 
 
 def _text(cue: Cue, escape: Callable[[str], str]) -> str:
@@ -79,7 +93,7 @@ def _without_arrow(text: str) -> str:
 
 def tsv(segments: Iterable[Segment]) -> str:
     return "start\tend\ttext\n" + "".join(
-        f"{round(1000 * segment.start)}\t{round(1000 * segment.end)}\t" + segment.text.strip().replace("\t", " ") + "\n"
+        f"{round(1000 * segment.start)}\t{round(1000 * segment.end)}\t" + labelled(segment).replace("\t", " ") + "\n"
         for segment in segments
     )
 
@@ -88,7 +102,8 @@ def whisper_json(text: str, segments: Sequence[Segment], language: str | None) -
     """Return the object of Whisper's JSON files, and of ``verbose_json`` in the OpenAI API.
 
     The texts of the segments join to ``text``. As in Whisper's files, every word begins with a space where its script
-    has spaces, and ``seek`` is the start of the segment in frames of 10 ms.
+    has spaces, and ``seek`` is the start of the segment in frames of 10 ms. Where each channel is transcribed by
+    itself, segments have a ``channel``.
     """
     return {"text": text, "segments": [*_whisper_segments(text, segments)], "language": language}
 
@@ -109,6 +124,8 @@ def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[s
             "compression_ratio": compression_ratio(segment.text),
             "no_speech_prob": segment.no_speech_prob,
         }
+        if segment.channel is not None:
+            value["channel"] = segment.channel
         if segment.words:
             parts = spaced(shown, [word.text for word in segment.words])
             value["words"] = [
@@ -127,14 +144,12 @@ def logprobs_json(scores: Iterable[TokenScore]) -> list[dict[str, object]]:
 
 def nbest_json(nbest: Iterable[Alternatives]) -> list[dict[str, object]]:
     """Return the most probable texts of each chunk, for JSON and NeMo's rows."""
-    return [
-        {
-            "start": round(one.start, 3),
-            "end": round(one.end, 3),
-            "hypotheses": [{"text": text, "logprob": round(logprob, 4)} for text, logprob in one.hypotheses],
-        }
-        for one in nbest
-    ]
+    found: list[dict[str, object]] = []
+    for one in nbest:
+        hypotheses = [{"text": text, "logprob": round(logprob, 4)} for text, logprob in one.hypotheses]
+        chunk: dict[str, object] = {"start": round(one.start, 3), "end": round(one.end, 3), "hypotheses": hypotheses}
+        found.append(chunk if one.channel is None else chunk | {"channel": one.channel})
+    return found
 
 
 def finite(value: object) -> object:
@@ -197,8 +212,9 @@ def _to_milliseconds(segment: Segment) -> Segment:
 
 
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, object]:
-    """Return the item's own fields, then ``pred_text`` and, if ``timed``, ``segments`` in seconds of the audio file; or
-    ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs are removed."""
+    """Return the item's own fields, then ``pred_text`` and, if ``timed`` or of several channels, ``segments`` in
+    seconds of the audio file; or ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs
+    are removed."""
     ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability", "logprobs", "nbest")
     row = {
         key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
@@ -209,7 +225,7 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
         return row | {"error": transcription.error}
     row |= {"pred_text": transcription.text}
     row |= _language_fields(transcription)
-    if timed:
+    if timed or any(segment.channel is not None for segment in transcription.segments):
         row["segments"] = [_nemo_segment(segment) for segment in file_segments(item, transcription)]
     scores = [score for segment in transcription.segments for score in segment.token_scores]
     if scores:
@@ -236,6 +252,8 @@ def _language_fields(transcription: Transcription) -> dict[str, object]:
 
 def _nemo_segment(segment: Segment) -> dict[str, object]:
     value: dict[str, object] = {"start": segment.start, "end": segment.end, "text": segment.text}
+    if segment.channel is not None:
+        value["channel"] = segment.channel
     if segment.words:
         value["words"] = [{"start": word.start, "end": word.end, "text": word.text.strip()} for word in segment.words]
     return value
@@ -269,13 +287,20 @@ def render(
         if pairs[0][1].error is None:
             yield render_one(*pairs[0], kind, style)
     elif kind == "txt":
-        yield from (" ".join(transcription.text.split()) + "\n" for transcription in transcriptions)
+        yield from (_line(transcription) + "\n" for transcription in transcriptions)
     elif kind == "json":
         yield "["
         yield from (f"{',' if number else ''}\n{_entry(*pair)}" for number, pair in enumerate(pairs))
         yield "\n]\n"
     else:
         check_renderable(len(pairs), kind)
+
+
+def _line(transcription: Transcription) -> str:
+    """Return the text in one line, with the channel before each segment that has one."""
+    if any(segment.channel is not None for segment in transcription.segments):
+        return " ".join(" ".join(map(labelled, transcription.segments)).split())
+    return " ".join(transcription.text.split())
 
 
 def check_renderable(utterances: int, kind: str) -> None:

@@ -1,9 +1,11 @@
 """Segments and words from hypotheses: timestamps that the model wrote, times of words, and joining of chunks."""
 
 import itertools
+import math
 import re
 import zlib
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -395,6 +397,8 @@ class Assembly:
         self.segments: list[Segment] = []
         """Segments in order; the texts of words have the space before them."""
         self._waiting: dict[int, tuple[list[Segment], float, float]] = {}
+        self.final_until = 0.0
+        """Seconds up to which the segments are final; infinite once they are complete."""
         self._next = 0
         self._last_begins = 0  # index of the latest chunk's segments, which the next chunk may still shorten
 
@@ -417,16 +421,45 @@ class Assembly:
             self._last_begins = len(self.segments)
             self.segments += new
             self._next += 1
+            self.final_until = start
         if self.complete:
             self._last_begins = len(self.segments)
+            self.final_until = math.inf
         return [_stripped(one) for one in self.segments[final : self._last_begins]]
 
     def finished(self) -> tuple[str, tuple[Segment, ...]]:
         """Return the text and the segments."""
-        text = ""
-        for segment in self.segments:
-            text += space_between(text, segment.text) + segment.text
-        return text, tuple(map(_stripped, self.segments))
+        return joined(self.segments), tuple(map(_stripped, self.segments))
+
+
+def joined(segments: Sequence[Segment]) -> str:
+    """Return the text of the segments."""
+    text = ""
+    for segment in segments:
+        text += space_between(text, segment.text) + segment.text
+    return text
+
+
+def in_order_of_time(segments: Iterable[Segment]) -> list[Segment]:
+    """Return segments of several channels by their starts, those with equal starts by their channels."""
+    return sorted(segments, key=lambda one: (one.start, -1 if one.channel is None else one.channel))
+
+
+class ChannelMerger:
+    """Final segments of several channels, which leave in order of time."""
+
+    def __init__(self, channels: int):
+        self._waiting: list[Segment] = []
+        self._until = [0.0] * channels
+
+    def add(self, channel: int, segments: Sequence[Segment], until: float) -> list[Segment]:
+        """Add final segments of a channel, whose further segments all begin at ``until`` seconds or later. Return the
+        segments that come before all further ones of any channel."""
+        self._waiting = in_order_of_time([*self._waiting, *segments])
+        self._until[channel] = until
+        ready = bisect_left(self._waiting, min(self._until), key=lambda one: one.start)
+        found, self._waiting = self._waiting[:ready], self._waiting[ready:]
+        return found
 
 
 def space_between(text: str, more: str) -> str:

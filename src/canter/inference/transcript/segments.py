@@ -41,6 +41,8 @@ class Alternatives:
     end: float
     hypotheses: tuple[tuple[str, float], ...]
     """(text, sum of natural-log probabilities of its tokens), in the order of the search, best first."""
+    channel: int | None = None
+    """Channel of the recording, from 0, where every channel is transcribed by itself."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Segment:
     """Probability of Whisper's no-speech token at the start of its window; 0 for models without one."""
     token_scores: tuple[TokenScore, ...] = ()
     """Tokens of the text; empty unless log probabilities were asked for."""
+    channel: int | None = None
+    """Channel of the recording, from 0, where every channel is transcribed by itself."""
 
     def shifted(self, seconds: float) -> "Segment":
         """Return the segment with its times moved by ``seconds``."""

@@ -100,14 +100,23 @@ class Cue:
     """Words, or the complete text, each with the white space before it; a newline begins a line."""
     underlined: int | None = None
     """Index of the underlined word."""
+    channel: int | None = None
+    """Channel of its segments."""
 
 
 def cues_of(segments: Sequence[Segment], style: SubtitleStyle = SENTENCES) -> list[Cue]:
-    """Return the cues of the segments, in order.
+    """Return the cues of the segments, in order. Each has the words of one channel.
 
     Segments without times of words are divided at sentence ends, at times in proportion to their characters; Whisper's
     cues do not divide them.
     """
+    channels = {segment.channel for segment in segments if segment.channel is not None}
+    if channels:
+        found: list[Cue] = []
+        for channel in sorted(channels):
+            here = [replace(segment, channel=None) for segment in segments if segment.channel == channel]
+            found += [replace(cue, channel=channel) for cue in cues_of(here, style)]
+        return sorted(found, key=lambda cue: cue.start)
     cues = _sentences(segments, style) if style.by_sentence else [*_as_whisper(segments, style)]
     if style.highlight_words:
         return [cue for words in cues for cue in _highlighted(words)]

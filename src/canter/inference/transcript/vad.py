@@ -5,8 +5,11 @@ F: frames of FRAME seconds.
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,8 +25,50 @@ SILENCE_LEVEL = -80.0  # dB of full scale
 HISS_LEVEL = -50.0  # dB of full scale; quieter noise is not speech, unless it rises HISS_RANGE dB above its floor
 HISS_RANGE = 6.0
 EVEN = 3.0  # maximum dB between the floor and all but the loudest frames of an even background
+MOST_PADDING = 10.0  # seconds
 Detector = Callable[[np.ndarray], np.ndarray]
-"""Function of samples (S,) that returns the probability of speech (F,); above 0.5 counts as speech."""
+"""Function of samples (S,) that returns the probability of speech (F,)."""
+Vad = Literal["energy", "silero", "none"]
+
+
+@dataclass(frozen=True)
+class VadOptions:
+    """Settings of voice activity detection, for either detector. Raises ConfigError, naming the field, for values
+    without meaning."""
+
+    threshold: float = 0.5
+    """Probability above which a frame is speech, between 0 and 1. `silero`: the network's probability; `energy`: a
+    level of 16 dB times this above the noise floor, or of half the contrast times this where that is less."""
+    min_speech_seconds: float = 0.0
+    """Minimum length of speech; shorter spans, with pauses of less than twice the padding in them, count as
+    silence."""
+    min_silence_seconds: float | None = None
+    """Minimum length of silence, padding included, to leave out (None: 2 s at the ends of a recording that fits the
+    model's window, 5 s within, in addition to the padding)."""
+    padding_seconds: float = 0.3
+    """Seconds kept before and after speech."""
+
+    def __post_init__(self) -> None:
+        silence = 0.0 if self.min_silence_seconds is None else self.min_silence_seconds
+        if not 0 < self.threshold < 1:
+            raise ConfigError(f"VAD threshold is {self.threshold:g}; it must lie between 0 and 1, both excluded")
+        for name, value, most in (
+            ("min_speech_seconds", self.min_speech_seconds, MOST_PADDING),
+            ("min_silence_seconds", silence, math.inf),
+            ("padding_seconds", self.padding_seconds, MOST_PADDING),
+        ):
+            if not 0 <= value <= most or value == math.inf:
+                limit = f"from 0 to {most:g}" if most < math.inf else "0 or more"
+                raise ConfigError(f"VAD {name} is {value:g}; it must be {limit} seconds")
+
+    def least_gap(self, usual: float, paddings: int) -> float:
+        """Return the minimum seconds to leave out where ``paddings`` paddings stay, ``usual`` by default."""
+        if self.min_silence_seconds is None:
+            return usual
+        return max(FRAME, self.min_silence_seconds - paddings * self.padding_seconds)
+
+
+USUAL_VAD = VadOptions()
 
 
 def loudness(samples: np.ndarray, rate: int = RATE) -> np.ndarray:
