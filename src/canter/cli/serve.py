@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -45,6 +46,9 @@ class Options(ServiceOptions):
     """Further names by which clients may address the service (the Host header), such as the name of a proxy or a
     container; `*` allows any. Requests under other names are refused, because they may come from pages of other sites
     (DNS rebinding)."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call the service from a browser (CORS), such as https://example.org; `*` allows any
+    (default: only its own page)."""
     max_repeats: int = 3
     """Number of repeats to keep if the model repeats the same words for longer than the audio lasts; 0 disables this.
     Whisper models have their own rule instead."""
@@ -85,6 +89,7 @@ def run(options: Options) -> int:
         adapters={name: number for number, name in enumerate(adapters, 1)},
         keys=keys,
         hosts=host_names(options.host, options.allowed_hosts),
+        origins=read_origins(options.allowed_origins),
     )
     raise_file_limit()  # a request takes three files, and the usual limit is 1,024
     listening = bind(options.host, options.port)
@@ -100,7 +105,7 @@ def run(options: Options) -> int:
         if not local and not keys:
             print("canter: any client may use this address; --api-keys FILE demands a key", file=sys.stderr)
         with contextlib.suppress(KeyboardInterrupt):
-            make_server(create_app(service), options.upload_timeout).run(sockets=[listening])
+            make_server(create_app(service), options.upload_timeout, options.drain_seconds).run(sockets=[listening])
     finally:
         listening.close()
     return 0
@@ -117,6 +122,15 @@ def read_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
             "legal=FOLDER"
         )
     return (Path(given[0]) if given else None), {}
+
+
+def read_origins(given: Sequence[str]) -> frozenset[str]:
+    """Return origins in the form in which browsers send them. Raise ConfigError for what is none."""
+    for one in given:
+        parts = urlsplit(one)
+        if one != "*" and (parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/")):
+            raise ConfigError(f"--allowed-origins {one}: give scheme, host and port only, such as https://example.org")
+    return frozenset(one.rstrip("/").lower() for one in given)
 
 
 def load_in_thread(

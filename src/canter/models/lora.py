@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,21 @@ class LoraLinear(nn.Linear):
         return torch.add(super().forward(input), F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
 
 
-class AdapterBank:
-    """Several LoRA adapters of one model, which stay apart from its weights: each row of a batch has one, or none."""
+class AdapterBank(threading.local):
+    """Several LoRA adapters of one model, which stay apart from its weights: each row of a batch has one, or none.
+
+    Engines in several threads may share the model.
+    """
+
+    rows: Tensor | None = None
+    """Numbers (B,) of the rows of this thread's next calls of the model's layers; None: no row has an adapter."""
 
     def __init__(self, names: Sequence[str]):
         self.numbers = {name: number for number, name in enumerate(names, 1)}
         """Number of each adapter; 0 is the model without one."""
-        self.rows: Tensor | None = None
-        """Numbers (B,) of the rows of the next calls of the model's layers; None: no row has an adapter."""
+
+    def __deepcopy__(self, memo: object) -> AdapterBank:
+        return AdapterBank(list(self.numbers))
 
 
 class BankLinear(nn.Linear):

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from canter import __version__
@@ -129,6 +130,14 @@ def create_app(service: Service) -> FastAPI:
         return await _answer(service, request, "translate")
 
     app.add_middleware(_Gate, service=service)
+    if config.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[*config.origins],
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Server-Timing"],
+        )
     return app
 
 
@@ -192,8 +201,10 @@ def _refusal(config: ServiceConfig, request: Request) -> ApiError | None:
         hint = f"start it with --allowed-hosts {_name(host)[:80] or 'NAME'}"
         return ApiError(403, f"{host[:80]!r} is not a name of this service; {hint}")
     origin = request.headers.get("origin")
-    if origin and _netloc(origin) != host:
-        return ApiError(403, f"requests from pages of {origin[:80]} are refused")
+    allowed = bool({"*", origin} & config.origins)
+    if origin and _netloc(origin) != host and not allowed:
+        hint = f"start it with --allowed-origins {origin[:80]}"
+        return ApiError(403, f"requests from pages of {origin[:80]} are refused; {hint}")
     if config.keys and request.scope["path"] not in OPEN:  # request.url is made of the Host header too
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not _is_key(given.strip().encode("latin-1"), config.keys):

@@ -33,6 +33,11 @@ class ServiceOptions:
     """Maximum seconds from the end of a request's body to its answer."""
     upload_timeout: float = 60.0
     """Maximum seconds in which a request's header, and then its body, must arrive."""
+    drain_seconds: float = 30.0
+    """Maximum seconds in which requests inside are finished when the service is asked to end (SIGTERM, Ctrl-C); new
+    ones are refused meanwhile, and a second signal ends it at once."""
+    max_beam_size: int = 5
+    """Maximum beam size that a request may ask for; 1 allows greedy search only."""
 
     @property
     def max_bytes(self) -> int:
@@ -52,13 +57,24 @@ class ServiceConfig(ServiceOptions):
     hosts: frozenset[str] | None = None
     """Names and addresses under which the service may be addressed, in lower case and without a port; `ANY_ADDRESS`
     among them allows every IP address. None allows any name."""
+    origins: frozenset[str] = frozenset()
+    """Origins, such as https://example.org, whose pages may call the service; `*` allows any."""
     tokenizer: "Tokenizer | None" = None
     """Tokenizer of the model, which knows its languages; the service fills it in."""
     readers: int = 2
     """Number of threads that decode audio."""
 
     def __post_init__(self):
-        for name in ("max_megabytes", "max_seconds", "max_requests", "max_minutes", "timeout", "upload_timeout"):
+        for name in (
+            "max_megabytes",
+            "max_seconds",
+            "max_requests",
+            "max_minutes",
+            "timeout",
+            "upload_timeout",
+            "drain_seconds",
+            "max_beam_size",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be more than 0")
         if not self.names or not all(self.names):

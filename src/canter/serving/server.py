@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import math
 import signal
 import socket
 from collections.abc import Sequence
@@ -169,8 +170,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def make_server(app: FastAPI, upload_timeout: float) -> uvicorn.Server:
-    """Return a server for ``app``; its ``run(sockets=[...])`` serves until a signal ends it."""
+def make_server(app: FastAPI, upload_timeout: float, drain_seconds: float = 10.0) -> uvicorn.Server:
+    """Return a server for ``app``; its ``run(sockets=[...])`` serves until a signal ends it.
+
+    Open requests are answered within ``drain_seconds`` of the signal; a second signal closes their connections.
+    """
     config = uvicorn.Config(
         app,
         http=timed_protocol(upload_timeout),
@@ -180,7 +184,7 @@ def make_server(app: FastAPI, upload_timeout: float) -> uvicorn.Server:
         log_level="warning",
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=math.ceil(drain_seconds),
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
     return _Server(config)
