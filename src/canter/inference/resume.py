@@ -98,6 +98,7 @@ def _transcription(row: dict[str, Any]) -> Transcription:
         segments=tuple(segments),
         ctc=None if ctc is None else tuple(ctc),
         warnings=tuple(row.pop("warnings", ())),
+        language_probabilities=tuple((name, share) for name, share in row.pop("language_probabilities", ())),
         **row,
     )
 
