@@ -20,7 +20,7 @@ SUBJECT_COLUMNS = 72
 # The last six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
 # is named, and convert --merge.
 # The five after these are the options of voice activity detection, and --channel.
-MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 140}
+MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 148}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",
     "Any in public signatures": "annotate with the real type, a Protocol or a type variable",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from canter.api import build_index, load, measure_budget, score, train
     from canter.corpus.index import LengthIndex
     from canter.errors import CanterError
-    from canter.inference.recognizer import Recognizer, Transcript
+    from canter.inference.recognizer import LanguageDetection, Recognizer, Transcript
     from canter.inference.transcript.segments import Segment, Word
     from canter.inference.transcript.vad import VadOptions
     from canter.planning import Budget, Plan, analytic_budget
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "CanterError",
+    "LanguageDetection",
     "LengthIndex",
     "Plan",
     "PlanSampler",
@@ -52,6 +53,7 @@ if not TYPE_CHECKING:  # type checkers report names that are not in __all__
     _MODULES = {
         "Budget": "canter.planning",
         "CanterError": "canter.errors",
+        "LanguageDetection": "canter.inference.recognizer",
         "LengthIndex": "canter.corpus.index",
         "Plan": "canter.planning",
         "PlanSampler": "canter.planning.sampler",

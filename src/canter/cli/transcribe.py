@@ -5,10 +5,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -35,8 +35,13 @@ IDENTITY = {"precision": "precision", "max_repeats": "max_repeats", "beam": "bea
             "audio_track": "audio_track", "vad_threshold": "vad_threshold",
             "vad_min_speech": "vad_min_speech", "vad_min_silence": "vad_min_silence",
             "vad_padding": "vad_padding", "channel": "channel",
+            "language": "language", "detect_language": "detect_language",
+            "condition_on_previous_text": "condition_on_previous_text", "clip_timestamps": "clip_timestamps",
+            "suppress_tokens": "suppress_tokens",
+            "hallucination_silence_threshold": "hallucination_silence_threshold",
             "hotwords": "hotword_list", "nbest": "nbest", "logprobs": "logprobs"}
 # fmt: on
+Number = TypeVar("Number", int, float)
 SHOWN = 20  # failures and warnings that are printed
 
 
@@ -61,8 +66,10 @@ class Options:
     """Maximum number of utterances decoded together; it changes the speed, not the text (default: 8 to 128 by model and
     device)."""
     language: str | None = None
-    """Language spoken in recordings that name none, as a code or in English: `de`, `de-AT`, `German` (default: detected
-    by a multilingual Whisper or OWSM)."""
+    """Language spoken in recordings that name none, as a code or in English: `de`, `de-AT`, `German`; several, such as
+    `de,fr,pl`, are those among which it is detected (default: detected by a multilingual Whisper or OWSM)."""
+    detect_language: bool = False
+    """Print the languages of each recording with their probabilities, and no text; formats txt, json and nemo."""
     task: Literal["transcribe", "translate"] | None = None
     """Task of rows that name none (default: translate rows whose source and target languages differ)."""
     target_language: str = "en"
@@ -75,6 +82,17 @@ class Options:
     nothing (default: none)."""
     hotword_weight: float = 4.0
     """Nats (natural logarithms) by which a hot word may be less probable than the model's own text."""
+    condition_on_previous_text: bool = False
+    """Decode the chunks of long recordings one after another, each with the text before it in its prompt; recordings
+    still share batches. For Whisper, OWSM and Canary-flash."""
+    clip_timestamps: str = ""
+    """Spans to transcribe, as starts and ends in seconds: `0,10.5,20` is 0 to 10.5 s, and from 20 s on (default: all).
+    Times stay those of the recording."""
+    suppress_tokens: str = "-1"
+    """Ids of tokens that are never written, separated by commas; -1 is the model's own set, and an empty text none."""
+    hallucination_silence_threshold: float | None = None
+    """Leave out segments whose words look invented, between pauses of more than this many seconds; asks for the times
+    of words (default: leave out none)."""
     timestamps: Literal["auto", "none", "segment", "word"] = "auto"
     """`segment`: times of segments, from the model's timestamp tokens where it has them; `word`: times of words too,
     from cross-attention; `auto`: `word` for srt and vtt, `segment` for tsv and json, else `none`."""
@@ -171,10 +189,10 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
     from canter.inference.bulk import PartialFiles, transcribe_items
     from canter.inference.engine.alignment import word_times_warning
     from canter.inference.inputs import read_channel, read_items
-    from canter.inference.languages import Defaults
-    from canter.inference.recording import TranscribeConfig, Transcriber
+    from canter.inference.languages import Defaults, read_languages
+    from canter.inference.recording import TranscribeConfig
     from canter.inference.resume import partial_files, remove
-    from canter.inference.transcript.formats import check_renderable, json_text, render, write_output
+    from canter.inference.transcript.formats import check_renderable, json_text, render, render_languages, write_output
     from canter.inference.transcript.vad import VadOptions
     from canter.models.hub import checkpoint_of
 
@@ -196,6 +214,13 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
     )
     if not options.fallback:
         config = replace(config, fallback=None)
+    config = replace(
+        config,
+        detect_only=options.detect_language,
+        condition_on_previous_text=options.condition_on_previous_text,
+        clip_timestamps=numbers_of("--clip-timestamps", options.clip_timestamps, float),
+        hallucination_silence_threshold=options.hallucination_silence_threshold,
+    )
     engine = engine_of(options, checkpoint, ranks)
     timestamps = timestamps_of(options, kinds, style)
     if timestamps == "word" and not engine.aligns:
@@ -207,8 +232,9 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
 
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None
-    Transcriber(engine, tokenizer, config).check(checkpoint)
-    defaults = Defaults.of(tokenizer, options.language, options.task, options.target_language)
+    language, among = read_languages(tokenizer, options.language)
+    config = replace(config, languages=among)
+    defaults = Defaults.of(tokenizer, language, options.task, options.target_language)
     items = read_items(options.inputs, defaults=defaults, track=options.audio_track, channel=channel)
     if defaults.language and options.language:
         report_other_languages(items, defaults.language, display)
@@ -229,6 +255,11 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
         found = transcribe_items(engine, items, config, ranks, display, partial, longest)
     seconds = time.perf_counter() - begun
 
+    text = (
+        render_languages(items, found.transcriptions, kinds[0])
+        if options.detect_language
+        else render(items, found.transcriptions, kinds[0], timed, style)
+    )
     failed = sum(result.error is not None for result in found.transcriptions)
     if ranks.first:
         written: list[Path] = []
@@ -236,10 +267,10 @@ def transcribe_inputs(options: Options, folder: bool, kinds: list[str], style: "
             written = [display.files.write_all(items, found.transcriptions)]
         elif options.output:
             if kinds[0] == "nemo" or any(result.error is None for result in found.transcriptions):
-                write_output(options.output, render(items, found.transcriptions, kinds[0], timed, style))
+                write_output(options.output, text)
                 written = [options.output]
         else:
-            sys.stdout.writelines(render(items, found.transcriptions, kinds[0], timed, style))
+            sys.stdout.writelines(text)
         summary = TranscriptionSummary.of(checkpoint, ranks.size, items, found, seconds, written)
         if options.json:
             print(json_text(asdict(summary), indent=2))
@@ -312,15 +343,30 @@ def engine_of(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         beams=options.beam_size,
         length_penalty=options.length_penalty,
         ctc_weight=options.ctc_weight,
+        suppress_tokens=numbers_of("--suppress-tokens", options.suppress_tokens, int),
     )
     engine = load_engine(checkpoint, config, device=device, precision=options.precision, adapter=options.adapter)
     asked: dict[str, Capability] = {}
     if options.timestamps == "word":
         asked["--timestamps word"] = "word_timestamps"
+    if options.hallucination_silence_threshold is not None:
+        asked["--hallucination-silence-threshold"] = "word_timestamps"
+    if options.detect_language:
+        asked["--detect-language"] = "language_detection"
+    if options.condition_on_previous_text:
+        asked["--condition-on-previous-text"] = "previous_text"
     if options.max_repeats != Options.max_repeats:
         asked["--max-repeats"] = "repetition_guard"
     check_support(engine.model, asked, checkpoint)
     return engine
+
+
+def numbers_of(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """Return the numbers of an option, separated by commas. Raises ConfigError for anything else."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if text.strip())
+    except ValueError:
+        raise ConfigError(f"{option} {text[:60]!r}: give numbers, separated by commas") from None
 
 
 def destination(options: Options) -> tuple[bool, list[str]]:
@@ -344,6 +390,13 @@ def destination(options: Options) -> tuple[bool, list[str]]:
         raise ConfigError("--skip-existing is for formats with one file per utterance: add --format srt, vtt, txt, ...")
     if output and output.suffix == ".gz":
         raise ConfigError(f"{output}: transcripts are not compressed; name it without .gz")
+    if options.detect_language:
+        if output and (output.is_dir() or not output.suffix):
+            raise ConfigError(
+                f"--detect-language writes one file, but {output} is a folder: name a .txt or .jsonl file"
+            )
+        if kind not in (None, "txt", "json", "nemo") or (output and output.suffix in (".srt", ".vtt", ".tsv")):
+            raise ConfigError("--detect-language writes no text to put in subtitles: use --format txt, json or nemo")
     if output is None:
         if options.json:
             raise ConfigError("--json prints the summary where the transcripts would go: name an --output")
@@ -382,6 +435,8 @@ def timestamps_of(options: Options, kinds: Sequence[str], style: "SubtitleStyle"
 
     if options.timestamps != "auto":
         return options.timestamps
+    if options.hallucination_silence_threshold is not None:
+        return "word"
     if {*SUBTITLES} & {*kinds} and (style.by_sentence or style.needs_words):
         return "word"
     return "segment" if {*SUBTITLES, "tsv", "json"} & {*kinds} else "none"

@@ -131,17 +131,41 @@ def spoken_language(tokenizer: Tokenizer, name: str) -> str:
     return code
 
 
-def languages_to_detect(tokenizer: Tokenizer, slots: Mapping[str, str]) -> Sequence[str]:
-    """Return the languages among which to detect the one of a recording; none where its prompt slots name one, or the
-    model does not detect languages."""
-    return tokenizer.languages if detects_language(tokenizer) and "source_lang" not in slots else ()
+def read_languages(tokenizer: Tokenizer, named: str | Iterable[str] | None) -> tuple[str | None, tuple[str, ...]]:
+    """Return the language that a user names, and those among which to detect it if there are several, in the model's
+    own codes. One text may name several, separated by commas.
+
+    Raises ConfigError for languages that the model does not know, and for several of a model that cannot detect them.
+    """
+    texts = [named] if isinstance(named, str) or named is None else [*named]
+    names = [name.strip() for text in texts if is_said(text) for name in str(text).split(",")]
+    if len(names) < 2:
+        return (names[0] if names else None), ()
+    if not detects_language(tokenizer):
+        raise ConfigError(f"this model cannot detect which of {', '.join(names)} is spoken; name one language")
+    codes = tuple(dict.fromkeys(spoken_language(tokenizer, name) for name in names))
+    return (codes[0], ()) if len(codes) == 1 else (None, codes)
 
 
-def detected_language(tokenizer: Tokenizer, parts: Iterable[Probabilities]) -> tuple[str, float] | None:
-    """Return the most probable language over all speech of a recording, and its probability; None where nothing was
-    detected."""
+def languages_to_detect(tokenizer: Tokenizer, slots: Mapping[str, str], among: Sequence[str] = ()) -> Sequence[str]:
+    """Return the languages among which to detect the one of a recording, by default all; none where its prompt slots
+    name one, or the model does not detect languages."""
+    known = among or tokenizer.languages
+    return known if detects_language(tokenizer) and "source_lang" not in slots else ()
+
+
+def detected_language(languages: Sequence[str], parts: Iterable[Probabilities]) -> tuple[str, float] | None:
+    """Return the most probable one of the ``languages`` over all speech of a recording, and its probability; None where
+    nothing was detected."""
     found = language.spoken(parts)
-    return (_code(tokenizer.languages[found[0]]), found[1]) if found else None
+    return (_code(languages[found[0]]), found[1]) if found else None
+
+
+def language_probabilities(languages: Sequence[str], parts: Iterable[Probabilities]) -> tuple[tuple[str, float], ...]:
+    """Return each of the ``languages`` with its probability over all speech of a recording, the most probable first;
+    empty where nothing was detected."""
+    found = zip(map(_code, languages), language.weighted_mean(parts).tolist())
+    return tuple(sorted(found, key=lambda one: -one[1]))
 
 
 def language_in_prompt(tokenizer: Tokenizer, prompt: Iterable[int]) -> str | None:

@@ -9,7 +9,7 @@ import itertools
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,7 +41,7 @@ from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.hotwords import WEIGHT, Phrases
 from canter.inference.inputs import Channel, Item, files_in, items_of, read_channel
-from canter.inference.languages import Defaults, Task, detects_language
+from canter.inference.languages import Defaults, Task, detects_language, read_languages, spoken_language
 from canter.inference.loading import tokenizer_of
 from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription
 from canter.inference.transcribe import Job, transcribe_jobs
@@ -57,7 +57,7 @@ from canter.inference.transcript.formats import (
 from canter.inference.transcript.segments import Alternatives, Segment, TokenScore, Word
 from canter.inference.transcript.subtitles import SubtitleStyle
 from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
-from canter.models.protocol import AnyModel, module_of
+from canter.models.protocol import AnyModel, check_support, module_of
 from canter.redaction import redacted
 from canter.text.languages import canonical
 from canter.text.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ HEADERS = 4  # threads that read headers
 class TranscribeOptions(TypedDict, total=False):
     """Options of `Recognizer.transcribe`, for type checkers."""
 
-    language: str | None
+    language: str | Sequence[str] | None
     task: Task
     target_language: str
     timestamps: Timestamps
@@ -100,6 +100,26 @@ class TranscribeOptions(TypedDict, total=False):
     sampling_rate: int | None
     audio_track: int | None
     channel: Channel
+    condition_on_previous_text: bool
+    clip_timestamps: Sequence[float]
+    suppress_tokens: Sequence[int]
+    hallucination_silence_threshold: float | None
+
+
+@dataclass(frozen=True)
+class LanguageDetection:
+    """Language of one recording, and the probabilities of others."""
+
+    language: str | None
+    """Code of the most probable language over all speech; None without speech."""
+    probability: float | None = None
+    """Probability of that language."""
+    probabilities: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Probability of every language by its code, the most probable first."""
+    path: str | None = None
+    """File; None for an array."""
+    error: str | None = None
+    """Reason why nothing was detected; None where there is no error."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,6 +148,12 @@ class Transcript:
     """The most probable texts of each chunk of the audio, each a tuple of (text, log probability), if asked for."""
     _item: Item | None = field(default=None, compare=False)
     _found: Transcription | None = field(default=None, compare=False)
+
+    @property
+    def detection(self) -> LanguageDetection:
+        """Detected language, with the probabilities of all where only the language was detected."""
+        every = dict(self._found.language_probabilities) if self._found else {}
+        return LanguageDetection(self.language, self.language_probability, every, self.path, self.error)
 
     @property
     def words(self) -> tuple[Word, ...]:
@@ -288,7 +314,7 @@ class Recognizer:
         self,
         audio: Audio | Iterable[Audio],
         *,
-        language: str | None = None,
+        language: str | Sequence[str] | None = None,
         task: Task = "transcribe",
         target_language: str = "en",
         timestamps: Timestamps = "none",
@@ -306,6 +332,10 @@ class Recognizer:
         sampling_rate: int | None = None,
         audio_track: int | None = None,
         channel: Channel = "mix",
+        condition_on_previous_text: bool = False,
+        clip_timestamps: Sequence[float] = (),
+        suppress_tokens: Sequence[int] = (-1,),
+        hallucination_silence_threshold: float | None = None,
     ) -> Transcript | Iterator[Transcript]:
         """Transcribe one recording, or an iterable of them.
 
@@ -317,7 +347,8 @@ class Recognizer:
         languages.
 
         language: language spoken, as a code or in English ("de", "German", "de-AT"). With None or "auto" a multilingual
-            Whisper detects it; a model of one language needs none.
+            Whisper detects it, and with several ("de", "fr") it detects it among these; a model of one language needs
+            none.
         task: "translate" writes ``target_language`` (Whisper: only English).
         timestamps: "segment" adds the times of segments that the model writes, "word" those of words too.
         beam_size: number of hypotheses per recording; 1 is greedy search.
@@ -340,6 +371,12 @@ class Recognizer:
         audio_track: audio track of files with several, from 0 (None: the one marked as default, else the first).
         channel: channel of recordings that name none: "mix" averages all, a number takes that one (from 0), and "each"
             transcribes every one by itself and merges their segments in order of time.
+        condition_on_previous_text: decode the chunks of long audio one after another, each with the text before it in
+            its prompt.
+        clip_timestamps: starts and ends in seconds of the spans to transcribe; without an end the last one is open.
+        suppress_tokens: ids of tokens that are never written; -1 is the model's own set, and () none.
+        hallucination_silence_threshold: leave out segments whose words look invented, between pauses of more than this
+            many seconds; needs ``timestamps="word"``.
 
         Raises ConfigError, before anything is decoded, for options that the model does not support.
         """
@@ -355,6 +392,7 @@ class Recognizer:
             read = Phrases.read if isinstance(hotwords, str) else Phrases.of
             phrases = read(hotwords, hotword_weight)  # pyright: ignore[reportArgumentType]
         channel = read_channel(channel)
+        language, among = read_languages(self.tokenizer, language)
         config = TranscribeConfig(
             timestamps,
             vad=vad,
@@ -365,9 +403,19 @@ class Recognizer:
             hotwords=phrases,
             logprobs=logprobs,
             nbest=nbest,
+            languages=among,
+            condition_on_previous_text=condition_on_previous_text,
+            clip_timestamps=tuple(clip_timestamps),
+            hallucination_silence_threshold=hallucination_silence_threshold,
         )
         engine = self._engine(
-            EngineConfig(rows=batch_size, max_repeats=max_repeats, beams=beam_size, ctc_weight=ctc_weight)
+            EngineConfig(
+                rows=batch_size,
+                max_repeats=max_repeats,
+                beams=beam_size,
+                ctc_weight=ctc_weight,
+                suppress_tokens=tuple(suppress_tokens),
+            )
         )
         if timestamps == "word" and not engine.aligns:
             called = self.name or self._module.shape
@@ -382,7 +430,6 @@ class Recognizer:
             channel,
         )
         self._check_prompt(call)
-        call.transcriber.check(self.name or self._module.shape)
         if _is_one(audio):
             return self._one(cast(Audio, audio), call)
         if not isinstance(audio, Iterable):
@@ -390,6 +437,54 @@ class Recognizer:
                 f"{_shown(audio)} is no audio: give a path, samples, the bytes of a file, or several of them"
             )
         return self._many(iter(cast("Iterable[Audio]", audio)), call)
+
+    @overload
+    def detect_language(  # pyright: ignore[reportOverlappingOverload]  # a str is an Iterable too
+        self,
+        audio: Audio,
+        *,
+        among: Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        audio_track: int | None = None,
+    ) -> LanguageDetection: ...
+
+    @overload
+    def detect_language(
+        self,
+        audio: Iterable[Audio],
+        *,
+        among: Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        audio_track: int | None = None,
+    ) -> Iterator[LanguageDetection]: ...
+
+    def detect_language(
+        self,
+        audio: Audio | Iterable[Audio],
+        *,
+        among: Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        audio_track: int | None = None,
+    ) -> LanguageDetection | Iterator[LanguageDetection]:
+        """Detect the language of one recording, or of an iterable of them, without decoding text.
+
+        Recordings, results and errors are as in `transcribe`. Each chunk of speech takes the encoder and one step of
+        the decoder.
+
+        among: languages to choose from, as codes or in English (None: all that the model knows).
+
+        Raises ConfigError for a model that cannot detect languages, and for languages that it does not know.
+        """
+        check_support(self._module, {"detect_language": "language_detection"}, self.name or "this")
+        _check_whole(sampling_rate=sampling_rate)
+        language, several = read_languages(self.tokenizer, among)
+        only = (spoken_language(self.tokenizer, language),) if language else several
+        config = TranscribeConfig(detect_only=True, languages=only, audio_track=audio_track)
+        transcriber = Transcriber(self._engine(EngineConfig()), self.tokenizer, config)
+        call = _Call(transcriber, Defaults.of(self.tokenizer, None), sampling_rate, "mix")
+        if _is_one(audio):
+            return self._one(cast(Audio, audio), call).detection
+        return (one.detection for one in self._many(iter(cast("Iterable[Audio]", audio)), call))
 
     def _check_prompt(self, call: _Call) -> None:
         named = call.defaults.language or (self.languages[0] if detects_language(self.tokenizer) else None)

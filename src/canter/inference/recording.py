@@ -1,9 +1,10 @@
 """One recording in decoding: its chunks become requests to the engine, and their hypotheses its transcript."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,8 +16,14 @@ from canter.inference.engine.engine import Engine, default_window
 from canter.inference.engine.hotwords import HotWords
 from canter.inference.engine.requests import Hypothesis, Request
 from canter.inference.hotwords import Phrases, hotwords_of
-from canter.inference.languages import Probabilities, detected_language, language_in_prompt, languages_to_detect
-from canter.inference.transcript.chunks import Chunk, split_audio, trim_silence
+from canter.inference.languages import (
+    Probabilities,
+    detected_language,
+    language_in_prompt,
+    language_probabilities,
+    languages_to_detect,
+)
+from canter.inference.transcript.chunks import Chunk, clipped, split_audio, trim_silence
 from canter.inference.transcript.reading import (
     NO_FALLBACK,
     Assembly,
@@ -26,16 +33,17 @@ from canter.inference.transcript.reading import (
     in_speech,
     joined,
     segments_of,
+    without_hallucinations,
 )
 from canter.inference.transcript.segments import Alternatives, Segment
 from canter.inference.transcript.vad import DETECTORS, FRAME, USUAL_VAD, Vad, VadOptions
 from canter.models.protocol import Capability, check_support
-from canter.text.owsm import OwsmTokenizer
-from canter.text.prompts import CONTEXTS, FORMATS, utterance_slots
+from canter.text.prompts import CONTEXTS, format_of, utterance_slots
 from canter.text.tokenizer import Tokenizer
 from canter.text.whisper import WhisperTokenizer
 
 Timestamps = Literal["none", "segment", "word"]
+RESET_TEMPERATURE = 0.5  # above it a chunk's text is no prompt for later ones
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -57,6 +65,8 @@ class Transcription:
     """Language that was stated or detected."""
     language_probability: float | None = None
     """Probability of the detected language over all speech; None where it was not detected."""
+    language_probabilities: tuple[tuple[str, float], ...] = ()
+    """All languages with their probabilities, the most probable first, where only the language is detected."""
     seconds: float | None = None
     """Length of the audio that was read."""
     lost_seconds: float = 0.0
@@ -84,6 +94,18 @@ class TranscribeConfig:
     """Threshold, padding and shortest lengths of the voice activity detector."""
     each_channel: bool = False
     """Transcribe each channel of a recording by itself, and merge their segments in order of time."""
+    languages: tuple[str, ...] = ()
+    """Languages among which to detect the one of a recording, in the model's codes; empty: all that it knows."""
+    detect_only: bool = False
+    """Detect the language, with a probability for each, and write no text."""
+    condition_on_previous_text: bool = False
+    """Decode the chunks of a recording one after another, each with the text before it in its prompt."""
+    clip_timestamps: tuple[float, ...] = ()
+    """Starts and ends, in seconds, of the spans to transcribe; without an end the last one lasts to the end of the
+    recording. Empty: all of it."""
+    hallucination_silence_threshold: float | None = None
+    """Leave out segments whose words look invented, between pauses of more than this many seconds
+    (`without_hallucinations`); needs times of words. None: leave out none."""
     fallback: Fallback | None = field(default_factory=Fallback)
     """Thresholds for decoding again, for Whisper only. None: no further attempts, but silence is still omitted."""
     prompt: str = ""
@@ -101,6 +123,12 @@ class TranscribeConfig:
         for name, value, known in (("timestamps", self.timestamps, Timestamps), ("vad", self.vad, Vad)):
             if value not in get_args(known):
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}")
+        clips, least = self.clip_timestamps, self.hallucination_silence_threshold
+        if not all(0 <= one < math.inf for one in clips) or any(one >= other for one, other in pairwise(clips)):
+            shown = ",".join(f"{one:g}" for one in clips)[:60]
+            raise ConfigError(f"clip_timestamps are {shown}; they must be increasing seconds: start, end, start, ...")
+        if least is not None and not 0 < least < math.inf:
+            raise ConfigError(f"hallucination_silence_threshold is {least:g}; it must be more than 0 seconds")
         if self.vad == "none" and self.vad_options != USUAL_VAD:
             raise ConfigError("the options of voice activity detection mean nothing without a detector (vad none)")
 
@@ -114,8 +142,11 @@ class Transcriber:
     """One engine with a tokenizer and settings: it makes prompts, chunks and requests, and reads hypotheses."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: TranscribeConfig | None = None):
-        """Raise ConfigError where ``vad`` needs an extra that is not installed."""
+        """Raise ConfigError where ``vad`` needs an extra that is not installed, or the model does not support an
+        option."""
         self.engine, self.tokenizer, self.config = engine, tokenizer, config or TranscribeConfig()
+        self._check_options()
+        self.among = self.config.languages or tokenizer.languages
         self.timestamps = engine.rules.timestamps
         self._hotwords: dict[tuple[Phrases, str | None], HotWords] = {}  # the latest
         self.policy: WindowPolicy | None = None
@@ -130,32 +161,36 @@ class Transcriber:
         if self.config.vad != "none":
             self.detector = partial(DETECTORS[self.config.vad], rate=self.rate)
             self.detector(np.zeros(1, np.float32))
+        language = next(iter(tokenizer.languages), None)
+        self.hotwords(self.config.hotwords, {"target_lang": language} if language else {})  # refused before any work
+
+    def _check_options(self) -> None:
+        config, asked = self.config, dict[str, Capability]()
+        if config.languages or config.detect_only:
+            asked["language detection"] = "language_detection"
+        if config.condition_on_previous_text:
+            asked["condition_on_previous_text"] = "previous_text"
+        if config.hallucination_silence_threshold is not None:
+            asked["hallucination_silence_threshold"] = "word_timestamps"
+            if config.timestamps != "word":
+                raise ConfigError("hallucination_silence_threshold needs times of words (timestamps word)")
+        if config.hotwords:
+            asked["hot words"] = "cached_decoding"
+        if config.logprobs or config.nbest > 1:
+            asked["log probabilities and N-best texts"] = "cached_decoding"
+        check_support(self.engine.model, asked, "this")
+        if config.nbest > self.engine.config.beams:
+            raise ConfigError(
+                f"the {config.nbest} best texts need a beam size of at least {config.nbest}; it is "
+                f"{self.engine.config.beams}"
+            )
+        if config.hotwords and self.engine.config.ctc_weight:
+            raise ConfigError("hot words cannot be combined with joint CTC/attention decoding; leave one out")
 
     @property
     def format(self) -> tuple[str, ...]:
         """Tokens and slots of the model's prompt."""
-        if isinstance(self.tokenizer, OwsmTokenizer):
-            return self.tokenizer.prompt_slots
-        return FORMATS.get(getattr(self.tokenizer, "prompt_format", "whisper" if self.policy else ""), ())
-
-    def check(self, source: object) -> None:
-        """Raise ConfigError for settings that the engine or the model, from ``source``, does not support."""
-        asked: dict[str, Capability] = {}
-        if self.config.hotwords:
-            asked["hot words"] = "cached_decoding"
-        if self.config.logprobs or self.config.nbest > 1:
-            asked["log probabilities and N-best texts"] = "cached_decoding"
-        check_support(self.engine.model, asked, source)
-        if self.config.nbest > self.engine.config.beams:
-            raise ConfigError(
-                f"the {self.config.nbest} best texts need a beam size of at least {self.config.nbest}; it is "
-                f"{self.engine.config.beams}"
-            )
-        if self.config.hotwords and self.engine.config.ctc_weight:
-            raise ConfigError("hot words cannot be combined with joint CTC/attention decoding; leave one out")
-        if self.config.hotwords:
-            language = next(iter(self.tokenizer.languages), None)
-            self.hotwords(self.config.hotwords, {"target_lang": language} if language else {})
+        return format_of(self.tokenizer)
 
     def slots(self, utterance: Utterance) -> dict[str, str]:
         """Return the prompt slots of an utterance."""
@@ -196,7 +231,9 @@ class Transcriber:
         """Return the request that all chunks of an utterance have in common. ``prompt``: preceding text, and
         ``hotwords``: phrases to prefer, by default the configuration's."""
         prompt = self.config.prompt if prompt is None else prompt
-        names = languages_to_detect(self.tokenizer, slots)
+        if self.config.detect_only:
+            slots = {name: value for name, value in slots.items() if name not in ("source_lang", "target_lang")}
+        names = languages_to_detect(self.tokenizer, slots, self.among)
         if names:
             slots = {**slots, "source_lang": names[0]}
         ids = self.prompt(slots, prompt)
@@ -221,8 +258,17 @@ class Transcriber:
         return replace(request, temperature=temperature, policy=policy)
 
     def chunks(self, blocks: Iterable[np.ndarray]) -> Iterator[Chunk]:
-        """Yield audio, given in blocks at the model's sample rate, in chunks that fit the model, without long silence;
-        none for audio without speech."""
+        """Yield audio, given in blocks at the model's sample rate, in chunks that fit the model, without long silence
+        and what lies outside of ``clip_timestamps``; none for audio without speech."""
+        clips = self.config.clip_timestamps
+        if not clips:
+            yield from self._chunks(blocks)
+            return
+        for number, parts in groupby(clipped(blocks, clips, self.rate), key=lambda part: part[0]):
+            for chunk in self._chunks(samples for _, samples in parts):
+                yield replace(chunk, start=chunk.start + round(clips[2 * number] * self.rate) / self.rate)
+
+    def _chunks(self, blocks: Iterable[np.ndarray]) -> Iterator[Chunk]:
         blocks, begun = iter(blocks), list[np.ndarray]()
         for block in blocks:
             begun.append(block)
@@ -284,7 +330,9 @@ class Transcriber:
                 new = segments_of(part, self.tokenizer, end - begins, self.timestamps, self.config.logprobs)
                 found += [segment.shifted(begins) for segment in new]
             begins = end
-        return found if voiced is None else in_speech(found, voiced)
+        found = found if voiced is None else in_speech(found, voiced)
+        threshold = self.config.hallucination_silence_threshold
+        return found if threshold is None else without_hallucinations(found, seconds, threshold)
 
     def languages(self, hypothesis: Hypothesis, seconds: float) -> list[Probabilities]:
         """Return the seconds and the language probabilities of each part of a chunk in which they were detected."""
@@ -306,6 +354,10 @@ class Transcriber:
             if texts and not self._silent(part):
                 yield Alternatives(start, until, texts)
             start = until
+
+    def all_languages(self, parts: Iterable[Probabilities]) -> tuple[tuple[str, float], ...]:
+        """Return the languages with their probabilities, where only the language is detected."""
+        return language_probabilities(self.among, parts) if self.config.detect_only else ()
 
     def _silent(self, hypothesis: Hypothesis) -> bool:
         return self.policy is not None and self.policy.fallback.silent(hypothesis)
@@ -349,6 +401,7 @@ class Recording:
         self._chunks: list[tuple[ChunkKey, float, np.ndarray]] = []  # with overlap and ``voiced``, without samples
         self._hypotheses: dict[int, Hypothesis] = {}
         self._languages: list[Probabilities] = []
+        self._forgotten = 0.0  # seconds up to which the text is not given to later chunks
 
     def requests(self, chunks: Iterable[Chunk]) -> Iterator[Request]:
         """Yield the request of each chunk in order, with a `ChunkKey`. `complete` needs all of them to be taken."""
@@ -363,10 +416,33 @@ class Recording:
         key, overlap, voiced = self._chunks[number]
         self._hypotheses[number] = hypothesis
         self._languages += self.transcriber.languages(hypothesis, key.seconds)
+        if any(part.temperature > RESET_TEMPERATURE for part in hypothesis.parts):
+            self._forgotten = key.start + key.seconds
         segments = self.transcriber.segments(hypothesis, key.seconds, voiced)
         if self.channel is not None:
             segments = [replace(one, channel=self.channel) for one in segments]
         return self._assembly.add(number, segments, key.start, overlap)
+
+    def conditioned(self, number: int, request: Request, slots: Mapping[str, str]) -> Request:
+        """Return the request of chunk ``number`` with the text before it in the prompt, after that of the user.
+
+        ``slots`` are those of the recording's prompt. Text up to a chunk that was decoded at a temperature above 0.5 is
+        left out, as in Whisper's command.
+        """
+        key, overlap, _ = self._chunks[number]
+        texts = [self.transcriber.config.prompt]
+        for segment in self._assembly.segments:
+            if segment.start < self._forgotten:
+                continue
+            if overlap and segment.end > key.start:
+                texts.append("".join(word.text for word in segment.words if word.end <= key.start))
+            else:
+                texts.append(segment.text)
+        new = self.transcriber.request(slots, " ".join(text.strip() for text in texts if text.strip()))
+        unstamped, prompt = self.transcriber.engine.rules.no_timestamps, [*new.prompt]
+        if unstamped not in request.prompt:
+            prompt = [token for token in prompt if token != unstamped]
+        return replace(request, prompt=prompt, language_at=new.language_at)
 
     @property
     def complete(self) -> bool:
@@ -386,19 +462,19 @@ class Recording:
     @property
     def detected(self) -> tuple[str, float] | None:
         """Language detected in the chunks so far, and its probability."""
-        return detected_language(self.transcriber.tokenizer, self._languages)
+        return detected_language(self.transcriber.among, self._languages)
 
     def transcription(self, stated: str | None = None) -> Transcription:
         """Return the transcript of all chunks; ``stated`` is the utterance's language."""
         tokenizer = self.transcriber.tokenizer
         text, segments = self._assembly.finished()
         found = [part for number in range(len(self._chunks)) for part in self._hypotheses[number].parts]
-        if len(found) == 1 and segments:
+        if len(found) == 1 and segments and self.transcriber.config.hallucination_silence_threshold is None:
             text = tokenizer.decode(found[0].tokens).strip()
         spoken, probability = self.detected or (None, None)
         if spoken is None:
             named = language_in_prompt(tokenizer, found[0].prompt) if found and not found[0].languages else None
-            spoken = named or stated
+            spoken = named or (None if self.transcriber.config.detect_only else stated)
         nbest: list[Alternatives] = []
         if self.transcriber.config.nbest > 1:
             for number, (key, _, _) in enumerate(self._chunks):
@@ -414,6 +490,7 @@ class Recording:
             language=spoken,
             language_probability=probability,
             nbest=tuple(nbest),
+            language_probabilities=self.transcriber.all_languages(self._languages),
         )
 
 
@@ -425,7 +502,8 @@ def merged_channels(recordings: Sequence[Recording], stated: str | None = None) 
         return found[0]
     segments = in_order_of_time(segment for one in found for segment in one.segments)
     parts = [part for one in recordings for part in one.languages]
-    spoken, probability = detected_language(recordings[0].transcriber.tokenizer, parts) or (None, None)
+    transcriber = recordings[0].transcriber
+    spoken, probability = detected_language(transcriber.among, parts) or (None, None)
     spoken = spoken or next((one.language for one in found if one.language is not None), None)
     ctc = [one.ctc for one in found if one.ctc is not None]
     return Transcription(
@@ -437,4 +515,5 @@ def merged_channels(recordings: Sequence[Recording], stated: str | None = None) 
         language=spoken,
         language_probability=probability,
         nbest=tuple(sorted((one for each in found for one in each.nbest), key=lambda one: one.start)),
+        language_probabilities=transcriber.all_languages(parts),
     )

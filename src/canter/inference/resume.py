@@ -102,6 +102,7 @@ def _transcription(row: dict[str, Any]) -> Transcription:
         ctc=None if ctc is None else tuple(ctc),
         warnings=tuple(row.pop("warnings", ())),
         nbest=tuple(nbest),
+        language_probabilities=tuple((name, share) for name, share in row.pop("language_probabilities", ())),
         **row,
     )
 

@@ -169,11 +169,17 @@ class _Queue:
         self.open: dict[int, _Open] = {}
         self.failed: deque[tuple[int, Transcription]] = deque()
         self.read: deque[int] = deque()  # jobs whose number of chunks is known
+        # Requests of recordings whose chunks are decoded in turn, by job and part: those whose next chunk can be
+        # decoded, and those that wait for the text of the chunk before.
+        self.ready: dict[tuple[int, int], Iterator[Request]] = {}
+        self.underway: dict[tuple[int, int], Iterator[Request]] = {}
 
     def events(self) -> Iterator[tuple[int, Transcription] | ChunkKey | Underway]:
         """Decode the queue. Yield the key of every decoded chunk, every finished transcription with the number of its
         job, and a few times per second the rows that are under way."""
-        for event in self.transcriber.engine.events(self.batches()):
+        engine, config = self.transcriber.engine, self.transcriber.config
+        batches = self.turns() if config.condition_on_previous_text else self.batches()
+        for event in engine.detect(batches) if config.detect_only else engine.events(batches):
             if isinstance(event, Underway):
                 yield event
                 continue
@@ -183,6 +189,8 @@ class _Queue:
                 opened = self.open[key.recording]
                 opened.error = opened.error or event.error
                 opened.recordings[key.part].add(key.number, event)
+                if (turn := (key.recording, key.part)) in self.underway:
+                    self.ready[turn] = self.underway.pop(turn)
                 yield key
             yield from self.finished()
         yield from self.finished()
@@ -200,6 +208,58 @@ class _Queue:
                     yield from ahead.popleft()()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def turns(self) -> Iterator[list[Request]]:
+        """Yield batches of the next chunk of each recording, once the one before is decoded, with the text so far in
+        its prompt. As many recordings as the decoder has rows are decoded at the same time, the longest first."""
+        engine = self.transcriber.engine
+        jobs = (pair for group in self.groups for pair in sorted(group, key=lambda pair: -pair[1].seconds))
+        more = True
+        while more or self.ready or self.underway:
+            while more and len(self.ready) + len(self.underway) < engine.rows:
+                pair = next(jobs, None)
+                more = pair is not None
+                if pair:
+                    self._take_turns(*pair)
+            requests = [request for turn in [*self.ready] if (request := self._next(turn))]
+            frames = [engine.model.encoder_frames(len(one.audio) / self.transcriber.rate) for one in requests]
+            for batch in encoder_batches(frames, engine.frames, engine.rows):
+                yield [requests[place] for place in batch]
+            if not requests and self.underway:
+                yield []
+
+    def _take_turns(self, index: int, job: Job) -> None:
+        try:
+            opened = self._begin(index, job)
+        except CanterError as error:
+            self.failed.append((index, Transcription("", error=str(error))))
+            return
+        for recording, utterance in zip(opened.recordings, opened.channels):
+            self.ready[index, recording.part] = self._streamed(opened, recording, utterance)
+
+    def _next(self, turn: tuple[int, int]) -> Request | None:
+        """Return the request of a recording's next chunk; None after the last one, and where reading fails."""
+        index, part = turn
+        requests = self.ready.pop(turn, None)
+        if requests is None:
+            return None
+        opened = self.open[index]
+        try:
+            request = next(requests, None)
+        except CanterError as error:
+            self.failed.append((index, Transcription("", error=str(error))))
+            for others in (self.ready, self.underway):
+                for other in [one for one in others if one[0] == index]:
+                    del others[other]
+            return None
+        if request is None:
+            if not any(other[0] == index for other in (*self.ready, *self.underway)):
+                self.read.append(index)
+            return None
+        self.underway[turn] = requests
+        assert isinstance(request.key, ChunkKey)
+        slots = self.transcriber.slots(opened.job.utterance)
+        return opened.recordings[part].conditioned(request.key.number, request, slots)
 
     def _batches(self, pool: ThreadPoolExecutor) -> Iterator[Callable[[], list[list[Request]]]]:
         """Yield functions that wait for audio, and return the next batches of a group: usually one, but more where
@@ -244,19 +304,23 @@ class _Queue:
             try:
                 opened = self._begin(index, job)
                 for recording, utterance in zip(opened.recordings, opened.channels):
-                    decoded = None
-                    if job.audio is None:
-                        track = self.transcriber.config.audio_track
-                        decoded = audio_blocks(utterance, self.transcriber.rate, keep_damaged=True, track=track)
-                    blocks = [_channel(job.audio, utterance)] if job.audio is not None else decoded or ()
-                    chunks = self.transcriber.chunks(self._count(opened, recording, block) for block in blocks)
-                    yield from recording.requests(chunks)
-                    if decoded is not None:
-                        self._note(opened, decoded)
+                    yield from self._streamed(opened, recording, utterance)
             except CanterError as error:
                 self.failed.append((index, Transcription("", error=str(error))))
             else:
                 self.read.append(index)
+
+    def _streamed(self, opened: _Open, recording: Recording, utterance: Utterance) -> Iterator[Request]:
+        """Yield the requests of one channel, which is read chunk by chunk."""
+        decoded, audio = None, opened.job.audio
+        if audio is None:
+            track = self.transcriber.config.audio_track
+            decoded = audio_blocks(utterance, self.transcriber.rate, keep_damaged=True, track=track)
+        blocks = [_channel(audio, utterance)] if audio is not None else decoded or ()
+        chunks = self.transcriber.chunks(self._count(opened, recording, block) for block in blocks)
+        yield from recording.requests(chunks)
+        if decoded is not None:
+            self._note(opened, decoded)
 
     def _begin(self, index: int, job: Job) -> _Open:
         """Return a job that is open from now on. Raises AudioError if its stated length is too long, or it is not

@@ -27,6 +27,7 @@ from canter.models.protocol import Capability
 from canter.models.w2v_bert import W2vBertConfig
 from canter.models.whisper import WhisperEncoderConfig
 from canter.runtime import upload
+from canter.text.prompts import CONTEXTS, format_of
 
 if TYPE_CHECKING:
     from canter.text import Characters
@@ -100,9 +101,17 @@ class SpeechModel(nn.Module):
 
     @property
     def supports(self) -> Set[Capability]:
-        """All features; a CTC head on the decoder's tokens, as OWSM's, has no characters."""
-        on_tokens = self.characters is None and self.config.ctc_vocabulary == self.config.decoder.vocabulary
-        return SUPPORTED - {"characters"} if on_tokens else SUPPORTED
+        """All features; a CTC head on the decoder's tokens, as OWSM's, has no characters, and the tokenizer decides on
+        language detection and previous text."""
+        lacking = set[Capability]()
+        if self.characters is None and self.config.ctc_vocabulary == self.config.decoder.vocabulary:
+            lacking.add("characters")
+        if self.tokenizer is not None:
+            if not self.tokenizer.detects_language or len(self.tokenizer.languages) < 2:
+                lacking.add("language_detection")
+            if not {*CONTEXTS} & {*format_of(self.tokenizer)}:
+                lacking.add("previous_text")
+        return SUPPORTED - lacking
 
     @property
     def frame_seconds(self) -> float:

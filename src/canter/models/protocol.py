@@ -34,6 +34,8 @@ Capability = Literal[
     "split_decoder",  # `SpeechModel.loss_of`: decoder and heads on parts of an encoded batch
     "cost_model",  # FLOPs and memory follow from its configuration
     "characters",  # its CTC head is trained on characters, which are saved beside it
+    "language_detection",
+    "previous_text",  # its prompt has a place for the text before a recording
 ]
 """Features that some models lack; features that all models have need no name."""
 
@@ -192,7 +194,7 @@ def check_support(model: AnyModel, asked: Mapping[str, Capability], source: obje
     """
     refused = [option for option, needed in asked.items() if needed not in model.supports]
     if refused:
+        kind = "a model" if "cached_decoding" in model.supports else "a model of another library"
         raise ConfigError(
-            f"{', '.join(refused)}: {source} is a model of another library ({model.shape}), which cannot do that; "
-            "leave it out"
+            f"{', '.join(refused)}: {source} is {kind} ({model.shape}), which cannot do that; leave it out"
         )

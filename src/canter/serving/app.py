@@ -58,6 +58,9 @@ _FORM = {
         "vad_filter": {"type": "boolean"},
         "vad_parameters": {"type": "object"},
         "channel": {"type": "string"},
+        "languages[]": {"type": "array", "items": {"type": "string"}},
+        "clip_timestamps": {"type": "string"},
+        "hallucination_silence_threshold": {"type": "number"},
     },
 }
 _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}

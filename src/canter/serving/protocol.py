@@ -9,7 +9,8 @@ from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
 from canter.inference.inputs import Channel, read_channel
-from canter.inference.languages import spoken_language
+from canter.inference.languages import read_languages, spoken_language
+from canter.inference.recording import TranscribeConfig
 from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.serving.config import ServiceConfig
 from canter.text.languages import is_said
@@ -20,7 +21,8 @@ TIMESTAMPS: tuple[Literal["none", "segment", "word"], ...] = ("none", "segment",
 FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
-    "vad_filter", "vad_parameters", "channel",
+    "vad_filter", "vad_parameters", "channel", "languages", "languages[]", "clip_timestamps", "clip_timestamps[]",
+    "hallucination_silence_threshold",
 }  # fmt: skip
 OBJECTS = ("chunking_strategy", "vad_parameters")
 """Fields whose value is an object: JSON, or a field for each member, ``chunking_strategy[threshold]``."""
@@ -75,6 +77,12 @@ class AudioRequest:
     """Maximum length of the chunks of long audio; None: the model's window."""
     channel: Channel = "mix"
     """Channel to transcribe."""
+    languages: tuple[str, ...] = ()
+    """Languages among which to detect that of the audio; empty: all."""
+    clip_timestamps: tuple[float, ...] = ()
+    """Starts and ends of the spans to transcribe, in seconds."""
+    hallucination_silence_threshold: float | None = None
+    """Pause in seconds around segments that are left out if their words look invented."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -95,9 +103,10 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     values = {name: value for name, value in form.items() if isinstance(value, str)}
     model = values.get("model") or config.names[0]
     check_model_name(model, config)
+    languages = _languages(form, config)
     request = AudioRequest(
         task,
-        _language(values, "language", config) or config.language,
+        _language(values, "language", config) or (None if languages else config.language),
         _language(values, "to_language", config),
         values.get("prompt", "").strip(),
         _choice(values, "response_format", FORMATS, "json"),
@@ -107,6 +116,9 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
         config.adapters.get(model, 0),
         *_vad(values, config),
         _channel(values),
+        languages,
+        _clips(form),
+        _threshold(values),
     )
     _check_combination(values, request, "include[]" in form)
     return file, request
@@ -132,6 +144,8 @@ def _check_combination(values: Mapping[str, str], request: AudioRequest, include
     if "word" in request.granularities and request.response_format != "verbose_json" and not request.stream:
         text = "times of words need response_format verbose_json, or stream"
         raise ApiError(400, text, "timestamp_granularities[]")
+    if request.language and request.languages:
+        raise ApiError(400, "'language' names one language, and 'languages' several: leave one out", "languages")
     if includes:
         raise ApiError(400, "'include[]' is not supported", "include[]")
 
@@ -165,6 +179,44 @@ def _vad(values: Mapping[str, str], config: ServiceConfig) -> tuple[Vad | None, 
         for theirs, ours in names.items():
             text = text.replace(f"VAD {ours}", theirs)
         raise ApiError(400, f"{field}: {text}", field) from None
+
+
+def _several(form: FormData, name: str) -> list[str]:
+    """Return the values of a field that may be sent several times, or once with commas."""
+    given = [str(one) for field in (name, f"{name}[]") for one in form.getlist(field)]
+    return [part for one in given for part in one.split(",") if part.strip()]
+
+
+def _languages(form: FormData, config: ServiceConfig) -> tuple[str, ...]:
+    assert config.tokenizer is not None
+    try:
+        language, several = read_languages(config.tokenizer, _several(form, "languages"))
+        return several or ((spoken_language(config.tokenizer, language),) if language else ())
+    except ConfigError as error:
+        raise ApiError(400, f"languages: {error}", "languages") from None
+
+
+def _clips(form: FormData) -> tuple[float, ...]:
+    given = _several(form, "clip_timestamps")
+    try:
+        return TranscribeConfig(clip_timestamps=tuple(map(float, given))).clip_timestamps
+    except ConfigError as error:
+        raise ApiError(400, str(error), "clip_timestamps") from None
+    except ValueError:
+        text = f"clip_timestamps {','.join(given)[:40]!r} are not seconds, separated by commas"
+        raise ApiError(400, text, "clip_timestamps") from None
+
+
+def _threshold(values: Mapping[str, str]) -> float | None:
+    name = "hallucination_silence_threshold"
+    if not (text := values.get(name)):
+        return None
+    try:
+        return TranscribeConfig(hallucination_silence_threshold=float(text)).hallucination_silence_threshold
+    except ConfigError as error:
+        raise ApiError(400, str(error), name) from None
+    except ValueError:
+        raise ApiError(400, f"{name} {text[:40]!r} is not a number", name) from None
 
 
 def _channel(values: Mapping[str, str]) -> Channel:

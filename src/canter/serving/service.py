@@ -336,13 +336,16 @@ class Service:
 
         Subtitles need the times of words, if the model has them: their cues end with sentences.
         """
-        cues = fields.response_format in SUBTITLES
+        cues = fields.response_format in SUBTITLES or fields.hallucination_silence_threshold is not None
         config = TranscribeConfig(
             "word" if cues and self.engine.aligns else fields.timestamps,
             fields.chunk_seconds,
             vad=fields.vad or self.config.vad,
             vad_options=fields.vad_options,
             each_channel=fields.channel == "each",
+            languages=fields.languages,
+            clip_timestamps=fields.clip_timestamps,
+            hallucination_silence_threshold=fields.hallucination_silence_threshold,
         )
         return self._transcribers.get(config) or Transcriber(self.engine, self.tokenizer, config)
 
@@ -360,6 +363,9 @@ class Service:
             raise ApiError(400, text, "language", "missing_language")
         if source and languages and source not in languages:
             raise ApiError(400, f"language {source!r} is not one of the model's: {known}", "language")
+        if fields.hallucination_silence_threshold is not None and not self.engine.aligns:
+            text = "this model has no times of words, which hallucination_silence_threshold needs"
+            raise ApiError(400, text, "hallucination_silence_threshold")
         if fields.timestamps == "word" and not self.engine.aligns:
             raise ApiError(400, "this model has no times of words", "timestamp_granularities[]")
         if fields.temperature and "cached_decoding" not in self.engine.model.supports:
@@ -415,7 +421,7 @@ class Service:
                 if len(recordings) > 1:
                     final = merger.add(recording.part, final, recording.final_until)
                 parts = [part for one in recordings for part in one.languages]
-                detected, probability = detected_language(self.tokenizer, parts) or (None, None)
+                detected, probability = detected_language(transcriber.among, parts) or (None, None)
                 language = fields.language or detected or next(iter(self.tokenizer.languages), None)
                 yield TranscriptUpdate(final, language, outcome.timing, probability)
             self.metrics.audio.inc(audio.seconds * audio.channels)

@@ -42,7 +42,14 @@ TRANSCRIBING = ("cohere",)
 """Formats of models that write the language spoken only."""
 FLAGS = ("pnc", "itn", "timestamp", "diarize")
 CONTEXTS = ("decodercontext", "prevtext")
+"""Slots of text that precedes a recording."""
 LANGUAGES = ("source_lang", "target_lang")
+
+
+def format_of(tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """Return the tokens and slots of the prompts of a tokenizer; empty where they are not known."""
+    slots: tuple[str, ...] | None = getattr(tokenizer, "prompt_slots", None)
+    return slots or FORMATS.get(getattr(tokenizer, "prompt_format", ""), ())
 
 
 def utterance_slots(utterance: Utterance) -> dict[str, str]:

@@ -13,7 +13,7 @@ from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.files import write_text
 from canter.text.languages import same
-from canter.text.prompts import TASKS, prompt_ids, utterance_slots
+from canter.text.prompts import FORMATS, TASKS, prompt_ids, utterance_slots
 from canter.untrusted import Json, read_json_value, read_limited
 
 FILE = "tokenizer.json"
@@ -75,6 +75,10 @@ class WhisperTokenizer:
     @property
     def detects_language(self) -> bool:
         return self.multilingual
+
+    @property
+    def prompt_slots(self) -> tuple[str, ...]:
+        return FORMATS["whisper" if self.multilingual else "whisper_english"]
 
     @property
     def fingerprint(self) -> str:

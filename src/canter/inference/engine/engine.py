@@ -72,6 +72,23 @@ def default_rows(model: AnyModel, device: torch.device, joint: bool = False) -> 
     return max(MIN_ROWS, min(most, room // row))
 
 
+def suppressed_tokens(model: AnyModel, end: int, asked: Sequence[int]) -> list[int]:
+    """Return the ids of tokens that a model never chooses, from those that a user asks for (see `EngineConfig`).
+
+    Raises ConfigError for ids that are none of a token, and for the end token.
+    """
+    usual = cast("list[int]", model.generation.get("suppress_tokens") or [])
+    for token in asked:
+        if token != -1 and not 0 <= token < model.vocabulary:
+            raise ConfigError(f"suppress_tokens: {token} is no token; the model's are 0 to {model.vocabulary - 1:,}")
+        if token == end:
+            raise ConfigError(f"suppress_tokens: {token} ends a transcript and cannot be suppressed")
+    tokenizer = model.tokenizer
+    special = [] if tokenizer is None else [one for one in usual if not tokenizer.decode([one])]
+    given = [token for token in asked if token != -1]
+    return sorted({*given, *special, *(usual if -1 in asked else ())})
+
+
 class Timer:
     """Stopwatch of the engine's stages. On a GPU it takes the time between two CUDA events, and does not wait for the
     device before `collect`."""
@@ -184,7 +201,8 @@ class Engine:
         self.frames = self.config.frames or default_frames(model, self.device)
         self.counters = Counters(slots=self.rows)
         self.gpu = self.device.type == "cuda"
-        self.rules = Rules(model.generation, end, self.device)
+        never = suppressed_tokens(model, end, self.config.suppress_tokens)
+        self.rules = Rules({**model.generation, "suppress_tokens": never}, end, self.device)
         # The encoder's kernels fill the device; in its stream, each short one of the decoder would queue behind them.
         self.side = torch.cuda.Stream(self.device) if self.gpu else None
         self.front = torch.cuda.Stream(self.device, priority=-1) if self.gpu else None
@@ -200,6 +218,30 @@ class Engine:
         batches = encoder_batches(frames, self.frames)
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
         return [replace(found[number], key=item.key) for number, item in enumerate(requests)]
+
+    @torch.inference_mode()
+    def detect(self, batches: Iterable[list[Request]]) -> Iterator[Hypothesis]:
+        """Yield hypotheses with the probabilities of the requests' languages and without tokens: each takes the encoder
+        and one step of the decoder."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            for batch in filter(None, batches):
+                begun = time.perf_counter()
+                if self.front:
+                    self.front.wait_stream(torch.cuda.current_stream(self.device))
+                rows = self._encode(batch)
+                with on_stream(self.front):
+                    self._await(rows)
+                    found = self._detect([(row, row.encoding.states) for row in rows])
+                self.counters.utterances += len(batch)
+                self.counters.audio_seconds += sum(len(one.audio) for one in batch) / self.model.sample_rate
+                self.counters.seconds += time.perf_counter() - begun
+                for row, probabilities in zip(rows, found):
+                    yield Hypothesis(row.request.key, [], True, languages=tuple(probabilities))
+        finally:
+            self.model.train(training)
+            self.timer.collect(wait=True)
 
     def run(
         self, batches: Iterable[list[Request]], cancelled: Callable[[Hashable], bool] | None = None
@@ -647,6 +689,8 @@ def engine_for(model: AnyModel, end: int, config: EngineConfig) -> Engine:
     """
     if "cached_decoding" in model.supports:
         return Engine(cast(SpeechModel, model), end, config)
+    if config.suppress_tokens != EngineConfig.suppress_tokens:
+        raise ConfigError("--suppress-tokens: another library decodes this model, by its own rules; leave it out")
     if config.ctc_weight:
         raise ConfigError("--ctc-weight: another library decodes this model, by attention only; leave it out")
     return cast(_WithEngine, model).engine(end, config)

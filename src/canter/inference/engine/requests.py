@@ -40,6 +40,9 @@ class EngineConfig:
     ctc_weight: float = 0.0
     """Weight w of CTC in joint decoding, (1 - w) log p_attention + w log p_CTC; 0 is attention only. It needs a model
     with a CTC head and requests without a temperature."""
+    suppress_tokens: tuple[int, ...] = (-1,)
+    """Ids of tokens that are never chosen; -1 stands for those in the model's generation settings. Special tokens among
+    these are suppressed in any case."""
     graphs: bool = True
     """Capture decoder steps as CUDA graphs on a GPU."""
 

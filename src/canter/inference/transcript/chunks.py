@@ -3,7 +3,8 @@
 Audio arrives in blocks and chunks leave as they are found, so a file of hours needs the memory of a few windows.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -94,6 +95,22 @@ def split_audio(
         if not further and not speech[end:].any():  # analysed separately it might pass for speech
             finished = frames
         ahead, done, carried = ahead[finished * size :], done + finished, again
+
+
+def clipped(blocks: Iterable[np.ndarray], bounds: Sequence[float], rate: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield what lies in spans of audio (S,), given in blocks, with the number of the span.
+
+    ``bounds`` are the starts and ends of the spans in increasing seconds; without an end the last span is open.
+    """
+    ends = [*bounds[1::2], math.inf][: (len(bounds) + 1) // 2]
+    place = 0
+    for block in blocks:
+        for number, (start, end) in enumerate(zip(bounds[::2], ends)):
+            first = max(round(start * rate), place)
+            last = place + len(block) if end == math.inf else min(round(end * rate), place + len(block))
+            if first < last:
+                yield number, block[first - place : last - place]
+        place += len(block)
 
 
 def _divided(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

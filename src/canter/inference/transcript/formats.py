@@ -27,6 +27,7 @@ from canter.redaction import redacted
 SUFFIXES = {"nemo": ".jsonl", "txt": ".txt", "srt": ".srt", "vtt": ".vtt", "tsv": ".tsv", "json": ".json"}
 FORMATS = tuple(SUFFIXES)
 SUBTITLES = ("srt", "vtt")
+SHOWN_LANGUAGES = 3  # most probable languages in a line of text
 
 
 def timestamp(seconds: float, *, hours: bool, comma: bool = False) -> str:
@@ -301,6 +302,34 @@ def _line(transcription: Transcription) -> str:
     if any(segment.channel is not None for segment in transcription.segments):
         return " ".join(" ".join(map(labelled, transcription.segments)).split())
     return " ".join(transcription.text.split())
+
+
+def render_languages(items: Sequence[Item], transcriptions: Sequence[Transcription], kind: str) -> Iterator[str]:
+    """Yield the parts of a file with the detected languages of all recordings: a line each for ``txt``, with the most
+    probable ones, and for ``nemo``, or an object (of several recordings a list) for ``json``."""
+    pairs = list(zip(items, transcriptions))
+    if kind == "txt":
+        for item, found in pairs:
+            likely = [
+                f"{code} {probability:.3f}" for code, probability in found.language_probabilities[:SHOWN_LANGUAGES]
+            ]
+            yield f"{item.path}: {found.error or ', '.join(likely) or 'no speech'}\n"
+        return
+    rows = [_languages_row(*pair) for pair in pairs]
+    if kind == "nemo":
+        yield from (json_text(row) + "\n" for row in rows)
+    else:
+        yield json_text(rows[0] if len(rows) == 1 else rows, indent=2) + "\n"
+
+
+def _languages_row(item: Item, transcription: Transcription) -> dict[str, object]:
+    row = result_row(item, transcription)
+    row.pop("pred_text", None)
+    if transcription.error is None:
+        every = {code: round(probability, 6) for code, probability in transcription.language_probabilities}
+        row |= {"language": transcription.language, "language_probability": None} | _language_fields(transcription)
+        row["language_probabilities"] = every
+    return row
 
 
 def check_renderable(utterances: int, kind: str) -> None:

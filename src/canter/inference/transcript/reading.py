@@ -33,6 +33,7 @@ MUCH_SPEECH = 5.0  # minimum seconds of speech in a segment to call its text spa
 LONG_SILENCE = 0.5  # minimum seconds of silence to trim from the times of a segment
 AROUND = 0.1  # seconds of silence that stay
 MIN_WINDOW = 0.5  # minimum seconds before and after the last timestamp to decode from there
+EDGE = 2.0  # seconds at the start and the end of a chunk that count as silence around an anomalous segment
 SAME_TIME = 1.0  # maximum difference in seconds between the times of a word in two overlapping chunks
 
 
@@ -279,6 +280,46 @@ def _in_speech(segment: Segment, places: np.ndarray) -> Segment:
         elif words:
             end = max(end, words[-1].end)
     return replace(segment, start=start, end=end, words=tuple(words))
+
+
+def is_anomalous(segment: Segment) -> bool:
+    """Return True for a segment whose words look invented.
+
+    The first eight words count, without punctuation: 1 for a probability below 0.15, 15 per second by which a word is
+    shorter than 0.133 s, 1 per second by which it is longer than 2 s. A segment is anomalous at 3, or at 1 per word
+    (openai-whisper 20250625, ``transcribe.py``).
+    """
+    words = [word for word in segment.words if _plain(word.text)][:8]
+    score = 0.0
+    for word in words:
+        seconds = word.end - word.start
+        score += (word.probability < 0.15) + 15 * max(0.0, 0.133 - seconds) + max(0.0, seconds - 2.0)
+    return bool(words) and (score >= 3 or score + 0.01 >= len(words))
+
+
+def without_hallucinations(segments: Sequence[Segment], seconds: float, threshold: float) -> list[Segment]:
+    """Return the segments of a chunk of ``seconds`` without anomalous ones between silence.
+
+    Silence is a pause of more than ``threshold`` seconds, or less than 2 s between the segment and the start or the end
+    of the chunk; another anomalous segment after it counts as silence (openai-whisper 20250625, ``transcribe.py``,
+    which also decodes on from there).
+    """
+    kept: list[Segment] = []
+    last = 0.0
+    for place, segment in enumerate(segments):
+        following = segments[place + 1] if place + 1 < len(segments) else None
+        starts = following.start if following else seconds
+        before = segment.start - last > threshold or segment.start < max(threshold, EDGE)
+        after = (
+            starts - segment.end > threshold
+            or (following is not None and is_anomalous(following))
+            or seconds - segment.end < EDGE
+        )
+        if before and after and is_anomalous(segment):
+            continue
+        kept.append(segment)
+        last = segment.end
+    return kept
 
 
 def _stamped_spans(
