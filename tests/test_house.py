@@ -19,8 +19,8 @@ SUBJECT_COLUMNS = 72
 # The next two are --augment.noise and --augment.rir, which name data; the other settings of noise are file-only.
 # The last six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
 # is named, and convert --merge.
-# The five after these are the options of voice activity detection, and --channel.
-MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 136}
+# The ten after these are the options of voice activity detection, --channel, and those of faster-whisper's names.
+MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 141}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",
     "Any in public signatures": "annotate with the real type, a Protocol or a type variable",
