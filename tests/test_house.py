@@ -19,7 +19,9 @@ SUBJECT_COLUMNS = 72
 # The next two are --augment.noise and --augment.rir, which name data; the other settings of noise are file-only.
 # The last six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
 # is named, and convert --merge.
-# The five after these are the options of voice activity detection, and --channel.
+# The ten after these are the options of voice activity detection, --channel, and those of faster-whisper's names; the
+# seven then those of hot words, log probabilities, N-best texts, --allowed-origins, --drain-seconds and
+# --max-beam-size.
 MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 148}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",

@@ -36,7 +36,7 @@ def small_model(seed: int = 0, **changes) -> SpeechModel:
     return model
 
 
-def small_whisper():
+def small_whisper(vocabulary: int = 50):
     """Whisper's shape, without padding to 30 s."""
     return small_model(
         features=WhisperFeatureConfig(mels=32, pad_seconds=0.0),
@@ -46,7 +46,7 @@ def small_whisper():
             width=32,
             heads=4,
             feedforward=64,
-            vocabulary=50,
+            vocabulary=vocabulary,
             positions=64,
             learned_positions=True,
             embedding_norm=False,

@@ -15,7 +15,7 @@ from canter.models.features import EspnetFeatureConfig
 from canter.models.formats.seamless import read_seamless
 from canter.models.model import ENCODERS, SUPPORTED, SpeechModel, part_kind
 from canter.models.protocol import AnyModel, Capability, check_support, module_of
-from canter.text import train_tokenizer
+from canter.text import WhisperTokenizer, train_tokenizer
 from canter.text.owsm import NEEDED, OwsmTokenizer
 
 from .conftest import small_model, small_whisper
@@ -49,15 +49,16 @@ def test_the_page_lists_every_format():
         assert f"| `{name}` | {kept.files}" in PAGE
 
 
-def sample(kind: str, folder: Path) -> SpeechModel:
+def sample(kind: str, folder: Path, whisper_bytes) -> SpeechModel:
     """Return a small model with an encoder of this kind, a tokenizer, and a CTC head where its layout has one."""
     if kind == "w2v_bert":
         from .formats.small_seamless import save_theirs, small_theirs, small_tokenizer
 
         return read_seamless(save_theirs(small_theirs(), folder / "seamless", small_tokenizer()))
     if kind == "whisper":
-        model = small_whisper()
-        model.tokenizer = train_tokenizer(TEXT, languages=["en"], vocab_size=40)
+        tokenizer = WhisperTokenizer(whisper_bytes("en", "de").to_str())
+        model = small_whisper(tokenizer.vocab_size)
+        model.tokenizer = tokenizer
         return model
     sizes = {"layers": 1, "width": 16, "heads": 2, "feedforward": 32, "mels": 32, "subsampling_channels": 4}
     known = {field.name for field in fields(ENCODERS[kind])}
@@ -69,7 +70,7 @@ def sample(kind: str, folder: Path) -> SpeechModel:
         return model
     pieces = train_tokenizer(TEXT, languages=["en"], vocab_size=40).models[""]
     times = [f"<{step * 0.02:.2f}>" for step in range(1501)]
-    tokenizer = OwsmTokenizer([*NEEDED[:4], "<eng>", *NEEDED[4:6], *times, "▁", *NEEDED[8:]], pieces)
+    tokenizer = OwsmTokenizer([*NEEDED[:4], "<eng>", "<deu>", *NEEDED[4:6], *times, "▁", *NEEDED[8:]], pieces)
     size = tokenizer.vocab_size
     decoder = replace(decoder, vocabulary=size, tied=False)
     features = EspnetFeatureConfig(mels=32)
@@ -87,7 +88,7 @@ def holds(model: SpeechModel, form: str, folder: Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*auxiliary CTC head")
-def test_the_page_says_what_models_support(tmp_path):
+def test_the_page_says_what_models_support(tmp_path, whisper_bytes):
     """The table, of the registered encoders and the adapter: on a difference, copy the one that this test shows."""
     pytest.importorskip("transformers")
     from canter.integrations.transformers import TransformersModel
@@ -96,7 +97,7 @@ def test_the_page_says_what_models_support(tmp_path):
 
     adapted = built("moonshine")
     theirs = TransformersModel(adapted.model, adapted.extractor, word_tokenizer(eos_token="</s>"))
-    models = {kind: sample(kind, tmp_path) for kind in ENCODERS}
+    models = {kind: sample(kind, tmp_path, whisper_bytes) for kind in ENCODERS}
     columns = {f"`{kind}`": abilities(model, native=True) for kind, model in models.items()}
     columns["transformers"] = abilities(theirs, native=FORMATS["transformers"].native)
     names = list(columns["transformers"])

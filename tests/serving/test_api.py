@@ -245,6 +245,24 @@ def test_channels_are_merged_in_order_of_time(client, live):
     assert live.quiet()
 
 
+def test_a_request_names_languages_and_clips(polyglot, spoken_tones):
+    """English, then Spanish after 4 s; French is never found unless it is one of two."""
+    file = ("two.wav", wav(spoken_tones("ee  ss", pause=0.3)))
+    with running(polyglot) as live, client_of(live) as client:
+
+        def language(**extra) -> str:
+            asked = {"model": "small", "file": file, "response_format": "verbose_json"}
+            return client.audio.transcriptions.create(**asked, extra_body=extra).language
+
+        assert language(clip_timestamps="0,2.6") == "en"
+        assert language(clip_timestamps=[5.2]) == "es"
+        assert language(clip_timestamps="0,2.6", languages=["fr", "es"]) in ("fr", "es")
+        assert language(clip_timestamps="0,2.6", languages="es") == "es"
+        with pytest.raises(openai.BadRequestError, match="'languages' several: leave one out"):
+            language(language="en", languages=["en", "es"])
+        assert language(hallucination_silence_threshold=1.0, clip_timestamps="0,2.6") == "en"
+
+
 def test_all_channels_count_for_the_limit(model):
     samples = np.zeros((16000 * 4, 2), np.float32)
     with running(model, max_seconds=5.0) as live, client_of(live) as client:
@@ -386,6 +404,15 @@ def test_models(client):
             openai.BadRequestError,
             "1.wav has no channel 1: it has 1, counted",
             "channel",
+        ),
+        ({"extra_body": {"languages": ["en", "de"]}}, openai.BadRequestError, "cannot detect which of", "languages"),
+        ({"extra_body": {"clip_timestamps": "5,3"}}, openai.BadRequestError, "must be increasing", "clip_timestamps"),
+        ({"extra_body": {"clip_timestamps": "a"}}, openai.BadRequestError, "are not seconds", "clip_timestamps"),
+        (
+            {"extra_body": {"hallucination_silence_threshold": "x"}},
+            openai.BadRequestError,
+            "'x' is not a number",
+            "hallucination_silence_threshold",
         ),
         ({"extra_body": {"channel": "left"}}, openai.BadRequestError, "must be each, mix, or the number", "channel"),
         ({"extra_body": {"vad_filter": "maybe"}}, openai.BadRequestError, "'maybe' is not one of", "vad_filter"),

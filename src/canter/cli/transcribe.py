@@ -35,7 +35,7 @@ IDENTITY = {"precision": "precision", "max_repeats": "max_repeats", "beam": "bea
             "audio_track": "audio_track", "vad_threshold": "vad_threshold",
             "vad_min_speech": "vad_min_speech", "vad_min_silence": "vad_min_silence",
             "vad_padding": "vad_padding", "channel": "channel",
-            "language": "language", "detect_language": "detect_language",
+            "detect_language": "detect_language",
             "condition_on_previous_text": "condition_on_previous_text", "clip_timestamps": "clip_timestamps",
             "suppress_tokens": "suppress_tokens",
             "hallucination_silence_threshold": "hallucination_silence_threshold",
@@ -392,9 +392,7 @@ def destination(options: Options) -> tuple[bool, list[str]]:
         raise ConfigError(f"{output}: transcripts are not compressed; name it without .gz")
     if options.detect_language:
         if output and (output.is_dir() or not output.suffix):
-            raise ConfigError(
-                f"--detect-language writes one file, but {output} is a folder: name a .txt or .jsonl file"
-            )
+            raise ConfigError(f"--detect-language writes one file, and {output} is a folder: name one, such as a .txt")
         if kind not in (None, "txt", "json", "nemo") or (output and output.suffix in (".srt", ".vtt", ".tsv")):
             raise ConfigError("--detect-language writes no text to put in subtitles: use --format txt, json or nemo")
     if output is None:
@@ -469,6 +467,7 @@ def identity(checkpoint: Path, options: Options, timestamps: str) -> dict[str, o
         "weights": None if weights is None else int(weights.stat().st_mtime),
         **({} if adapter is None else {"adapter": str(adapter), "matrices": int((adapter / ADAPTER).stat().st_mtime)}),
         "timestamps": timestamps,
+        "languages": options.language if "," in (options.language or "") else None,
         **{name: getattr(options, option) for name, option in IDENTITY.items()},
     }
 

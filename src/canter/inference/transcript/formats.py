@@ -310,10 +310,9 @@ def render_languages(items: Sequence[Item], transcriptions: Sequence[Transcripti
     pairs = list(zip(items, transcriptions))
     if kind == "txt":
         for item, found in pairs:
-            likely = [
-                f"{code} {probability:.3f}" for code, probability in found.language_probabilities[:SHOWN_LANGUAGES]
-            ]
-            yield f"{item.path}: {found.error or ', '.join(likely) or 'no speech'}\n"
+            likely = found.language_probabilities[:SHOWN_LANGUAGES]
+            shown = ", ".join(f"{code} {probability:.3f}" for code, probability in likely)
+            yield f"{item.path}: {found.error or shown or 'no speech'}\n"
         return
     rows = [_languages_row(*pair) for pair in pairs]
     if kind == "nemo":
