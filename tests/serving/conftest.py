@@ -16,6 +16,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 import torch
+import uvicorn
 
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
@@ -80,6 +81,7 @@ class Running:
 
     service: Service
     port: int
+    server: uvicorn.Server
 
     @property
     def url(self) -> str:
@@ -89,7 +91,7 @@ class Running:
         """Wait until no request is inside, and return whether that happened."""
         service = self.service
         return came_about(
-            lambda: not (service.requests or service.scheduler.waiting or service.scheduler.inside), seconds
+            lambda: not (service.requests or any(one.waiting or one.inside for one in service.schedulers)), seconds
         )
 
 
@@ -132,13 +134,13 @@ def running(model: AnyModel, *, rows: int = 16, frames: int = 1024, **settings: 
     config = replace(ServiceConfig(names=("small", "whisper-1"), max_seconds=300.0), **settings)
     service = Service(engine_for(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
     listening = bind("127.0.0.1", 0)
-    server = make_server(create_app(service), config.upload_timeout)
+    server = make_server(create_app(service), config.upload_timeout, config.drain_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         came_about(lambda: server.started or not thread.is_alive())
         assert server.started, f"the service did not come up; its thread {'waits' if thread.is_alive() else 'ended'}"
-        yield Running(service, listening.getsockname()[1])
+        yield Running(service, listening.getsockname()[1], server)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from canter.corpus.manifest import Utterance
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
+from canter.inference.recognizer import Recognizer
 from canter.inference.recording import Transcriber
 from canter.inference.transcribe import transcribe
 from canter.inference.transcript.segments import Segment, Word
@@ -28,7 +30,7 @@ from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
 from canter.serving.service import Audio, Samples, TranscriptUpdate
 
-from .conftest import Running, noise, running, wav
+from .conftest import Running, came_about, held, noise, running, wav
 
 SHARED = os.environ.get("CANTER_SHARED")
 
@@ -364,6 +366,35 @@ def test_models(client):
         ({"language": ""}, openai.BadRequestError, "needs the language of the audio", "language"),
         ({"response_format": "xml"}, openai.BadRequestError, "'xml' is not one of json", "response_format"),
         ({"temperature": 7}, openai.BadRequestError, "not a number from 0 to 1", "temperature"),
+        ({"include": ["words"]}, openai.BadRequestError, "'words' is not logprobs", "include[]"),
+        (
+            {"include": ["logprobs"], "response_format": "text"},
+            openai.BadRequestError,
+            "need response_format",
+            "include[]",
+        ),
+        (
+            {"extra_body": {"beam_size": 6}},
+            openai.BadRequestError,
+            "beam_size '6' is not a number from 1 to 5",
+            "beam_size",
+        ),
+        ({"extra_body": {"beam_size": 1.5}}, openai.BadRequestError, "not a whole number", "beam_size"),
+        ({"extra_body": {"hotwords": "Zürich"}}, openai.BadRequestError, "cannot spell the hot word", "hotwords"),
+        ({"extra_body": {"hotwords": "..."}}, openai.BadRequestError, "neither letters nor digits", "hotwords"),
+        (
+            {"extra_body": {"hotwords": "a", "hotword_weight": 0}},
+            openai.BadRequestError,
+            "from 0.01 to 100",
+            "hotword_weight",
+        ),
+        (
+            {"extra_body": {"top_p": 0.9}},
+            openai.BadRequestError,
+            "which this service cannot do; leave it out or give 1",
+            "top_p",
+        ),
+        ({"extra_body": {"seed": 3}}, openai.BadRequestError, "'seed' is not a field", "seed"),
         ({"stream": True, "response_format": "verbose_json"}, openai.BadRequestError, "use json or text", None),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "'colour' is not a field", "colour"),
         ({"extra_body": {"to_language": "de"}}, openai.BadRequestError, "translations", "to_language"),
@@ -524,6 +555,86 @@ def test_whisper_with_the_openai_client():
             openai.BadRequestError, match=r"'de' \(German\) is not a language of this model; it knows en"
         ):
             client.audio.transcriptions.create(model="whisper-1", file=paths[0], language="de")
+
+
+def test_log_probabilities_as_openai_returns_them(client, expected):
+    asked = {"model": "small", "file": clip(5), "language": "en", "include": ["logprobs"]}
+    found = client.audio.transcriptions.create(**asked)
+    assert found.text == expected[5]
+    assert "".join(one.token for one in found.logprobs).strip() == found.text
+    assert all(one.logprob <= 0 for one in found.logprobs)
+    assert b"".join(bytes(map(int, one.bytes)) for one in found.logprobs).decode().strip() == found.text
+    *deltas, done = client.audio.transcriptions.create(**asked, stream=True)
+    assert [one.token for event in deltas for one in event.logprobs] == [one.token for one in found.logprobs]
+    assert [one.logprob for one in done.logprobs] == [one.logprob for one in found.logprobs]
+    verbose = client.audio.transcriptions.create(**asked, response_format="verbose_json")
+    assert [one["token"] for one in verbose.segments[0].logprobs] == [one.token for one in found.logprobs]
+    assert client.audio.transcriptions.create(model="small", file=clip(5), language="en").logprobs is None
+
+
+def test_beams_hot_words_and_the_guard_are_fields_of_a_request(model, client, expected):
+    """Each answer is that of the same settings in Python, whatever is decoded beside it."""
+    recognizer = Recognizer(model, "small")
+
+    def asked(**more) -> str:
+        return client.audio.transcriptions.create(model="small", file=clip(5), language="en", extra_body=more).text
+
+    def in_python(**more) -> str:
+        return recognizer.transcribe(clip(5)[1], language="en", **more).text
+
+    assert client.audio.transcriptions.create(model="small", file=clip(5), language="en").text == expected[5]
+    words = {"hotwords": "four, eight", "hotword_weight": 20.0}
+    wanted = {
+        "beams": ({"beam_size": 3}, {"beam_size": 3}),
+        "words": (words, words),
+        "both": ({"beam_size": 3, **words}, {"beam_size": 3, **words}),
+        "unguarded": ({"repetition_guard": False}, {"max_repeats": 0}),
+    }
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        found = dict(zip(wanted, pool.map(lambda one: asked(**one[0]), wanted.values())))
+    assert found == {name: in_python(**python) for name, (_, python) in wanted.items()}
+    assert found["words"] != expected[5]
+    assert asked(n=1, top_p=1.0, patience="1.0", stream_include_usage=True, without_timestamps="true") == expected[5]
+
+
+def test_pages_of_allowed_origins_may_call(model):
+    site, other = "https://example.org", "https://other.example"
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    key = {"authorization": "Bearer key"}
+    with running(model, origins=frozenset({site}), keys=frozenset({"key"})) as live, client_of(live) as client:
+        plain, url = client._client, f"{live.url}/v1/models"
+        allowed = plain.options(url, headers={"origin": site, **preflight})
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, site)
+        assert plain.options(url, headers={"origin": other, **preflight}).status_code == 400
+        answer = plain.get(url, headers={"origin": site, **key})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, site)
+        assert plain.get(url, headers={"origin": site}).status_code == 401
+        refused = plain.get(url, headers={"origin": other, **key})
+        assert refused.status_code == 403
+        assert "--allowed-origins https://other.example" in refused.text
+
+
+def test_requests_inside_are_answered_before_the_service_ends(model, expected):
+    with (
+        running(model) as live,
+        ThreadPoolExecutor(1) as pool,
+        client_of(live) as client,
+        held(live.service.engine) as go_on,
+    ):
+        answer = pool.submit(client.audio.transcriptions.create, model="small", file=clip(5), language="en")
+        assert came_about(lambda: live.service.scheduler.inside == 1)
+        live.server.should_exit = True
+
+        def refused() -> bool:
+            try:
+                socket.create_connection(("127.0.0.1", live.port)).close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        assert came_about(refused)
+        go_on()
+        assert answer.result().text == expected[5]
 
 
 def test_requests_of_several_adapters_share_a_batch(model, client, tmp_path):

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from canter import __version__
 from canter.inference.engine.requests import Request as EngineRequest
-from canter.inference.transcript.formats import finite, srt, txt, vtt, whisper_json
+from canter.inference.transcript.formats import finite, logprobs_json, srt, txt, vtt, whisper_json
 from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
@@ -58,6 +58,12 @@ _FORM = {
         "vad_filter": {"type": "boolean"},
         "vad_parameters": {"type": "object"},
         "channel": {"type": "string"},
+        "include[]": {"type": "array", "items": {"enum": ["logprobs"]}},
+        "hotwords": {"type": "string"},
+        "hotword_weight": {"type": "number"},
+        "beam_size": {"type": "integer", "minimum": 1},
+        "fallback": {"type": "boolean"},
+        "repetition_guard": {"type": "boolean"},
         "languages[]": {"type": "array", "items": {"type": "string"}},
         "clip_timestamps": {"type": "string"},
         "hallucination_silence_threshold": {"type": "number"},
@@ -92,7 +98,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        alive = service.scheduler.alive
+        alive = service.alive
         state = {
             "status": "ok" if alive else "down",
             "version": __version__,
@@ -107,7 +113,7 @@ def create_app(service: Service) -> FastAPI:
             "max_bytes": config.max_bytes,
             "longest_seconds": config.max_seconds,
             "requests": service.requests,
-            "waiting": service.scheduler.waiting,
+            "waiting": service.waiting,
         }
         return JSONResponse(state, 200 if alive else 503)
 
@@ -345,12 +351,15 @@ class TranscriptionAnswer:
         if "word" in self.fields.granularities:
             words = [{"word": one.text.strip(), "start": one.start, "end": one.end} for one in segment.words]
             times["words"] = words
-        return {"type": "transcript.text.delta", "delta": delta, "segment": times, "language": self.language}
+        event: dict[str, object] = {"type": "transcript.text.delta", "delta": delta, "segment": times}
+        if self.fields.logprobs:
+            event["logprobs"] = logprobs_json(segment.token_scores)
+        return event | {"language": self.language}
 
     def done(self) -> dict[str, object]:
         """Return OpenAI's last event, with language, duration, timing and subtitles, which are ours."""
         done: dict[str, object] = {"type": "transcript.text.done", "text": self.text, "usage": self._usage}
-        done |= {"language": self.language, "duration": round(self.audio.seconds, 3)} | self._remarks
+        done |= {"language": self.language, "duration": round(self.audio.seconds, 3)} | self._remarks | self._logprobs
         if self.fields.response_format in WRITERS:
             done["subtitles"] = {name: write(self.segments, SENTENCES) for name, write in WRITERS.items()}
         return done | {"timing": self._milliseconds}
@@ -366,7 +375,7 @@ class TranscriptionAnswer:
         if kind in WRITERS:
             return PlainTextResponse(WRITERS[kind](self.segments, SENTENCES), headers=headers)
         if kind == "json":
-            return JSONResponse({"text": self.text, "usage": self._usage}, headers=headers)
+            return JSONResponse({"text": self.text, "usage": self._usage} | self._logprobs, headers=headers)
         language, translated = self.language or default_language, self.fields.task == "translate"
         value = {"task": self.fields.task, "duration": round(self.audio.seconds, 3)}
         value |= whisper_json(self.text, self.segments, language) | self._remarks
@@ -379,6 +388,13 @@ class TranscriptionAnswer:
                 del value["segments"]
         value |= {"usage": self._usage, "timing": self._milliseconds}
         return JSONResponse(finite(value), headers=headers)
+
+    @property
+    def _logprobs(self) -> dict[str, object]:
+        """Log probabilities of all tokens, if they were asked for."""
+        if not self.fields.logprobs:
+            return {}
+        return {"logprobs": logprobs_json(score for segment in self.segments for score in segment.token_scores)}
 
     @property
     def _usage(self) -> dict[str, object]:

@@ -1,13 +1,14 @@
 """Fields and errors of OpenAI's audio API."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.datastructures import FormData, UploadFile
 
 from canter.errors import CanterError, ConfigError
+from canter.inference.hotwords import WEIGHT, Phrases
 from canter.inference.inputs import Channel, read_channel
 from canter.inference.languages import read_languages, spoken_language
 from canter.inference.recording import TranscribeConfig
@@ -22,8 +23,17 @@ FIELDS = {
     "file", "model", "language", "to_language", "prompt", "response_format", "temperature", "stream",
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
     "vad_filter", "vad_parameters", "channel", "languages", "languages[]", "clip_timestamps", "clip_timestamps[]",
-    "hallucination_silence_threshold",
+    "hallucination_silence_threshold", "hotwords", "hotword_weight", "beam_size", "fallback", "repetition_guard",
 }  # fmt: skip
+NEUTRAL = {
+    "n": ("1",), "best_of": ("1",), "use_beam_search": ("false", "0"), "stream_include_usage": ("true", "1"),
+    "stream_continuous_usage_stats": ("false", "0"), "top_p": ("1",), "top_k": ("0", "-1"), "min_p": ("0",),
+    "frequency_penalty": ("0",), "presence_penalty": ("0",), "repetition_penalty": ("1",), "length_penalty": ("1",),
+    "patience": ("1",), "no_repeat_ngram_size": ("0",), "without_timestamps": ("true", "1"),
+    "condition_on_previous_text": ("false", "0"), "suppress_tokens": ("-1",), "suppress_blank": ("true", "1"),
+    "multilingual": ("false", "0"), "log_progress": ("true", "1", "false", "0"),
+}  # fmt: skip
+"""Fields of the clients of vLLM, speaches and faster-whisper that are accepted with the value which changes nothing."""
 OBJECTS = ("chunking_strategy", "vad_parameters")
 """Fields whose value is an object: JSON, or a field for each member, ``chunking_strategy[threshold]``."""
 SERVER_VAD = {
@@ -83,6 +93,15 @@ class AudioRequest:
     """Starts and ends of the spans to transcribe, in seconds."""
     hallucination_silence_threshold: float | None = None
     """Pause in seconds around segments that are left out if their words look invented."""
+    hotwords: Phrases | None = None
+    """Phrases to prefer."""
+    logprobs: bool = False
+    """Answer with the log probability of every token."""
+    beam_size: int = 1
+    fallback: bool = True
+    """Decode repetitive or unlikely text again at higher temperatures (Whisper only)."""
+    guarded: bool = True
+    """Apply the guard against repetition."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -94,9 +113,15 @@ class AudioRequest:
 
 def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, AudioRequest]:
     """Return the file and the fields of a form. Raise ApiError, naming the field and its value, for what is invalid."""
-    unknown = sorted(name for name in form.keys() - FIELDS if name.partition("[")[0] not in OBJECTS)
-    if unknown:
-        raise ApiError(400, f"{unknown[0]!r} is not a field of this service", unknown[0], "unknown_parameter")
+    for name in sorted(form.keys() - FIELDS):
+        if name.partition("[")[0] in OBJECTS:
+            continue
+        given = str(form[name])
+        if name not in NEUTRAL:
+            raise ApiError(400, f"{name[:80]!r} is not a field of this service", name, "unknown_parameter")
+        if not _is_neutral(given, NEUTRAL[name]):
+            text = f"{name} is {given[:40]!r}, which this service cannot do; leave it out or give {NEUTRAL[name][0]}"
+            raise ApiError(400, text, name, "unsupported_parameter")
     file = form.get("file")
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
@@ -104,23 +129,31 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     model = values.get("model") or config.names[0]
     check_model_name(model, config)
     languages = _languages(form, config)
+    vad, vad_options, chunk_seconds = _vad(values, config)
     request = AudioRequest(
         task,
         _language(values, "language", config) or (None if languages else config.language),
-        _language(values, "to_language", config),
-        values.get("prompt", "").strip(),
-        _choice(values, "response_format", FORMATS, "json"),
-        _temperature(values),
-        _flag(values, "stream"),
-        _granularities(form),
-        config.adapters.get(model, 0),
-        *_vad(values, config),
-        _channel(values),
-        languages,
-        _clips(form),
-        _threshold(values),
+        to_language=_language(values, "to_language", config),
+        prompt=values.get("prompt", "").strip(),
+        response_format=_choice(values, "response_format", FORMATS, "json"),
+        temperature=_number(values, "temperature", 0.0, 0.0, 1.0),
+        stream=_flag(values, "stream"),
+        granularities=_granularities(form),
+        adapter=config.adapters.get(model, 0),
+        vad=vad,
+        vad_options=vad_options,
+        chunk_seconds=chunk_seconds,
+        channel=_channel(values),
+        languages=languages,
+        clip_timestamps=_clips(form),
+        hallucination_silence_threshold=_threshold(values),
+        hotwords=_hotwords(form, values),
+        logprobs=_includes_logprobs(form),
+        beam_size=_beam_size(values, config),
+        fallback=_flag(values, "fallback", "true"),
+        guarded=_flag(values, "repetition_guard", "true"),
     )
-    _check_combination(values, request, "include[]" in form)
+    _check_combination(request)
     return file, request
 
 
@@ -132,7 +165,7 @@ def check_model_name(name: str, config: ServiceConfig) -> None:
         raise ApiError(404, text, "model", "model_not_found")
 
 
-def _check_combination(values: Mapping[str, str], request: AudioRequest, includes: bool) -> None:
+def _check_combination(request: AudioRequest) -> None:
     """Raise ApiError for a field that would be ignored."""
     if request.task == "transcribe" and request.to_language:
         raise ApiError(400, "'to_language' is for /v1/audio/translations", "to_language")
@@ -146,8 +179,9 @@ def _check_combination(values: Mapping[str, str], request: AudioRequest, include
         raise ApiError(400, text, "timestamp_granularities[]")
     if request.language and request.languages:
         raise ApiError(400, "'language' names one language, and 'languages' several: leave one out", "languages")
-    if includes:
-        raise ApiError(400, "'include[]' is not supported", "include[]")
+    if request.logprobs and request.response_format not in ("json", "verbose_json"):
+        text = "log probabilities need response_format json or verbose_json, or stream with json"
+        raise ApiError(400, text, "include[]")
 
 
 def _vad(values: Mapping[str, str], config: ServiceConfig) -> tuple[Vad | None, VadOptions, float | None]:
@@ -284,15 +318,48 @@ def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> st
         raise ApiError(400, f"{name}: {error}", name) from None
 
 
-def _temperature(values: Mapping[str, str]) -> float:
-    value = values.get("temperature") or "0"
+def _number(values: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+    value = values.get(name) or f"{default:g}"
     try:
         number = float(value)
     except ValueError:
-        number = -1.0
-    if not 0.0 <= number <= 1.0:
-        raise ApiError(400, f"temperature {value[:40]!r} is not a number from 0 to 1", "temperature")
+        number = float("nan")
+    if not low <= number <= high:
+        raise ApiError(400, f"{name} {value[:40]!r} is not a number from {low:g} to {high:g}", name)
     return number
+
+
+def _beam_size(values: Mapping[str, str], config: ServiceConfig) -> int:
+    number = _number(values, "beam_size", 1, 1, config.max_beam_size)
+    if number != int(number):
+        raise ApiError(400, f"beam_size {values['beam_size'][:40]!r} is not a whole number", "beam_size")
+    return int(number)
+
+
+def _hotwords(form: FormData, values: Mapping[str, str]) -> Phrases | None:
+    """Return the phrases of the field ``hotwords``: separated by commas, or one in each of several fields."""
+    weight = _number(values, "hotword_weight", WEIGHT, 0.01, 100.0)
+    given = [part for one in form.getlist("hotwords") for part in str(one).split(",")]
+    if not any(part.strip() for part in given):
+        return None
+    try:
+        return Phrases.of(given, weight)
+    except ConfigError as error:
+        raise ApiError(400, str(error), "hotwords") from None
+
+
+def _includes_logprobs(form: FormData) -> bool:
+    given = {str(one) for one in form.getlist("include[]")}
+    for other in sorted(given - {"logprobs"}):
+        raise ApiError(400, f"include[] {other[:40]!r} is not logprobs", "include[]")
+    return bool(given)
+
+
+def _is_neutral(given: str, neutral: Sequence[str]) -> bool:
+    try:
+        return any(float(given) == float(one) for one in neutral)
+    except ValueError:
+        return given.lower() in neutral or not given
 
 
 def _granularities(form: FormData) -> tuple[str, ...]:

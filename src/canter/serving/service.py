@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 from canter.corpus.audio import audio_blocks, audio_info
 from canter.corpus.manifest import Utterance
 from canter.errors import AudioError, ConfigError
-from canter.inference.engine.engine import Engine
+from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import Request
 from canter.inference.languages import (
     detected_language,
@@ -108,27 +108,26 @@ class TranscriptUpdate:
 
 
 class _EngineCounters(Collector):
-    """Collector that reads the engine's counters when Prometheus asks for them."""
+    """Collector that reads the counters of all engines when Prometheus asks for them."""
 
-    def __init__(self, scheduler: Scheduler):
-        self._scheduler = scheduler
+    def __init__(self, service: "Service"):
+        self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        counters = self._scheduler.engine.counters
+        counters = [scheduler.engine.counters for scheduler in self._service.schedulers]
         stages = CounterMetricFamily(
             "canter_stage_seconds", "Seconds that the engine spent in a stage.", labels=["stage"]
         )
-        stages.add_metric(["features"], counters.feature_seconds)
-        stages.add_metric(["encoder"], counters.encoder_seconds)
-        stages.add_metric(["decoder"], counters.decoder_seconds)
+        for stage, name in (("features", "feature"), ("encoder", "encoder"), ("decoder", "decoder")):
+            stages.add_metric([stage], sum(getattr(one, f"{name}_seconds") for one in counters))
         yield stages
-        for name, text, value in (
-            ("canter_tokens", "Tokens decoded.", counters.tokens),
-            ("canter_decoder_steps", "Steps of the decoder.", counters.steps),
-            ("canter_decoder_rows", "Rows computed, summed over decoder steps.", counters.row_steps),
-            ("canter_decoder_useful_rows", "Computed rows that had not ended.", counters.useful_row_steps),
+        for name, text, counter in (
+            ("canter_tokens", "Tokens decoded.", "tokens"),
+            ("canter_decoder_steps", "Steps of the decoder.", "steps"),
+            ("canter_decoder_rows", "Rows computed, summed over decoder steps.", "row_steps"),
+            ("canter_decoder_useful_rows", "Computed rows that had not ended.", "useful_row_steps"),
         ):
-            yield CounterMetricFamily(name, text, value=value)
+            yield CounterMetricFamily(name, text, value=sum(getattr(one, counter) for one in counters))
 
 
 class Metrics:
@@ -148,11 +147,15 @@ class Metrics:
         for name, text, value in (
             ("canter_requests_inside", "Requests in the service.", lambda: service.requests),
             ("canter_audio_seconds_inside", "Seconds of audio in the service.", lambda: service.seconds),
-            ("canter_pieces_waiting", "Chunks of audio that wait for the engine.", lambda: service.scheduler.waiting),
-            ("canter_pieces_inside", "Chunks of audio in the engine.", lambda: service.scheduler.inside),
+            ("canter_pieces_waiting", "Chunks of audio that wait for the engine.", lambda: service.waiting),
+            (
+                "canter_pieces_inside",
+                "Chunks of audio in the engine.",
+                lambda: sum(one.inside for one in service.schedulers),
+            ),
         ):
             Gauge(name, text, registry=registry).set_function(value)
-        registry.register(_EngineCounters(service.scheduler))
+        registry.register(_EngineCounters(service))
         ProcessCollector(registry=registry)
 
     def text(self) -> bytes:
@@ -184,6 +187,7 @@ class Service:
         self.seconds = 0.0
         self.started = int(time.time())
         self.scheduler = Scheduler(engine)
+        self._of_beams: dict[int, Scheduler] = {}
         self.metrics = Metrics(self)
         self._readers = ThreadPoolExecutor(config.readers, thread_name_prefix="canter-audio")
         self._reading: set[threading.Event] = set()
@@ -200,10 +204,34 @@ class Service:
         """True for a model that detects the language of the audio, such as a multilingual Whisper."""
         return detects_language(self.tokenizer)
 
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """Queues of the engine: that of greedy search, and one for each beam size that was asked for."""
+        return [self.scheduler, *self._of_beams.values()]
+
+    @property
+    def alive(self) -> bool:
+        return all(scheduler.alive for scheduler in self.schedulers)
+
+    @property
+    def waiting(self) -> int:
+        """Number of chunks that the engines have not taken yet."""
+        return sum(scheduler.waiting for scheduler in self.schedulers)
+
+    def _scheduler(self, beams: int) -> Scheduler:
+        """Return the queue for a beam size; its engine, with a cache of its own, is made on the first request."""
+        if beams == self.engine.config.beams:
+            return self.scheduler
+        if beams not in self._of_beams:
+            engine = engine_for(self.engine.model, self.engine.end, replace(self.engine.config, beams=beams))
+            self._of_beams[beams] = Scheduler(engine)
+        return self._of_beams[beams]
+
     def close(self) -> None:
         for stop in self._reading:
             stop.set()
-        self.scheduler.close()
+        for scheduler in self.schedulers:
+            scheduler.close()
         self._readers.shutdown(cancel_futures=True)  # each ends after its current block and closes its file
 
     async def warm_up(self) -> None:
@@ -220,7 +248,7 @@ class Service:
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Context manager that counts a request as inside. Raise ApiError (503) if the service is full."""
-        if self.requests >= self.config.max_requests or not self.scheduler.alive:
+        if self.requests >= self.config.max_requests or not self.alive:
             raise self._busy()
         self.requests += 1
         try:
@@ -346,6 +374,7 @@ class Service:
             languages=fields.languages,
             clip_timestamps=fields.clip_timestamps,
             hallucination_silence_threshold=fields.hallucination_silence_threshold,
+            logprobs=fields.logprobs,
         )
         return self._transcribers.get(config) or Transcriber(self.engine, self.tokenizer, config)
 
@@ -370,6 +399,10 @@ class Service:
             raise ApiError(400, "this model has no times of words", "timestamp_granularities[]")
         if fields.temperature and "cached_decoding" not in self.engine.model.supports:
             raise ApiError(400, "another library decodes this model, at temperature 0 only", "temperature")
+        if "cached_decoding" not in self.engine.model.supports:
+            for name, asked in (("hotwords", fields.hotwords), ("include[]", fields.logprobs)):
+                if asked:
+                    raise ApiError(400, "another library decodes this model, which cannot do that", name)
         target = source if fields.task == "transcribe" else fields.to_language or find("en", self.targets) or "en"
         if fields.task == "translate" and target not in self.targets:
             text = f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}"
@@ -378,13 +411,19 @@ class Service:
         slots = {name: value for name, value in given.items() if value}
         slots["task"] = "asr" if fields.task == "transcribe" else "ast"
         transcriber = self._transcriber(fields)
+        slots = transcriber.with_timestamps(slots)
         try:
-            request = transcriber.request(transcriber.with_timestamps(slots), fields.prompt)
+            request = transcriber.request(slots, fields.prompt)
         except ConfigError:
             raise ApiError(400, "this model takes no 'prompt'", "prompt") from None
-        if fields.temperature:
+        try:
+            words = transcriber.hotwords(fields.hotwords, slots)
+        except ConfigError as error:
+            raise ApiError(400, str(error), "hotwords") from None
+        if fields.temperature or not fields.fallback:
             request = transcriber.at_temperature(request, fields.temperature)
-        return replace(request, adapter=fields.adapter)
+        guarded = fields.guarded and (request.guarded or not fields.fallback)
+        return replace(request, adapter=fields.adapter, hotwords=words, guarded=guarded)
 
     async def segments(self, audio: Audio, fields: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
         """Yield the transcript in order, as soon as a chunk is decoded; ``request`` is the result of `Service.request`.
@@ -408,7 +447,8 @@ class Service:
             places += [(recording, number) for number in range(len(new))]
             requests += new
         merger = ChannelMerger(len(recordings))
-        ticket = self.scheduler.submit(requests, deliver)
+        scheduler = self._scheduler(fields.beam_size)
+        ticket = scheduler.submit(requests, deliver)
         try:
             for _ in requests:
                 outcome = await outcomes.get()
@@ -428,7 +468,7 @@ class Service:
         finally:
             if ticket.left:
                 self.metrics.cancelled.inc()
-                self.scheduler.cancel(ticket)
+                scheduler.cancel(ticket)
 
 
 def _channels(fields: AudioRequest, count: int, name: str) -> list[int | None]:
