@@ -52,6 +52,8 @@ class Transcription:
     """Seconds of the audio that are damaged or missing."""
     warnings: tuple[str, ...] = ()
     """Faults of the audio: losses, channels that cancel each other out."""
+    score: float | None = None
+    """Mean natural-log probability of a token, end tokens included, where the text was given and is aligned."""
 
 
 @dataclass(frozen=True)

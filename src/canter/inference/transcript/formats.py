@@ -181,8 +181,12 @@ def _to_milliseconds(segment: Segment) -> Segment:
 
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, object]:
     """Return the item's own fields, then ``pred_text`` and, if ``timed``, ``segments`` in seconds of the audio file; or
-    ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs are removed."""
-    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability")
+    ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs are removed.
+
+    A given text that was aligned has a ``score`` in place of ``pred_text``, and probabilities of its words.
+    """
+    ours = ("error", "segments", "lost_seconds", "warnings", "language_probability")
+    ours += ("pred_text",) if transcription.score is None else ("score",)
     row = {
         key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
         for key, value in item.row.items()
@@ -190,10 +194,14 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
     }
     if transcription.error is not None:
         return row | {"error": transcription.error}
-    row |= {"pred_text": transcription.text}
+    if transcription.score is None:
+        row |= {"pred_text": transcription.text}
     row |= _language_fields(transcription)
     if timed:
-        row["segments"] = [_nemo_segment(segment) for segment in file_segments(item, transcription)]
+        given = transcription.score is not None
+        row["segments"] = [_nemo_segment(segment, given) for segment in file_segments(item, transcription)]
+    if transcription.score is not None:
+        row["score"] = round(transcription.score, 4)
     if transcription.lost_seconds:
         row["lost_seconds"] = transcription.lost_seconds
     if transcription.warnings:
@@ -207,10 +215,14 @@ def _language_fields(transcription: Transcription) -> dict[str, object]:
     return {"language": transcription.language, "language_probability": round(transcription.language_probability, 4)}
 
 
-def _nemo_segment(segment: Segment) -> dict[str, object]:
+def _nemo_segment(segment: Segment, probabilities: bool) -> dict[str, object]:
     value: dict[str, object] = {"start": segment.start, "end": segment.end, "text": segment.text}
     if segment.words:
-        value["words"] = [{"start": word.start, "end": word.end, "text": word.text.strip()} for word in segment.words]
+        value["words"] = [
+            {"start": word.start, "end": word.end, "text": word.text.strip()}
+            | ({"probability": round(word.probability, 4)} if probabilities else {})
+            for word in segment.words
+        ]
     return value
 
 

@@ -99,7 +99,7 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
     """Return the words of an alignment, in scripts without spaces one per character. Their texts keep the space before
     them, so that they join to the text."""
     found: list[Word] = []
-    kept = [place for place, token in enumerate(alignment.tokens) if not _is_special(tokenizer, token)]
+    kept = [place for place, token in enumerate(alignment.tokens) if not is_special(tokenizer, token)]
     tokens, probabilities = [alignment.tokens[i] for i in kept], [alignment.probabilities[i] for i in kept]
     starts = [alignment.starts[i] for i in [*kept, len(alignment.tokens)]]
     begin = 0
@@ -118,7 +118,7 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
     return found
 
 
-def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+def is_special(tokenizer: Tokenizer, token: int) -> bool:
     """Return whether a token is written out with special tokens only, such as one of a prompt."""
     return bool(tokenizer.decode([token], special=True).strip()) and not tokenizer.decode([token])
 
@@ -174,7 +174,7 @@ def segments_of(
     if not words:
         return found
     found = _with_words(found, words)
-    return _bounded(found) if aligned else found
+    return bounded(found) if aligned else found
 
 
 def ended_early(
@@ -306,7 +306,7 @@ def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
     return found
 
 
-def _bounded(segments: list[Segment]) -> list[Segment]:
+def bounded(segments: list[Segment]) -> list[Segment]:
     """Return the segments with the times of their words.
 
     An alignment covers all audio, so that a segment's first word includes the pause before it, and its last word the
@@ -339,7 +339,7 @@ def join_overlap(before: list[Word], after: list[Word], start: float, end: float
     """
     if not before or not after:
         return len(before), 0
-    texts, other_texts = ([_plain(word.text) for word in words] for words in (before, after))
+    texts, other_texts = ([plain_word(word.text) for word in words] for words in (before, after))
     low = next((i for i, word in enumerate(before) if word.end > start - SAME_TIME), len(before))
     longest = (0, 0, 0)
     for one in range(low, len(before)):
@@ -437,5 +437,6 @@ def _stripped(segment: Segment) -> Segment:
     return replace(segment, words=tuple(replace(word, text=word.text.strip()) for word in segment.words))
 
 
-def _plain(text: str) -> str:
+def plain_word(text: str) -> str:
+    """Return the letters and digits of a word, by which words are compared."""
     return "".join(one for one in text.casefold() if one.isalnum())
