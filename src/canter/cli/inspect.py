@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canter.cli.lengths import LengthOptions
+from canter.cli.suspects import SuspectOptions, list_suspects
 from canter.extras import require
 from canter.redaction import redacted
 
@@ -24,7 +25,7 @@ STANDARD_DEVIATIONS = 4.0  # of tokens per second from the mean, from which a ro
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LengthOptions):
+class Options(LengthOptions, SuspectOptions):
     worst: int = 10
     """Number of outliers to list, the farthest first: rows whose tokens per second are 4 standard deviations or more
     from the mean."""
@@ -41,6 +42,13 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
     if options.figure:
         require("matplotlib", "--figure")
+    if options.suspects is None and (options.output or options.language):
+        raise ConfigError("--output and --language are for --suspects; leave them out, or name a model")
+    if options.suspects is not None:
+        if options.figure:
+            raise ConfigError("--figure draws lengths, and --suspects lists rows: use one of them")
+        list_suspects(options, options.open_index(), options.worst, options.json)
+        return
     index = options.open_index()
     summary = summarise(index, z_bound=STANDARD_DEVIATIONS, most_outliers=options.worst)
     if options.json:
