@@ -3,7 +3,7 @@
 Three measures decide, each with a limit. A row is a suspect if one of them reaches its limit:
 
 - improbable: the mean log probability of its tokens lies far below the median of the rows in its language, in robust
-  standard deviations (1.4826 times the median absolute deviation; Iglewicz and Hoaglin, 1993, take 3.5 as the limit);
+  standard deviations (1.4826 times the median absolute deviation);
 - unfinished: the model gives a low probability to the end of the text, because more is said after it;
 - rate: the characters per second of audio are far from the median of its language, in robust standard deviations of
   their logarithm.
@@ -19,7 +19,7 @@ import numpy as np
 from canter.inference.align import TextScore
 
 Reason = Literal["improbable", "unfinished", "rate"]
-IMPROBABLE = 3.5  # robust standard deviations below the median log probability
+IMPROBABLE = 3.0  # robust standard deviations below the median log probability
 UNFINISHED = -math.log(0.01)  # minus the log probability of the end
 RATE = 5.0  # robust standard deviations of the logarithm of characters per second
 LANGUAGE_ROWS = 20  # minimum number of rows of a language for medians of its own

@@ -26,9 +26,10 @@ from canter.inference.languages import language_in_prompt
 from canter.inference.recording import TranscribeConfig, Transcriber, Transcription
 from canter.inference.transcribe import Job, transcribe_jobs
 from canter.inference.transcript.matching import GivenWord, Piece, levels, pieces_of
-from canter.inference.transcript.reading import bounded, in_speech, is_special, plain_word, words_of
+from canter.inference.transcript.reading import bounded, is_special, plain_word, words_of
 from canter.inference.transcript.segments import UNSPACED, Segment, Word
 from canter.inference.transcript.subtitles import ends_sentence
+from canter.inference.transcript.vad import FRAME
 from canter.models.protocol import check_support
 from canter.redaction import redacted
 from canter.text.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ from canter.text.tokenizer import Tokenizer
 Method = Literal["auto", "ctc", "attention"]
 GROUP = 4  # rows read together, as a multiple of the decoder's rows
 READERS = 2  # threads that read audio
+PAUSE = 0.2  # minimum seconds of silence within the times of a word that are no part of it
+AROUND = 0.05  # seconds of silence that stay
 
 
 @dataclass(frozen=True)
@@ -294,8 +297,23 @@ class Aligner:
         if detector is None:
             return list(segment.words)
         voiced = detector(audio) > 0.5
-        alone = in_speech([Segment(word.start, word.end, word.text) for word in segment.words], voiced)
-        return [replace(word, start=one.start, end=one.end) for word, one in zip(segment.words, alone)]
+        return [_spoken_part(word, voiced) for word in segment.words]
+
+
+def _spoken_part(word: Word, voiced: np.ndarray) -> Word:
+    """Return a word without the pauses at its ends, and without the end of the word before a pause in it.
+
+    voiced (F,): True for speech, in frames of FRAME seconds.
+    """
+    first = round(word.start / FRAME)
+    places = first + np.flatnonzero(voiced[first : round(word.end / FRAME)])
+    if not len(places):
+        return word
+    runs = np.split(places, np.flatnonzero(np.diff(places) * FRAME > PAUSE) + 1)
+    run = max(runs, key=len)
+    start, end = float(run[0]) * FRAME, float(run[-1] + 1) * FRAME
+    start = start - AROUND if start - word.start > PAUSE else word.start
+    return replace(word, start=start, end=end + AROUND if word.end - end > PAUSE else word.end)
 
 
 def _undamaged(samples: np.ndarray) -> DecodedAudio:

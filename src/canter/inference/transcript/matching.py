@@ -24,6 +24,7 @@ MISSING = 4  # minimum number of missing words in a row to align them separately
 ADDED, ADDED_SECONDS = 4, 2.0  # minimum number and seconds of recognised words in a row that the text lacks
 SHORTEST = 0.2  # minimum seconds of a piece
 SMOOTHED = 5  # frames of a level
+EQUAL = 3.0  # dB by which two pauses may differ, of which the later one makes the longer piece
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ class _Part:
             choice = choice or reach[-1:]
             if not choice:
                 break
-            node, at, _ = min(choice, key=lambda one: level[min(round(one[1] / FRAME), len(level) - 1)])
+            depths = [level[min(round(one[1] / FRAME), len(level) - 1)] for one in choice]
+            quiet = [one for one, depth in zip(choice, depths) if depth <= min(depths) + EQUAL]
+            node, at, _ = quiet[-1]
             yield Piece(start, at, begin, node.given)
             begin, start = node.given, at
         if self.end - start <= window:
