@@ -18,8 +18,8 @@ SUBJECT_COLUMNS = 72
 # The 123rd option is --upload: a run on machines without a lasting disk can keep its checkpoints only elsewhere.
 # The next two are --augment.noise and --augment.rir, which name data; the other settings of noise are file-only.
 # The last six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
-# is named, and convert --merge.
-MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 131}
+# is named, and convert --merge. Then come align --method, of which no other option is like, and inspect --suspects.
+MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 133}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",
     "Any in public signatures": "annotate with the real type, a Protocol or a type variable",

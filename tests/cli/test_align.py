@@ -19,6 +19,8 @@ from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
 from canter.text import Characters, train_tokenizer
 
+from ..models.formats.small_seamless import save_theirs, small_theirs, small_tokenizer
+
 TEXT = "One two. Three four five"
 
 
@@ -152,3 +154,44 @@ def test_text_or_file(clip):
     assert given_text("https no") == "https no"
     with pytest.raises(ConfigError, match="does not exist"):
         given_text("no.srt")
+
+
+@pytest.fixture(scope="module", params=["seamless", "cohere", "owsm"])
+def family(request, tmp_path_factory) -> Path:
+    """A folder with a small random model of another kind."""
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    if request.param == "seamless":
+        return save_theirs(small_theirs(complete=True), folder, small_tokenizer())
+    if request.param == "cohere":
+        pytest.importorskip("transformers")
+        from ..small_cohere import save_cohere
+
+        save_cohere(folder)
+        return folder
+    return request.getfixturevalue("shared") / "fixtures" / "owsm" / "v4"
+
+
+def test_other_kinds_of_models(family, clip):
+    text = "the Farmer carried, the basket. Das ist ein Test"
+    assert main(["align", str(family), clip, text, "--language", "en", "-o", "out.jsonl"]) == 0
+    row = json.loads(Path("out.jsonl").read_text())
+    words = [word for segment in row["segments"] for word in segment["words"]]
+    assert [word["text"] for word in words] == text.split()
+    assert words[-1]["end"] > words[0]["start"]
+    assert [segment["text"] for segment in row["segments"]] == ["the Farmer carried, the basket.", "Das ist ein Test"]
+    rows = [{"audio_filepath": clip, "duration": 2.0, "text": text, "lang": "en"}]
+    Path("m.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert main(["inspect", "m.jsonl", "--suspects", str(family), "-o", "scored.jsonl"]) == 0
+    assert json.loads(Path("scored.jsonl").read_text())["score"] == pytest.approx(row["score"], abs=1e-3)
+
+
+def test_a_model_of_another_library_is_refused(clip, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from ..integrations.small_transformers import built, word_tokenizer
+
+    moonshine = built("moonshine")
+    tokenizer = word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    for part in (moonshine.model, moonshine.extractor, tokenizer):
+        part.save_pretrained(tmp_path / "moonshine")
+    assert main(["align", str(tmp_path / "moonshine"), clip, TEXT]) == 1
+    assert "alignment of a given text" in capsys.readouterr().err

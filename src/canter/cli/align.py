@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from canter.inference.recording import Transcription
 
 MOST_TEXT_BYTES = 64 << 20
-IMPROBABLE = 0.01  # probability of a word below which it is probably not said
+IMPROBABLE = 0.01  # probability of a word below which it is counted
+UNSAID = -2.5  # mean log probability of a token of a segment that is probably not said
 SHOWN = 20  # failures that are printed
+SHOWN_TEXT = 60  # characters of a text that are printed
 _FILE_NAME = re.compile(r"\S*(/\S*|\.(txt|text|md|srt|vtt|json|jsonl|tsv|csv|docx?|pdf))")
 
 
@@ -162,26 +164,28 @@ def write(options: Options, items: "Sequence[Item]", results: "Sequence[Transcri
 
 
 def report(items: "Sequence[Item]", results: "Sequence[Transcription]") -> None:
-    """Print failures, scores and improbable words on standard error."""
+    """Print failures, scores, the number of improbable words and the least probable segment on standard error."""
     from canter.inference.transcript.formats import timestamp
-    from canter.inference.transcript.segments import Word
 
     failed = [result.error for result in results if result.error is not None]
     for error in failed[:SHOWN]:
         print(f"canter: {error}", file=sys.stderr)
     if len(failed) > SHOWN:
         print(f"canter: ... and {len(failed) - SHOWN:,} more", file=sys.stderr)
-    words = [word for result in results for segment in result.segments for word in segment.words]
-    improbable: list[Word] = [word for word in words if word.probability < IMPROBABLE]
     scores = [result.score for result in results if result.score is not None]
     if not scores:
         return
+    segments = [segment for result in results for segment in result.segments]
+    words = [word for segment in segments for word in segment.words]
+    improbable = sum(word.probability < IMPROBABLE for word in words)
     what = "score" if len(results) == 1 else f"{len(scores):,} of {len(results):,} rows aligned, mean score"
     text = f"{what} {sum(scores) / len(scores):.2f} (mean log probability of a token)"
     if improbable:
-        first = f", the first at {timestamp(improbable[0].start, hours=False)}: {improbable[0].text}"
-        text += f"; {len(improbable):,} of {len(words):,} words have a probability below {IMPROBABLE:g}"
-        text += first if len(results) == 1 else ""
+        text += f"; {improbable:,} of {len(words):,} words have a probability below {IMPROBABLE:g}"
+    worst = min(segments, key=lambda segment: segment.avg_logprob)
+    if len(results) == 1 and worst.avg_logprob < UNSAID:
+        said = worst.text if len(worst.text) <= SHOWN_TEXT else worst.text[: SHOWN_TEXT - 1] + "…"
+        text += f"; probably not said ({worst.avg_logprob:.2f}), at {timestamp(worst.start, hours=False)}: {said}"
     print(text, file=sys.stderr)
 
 

@@ -3,10 +3,11 @@
 Three measures decide, each with a limit. A row is a suspect if one of them reaches its limit:
 
 - improbable: the mean log probability of its tokens lies far below the median of the rows in its language, in robust
-  standard deviations (1.4826 times the median absolute deviation);
+  standard deviations: 1.4826 times the median distance from the median, of the rows above it, because bad rows would
+  widen it;
 - unfinished: the model gives a low probability to the end of the text, because more is said after it;
-- rate: the characters per second of audio are far from the median of its language, in robust standard deviations of
-  their logarithm.
+- rate: the logarithm of its characters per second of audio is far from the median of its language, in robust standard
+  deviations of rows on both sides.
 """
 
 import math
@@ -55,7 +56,7 @@ def suspicions(scores: Sequence[TextScore], languages: Sequence[str | None]) -> 
     everything = list(range(len(scores)))
     for rows in groups.values():
         judges = rows if len(rows) >= LANGUAGE_ROWS else everything
-        improbable[rows] = -_deviations(logprobs[rows], logprobs[judges])
+        improbable[rows] = -_deviations(logprobs[rows], logprobs[judges], above=True)
         unusual[rows] = np.abs(_deviations(rates[rows], rates[judges]))
     found: list[Suspicion] = []
     for score, low, far in zip(scores, improbable.tolist(), unusual.tolist()):
@@ -68,8 +69,10 @@ def suspicions(scores: Sequence[TextScore], languages: Sequence[str | None]) -> 
     return found
 
 
-def _deviations(values: np.ndarray, judges: np.ndarray) -> np.ndarray:
-    """Return values (N,) minus the median of ``judges`` (M,), in robust standard deviations of these."""
+def _deviations(values: np.ndarray, judges: np.ndarray, above: bool = False) -> np.ndarray:
+    """Return values (N,) minus the median of ``judges`` (M,), in robust standard deviations of these, or of those at
+    least as large as the median."""
     middle = np.median(judges)
-    deviation = 1.4826 * np.median(np.abs(judges - middle))
+    distances = np.abs(judges - middle)[judges >= middle if above else ...]
+    deviation = 1.4826 * np.median(distances)
     return (values - middle) / max(float(deviation), LEAST_DEVIATION)

@@ -17,6 +17,8 @@ NEEDS: dict[str, Capability] = {
     "--ctc-weight": "joint_decoding",
     "--precision int8": "int8",
     "--max-repeats": "repetition_guard",
+    "align": "cached_decoding",
+    "inspect --suspects": "cached_decoding",
     "bench --against": "cached_decoding",
     "train --compile": "compile",
     "train --parallel shard": "shard",
