@@ -123,11 +123,12 @@ def test_rows_that_cannot_be_aligned_have_an_error(small, tmp_path):
         Utterance(str(tmp_path / "bad.wav"), 3.0, "one two"),
         Utterance(str(tmp_path / "good.wav"), 1.0, "..."),
         Utterance(str(tmp_path / "good.wav"), 1.0, "one", lang="xx"),
+        Utterance(str(tmp_path / "good.wav"), 1.0, "one " + "two" * 300),
     ]
     aligner = Aligner(small, small.model.tokenizer)
     found, scores = dict(aligner.align(rows)), dict(aligner.scores(rows))
-    assert [found[n].error is None for n in range(5)] == [True, False, False, False, False]
-    for number, named in ((1, "missing.wav"), (2, "bad.wav"), (3, "no letters"), (4, "xx")):
+    assert [found[n].error is None for n in range(6)] == [True, *[False] * 5]
+    for number, named in ((1, "missing.wav"), (2, "bad.wav"), (3, "no letters"), (4, "xx"), (5, "at most")):
         assert named in str(found[number].error)
         assert named in str(scores[number])
     assert scores[0].logprob == pytest.approx(found[0].score, abs=1e-4)

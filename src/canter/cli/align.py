@@ -30,7 +30,8 @@ class Options:
     """A run folder (its best checkpoint), a model folder, a .nemo file, or a Hugging Face hub name such as
     openai/whisper-tiny.en."""
     audio: tyro.conf.Positional[str]
-    """An audio or video file of any length, or a manifest whose rows have their own texts."""
+    """An audio or video file of any length, `-` for one on standard input, or a manifest whose rows have their own
+    texts."""
     text: tyro.conf.Positional[str | None] = None
     """What is said: a text file in UTF-8, or the text itself in quotes. Each line is a segment of the output. Leave it
     out for a manifest."""
@@ -112,13 +113,15 @@ def with_text(items: "list[Item]", options: Options, text: str | None) -> "list[
     AudioError for a recording that cannot be read."""
     from dataclasses import replace
 
+    from canter.corpus.audio import STANDARD_INPUT
     from canter.corpus.media import is_media
 
+    single = options.audio == STANDARD_INPUT or is_media(options.audio)
     if text is None:
-        if is_media(options.audio):
+        if single:
             raise ConfigError(f"{options.audio} is one recording: give its text too, as a file or in quotes")
         return items
-    if len(items) != 1 or not is_media(options.audio):
+    if len(items) != 1 or not single:
         raise ConfigError(
             f"{options.audio} is a manifest or a folder, and a text belongs to one recording: name an audio file, or "
             "leave the text out for a manifest with its own texts"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from canter.cli.lengths import LengthOptions
+from canter.cli.lengths import LengthOptions, print_skipped
 from canter.cli.suspects import SuspectOptions, list_suspects
 from canter.extras import require
 from canter.redaction import redacted
@@ -47,7 +47,9 @@ def run(options: Options) -> int | None:
     if options.suspects is not None:
         if options.figure:
             raise ConfigError("--figure draws lengths, and --suspects lists rows: use one of them")
-        list_suspects(options, options.open_index(), options.worst, options.json)
+        index = options.open_index()
+        print_skipped(index)
+        list_suspects(options, index, options.worst, options.json)
         return
     index = options.open_index()
     summary = summarise(index, z_bound=STANDARD_DEVIATIONS, most_outliers=options.worst)

@@ -21,7 +21,7 @@ from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.ctc import Spelling, spelling_of
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.forced import ForcedText
-from canter.inference.engine.requests import Request
+from canter.inference.engine.requests import Request, encoder_batches
 from canter.inference.languages import language_in_prompt
 from canter.inference.recording import TranscribeConfig, Transcriber, Transcription
 from canter.inference.transcribe import Job, transcribe_jobs
@@ -35,7 +35,8 @@ from canter.redaction import redacted
 from canter.text.tokenizer import Tokenizer
 
 Method = Literal["auto", "ctc", "attention"]
-GROUP = 4  # rows read together, as a multiple of the decoder's rows
+GROUP = 4  # maximum rows read together, as a multiple of the decoder's rows
+GROUP_SECONDS = 1800.0  # maximum seconds of audio read together, padded to the longest
 READERS = 2  # threads that read audio
 PAUSE = 0.2  # minimum seconds of silence within the times of a word that are no part of it
 AROUND = 0.05  # seconds of silence that stay
@@ -188,9 +189,7 @@ class Aligner:
 
         A few batches of audio of similar length are in memory, which threads read ahead.
         """
-        order = sorted(range(len(utterances)), key=lambda index: -utterances[index].duration)
-        size = GROUP * self.engine.rows
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        groups = encoder_batches([one.duration for one in utterances], GROUP_SECONDS, GROUP * self.engine.rows)
         with ThreadPoolExecutor(READERS) as pool:
 
             def opened(group: Sequence[int]) -> "list[Future[ForcedRecording | str]]":
@@ -212,7 +211,7 @@ class Aligner:
             words = given_words(utterance.text, self.tokenizer, utterance.text_lang)
             request = self.plain.request(self.plain.slots(utterance))
             audio, rate = read(utterance), self.plain.rate
-        except CanterError as error:
+        except (CanterError, ValueError) as error:
             return _named(utterance, str(error))
         piece = Piece(0.0, len(audio.samples) / rate, 0, len(words))
         return ForcedRecording(words, audio, rate, request, [piece], utterance.text_lang)
@@ -220,8 +219,11 @@ class Aligner:
     def _divided(self, utterance: Utterance, recording: ForcedRecording) -> "ForcedRecording | str":
         """Return the recording in pieces that fit the model, or the reason why it cannot be transcribed for that."""
         most = self.engine.model.config.decoder.positions - len(recording.request.prompt) - 1
-        tokens = sum(len(word.tokens) for word in recording.words)
-        if recording.seconds <= self.plain.window and tokens <= most:
+        counts = [len(word.tokens) for word in recording.words]
+        if max(counts) > most:
+            word = recording.words[counts.index(max(counts))].text.strip()
+            return _named(utterance, f"the word {word[:40]!r} has {max(counts)} tokens; the model takes at most {most}")
+        if recording.seconds <= self.plain.window and sum(counts) <= most:
             return recording
         job = Job(utterance, recording.seconds, recording.audio.samples)
         ((_, found),) = transcribe_jobs(self.by_word, [[(0, job)]])
@@ -323,6 +325,7 @@ def _undamaged(samples: np.ndarray) -> DecodedAudio:
 
 
 def _spelling(engine: Engine, method: Method) -> Spelling | None:
+    """Return the spelling of the CTC head that gives the times; None for those of cross-attention."""
     if method == "attention":
         return None
     if method == "ctc":

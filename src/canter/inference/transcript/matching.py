@@ -6,6 +6,7 @@ for the forced alignment of very long audio segments", in one pass). W: words of
 frames.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -19,7 +20,7 @@ from canter.inference.transcript.vad import FRAME
 
 EDGE = 1.0  # seconds of audio kept before the first recognised word of a part, and after the last one
 MIN_FILL = 0.5  # minimum fraction of the window that a piece should fill
-FASTEST = 30.0  # characters per second that nobody speaks; missing words at a higher rate are not in the audio
+FASTEST = 30.0  # characters per second of the fastest speech; missing words at a higher rate are not in the audio
 MISSING = 4  # minimum number of missing words in a row to align them separately
 ADDED, ADDED_SECONDS = 4, 2.0  # minimum number and seconds of recognised words in a row that the text lacks
 SHORTEST = 0.2  # minimum seconds of a piece
@@ -69,8 +70,8 @@ def pieces_of(
     window: maximum length of a piece in seconds. most_tokens: maximum number of tokens in a piece, if a single word
     does not have more.
 
-    A run of words that the model does not recognise, too long for the time between its neighbours, gets a
-    piece of that time. A passage of recognised words that are not in the text belongs to no piece.
+    A run of words that the model does not recognise, too long for the time between its neighbours, gets a piece of that
+    time. A passage of recognised words that are not in the text belongs to no piece.
     """
     seconds = len(level) * FRAME
     if not words:
@@ -139,9 +140,11 @@ class _Part:
             for before, node, after in zip(self.nodes, self.nodes[1:], self.nodes[2:])
             if first.heard < node.heard < last.heard and node.heard > before.heard
         ]
+        times = [at for _, at, _ in inner]
         begin, start = first.given, self.start
         while self.end - start > window:
-            reach = [one for one in inner if start + SHORTEST < one[1] <= start + window and one[0].given > begin]
+            near = slice(bisect_right(times, start + SHORTEST), bisect_right(times, start + window))
+            reach = [one for one in inner[near] if one[0].given > begin]
             sure = [one for one in reach if one[2]]
             late = start + MIN_FILL * window
             choice = [one for one in sure if one[1] >= late] or sure[-1:] or [one for one in reach if one[1] >= late]
