@@ -6,7 +6,7 @@ limits find (recall). For all of them: the fraction of the rows found that are c
 and among the k most suspect rows, k being the number of corrupted ones. Clean rows are taken as they are, so a fault
 that the corpora have of their own counts as a false alarm.
 
-    CANTER_SHARED=... python benchmarks/suspects.py [MODEL] [--rows 800] [--seeds 3] [--json FILE]
+    CANTER_SHARED=... python benchmarks/suspects.py [MODEL] [--rows 800] [--corrupted 0.1] [--seeds 3] [--json FILE]
 """
 
 import json
@@ -47,7 +47,7 @@ class Options:
     """Language of the rows; others serve as faults."""
     rows: int = 800
     """Maximum number of rows."""
-    corrupted: float = 0.2
+    corrupted: float = 0.1
     """Fraction of the rows that is corrupted."""
     seeds: int = 3
     """Number of random choices of the corrupted rows; figures are of all of them together."""
@@ -224,6 +224,7 @@ def report(
             "machine": describe_machine(),
             "model": options.model.name,
             "rows": rows,
+            "corrupted": options.corrupted,
             "seconds_of_clean_rows": round(seconds, 1),
             "seeds": options.seeds,
             "total": total,

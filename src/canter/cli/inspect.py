@@ -1,4 +1,5 @@
-"""Inspect a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers."""
+"""Inspect a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers; or list the rows
+whose text does not fit their audio."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "score": ("canter.cli.score", "compute WER, CER and BLEU of transcripts"),
     "report": ("canter.cli.report", "write a run as one HTML page"),
     "index": ("canter.cli.index", "build a length index from manifests of any format"),
-    "inspect": ("canter.cli.inspect", "show the lengths of a manifest or an index"),
+    "inspect": ("canter.cli.inspect", "show the lengths of a manifest or an index, or rows whose text does not fit"),
     "compare": ("canter.cli.compare", "compare batching strategies on your lengths"),
     "plan": ("canter.cli.plan", "plan the batches of an epoch"),
     "tune": ("canter.cli.tune", "measure the memory and time of a training step, and write a budget"),
