@@ -205,7 +205,7 @@ def test_files_of_an_alignment(whisper, tmp_path):
 def test_python_refuses_what_cannot_be_aligned(whisper, tmp_path):
     with pytest.raises(AudioError, match="does not exist"):
         whisper.align(tmp_path / "no.wav", "one")
-    with pytest.raises(AudioError, match="empty"):
+    with pytest.raises(ConfigError, match="empty"):
         whisper.align(CLIPS / "sense_0880.flac", "  ")
     with pytest.raises(ConfigError, match="method ctc"):
         whisper.align(CLIPS / "sense_0880.flac", "one", method="ctc")

@@ -49,7 +49,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from canter.inference.align import Aligner
+    from canter.inference.align import Aligner, check_text
     from canter.inference.inputs import read_items
     from canter.inference.languages import Defaults
     from canter.inference.loading import load_engine
@@ -57,6 +57,8 @@ def run(options: Options) -> int:
 
     text = None if options.text is None else given_text(options.text)
     kind = format_of(options, several=text is None)
+    if text is not None:
+        check_text(text)
     checkpoint = checkpoint_of(options.model)
     engine = load_engine(checkpoint, device=options.device)
     tokenizer = engine.model.tokenizer

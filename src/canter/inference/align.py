@@ -94,19 +94,24 @@ class ForcedRecording:
         return [token for word in self.words[piece.first : piece.last] for token in word.tokens]
 
 
+def check_text(text: str) -> None:
+    """Raise ConfigError for a text without letters and digits, which nothing can be aligned with."""
+    if not plain_word(text):
+        raise ConfigError("the text is empty" if not text.strip() else f"the text {text.strip()[:40]!r} has no letters")
+
+
 def given_words(text: str, tokenizer: Tokenizer, lang: str | None = None) -> list[GivenWord]:
     """Return the words of a text with their tokens; in scripts without spaces, each character is a word.
 
     ``lang`` is the language of the text. Raises ConfigError for a text without letters and digits, and for a language
     that the tokenizer does not have.
     """
+    check_text(text)
     found: list[GivenWord] = []
     for number, line in enumerate(text.splitlines()):
         for unit in line.split():
             tokens = [token for token in tokenizer.encode(f" {unit}", lang) if not is_special(tokenizer, token)]
             found += [GivenWord(part, one, number) for part, one in _divided(unit, tokens, tokenizer)]
-    if not any(plain_word(word.text) for word in found):
-        raise ConfigError("the text is empty" if not text.strip() else f"the text {text.strip()[:40]!r} has no letters")
     if not any(word.tokens for word in found):
         raise ConfigError(f"the model has no tokens for the text {text.strip()[:40]!r}")
     return found

@@ -36,7 +36,7 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.media import is_media
 from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
-from canter.inference.align import Aligner, Method
+from canter.inference.align import Aligner, Method, check_text
 from canter.inference.engine.alignment import word_times_warning
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
@@ -382,11 +382,12 @@ class Recognizer:
             cross-attention; "auto" is "ctc" for a model with a CTC head, else "attention".
         sampling_rate, audio_track: as in `transcribe`.
 
-        Raises AudioError for audio that cannot be read and a text that cannot be aligned, and ConfigError for options
-        that the model does not support.
+        Raises AudioError for audio that cannot be read or aligned, and ConfigError for a text without letters and for
+        options that the model does not support.
         """
         _check_whole(sampling_rate=sampling_rate)
         _check_track(audio_track)
+        check_text(text)
         name = self.name or self._module.shape
         engine = self._engine(EngineConfig())
         aligner = Aligner(engine, self.tokenizer, method, audio_track=audio_track, name=name)

@@ -308,7 +308,7 @@ class Engine:
                 with on_stream(self.front):
                     self._await(rows)
                     forced = self._forced(self._with_languages(rows), [texts[index] for index in batch], spelling)
-                found.update(zip(batch, forced))
+                    found.update(zip(batch, forced))
         finally:
             self.model.train(training)
             self.timer.collect(wait=True)
