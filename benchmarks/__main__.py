@@ -26,6 +26,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "index": ("index.py --rows 10000000 --build-rows 200000",),
     "budget": ("budget.py predict small $shared/data/lengths/librispeech_devtest_en.parquet --count 10",),
     "ranks_memory": ("ranks_memory.py",),
+    "alignment": ("alignment.py $shared/models/whisper-tiny.en --sentences 10",),
+    "suspects": ("suspects.py --rows 60 --seeds 1",),
     "ranks": ("ranks.py -o $scratch/ranks.json --smoke",),
     "ranks_check": (
         "ranks_check.py -o $scratch/check $shared/data/speech/an4/manifest.jsonl --steps 12 --rounds 1 --probes 12",

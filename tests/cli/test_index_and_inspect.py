@@ -161,3 +161,87 @@ def test_columns_are_named_alike_by_every_command(tmp_path, monkeypatch, capsys)
     error = capsys.readouterr().err
     assert "t.csv has no column 'sound' of audio; it has clip, duration, text, said" in error
     assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory) -> str:
+    """A folder with a small random model and its tokenizer."""
+    from canter.models.decoder import DecoderConfig
+    from canter.models.fastconformer import FastConformerConfig
+    from canter.models.features import FeatureConfig
+    from canter.models.formats.checkpoint import save_model
+    from canter.models.model import ModelConfig, SpeechModel
+    from canter.text import train_tokenizer
+
+    tokenizer = train_tokenizer(["one two three four five"] * 20, languages=["en", "de"], vocab_size=40)
+    config = ModelConfig(
+        features=FeatureConfig(mels=16),
+        encoder=FastConformerConfig(layers=1, width=16, heads=2, feedforward=32, subsampling_channels=4, mels=16),
+        decoder=DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=40, positions=64),
+    )
+    return str(save_model(SpeechModel(config), tmp_path_factory.mktemp("model") / "m", tokenizer))
+
+
+@pytest.fixture
+def speech(tmp_path, monkeypatch) -> list[dict]:
+    """A manifest of noises, one of which says far too much; one file is missing and one is no audio."""
+    import soundfile
+
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for number in range(24):
+        samples = np.random.default_rng(number).normal(size=16000 + 500 * number) * 0.1
+        if number != 5:
+            soundfile.write(f"{number}.wav", samples, 16000)
+        text = "one two three four five " * (9 if number == 3 else 1)
+        rows.append({"audio_filepath": f"{number}.wav", "duration": len(samples) / 16000, "text": text, "lang": "en"})
+        rows[-1]["speaker"] = f"s{number}"
+    (tmp_path / "6.wav").write_bytes(b"no audio")
+    write_manifest("m.jsonl", rows)
+    return rows
+
+
+def test_suspects(scorer, speech, tmp_path, capsys):
+    arguments = ["inspect", "m.jsonl", "--suspects", scorer, "--worst", "4", "-o", "out.jsonl"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["speaker"] for row in found] == [row["speaker"] for row in speech]
+    assert all(os.path.isabs(row["audio_filepath"]) for row in found)
+    listed = [row["speaker"] for row in found if row["suspect"]]
+    assert {"s3", "s5", "s6"} <= set(listed)
+    assert f"{len(listed)} of 24 rows are suspects" in out
+    assert out.count("unreadable") == 2
+    assert "rate" in next(line for line in out.splitlines() if " 3.wav" in line)
+    assert "5.wav" in found[5]["error"]
+    assert found[3]["reason"] == "rate"
+    assert found[3]["suspicion"] >= 1
+    assert all({"score", "end_logprob", "characters_per_second"} <= row.keys() for row in found if "error" not in row)
+    assert main([*arguments[:4], "--worst", "4", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["rows"], made["suspects"], made["unscored"]) == (24, len(listed), 2)
+    assert [row["speaker"] for row in made["worst"]][:3] == ["s5", "s6", "s3"]
+    assert "pred_text" in made["worst"][2]
+
+
+def test_suspects_of_rows_without_a_language(scorer, speech, capsys):
+    write_manifest("m.jsonl", [{key: row[key] for key in row if key != "lang"} for row in speech])
+    assert main(["inspect", "m.jsonl", "--suspects", scorer, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unscored"] == 24
+    assert main(["inspect", "m.jsonl", "--suspects", scorer, "--json", "--language", "German"]) == 0
+    assert json.loads(capsys.readouterr().out)["unscored"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--output", "out.jsonl"], "are for --suspects"),
+        (["--suspects", "no/model"], "no/model"),
+        (["--suspects", "MODEL", "--figure", "a.png"], "--figure draws lengths"),
+        (["--suspects", "MODEL", "--language", "tlh"], "tlh"),
+    ],
+)
+def test_suspects_refuse_what_they_cannot_do(scorer, speech, given, message, capsys):
+    assert main(["inspect", "m.jsonl", *(scorer if one == "MODEL" else one for one in given)]) == 1
+    assert message in capsys.readouterr().err
+    assert not os.path.exists("out.jsonl")

@@ -75,6 +75,7 @@ def small_whisper(tmp_path_factory, whisper_bytes) -> Path:
     )
     encoder = WhisperEncoderConfig(layers=1, width=32, heads=2, feedforward=48, mels=80, positions=1500)
     model = SpeechModel(ModelConfig(WhisperFeatureConfig(), encoder, decoder)).eval()
+    model.generation = {**tokenizer.generation(), "alignment_heads": [[0, 0], [0, 1]]}
     return write_hf(model, tmp_path_factory.mktemp("whisper") / "whisper-tiny.en", tokenizer)
 
 

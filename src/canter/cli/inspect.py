@@ -1,4 +1,5 @@
-"""Inspect a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers."""
+"""Inspect a manifest or a length index: counts, quantiles, sources, the joint histogram and outliers; or list the rows
+whose text does not fit their audio."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from canter.cli.lengths import LengthOptions
+from canter.cli.lengths import LengthOptions, print_skipped
+from canter.cli.suspects import SuspectOptions, list_suspects
 from canter.extras import require
 from canter.redaction import redacted
 
@@ -24,7 +26,7 @@ STANDARD_DEVIATIONS = 4.0  # of tokens per second from the mean, from which a ro
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LengthOptions):
+class Options(LengthOptions, SuspectOptions):
     worst: int = 10
     """Number of outliers to list, the farthest first: rows whose tokens per second are 4 standard deviations or more
     from the mean."""
@@ -41,6 +43,15 @@ def run(options: Options) -> int | None:
         raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
     if options.figure:
         require("matplotlib", "--figure")
+    if options.suspects is None and (options.output or options.language):
+        raise ConfigError("--output and --language are for --suspects; leave them out, or name a model")
+    if options.suspects is not None:
+        if options.figure:
+            raise ConfigError("--figure draws lengths, and --suspects lists rows: use one of them")
+        index = options.open_index()
+        print_skipped(index)
+        list_suspects(options, index, options.worst, options.json)
+        return
     index = options.open_index()
     summary = summarise(index, z_bound=STANDARD_DEVIATIONS, most_outliers=options.worst)
     if options.json:

@@ -20,12 +20,13 @@ from canter.redaction import redacted
 # name -> (module, one line of help), ordered from the most used to the main path of training
 COMMANDS = {
     "transcribe": ("canter.cli.transcribe", "transcribe audio and video to text, subtitles or manifests"),
+    "align": ("canter.cli.align", "align a given text with its audio: times and probabilities of words"),
     "serve": ("canter.cli.serve", "serve a model over OpenAI's transcription API, with a page"),
     "train": ("canter.cli.train", "train or fine-tune a model, or resume a run"),
     "score": ("canter.cli.score", "compute WER, CER and BLEU of transcripts"),
     "report": ("canter.cli.report", "write a run as one HTML page"),
     "index": ("canter.cli.index", "build a length index from manifests of any format"),
-    "inspect": ("canter.cli.inspect", "show the lengths of a manifest or an index"),
+    "inspect": ("canter.cli.inspect", "show the lengths of a manifest or an index, or rows whose text does not fit"),
     "compare": ("canter.cli.compare", "compare batching strategies on your lengths"),
     "plan": ("canter.cli.plan", "plan the batches of an epoch"),
     "tune": ("canter.cli.tune", "measure the memory and time of a training step, and write a budget"),

@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from canter.corpus.columns import ANY, Columns, ReadOptions
-from canter.corpus.manifest import count_problems, utterance_from_line
+from canter.corpus.manifest import count_problems, parse_line, utterance_from_row
 from canter.corpus.remote import open_binary, refuse_special
 from canter.corpus.utterance import OPTIONAL_TEXT, Problem, Utterance
 from canter.errors import ManifestError
@@ -220,6 +221,10 @@ class LengthIndex:
 
         Raises ManifestError where the manifest is missing or has changed, or the index was made from lengths only.
         """
+        return self.utterance_and_fields(row)[0]
+
+    def utterance_and_fields(self, row: int) -> tuple[Utterance, dict[str, object]]:
+        """Return an utterance as `utterance` does, and all fields of its row in the manifest."""
         row = range(len(self))[row]  # accepts negative rows and raises IndexError, as a list does
         place = int(self.places[row]) if self.places is not None else 0
         shard = self.shards[place >> PLACE_BITS] if self.shards else None
@@ -236,10 +241,11 @@ class LengthIndex:
         source = self.sources[int(self.source_of[row])]
         columns = source.columns if shard.path == shard.origin else ANY  # rows written by Canter have NeMo's names
         options = ReadOptions(measure_durations=True, columns=columns)
-        found = utterance_from_line(line, os.path.dirname(shard.path), options)
+        fields = parse_line(line)
+        found = utterance_from_row(fields, os.path.dirname(shard.path), options)
         if not isinstance(found, Utterance) or np.float32(found.duration) != self.seconds[row]:
             raise ManifestError(f"{shard.path} has changed since it was indexed (row {row}); {stale}")
-        return source.tagged(found)
+        return source.tagged(found), cast("dict[str, object]", fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index atomically, and beside it the list of rows that could not be used."""

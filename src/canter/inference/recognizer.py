@@ -36,6 +36,7 @@ from canter.corpus.manifest import Utterance
 from canter.corpus.media import is_media
 from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
+from canter.inference.align import Aligner, Method, check_text
 from canter.inference.engine.alignment import word_times_warning
 from canter.inference.engine.engine import Engine, engine_for
 from canter.inference.engine.requests import EngineConfig
@@ -146,6 +147,9 @@ class Transcript:
     """Probability of the detected language over all speech; None where it was stated."""
     nbest: tuple[Alternatives, ...] = ()
     """The most probable texts of each chunk of the audio, each a tuple of (text, log probability), if asked for."""
+    score: float | None = None
+    """Mean natural-log probability of a token of the text, end tokens included, from `Recognizer.align`; None for what
+    the model wrote itself."""
     _item: Item | None = field(default=None, compare=False)
     _found: Transcription | None = field(default=None, compare=False)
 
@@ -383,8 +387,7 @@ class Recognizer:
         if task not in get_args(Task):
             raise ConfigError(f"task is {task!r}; it must be one of {', '.join(get_args(Task))}")
         _check_whole(beam_size=beam_size, batch_size=batch_size, sampling_rate=sampling_rate, nbest=nbest)
-        if audio_track is not None and (not _is_whole(audio_track) or audio_track < 0):
-            raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
+        _check_track(audio_track)
         if not _is_whole(max_repeats) or max_repeats < 0:
             raise ConfigError(f"max_repeats is {max_repeats!r}; it must be 0, for no limit, or a whole number above")
         phrases = None
@@ -431,7 +434,7 @@ class Recognizer:
         )
         self._check_prompt(call)
         if _is_one(audio):
-            return self._one(cast(Audio, audio), call)
+            return self._one(cast(Audio, audio), call, partial(self._transcribed, call))
         if not isinstance(audio, Iterable):
             raise ConfigError(
                 f"{_shown(audio)} is no audio: give a path, samples, the bytes of a file, or several of them"
@@ -483,7 +486,7 @@ class Recognizer:
         transcriber = Transcriber(self._engine(EngineConfig()), self.tokenizer, config)
         call = _Call(transcriber, Defaults.of(self.tokenizer, None), sampling_rate, "mix")
         if _is_one(audio):
-            return self._one(cast(Audio, audio), call).detection
+            return self._one(cast(Audio, audio), call, partial(self._transcribed, call)).detection
         return (one.detection for one in self._many(iter(cast("Iterable[Audio]", audio)), call))
 
     def _check_prompt(self, call: _Call) -> None:
@@ -500,9 +503,56 @@ class Recognizer:
             self._engines[config] = engine_for(self._module, self.tokenizer.end, config)
         return self._engines[config]
 
+    def align(
+        self,
+        audio: Audio,
+        text: str,
+        *,
+        language: str | None = None,
+        method: Method = "auto",
+        sampling_rate: int | None = None,
+        audio_track: int | None = None,
+    ) -> Transcript:
+        """Align a given text with one recording of any length, and return it with the times of its words.
+
+        Each word has the ``probability`` that the model gives it; a word with a low one is probably not said there.
+        The ``score`` is that of the complete text. Each line of the text is a segment; a text of one line has a segment
+        for each sentence.
+
+        text: what is said in the recording, as it is to be written.
+        language: language spoken, as in `transcribe`.
+        method: source of the times: "ctc" is the most probable path through the CTC head, "attention" the weights of
+            cross-attention; "auto" is "ctc" for a model with a CTC head, else "attention".
+        sampling_rate, audio_track: as in `transcribe`.
+
+        Raises AudioError for audio that cannot be read or aligned, and ConfigError for a text without letters and for
+        options that the model does not support.
+        """
+        _check_whole(sampling_rate=sampling_rate)
+        _check_track(audio_track)
+        check_text(text)
+        name = self.name or self._module.shape
+        engine = self._engine(EngineConfig())
+        aligner = Aligner(engine, self.tokenizer, method, audio_track=audio_track, name=name)
+        if aligner.spelling is None and (warning := word_times_warning(self._module)):
+            warnings.warn(f"{self.name or 'the model'} {warning}", stacklevel=2)
+        call = _Call(aligner.plain, Defaults.of(self.tokenizer, language), sampling_rate, "mix")
+
+        def aligned(source: _Source, job: Job) -> Transcript:
+            source.item = replace(source.item, row=source.item.row | {"text": text})
+            ((_, found),) = aligner.align([replace(job.utterance, text=text)], job.audio)
+            return self._transcript(source, found)
+
+        return self._one(audio, call, aligned)
+
     # -- one --
 
-    def _one(self, audio: Audio, call: _Call) -> Transcript:
+    def _transcribed(self, call: _Call, source: _Source, job: Job) -> Transcript:
+        ((_, found),) = transcribe_jobs(call.transcriber, [[(0, job)]])
+        return self._transcript(source, found)
+
+    def _one(self, audio: Audio, call: _Call, decode: Callable[[_Source, Job], Transcript]) -> Transcript:
+        """Return what ``decode`` makes of one recording. Raises AudioError where there is none."""
         if isinstance(audio, str | os.PathLike) and not is_media(os.fspath(audio)) and Path(audio).exists():
             what = "a folder" if os.path.isdir(audio) else "a manifest"
             raise ConfigError(
@@ -515,8 +565,7 @@ class Recognizer:
         result = source.failure()
         if source.job is not None:
             try:
-                ((_, found),) = transcribe_jobs(call.transcriber, [[(0, source.job)]])
-                result = self._transcript(source, found)
+                result = decode(source, source.job)
             finally:
                 if source.close:
                     source.close()
@@ -665,6 +714,7 @@ class Recognizer:
             warnings=found.warnings,
             language_probability=found.language_probability,
             nbest=found.nbest,
+            score=found.score,
             _item=item,
             _found=found,
         )
@@ -699,6 +749,11 @@ def _check_whole(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and (not _is_whole(number) or number < 1):
             raise ConfigError(f"{name} is {number!r}; it must be a whole number of at least 1")
+
+
+def _check_track(audio_track: int | None) -> None:
+    if audio_track is not None and (not _is_whole(audio_track) or audio_track < 0):
+        raise ConfigError(f"audio_track is {audio_track!r}; tracks are counted from 0")
 
 
 def _shown(value: object) -> str:

@@ -75,6 +75,8 @@ class Transcription:
     """Faults of the audio: losses, channels that cancel each other out."""
     nbest: tuple[Alternatives, ...] = ()
     """The most probable texts of each chunk, if they were asked for."""
+    score: float | None = None
+    """Mean natural-log probability of a token, end tokens included, where the text was given and is aligned."""
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,14 @@ class Spelling:
         return symbols[first:]
 
 
-def spelling_of(model: SpeechModel) -> Spelling:
+def spelling_of(model: SpeechModel, option: str = "--ctc-weight") -> Spelling:
     """Return the spelling of the model's tokens in outputs of its CTC head.
 
-    Raises ConfigError where the model has no CTC head, or the meaning of the head's outputs is unknown.
+    Raises ConfigError that names the ``option`` which needs the head where the model has none, or the meaning of its
+    outputs is unknown.
     """
     if model.ctc is None:
-        raise ConfigError("--ctc-weight: this model has no CTC head; leave the option out")
+        raise ConfigError(f"{option}: this model has no CTC head; leave the option out")
     tokenizer, characters = model.tokenizer, model.characters
     if characters is None and model.config.ctc_vocabulary == model.vocabulary:
         stamps = timestamp_tokens(model.generation) or ()
@@ -76,7 +77,7 @@ def spelling_of(model: SpeechModel) -> Spelling:
         )
     if characters is None or not hasattr(tokenizer, "piece"):
         raise ConfigError(
-            "--ctc-weight: it is not known how this model's CTC head spells its tokens (a run's checkpoint has "
+            f"{option}: it is not known how this model's CTC head spells its tokens (a run's checkpoint has "
             "characters.json and a SentencePiece tokenizer); leave the option out"
         )
     texts = [tokenizer.piece(token).replace("▁", " ") for token in range(model.vocabulary)]

@@ -24,7 +24,17 @@ from torch.nn.utils.rnn import pad_sequence
 from canter.errors import ConfigError
 from canter.inference.engine import language
 from canter.inference.engine.alignment import align
-from canter.inference.engine.ctc import Joint, PrefixScorer, ctc_greedy, spelling_of
+from canter.inference.engine.ctc import Joint, PrefixScorer, Spelling, ctc_greedy, spelling_of
+from canter.inference.engine.forced import (
+    CtcPath,
+    ForcedText,
+    Span,
+    attention_spans,
+    ctc_spans,
+    ctc_viterbi,
+    forced_logprobs,
+    symbols_of,
+)
 from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.requests import Counters, EngineConfig, Hypothesis, Request, Underway, encoder_batches
 from canter.inference.engine.search import BeamSearch, Greedy, RepetitionGuard, Row, Rules, Search
@@ -311,6 +321,61 @@ class Engine:
             self.model.train(training)
             self.timer.collect(wait=True)
 
+    @torch.inference_mode()
+    def force(
+        self, requests: Sequence[Request], texts: Sequence[Sequence[int]], spelling: Spelling | None = None
+    ) -> list[ForcedText]:
+        """Return the probabilities of given ``texts``, token ids without prompt and end token, one for each request.
+
+        Requests that are ``aligned`` get the times of the tokens too: from the CTC head, whose ``spelling`` is given,
+        or without one, and where a text has no CTC path because it is too long for its audio, from cross-attention.
+        The results do not depend on the batch.
+
+        Raises ValueError for a text that does not fit into the decoder's positions.
+        """
+        most = self.model.config.decoder.positions
+        for request, text in zip(requests, texts, strict=True):
+            if len(request.prompt) + len(text) + 1 > most:
+                raise ValueError(f"a prompt and text of {len(request.prompt) + len(text)} tokens: at most {most - 1}")
+        training = self.model.training
+        self.model.eval()
+        rate = self.model.sample_rate
+        frames = [self.model.encoder_frames(len(request.audio) / rate) for request in requests]
+        found: dict[int, ForcedText] = {}
+        if self.front:
+            self.front.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            for batch in encoder_batches(frames, self.frames, self.rows):
+                rows = self._encode([requests[index] for index in batch], with_ctc=spelling is not None)
+                with on_stream(self.front):
+                    self._await(rows)
+                    forced = self._forced(self._with_languages(rows), [texts[index] for index in batch], spelling)
+                    found.update(zip(batch, forced))
+        finally:
+            self.model.train(training)
+            self.timer.collect(wait=True)
+        return [found[index] for index in range(len(requests))]
+
+    def _forced(
+        self, rows: list[_Encoded], texts: Sequence[Sequence[int]], spelling: Spelling | None
+    ) -> Iterator[ForcedText]:
+        model, states = self.model, [row.encoding.states for row in rows]
+        logprobs = forced_logprobs(model, states, [row.prompt for row in rows], texts, self.end)
+        paths: Sequence[CtcPath | None] = [None] * len(rows)
+        symbols = [symbols_of(text, spelling) for text in texts] if spelling else []
+        if spelling:
+            scores = [row.encoding.ctc_log_probs for row in rows if row.encoding.ctc_log_probs is not None]
+            padded = pad_sequence(scores, batch_first=True)
+            paths = ctc_viterbi(padded, [len(one) for one in scores], [one for one, _ in symbols], spelling.blank)
+        for number, (row, text, path) in enumerate(zip(rows, texts, paths)):
+            prompt, spans = tuple(row.prompt), tuple[Span | None, ...]()
+            if row.request.aligned and spelling and path:
+                seconds = model.frame_seconds / model.config.ctc_upsampling
+                spans = ctc_spans(path, *symbols[number], len(text), spelling, seconds)
+            elif row.request.aligned:
+                spans = attention_spans(model, states[number], prompt, text, self.end, len(row.request.audio))
+            yield ForcedText(prompt, tuple(logprobs[number]), spans, path.logprob if path else None)
+
     def _underway(self, live: _Live, waiting: Iterable[_Encoded]) -> Underway:
         rate, pace = self.model.sample_rate, self._done_tokens / self._done_seconds
 
@@ -348,9 +413,10 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _encode(self, batch: list[Request]) -> list[_Encoded]:
-        """Compute features, encoder and the projection to the decoder's width, on a GPU in a separate stream."""
-        model = self.model
+    def _encode(self, batch: list[Request], with_ctc: bool = False) -> list[_Encoded]:
+        """Compute features, encoder and the projection to the decoder's width, on a GPU in a separate stream;
+        ``with_ctc`` keeps the CTC head's log probabilities, as joint decoding does."""
+        model, with_ctc = self.model, with_ctc or self.spelling is not None
         shortest = model.config.features.hop  # samples of one frame
         lengths = [max(shortest, len(item.audio)) for item in batch]
         ready = None
@@ -367,7 +433,7 @@ class Engine:
                 encoded, encoded_lengths = model.encode(features, frames, adapters=[item.adapter for item in batch])
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
                 ctc_log_probs: Tensor | None = None
-                if self.ctc or self.spelling:
+                if self.ctc or with_ctc:
                     ctc_log_probs, ctc_lengths = model.ctc_log_probs(encoded, encoded_lengths)
                     if self.ctc:
                         ctc = ctc_greedy(ctc_log_probs, ctc_lengths)
@@ -380,7 +446,7 @@ class Engine:
                 ready = torch.cuda.Event()
                 ready.record(self.side)
         kept: Sequence[Tensor | None] = [None] * len(batch)
-        if self.spelling and ctc_log_probs is not None:
+        if with_ctc and ctc_log_probs is not None:
             rate = model.config.ctc_upsampling
             kept = [row[: size * rate] for row, size in zip(ctc_log_probs, sizes)]
         return [

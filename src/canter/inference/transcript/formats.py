@@ -213,10 +213,14 @@ def _to_milliseconds(segment: Segment) -> Segment:
 
 
 def result_row(item: Item, transcription: Transcription, timed: bool = False) -> dict[str, object]:
-    """Return the item's own fields, then ``pred_text`` and, if ``timed`` or of several channels, ``segments`` in
-    seconds of the audio file; or ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs
-    are removed."""
-    ours = ("pred_text", "error", "segments", "lost_seconds", "warnings", "language_probability", "logprobs", "nbest")
+    """Return the item's own fields, then ``pred_text`` and, if ``timed`` or of several
+    channels, ``segments`` in seconds of the audio file; or
+    ``error``. Faulty audio adds ``lost_seconds`` and ``warnings``. Secrets in URLs are removed.
+
+    A given text that was aligned has a ``score`` in place of ``pred_text``, and probabilities of its words.
+    """
+    ours = ("error", "segments", "lost_seconds", "warnings", "language_probability", "logprobs", "nbest")
+    ours += ("pred_text",) if transcription.score is None else ("score",)
     row = {
         key: redacted(value) if isinstance(value, str) and key not in ("text", "answer") else value
         for key, value in item.row.items()
@@ -224,10 +228,14 @@ def result_row(item: Item, transcription: Transcription, timed: bool = False) ->
     }
     if transcription.error is not None:
         return row | {"error": transcription.error}
-    row |= {"pred_text": transcription.text}
+    if transcription.score is None:
+        row |= {"pred_text": transcription.text}
     row |= _language_fields(transcription)
     if timed or any(segment.channel is not None for segment in transcription.segments):
-        row["segments"] = [_nemo_segment(segment) for segment in file_segments(item, transcription)]
+        given = transcription.score is not None
+        row["segments"] = [_nemo_segment(segment, given) for segment in file_segments(item, transcription)]
+    if transcription.score is not None:
+        row["score"] = round(transcription.score, 4)
     scores = [score for segment in transcription.segments for score in segment.token_scores]
     if scores:
         row["logprobs"] = logprobs_json(scores)
@@ -251,12 +259,16 @@ def _language_fields(transcription: Transcription) -> dict[str, object]:
     return {"language": transcription.language, "language_probability": round(transcription.language_probability, 4)}
 
 
-def _nemo_segment(segment: Segment) -> dict[str, object]:
+def _nemo_segment(segment: Segment, probabilities: bool) -> dict[str, object]:
     value: dict[str, object] = {"start": segment.start, "end": segment.end, "text": segment.text}
     if segment.channel is not None:
         value["channel"] = segment.channel
     if segment.words:
-        value["words"] = [{"start": word.start, "end": word.end, "text": word.text.strip()} for word in segment.words]
+        value["words"] = [
+            {"start": word.start, "end": word.end, "text": word.text.strip()}
+            | ({"probability": round(word.probability, 4)} if probabilities else {})
+            for word in segment.words
+        ]
     return value
 
 

@@ -103,7 +103,7 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
     """Return the words of an alignment, in scripts without spaces one per character. Their texts keep the space before
     them, so that they join to the text."""
     found: list[Word] = []
-    kept = [place for place, token in enumerate(alignment.tokens) if not _is_special(tokenizer, token)]
+    kept = [place for place, token in enumerate(alignment.tokens) if not is_special(tokenizer, token)]
     tokens, probabilities = [alignment.tokens[i] for i in kept], [alignment.probabilities[i] for i in kept]
     starts = [alignment.starts[i] for i in [*kept, len(alignment.tokens)]]
     begin = 0
@@ -122,7 +122,7 @@ def words_of(alignment: Alignment, tokenizer: Tokenizer) -> list[Word]:
     return found
 
 
-def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+def is_special(tokenizer: Tokenizer, token: int) -> bool:
     """Return whether a token is written out with special tokens only, such as one of a prompt."""
     return bool(tokenizer.decode([token], special=True).strip()) and not tokenizer.decode([token])
 
@@ -150,7 +150,7 @@ def _merged(one: Word, other: Word) -> Word:
 
 def token_scores_of(tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> tuple[TokenScore, ...]:
     """Return the tokens of a text with their log probabilities, without special tokens and timestamps."""
-    kept = [place for place, token in enumerate(tokens) if not _is_special(tokenizer, token)]
+    kept = [place for place, token in enumerate(tokens) if not is_special(tokenizer, token)]
     found: list[TokenScore] = []
     begin = 0
     for end in range(1, len(kept) + 1):
@@ -197,7 +197,7 @@ def segments_of(
     if not words:
         return found
     found = _with_words(found, words)
-    return _bounded(found) if aligned else found
+    return bounded(found) if aligned else found
 
 
 def ended_early(
@@ -289,7 +289,7 @@ def is_anomalous(segment: Segment) -> bool:
     shorter than 0.133 s, 1 per second by which it is longer than 2 s. A segment is anomalous at 3, or at 1 per word
     (openai-whisper 20250625, ``transcribe.py``).
     """
-    words = [word for word in segment.words if _plain(word.text)][:8]
+    words = [word for word in segment.words if plain_word(word.text)][:8]
     score = 0.0
     for word in words:
         seconds = word.end - word.start
@@ -370,7 +370,7 @@ def _with_words(segments: list[Segment], words: list[Word]) -> list[Segment]:
     return found
 
 
-def _bounded(segments: list[Segment]) -> list[Segment]:
+def bounded(segments: list[Segment]) -> list[Segment]:
     """Return the segments with the times of their words.
 
     An alignment covers all audio, so that a segment's first word includes the pause before it, and its last word the
@@ -403,7 +403,7 @@ def join_overlap(before: list[Word], after: list[Word], start: float, end: float
     """
     if not before or not after:
         return len(before), 0
-    texts, other_texts = ([_plain(word.text) for word in words] for words in (before, after))
+    texts, other_texts = ([plain_word(word.text) for word in words] for words in (before, after))
     low = next((i for i, word in enumerate(before) if word.end > start - SAME_TIME), len(before))
     longest = (0, 0, 0)
     for one in range(low, len(before)):
@@ -547,5 +547,6 @@ def _stripped(segment: Segment) -> Segment:
     return replace(segment, words=tuple(replace(word, text=word.text.strip()) for word in segment.words))
 
 
-def _plain(text: str) -> str:
+def plain_word(text: str) -> str:
+    """Return the letters and digits of a word, by which words are compared."""
     return "".join(one for one in text.casefold() if one.isalnum())

@@ -309,14 +309,19 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text)
 
 
+def ends_sentence(word: str, following: str) -> bool:
+    """Return whether a sentence ends with a word, given the word after it, or "" at the end of the text."""
+    return bool(_TERMINAL.search(word)) and not _ABBREVIATED.search(word) and not following[:1].islower()
+
+
 def _cost_after(words: Sequence[Word], place: int, segment_ends: bool) -> float:
     """Return the cost of ending a cue after a word."""
     if place + 1 == len(words):
         return SENTENCE
     text, following = words[place].text.strip(), words[place + 1].text.strip()
-    if _TERMINAL.search(text) and not _ABBREVIATED.search(text):
-        return CLAUSE if following[:1].islower() else SENTENCE
-    if _CLAUSE.search(text):
+    if ends_sentence(text, following):
+        return SENTENCE
+    if ends_sentence(text, "") or _CLAUSE.search(text):
         return CLAUSE
     return (SEGMENT if segment_ends else ANYWHERE) + (SHORT_WORD if len(text) <= 3 else 0.0)
 
