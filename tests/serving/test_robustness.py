@@ -173,7 +173,7 @@ def test_long_uploads_wait_on_disk(model):
             upload.write_all(file, wav(np.tile(noise(5.0), 12 * minutes)))
             tracemalloc.start()
             try:
-                audio = reader._read(file, "a.wav", threading.Event())
+                audio = reader._read(file, "a.wav", AudioRequest("transcribe"), threading.Event())
                 peaks.append(tracemalloc.get_traced_memory()[1])
             finally:
                 tracemalloc.stop()

@@ -107,7 +107,7 @@ class SpeechModel(nn.Module):
         if self.characters is None and self.config.ctc_vocabulary == self.config.decoder.vocabulary:
             lacking.add("characters")
         if self.tokenizer is not None:
-            if not self.tokenizer.detects_language or len(self.tokenizer.languages) < 2:
+            if not getattr(self.tokenizer, "detects_language", False) or len(self.tokenizer.languages) < 2:
                 lacking.add("language_detection")
             if not {*CONTEXTS} & {*format_of(self.tokenizer)}:
                 lacking.add("previous_text")
