@@ -18,6 +18,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
 from canter.text.languages import resolve
 from canter.text.prompts import TASKS, utterance_slots
+from canter.text.spelling import Spelling, piece_bytes
 from canter.untrusted import read_json_value, read_limited
 
 SENTENCEPIECE, SERIALISED, SETTINGS = "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"
@@ -100,6 +101,11 @@ class SeamlessTokenizer:
         tokens = [self._tokens.get(number, "") for number in ids if special or number not in self._special]
         text = "".join(tokens).replace("▁", " ")
         return text if special else text.strip()
+
+    def spelling(self, number: int) -> Spelling:
+        """Return the text of an id as bytes, the name of a special token, or None for an id without a token."""
+        token = self._tokens.get(number)
+        return token if token is None or number in self._special else piece_bytes(token)
 
     def special_id(self, token: str) -> int:
         """Return the id of a special token, "__eng__" or "<|eng|>". Raises ConfigError where there is none."""

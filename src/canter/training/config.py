@@ -256,7 +256,8 @@ class TrainConfig:
     output: Path = Path("runs/default")
     """Folder of the run. A folder that holds a run of the same configuration is resumed."""
     init: Annotated[Path | None, Read(_initial_model)] = None
-    """Checkpoint to fine-tune, which gives weights, shape and tokenizer (default: train from scratch)."""
+    """Checkpoint to fine-tune, which gives weights, shape and, without --tokenizer, the tokenizer (default: train from
+    scratch)."""
     teacher: Annotated[Path | None, Read(_initial_model)] = None
     """Checkpoint of a model with the same tokenizer to distil from, such as the one that --init was reshaped from
     (default: no teacher)."""
@@ -264,7 +265,8 @@ class TrainConfig:
     """With --init and a Whisper or OWSM: pad every utterance to this many seconds; 0 keeps each at its own length,
     which is several times as fast (default: the checkpoint's setting, 30 for a pretrained model)."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer (default: train one on the transcripts)."""
+    """Folder of a tokenizer (default: that of --init, else train one on the transcripts). With --init, rows of
+    embedding and head that both tokenizers have are kept, and the others start from means of them."""
     vocab_size: int = 512
     """Vocabulary size of a tokenizer trained on the transcripts, special tokens included. A text that is too small
     lowers it."""
@@ -396,11 +398,10 @@ class TrainConfig:
             shape = dataclasses.fields(ModelShape)
             changed = [f.name for f in shape if getattr(self.model, f.name) != f.default]
             given = [f"--model.{name.replace('_', '-')}" for name in changed]
-            given += ["--tokenizer"] if self.tokenizer is not None else []
             if given:
                 raise ConfigError(
-                    f"{', '.join(given)} cannot go with --init: shape and tokenizer are those of the checkpoint; leave "
-                    "them out, or change its layers with 'canter reshape' first"
+                    f"{', '.join(given)} cannot go with --init: the shape is that of the checkpoint; leave them out, "
+                    "or change its layers with 'canter reshape' first"
                 )
         if self.model.width % self.model.heads:
             raise ConfigError(f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}")
@@ -418,6 +419,7 @@ def _check_lora(config: TrainConfig) -> None:
         (config.parallel == "shard", "cannot go with --parallel shard; use --parallel replicate: adapters are small"),
         (config.optimizer.name == "muon", "cannot go with --optimizer.name muon; use adamw"),
         (bool(config.loss.ctc_warmup), "cannot go with a CTC-only warm-up; set --loss.ctc-warmup 0"),
+        (config.tokenizer is not None, "cannot go with --tokenizer, whose new rows it would not train; leave one out"),
     )
     for wrong, why in refused:
         if wrong:
