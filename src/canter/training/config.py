@@ -20,7 +20,7 @@ from canter.corpus.remote import is_url
 from canter.errors import ConfigError, PlanError
 from canter.fields import FileOnly, Read, from_mapping, to_mapping
 from canter.models.hub import is_hub_name
-from canter.planning.lengths import RateLimits, rate_limits
+from canter.planning.lengths import GivenLimits, rate_limits
 from canter.untrusted import read_yaml_value
 
 
@@ -299,9 +299,10 @@ class TrainConfig:
     min_steps: int | None = None
     """Minimum optimiser steps per epoch; smaller batches make more steps (default: 50 with --batch-seconds auto, more
     for short runs; otherwise no minimum)."""
-    max_tokens_per_second: Annotated[RateLimits, Read(_limits_given)] = None
-    """Leave out utterances with more tokens per second than one limit such as 25, or than limits up to a duration in
-    seconds such as 10:30 20:25 40:20. They are listed in left_out.jsonl (default: no limit)."""
+    max_tokens_per_second: Annotated[GivenLimits, Read(_limits_given)] = None
+    """Leave out utterances with more tokens per second than one limit such as 25, than limits up to a duration in
+    seconds such as 10:30 20:25 40:20, or, with auto, than mean + 4 standard deviations of 30 buckets of duration. They
+    are listed in left_out.jsonl (default: no limit)."""
     micro_batches_per_step: int | None = None
     """Micro-batches per optimiser step over all ranks, for gradient accumulation (default: the number of ranks at the
     run's first start)."""
