@@ -32,7 +32,7 @@ def extend_tokenizer(
     New ids follow all others, which stay as they are. Text of the other languages is encoded as before; only pieces
     without a language change the text in which they occur.
 
-    Raises ConfigError for a language that is no code or that is known already, for pieces without text, and for a kind
+    Raises ConfigError for a language that has another form than a code, or is known already, for pieces without text, and for a kind
     of tokenizer that cannot be extended so.
     """
     if not isinstance(tokenizer, Extensible):

@@ -250,7 +250,7 @@ class OwsmTokenizer:
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """Return the processor of a serialised model. Raises CheckpointError for bytes of anything else."""
+    """Return a serialised model, loaded. Raises CheckpointError for bytes of anything else."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)

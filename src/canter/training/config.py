@@ -57,7 +57,7 @@ REMOVED: dict[str, object] = {"short_first": False, "optimizer.matrix_every": 2}
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
     "save_every", "keep_checkpoints", "upload", "max_skipped", "max_bad_steps", "rank_timeout", "data_timeout", "track",
-    "log_utterances", "allow_changes", "check_memory",
+    "log_utterances", "allow_changes", "check_memory", "license",
 ))
 # fmt: on
 
@@ -348,6 +348,9 @@ class TrainConfig:
     """Seconds without a heartbeat after which a rank counts as dead and the others stop."""
     data_timeout: float = 300.0
     """Seconds without data after which the run saves a checkpoint, names the files that it waits for and ends."""
+    license: str | None = None
+    """Licence of the model for its card, README.md beside the best checkpoint, as the Hugging Face hub names it: such
+    as apache-2.0 (default: none is stated)."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
     log_utterances: Annotated[bool, FileOnly()] = True
@@ -376,6 +379,11 @@ class TrainConfig:
             object.__setattr__(self, "max_tokens_per_second", rate_limits(self.max_tokens_per_second))
         except (PlanError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"--max-tokens-per-second: {error}") from None
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
+            raise ConfigError(
+                f"--license {self.license!r:.80} is not the name of a licence on the Hugging Face hub, such as "
+                "apache-2.0, cc-by-4.0 or other"
+            )
         if self.upload is not None and not is_url(self.upload):
             raise ConfigError(
                 f"--upload {self.upload} is not a URL; name a folder in object storage, such as s3://bucket/run"
