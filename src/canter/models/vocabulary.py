@@ -61,9 +61,10 @@ def extend_vocabulary(model: SpeechModel, tokenizer: Tokenizer, like: str | None
     rows = [*starts, *(Start((number,), kept=True) for number in range(len(starts), model.vocabulary))]
     changed = _with_rows(model, rows, model.config.decoder.pad)
     changed.tokenizer, changed.generation = tokenizer, dict(model.generation)
-    if isinstance(languages := changed.generation.get("lang_to_id"), dict):
-        added = {f"<|{code}|>": tokenizer.special_id(f"<|{code}|>") for code in tokenizer.languages}
-        changed.generation["lang_to_id"] = {**languages, **added}
+    for table, form in (("lang_to_id", "<|{}|>"), ("text_decoder_lang_to_code_id", "{}")):  # Whisper's and Seamless'
+        if isinstance(languages := changed.generation.get(table), dict):
+            added = {form.format(code): tokenizer.special_id(f"<|{code}|>") for code in tokenizer.languages}
+            changed.generation[table] = {**languages, **added}
     return _change(changed, starts, old)
 
 

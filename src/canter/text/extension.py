@@ -32,13 +32,13 @@ def extend_tokenizer(
     New ids follow all others, which stay as they are. Text of the other languages is encoded as before; only pieces
     without a language change the text in which they occur.
 
-    Raises ConfigError for a language that has another form than a code, or is known already, for pieces without text, and for a kind
-    of tokenizer that cannot be extended so.
+    Raises ConfigError for a language that has another form than a code, or is known already, for pieces without text,
+    and for a kind of tokenizer that cannot be extended so.
     """
     if not isinstance(tokenizer, Extensible):
         raise ConfigError(
             f"a {type(tokenizer).__name__} cannot be extended; the tokenizers of Whisper, Canary, Cohere Transcribe, "
-            "OWSM and of Canter's own models can"
+            "OWSM, Seamless and of Canter's own models can"
         )
     if pieces < 0:
         raise ConfigError(f"--pieces is {pieces}; it must be 0 or more")

@@ -7,7 +7,7 @@ writes. ``tokenizer_config.json`` lies beside it, with the ids of the language t
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -106,6 +106,21 @@ class SeamlessTokenizer:
         """Return the text of an id as bytes, the name of a special token, or None for an id without a token."""
         token = self._tokens.get(number)
         return token if token is None or number in self._special else piece_bytes(token)
+
+    def extended(self, language: str | None, texts: Sequence[str], pieces: int) -> "SeamlessTokenizer":
+        """Return the tokenizer with a token for ``language`` at the end; all other ids, and the encoding of any text,
+        stay.
+
+        Raises ConfigError for new pieces, which its files cannot get without other text changing.
+        """
+        if pieces or language is None:
+            raise ConfigError("Seamless takes a language token and no new pieces; leave --pieces out")
+        token = f"__{language}__"
+        if self.added is not None:
+            return SeamlessTokenizer(self.model, {**self.added, token: self.vocab_size})
+        backend = tokenizers.Tokenizer.from_str(self.model.decode())
+        backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        return SeamlessTokenizer(backend.to_str().encode())
 
     def special_id(self, token: str) -> int:
         """Return the id of a special token, "__eng__" or "<|eng|>". Raises ConfigError where there is none."""

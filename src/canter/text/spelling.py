@@ -133,11 +133,13 @@ class Vocabulary:
         return find(written, self.tokenizer.languages)
 
 
-_LANGUAGE = re.compile(r"<\|?(?!(?:pnc|itn|sos|eos|sop|unk|na|asr|pad)\|?>)([A-Za-z]{2,3}(?:[-_]\w+)*)\|?>")
+_LANGUAGE = re.compile(
+    r"<\|?(?!(?:pnc|itn|sos|eos|sop|unk|na|asr|pad)\|?>)[A-Za-z]{2,3}(?:[-_]\w+)*\|?>|__[A-Za-z]{2,3}(?:_[A-Za-z]+)?__"
+)
 
 
 def is_language_token(spelling: Spelling) -> bool:
-    """Return whether a special token has the form of a language's, ``<|en|>`` or ``<eng>``."""
+    """Return whether a special token has the form of a language's, ``<|en|>``, ``<eng>`` or ``__eng__``."""
     return isinstance(spelling, str) and _LANGUAGE.fullmatch(spelling) is not None
 
 
