@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from canter.errors import CheckpointError, ConfigError
+from canter.inference.engine.engine import Engine
+from canter.inference.engine.requests import EngineConfig, Request
 from canter.loading import load_model, save_module
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -137,6 +139,7 @@ def test_new_rows_are_means_of_the_pieces_that_spell_them_and_languages_of_langu
     assert extend_vocabulary(model, tokenizer).model.generation["lang_to_id"]["<|kab|>"] == size
 
 
+@pytest.mark.filterwarnings("ignore:.* the 20 added pieces have ids after the timestamps")
 def test_transformers_loads_an_extended_whisper(whisper_bytes, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = whisper(whisper_bytes)
@@ -155,6 +158,29 @@ def test_transformers_loads_an_extended_whisper(whisper_bytes, tmp_path):
         found = theirs(encoder_outputs=states, decoder_input_ids=torch.tensor([prompt, prompt])).logits
     assert torch.allclose(ours, found, atol=1e-4)
     assert theirs.generation_config.lang_to_id["<|kab|>"] == more.vocabulary - 21
+
+
+def test_transformers_generates_the_new_language(whisper_bytes, tmp_path):
+    """By its token; of new pieces, whose ids it takes for times, a warning tells."""
+    transformers = pytest.importorskip("transformers")
+    model = whisper(whisper_bytes)
+    model.set_features(pad_seconds=4.0)  # the positions of its encoder
+    more = extend_vocabulary(model, extend_tokenizer(model.tokenizer, "kab")).model
+    save_module(more, tmp_path / "theirs", form="huggingface")
+    theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
+    features, _ = more.features(AUDIO, torch.tensor([16000, 16000]))
+    settings = {"language": "<|kab|>", "task": "transcribe", "max_new_tokens": 12}
+    found = theirs.generate(features.transpose(1, 2), return_dict_in_generate=True, **settings)["sequences"]
+    prompt = more.tokenizer.prompt_ids({"source_lang": "kab"})
+    requests = [Request(one.numpy(), prompt) for one in AUDIO]
+    ours = Engine(more, more.tokenizer.end, EngineConfig(tokens_per_frame=99.0, max_repeats=0)).decode(requests)
+    for theirs_of, ours_of in zip(found.tolist(), ours, strict=True):
+        text, our_text = ([token for token in ids if token not in prompt] for ids in (theirs_of, ours_of.tokens))
+        assert len(text) > 3
+        assert text == our_text[: len(text)]
+    pieces = extend_vocabulary(model, extend_tokenizer(model.tokenizer, "kab", NEW, 20)).model
+    with pytest.warns(UserWarning, match="20 added pieces have ids after the timestamps"):
+        save_module(pieces, tmp_path / "pieces", form="huggingface")
 
 
 def test_nemo_gets_the_language_among_its_special_tokens(tmp_path):

@@ -72,10 +72,11 @@ class WhisperTokenizer:
         tokens = {number: token for number, token in added if number in special and is_language_token(token)}
         self.added_languages = tuple(token.strip("<|>") for token in tokens.values())
         """Languages that an extension added."""
-        self._added_text = frozenset(number for number, _ in added if number not in special)
+        self.added_text = frozenset(number for number, _ in added if number not in special)
+        """Ids of pieces that an extension added."""
         self._before = self._backend  # for text of the languages that are not added
         first = min(tokens, default=self.vocab_size)
-        if any(number > first for number in self._added_text):
+        if any(number > first for number in self.added_text):
             self._before = _without_merges_into(serialised, first)
 
     @property
@@ -106,7 +107,7 @@ class WhisperTokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         if not special:
-            kept = [number for number in ids if number < self.end or number in self._added_text]
+            kept = [number for number in ids if number < self.end or number in self.added_text]
             return self._backend.decode(kept).strip()
         text, run = "", []
         for number in ids:
