@@ -196,6 +196,8 @@ def test_a_vocabulary_for_a_language_whose_token_is_there():
     with pytest.warns(UserWarning, match="vocabulary lowered"):
         new = extend_tokenizer(old, "kab", NEW, 600)
     assert new.special_id("<|kab|>") == old.special_id("<|kab|>")
+    with pytest.raises(ConfigError, match="--like de: the language's token is there already, and keeps its row"):
+        starts_of_extended(old, new, "de")
     assert new.offsets["kab"] == old.vocab_size
     assert new.decode(new.encode(NEW[0], "kab")) == NEW[0]
 

@@ -162,12 +162,16 @@ def starts_of_other(old: Tokenizer, new: Tokenizer) -> list[Start | None]:
 def starts_of_extended(old: Tokenizer, new: Tokenizer, like: str | None = None) -> Sequence[Start | None]:
     """Return where the row of each id of ``new`` comes from, whose first ids are those of ``old``.
 
-    like: language whose token a new language token starts from. Raises ConfigError where ``old`` does not know it.
+    like: language whose token a new language token starts from. Raises ConfigError where ``old`` does not know it,
+    and where no language token is new.
     """
     vocabulary, size = Vocabulary(old), old.vocab_size
     found = None
     if like is not None and (found := vocabulary.known_language(like)) is None:
         raise ConfigError(f"--like {like} is not a language of this model; it knows {', '.join(old.languages)}")
     kept = [Start((number,), kept=True) for number in range(size)]
-    added = (vocabulary.start(spelling, found) for spelling in spellings(new)[size:])
+    more = spellings(new)[size:]
+    if like is not None and not any(map(is_language_token, more)):
+        raise ConfigError(f"--like {like}: the language's token is there already, and keeps its row; leave it out")
+    added = (vocabulary.start(spelling, found) for spelling in more)
     return [*kept, *(None if start is None else Start(start.ids) for start in added)]
