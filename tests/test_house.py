@@ -17,12 +17,13 @@ PROSE_COLUMNS = 120
 SUBJECT_COLUMNS = 72
 # The 123rd option is --upload: a run on machines without a lasting disk can keep its checkpoints only elsewhere.
 # The next two are --augment.noise and --augment.rir, which name data; the other settings of noise are file-only.
-# The last six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
+# The next six options are those of LoRA: rank, alpha, targets and dropout, as peft has them, --adapter wherever a model
 # is named, and convert --merge.
 # The ten after these are the options of voice activity detection, --channel, and those of faster-whisper's names; the
 # seven then those of hot words, log probabilities, N-best texts, --allowed-origins, --drain-seconds and
-# --max-beam-size. Then come align --method and inspect --suspects.
-MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 150}
+# --max-beam-size. Then come align --method and inspect --suspects, extend --pieces and
+# --like, train --license for the model card, and score --eval-results and --dataset.
+MOST = {"Any": 150, "docstrings that are fragments": 20, "options (distinct)": 155}
 REMEDIES = {
     "Any": "annotate with the real type; a model of any library is a canter.models.protocol.AnyModel",
     "Any in public signatures": "annotate with the real type, a Protocol or a type variable",

@@ -118,8 +118,8 @@ def load_model(
 
         raise CheckpointError(
             f"{base / 'config.json'}: model_type is {model_type(base)!r:.80}, not one of "
-            f"{', '.join((*LAYOUTS, SEAMLESS))}: only transformers runs it, so it cannot be converted or reshaped "
-            "('canter info' lists what it supports)"
+            f"{', '.join((*LAYOUTS, SEAMLESS))}: only transformers runs it, so it cannot be converted, reshaped or "
+            "extended ('canter info' lists what it supports)"
         )
     model = cast(SpeechModel, _read(path, dtype, None if adapter is None else adapter_folder(adapter)))
     return model.to(choose_device(str(device))).eval()

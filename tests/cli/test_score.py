@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from canter.cli.main import main
 
@@ -122,3 +123,24 @@ def test_bad_rows_can_be_skipped_and_are_listed(tmp_path, capsys):
     captured = capsys.readouterr()
     assert ":4: pred_text missing" in captured.err
     assert "44.44%" in captured.out
+
+
+def test_the_wer_is_written_for_the_hub(tmp_path, capsys):
+    write(tmp_path / "r.jsonl", [{"audio_filepath": "a.wav", "text": "the doctor", "pred_text": "the nurse"}])
+    given = [
+        str(tmp_path / "r.jsonl"),
+        "--eval-results",
+        str(tmp_path),
+        "--dataset",
+        "hf-audio/open-asr-leaderboard:ami",
+    ]
+    assert main(["score", *given]) == 0
+    (file,) = (tmp_path / ".eval_results").iterdir()
+    assert f"written: {file}" in capsys.readouterr().err
+    (entry,) = yaml.safe_load(file.read_text())
+    assert (entry["dataset"]["task_id"], entry["value"]) == ("ami", 50.0)
+    assert main(["score", *given[:3]]) == 1
+    assert "--eval-results FOLDER and --dataset DATASET:TASK go together" in capsys.readouterr().err
+    given[2] = str(tmp_path / "none")
+    assert main(["score", *given]) == 1
+    assert "none is not a folder; name the model's" in capsys.readouterr().err

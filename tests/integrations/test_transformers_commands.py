@@ -292,7 +292,7 @@ def test_what_training_has_nothing_for_takes_one_line(moonshine, corpus, tmp_pat
         (["bench", "{model}", "--against", "transformers"], "--against: "),
         (["reshape", "{model}", "-o", "{tmp}/x", "--decoder-layers", "1"], "model_type is 'moonshine'"),
         (["convert", "{model}", "{tmp}/x"], "model_type is 'moonshine'"),
-        (["convert", "{model}", "{tmp}/x.nemo"], "cannot be converted or reshaped"),
+        (["convert", "{model}", "{tmp}/x.nemo"], "cannot be converted, reshaped or extended"),
         (["tune", "{model}", "--compile", "-o", "{tmp}/b.json"], "--compile: "),
     ],
 )

@@ -1,13 +1,23 @@
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canter.corpus.index import LengthIndex
 from canter.errors import PlanError
+from canter.integrations.nemo import bucketing_config
 from canter.planning import STRATEGIES, Budget, Plan, Polynomial, strategy
-from canter.planning.bins import estimate_bins, optimal_bins, tokens_per_second_bound
-from canter.planning.lengths import Lengths, sample
+from canter.planning.bins import (
+    describe_limits,
+    equal_sums,
+    estimate_bins,
+    optimal_bins,
+    outlier_limits,
+    resolve_limits,
+    tokens_per_second_bound,
+)
+from canter.planning.lengths import Lengths, rate_limit_at, sample
 from canter.planning.metrics import mixing_pool
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random
 from canter.planning.strategies.balanced import even_accumulation, folded, without_drift
@@ -318,6 +328,53 @@ def test_outliers_in_tokens_per_second_are_left_out_and_listed(budget):
     for plan in (Plan(index, budget, Bucket2D(2, 2, z_score=3.0)), Plan(index, budget, max_tokens_per_second=30)):
         assert plan.left_out() == [(row, "over the tokens-per-second bound") for row in range(990, 1000)]
         assert plan.figures().utterances == 990
+
+
+def test_limits_of_each_bucket_follow_its_own_utterances(budget):
+    """Short utterances have more tokens a second; a few utterances are held to the bound of their neighbours."""
+    rng = np.random.default_rng(0)
+    seconds = np.r_[rng.uniform(1, 2, 3000), rng.uniform(18, 20, 300), 30.0]
+    tokens = np.r_[rng.normal(20, 2, 3000), rng.normal(60, 5, 300), 70].astype(np.int64)
+    seconds[[5, 3100]] = 1.2, 19.5
+    tokens[[5, 3100]] = 90, 200  # 200 tokens in 19 s are as fast as usual for 1 s, and outliers there
+    index = LengthIndex(seconds, tokens)
+    limits = outlier_limits(sample(index, budget), 3)
+    assert [edge for edge, _ in limits] == equal_sums(seconds.astype(np.float32).astype(np.float64), 3).tolist()
+    fast, slow = limits[0][1], limits[-1][1]
+    assert 15 < fast < 40
+    assert slow < 9
+    rate = tokens / seconds
+    plan = Plan(index, budget, max_tokens_per_second="auto")
+    assert {5, 3100} <= {row for row, _ in plan.left_out()}
+    assert {reason for _, reason in plan.left_out()} == {"over the tokens-per-second bound"}
+    held = rate_limit_at(np.asarray(index.seconds), plan.rate_limits)
+    assert [row for row, _ in plan.left_out()] == np.flatnonzero(rate > held).tolist()
+    assert len(plan.left_out()) < 30
+    same = Plan(index, budget, max_tokens_per_second=plan.rate_limits)
+    assert same.left_out() == plan.left_out()
+    assert plan.rate_limits[-1][1] < 12
+    one = outlier_limits(sample(LengthIndex(np.full(40, 5.0), np.full(40, 20)), budget), 3)
+    assert one == ((5.0, 4.0),)
+    assert "tokens/s in 3 buckets of duration" in describe_limits(limits)
+    assert (describe_limits(None), describe_limits(25.0)) == ("no limit", "25.0 tokens/s")
+
+
+def test_nemo_gets_a_limit_for_each_bin(budget):
+    """As long as the list of bins, equal in the bins of one duration, and outliers widen no bin."""
+    index = LengthIndex(
+        np.r_[np.full(700, 5.0), np.full(300, 10.0)], np.r_[np.arange(700) % 20 + 10, [400] * 3, [40] * 297]
+    )
+    limits = resolve_limits("auto", index, budget)
+    kind = Bucket2D(2, 2)
+    bins = kind.bins(index, budget, limits=limits)
+    settings = yaml.safe_load(bucketing_config(bins, budget, limits=limits))
+    assert len(settings["max_tps"]) == len(settings["bucket_duration_bins"]) == settings["num_buckets"]
+    edges = settings["bucket_duration_bins"]
+    by_duration = {edge[0]: rate for edge, rate in zip(edges, settings["max_tps"])}
+    assert all(by_duration[edge[0]] == rate for edge, rate in zip(edges, settings["max_tps"]))
+    assert max(edge[1] for edge in edges) == 40 < max(u for _, u in kind.bins(index, budget).edges)
+    assert "max_tps" not in yaml.safe_load(bucketing_config(bins, budget))
+    assert yaml.safe_load(bucketing_config(bins, budget, limits=12.34))["max_tps"] == [12.4] * len(bins)
 
 
 def test_bins_hold_equal_audio_and_equal_tokens(index, budget):

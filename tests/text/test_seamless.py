@@ -9,6 +9,8 @@ from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.inference.languages import Defaults
 from canter.text import SeamlessTokenizer, load_tokenizer
+from canter.text.extension import extend_tokenizer
+from canter.text.spelling import Start, spellings, starts_of_extended
 
 from ..models.formats.small_seamless import LANGUAGES, TEXTS, small_tokenizer, transformers
 
@@ -38,6 +40,20 @@ def test_ids_and_texts_are_theirs(tokenizer, tmp_path):
         assert [*tokenizer.prompt_ids({"source_lang": "cmn_Hant"}), *tokenizer.encode(text), tokenizer.end] == expected
         assert tokenizer.decode(expected) == theirs.decode(expected, skip_special_tokens=True).strip()
         assert tokenizer.decode(expected, special=True).replace(" ", "") == theirs.decode(expected).replace(" ", "")
+
+
+def test_a_language_more(tokenizer, tmp_path):
+    new = extend_tokenizer(tokenizer, "kab")
+    assert new.languages == (*LANGUAGES, "kab")
+    assert spellings(new)[: tokenizer.vocab_size] == spellings(tokenizer)
+    assert new.prompt_ids({"source_lang": "kab"}) == [new.end, tokenizer.vocab_size]
+    languages = tuple(tokenizer.language_ids.values())
+    assert starts_of_extended(tokenizer, new)[-1] == Start(languages)
+    assert all(new.encode(text) == tokenizer.encode(text) for text in TEXTS)
+    new.save(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("__kab__") == new.vocab_size - 1
+    with pytest.raises(ConfigError, match="Seamless takes a language token and no new pieces"):
+        extend_tokenizer(tokenizer, "kab", TEXTS, 20)
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from canter.cli.train import parse
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import write_manifest
 from canter.errors import ConfigError
+from canter.planning.bins import outlier_limits
 from canter.planning.budget import Budget, Polynomial
+from canter.planning.lengths import sample
 from canter.planning.plan import FIRST_VERSION, VERSION, Plan
 from canter.planning.shapes import analytic_budget
 from canter.text import train_tokenizer
@@ -364,6 +367,7 @@ def test_what_batch_seconds_cannot_be(tmp_path, text):
         ("10:30", ["10:30"], ((10.0, 30.0),)),  # 630 to YAML 1.1
         ("[[10, 30], [20, 25]]", ["20:25", "10:30"], ((10.0, 30.0), (20.0, 25.0))),
         ("none", ["none"], None),
+        ("auto", ["auto"], "auto"),
     ],
 )
 def test_limits_on_tokens_a_second_in_a_file_and_as_flags(tmp_path, yaml_text, flags, value):
@@ -398,7 +402,20 @@ def test_utterances_over_a_limit_are_listed(config):
     assert [row["line"] for row in listed] == over
     assert 4 < len(over) < 20
     assert {row["reason"].split(":")[0] for row in listed} == {"over the tokens-per-second bound"}
+    assert all(re.search(r"\d tokens, [\d.]+ a second, at most [\d.]+$", row["reason"]) for row in listed)
     assert any(f"{len(over)} of {len(rate)} utterances are in no batch" in line for line in said)
+
+
+def test_automatic_limits_are_said_and_name_what_they_leave_out(config):
+    config = dataclasses.replace(config, valid=(), steps=1, track=(), max_tokens_per_second="auto")
+    said = []
+    made = run_training(config, Messages(said)).prepared
+    index = made.data.index
+    limits = made.schedule.plan.rate_limits
+    assert limits == outlier_limits(sample(index, made.schedule.budget))
+    assert any(line.startswith("--max-tokens-per-second auto: ") for line in said)
+    left_out = [json.loads(line) for line in (config.output / "left_out.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in left_out] == [row for row, _ in made.schedule.plan.left_out()]
 
 
 def _halves(seconds, middle):

@@ -1,6 +1,7 @@
 """A run that starts from a checkpoint: its weights, shape and tokenizer."""
 
 import dataclasses
+import re
 import shutil
 
 import pytest
@@ -11,9 +12,14 @@ from canter.cli import reshape
 from canter.errors import CheckpointError, ConfigError
 from canter.loading import load_model
 from canter.models.formats.checkpoint import save_model
-from canter.text import Characters
-from canter.training.config import LossConfig, ModelShape, TrainConfig
+from canter.text import Characters, load_tokenizer, train_tokenizer
+from canter.text.spelling import Vocabulary
+from canter.training.config import LoraConfig, LossConfig, ModelShape, TrainConfig
 from canter.training.recipe import prepare_training, run_training
+
+from .conftest import Messages
+
+HEAD_BIAS = "decoder.head_bias"
 
 
 @pytest.fixture
@@ -99,8 +105,37 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(onwards, trained, tmp_path)
 
 @pytest.mark.parametrize(
     ("settings", "flag"),
-    [({"model": ModelShape(width=32, heads=2)}, "--model.width, --model.heads"), ({"tokenizer": "x"}, "--tokenizer")],
+    [
+        ({"model": ModelShape(width=32, heads=2)}, "--model.width, --model.heads cannot go with --init"),
+        ({"tokenizer": "x", "lora": LoraConfig(rank=4)}, "--lora.rank 4 cannot go with --tokenizer"),
+    ],
 )
 def test_what_the_checkpoint_decides_cannot_be_set(tmp_path, settings, flag):
-    with pytest.raises(ConfigError, match=f"{flag} cannot go with --init"):
+    with pytest.raises(ConfigError, match=flag):
         TrainConfig(init=tmp_path, **settings)
+
+
+def test_another_tokenizer_keeps_the_rows_that_both_have_and_says_so(onwards, trained, tmp_path):
+    """The alphabet of the CTC head does not depend on it, and a run resumes without the tokenizer's folder."""
+    old = load_model(next((trained / "checkpoints").glob("step-*")))
+    train_tokenizer(["un autre texte, et des mots", "the same letters"] * 3, ["en", "es", "fr"], 60, tmp_path / "other")
+    config = dataclasses.replace(onwards, tokenizer=tmp_path / "other")
+    said: list[str] = []
+    model = prepare_training(config, Messages(said)).subject.model
+    new = load_tokenizer(tmp_path / "other")
+    assert model.tokenizer.fingerprint == new.fingerprint
+    assert model.vocabulary == new.vocab_size
+    rows, before = model.decoder.embedding.weight, old.decoder.embedding.weight
+    ours, theirs = Vocabulary(new).ids, Vocabulary(old.tokenizer).ids
+    same = [(theirs[spelling], ours[spelling]) for spelling in ours.keys() & theirs.keys()]
+    assert len(same) > 10
+    assert all(torch.equal(before[n], rows[number]) for n, number in same)
+    others = {name: x for name, x in old.state_dict().items() if name not in ("decoder.embedding.weight", HEAD_BIAS)}
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in others.items())
+    (line,) = [line for line in said if "--tokenizer" in line]
+    assert re.search(rf"{new.vocab_size} tokens: \d+ keep the rows of the model, \d+ are new, each the mean of", line)
+    assert run_training(config).progress.step == 4
+    shutil.rmtree(tmp_path / "other")
+    assert run_training(dataclasses.replace(config, steps=5, allow_changes=True)).progress.step == 5
+    with pytest.raises(ConfigError, match="would make its weights useless"):
+        run_training(dataclasses.replace(config, tokenizer=None, allow_changes=True))

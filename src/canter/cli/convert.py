@@ -10,6 +10,8 @@ from typing import Literal
 
 import tyro
 
+MOST_CARD_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,8 +38,10 @@ def run(options: Options) -> int | None:
     if output.exists() and not options.overwrite:
         raise ConfigError(f"{output} exists; choose another name, or --overwrite")
 
+    from canter.files import write_text
     from canter.loading import DTYPES, base_folder, load_model, load_module, model_format, save_module
     from canter.models.hub import checkpoint_of
+    from canter.untrusted import read_limited
 
     checkpoint = checkpoint_of(options.model)
     base = base_folder(checkpoint)
@@ -66,5 +70,11 @@ def run(options: Options) -> int | None:
         save_module(model, output, form=form)
     for notice in notices:
         print(f"canter: {notice.message}", file=sys.stderr)
+    card = checkpoint / "README.md"
+    if output.is_dir() and card.is_file():
+        from canter.training.run.card import with_library
+
+        text = read_limited(card, MOST_CARD_BYTES).decode(errors="replace")
+        write_text(output / card.name, with_library(text, "transformers" if form == "huggingface" else "canter"))
     tokenizer = "with its tokenizer" if model.tokenizer is not None else "without a tokenizer"
     print(f"{output}: {sum(model.parts().values()):,} parameters, {tokenizer}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from canter.errors import ManifestError, PlanError
-from canter.planning.lengths import RateLimits
+from canter.planning.lengths import GivenLimits
 
 if TYPE_CHECKING:
     from canter.corpus.columns import Columns
@@ -86,9 +86,10 @@ class PlanOptions(LengthOptions):
     min_steps: int | None = None
     """Minimum number of optimiser steps an epoch; batches become smaller evenly to reach it. 1 makes the largest
     batches (default: 50, or fewer where a step would have less than 16 utterances)."""
-    max_tokens_per_second: RateLimits = None
-    """Leave out utterances with more tokens a second: one limit such as `25`, or limits up to a duration in seconds
-    such as `10:30 20:25 40:20`."""
+    max_tokens_per_second: GivenLimits = None
+    """Leave out utterances with more tokens a second: one limit such as `25`, limits up to a duration in seconds such
+    as `10:30 20:25 40:20`, or `auto`: mean + 4 standard deviations in each of 30 buckets of duration (default: no
+    limit)."""
     seed: int = 0
     """Seed of the shuffle."""
 

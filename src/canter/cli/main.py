@@ -35,6 +35,7 @@ COMMANDS = {
     "info": ("canter.cli.info", "print a model's shape, parameters and FLOPs"),
     "convert": ("canter.cli.convert", "convert a model between Canter, Hugging Face, NeMo and ESPnet"),
     "reshape": ("canter.cli.reshape", "move layers from decoder to encoder"),
+    "extend": ("canter.cli.extend", "extend a trained model by a language or pieces"),
     "demo": ("canter.cli.demo", "train and evaluate a model on synthesised speech in ten minutes"),
 }
 

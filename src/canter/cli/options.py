@@ -13,7 +13,7 @@ from canter.fields import FileOnly
 if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec
 
-    from canter.planning.lengths import RateLimits
+    from canter.planning.lengths import GivenLimits
 
 T = TypeVar("T")
 KINDS = {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}
@@ -86,14 +86,14 @@ def _constructor(hint: object) -> "PrimitiveConstructorSpec | None":
     """
     from tyro.constructors import PrimitiveConstructorSpec
 
-    from canter.planning.lengths import RateLimits, rate_limits
+    from canter.planning.lengths import GivenLimits, rate_limits
 
-    if hint == RateLimits:
+    if hint == GivenLimits:
         return PrimitiveConstructorSpec(
             nargs="*",
-            metavar="[LIMIT | SECONDS:LIMIT ...]",
+            metavar="[LIMIT | SECONDS:LIMIT ... | auto]",
             instance_from_str=lambda words: None if words in (["none"], ["None"]) else rate_limits(words),
-            is_instance=lambda value: value is None or isinstance(value, float | tuple),
+            is_instance=lambda value: value in (None, "auto") or isinstance(value, float | tuple),
             str_from_instance=_limits_as_typed,
         )
     kinds = typing.get_args(hint)
@@ -123,9 +123,11 @@ def _constructor(hint: object) -> "PrimitiveConstructorSpec | None":
     )
 
 
-def _limits_as_typed(limits: "RateLimits") -> list[str]:
+def _limits_as_typed(limits: "GivenLimits") -> list[str]:
     if limits is None:
         return ["none"]
+    if isinstance(limits, str):
+        return [limits]
     if isinstance(limits, tuple):
         return [f"{seconds:g}:{limit:g}" for seconds, limit in limits]
     return [f"{limits:g}"]

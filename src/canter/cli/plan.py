@@ -27,7 +27,8 @@ class Options(PlanOptions):
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Parquet table to write, with the columns step, micro_batch, rank, row."""
     bins: bool = False
-    """With `bucket_2d`: print the bins and batch sizes in the form of NeMo's configuration."""
+    """With `bucket_2d`: print the bins and batch sizes, and with --max-tokens-per-second its limit for each bin, in the
+    form of NeMo's configuration."""
 
 
 def run(options: Options) -> int | None:
@@ -52,10 +53,12 @@ def run(options: Options) -> int | None:
     chosen = strategy(options.strategy, **settings)
     if options.bins:
         from canter.integrations.nemo import bucketing_config
+        from canter.planning.bins import resolve_limits
 
         if not isinstance(chosen, Bucket2D):
             raise PlanError("--bins goes with --strategy bucket_2d")
-        print(bucketing_config(chosen.bins(index, budget), budget))
+        limits = resolve_limits(options.max_tokens_per_second, index, budget)
+        print(bucketing_config(chosen.bins(index, budget, limits=limits), budget, limits=limits))
         return
     plan = Plan(
         index,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import tyro
 
 from canter.corpus.manifest import Problem
 from canter.errors import ConfigError, ManifestError
+from canter.evaluation.hub_results import Benchmark, write_result
 from canter.evaluation.normalize import Normalization
 from canter.evaluation.transcripts import ScoredTranscript, read_transcripts
 from canter.evaluation.translation import TranslationScore, score_translations
@@ -46,6 +48,10 @@ class Options:
     """Also compute BLEU and chrF of translations with sacrebleu, without normalisation, by target language."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """HTML page to write, with the figures, the most frequent errors and the worst utterances."""
+    eval_results: Path | None = None
+    """Model folder in which to write the WER as the Hugging Face hub reads it, in .eval_results/; needs --dataset."""
+    dataset: str | None = None
+    """Benchmark that was transcribed, as DATASET:TASK of the hub, such as hf-audio/open-asr-leaderboard:ami."""
     skip_bad: bool = False
     """Score the other rows where some lack a field, instead of stopping."""
     json: bool = False
@@ -71,6 +77,7 @@ class Result:
 def run(options: Options) -> None:
     if options.worst < 0:
         raise ConfigError(f"--worst is {options.worst}; it must be 0 or more")
+    benchmark = _benchmark(options)
     transcripts, problems = _read(options.result, options.skip_bad)
     score = _score(transcripts, options.normalize)
     interval = wer_interval(score)
@@ -86,6 +93,9 @@ def run(options: Options) -> None:
     translations = score_translations(*_columns(transcripts)) if options.bleu else {}
     worst = score.worst(options.worst)
     result = Result(transcripts, problems, score, worst, interval, difference, translations)
+    if benchmark and options.eval_results:
+        entry = benchmark.result(score, options.normalize, datetime.now(UTC).date())
+        print(f"written: {write_result(options.eval_results, entry)}", file=sys.stderr)
     if options.output:
         from canter.reporting.html import write_page
         from canter.reporting.score_report import score_page
@@ -99,6 +109,15 @@ def run(options: Options) -> None:
         print(json_text(_summary(result, options.normalize), indent=2))
     else:
         print_score(result, options.against)
+
+
+def _benchmark(options: Options) -> Benchmark | None:
+    """Return the benchmark of --dataset. Raises ConfigError without one of the two options, or for another form."""
+    if (options.eval_results is None) != (options.dataset is None):
+        raise ConfigError("--eval-results FOLDER and --dataset DATASET:TASK go together; give both or none")
+    if options.eval_results is not None and not options.eval_results.is_dir():
+        raise ConfigError(f"--eval-results {options.eval_results} is not a folder; name the model's")
+    return Benchmark.of(options.dataset) if options.dataset else None
 
 
 def _read(path: str, skip_bad: bool) -> tuple[list[ScoredTranscript], list[Problem]]:

@@ -70,12 +70,11 @@ class Defaults:
         Raises ConfigError for languages that the model does not know, and for a translation that it cannot make.
         """
         known = tokenizer.languages
-        required = known if len(known) > 1 and not detects_language(tokenizer) else ()
-        spoken = None
+        only_english = isinstance(tokenizer, WhisperTokenizer) and not tokenizer.multilingual
+        spoken = known[0] if len(known) == 1 or only_english else None  # whatever was added to English
+        required = known if spoken is None and known and not detects_language(tokenizer) else ()
         if is_said(language):
             spoken = spoken_language(tokenizer, language)
-        elif len(known) == 1:
-            spoken = known[0]
         if task != "translate":
             return cls(spoken, task, required=required, written_only=prompts_written_language(tokenizer))
         if len(known) < 2:

@@ -10,7 +10,7 @@ EVERYWHERE = ("info", "tune", "score", "--precision bf16", "--adapter", "convert
 """Commands and options that take every model."""
 WITH_TOKENIZER = ("train --init", "train --lora.rank", "train --teacher", "transcribe", "serve", "bench", "--beam-size")
 """Commands and options that take every model with a tokenizer."""
-NATIVE = ("convert", "reshape")
+NATIVE = ("convert", "reshape", "extend")
 """Commands for models in a native format (see `canter.loading.FORMATS`)."""
 NEEDS: dict[str, Capability] = {
     "--timestamps word": "word_timestamps",
@@ -31,6 +31,7 @@ NEEDS: dict[str, Capability] = {
     "train --parallel shard": "shard",
     "train --augment masks": "spec_augment",
     "train --pad-seconds": "any_length",
+    "train --init --tokenizer": "vocabulary",
     "train --init --loss.ctc-weight": "joint_decoding",
     "CTC head on characters": "characters",
     "bf16 copies of the weights in training": "bf16_weights",

@@ -30,6 +30,7 @@ Capability = Literal[
     "shard",  # FSDP2
     "spec_augment",  # masks drawn by Canter from (seed, epoch, row)
     "any_length",  # the length that utterances are padded to can be changed, or padding left out
+    "vocabulary",  # its tokenizer can be replaced, with rows of embedding and head
     "bf16_weights",  # its layers compute in the type of their weights
     "split_decoder",  # `SpeechModel.loss_of`: decoder and heads on parts of an encoded batch
     "cost_model",  # FLOPs and memory follow from its configuration

@@ -12,7 +12,14 @@ import numpy as np
 
 from canter.errors import PlanError
 from canter.planning.budget import Budget
-from canter.planning.lengths import Lengths
+from canter.planning.lengths import GivenLimits, Index, Lengths, RateLimits, rate_limit_at, sample
+
+BUCKETS = 30
+"""Buckets of duration, as in the paper's recipe."""
+Z_SCORE = 4.0
+"""Standard deviations above the mean beyond which tokens per second are an outlier; NeMo's default."""
+MIN_UTTERANCES = 50
+"""Utterances of a bucket from which on its own mean and deviation are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,47 @@ def tokens_per_second_bound(lengths: Lengths, z_score: float = 3.0) -> float:
     return float(rate.mean() + z_score * rate.std())
 
 
+def outlier_limits(lengths: Lengths, rows: int = BUCKETS, z_score: float = Z_SCORE) -> RateLimits:
+    """Return a limit on tokens per second for each of ``rows`` buckets of equal audio, as (upper edge, limit) pairs.
+
+    The limit of a bucket is the mean + ``z_score`` x standard deviation of its utterances, as NeMo's
+    ``estimate_duration_bins_2d.py`` sets aside outliers. Buckets of fewer than 50 utterances count those that are
+    nearest in duration too.
+    """
+    ordered = lengths.take(np.argsort(lengths.seconds, kind="stable"))
+    edges = equal_sums(ordered.seconds.astype(np.float64), rows)
+    ends = np.searchsorted(ordered.seconds, edges, side="right")
+    found, begin = [], 0
+    for edge, end in zip(edges.tolist(), ends.tolist()):
+        first = max(0, min(begin, (begin + end - MIN_UTTERANCES) // 2))
+        first = min(first, max(0, len(ordered) - MIN_UTTERANCES))
+        inside = ordered.take(np.arange(min(begin, first), min(len(ordered), max(end, first + MIN_UTTERANCES))))
+        found.append((edge, tokens_per_second_bound(inside, z_score)))
+        begin = end
+    return tuple(found)
+
+
+def resolve_limits(given: GivenLimits, index: Index, budget: Budget) -> RateLimits:
+    """Return limits on tokens per second, "auto" being those of `outlier_limits` for the index.
+
+    Raises PlanError where no utterance of the index can be used.
+    """
+    if given != "auto":
+        return given
+    lengths = sample(index, budget)
+    if len(lengths) == 0:
+        raise PlanError("limits on tokens per second cannot be estimated: no utterance of the index can be used")
+    return outlier_limits(lengths)
+
+
+def describe_limits(limits: RateLimits) -> str:
+    """Return the range of limits in words."""
+    if not isinstance(limits, tuple):
+        return "no limit" if limits is None else f"{limits:.1f} tokens/s"
+    values = [limit for _, limit in limits]
+    return f"{min(values):.1f} to {max(values):.1f} tokens/s in {len(limits)} buckets of duration"
+
+
 def equal_sums(values: np.ndarray, bins: int) -> np.ndarray:
     """Return upper edges that divide the sum of `values` into `bins` equal parts; fewer where values repeat."""
     values = np.sort(values)
@@ -58,16 +106,20 @@ def equal_sums(values: np.ndarray, bins: int) -> np.ndarray:
     return np.unique(np.append(values[np.asarray(at, np.int64)], values[-1]))
 
 
-def estimate_bins(lengths: Lengths, rows: int, columns: int = 1) -> Bins:
-    """Return `rows` bins of equal audio, each divided into `columns` bins of equal tokens."""
+def estimate_bins(lengths: Lengths, rows: int, columns: int = 1, limits: RateLimits = None) -> Bins:
+    """Return `rows` bins of equal audio, each divided into `columns` bins of equal tokens.
+
+    Utterances above `limits` in tokens per second do not count for the edges in tokens.
+    """
     if len(lengths) == 0:
         raise PlanError("bins cannot be estimated: no utterance of the index can be used")
     if rows < 1 or columns < 1:
         raise PlanError(f"bins {rows}x{columns}: both numbers must be at least 1")
     seconds = equal_sums(lengths.seconds.astype(np.float64), rows)
     row = np.searchsorted(seconds, lengths.seconds)
-    tokens = tuple(equal_sums(lengths.tokens[row == i], columns) for i in range(len(seconds)))
-    return Bins(seconds, tokens)
+    usual = lengths.tokens <= lengths.seconds * rate_limit_at(lengths.seconds, limits)
+    inside = ((row == i) & usual if (usual & (row == i)).any() else row == i for i in range(len(seconds)))
+    return Bins(seconds, tuple(equal_sums(lengths.tokens[some], columns) for some in inside))
 
 
 def optimal_bins(lengths: Lengths, budget: Budget, rows: int, columns: int = 1, resolution: int = 400) -> Bins:

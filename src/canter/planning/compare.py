@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from canter.planning.budget import Budget
-from canter.planning.lengths import Index, RateLimits
+from canter.planning.lengths import GivenLimits, Index
 from canter.planning.metrics import Figures, mixing_pool
 from canter.planning.plan import Plan
 from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random, Strategy
@@ -80,7 +80,7 @@ def compare(
     micro_batches_per_step: int | None = None,
     seed: int = 0,
     min_steps: int | None = None,
-    max_tokens_per_second: RateLimits = None,
+    max_tokens_per_second: GivenLimits = None,
 ) -> Iterator[Rung]:
     """Yield the rows in order, each as soon as it is computed. M is the number of ranks unless given.
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from canter.planning.budget import Budget
 
 # one limit, or (duration in seconds, limit) pairs in ascending order of duration
 RateLimits: TypeAlias = float | tuple[tuple[float, float], ...] | None
+# as a user gives them: "auto" stands for the limits of `canter.planning.bins.outlier_limits`
+GivenLimits: TypeAlias = RateLimits | Literal["auto"]
 
 
 class Index(Protocol):
@@ -87,11 +89,12 @@ def sample(index: Index, budget: Budget, grid: tuple[int, int] = (1, 1), most: i
     return lengths.take(np.flatnonzero(exclusions(lengths, budget, None) == 0))
 
 
+OVER_RATE = "over the tokens-per-second bound"
 REASONS = (
     "usable",
     "no duration",
     "over the budget by itself",
-    "over the tokens-per-second bound",
+    OVER_RATE,
     "longer than the model takes",
     "more tokens than the model has positions for",
 )
@@ -111,12 +114,14 @@ class ModelLimits:
         return float(np.max(index.seconds)) / slowest > self.seconds or int(np.max(index.tokens)) > self.tokens
 
 
-def rate_limits(value: float | str | Sequence[str | float | Sequence[float]] | None) -> RateLimits:
+def rate_limits(value: float | str | Sequence[str | float | Sequence[float]] | None) -> GivenLimits:
     """Check and normalise limits in tokens per second.
 
-    value: one limit, (duration, limit) pairs in any order, or text such as "25" and "10:30 20:25 40:20", or its words.
-    Raises PlanError naming the invalid value.
+    value: one limit, (duration, limit) pairs in any order, or text such as "25" and "10:30 20:25 40:20", or its words;
+    "auto" stays. Raises PlanError naming the invalid value.
     """
+    if value in ("auto", ["auto"], ("auto",)):
+        return "auto"
     if value is None or isinstance(value, int | float):
         limits = [] if value is None else [(math.inf, float(value))]
     else:
@@ -147,7 +152,8 @@ def _rate_limit(word: str | float | Sequence[float], single: bool) -> tuple[floa
     if len(numbers) == 1 and single:
         return math.inf, numbers[0]
     raise PlanError(
-        f"max_tokens_per_second has {word!r}; give one limit such as 25, or duration:limit pairs such as 10:30 20:25"
+        f"max_tokens_per_second has {word!r}; give one limit such as 25, duration:limit pairs such as 10:30 "
+        "20:25, or auto"
     )
 
 

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from canter.errors import PlanError
 from canter.files import replacing
+from canter.planning.bins import resolve_limits
 from canter.planning.budget import Budget
 from canter.planning.elastic import share_out
 from canter.planning.lengths import REASONS, Index, Lengths, ModelLimits, PerEpoch, RateLimits, exclusions, rate_limits
@@ -110,7 +111,8 @@ class Plan:
         a step would have less than 16 utterances; 1: the largest batches.
     max_tokens_per_second: utterances above it are left out, counted and listed. One limit, or (duration, limit)
         pairs: an utterance is held to the limit of the first pair whose duration in seconds is not shorter than its
-        own, and to that of the last pair where it is longer than all.
+        own, and to that of the last pair where it is longer than all. "auto": those of
+        `canter.planning.bins.outlier_limits`.
     longest_seconds, most_tokens: of the utterances that the model takes, prompt and end token included. Longer ones are
         left out, counted and listed.
     grid: (frames, tokens) up to multiples of which T and U are rounded, so that kernels see few shapes.
@@ -131,7 +133,7 @@ class Plan:
     window: int | None = None
     micro_batches_per_step: int = 1
     min_steps: int | None = None
-    max_tokens_per_second: float | Sequence[tuple[float, float]] | None = None
+    max_tokens_per_second: float | Sequence[tuple[float, float]] | Literal["auto"] | None = None
     longest_seconds: float = math.inf
     most_tokens: float = math.inf
     grid: tuple[int, int] = (1, 1)
@@ -192,7 +194,7 @@ class Plan:
     @cached_property
     def rate_limits(self) -> RateLimits:
         """Limits in tokens per second: those given, or else the strategy's."""
-        limits = rate_limits(self.max_tokens_per_second)
+        limits = resolve_limits(rate_limits(self.max_tokens_per_second), self.index, self.budgets[0][1])
         return limits if limits is not None else self.batching.tokens_per_second(self.index, self.budgets[0][1])
 
     @cached_property

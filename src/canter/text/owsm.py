@@ -12,13 +12,16 @@ import sentencepiece
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
-from canter.text.languages import resolve
+from canter.text.languages import find, resolve
 from canter.text.prompts import TASKS, TRUE, utterance_slots
+from canter.text.sentencepiece import SPACED, train_model
+from canter.text.spelling import Spelling, piece_bytes
 from canter.text.whisper import TIMESTAMP_SECONDS, TIMESTAMPS
-from canter.untrusted import read_json_value, read_limited
+from canter.untrusted import Json, is_file_name, read_json_value, read_limited
 
 FILE, MODEL = "owsm_tokens.json", "bpe.model"
-FORMAT = "canter-owsm-tokens/1"
+FORMAT, EXTENDED = "canter-owsm-tokens/1", "canter-owsm-tokens/2"
+"""Format of the list of tokens, and of one with vocabularies of added languages."""
 NEEDED = ("<blank>", "<unk>", "<na>", "<nospeech>", "<asr>", "<notimestamps>", "<0.00>", "<30.00>", "<sos>", "<eos>",
           "<sop>")  # fmt: skip
 MOST_MODEL_BYTES = 8 * 2**20
@@ -33,12 +36,15 @@ _TRANSLATION = re.compile(r"<st_(.+)>")
 class OwsmTokenizer:
     """Token ids are places in ``tokens``. ``model`` is the serialised SentencePiece model that cuts text into them.
 
+    Tokens after the original list extend a model (see `extended`): languages, and pieces of ``models``, the serialised
+    SentencePiece models of languages that have their own.
+
     Raises CheckpointError for a list without OWSM's special tokens, or with a token twice, and for bytes that are
     not a SentencePiece model.
     """
 
-    def __init__(self, tokens: Sequence[str], model: bytes):
-        self.tokens, self.model = tuple(tokens), bytes(model)
+    def __init__(self, tokens: Sequence[str], model: bytes, models: Mapping[str, bytes] | None = None):
+        self.tokens, self.model, self.models = tuple(tokens), bytes(model), dict(models or {})
         self.ids = {token: number for number, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens) or len(self.tokens) > MOST_TOKENS:
             twice = next((t for number, t in enumerate(self.tokens) if self.ids[t] != number), None)
@@ -46,13 +52,11 @@ class OwsmTokenizer:
         missing = [token for token in NEEDED if token not in self.ids]
         if missing:
             raise CheckpointError(f"the list of tokens has no {missing[0]}; is it OWSM's?")
-        self.processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self.processor.LoadFromSerializedProto(self.model)
-        except RuntimeError as error:
-            raise CheckpointError(f"not a SentencePiece model ({' '.join(str(error).split())[:200]})") from None
+        self.processor = _processor(self.model)
+        self._added = {lang: _processor(one) for lang, one in self.models.items()}
         self.pad, self.end = self.ids["<blank>"], self.ids["<eos>"]
         self.unknown = self.ids["<unk>"]
+        self._own = max(self.ids[token] for token in NEEDED) + 1  # the original list ends with special tokens
         self._check_order()
 
     def _check_order(self) -> None:
@@ -72,7 +76,8 @@ class OwsmTokenizer:
         if not self.languages:
             raise CheckpointError("the list of tokens has no language between <nospeech> and <asr>; is it OWSM's?")
         text = [token for token in self.tokens if not _SPECIAL.fullmatch(token)]
-        known = {self.processor.id_to_piece(number) for number in range(self.processor.vocab_size())}
+        processors = (self.processor, *self._added.values())
+        known = {one.id_to_piece(number) for one in processors for number in range(one.vocab_size())}
         missing = [token for token in text if token not in known]
         if len(missing) > MOST_UNKNOWN * len(text):
             raise CheckpointError(
@@ -90,8 +95,9 @@ class OwsmTokenizer:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Languages that may be spoken, by ISO 639-3 code: the tokens between <nospeech> and <asr>."""
-        return tuple(token[1:-1] for token in self.tokens[self.ids["<nospeech>"] + 1 : self.ids["<asr>"]])
+        """Languages that may be spoken, by ISO 639-3 code: the tokens between <nospeech> and <asr>, and those added."""
+        own = self.tokens[self.ids["<nospeech>"] + 1 : self.ids["<asr>"]]
+        return tuple(token[1:-1] for token in (*own, *self.tokens[self._own :]) if _SPECIAL.fullmatch(token))
 
     @cached_property
     def translations(self) -> tuple[str, ...]:
@@ -107,20 +113,65 @@ class OwsmTokenizer:
     def fingerprint(self) -> str:
         """16 hexadecimal digits over tokens and model."""
         digest = hashlib.blake2b("\n".join(self.tokens).encode(), digest_size=8)
-        digest.update(self.model)
+        for model in (self.model, *self.models.values()):
+            digest.update(model)
         return digest.hexdigest()
 
     def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Return the token ids of ``text``; one vocabulary serves all languages, and no special token is made."""
-        pieces = self.processor.encode(text, out_type=str)
-        return [self.unknown if _SPECIAL.fullmatch(p) else self.ids.get(p, self.unknown) for p in pieces]
+        """Return the token ids of ``text``; one vocabulary serves all languages but those that were added with pieces,
+        and no special token is made."""
+        added = find(lang, self._added) if self._added and lang is not None else None
+        pieces = (self.processor if added is None else self._added[added]).encode(text, out_type=str)
+        known = len(self.tokens) if added is not None else self._own  # characters that the model lacks are pieces too
+        ids = (self.unknown if _SPECIAL.fullmatch(piece) else self.ids.get(piece, self.unknown) for piece in pieces)
+        return [number if number < known else self.unknown for number in ids]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of token ids; special tokens are left out, or written out with ``special``."""
         tokens = [self.tokens[number] for number in ids]
         if not special:
             tokens = [token for token in tokens if not _SPECIAL.fullmatch(token)]
+        if self._added:  # their pieces are not in the model
+            return SPACED.decode(tokens).removeprefix(" ")
         return self.processor.decode_pieces(tokens)
+
+    def spelling(self, number: int) -> Spelling:
+        """Return the text of an id as bytes, or the name of a special token."""
+        token = self.tokens[number]
+        return token if _SPECIAL.fullmatch(token) else piece_bytes(token)
+
+    def extended(self, language: str | None, texts: Sequence[str], pieces: int) -> "OwsmTokenizer":
+        """Return the tokenizer with a token for ``language`` at the end of the list, and, with ``pieces``, a vocabulary
+        of its own for that language's text, trained on ``texts``.
+
+        Its pieces that the list lacks follow the language; all other ids, and the encoding of any other language, stay.
+        Raises ConfigError without a language.
+        """
+        if language is None:
+            raise ConfigError("OWSM takes new pieces only for a language; name it with --language")
+        known = find(language, self.languages)
+        if known in self.models:
+            raise ConfigError(f"the tokenizer has a vocabulary for '{language}' already")
+        tokens, models = [*self.tokens, *([] if known else [f"<{language}>"])], dict(self.models)
+        if pieces:
+            models[known or language] = model = train_model(texts, pieces, f"a vocabulary of {language}")
+            processor = _processor(model)
+            new = (processor.id_to_piece(number) for number in range(processor.vocab_size()))
+            tokens += [piece for piece in new if piece not in self.ids and not _SPECIAL.fullmatch(piece)]
+        return OwsmTokenizer(tokens, self.model, models)
+
+    def generation(self) -> dict[str, Json]:
+        """Return the settings for decoding that follow from the tokens, named as in ``generation_config.json``."""
+        return {
+            "eos_token_id": self.end,
+            "pad_token_id": self.pad,
+            "decoder_start_token_id": self.ids["<sos>"],
+            "no_timestamps_token_id": self.ids["<notimestamps>"],
+            "first_timestamp_token_id": self.ids["<0.00>"],
+            "last_timestamp_token_id": self.ids["<30.00>"],
+            "timestamp_rules": "espnet",
+            "beam_search": "espnet",
+        }
 
     def piece(self, number: int) -> str:
         """Return the SentencePiece piece of an id; a special token has none and gives ""."""
@@ -167,7 +218,13 @@ class OwsmTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write the files that `load` reads."""
         write_bytes(Path(folder) / MODEL, self.model)
-        text = json.dumps({"format": FORMAT, "tokens": self.tokens}, ensure_ascii=False, indent=0)
+        values: dict[str, Json] = {"format": FORMAT, "tokens": self.tokens}
+        if self.models:
+            files = {lang: f"bpe.{lang}.model" for lang in self.models}
+            values |= {"format": EXTENDED, "models": files}
+            for lang, model in self.models.items():
+                write_bytes(Path(folder) / files[lang], model)
+        text = json.dumps(values, ensure_ascii=False, indent=0)
         write_text(Path(folder) / FILE, text + "\n")
 
     @classmethod
@@ -176,12 +233,27 @@ class OwsmTokenizer:
         folder = Path(folder)
         try:
             values = read_json_value(folder / FILE)
-            tokens = values.get("tokens") if isinstance(values, dict) and values.get("format") == FORMAT else None
+            known = isinstance(values, dict) and values.get("format") in (FORMAT, EXTENDED)
+            tokens = values.get("tokens") if known else None
             if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-                raise CheckpointError(f"{folder / FILE} is no list of tokens of format {FORMAT}")
-            return cls(tokens, read_limited(folder / MODEL, MOST_MODEL_BYTES))
+                raise CheckpointError(f"{folder / FILE} is no list of tokens of format {FORMAT} or {EXTENDED}")
+            files = values.get("models", {})
+            if not isinstance(files, dict) or not all(map(is_file_name, files.values())):
+                raise CheckpointError(f"{folder / FILE}: models is {files!r:.80}; it must be an object of files")
+            models = {lang: read_limited(folder / name, MOST_MODEL_BYTES) for lang, name in files.items()}
+            return cls(tokens, read_limited(folder / MODEL, MOST_MODEL_BYTES), models)
         except OSError as error:
             raise CheckpointError(f"{folder}: {error}") from None
 
     def __reduce__(self):
-        return OwsmTokenizer, (self.tokens, self.model)
+        return OwsmTokenizer, (self.tokens, self.model, self.models)
+
+
+def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Return a serialised model, loaded. Raises CheckpointError for bytes of anything else."""
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise CheckpointError(f"not a SentencePiece model ({' '.join(str(error).split())[:200]})") from None
+    return processor

@@ -7,7 +7,7 @@ writes. ``tokenizer_config.json`` lies beside it, with the ids of the language t
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -18,6 +18,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
 from canter.text.languages import resolve
 from canter.text.prompts import TASKS, utterance_slots
+from canter.text.spelling import Spelling, piece_bytes
 from canter.untrusted import read_json_value, read_limited
 
 SENTENCEPIECE, SERIALISED, SETTINGS = "sentencepiece.bpe.model", "tokenizer.json", "tokenizer_config.json"
@@ -100,6 +101,26 @@ class SeamlessTokenizer:
         tokens = [self._tokens.get(number, "") for number in ids if special or number not in self._special]
         text = "".join(tokens).replace("▁", " ")
         return text if special else text.strip()
+
+    def spelling(self, number: int) -> Spelling:
+        """Return the text of an id as bytes, the name of a special token, or None for an id without a token."""
+        token = self._tokens.get(number)
+        return token if token is None or number in self._special else piece_bytes(token)
+
+    def extended(self, language: str | None, texts: Sequence[str], pieces: int) -> "SeamlessTokenizer":
+        """Return the tokenizer with a token for ``language`` at the end; all other ids, and the encoding of any text,
+        stay.
+
+        Raises ConfigError for new pieces, which its files cannot get without other text changing.
+        """
+        if pieces or language is None:
+            raise ConfigError("Seamless takes a language token and no new pieces; leave --pieces out")
+        token = f"__{language}__"
+        if self.added is not None:
+            return SeamlessTokenizer(self.model, {**self.added, token: self.vocab_size})
+        backend = tokenizers.Tokenizer.from_str(self.model.decode())
+        backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+        return SeamlessTokenizer(backend.to_str().encode())
 
     def special_id(self, token: str) -> int:
         """Return the id of a special token, "__eng__" or "<|eng|>". Raises ConfigError where there is none."""

@@ -2,7 +2,8 @@
 
 The S special tokens have ids 0 to S - 1, and each vocabulary follows with an offset, in order. With a vocabulary for
 each language this is NeMo's aggregate tokenizer of canary-1b and flash; `train_tokenizer` makes one vocabulary that all
-languages share. Where the special tokens are pieces of the one vocabulary, as in canary-1b-v2, S is 0.
+languages share. Where the special tokens are pieces of the one vocabulary, as in canary-1b-v2, S is 0. An extension
+(`SentencePieceTokenizer.extended`) adds ids after all others: a language's token, and a vocabulary of that language.
 """
 
 import hashlib
@@ -24,11 +25,14 @@ from canter.errors import CheckpointError, ConfigError
 from canter.files import write_bytes, write_text
 from canter.text.languages import canonical, find, is_said
 from canter.text.prompts import FORMATS, prompt_ids, utterance_slots
+from canter.text.spelling import Spelling, piece_bytes
 from canter.text.tokenizer import Tokenizer
 from canter.untrusted import is_file_name, read_json_value, read_limited
 
 FILE = "canter_tokenizer.json"
 FORMAT = "canter-tokenizer/1"
+EXTENDED = "canter-tokenizer/2"
+"""Format of a tokenizer with added tokens or vocabularies, which versions without them would read as another."""
 SHARED = ""  # name of a vocabulary for every language
 UNKNOWN_LANGUAGE = "unklang"
 BASIC_TOKENS = (
@@ -106,7 +110,8 @@ class SentencePieceTokenizer(CanaryTokens):
     """Special tokens and SentencePiece models (``{language: serialised model}``, or one for all under "").
 
     ``special`` is empty where the one vocabulary has the special tokens among its pieces. ``defaults`` are values of
-    prompt slots (``source_lang``, ...) that an utterance leaves unset.
+    prompt slots (``source_lang``, ...) that an utterance leaves unset. ``added`` lists what stands after the original
+    vocabularies, in order: special tokens (``<|kab|>``), and languages of ``models`` whose vocabularies stand there.
     """
 
     def __init__(
@@ -115,11 +120,15 @@ class SentencePieceTokenizer(CanaryTokens):
         models: Mapping[str, bytes],
         prompt_format: str = "canary",
         defaults: Mapping[str, str] | None = None,
+        added: Sequence[str] = (),
     ):
-        self.special, self.models = tuple(special), dict(models)
-        texts = (*self.special, *self.models, *(defaults or {}), *(defaults or {}).values())
-        if isinstance(special, str) or not all(isinstance(text, str) for text in texts):
+        self.special, self.models, self.added = tuple(special), dict(models), tuple(added)
+        texts = (*self.special, *self.models, *self.added, *(defaults or {}), *(defaults or {}).values())
+        if isinstance(special, str) or isinstance(added, str) or not all(isinstance(text, str) for text in texts):
             raise ValueError("special tokens, languages and prompt slots must be texts")
+        tokens = [one for one in self.added if SPECIAL_PIECE.fullmatch(one)]
+        if len({*self.added}) < len(self.added) or not {*self.added} <= {*tokens, *self.models}:
+            raise ValueError(f"added tokens and vocabularies {list(self.added)} are not those of its models")
         if not all(self.models.values()):
             raise ValueError("a SentencePiece model is empty")
         if prompt_format not in FORMATS:
@@ -128,13 +137,17 @@ class SentencePieceTokenizer(CanaryTokens):
         self._processors = {
             lang: sentencepiece.SentencePieceProcessor(model_proto=model) for lang, model in self.models.items()
         }
+        self._parts = [*(lang for lang in self.models if lang not in self.added), *self.added]
         self._starts = [len(self.special)]
-        for processor in self._processors.values():
-            self._starts.append(self._starts[-1] + processor.vocab_size())
-        self.offsets = dict(zip(self.models, self._starts))
+        for name in self._parts:
+            size = self._processors[name].vocab_size() if name in self._processors else 1
+            self._starts.append(self._starts[-1] + size)
+        places = dict(zip(self._parts, self._starts))
+        self.offsets = {lang: places[lang] for lang in self.models}
         self._special_ids = {token: number for number, token in enumerate(self.special)}
         if not self.special:
             self._special_ids = _special_pieces(self._processors[SHARED])
+        self._special_ids |= {token: places[token] for token in tokens}
         self.special_numbers = frozenset(self._special_ids.values())
         self.pad, self.end = self.special_id("<pad>"), self.special_id("<|endoftext|>")
 
@@ -144,23 +157,23 @@ class SentencePieceTokenizer(CanaryTokens):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(repr((self.special, list(self.models))).encode(), digest_size=8)
+        parts = (self.special, list(self.models), *([self.added] if self.added else []))
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=8)
         for model in self.models.values():
             digest.update(model)
         return digest.hexdigest()
 
     def text_ids(self, text: str, lang: str | None) -> list[int]:
         """Return the ids of text without special tokens; raise ConfigError for a language without a vocabulary."""
-        if SHARED in self._processors:
-            name = SHARED
-        else:
-            name = lang if is_said(lang) else self.defaults.get("target_lang")
-            name = find(name or "", self._processors) or name
-            if name not in self._processors:
+        name = lang if is_said(lang) else self.defaults.get("target_lang")
+        name = find(name or "", filter(None, self._processors)) or name
+        if name not in self._processors:
+            if SHARED not in self._processors:
                 raise ConfigError(
                     f"the tokenizer has no vocabulary for language '{name}', only {', '.join(self.models)}; "
                     "correct 'lang' in the manifest"
                 )
+            name = SHARED
         offset = self.offsets[name]
         return [offset + number for number in self._processors[name].encode(text)]
 
@@ -171,7 +184,36 @@ class SentencePieceTokenizer(CanaryTokens):
         if number < len(self.special):
             return self.special[number]
         place = bisect_right(self._starts, number) - 1
-        return list(self._processors.values())[place].id_to_piece(number - self._starts[place])
+        name = self._parts[place]
+        return self._processors[name].id_to_piece(number - self._starts[place]) if name in self._processors else name
+
+    def spelling(self, number: int) -> Spelling:
+        """Return the text of an id as bytes, or the name of a special or unknown token."""
+        piece = self.piece(number)
+        return piece if number in self.special_numbers or piece == "<unk>" else piece_bytes(piece)
+
+    def extended(self, language: str | None, texts: Sequence[str], pieces: int) -> "SentencePieceTokenizer":
+        """Return the tokenizer with a token for ``language`` and a vocabulary of ``pieces`` for its text, trained on
+        ``texts``, at the end; all other ids, and the encoding of any other language, stay.
+
+        Raises ConfigError without a language, and for an aggregate of vocabularies without pieces.
+        """
+        if language is None:
+            raise ConfigError("this tokenizer takes new pieces only for a language; name it with --language")
+        if find(language, filter(None, self.models)):
+            raise ConfigError(f"the tokenizer has a vocabulary for '{language}' already")
+        if not pieces and SHARED not in self.models:
+            raise ConfigError(
+                f"this tokenizer has a vocabulary for each language ({', '.join(self.models)}): '{language}' needs one "
+                "too; give --pieces and text"
+            )
+        known = find(language, self.languages)
+        added = [] if known else [f"<|{language}|>"]
+        models = dict(self.models)
+        if pieces:
+            added.append(known or language)
+            models[known or language] = train_model(texts, pieces, f"a vocabulary of {language}")
+        return SentencePieceTokenizer(self.special, models, self.prompt_format, self.defaults, (*self.added, *added))
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of ids; with ``special`` exactly NeMo's, with special tokens and the leading space."""
@@ -192,6 +234,7 @@ class SentencePieceTokenizer(CanaryTokens):
             "defaults": self.defaults,
             "models": files,
             "special": self.special,
+            **({"format": EXTENDED, "added": self.added} if self.added else {}),
         }
         write_text(folder / FILE, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
@@ -223,18 +266,18 @@ class SentencePieceTokenizer(CanaryTokens):
         file = Path(folder) / FILE
         try:
             values = read_json_value(file)
-            if values.get("format") != FORMAT:
-                raise ValueError(f"its format is {values.get('format')!r}, not {FORMAT}")
+            if values.get("format") not in (FORMAT, EXTENDED):
+                raise ValueError(f"its format is {values.get('format')!r}, not {FORMAT} or {EXTENDED}")
             names = values["models"]
             if not all(map(is_file_name, names.values())):
                 raise ValueError("a model file lies outside the folder")
             models = read_models(names, lambda name: read_limited(Path(folder) / name, MOST_TOKENIZER_BYTES))
-            return cls(values["special"], models, values["prompt_format"], values["defaults"])
+            return cls(values["special"], models, values["prompt_format"], values["defaults"], values.get("added", ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
 
     def __reduce__(self):
-        return SentencePieceTokenizer, (self.special, self.models, self.prompt_format, self.defaults)
+        return SentencePieceTokenizer, (self.special, self.models, self.prompt_format, self.defaults, self.added)
 
 
 def read_models(names: Mapping[str, str], read: Callable[[str], bytes]) -> dict[str, bytes]:
@@ -267,32 +310,40 @@ def train_tokenizer(
     """
     languages = sorted({canonical(language) or language for language in languages if is_said(language)})
     special = (*BASIC_TOKENS, *(f"<|{lang}|>" for lang in languages))
-    sentences = _sample(line for text in texts if (line := " ".join(text.split())))
-    if not sentences:
-        raise ConfigError("a tokenizer cannot be trained: there is no text")
-    size = vocab_size - len(special)
-    try:
-        model = _train(sentences, size)
-    except RuntimeError as error:
-        most = _TOO_LARGE.search(str(error))
-        if "too high" not in str(error) or most is None:
-            smallest = len(special) + len(set("".join(sentences))) + 2
-            raise ConfigError(
-                f"a tokenizer of {vocab_size} tokens cannot be trained; this text needs at least {smallest}"
-            ) from None
-        size = int(most[1])
-        model = _train(sentences, size)
-        warnings.warn(
-            f"tokenizer: the text has only {size} pieces to learn; vocabulary lowered from {vocab_size} to "
-            f"{size + len(special)}",
-            stacklevel=2,
-        )
+    model = train_model(texts, vocab_size - len(special), "a tokenizer", len(special))
     language = languages[0] if len(languages) == 1 else UNKNOWN_LANGUAGE
     defaults = {"source_lang": language, "target_lang": language}
     tokenizer = SentencePieceTokenizer(special, {SHARED: model}, "canary", defaults)
     if folder is not None:
         tokenizer.save(folder)
     return tokenizer
+
+
+def train_model(texts: Iterable[str], size: int, what: str, others: int = 0) -> bytes:
+    """Return a serialised BPE model of ``size`` pieces, fewer, with a warning, where the texts have no more.
+
+    ``what`` names it in messages, in which ``others`` tokens beside the pieces count. Raises ConfigError if there is no
+    text, or ``size`` is less than the number of characters.
+    """
+    sentences = _sample(line for text in texts if (line := " ".join(text.split())))
+    if not sentences:
+        raise ConfigError("a tokenizer cannot be trained: there is no text")
+    try:
+        return _train(sentences, size)
+    except RuntimeError as error:
+        most = _TOO_LARGE.search(str(error))
+        if "too high" not in str(error) or most is None:
+            smallest = others + len(set("".join(sentences))) + 2
+            raise ConfigError(
+                f"{what} of {size + others} tokens cannot be trained; this text needs at least {smallest}"
+            ) from None
+    model = _train(sentences, int(most[1]))
+    warnings.warn(
+        f"tokenizer: the text has only {most[1]} pieces to learn; vocabulary lowered from {size + others} to "
+        f"{int(most[1]) + others}",
+        stacklevel=3,
+    )
+    return model
 
 
 def _sample(sentences: Iterable[str]) -> list[str]:

@@ -7,18 +7,19 @@ import hashlib
 import json
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from canter.errors import CheckpointError
+from canter.errors import CheckpointError, ConfigError
 from canter.files import write_text
 from canter.text.languages import find
 from canter.text.prompts import DEFAULTS, FLAGS, FORMATS
 from canter.text.sentencepiece import SPACED, SPECIAL_PIECE, CanaryTokens, SentencePieceTokenizer
+from canter.text.spelling import Spelling, piece_bytes
 from canter.text.whisper import FILE, MOST_TOKENIZER_BYTES
 from canter.untrusted import read_json_value, read_limited
 
@@ -84,6 +85,29 @@ class JsonTokenizer(CanaryTokens):
         if piece is None:
             raise ValueError(f"token id {number} is not in the vocabulary of {self.vocab_size}")
         return piece.rstrip(HIDDEN)
+
+    def spelling(self, number: int) -> Spelling:
+        """Return the text of an id as bytes, the name of a special token, or None for an id without a token."""
+        token = self._backend.id_to_token(number)
+        if token is None or number in self.special_numbers or token == "<unk>":
+            return token
+        return piece_bytes(token.rstrip(HIDDEN))
+
+    def extended(self, language: str | None, texts: Sequence[str], pieces: int) -> "JsonTokenizer":
+        """Return the tokenizer with a token for ``language`` at the end; all other ids, and the encoding of any text,
+        stay.
+
+        Raises ConfigError for new pieces, which its kinds of vocabulary cannot get without other text changing.
+        """
+        if pieces or language is None:
+            raise ConfigError(
+                f"a {FILE} of this kind takes a language token and no new pieces; leave --pieces out, or extend the "
+                "model's .nemo archive"
+            )
+        token = AddedToken(f"<|{language}|>", normalized=False, special=True)
+        backend = tokenizers.Tokenizer.from_str(self.serialised)
+        backend.add_special_tokens([token])
+        return JsonTokenizer(backend.to_str(), self.prompt_format)
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json``, and what transformers' AutoTokenizer and AutoProcessor need beside it."""
@@ -253,9 +277,10 @@ def _serialised(tokenizer: SentencePieceTokenizer) -> str:
     wanted = tokenizer.defaults.get("target_lang", "").strip("<|>")
     chosen = find(wanted, languages) or find("en", languages) or languages[0]
     if len(languages) > 1:
+        names = [lang or "all other languages" for lang in languages]
         warnings.warn(
-            f"{FILE}: transformers encodes text with the vocabulary of '{chosen}' only, and decodes all of "
-            f"{', '.join(languages)}",
+            f"{FILE}: transformers encodes text with the vocabulary of {repr(chosen) if chosen else names[0]} "
+            f"only, and decodes all of {', '.join(names)}",
             stacklevel=4,
         )
     model, offset = _Model.of(tokenizer.models[chosen]), tokenizer.offsets[chosen]

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import tokenizers
 from canter.corpus.manifest import Utterance
 from canter.errors import CheckpointError, ConfigError
 from canter.files import write_text
-from canter.text.languages import same
+from canter.text.languages import find, same
+from canter.text.merges import learn_merges
 from canter.text.prompts import FORMATS, TASKS, prompt_ids, utterance_slots
+from canter.text.spelling import Spelling, is_language_token, symbol_bytes
 from canter.untrusted import Json, read_json_value, read_limited
 
 FILE = "tokenizer.json"
@@ -40,7 +43,12 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class WhisperTokenizer:
-    """Whisper's tokenizer: ids below ``<|endoftext|>`` are text, the others special tokens and timestamps."""
+    """Whisper's tokenizer: ids below ``<|endoftext|>`` are text, the others special tokens and timestamps.
+
+    Tokens with ids beyond the timestamps extend a model (see `extended`). They are text and languages; text of such a
+    language is merged into the new pieces too, text of any other language as before. Pieces that stand before the first
+    added language are for every language.
+    """
 
     loss_after = None
 
@@ -55,18 +63,30 @@ class WhisperTokenizer:
         self.serialised = serialised
         self.pad = self.end = self.special_id("<|endoftext|>")
         self._first_timestamp = self.special_id("<|notimestamps|>") + 1
-
-    @property
-    def vocab_size(self) -> int:
-        return self._first_timestamp + TIMESTAMPS
+        self._beyond = self._first_timestamp + TIMESTAMPS
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = sorted((number, token) for token, number in vocabulary.items() if number >= self._beyond)
+        special = {number for number, one in self._backend.get_added_tokens_decoder().items() if one.special}
+        self._special = special
+        self.vocab_size = added[-1][0] + 1 if added else self._beyond
+        tokens = {number: token for number, token in added if number in special and is_language_token(token)}
+        self.added_languages = tuple(token.strip("<|>") for token in tokens.values())
+        """Languages that an extension added."""
+        self.added_text = frozenset(number for number, _ in added if number not in special)
+        """Ids of pieces that an extension added."""
+        self._before = self._backend  # for text of the languages that are not added
+        first = min(tokens, default=self.vocab_size)
+        if any(number > first for number in self.added_text):
+            self._before = _without_merges_into(serialised, first)
 
     @property
     def languages(self) -> tuple[str, ...]:
         if not self.multilingual:
-            return ("en",)
+            return ("en", *self.added_languages)
         # the languages stand between <|startoftranscript|> and <|translate|>, which precedes <|transcribe|>
         first, last = self.special_id("<|startoftranscript|>") + 1, self.special_id("<|translate|>")
-        return tuple(str(self._backend.id_to_token(number)).strip("<|>") for number in range(first, last))
+        own = (str(self._backend.id_to_token(number)).strip("<|>") for number in range(first, last))
+        return (*own, *self.added_languages)
 
     @property
     def multilingual(self) -> bool:
@@ -85,15 +105,17 @@ class WhisperTokenizer:
         return hashlib.blake2b(self.serialised.encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str, lang: str | None = None) -> list[int]:
-        """Return the ids of ``text``; one vocabulary serves all languages."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Return the ids of ``text``; one vocabulary serves all languages but those that were added with pieces."""
+        added = self._before is not self._backend and lang is not None and find(lang, self.added_languages) is not None
+        return (self._backend if added else self._before).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         if not special:
-            return self._backend.decode([number for number in ids if number < self.end]).strip()
+            kept = [number for number in ids if number < self.end or number in self.added_text]
+            return self._backend.decode(kept).strip()
         text, run = "", []
         for number in ids:
-            if number < self._first_timestamp:
+            if not self._first_timestamp <= number < self._beyond:
                 run.append(number)
                 continue
             text += self._backend.decode(run, skip_special_tokens=False)
@@ -111,8 +133,9 @@ class WhisperTokenizer:
         return self.prompt_ids(utterance_slots(utterance))
 
     def prompt_ids(self, slots: Mapping[str, str]) -> list[int]:
-        """Return the ids of Whisper's task prompt, which has no language and task in English-only models."""
-        if self.multilingual:
+        """Return the ids of Whisper's task prompt, which has no language and task in English-only models, except for
+        languages that were added to them."""
+        if self.multilingual or find(slots.get("source_lang", "en"), self.added_languages) is not None:
             return prompt_ids(self, "whisper", slots)
         for name in ("source_lang", "target_lang"):
             if not same(slots.get(name, "en"), "en"):
@@ -120,6 +143,62 @@ class WhisperTokenizer:
         if TASKS.get(slots.get("task", "")) == TASKS["translate"]:
             raise ConfigError("the task is to translate, but this Whisper knows English only and cannot; leave it out")
         return prompt_ids(self, "whisper_english", slots)
+
+    def spelling(self, number: int) -> Spelling:
+        """Return the text of an id as bytes, the name of a special token, or None for an id without a token."""
+        if self._first_timestamp <= number < self._beyond:
+            return f"<|{(number - self._first_timestamp) * TIMESTAMP_SECONDS:.2f}|>"
+        token = self._backend.id_to_token(number)
+        if token is None or number in self._special or self.end <= number < self._beyond:
+            return token
+        return symbol_bytes(token)
+
+    def extended(self, language: str | None, texts: Sequence[str], pieces: int) -> "WhisperTokenizer":
+        """Return the tokenizer with a token for ``language`` and ``pieces`` pieces learned from ``texts``.
+
+        New ids follow the timestamps; all others stay. Text of other languages is encoded as before. Without a language
+        the pieces are for every language, whose text is then encoded differently wherever they occur. An English-only
+        model has unused tokens of other languages: one that is added gets a new token, and the unused one is renamed.
+
+        Raises ConfigError for pieces for every language after those of one.
+        """
+        values = json.loads(self.serialised)
+        model, number = values["model"], self.vocab_size
+        # ids of added tokens that the vocabulary lacks would follow from its size, which grows
+        model["vocab"] |= {one["content"]: one["id"] for one in values["added_tokens"]}
+        if language is None and self.added_languages:
+            raise ConfigError(
+                "pieces for every language must be added before those of one, and the tokenizer has "
+                f"{', '.join(self.added_languages)} already; name a language, or extend the original model"
+            )
+        merges = self._new_merges(texts, pieces, language) if pieces else []
+        if language is not None:
+            token = f"<|{language}|>"
+            unused = next((one for one in values["added_tokens"] if one["content"] == token), None)
+            if unused is not None:
+                unused["content"] = f"<|unused {language}|>"
+                model["vocab"][unused["content"]] = model["vocab"].pop(token)
+            model["vocab"][token] = number
+            settings = dict.fromkeys(FLAGS, False) | {"special": True}
+            values["added_tokens"].append({"id": number, "content": token, **settings})
+            number += 1
+        for pair in merges:
+            if "".join(pair) not in model["vocab"]:
+                model["vocab"]["".join(pair)] = number
+                number += 1
+        split = not model["merges"] or isinstance(model["merges"][0], list)  # older files have "a b"
+        model["merges"] += [list(pair) if split else " ".join(pair) for pair in merges]
+        return WhisperTokenizer(json.dumps(values, ensure_ascii=False))
+
+    def _new_merges(self, texts: Sequence[str], pieces: int, language: str | None) -> list[tuple[str, str]]:
+        """Return merges of the pieces into which ``texts`` are cut, within words as the tokenizer divides them."""
+        backend = self._backend if language is not None else self._before
+        words: Counter[str] = Counter()
+        for text in texts:
+            plain = backend.normalizer.normalize_str(text) if backend.normalizer else text
+            words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(plain))
+        cut = {tuple(one.value for one in backend.model.tokenize(word)): count for word, count in words.items()}
+        return learn_merges(cut, pieces, backend.get_vocab())
 
     def generation(self) -> dict[str, Json]:
         """Return the settings for decoding that follow from the tokens, named as in ``generation_config.json``.
@@ -259,6 +338,22 @@ def merges_of(tokens: Sequence[str]) -> list[tuple[str, str]]:
         if len(pieces) == 2 and all(piece in ranks for piece in pieces):
             merges.append((pieces[0], pieces[1]))
     return merges
+
+
+def _without_merges_into(serialised: str, first: int) -> tokenizers.Tokenizer:
+    """Return a tokenizer without the merges whose results have ids from ``first`` on."""
+    values = json.loads(serialised)
+    vocabulary, kept = values["model"]["vocab"], []
+    for pair in values["model"]["merges"]:
+        one, other = pair if isinstance(pair, list) else pair.split(" ")
+        if all(vocabulary[token] < first for token in (one, other, one + other)):
+            kept.append(pair)
+    values["model"]["merges"] = kept
+    backend = tokenizers.Tokenizer.from_str(json.dumps(values, ensure_ascii=False))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _json(path: Path) -> dict[str, Json]:

@@ -20,7 +20,7 @@ from canter.corpus.remote import is_url
 from canter.errors import ConfigError, PlanError
 from canter.fields import FileOnly, Read, from_mapping, to_mapping
 from canter.models.hub import is_hub_name
-from canter.planning.lengths import RateLimits, rate_limits
+from canter.planning.lengths import GivenLimits, rate_limits
 from canter.untrusted import read_yaml_value
 
 
@@ -57,7 +57,7 @@ REMOVED: dict[str, object] = {"short_first": False, "optimizer.matrix_every": 2}
 FREE = frozenset((
     "output", "workers", "threads", "device", "parallel", "compile", "valid", "valid_every", "valid_utterances",
     "save_every", "keep_checkpoints", "upload", "max_skipped", "max_bad_steps", "rank_timeout", "data_timeout", "track",
-    "log_utterances", "allow_changes", "check_memory",
+    "log_utterances", "allow_changes", "check_memory", "license",
 ))
 # fmt: on
 
@@ -256,7 +256,8 @@ class TrainConfig:
     output: Path = Path("runs/default")
     """Folder of the run. A folder that holds a run of the same configuration is resumed."""
     init: Annotated[Path | None, Read(_initial_model)] = None
-    """Checkpoint to fine-tune, which gives weights, shape and tokenizer (default: train from scratch)."""
+    """Checkpoint to fine-tune, which gives weights, shape and, without --tokenizer, the tokenizer (default: train from
+    scratch)."""
     teacher: Annotated[Path | None, Read(_initial_model)] = None
     """Checkpoint of a model with the same tokenizer to distil from, such as the one that --init was reshaped from
     (default: no teacher)."""
@@ -264,7 +265,8 @@ class TrainConfig:
     """With --init and a Whisper or OWSM: pad every utterance to this many seconds; 0 keeps each at its own length,
     which is several times as fast (default: the checkpoint's setting, 30 for a pretrained model)."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer (default: train one on the transcripts)."""
+    """Folder of a tokenizer (default: that of --init, else train one on the transcripts). With --init, rows of
+    embedding and head that both tokenizers have are kept, and the others start from means of them."""
     vocab_size: int = 512
     """Vocabulary size of a tokenizer trained on the transcripts, special tokens included. A text that is too small
     lowers it."""
@@ -297,9 +299,10 @@ class TrainConfig:
     min_steps: int | None = None
     """Minimum optimiser steps per epoch; smaller batches make more steps (default: 50 with --batch-seconds auto, more
     for short runs; otherwise no minimum)."""
-    max_tokens_per_second: Annotated[RateLimits, Read(_limits_given)] = None
-    """Leave out utterances with more tokens per second than one limit such as 25, or than limits up to a duration in
-    seconds such as 10:30 20:25 40:20. They are listed in left_out.jsonl (default: no limit)."""
+    max_tokens_per_second: Annotated[GivenLimits, Read(_limits_given)] = None
+    """Leave out utterances with more tokens per second than one limit such as 25, than limits up to a duration in
+    seconds such as 10:30 20:25 40:20, or, with auto, than mean + 4 standard deviations of 30 buckets of duration. They
+    are listed in left_out.jsonl (default: no limit)."""
     micro_batches_per_step: int | None = None
     """Micro-batches per optimiser step over all ranks, for gradient accumulation (default: the number of ranks at the
     run's first start)."""
@@ -345,6 +348,9 @@ class TrainConfig:
     """Seconds without a heartbeat after which a rank counts as dead and the others stop."""
     data_timeout: float = 300.0
     """Seconds without data after which the run saves a checkpoint, names the files that it waits for and ends."""
+    license: str | None = None
+    """Licence of the model for its card, README.md beside the best checkpoint, as the Hugging Face hub names it: such
+    as apache-2.0 (default: none is stated)."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Experiment trackers besides metrics.jsonl; wandb and trackio need the extra 'log'."""
     log_utterances: Annotated[bool, FileOnly()] = True
@@ -373,6 +379,11 @@ class TrainConfig:
             object.__setattr__(self, "max_tokens_per_second", rate_limits(self.max_tokens_per_second))
         except (PlanError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"--max-tokens-per-second: {error}") from None
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
+            raise ConfigError(
+                f"--license {self.license!r:.80} is not the name of a licence on the Hugging Face hub, such as "
+                "apache-2.0, cc-by-4.0 or other"
+            )
         if self.upload is not None and not is_url(self.upload):
             raise ConfigError(
                 f"--upload {self.upload} is not a URL; name a folder in object storage, such as s3://bucket/run"
@@ -396,11 +407,10 @@ class TrainConfig:
             shape = dataclasses.fields(ModelShape)
             changed = [f.name for f in shape if getattr(self.model, f.name) != f.default]
             given = [f"--model.{name.replace('_', '-')}" for name in changed]
-            given += ["--tokenizer"] if self.tokenizer is not None else []
             if given:
                 raise ConfigError(
-                    f"{', '.join(given)} cannot go with --init: shape and tokenizer are those of the checkpoint; leave "
-                    "them out, or change its layers with 'canter reshape' first"
+                    f"{', '.join(given)} cannot go with --init: the shape is that of the checkpoint; leave them out, "
+                    "or change its layers with 'canter reshape' first"
                 )
         if self.model.width % self.model.heads:
             raise ConfigError(f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}")
@@ -418,6 +428,7 @@ def _check_lora(config: TrainConfig) -> None:
         (config.parallel == "shard", "cannot go with --parallel shard; use --parallel replicate: adapters are small"),
         (config.optimizer.name == "muon", "cannot go with --optimizer.name muon; use adamw"),
         (bool(config.loss.ctc_warmup), "cannot go with a CTC-only warm-up; set --loss.ctc-warmup 0"),
+        (config.tokenizer is not None, "cannot go with --tokenizer, whose new rows it would not train; leave one out"),
     )
     for wrong, why in refused:
         if wrong:

@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import cast
 
+import numpy as np
 import torch
 
 from canter.corpus.utterance import Problem
@@ -32,7 +34,8 @@ from canter.text.characters import Characters
 from canter.training.config import TrainConfig
 from canter.training.feed.corpus import TrainingData
 from canter.training.feed.data import Address, Loaded, Patience, Steps, StoppedWaitingError, load_ahead
-from canter.training.run.checkpoints import Checkpoints, read_snapshot, restore_snapshot, take_snapshot
+from canter.training.run.card import TrainedOn, model_card
+from canter.training.run.checkpoints import Checkpoints, Scores, read_snapshot, restore_snapshot, take_snapshot
 from canter.training.run.folder import RunFolder
 from canter.training.run.reports import Progress, StepReport, Tracker, check_skipped, open_trackers
 from canter.training.run.upload import Uploads
@@ -42,6 +45,7 @@ from canter.training.step.optimizers import Schedule
 from canter.training.step.weights import compile_layers, freeze, to_training
 from canter.training.subject import Subject
 
+SAMPLED = 100  # rows of the training data whose languages the model card names
 SAME_SIGNAL = 1.0  # seconds within which signals are one: 'timeout', 'uv run' and batch systems pass them twice
 
 
@@ -84,6 +88,7 @@ class Trainer:
     """
 
     def __init__(self, prepared: PreparedRun, ranks: Ranks = SINGLE_RANK, events: Events[StepReport] = QUIET):
+        self.prepared = prepared
         config, subject, schedule = prepared.config, prepared.subject, prepared.schedule
         self.config, self.subject, self.ranks, self.events = config, subject, ranks, events
         self.run, self.log = prepared.run, prepared.run.log
@@ -192,6 +197,8 @@ class Trainer:
                     self._save()
                 if not stopped and not self._is_validated():
                     self._validate()
+                if self.validate is None and self.ranks.first and progress.step > 0:
+                    self.checkpoints.add_card(progress.step, self._card(None))
                 self.checkpoints.wait()
                 if self.uploads:
                     self.uploads.finish()
@@ -504,6 +511,29 @@ class Trainer:
             alphabet = targets if isinstance(targets, Characters) else None
             self.checkpoints.save(snapshot, self.model, alphabet)
 
+    def _card(self, metrics: Scores | None) -> str:
+        """Return the model card of the current step, for a validation with ``metrics``."""
+        index, progress = self.prepared.data.index, self.progress
+        trained = TrainedOn(
+            progress.step,
+            progress.audio_seconds,
+            float(np.sum(index.seconds, dtype=np.float64)),
+            len(index),
+            self.languages,
+            sum(self.model.parts().values()),
+        )
+        return model_card(self.config, trained, metrics)
+
+    @cached_property
+    def languages(self) -> Sequence[str]:
+        """Languages of a sample of the training data, and of the validation data."""
+        data, size = self.prepared.data, len(self.prepared.data.index)
+        try:
+            rows = [data.index.utterance(row) for row in range(0, size, max(1, size // SAMPLED))]
+        except CanterError:  # manifests that are gone end no run
+            rows = []
+        return sorted({lang for row in (*rows, *data.valid) if (lang := row.text_lang)})
+
     def _validate(self) -> None:
         """Validate the model, or its moving average, and mark the checkpoint if it is the best."""
         assert self.validate is not None
@@ -522,7 +552,7 @@ class Trainer:
             return
         self.checkpoints.wait()
         if self.checkpoints.is_best(validation.metrics):
-            self.checkpoints.set_best(step, validation.metrics)
+            self.checkpoints.set_best(step, validation.metrics, self._card(validation.metrics))
         self.log.add_validation(step, validation.metrics, validation.transcripts)
         numbers = {f"valid_{k}": v for k, v in validation.metrics.items() if isinstance(v, int | float)}
         self._track(step, numbers)

@@ -15,6 +15,7 @@ from canter.corpus.index import LengthIndex
 from canter.corpus.mixture import is_weighted, mixture_of
 from canter.errors import BudgetError, CheckpointError, ConfigError
 from canter.events import QUIET, Events
+from canter.planning.bins import describe_limits, resolve_limits
 from canter.planning.budget import Budget, Polynomial
 from canter.planning.lengths import Index, ModelLimits
 from canter.planning.metrics import BatchTable, figures
@@ -317,6 +318,9 @@ def choose_schedule(
     bounded = record.get("model_limits", not record)  # runs that began without these limits resume without
     bounds = subject.limits if bounded and subject.limits.exceeded(index, slowest) else ModelLimits()
     accumulation = record.get("accumulation", 1 if record else even_accumulation(micro_batches, ranks))
+    rates = resolve_limits(config.max_tokens_per_second, index, budget)  # at the original speed
+    if config.max_tokens_per_second == "auto":
+        events.message(f"--max-tokens-per-second auto: {describe_limits(rates)}")
     planned = AtSpeed(index, config.seed, 0, speeds) if speeds else index
     plan = Plan(
         planned,
@@ -327,7 +331,7 @@ def choose_schedule(
         seed=config.seed,
         window=min(config.batching_window, len(index)),
         micro_batches_per_step=micro_batches,
-        max_tokens_per_second=config.max_tokens_per_second,
+        max_tokens_per_second=rates,
         endless=weighted,
         cache=run.folder / ".cache",
         version=FIRST_VERSION if is_first_version(record) else VERSION,

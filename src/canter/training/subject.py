@@ -27,6 +27,7 @@ from canter.models.protocol import AnyModel, Capability, check_support, module_o
 from canter.planning.budget import Budget
 from canter.planning.lengths import ModelLimits
 from canter.runtime import choose_device
+from canter.text import load_tokenizer
 from canter.text.characters import Characters
 from canter.text.tokenizer import Tokenizer
 from canter.training.config import TrainConfig
@@ -148,6 +149,8 @@ def load_initial(
     check_support(model, {name: needed for name, (needed, on) in given.items() if on}, source)
     if model.tokenizer is None:
         raise ConfigError(f"{source}: the checkpoint has no tokenizer, without which it cannot be trained")
+    if config.tokenizer is not None and not checkpoints:
+        model = _with_tokenizer(config, model, source, events)
     if config.pad_seconds is not None:
         _set_padding(cast(SpeechModel, model), config.pad_seconds, config.init)
     if config.loss.ctc_weight and model.ctc is None:
@@ -166,6 +169,24 @@ def load_initial(
     else:
         check_freeze(config, model)
     return model
+
+
+def _with_tokenizer(config: TrainConfig, model: AnyModel, source: str, events: Events[Never]) -> AnyModel:
+    """Return the model with the tokenizer of --tokenizer; what both tokenizers have keeps its rows.
+
+    Raises ConfigError for a model that only another library runs, and for a tokenizer that does not fit it.
+    """
+    from canter.models.vocabulary import replace_vocabulary
+
+    assert config.tokenizer is not None
+    check_support(model, {"--tokenizer": "vocabulary"}, source)
+    tokenizer = load_tokenizer(config.tokenizer)
+    try:
+        change = replace_vocabulary(cast(SpeechModel, model), tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"--tokenizer {config.tokenizer} with {source}: {error}") from None
+    events.message(f"--tokenizer {config.tokenizer}: {change}; all other weights are those of the checkpoint")
+    return change.model
 
 
 def _attach_adapter(

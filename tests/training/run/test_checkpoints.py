@@ -113,7 +113,7 @@ def test_the_newest_is_the_one_of_the_most_steps(tmp_path):
 def test_a_run_killed_before_its_best_was_marked_marks_it(config, monkeypatch):
     config = dataclasses.replace(config, track=())
 
-    def killed(self, step, metrics):
+    def killed(self, step, metrics, card):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:

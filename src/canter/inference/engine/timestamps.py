@@ -61,16 +61,16 @@ class WhisperOrder:
         if not rows:
             return
         first, vocabulary = self.stamps.first, logits.shape[1]
-        size = vocabulary - first
+        size = min(self.stamps.last + 1, vocabulary) - first
         low, high, no_text, no_stamp = (np.zeros(len(rows), dtype=np.int64) for _ in range(4))
         high[:] = size
         for index, tokens in enumerate(written[row] for row in rows):
             if not tokens:
                 no_text[index], high[index] = vocabulary, self.latest_first + 1
                 continue
-            last_is = tokens[-1] >= first
-            before_is = len(tokens) < 2 or tokens[-2] >= first
-            last = next((token - first for token in reversed(tokens) if token >= first), None)
+            last_is = tokens[-1] in self.stamps
+            before_is = len(tokens) < 2 or tokens[-2] in self.stamps
+            last = next((token - first for token in reversed(tokens) if token in self.stamps), None)
             if last is not None:
                 low[index] = last if last_is and not before_is else last + 1
             if last_is and before_is:
@@ -80,7 +80,7 @@ class WhisperOrder:
         device = logits.device
         part = logits[rows] if len(rows) < len(logits) else logits
         place = torch.arange(size, device=device)
-        stamps = part[:, first:]
+        stamps, added = part[:, first : first + size], part[:, first + size :]  # pieces of an extension are text
         bounds = torch.from_numpy(np.stack([low, high])).to(device)[:, :, None]
         out = (place < bounds[0]) | (place >= bounds[1]) | torch.from_numpy(no_stamp > 0).to(device)[:, None]
         stamps.masked_fill_(out, -math.inf)
@@ -88,8 +88,13 @@ class WhisperOrder:
         text = part[:, :first]
         for index in np.flatnonzero(no_text):
             text[index, : no_text[index]] = -math.inf
-        likelier = stamps.logsumexp(-1) > text.amax(-1)
-        text.masked_fill_(likelier[:, None], -math.inf)
+            added[index] = -math.inf
+        likeliest = text.amax(-1)
+        if added.shape[1]:
+            likeliest = torch.maximum(likeliest, added.amax(-1))
+        likelier = stamps.logsumexp(-1) > likeliest
+        for one in (text, added):
+            one.masked_fill_(likelier[:, None], -math.inf)
         if part is not logits:
             logits[rows] = part
 

@@ -190,16 +190,7 @@ def read_espnet(folder: str | Path) -> SpeechModel:
             tensors[OUT + kind] = given
     fit_tensors(model, NAMES.ours(tensors, model), parts.weights)
     model.tokenizer = tokenizer
-    model.generation = {
-        "eos_token_id": tokenizer.end,
-        "pad_token_id": tokenizer.pad,
-        "decoder_start_token_id": tokenizer.ids["<sos>"],
-        "no_timestamps_token_id": tokenizer.ids["<notimestamps>"],
-        "first_timestamp_token_id": tokenizer.ids["<0.00>"],
-        "last_timestamp_token_id": tokenizer.ids["<30.00>"],
-        "timestamp_rules": "espnet",
-        "beam_search": "espnet",
-    }
+    model.generation = tokenizer.generation()
     return model
 
 
@@ -321,6 +312,11 @@ def write_espnet(model: SpeechModel, folder: str | Path, *, weights: Mapping[str
     ours = isinstance(config.encoder, EBranchformerConfig) and isinstance(config.features, EspnetFeatureConfig)
     if not ours or not isinstance(tokenizer, OwsmTokenizer) or model.ctc is None or config.decoder.tied:
         raise CheckpointError(f"{folder}: ESPnet's layout is for OWSM models, with their tokenizer and CTC head")
+    if tokenizer.models:
+        raise CheckpointError(
+            f"{folder}: ESPnet has one SentencePiece model for all languages, and {', '.join(tokenizer.models)} has "
+            "its own; keep the model as a Canter folder"
+        )
     assert isinstance(config.encoder, EBranchformerConfig)
     assert isinstance(config.features, EspnetFeatureConfig)
     if config.features.pad_seconds != PAD_SECONDS:

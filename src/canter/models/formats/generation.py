@@ -6,7 +6,7 @@ from pathlib import Path
 
 from canter.errors import CheckpointError
 from canter.models.formats.files import Settings
-from canter.text import Tokenizer, WhisperTokenizer
+from canter.text import OwsmTokenizer, Tokenizer, WhisperTokenizer
 
 MOST_IDS = 100_000
 """Entries of a list of token ids."""
@@ -108,11 +108,12 @@ def check_generation(
 
 
 def with_defaults(tokenizer: Tokenizer | None, *given: Settings) -> Settings:
-    """Return the settings of ``given``, later ones over earlier ones, over those that follow from Whisper's tokens.
+    """Return the settings of ``given``, later ones over earlier ones, over those that follow from the tokens of
+    Whisper and OWSM.
 
     None counts as unset, as in transformers; an empty list of suppressed tokens does not.
     """
-    found = tokenizer.generation() if isinstance(tokenizer, WhisperTokenizer) else {}
+    found = tokenizer.generation() if isinstance(tokenizer, WhisperTokenizer | OwsmTokenizer) else {}
     for settings in given:
         found |= {name: value for name, value in settings.items() if value is not None or name not in found}
     return found

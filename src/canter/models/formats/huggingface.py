@@ -1,6 +1,7 @@
 """Read Hugging Face folders of Canary, Cohere Transcribe and Whisper, and write them for transformers to load."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from canter.models.formats.nemo import HEAD_WEIGHT, POSITIONS
 from canter.models.formats.nemo import NAMES as NEMO_NAMES
 from canter.models.model import ModelConfig, SpeechModel
 from canter.models.whisper import WhisperEncoderConfig
-from canter.text import JsonTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from canter.text import JsonTokenizer, SentencePieceTokenizer, Tokenizer, WhisperTokenizer, load_tokenizer
 from canter.text.prompts import FORMATS
 from canter.text.whisper import VOCABULARY
 
@@ -463,6 +464,12 @@ def write_hf(
     layout = _layout_of(config)
     if layout is None or not isinstance(config.features, layout.features):
         raise CheckpointError(f"{folder}: transformers has no such architecture; keep it as a Canter folder")
+    if isinstance(tokenizer, WhisperTokenizer) and tokenizer.added_text:
+        warnings.warn(
+            f"{folder}: the {len(tokenizer.added_text)} added pieces have ids after the timestamps, which generate of "
+            "transformers takes for times and cuts the text there; an extension by a language only has none",
+            stacklevel=3,
+        )
     values, sound = _their_config(layout, config)
     if layout is COHERE:
         sound["max_audio_clip_s"] = generation.get("window_seconds", 35.0)

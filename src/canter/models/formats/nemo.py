@@ -212,13 +212,17 @@ def write_nemo(
     """Write ``model`` and its tokenizer to an archive that NeMo restores; a CTC head is left out, with a warning.
 
     NeMo's vocabulary is that of the tokenizer, rounded up to a multiple of 8: further ids are written that are never
-    decoded. Raises CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's
-    options, more ids than the tokenizer has, a vocabulary beside the special tokens that several languages share.
+    decoded. NeMo has all special tokens before all pieces: those of an extension move there, with their rows. Raises
+    CheckpointError for a model that NeMo's Canary cannot be: another encoder, a decoder with Whisper's options, more
+    ids than the tokenizer has, a vocabulary beside the special tokens that several languages share.
     """
     path = Path(path)
     tokenizer = tokenizer or model.tokenizer
     check_vocabulary(model, tokenizer, path)
     _check_expressible(model.config, path)
+    order: list[int] | None = None
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.added:
+        tokenizer, order = _special_first(tokenizer, path)
     section, members = _their_tokenizer(tokenizer, path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     size = 8 * math.ceil(tokenizer.vocab_size / 8)
@@ -228,7 +232,12 @@ def write_nemo(
             f"{tokenizer.vocab_size}; keep it as a Canter folder"
         )
     stored = io.BytesIO()
-    torch.save(_their_tensors(model, weights or model.state_dict(), size, path), stored)
+    tensors = dict(weights or model.state_dict())
+    if order is not None:
+        for name in ("decoder.embedding.weight", "decoder.head_bias"):
+            rest = torch.arange(len(order), model.vocabulary)
+            tensors[name] = tensors[name][torch.cat([torch.tensor(order), rest]).to(tensors[name].device)]
+    torch.save(_their_tensors(model, tensors, size, path), stored)
     decoder = replace(model.config.decoder, vocabulary=size)
     values = _their_config(replace(model.config, decoder=decoder), tokenizer, section)
     config = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -256,6 +265,23 @@ def _check_expressible(config: ModelConfig, path: Path) -> None:
         )
 
 
+def _special_first(tokenizer: SentencePieceTokenizer, path: Path) -> tuple[SentencePieceTokenizer, list[int]]:
+    """Return a tokenizer with all special tokens before all pieces, and the old id of each of its ids."""
+    if not tokenizer.special:
+        raise CheckpointError(
+            f"{path}: NeMo has one SentencePiece model for this kind of Canary, to which nothing can be added "
+            f"({', '.join(tokenizer.added)}); keep it as a Canter folder"
+        )
+    tokens = [one for one in tokenizer.added if one not in tokenizer.models]
+    special = (*tokenizer.special, *tokens)
+    first = SentencePieceTokenizer(special, tokenizer.models, tokenizer.prompt_format, tokenizer.defaults)
+    order = [tokenizer.special_id(token) for token in special]
+    for lang, model in tokenizer.models.items():
+        size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
+        order += range(tokenizer.offsets[lang], tokenizer.offsets[lang] + size)
+    return first, order
+
+
 def _their_tokenizer(tokenizer: Tokenizer | None, path: Path) -> tuple[Settings, dict[str, bytes]]:
     """Return the section of the configuration, and the files of the archive that it names.
 
@@ -273,12 +299,13 @@ def _their_tokenizer(tokenizer: Tokenizer | None, path: Path) -> tuple[Settings,
         section = {"dir": None, "type": "bpe", **_settings(files), "custom_tokenizer": custom}
         return section, dict(files.values())
     if "" in models:
-        if len(tokenizer.languages) != 1:
+        sharing = [lang for lang in tokenizer.languages if lang not in models]
+        if len(sharing) != 1:
             raise CheckpointError(
                 f"{path}: NeMo's aggregate tokenizer has a vocabulary a language; this one is shared by "
-                f"{', '.join(tokenizer.languages)}"
+                f"{', '.join(sharing)}"
             )
-        models = {tokenizer.languages[0]: models[""]}
+        models = {sharing[0] if lang == "" else lang: model for lang, model in models.items()}
     models = {SPECIAL: special_tokens_model(tokenizer.special), **models}
     named = {lang: _named_files(model) for lang, model in models.items()}
     langs = {lang: {"dir": lang, "type": "bpe", **_settings(files)} for lang, files in named.items()}

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from canter.planning.bins import Bins, estimate_bins, optimal_bins, tokens_per_second_bound
+from canter.planning.bins import BUCKETS, Bins, estimate_bins, optimal_bins, tokens_per_second_bound
 from canter.planning.budget import Budget
-from canter.planning.lengths import Index, Lengths, sample
+from canter.planning.lengths import Index, Lengths, RateLimits, rate_limit_at, sample
 from canter.planning.strategies.base import (
     Cut,
     Cutter,
@@ -31,7 +31,7 @@ class Bucket2D(Strategy):
     z_score: leave out utterances whose tokens per second are this many standard deviations above the mean.
     """
 
-    buckets: int = 30
+    buckets: int = BUCKETS
     sub_buckets: int = 2
     synchronised: bool = True
     optimal: bool = False
@@ -43,12 +43,16 @@ class Bucket2D(Strategy):
             return None
         return tokens_per_second_bound(sample(index, budget), self.z_score)
 
-    def bins(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Bins:
-        """Estimate the bins of an index. Raises PlanError where no utterance can be used."""
+    def bins(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1), limits: RateLimits = None) -> Bins:
+        """Estimate the bins of an index, whose utterances above ``limits`` in tokens per second are left out.
+
+        Raises PlanError where no utterance can be used.
+        """
         lengths = sample(index, budget, grid)
         if self.optimal:
-            return optimal_bins(lengths, budget, self.buckets, self.sub_buckets)
-        return estimate_bins(lengths, self.buckets, self.sub_buckets)
+            usual = lengths.tokens <= lengths.seconds * rate_limit_at(lengths.seconds, limits)
+            return optimal_bins(lengths.take(np.flatnonzero(usual)), budget, self.buckets, self.sub_buckets)
+        return estimate_bins(lengths, self.buckets, self.sub_buckets, limits)
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:
         if len(sample(index, budget, grid)) == 0:

@@ -36,7 +36,7 @@ STATE, OPTIMIZERS, WEIGHTS = "state.json", "optimizers.pt", "weights.safetensors
 CHECKSUMS = "checksums.json"
 VERIFIED = "checksums"  # key in the state: the checkpoint was written with checksums
 CONFIG, RECORD = "config.yaml", "run.json"  # files of the run folder, copied into each checkpoint
-BEST = "best.json"
+BEST, CARD = "best.json", "README.md"
 DAMAGED = ".damaged-"
 MAX_OPERATIONS = 10_000_000  # opcodes of the optimisers' pickle: a tensor takes about 45
 NAME = re.compile(r"step-\d+")
@@ -86,17 +86,23 @@ class Checkpoints:
             return True
         return metrics["bleu"] >= best["bleu"] if "bleu" in best else metrics["wer"] <= best["wer"]
 
-    def set_best(self, step: int, metrics: Scores) -> None:
-        """Mark the checkpoint of ``step`` as the best so far; return when that is on disk."""
+    def set_best(self, step: int, metrics: Scores, card: str | None = None) -> None:
+        """Mark the checkpoint of ``step`` as the best so far, with its model card; return when that is on disk."""
         kept = {name: metrics[name] for name in ("wer", "bleu", "set") if name in metrics}
         content = json.dumps({"checkpoint": self.path(step).name, **kept}) + "\n"
 
         def write() -> None:
+            if card is not None:
+                write_text(self.path(step) / CARD, card)
             write_text(self.folder / BEST, content)
             self._prune()  # the former best
 
         self.pending.append(self.thread.submit(write))
         self.wait()
+
+    def add_card(self, step: int, card: str) -> None:
+        """Write the model card of the checkpoint of ``step``, once that is on disk."""
+        self.pending.append(self.thread.submit(write_text, self.path(step) / CARD, card))
 
     def wait(self) -> None:
         """Wait until everything is on disk. Raise CanterError if a checkpoint could not be written."""

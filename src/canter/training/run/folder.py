@@ -13,7 +13,8 @@ metrics.jsonl     a line for each training step ("kind": "train"), validation ("
 utterances.jsonl  the rows of each step
 skipped.jsonl     utterances that could not be used, with the reason
 validation/       step-000500.jsonl: the transcripts of a validation, a manifest with pred_text
-checkpoints/      step-000500/ (a model folder with training/ beside the weights), best.json
+checkpoints/      step-000500/ (a model folder with training/ beside the weights; README.md, the model card, in the best
+                  one), best.json
 tensorboard/      the metrics for TensorBoard
 report.html       written by 'canter report'
 """

@@ -22,6 +22,7 @@ from canter.errors import CanterError, CheckpointError, ConfigError
 from canter.extras import needed_by, require
 from canter.fields import from_mapping
 from canter.files import write_text
+from canter.planning.lengths import OVER_RATE, rate_limit_at
 from canter.planning.plan import Plan
 from canter.ranks import Ranks
 from canter.redaction import redacted
@@ -229,8 +230,12 @@ def _some(numbers: Sequence[int], limit: int = 5) -> str:
 def list_left_out(path: Path, plan: Plan, index: LengthIndex) -> int:
     """Write a line for each utterance that the plan cannot use, with its row and the reason; return their number."""
     lines = []
-    for row, reason in plan.left_out():
-        reason = f"{reason}: {index.seconds[row]:.2f} s, {index.tokens[row]} tokens"
+    for row, kind in plan.left_out():
+        seconds, tokens = float(index.seconds[row]), int(index.tokens[row])
+        reason = f"{kind}: {seconds:.2f} s, {tokens} tokens"
+        if kind == OVER_RATE:
+            limit = float(rate_limit_at(index.seconds[row], plan.rate_limits))
+            reason += f", {tokens / seconds:.1f} a second, at most {limit:.1f}"
         lines.append({"file": redacted(index.utterance(row).audio_filepath), "line": row, "reason": reason})
     write_text(path, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)

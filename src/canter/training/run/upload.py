@@ -19,7 +19,7 @@ from canter.events import QUIET, Events
 from canter.files import replacing, replacing_folder
 from canter.redaction import redacted
 from canter.training.config import TrainConfig, changes, load_run_config, rooted
-from canter.training.run.checkpoints import BEST, CONFIG, NAME, STATE, Checkpoints, damage
+from canter.training.run.checkpoints import BEST, CARD, CONFIG, NAME, STATE, Checkpoints, damage
 
 CHECKPOINTS = "checkpoints"
 LAST = f"training/{STATE}"  # file of a checkpoint that is uploaded last
@@ -91,8 +91,9 @@ class Uploads:
         """Return the files of the run beside its checkpoints, and best.json."""
         found = [path for path in self.folder.iterdir() if path.name not in NOT_COPIED and path.name[0] != "."]
         files = [path for one in found for path in ([one] if one.is_file() else sorted(one.rglob("*")))]
-        best = self.folder / CHECKPOINTS / BEST
-        return [path for path in (*files, best) if path.is_file() and not path.name.startswith(".")]
+        checkpoints = self.folder / CHECKPOINTS  # a card is written after its checkpoint was uploaded
+        late = (checkpoints / BEST, *sorted(checkpoints.glob(f"step-*/{CARD}")))
+        return [path for path in (*files, *late) if path.is_file() and not path.name.startswith(".")]
 
 
 def restore_upload(config: TrainConfig, events: Events[Never] = QUIET) -> None:
