@@ -56,7 +56,7 @@ def run(options: Options) -> int:
     from canter.models.hub import checkpoint_of
 
     text = None if options.text is None else given_text(options.text)
-    kind = format_of(options, several=text is None)
+    kind = output_format(options, several=text is None)
     if text is not None:
         check_text(text)
     checkpoint = checkpoint_of(options.model)
@@ -95,7 +95,7 @@ def given_text(argument: str) -> str:
         raise ConfigError(f"{argument} cannot be read: {error}") from None
 
 
-def format_of(options: Options, several: bool) -> str | None:
+def output_format(options: Options, several: bool) -> str | None:
     """Return the format of the output; None to print words. Raises ConfigError for one that cannot hold the result."""
     from canter.inference.transcript.formats import SUFFIXES
 
