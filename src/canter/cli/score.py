@@ -12,6 +12,7 @@ import tyro
 
 from canter.corpus.manifest import Problem
 from canter.errors import ConfigError, ManifestError
+from canter.evaluation.confidence import Calibration, calibration, word_outcomes
 from canter.evaluation.hub_results import Benchmark, write_result
 from canter.evaluation.normalize import Normalization
 from canter.evaluation.transcripts import ScoredTranscript, read_transcripts
@@ -72,6 +73,8 @@ class Result:
     difference: Difference | None
     """WER minus that of --against."""
     translations: dict[str, TranslationScore]
+    confidence: Calibration | None
+    """Quality of the confidence of words; None for transcripts without it."""
 
 
 def run(options: Options) -> None:
@@ -92,7 +95,8 @@ def run(options: Options) -> None:
         difference = paired_difference(score, _score(others, options.normalize))
     translations = score_translations(*_columns(transcripts)) if options.bleu else {}
     worst = score.worst(options.worst)
-    result = Result(transcripts, problems, score, worst, interval, difference, translations)
+    confidence = calibration(word_outcomes(transcripts, score.utterances, options.normalize))
+    result = Result(transcripts, problems, score, worst, interval, difference, translations, confidence)
     if benchmark and options.eval_results:
         entry = benchmark.result(score, options.normalize, datetime.now(UTC).date())
         print(f"written: {write_result(options.eval_results, entry)}", file=sys.stderr)
@@ -173,6 +177,8 @@ def _summary(result: Result, normalize: Normalization) -> dict[str, object]:
     }
     if result.difference:
         summary["difference"] = asdict(result.difference)
+    if result.confidence:
+        summary["confidence"] = asdict(result.confidence)
     if result.translations:
         summary["translation"] = {name: asdict(one) for name, one in result.translations.items()}
     return summary
@@ -195,6 +201,13 @@ def print_score(result: Result, against: str | None) -> None:
         console.print(
             f"WER against {against}: {difference.wer:+.2%}, 95 % interval {difference.low:+.2%} to "
             f"{difference.high:+.2%}, better in {difference.p_improved:.1%} of resamples (paired bootstrap)"
+        )
+    if one := result.confidence:
+        console.print(
+            f"confidence of {one.words:,} words: {one.right:.1%} are right, mean confidence {one.mean:.1%}, "
+            f"calibration error {one.error:.1%} ({one.fitted_error:.1%} after a logistic fit on other utterances: slope "
+            f"{one.slope:.2f}, offset {one.offset:+.2f}), AUC {one.auc:.3f}, normalised cross-entropy "
+            f"{one.cross_entropy:.3f}\n"
         )
     for item in result.worst:
         console.print(_alignment(item, result.transcripts[item.index], console.width))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from canter.corpus.manifest import Problem, parse_line, read_json_lines
 
@@ -19,6 +20,8 @@ class ScoredTranscript:
     name: str
     """Id or audio path, with the offset where there is one."""
     line: int
+    words: tuple[tuple[str, float], ...] = ()
+    """Words and their confidences, from ``segments``; empty where a word has none."""
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> tuple[list[ScoredTranscript], list[Problem]]:
@@ -45,7 +48,16 @@ def _transcript(row: dict[str, str], line: int) -> ScoredTranscript:
     if offset and isinstance(offset, (int, float)):
         name += f" @ {offset:g} s"
     lang = row.get("target_lang") or row.get("lang") or row.get("source_lang")
-    return ScoredTranscript(row["text"], row["pred_text"], lang, name, line)
+    return ScoredTranscript(row["text"], row["pred_text"], lang, name, line, _words(row))
+
+
+def _words(row: Mapping[str, object]) -> tuple[tuple[str, float], ...]:
+    try:
+        words = [word for segment in cast("Any", row).get("segments", ()) for word in segment.get("words", ())]
+        found = tuple((str(word["text"]), float(word["confidence"])) for word in words)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ()
+    return found if all(0 <= confidence <= 1 for _, confidence in found) else ()
 
 
 def _unusable(row: object) -> str | None:

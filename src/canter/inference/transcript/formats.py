@@ -131,6 +131,7 @@ def _whisper_segments(text: str, segments: Sequence[Segment]) -> Iterator[dict[s
             parts = spaced(shown, [word.text for word in segment.words])
             value["words"] = [
                 {"word": part, "start": word.start, "end": word.end, "probability": word.probability}
+                | ({"confidence": word.confidence} if segment.token_scores else {})
                 for part, word in zip(parts, segment.words)
             ]
         if segment.token_scores:
@@ -259,17 +260,20 @@ def _language_fields(transcription: Transcription) -> dict[str, object]:
     return {"language": transcription.language, "language_probability": round(transcription.language_probability, 4)}
 
 
-def _nemo_segment(segment: Segment, probabilities: bool) -> dict[str, object]:
+def _nemo_segment(segment: Segment, given: bool) -> dict[str, object]:
+    """Return a segment of a row; the words of a ``given`` text have probabilities, of a transcript confidences."""
     value: dict[str, object] = {"start": segment.start, "end": segment.end, "text": segment.text}
     if segment.channel is not None:
         value["channel"] = segment.channel
-    if segment.words:
-        value["words"] = [
-            {"start": word.start, "end": word.end, "text": word.text.strip()}
-            | ({"probability": round(word.probability, 4)} if probabilities else {})
-            for word in segment.words
-        ]
-    return value
+    words: list[dict[str, object]] = []
+    for word in segment.words:
+        one: dict[str, object] = {"start": word.start, "end": word.end, "text": word.text.strip()}
+        if given:
+            one["probability"] = round(word.probability, 4)
+        elif word.confidence is not None:
+            one["confidence"] = round(word.confidence, 4)
+        words.append(one)
+    return value | ({"words": words} if words else {})
 
 
 def render_one(item: Item, transcription: Transcription, kind: str, style: SubtitleStyle = SENTENCES) -> str:

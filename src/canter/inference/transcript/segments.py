@@ -21,6 +21,11 @@ class Word:
     probabilities: tuple[float, ...] = ()
     """Probability of each of its tokens, given those before; empty for words that the model timed itself."""
 
+    @property
+    def confidence(self) -> float | None:
+        """Confidence that the word is right, the least probability of its tokens; None without these."""
+        return min(self.probabilities, default=None)
+
 
 @dataclass(frozen=True)
 class TokenScore:
