@@ -205,8 +205,8 @@ def print_score(result: Result, against: str | None) -> None:
     if one := result.confidence:
         console.print(
             f"confidence of {one.words:,} words: {one.right:.1%} are right, mean confidence {one.mean:.1%}, "
-            f"calibration error {one.error:.1%} ({one.fitted_error:.1%} after a logistic fit on other utterances: slope "
-            f"{one.slope:.2f}, offset {one.offset:+.2f}), AUC {one.auc:.3f}, normalised cross-entropy "
+            f"calibration error {one.error:.1%} ({one.fitted_error:.1%} after a logistic fit on other utterances: "
+            f"slope {one.slope:.2f}, offset {one.offset:+.2f}), AUC {one.auc:.3f}, normalised cross-entropy "
             f"{one.cross_entropy:.3f}\n"
         )
     for item in result.worst:

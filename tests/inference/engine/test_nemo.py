@@ -69,7 +69,7 @@ def test_limit_from_a_shorter_encoder_output(nemo, monkeypatch, strategy):
     case = cases[f"{strategy}_delta0_trunc_enc"]
     encode, size = model.encode, case["src_len"]
 
-    def truncated(features, lengths):
+    def truncated(features, lengths, **_):
         encoded, frames = encode(features, lengths)
         return encoded[:, :size], frames.clamp(max=size)
 

@@ -91,7 +91,7 @@ def suppressed_tokens(model: AnyModel, end: int, asked: Sequence[int]) -> list[i
     for token in asked:
         if token != -1 and not 0 <= token < model.vocabulary:
             raise ConfigError(f"suppress_tokens: {token} is no token; the model's are 0 to {model.vocabulary - 1:,}")
-        if token == end:
+        if token == end and token >= 0:  # an engine may have no end token, -1
             raise ConfigError(f"suppress_tokens: {token} ends a transcript and cannot be suppressed")
     tokenizer = model.tokenizer
     special = [] if tokenizer is None else [one for one in usual if not tokenizer.decode([one])]
