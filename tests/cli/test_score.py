@@ -52,6 +52,25 @@ def test_json(tmp_path, capsys):
     assert summary["worst"][0]["utterance"] == "a.wav"
 
 
+def test_confidence_of_words(tmp_path, capsys):
+    def words(*pairs):
+        return [{"words": [{"text": text, "start": 0.0, "end": 1.0, "confidence": value} for text, value in pairs]}]
+
+    rows = [
+        {**ROWS[0], "segments": words(*zip(ROWS[0]["pred_text"].split(), (0.9, 0.8, 0.2, 0.9, 0.95, 0.1)))},
+        {**ROWS[1], "segments": words(("der", 0.99), ("hund", 0.98), ("schläft", 0.97))},
+        ROWS[2],
+    ]
+    assert main(["score", write(tmp_path / "r.jsonl", rows)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "confidence of 9 words: 77.8% are right, mean confidence 75.4%" in out
+    assert "AUC 1.000" in out
+    assert main(["score", str(tmp_path / "r.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confidence"]["words"] == 9
+    assert main(["score", write(tmp_path / "plain.jsonl", ROWS), "--json"]) == 0
+    assert "confidence" not in json.loads(capsys.readouterr().out)
+
+
 def test_translations_have_bleu_and_chrf_too(tmp_path, capsys):
     pytest.importorskip("sacrebleu", reason="the extra bleu is not installed")
     rows = [
