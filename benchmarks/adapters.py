@@ -29,7 +29,7 @@ from canter.models.lora import LoraAdapter, attach_bank, choose_modules, linear_
 from canter.models.model import SpeechModel
 from canter.reporting.machine import describe_machine
 
-SCALE = 1e-3  # of the matrices' product, against weights of about 0.05
+SCALE = 1e-4  # of the product of the matrices, against weights of about 0.05
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     python benchmarks/hotwords.py MODEL MANIFEST ... [--weights 2 4 8] [--json FILE]
 
 Rare words are those of the references that the model's tokenizer spells with several tokens; those of all clips make
-one list, which every clip is transcribed with. Recall is the part of them that is transcribed right. The WER of clips
-without any of them shows what the list costs where nothing of it is said.
+one list, which every clip is transcribed with; --distractors adds words that nobody says. Recall is the part of the
+rare words that is transcribed right. The WER of clips without any of them shows what the list costs where nothing of it
+is said.
 """
 
 import json
@@ -34,18 +35,22 @@ class Options:
     beam_size: int = 1
     pieces: int = 2
     """Least number of tokens of a rare word."""
+    distractors: int = 0
+    """Number of words of the rows of other languages that join the list, which nobody says here."""
     json: Path | None = None
     """File for the figures."""
 
 
-def rows_of(options: Options) -> list[tuple[str, str]]:
-    """Return audio file and text of the rows of the language."""
-    found = []
+def rows_of(options: Options) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return audio file and text of the rows of the language, and the texts of the others."""
+    found, others = [], []
     for manifest in options.manifests:
         for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines()):
             if row.get("lang", "en").startswith(options.language):
                 found.append((str(manifest.parent / row["audio_filepath"]), row["text"]))
-    return found
+            else:
+                others.append(row["text"])
+    return found, others
 
 
 def rare_words(texts: Sequence[str], tokenizer: "canter.Tokenizer", pieces: int) -> dict[str, str]:
@@ -78,10 +83,12 @@ def recall_and_errors(references: Sequence[str], texts: Sequence[str], rare: set
 
 def main(options: Options) -> None:
     model = canter.load(options.model)
-    rows = rows_of(options)
+    rows, others = rows_of(options)
     references = [text for _, text in rows]
     rare = rare_words(references, model.tokenizer, options.pieces)
-    listed = sorted(rare.values())
+    latin = [word for word in rare_words(others, model.tokenizer, options.pieces).values() if word.isascii()]
+    more = [word for word in latin if word.lower() not in rare][: options.distractors]
+    listed = sorted([*rare.values(), *more], key=str.lower)
     arms: dict[str, dict[str, object]] = {"nothing": {}, "prompt": {"prompt": ", ".join(listed)}}
     arms |= {f"hot words, {w:g} nats": {"hotwords": listed, "hotword_weight": w} for w in options.weights}
     found = {}
@@ -94,10 +101,10 @@ def main(options: Options) -> None:
     for name, one in found.items():
         table.add_row(name, *(f"{100 * one[key]:.1f} %" for key in ("recall", "wer", "wer_without")),
                       f"{one['seconds']:.0f}")  # fmt: skip
-    Console().print(f"{len(rows)} clips, {len(listed)} rare words")
+    Console().print(f"{len(rows)} clips, a list of {len(listed)} words, {len(rare)} of them said")
     Console().print(table)
     if options.json:
-        value = {"model": Path(options.model).name, "clips": len(rows), "words": len(listed),
+        value = {"model": Path(options.model).name, "clips": len(rows), "words": len(listed), "said": len(rare),
                  "beam_size": options.beam_size, "machine": describe_machine(), "arms": found}  # fmt: skip
         options.json.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
