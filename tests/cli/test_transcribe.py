@@ -417,7 +417,9 @@ def test_a_lost_rank_ends_the_others_with_a_message(model, clips, tmp_path, free
         _, errors = first.communicate(timeout=1800)
         second.communicate()
     assert first.returncode == 1
-    assert re.search(r"canter: rank 0 of 2: another rank was lost .*the same command resumes", errors)
+    # On a busy machine the silence of the other rank may be noticed before its closed connection.
+    lost = r"canter: rank (0 of 2: another rank was lost|1 of 2 gave no sign of life).*the same command resumes"
+    assert re.search(lost, errors)
     assert "Traceback" not in errors
     assert not out.exists()
     assert theirs.exists()
