@@ -242,9 +242,9 @@ def test_transcription_loses_a_node_and_gets_it_back(nodes, capsys):
     training = ["train", "small.yaml", "--steps", "200", "--manifest", "train.jsonl", "--output", "runs/two-nodes"]
     assert main(training) in (0, None)
     manifest = [
-        row | {"offset": round(0.1 * part, 1), "duration": 1.5, "id": f"{number}-{part}"}
+        row | {"offset": round(0.02 * part, 2), "duration": 1.5, "id": f"{number}-{part}"}
         for number, row in enumerate(rows(folder / "train.jsonl"))
-        for part in range(5)
+        for part in range(25)  # so many that the nodes cannot end before one is lost, however late this test is
     ]
     (folder / "large.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
     mine, theirs = folder / "out.jsonl.partial", folder / "out.jsonl.partial-1"
