@@ -229,17 +229,27 @@ class Engine:
         found = {result.key: result for result in self.run([numbered[i] for i in batch] for batch in batches)}
         return [replace(found[number], key=item.key) for number, item in enumerate(requests)]
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Context manager in which the model is in evaluation mode; the decoder's stream begins after the current
+        one, and at the end all stages are timed."""
+        training = self.model.training
+        self.model.eval()
+        if self.front:
+            self.front.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            self.timer.collect(wait=True)
+
     @torch.inference_mode()
     def detect(self, batches: Iterable[list[Request]]) -> Iterator[Hypothesis]:
         """Yield hypotheses with the probabilities of the requests' languages and without tokens: each takes the encoder
         and one step of the decoder."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with self._running():
             for batch in filter(None, batches):
                 begun = time.perf_counter()
-                if self.front:
-                    self.front.wait_stream(torch.cuda.current_stream(self.device))
                 rows = self._encode(batch)
                 with on_stream(self.front):
                     self._await(rows)
@@ -249,9 +259,6 @@ class Engine:
                 self.counters.seconds += time.perf_counter() - begun
                 for row, probabilities in zip(rows, found):
                     yield Hypothesis(row.request.key, [], True, languages=tuple(probabilities))
-        finally:
-            self.model.train(training)
-            self.timer.collect(wait=True)
 
     def run(
         self, batches: Iterable[list[Request]], cancelled: Callable[[Hashable], bool] | None = None
@@ -274,18 +281,14 @@ class Engine:
             hypothesis.
         """
         begun = time.perf_counter()
-        training = self.model.training
-        self.model.eval()
         source, waiting, more = iter(batches), deque[_Encoded](), True
         search = self._search()
         live = _Live(self.model.decoder.cache(search.beams, self.rows), search)
         steps = self._fixed_steps()
-        if self.front:
-            self.front.wait_stream(torch.cuda.current_stream(self.device))
         # On a GPU the next batch is encoded while the decoder steps.
         enough = self.rows + (self.rows + 1) // 2 if self.gpu else self.rows
         reported = begun
-        try:
+        with self._running():
             while True:
                 while more and len(live.rows) + len(waiting) < enough:
                     batch = next(source, None)
@@ -317,9 +320,6 @@ class Engine:
                     reported = now
                     yield self._underway(live, waiting)
                 begun = time.perf_counter()
-        finally:
-            self.model.train(training)
-            self.timer.collect(wait=True)
 
     @torch.inference_mode()
     def force(
@@ -337,23 +337,16 @@ class Engine:
         for request, text in zip(requests, texts, strict=True):
             if len(request.prompt) + len(text) + 1 > most:
                 raise ValueError(f"a prompt and text of {len(request.prompt) + len(text)} tokens: at most {most - 1}")
-        training = self.model.training
-        self.model.eval()
         rate = self.model.sample_rate
         frames = [self.model.encoder_frames(len(request.audio) / rate) for request in requests]
         found: dict[int, ForcedText] = {}
-        if self.front:
-            self.front.wait_stream(torch.cuda.current_stream(self.device))
-        try:
+        with self._running():
             for batch in encoder_batches(frames, self.frames, self.rows):
                 rows = self._encode([requests[index] for index in batch], with_ctc=spelling is not None)
                 with on_stream(self.front):
                     self._await(rows)
                     forced = self._forced(self._with_languages(rows), [texts[index] for index in batch], spelling)
                     found.update(zip(batch, forced))
-        finally:
-            self.model.train(training)
-            self.timer.collect(wait=True)
         return [found[index] for index in range(len(requests))]
 
     def _forced(
