@@ -187,7 +187,7 @@ class Row:
 
 @dataclass
 class Choice:
-    """What a search chose in one step."""
+    """Choice of a search in one step."""
 
     ended: list[int]
     """Slots that have ended."""
@@ -486,9 +486,9 @@ class BeamSearch:
         stamped = [row.stamped for row in rows for _ in range(width)]
         beams = [beam for state in states for beam in state.live[:width]]
         self.rules.order_timestamps(scores, stamped, [beam.tokens for beam in beams])
-        for one, beam in zip(scores, beams):
+        for place, beam in enumerate(beams):
             if beam.credit and not beam.ended:
-                beam.credit.add_to(one)
+                beam.credit.add_to(scores[place])
         shape = (len(rows), width, -1)
         numbers = None
         if self.joint:
@@ -573,14 +573,14 @@ class BeamSearch:
         parents: list[int] = []
         live: list[_Beam] = []
         for rank, place in enumerate(order.tolist()):
-            parent, token = place // sums.shape[1], int(choices.flat[place])
-            beam = beams.live[parent].after(token, float(totals[place]), self.rules.end)
-            if not beam.ended and not at_limit:
+            parent, token, total = place // sums.shape[1], int(choices.flat[place]), float(totals[place])
+            if token != self.rules.end and not at_limit:
                 if len(parents) < n:
                     parents.append(parent)
-                    live.append(beam)
+                    live.append(beams.live[parent].after(token, total, self.rules.end))
             elif rank < n and not (self.early_stopping and len(beams.done) >= n):
-                beams.done.append((beam.score / self._normaliser(length, 0), beam))
+                beam = beams.live[parent].after(token, total, self.rules.end)
+                beams.done.append((total / self._normaliser(length, 0), beam))
         beams.done = sorted(beams.done, key=lambda one: -one[0])[:n]
         enough = len(beams.done) == n and (
             at_limit or self.early_stopping or live[0].score / self._normaliser(length, 0) <= beams.done[-1][0]
@@ -592,22 +592,26 @@ class BeamSearch:
         return parents
 
     def _keep_places(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
-        n, found, totals = self.beams, list[tuple[float, _Beam, int]](), self._totals(beams, sums)
+        n, totals = self.beams, self._totals(beams, sums)
+        found: list[tuple[float, int, int | None, float]] = []  # key, parent, token (None: it has ended), and score
         for parent in range(len(sums)):
             before = beams.live[parent]
+            normaliser = self._normaliser(len(before.tokens) + 1, row.prompt)
             if before.ended:
-                key = before.score / self._normaliser(len(before.tokens) + 1, row.prompt)
-                found.append((key, before, parent))
+                found.append((before.score / normaliser, parent, None, before.score))
                 continue
             for total, token in zip(totals[parent, :n].tolist(), choices[parent, :n].tolist()):
-                key = total / self._normaliser(len(before.tokens) + 1, row.prompt)
-                found.append((key, before.after(token, total, self.rules.end), parent))
-        found.sort(key=lambda one: -one[0])
-        beams.live = [beam for _, beam, _ in found[:n]]
+                found.append((total / normaliser, parent, token, total))
+        kept = sorted(found, key=lambda one: -one[0])[:n]
+        old = beams.live
+        beams.live = [
+            old[parent] if token is None else old[parent].after(token, total, self.rules.end)
+            for _, parent, token, total in kept
+        ]
         longest = max((len(beam.tokens) for beam in beams.live if not beam.ended), default=0)
         if all(beam.ended for beam in beams.live) or longest >= row.limit:
             row.alternatives = [beam.alternative() for beam in beams.live]
-        return [parent for *_, parent in found[:n]]
+        return [parent for _, parent, _, _ in kept]
 
     def _refill(self, row: Row, beams: _Beams, sums: np.ndarray, choices: np.ndarray) -> list[int]:
         n, length = self.beams, max(len(beam.tokens) for beam in beams.live) + 1
