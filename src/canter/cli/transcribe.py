@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -157,7 +158,7 @@ class Options:
     json: bool = False
     """Print one JSON object on stdout instead of a table; needs --output."""
 
-    @property
+    @cached_property
     def phrases(self) -> "Phrases | None":
         from canter.inference.hotwords import Phrases
 

@@ -225,9 +225,11 @@ class Transcriber:
         if phrases is None:
             return None
         key = phrases, slots.get("target_lang")
-        if key not in self._hotwords:
-            self._hotwords = {key: hotwords_of(phrases, self.tokenizer, self.engine.model.vocabulary, key[1])}
-        return self._hotwords[key]
+        found = self._hotwords.get(key)
+        if found is None:
+            found = hotwords_of(phrases, self.tokenizer, self.engine.model.vocabulary, key[1])
+            self._hotwords = {key: found}
+        return found
 
     def request(self, slots: Mapping[str, str], prompt: str | None = None, hotwords: Phrases | None = None) -> Request:
         """Return the request that all chunks of an utterance have in common. ``prompt``: preceding text, and

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -47,6 +48,7 @@ from canter.text.languages import find, is_said
 from canter.text.whisper import WhisperTokenizer
 
 MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
+TRANSCRIBERS = 32  # settings of requests whose transcribers are kept; a request needs its own three times
 BLOCK = 2**22  # values decoded between two checks that the client is still there
 LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
 
@@ -179,10 +181,9 @@ class Service:
         config = replace(config, language=language, tokenizer=tokenizer)
         self.engine, self.config, self.tokenizer = engine, config, tokenizer
         self.rate = engine.model.sample_rate
-        self._transcribers: dict[TranscribeConfig, Transcriber] = {}
-        for timestamps in TIMESTAMPS:
-            usual = TranscribeConfig(timestamps=timestamps, vad=config.vad)
-            self._transcribers[usual] = Transcriber(engine, tokenizer, usual)
+        self._transcriber_with = lru_cache(TRANSCRIBERS)(partial(Transcriber, engine, tokenizer))
+        for timestamps in TIMESTAMPS:  # so that a missing detector is an error of the start
+            self._transcriber_with(TranscribeConfig(timestamps=timestamps, vad=config.vad))
         self.requests = 0
         self.seconds = 0.0
         self.started = int(time.time())
@@ -376,7 +377,7 @@ class Service:
             hallucination_silence_threshold=fields.hallucination_silence_threshold,
             logprobs=fields.logprobs,
         )
-        return self._transcribers.get(config) or Transcriber(self.engine, self.tokenizer, config)
+        return self._transcriber_with(config)
 
     def request(self, fields: AudioRequest) -> Request:
         """Return the engine's request, without audio. Raise ApiError, naming the field, if the model cannot do it."""
