@@ -50,7 +50,7 @@ class InspectedRow:
     suspicion: Suspicion | None = None
     error: str | None = None
     heard: str | None = None
-    """What the model transcribes, of rows that are listed."""
+    """Transcript of the model, for rows that are listed."""
 
     @property
     def rank(self) -> float:

@@ -37,7 +37,8 @@ class Calibration:
     cross_entropy: float
     """Normalised cross-entropy: 1 is perfect, 0 no better than the fraction of right words for each; NaN as above."""
     slope: float
-    """Of the logistic fit: right with probability 1 / (1 + exp(-(slope x logit(confidence) + offset)))."""
+    """Slope of the logistic fit, by which a word is right with probability
+    1 / (1 + exp(-(slope x logit(confidence) + offset)))."""
     offset: float
     fitted_error: float
     """Calibration error after the fit, which was made on other utterances (cross-validation)."""

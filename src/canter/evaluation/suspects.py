@@ -29,7 +29,7 @@ LEAST_DEVIATION = 0.1  # minimum standard deviation, where more than half of the
 
 @dataclass(frozen=True)
 class Suspicion:
-    """How little a row's text fits its audio."""
+    """Measure of how little a row's text fits its audio."""
 
     value: float
     """The measure that is largest in relation to its limit, divided by that limit; a suspect has 1 or more."""

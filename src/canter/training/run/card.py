@@ -37,7 +37,7 @@ PRIVATE = ("upload", "allow_changes")
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a checkpoint was trained on, up to its step."""
+    """Training data of a checkpoint, up to its step."""
 
     steps: int
     audio_seconds: float
