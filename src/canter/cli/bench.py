@@ -38,6 +38,9 @@ class Options:
     ESPnet always 1)."""
     beam_size: int = 1
     """Above 1, Canter and ESPnet also decode by beam search of this size, beside their greedy search."""
+    draft: str = "auto"
+    """Source of drafts for several tokens a decoder step, as in `canter transcribe`; where there is one, Canter also
+    decodes without it."""
     language: str | None = None
     """Language of utterances that name none."""
     utterances: int | None = None
@@ -87,7 +90,12 @@ def run(options: Options) -> None:
         torch.set_num_threads(options.threads)
     checkpoint, config = checkpoint_of(options.model), EngineConfig(rows=options.batch_size)
     engine = load_engine(
-        checkpoint, config, device=options.device, precision=options.precision, adapter=options.adapter
+        checkpoint,
+        config,
+        device=options.device,
+        precision=options.precision,
+        adapter=options.adapter,
+        draft=options.draft,
     )
     model = engine.model
     device = str(next(model.parameters()).device)
@@ -95,6 +103,10 @@ def run(options: Options) -> None:
         keep_freed_memory()
     clips, left_out = load_clips(engine, options.audio, options.language, options.utterances)
     systems: dict[str, System] = {f"canter {kind}": EngineSystem(engine)}
+    if engine.drafting:
+        systems[f"canter {kind} without drafts"] = EngineSystem(
+            engine_for(model, engine.end, replace(config, draft="off"))
+        )
     wide, beams = replace(config, beams=options.beam_size), f", {options.beam_size} beams"
     if options.beam_size > 1:
         systems[f"canter {kind}{beams}"] = EngineSystem(engine_for(model, engine.end, wide))
@@ -172,6 +184,15 @@ def print_speeds(speeds: dict[str, Speed], clips: list[Clip]) -> None:
         f"Canter's time: {shares}; {details.get('useful_rows', 1):.1%} of the decoder's rows useful, "
         f"{details.get('mean_rows', 0):.1f} rows a step"
     )
+    counters = details.get("counters", {})
+    for name, speed in speeds.items():
+        if name.endswith("without drafts"):
+            ratio = counters["decoder_seconds"] / speed.details.get("counters", {})["decoder_seconds"]
+            console.print(
+                f"Drafts: {counters['accepted'] / max(counters['drafted'], 1):.0%} of {counters['drafted']:,} drafted "
+                f"tokens accepted, {counters['useful_row_steps'] / max(counters['tokens'], 1):.2f} steps a token, "
+                f"{ratio:.2f} times the decoder's time without them"
+            )
     for name, speed in speeds.items():
         if name.startswith("canter ") and name.endswith("beams"):
             decoder, greedy = (one.details.get("counters", {})["decoder_seconds"] for one in (speed, first))

@@ -137,6 +137,10 @@ class Options:
     chunk_seconds: float | None = None
     """Maximum length in seconds of the chunks that long audio is divided into (default: the model's training length
     where known, else 30 for Whisper and 40 for others)."""
+    draft: str = "auto"
+    """Source of drafts, which let greedy search check several tokens in a step of the decoder; the text stays the same.
+    `ctc`: the model's CTC head; `off`: none; `auto`: `ctc` where it pays, which is on a CPU with a head over
+    characters; anything else: a smaller model with the same tokenizer."""
     fallback: bool = True
     """Decode repetitive or unlikely text again at higher temperatures (Whisper only)."""
     device: str = "auto"
@@ -346,7 +350,9 @@ def engine_of(options: Options, checkpoint: Path, ranks: "Ranks") -> "Engine":
         ctc_weight=options.ctc_weight,
         suppress_tokens=numbers_of("--suppress-tokens", options.suppress_tokens, int),
     )
-    engine = load_engine(checkpoint, config, device=device, precision=options.precision, adapter=options.adapter)
+    engine = load_engine(
+        checkpoint, config, device=device, precision=options.precision, adapter=options.adapter, draft=options.draft
+    )
     asked: dict[str, Capability] = {}
     if options.timestamps == "word":
         asked["--timestamps word"] = "word_timestamps"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import cast, get_args
 
 from canter.errors import ConfigError
 from canter.inference.engine.engine import Engine, engine_for
-from canter.inference.engine.requests import EngineConfig
+from canter.inference.engine.requests import DraftSource, EngineConfig
 from canter.loading import Precision, load_module
 from canter.models.hub import checkpoint_of
 from canter.models.protocol import AnyModel, check_support
@@ -23,10 +25,12 @@ def load_engine(
     precision: Precision = "float32",
     adapter: str | os.PathLike[str] | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    draft: str | os.PathLike[str] = "auto",
 ) -> Engine:
     """Load the model that ``model`` names, with an adapter if one is named (see `canter.load`); return its engine.
 
-    adapters: adapters by name, of which each request may have one (see `Request.adapter`).
+    adapters: adapters by name, of which each request may have one (see `Request.adapter`). draft: a `DraftSource`, or a
+    smaller model with the same tokenizer, whose transcripts are drafts.
 
     Raises CheckpointError for a path that holds no model, and ConfigError for a missing device, an unsupported
     precision or option, or a model without a tokenizer.
@@ -36,7 +40,36 @@ def load_engine(
     config = config or EngineConfig()
     if config.ctc_weight:
         check_support(module, {"--ctc-weight": "joint_decoding"}, os.fspath(model))
-    return engine_for(module, tokenizer_of(module, os.fspath(model)).end, config)
+    tokenizer = tokenizer_of(module, os.fspath(model))
+    return drafting_engine(module, tokenizer, config, draft, precision)
+
+
+def drafting_engine(
+    module: AnyModel,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    draft: str | os.PathLike[str],
+    precision: Precision = "float32",
+) -> Engine:
+    """Return the engine of a model with drafts from a `DraftSource`, or from a model, which is loaded in ``precision``
+    on the same device.
+
+    Raises CheckpointError for a path that holds no model, and ConfigError for a model whose tokens or sample rate are
+    others, or where drafts are impossible.
+    """
+    name = os.fspath(draft)
+    if name in get_args(DraftSource):
+        return engine_for(module, tokenizer.end, replace(config, draft=cast(DraftSource, name)))
+    smaller = load_module(checkpoint_of(Path(name)), str(next(module.parameters()).device), precision)
+    theirs = smaller.tokenizer
+    if theirs is None or theirs.fingerprint != tokenizer.fingerprint or smaller.sample_rate != module.sample_rate:
+        raise ConfigError(
+            f"--draft {name}: a model that writes drafts must have the tokenizer and sample rate of the other model; "
+            "use another one of its family"
+        )
+    check_support(smaller, {"--draft": "cached_decoding"}, name)
+    drafter = engine_for(smaller, theirs.end, EngineConfig(rows=config.rows, frames=config.frames))
+    return engine_for(module, tokenizer.end, config, drafter)
 
 
 def tokenizer_of(model: AnyModel, name: str) -> Tokenizer:

@@ -38,12 +38,12 @@ from canter.corpus.remote import absolute, is_url
 from canter.errors import AudioError, CanterError, ConfigError
 from canter.inference.align import Aligner, Method, check_text
 from canter.inference.engine.alignment import word_times_warning
-from canter.inference.engine.engine import Engine, engine_for
+from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.inference.hotwords import WEIGHT, Phrases
 from canter.inference.inputs import Channel, Item, files_in, items_of, read_channel
 from canter.inference.languages import Defaults, Task, detects_language, read_languages, spoken_language
-from canter.inference.loading import tokenizer_of
+from canter.inference.loading import drafting_engine, tokenizer_of
 from canter.inference.recording import Timestamps, TranscribeConfig, Transcriber, Transcription
 from canter.inference.transcribe import Job, transcribe_jobs
 from canter.inference.transcript.formats import (
@@ -105,6 +105,7 @@ class TranscribeOptions(TypedDict, total=False):
     clip_timestamps: Sequence[float]
     suppress_tokens: Sequence[int]
     hallucination_silence_threshold: float | None
+    draft: str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class Recognizer:
         self._tokenizer = tokenizer_of(module, name or "the model")
         self._module = module
         self.name = name
-        self._engines: dict[EngineConfig, Engine] = {}
+        self._engines: dict[tuple[EngineConfig, str], Engine] = {}
 
     @property
     def module(self) -> torch.nn.Module:
@@ -340,6 +341,7 @@ class Recognizer:
         clip_timestamps: Sequence[float] = (),
         suppress_tokens: Sequence[int] = (-1,),
         hallucination_silence_threshold: float | None = None,
+        draft: str | os.PathLike[str] = "auto",
     ) -> Transcript | Iterator[Transcript]:
         """Transcribe one recording, or an iterable of them.
 
@@ -381,6 +383,9 @@ class Recognizer:
         suppress_tokens: ids of tokens that are never written; -1 is the model's own set, and () none.
         hallucination_silence_threshold: leave out segments whose words look invented, between pauses of more than this
             many seconds; needs ``timestamps="word"``.
+        draft: source of drafts, which let greedy search check several tokens in a step of the decoder; the text does
+            not depend on it. "ctc" is the model's CTC head, "auto" the same where it pays, "off" none, and anything
+            else a smaller model with the same tokenizer, as for `canter.load`.
 
         Raises ConfigError, before anything is decoded, for options that the model does not support.
         """
@@ -418,7 +423,8 @@ class Recognizer:
                 beams=beam_size,
                 ctc_weight=ctc_weight,
                 suppress_tokens=tuple(suppress_tokens),
-            )
+            ),
+            draft,
         )
         if timestamps == "word" and not engine.aligns:
             called = self.name or self._module.shape
@@ -498,10 +504,11 @@ class Recognizer:
             except ConfigError as error:
                 raise ConfigError(f"prompt: {error}") from None
 
-    def _engine(self, config: EngineConfig) -> Engine:
-        if config not in self._engines:
-            self._engines[config] = engine_for(self._module, self.tokenizer.end, config)
-        return self._engines[config]
+    def _engine(self, config: EngineConfig, draft: str | os.PathLike[str] = "auto") -> Engine:
+        key = config, os.fspath(draft)
+        if key not in self._engines:
+            self._engines[key] = drafting_engine(self._module, self.tokenizer, config, draft)
+        return self._engines[key]
 
     def align(
         self,

@@ -63,8 +63,8 @@ class DecoderCache:
     Rows fill slots 0 ... rows-1 of buffers with room for C: ``cross`` (L, 2, C, H, T, K) for cross-attention, ``own``
     (L, 2, C, H, U, K) for self-attention. All rows write their next token at the same ``column``; a row that entered
     later starts at a later one (``starts``), so a step reads and writes only slices, whatever the ages of its rows.
-    ``cross_mask`` (C, T) and ``own_mask`` (C, N, U) are 0 where a row attends and -inf where it does not. Tokens that a
-    row takes back are masked and stay as a hole (`rewind`).
+    ``cross_mask`` (C, T) and ``own_mask`` (C, N, U) are 0 where a row attends and -inf where it does not. Tokens that
+    some rows take back are masked, and stay as holes until columns move (`rewind`).
 
     The N beams of a row share its slot: a step writes adjacent columns, one for each beam, and ``own_mask`` marks the
     columns of a beam's past (a tree in one row of keys). Choosing among beams rewrites only that mask; keys and values
@@ -151,6 +151,8 @@ class DecoderCache:
         live = slice(0, self.rows)
         past = slice(min(self.starts, default=self.column), self.column)
         used, mask = self.own[:, :, live, :, past].clone(), self.own_mask[live, :, past].clone()
+        if any(self.holes):
+            used, mask = self._without_holes(used, mask)
         column = max(before, used.shape[4])
         # More than is needed, so that the rows of a long queue move, and buffers grow, once in many steps.
         # On a GPU at once: buffers that moved make captured steps useless.
@@ -166,8 +168,18 @@ class DecoderCache:
         self.starts = [start + column - self.column for start in self.starts]
         self.column = column
         self._write_places(0)
-        if self.beams > 1 or any(self.holes):  # in every row's past stand other beams, or holes
+        if self.beams > 1:  # in every row's past stand other beams
             self.own_mask[live, :, column - used.shape[4] : column] = mask
+
+    def _without_holes(self, used: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the live rows' past columns ``used`` (L, 2, B, H, U, K) and their ``mask`` (B, 1, U) without holes, as
+        many as the longest row has."""
+        order = (mask[:, 0] == 0).to(torch.uint8).argsort(dim=1, stable=True)  # what is masked comes first
+        self.starts = [start + hole for start, hole in zip(self.starts, self.holes)]
+        self.holes = [0] * self.rows
+        order = order[:, order.shape[1] - (self.column - min(self.starts)) :]
+        places = order[None, None, :, None, :, None].expand(*used.shape[:4], -1, used.shape[5])
+        return used.gather(4, places), mask.gather(2, order[:, None])
 
     def add(self, prompt_lengths: list[int], frames: list[int], adapters: list[int] | None = None) -> None:
         """Add live rows, whose prompts are about to end at ``column``."""
@@ -202,11 +214,26 @@ class DecoderCache:
         for values in (self.starts, self.holes, self.prompts, self.frames, self.adapters):
             swap_out(values, slots)
 
-    def rewind(self, slot: int, count: int) -> None:
-        """Take back the last ``count`` tokens of a row, which are in the last columns; a cache of one beam only."""
-        self.own_mask[slot, :, self.column - count : self.column] = -math.inf
-        self.holes[slot] += count
-        self.places[0, slot] += count
+    def rewind(self, counts: Sequence[int], latest: int) -> None:
+        """Take back the last ``counts`` tokens of each row, which has written the ``latest`` columns; a cache of one
+        beam only. Columns that all rows take back are free again, others are masked."""
+        freed = min([*counts, latest])
+        self.column -= freed
+        latest -= freed
+        rest = [count - freed for count in counts]
+        if not any(rest):
+            return
+        for slot, count in enumerate(rest):
+            if count > latest:  # before the latest columns, there may be holes already
+                past = self.own_mask[slot, 0, self.starts[slot] : self.column]
+                places = (past == 0).nonzero()[-count:, 0] + self.starts[slot]
+                self.own_mask[slot, :, places] = -math.inf
+            self.holes[slot] += count
+        taken = upload(rest, self.own.device)
+        self.places[0, : self.rows] += taken
+        if latest:
+            masked = torch.arange(latest, 0, -1, device=self.own.device) <= taken[:, None]
+            self.own_mask[: self.rows, :, self.column - latest : self.column].masked_fill_(masked[:, None], -math.inf)
 
     def branch(self) -> None:
         """Mask the columns of the next step so that each beam attends only to its own."""

@@ -210,7 +210,8 @@ class Decoder(Stack):
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """Return logits (B, N, V) of the next tokens (B, N) of all live rows; the cache grows by N columns.
 
-        N tokens follow one another; in a cache of N beams they are one token of each beam.
+        N tokens follow one another, such as drafted ones, of which `DecoderCache.rewind` takes wrong ones back; in a
+        cache of N beams they are one token of each beam.
         """
         cache.reserve(0, 0, before=0, after=tokens.shape[1])
         cache.branch()
@@ -244,7 +245,7 @@ class Decoder(Stack):
                 own_mask = own_mask.masked_fill(columns > steps[:, None], -math.inf)
                 # A prompt's left padding attends to itself alone, so that no row of scores is empty.
                 own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
-                place = place.clamp(min=0)
+                place = place.clamp(0, self.config.positions - 1)
             elif max(starts) > oldest or any(cache.holes[rows]):
                 own_mask = cache.own_mask[rows, None, :1, oldest : column + 1]
         if min(frames) < size:
@@ -303,12 +304,19 @@ class Decoder(Stack):
         r, n = tokens.shape
         self._use_adapters(cache, slice(0, r))
         own, cross = cache.own[:, :, :r, :, :columns], cache.cross[:, :, :r, :, :frames]
-        prompt, start = cache.prompt[:r, None], cache.start[:r, None]
-        place = (prompt + (column - start - prompt) // n).clamp(0, self.config.positions - 1)
+        start = cache.start[:r, None]
         written = column + torch.arange(n, device=tokens.device)
         index = torch.arange(columns, device=tokens.device)
-        own_mask = cache.own_mask[:r, None, :, :columns].masked_fill(index > written[-1], -math.inf)
-        if n == 1:  # slots without a row attend to something, else they would become NaN
-            own_mask = own_mask.masked_fill(index == column, 0.0)
+        own_mask = cache.own_mask[:r, None, :, :columns]
+        if cache.beams > 1:
+            prompt = cache.prompt[:r, None]
+            place = prompt + (column - start - prompt) // n
+            own_mask = own_mask.masked_fill(index > written[-1], -math.inf)
+        else:
+            place = written - start
+            own_mask = own_mask.masked_fill(index > written[:, None], -math.inf)
+            # slots without a row attend to something, else they would become NaN
+            own_mask = own_mask.masked_fill(index == written[:, None], 0.0)
+        place = place.clamp(0, self.config.positions - 1)
         cross_mask = cache.cross_mask[:r, None, None, :frames]
         return self.head(self._run_cached(tokens, place, own, own_mask, cross, cross_mask, written))

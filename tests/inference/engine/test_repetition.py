@@ -89,7 +89,7 @@ def test_a_row_that_reaches_its_limit_in_circles_is_cut():
 def test_off(sizes):
     guard = RepetitionGuard(*sizes)
     guard.add([1.0])
-    assert [guard.took([7]) for _ in range(50)] == [{}] * 50
+    assert [guard.took([7], [0]) for _ in range(50)] == [{}] * 50
     assert guard.at_limit(0) == 50
 
 
@@ -97,14 +97,14 @@ def test_rows_are_independent_and_may_leave():
     guard = RepetitionGuard(2, 1)
     guard.add([4.0, 1000.0])
     for _ in range(8):
-        assert guard.took([1, 1]) == {}
+        assert guard.took([1, 1], [0, 1]) == {}
     guard.add([4.0])
-    assert guard.took([2], first=2) == {}
-    assert guard.took([1, 1, 2]) == {0: 2}
+    assert guard.took([2], [2]) == {}
+    assert guard.took([1, 1, 2], [0, 1, 2]) == {0: 2}
     guard.remove([0])  # the newest row takes slot 0
     for _ in range(6):
-        assert guard.took([2, 3]) == {}
-    assert guard.took([2, 3]) == {0: 2}
+        assert guard.took([2, 3], [0, 1]) == {}
+    assert guard.took([2, 3], [0, 1]) == {0: 2}
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 Audio is encoded in batches filled to a budget of padded frames. Each encoded row waits until the decoder has a free
 slot; then its cross-attention keys and values are projected once, and the decoder reads its prompt. Every step
-advances all live rows by one token. A row that ends leaves at once and the next one enters, so the decoder computes
-live rows only, and no row waits for the longest of its batch.
+advances all live rows by one token, or by several where drafts say what they may be. A row that ends leaves at once and
+the next one enters, so the decoder computes live rows only, and no row waits for the longest of its batch.
 
 B: rows, N: beams, S: samples, T: encoder frames, V: vocabulary.
 """
@@ -25,6 +25,7 @@ from canter.errors import ConfigError
 from canter.inference.engine import language
 from canter.inference.engine.alignment import align
 from canter.inference.engine.ctc import Joint, PrefixScorer, Spelling, ctc_greedy, spelling_of
+from canter.inference.engine.drafts import CtcDrafts, Draft, Drafter, StepWidths, ctc_drafts
 from canter.inference.engine.forced import (
     CtcPath,
     ForcedText,
@@ -138,6 +139,7 @@ class _Encoding:
     limit: int  # of tokens
     ready: "torch.cuda.Event | None" = None
     ctc_log_probs: Tensor | None = None  # (T x upsampling, C), for joint decoding
+    draft: list[int] | None = None  # by another model
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,22 @@ class Engine:
     aligns = True
     """True if it can compute the times of tokens."""
 
-    def __init__(self, model: SpeechModel, end: int, config: EngineConfig | None = None, *, ctc: bool = False):
-        """Make an engine; ``ctc`` adds the greedy outputs of the CTC head, if the model has one.
+    def __init__(
+        self,
+        model: SpeechModel,
+        end: int,
+        config: EngineConfig | None = None,
+        *,
+        ctc: bool = False,
+        drafter: Drafter | None = None,
+    ):
+        """Make an engine.
 
-        Raises ConfigError where the configuration asks for joint decoding and the model does not support it.
+        ctc: add the greedy outputs of the CTC head, if the model has one. drafter: engine of a smaller model with the
+        same tokenizer, whose transcripts are drafts in greedy search.
+
+        Raises ConfigError where the configuration asks for joint decoding or drafts and the model does not support
+        them.
         """
         self.model, self.end, self.config = model, end, config or EngineConfig()
         weight = self.config.ctc_weight
@@ -205,6 +219,9 @@ class Engine:
                 f"--beam-size {self.config.beams} is more than half of the model's {model.vocabulary:,} tokens"
             )
         self.spelling = spelling_of(model) if weight else None
+        self.drafter = drafter
+        self.drafts = self._drafts()
+        self.widths = StepWidths()
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
         self.rows = self.config.rows or default_rows(model, self.device, joint=weight > 0)
@@ -218,6 +235,22 @@ class Engine:
         self.front = torch.cuda.Stream(self.device, priority=-1) if self.gpu else None
         self.timer = Timer(self.gpu)
         self._done_tokens, self._done_seconds = 10 * TYPICAL_RATE, 10.0  # of finished rows
+
+    def _drafts(self) -> CtcDrafts | None:
+        """Return the reading of drafts by the CTC head, if they are asked for or pay."""
+        config, asked = self.config, self.config.draft == "ctc"
+        if config.beams > 1 or config.ctc_weight:
+            if asked or self.drafter:
+                raise ConfigError("--draft: drafts are for greedy search by attention; leave out the beam size and CTC")
+            return None
+        if self.drafter or config.draft == "off" or "cached_decoding" not in self.model.supports:
+            return None
+        return ctc_drafts(self.model, asked)
+
+    @property
+    def drafting(self) -> bool:
+        """True if rows have drafts."""
+        return self.drafter is not None or self.drafts is not None
 
     def decode(self, requests: Iterable[Request]) -> list[Hypothesis]:
         """Return the hypotheses of ``requests``, in their order; they are batched by length."""
@@ -295,7 +328,7 @@ class Engine:
                     more = batch is not None
                     if not batch:
                         break
-                    waiting += self._encode(batch)
+                    waiting += self._encode(batch, draft=True)
                     self.counters.utterances += len(batch)
                     samples = sum(len(item.audio) for item in batch)
                     self.counters.audio_seconds += samples / self.model.sample_rate
@@ -391,7 +424,7 @@ class Engine:
             joint = Joint(PrefixScorer(self.spelling, self.end, config.beams, self.device), config.ctc_weight)
         if config.beams == 1:
             guard = RepetitionGuard(config.repeat_ngram, config.max_repeats)
-            return Greedy(self.rules, guard, joint)
+            return Greedy(self.rules, guard, self.model.config.decoder.pad, joint)
         whisper = self.rules.no_timestamps is not None
         style = self.model.generation.get("beam_search") or ("huggingface" if whisper else "nemo")
         penalty = config.length_penalty
@@ -406,9 +439,11 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _encode(self, batch: list[Request], with_ctc: bool = False) -> list[_Encoded]:
-        """Compute features, encoder and the projection to the decoder's width, on a GPU in a separate stream;
-        ``with_ctc`` keeps the CTC head's log probabilities, as joint decoding does."""
+    def _encode(self, batch: list[Request], with_ctc: bool = False, draft: bool = False) -> list[_Encoded]:
+        """Compute features, encoder and the projection to the decoder's width, on a GPU in a separate stream.
+
+        with_ctc: keep the CTC head's log probabilities, as joint decoding does. draft: let another model write drafts.
+        """
         model, with_ctc = self.model, with_ctc or self.spelling is not None
         shortest = model.config.features.hop  # samples of one frame
         lengths = [max(shortest, len(item.audio)) for item in batch]
@@ -426,9 +461,9 @@ class Engine:
                 encoded, encoded_lengths = model.encode(features, frames, adapters=[item.adapter for item in batch])
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
                 ctc_log_probs: Tensor | None = None
-                if self.ctc or with_ctc:
+                if self.ctc or with_ctc or self.drafts:
                     ctc_log_probs, ctc_lengths = model.ctc_log_probs(encoded, encoded_lengths)
-                    if self.ctc:
+                    if self.ctc or self.drafts:
                         ctc = ctc_greedy(ctc_log_probs, ctc_lengths)
                 encoded = model.projection(encoded)
                 if self.gpu:  # computed here, to avoid waiting for the device
@@ -442,11 +477,36 @@ class Engine:
         if with_ctc and ctc_log_probs is not None:
             rate = model.config.ctc_upsampling
             kept = [row[: size * rate] for row, size in zip(ctc_log_probs, sizes)]
+        drafts = self._written_by_drafter(batch) if draft else [None] * len(batch)
         return [
-            _Encoded(item, _Encoding(states[:size], outputs, self._limit(item, size), ready, scores),
+            _Encoded(item, _Encoding(states[:size], outputs, self._limit(item, size), ready, scores, written),
                      list(item.prompt), item.temperature)
-            for item, states, size, outputs, scores in zip(batch, encoded, sizes, ctc, kept)
+            for item, states, size, outputs, scores, written in zip(batch, encoded, sizes, ctc, kept, drafts)
         ]  # fmt: skip
+
+    def _written_by_drafter(self, batch: Sequence[Request]) -> list[list[int] | None]:
+        """Return the drafts that another model writes."""
+        found: list[list[int] | None] = [None] * len(batch)
+        asking = [index for index, one in enumerate(batch) if not one.temperature and not one.hotwords]
+        if not self.drafter or not asking:
+            return found
+        begun = time.perf_counter()
+        plain = [
+            replace(batch[index], policy=None, scored=False, aligned=False, guarded=True, adapter=0) for index in asking
+        ]
+        for index, hypothesis in zip(asking, self.drafter.decode(plain)):
+            found[index] = hypothesis.tokens
+        self.counters.draft_seconds += time.perf_counter() - begun
+        return found
+
+    def _draft(self, row: _Encoded) -> Draft | None:
+        """Return what the text of a row that enters may be."""
+        if row.temperature or row.request.hotwords:
+            return None
+        tokens = row.encoding.draft
+        if tokens is None and self.drafts:
+            tokens = self.drafts.tokens(row.encoding.ctc or [], row.prompt)
+        return None if tokens is None else Draft([token for token in tokens if token != self.end])
 
     def _limit(self, request: Request, frames: int) -> int:
         """Return the maximum number of tokens after the prompt."""
@@ -489,11 +549,14 @@ class Engine:
         free = min(self.rows - len(live.rows), ready)
         # Reading prompts takes about as long as a step, so several rows enter together; free slots cost nothing.
         enter = free and (not live.rows or free >= min(ready, max(1, self.rows // 8)))
-        first = len(live.rows) if enter else 0
+        first, width = len(live.rows) if enter else 0, 1
+        drafts = [row.draft for row in live.drawn]
         if enter:
             logits = self._enter(live, [waiting.popleft() for _ in range(free)])
         else:
-            tokens = upload(live.search.inputs(), self.device)
+            if any(drafts):
+                width = self.config.draft_width or self.widths.choose(drafts)
+            tokens = upload(live.search.inputs(width), self.device)
             step = steps.step if steps else self.model.decoder.step
             logits = step(tokens, live.cache)
             self.counters.steps += 1
@@ -502,9 +565,13 @@ class Engine:
         choice = live.search.choose(logits, first, opening=bool(enter))
         if choice.parents is not None:
             live.cache.choose(choice.parents, first)
-        for slot, count in choice.taken_back.items():
-            live.cache.rewind(slot, count)
-        self.counters.tokens += len(live.rows) - first
+        if any(drafts) and not enter:
+            self.widths.record(drafts, width, time.perf_counter() - begun)
+            self.widths.count(choice.accepted, choice.rejected)
+        taken_back = [choice.taken_back.get(slot, 0) for slot in range(len(live.rows))]
+        self.counters.tokens += len(live.rows) - first + choice.accepted
+        self.counters.drafted += choice.drafted
+        self.counters.accepted += choice.accepted
         finished: list[Hypothesis] = []
         unfinished: list[tuple[_Encoded, Hypothesis, float]] = []
         for slot in choice.ended:
@@ -527,6 +594,9 @@ class Engine:
             finished.append(hypothesis)
         if choice.ended:
             live.remove(choice.ended)
+            swap_out(taken_back, choice.ended)
+        if any(taken_back):
+            live.cache.rewind(taken_back, width)
         self.counters.decoder_seconds += time.perf_counter() - begun
         self.timer.collect()
         waiting += self._encode_continuations(unfinished)
@@ -563,15 +633,15 @@ class Engine:
                 earlier=(*row.earlier, (hypothesis, place)),
             )
             found.append(new if same else replace(new, prompt=list(asked.prompt), detected=False))
-        return self._encode_again(found)
+        return self._encode_again(found, draft=True)
 
-    def _encode_again(self, rows: list[_Encoded]) -> list[_Encoded]:
-        """Return the rows with the encoder output of their present audio."""
+    def _encode_again(self, rows: list[_Encoded], draft: bool = False) -> list[_Encoded]:
+        """Return the rows with the encoder output of their present audio; ``draft`` as in `_encode`."""
         rate, found = self.model.sample_rate, [*rows]
         requests = [replace(row.request, audio=row.request.audio[: round(row.seconds(rate) * rate)]) for row in rows]
         lengths = [self.model.encoder_frames(len(one.audio) / rate) for one in requests]
         for batch in encoder_batches(lengths, self.frames, self.rows):
-            for index, new in zip(batch, self._encode([requests[index] for index in batch])):
+            for index, new in zip(batch, self._encode([requests[index] for index in batch], draft=draft)):
                 found[index] = replace(rows[index], encoding=new.encoding)
         return found
 
@@ -596,6 +666,7 @@ class Engine:
                 allowed=self._allowed(row),
                 ctc=row.encoding.ctc_log_probs,
                 hotwords=row.request.hotwords,
+                draft=self._draft(row),
             )
             for row in new
         ]
@@ -718,7 +789,7 @@ class Engine:
             row.request.key,
             drawn.tokens,
             drawn.finished,
-            row.encoding.ctc,
+            row.encoding.ctc if self.ctc else None,
             drawn.logprob,
             tuple(drawn.logprobs[: len(drawn.tokens)]),
             row.no_speech,
@@ -741,13 +812,15 @@ class _WithEngine(Protocol):
     def engine(self, end: int, config: EngineConfig) -> Engine: ...
 
 
-def engine_for(model: AnyModel, end: int, config: EngineConfig) -> Engine:
+def engine_for(model: AnyModel, end: int, config: EngineConfig, drafter: Drafter | None = None) -> Engine:
     """Return the engine that decodes ``model``: a model of another library has its own.
 
-    Raises ConfigError where that one is asked for joint decoding.
+    Raises ConfigError where that one is asked for joint decoding or drafts.
     """
     if "cached_decoding" in model.supports:
-        return Engine(cast(SpeechModel, model), end, config)
+        return Engine(cast(SpeechModel, model), end, config, drafter=drafter)
+    if drafter or config.draft == "ctc":
+        raise ConfigError("--draft: another library decodes this model, one token at a time; leave it out")
     if config.suppress_tokens != EngineConfig.suppress_tokens:
         raise ConfigError("--suppress-tokens: another library decodes this model, by its own rules; leave it out")
     if config.ctc_weight:

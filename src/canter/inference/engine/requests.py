@@ -3,17 +3,19 @@
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
 from canter.inference.engine.alignment import Alignment
 from canter.inference.engine.hotwords import HotWords
 
+DraftSource = Literal["auto", "ctc", "off"]
+
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Settings of the engine. ``rows``, ``frames`` and ``graphs`` do not change any transcript."""
+    """Settings of the engine. ``rows``, ``frames``, ``graphs`` and drafts do not change any transcript."""
 
     rows: int | None = None
     """Maximum number of rows that the decoder advances together (None: chosen by model and device)."""
@@ -45,6 +47,11 @@ class EngineConfig:
     these are suppressed in any case."""
     graphs: bool = True
     """Capture decoder steps as CUDA graphs on a GPU."""
+    draft: DraftSource = "auto"
+    """Source of drafts, which let greedy search check several tokens in a step and change no text: "ctc" is the CTC
+    head, "auto" the same where it pays (see `ctc_drafts`), and "off" is none."""
+    draft_width: int | None = None
+    """Number of tokens of a row in a step, its last one and drafted ones (None: chosen from measured step times)."""
 
     def most_tokens(self, frames: int, generation: Mapping[str, object]) -> int:
         """Return the maximum number of tokens of audio of ``frames`` encoder frames, by the rate here, else the one in
@@ -189,6 +196,12 @@ class Counters:
     """Number of rows among them that had not ended."""
     retries: int = 0
     """Number of rows that were decoded again."""
+    drafted: int = 0
+    """Number of drafted tokens that steps have checked."""
+    accepted: int = 0
+    """Number of these that are text."""
+    draft_seconds: float = 0.0
+    """Seconds of the model that writes drafts."""
     slots: int = 0
     """Maximum number of rows in the decoder."""
 
@@ -201,6 +214,11 @@ class Counters:
     def useful_rows(self) -> float:
         """Useful fraction of the rows computed."""
         return self.useful_row_steps / max(self.row_steps, 1)
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted fraction of the drafted tokens."""
+        return self.accepted / max(self.drafted, 1)
 
     @property
     def mean_rows(self) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from canter.inference.engine.ctc import Joint
+from canter.inference.engine.drafts import Draft
 from canter.inference.engine.hotwords import ATTEMPTS, Boost, Candidate, Credit, HotWords
 from canter.inference.engine.requests import Alternative
 from canter.inference.engine.timestamps import TimestampTokens, WhisperOrder, timestamp_order
@@ -113,23 +114,21 @@ class RepetitionGuard:
         """Forget the tokens of a row since ``state``."""
         self.last[slot], self.equal[slot], self.counts[slot] = state
 
-    def took(self, chosen: Sequence[int], first: int = 0) -> dict[int, int]:
-        """Record the next tokens of the rows from slot ``first`` on.
+    def took(self, chosen: Sequence[int], slots: Sequence[int]) -> dict[int, int]:
+        """Record the next tokens of the rows in these slots.
 
         Return the slots of rows whose repeats take more tokens than fit in the time of their audio, each with the
         number of tokens to keep.
         """
-        self.counts[first:] += 1
-        if not len(self.sizes) or not len(chosen):
+        rows = np.array(slots, dtype=np.int64)
+        self.counts[rows] += 1
+        if not len(self.sizes) or not len(rows):
             return {}
-        tokens = np.array(chosen)[:, None]
-        last, equal = self.last[first:], self.equal[first:]
-        equal[:] = np.where(last == tokens, equal + 1, 0)
-        last[:, 1:] = last[:, :-1].copy()
-        last[:, :1] = tokens
-        span = equal + self.sizes
-        repeating = (equal >= LEAST_REPEATS * self.sizes) & (span > self.allowed[first:, None])
-        return {first + int(row): self._kept(first + int(row)) for row in np.flatnonzero(repeating.any(1))}
+        tokens, last = np.array(chosen)[:, None], self.last[rows]
+        equal = np.where(last == tokens, self.equal[rows] + 1, 0)
+        self.last[rows], self.equal[rows] = np.concatenate([tokens, last[:, :-1]], 1), equal
+        repeating = (equal >= LEAST_REPEATS * self.sizes) & (equal + self.sizes > self.allowed[rows, None])
+        return {slots[row]: self._kept(slots[row]) for row in np.flatnonzero(repeating.any(1)).tolist()}
 
     def at_limit(self, slot: int) -> int:
         """Return the number of tokens to keep of a row at the limit on tokens: all, unless it has more than fit in the
@@ -178,8 +177,11 @@ class Row:
     """Log probabilities of the CTC head (T, C), for joint search."""
     hotwords: HotWords | None = None
     """Phrases to prefer; rows with a temperature do not."""
+    draft: Draft | None = None
+    """What its text may be; rows with a temperature or hot words have none."""
 
     def __post_init__(self):
+        self.drafted: list[int] = []  # tokens of the draft in the present step
         self.draws = np.random.default_rng(self.seed) if self.temperature else None
         self.boost = Boost(self.hotwords) if self.hotwords and not self.temperature else None
         self.earlier: tuple[np.ndarray, np.ndarray, int] | None = None  # guard's state before an attempt of ``boost``
@@ -195,6 +197,12 @@ class Choice:
     """Parent beam of each beam (B, N); None if each is its own."""
     taken_back: dict[int, int] = field(default_factory=dict)
     """Number of tokens in the cache that a row takes back, by slot."""
+    drafted: int = 0
+    """Number of drafted tokens among the inputs."""
+    accepted: int = 0
+    """Number of these that are the rows' text."""
+    rejected: int = 0
+    """Number of rows with another one."""
 
 
 class Search(Protocol):
@@ -210,14 +218,14 @@ class Search(Protocol):
         """Remove rows; the last ones take their slots."""
         ...
 
-    def inputs(self) -> list[list[int]]:
-        """Return the next input tokens (B, N) of the decoder."""
+    def inputs(self, width: int = 1) -> list[list[int]]:
+        """Return the next input tokens (B, N) of the decoder; in greedy search (B, K), ``width`` of each row."""
         ...
 
     def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:
         """Choose the next tokens of the rows from slot ``first`` on.
 
-        logits: (B, 1, V) if ``opening`` (after the prompt), else (B, N, V).
+        logits: (B, 1, V) if ``opening`` (after the prompt), else (B, N, V) for the latest `inputs`.
         """
         ...
 
@@ -260,12 +268,15 @@ def candidates(logits: Tensor, count: int, end: int) -> tuple[Tensor, Tensor]:
 
 class Greedy:
     """The best token that the rules allow, or one drawn; with ``joint``, by CTC and attention. The guard ends rows that
-    run in circles."""
+    run in circles. A step of K tokens a row checks drafts; the text does not depend on them.
+
+    K: tokens of a row in a step, its last one and drafted ones.
+    """
 
     beams = 1
 
-    def __init__(self, rules: Rules, guard: RepetitionGuard, joint: Joint | None = None):
-        self.rules, self.guard, self.joint = rules, guard, joint
+    def __init__(self, rules: Rules, guard: RepetitionGuard, pad: int = 0, joint: Joint | None = None):
+        self.rules, self.guard, self.pad, self.joint = rules, guard, pad, joint
         self.rows: list[Row] = []
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -280,15 +291,23 @@ class Greedy:
         if self.joint:
             self.joint.scorer.remove(slots)
 
-    def inputs(self) -> list[list[int]]:
-        return [[row.tokens[-1]] for row in self.rows]
+    def inputs(self, width: int = 1) -> list[list[int]]:
+        for row in self.rows:
+            room = min(width, row.limit - len(row.tokens)) - 1
+            row.drafted = row.draft.following(room) if row.draft else []
+        return [[row.tokens[-1], *row.drafted, *[self.pad] * (width - 1 - len(row.drafted))] for row in self.rows]
 
     def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:
-        scores, rows = logits[:, 0].float(), self.rows[first:]
+        rows, width = self.rows[first:], logits.shape[1]
+        drafted = [[] if opening else row.drafted for row in rows]
+        scores = logits.flatten(0, 1).float()  # (B * K, V)
         scored = bool(self.joint) or any(row.scored for row in rows)
         total = scores.logsumexp(-1) if scored and not self.rules.renormalised else None
         self.rules.suppress(scores, opening)
-        self.rules.order_timestamps(scores, [row.stamped for row in rows], [row.tokens for row in rows])
+        if self.rules.order:
+            stamped = [row.stamped for row in rows for _ in range(width)]
+            written = [row.tokens + some[:n] for row, some in zip(rows, drafted) for n in range(width)]
+            self.rules.order_timestamps(scores, stamped, written)
         if scored and total is None:
             total = scores.logsumexp(-1)
         taken_back: dict[int, int] = {}
@@ -297,41 +316,64 @@ class Greedy:
         else:
             chosen, logprobs = self._by_attention(scores, rows, total)
             if any(row.boost for row in rows):
-                taken_back = self._prefer_hotwords(scores, rows, chosen, logprobs, first)
-        ended, end = [], self.rules.end
-        repeating = self.guard.took(chosen, first)
-        for slot, (row, token, logprob) in enumerate(zip(rows, chosen, logprobs), first):
-            if row.scored:
-                row.logprobs.append(logprob)
-            if token == end:
-                row.finished = True
-            else:
-                row.tokens.append(token)
-            if row.finished:
-                ended.append(slot)
-            elif slot in repeating or len(row.tokens) >= row.limit:
-                kept = repeating.get(slot, self.guard.at_limit(slot))
-                del row.tokens[kept:], row.logprobs[kept:]
-                ended.append(slot)
+                taken_back = self._prefer_hotwords(scores[::width], rows, chosen, logprobs, first)
+        found = [_agreed(some, guess) for some, guess in zip(chosen, drafted)]
+        ended = self._write(found, logprobs, first)
+        for slot, (row, tokens, guess) in enumerate(zip(rows, found, drafted), first):
+            if row.draft:
+                row.draft.took(tokens, len(guess))
+            if width > len(tokens):
+                taken_back[slot] = taken_back.get(slot, 0) + width - len(tokens)
+        accepted = sum(map(len, found)) - len(rows)
+        rejected = sum(len(tokens) <= len(guess) for tokens, guess in zip(found, drafted))
+        return Choice(ended, None, taken_back, sum(map(len, drafted)), accepted, rejected)
+
+    def _write(self, found: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], first: int) -> list[int]:
+        """Append to each row from slot ``first`` on its next tokens, until it ends; return the slots that have
+        ended."""
+        ended: list[int] = []
+        going = range(first, len(self.rows))
+        for place in range(max(map(len, found), default=0)):
+            going = [slot for slot in going if slot not in ended and place < len(found[slot - first])]
+            repeating = self.guard.took([found[slot - first][place] for slot in going], going)
+            for slot in going:
+                row, token = self.rows[slot], found[slot - first][place]
+                if row.scored:
+                    row.logprobs.append(logprobs[slot - first][place])
+                if token == self.rules.end:
+                    row.finished = True
+                else:
+                    row.tokens.append(token)
+                if row.finished:
+                    ended.append(slot)
+                elif slot in repeating or len(row.tokens) >= row.limit:
+                    kept = repeating.get(slot, self.guard.at_limit(slot))
+                    del row.tokens[kept:], row.logprobs[kept:]
+                    ended.append(slot)
         for slot in ended:
             self.rows[slot].logprob = sum(self.rows[slot].logprobs)
-        return Choice(ended, taken_back=taken_back)
+        return ended
 
-    def _by_attention(self, scores: Tensor, rows: Sequence[Row], total: Tensor | None) -> tuple[list[int], list[float]]:
-        """Return the most probable or drawn tokens, and their log probabilities (0 if no row is scored)."""
-        chosen = scores.argmax(-1).tolist()
+    def _by_attention(
+        self, scores: Tensor, rows: Sequence[Row], total: Tensor | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the K most probable tokens of each row, or a drawn one, and their log probabilities (0 if no row is
+        scored)."""
+        chosen = scores.argmax(-1)
+        width = len(chosen) // len(rows)
         for index, row in enumerate(rows):
             if row.temperature:
-                chosen[index] = int(drawn(scores[index], row)[0])
+                chosen[index * width] = int(drawn(scores[index * width], row)[0])
+        tokens = chosen.view(-1, width).tolist()
         if total is None:
-            return chosen, [0.0] * len(rows)
-        picked = scores.gather(1, torch.tensor(chosen, device=scores.device)[:, None])[:, 0]
-        return chosen, (picked - total).tolist()
+            return tokens, [[0.0] * width for _ in rows]
+        picked = scores.gather(1, chosen[:, None])[:, 0]
+        return tokens, (picked - total).view(-1, width).tolist()
 
     def _prefer_hotwords(
-        self, scores: Tensor, rows: Sequence[Row], chosen: list[int], logprobs: list[float], first: int
+        self, scores: Tensor, rows: Sequence[Row], chosen: list[list[int]], logprobs: list[list[float]], first: int
     ) -> dict[int, int]:
-        """Replace the choices of rows by their hot words, where these are probable enough.
+        """Replace the first choices of rows by their hot words, where these are probable enough.
 
         Return the number of tokens that rows take back, by slot.
         """
@@ -341,8 +383,8 @@ class Greedy:
             assert row.boost
             length = len(row.tokens)
             at_limit = length + 1 >= row.limit
-            decision = row.boost.choose(length, chosen[index], logprobs[index], candidates, at_limit)
-            chosen[index], logprobs[index] = decision.token, decision.logprob
+            decision = row.boost.choose(length, chosen[index][0], logprobs[index][0], candidates, at_limit)
+            chosen[index], logprobs[index] = [decision.token], [decision.logprob]
             if decision.kept < length:
                 taken_back[slot] = length - decision.kept
                 del row.tokens[decision.kept :], row.logprobs[decision.kept :]
@@ -372,13 +414,21 @@ class Greedy:
                 found[index] = [one for one in some if one.deficit <= words.weight]
         return found
 
-    def _jointly(self, joint: Joint, scores: Tensor, rows: Sequence[Row], first: int) -> tuple[list[int], list[float]]:
+    def _jointly(
+        self, joint: Joint, scores: Tensor, rows: Sequence[Row], first: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
         attention, tokens = candidates(scores, CANDIDATES, self.rules.end)
         before = attention.new_zeros(len(rows), 1, dtype=torch.float64)
         sums, numbers = joint.scores(attention[:, None], tokens[:, None], before, first, wanted=1)
         values, places = sums[:, 0].max(-1, keepdim=True)
         joint.scorer.choose(first, numbers[:, 0].gather(1, places)[:, 0])
-        return tokens.gather(1, places)[:, 0].tolist(), values[:, 0].tolist()
+        return tokens.gather(1, places).tolist(), values.tolist()
+
+
+def _agreed(chosen: Sequence[int], drafted: Sequence[int]) -> list[int]:
+    """Return the choices that follow one from another: up to the first that differs from the draft."""
+    count = next((n for n, (one, other) in enumerate(zip(chosen, drafted)) if one != other), len(drafted))
+    return list(chosen[: count + 1])
 
 
 @dataclass(frozen=True)
@@ -471,7 +521,7 @@ class BeamSearch:
         if self.joint:
             self.joint.scorer.remove(slots)
 
-    def inputs(self) -> list[list[int]]:
+    def inputs(self, width: int = 1) -> list[list[int]]:
         return [[self.pad if beam.ended else beam.tokens[-1] for beam in beams.live] for beams in self.state]
 
     def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:

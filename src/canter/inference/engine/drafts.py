@@ -1,0 +1,174 @@
+"""Drafts: texts that rows may turn out to have, so that one step of the decoder can check several tokens.
+
+A step reads a row's last token and the next tokens of its draft, and predicts a token after each. Those that agree with
+the draft, and the first one that does not, are what the decoder would have written one at a time (Stern et al., 2018,
+"Blockwise parallel decoding"; Leviathan et al., 2023, "Fast inference from Transformers via speculative decoding"). So
+a draft changes the number of steps and never the text.
+
+K: tokens of a row in a step.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from canter.errors import ConfigError
+from canter.inference.engine.ctc import spelling_of
+from canter.inference.engine.requests import Hypothesis, Request
+from canter.models.model import SpeechModel
+
+WIDTHS = (1, 2, 4, 8, 16)
+"""Values of K to choose from; a wider step that is not faster shows that none is."""
+MEASURED = 2  # times of a step after which it counts as measured
+KEPT = 4  # latest times of a step
+REVISIT = 256  # steps after which a value of K is measured again that looked slower; more if it looked much slower
+USUAL_ACCEPTANCE, PRIOR = 0.8, 4.0  # of a drafted token, and its weight as a number of tokens
+SMALL_HEAD = 1024  # outputs of a CTC head whose cost does not count
+
+
+class Drafter(Protocol):
+    """What writes drafts: an engine of a smaller model with the same tokenizer."""
+
+    def decode(self, requests: list[Request]) -> list[Hypothesis]:
+        """Return a hypothesis for each request, in their order."""
+        ...
+
+
+class Draft:
+    """Draft of one row, aligned with what the row has written.
+
+    Where the row writes another token than the draft has, the draft continues at the place whose text before it has the
+    least edit distance to the row's.
+    """
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = list(tokens)
+        self.place = 0
+        """Number of tokens of the draft that correspond to what is written."""
+        self.accepted = 0
+        self.rejected = 0
+        self._ids = np.array(self.tokens, dtype=np.int64)
+        self._ramp = np.arange(len(self.tokens) + 1)
+        self._distances = self._ramp  # from what was written, before ``_pending``, to each beginning of the draft
+        self._pending: list[int] = []
+
+    def following(self, count: int) -> list[int]:
+        """Return the next tokens of the draft, at most ``count``."""
+        return self.tokens[self.place : self.place + count]
+
+    def took(self, tokens: Sequence[int], offered: int) -> None:
+        """Record the next tokens that the row has written, of which all but the last were among ``offered`` ones."""
+        self.accepted += len(tokens) - 1
+        self.rejected += len(tokens) - 1 < offered
+        for token in tokens:
+            self._pending.append(token)
+            if self.place < len(self.tokens) and self.tokens[self.place] == token:
+                self.place += 1
+            else:
+                self._align()
+
+    def _align(self) -> None:
+        for token in self._pending:
+            here = self._distances + 1
+            np.minimum(here[1:], self._distances[:-1] + (self._ids != token), out=here[1:])
+            self._distances = np.minimum.accumulate(here - self._ramp) + self._ramp
+        last, expected = self._pending[-1], self.place + 1
+        self._pending = []
+        nearest = np.flatnonzero(self._distances == self._distances.min()).tolist()
+        same = [place for place in nearest if place and self.tokens[place - 1] == last]
+        self.place = min(same or nearest, key=lambda place: (abs(place - expected), -place))
+
+
+class StepWidths:
+    """Choice of K, the number of tokens of a row in a step: the one with the most tokens a second, by the measured
+    times of steps and the accepted fraction of drafts. The text does not depend on it."""
+
+    def __init__(self, widths: Sequence[int] = WIDTHS):
+        self.widths = sorted(widths)
+        self.accepted, self.tried = USUAL_ACCEPTANCE * PRIOR, PRIOR
+        # by rows, rounded up to a power of two, and K
+        self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._age: defaultdict[tuple[int, int], int] = defaultdict(int)  # steps of as many rows since the latest time
+
+    def choose(self, drafts: Sequence[Draft | None]) -> int:
+        """Return K for the next step of rows with these drafts; None: a row without one."""
+        left = np.array([len(one.tokens) - one.place if one else 0 for one in drafts])
+        if not left.any():
+            return self.widths[0]
+        rate = self.accepted / self.tried
+        accepted = np.array([one.accepted if one else 0 for one in drafts]) + rate * PRIOR
+        tried = accepted + np.array([one.rejected if one else 0 for one in drafts]) + (1 - rate) * PRIOR
+        each = accepted / tried
+        size, found = _rounded(len(drafts)), list[tuple[float, int]]()
+        for width in self.widths:
+            times = self._times[size, width]
+            # 1 + a + a^2 + ... of as many drafted tokens as there are
+            tokens = ((1 - each ** (np.minimum(left, width - 1) + 1)) / (1 - np.minimum(each, 0.999))).sum()
+            if len(times) < MEASURED:  # the next wider step may take no longer
+                faster = not found or tokens / min(self._times[size, found[-1][1]]) >= max(found)[0]
+                return width if faster else max(found)[1]
+            found.append((tokens / min(times), width))
+        best, chosen = max(found)
+        old = [width for speed, width in found if self._age[size, width] * speed > REVISIT * best]
+        return old[0] if old else chosen
+
+    def record(self, drafts: Sequence[Draft | None], width: int, seconds: float) -> None:
+        """Record the time of a step."""
+        size = _rounded(len(drafts))
+        self._times[size, width].append(seconds)
+        for one in self.widths:
+            self._age[size, one] += 1
+        self._age[size, width] = 0
+
+    def count(self, accepted: int, rejected: int) -> None:
+        """Record the drafted tokens that rows have accepted, and the number of rows that have rejected one."""
+        self.accepted += accepted
+        self.tried += accepted + rejected
+
+
+def _rounded(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
+
+
+class CtcDrafts:
+    """Reading of the CTC head's greedy outputs as tokens of the decoder."""
+
+    def __init__(self, model: SpeechModel):
+        """Raise ConfigError for a model without a CTC head, or whose outputs have an unknown meaning."""
+        self.spelling = spelling_of(model, "--draft ctc")
+        self.tokenizer, self.characters = model.tokenizer, model.characters
+        self.languages = dict[int, str]()
+        if self.tokenizer and len(self.tokenizer.languages) > 1:
+            self.languages = {self.tokenizer.special_id(f"<|{name}|>"): name for name in self.tokenizer.languages}
+
+    def tokens(self, outputs: Sequence[int], prompt: Sequence[int]) -> list[int]:
+        """Return collapsed CTC outputs as tokens, in the language that the prompt asks for."""
+        if self.characters is None or self.tokenizer is None:
+            return [token for token in outputs if self.spelling.symbols[token]]
+        named = [self.languages[token] for token in prompt if token in self.languages]
+        try:
+            return self.tokenizer.encode(self.characters.decode(outputs).strip(), named[-1] if named else None)
+        except ConfigError:  # a language without a vocabulary
+            return []
+
+
+def ctc_drafts(model: SpeechModel, asked: bool) -> CtcDrafts | None:
+    """Return the reading of drafts by the model's CTC head, where it has one.
+
+    It is used where that is ``asked``, and on a CPU where the head is small. A GPU has not been measured, and a head
+    over all tokens takes about as long as it saves.
+
+    Raises ConfigError where it is asked for and impossible.
+    """
+    small = model.ctc is not None and model.config.ctc_vocabulary <= SMALL_HEAD
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not asked and not (small and on_cpu):
+        return None
+    try:
+        return CtcDrafts(model)
+    except ConfigError:
+        if asked:
+            raise
+        return None
