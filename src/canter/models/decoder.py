@@ -243,8 +243,8 @@ class Decoder(Stack):
                 columns = torch.arange(oldest, column + n, device=tokens.device)
                 own_mask = cache.own_mask[rows, None, :1, oldest : column + n]
                 own_mask = own_mask.masked_fill(columns > steps[:, None], -math.inf)
-                # A prompt's left padding attends to itself alone, so that no row of scores is empty.
-                own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
+                if first is not None:  # a prompt's left padding attends to itself, so that no row of scores is empty
+                    own_mask = own_mask.masked_fill(columns == steps[:, None], 0.0)
                 place = place.clamp(0, self.config.positions - 1)
             elif max(starts) > oldest or any(cache.holes[rows]):
                 own_mask = cache.own_mask[rows, None, :1, oldest : column + 1]

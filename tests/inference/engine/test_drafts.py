@@ -202,6 +202,7 @@ def test_a_draft_continues_where_it_is_nearest(tokens, written):
         agreed = draft.following(1) == [token]
         before = draft.place
         draft.took([token], 0)
+        draft.following(0)
         if agreed:
             assert draft.place == before + 1
             continue
@@ -237,7 +238,7 @@ def long_drafts(rows: int) -> list[Draft | None]:
 def test_width_where_steps_cost_nothing():
     widths = StepWidths()
     chosen = run(widths, long_drafts(1), lambda width: 1.0, 40, True)
-    assert chosen[: 2 * MEASURED] == [1] * MEASURED + [2] * MEASURED
+    assert chosen[: MEASURED + 1] == [1] * MEASURED + [2]
     assert set(chosen[20:]) == {16}
 
 

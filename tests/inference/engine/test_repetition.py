@@ -88,23 +88,25 @@ def test_a_row_that_reaches_its_limit_in_circles_is_cut():
 @pytest.mark.parametrize("sizes", [(8, 0), (0, 3)])
 def test_off(sizes):
     guard = RepetitionGuard(*sizes)
-    guard.add([1.0])
-    assert [guard.took([7], [0]) for _ in range(50)] == [{}] * 50
-    assert guard.at_limit(0) == 50
+    assert [guard.kept([7] * count, 1.0, at_limit=False) for count in range(50)] == [None] * 50
+    assert guard.kept([7] * 50, 1.0, at_limit=True) == 50
 
 
-def test_rows_are_independent_and_may_leave():
-    guard = RepetitionGuard(2, 1)
-    guard.add([4.0, 1000.0])
-    for _ in range(8):
-        assert guard.took([1, 1], [0, 1]) == {}
-    guard.add([4.0])
-    assert guard.took([2], [2]) == {}
-    assert guard.took([1, 1, 2], [0, 1, 2]) == {0: 2}
-    guard.remove([0])  # the newest row takes slot 0
-    for _ in range(6):
-        assert guard.took([2, 3], [0, 1]) == {}
-    assert guard.took([2, 3], [0, 1]) == {0: 2}
+@given(st.lists(st.integers(0, 2), max_size=60), st.floats(0, 60), st.booleans(), st.integers(1, 10))
+def test_what_is_kept(tokens, allowed, at_limit, repeats):
+    """Compare with a search for the longest run of every n-gram."""
+    runs = {}
+    for size in range(1, 5):
+        run = 0
+        while run + size < len(tokens) and tokens[-1 - run] == tokens[-1 - run - size]:
+            run += 1
+        if run >= LEAST_REPEATS * size:
+            runs[size] = run + size
+    expected = len(tokens) if at_limit else None
+    if any(span > allowed for span in runs.values()) or (at_limit and len(tokens) >= allowed and runs):
+        size = min(runs)
+        expected = len(tokens) - max(0, runs[size] - size * (repeats + 1))
+    assert RepetitionGuard(4, repeats).kept(tokens, allowed, at_limit) == expected
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ a draft changes the number of steps and never the text.
 K: tokens of a row in a step.
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -23,6 +24,7 @@ WIDTHS = (1, 2, 4, 8, 16)
 """Values of K to choose from; a wider step that is not faster shows that none is."""
 MEASURED = 2  # times of a step after which it counts as measured
 KEPT = 4  # latest times of a step
+COLUMNS = 16  # latest times of a further token, the shortest of which says what to expect of other steps
 REVISIT = 256  # steps after which a value of K is measured again that looked slower; more if it looked much slower
 USUAL_ACCEPTANCE, PRIOR = 0.8, 4.0  # of a drafted token, and its weight as a number of tokens
 SMALL_HEAD = 1024  # outputs of a CTC head whose cost does not count
@@ -46,16 +48,20 @@ class Draft:
     def __init__(self, tokens: Sequence[int]):
         self.tokens = list(tokens)
         self.place = 0
-        """Number of tokens of the draft that correspond to what is written."""
+        """Number of tokens of the draft that correspond to what is written; after another token than the next, about
+        so many, until `following` looks for the place."""
         self.accepted = 0
         self.rejected = 0
         self._ids = np.array(self.tokens, dtype=np.int64)
         self._ramp = np.arange(len(self.tokens) + 1)
         self._distances = self._ramp  # from what was written, before ``_pending``, to each beginning of the draft
         self._pending: list[int] = []
+        self._lost = False
 
     def following(self, count: int) -> list[int]:
         """Return the next tokens of the draft, at most ``count``."""
+        if self._lost:
+            self._align()
         return self.tokens[self.place : self.place + count]
 
     def took(self, tokens: Sequence[int], offered: int) -> None:
@@ -63,19 +69,17 @@ class Draft:
         self.accepted += len(tokens) - 1
         self.rejected += len(tokens) - 1 < offered
         for token in tokens:
-            self._pending.append(token)
-            if self.place < len(self.tokens) and self.tokens[self.place] == token:
-                self.place += 1
-            else:
-                self._align()
+            self._lost = self._lost or self.tokens[self.place : self.place + 1] != [token]
+            self.place += 1
+        self._pending += tokens
 
     def _align(self) -> None:
         for token in self._pending:
             here = self._distances + 1
             np.minimum(here[1:], self._distances[:-1] + (self._ids != token), out=here[1:])
             self._distances = np.minimum.accumulate(here - self._ramp) + self._ramp
-        last, expected = self._pending[-1], self.place + 1
-        self._pending = []
+        last, expected = self._pending[-1], self.place
+        self._pending, self._lost = [], False
         nearest = np.flatnonzero(self._distances == self._distances.min()).tolist()
         same = [place for place in nearest if place and self.tokens[place - 1] == last]
         self.place = min(same or nearest, key=lambda place: (abs(place - expected), -place))
@@ -91,10 +95,11 @@ class StepWidths:
         # by rows, rounded up to a power of two, and K
         self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self._age: defaultdict[tuple[int, int], int] = defaultdict(int)  # steps of as many rows since the latest time
+        self._columns: deque[float] = deque(maxlen=COLUMNS)  # seconds of a further token of a row
 
     def choose(self, drafts: Sequence[Draft | None]) -> int:
         """Return K for the next step of rows with these drafts; None: a row without one."""
-        left = np.array([len(one.tokens) - one.place if one else 0 for one in drafts])
+        left = np.array([max(0, len(one.tokens) - one.place) if one else 0 for one in drafts])
         if not left.any():
             return self.widths[0]
         rate = self.accepted / self.tried
@@ -103,21 +108,30 @@ class StepWidths:
         each = accepted / tried
         size, found = _rounded(len(drafts)), list[tuple[float, int]]()
         for width in self.widths:
-            times = self._times[size, width]
             # 1 + a + a^2 + ... of as many drafted tokens as there are
             tokens = ((1 - each ** (np.minimum(left, width - 1) + 1)) / (1 - np.minimum(each, 0.999))).sum()
-            if len(times) < MEASURED:  # the next wider step may take no longer
-                faster = not found or tokens / min(self._times[size, found[-1][1]]) >= max(found)[0]
-                return width if faster else max(found)[1]
-            found.append((tokens / min(times), width))
+            found.append((tokens / self._seconds(size, width), width))
         best, chosen = max(found)
         old = [width for speed, width in found if self._age[size, width] * speed > REVISIT * best]
         return old[0] if old else chosen
+
+    def _seconds(self, size: int, width: int) -> float:
+        """Return the seconds of a step: the shortest measured, else expected from those of K = 1 and other steps."""
+        times, narrow = self._times[size, width], self._times[size, 1]
+        if len(times) >= MEASURED:
+            return min(times)
+        if width == 1 or len(narrow) < MEASURED:  # to be measured first
+            return math.inf if width > 1 else 1.0
+        if not self._columns:
+            return min(narrow) if width == self.widths[1] else math.inf
+        return min(narrow) + min(self._columns) * size * (width - 1)
 
     def record(self, drafts: Sequence[Draft | None], width: int, seconds: float) -> None:
         """Record the time of a step."""
         size = _rounded(len(drafts))
         self._times[size, width].append(seconds)
+        if width > 1 and self._times[size, 1]:
+            self._columns.append(max(0.0, seconds - min(self._times[size, 1])) / (size * (width - 1)))
         for one in self.widths:
             self._age[size, one] += 1
         self._age[size, width] = 0

@@ -75,76 +75,36 @@ class RepetitionGuard:
     A model may repeat the same words until the limit on tokens, given audio unlike its training data. People repeat
     themselves too (digits, "no no no", laughter), so a row ends only if its repeats also take more tokens than its
     audio has time for. Its text is truncated after a few repeats, and is the beginning of the unguarded text.
-
-    B: live rows, N: maximum length of an n-gram.
     """
 
     def __init__(self, ngram: int, repeats: int):
         """Check n-grams of up to ``ngram`` tokens, and keep ``repeats`` repeats; 0 of either turns the guard off."""
-        self.repeats = repeats
-        self.sizes = np.arange(1, ngram + 1 if repeats else 1)  # (N,)
-        # (B, N) the latest tokens, the newest first
-        self.last = np.zeros((0, len(self.sizes)), dtype=np.int64)
-        # (B, N) number of a row's latest tokens that equal the one n before: n x r where an n-gram followed itself r
-        # times
-        self.equal = self.last.copy()
-        self.allowed = np.zeros(0)  # (B,) number of tokens that fit in the time of the row's audio
-        self.counts = np.zeros(0, dtype=np.int64)  # (B,) tokens so far
+        self.repeats, self.longest = repeats, ngram if repeats else 0
 
-    def add(self, allowed: Sequence[float]) -> None:
-        """Add rows in the next slots, with the number of tokens that fit in the time of each (infinite: no guard)."""
-        new = np.zeros((len(allowed), len(self.sizes)), dtype=np.int64)
-        self.last, self.equal = np.concatenate([self.last, new - 1]), np.concatenate([self.equal, new])
-        self.allowed = np.concatenate([self.allowed, np.array(allowed, dtype=float)])
-        self.counts = np.concatenate([self.counts, np.zeros(len(allowed), dtype=np.int64)])
+    def kept(self, tokens: Sequence[int], allowed: float, at_limit: bool) -> int | None:
+        """Return the number of tokens to keep of a row that is to end here; None: it may continue.
 
-    def remove(self, slots: list[int]) -> None:
-        """Remove rows; the last ones take their slots."""
-        for slot in sorted(slots, reverse=True):
-            for name in ("last", "equal", "allowed", "counts"):
-                values = getattr(self, name)
-                values[slot] = values[-1]
-                setattr(self, name, values[:-1])
-
-    def state(self, slot: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return a copy of the state of a row, for `restore`."""
-        return self.last[slot].copy(), self.equal[slot].copy(), int(self.counts[slot])
-
-    def restore(self, slot: int, state: tuple[np.ndarray, np.ndarray, int]) -> None:
-        """Forget the tokens of a row since ``state``."""
-        self.last[slot], self.equal[slot], self.counts[slot] = state
-
-    def took(self, chosen: Sequence[int], slots: Sequence[int]) -> dict[int, int]:
-        """Record the next tokens of the rows in these slots.
-
-        Return the slots of rows whose repeats take more tokens than fit in the time of their audio, each with the
-        number of tokens to keep.
+        allowed: number of tokens that fit in the time of its audio. at_limit: the row is at the limit on tokens, and
+        keeps all of them, unless these are more than ``allowed`` and end in repeats.
         """
-        rows = np.array(slots, dtype=np.int64)
-        self.counts[rows] += 1
-        if not len(self.sizes) or not len(rows):
-            return {}
-        tokens, last = np.array(chosen)[:, None], self.last[rows]
-        equal = np.where(last == tokens, self.equal[rows] + 1, 0)
-        self.last[rows], self.equal[rows] = np.concatenate([tokens, last[:, :-1]], 1), equal
-        repeating = (equal >= LEAST_REPEATS * self.sizes) & (equal + self.sizes > self.allowed[rows, None])
-        return {slots[row]: self._kept(slots[row]) for row in np.flatnonzero(repeating.any(1)).tolist()}
+        count, found = len(tokens), list[tuple[int, int]]()
+        if count > allowed or (at_limit and count == allowed):
+            found = self._repeats(tokens)
+        if not at_limit and not any(span > allowed for _, span in found):
+            return None
+        size, span = found[0] if found else (0, 0)
+        return count - max(0, span - size * (self.repeats + 1))
 
-    def at_limit(self, slot: int) -> int:
-        """Return the number of tokens to keep of a row at the limit on tokens: all, unless it has more than fit in the
-        time of its audio and ends in repeats."""
-        if not len(self.sizes) or self.counts[slot] < self.allowed[slot]:
-            return int(self.counts[slot])
-        return self._kept(slot)
-
-    def _kept(self, slot: int) -> int:
-        """Return the number of tokens up to the last repeat to keep of the shortest repeating n-gram."""
-        repeating = np.flatnonzero(self.equal[slot] >= LEAST_REPEATS * self.sizes)
-        if not len(repeating):
-            return int(self.counts[slot])
-        size = int(self.sizes[repeating[0]])
-        span = int(self.equal[slot, repeating[0]]) + size
-        return int(self.counts[slot]) - max(0, span - size * (self.repeats + 1))
+    def _repeats(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the length of each n-gram that repeats itself at the end, shortest first, and the number of tokens of
+        all its repeats."""
+        ids, found = np.array(tokens), list[tuple[int, int]]()
+        for size in range(1, min(self.longest, len(ids) // (LEAST_REPEATS + 1)) + 1):
+            other = np.flatnonzero(ids[:-size] != ids[size:])
+            equal = len(ids) - size - (int(other[-1]) + 1 if len(other) else 0)
+            if equal >= LEAST_REPEATS * size:
+                found.append((size, equal + size))
+        return found
 
 
 @dataclass
@@ -184,7 +144,6 @@ class Row:
         self.drafted: list[int] = []  # tokens of the draft in the present step
         self.draws = np.random.default_rng(self.seed) if self.temperature else None
         self.boost = Boost(self.hotwords) if self.hotwords and not self.temperature else None
-        self.earlier: tuple[np.ndarray, np.ndarray, int] | None = None  # guard's state before an attempt of ``boost``
 
 
 @dataclass
@@ -281,12 +240,10 @@ class Greedy:
 
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
-        self.guard.add([row.allowed for row in rows])
         if self.joint:
             self.joint.scorer.add([row.ctc for row in rows if row.ctc is not None])
 
     def remove(self, slots: list[int]) -> None:
-        self.guard.remove(slots)
         swap_out(self.rows, slots)
         if self.joint:
             self.joint.scorer.remove(slots)
@@ -332,26 +289,23 @@ class Greedy:
         """Append to each row from slot ``first`` on its next tokens, until it ends; return the slots that have
         ended."""
         ended: list[int] = []
-        going = range(first, len(self.rows))
-        for place in range(max(map(len, found), default=0)):
-            going = [slot for slot in going if slot not in ended and place < len(found[slot - first])]
-            repeating = self.guard.took([found[slot - first][place] for slot in going], going)
-            for slot in going:
-                row, token = self.rows[slot], found[slot - first][place]
+        for slot, (tokens, scores) in enumerate(zip(found, logprobs), first):
+            row = self.rows[slot]
+            for token, logprob in zip(tokens, scores):
                 if row.scored:
-                    row.logprobs.append(logprobs[slot - first][place])
+                    row.logprobs.append(logprob)
                 if token == self.rules.end:
                     row.finished = True
-                else:
-                    row.tokens.append(token)
-                if row.finished:
-                    ended.append(slot)
-                elif slot in repeating or len(row.tokens) >= row.limit:
-                    kept = repeating.get(slot, self.guard.at_limit(slot))
+                    break
+                row.tokens.append(token)
+                kept = self.guard.kept(row.tokens, row.allowed, len(row.tokens) >= row.limit)
+                if kept is not None:
                     del row.tokens[kept:], row.logprobs[kept:]
-                    ended.append(slot)
-        for slot in ended:
-            self.rows[slot].logprob = sum(self.rows[slot].logprobs)
+                    break
+            else:
+                continue
+            ended.append(slot)
+            row.logprob = sum(row.logprobs)
         return ended
 
     def _by_attention(
@@ -388,10 +342,6 @@ class Greedy:
             if decision.kept < length:
                 taken_back[slot] = length - decision.kept
                 del row.tokens[decision.kept :], row.logprobs[decision.kept :]
-                assert row.earlier
-                self.guard.restore(slot, row.earlier)
-            elif row.boost.attempt and row.boost.attempt.place == length:
-                row.earlier = self.guard.state(slot)
         return taken_back
 
     def _candidates(self, scores: Tensor, rows: Sequence[Row]) -> dict[int, list[Candidate]]:
