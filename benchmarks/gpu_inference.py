@@ -2,7 +2,8 @@
 
 Shapes are those of canary-1b-flash, whisper-large-v3-turbo, Cohere Transcribe and OWSM medium, weights random, audio
 noise of real lengths: every row is made to stop at the same given length in both engines. Both read the same weights in
-bf16; runs are interleaved, after one that warms up. transformers has no OWSM, which is measured without it.
+bf16; runs are interleaved, after one that warms up. transformers has no OWSM, which is measured without it. Drafts for
+several tokens a step are the texts of a first run, in which each token is another one with a given probability.
 
     CANTER_SHARED=... python benchmarks/gpu_inference.py --json benchmarks/results/gpu-inference-DATE.json
     python benchmarks/gpu_inference.py --models canary --canary 17 4 256 --clips 48 --batch 16 --no-ways   # a processor
@@ -31,7 +32,7 @@ from decoder_shift import ForcedLengths, canary_config, measure_ways
 from canter.files import write_text
 from canter.inference.engine.graphs import FixedSteps
 from canter.inference.engine.int8 import quantize
-from canter.inference.engine.requests import EngineConfig, Request, encoder_batches
+from canter.inference.engine.requests import Counters, EngineConfig, Hypothesis, Request, encoder_batches
 from canter.models.decoder import DecoderConfig
 from canter.models.ebranchformer import EPSILON, EBranchformerConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -43,6 +44,7 @@ from canter.runtime import choose_device
 
 LENGTHS = "data/lengths/librispeech_devtest_en.parquet"
 PROMPT = (1, 2, 3, 4)
+ACCEPTANCES = (0.5, 0.7, 0.9)  # of a drafted token
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ class Options:
     batch: int = 128
     """Batch size of `transformers`, and slots of Canter's decoder."""
     models: tuple[Literal["canary", "whisper", "cohere", "owsm"], ...] = ("canary", "whisper", "cohere", "owsm")
+    """Models to measure beside the two shapes; none where no name follows."""
     canary: tuple[int, int, int] = (32, 4, 1024)
     """Encoder layers, decoder layers and width (default: those of canary-1b-flash)."""
     ways: bool = True
     """Measure the 2 x 2 of shapes and caches too."""
+    drafts: bool = True
+    """Measure the same two shapes with drafts of simulated acceptance too."""
     threads: int | None = None
     """Number of torch threads on a CPU."""
     repeats: int = 2
@@ -147,6 +152,49 @@ def ours(model: SpeechModel, clips, tokens, options: Options) -> dict[str, float
         "mean_rows_share": counters.mean_rows / options.batch,
         "steps": counters.steps,
     }
+
+
+class Recalled:
+    """Drafter of known texts by key, in which a token is the right one with probability ``acceptance``."""
+
+    def __init__(self, texts: dict[object, list[int]], acceptance: float, vocabulary: int):
+        random = np.random.default_rng(0)
+        self.texts = {
+            key: [token if random.random() < acceptance else (token + 1) % vocabulary for token in text]
+            for key, text in texts.items()
+        }
+
+    def decode(self, requests: list[Request]) -> list[Hypothesis]:
+        return [Hypothesis(one.key, self.texts[one.key], True) for one in requests]
+
+
+def with_drafts(models: dict[str, SpeechModel], clips, tokens, options: Options) -> list[dict[str, object]]:
+    """Return times of each model without drafts and with some of each acceptance, in turns after one that warms up."""
+    config = EngineConfig(rows=options.batch, max_repeats=0, draft="off")
+    asked = [Request(clip, PROMPT, (index, count)) for index, (clip, count) in enumerate(zip(clips, tokens))]
+    found: list[dict[str, object]] = []
+    for shape, model in models.items():
+        engines: dict[float, ForcedLengths] = {0.0: ForcedLengths(model, config)}
+        keyed = {one.key: one.tokens for one in engines[0.0].run([asked])}
+        for acceptance in ACCEPTANCES:
+            engines[acceptance] = ForcedLengths(model, config)
+            engines[acceptance].drafter = Recalled(keyed, acceptance, model.vocabulary)
+        runs: dict[float, list[Counters]] = {acceptance: [] for acceptance in engines}
+        for repeat in range(options.repeats + 1):
+            for acceptance, engine in engines.items():
+                engine.counters = Counters(slots=engine.rows)
+                texts = {one.key: one.tokens for one in engine.run([asked])}
+                if repeat:
+                    runs[acceptance].append(engine.counters)
+                same = sum(texts[key] == keyed[key] for key in keyed) / len(keyed)
+                if repeat == options.repeats:
+                    middle = sorted(runs[acceptance], key=lambda one: one.seconds)[len(runs[acceptance]) // 2]
+                    found.append({
+                        "shape": shape, "acceptance": acceptance, "seconds": middle.seconds,
+                        "decoder_seconds": middle.decoder_seconds,
+                        "steps_per_token": middle.useful_row_steps / middle.tokens, "same_texts": same,
+                    })  # fmt: skip
+    return found
 
 
 def theirs(model: SpeechModel, hf, clips, tokens, options: Options) -> dict[str, float]:
@@ -311,16 +359,20 @@ def run(options: Options) -> None:
         del model, engines, given
         if gpu:
             torch.cuda.empty_cache()
-    if options.ways and not late("2 x 2"):
+    if (options.ways or options.drafts) and not late("2 x 2"):
         shapes = {"2/2": (2, 2), "3/1": (3, 1)} if options.smoke else {"24/24": (24, 24), "32/4": (32, 4)}
         width = 64 if options.smoke else 1024
         models = {shape: build(canary_config(*layers, width), device, dtype) for shape, layers in shapes.items()}
         some = slice(None, 256)
-        ways = measure_ways(models, clips[some], tokens[some], repeats=1, rows=options.batch, batch=options.batch)
-        result["ways"] = [asdict(row) for row in ways]
+        if options.ways:
+            ways = measure_ways(models, clips[some], tokens[some], repeats=1, rows=options.batch, batch=options.batch)
+            result["ways"] = [asdict(row) for row in ways]
+            save(result, options)
+        if options.drafts and not late("drafts"):
+            result["drafts"] = with_drafts(models, clips[some], tokens[some], options)
     result["seconds"] = time.perf_counter() - begun
     save(result, options)
-    for part in ("steps", "engines", "ways"):
+    for part in ("steps", "engines", "ways", "drafts"):
         for row in result.get(part, ()):
             print(row)
 

@@ -6,7 +6,8 @@
 The parts, in this order, each in a process of its own with a limit on its time: the tests that use a GPU; a budget for
 a Canary of 1 B parameters; its training with `random` and `balanced`, a minute each (`gpu_training.py`); with the other
 strategies, a third of that; inference against `transformers` (`gpu_inference.py`); 24/24 against 32/4
-(`decoder_shift.py`); and `balanced` with compiled layers, without and with a grid of shapes.
+(`decoder_shift.py`), and both with drafts of simulated acceptance (`gpu_inference.py`); and `balanced` with compiled
+layers, without and with a grid of shapes.
 
 A part that ends, or is stopped at its limit, leaves FOLDER/PART.json at once, with what it had measured, and
 FOLDER/PART.log. A second call runs what is missing: parts that had too little time, failed, or were interrupted.
@@ -108,8 +109,11 @@ def parts_of(options: Options) -> list[Part]:
 
     def inference(model: str) -> Part:
         size = ("--smoke",) if options.smoke else ("--seconds", 75)
-        return Part(f"inference_{model}", "gpu_inference.py", ("--models", model, "--no-ways", *size), 90, 45)
+        return Part(
+            f"inference_{model}", "gpu_inference.py", ("--models", model, "--no-ways", "--no-drafts", *size), 90, 45
+        )
 
+    drafts = ("--models", "--no-ways", *(("--smoke",) if options.smoke else ("--seconds", 90)))
     shapes: tuple[object, ...] = ("--shapes", "24/24", "32/4", "--repeats", 2)
     if options.smoke:
         shapes = ("--shapes", "2/2", "3/1", "--width", 64, "--clips", 4, "--rows", 2, "--batch", 2, "--repeats", 1)
@@ -121,6 +125,7 @@ def parts_of(options: Options) -> list[Part]:
         *(training(name, rung, START, strategies=(name,)) for name in STRATEGIES[2:]),
         *map(inference, ("canary", "cohere", "whisper")),
         Part("decoder_shift", "decoder_shift.py", (*shapes, "--device", "cpu" if options.smoke else "cuda"), 90, 45),
+        Part("drafts", "gpu_inference.py", drafts, 90, 45),
         training("compiled", rung, COMPILE, "--compile", *backend, strategies=("balanced",)),
         training("compiled_grid", rung, COMPILE, "--compile", "--grid", *backend, strategies=("balanced",)),
     ]
@@ -276,6 +281,20 @@ def summary(found: dict[str, Record], names: list[str], machine: Record) -> Iter
         [
             (row["shape"], row["way"], f"{row['rtfx']:,.0f}", f"{row['speedup']:.2f}x")
             for row in result_of(found, "decoder_shift").get("rows", ())
+        ],
+    )
+    yield from table(
+        "Several tokens a decoder step, with drafts of simulated acceptance (0: without drafts)",
+        ("encoder/decoder layers", "accepted", "steps a token", "decoder seconds", "seconds"),
+        [
+            (
+                row["shape"],
+                f"{row['acceptance']:.1f}",
+                f"{row['steps_per_token']:.2f}",
+                f"{row['decoder_seconds']:.2f}",
+                f"{row['seconds']:.2f}",
+            )
+            for row in result_of(found, "drafts").get("drafts", ())
         ],
     )
     states = [(name, found[name]["said"] if name in found else "not run yet") for name in names]

@@ -17,6 +17,7 @@ from canter.inference.engine.requests import EngineConfig, Hypothesis, Request
 from canter.models.model import SpeechModel
 
 from ..conftest import END, noises, small_model
+from .test_search import Replayed
 
 VOCABULARY = 40
 # three seconds of 0.02 s in the last tokens, as a Whisper has them
@@ -146,12 +147,14 @@ def test_rows_without_drafts_share_steps(width):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_fixed_shapes(monkeypatch, rows):
+@pytest.mark.parametrize("captured", [False, True])
+def test_fixed_shapes(monkeypatch, rows, captured):
     model, asked = varied_model(), requests(16)
     expected = plain(model, asked)
     random = np.random.default_rng(0)
     writer = Writer({one.key: damaged(one.tokens, random, 0.2) for one in expected})
-    monkeypatch.setattr(Engine, "_fixed_steps", lambda engine: FixedSteps(engine.model.decoder, capture=False))
+    steps = Replayed(model.decoder) if captured else FixedSteps(model.decoder, capture=False)
+    monkeypatch.setattr(Engine, "_fixed_steps", lambda engine: steps)
     drafted = Engine(model, END, EngineConfig(rows=rows, draft_width=4), drafter=writer)
     assert_same(drafted.decode(asked), expected)
     assert drafted.counters.accepted > 0

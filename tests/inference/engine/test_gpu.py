@@ -9,6 +9,7 @@ from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 
 from ..conftest import END, small_model
+from .test_drafts import Writer
 from .test_engine import UNGUARDED, expected, requests
 
 pytestmark = [
@@ -40,6 +41,16 @@ def test_beams_are_those_of_a_cpu(model, graphs):
     theirs = Engine(small_model(), END, config).decode(requests())
     assert [found.tokens for found in ours] == [found.tokens for found in theirs]
     assert [found.logprob for found in ours] == pytest.approx([found.logprob for found in theirs], abs=1e-3)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_drafts_give_the_same_tokens(model, graphs):
+    known = dict(enumerate(expected()))
+    config = EngineConfig(rows=7, graphs=graphs, draft_width=4, **UNGUARDED)
+    engine = Engine(model, END, config, drafter=Writer({key: text[::2] + text for key, text in known.items()}))
+    for _ in range(2):  # the second time with graphs that are there
+        assert {found.key: found.tokens for found in engine.run([requests()])} == known
+    assert engine.counters.accepted > 0
 
 
 def test_an_engine_continues_after_rows_are_cancelled(model):
