@@ -30,7 +30,7 @@ def owsm(request):
     return model, load_file(folder / "arrays.safetensors"), json.loads((folder / "meta.json").read_text())["clips"]
 
 
-def decode(owsm, label: str, rows: int, copies: int = 1) -> list[Hypothesis]:
+def decode(owsm, label: str, rows: int, copies: int = 1, **drafts) -> list[Hypothesis]:
     """Decode the clips as ESPnet did for the fixture: at most 0.05 tokens for each encoder frame."""
     model, arrays, told = owsm
     asked = told[0]["decodes"][label]["settings"]
@@ -42,6 +42,7 @@ def decode(owsm, label: str, rows: int, copies: int = 1) -> list[Hypothesis]:
         tokens_per_frame=0,
         extra_tokens=int(0.05 * model.encoder_frames(30.0)),
         max_repeats=0,
+        **drafts,
     )
     prompt = model.tokenizer.prompt_ids({"source_lang": "en", "timestamp": "yes" if "times" in label else "no"})
     requests = [Request(arrays[f"{clip}.audio"].numpy(), prompt, scored=True) for clip in CLIPS] * copies
@@ -73,6 +74,13 @@ def test_the_same_in_any_batch(owsm, label, rows):
     copies = min(rows, 4)
     for number, hypothesis in enumerate(decode(owsm, label, rows, copies)):
         same(hypothesis, owsm[2][number % 3]["decodes"][label]["nbest"], owsm[0].tokenizer)
+
+
+@with_fixtures
+@pytest.mark.parametrize("label", [label for label in DECODES if label.startswith("greedy")])
+def test_drafts_of_the_ctc_head_change_nothing(owsm, label):
+    for clip, hypothesis in zip(CLIPS, decode(owsm, label, rows=2, draft="ctc", draft_width=5), strict=True):
+        same(hypothesis, owsm[2][clip]["decodes"][label]["nbest"], owsm[0].tokenizer)
 
 
 @with_fixtures

@@ -48,8 +48,8 @@ class Draft:
     def __init__(self, tokens: Sequence[int]):
         self.tokens = list(tokens)
         self.place = 0
-        """Number of tokens of the draft that correspond to what is written; after another token than the next, about
-        so many, until `following` looks for the place."""
+        """Number of tokens of the draft that correspond to what is written; after a token that the draft does not have
+        next, an estimate until `following` looks for the place."""
         self.accepted = 0
         self.rejected = 0
         self._ids = np.array(self.tokens, dtype=np.int64)
