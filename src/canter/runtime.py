@@ -194,6 +194,19 @@ def capped_allocator(device: torch.device, cap: float | None) -> Iterator[None]:
 # -- memory in use --
 
 
+def device_memory(device: torch.device) -> int:
+    """Return the bytes that this process may use: a GPU's free memory and what it has reserved there, or all memory of
+    the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gib(size: float) -> str:
+    """Return bytes as text in GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"
+
+
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the distinct storages behind ``tensors``."""
     storages = [tensor.untyped_storage() for tensor in tensors]
