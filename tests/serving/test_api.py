@@ -26,9 +26,10 @@ from canter.inference.transcript.segments import Segment, Word
 from canter.loading import load_model
 from canter.models.lora import LoraAdapter, attach_bank, linear_layers, merge
 from canter.serving.app import TranscriptionAnswer
+from canter.serving.audio import Audio, Samples
+from canter.serving.model import TranscriptUpdate
 from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
-from canter.serving.service import Audio, Samples, TranscriptUpdate
 
 from .conftest import Running, came_about, held, noise, running, wav
 
@@ -436,7 +437,12 @@ def test_models(client):
             "1.wav has no channel 1: it has 1, counted",
             "channel",
         ),
-        ({"extra_body": {"languages": ["en", "de"]}}, openai.BadRequestError, "cannot detect which of", "languages"),
+        (
+            {"language": "", "extra_body": {"languages": ["en", "de"]}},
+            openai.BadRequestError,
+            "cannot detect which of",
+            "languages",
+        ),
         ({"extra_body": {"clip_timestamps": "5,3"}}, openai.BadRequestError, "must be increasing", "clip_timestamps"),
         ({"extra_body": {"clip_timestamps": "a"}}, openai.BadRequestError, "are not seconds", "clip_timestamps"),
         (
@@ -467,9 +473,9 @@ def test_health_metrics_and_unknown_paths(client, live):
     client.audio.transcriptions.create(model="small", file=clip(1), language="en")
     text = get(f"{live.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(values['canter_requests_total{endpoint="/v1/audio/transcriptions",status="200"}']) >= 1
-    assert float(values["canter_audio_seconds_total"]) >= 1.0
-    assert float(values['canter_stage_seconds_total{stage="decoder"}']) > 0
+    assert float(values['canter_requests_total{endpoint="/v1/audio/transcriptions",model="small",status="200"}']) >= 1
+    assert float(values['canter_audio_seconds_total{model="small"}']) >= 1.0
+    assert float(values['canter_stage_seconds_total{model="small",stage="decoder"}']) > 0
     assert float(values["canter_requests_inside"]) == float(values["canter_pieces_waiting"]) == 0
     assert "process_resident_memory_bytes" in values
     nothing = get(f"{live.url}/v2/x")
@@ -495,7 +501,7 @@ def test_paths_that_clients_think_of_are_counted_together(model):
             assert answer.status_code == 401
         client._client.get(f"{live.url}/health")  # an answer is on its way before it is counted
         text = live.service.metrics.text().decode()
-        assert 'canter_requests_total{endpoint="other",status="401"} 3.0' in text
+        assert 'canter_requests_total{endpoint="other",model="",status="401"} 3.0' in text
         assert "/v1/audio/" not in text
 
 
@@ -619,10 +625,10 @@ def test_requests_inside_are_answered_before_the_service_ends(model, expected):
         running(model) as live,
         ThreadPoolExecutor(1) as pool,
         client_of(live) as client,
-        held(live.service.engine) as go_on,
+        held(live.model.engine) as go_on,
     ):
         answer = pool.submit(client.audio.transcriptions.create, model="small", file=clip(5), language="en")
-        assert came_about(lambda: live.service.scheduler.inside == 1)
+        assert came_about(lambda: live.model.scheduler.inside == 1)
         live.server.should_exit = True
 
         def refused() -> bool:
@@ -656,12 +662,11 @@ def test_requests_of_several_adapters_share_a_batch(model, client, tmp_path):
         merge(merged[name], adapter, tensors)
     expected = {}
     for name, one in merged.items():
-        with running(one, names=("small",), language="en") as live:
+        with running(one, language="en") as live:
             answers = [client_of(live).audio.transcriptions.create(model="small", file=clip(n)) for n in range(4)]
             expected[name] = [answer.text for answer in answers]
     assert len({tuple(texts) for texts in expected.values()}) == 3
-    numbers = dict(together.bank.numbers.items())
-    with running(together, names=("small",), adapters=numbers, language="en") as live:
+    with running(together, language="en") as live:
         ours = client_of(live)
         assert [one.id for one in ours.models.list()] == ["small", "medical", "legal"]
         assert ours.models.retrieve("legal").id == "legal"

@@ -10,7 +10,6 @@ from starlette.datastructures import FormData, UploadFile
 from canter.errors import CanterError, ConfigError
 from canter.inference.hotwords import WEIGHT, Phrases
 from canter.inference.inputs import Channel, read_channel
-from canter.inference.languages import read_languages, spoken_language
 from canter.inference.recording import TranscribeConfig
 from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.serving.config import ServiceConfig
@@ -72,6 +71,8 @@ class AudioRequest:
     """Language of the audio; None if the request names none."""
     to_language: str | None = None
     """Language of the text, if it is another."""
+    model: str = ""
+    """Name of the model or adapter; empty: the first model."""
     prompt: str = ""
     """Text that precedes the audio."""
     response_format: str = "json"
@@ -112,7 +113,10 @@ class AudioRequest:
 
 
 def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, AudioRequest]:
-    """Return the file and the fields of a form. Raise ApiError, naming the field and its value, for what is invalid."""
+    """Return the file and the fields of a form, with languages as the client wrote them (`ServedModel.completed`).
+
+    Raises ApiError, naming the field and its value, for what is invalid with any model.
+    """
     for name in sorted(form.keys() - FIELDS):
         if name.partition("[")[0] in OBJECTS:
             continue
@@ -126,25 +130,22 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
     values = {name: value for name, value in form.items() if isinstance(value, str)}
-    model = values.get("model") or config.names[0]
-    check_model_name(model, config)
-    languages = _languages(form, config)
     vad, vad_options, chunk_seconds = _vad(values, config)
     request = AudioRequest(
         task,
-        _language(values, "language", config) or (None if languages else config.language),
-        to_language=_language(values, "to_language", config),
+        _language(values, "language"),
+        to_language=_language(values, "to_language"),
+        model=values.get("model", ""),
         prompt=values.get("prompt", "").strip(),
         response_format=_choice(values, "response_format", FORMATS, "json"),
         temperature=_number(values, "temperature", 0.0, 0.0, 1.0),
         stream=_flag(values, "stream"),
         granularities=_granularities(form),
-        adapter=config.adapters.get(model, 0),
         vad=vad,
         vad_options=vad_options,
         chunk_seconds=chunk_seconds,
         channel=_channel(values),
-        languages=languages,
+        languages=tuple(_several(form, "languages")),
         clip_timestamps=_clips(form),
         hallucination_silence_threshold=_threshold(values),
         hotwords=_hotwords(form, values),
@@ -155,14 +156,6 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     )
     _check_combination(request)
     return file, request
-
-
-def check_model_name(name: str, config: ServiceConfig) -> None:
-    """Raise ApiError (404) if neither the service's model nor one of its adapters has this name."""
-    if name not in config.names and name not in config.adapters:
-        known = ", ".join(map(repr, (config.names[0], *config.adapters)))
-        text = f"there is no model {name[:80]!r} here, only {known}"
-        raise ApiError(404, text, "model", "model_not_found")
 
 
 def _check_combination(request: AudioRequest) -> None:
@@ -219,15 +212,6 @@ def _several(form: FormData, name: str) -> list[str]:
     """Return the values of a field that may be sent several times, or once with commas."""
     given = [str(one) for field in (name, f"{name}[]") for one in form.getlist(field)]
     return [part for one in given for part in one.split(",") if part.strip()]
-
-
-def _languages(form: FormData, config: ServiceConfig) -> tuple[str, ...]:
-    assert config.tokenizer is not None
-    try:
-        language, several = read_languages(config.tokenizer, _several(form, "languages"))
-        return several or ((spoken_language(config.tokenizer, language),) if language else ())
-    except ConfigError as error:
-        raise ApiError(400, f"languages: {error}", "languages") from None
 
 
 def _clips(form: FormData) -> tuple[float, ...]:
@@ -306,16 +290,10 @@ def _choice(values: Mapping[str, str], name: str, known: tuple[str, ...], defaul
     return value
 
 
-def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> str | None:
-    """Return the model's code of the language in a field, None if the field names none."""
+def _language(values: Mapping[str, str], name: str) -> str | None:
+    """Return the language in a field as the client wrote it, None if the field names none."""
     value = values.get(name, "").strip()[:40]
-    if not is_said(value):
-        return None
-    assert config.tokenizer is not None
-    try:
-        return spoken_language(config.tokenizer, value)
-    except ConfigError as error:
-        raise ApiError(400, f"{name}: {error}", name) from None
+    return value if is_said(value) else None
 
 
 def _number(values: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
