@@ -142,6 +142,21 @@ def test_what_fits_stays(folders, sizes, expected):
             assert loaded(live) == kept
 
 
+def test_a_model_that_need_not_go_stays(folders, sizes, expected):
+    """The one used longest ago is too small to make room for another, and fits beside it."""
+    assert sizes["whisper"] < sizes["canary"]
+    names = {"large": "canary", "larger": "canary", "small": "whisper"}
+    sources = [ModelSource((name,), folders[kind], ENGINE, "cpu") for name, kind in names.items()]
+    with running(*sources, memory_bytes=sizes["canary"] + sizes["whisper"]) as live:
+        assert loaded(live) == ["large", "small"]
+        assert said(live, "small") == expected["whisper"]
+        assert said(live, "large") == expected["canary"]
+        small = live.service.models.offered[2].served
+        assert said(live, "larger") == expected["canary"]
+        assert loaded(live) == ["larger", "small"]
+        assert live.service.models.offered[2].served is small
+
+
 def test_two_busy_models_take_turns(sources, sizes, expected):
     """A model with requests inside is not unloaded; later requests for it wait behind the model that needs its room."""
     with running(*sources, memory_bytes=max(sizes.values())) as live, ThreadPoolExecutor(4) as pool:

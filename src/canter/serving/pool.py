@@ -123,6 +123,9 @@ class ModelPool:
         try:
             for offered in reversed(self.offered):
                 self._load_at_start(offered)
+            for offered in self.offered:  # that made room for one that was larger than expected
+                if not offered.loaded and self._excess(offered) <= 0:
+                    self._load_at_start(offered)
         except BaseException:
             self.close()
             raise
@@ -259,13 +262,11 @@ class ModelPool:
                 excess = self._excess(offered)
                 if excess <= 0:
                     return True
-                if idle := self._others(offered, idle=True):
+                if idle := _to_unload(self._others(offered, idle=True), excess):
                     await self._unload(idle[0])
                     continue
-                for other in self._others(offered):
-                    other.leaving, excess = True, excess - other.bytes
-                    if excess <= 0:
-                        break
+                for other in _to_unload(self._others(offered), excess):
+                    other.leaving = True
                 self._changed.clear()
                 await self._changed.wait()
             return False
@@ -324,9 +325,26 @@ class ModelPool:
 
     def _unload_others(self, offered: OfferedModel, all_of_them: bool = False) -> None:
         """Unload idle models until this one fits beside the others, at the start."""
-        while (all_of_them or self._excess(offered) > 0) and (others := self._others(offered)):
-            others[0].leave().close()
+        excess = math.inf if all_of_them else self._excess(offered)
+        for other in _to_unload(self._others(offered), excess):
+            other.leave().close()
             release_memory()
+
+
+def _to_unload(models: Sequence[OfferedModel], excess: float) -> list[OfferedModel]:
+    """Return the first of ``models`` that have at least ``excess`` bytes together, or all, without those that need not
+    go because later ones suffice."""
+    chosen: list[OfferedModel] = []
+    for one in models:
+        if excess <= 0:
+            break
+        chosen.append(one)
+        excess -= one.bytes
+    for one in [*chosen]:
+        if one.bytes <= -excess:
+            chosen.remove(one)
+            excess += one.bytes
+    return chosen
 
 
 def _sum(counters: Sequence[Counters]) -> Counters:
