@@ -451,6 +451,14 @@ def test_models(client):
             "'x' is not a number",
             "hallucination_silence_threshold",
         ),
+        (
+            {"extra_body": {"condition_on_previous_text": True}},
+            openai.BadRequestError,
+            "takes no text before what it transcribes; leave condition_on_previous_text out",
+            "condition_on_previous_text",
+        ),
+        ({"extra_body": {"suppress_tokens": "-1,x"}}, openai.BadRequestError, "'-1,x' are not ids", "suppress_tokens"),
+        ({"extra_body": {"suppress_tokens": [4000]}}, openai.BadRequestError, "4000 is no token", "suppress_tokens"),
         ({"extra_body": {"channel": "left"}}, openai.BadRequestError, "must be each, mix, or the number", "channel"),
         ({"extra_body": {"vad_filter": "maybe"}}, openai.BadRequestError, "'maybe' is not one of", "vad_filter"),
         ({"timestamp_granularities": ["word"]}, openai.BadRequestError, "need response_format verbose_json", None),
@@ -601,6 +609,66 @@ def test_beams_hot_words_and_the_guard_are_fields_of_a_request(model, client, ex
     assert found == {name: in_python(**python) for name, (_, python) in wanted.items()}
     assert found["words"] != expected[5]
     assert asked(n=1, top_p=1.0, patience="1.0", stream_include_usage=True, without_timestamps="true") == expected[5]
+
+
+def test_requests_suppress_tokens_of_their_own(model, client, expected):
+    """Each row of a batch has its own set, in greedy and in beam search; the answers are those of Python."""
+    recognizer = Recognizer(model, "small")
+    common = model.tokenizer.encode(expected[5])[:2]
+    text = ",".join(map(str, common))
+    wanted: dict[str, tuple[dict, dict]] = {
+        "usual": ({}, {}),
+        "-1": ({"suppress_tokens": "-1"}, {}),
+        "text": ({"suppress_tokens": text}, {"suppress_tokens": common}),
+        "json": ({"suppress_tokens": f"[-1,{text}]"}, {"suppress_tokens": [-1, *common]}),
+        "list": ({"suppress_tokens": common, "beam_size": 3}, {"suppress_tokens": common, "beam_size": 3}),
+        "none": ({"suppress_tokens": "", "beam_size": 3}, {"suppress_tokens": (), "beam_size": 3}),
+        "most": ({"suppress_tokens": ",".join(map(str, range(5, 30)))}, {"suppress_tokens": [*range(5, 30)]}),
+    }
+
+    def asked(fields: dict) -> str:
+        return client.audio.transcriptions.create(model="small", file=clip(5), language="en", extra_body=fields).text
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        found = dict(zip(wanted, pool.map(lambda one: asked(one[0]), wanted.values())))
+    assert found == {
+        name: recognizer.transcribe(clip(5)[1], language="en", **options).text for name, (_, options) in wanted.items()
+    }
+    assert found["usual"] == found["-1"] == expected[5]
+    assert len({*found.values()}) >= 4
+
+
+@pytest.mark.parametrize("channel", ["mix", "each"])
+def test_a_request_decodes_with_the_text_before_in_its_prompt(whisper, channel):
+    """Chunk by chunk, as in Python, beside a request whose chunks are decoded at once; each channel by itself."""
+    pause = np.zeros(16000 * 2, np.float32)
+    parts = [np.concatenate([noise(16.0, seed), pause, noise(14.0, seed + 1)]) for seed in (0, 2)]
+    audio = wav(np.stack(parts, 1))
+    recognizer = Recognizer(whisper, "small")
+
+    def in_python(**more) -> str:
+        return recognizer.transcribe(audio, language="en", channel=channel, **more).text
+
+    with running(whisper, rows=4) as live, client_of(live) as client:
+
+        def asked(stream: bool = False, **more):
+            extra = {"channel": channel, **more}
+            return client.audio.transcriptions.create(
+                model="small", file=("a.wav", audio), language="en", stream=stream, extra_body=extra
+            )
+
+        with ThreadPoolExecutor(3) as pool:
+            plain, after, prompted = (
+                pool.submit(asked, condition_on_previous_text=condition, prompt=prompt)
+                for condition, prompt in ((False, ""), (True, ""), (True, "one two"))
+            )
+        assert after.result().text == in_python(condition_on_previous_text=True)
+        assert prompted.result().text == in_python(condition_on_previous_text=True, prompt="one two")
+        assert len({one.result().text for one in (plain, after, prompted)}) == 3
+        *deltas, done = asked(stream=True, condition_on_previous_text=True)
+        assert len({round(event.segment["start"]) for event in deltas}) > 1
+        assert done.type == "transcript.text.done"
+        assert live.quiet()
 
 
 def test_pages_of_allowed_origins_may_call(model):

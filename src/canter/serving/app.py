@@ -70,6 +70,8 @@ _FORM = {
         "languages[]": {"type": "array", "items": {"type": "string"}},
         "clip_timestamps": {"type": "string"},
         "hallucination_silence_threshold": {"type": "number"},
+        "condition_on_previous_text": {"type": "boolean"},
+        "suppress_tokens": {"type": "string"},
     },
 }
 _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}

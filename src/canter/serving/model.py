@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 
 from canter.errors import AudioError, ConfigError
-from canter.inference.engine.engine import Engine, default_window, engine_for
+from canter.inference.engine.engine import Engine, default_window, engine_for, suppressed_tokens
 from canter.inference.engine.requests import Counters, EngineConfig, Request
 from canter.inference.languages import (
     detected_language,
@@ -23,7 +23,7 @@ from canter.inference.languages import (
     translation_targets,
 )
 from canter.inference.loading import load_engine, tokenizer_of
-from canter.inference.recording import Recording, TranscribeConfig, Transcriber
+from canter.inference.recording import ChunkKey, Recording, TranscribeConfig, Transcriber
 from canter.inference.transcript.chunks import Chunk
 from canter.inference.transcript.formats import SUBTITLES
 from canter.inference.transcript.reading import ChannelMerger
@@ -256,6 +256,8 @@ class ServedModel:
             clip_timestamps=fields.clip_timestamps,
             hallucination_silence_threshold=fields.hallucination_silence_threshold,
             logprobs=fields.logprobs,
+            condition_on_previous_text=fields.condition_on_previous_text,
+            prompt=fields.prompt if fields.condition_on_previous_text else "",  # `Recording.conditioned` repeats it
         )
         return self._transcriber_with(config)
 
@@ -309,18 +311,25 @@ class ServedModel:
         if fields.temperature and "cached_decoding" not in self.engine.model.supports:
             raise ApiError(400, "another library decodes this model, at temperature 0 only", "temperature")
         if "cached_decoding" not in self.engine.model.supports:
-            for name, asked in (("hotwords", fields.hotwords), ("include[]", fields.logprobs)):
+            for name, asked in (
+                ("hotwords", fields.hotwords),
+                ("include[]", fields.logprobs),
+                ("suppress_tokens", fields.suppress_tokens not in (None, (-1,))),
+            ):
                 if asked:
                     raise ApiError(400, "another library decodes this model, which cannot do that", name)
-        target = source if fields.task == "transcribe" else fields.to_language or find("en", self.targets) or "en"
-        if fields.task == "translate" and target not in self.targets:
-            text = f"to_language {target!r} is not one that the model translates into: {', '.join(self.targets)}"
-            raise ApiError(400, text, "to_language")
-        given = {"source_lang": source, "target_lang": target}
-        slots = {name: value for name, value in given.items() if value}
-        slots["task"] = "asr" if fields.task == "transcribe" else "ast"
-        transcriber = self.transcriber(fields)
-        slots = transcriber.with_timestamps(slots)
+        if fields.condition_on_previous_text and "previous_text" not in self.engine.model.supports:
+            text = "this model takes no text before what it transcribes; leave condition_on_previous_text out"
+            raise ApiError(400, text, "condition_on_previous_text")
+        if fields.suppress_tokens is not None:
+            try:
+                suppressed_tokens(self.engine.model, self.engine.end, fields.suppress_tokens)
+            except ConfigError as error:
+                raise ApiError(400, str(error), "suppress_tokens") from None
+        slots, transcriber = self._slots(fields), self.transcriber(fields)
+        if fields.task == "translate" and slots["target_lang"] not in self.targets:
+            text = f"to_language {slots['target_lang']!r} is not one that the model translates into: "
+            raise ApiError(400, text + ", ".join(self.targets), "to_language")
         try:
             request = transcriber.request(slots, fields.prompt)
         except ConfigError:
@@ -332,7 +341,18 @@ class ServedModel:
         if fields.temperature or not fields.fallback:
             request = transcriber.at_temperature(request, fields.temperature)
         guarded = fields.guarded and (request.guarded or not fields.fallback)
-        return replace(request, adapter=fields.adapter, hotwords=words, guarded=guarded)
+        suppressed = None if fields.suppress_tokens == (-1,) else fields.suppress_tokens
+        return replace(request, adapter=fields.adapter, hotwords=words, guarded=guarded, suppress_tokens=suppressed)
+
+    def _slots(self, fields: AudioRequest) -> dict[str, str]:
+        """Return the prompt slots of a request."""
+        languages = self.tokenizer.languages
+        source = fields.language or (languages[0] if len(languages) == 1 else None)
+        target = source if fields.task == "transcribe" else fields.to_language or find("en", self.targets) or "en"
+        given = {"source_lang": source, "target_lang": target}
+        slots = {name: value for name, value in given.items() if value}
+        slots["task"] = "asr" if fields.task == "transcribe" else "ast"
+        return self.transcriber(fields).with_timestamps(slots)
 
     async def segments(self, audio: Audio, fields: AudioRequest, request: Request) -> AsyncGenerator[TranscriptUpdate]:
         """Yield the transcript in order, as soon as a chunk is decoded; ``request`` is the result of
@@ -347,20 +367,31 @@ class ServedModel:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(outcomes.put_nowait, outcome)
 
-        transcriber, requests = self.transcriber(fields), list[Request]()
+        transcriber, slots = self.transcriber(fields), self._slots(fields)
         recordings: list[Recording] = []
-        places: list[tuple[Recording, int]] = []  # of each request: its channel, and the number of its chunk there
+        turns: list[list[Request]] = []  # of each recording: the requests that are not queued yet, the last one first
         for channel in dict.fromkeys(chunk.channel for chunk in audio.chunks):
             recording = Recording(transcriber, request, channel=channel, part=len(recordings))
             recordings.append(recording)
-            new = list(recording.requests(chunk for chunk in audio.chunks if chunk.channel == channel))
-            places += [(recording, number) for number in range(len(new))]
-            requests += new
-        merger = ChannelMerger(len(recordings))
+            turns.append([*recording.requests(chunk for chunk in audio.chunks if chunk.channel == channel)][::-1])
+        places: list[tuple[Recording, int]] = []  # of each queued request: its channel, and its chunk's number there
+
+        def following(recording: Recording) -> list[Request]:
+            """Return the next requests of a recording: all, or one with the text so far in its prompt."""
+            left, found = turns[recording.part], list[Request]()
+            while left and not (fields.condition_on_previous_text and found):
+                one = left.pop()
+                assert isinstance(one.key, ChunkKey)
+                places.append((recording, one.key.number))
+                conditioned = fields.condition_on_previous_text
+                found.append(recording.conditioned(one.key.number, one, slots) if conditioned else one)
+            return found
+
+        merger, chunks = ChannelMerger(len(recordings)), sum(map(len, turns))
         scheduler = self._scheduler(fields.beam_size)
-        ticket = scheduler.submit(requests, deliver)
+        ticket = scheduler.submit([one for each in recordings for one in following(each)], deliver, chunks)
         try:
-            for _ in requests:
+            for _ in range(chunks):
                 outcome = await outcomes.get()
                 if isinstance(outcome.error, AudioError):
                     raise ApiError(400, str(outcome.error), "file", "invalid_audio")
@@ -368,6 +399,8 @@ class ServedModel:
                     raise ApiError(500, str(outcome.error))
                 recording, number = places[outcome.chunk]
                 final = recording.add(number, outcome.hypothesis)
+                if more := following(recording):
+                    scheduler.add(ticket, more)
                 if len(recordings) > 1:
                     final = merger.add(recording.part, final, recording.final_until)
                 parts = [part for one in recordings for part in one.languages]

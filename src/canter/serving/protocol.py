@@ -23,13 +23,14 @@ FIELDS = {
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
     "vad_filter", "vad_parameters", "channel", "languages", "languages[]", "clip_timestamps", "clip_timestamps[]",
     "hallucination_silence_threshold", "hotwords", "hotword_weight", "beam_size", "fallback", "repetition_guard",
+    "condition_on_previous_text", "suppress_tokens", "suppress_tokens[]",
 }  # fmt: skip
 NEUTRAL = {
     "n": ("1",), "best_of": ("1",), "use_beam_search": ("false", "0"), "stream_include_usage": ("true", "1"),
     "stream_continuous_usage_stats": ("false", "0"), "top_p": ("1",), "top_k": ("0", "-1"), "min_p": ("0",),
     "frequency_penalty": ("0",), "presence_penalty": ("0",), "repetition_penalty": ("1",), "length_penalty": ("1",),
     "patience": ("1",), "no_repeat_ngram_size": ("0",), "without_timestamps": ("true", "1"),
-    "condition_on_previous_text": ("false", "0"), "suppress_tokens": ("-1",), "suppress_blank": ("true", "1"),
+    "suppress_blank": ("true", "1"),
     "multilingual": ("false", "0"), "log_progress": ("true", "1", "false", "0"),
 }  # fmt: skip
 """Fields of the clients of vLLM, speaches and faster-whisper that are accepted with the value which changes nothing."""
@@ -103,6 +104,10 @@ class AudioRequest:
     """Decode repetitive or unlikely text again at higher temperatures (Whisper only)."""
     guarded: bool = True
     """Apply the guard against repetition."""
+    condition_on_previous_text: bool = False
+    """Decode the chunks of long audio one after another, each with the text before it in its prompt."""
+    suppress_tokens: tuple[int, ...] | None = None
+    """Ids of tokens that are never written, -1 for the model's own set; None: that set."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -153,6 +158,8 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
         beam_size=_beam_size(values, config),
         fallback=_flag(values, "fallback", "true"),
         guarded=_flag(values, "repetition_guard", "true"),
+        condition_on_previous_text=_flag(values, "condition_on_previous_text"),
+        suppress_tokens=_suppressed(form),
     )
     _check_combination(request)
     return file, request
@@ -223,6 +230,20 @@ def _clips(form: FormData) -> tuple[float, ...]:
     except ValueError:
         text = f"clip_timestamps {','.join(given)[:40]!r} are not seconds, separated by commas"
         raise ApiError(400, text, "clip_timestamps") from None
+
+
+def _suppressed(form: FormData) -> tuple[int, ...] | None:
+    """Return the tokens to suppress: ids with commas between them or one a field, or a list in JSON; None if the field
+    is not sent, and none for an empty one."""
+    name = "suppress_tokens"
+    if not {name, f"{name}[]"} & form.keys():
+        return None
+    given = [part.strip("[] ") for part in _several(form, name)]
+    try:
+        return tuple(int(part) for part in given if part)
+    except ValueError:
+        text = f"{name} {','.join(given)[:40]!r} are not ids of tokens, separated by commas"
+        raise ApiError(400, text, name) from None
 
 
 def _threshold(values: Mapping[str, str]) -> float | None:

@@ -31,6 +31,7 @@ from canter.serving.config import ServiceConfig
 from canter.serving.model import ModelSource, ServedModel, TranscriptUpdate
 from canter.serving.pool import CLOSING, ModelPool
 from canter.serving.protocol import ApiError, AudioRequest
+from canter.serving.scheduler import EngineFailure
 from canter.serving.upload import path_of
 
 MAX_DENSITY = 384_000  # values a second that the longest audio may have: eight channels at 48 kHz
@@ -274,6 +275,9 @@ class Service:
                 async for update in updates:
                     yield update
             complete = True
+        except EngineFailure as error:  # the model is closing
+            raise ApiError(503, str(error), code="overloaded") from None
+        else:
             self.metrics.audio.labels(model.name).inc(audio.seconds * audio.channels)
         finally:
             if not complete:
