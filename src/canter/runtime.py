@@ -208,9 +208,16 @@ def gib(size: float) -> str:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages behind ``tensors``."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    """Return the bytes of the distinct storages behind ``tensors``; oneDNN's packed ones count by their values."""
+    sizes: dict[tuple[str, int], int] = {}
+    tensors = [*tensors]  # so that no two have the same identity
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes["storage", storage._cdata] = storage.nbytes()
+        else:
+            sizes["packed", id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
 
 
 def measures_resident() -> bool:

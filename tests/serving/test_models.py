@@ -321,6 +321,15 @@ def test_what_cannot_be_served_together_is_an_error_of_the_start(sources, change
         ModelPool([sources[0], second], ServiceConfig(**change))
 
 
+def test_weights_in_int8_count_as_what_they_are(folders, sizes):
+    """oneDNN packs them, and their storage cannot be read."""
+    source = ModelSource(("canary",), folders["canary"], ENGINE, "cpu", "int8")
+    with running(source, memory_bytes=sizes["canary"]) as live:
+        assert said(live, "canary")
+        caches = cache_bytes(live.model.engine)
+        assert caches < live.model.bytes < sizes["canary"]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_memory_of_caches_is_what_full_rows_take(endless, beams):
     """Audio that fills the window, decoded up to the limit on tokens."""
