@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import re
 import shutil
 import weakref
@@ -13,10 +14,13 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from canter.errors import ConfigError
 from canter.inference.engine.requests import EngineConfig, Request
 from canter.loading import save_module
+from canter.models.formats.peft import save_adapter
+from canter.models.lora import LoraAdapter, fingerprint_of, linear_layers
 from canter.serving import app
 from canter.serving.config import ServiceConfig
 from canter.serving.model import ModelSource, cache_bytes
@@ -155,6 +159,33 @@ def test_a_model_that_need_not_go_stays(folders, sizes, expected):
         assert said(live, "larger") == expected["canary"]
         assert loaded(live) == ["larger", "small"]
         assert live.service.models.offered[2].served is small
+
+
+def test_an_adapter_comes_with_its_model(model, folders, sizes, expected, tmp_path):
+    """It is asked for by its name, also while its model is not loaded, and the answer is that of the merged model."""
+    trained, layers = copy.deepcopy(model), linear_layers(model)
+    chosen = tuple(name for name in layers if "decoder" in name)
+    trained.adapter = LoraAdapter(2, 4.0, 0.0, chosen, str(folders["canary"]), fingerprint_of(model))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in chosen:
+        shapes = {"A": (2, layers[name].in_features), "B": (layers[name].out_features, 2)}
+        tensors |= {f"{name}.lora_{one}": torch.randn(*shape, generator=generator) for one, shape in shapes.items()}
+    adapter = save_adapter(trained, tmp_path / "medical", tensors)
+    with running(ModelSource(("medical",), folders["canary"], ENGINE, "cpu", adapter=adapter)) as live:
+        merged = said(live, "medical")
+    canary = ModelSource(("canary",), folders["canary"], ENGINE, "cpu", adapters={"medical": adapter})
+    whisper = ModelSource(("whisper",), folders["whisper"], ENGINE, "cpu")
+    with contextlib.closing(ModelPool([canary], ServiceConfig())) as pool:
+        size = pool.first.bytes
+    assert size > sizes["canary"]
+    with running(whisper, canary, memory_bytes=size) as live, client_of(live) as client:
+        assert [one.id for one in client.models.list()] == ["whisper", "canary", "medical"]
+        assert client.models.retrieve("medical").parent == "canary"
+        assert loaded(live) == ["whisper"]
+        assert said(live, "medical") == merged != expected["canary"]
+        assert loaded(live) == ["canary"]
+        assert said(live, "canary") == expected["canary"]
 
 
 def test_two_busy_models_take_turns(sources, sizes, expected):

@@ -278,13 +278,12 @@ class ModelPool:
         try:
             served = await asyncio.wrap_future(load_in_thread(offered.source, self.config))
         except Exception as error:
-            idle = self._others(offered, idle=True)
-            if not is_out_of_memory(error) or not idle:
+            if not is_out_of_memory(error) or not self._others(offered, idle=True):
                 raise
             served = None
         if served is None:  # outside of the handler: the exception holds on to tensors
-            for other in idle:
-                await self._unload(other)
+            while idle := self._others(offered, idle=True):
+                await self._unload(idle[0])
             served = await asyncio.wrap_future(load_in_thread(offered.source, self.config))
         offered.arrive(served)
 

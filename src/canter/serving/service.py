@@ -269,19 +269,16 @@ class Service:
         self, model: ServedModel, audio: Audio, fields: AudioRequest, request: Request
     ) -> AsyncGenerator[TranscriptUpdate]:
         """Yield the transcript of a request by ``model`` (see `ServedModel.segments`), and count its audio."""
-        complete = False
         try:
             async with aclosing(model.segments(audio, fields, request)) as updates:
                 async for update in updates:
                     yield update
-            complete = True
         except EngineFailure as error:  # the model is closing
             raise ApiError(503, str(error), code="overloaded") from None
-        else:
-            self.metrics.audio.labels(model.name).inc(audio.seconds * audio.channels)
-        finally:
-            if not complete:
-                self.metrics.cancelled.labels(model.name).inc()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.cancelled.labels(model.name).inc()
+            raise
+        self.metrics.audio.labels(model.name).inc(audio.seconds * audio.channels)
 
 
 def _channels(fields: AudioRequest, count: int, name: str) -> list[int | None]:
