@@ -531,7 +531,8 @@ class Requests(Area):
                                                  "/metrics", "/", "/x", "/v1/models/%00", "//",
                                                  "/v1/../health")  # fmt: skip
     FIELDS = ("model", "language", "prompt", "response_format", "temperature", "stream", "timestamp_granularities[]",
-              "hotwords", "file", "x", "", "language[]", "chunking_strategy")  # fmt: skip
+              "hotwords", "file", "x", "", "language[]", "chunking_strategy", "suppress_tokens",
+              "condition_on_previous_text")  # fmt: skip
     TEXTS = ("small", "whisper-1", "en", "de", "auto", "English", "json", "text", "srt", "vtt", "verbose_json", "0",
              "0.2", "1",
              "true", "false", "word", "segment", "one two", "nan", "1e999", "-1", "2", "\ud800", "é" * 3000,

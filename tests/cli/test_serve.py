@@ -106,6 +106,7 @@ def test_serves_until_a_signal(folder, host, how, code):
         (["MODEL", "other=MODEL", "--adapter", "a=lora"], "trained on somewhere/else, which is none of the models"),
         (["MODEL", "other=MODEL", "--adapter", "a=ours"], "which is several of the models here; say which it changes"),
         (["MODEL", "--memory", "1kB"], "little takes 4 MiB, caches of 64 rows included, more than the 0 MiB of"),
+        (["MODEL", "--adapter", "a=x", "a@little=y"], "'a' names another adapter of that model too"),
         (["MODEL", "--memory", "much"], "--memory is 'much'; give a size such as 80GiB"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
         (["MODEL", "--api-keys", "empty.txt"], "holds no key"),

@@ -205,6 +205,8 @@ def adapters_of_models(
                 f"{'several' if fits else 'none'} of the models here; say which it changes as in "
                 f"{name}@MODEL={folder}, where MODEL is one of {known}"
             )
+        if name in found[fits[0]]:
+            raise ConfigError(f"--adapter {given}={folder}: {name!r} names another adapter of that model too")
         found[fits[0]][name] = folder
     return found
 
