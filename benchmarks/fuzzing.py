@@ -531,7 +531,8 @@ class Requests(Area):
                                                  "/metrics", "/", "/x", "/v1/models/%00", "//",
                                                  "/v1/../health")  # fmt: skip
     FIELDS = ("model", "language", "prompt", "response_format", "temperature", "stream", "timestamp_granularities[]",
-              "hotwords", "file", "x", "", "language[]", "chunking_strategy")  # fmt: skip
+              "hotwords", "file", "x", "", "language[]", "chunking_strategy", "suppress_tokens",
+              "condition_on_previous_text")  # fmt: skip
     TEXTS = ("small", "whisper-1", "en", "de", "auto", "English", "json", "text", "srt", "vtt", "verbose_json", "0",
              "0.2", "1",
              "true", "false", "word", "segment", "one two", "nan", "1e999", "-1", "2", "\ud800", "é" * 3000,
@@ -567,20 +568,20 @@ class Requests(Area):
         super().start(folder)
         import logging
 
-        from canter.inference.engine.engine import Engine
         from canter.inference.engine.requests import EngineConfig
         from canter.serving.app import create_app
         from canter.serving.config import ServiceConfig
+        from canter.serving.model import ModelSource
         from canter.serving.service import Service
 
         logging.disable(logging.CRITICAL)
         model = small_canary(small_parts()[0])
         config = ServiceConfig(
-            names=("small", "whisper-1"), max_megabytes=1.0, max_seconds=60.0, upload_timeout=5.0,
+            max_megabytes=1.0, max_seconds=60.0, upload_timeout=5.0,
             hosts=frozenset(("localhost", "127.0.0.1")),
         )  # fmt: skip
-        engine = Engine(model, model.tokenizer.end, EngineConfig(rows=4, frames=256))
-        self.app = create_app(Service(engine, config))
+        source = ModelSource(("small", "whisper-1"), model, EngineConfig(rows=4, frames=256))
+        self.app = create_app(Service([source], config))
         self.loop = asyncio.new_event_loop()
         self.inside = self.app.router.lifespan_context(self.app)
         self.loop.run_until_complete(self.inside.__aenter__())

@@ -194,10 +194,30 @@ def capped_allocator(device: torch.device, cap: float | None) -> Iterator[None]:
 # -- memory in use --
 
 
+def device_memory(device: torch.device) -> int:
+    """Return the bytes that this process may use: a GPU's free memory and what it has reserved there, or all memory of
+    the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gib(size: float) -> str:
+    """Return bytes as text in GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"
+
+
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages behind ``tensors``."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    """Return the bytes of the distinct storages behind ``tensors``; oneDNN's packed ones count by their values."""
+    sizes: dict[tuple[str, int], int] = {}
+    tensors = [*tensors]  # so that no two have the same identity
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes["storage", storage._cdata] = storage.nbytes()
+        else:
+            sizes["packed", id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
 
 
 def measures_resident() -> bool:

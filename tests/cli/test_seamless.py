@@ -9,7 +9,6 @@ import torch
 
 from canter.cli.main import main
 from canter.corpus.manifest import write_manifest
-from canter.inference.loading import load_engine
 from canter.loading import load_module
 from canter.models.w2v_bert import W2vBertConfig
 from canter.planning.budget import Budget
@@ -93,22 +92,22 @@ def test_languages_are_stated(model, corpus, tmp_path, capsys):
 def test_the_service_needs_what_the_prompt_needs(model):
     pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
     from canter.serving.config import ServiceConfig
+    from canter.serving.model import ModelSource, ServedModel
     from canter.serving.protocol import ApiError, AudioRequest
-    from canter.serving.service import Service
 
-    engine = load_engine(model)
-    tokenizer = engine.model.tokenizer
-    service = Service(engine, ServiceConfig())
+    source = ModelSource(("seamless",), model)
+    served = ServedModel(source, source.load(), ServiceConfig())
+    tokenizer = served.tokenizer
     try:
-        assert service.targets == tokenizer.languages
+        assert served.targets == tokenizer.languages
         for fields, written in (
             (AudioRequest("transcribe", "deu"), "deu"),
             (AudioRequest("translate"), "eng"),
             (AudioRequest("translate", to_language="cmn_Hant"), "cmn_Hant"),
             (AudioRequest("translate", "eng", "fra"), "fra"),
         ):
-            assert service.request(fields).prompt == [tokenizer.end, tokenizer.language_ids[written]]
+            assert served.request(served.completed(fields)).prompt == [tokenizer.end, tokenizer.language_ids[written]]
         with pytest.raises(ApiError, match="needs the language of the audio"):
-            service.request(AudioRequest("transcribe"))
+            served.request(AudioRequest("transcribe"))
     finally:
-        service.close()
+        served.close()

@@ -18,12 +18,15 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 import torch
 
 from canter.cli.main import main
-from canter.cli.serve import SPINS, Options, load_in_thread
+from canter.cli.serve import SPINS, adapters_of_models
+from canter.errors import ConfigError
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.formats.checkpoint import save_model
 from canter.models.model import ModelConfig, SpeechModel
+from canter.serving.config import ServiceConfig
+from canter.serving.model import ModelSource, load_in_thread
 from canter.text import train_tokenizer
 
 
@@ -40,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 def started(folder: Path, *arguments: str) -> tuple[subprocess.Popen, str, str]:
     """Return the process, its address, and its first line."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "canter", "serve", str(folder), "--port", "0", *arguments],
+        [sys.executable, "-m", "canter", "serve", str(folder), *arguments, "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -95,6 +98,16 @@ def test_serves_until_a_signal(folder, host, how, code):
         (["MODEL", "--name", "a", "--adapter", "a=x"], "--adapter a: that is a name of the model itself"),
         (["MODEL", "--adapter", "a=absent"], "adapter absent"),
         (["MODEL", "--device", "cuda"], "no GPU is available"),
+        ([], "name at least one model"),
+        (["MODEL", "other=MODEL", "--name", "a"], "--name is for one model; give several models names as in NAME="),
+        (["MODEL", "MODEL"], "'little' would name two models or adapters"),
+        (["MODEL", "other=absent"], "absent does not exist"),
+        (["MODEL", "other=MODEL", "--adapter", "x"], "--adapter x: several models are served; name it as in"),
+        (["MODEL", "other=MODEL", "--adapter", "a=lora"], "trained on somewhere/else, which is none of the models"),
+        (["MODEL", "other=MODEL", "--adapter", "a=ours"], "which is several of the models here; say which it changes"),
+        (["MODEL", "--memory", "1kB"], "little takes 4 MiB, caches of 64 rows included, more than the 0 MiB of"),
+        (["MODEL", "--adapter", "a=x", "a@little=y"], "'a' names another adapter of that model too"),
+        (["MODEL", "--memory", "much"], "--memory is 'much'; give a size such as 80GiB"),
         (["MODEL", "--api-keys", "absent.txt"], "cannot be read"),
         (["MODEL", "--api-keys", "empty.txt"], "holds no key"),
     ],
@@ -102,11 +115,16 @@ def test_serves_until_a_signal(folder, host, how, code):
 def test_misuse_is_one_line(folder, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
+    for name, base in (("lora", "somewhere/else"), ("ours", str(folder))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         names = {"MODEL": str(folder), "TAKEN": str(taken.getsockname()[1])}
         if "--port" not in arguments:
             arguments = [*arguments, "--port", "0"]
-        assert main(["serve", *(names.get(argument, argument) for argument in arguments)]) == 1
+        for name, value in names.items():
+            arguments = [re.sub(rf"\b{name}\b", value, argument) for argument in arguments]
+        assert main(["serve", *arguments]) == 1
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.startswith("canter: ")
@@ -137,7 +155,7 @@ def test_loading_leaves_no_threads(folder):
     torch.set_num_threads(2)  # which makes a thread of another kind
     before = {*os.listdir("/proc/self/task")}
     try:
-        load_in_thread(Options(folder), folder, "cpu")
+        load_in_thread(ModelSource(("little",), folder, device="cpu"), ServiceConfig()).result().close()
     finally:
         torch.set_num_threads(threads)
     for _ in range(30_000):  # they end a moment after the thread whose they are
@@ -146,6 +164,49 @@ def test_loading_leaves_no_threads(folder):
             break
         time.sleep(0.01)
     assert not left
+
+
+def test_an_adapter_finds_the_model_that_it_was_trained_on(tmp_path):
+    """By path, hub name, or the only model whose last part is the same; or by the name that is given with it."""
+    models = [("runs/first", ("first", "whisper-1")), ("openai/whisper-tiny", ("tiny", "openai/whisper-tiny"))]
+    checkpoints = [tmp_path / "runs/first/checkpoints/step-10", tmp_path / "cache/whisper-tiny"]
+
+    def adapter(name: str, base: str | None) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        return folder
+
+    given = {
+        "a": adapter("by-path", str(checkpoints[0])),
+        "b": adapter("by-hub-name", "openai/whisper-tiny"),
+        "c": adapter("moved", "/elsewhere/whisper-tiny"),
+        "d@first": adapter("stated", "openai/whisper-tiny"),
+        "e@tiny": adapter("unknown", None),
+    }
+    assert adapters_of_models(given, models, checkpoints) == [
+        {"a": given["a"], "d": given["d@first"]},
+        {"b": given["b"], "c": given["c"], "e": given["e@tiny"]},
+    ]
+    assert adapters_of_models({"x": given["c"]}, models[:1], checkpoints[:1]) == [{"x": given["c"]}]
+    with pytest.raises(ConfigError, match=r"a model that it does not name, which is none.* one of first, tiny"):
+        adapters_of_models({"e": given["e@tiny"]}, models, checkpoints)
+
+
+def test_several_models_and_which_are_loaded(folder):
+    process, url, line = started(folder, f"other={folder}", "--memory", "6MiB")
+    assert process.stderr is not None
+    try:
+        assert line.startswith("little, other on http://127.0.0.1:")
+        told = process.stderr.readline()
+        assert told == "canter: 4 MiB of 6 MiB of memory are for little (4 MiB); loaded on demand: other (4 MiB)\n"
+        data = json.load(urlopen(f"{url}v1/models", timeout=1800))["data"]
+        assert [one["id"] for one in data] == ["little", "other"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        with process.stderr:
+            said = process.stderr.read()
+    assert (process.wait(timeout=1800), said) == (0, "")
 
 
 SLOW_LOADING = """

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 import torch
 import uvicorn
 
-from canter.inference.engine.engine import Engine, engine_for
+from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig
 from canter.models.decoder import DecoderConfig
 from canter.models.fastconformer import FastConformerConfig
@@ -28,11 +29,13 @@ from canter.models.protocol import AnyModel
 from canter.models.whisper import WhisperEncoderConfig
 from canter.serving.app import create_app
 from canter.serving.config import ServiceConfig
+from canter.serving.model import ModelSource, ServedModel
 from canter.serving.server import bind, make_server
 from canter.serving.service import Service
 from canter.text import WhisperTokenizer, train_tokenizer
 
 PATIENCE = 1800.0  # seconds until a test that hangs is given up; nothing that is tested depends on it
+BOUNDARY = "x-canter-boundary"
 SEED = 31  # of weights with which greedy texts differ from clip to clip
 SENTENCES = ["one two three", "four five six seven", "eight nine ten", "three one two", "the end of it all"]
 
@@ -75,6 +78,17 @@ def wav(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> byte
     return file.getvalue()
 
 
+def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
+    """Return a multipart body."""
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
+        for key, value in {"language": "en", **fields}.items()
+    ]
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+    parts += [head.encode(), b"Content-Type: audio/wav\r\n\r\n", file, f"\r\n--{BOUNDARY}--\r\n".encode()]
+    return b"".join(parts)
+
+
 @dataclass
 class Running:
     """A running service."""
@@ -84,15 +98,32 @@ class Running:
     server: uvicorn.Server
 
     @property
+    def model(self) -> ServedModel:
+        """The first model, which is loaded."""
+        served = self.service.models.first.served
+        assert served is not None
+        return served
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def quiet(self, seconds: float = PATIENCE) -> bool:
         """Wait until no request is inside, and return whether that happened."""
         service = self.service
-        return came_about(
-            lambda: not (service.requests or any(one.waiting or one.inside for one in service.schedulers)), seconds
-        )
+        return came_about(lambda: not (service.requests or service.waiting or service.inside), seconds)
+
+
+def connection(live: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE)
+
+
+def head(length: int | str, extra: str = "") -> bytes:
+    return (
+        f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n{extra}"
+        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        + (f"Content-Length: {length}\r\n\r\n" if length else "Transfer-Encoding: chunked\r\n\r\n")
+    ).encode()
 
 
 def came_about(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
@@ -129,10 +160,14 @@ def held(engine: Engine, after: int = 0) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def running(model: AnyModel, *, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
-    """Serve ``model`` on a free port while the block runs."""
-    config = replace(ServiceConfig(names=("small", "whisper-1"), max_seconds=300.0), **settings)
-    service = Service(engine_for(model, model.tokenizer.end, EngineConfig(rows=rows, frames=frames)), config)
+def running(*models: AnyModel | ModelSource, rows: int = 16, frames: int = 1024, **settings: Any) -> Iterator[Running]:
+    """Serve ``models`` on a free port while the block runs; one that is no source has the names of a single one."""
+    config = replace(ServiceConfig(max_seconds=300.0), **settings)
+    engine = EngineConfig(rows=rows, frames=frames)
+    sources = [
+        one if isinstance(one, ModelSource) else ModelSource(("small", "whisper-1"), one, engine) for one in models
+    ]
+    service = Service(sources, config)
     listening = bind("127.0.0.1", 0)
     server = make_server(create_app(service), config.upload_timeout, config.drain_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -26,9 +26,10 @@ from canter.inference.transcript.segments import Segment, Word
 from canter.loading import load_model
 from canter.models.lora import LoraAdapter, attach_bank, linear_layers, merge
 from canter.serving.app import TranscriptionAnswer
+from canter.serving.audio import Audio, Samples
+from canter.serving.model import TranscriptUpdate
 from canter.serving.protocol import AudioRequest
 from canter.serving.scheduler import Timing
-from canter.serving.service import Audio, Samples, TranscriptUpdate
 
 from .conftest import Running, came_about, held, noise, running, wav
 
@@ -436,7 +437,12 @@ def test_models(client):
             "1.wav has no channel 1: it has 1, counted",
             "channel",
         ),
-        ({"extra_body": {"languages": ["en", "de"]}}, openai.BadRequestError, "cannot detect which of", "languages"),
+        (
+            {"language": "", "extra_body": {"languages": ["en", "de"]}},
+            openai.BadRequestError,
+            "cannot detect which of",
+            "languages",
+        ),
         ({"extra_body": {"clip_timestamps": "5,3"}}, openai.BadRequestError, "must be increasing", "clip_timestamps"),
         ({"extra_body": {"clip_timestamps": "a"}}, openai.BadRequestError, "are not seconds", "clip_timestamps"),
         (
@@ -445,6 +451,14 @@ def test_models(client):
             "'x' is not a number",
             "hallucination_silence_threshold",
         ),
+        (
+            {"extra_body": {"condition_on_previous_text": True}},
+            openai.BadRequestError,
+            "takes no text before what it transcribes; leave condition_on_previous_text out",
+            "condition_on_previous_text",
+        ),
+        ({"extra_body": {"suppress_tokens": "-1,x"}}, openai.BadRequestError, "'-1,x' are not ids", "suppress_tokens"),
+        ({"extra_body": {"suppress_tokens": [4000]}}, openai.BadRequestError, "4000 is no token", "suppress_tokens"),
         ({"extra_body": {"channel": "left"}}, openai.BadRequestError, "must be each, mix, or the number", "channel"),
         ({"extra_body": {"vad_filter": "maybe"}}, openai.BadRequestError, "'maybe' is not one of", "vad_filter"),
         ({"timestamp_granularities": ["word"]}, openai.BadRequestError, "need response_format verbose_json", None),
@@ -467,9 +481,9 @@ def test_health_metrics_and_unknown_paths(client, live):
     client.audio.transcriptions.create(model="small", file=clip(1), language="en")
     text = get(f"{live.url}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(values['canter_requests_total{endpoint="/v1/audio/transcriptions",status="200"}']) >= 1
-    assert float(values["canter_audio_seconds_total"]) >= 1.0
-    assert float(values['canter_stage_seconds_total{stage="decoder"}']) > 0
+    assert float(values['canter_requests_total{endpoint="/v1/audio/transcriptions",model="small",status="200"}']) >= 1
+    assert float(values['canter_audio_seconds_total{model="small"}']) >= 1.0
+    assert float(values['canter_stage_seconds_total{model="small",stage="decoder"}']) > 0
     assert float(values["canter_requests_inside"]) == float(values["canter_pieces_waiting"]) == 0
     assert "process_resident_memory_bytes" in values
     nothing = get(f"{live.url}/v2/x")
@@ -495,7 +509,7 @@ def test_paths_that_clients_think_of_are_counted_together(model):
             assert answer.status_code == 401
         client._client.get(f"{live.url}/health")  # an answer is on its way before it is counted
         text = live.service.metrics.text().decode()
-        assert 'canter_requests_total{endpoint="other",status="401"} 3.0' in text
+        assert 'canter_requests_total{endpoint="other",model="",status="401"} 3.0' in text
         assert "/v1/audio/" not in text
 
 
@@ -597,6 +611,66 @@ def test_beams_hot_words_and_the_guard_are_fields_of_a_request(model, client, ex
     assert asked(n=1, top_p=1.0, patience="1.0", stream_include_usage=True, without_timestamps="true") == expected[5]
 
 
+def test_requests_suppress_tokens_of_their_own(model, client, expected):
+    """Each row of a batch has its own set, in greedy and in beam search; the answers are those of Python."""
+    recognizer = Recognizer(model, "small")
+    common = model.tokenizer.encode(expected[5])[:2]
+    text = ",".join(map(str, common))
+    wanted: dict[str, tuple[dict, dict]] = {
+        "usual": ({}, {}),
+        "-1": ({"suppress_tokens": "-1"}, {}),
+        "text": ({"suppress_tokens": text}, {"suppress_tokens": common}),
+        "json": ({"suppress_tokens": f"[-1,{text}]"}, {"suppress_tokens": [-1, *common]}),
+        "list": ({"suppress_tokens": common, "beam_size": 3}, {"suppress_tokens": common, "beam_size": 3}),
+        "none": ({"suppress_tokens": "", "beam_size": 3}, {"suppress_tokens": (), "beam_size": 3}),
+        "most": ({"suppress_tokens": ",".join(map(str, range(5, 30)))}, {"suppress_tokens": [*range(5, 30)]}),
+    }
+
+    def asked(fields: dict) -> str:
+        return client.audio.transcriptions.create(model="small", file=clip(5), language="en", extra_body=fields).text
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        found = dict(zip(wanted, pool.map(lambda one: asked(one[0]), wanted.values())))
+    assert found == {
+        name: recognizer.transcribe(clip(5)[1], language="en", **options).text for name, (_, options) in wanted.items()
+    }
+    assert found["usual"] == found["-1"] == expected[5]
+    assert len({*found.values()}) >= 4
+
+
+@pytest.mark.parametrize("channel", ["mix", "each"])
+def test_a_request_decodes_with_the_text_before_in_its_prompt(whisper, channel):
+    """Chunk by chunk, as in Python, beside a request whose chunks are decoded at once; each channel by itself."""
+    pause = np.zeros(16000 * 2, np.float32)
+    parts = [np.concatenate([noise(16.0, seed), pause, noise(14.0, seed + 1)]) for seed in (0, 2)]
+    audio = wav(np.stack(parts, 1))
+    recognizer = Recognizer(whisper, "small")
+
+    def in_python(**more) -> str:
+        return recognizer.transcribe(audio, language="en", channel=channel, **more).text
+
+    with running(whisper, rows=4) as live, client_of(live) as client:
+
+        def asked(stream: bool = False, **more):
+            extra = {"channel": channel, **more}
+            return client.audio.transcriptions.create(
+                model="small", file=("a.wav", audio), language="en", stream=stream, extra_body=extra
+            )
+
+        with ThreadPoolExecutor(3) as pool:
+            plain, after, prompted = (
+                pool.submit(asked, condition_on_previous_text=condition, prompt=prompt)
+                for condition, prompt in ((False, ""), (True, ""), (True, "one two"))
+            )
+        assert after.result().text == in_python(condition_on_previous_text=True)
+        assert prompted.result().text == in_python(condition_on_previous_text=True, prompt="one two")
+        assert len({one.result().text for one in (plain, after, prompted)}) == 3
+        *deltas, done = asked(stream=True, condition_on_previous_text=True)
+        assert len({round(event.segment["start"]) for event in deltas}) > 1
+        assert done.type == "transcript.text.done"
+        assert live.quiet()
+
+
 def test_pages_of_allowed_origins_may_call(model):
     site, other = "https://example.org", "https://other.example"
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
@@ -619,10 +693,10 @@ def test_requests_inside_are_answered_before_the_service_ends(model, expected):
         running(model) as live,
         ThreadPoolExecutor(1) as pool,
         client_of(live) as client,
-        held(live.service.engine) as go_on,
+        held(live.model.engine) as go_on,
     ):
         answer = pool.submit(client.audio.transcriptions.create, model="small", file=clip(5), language="en")
-        assert came_about(lambda: live.service.scheduler.inside == 1)
+        assert came_about(lambda: live.model.scheduler.inside == 1)
         live.server.should_exit = True
 
         def refused() -> bool:
@@ -656,12 +730,11 @@ def test_requests_of_several_adapters_share_a_batch(model, client, tmp_path):
         merge(merged[name], adapter, tensors)
     expected = {}
     for name, one in merged.items():
-        with running(one, names=("small",), language="en") as live:
+        with running(one, language="en") as live:
             answers = [client_of(live).audio.transcriptions.create(model="small", file=clip(n)) for n in range(4)]
             expected[name] = [answer.text for answer in answers]
     assert len({tuple(texts) for texts in expected.values()}) == 3
-    numbers = dict(together.bank.numbers.items())
-    with running(together, names=("small",), adapters=numbers, language="en") as live:
+    with running(together, language="en") as live:
         ours = client_of(live)
         assert [one.id for one in ours.models.list()] == ["small", "medical", "legal"]
         assert ours.models.retrieve("legal").id == "legal"

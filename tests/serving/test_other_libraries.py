@@ -54,6 +54,8 @@ def test_a_model_without_languages(client, speech_to_text):
         ({"temperature": 0.4}, "at temperature 0 only"),
         ({"timestamp_granularities": ["word"], "response_format": "verbose_json"}, "no times of words"),
         ({"prompt": "w7"}, "takes no 'prompt'"),
+        ({"extra_body": {"suppress_tokens": "5"}}, "another library decodes this model, which cannot do that"),
+        ({"extra_body": {"condition_on_previous_text": "true"}}, "leave condition_on_previous_text out"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(client, field, says):

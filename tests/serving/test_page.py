@@ -7,6 +7,8 @@ import numpy as np
 import openai
 import pytest
 
+from canter.serving.model import ModelSource
+
 from .chromium import Chromium, find
 from .conftest import noise, running, wav
 
@@ -201,3 +203,25 @@ def test_api_key(browser, folder, model):
         browser.choose("#file", folder / "clip.wav")
         browser.wait(DONE.format(1))
         assert browser.run("document.getElementById('problem').hidden")
+
+
+def test_one_of_several_models_is_chosen(browser, folder, model, whisper):
+    """The languages are those of the chosen model, which gets the audio."""
+    sources = [ModelSource((name,), one) for name, one in (("canary", model), ("whisper", whisper))]
+    with running(*sources) as live:
+        browser.open(live.url)
+        browser.wait("document.getElementById('choice').options.length === 2")
+        assert not browser.run("document.getElementById('model-box').hidden")
+        languages = "[...document.getElementById('language').options].map(one => one.text)"
+        for number, (name, known) in enumerate(
+            {"canary": ["English", "German"], "whisper": ["Detect", "English", "Spanish"]}.items(), 1
+        ):
+            browser.run(f"$('choice').value = '{name}'; $('choice').dispatchEvent(new Event('change'))")
+            assert browser.run("[$('model').textContent, document.title]") == [name, f"{name} · Canter"]
+            assert browser.run(languages) == known
+            browser.run("document.getElementById('language').value = 'en'")
+            browser.choose("#file", folder / "clip.wav")
+            browser.wait(DONE.format(number))
+        for name in ("canary", "whisper"):
+            assert f'canter_audio_seconds_total{{model="{name}"}} 3.0' in live.service.metrics.text().decode()
+        assert not browser.complaints()

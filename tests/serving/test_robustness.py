@@ -23,26 +23,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from canter.corpus.audio import audio_blocks
 from canter.inference.engine.engine import Engine
-from canter.serving import app, service, upload
+from canter.serving import app, audio, service, upload
 from canter.serving.config import ServiceConfig
+from canter.serving.model import ModelSource
 from canter.serving.protocol import ApiError, AudioRequest
 from canter.serving.server import ANY_ADDRESS, MOST_SHREDS, RECEIVED_BYTES, SHRED_BYTES, host_names
 from canter.serving.service import Service
 
-from .conftest import PATIENCE, Running, came_about, held, noise, running, wav
-
-BOUNDARY = "x-canter-boundary"
-
-
-def form(file: bytes, name: str = "a.wav", **fields: str) -> bytes:
-    """Return a multipart body."""
-    parts = [
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
-        for key, value in {"language": "en", **fields}.items()
-    ]
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
-    parts += [head.encode(), b"Content-Type: audio/wav\r\n\r\n", file, f"\r\n--{BOUNDARY}--\r\n".encode()]
-    return b"".join(parts)
+from .conftest import BOUNDARY, PATIENCE, Running, came_about, connection, form, head, held, noise, running, wav
 
 
 def post(live: Running, body: bytes, **headers: str) -> tuple[int, Any]:
@@ -59,18 +47,6 @@ def post(live: Running, body: bytes, **headers: str) -> tuple[int, Any]:
 
 def ask(live: Running, file: bytes, name: str = "a.wav", **fields: str) -> tuple[int, Any]:
     return post(live, form(file, name, **fields))
-
-
-def connection(live: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE)
-
-
-def head(length: int | str, extra: str = "") -> bytes:
-    return (
-        f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n{extra}"
-        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
-        + (f"Content-Length: {length}\r\n\r\n" if length else "Transfer-Encoding: chunked\r\n\r\n")
-    ).encode()
 
 
 def broken(kind: str) -> bytes:
@@ -166,21 +142,23 @@ class Gate:
 
 def test_long_uploads_wait_on_disk(model):
     """Memory of a reading does not grow with the length of the audio, and waiting chunks hold no samples."""
-    reader = Service(Engine(model, model.tokenizer.end), ServiceConfig())
+    reader = Service([ModelSource(("small",), model)], ServiceConfig())
     peaks: list[int] = []
     for minutes in (2, 10):
         with upload.anonymous_file() as file:
             upload.write_all(file, wav(np.tile(noise(5.0), 12 * minutes)))
             tracemalloc.start()
             try:
-                audio = reader._read(file, "a.wav", AudioRequest("transcribe"), threading.Event())
+                found = reader._read(
+                    reader.models.loaded[0], file, "a.wav", AudioRequest("transcribe"), threading.Event()
+                )
                 peaks.append(tracemalloc.get_traced_memory()[1])
             finally:
                 tracemalloc.stop()
-        assert audio.seconds == 60 * minutes
-        assert len(audio.chunks) >= minutes
-        assert not any(isinstance(chunk.samples, np.ndarray) for chunk in audio.chunks)
-        audio.close()
+        assert found.seconds == 60 * minutes
+        assert len(found.chunks) >= minutes
+        assert not any(isinstance(chunk.samples, np.ndarray) for chunk in found.chunks)
+        found.close()
     reader.close()
     assert peaks[1] - peaks[0] < 2**23  # where blocks begin makes a difference; eight minutes more have 29 MiB
 
@@ -203,14 +181,16 @@ def test_leaving_ends_the_reading(model, monkeypatch):
 def test_closing_ends_the_reading(model, monkeypatch, tmp_path):
     """Its files never have a name, so none is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    closing = Service(Engine(model, model.tokenizer.end), ServiceConfig())
+    closing = Service([ModelSource(("small",), model)], ServiceConfig())
     gate = Gate(closing)
     monkeypatch.setattr(service, "audio_blocks", gate)
 
     async def read_and_close() -> None:
         file = upload.anonymous_file()
         upload.write_all(file, flac(250))
-        reading = asyncio.create_task(closing.read(file, "a.flac", AudioRequest("transcribe")))
+        reading = asyncio.create_task(
+            closing.read(closing.models.loaded[0], file, "a.flac", AudioRequest("transcribe"))
+        )
         await asyncio.to_thread(gate.reached.wait, PATIENCE)
         assert not [*tmp_path.iterdir()]
         closing.close()
@@ -358,7 +338,7 @@ def test_charsets_are_refused(live, charset):
 def test_a_full_disk_is_507(model, monkeypatch):
     """The disk may be full while the upload arrives, and while its samples are written."""
     with running(model) as live:
-        for module in (upload, service):
+        for module in (upload, audio):
             with monkeypatch.context() as full:
                 full.setattr(module, "write_all", fail_to_write)
                 status, error = ask(live, wav(noise(1.0)))
@@ -434,14 +414,14 @@ def test_leaving_takes_the_row_out_of_the_engine(endless):
     """When a client disconnects, its rows and waiting chunks go; the rows of others are decoded as before."""
     with running(endless, rows=2) as live, ThreadPoolExecutor(1) as pool:
         _, alone = ask(live, wav(noise(3.0)))
-        steps = live.service.engine.counters.steps
+        steps = live.model.engine.counters.steps
         assert steps >= 40
         gone = [connection(live) for _ in range(4)]
-        with held(live.service.engine, after=20):
+        with held(live.model.engine, after=20):
             for number, client in enumerate(gone):
                 body = form(wav(noise(30.0, number)))
                 client.sendall(head(len(body)) + body)
-            scheduler = live.service.scheduler
+            scheduler = live.model.scheduler
             assert came_about(lambda: scheduler.inside + scheduler.waiting == 4)
             other = pool.submit(ask, live, wav(noise(3.0)))
             assert came_about(lambda: live.service.requests == 5)
@@ -450,25 +430,25 @@ def test_leaving_takes_the_row_out_of_the_engine(endless):
             assert came_about(lambda: live.service.requests == 1)
         assert other.result(PATIENCE) == (200, alone)
         assert live.quiet()
-        counters = live.service.engine.counters
+        counters = live.model.engine.counters
         assert counters.steps - steps < 400, "the rows of those who left were decoded to their end"
         text = urlopen(f"{live.url}/metrics").read().decode()
-        assert "canter_cancelled_total 4.0" in text
+        assert 'canter_cancelled_total{model="small"} 4.0' in text
 
 
 def test_leaving_a_stream(endless):
-    with running(endless) as live, held(live.service.engine):
+    with running(endless) as live, held(live.model.engine):
         body = form(wav(noise(30.0)), stream="true")
         with connection(live) as client:
             client.sendall(head(len(body)) + body)
-            assert came_about(lambda: live.service.scheduler.inside == 1)
+            assert came_about(lambda: live.model.scheduler.inside == 1)
         assert live.quiet()
 
 
 def test_a_full_service_says_so(endless):
     with running(endless, max_requests=2) as live:
         body = form(wav(noise(30.0)))
-        with connection(live) as first, connection(live) as second, held(live.service.engine):
+        with connection(live) as first, connection(live) as second, held(live.model.engine):
             for client in (first, second):
                 client.sendall(head(len(body)) + body)
             assert came_about(lambda: live.service.requests == 2)
@@ -481,9 +461,9 @@ def test_a_full_service_says_so(endless):
 def test_audio_inside_is_limited(endless):
     with running(endless, max_minutes=40 / 60) as live, ThreadPoolExecutor(1) as pool:
         body = form(wav(noise(30.0)))
-        with connection(live) as client, held(live.service.engine) as go_on:
+        with connection(live) as client, held(live.model.engine) as go_on:
             client.sendall(head(len(body)) + body)
-            assert came_about(lambda: live.service.scheduler.inside == 1)
+            assert came_about(lambda: live.model.scheduler.inside == 1)
             assert ask(live, wav(noise(20.0)))[0] == 503
             status, error = ask(live, wav(noise(20.0)), stream="true")
             assert (status, error["code"]) == (503, "overloaded")
@@ -498,13 +478,13 @@ def test_time_that_is_over(endless, stream, monkeypatch):
     """The clock stands still until the audio has been read, and the engine never answers."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, perf_counter=time.perf_counter)
     monkeypatch.setattr(app, "time", clock)
-    with running(endless, timeout=PATIENCE) as live, held(live.service.engine):
+    with running(endless, timeout=PATIENCE) as live, held(live.model.engine):
         read = live.service.read
 
         async def read_until_late(*upload: Any) -> Any:
-            audio = await read(*upload)
+            found = await read(*upload)
             clock.now = PATIENCE - 0.1
-            return audio
+            return found
 
         live.service.read = read_until_late
         body = form(wav(noise(39.0)), stream=stream)
@@ -533,7 +513,7 @@ def test_an_engine_that_fails_on_one_request_serves_the_others(model):
     with running(model) as live:
         clips = [noise(1.0, seed) for seed in range(8)]
         expected = [ask(live, wav(samples)) for samples in clips]
-        live.service.engine.__class__ = Failing
+        live.model.engine.__class__ = Failing
         with ThreadPoolExecutor(9) as pool:
             bad = pool.submit(ask, live, wav(poison))
             good = list(pool.map(lambda samples: ask(live, wav(samples)), clips))
@@ -541,7 +521,7 @@ def test_an_engine_that_fails_on_one_request_serves_the_others(model):
         status, error = bad.result()
         assert (status, error["type"]) == (500, "server_error")
         assert "no memory is left" in error["message"]
-        assert live.service.scheduler.alive
+        assert live.model.scheduler.alive
         assert live.quiet()
 
 
@@ -550,6 +530,6 @@ def test_shutting_down_answers_who_waits(endless):
     with running(endless) as live:
         asking = threading.Thread(target=lambda: answers.append(ask(live, wav(noise(3.0)))))
         asking.start()
-        assert came_about(lambda: live.service.scheduler.inside > 0 or bool(answers))
+        assert came_about(lambda: live.model.scheduler.inside > 0 or bool(answers))
     asking.join()
     assert answers[0][0] == 200

@@ -185,6 +185,22 @@ def test_a_last_chunk_is_decoded_before_more_of_long_audio(model, scheduler_of):
     assert seconds_of(scheduler) == [1.0, 0.5, 1.1, 1.2, 1.3, 1.4]
 
 
+def test_chunks_that_are_added_later_belong_to_the_ticket(model, scheduler_of):
+    """They are numbered in the order in which they come; the ticket is complete with the last of them."""
+    clips = requests(model, [1.0, 0.5, 2.0])
+    wanted = Engine(model, model.tokenizer.end).decode(clips)
+    scheduler, got = scheduler_of(), Collected(3)
+    scheduler.engine.door.set()
+    ticket = scheduler.submit(clips[:1], got, chunks=3)
+    assert came_about(lambda: 0 in got.outcomes)
+    assert ticket.left == 2
+    scheduler.add(ticket, clips[1:])
+    assert got.all.wait(PATIENCE)
+    assert [got.outcomes[chunk].hypothesis.tokens for chunk in range(3)] == [found.tokens for found in wanted]
+    assert ticket.left == 0
+    assert got.outcomes[2].timing.decoder >= got.outcomes[0].timing.decoder
+
+
 def test_cancelled_before_and_in_the_engine(model, scheduler_of):
     scheduler = scheduler_of(rows=1)
     gone, waiting, kept = Collected(1), Collected(2), Collected(1)

@@ -107,7 +107,7 @@ def run(options: Options) -> None:
         systems[f"canter {kind} without drafts"] = EngineSystem(
             engine_for(model, engine.end, replace(config, draft="off"))
         )
-    wide, beams = replace(config, beams=options.beam_size), f", {options.beam_size} beams"
+    wide, beams = replace(config, beams=options.beam_size, draft="off"), f", {options.beam_size} beams"
     if options.beam_size > 1:
         systems[f"canter {kind}{beams}"] = EngineSystem(engine_for(model, engine.end, wide))
     with TemporaryDirectory(prefix="canter-bench-") as work:

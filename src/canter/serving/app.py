@@ -6,7 +6,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from typing import TypeVar
@@ -19,22 +19,25 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from canter import __version__
-from canter.inference.engine.requests import Request as EngineRequest
 from canter.inference.transcript.formats import finite, logprobs_json, srt, txt, vtt, whisper_json
 from canter.inference.transcript.reading import space_between
 from canter.inference.transcript.segments import Segment
 from canter.inference.transcript.subtitles import SENTENCES
+from canter.serving.audio import Audio
 from canter.serving.config import ServiceConfig
-from canter.serving.protocol import ApiError, AudioRequest, check_model_name, read_fields
+from canter.serving.model import TranscriptUpdate
+from canter.serving.pool import OfferedModel
+from canter.serving.protocol import ApiError, AudioRequest, read_fields
 from canter.serving.scheduler import Timing
 from canter.serving.server import ANY_ADDRESS, is_address
-from canter.serving.service import Audio, Service, TranscriptUpdate
+from canter.serving.service import Service
 from canter.serving.upload import read_form
 
 log = logging.getLogger("canter.serving")
 WRITERS = {"srt": srt, "vtt": vtt}
 OPEN = ("/", "/health")  # without an API key
 COUNTED = ("/v1/audio/transcriptions", "/v1/audio/translations")  # by name; clients can invent any other path
+MODEL = "canter.model"  # key of the model's name in a request's scope, for the metrics
 DRAIN_SECONDS = 1.0
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -67,6 +70,8 @@ _FORM = {
         "languages[]": {"type": "array", "items": {"type": "string"}},
         "clip_timestamps": {"type": "string"},
         "hallucination_silence_threshold": {"type": "number"},
+        "condition_on_previous_text": {"type": "boolean"},
+        "suppress_tokens": {"type": "string"},
     },
 }
 _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
@@ -87,10 +92,6 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _bug)
     page = (files("canter.serving") / "page.html").read_text(encoding="utf-8")
     config = service.config
-    models_by_name = {
-        name: {"id": name, "object": "model", "created": service.started, "owned_by": "canter"}
-        for name in (config.names[0], *config.adapters)
-    }
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> Response:
@@ -98,17 +99,13 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        alive = service.alive
+        alive, models = service.alive, service.models.offered
         state = {
             "status": "ok" if alive else "down",
             "version": __version__,
-            "model": config.names[0],
-            "adapters": [*config.adapters],
-            "languages": service.tokenizer.languages,
-            "language": config.language,
-            "targets": service.targets,
-            "detects": service.detects,
-            "words": service.engine.aligns,
+            "model": models[0].name,
+            **_profile(models[0]),
+            "models": [{"name": one.name, "loaded": one.loaded, **_profile(one)} for one in models],
             "keys": bool(config.keys),
             "max_bytes": config.max_bytes,
             "longest_seconds": config.max_seconds,
@@ -123,12 +120,16 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [*models_by_name.values()]})
+        data = [
+            _model(service, offered, name)
+            for offered in service.models.offered
+            for name in (offered.name, *offered.source.adapter_names)
+        ]
+        return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        check_model_name(name, config)
-        return JSONResponse(models_by_name.get(name, models_by_name[config.names[0]]))
+        return JSONResponse(_model(service, service.models.find(name), name))
 
     @app.post("/v1/audio/transcriptions", openapi_extra=_BODY)
     async def transcriptions(request: Request) -> Response:
@@ -148,6 +149,27 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["Server-Timing"],
         )
     return app
+
+
+def _profile(offered: OfferedModel) -> dict[str, object]:
+    """Return what the page has to know of a model."""
+    known = offered.profile
+    return {
+        "adapters": [*offered.source.adapter_names],
+        "languages": [*known.languages],
+        "language": known.language,
+        "targets": [*known.targets],
+        "detects": known.detects,
+        "words": known.words,
+    }
+
+
+def _model(service: Service, offered: OfferedModel, name: str) -> dict[str, object]:
+    """Return OpenAI's description of the model, or of its adapter with this name."""
+    described: dict[str, object] = {"id": offered.name, "object": "model", "created": service.started}
+    if name in offered.source.adapter_names:
+        described |= {"id": name, "parent": offered.name}  # as vLLM
+    return described | {"owned_by": "canter"}
 
 
 class _Gate:
@@ -196,8 +218,9 @@ class _Gate:
             else:
                 await self.app(scope, tracked, counted)
         finally:
-            metrics.requests.labels(endpoint, str(status)).inc()
-            metrics.latency.labels(endpoint).observe(time.perf_counter() - start)
+            model = scope.get(MODEL, "")
+            metrics.requests.labels(endpoint, model, str(status)).inc()
+            metrics.latency.labels(endpoint, model).observe(time.perf_counter() - start)
 
 
 def _refusal(config: ServiceConfig, request: Request) -> ApiError | None:
@@ -260,7 +283,7 @@ def _netloc(origin: str) -> str | None:
 
 async def _answer(service: Service, request: Request, task: str) -> Response:
     """Serve one transcription or translation: read the form, decode its audio, transcribe, and render the answer."""
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(service.admitted())
         start = time.perf_counter()
         form = await read_form(request, service.config)
@@ -268,30 +291,40 @@ async def _answer(service: Service, request: Request, task: str) -> Response:
         client = _Client(request, time.monotonic() + service.config.timeout)
         try:
             file, fields = read_fields(form, task, service.config)
-            wanted = service.request(fields)  # refuse what the model cannot do before the audio is read
+            offered, asked = service.models.find(fields.model), time.perf_counter()
+            request.scope[MODEL] = offered.name
+            using = stack.enter_async_context(service.models.using(offered))
+            try:
+                model = await client.wait_for(using)
+            except ApiError as error:
+                raise service.models.late(offered) if error.code == "timeout" else error from None
+            loading = time.perf_counter() - asked
+            fields = model.completed(fields)
+            wanted = model.request(fields)  # refuse what the model cannot do before the audio is read
         except BaseException:
             await form.close()
             raise
-        audio = await client.wait_for(service.read(file.file, file.filename or "the upload", fields))
-        audio = replace(audio, upload=upload)
+        audio = await client.wait_for(service.read(model, file.file, file.filename or "the upload", fields))
+        audio = replace(audio, upload=upload, loading=loading)
         stack.callback(audio.close)
         stack.enter_context(service.room_for(audio))  # before a stream starts, whose status is 200
         result = TranscriptionAnswer(audio, fields)
+        updates = service.segments(model, audio, fields, wanted)
         if fields.stream:
-            return _Stream(_events(service, client, result, wanted), stack.pop_all())
-        await client.wait_for(_collect(service, result, wanted))
-        return result.response(next(iter(service.tokenizer.languages), None))
+            return _Stream(_events(client, result, updates), stack.pop_all())
+        await client.wait_for(_collect(result, updates))
+        return result.response(model.first_language)
 
 
 class _Stream(StreamingResponse):
-    """SSE stream; the request keeps its queue slot until the stream closes."""
+    """SSE stream; the request keeps its queue slot and its model until the stream closes."""
 
-    def __init__(self, events: AsyncIterator[str], slot: contextlib.ExitStack):
+    def __init__(self, events: AsyncIterator[str], held: contextlib.AsyncExitStack):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._slot = slot
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot:
+        async with self._held:
             await super().__call__(scope, receive, send)
 
 
@@ -411,24 +444,25 @@ class TranscriptionAnswer:
     @property
     def _milliseconds(self) -> dict[str, float]:
         """Milliseconds that the request took in each stage."""
-        stages = {"upload": self.audio.upload, "audio": self.audio.reading, "queue": self.timing.queue}
+        stages = {"upload": self.audio.upload, "audio": self.audio.reading}
+        stages["queue"] = self.audio.loading + self.timing.queue
         stages |= {name: getattr(self.timing, name) for name in ("features", "encoder", "decoder")}
         return {name: round(seconds * 1000, 2) for name, seconds in stages.items()}
 
 
-async def _collect(service: Service, result: TranscriptionAnswer, wanted: EngineRequest) -> None:
-    async with contextlib.aclosing(service.segments(result.audio, result.fields, wanted)) as updates:
+async def _collect(result: TranscriptionAnswer, updates: AsyncGenerator[TranscriptUpdate]) -> None:
+    async with contextlib.aclosing(updates):
         async for update in updates:
             result.add(update)
 
 
 async def _events(
-    service: Service, client: _Client, result: TranscriptionAnswer, wanted: EngineRequest
+    client: _Client, result: TranscriptionAnswer, updates: AsyncGenerator[TranscriptUpdate]
 ) -> AsyncIterator[str]:
     """Yield OpenAI's server-sent events: a delta for each segment as soon as it is decoded, then the last event."""
     number = 0
     try:
-        async with contextlib.aclosing(service.segments(result.audio, result.fields, wanted)) as updates:
+        async with contextlib.aclosing(updates):
             while True:
                 for delta, segment in result.add(await client.wait_for(anext(updates))):
                     yield _event(result.delta(number, delta, segment))

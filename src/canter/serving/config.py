@@ -1,13 +1,9 @@
 """Settings of the service; those in `ServiceOptions` are options of ``canter serve``."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from canter.errors import ConfigError
-
-if TYPE_CHECKING:
-    from canter.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +42,8 @@ class ServiceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig(ServiceOptions):
-    """All settings of the service, with resolved names, keys and languages."""
+    """All settings of the service, with resolved keys, names of hosts and memory."""
 
-    names: tuple[str, ...] = ("canter", "whisper-1")
-    """Names by which clients may ask for the model; the first one is shown."""
-    adapters: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Names by which clients ask for the model with an adapter, and the adapters' numbers in the model's bank."""
     keys: frozenset[str] = frozenset()
     """API keys; a request must carry one of them. No key is needed if this is empty."""
     hosts: frozenset[str] | None = None
@@ -59,8 +51,8 @@ class ServiceConfig(ServiceOptions):
     among them allows every IP address. None allows any name."""
     origins: frozenset[str] = frozenset()
     """Origins, such as https://example.org, whose pages may call the service; `*` allows any."""
-    tokenizer: "Tokenizer | None" = None
-    """Tokenizer of the model, which knows its languages; the service fills it in."""
+    memory_bytes: int | None = None
+    """Memory that all loaded models together may take (see `ServedModel.bytes`); None: no limit."""
     readers: int = 2
     """Number of threads that decode audio."""
 
@@ -77,8 +69,3 @@ class ServiceConfig(ServiceOptions):
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be more than 0")
-        if not self.names or not all(self.names):
-            raise ConfigError("the model needs a name that clients can ask for")
-        both = sorted({*self.names} & {*self.adapters})
-        if both:
-            raise ConfigError(f"--adapter {both[0]}: that is a name of the model itself; choose another")

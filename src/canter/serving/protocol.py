@@ -10,7 +10,6 @@ from starlette.datastructures import FormData, UploadFile
 from canter.errors import CanterError, ConfigError
 from canter.inference.hotwords import WEIGHT, Phrases
 from canter.inference.inputs import Channel, read_channel
-from canter.inference.languages import read_languages, spoken_language
 from canter.inference.recording import TranscribeConfig
 from canter.inference.transcript.vad import USUAL_VAD, Vad, VadOptions
 from canter.serving.config import ServiceConfig
@@ -24,13 +23,14 @@ FIELDS = {
     "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "include[]",
     "vad_filter", "vad_parameters", "channel", "languages", "languages[]", "clip_timestamps", "clip_timestamps[]",
     "hallucination_silence_threshold", "hotwords", "hotword_weight", "beam_size", "fallback", "repetition_guard",
+    "condition_on_previous_text", "suppress_tokens", "suppress_tokens[]",
 }  # fmt: skip
 NEUTRAL = {
     "n": ("1",), "best_of": ("1",), "use_beam_search": ("false", "0"), "stream_include_usage": ("true", "1"),
     "stream_continuous_usage_stats": ("false", "0"), "top_p": ("1",), "top_k": ("0", "-1"), "min_p": ("0",),
     "frequency_penalty": ("0",), "presence_penalty": ("0",), "repetition_penalty": ("1",), "length_penalty": ("1",),
     "patience": ("1",), "no_repeat_ngram_size": ("0",), "without_timestamps": ("true", "1"),
-    "condition_on_previous_text": ("false", "0"), "suppress_tokens": ("-1",), "suppress_blank": ("true", "1"),
+    "suppress_blank": ("true", "1"),
     "multilingual": ("false", "0"), "log_progress": ("true", "1", "false", "0"),
 }  # fmt: skip
 """Fields of the clients of vLLM, speaches and faster-whisper that are accepted with the value which changes nothing."""
@@ -72,6 +72,8 @@ class AudioRequest:
     """Language of the audio; None if the request names none."""
     to_language: str | None = None
     """Language of the text, if it is another."""
+    model: str = ""
+    """Name of the model or adapter; empty: the first model."""
     prompt: str = ""
     """Text that precedes the audio."""
     response_format: str = "json"
@@ -102,6 +104,10 @@ class AudioRequest:
     """Decode repetitive or unlikely text again at higher temperatures (Whisper only)."""
     guarded: bool = True
     """Apply the guard against repetition."""
+    condition_on_previous_text: bool = False
+    """Decode the chunks of long audio one after another, each with the text before it in its prompt."""
+    suppress_tokens: tuple[int, ...] | None = None
+    """Ids of tokens that are never written, -1 for the model's own set; None: that set."""
 
     @property
     def timestamps(self) -> Literal["none", "segment", "word"]:
@@ -112,7 +118,10 @@ class AudioRequest:
 
 
 def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[UploadFile, AudioRequest]:
-    """Return the file and the fields of a form. Raise ApiError, naming the field and its value, for what is invalid."""
+    """Return the file and the fields of a form, with languages as the client wrote them (`ServedModel.completed`).
+
+    Raises ApiError, naming the field and its value, for what is invalid with any model.
+    """
     for name in sorted(form.keys() - FIELDS):
         if name.partition("[")[0] in OBJECTS:
             continue
@@ -126,25 +135,22 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
     if not isinstance(file, UploadFile):
         raise ApiError(400, "the form has no 'file' with audio", "file", "missing_required_parameter")
     values = {name: value for name, value in form.items() if isinstance(value, str)}
-    model = values.get("model") or config.names[0]
-    check_model_name(model, config)
-    languages = _languages(form, config)
     vad, vad_options, chunk_seconds = _vad(values, config)
     request = AudioRequest(
         task,
-        _language(values, "language", config) or (None if languages else config.language),
-        to_language=_language(values, "to_language", config),
+        _language(values, "language"),
+        to_language=_language(values, "to_language"),
+        model=values.get("model", ""),
         prompt=values.get("prompt", "").strip(),
         response_format=_choice(values, "response_format", FORMATS, "json"),
         temperature=_number(values, "temperature", 0.0, 0.0, 1.0),
         stream=_flag(values, "stream"),
         granularities=_granularities(form),
-        adapter=config.adapters.get(model, 0),
         vad=vad,
         vad_options=vad_options,
         chunk_seconds=chunk_seconds,
         channel=_channel(values),
-        languages=languages,
+        languages=tuple(_several(form, "languages")),
         clip_timestamps=_clips(form),
         hallucination_silence_threshold=_threshold(values),
         hotwords=_hotwords(form, values),
@@ -152,17 +158,11 @@ def read_fields(form: FormData, task: str, config: ServiceConfig) -> tuple[Uploa
         beam_size=_beam_size(values, config),
         fallback=_flag(values, "fallback", "true"),
         guarded=_flag(values, "repetition_guard", "true"),
+        condition_on_previous_text=_flag(values, "condition_on_previous_text"),
+        suppress_tokens=_suppressed(form),
     )
     _check_combination(request)
     return file, request
-
-
-def check_model_name(name: str, config: ServiceConfig) -> None:
-    """Raise ApiError (404) if neither the service's model nor one of its adapters has this name."""
-    if name not in config.names and name not in config.adapters:
-        known = ", ".join(map(repr, (config.names[0], *config.adapters)))
-        text = f"there is no model {name[:80]!r} here, only {known}"
-        raise ApiError(404, text, "model", "model_not_found")
 
 
 def _check_combination(request: AudioRequest) -> None:
@@ -221,15 +221,6 @@ def _several(form: FormData, name: str) -> list[str]:
     return [part for one in given for part in one.split(",") if part.strip()]
 
 
-def _languages(form: FormData, config: ServiceConfig) -> tuple[str, ...]:
-    assert config.tokenizer is not None
-    try:
-        language, several = read_languages(config.tokenizer, _several(form, "languages"))
-        return several or ((spoken_language(config.tokenizer, language),) if language else ())
-    except ConfigError as error:
-        raise ApiError(400, f"languages: {error}", "languages") from None
-
-
 def _clips(form: FormData) -> tuple[float, ...]:
     given = _several(form, "clip_timestamps")
     try:
@@ -239,6 +230,20 @@ def _clips(form: FormData) -> tuple[float, ...]:
     except ValueError:
         text = f"clip_timestamps {','.join(given)[:40]!r} are not seconds, separated by commas"
         raise ApiError(400, text, "clip_timestamps") from None
+
+
+def _suppressed(form: FormData) -> tuple[int, ...] | None:
+    """Return the tokens to suppress: ids with commas between them or one a field, or a list in JSON; None if the field
+    is not sent, and none for an empty one."""
+    name = "suppress_tokens"
+    if not {name, f"{name}[]"} & form.keys():
+        return None
+    given = [part.strip("[] ") for part in _several(form, name)]
+    try:
+        return tuple(int(part) for part in given if part)
+    except ValueError:
+        text = f"{name} {','.join(given)[:40]!r} are not ids of tokens, separated by commas"
+        raise ApiError(400, text, name) from None
 
 
 def _threshold(values: Mapping[str, str]) -> float | None:
@@ -306,16 +311,10 @@ def _choice(values: Mapping[str, str], name: str, known: tuple[str, ...], defaul
     return value
 
 
-def _language(values: Mapping[str, str], name: str, config: ServiceConfig) -> str | None:
-    """Return the model's code of the language in a field, None if the field names none."""
+def _language(values: Mapping[str, str], name: str) -> str | None:
+    """Return the language in a field as the client wrote it, None if the field names none."""
     value = values.get(name, "").strip()[:40]
-    if not is_said(value):
-        return None
-    assert config.tokenizer is not None
-    try:
-        return spoken_language(config.tokenizer, value)
-    except ConfigError as error:
-        raise ApiError(400, f"{name}: {error}", name) from None
+    return value if is_said(value) else None
 
 
 def _number(values: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:

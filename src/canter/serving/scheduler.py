@@ -85,6 +85,9 @@ class Ticket:
         self.deliver = deliver
         """Called in the engine's thread, once for every chunk, unless the ticket is cancelled."""
         self.left = chunks
+        """Number of chunks without an outcome, those that are to be added included."""
+        self.queued = 0
+        """Number of chunks added so far."""
         self.cancelled = False
         self.arrived = time.perf_counter()
         self.entered: tuple[float, StageSeconds] | None = None
@@ -139,21 +142,31 @@ class Scheduler:
         """Number of chunks in the engine."""
         return len(self._inside)
 
-    def submit(self, requests: Sequence[Request], deliver: Callable[[Outcome], None]) -> Ticket:
-        """Queue the chunks of one request; their outcomes are delivered as they finish, in any order."""
-        rate = self.engine.model.sample_rate
-        ticket = Ticket(len(requests), deliver)
+    def submit(
+        self, requests: Sequence[Request], deliver: Callable[[Outcome], None], chunks: int | None = None
+    ) -> Ticket:
+        """Queue the chunks of one request; their outcomes are delivered as they finish, in any order.
+
+        chunks: number of all chunks, where others follow by `add`.
+        """
+        ticket = Ticket(len(requests) if chunks is None else chunks, deliver)
+        ticket.turn = self._turn
+        self.add(ticket, requests)
+        return ticket
+
+    def add(self, ticket: Ticket, requests: Sequence[Request]) -> None:
+        """Queue more chunks of a request, which are numbered in the order of their arrival."""
+        model = self.engine.model
         entries = [
-            _Entry(ticket, chunk, request, self.engine.model.encoder_frames(len(request.audio) / rate))
-            for chunk, request in enumerate(requests)
+            _Entry(ticket, chunk, request, model.encoder_frames(len(request.audio) / model.sample_rate))
+            for chunk, request in enumerate(requests, ticket.queued)
         ]
         with self._changed:
             if not self.alive:
                 raise EngineFailure("the service is shutting down")
-            ticket.turn = self._turn
+            ticket.queued += len(entries)
             self._waiting += entries
             self._changed.notify()
-        return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Drop a ticket: deliver nothing more, and remove its rows from the engine at the next decoder step."""

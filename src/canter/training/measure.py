@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel, module_of
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
-from canter.runtime import MMAP_THRESHOLD, is_out_of_memory, map_large_blocks
+from canter.runtime import MMAP_THRESHOLD, device_memory, is_out_of_memory, map_large_blocks
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
 from canter.training.step.gradient import TrainingStep
@@ -144,11 +143,10 @@ def memory_limit(device: torch.device, limit: float | None = None, events: Event
     Without ``limit``, they are 95 % of a GPU's free memory or half of a CPU's memory. Raises BudgetError for a limit
     that the machine does not have.
     """
+    room = device_memory(device)
     if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         default, source = GPU_FRACTION * room, f"{GPU_FRACTION:.0%} of the free memory of this GPU"
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         default, source = CPU_FRACTION * room, "half of this machine's"
     if limit is None:
         limit = default

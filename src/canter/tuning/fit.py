@@ -17,7 +17,8 @@ from canter.errors import BudgetError
 from canter.planning.budget import TERMS, Budget, Polynomial
 from canter.planning.lengths import Index
 from canter.planning.plan import Plan
-from canter.tuning.probe import BatchShape, Probe, Prober, gib
+from canter.runtime import gib
+from canter.tuning.probe import BatchShape, Probe, Prober
 
 MOST_PROBES = 40
 MOST_EVENTS = 5  # out-of-memory failures after which only probes that are expected to fit easily are run

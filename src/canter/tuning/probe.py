@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from canter.errors import BudgetError
 from canter.events import QUIET, Events
-from canter.runtime import OutOfMemory, capped_allocator, is_out_of_memory, peak_of, release_memory, tensor_bytes
+from canter.runtime import OutOfMemory, capped_allocator, gib, is_out_of_memory, peak_of, release_memory, tensor_bytes
 
 FORMAT = "canter-probes/1"
 GUARDED = 0.7  # fraction of the free memory above which a probe, or one of unknown size, runs under a cap
@@ -250,8 +250,3 @@ def read_probes(journal: Path) -> list[tuple[dict[str, object], Probe]]:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise BudgetError(f"{journal}:{number}: not a probe; remove the line, or the file") from None
     return found
-
-
-def gib(size: float) -> str:
-    """Return bytes as text in GiB or MiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"

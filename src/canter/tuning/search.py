@@ -14,8 +14,9 @@ import numpy as np
 from canter.errors import BudgetError
 from canter.planning.bins import Bins
 from canter.planning.budget import Budget
+from canter.runtime import gib
 from canter.tuning.fit import fit
-from canter.tuning.probe import Prober, gib
+from canter.tuning.probe import Prober
 
 GAP = 0.05  # between the largest batch that fits and the smallest that does not, relative to the latter
 FIRST = 32  # utterances of the first batch of the first bucket

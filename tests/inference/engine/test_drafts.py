@@ -133,11 +133,11 @@ def test_one_error_costs_one_step():
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_rows_without_drafts_share_steps(width):
-    """Rows at a temperature, with hot words and without a draft in one batch."""
+    """Rows at a temperature, with hot words and with suppressed tokens of their own in one batch."""
     model = varied_model()
     phrases = [[first, second] for first in range(8, 20) for second in range(8, 39)]
     words = HotWords(phrases, 5.0, [True] * VOCABULARY)
-    kinds = ({}, {"temperature": 0.8}, {"hotwords": words}, {"scored": True})
+    kinds = ({}, {"temperature": 0.8}, {"hotwords": words}, {"suppress_tokens": (15, 26, 9)})
     asked = [replace(one, **kinds[n % 4]) for n, one in enumerate(requests(16))]
     expected = plain(model, asked, rows=6)
     right = Writer({one.key: one.tokens for one in plain(model, requests(16))})

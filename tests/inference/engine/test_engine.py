@@ -166,6 +166,26 @@ def test_suppressed_tokens_are_never_chosen():
     assert all(most not in hypothesis.tokens and hypothesis.tokens for hypothesis in found)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_of_one_batch_suppress_tokens_of_their_own(beams):
+    """Each is decoded as by an engine with its set, which replaces the model's or, with -1, adds to it."""
+    model = small_model()
+    plain = [token for hypothesis in Engine(model, END).decode(requests()) for token in hypothesis.tokens]
+    most, second, *_ = sorted({*plain}, key=plain.count, reverse=True)
+    model.generation = {"suppress_tokens": [most], "begin_suppress_tokens": [END]}
+    sets = (None, (), (second,), (-1, second))
+    wanted = [
+        Engine(model, END, EngineConfig(beams=beams, suppress_tokens=(-1,) if one is None else one)).decode(requests(8))
+        for one in sets
+    ]
+    mixed = [replace(request, suppress_tokens=one) for request in requests(8) for one in sets]
+    found = Engine(model, END, EngineConfig(beams=beams, rows=32)).decode(mixed)
+    assert [hypothesis.tokens for hypothesis in found] == [
+        hypotheses[number].tokens for number in range(8) for hypotheses in wanted
+    ]
+    assert len({tuple(token for one in hypotheses for token in one.tokens) for hypotheses in wanted}) == 4
+
+
 def test_ctc(model):
     request = requests(1)[0]
     with torch.inference_mode():

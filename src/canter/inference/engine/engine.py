@@ -667,11 +667,18 @@ class Engine:
                 ctc=row.encoding.ctc_log_probs,
                 hotwords=row.request.hotwords,
                 draft=self._draft(row),
+                never=self._never(row.request),
             )
             for row in new
         ]
         live.add(new, drawn)
         return decoder.head(hidden[:, -1:])
+
+    def _never(self, request: Request) -> Tensor | None:
+        """Return the tokens that a request suppresses instead of the engine's."""
+        if request.suppress_tokens is None:
+            return None
+        return upload(suppressed_tokens(self.model, self.end, request.suppress_tokens), self.device)
 
     def _await(self, rows: Iterable[_Encoded]) -> None:
         """Let the decoder's stream wait for the encoder output of the rows."""

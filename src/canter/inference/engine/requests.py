@@ -107,6 +107,8 @@ class Request:
     """Compute the times of tokens."""
     guarded: bool = True
     """Apply the guard against repetition (``max_repeats``); False where ``policy`` detects repetition."""
+    suppress_tokens: tuple[int, ...] | None = None
+    """Ids of tokens that are never chosen, in place of the engine's (see `EngineConfig`); None: those."""
 
 
 @dataclass(frozen=True)

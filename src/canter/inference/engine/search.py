@@ -55,10 +55,17 @@ class Rules:
         """Return whether the model writes timestamps after this prompt."""
         return self.no_timestamps is not None and self.no_timestamps not in prompt
 
-    def suppress(self, logits: Tensor, opening: bool) -> None:
-        """Set suppressed tokens to -inf in logits (R, V); ``opening``: the first token after the prompt is next."""
+    def suppress(self, logits: Tensor, opening: bool, others: Sequence[Tensor | None] = ()) -> None:
+        """Set suppressed tokens to -inf in logits (R, V); ``opening``: the first token after the prompt is next.
+
+        others: for each row, the tokens to suppress there instead of the usual ones, if any.
+        """
         which = self.never_first if opening else self.never
-        if len(which):
+        if any(one is not None for one in others):
+            at_first = which[len(self.never) :]
+            for row, other in zip(logits, others, strict=True):
+                row.index_fill_(0, which if other is None else torch.cat([other, at_first]), -math.inf)
+        elif len(which):
             # An assignment would copy the number to the GPU and wait for it.
             logits.index_fill_(1, which, -math.inf)
 
@@ -139,6 +146,8 @@ class Row:
     """Phrases to prefer; rows with a temperature do not."""
     draft: Draft | None = None
     """What its text may be; rows with a temperature or hot words have none."""
+    never: Tensor | None = None
+    """Ids of tokens to suppress instead of the usual ones."""
 
     def __post_init__(self):
         self.drafted: list[int] = []  # tokens of the draft in the present step
@@ -260,7 +269,7 @@ class Greedy:
         scores = logits.flatten(0, 1).float()  # (B * K, V)
         scored = bool(self.joint) or any(row.scored for row in rows)
         total = scores.logsumexp(-1) if scored and not self.rules.renormalised else None
-        self.rules.suppress(scores, opening)
+        self.rules.suppress(scores, opening, [row.never for row in rows for _ in range(width)])
         if self.rules.order:
             stamped = [row.stamped for row in rows for _ in range(width)]
             written = [row.tokens + some[:n] for row, some in zip(rows, drafted) for n in range(width)]
@@ -482,7 +491,7 @@ class BeamSearch:
         total = scores.logsumexp(-1)  # before the rules, as in `transformers`
         if scores.data_ptr() == logits.data_ptr():
             scores = scores.clone()
-        self.rules.suppress(scores, opening)
+        self.rules.suppress(scores, opening, [row.never for row in rows for _ in range(width)])
         stamped = [row.stamped for row in rows for _ in range(width)]
         beams = [beam for state in states for beam in state.live[:width]]
         self.rules.order_timestamps(scores, stamped, [beam.tokens for beam in beams])
