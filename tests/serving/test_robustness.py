@@ -499,11 +499,11 @@ def test_time_that_is_over(endless, stream, monkeypatch):
 class Failing(Engine):
     """Engine that fails on audio whose first sample is 0.5."""
 
-    def _encode(self, batch):
+    def _encode(self, batch, **options):
         if any(abs(item.audio[0] - 0.5) < 1e-3 for item in batch):
             raise RuntimeError("no memory is left")
         time.sleep(0.05)  # so that others wait, and share the next batch
-        return super()._encode(batch)
+        return super()._encode(batch, **options)
 
 
 def test_an_engine_that_fails_on_one_request_serves_the_others(model):

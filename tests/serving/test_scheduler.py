@@ -22,10 +22,10 @@ class Recorder(Engine):
         self.batches: list[list[int]] = []
         self.door = threading.Event()
 
-    def _encode(self, batch):
+    def _encode(self, batch, **options):
         self.batches.append([len(request.audio) for request in batch])
         self.door.wait(PATIENCE)
-        return super()._encode(batch)
+        return super()._encode(batch, **options)
 
 
 class Collected:

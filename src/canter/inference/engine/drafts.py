@@ -26,6 +26,10 @@ MEASURED = 2  # times of a step after which it counts as measured
 KEPT = 4  # latest times of a step
 COLUMNS = 16  # latest times of a further token, the shortest of which says what to expect of other steps
 REVISIT = 256  # steps after which a value of K is measured again that looked slower; more if it looked much slower
+HOLD = 3  # further steps for which a choice holds, which takes as long as a tenth of a small step
+USELESS, PAUSE = 16, 256  # choices of K = 1 after which rows have no draft, and the number of these rows
+REMEMBERED = 1000  # tokens after which older ones count half
+USUAL_TOKENS = 20.0  # weight of the expected number of tokens
 USUAL_ACCEPTANCE, PRIOR = 0.8, 4.0  # of a drafted token, and its weight as a number of tokens
 SMALL_HEAD = 1024  # outputs of a CTC head whose cost does not count
 
@@ -94,52 +98,100 @@ class StepWidths:
         self.accepted, self.tried = USUAL_ACCEPTANCE * PRIOR, PRIOR
         # by rows, rounded up to a power of two, and K
         self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self._age: defaultdict[tuple[int, int], int] = defaultdict(int)  # steps of as many rows since the latest time
+        self._counts: defaultdict[tuple[int, int], int] = defaultdict(int)  # of all times
+        self._steps: defaultdict[int, int] = defaultdict(int)  # of as many rows
+        self._latest: defaultdict[tuple[int, int], int] = defaultdict(int)  # step of the latest time
         self._columns: deque[float] = deque(maxlen=COLUMNS)  # seconds of a further token of a row
+        self._held = (0, 1, 0)  # rows, K, and the number of further steps for which it holds
+        # by K: tokens that steps gave, and that they were expected to give
+        self._given = dict.fromkeys(self.widths, USUAL_TOKENS)
+        self._expected = dict.fromkeys(self.widths, USUAL_TOKENS)
+        self._next = dict.fromkeys(self.widths, 0.0)  # tokens expected of the next step
+        self._narrow = 0  # latest choices that were K = 1
+        self._pause = 0  # rows that are to have no draft
+
+    @property
+    def active(self) -> bool:
+        """True unless drafts have not paid lately."""
+        return not self._pause
+
+    def enters(self) -> bool:
+        """Return whether the next row is to have a draft. After many steps in which none paid, some rows have none."""
+        self._pause = max(0, self._pause - 1)
+        return self.active
 
     def choose(self, drafts: Sequence[Draft | None]) -> int:
         """Return K for the next step of rows with these drafts; None: a row without one."""
+        rows, width, steps = self._held
+        if rows == len(drafts) and steps:
+            self._held = rows, width, steps - 1
+            return width
+        width, decided = self._best(drafts)
+        self._held = len(drafts), width, HOLD if decided else 0
+        self._narrow = self._narrow + 1 if width == 1 and decided else 0
+        if self._narrow == USELESS:
+            self._narrow, self._pause = 0, PAUSE
+        return width
+
+    def _best(self, drafts: Sequence[Draft | None]) -> tuple[int, bool]:
+        """Return K, and whether it is the fastest, rather than one to measure."""
         left = np.array([max(0, len(one.tokens) - one.place) if one else 0 for one in drafts])
         if not left.any():
-            return self.widths[0]
-        rate = self.accepted / self.tried
+            return 1, False
+        rate, size = self.accepted / self.tried, _rounded(len(drafts))
         accepted = np.array([one.accepted if one else 0 for one in drafts]) + rate * PRIOR
-        tried = accepted + np.array([one.rejected if one else 0 for one in drafts]) + (1 - rate) * PRIOR
-        each = accepted / tried
-        size, found = _rounded(len(drafts)), list[tuple[float, int]]()
-        for width in self.widths:
-            # 1 + a + a^2 + ... of as many drafted tokens as there are
-            tokens = ((1 - each ** (np.minimum(left, width - 1) + 1)) / (1 - np.minimum(each, 0.999))).sum()
-            found.append((tokens / self._seconds(size, width), width))
+        rejected = np.array([one.rejected if one else 0 for one in drafts]) + (1 - rate) * PRIOR
+        each = np.minimum(accepted / (accepted + rejected), 0.999)[:, None]
+        # 1 + a + a^2 + ... of as many drafted tokens as there are
+        most = np.minimum(left[:, None], np.array(self.widths) - 1)
+        tokens = ((1 - each ** (most + 1)) / (1 - each)).sum(0).tolist()
+        self._next = dict(zip(self.widths, tokens))
+        found = [
+            (count * self._given[width] / self._expected[width] / self._seconds(size, width), width)
+            for width, count in self._next.items()
+        ]
         best, chosen = max(found)
-        old = [width for speed, width in found if self._age[size, width] * speed > REVISIT * best]
-        return old[0] if old else chosen
+        for speed, width in found:
+            # A time is measured again, sooner the fewer there are and the less it would cost. The first steps of all,
+            # with K = 1, may have been slow.
+            age = self._steps[size] - self._latest[size, width]
+            wait = (8 if width == 1 else 64) * self._counts[size, width]
+            if speed and age * speed > min(REVISIT, wait) * best:
+                return width, False
+        return chosen, len(self._times[size, chosen]) >= MEASURED
 
     def _seconds(self, size: int, width: int) -> float:
-        """Return the seconds of a step: the shortest measured, else expected from those of K = 1 and other steps."""
+        """Return the seconds of a step: the shortest of the latest, else expected from those of K = 1 and other
+        steps."""
         times, narrow = self._times[size, width], self._times[size, 1]
         if len(times) >= MEASURED:
             return min(times)
-        if width == 1 or len(narrow) < MEASURED:  # to be measured first
+        if width == 1 or len(narrow) < MEASURED:  # K = 1 is measured first
             return math.inf if width > 1 else 1.0
         if not self._columns:
             return min(narrow) if width == self.widths[1] else math.inf
         return min(narrow) + min(self._columns) * size * (width - 1)
 
-    def record(self, drafts: Sequence[Draft | None], width: int, seconds: float) -> None:
-        """Record the time of a step."""
-        size = _rounded(len(drafts))
+    def record(self, rows: int, width: int, seconds: float, tokens: int) -> None:
+        """Record the time of a step of ``rows`` rows and the number of tokens that it has given them."""
+        size = _rounded(rows)
+        self._given[width] += tokens
+        self._expected[width] += self._next[width] or tokens
+        if self._expected[width] > REMEMBERED:
+            self._given[width], self._expected[width] = self._given[width] / 2, self._expected[width] / 2
         self._times[size, width].append(seconds)
         if width > 1 and self._times[size, 1]:
             self._columns.append(max(0.0, seconds - min(self._times[size, 1])) / (size * (width - 1)))
-        for one in self.widths:
-            self._age[size, one] += 1
-        self._age[size, width] = 0
+        self._steps[size] += 1
+        self._counts[size, width] += 1
+        self._latest[size, width] = self._steps[size]
 
     def count(self, accepted: int, rejected: int) -> None:
         """Record the drafted tokens that rows have accepted, and the number of rows that have rejected one."""
         self.accepted += accepted
         self.tried += accepted + rejected
+        if self.tried > REMEMBERED:
+            self.accepted, self.tried = self.accepted / 2, self.tried / 2
 
 
 def _rounded(rows: int) -> int:

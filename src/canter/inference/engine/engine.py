@@ -461,9 +461,10 @@ class Engine:
                 encoded, encoded_lengths = model.encode(features, frames, adapters=[item.adapter for item in batch])
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
                 ctc_log_probs: Tensor | None = None
-                if self.ctc or with_ctc or self.drafts:
+                drafted = self.drafts is not None and (self.widths.active or self.config.draft_width is not None)
+                if self.ctc or with_ctc or drafted:
                     ctc_log_probs, ctc_lengths = model.ctc_log_probs(encoded, encoded_lengths)
-                    if self.ctc or self.drafts:
+                    if self.ctc or drafted:
                         ctc = ctc_greedy(ctc_log_probs, ctc_lengths)
                 encoded = model.projection(encoded)
                 if self.gpu:  # computed here, to avoid waiting for the device
@@ -488,7 +489,7 @@ class Engine:
         """Return the drafts that another model writes."""
         found: list[list[int] | None] = [None] * len(batch)
         asking = [index for index, one in enumerate(batch) if not one.temperature and not one.hotwords]
-        if not self.drafter or not asking:
+        if not self.drafter or not asking or not (self.widths.active or self.config.draft_width):
             return found
         begun = time.perf_counter()
         plain = [
@@ -503,9 +504,11 @@ class Engine:
         """Return what the text of a row that enters may be."""
         if row.temperature or row.request.hotwords:
             return None
+        if not self.drafting or not (self.widths.enters() or self.config.draft_width):
+            return None
         tokens = row.encoding.draft
-        if tokens is None and self.drafts:
-            tokens = self.drafts.tokens(row.encoding.ctc or [], row.prompt)
+        if self.drafts and row.encoding.ctc is not None:
+            tokens = self.drafts.tokens(row.encoding.ctc, row.prompt)
         return None if tokens is None else Draft([token for token in tokens if token != self.end])
 
     def _limit(self, request: Request, frames: int) -> int:
@@ -565,8 +568,8 @@ class Engine:
         choice = live.search.choose(logits, first, opening=bool(enter))
         if choice.parents is not None:
             live.cache.choose(choice.parents, first)
-        if any(drafts) and not enter:
-            self.widths.record(drafts, width, time.perf_counter() - begun)
+        if any(drafts) and not enter and not self.config.draft_width:
+            self.widths.record(len(drafts), width, time.perf_counter() - begun, len(drafts) + choice.accepted)
             self.widths.count(choice.accepted, choice.rejected)
         taken_back = [choice.taken_back.get(slot, 0) for slot in range(len(live.rows))]
         self.counters.tokens += len(live.rows) - first + choice.accepted

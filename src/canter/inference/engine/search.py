@@ -260,7 +260,7 @@ class Greedy:
     def inputs(self, width: int = 1) -> list[list[int]]:
         for row in self.rows:
             room = min(width, row.limit - len(row.tokens)) - 1
-            row.drafted = row.draft.following(room) if row.draft else []
+            row.drafted = row.draft.following(room) if row.draft and room > 0 else []
         return [[row.tokens[-1], *row.drafted, *[self.pad] * (width - 1 - len(row.drafted))] for row in self.rows]
 
     def choose(self, logits: Tensor, first: int, opening: bool) -> Choice:
