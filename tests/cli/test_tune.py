@@ -5,8 +5,13 @@ import pytest
 
 from canter.cli.main import main
 from canter.corpus.index import LengthIndex
+from canter.loading import save_module
+from canter.models.decoder import DecoderConfig
 from canter.planning import Budget
-from canter.training.config import ModelShape, TrainConfig, dump_config
+from canter.text import train_tokenizer
+from canter.training.config import LoraConfig, ModelShape, TrainConfig, dump_config
+
+from ..models.conftest import small_model
 
 
 @pytest.fixture
@@ -59,3 +64,22 @@ def test_what_cannot_be(files, capsys, options, message):
     assert tune(files, *options) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (files / "budget.json").exists()
+
+
+def test_lora_of_a_configuration_is_measured(tmp_path, capsys):
+    """Its gradients and optimiser state are those of the additions only."""
+    tokenizer = train_tokenizer(["yes no stop enter"] * 20, languages=["en"], vocab_size=40)
+    decoder = DecoderConfig(layers=4, width=256, heads=4, vocabulary=tokenizer.vocab_size, feedforward=1024)
+    model = small_model(decoder=decoder, ctc_vocabulary=0)
+    model.tokenizer = tokenizer
+    save_module(model, tmp_path / "model")
+    LengthIndex(np.linspace(1, 3, 40).astype(np.float32), np.full(40, 9)).save(tmp_path / "lengths.arrow")
+    found = {}
+    for rank in (0, 4):
+        config = TrainConfig(init=tmp_path / "model", precision="float32", threads=1, lora=LoraConfig(rank=rank))
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        (tmp_path / "budget.probes.jsonl").unlink(missing_ok=True)
+        assert tune(tmp_path, "--probes", "6") == 0, capsys.readouterr().err
+        found[rank] = Budget.load(tmp_path / "budget.json").fixed_bytes
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert found[0] > found[4] + 1.5 * weights  # gradients, and at least one moment of the optimiser

@@ -21,7 +21,7 @@ from canter.redaction import redacted
 COMMANDS = {
     "transcribe": ("canter.cli.transcribe", "transcribe audio and video to text, subtitles or manifests"),
     "align": ("canter.cli.align", "align a given text with its audio: times and probabilities of words"),
-    "serve": ("canter.cli.serve", "serve a model over OpenAI's transcription API, with a page"),
+    "serve": ("canter.cli.serve", "serve one or several models over OpenAI's transcription API, with a page"),
     "train": ("canter.cli.train", "train or fine-tune a model, or resume a run"),
     "score": ("canter.cli.score", "compute WER, CER and BLEU of transcripts"),
     "report": ("canter.cli.report", "write a run as one HTML page"),
