@@ -145,11 +145,11 @@ def test_later_requests_do_not_starve_earlier_ones(model, scheduler_of):
     scheduler, got = scheduler_of(frames=1), Collected(3)
     encode = scheduler.engine._encode
 
-    def encode_while_more_come(batch):
+    def encode_while_more_come(batch, **options):
         if len(scheduler.engine.batches) < 20:
             for _ in range(2):
                 scheduler.submit(requests(model, [0.5]), lambda outcome: None)
-        return encode(batch)
+        return encode(batch, **options)
 
     scheduler.engine._encode = encode_while_more_come
     scheduler.engine.door.set()
@@ -164,9 +164,9 @@ def test_a_last_chunk_is_decoded_before_more_of_long_audio(model, scheduler_of):
     scheduler, long, short = scheduler_of(frames=1), Collected(5), Collected(1)
     encode = scheduler.engine._encode
 
-    def slow(batch):
+    def slow(batch, **options):
         scheduler.engine.counters.encoder_seconds += 1000.0
-        return encode(batch)
+        return encode(batch, **options)
 
     scheduler.engine._encode = slow
     scheduler.submit(requests(model, [1.0, 1.1, 1.2, 1.3, 1.4]), long)
