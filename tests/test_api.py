@@ -442,7 +442,7 @@ def test_a_model_is_saved_completely(canary, clips, tmp_path):
 def test_an_engine_is_made_once_for_the_same_settings(canary, clips):
     for _ in range(3):
         canary.transcribe(clips[0], language="en", batch_size=7)
-    assert len([key for key in canary._engines if key.rows == 7]) == 1
+    assert len([config for config, _ in canary._engines if config.rows == 7]) == 1
 
 
 @needs_shared
