@@ -71,7 +71,7 @@ def compare(engines: dict[str, Engine], clips: list[Clip], repeats: int) -> dict
             "same_text": texts[name] == texts[plain],
             "decoder_time": shown([one.decoder_seconds / other.decoder_seconds for one, other in pairs]),
             "total_time": shown([one.seconds / other.seconds for one, other in pairs]),
-            "steps_per_token": statistics.median(one.useful_row_steps / one.tokens for one in counters),
+            "steps_per_token": statistics.median(one.steps_per_token for one in counters),
             "acceptance": statistics.median(one.acceptance for one in counters),
             "decoder_seconds": statistics.median(one.decoder_seconds for one in counters),
             "decoder_seconds_without": statistics.median(one.decoder_seconds for one in base),

@@ -192,7 +192,7 @@ def with_drafts(models: dict[str, SpeechModel], clips, tokens, options: Options)
                     found.append({
                         "shape": shape, "acceptance": acceptance, "seconds": middle.seconds,
                         "decoder_seconds": middle.decoder_seconds,
-                        "steps_per_token": middle.useful_row_steps / middle.tokens, "same_texts": same,
+                        "steps_per_token": middle.steps_per_token, "same_texts": same,
                     })  # fmt: skip
     return found
 

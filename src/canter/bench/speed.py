@@ -47,6 +47,10 @@ class Details(TypedDict, total=False):
     """Fraction of the decoder's rows that had not ended."""
     mean_rows: float
     """Useful rows per decoder step."""
+    acceptance: float
+    """Accepted fraction of the drafted tokens."""
+    steps_per_token: float
+    """Decoder steps of a row for each of its tokens."""
     counters: dict[str, float]
 
 
@@ -100,6 +104,8 @@ class EngineSystem:
             "shares": {**parts, "other": max(0.0, 1.0 - sum(parts.values()))},
             "useful_rows": counters.useful_rows,
             "mean_rows": counters.mean_rows,
+            "acceptance": counters.acceptance,
+            "steps_per_token": counters.steps_per_token,
             "counters": asdict(counters),
         }
 

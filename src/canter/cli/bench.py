@@ -189,8 +189,8 @@ def print_speeds(speeds: dict[str, Speed], clips: list[Clip]) -> None:
         if name.endswith("without drafts"):
             ratio = counters["decoder_seconds"] / speed.details.get("counters", {})["decoder_seconds"]
             console.print(
-                f"Drafts: {counters['accepted'] / max(counters['drafted'], 1):.0%} of {counters['drafted']:,} drafted "
-                f"tokens accepted, {counters['useful_row_steps'] / max(counters['tokens'], 1):.2f} steps a token, "
+                f"Drafts: {details.get('acceptance', 0):.0%} of {counters['drafted']:,} drafted "
+                f"tokens accepted, {details.get('steps_per_token', 1):.2f} steps a token, "
                 f"{ratio:.2f} times the decoder's time without them"
             )
     for name, speed in speeds.items():

@@ -108,7 +108,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What is known of a model that has been loaded once, whether it still is or not."""
+    """Properties of a model, which stay known after it has been unloaded."""
 
     languages: tuple[str, ...]
     language: str | None

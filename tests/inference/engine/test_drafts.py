@@ -228,9 +228,9 @@ def run(widths: StepWidths, drafts: list[Draft | None], seconds, steps: int, acc
     for _ in range(steps):
         width = widths.choose(drafts)
         chosen.append(width)
-        widths.record(len(drafts), width, seconds(width), len(drafts) * (width if accepted else 1))
-        if width > 1:
-            widths.count(*(len(drafts), 0) if accepted else (0, len(drafts)))
+        tried = len(drafts) * (width - 1)
+        outcome = (tried, 0) if accepted else (0, len(drafts) if tried else 0)
+        widths.record(len(drafts), width, seconds(width), *outcome)
     return chosen
 
 
@@ -259,7 +259,7 @@ def test_a_time_that_was_a_hiccup_is_measured_again():
     widths, drafts = StepWidths((1, 4)), long_drafts(1)
     for width, seconds in ((1, 1.0), (4, 16.0)):
         for _ in range(MEASURED):
-            widths.record(1, width, seconds, width)
+            widths.record(1, width, seconds, width - 1, 0)
     chosen = run(widths, drafts, lambda width: 2.0 if width == 4 else 1.0, 9 * REVISIT, True)
     assert chosen[0] == 1
     assert chosen[-REVISIT:].count(4) > 0.98 * REVISIT

@@ -35,7 +35,7 @@ SMALL_HEAD = 1024  # outputs of a CTC head whose cost does not count
 
 
 class Drafter(Protocol):
-    """What writes drafts: an engine of a smaller model with the same tokenizer."""
+    """Writer of drafts, such as the engine of a smaller model with the same tokenizer."""
 
     def decode(self, requests: list[Request]) -> list[Hypothesis]:
         """Return a hypothesis for each request, in their order."""
@@ -93,8 +93,9 @@ class StepWidths:
     """Choice of K, the number of tokens of a row in a step: the one with the most tokens a second, by the measured
     times of steps and the accepted fraction of drafts. The text does not depend on it."""
 
-    def __init__(self, widths: Sequence[int] = WIDTHS):
-        self.widths = sorted(widths)
+    def __init__(self, widths: Sequence[int] = WIDTHS, fixed: int | None = None):
+        """Choose among ``widths``, of which 1 is one; or always choose the ``fixed`` one."""
+        self.widths, self.fixed = sorted(widths), fixed
         self.accepted, self.tried = USUAL_ACCEPTANCE * PRIOR, PRIOR
         # by rows, rounded up to a power of two, and K
         self._times: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
@@ -122,6 +123,8 @@ class StepWidths:
 
     def choose(self, drafts: Sequence[Draft | None]) -> int:
         """Return K for the next step of rows with these drafts; None: a row without one."""
+        if self.fixed:
+            return self.fixed
         rows, width, steps = self._held
         if rows == len(drafts) and steps:
             self._held = rows, width, steps - 1
@@ -172,9 +175,16 @@ class StepWidths:
             return min(narrow) if width == self.widths[1] else math.inf
         return min(narrow) + min(self._columns) * size * (width - 1)
 
-    def record(self, rows: int, width: int, seconds: float, tokens: int) -> None:
-        """Record the time of a step of ``rows`` rows and the number of tokens that it has given them."""
-        size = _rounded(rows)
+    def record(self, rows: int, width: int, seconds: float, accepted: int, rejected: int) -> None:
+        """Record a step of ``rows`` rows: its time, the drafted tokens that they have accepted, and the number of rows
+        that have rejected one."""
+        if self.fixed:
+            return
+        self.accepted += accepted
+        self.tried += accepted + rejected
+        if self.tried > REMEMBERED:
+            self.accepted, self.tried = self.accepted / 2, self.tried / 2
+        size, tokens = _rounded(rows), rows + accepted
         self._given[width] += tokens
         self._expected[width] += self._next[width] or tokens
         if self._expected[width] > REMEMBERED:
@@ -185,13 +195,6 @@ class StepWidths:
         self._steps[size] += 1
         self._counts[size, width] += 1
         self._latest[size, width] = self._steps[size]
-
-    def count(self, accepted: int, rejected: int) -> None:
-        """Record the drafted tokens that rows have accepted, and the number of rows that have rejected one."""
-        self.accepted += accepted
-        self.tried += accepted + rejected
-        if self.tried > REMEMBERED:
-            self.accepted, self.tried = self.accepted / 2, self.tried / 2
 
 
 def _rounded(rows: int) -> int:

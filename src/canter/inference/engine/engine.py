@@ -221,7 +221,7 @@ class Engine:
         self.spelling = spelling_of(model) if weight else None
         self.drafter = drafter
         self.drafts = self._drafts()
-        self.widths = StepWidths()
+        self.widths = StepWidths(fixed=self.config.draft_width)
         self.ctc = ctc and model.ctc is not None
         self.device = next(model.parameters()).device
         self.rows = self.config.rows or default_rows(model, self.device, joint=weight > 0)
@@ -461,7 +461,7 @@ class Engine:
                 encoded, encoded_lengths = model.encode(features, frames, adapters=[item.adapter for item in batch])
                 ctc: Sequence[list[int] | None] = [None] * len(batch)
                 ctc_log_probs: Tensor | None = None
-                drafted = self.drafts is not None and (self.widths.active or self.config.draft_width is not None)
+                drafted = self.drafts is not None and self.widths.active
                 if self.ctc or with_ctc or drafted:
                     ctc_log_probs, ctc_lengths = model.ctc_log_probs(encoded, encoded_lengths)
                     if self.ctc or drafted:
@@ -489,7 +489,7 @@ class Engine:
         """Return the drafts that another model writes."""
         found: list[list[int] | None] = [None] * len(batch)
         asking = [index for index, one in enumerate(batch) if not one.temperature and not one.hotwords]
-        if not self.drafter or not asking or not (self.widths.active or self.config.draft_width):
+        if not self.drafter or not asking or not self.widths.active:
             return found
         begun = time.perf_counter()
         plain = [
@@ -502,9 +502,7 @@ class Engine:
 
     def _draft(self, row: _Encoded) -> Draft | None:
         """Return what the text of a row that enters may be."""
-        if row.temperature or row.request.hotwords:
-            return None
-        if not self.drafting or not (self.widths.enters() or self.config.draft_width):
+        if row.temperature or row.request.hotwords or not self.drafting or not self.widths.enters():
             return None
         tokens = row.encoding.draft
         if self.drafts and row.encoding.ctc is not None:
@@ -558,7 +556,7 @@ class Engine:
             logits = self._enter(live, [waiting.popleft() for _ in range(free)])
         else:
             if any(drafts):
-                width = self.config.draft_width or self.widths.choose(drafts)
+                width = self.widths.choose(drafts)
             tokens = upload(live.search.inputs(width), self.device)
             step = steps.step if steps else self.model.decoder.step
             logits = step(tokens, live.cache)
@@ -568,9 +566,9 @@ class Engine:
         choice = live.search.choose(logits, first, opening=bool(enter))
         if choice.parents is not None:
             live.cache.choose(choice.parents, first)
-        if any(drafts) and not enter and not self.config.draft_width:
-            self.widths.record(len(drafts), width, time.perf_counter() - begun, len(drafts) + choice.accepted)
-            self.widths.count(choice.accepted, choice.rejected)
+        if any(drafts) and not enter:
+            seconds = time.perf_counter() - begun
+            self.widths.record(len(drafts), width, seconds, choice.accepted, choice.rejected)
         taken_back = [choice.taken_back.get(slot, 0) for slot in range(len(live.rows))]
         self.counters.tokens += len(live.rows) - first + choice.accepted
         self.counters.drafted += choice.drafted

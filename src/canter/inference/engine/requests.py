@@ -223,6 +223,11 @@ class Counters:
         return self.accepted / max(self.drafted, 1)
 
     @property
+    def steps_per_token(self) -> float:
+        """Mean number of decoder steps of a row for each of its tokens."""
+        return self.useful_row_steps / max(self.tokens, 1)
+
+    @property
     def mean_rows(self) -> float:
         """Mean number of useful rows in a step."""
         return self.useful_row_steps / max(self.steps, 1)

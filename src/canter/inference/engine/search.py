@@ -145,7 +145,7 @@ class Row:
     hotwords: HotWords | None = None
     """Phrases to prefer; rows with a temperature do not."""
     draft: Draft | None = None
-    """What its text may be; rows with a temperature or hot words have none."""
+    """Draft of its text; None for rows with a temperature or hot words."""
     never: Tensor | None = None
     """Ids of tokens to suppress instead of the usual ones."""
 
