@@ -162,10 +162,11 @@ def test_every_utterance_once_an_epoch(config):
     assert trained.progress.utterances == 40
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_stopped_run_resumes_bit_exactly(config, tmp_path, micro_batches):
+@pytest.mark.parametrize(("micro_batches", "strategy"), [(1, "balanced"), (2, "balanced"), (2, "packed")])
+def test_a_stopped_run_resumes_bit_exactly(config, tmp_path, micro_batches, strategy):
     config = dataclasses.replace(
         config,
+        strategy=strategy,
         micro_batches_per_step=micro_batches,
         model=dataclasses.replace(config.model, dropout=0.1),
         augment=AugmentConfig(frequency_masks=1, frequency_width=8, time_masks=2),

@@ -27,7 +27,7 @@ from canter.errors import CheckpointError, ConfigError
 from canter.inference.engine.engine import Engine
 from canter.inference.engine.requests import EngineConfig, Hypothesis, Request, Underway, encoder_batches
 from canter.integrations.transformers_files import load_parts
-from canter.models.batch import Batch, Loss, SoftTargets, attention_loss, distillation_loss
+from canter.models.batch import Batch, Loss, SoftTargets, attention_loss, distillation_loss, targets_of
 from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.formats.files import read_tensors, replacing_model
 from canter.models.lora import LoraAdapter
@@ -234,9 +234,10 @@ class TransformersModel(nn.Module):
         if self.training:
             np.random.seed(int(torch.randint(2**32, ())))  # SpecAugment of transformers draws from NumPy
         logits, batch = self.token_logits(batch, features), batch.to(self.model.device)
-        total, count = attention_loss(logits, batch, label_smoothing)
+        targets = targets_of(batch)
+        total, count = attention_loss(logits, targets, label_smoothing)
         zero = total.new_zeros(())
-        return Loss(total, count, zero, zero, distillation_loss(logits, teacher, batch) if teacher else None)
+        return Loss(total, count, zero, zero, distillation_loss(logits, teacher, targets) if teacher else None)
 
     def token_logits(self, batch: Batch, features: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return logits (B, U - 1, V) of the tokens after the first; ``features`` may be given, already computed."""

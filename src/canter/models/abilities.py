@@ -31,6 +31,7 @@ NEEDS: dict[str, Capability] = {
     "train --parallel shard": "shard",
     "train --augment masks": "spec_augment",
     "train --pad-seconds": "any_length",
+    "train --strategy packed": "packing",
     "train --init --tokenizer": "vocabulary",
     "train --init --loss.ctc-weight": "joint_decoding",
     "CTC head on characters": "characters",

@@ -3,7 +3,7 @@
 B: utterances, S: samples, U: tokens, V: vocabulary, C: characters.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canter.models.features import length_mask
+from canter.models.packing import Packing
+from canter.planning.groups import group_sizes
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Batch:
             part[padded] = part[padded][:, : int(part[lengths].max())]
         return Batch(**part)
 
+    def by_length(self) -> "list[Batch]":
+        """Return the utterances in groups of like length, longest first: those of a packed micro-batch."""
+        order = self.audio_lengths.argsort(descending=True, stable=True)
+        sizes = group_sizes(self.audio_lengths[order].tolist())
+        return [self.take(rows) for rows in order.split(sizes)]
+
     def without(self, rows: Collection[int]) -> "Batch | None":
         """Return the batch without the utterances of these rows of the index; None if none remain."""
         keep = torch.tensor([row not in rows for row in self.rows.tolist()], device=self.rows.device)
@@ -83,41 +91,49 @@ class Loss:
 class SoftTargets:
     """A teacher's predictions for a batch, which a student is trained to match."""
 
-    logits: Tensor  # (B, U - 1, V) of the tokens after the first
+    logits: Tensor  # (B, U - 1, V) of the tokens after the first; of a packed batch (1, N, V)
     temperature: float
     """Divisor of both models' logits."""
 
 
-def attention_loss(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the sum of cross-entropy over text and end tokens, and their number.
+IGNORED = -100  # target of a token that bears no loss
 
-    logits: (B, U - 1, V) of the tokens after the first. Prompt and padding bear no loss. Label smoothing as in NeMo's
-    SmoothedCrossEntropyLoss.
+
+def targets_of(batch: Batch) -> Tensor:
+    """Return the tokens after the first (B, U - 1), IGNORED in place of prompt and padding."""
+    size = batch.tokens.shape[1] - 1
+    bears = length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)
+    return torch.where(bears, batch.tokens[:, 1:], IGNORED)
+
+
+def packing_of_tokens(groups: Sequence[Batch]) -> Packing:
+    """Return where the tokens but the last of each utterance stand: those that the decoder reads."""
+    return Packing([one.token_lengths - 1 for one in groups], [one.tokens.shape[1] - 1 for one in groups])
+
+
+def attention_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the sum of cross-entropy over ``targets``, as of `targets_of`, and the number that bear loss.
+
+    logits: (B, U - 1, V) of the tokens after the first. Label smoothing as in NeMo's SmoothedCrossEntropyLoss.
     """
-    targets, v, bears = batch.tokens[:, 1:], logits.shape[-1], _bears_loss(batch)
+    v = logits.shape[-1]
     total = F.cross_entropy(
         logits.float().flatten(0, 1),
-        torch.where(bears, targets, -100).flatten(),
-        ignore_index=-100,
+        targets.flatten(),
+        ignore_index=IGNORED,
         reduction="sum",
         label_smoothing=label_smoothing * v / (v - 1),
     )
-    return total, bears.sum()
+    return total, (targets != IGNORED).sum()
 
 
-def distillation_loss(logits: Tensor, teacher: SoftTargets, batch: Batch) -> Tensor:
-    """Return the sum of T^2 KL(teacher || student) over text and end tokens, in nats (Hinton et al., 2015, section 2).
+def distillation_loss(logits: Tensor, teacher: SoftTargets, targets: Tensor) -> Tensor:
+    """Return the sum of T^2 KL(teacher || student) over ``targets``, in nats (Hinton et al., 2015, section 2).
 
     logits: (B, U - 1, V) of the tokens after the first. T^2 keeps the size of the gradient at every temperature T.
     """
-    bears = _bears_loss(batch)
+    bears = targets != IGNORED
     student, target = (
         (one[bears].float() / teacher.temperature).log_softmax(-1) for one in (logits, teacher.logits.detach())
     )
     return teacher.temperature**2 * F.kl_div(student, target, reduction="sum", log_target=True)
-
-
-def _bears_loss(batch: Batch) -> Tensor:
-    """Return a mask (B, U - 1) of the tokens after the first: True for text and end, False for prompt and padding."""
-    size = batch.tokens.shape[1] - 1
-    return length_mask(batch.token_lengths - 1, size) & ~length_mask(batch.prompt_lengths - 1, size)

@@ -4,7 +4,7 @@ B: utterances, T: encoder frames, U: tokens, D: width, H: heads, K: head width, 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +16,7 @@ from canter.models.cache import ROUND, DecoderCache
 from canter.models.features import attention_mask
 from canter.models.layers import Attention, KeyValues, Stack, TransformerLayer, rates, sinusoids, whisper_rates
 from canter.models.lora import AdapterBank
+from canter.models.packing import PackedMask, Packing
 from canter.runtime import upload
 
 
@@ -79,15 +80,15 @@ class DecoderLayer(TransformerLayer):
         self,
         x: Tensor,
         encoded: Tensor | KeyValues,
-        encoded_mask: Tensor | None,
+        encoded_mask: Tensor | PackedMask | None,
         past: KeyValues | None = None,
-        past_mask: Tensor | None = None,
+        past_mask: Tensor | PackedMask | None = None,
     ) -> Tensor:
         """Return the layer's output (B, U, D) for tokens ``x`` (B, U, D).
 
         ``encoded`` is the encoder's output (B, T, D), or its keys and values from a cache. Without ``past`` tokens
         attend to those before them (teacher forcing); else to ``past``, which takes up their keys and values.
-        Masks broadcast to (B, H, U, T) and (B, H, U, N); None: everything is attended.
+        Masks broadcast to (B, H, U, T) and (B, H, U, N); None: everything is attended; packed: of packed tokens.
         """
         x = self.attend(x, self.norm_self, self.self_attention, past, past_mask, causal=past is None)
         x = self.attend(x, self.norm_cross, self.cross_attention, encoded, encoded_mask)
@@ -156,6 +157,19 @@ class Decoder(Stack):
         x = self.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         mask = attention_mask(encoded_lengths, encoded.shape[1])
         return self.head(self.run(x, encoded, mask, layer_drop=self.config.layer_drop))
+
+    def packed(self, tokens: Sequence[Tensor], own: Packing, encoded: Tensor, frames: Packing) -> Tensor:
+        """Return logits (1, N, V) of groups of tokens (B, U), packed as in ``own``, for packed encoded (1, N', D).
+
+        Raises ValueError for more tokens than there are positions.
+        """
+        longest = max(own.sizes)
+        if longest > self.config.positions:
+            raise ValueError(f"{longest} tokens are more than the decoder's {self.config.positions} positions")
+        places = torch.arange(longest, device=encoded.device)
+        x = self.embed(own.pack(tokens), own.pack([places[: one.shape[1]].expand_as(one) for one in tokens]))
+        among, on_frames = PackedMask(own, own), PackedMask(own, frames)
+        return self.head(self.run(x, encoded, on_frames, None, among, layer_drop=self.config.layer_drop))
 
     @property
     def blocks(self) -> Iterable[DecoderLayer]:

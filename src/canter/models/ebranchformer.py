@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.features import attention_mask, length_mask
-from canter.models.layers import Attention, Count, Encoder, rates, sinusoids
+from canter.models.features import Count, attention_mask, length_mask
+from canter.models.layers import Attention, Encoder, rates, sinusoids
+from canter.models.packing import PackedMask, Packing
 
 EPSILON = 1e-12
 """Epsilon of every LayerNorm, as in ESPnet."""
@@ -115,8 +116,11 @@ class DepthwiseConvolution(nn.Module):
         self.register_parameter("bias", None if causal else nn.Parameter(torch.zeros(channels)))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """X (B, T, C), valid (B, T, 1) or None where everything is -> (B, T, C)."""
+    def forward(self, x: Tensor, valid: Tensor | Packing | None) -> Tensor:
+        """X (B, T, C), valid (B, T, 1) or None where everything is -> (B, T, C); or packed x (1, N, C)."""
+        if isinstance(valid, Packing):
+            spread, within = valid.spread(x, self.before)
+            return valid.gather(self(spread, within[:, :, None]), self.before)
         x = (x if valid is None else x * valid).transpose(1, 2)
         padding, groups, frames = self.before, len(self.weight), x.shape[2]
         if x.is_cuda:
@@ -145,7 +149,7 @@ class ConvolutionalGatingMLP(nn.Module):
             self.conv.weight.normal_(std=1e-6)
             self.conv.bias.fill_(1.0)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | Packing | None) -> Tensor:
         units, gate = F.gelu(self.up(self.norm(x))).chunk(2, dim=-1)
         return self.down(self.dropout(units * self.conv(self.norm_gate(gate), valid)))
 
@@ -169,7 +173,7 @@ class EBranchformerLayer(nn.Module):
         self.norm_out = nn.LayerNorm(d, EPSILON)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | PackedMask | None, valid: Tensor | Packing | None) -> Tensor:
         """X (B, T, D), mask (B, 1, 1, T), valid (B, T, 1); None where every position is valid -> (B, T, D)."""
         x = torch.add(x, self.dropout(self.feed_forward1(x)), alpha=0.5)
         h = self.norm_attention(x)
@@ -186,6 +190,7 @@ class EBranchformer(Encoder):
     positions: Tensor
     outputs = ("feed_forward1.down", "merge", "feed_forward2.down")
     last_norm = "norm_out"
+    packs = True
 
     def __init__(self, config: EBranchformerConfig):
         super().__init__()
@@ -205,7 +210,7 @@ class EBranchformer(Encoder):
             frames = unpadded_half(frames)
         return cast(Count, frames.clamp(min=1) if isinstance(frames, Tensor) else max(1, frames))
 
-    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         shortest = 2 * self.config.subsampling - 1  # feature frames of one encoder frame
         if features.shape[1] < shortest:
             features = F.pad(features, (0, 0, 0, shortest - features.shape[1]))
@@ -213,7 +218,14 @@ class EBranchformer(Encoder):
         if x.shape[1] > self.config.positions:
             raise ValueError(f"{x.shape[1]} encoder frames are more than the {self.config.positions} positions")
         lengths = self.frames(lengths)
-        x = self.dropout(x * math.sqrt(self.config.width) + self.positions[: x.shape[1]].to(x.dtype))
-        mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
-        valid = None if mask is None else length_mask(lengths, x.shape[1])[:, :, None]
-        return self.norm(self.run(x, mask, valid, layer_drop=self.config.layer_drop)), lengths
+        return self.dropout(x * math.sqrt(self.config.width) + self.positions[: x.shape[1]].to(x.dtype)), lengths
+
+    def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
+        mask: Tensor | PackedMask | None
+        valid: Tensor | Packing | None
+        if isinstance(lengths, Packing):
+            mask, valid = PackedMask(lengths, lengths), lengths
+        else:
+            mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
+            valid = None if mask is None else length_mask(lengths, x.shape[1])[:, :, None]
+        return self.norm(self.run(x, mask, valid, layer_drop=self.config.layer_drop))

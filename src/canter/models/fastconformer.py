@@ -19,6 +19,7 @@ from canter.models import kernels
 from canter.models.features import length_mask
 from canter.models.layers import Encoder, rates, sinusoids
 from canter.models.norm import MaskedBatchNorm
+from canter.models.packing import Packing
 
 if kernels.AVAILABLE:
     from canter.models.kernels import conformer, subsampling
@@ -170,9 +171,12 @@ def relative_positions(size: int, width: int, device: torch.device) -> Tensor:
 
     N is rounded up to a multiple of ALIGNED: a GPU's matrix units need rows of scores that are.
     """
-    count = -(-(2 * size - 1) // ALIGNED) * ALIGNED
-    distance = torch.arange(size - 1, size - 1 - count, -1, dtype=torch.float32, device=device)
+    distance = torch.arange(size - 1, size - 1 - _distances(size), -1, dtype=torch.float32, device=device)
     return sinusoids(distance, rates(width, device))
+
+
+def _distances(size: int) -> int:
+    return -(-(2 * size - 1) // ALIGNED) * ALIGNED
 
 
 class RelativeAttention(nn.Module):
@@ -190,14 +194,29 @@ class RelativeAttention(nn.Module):
         self.pos_bias_u = nn.Parameter(torch.zeros(config.heads, d // config.heads))
         self.pos_bias_v = nn.Parameter(torch.zeros(config.heads, d // config.heads))
 
-    def forward(self, x: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """Return (B, T, D) for x (B, T, D), positions (N, D) with N at least 2T-1, valid (B, T)."""
-        b, t, d = x.shape
-        q = self.linear_q(x).view(b, t, self.heads, -1)
-        k = self.linear_k(x).view(b, t, self.heads, -1).transpose(1, 2)
-        v = self.linear_v(x).view(b, t, self.heads, -1).transpose(1, 2)
-        p = self.linear_pos(positions) * (d // self.heads) ** -0.5
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor | Packing) -> Tensor:
+        """Return (B, T, D) for x (B, T, D), positions (N, D) with N at least 2T-1, valid (B, T).
+
+        With a `Packing` as ``valid`` x is packed, and T is the longest utterance's.
+        """
+        q, k, v = self.linear_q(x), self.linear_k(x), self.linear_v(x)
+        p = self.linear_pos(positions) * (x.shape[2] // self.heads) ** -0.5
         p = p.view(len(positions), self.heads, -1).permute(1, 2, 0)  # (H, K, N)
+        if not isinstance(valid, Packing):
+            return self.linear_out(self._read(q, k, v, p, valid))
+        longest, read = max(valid.sizes), []
+        groups = zip(valid.split(q), valid.split(k), valid.split(v), valid.valid)
+        for queries, keys, values, mask in groups:
+            size = queries.shape[1]
+            near = p[..., longest - size : longest - size + _distances(size)]
+            read.append(self._read(queries, keys, values, near, mask))
+        return self.linear_out(valid.pack(read))
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, p: Tensor, valid: Tensor) -> Tensor:
+        """Return what queries (B, T, D) read from keys and values, for projected positions (H, K, N)."""
+        b, t, d = q.shape
+        q = q.view(b, t, self.heads, -1)
+        k, v = (one.view(b, t, self.heads, -1).transpose(1, 2) for one in (k, v))
         by_content, by_position = (q + self.pos_bias_u).transpose(1, 2), q + self.pos_bias_v
         if kernels.can_run(q):  # one product a head, of all rows
             scores = torch.bmm(by_position.view(b * t, self.heads, -1).transpose(0, 1), p)
@@ -207,7 +226,7 @@ class RelativeAttention(nn.Module):
             bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(by_content.to(v.dtype), k, v, attn_mask=bias, dropout_p=dropout)
-        return self.linear_out(y.transpose(1, 2).reshape(b, t, d))
+        return y.transpose(1, 2).reshape(b, t, d)
 
 
 def _shift(scores: Tensor) -> Tensor:
@@ -232,14 +251,15 @@ class Convolution(nn.Module):
         self.batch_norm = MaskedBatchNorm(d) if config.norm == "batch" else nn.LayerNorm(d)
         self.pointwise_conv2 = nn.Linear(d, d, bias=config.bias)
 
-    def forward(self, x: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | Packing, count: Tensor) -> Tensor:
         x = F.glu(self.pointwise_conv1(x), dim=-1)
         conv, norm = self.depthwise_conv, self.batch_norm
         if not isinstance(norm, MaskedBatchNorm):
             x = norm(self._depthwise(x, valid, conv.weight, conv.bias))
         elif norm.training:  # not where its weights are frozen
-            x = norm(self._depthwise(x, valid, conv.weight, conv.bias), valid, count)
-        elif kernels.can_run(x) and not torch.is_grad_enabled():
+            mask = valid.row if isinstance(valid, Packing) else valid
+            x = norm(self._depthwise(x, valid, conv.weight, conv.bias), mask, count)
+        elif kernels.can_run(x) and not torch.is_grad_enabled() and not isinstance(valid, Packing):
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
             x = conformer.depthwise_normed(x, valid, conv.weight, conv.bias, *statistics, norm.epsilon)
             return self.pointwise_conv2(x)
@@ -247,12 +267,15 @@ class Convolution(nn.Module):
             x = self._depthwise(x, valid, *norm.folded(conv.weight, conv.bias))
         return self.pointwise_conv2(F.silu(x, inplace=not torch.is_grad_enabled()))
 
-    def _depthwise(self, x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply the depthwise convolution, weight (D, 1, k), to x (B, T, D), valid (B, T).
+    def _depthwise(self, x: Tensor, valid: Tensor | Packing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the depthwise convolution, weight (D, 1, k), to x (B, T, D), valid (B, T), or to packed x (1, N, D).
 
         On a CPU it runs in two dimensions, one of them of size 1: those have kernels for channels last in memory, as
         they are here, and take half the time.
         """
+        if isinstance(valid, Packing):
+            gap = weight.shape[2] // 2
+            return valid.gather(self._depthwise(*valid.spread(x, gap), weight, bias), gap)
         if kernels.can_run(x):
             return conformer.depthwise(x, valid, weight, bias)
         x, padding, groups = (x * valid[:, :, None]).transpose(1, 2), weight.shape[2] // 2, len(weight)
@@ -291,7 +314,7 @@ class ConformerLayer(nn.Module):
         self.norm_out = nn.LayerNorm(d)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor | Packing, count: Tensor) -> Tensor:
         """Return the layer's output (B, T, D); ``count`` () is the number of valid frames.
 
         The count is the same for all layers, and a sum over (B, T) is a kernel for each range of sizes where layers are
@@ -312,6 +335,7 @@ class FastConformer(Encoder):
 
     outputs = ("feed_forward1.linear2", "self_attn.linear_out", "conv.pointwise_conv2", "feed_forward2.linear2")
     last_norm = "norm_out"
+    packs = True
 
     def __init__(self, config: FastConformerConfig):
         super().__init__()
@@ -323,16 +347,21 @@ class FastConformer(Encoder):
     def frames(self, feature_frames):
         return subsampled(feature_frames)
 
-    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         kernels.look_at(features.device)
         x, lengths = self.pre_encode(features, lengths)
         if x.is_cuda:  # fused attention wants the rows of its bias aligned, and would pad them in every layer
             x = F.pad(x, (0, 0, 0, -x.shape[1] % ALIGNED))
         if self.config.xscaling:
             x = x * math.sqrt(self.config.width)
-        x = self.dropout(x)
-        positions = relative_positions(x.shape[1], self.config.width, x.device).to(x.dtype)
+        return self.dropout(x), lengths
+
+    def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
+        packed = isinstance(lengths, Packing)
+        longest = max(lengths.sizes) if packed else x.shape[1]
+        positions = relative_positions(longest, self.config.width, x.device).to(x.dtype)
         # as the norm at the end of every layer leaves it under autocast: so all layers are compiled as one
         x = x.to(self.pre_encode.out.weight.dtype)
-        valid = length_mask(lengths, x.shape[1])
-        return self.run(x, positions, valid, lengths.sum(), layer_drop=self.config.layer_drop), lengths
+        valid = lengths if packed else length_mask(lengths, x.shape[1])
+        count = lengths.row.sum() if packed else lengths.sum()
+        return self.run(x, positions, valid, count, layer_drop=self.config.layer_drop)

@@ -5,6 +5,7 @@ B: utterances, S: samples, F: feature frames (10 ms), M: mel bins.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.augment import noise
-from canter.models.layers import Count
+
+Count = TypeVar("Count", int, Tensor)
+"""A number of samples or frames, or a tensor of them."""
 
 
 @dataclass(frozen=True)

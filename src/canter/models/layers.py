@@ -6,19 +6,18 @@ B: utterances, U: queries, N: keys, D: width, H: heads, K: head width, T: encode
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from canter.models.features import Count
 from canter.models.norm import frozen_statistics
-
-Count = TypeVar("Count", int, Tensor)
-"""A number of samples or frames, or a tensor of them."""
+from canter.models.packing import PackedMask, Packing
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -83,27 +82,42 @@ class Attention(nn.Module):
 
     def project(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, H, N, K) of ``source`` (B, N, D)."""
-        return self.split(self.key(source)), self.split(self.value(source))
+        keys, values = map(self.split, self._rows(source))
+        return keys, values
 
     def forward(
-        self, x: Tensor, source: Tensor | KeyValues, mask: Tensor | None = None, causal: bool = False
+        self, x: Tensor, source: Tensor | KeyValues, mask: Tensor | PackedMask | None = None, causal: bool = False
     ) -> Tensor:
         """Return what queries ``x`` (B, U, D) read from ``source`` (B, N, D), or from keys and values: (B, U, D).
 
-        ``mask`` is boolean, true where attended, or added to the scores; it broadcasts to (B, H, U, N).
+        ``mask`` is boolean, true where attended, or added to the scores; it broadcasts to (B, H, U, N). With a
+        `PackedMask` ``x`` and ``source`` are packed.
         """
+        if isinstance(mask, PackedMask):
+            assert isinstance(source, Tensor)
+            keys, values = map(mask.keys.split, self._rows(source))
+            masks = [None] * len(keys) if causal else mask.keys.masks
+            groups = zip(mask.queries.split(self.query(x)), keys, values, masks)
+            read = [self._read(self.split(q), self.split(k), self.split(v), one, causal) for q, k, v, one in groups]
+            return self.out(mask.queries.pack(read))
         if isinstance(source, KeyValues):
             keys, values, columns = source
             if columns is not None:
                 source.write(*self.project(x))
         else:
             keys, values = self.project(source)
+        return self.out(self._read(self.split(self.query(x)), keys, values, mask, causal))
+
+    def _rows(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key(source), self.value(source)
+
+    def _read(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Return what queries (B, H, U, K) read: (B, U, D)."""
         dropout = self.dropout if self.training else 0.0
-        query = self.split(self.query(x))
         y = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=self.bias(query, mask), dropout_p=dropout, is_causal=causal
         )
-        return self.out(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     def bias(self, query: Tensor, mask: Tensor | None) -> Tensor | None:
         """Return what is added to the scores of queries (B, H, U, K), or a boolean mask; relative positions go here."""
@@ -134,7 +148,7 @@ class TransformerLayer(nn.Module):
         norm: nn.Module,
         attention: Attention,
         source: Tensor | KeyValues | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | PackedMask | None = None,
         causal: bool = False,
     ) -> Tensor:
         """Return ``x`` (B, U, D) plus what it reads by ``attention`` from ``source``, by default from itself."""
@@ -159,7 +173,7 @@ class Stack(nn.Module):
     compiled: bool = False
     """True if each layer is compiled."""
 
-    def run(self, x: Tensor, *context: Tensor | None, layer_drop: float = 0.0) -> Tensor:
+    def run(self, x: Tensor, *context: Tensor | Packing | PackedMask | None, layer_drop: float = 0.0) -> Tensor:
         """Run ``x`` through all layers, each called with ``context`` too.
 
         Training leaves each out with probability ``layer_drop`` (Fan et al., 2020), drawn from torch's generator.
@@ -202,12 +216,29 @@ class Encoder(Stack):
     """True if every utterance fills its batch, because all are padded to one length; the model sets it."""
     last_norm: str = ""
     """The norm that a layer ends with, if it has one."""
+    packs: bool = False
+    """True if it has ``embed`` and ``contextualise``, and so encodes packed micro-batches too."""
 
     def frames(self, feature_frames: Count) -> Count:
         """Return the number of encoder frames of ``feature_frames``."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        x, lengths = self.embed(features, lengths)
+        return self.contextualise(x, lengths), lengths
+
+    def packed(self, groups: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Packing]:
+        """Return the encoder's output (1, N, D) of groups of features and lengths, and where utterances stand in it."""
+        embedded = [self.embed(*group) for group in groups]
+        packing = Packing([lengths for _, lengths in embedded], [x.shape[1] for x, _ in embedded])
+        return self.contextualise(packing.pack([x for x, _ in embedded]), packing), packing
+
+    def embed(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input (B, T, D) of the layers, and lengths (B,) in encoder frames."""
+        raise NotImplementedError
+
+    def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
+        """Run the layers on ``x`` (B, T, D) of lengths (B,), or (1, N, D) packed."""
         raise NotImplementedError
 
 

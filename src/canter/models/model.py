@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.batch import Batch, Loss, SoftTargets, attention_loss, distillation_loss
+from canter.models.batch import (
+    Batch,
+    Loss,
+    SoftTargets,
+    attention_loss,
+    distillation_loss,
+    packing_of_tokens,
+    targets_of,
+)
 from canter.models.cost import UtteranceCost, measure_cost
 from canter.models.decoder import Decoder, DecoderConfig
 from canter.models.ebranchformer import EBranchformerConfig
@@ -23,6 +31,7 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import EspnetFeatureConfig, FeatureConfig, KaldiFeatureConfig, WhisperFeatureConfig
 from canter.models.layers import EncoderConfig
 from canter.models.lora import AdapterBank, LoraAdapter
+from canter.models.packing import Packing
 from canter.models.protocol import Capability
 from canter.models.w2v_bert import W2vBertConfig
 from canter.models.whisper import WhisperEncoderConfig
@@ -103,7 +112,7 @@ class SpeechModel(nn.Module):
     def supports(self) -> Set[Capability]:
         """All features; a CTC head on the decoder's tokens, as OWSM's, has no characters, and the tokenizer decides on
         language detection and previous text."""
-        lacking = set[Capability]()
+        lacking = set[Capability]() if self.encoder.packs else {"packing"}
         if self.characters is None and self.config.ctc_vocabulary == self.config.decoder.vocabulary:
             lacking.add("characters")
         if self.tokenizer is not None:
@@ -237,6 +246,11 @@ class SpeechModel(nn.Module):
             self.bank.rows = upload(adapters, features.device) if adapters and any(adapters) else None
         return self.encoder(features.to(next(self.encoder.parameters()).dtype), lengths)
 
+    def encode_packed(self, features: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Packing]:
+        """Return the encoder's output (1, N, D) of groups of features (B, F, M), (B,), and where utterances stand."""
+        weight = next(self.encoder.parameters())
+        return self.encoder.packed([(one.to(weight.dtype), lengths) for one, lengths in features])
+
     def logits(self, encoded: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """Return logits (B, U, V) of the next tokens, for encoded (B, T, D), lengths (B,) and tokens (B, U)."""
         return self.decoder(tokens, self.projection(encoded), lengths)
@@ -268,6 +282,35 @@ class SpeechModel(nn.Module):
         encoded = self.encode(*(features or self.features(batch.audio, batch.audio_lengths)))
         return self.loss_of(*encoded, batch, attention=attention, label_smoothing=label_smoothing, teacher=teacher)
 
+    def packed_loss(
+        self,
+        groups: Sequence[Batch],
+        *,
+        attention: bool = True,
+        label_smoothing: float = 0.0,
+        features: Sequence[tuple[Tensor, Tensor]] | None = None,
+        teacher: SoftTargets | None = None,
+    ) -> Loss:
+        """Return what ``loss`` does for the utterances of all groups, computed without padding (see `Packing`).
+
+        groups: as `Batch.by_length` makes them. features: of each group. The teacher's logits are packed.
+        """
+        features = features or [self.features(one.audio, one.audio_lengths) for one in groups]
+        encoded, frames = self.encode_packed(features)
+        zero = encoded.new_zeros((), dtype=torch.float32)
+        attention_sum, attention_count, ctc_sum, ctc_count, distillation = zero, zero, zero, zero, None
+        if attention:
+            own = packing_of_tokens(groups)
+            logits = self.decoder.packed([one.tokens[:, :-1] for one in groups], own, self.projection(encoded), frames)
+            targets = own.pack([targets_of(one) for one in groups])
+            attention_sum, attention_count = attention_loss(logits, targets, label_smoothing)
+            distillation = distillation_loss(logits, teacher, targets) if teacher else None
+        if self.ctc is not None and any(one.characters.shape[1] for one in groups):
+            for one, part, lengths in zip(groups, frames.split(encoded), frames.lengths):
+                ctc_sum = ctc_sum + _ctc_loss(*self.ctc_log_probs(part, lengths), one)
+            ctc_count = torch.stack([one.character_lengths.sum() for one in groups]).sum()
+        return Loss(attention_sum, attention_count, ctc_sum, ctc_count, distillation)
+
     def token_logits(self, batch: Batch) -> Tensor:
         """Return logits (B, U - 1, V) of the tokens after the first."""
         encoded = self.encode(*self.features(batch.audio, batch.audio_lengths))
@@ -288,20 +331,25 @@ class SpeechModel(nn.Module):
         attention_sum, attention_count, ctc_sum, ctc_count, distillation = zero, zero, zero, zero, None
         if attention:
             logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1])
-            attention_sum, attention_count = attention_loss(logits, batch, label_smoothing)
-            distillation = distillation_loss(logits, teacher, batch) if teacher else None
+            targets = targets_of(batch)
+            attention_sum, attention_count = attention_loss(logits, targets, label_smoothing)
+            distillation = distillation_loss(logits, teacher, targets) if teacher else None
         if self.ctc is not None and batch.characters.shape[1]:
-            log_probs, ctc_lengths = self.ctc_log_probs(encoded, encoded_lengths)
-            ctc_sum = F.ctc_loss(
-                log_probs.transpose(0, 1),
-                batch.characters,
-                ctc_lengths,
-                batch.character_lengths,
-                reduction="sum",
-                zero_infinity=True,
-            )
+            ctc_sum = _ctc_loss(*self.ctc_log_probs(encoded, encoded_lengths), batch)
             ctc_count = batch.character_lengths.sum()
         return Loss(attention_sum, attention_count, ctc_sum, ctc_count, distillation)
+
+
+def _ctc_loss(log_probs: Tensor, lengths: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of the CTC loss of log probabilities (B, T, C), lengths (B,), over the batch's characters."""
+    return F.ctc_loss(
+        log_probs.transpose(0, 1),
+        batch.characters,
+        lengths,
+        batch.character_lengths,
+        reduction="sum",
+        zero_infinity=True,
+    )
 
 
 def part_kind(part: object) -> str:

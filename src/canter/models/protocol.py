@@ -34,6 +34,7 @@ Capability = Literal[
     "bf16_weights",  # its layers compute in the type of their weights
     "split_decoder",  # `SpeechModel.loss_of`: decoder and heads on parts of an encoded batch
     "cost_model",  # FLOPs and memory follow from its configuration
+    "packing",  # `SpeechModel.packed_loss`: utterances without a batch axis
     "characters",  # its CTC head is trained on characters, which are saved beside it
     "language_detection",
     "previous_text",  # its prompt has a place for the text before a recording

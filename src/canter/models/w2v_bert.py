@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canter.models.ebranchformer import DepthwiseConvolution, FeedForwardModule
-from canter.models.features import attention_mask
-from canter.models.layers import Attention, Count, Encoder, TransformerLayer
+from canter.models.features import Count, attention_mask
+from canter.models.layers import Attention, Encoder, TransformerLayer
 
 EPSILON = 1e-5
 """Epsilon of every LayerNorm."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from canter.models.features import attention_mask, length_mask
 from canter.models.layers import Attention, Encoder, TransformerLayer, gelu, sinusoids, whisper_rates
+from canter.models.packing import PackedMask, Packing
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class WhisperLayer(TransformerLayer):
         self.attention = Attention(d, config.heads, config.dropout_attention, key_bias=False)
         self.build_feed_forward(d, config.feedforward, "gelu", config.dropout, config.dropout_activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | PackedMask | None) -> Tensor:
         """Return the layer's output (B, T, D) for ``x`` (B, T, D); mask (B, 1, 1, T), None where all is attended."""
         return self.feed_forward(self.attend(x, self.norm_attention, self.attention, mask=mask))
 
@@ -55,6 +56,7 @@ class WhisperEncoder(Encoder):
 
     positions: Tensor
     outputs = ("attention.out", "down")
+    packs = True
 
     def __init__(self, config: WhisperEncoderConfig):
         super().__init__()
@@ -70,7 +72,7 @@ class WhisperEncoder(Encoder):
     def frames(self, feature_frames):
         return (feature_frames - 1) // 2 + 1
 
-    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         most = self.config.positions
         if self.frames(features.shape[1]) > most:
             raise ValueError(
@@ -84,9 +86,15 @@ class WhisperEncoder(Encoder):
         else:
             x = self._convolved(features, lengths)
         lengths = self.frames(lengths)
-        x = self.dropout((x + self.positions[: x.shape[1]]).to(self.conv1.weight.dtype))
-        mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
-        return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop)), lengths
+        return self.dropout((x + self.positions[: x.shape[1]]).to(self.conv1.weight.dtype)), lengths
+
+    def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
+        mask: Tensor | PackedMask | None
+        if isinstance(lengths, Packing):
+            mask = PackedMask(lengths, lengths)
+        else:
+            mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
+        return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop))
 
     def _convolved(self, features: Tensor, lengths: Tensor) -> Tensor:
         x = features.transpose(1, 2) * length_mask(lengths, features.shape[1])[:, None]

@@ -287,7 +287,8 @@ class TrainConfig:
     budget: Path | None = None
     """Memory budget and step times, as 'canter tune' writes them (default: measured at the start of the run)."""
     strategy: str = "balanced"
-    """Batching strategy: random, duration, bucket_1d, bucket_2d or balanced; 'canter compare' shows what each gives."""
+    """Batching strategy: random, duration, bucket_1d, bucket_2d, balanced, or packed, which trains without padding;
+    'canter compare' shows what each gives."""
     mixing: float | None = None
     """Mixing of 'balanced': 0 pads least, larger numbers mix more (default: 1)."""
     mix_steps: bool = False

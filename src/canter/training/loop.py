@@ -341,6 +341,12 @@ class Trainer:
         self.events.step(report)
         return planned, bool(ranks["stopping"].any())
 
+    def _padded_samples(self, batch: Batch, least: int) -> int:
+        """Return the samples that a micro-batch's layers see, padding included; ``least``: those of an utterance."""
+        if self.gradient.packed:
+            return int(batch.audio_lengths.clamp(min=least).sum())
+        return len(batch.rows) * max(least, batch.audio.shape[1])
+
     def _numbers(
         self, ready: LoadedStep, computed: ComputedGradient, skipped: int, unaugmented: int
     ) -> dict[str, float]:
@@ -363,7 +369,7 @@ class Trainer:
             "seconds": computed.seconds,
             "wait": ready.wait,
             "samples": sum(int(b.audio_lengths.sum()) for b in batches),
-            "padded_samples": sum(len(b.rows) * max(padded, b.audio.shape[1]) for b in batches),
+            "padded_samples": sum(self._padded_samples(b, padded) for b in batches),
             "utterances": sum(len(b.rows) for b in batches),
             "batch": max((len(b.rows) for b in batches), default=0),
             "frames": max((self.model.encoder_frames(b.audio.shape[1] / rate) for b in batches), default=0),

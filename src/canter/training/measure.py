@@ -20,6 +20,7 @@ from canter.models.model import SpeechModel
 from canter.models.protocol import AnyModel, module_of
 from canter.planning.budget import Budget
 from canter.planning.plan import Plan
+from canter.planning.strategies import STRATEGIES
 from canter.runtime import MMAP_THRESHOLD, device_memory, is_out_of_memory, map_large_blocks
 from canter.training.config import TrainConfig
 from canter.training.defaults import decided
@@ -165,13 +166,14 @@ def measured_on(
     """Return the conditions of a measurement; those in DECIDING must agree where the budget is used."""
     device = next(model.parameters()).device
     count = sum(parameter.numel() for parameter in model.parameters())
+    packed = ", packed" if STRATEGIES[config.strategy].packed else ""
     taught = f", teacher {teacher.shape}" if teacher else ""
     recompute = ", recomputed" if model.recomputes else ""
     if model.adapter is not None:
         recompute += f", LoRA of rank {model.adapter.rank} on {len(model.adapter.modules)} layers"
     return {
         "model": model.shape,
-        "model_shape": f"{model.shape}, {count:,} parameters{recompute}{taught}",
+        "model_shape": f"{model.shape}, {count:,} parameters{recompute}{taught}{packed}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": precision,
         "optimizer": config.optimizer.name,

@@ -141,7 +141,10 @@ def check_settings(config: TrainConfig) -> None:
     """
     if not config.manifest:
         raise ConfigError("no training data: name --manifest FILE, or a configuration file that does")
-    strategy_of(config)
+    if strategy_of(config).packed and config.compile:
+        raise ConfigError(
+            "--compile compiles layers for padded micro-batches; leave it out, or choose another --strategy"
+        )
     check_trackers(config.track)
     choose_device(config.device)
     if config.budget is not None and not (config.output / "budget.json").exists():

@@ -143,6 +143,7 @@ def load_initial(
     given: dict[str, tuple[Capability, bool]] = {
         "--pad-seconds": ("any_length", config.pad_seconds is not None),
         "--compile": ("compile", config.compile),
+        "--strategy packed": ("packing", config.strategy == "packed"),
         "--parallel shard": ("shard", config.parallel == "shard"),
         "--augment masks": ("spec_augment", bool(config.augment.frequency_masks or config.augment.time_masks)),
     }

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from canter.models.augment import SpecAugmentConfig, spec_augment
-from canter.models.batch import Batch, Loss, SoftTargets
+from canter.models.batch import Batch, Loss, SoftTargets, packing_of_tokens
 from canter.models.model import SpeechModel
 from canter.models.norm import MaskedBatchNorm
 from canter.models.protocol import AnyModel, module_of
+from canter.planning.strategies import STRATEGIES
 from canter.ranks import SINGLE_RANK, Ranks
 from canter.runtime import is_out_of_memory, release_memory, retry_once
 from canter.training.config import LossConfig, TrainConfig
@@ -148,6 +149,8 @@ class Gradient:
         self.copies = bf16_weights(model, precision)
         self.autocast = precision == "bf16" and self.copies is None
         self.bf16 = precision == "bf16"
+        self.packed = STRATEGIES[config.strategy].packed
+        """True if micro-batches have no batch axis (see `canter.models.packing`)."""
 
     def compute(self, loaded: Sequence[Loaded], counts: TargetCounts, step: int, ctc_only: bool) -> ComputedGradient:
         """Run forward and backward passes of all micro-batches.
@@ -181,6 +184,8 @@ class Gradient:
 
         Return the sums of (cross-entropy, CTC loss, divergence from the teacher) (3,).
         """
+        if self.packed:
+            return self._backward_packed(batch.by_length(), objective, epoch)
         teacher = self.soft_targets(batch, objective)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model.loss(
@@ -188,6 +193,23 @@ class Gradient:
                 attention=not objective.ctc_only,
                 label_smoothing=self.config.loss.label_smoothing,
                 features=self.features(batch, epoch),
+                teacher=teacher,
+            )
+            return self._add_gradient(loss, objective)
+
+    def _backward_packed(self, groups: Sequence[Batch], objective: Objective, epoch: int) -> Tensor:
+        """Do the same as `backward` for a packed micro-batch in groups of like length."""
+        soft = [targets for group in groups if (targets := self.soft_targets(group, objective))]
+        teacher = None
+        if soft:
+            logits = packing_of_tokens(groups).pack([targets.logits for targets in soft])
+            teacher = SoftTargets(logits, soft[0].temperature)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = cast(SpeechModel, self.model).packed_loss(
+                groups,
+                attention=not objective.ctc_only,
+                label_smoothing=self.config.loss.label_smoothing,
+                features=[self.features(group, epoch) for group in groups],
                 teacher=teacher,
             )
             return self._add_gradient(loss, objective)
@@ -340,22 +362,29 @@ class Gradient:
             return self.backward(batch, objective, epoch)
         model = cast(SpeechModel, self.model)  # others have no BatchNorm of ours
         total = torch.zeros(3, device=self.device)
+        groups = batch.by_length() if self.packed else [batch]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            encoded, lengths = model.encode(*self.features(batch, epoch))
-            leaf = encoded.detach().requires_grad_()
-            for rows in torch.arange(len(lengths), device=self.device).tensor_split(min(parts, len(lengths))):
-                part = batch.take(rows)
-                loss = model.loss_of(
-                    leaf[rows],
-                    lengths[rows],
-                    part,
-                    attention=not objective.ctc_only,
-                    label_smoothing=self.config.loss.label_smoothing,
-                    teacher=self.soft_targets(part, objective),
-                )
-                total += self._add_gradient(loss, objective)
-            if encoded.requires_grad:
-                encoded.backward(leaf.grad)
+            features = [self.features(group, epoch) for group in groups]
+            if self.packed:
+                packed, packing = model.encode_packed(features)
+                encoded = list(zip(packing.split(packed), packing.lengths))
+            else:
+                encoded = [model.encode(*features[0])]
+            leaves = [states.detach().requires_grad_() for states, _ in encoded]
+            for group, leaf, (_, lengths) in zip(groups, leaves, encoded):
+                for rows in torch.arange(len(lengths), device=self.device).tensor_split(min(parts, len(lengths))):
+                    part = group.take(rows)
+                    loss = model.loss_of(
+                        leaf[rows],
+                        lengths[rows],
+                        part,
+                        attention=not objective.ctc_only,
+                        label_smoothing=self.config.loss.label_smoothing,
+                        teacher=self.soft_targets(part, objective),
+                    )
+                    total += self._add_gradient(loss, objective)
+            if encoded[0][0].requires_grad:
+                torch.autograd.backward([states for states, _ in encoded], [leaf.grad for leaf in leaves])
                 self._collect()
         return total
 
