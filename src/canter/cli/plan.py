@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(PlanOptions):
-    strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced"] = "balanced"
+    strategy: Literal["random", "duration", "bucket_1d", "bucket_2d", "balanced", "packed"] = "balanced"
     """Batching strategy."""
     epoch: int = 0
     """Number of the epoch, from 0."""

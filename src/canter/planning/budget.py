@@ -56,6 +56,11 @@ class Polynomial:
         """Return the value at (T, U)."""
         return frames * (self.T + self.TT * frames + self.TU * tokens) + tokens * (self.U + self.UU * tokens)
 
+    def of_terms(self, terms: Array) -> Array:
+        """Return the value of terms (..., 5), in the order of TERMS, that are sums over a micro-batch."""
+        t, tt, u, tu, uu = (terms[..., number] for number in range(5))
+        return self.T * t + self.TT * tt + self.U * u + self.TU * tu + self.UU * uu
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -148,6 +153,14 @@ class Budget:
     def step_seconds(self, batch, frames, tokens):
         """Return the predicted seconds of a micro-batch (B, T, U), forward and backward."""
         return self.fixed_seconds + batch * self.time(frames, tokens)
+
+    def bytes_of_terms(self, terms: Array) -> Array:
+        """Return the predicted peak bytes of packed micro-batches; terms: (..., 5) of `groups.packed_terms`."""
+        return self.fixed_bytes + self.memory.of_terms(terms)
+
+    def seconds_of_terms(self, terms: Array) -> Array:
+        """Return the predicted seconds of packed micro-batches, forward and backward, from terms (..., 5)."""
+        return self.fixed_seconds + self.time.of_terms(terms)
 
     @overload
     def max_batch(self, frames: float, tokens: float) -> int: ...

@@ -10,7 +10,7 @@ from canter.planning.budget import Budget
 from canter.planning.lengths import GivenLimits, Index
 from canter.planning.metrics import Figures, mixing_pool
 from canter.planning.plan import Plan
-from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Random, Strategy
+from canter.planning.strategies import Balanced, Bucket1D, Bucket2D, Duration, Packed, Random, Strategy
 
 Rows = Sequence[tuple[str, Strategy, int | None]]
 """(label, strategy, window) of the rows to compare."""
@@ -68,6 +68,7 @@ def ladder(window: int | None = None, mixing: float = 1.0, mix_steps: bool = Fal
         ("bucket_2d 30x5 in step", Bucket2D(30, 5), None),
         ("bucket_2d 60 optimal", Bucket2D(20, 3, optimal=True), None),
         (f"balanced W={thousands}{' mixed' if mix_steps else ''}", balanced, window),
+        ("packed", Packed(), None),
     ]
 
 

@@ -6,7 +6,10 @@ padding. Attention, convolutions and features take groups, each padded to its lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 RATIO = 0.85  # shortest utterance of a group over its longest
 
@@ -17,11 +20,28 @@ def group_sizes(lengths: Sequence[float]) -> list[int]:
     A group ends before the first utterance that is shorter than RATIO times the group's first.
     """
     sizes: list[int] = []
-    longest = 0.0
+    shortest = math.inf
     for length in lengths:
-        if sizes and length >= RATIO * longest:
+        if length >= shortest:
             sizes[-1] += 1
         else:
             sizes.append(1)
-            longest = length
+            shortest = RATIO * length
     return sizes
+
+
+def packed_terms(frames: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the terms of the budget's polynomial for one packed micro-batch, (5,) int64.
+
+    They are sums over utterances and over groups of B utterances, whose longest have T frames and U tokens:
+    (sum of frames, sum of B T^2, sum of tokens, sum of B T U, sum of B U^2).
+
+    frames, tokens: (n,) int64, in any order, n at least 1.
+    """
+    order = frames.argsort()[::-1]
+    frames, tokens = frames[order], tokens[order]
+    size = np.array(group_sizes(frames.tolist()))
+    first = size.cumsum() - size
+    longest, most = frames[first], np.maximum.reduceat(tokens, first)
+    padded, total = size * longest, size * most
+    return np.array([frames.sum(), padded @ longest, tokens.sum(), padded @ most, total @ most])

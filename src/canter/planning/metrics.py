@@ -12,28 +12,33 @@ For micro-batches of B utterances padded to T (frames) and U (tokens), with unpa
 - step mixing     variance of the batches' mean seconds of audio within steps / over all batches; 0 where none differ
 - mixing pool     mean batch / probability that two utterances of a batch share one in the next epoch too
 
-Rounding T and U up to a grid counts as padding.
+Rounding T and U up to a grid counts as padding. Packed micro-batches have no other padded audio and tokens; their bytes
+and seconds follow from the terms of `canter.planning.groups.packed_terms`, so the padding of groups is padded compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from canter.planning.budget import Budget
 from canter.planning.elastic import slowest_rank
+from canter.planning.groups import packed_terms
+from canter.planning.lengths import Lengths
 
 Cause = Literal["memory", "batch_seconds", "min_steps", "utterances", "strategy"]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchTable:
-    """Utterances, padded lengths and sums of unpadded lengths of each micro-batch.
+    """Utterances, longest lengths and sums of unpadded lengths of each micro-batch.
 
-    All columns are (micro-batches,) except `steps`, the offsets of steps in micro-batches (S + 1,).
+    All columns are (micro-batches,) except `steps`, the offsets of steps in micro-batches (S + 1,), and `terms`, those
+    of `packed_terms` (micro-batches, 5), or None where micro-batches are padded to (frames, tokens).
     """
 
     size: np.ndarray
@@ -44,15 +49,83 @@ class BatchTable:
     own_seconds: np.ndarray  # predicted seconds of the unpadded utterances, without the fixed part
     audio_seconds: np.ndarray
     steps: np.ndarray
+    terms: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Lengths,
+        batches: np.ndarray,
+        steps: np.ndarray,
+        budget: Budget,
+        *,
+        packed: bool = False,
+        own: Lengths | None = None,
+    ) -> BatchTable:
+        """Return the table of utterances in batch order.
+
+        batches: offsets of micro-batches in the utterances. steps: offsets of steps in micro-batches. own: the lengths
+        before rounding up to a grid, if there is one.
+        """
+        own = own or lengths
+        starts = batches[:-1]
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values, starts) if len(starts) else values[:0]
+
+        def longest(values: np.ndarray) -> np.ndarray:
+            return np.maximum.reduceat(values, starts) if len(starts) else values[:0]
+
+        terms = None
+        if packed:
+            inside = (slice(begin, end) for begin, end in pairwise(batches.tolist()))
+            found = [packed_terms(lengths.frames[rows], lengths.tokens[rows]) for rows in inside]
+            terms = np.array(found, np.int64).reshape(-1, 5)
+        return cls(
+            size=np.diff(batches),
+            frames=longest(lengths.frames),
+            tokens=longest(lengths.tokens),
+            own_frames=total(own.frames),
+            own_tokens=total(own.tokens),
+            own_seconds=total(budget.utterance_seconds(own.frames, own.tokens)),
+            audio_seconds=total(own.seconds.astype(np.float64)),
+            steps=steps,
+            terms=terms,
+        )
+
+    @property
+    def padded_frames(self) -> np.ndarray:
+        """Frames of each micro-batch, its padding included, (micro-batches,)."""
+        return self.size * self.frames if self.terms is None else self.terms[:, 0]
+
+    @property
+    def padded_tokens(self) -> np.ndarray:
+        """Tokens of each micro-batch, its padding included, (micro-batches,)."""
+        return self.size * self.tokens if self.terms is None else self.terms[:, 2]
+
+    def bytes(self, budget: Budget) -> np.ndarray:
+        """Return the predicted peak bytes of each micro-batch, (micro-batches,)."""
+        if self.terms is None:
+            return budget.bytes(self.size, self.frames, self.tokens)
+        return budget.bytes_of_terms(self.terms)
+
+    def compute(self, budget: Budget) -> np.ndarray:
+        """Return the predicted seconds of each micro-batch without the fixed part, (micro-batches,)."""
+        if self.terms is None:
+            return self.size * budget.utterance_seconds(self.frames, self.tokens)
+        return budget.time.of_terms(self.terms)
+
+    def seconds(self, budget: Budget) -> np.ndarray:
+        """Return the predicted seconds of each micro-batch, forward and backward, (micro-batches,)."""
+        return budget.fixed_seconds + self.compute(budget)
 
     @classmethod
     def concatenate(cls, tables: Iterable[BatchTable]) -> BatchTable:
         tables = list(tables)
         before = np.cumsum([0] + [len(t.size) for t in tables])
         steps = [t.steps[1:] + start for t, start in zip(tables, before)]
-        columns = {
-            f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(cls) if f.name != "steps"
-        }
+        names = [f.name for f in fields(cls) if f.name != "steps" and getattr(tables[0], f.name) is not None]
+        columns = {name: np.concatenate([getattr(t, name) for t in tables]) for name in names}
         return cls(**columns, steps=np.concatenate([[0], *steps]).astype(np.int64))
 
 
@@ -78,14 +151,14 @@ def figures(table: BatchTable, budget: Budget, ranks: int) -> Figures:
     """Return the figures of a plan's micro-batches, its steps shared out to `ranks`."""
     if len(table.size) == 0:
         return Figures(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0.0, 1.0, 0.0)
-    used = budget.bytes(table.size, table.frames, table.tokens)
-    compute = float((table.size * budget.utterance_seconds(table.frames, table.tokens)).sum())
-    seconds = budget.step_seconds(table.size, table.frames, table.tokens)
+    used = table.bytes(budget)
+    compute = float(table.compute(budget).sum())
+    seconds = table.seconds(budget)
     slowest = slowest_rank(seconds, table.steps, ranks)
     mean = np.add.reduceat(seconds, table.steps[:-1]) / ranks
     return Figures(
-        padded_audio=_wasted(table.own_frames, table.size * table.frames),
-        padded_tokens=_wasted(table.own_tokens, table.size * table.tokens),
+        padded_audio=_wasted(table.own_frames, table.padded_frames),
+        padded_tokens=_wasted(table.own_tokens, table.padded_tokens),
         padded_compute=1 - float(table.own_seconds.sum()) / compute if compute else 0.0,
         mean_batch=float(table.size.mean()),
         memory_filled=float(used.mean()) / budget.limit_bytes,

@@ -29,7 +29,6 @@ from canter.planning.metrics import BatchTable, Cause, Figures, Limits, figures
 from canter.planning.strategies import Cutter, Strategy
 from canter.planning.strategies import strategy as named
 from canter.planning.strategies.balanced import Balanced, FirstBalanced
-from canter.planning.strategies.base import maxima
 from canter.planning.windows import Windows, mix
 
 POSITION = "canter-position/1"
@@ -354,10 +353,19 @@ class Plan:
         """Return the predicted seconds of each micro-batch of a window's step, (micro-batches,)."""
         cut, budget = self.cut(window), self.budget_of(window)
         edges = cut.batches[cut.steps[step] : cut.steps[step + 1] + 1]
-        inside = slice(edges[0], edges[-1])
-        frames = np.maximum.reduceat(cut.lengths.frames[inside], edges[:-1] - edges[0])
-        tokens = np.maximum.reduceat(cut.lengths.tokens[inside], edges[:-1] - edges[0])
-        return budget.step_seconds(np.diff(edges), frames, tokens)
+        lengths = cut.lengths.take(np.arange(edges[0], edges[-1]))
+        return self._table_of(lengths, edges - edges[0], budget).seconds(budget)
+
+    def predicted_bytes(self, micro_batches: Sequence[np.ndarray], budget: Budget) -> np.ndarray:
+        """Return the peak bytes that a budget predicts for micro-batches, each an array of rows, (micro-batches,)."""
+        batches = np.cumsum([0, *map(len, micro_batches)])
+        lengths = Lengths.of(self.index, np.concatenate(micro_batches), budget)
+        return self._table_of(lengths, batches, budget).bytes(budget)
+
+    def _table_of(self, lengths: Lengths, batches: np.ndarray, budget: Budget) -> BatchTable:
+        """Return the table of micro-batches that make one step."""
+        steps = np.array([0, len(batches) - 1])
+        return BatchTable.of(lengths, batches, steps, budget, packed=self.batching.packed)
 
     # -- positions --
 
@@ -396,21 +404,7 @@ class Plan:
         """Return sizes and lengths of a window's micro-batches."""
         cut, budget = self.cut(window), self.budget_of(window)
         own = Lengths.of(self.index, cut.rows, budget)
-        starts = cut.batches[:-1]
-
-        def total(values: np.ndarray) -> np.ndarray:
-            return np.add.reduceat(values, starts) if len(starts) else values[:0]
-
-        return BatchTable(
-            size=np.diff(cut.batches),
-            frames=maxima(cut.lengths.frames, cut.batches),
-            tokens=maxima(cut.lengths.tokens, cut.batches),
-            own_frames=total(own.frames),
-            own_tokens=total(own.tokens),
-            own_seconds=total(budget.utterance_seconds(own.frames, own.tokens)),
-            audio_seconds=total(own.seconds.astype(np.float64)),
-            steps=cut.steps,
-        )
+        return BatchTable.of(cut.lengths, cut.batches, cut.steps, budget, packed=self.batching.packed, own=own)
 
     def table(self, windows: int | None = None) -> BatchTable:
         """Return sizes and lengths of the epoch's micro-batches, or of those of the first `windows` windows."""
@@ -442,8 +436,8 @@ class Plan:
             steps = round(steps * len(self.index) / (windows * self.windows.size))
         else:
             steps = round(steps * self.windows.count / windows)
-        used = budget.bytes(table.size, table.frames, table.tokens)
-        room = (own.bytes(table.size, table.frames, table.tokens) - own.fixed_bytes).mean()
+        used = table.bytes(budget)
+        room = (table.bytes(own) - own.fixed_bytes).mean()
         cut = self.cut(0)
         # about the minimum number of steps: would there be fewer without a minimum?
         near = 1 < len(cut) <= 1.5 * self.least_steps(0) or len(cut) < self.least_steps(0)
@@ -454,7 +448,7 @@ class Plan:
             by = "utterances"
         elif memory is not None and float(used.mean()) < FULL * budget.limit_bytes:
             by = "batch_seconds"
-        elif self.batching.name != "balanced" and float(used.mean()) < FULL * budget.limit_bytes:
+        elif not self.batching.fills_memory and float(used.mean()) < FULL * budget.limit_bytes:
             by = "strategy"
         else:
             by = "memory"

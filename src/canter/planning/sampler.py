@@ -51,8 +51,7 @@ class PlannedStep:
     @cached_property
     def filled(self) -> float:
         """Predicted bytes of a micro-batch as a fraction of the memory limit, mean over the step."""
-        budget = self.memory
-        return float(np.mean([predicted_bytes(self.plan.index, budget, b) / budget.limit_bytes for b in self.rows]))
+        return float(np.mean(self.plan.predicted_bytes(self.rows, self.memory) / self.memory.limit_bytes))
 
     def micro_batches(self, rank: int, ranks: int) -> list[MicroBatch]:
         """Return a rank's micro-batches of the step; empty for some where there are more ranks than micro-batches."""
@@ -106,7 +105,7 @@ class Stepper:
         Return the new limit in bytes.
         """
         budget = step.plan.budget_of(step.window)
-        needed = min(predicted_bytes(step.plan.index, budget, step.rows[number]), budget.limit_bytes)
+        needed = min(float(step.plan.predicted_bytes([step.rows[number]], budget)[0]), budget.limit_bytes)
         limit = budget.fixed_bytes + TIGHTER * (needed - budget.fixed_bytes)
         self.tightenings.append([step.epoch, step.window + 1, limit])
         return limit
@@ -266,12 +265,6 @@ class StepSampler(Stepper):
     def __len__(self) -> int:
         """Return the number of batches of a pass."""
         return self.steps * self.accumulation
-
-
-def predicted_bytes(index: Index, budget: Budget, rows: np.ndarray) -> float:
-    """Return the bytes that the budget predicts for a micro-batch of ``rows``."""
-    frames = int(np.max(budget.frames(np.asarray(index.seconds[rows]))))
-    return float(budget.bytes(len(rows), frames, int(np.max(np.asarray(index.tokens[rows])))))
 
 
 def tightened(budget: Budget, index: Index, limits: list[float]) -> Budget:

@@ -12,9 +12,10 @@ import numpy as np
 
 from canter.corpus.index import LengthIndex
 from canter.planning.budget import Budget
+from canter.planning.lengths import Lengths
 from canter.planning.metrics import BatchTable, Figures, figures
 from canter.planning.plan import Plan
-from canter.planning.strategies import Bucket2D, Random, Strategy
+from canter.planning.strategies import STRATEGIES, Bucket2D, Random, Strategy
 from canter.reporting.run_folder import Row, RunRecord, is_number
 from canter.training.feed.speed import speeds_of
 
@@ -76,8 +77,11 @@ def gain(run: RunRecord) -> Gain | None:
     if taken is None:
         return None
     seconds, tokens, batches, steps = taken
-    table = _table(seconds, tokens, batches, steps, budget)
-    fills = float(budget.bytes(table.size, table.frames, table.tokens).max()) >= FILLED * budget.limit_bytes
+    lengths = Lengths(seconds, budget.frames(seconds), tokens.astype(np.int64))
+    edges = np.append(batches, len(seconds))
+    packed = getattr(STRATEGIES.get(str(run.settings.get("strategy"))), "packed", False)
+    table = BatchTable.of(lengths, edges, np.append(steps, len(batches)), budget, packed=packed)
+    fills = float(table.bytes(budget).max()) >= FILLED * budget.limit_bytes
     weighted = any(source.weight is not None for source in index.sources)
     planned = LengthIndex(seconds, tokens) if weighted else index
     if len(planned) > MOST_ROWS:
@@ -167,30 +171,9 @@ def _taken(
     return seconds, np.asarray(index.tokens)[taken], np.array(batches), np.array(steps)
 
 
-def _table(
-    seconds: np.ndarray, tokens: np.ndarray, batches: np.ndarray, steps: np.ndarray, budget: Budget
-) -> BatchTable:
-    """Return sizes and lengths of micro-batches, from the results of `_taken`."""
-    frames, tokens = budget.frames(seconds), tokens.astype(np.int64)
-
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, batches)
-
-    return BatchTable(
-        size=np.diff(np.append(batches, len(seconds))),
-        frames=np.maximum.reduceat(frames, batches),
-        tokens=np.maximum.reduceat(tokens, batches),
-        own_frames=total(frames),
-        own_tokens=total(tokens),
-        own_seconds=total(budget.utterance_seconds(frames, tokens)),
-        audio_seconds=total(seconds.astype(np.float64)),
-        steps=np.append(steps, len(batches)),
-    )
-
-
 def _typical(seconds: np.ndarray, batches: np.ndarray, table: BatchTable) -> list[float]:
     """Return the seconds of the utterances of the micro-batch with median padding, among those large enough to draw."""
-    padding = 1 - table.own_frames / (table.size * table.frames)
+    padding = 1 - table.own_frames / table.padded_frames
     enough = np.flatnonzero(table.size >= min(8, int(table.size.max())))
     chosen = enough[np.argsort(padding[enough], kind="stable")[len(enough) // 2]]
     start = batches[chosen]

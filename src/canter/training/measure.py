@@ -247,11 +247,20 @@ def check_memory(step: TrainingStep, plan: Plan, window: int, budget: Budget, ev
 
 
 def largest_shape(plan: Plan, window: int, budget: Budget) -> BatchShape | None:
-    """Return the padded shape of the micro-batch that takes most memory in a window; None for a window without one."""
+    """Return the padded shape of the micro-batch that takes most memory in a window; None for a window without one.
+
+    A packed micro-batch has no padded shape: utterances of its mean lengths that take about the same memory stand for
+    it, as synthetic batches are uniform.
+    """
     table = plan.batch_table(window)
     if not len(table.size):
         return None
-    at = int(np.argmax(budget.bytes(table.size, table.frames, table.tokens)))
+    used = table.bytes(budget)
+    at = int(np.argmax(used))
+    if table.terms is not None:
+        frames, tokens = (math.ceil(total[at] / table.size[at]) for total in (table.padded_frames, table.padded_tokens))
+        room = float(used[at]) - budget.fixed_bytes
+        return BatchShape(max(1, int(room / budget.utterance_bytes(frames, tokens))), frames, tokens)
     return BatchShape(int(table.size[at]), int(table.frames[at]), int(table.tokens[at]))
 
 

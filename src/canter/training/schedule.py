@@ -206,10 +206,10 @@ class BatchSizes:
         """
         if not len(table.size):
             return cls(0.0, 0.0, 0.0, 0, "nothing: no utterance can be used")
-        used = memory.bytes(table.size, table.frames, table.tokens) - memory.fixed_bytes
+        used = table.bytes(memory) - memory.fixed_bytes
         return cls(
             utterances=float(np.mean(table.size)),
-            seconds=float(np.max(table.size * table.frames)) * memory.frame_seconds,
+            seconds=float(np.max(table.padded_frames)) * memory.frame_seconds,
             memory_filled=float(np.mean(used)) / (memory.limit_bytes - memory.fixed_bytes),
             steps=steps,
             limited_by=batch_limit(limits, steps, enough, _limits_seconds(limits, memory, plan), table.size.max() == 1),

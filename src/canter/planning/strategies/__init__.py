@@ -8,8 +8,9 @@ from canter.planning.strategies.balanced import Balanced
 from canter.planning.strategies.base import Cut, Cutter, Strategy
 from canter.planning.strategies.baselines import Bucket1D, Duration, Random
 from canter.planning.strategies.bucket_2d import Bucket2D
+from canter.planning.strategies.packed import Packed
 
-STRATEGIES: dict[str, type] = {kind.name: kind for kind in (Random, Duration, Bucket1D, Bucket2D, Balanced)}
+STRATEGIES: dict[str, type] = {kind.name: kind for kind in (Random, Duration, Bucket1D, Bucket2D, Balanced, Packed)}
 
 __all__ = [
     "STRATEGIES",
@@ -19,6 +20,7 @@ __all__ = [
     "Cut",
     "Cutter",
     "Duration",
+    "Packed",
     "Random",
     "Strategy",
     "strategy",

@@ -57,6 +57,7 @@ class Balanced(Strategy):
     accumulation: int = 1
     name: ClassVar[str] = "balanced"
     default_window: ClassVar[int | None] = 50_000
+    fills_memory: ClassVar[bool] = True
     strips_up_to: ClassVar[int] = SMALL
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int] = (1, 1)) -> Cutter:

@@ -35,6 +35,8 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     default_window: ClassVar[int | None] = None  # number of utterances; None is the complete epoch
+    packed: ClassVar[bool] = False  # micro-batches have no batch axis: see `canter.planning.groups`
+    fills_memory: ClassVar[bool] = False  # as far as the utterances allow
 
     def prepare(self, index: Index, budget: Budget, grid: tuple[int, int]) -> Cutter:
         """Look at the index once (bins, outlier bounds) and return what divides a window into steps.
