@@ -39,6 +39,8 @@ def test_cuts_in_plan_order_on_every_rank():
         PlanCutSampler(cuts, plan, world_size=3, rank=0)
     with pytest.raises(PlanError, match="they must be the same"):
         PlanCutSampler(cuts_of(7), plan, world_size=1, rank=0)
+    with pytest.raises(PlanError, match="Lhotse pads its batches"):
+        PlanCutSampler(cuts, Plan(index, Budget.from_batch_seconds(40), "packed"), world_size=1, rank=0)
 
 
 def test_state_continues_where_it_was():

@@ -145,6 +145,8 @@ def test_misuse():
         PlanSampler(small_plan()).took()
     with pytest.raises(PlanError, match="another plan"):
         PlanSampler(small_plan()).load_state_dict(PlanSampler(small_plan(seed=9)).state_dict())
+    with pytest.raises(PlanError, match="this trainer pads its batches"):
+        StepSampler(small_plan(strategy="packed"))
 
 
 @pytest.mark.parametrize("strategy", ["balanced", "duration"])  # duration's epochs differ in length

@@ -12,7 +12,7 @@ from lhotse.dataset.sampling.base import CutSampler
 from canter.corpus.index import LengthIndex
 from canter.errors import PlanError
 from canter.planning.plan import Plan
-from canter.planning.sampler import Batch, PlanSampler
+from canter.planning.sampler import Batch, PlanSampler, refuse_packed
 from canter.text.tokenizer import Tokenizer
 
 
@@ -61,6 +61,7 @@ class PlanCutSampler(CutSampler):
                 f"{self.world_size} ranks do not divide the plan's {plan.micro_batches_per_step} micro-batches per step"
             )
         self.cuts = cuts
+        refuse_packed(plan, "Lhotse")
         self._sampler = PlanSampler(plan, self.rank, self.world_size)
         self._rows: Iterator[list[int]] | None = None
         self._followed = False

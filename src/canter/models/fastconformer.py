@@ -205,25 +205,29 @@ class RelativeAttention(nn.Module):
         if not isinstance(valid, Packing):
             return self.linear_out(self._read(q, k, v, p, valid))
         longest, read = max(valid.sizes), []
-        groups = zip(valid.split(q), valid.split(k), valid.split(v), valid.valid)
-        for queries, keys, values, mask in groups:
+        groups = zip(valid.split(q), valid.split(k), valid.split(v), valid.valid, valid.masks)
+        for queries, keys, values, mask, needed in groups:
             size = queries.shape[1]
             near = p[..., longest - size : longest - size + _distances(size)]
-            read.append(self._read(queries, keys, values, near, mask))
+            read.append(self._read(queries, keys, values, near, mask if needed is not None else None))
         return self.linear_out(valid.pack(read))
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, p: Tensor, valid: Tensor) -> Tensor:
-        """Return what queries (B, T, D) read from keys and values, for projected positions (H, K, N)."""
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, p: Tensor, valid: Tensor | None) -> Tensor:
+        """Return what queries (B, T, D) read from keys and values, for projected positions (H, K, N).
+
+        valid: (B, T); None, on a CPU only, where every position is.
+        """
         b, t, d = q.shape
         q = q.view(b, t, self.heads, -1)
         k, v = (one.view(b, t, self.heads, -1).transpose(1, 2) for one in (k, v))
         by_content, by_position = (q + self.pos_bias_u).transpose(1, 2), q + self.pos_bias_v
-        if kernels.can_run(q):  # one product a head, of all rows
+        if valid is not None and kernels.can_run(q):  # one product a head, of all rows
             scores = torch.bmm(by_position.view(b * t, self.heads, -1).transpose(0, 1), p)
             bias = conformer.relative_bias(scores.view(self.heads, b, t, -1), valid)
         else:
             bias = _shift(torch.matmul(by_position.transpose(1, 2), p))
-            bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
+            if valid is not None:
+                bias = bias.masked_fill(~valid[:, None, None, :], torch.finfo(bias.dtype).min)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(by_content.to(v.dtype), k, v, attn_mask=bias, dropout_p=dropout)
         return y.transpose(1, 2).reshape(b, t, d)

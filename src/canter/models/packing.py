@@ -2,7 +2,7 @@
 
 Linear layers and norms take the positions of all utterances as one row of a batch. What looks across positions takes
 groups of utterances of like length: attention and features pad each group to its longest utterance, and convolutions
-have zeros between utterances. A layer is told by the mask that it is given: a `Packing` in place of a tensor.
+have zeros between utterances. A layer recognises packed input by its mask: a `Packing` in place of a tensor.
 
 B: utterances of a group, T: positions of its longest, N: positions of all utterances, D: width.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,27 +20,98 @@ from torch import Tensor
 from canter.models.features import attention_mask, length_mask
 
 
-class _Place(torch.autograd.Function):
-    """Select rows ``places`` of ``x``; the gradient of row i is that of the selected row ``back[i]``.
+class _Group(NamedTuple):
+    """A group's places: its rows of the packed tensor, and where they stand padded."""
 
-    Only gradients of one selected row reach each row of ``x``, so the backward pass selects too, which is several times
-    as fast as adding by index. ``within`` is False where a row of ``x`` is not selected.
-    """
+    rows: slice
+    padded: Tensor | None
+    """Padded position of each row; None where the group has no padding."""
+    packed: Tensor
+    """Row of each padded position, counted from the group's first; at padding, of any."""
+    padding: Tensor
+    """Padded positions that are padding."""
+
+
+class _Split(torch.autograd.Function):
+    """Rows (N, ...) to padded groups (B T, ...). Groups without padding are views; padding has no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, places: Tensor, back: Tensor, within: Tensor | None) -> Tensor:
-        ctx.save_for_backward(back, within)
-        return x.index_select(0, places)
+    def forward(ctx, x: Tensor, groups: Sequence[_Group]) -> tuple[Tensor, ...]:
+        ctx.groups, ctx.shape = groups, x.shape
+        return tuple(x[g.rows] if g.padded is None else x[g.rows].index_select(0, g.packed) for g in groups)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        return _packed(gradients, ctx.groups, ctx.shape), None
+
+
+class _Pack(torch.autograd.Function):
+    """Padded groups (B T, ...) to rows (N, ...)."""
+
+    @staticmethod
+    def forward(ctx, groups: Sequence[_Group], rows: int, *padded: Tensor) -> Tensor:
+        ctx.groups = groups
+        return _packed(padded, groups, (rows, *padded[0].shape[1:]))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        back, within = ctx.saved_tensors
-        found = gradient.contiguous().index_select(0, back)
-        return found if within is None else found * within, None, None, None
+        found: list[Tensor] = []
+        for group in ctx.groups:
+            part = gradient[group.rows]
+            if group.padded is not None:
+                part = part.index_select(0, group.packed).index_fill_(0, group.padding, 0)
+            found.append(part)
+        return None, None, *found
 
 
-def _place(x: Tensor, places: Tensor, back: Tensor, within: Tensor | None = None) -> Tensor:
-    return cast(Tensor, _Place.apply(x, places, back, within))
+def _packed(padded: Sequence[Tensor], groups: Sequence[_Group], shape: Sequence[int]) -> Tensor:
+    rows = padded[0].new_empty(shape)
+    for part, group in zip(padded, groups, strict=True):
+        if group.padded is None:
+            rows[group.rows] = part
+        else:
+            torch.index_select(part, 0, group.padded, out=rows[group.rows])
+    return rows
+
+
+class _Spread(torch.autograd.Function):
+    """Rows (N, D) with others between them, whose values are arbitrary and have no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gaps: _Gaps) -> Tensor:
+        ctx.gaps = gaps
+        return x.index_select(0, gaps.packed)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.contiguous().index_select(0, ctx.gaps.spread), None
+
+
+class _Gather(torch.autograd.Function):
+    """The rows (N, D) that `_Spread` was given."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gaps: _Gaps) -> Tensor:
+        ctx.gaps = gaps
+        return x.index_select(0, gaps.spread)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gaps = ctx.gaps
+        return gradient.contiguous().index_select(0, gaps.packed).index_fill_(0, gaps.between, 0), None
+
+
+class _Gaps(NamedTuple):
+    """Rows with a gap between utterances."""
+
+    spread: Tensor
+    """Place of each row."""
+    packed: Tensor
+    """Row of each place; in a gap, of any."""
+    between: Tensor
+    """Places in gaps."""
+    valid: Tensor
+    """Mask (1, places) of the places that are not in gaps."""
 
 
 class Packing:
@@ -50,18 +121,27 @@ class Packing:
         """lengths: (B,) of each group. sizes: T of each group, at least its greatest length."""
         self.lengths, self.sizes = list(lengths), list(sizes)
         self.valid = [length_mask(some, size) for some, size in zip(lengths, sizes, strict=True)]
-        self._within = torch.cat([one.flatten() for one in self.valid])
-        self._packed = (self._within.cumsum(0) - 1).clamp(min=0)  # of each padded position; at padding, of any
-        self._padded = self._within.nonzero()[:, 0]  # of each packed position
+        self._groups: list[_Group] = []
+        self._gaps: dict[int, _Gaps] = {}
+        start = 0
+        for valid in self.valid:
+            within = valid.flatten()
+            padded = within.nonzero()[:, 0]
+            rows = slice(start, start + len(padded))
+            full = len(padded) == len(within)
+            packed = (within.cumsum(0) - 1).clamp(min=0)
+            self._groups.append(_Group(rows, None if full else padded, packed, (~within).nonzero()[:, 0]))
+            start = rows.stop
+        self._rows = start
 
     def __len__(self) -> int:
         """Return N."""
-        return len(self._padded)
+        return self._rows
 
     @cached_property
     def row(self) -> Tensor:
         """Mask (1, N) of packed positions, which are all valid."""
-        return torch.ones(1, len(self), dtype=torch.bool, device=self._padded.device)
+        return torch.ones(1, len(self), dtype=torch.bool, device=self.lengths[0].device)
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
@@ -70,13 +150,11 @@ class Packing:
 
     def pack(self, groups: Sequence[Tensor]) -> Tensor:
         """Return padded groups (B, T, ...) packed (1, N, ...)."""
-        padded = torch.cat([group.flatten(0, 1) for group in groups])
-        return _place(padded, self._padded, self._packed, self._within.view(-1, *[1] * (padded.ndim - 1)))[None]
+        return cast(Tensor, _Pack.apply(self._groups, len(self), *(group.flatten(0, 1) for group in groups)))[None]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Return packed ``x`` (1, N, ...) as padded groups (B, T, ...), with arbitrary values at padding."""
-        padded = _place(x[0], self._packed, self._padded)
-        parts = padded.split([valid.numel() for valid in self.valid])
+        parts = cast(tuple[Tensor, ...], _Split.apply(x[0], self._groups))
         return [part.unflatten(0, valid.shape) for part, valid in zip(parts, self.valid)]
 
     def spread(self, x: Tensor, gap: int) -> tuple[Tensor, Tensor]:
@@ -84,28 +162,23 @@ class Packing:
 
         ``gather`` takes them out again.
         """
-        places, back, within = self._gaps(gap)
-        return _place(x[0], places, back)[None], within[None]
+        gaps = self._with_gaps(gap)
+        return cast(Tensor, _Spread.apply(x[0], gaps))[None], gaps.valid
 
     def gather(self, x: Tensor, gap: int) -> Tensor:
         """Return the positions (1, N, D) of ``x`` that ``spread`` did not insert."""
-        places, back, within = self._gaps(gap)
-        return _place(x[0], back, places, within[:, None])[None]
+        return cast(Tensor, _Gather.apply(x[0], self._with_gaps(gap)))[None]
 
-    def _gaps(self, gap: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the packed position of each spread one, the reverse, and the mask of spread positions."""
-        if gap not in self._spreads:
+    def _with_gaps(self, gap: int) -> _Gaps:
+        if gap not in self._gaps:
             lengths = torch.cat(self.lengths)
             before = gap * torch.arange(len(lengths), device=lengths.device)
-            back = torch.arange(len(self), device=lengths.device) + before.repeat_interleave(lengths)
-            size = len(self) + gap * (len(lengths) - 1)
-            within = torch.zeros(size, dtype=torch.bool, device=lengths.device).index_fill_(0, back, True)
-            self._spreads[gap] = (within.cumsum(0) - 1).clamp(min=0), back, within
-        return self._spreads[gap]
-
-    @cached_property
-    def _spreads(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        return {}
+            spread = torch.arange(len(self), device=lengths.device) + before.repeat_interleave(lengths)
+            places = len(self) + gap * (len(lengths) - 1)
+            valid = torch.zeros(places, dtype=torch.bool, device=lengths.device).index_fill_(0, spread, True)
+            packed = (valid.cumsum(0) - 1).clamp(min=0)
+            self._gaps[gap] = _Gaps(spread, packed, (~valid).nonzero()[:, 0], valid[None])
+        return self._gaps[gap]
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ class StepSampler(Stepper):
 
     def __init__(self, plan: Plan, rank: int = 0, ranks: int = 1, first: Callable[[], int] = lambda: 0) -> None:
         super().__init__(plan, rank, ranks)
+        refuse_packed(plan, "this trainer")
         self.first = first
         self.micro_batches_per_step = plan.micro_batches_per_step
         self.accumulation = -(-plan.micro_batches_per_step // ranks)
@@ -265,6 +266,15 @@ class StepSampler(Stepper):
     def __len__(self) -> int:
         """Return the number of batches of a pass."""
         return self.steps * self.accumulation
+
+
+def refuse_packed(plan: Plan, trainer: str) -> None:
+    """Raise PlanError for a plan of packed micro-batches, which would not fit in memory padded."""
+    if plan.batching.packed:
+        raise PlanError(
+            f"{trainer} pads its batches, and those of {plan.batching.name!r} are planned without; "
+            "choose another one, such as 'balanced', or train with 'canter train'"
+        )
 
 
 def tightened(budget: Budget, index: Index, limits: list[float]) -> Budget:

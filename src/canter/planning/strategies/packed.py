@@ -24,7 +24,10 @@ EARLY = (1.003, 1.03, 1.1)
 
 @dataclass(frozen=True, slots=True)
 class Packed(Strategy):
-    """Packed micro-batches of shuffled utterances that fill the budget and are equal in predicted time."""
+    """Packed micro-batches of shuffled utterances that fill the budget and are equal in predicted time.
+
+    They must be trained without padding, as `canter train` does: padded they take several times the memory.
+    """
 
     name: ClassVar[str] = "packed"
     packed: ClassVar[bool] = True
