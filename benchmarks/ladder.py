@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from canter.cli.lengths import open_lengths
 from canter.corpus.index import LengthIndex
 from canter.models.batch import Batch
 from canter.models.model import SpeechModel
-from canter.models.norm import frozen_statistics
 from canter.planning import Budget, Plan
 from canter.planning.lengths import Lengths
 from canter.planning.metrics import BatchTable, figures
@@ -78,13 +76,6 @@ def distinct_shapes(table: BatchTable) -> int:
     return len(np.unique(np.stack([table.size, table.frames, table.tokens], axis=1), axis=0))
 
 
-def flops_of(model: SpeechModel, batch: Batch, packed: bool = False) -> int:
-    """Return the FLOPs of matrix products, convolutions and attention in a forward pass."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), frozen_statistics():
-        model.packed_loss(batch.by_length()) if packed else model.loss(batch)
-    return counter.get_total_flops()
-
-
 class Rig:
     """A model and its training step, which all strategies share: the times do not depend on the weights."""
 
@@ -107,23 +98,12 @@ class Rig:
 
 
 class Arm:
-    """A strategy, its plan, and the results of its timed steps; shapes are rounded up to ``grid`` (frames, tokens).
-
-    counted: numbers of the steps whose FLOPs are counted.
-    """
+    """A strategy, its plan, and the results of its timed steps; shapes are rounded up to ``grid`` (frames, tokens)."""
 
     def __init__(
-        self,
-        name: str,
-        rig: Rig,
-        index: LengthIndex,
-        budget: Budget,
-        seed: int = 0,
-        grid: tuple[int, int] = (1, 1),
-        counted: range = range(0),
+        self, name: str, rig: Rig, index: LengthIndex, budget: Budget, seed: int = 0, grid: tuple[int, int] = (1, 1)
     ):
         self.name, self.rig, self.index, self.budget, self.grid = name, rig, index, budget, grid
-        self.counted = counted
         self.noise = 0.1 * torch.randn(round(float(np.max(index.seconds)) * RATE) + 1)
         self.plan = Plan(index, budget, name, seed=seed, grid=grid)
         self.steps = Steps(self.plan)
@@ -136,7 +116,6 @@ class Arm:
         self.shapes: list[tuple[int, int, int]] = []
         self.rows: list[np.ndarray] = []
         self.cuts = 0
-        self.flops: tuple[int, int] = (0, 0)
 
     def step(self, timed: bool = True) -> None:
         """Take one step of the plan. Its batches are made beforehand; everything from copying them to the device on is
@@ -150,8 +129,6 @@ class Arm:
             if self.rig.device.type == "cuda":
                 batch = batch.pin_memory()
             loaded.append(Loaded(address, batch, []))
-        if timed and self.number in self.counted:
-            self.count_flops([one.batch for one in loaded if one.batch is not None])
         start = time.perf_counter()
         cuts, peak = self.rig.step(loaded, self.number)
         taken = time.perf_counter() - start
@@ -169,17 +146,6 @@ class Arm:
             self.shapes.append((len(rows), int(lengths.frames.max()), int(lengths.tokens.max())))
             self.rows.append(rows)
 
-    def count_flops(self, batches: list[Batch]) -> None:
-        """Count the FLOPs of a forward pass, and those that each utterance adds to a batch of equally long ones."""
-        useful, taken = self.flops
-        packed = self.rig.training_step.gradient.packed
-        for batch in batches:
-            for row in range(len(batch.rows)):
-                twice, once = batch.take(torch.tensor([row, row])), batch.take(torch.tensor([row]))
-                useful += flops_of(self.rig.model, twice) - flops_of(self.rig.model, once)
-            taken += flops_of(self.rig.model, batch, packed)
-        self.flops = useful, taken
-
     @property
     def seconds(self) -> float:
         return sum(self.taken)
@@ -188,12 +154,10 @@ class Arm:
         shapes, rows = np.array(self.shapes), np.concatenate(self.rows)
         frames = self.budget.frames(self.index.seconds[rows])
         audio = float(self.index.seconds[rows].sum())
-        packed = self.rig.training_step.gradient.packed
         return {
             "audio_hours_per_hour": audio / self.seconds,
             "predicted": audio / sum(self.predicted),
-            "padded_audio": 0.0 if packed else 1 - float(frames.sum() / (shapes[:, 0] * shapes[:, 1]).sum()),
-            "useful_flops": self.flops[0] / self.flops[1] if self.flops[1] else None,
+            "padded_audio": 1 - float(frames.sum() / (shapes[:, 0] * shapes[:, 1]).sum()),
             "mean_batch": float(shapes[:, 0].mean()),
             "memory_filled_by_plan": float(np.mean(self.filled)),
             "out_of_memory": self.cuts,

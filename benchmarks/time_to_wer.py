@@ -59,7 +59,7 @@ class Options(Setting):
     """Word error rates to reach."""
     batch_seconds: float = 96.0
     """Maximum audio of a step, padding included."""
-    rate_at: float | None = 90.0
+    rate_at: float | None = 45.0
     """Seconds of audio in a step for which the learning rates of `canter train` hold; those of a strategy are scaled
     with the square root of its audio in a step, without padding. None: the same learning rates for all."""
     layers: tuple[int, int] = (4, 2)

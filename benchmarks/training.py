@@ -4,15 +4,13 @@ against the prediction of its plan.
     python benchmarks/training.py LENGTHS [--minutes 1.5] [--json FILE]
 
 LENGTHS is an index or a table with 'duration' and 'tokens'. Audio is noise of those lengths, made beforehand, so that
-only training is timed: features, forward, backward, update. The budget is measured once and shared; `packed`, whose
-step is another one, has a budget of its own in the same memory. Strategies take turns of a few steps, so that other
-load on the machine affects all of them, and are compared on audio hours per hour of their own time. Fixed batch sizes
-are those at which the longest utterances fit. Useful FLOPs are those that utterances add to batches of equally long
-ones, as a fraction of all.
+only training is timed: features, forward, backward, update. The budget is measured once and shared. Strategies take
+turns of a few steps, so that other load on the machine affects all of them, and are compared on audio hours per hour of
+their own time. Fixed batch sizes are those at which the longest utterances fit.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ from canter.models.fastconformer import FastConformerConfig
 from canter.models.features import FeatureConfig
 from canter.models.model import ModelConfig, SpeechModel
 from canter.reporting.machine import describe_machine
-from canter.runtime import keep_freed_memory
 from canter.training.config import LossConfig, OptimizerConfig, TrainConfig
 from canter.training.measure import SyntheticStep
 from canter.tuning.fit import fit_budget
@@ -54,9 +51,6 @@ class Options:
     """Number of probes of the budget."""
     turn: int = 2
     """Number of steps of a turn."""
-    strategies: tuple[str, ...] = (*STRATEGIES, "packed")
-    counted: int = 6
-    """Number of steps of each strategy whose FLOPs are counted."""
     seed: int = 0
     json: Path | None = None
     """File for the figures."""
@@ -84,17 +78,10 @@ def main(options: Options) -> None:
     index = lengths_of(options.lengths, options.longest, 480, options.most)
     model = model_of(options)
     config = TrainConfig(optimizer=OptimizerConfig(name="adamw"), loss=LossConfig(ctc_weight=0.0, ctc_warmup=0.0))
-    keep_freed_memory()
-    configs = {name: replace(config, strategy=name) for name in ("balanced", "packed")}
-    budgets, rigs = {}, {}
-    for name, one in configs.items():
-        prober = Prober(SyntheticStep(one, model, "float32", prompt=4), options.memory * 1e9, events=Printed())
-        budgets[name] = fit_budget(prober, index, most_probes=options.probes)
-        rigs[name] = Rig(one, model, "float32")
-    arms = []
-    for name in options.strategies:
-        kind = "packed" if name == "packed" else "balanced"
-        arms.append(Arm(name, rigs[kind], index, budgets[kind], options.seed, counted=range(1, 1 + options.counted)))
+    prober = Prober(SyntheticStep(config, model, "float32", prompt=4), options.memory * 1e9, events=Printed())
+    budget = fit_budget(prober, index, most_probes=options.probes)
+    rig = Rig(config, model, "float32")
+    arms = [Arm(name, rig, index, budget, options.seed) for name in STRATEGIES]
     for arm in arms:
         arm.step(timed=False)
     while any(arm.seconds < options.minutes * 60 for arm in arms):
@@ -108,7 +95,7 @@ def main(options: Options) -> None:
         "hours": float(index.seconds.sum()) / 3600,
         "machine": describe_machine() | {"threads": options.threads},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "budgets": {name: budget.as_json() for name, budget in budgets.items()},
+        "budget": budget.as_json(),
         "strategies": {arm.name: arm.figures() for arm in arms},
     }
     show(result)
@@ -117,9 +104,9 @@ def main(options: Options) -> None:
 
 
 def show(result: dict) -> None:
-    table = Table("strategy", "audio h/h", "predicted", "measured/predicted", "against the first", "predicted",
-                  "padded audio", "useful FLOPs", "mean batch", "steps")  # fmt: skip
-    base = next(iter(result["strategies"].values()))
+    table = Table("strategy", "audio h/h", "predicted", "measured/predicted", "against random", "predicted",
+                  "padded audio", "mean batch", "steps")  # fmt: skip
+    base = result["strategies"]["random"]
     for name, row in result["strategies"].items():
         rate, predicted = row["audio_hours_per_hour"], row["predicted"]
         table.add_row(
@@ -130,7 +117,6 @@ def show(result: dict) -> None:
             f"{rate / base['audio_hours_per_hour']:.2f}x",
             f"{predicted / base['predicted']:.2f}x",
             f"{row['padded_audio']:.1%}",
-            f"{row['useful_flops']:.1%}",
             f"{row['mean_batch']:.1f}",
             str(row["steps"]),
         )

@@ -80,6 +80,16 @@ def test_any_number_of_ranks_and_workers_takes_the_same_steps(shared, tmp_path, 
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
+def test_packed_micro_batches_are_elastic(shared, tmp_path, on_ranks, parallel):
+    shared = dataclasses.replace(shared, strategy="packed", optimizer=OptimizerConfig(name="adamw"), steps=4)
+    run_training(shared)
+    other = dataclasses.replace(shared, output=tmp_path / parallel, parallel=parallel)
+    assert [result for result, _ in on_ranks(2, train_on, other, 3)] == [None, None]
+    assert run_training(other).progress.step == 4
+    assert_same_steps(steps(other), steps(shared))
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_state_may_be_sharded(shared, tmp_path, on_ranks, parallel):
     shared = dataclasses.replace(shared, optimizer=OptimizerConfig(name="adamw", ema=0.9), steps=4)
     run_training(shared)

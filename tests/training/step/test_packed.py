@@ -9,7 +9,7 @@ import torch
 
 from canter.errors import ConfigError
 from canter.models.norm import MaskedBatchNorm
-from canter.training.config import LossConfig, OptimizerConfig
+from canter.training.config import LoraConfig, LossConfig, ModelShape, OptimizerConfig
 from canter.training.feed.data import Address
 from canter.training.recipe import prepare_training, run_training
 from canter.training.step.gradient import Gradient, SplitMicroBatch, TargetCounts
@@ -100,6 +100,20 @@ def test_a_teacher_is_asked_group_by_group(packed, tmp_path):
         results.append(gradient.compute([loaded], TargetCounts.of([loaded.batch]), 0, ctc_only=False))
     assert results[0].distillation == pytest.approx(results[1].distillation, rel=1e-5)
     assert results[0].attention == pytest.approx(results[1].attention, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_lora_and_bf16(packed, tmp_path, precision):
+    first = dataclasses.replace(packed, steps=2)
+    run_training(first)
+    tuned = dataclasses.replace(
+        packed, output=tmp_path / "tuned", init=first.output, lora=LoraConfig(rank=2), steps=3, precision=precision,
+        model=ModelShape(),
+    )  # fmt: skip
+    run_training(tuned)
+    assert len(losses(tuned)) == 3
+    assert np.isfinite(losses(tuned)).all()
+    assert losses(tuned)[0] == pytest.approx(losses(first)[1], rel=0.2)
 
 
 def test_compiled_layers_are_refused(packed):
