@@ -146,7 +146,7 @@ def train_rows(folder: Path) -> list[dict[str, Any]]:
 def keep(options: Setting, **figures: object) -> None:
     """Write the figures so far to --json, if that is given, with the options and the machine."""
     if options.json:
-        given = {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k != "speech"}
+        given = {k: v for k, v in vars(options).items() if not isinstance(v, Path) and k not in ("speech", "earlier")}
         result = {"options": given, "machine": describe_machine(), **figures}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -47,6 +47,8 @@ from canter.training.recipe import prepare_training
 class Options(Setting):
     first_seed: int = 0
     """First of the seeds, to share them out to several processes, each with a core and a --json of its own."""
+    earlier: tuple[Path, ...] = ()
+    """Results of other seeds, whose runs are included; the time of their updates is measured here."""
     minutes: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
     """Lengths of the runs, in minutes of training steps."""
     whisper: Path | None = None
@@ -291,7 +293,7 @@ def main(options: Options) -> None:
     arms = arms_of(options, base)
     timed = {name: settings_of(name, base) for name in arms}
     seconds = step_seconds(base, timed, options.output / "step_seconds.json", options.timed)
-    rows: list[dict[str, Any]] = []
+    rows = [row for path in options.earlier for row in json.loads(path.read_text(encoding="utf-8"))["runs"]]
     reached: set[tuple[str, int]] = set()
     for about, config in runs_of(options, base, {name: settings for name, (settings, _) in arms.items()}, seconds):
         if (about["arm"], about["seed"]) in reached:
