@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canter.models.features import Count, attention_mask, length_mask
+from canter.models.features import Count, length_mask
 from canter.models.layers import Attention, Encoder, rates, sinusoids
 from canter.models.packing import PackedMask, Packing
 
@@ -221,11 +221,7 @@ class EBranchformer(Encoder):
         return self.dropout(x * math.sqrt(self.config.width) + self.positions[: x.shape[1]].to(x.dtype)), lengths
 
     def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
-        mask: Tensor | PackedMask | None
-        valid: Tensor | Packing | None
-        if isinstance(lengths, Packing):
-            mask, valid = PackedMask(lengths, lengths), lengths
-        else:
-            mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
-            valid = None if mask is None else length_mask(lengths, x.shape[1])[:, :, None]
+        mask, valid = self.attention_mask(lengths, x.shape[1]), lengths
+        if not isinstance(valid, Packing):
+            valid = None if mask is None else length_mask(valid, x.shape[1])[:, :, None]
         return self.norm(self.run(x, mask, valid, layer_drop=self.config.layer_drop))

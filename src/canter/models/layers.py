@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from canter.models.features import Count
+from canter.models.features import Count, attention_mask
 from canter.models.norm import frozen_statistics
 from canter.models.packing import PackedMask, Packing
 
@@ -236,6 +236,12 @@ class Encoder(Stack):
     def embed(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return the input (B, T, D) of the layers, and lengths (B,) in encoder frames."""
         raise NotImplementedError
+
+    def attention_mask(self, lengths: Tensor | Packing, size: int) -> Tensor | PackedMask | None:
+        """Return the mask of self-attention over ``size`` positions; None where all are attended."""
+        if isinstance(lengths, Packing):
+            return PackedMask(lengths, lengths)
+        return None if self.same_lengths else attention_mask(lengths, size)
 
     def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
         """Run the layers on ``x`` (B, T, D) of lengths (B,), or (1, N, D) packed."""

@@ -74,31 +74,22 @@ def _packed(padded: Sequence[Tensor], groups: Sequence[_Group], shape: Sequence[
     return rows
 
 
-class _Spread(torch.autograd.Function):
-    """Rows (N, D) with others between them, whose values are arbitrary and have no gradient."""
+class _Select(torch.autograd.Function):
+    """Select rows ``places`` of x.
+
+    The gradient of row i is that of the selected row ``back[i]``, and zero for ``unused`` rows.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gaps: _Gaps) -> Tensor:
-        ctx.gaps = gaps
-        return x.index_select(0, gaps.packed)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient.contiguous().index_select(0, ctx.gaps.spread), None
-
-
-class _Gather(torch.autograd.Function):
-    """The rows (N, D) that `_Spread` was given."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gaps: _Gaps) -> Tensor:
-        ctx.gaps = gaps
-        return x.index_select(0, gaps.spread)
+    def forward(ctx, x: Tensor, places: Tensor, back: Tensor, unused: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, unused)
+        return x.index_select(0, places)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        gaps = ctx.gaps
-        return gradient.contiguous().index_select(0, gaps.packed).index_fill_(0, gaps.between, 0), None
+        back, unused = ctx.saved_tensors
+        found = gradient.contiguous().index_select(0, back)
+        return found if unused is None else found.index_fill_(0, unused, 0), None, None, None
 
 
 class _Gaps(NamedTuple):
@@ -115,7 +106,7 @@ class _Gaps(NamedTuple):
 
 
 class Packing:
-    """Where the positions of each utterance stand: packed (1, N), and padded in groups (B, T)."""
+    """Map between the packed positions (1, N) of utterances and their padded positions in groups (B, T)."""
 
     def __init__(self, lengths: Sequence[Tensor], sizes: Sequence[int]):
         """lengths: (B,) of each group. sizes: T of each group, at least its greatest length."""
@@ -163,11 +154,12 @@ class Packing:
         ``gather`` takes them out again.
         """
         gaps = self._with_gaps(gap)
-        return cast(Tensor, _Spread.apply(x[0], gaps))[None], gaps.valid
+        return cast(Tensor, _Select.apply(x[0], gaps.packed, gaps.spread, None))[None], gaps.valid
 
     def gather(self, x: Tensor, gap: int) -> Tensor:
         """Return the positions (1, N, D) of ``x`` that ``spread`` did not insert."""
-        return cast(Tensor, _Gather.apply(x[0], self._with_gaps(gap)))[None]
+        gaps = self._with_gaps(gap)
+        return cast(Tensor, _Select.apply(x[0], gaps.spread, gaps.packed, gaps.between))[None]
 
     def _with_gaps(self, gap: int) -> _Gaps:
         if gap not in self._gaps:
@@ -183,7 +175,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedMask:
-    """In place of an attention mask: queries and keys are packed, and each utterance's attend to its own."""
+    """Attention mask of packed queries and keys: the queries of an utterance attend to its own keys only."""
 
     queries: Packing
     keys: Packing

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from canter.models.features import attention_mask, length_mask
+from canter.models.features import length_mask
 from canter.models.layers import Attention, Encoder, TransformerLayer, gelu, sinusoids, whisper_rates
 from canter.models.packing import PackedMask, Packing
 
@@ -89,11 +89,7 @@ class WhisperEncoder(Encoder):
         return self.dropout((x + self.positions[: x.shape[1]]).to(self.conv1.weight.dtype)), lengths
 
     def contextualise(self, x: Tensor, lengths: Tensor | Packing) -> Tensor:
-        mask: Tensor | PackedMask | None
-        if isinstance(lengths, Packing):
-            mask = PackedMask(lengths, lengths)
-        else:
-            mask = None if self.same_lengths else attention_mask(lengths, x.shape[1])
+        mask = self.attention_mask(lengths, x.shape[1])
         return self.norm(self.run(x, mask, layer_drop=self.config.layer_drop))
 
     def _convolved(self, features: Tensor, lengths: Tensor) -> Tensor:
