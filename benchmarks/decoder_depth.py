@@ -3,11 +3,13 @@
     python benchmarks/decoder_depth.py -o FOLDER [--shapes 6/5 8/2 9/1] [--steps 1500] [--seeds 3] [--json FILE]
 
 Every run is a `canter train` on the demo's corpus with the `balanced` strategy; runs of one seed differ in the layers
-of encoder and decoder only, and see the same batches. WER is of test sentences, decoded greedily by attention only. The
-difference of a shape from the first has a 95 % interval by paired bootstrap over utterances, each with the errors of
-all seeds. Decoding is then timed on the trained models of the first seed, shapes and ways in turns, with each sentence
-stopped at its reference's number of tokens: our engine, and the released toolkit's way (hidden states cached, keys and
-values projected again at each step). The same command continues where it stopped.
+of encoder and decoder only, and see the same batches. WER is of test sentences, decoded greedily by attention only, and
+jointly with the CTC head, which does not let the decoder skip or repeat words; their cross-entropy with teacher forcing
+is another measure of the decoder. The difference of a shape from the first has a 95 % interval by paired bootstrap over
+utterances, each with the errors of all seeds. Decoding is then timed on the trained models of the first seed, shapes
+and ways in turns, with each sentence stopped at its reference's number of tokens: our engine, and the released
+toolkit's way (hidden states cached, keys and values projected again at each step). The same command continues where it
+stopped.
 """
 
 import json
@@ -21,6 +23,7 @@ import tyro
 from convergence import Setting, keep, shared, train_rows
 from convergence import run as trained
 from decoder_shift import measure_ways
+from reshape import token_loss
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +32,9 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.evaluation.wer import ErrorCounts, Score, paired_difference, score_texts
+from canter.files import write_text
+from canter.inference.engine.engine import engine_for
+from canter.inference.engine.requests import EngineConfig, Request
 from canter.loading import load_model
 from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
@@ -42,6 +48,10 @@ class Options(Setting):
     """Encoder/decoder layers; the first is the baseline. These have 1.9 million parameters at width 96, within 2 %."""
     steps: tuple[int, ...] = (750, 1500)
     """Numbers of updates; each is a run of its own with its own learning-rate schedule."""
+    first_seed: int = 0
+    """First of the seeds, to share them out to several processes, each with a --json of its own."""
+    ctc_weight: float = 0.3
+    """Weight of CTC in joint decoding."""
     ctc_warmup: float | None = None
     """CTC-only warm-up as a fraction of the steps (default: that of `canter train`)."""
     repeats: int = 3
@@ -68,6 +78,24 @@ def transcripts(folder: Path, steps: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def rows_of(manifest: Path) -> list[Utterance]:
+    return [row for row in open_source(manifest) if isinstance(row, Utterance)]
+
+
+def decoded_jointly(folder: Path, manifest: Path, ctc_weight: float) -> dict[str, Any]:
+    """Return the test set's joint transcripts and its cross-entropy a token; they are kept in the run's folder."""
+    path = folder / f"joint-{ctc_weight:g}.json"
+    if not path.exists():
+        model = load_model(checkpoint_of(folder))
+        rows, end = rows_of(manifest), model.tokenizer.end
+        requests = [Request(load_utterance(row, model.sample_rate), model.tokenizer.prompt(row)) for row in rows]
+        done = engine_for(model, end, EngineConfig(ctc_weight=ctc_weight)).decode(requests)
+        texts = [model.tokenizer.decode(one.tokens) for one in done]
+        found = {"text": [row.text for row in rows], "pred_text": texts, "token_loss": token_loss(model, rows)}
+        write_text(path, json.dumps(found))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def pooled(scores: Sequence[Score]) -> Score:
     """Return one score of several results on the same references: each utterance has the errors of all of them."""
     together = zip(*(score.utterances for score in scores), strict=True)
@@ -75,39 +103,53 @@ def pooled(scores: Sequence[Score]) -> Score:
     return replace(scores[0], utterances=utterances, total=sum((score.total for score in scores), ErrorCounts()))
 
 
-def accuracy(rows: Sequence[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+def accuracy(rows: Sequence[dict[str, Any]], test: Path, options: Options) -> list[dict[str, Any]]:
     """Return WER and step time of each shape and number of updates, over all seeds that every shape has.
 
-    From the second shape on, also the difference of its WER from the first shape's.
+    From the second shape on, also the difference of its WER from the first shape's. `joint` has the same of joint
+    decoding.
     """
     found = []
     for steps in options.steps:
         done = {shape: [r for r in rows if (r["shape"], r["steps"]) == (shape, steps)] for shape in options.shapes}
         seeds = min(len(some) for some in done.values())
-        scores = {}
+        attention: dict[str, list[Score]] = {}
+        joint: dict[str, list[Score]] = {}
         for shape, some in done.items() if seeds else ():
-            texts = [transcripts(options.output / row["folder"], steps) for row in some[:seeds]]
-            scores[shape] = pooled(
-                [score_texts([t["text"] for t in one], [t["pred_text"] for t in one]) for one in texts]
+            folders = [options.output / row["folder"] for row in some[:seeds]]
+            attention[shape] = [score_rows(transcripts(folder, steps)) for folder in folders]
+            both = [decoded_jointly(folder, test, options.ctc_weight) for folder in folders]
+            joint[shape] = [score_texts(one["text"], one["pred_text"]) for one in both]
+            found.append(
+                {"shape": shape, "steps": steps, "seeds": seeds}
+                | compared(attention, shape)
+                | {
+                    "joint": compared(joint, shape),
+                    "token_loss": [one["token_loss"] for one in both],
+                    "seconds_a_step": statistics.median(row["seconds_a_step"] for row in some[:seeds]),
+                }
             )
-            one = {
-                "shape": shape,
-                "steps": steps,
-                "seeds": seeds,
-                "wer": scores[shape].wer,
-                "wer_of_seeds": [row["wer"] for row in some[:seeds]],
-                "seconds_a_step": statistics.median(row["seconds_a_step"] for row in some[:seeds]),
-            }
-            if shape != options.shapes[0]:
-                one |= {"difference": asdict(paired_difference(scores[shape], scores[options.shapes[0]]))}
-            found.append(one)
+    return found
+
+
+def score_rows(rows: Sequence[dict[str, Any]]) -> Score:
+    return score_texts([row["text"] for row in rows], [row["pred_text"] for row in rows])
+
+
+def compared(scores: dict[str, list[Score]], shape: str) -> dict[str, Any]:
+    """Return the WER of a shape over all seeds and of each, and its difference from the first shape."""
+    first = next(iter(scores))
+    total = pooled(scores[shape])
+    found: dict[str, Any] = {"wer": total.wer, "wer_of_seeds": [one.wer for one in scores[shape]]}
+    if shape != first:
+        found["difference"] = asdict(paired_difference(total, pooled(scores[first])))
     return found
 
 
 def decoding(models: dict[str, SpeechModel], manifest: Path, options: Options) -> list[dict[str, Any]]:
     """Return times of decoding the test set both ways, each sentence up to its reference's number of tokens."""
     model = next(iter(models.values()))
-    rows = [row for row in open_source(manifest) if isinstance(row, Utterance)]
+    rows = rows_of(manifest)
     clips = [load_utterance(row, model.sample_rate) for row in rows]
     tokens = [len(model.tokenizer.encode(row.text)) + 1 for row in rows]
     prompt = model.tokenizer.prompt(rows[0])
@@ -117,13 +159,14 @@ def decoding(models: dict[str, SpeechModel], manifest: Path, options: Options) -
 
 def show(result: dict[str, Any]) -> None:
     """Print the tables of accuracy and decoding."""
-    table = Table("layers", "updates", "WER", "of each seed", "difference (95 %)", "seconds a step")
+    table = Table("layers", "updates", "decoding", "WER", "of each seed", "difference (95 %)", "loss", "seconds a step")
     for row in result["accuracy"]:
-        gap = row.get("difference")
-        cells = f"{gap['wer']:+.2%} ({gap['low']:+.2%} to {gap['high']:+.2%})" if gap else "-"
-        each = ", ".join(f"{wer:.1%}" for wer in row["wer_of_seeds"])
-        time = f"{row['seconds_a_step']:.3f}"
-        table.add_row(row["shape"], f"{row['steps']:,}", f"{row['wer']:.2%}", each, cells, time)
+        for way, one in (("attention", row), ("joint", row["joint"])):
+            gap = one.get("difference")
+            cells = f"{gap['wer']:+.2%} ({gap['low']:+.2%} to {gap['high']:+.2%})" if gap else "-"
+            each = ", ".join(f"{wer:.1%}" for wer in one["wer_of_seeds"])
+            loss, time = f"{statistics.mean(row['token_loss']):.3f}", f"{row['seconds_a_step']:.3f}"
+            table.add_row(row["shape"], f"{row['steps']:,}", way, f"{one['wer']:.2%}", each, cells, loss, time)
     Console().print(table)
     table = Table("layers", "way", "parameters", "encoder, s", "decoder, s", "RTFx", "speed")
     for row in result["decoding"]:
@@ -142,7 +185,7 @@ def main(options: Options) -> None:
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"runs": rows, "accuracy": [], "decoding": []}
     models: dict[str, SpeechModel] = {}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for steps in sorted(options.steps):
             for shape in options.shapes:
                 config = config_of(base, options, shape, steps, seed)
@@ -152,7 +195,7 @@ def main(options: Options) -> None:
                 rows.append({"shape": shape, "seed": seed, "folder": config.output.name, "seconds_a_step": seconds}
                             | figures)  # fmt: skip
                 models.setdefault(shape, load_model(checkpoint_of(config.output)))
-                result["accuracy"] = accuracy(rows, options)
+                result["accuracy"] = accuracy(rows, base.valid[0], options)
                 keep(options, **result)  # after every run, so that a stop loses nothing
     result["decoding"] = decoding(models, base.valid[0], options)
     show(result)

@@ -10,6 +10,7 @@ learning rates. FOLDER keeps the reshaped model and the runs; started again, it 
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -32,7 +33,7 @@ from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, measur
 from canter.planning.budget import Budget
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig, load_run_config
-from canter.training.defaults import TEACHER_WEIGHT
+from canter.training.defaults import TEACHER_WEIGHT, decided
 from canter.training.feed.data import MicroBatches, collate
 from canter.training.recipe import run_training
 from canter.training.validation import Validator, spread_over
@@ -97,7 +98,7 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str, teache
         valid_utterances=options.utterances,
         optimizer=replace(
             rates,
-            learning_rate=options.rate * rates.learning_rate,
+            learning_rate=options.rate * (rates.learning_rate or 0.0),
             matrix_learning_rate=options.rate * rates.matrix_learning_rate,
         ),
         loss=replace(
@@ -128,29 +129,30 @@ def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str,
 
 
 @torch.no_grad()
-def cut_losses(model: SpeechModel, rows: list[Utterance], layers: int) -> dict[str, float]:
-    """Cross-entropy a token, teacher-forced, of the whole decoder and of every ``layers`` of its layers."""
+def token_loss(model: SpeechModel, rows: Sequence[Utterance]) -> float:
+    """Return the cross-entropy of a token with teacher forcing, over all tokens of the rows."""
     index = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
     data = MicroBatches(index, model.tokenizer, None, model.sample_rate)
     examples = sorted((data.example(row) for row in rows), key=lambda example: len(example.audio))
     batches = [collate(examples[at : at + 8], model.tokenizer.pad) for at in range(0, len(examples), 8)]
+    sums = [model.eval().loss(batch) for batch in batches]
+    return float(sum(x.attention for x in sums) / sum(x.attention_count for x in sums))
 
-    def loss(one: SpeechModel) -> float:
-        sums = [one.eval().loss(batch) for batch in batches]
-        return float(sum(x.attention for x in sums) / sum(x.attention_count for x in sums))
 
-    losses = {"all": loss(model)}
+def cut_losses(model: SpeechModel, rows: list[Utterance], layers: int) -> dict[str, float]:
+    """Return the cross-entropy of a token with all layers of the decoder, and with every ``layers`` of them."""
+    losses = {"all": token_loss(model, rows)}
     for kept in combinations(range(model.config.decoder.layers), layers):
         cut = reshape(model, decoder_layers=layers)
         for place, source in enumerate(kept):
             cut.decoder.layers[place].load_state_dict(model.decoder.layers[source].state_dict())
-        losses[", ".join(map(str, kept))] = loss(cut)
+        losses[", ".join(map(str, kept))] = token_loss(cut, rows)
         print(f"layers {', '.join(map(str, kept))}: {losses[', '.join(map(str, kept))]:.3f}")
     return losses
 
 
 def run(options: Options) -> dict[str, Any]:
-    config = load_run_config(options.run / "config.yaml")
+    config = decided(load_run_config(options.run / "config.yaml"))
     manifests = options.valid or config.valid
     if not manifests:
         raise ConfigError(f"{options.run} has no validation manifest to measure WER on; name one with --valid")

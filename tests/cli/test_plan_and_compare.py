@@ -45,7 +45,10 @@ def test_a_strategy_is_one_line_however_narrow_the_terminal(rungs, columns, monk
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("FORCE_COLOR", "1")
     command.print_comparison(rungs, "a title")
-    lines = lines_of(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith(" \x1b[1mb")] == ["\x1b[1mbalanced"]
+    assert "\n packed " in printed  # not in bold, as it is not the default
+    lines = lines_of(printed)
     assert all(len(line) <= columns for line in lines)
     for name, _, _ in ladder():
         assert len([line for line in lines if line.startswith(f" {name}  ")]) == 1

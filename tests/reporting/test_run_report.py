@@ -196,6 +196,20 @@ def test_the_gain_over_random_batches_is_the_planners(trained: Path):
         assert told in page, told
 
 
+def test_a_packed_run_is_not_said_to_be_padded(trained: Path):
+    padded = gain(read_run(trained))
+    (trained / "config.yaml").write_text("strategy: packed\n")
+    found = gain(read_run(trained))
+    assert padded is not None
+    assert found is not None
+    assert (padded.packed, found.packed) == (False, True)
+    assert found.own.figures.padded_audio == 0 < padded.own.figures.padded_audio
+    page = run_report(trained)
+    assert "stand one after the other" in page
+    assert "A batch of this run: packed" in page
+    assert "Every utterance of a batch is padded" not in page
+
+
 def table_of(page: str) -> dict[str, list[str]]:
     """Return the rows of the table of predicted and measured figures by name; "" is its header."""
     text = page.split("What the batches gained")[1].split("</table>")[0]

@@ -110,7 +110,7 @@ def print_comparison(rows: Sequence[Rung], title: str, caption: str | None = CAP
 
 
 def ladder_table(values: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Table:
-    """Return the table with a bold last row and one header word a line."""
+    """Return the table, the default strategy in bold, with one header word a line."""
     from rich import box
     from rich.table import Table
 
@@ -120,5 +120,7 @@ def ladder_table(values: Sequence[Mapping[str, str]], columns: Sequence[str]) ->
             name.replace(" ", "\n"), justify="left" if name == "strategy" else "right", vertical="bottom", no_wrap=True
         )
     for value in values:
-        table.add_row(*(value[name] for name in columns), style="bold" if value is values[-1] else "")
+        table.add_row(
+            *(value[name] for name in columns), style="bold" if value["strategy"].startswith("balanced") else ""
+        )
     return table

@@ -6,7 +6,7 @@ text, muted text and grid into CSS variables, so that a figure fits light and da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
@@ -266,18 +266,23 @@ def draw_lengths(seconds: Values, tokens: Values, *, size: tuple[float, float] =
 
 
 @styled
-def draw_padding(batches: Mapping[str, Values], *, size: tuple[float, float] = (11.0, 2.7)) -> Figure:
+def draw_padding(
+    batches: Mapping[str, Values], *, packed: Collection[str] = (), size: tuple[float, float] = (11.0, 2.7)
+) -> Figure:
     """Draw batches as they lie in memory: one row for each utterance, its audio coloured and its padding grey.
 
-    ``batches`` maps a caption to the seconds of a batch's utterances; all panels share their scales.
+    ``batches`` maps a caption to the seconds of a batch's utterances; those of ``packed`` are drawn without padding.
+    All panels share their scales.
     """
     figure = Figure(figsize=size, layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(batches), sharex=True, sharey=True))
     for axes, color, (name, seconds) in zip(panels, (ORANGE, BLUE), batches.items()):
         longest, rows = max(seconds), range(len(seconds))
-        axes.barh(rows, [longest] * len(seconds), color=GRID, height=0.74)
+        if name not in packed:
+            axes.barh(rows, [longest] * len(seconds), color=GRID, height=0.74)
         axes.barh(rows, seconds, color=color, height=0.74)
-        axes.set_title(f"{name}: {1 - sum(seconds) / (longest * len(seconds)):.0%} padding")
+        padding = f"{1 - sum(seconds) / (longest * len(seconds)):.0%} padding"
+        axes.set_title(f"{name}: {'packed' if name in packed else padding}")
         axes.set(yticks=[], xlabel="seconds", xlim=(0, None))
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)

@@ -53,6 +53,8 @@ class Gain:
     """Number of utterances planned: all of the index, or a sample."""
     taken: int
     """Number of utterances in the run's batches."""
+    packed: bool
+    """True where the run's utterances stand one after the other in a micro-batch; those of the others are padded."""
     epoch_utterances: int
     epoch_audio: float
     """Seconds of audio in an epoch."""
@@ -111,7 +113,9 @@ def gain(run: RunRecord) -> Gain | None:
     own = _batching("this run", figures(table, budget, run.ranks), len(index), taken_audio, work)
     batch = _typical(seconds, batches, table)
     drawn = np.random.default_rng(0).choice(planned.seconds, min(len(batch), len(planned)), replace=False)
-    return Gain(others, own, fills, len(planned), own.figures.utterances, len(index), audio, batch, drawn.tolist())
+    return Gain(
+        others, own, fills, len(planned), own.figures.utterances, packed, len(index), audio, batch, drawn.tolist()
+    )
 
 
 def _batching(name: str, found: Figures, utterances: int, audio: float, work: float | None = None) -> Batching:

@@ -17,6 +17,12 @@ from canter.reporting.run_folder import Row, RunRecord, is_number, read_run
 LISTED = 50  # rows of a list of problems
 WORST, DRAWN = 4, 6  # utterances of a validation shown: with most errors, and at random
 HISTORY = 5  # validations shown of one utterance
+OWN_BATCH = "A batch of this run"
+PADDED = "Every utterance of a batch is padded to the longest one, and the padding is computed like speech."
+PACKED = (
+    "The utterances of this run's batches stand one after the other; only attention, features and subsampling pad, "
+    "each in groups of utterances of like length. In batches of the others every utterance is padded to the longest."
+)
 
 
 def run_report(folder: str | os.PathLike[str]) -> Html:
@@ -122,15 +128,16 @@ def _batching(run: RunRecord, found: Gain | None) -> Html:
     hours = [row.figures.hours for row in rows]
     padded = [row.figures.padded_compute for row in rows]
     picture = figures.draw_padding(
-        {f"{len(found.drawn)} drawn at random": found.drawn, "A batch of this run": found.batch}
+        {f"{len(found.drawn)} drawn at random": found.drawn, OWN_BATCH: found.batch},
+        packed=(OWN_BATCH,) if found.packed else (),
     )
     bars = figures.draw_epochs([row.name for row in rows], hours, padded, best="this run")
     times = ", ".join(f"{row.name} {duration(3600 * row.figures.hours)}" for row in rows)
     return html.section(
         "What the batches gained",
         Html(
-            "Every utterance of a batch is padded to the longest one, and the padding is computed like speech. Figures "
-            f"of the planner are {html.origin('predicted')}, those of the run's steps {html.origin('measured')}."
+            f"{PACKED if found.packed else PADDED} Figures of the planner are {html.origin('predicted')}, those of the "
+            f"run's steps {html.origin('measured')}."
         ),
         _comparison(run, found),
         html.element("p", _explanation(run, found), class_="lead"),
@@ -139,7 +146,7 @@ def _batching(run: RunRecord, found: Gain | None) -> Html:
             "Padding in a batch",
             "One row for each utterance, its audio coloured and its padding grey.",
             wide=True,
-            alt="Two batches, each utterance a bar; the random one is mostly padding.",
+            alt="Two batches, each utterance a bar; the random one has the most padding.",
         ),
         html.figure(
             bars,

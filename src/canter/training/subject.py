@@ -26,6 +26,7 @@ from canter.models.model import ModelConfig, SpeechModel
 from canter.models.protocol import AnyModel, Capability, check_support, module_of
 from canter.planning.budget import Budget
 from canter.planning.lengths import ModelLimits
+from canter.planning.strategies import STRATEGIES
 from canter.runtime import choose_device
 from canter.text import load_tokenizer
 from canter.text.characters import Characters
@@ -143,7 +144,7 @@ def load_initial(
     given: dict[str, tuple[Capability, bool]] = {
         "--pad-seconds": ("any_length", config.pad_seconds is not None),
         "--compile": ("compile", config.compile),
-        "--strategy packed": ("packing", config.strategy == "packed"),
+        f"--strategy {config.strategy}": ("packing", STRATEGIES[config.strategy].packed),
         "--parallel shard": ("shard", config.parallel == "shard"),
         "--augment masks": ("spec_augment", bool(config.augment.frequency_masks or config.augment.time_masks)),
     }
