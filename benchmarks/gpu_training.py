@@ -6,18 +6,18 @@ hour, MFU, memory filled, batches that ran out of memory.
     python benchmarks/gpu_training.py --device cpu --tiny                # the same path on a tiny model, in float32
 
 LENGTHS is an index or a table with 'duration' and 'tokens'; without it, lengths are drawn (log-normal, 1 to 40 s).
-Audio is noise of those lengths. The budget is measured first, for the memory of the device, and every strategy
-fills it as far as it can. The matrix rate is that of products of square matrices on this device. MFU is three times the
-FLOPs of a forward pass, per second and matrix rate, once with padding counted as work and once without. A batch that
-does not fit is split as in `canter train`, counted, and its time counted with it. The figures are written after every
-strategy, and every few seconds in between. `--grid` rounds shapes up, so that there are fewer distinct ones; `canter
-train` does not do so.
+Audio is noise of those lengths. The budget is measured first, for the memory of the device, and every strategy fills it
+as far as it can; `packed` trains without padding. The matrix rate is that of products of square matrices on this
+device. MFU is three times the FLOPs of a forward pass, per second and matrix rate, once with padding counted as work
+and once without. A batch that does not fit is split as in `canter train`, counted, and its time counted with it. The
+figures are written after every strategy, and every few seconds in between. `--grid` rounds shapes up, so that there are
+fewer distinct ones; `canter train` does not do so.
 """
 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ TINY_LIMIT = 80e6  # bytes
 @dataclass(frozen=True)
 class Options:
     lengths: tyro.conf.Positional[Path | None] = None
-    strategies: tuple[str, ...] = ("random", "balanced", "bucket_2d", "duration", "bucket_1d")
+    strategies: tuple[str, ...] = ("random", "balanced", "packed", "bucket_2d", "duration", "bucket_1d")
     """Strategies in this order, the most informative first, in case the time runs out; none: only the budget."""
     seconds: float = 55.0
     """Seconds of training for each strategy."""
@@ -121,7 +121,6 @@ def main(options: Options) -> None:
         budget = measure(SyntheticStep(settings, model, precision, 4, copied=False), limit, index, options.probes)
         if options.budget:
             budget.save(options.budget)
-    rig = Rig(settings, model, precision)
     flops = training_flops(config, model.frame_seconds)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -137,7 +136,9 @@ def main(options: Options) -> None:
     }
     save(result, options.json)
     for name in options.strategies:
+        rig = None  # only one optimiser has its state in memory
         release_memory()
+        rig = Rig(replace(settings, strategy=name), model, precision)
         grid = few_shapes(index, budget, name) if options.grid else (1, 1)
         arm = Arm(name, rig, index, budget, grid=grid)
         started = time.perf_counter()

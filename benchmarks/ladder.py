@@ -106,6 +106,7 @@ class Arm:
         self.name, self.rig, self.index, self.budget, self.grid = name, rig, index, budget, grid
         self.noise = 0.1 * torch.randn(round(float(np.max(index.seconds)) * RATE) + 1)
         self.plan = Plan(index, budget, name, seed=seed, grid=grid)
+        self.packed = rig.training_step.gradient.packed
         self.steps = Steps(self.plan)
         self.addresses = self.steps.addresses(None, 0, 0)
         self.number = 0
@@ -143,7 +144,10 @@ class Arm:
         self.cuts += cuts
         for rows in planned.rows:
             lengths = Lengths.of(self.index, rows, self.budget, self.grid)
-            self.shapes.append((len(rows), int(lengths.frames.max()), int(lengths.tokens.max())))
+            if self.packed:  # an utterance's own lengths
+                self.shapes += [(1, int(t), int(u)) for t, u in zip(lengths.frames, lengths.tokens)]
+            else:
+                self.shapes.append((len(rows), int(lengths.frames.max()), int(lengths.tokens.max())))
             self.rows.append(rows)
 
     @property
@@ -158,7 +162,7 @@ class Arm:
             "audio_hours_per_hour": audio / self.seconds,
             "predicted": audio / sum(self.predicted),
             "padded_audio": 1 - float(frames.sum() / (shapes[:, 0] * shapes[:, 1]).sum()),
-            "mean_batch": float(shapes[:, 0].mean()),
+            "mean_batch": len(rows) / len(self.rows),
             "memory_filled_by_plan": float(np.mean(self.filled)),
             "out_of_memory": self.cuts,
             "steps": len(self.taken),

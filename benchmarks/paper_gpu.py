@@ -4,8 +4,8 @@
     python benchmarks/paper_gpu.py --smoke              # the same parts at toy size on a CPU, in about two minutes
 
 The parts, in this order, each in a process of its own with a limit on its time: the tests that use a GPU; a budget for
-a Canary of 1 B parameters; its training with `random` and `balanced`, a minute each (`gpu_training.py`); with the other
-strategies, a third of that; inference against `transformers` (`gpu_inference.py`); 24/24 against 32/4
+a Canary of 1 B parameters; its training with `random` and `balanced`, a minute each (`gpu_training.py`); with `packed`
+and the other strategies, a third of that; inference against `transformers` (`gpu_inference.py`); 24/24 against 32/4
 (`decoder_shift.py`), and both with drafts of simulated acceptance (`gpu_inference.py`); and `balanced` with compiled
 layers, without and with a grid of shapes.
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 SPEEDUP = 2.5  # goal: audio hours per hour of `balanced` over `random`
 MFU = 0.45  # goal: of the measured matrix rate
 INFERENCE = 3.0  # goal: RTFx over that of transformers
-STRATEGIES = ("random", "balanced", "bucket_2d", "duration", "bucket_1d")
+STRATEGIES = ("random", "balanced", "packed", "bucket_2d", "duration", "bucket_1d")
 START = 60.0  # seconds in which a training process builds the model, compiles kernels and warms up
 COMPILE = 240.0  # the same with compiled layers
 END = 5.0  # seconds in which a stopped process ends before it is killed, and the summary is written
