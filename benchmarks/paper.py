@@ -273,18 +273,34 @@ def wer_table(result: dict[str, Any]) -> str:
 
 
 def depth_table(result: dict[str, Any]) -> str:
+    """Return the WER of each shape by attention only, parameters and step time."""
     parameters = {row["shape"]: row["parameters"] for row in result["decoding"]}
-    rows = []
-    for one in result["accuracy"]:
-        gap = one.get("difference")
-        rows.append(
-            [one["shape"], f"{parameters[one['shape']] / 1e6:.2f} M", f"{one['steps']:,}", f"{one['wer']:.2%}",
-             ", ".join(f"{wer:.1%}" for wer in one["wer_of_seeds"]),
-             f"{100 * gap['wer']:+.2f} ({100 * gap['low']:+.2f} to {100 * gap['high']:+.2f})" if gap else "",
-             f"{one['seconds_a_step']:.3f}"]
-        )  # fmt: skip
-    head = ["encoder/decoder layers", "parameters", "updates", "WER", "of each seed", "difference, points (95 %)"]
-    return table([*head, "seconds a step"], rows)
+    rows = [
+        [one["shape"], f"{parameters[one['shape']] / 1e6:.2f} M", f"{one['steps']:,}", *accuracy_cells(one),
+         f"{one['seconds_a_step']:.3f}"]
+        for one in result["accuracy"]
+    ]  # fmt: skip
+    return table(["encoder/decoder layers", "parameters", "updates", *ACCURACY, "seconds a step"], rows)
+
+
+def joint_table(result: dict[str, Any]) -> str:
+    """Return the WER of each shape by attention and CTC together, and the cross-entropy with teacher forcing."""
+    rows = [
+        [one["shape"], f"{one['steps']:,}", *accuracy_cells(one["joint"]), spread(one["token_loss"], 3)]
+        for one in result["accuracy"]
+    ]
+    return table(["encoder/decoder layers", "updates", *ACCURACY, "cross-entropy a token"], rows)
+
+
+ACCURACY = ("WER", "of each seed", "difference, points (95 %)")
+
+
+def accuracy_cells(one: dict[str, Any]) -> list[str]:
+    """Return the cells of `ACCURACY`."""
+    gap = one.get("difference")
+    low, high = (f"{100 * gap[end]:+.2f}" for end in ("low", "high")) if gap else ("", "")
+    each = ", ".join(f"{wer:.1%}" for wer in one["wer_of_seeds"])
+    return [f"{one['wer']:.2%}", each, f"{100 * gap['wer']:+.2f} ({low} to {high})" if gap else ""]
 
 
 def decoding_table(result: dict[str, Any]) -> str:
@@ -305,6 +321,7 @@ TABLES = {
     "real-effort": ("real-speech", effort_table),
     "real-wer": ("real-speech", wer_table),
     "depth": ("depth", depth_table),
+    "depth-joint": ("depth", joint_table),
     "decoding": ("depth", decoding_table),
 }
 
@@ -363,26 +380,28 @@ def draw_padding(result: dict[str, Any]) -> Figure:
 
 @styled
 def draw_depth(result: dict[str, Any]) -> Figure:
-    """Return a figure of the WER of each shape, a point for each seed, and of its decoding time."""
+    """Return a figure of the WER of each shape by two ways of decoding, a point for each seed, and of its decoding
+    time."""
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     shapes = list(dict.fromkeys(row["shape"] for row in result["decoding"]))
     most = max(row["steps"] for row in result["accuracy"])
-    for place, shape in enumerate(shapes):
-        row = next(row for row in result["accuracy"] if (row["shape"], row["steps"]) == (shape, most))
-        left.bar(place, row["wer"], color=COLORS[0], width=0.55)
-        left.plot([place] * len(row["wer_of_seeds"]), row["wer_of_seeds"], "o", color=INK, markersize=4)
+    mine = [row for row in result["accuracy"] if row["steps"] == most]
+    places = np.arange(len(shapes))
+    for offset, color, name in ((-0.2, COLORS[0], "attention"), (0.2, COLORS[3], "attention and CTC")):
+        rows = [row if name == "attention" else row["joint"] for row in mine]
+        left.bar(places + offset, [row["wer"] for row in rows], 0.38, color=color, label=name)
+        for place, row in zip(places + offset, rows):
+            left.plot([place] * len(row["wer_of_seeds"]), row["wer_of_seeds"], "o", color=INK, markersize=3)
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     left.set(title=f"WER after {most:,} updates", ylim=(0, None))
-    for offset, way in ((-0.2, "released"), (0.2, "engine")):
-        mine = [row for row in result["decoding"] if row["way"] == way]
-        color = COLORS[1] if way == "released" else COLORS[2]
-        places = np.arange(len(mine)) + offset
-        right.bar(places, [row["decoder_seconds"] for row in mine], 0.38, color=color, label=WAYS[way])
+    for offset, color, way in ((-0.2, COLORS[1], "released"), (0.2, COLORS[2], "engine")):
+        seconds = [row["decoder_seconds"] for row in result["decoding"] if row["way"] == way]
+        right.bar(places + offset, seconds, 0.38, color=color, label=WAYS[way])
     right.set(title="decoder, seconds for the test set")
-    right.legend()
     for axes in (left, right):
-        axes.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="encoder/decoder layers")
+        axes.legend()
+        axes.set(xticks=places, xticklabels=shapes, xlabel="encoder/decoder layers")
         axes.grid(axis="x", visible=False)
         axes.tick_params(length=0)
     return figure
