@@ -297,19 +297,14 @@ class SpeechModel(nn.Module):
         """
         features = features or [self.features(one.audio, one.audio_lengths) for one in groups]
         encoded, frames = self.encode_packed(features)
-        zero = encoded.new_zeros((), dtype=torch.float32)
-        attention_sum, attention_count, ctc_sum, ctc_count, distillation = zero, zero, zero, zero, None
+        decoded = None
         if attention:
             own = packing_of_tokens(groups)
-            logits = self.decoder.packed([one.tokens[:, :-1] for one in groups], own, self.projection(encoded), frames)
-            targets = own.pack([targets_of(one) for one in groups])
-            attention_sum, attention_count = attention_loss(logits, targets, label_smoothing)
-            distillation = distillation_loss(logits, teacher, targets) if teacher else None
-        if self.ctc is not None and any(one.characters.shape[1] for one in groups):
-            for one, part, lengths in zip(groups, frames.split(encoded), frames.lengths):
-                ctc_sum = ctc_sum + _ctc_loss(*self.ctc_log_probs(part, lengths), one)
-            ctc_count = torch.stack([one.character_lengths.sum() for one in groups]).sum()
-        return Loss(attention_sum, attention_count, ctc_sum, ctc_count, distillation)
+            inputs = [one.tokens[:, :-1] for one in groups]
+            logits = self.decoder.packed(inputs, own, self.projection(encoded), frames)
+            decoded = logits, own.pack([targets_of(one) for one in groups])
+        parts = zip(frames.split(encoded), frames.lengths, groups) if self.ctc is not None else ()
+        return self._losses(decoded, list(parts), label_smoothing, teacher)
 
     def token_logits(self, batch: Batch) -> Tensor:
         """Return logits (B, U - 1, V) of the tokens after the first."""
@@ -327,16 +322,32 @@ class SpeechModel(nn.Module):
         teacher: SoftTargets | None = None,
     ) -> Loss:
         """Return the losses of audio that is already encoded (B, T, D), lengths (B,); ``batch`` gives the targets."""
-        zero = encoded.new_zeros((), dtype=torch.float32)
-        attention_sum, attention_count, ctc_sum, ctc_count, distillation = zero, zero, zero, zero, None
+        decoded = None
         if attention:
-            logits = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1])
-            targets = targets_of(batch)
-            attention_sum, attention_count = attention_loss(logits, targets, label_smoothing)
-            distillation = distillation_loss(logits, teacher, targets) if teacher else None
-        if self.ctc is not None and batch.characters.shape[1]:
-            ctc_sum = _ctc_loss(*self.ctc_log_probs(encoded, encoded_lengths), batch)
-            ctc_count = batch.character_lengths.sum()
+            decoded = self.logits(encoded, encoded_lengths, batch.tokens[:, :-1]), targets_of(batch)
+        return self._losses(decoded, [(encoded, encoded_lengths, batch)], label_smoothing, teacher)
+
+    def _losses(
+        self,
+        decoded: tuple[Tensor, Tensor] | None,
+        parts: Sequence[tuple[Tensor, Tensor, Batch]],
+        label_smoothing: float,
+        teacher: SoftTargets | None,
+    ) -> Loss:
+        """Return the losses of logits (..., V) and targets (...), and those of CTC.
+
+        parts: encoder outputs (B, T, D), lengths (B,) and the batch that has their characters; may be empty without a
+        CTC head.
+        """
+        zero = torch.zeros((), dtype=torch.float32, device=next(self.parameters()).device)
+        attention_sum, attention_count, ctc_sum, ctc_count, distillation = zero, zero, zero, zero, None
+        if decoded:
+            attention_sum, attention_count = attention_loss(*decoded, label_smoothing)
+            distillation = distillation_loss(decoded[0], teacher, decoded[1]) if teacher else None
+        if self.ctc is not None and any(batch.characters.shape[1] for _, _, batch in parts):
+            for encoded, lengths, batch in parts:
+                ctc_sum = ctc_sum + _ctc_loss(*self.ctc_log_probs(encoded, lengths), batch)
+            ctc_count = torch.stack([batch.character_lengths.sum() for _, _, batch in parts]).sum()
         return Loss(attention_sum, attention_count, ctc_sum, ctc_count, distillation)
 
 
