@@ -14,22 +14,32 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from ladder import Rig
 from rich.console import Console
 from rich.table import Table
 
 from canter.cli.progress import TerminalEvents, say
+from canter.corpus.audio import load_utterance
+from canter.corpus.index import LengthIndex
+from canter.corpus.manifest import Utterance
 from canter.demo.synthesis import synthesise
+from canter.files import write_text
+from canter.inference.engine.engine import engine_for
+from canter.inference.engine.requests import EngineConfig, Request
+from canter.loading import load_model
+from canter.models.hub import checkpoint_of
+from canter.models.model import SpeechModel
 from canter.reporting.machine import describe_machine
 from canter.training.config import ModelShape, TrainConfig
-from canter.training.feed.data import Steps
+from canter.training.feed.data import MicroBatches, Steps, collate
 from canter.training.recipe import prepare_training, run_training
 
 
@@ -136,6 +146,30 @@ def run(config: TrainConfig) -> dict[str, Any]:
         "wer": valid["wer"],
         "cer": valid["cer"],
     }
+
+
+@torch.no_grad()
+def token_loss(model: SpeechModel, rows: Sequence[Utterance]) -> float:
+    """Return the cross-entropy of a token with teacher forcing, over all tokens of the rows."""
+    index = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
+    data = MicroBatches(index, model.tokenizer, None, model.sample_rate)
+    examples = sorted((data.example(row) for row in rows), key=lambda example: len(example.audio))
+    batches = [collate(examples[at : at + 8], model.tokenizer.pad) for at in range(0, len(examples), 8)]
+    sums = [model.eval().loss(batch) for batch in batches]
+    return float(sum(x.attention for x in sums) / sum(x.attention_count for x in sums))
+
+
+def decoded_jointly(folder: Path, rows: Sequence[Utterance], ctc_weight: float) -> dict[str, Any]:
+    """Return a run's joint transcripts of rows and its cross-entropy a token; they are kept in the run's folder."""
+    path = folder / f"joint-{ctc_weight:g}.json"
+    if not path.exists():
+        model = load_model(checkpoint_of(folder))
+        requests = [Request(load_utterance(row, model.sample_rate), model.tokenizer.prompt(row)) for row in rows]
+        done = engine_for(model, model.tokenizer.end, EngineConfig(ctc_weight=ctc_weight)).decode(requests)
+        texts = [model.tokenizer.decode(one.tokens) for one in done]
+        found = {"text": [row.text for row in rows], "pred_text": texts, "token_loss": token_loss(model, rows)}
+        write_text(path, json.dumps(found))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def train_rows(folder: Path) -> list[dict[str, Any]]:

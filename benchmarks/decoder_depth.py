@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from convergence import Setting, keep, shared, train_rows
+from convergence import Setting, decoded_jointly, keep, shared, train_rows
 from convergence import run as trained
 from decoder_shift import measure_ways
-from reshape import token_loss
 from rich.console import Console
 from rich.table import Table
 
@@ -32,9 +31,6 @@ from canter.corpus.audio import load_utterance
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.evaluation.wer import ErrorCounts, Score, paired_difference, score_texts
-from canter.files import write_text
-from canter.inference.engine.engine import engine_for
-from canter.inference.engine.requests import EngineConfig, Request
 from canter.loading import load_model
 from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
@@ -82,20 +78,6 @@ def rows_of(manifest: Path) -> list[Utterance]:
     return [row for row in open_source(manifest) if isinstance(row, Utterance)]
 
 
-def decoded_jointly(folder: Path, manifest: Path, ctc_weight: float) -> dict[str, Any]:
-    """Return the test set's joint transcripts and its cross-entropy a token; they are kept in the run's folder."""
-    path = folder / f"joint-{ctc_weight:g}.json"
-    if not path.exists():
-        model = load_model(checkpoint_of(folder))
-        rows, end = rows_of(manifest), model.tokenizer.end
-        requests = [Request(load_utterance(row, model.sample_rate), model.tokenizer.prompt(row)) for row in rows]
-        done = engine_for(model, end, EngineConfig(ctc_weight=ctc_weight)).decode(requests)
-        texts = [model.tokenizer.decode(one.tokens) for one in done]
-        found = {"text": [row.text for row in rows], "pred_text": texts, "token_loss": token_loss(model, rows)}
-        write_text(path, json.dumps(found))
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def pooled(scores: Sequence[Score]) -> Score:
     """Return one score of several results on the same references: each utterance has the errors of all of them."""
     together = zip(*(score.utterances for score in scores), strict=True)
@@ -118,7 +100,7 @@ def accuracy(rows: Sequence[dict[str, Any]], test: Path, options: Options) -> li
         for shape, some in done.items() if seeds else ():
             folders = [options.output / row["folder"] for row in some[:seeds]]
             attention[shape] = [score_rows(transcripts(folder, steps)) for folder in folders]
-            both = [decoded_jointly(folder, test, options.ctc_weight) for folder in folders]
+            both = [decoded_jointly(folder, rows_of(test), options.ctc_weight) for folder in folders]
             joint[shape] = [score_texts(one["text"], one["pred_text"]) for one in both]
             found.append(
                 {"shape": shape, "steps": steps, "seeds": seeds}

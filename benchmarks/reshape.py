@@ -9,7 +9,6 @@ learning rates. FOLDER keeps the reshaped model and the runs; started again, it 
 """
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,24 +18,29 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from convergence import decoded_jointly, token_loss
 
 from canter.cli.progress import TerminalEvents
 from canter.corpus.index import LengthIndex
 from canter.corpus.manifest import Utterance
 from canter.corpus.sources import open_source
 from canter.errors import ConfigError
+from canter.evaluation.wer import score_texts
 from canter.loading import load_model
 from canter.models.formats.checkpoint import save_model
 from canter.models.hub import checkpoint_of
 from canter.models.model import SpeechModel
 from canter.models.reshape import Growth, Kept, encoder_layers_that_keep, measure_times, reshape
 from canter.planning.budget import Budget
+from canter.reporting.machine import describe_machine
 from canter.text import Characters
 from canter.training.config import LossConfig, ModelShape, TrainConfig, load_run_config
 from canter.training.defaults import TEACHER_WEIGHT, decided
-from canter.training.feed.data import MicroBatches, collate
+from canter.training.feed.data import MicroBatches
 from canter.training.recipe import run_training
 from canter.training.validation import Validator, spread_over
+
+CTC_WEIGHT = 0.3  # of joint decoding
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,17 @@ def onwards(options: Options, config: TrainConfig, init: Path, name: str, teache
     )
 
 
-def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str, Any]:
-    """Shape and WER of one shape, whose further training starts here."""
+def figures(model: SpeechModel, before: float, config: TrainConfig, rows: Sequence[Utterance]) -> dict[str, Any]:
+    """Shape and WER of one shape, whose further training starts here; with a CTC head also that of joint decoding."""
     finished = run_training(config, TerminalEvents())
-    lines = map(json.loads, finished.prepared.run.log.metrics.read_text(encoding="utf-8").splitlines())
-    rows = list(lines)
-    valid = [row for row in rows if row["kind"] == "valid"][-1]
+    metrics = finished.prepared.run.log.metrics.read_text(encoding="utf-8")
+    logged = [json.loads(line) for line in metrics.splitlines()]
+    valid = [line for line in logged if line["kind"] == "valid"][-1]
+    joint = {}
+    if model.ctc is not None:
+        found = decoded_jointly(config.output, rows, CTC_WEIGHT)
+        score = score_texts(found["text"], found["pred_text"], normalize="none")
+        joint = {"joint_wer": score.total.wer, "token_loss": found["token_loss"]}
     return {
         "encoder_layers": model.config.encoder.layers,
         "decoder_layers": model.config.decoder.layers,
@@ -124,19 +133,9 @@ def figures(model: SpeechModel, before: float, config: TrainConfig) -> dict[str,
         "wer_after": valid["wer"],
         "cer_after": valid["cer"],
         "rtfx": valid["rtfx"],
-        "training_seconds": sum(row["seconds"] for row in rows if row["kind"] == "train"),
+        **joint,
+        "training_seconds": sum(line["seconds"] for line in logged if line["kind"] == "train"),
     }
-
-
-@torch.no_grad()
-def token_loss(model: SpeechModel, rows: Sequence[Utterance]) -> float:
-    """Return the cross-entropy of a token with teacher forcing, over all tokens of the rows."""
-    index = LengthIndex(np.array([row.duration for row in rows], np.float32), np.ones(len(rows), np.int64))
-    data = MicroBatches(index, model.tokenizer, None, model.sample_rate)
-    examples = sorted((data.example(row) for row in rows), key=lambda example: len(example.audio))
-    batches = [collate(examples[at : at + 8], model.tokenizer.pad) for at in range(0, len(examples), 8)]
-    sums = [model.eval().loss(batch) for batch in batches]
-    return float(sum(x.attention for x in sums) / sum(x.attention_count for x in sums))
 
 
 def cut_losses(model: SpeechModel, rows: list[Utterance], layers: int) -> dict[str, float]:
@@ -185,7 +184,7 @@ def run(options: Options) -> dict[str, Any]:
         with torch.inference_mode():
             before = validate(one.eval()).metrics["wer"]
         teacher = source if name == "distilled" else None
-        shapes[name] = figures(one, before, onwards(options, config, init, name, teacher))
+        shapes[name] = figures(one, before, onwards(options, config, init, name, teacher), rows)
 
     size = (options.seconds, options.tokens, options.batch)
     old, new = measure_times(model, *size), measure_times(reshaped, *size)
@@ -198,8 +197,7 @@ def run(options: Options) -> dict[str, Any]:
         for part in ("encoder", "decoder")
     }
     return {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "machine": describe_machine(),
         "threads": torch.get_num_threads(),
         "steps": options.steps,
         "growth": options.growth,
@@ -220,6 +218,7 @@ def show(result: dict[str, Any]) -> None:
             f"{name:9} {row['encoder_layers']}/{row['decoder_layers']}  {row['parameters'] / 1e6:.2f} M  "
             f"WER {row['wer_before']:.1%} -> {row['wer_after']:.1%} after {result['steps']} steps "
             f"({row['training_seconds']:.0f} s)  RTFx {row['rtfx']:.0f}"
+            + (f"  decoded jointly {row['joint_wer']:.1%}, loss {row['token_loss']:.3f}" if "joint_wer" in row else "")
         )
     for part, row in result["decoding_seconds"].items():
         told = ", ".join(f"{name.replace('_', ' ')} {1000 * value:.1f} ms" for name, value in row.items())
