@@ -394,13 +394,14 @@ def draw_depth(result: dict[str, Any]) -> Figure:
         for place, row in zip(places + offset, rows):
             left.plot([place] * len(row["wer_of_seeds"]), row["wer_of_seeds"], "o", color=INK, markersize=3)
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    left.set(title=f"WER after {most:,} updates", ylim=(0, None))
+    highest = max(max(row["wer_of_seeds"]) for row in mine)
+    left.set(title=f"WER after {most:,} updates", ylim=(0, 1.35 * highest))  # room for the legend
     for offset, color, way in ((-0.2, COLORS[1], "released"), (0.2, COLORS[2], "engine")):
         seconds = [row["decoder_seconds"] for row in result["decoding"] if row["way"] == way]
         right.bar(places + offset, seconds, 0.38, color=color, label=WAYS[way])
     right.set(title="decoder, seconds for the test set")
     for axes in (left, right):
-        axes.legend()
+        axes.legend(loc="upper left" if axes is left else "upper right")
         axes.set(xticks=places, xticklabels=shapes, xlabel="encoder/decoder layers")
         axes.grid(axis="x", visible=False)
         axes.tick_params(length=0)
