@@ -1,11 +1,14 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from canter.runtime import LiveBytes, OutOfMemory, is_out_of_memory, tensor_bytes
+from canter import runtime
+from canter.runtime import LiveBytes, OutOfMemory, device_memory, is_out_of_memory, tensor_bytes
 
 MIB = 2**20
 
@@ -99,3 +102,60 @@ def test_what_is_freed_stays_for_the_next_step_or_goes_back_at_once():
     assert lasting[0] < 0.02 * pages
     assert steady[0] > 0.9 * pages
     assert steady[1] < lasting[1] - 60 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/", {"memory.max": "1048576\n"}, MIB),  # a container
+        ("0::/", {"memory.max": "max\n"}, None),
+        ("0::/", {}, None),  # the machine itself
+        ("0::/job/step", {"job/step/memory.max": "max\n", "job/memory.max": "2097152\n"}, 2 * MIB),
+        ("0::/job/step", {"job/step/memory.max": "1048576\n", "job/memory.max": "2097152\n"}, MIB),
+        ("0::/../other", {"memory.max": "1048576\n"}, MIB),  # a group outside of the container's namespace
+        ("4:memory:/docker/1\n3:cpu:/", {"memory/memory.limit_in_bytes": "1048576\n"}, MIB),  # seen from inside
+        ("4:cpu,memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": "1048576\n"}, MIB),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+        ("4:cpu:/a", {"memory/a/memory.limit_in_bytes": "1048576\n"}, None),
+        ("", {}, None),
+    ],
+)
+def test_a_control_group_limits_the_memory_of_a_process(own, files, limit, tmp_path: Path, monkeypatch):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(runtime, "CONTROL_GROUPS", tmp_path)
+    assert device_memory(torch.device("cpu")) == (limit or machine)
+
+
+def test_a_system_without_control_groups_has_all_of_its_memory(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "missing")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert device_memory(torch.device("cpu")) == machine
+
+
+def test_the_limit_of_a_real_control_group_is_found():
+    first = Path("/sys/fs/cgroup/memory")
+    version_1 = first.is_dir()
+    group = (first if version_1 else Path("/sys/fs/cgroup")) / f"canter-test-{os.getpid()}"
+    code = (
+        "import os, sys, pathlib, torch; from canter.runtime import device_memory\n"
+        "pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
+        "print(device_memory(torch.device('cpu')))"
+    )
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
+        if not limit.exists():
+            pytest.skip("control groups have no memory controller here")
+        limit.write_text(str(2048 * MIB))
+        done = subprocess.run([sys.executable, "-c", code, str(group)], capture_output=True, text=True, check=True)
+        assert int(done.stdout) == 2048 * MIB
+    finally:
+        group.rmdir()

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from canter.errors import ConfigError
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+OWN_GROUPS, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MMAP_THRESHOLD, LARGEST_THRESHOLD = 2**17, 2**25  # bytes: glibc's initial value, and the largest that it accepts
 OPEN_FILES = 2**16  # limit where the system sets none
@@ -195,11 +196,39 @@ def capped_allocator(device: torch.device, cap: float | None) -> Iterator[None]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes that this process may use: a GPU's free memory and what it has reserved there, or all memory of
-    the machine."""
+    """Return the bytes that this process may use.
+
+    They are a GPU's free memory and what the process has reserved there; on a CPU all memory of the machine, or of the
+    container or job where that is less.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *control_group_limits()])
+
+
+def control_group_limits() -> list[int]:
+    """Return the limits, in bytes, of the control groups that hold this process: a container's, a SLURM job's.
+
+    Both versions of Linux's control groups are read (the kernel's cgroup-v2.rst and cgroup-v1/memory.rst), each group
+    with its parents. A container does not see groups outside of it.
+    """
+    limits: list[int] = []
+    if not OWN_GROUPS.exists():  # another system than Linux
+        return limits
+    for line in OWN_GROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = CONTROL_GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # a group that is not seen from here; "max": no limit
+                if folder.is_relative_to(root):
+                    limits.append(int((folder / name).read_text()))
+    return limits
 
 
 def gib(size: float) -> str:

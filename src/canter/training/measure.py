@@ -141,14 +141,14 @@ def make_prober(
 def memory_limit(device: torch.device, limit: float | None = None, events: Events[Never] = QUIET) -> float:
     """Return the bytes that a step may use, weights included.
 
-    Without ``limit``, they are 95 % of a GPU's free memory or half of a CPU's memory. Raises BudgetError for a limit
-    that the machine does not have.
+    Without ``limit``, they are 95 % of a GPU's free memory, or half of the memory of a machine without one (of a
+    container's or a job's, where that is less). Raises BudgetError for a limit that is more than there is.
     """
     room = device_memory(device)
     if device.type == "cuda":
         default, source = GPU_FRACTION * room, f"{GPU_FRACTION:.0%} of the free memory of this GPU"
     else:
-        default, source = CPU_FRACTION * room, "half of this machine's"
+        default, source = CPU_FRACTION * room, "half of the memory that this process may use"
     if limit is None:
         limit = default
         events.message(f"memory limit {limit / 2**30:.1f} GiB, {source}")
