@@ -245,17 +245,21 @@ def test_unusable_audio_is_skipped_and_named(config, spoken, tmp_path):
     assert "2 s in the manifest" in reason
 
 
-def test_a_first_step_without_usable_audio_is_a_step(config, spoken, tmp_path):
-    """Progress is shown of it too."""
+def test_a_run_whose_audio_cannot_be_read_ends_with_the_reason(config, spoken, tmp_path):
+    """Progress is shown of its steps too; no model is saved, and the run fails again when it is resumed."""
     rows = [json.loads(line) for line in spoken.train_manifest.read_text().splitlines()[:4]]
     rows = [row | {"audio_filepath": str(tmp_path / "missing.wav")} for row in rows]
     write_manifest(tmp_path / "missing.jsonl", [{**row, "id": str(n)} for n, row in enumerate(rows)])
     lines = []
 
-    config = dataclasses.replace(config, manifest=(tmp_path / "missing.jsonl",), valid=(), steps=1)
+    config = dataclasses.replace(config, manifest=(tmp_path / "missing.jsonl",), valid=(), steps=2)
     show = Reports(lambda report: lines.append(TrainingProgress.describe([report])))
-    assert run_training(config, show).progress.skipped > 0
+    for _ in range(2):
+        with pytest.raises(CanterError, match=r"^4 of 4 utterances could not be used .* 4 x does not exist; "):
+            run_training(config, show)
+    assert len(lines) == 2
     assert "padding 0.0%" in lines[0]
+    assert not any((config.output / "checkpoints").glob("step-*"))
 
 
 def test_steps_of_a_run_that_was_killed_before_it_saved_are_forgotten(config, tmp_path):

@@ -434,7 +434,9 @@ class Trainer:
             self.progress.skipped += count
             everyone = self.ranks.all_gather_objects(problems)
             self.log.add_skipped(step, [problem for some in everyone for problem in some])
-            check_skipped(self.log, self.progress, self.config.max_skipped, self.ranks)
+            check_skipped(
+                self.log, self.progress, self.config.max_skipped, self.ranks, ended=self.progress.step == self.steps
+            )
 
     def _name_unaugmented(self, step: int, problems: list[Problem]) -> None:
         """Name each file of noise that a rank could not read, once."""

@@ -250,10 +250,14 @@ def list_problems(path: Path, problems: Sequence[Problem], warn: Callable[[str],
         path.unlink(missing_ok=True)
 
 
-def check_skipped(log: RunLog, progress: Progress, limit: float, ranks: Ranks) -> None:
-    """Raise CanterError with the most frequent reasons if more than ``limit`` of the utterances were unusable."""
+def check_skipped(log: RunLog, progress: Progress, limit: float, ranks: Ranks, *, ended: bool = False) -> None:
+    """Raise CanterError with the most frequent reasons if more than ``limit`` of the utterances were unusable.
+
+    A few are allowed whatever their fraction, unless the run has ended and used none.
+    """
     seen = progress.utterances + progress.skipped
-    if progress.skipped <= max(MIN_SKIPPED, limit * seen):
+    few = MIN_SKIPPED if progress.utterances or not ended else 0
+    if progress.skipped <= max(few, limit * seen):
         return
     reasons = ranks.broadcast_object(frequent_reasons(log.skipped) if ranks.first else "")
     raise CanterError(
