@@ -1,6 +1,7 @@
 """Data that does not come: what is said, when a run ends, and what it keeps."""
 
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -64,6 +65,7 @@ def test_a_file_that_never_answers_ends_the_run_saved_and_named(slow, soon, monk
     config = dataclasses.replace(config, workers=workers)
     passed = 0.0
     monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed))
+    monkeypatch.setattr(data, "LOOK_SECONDS", 1000.0)
 
     class Clock(Events):
         def message(self, line):  # the clock jumps once the file is waited for: how fast this machine is does not count
@@ -129,6 +131,27 @@ def test_waiting_is_reported_and_ends():
     puller.close()
     puller.thread.join(1800)
     assert not puller.thread.is_alive()
+
+
+def test_time_in_which_the_process_is_stopped_is_not_waited(soon, monkeypatch):
+    """As by Ctrl-Z: a clock that leaps between two looks at it says nothing of the storage."""
+    hold, looks = threading.Event(), itertools.count(1)
+    clock = itertools.count(0, 1000)
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+
+    def values():
+        hold.wait(60)
+        yield 1
+
+    def stopping():
+        if next(looks) == 2:
+            hold.set()
+        return False
+
+    puller = Puller(values(), [])
+    assert puller.next(Patience(limit=300.0, stopping=stopping)) == 1
+    assert next(looks) > 2
+    puller.close()
 
 
 def test_what_the_iterator_raises_is_raised_where_it_is_waited_for():

@@ -45,6 +45,7 @@ MORE_FILES = "raise the limit on open files (ulimit -n) or use fewer --workers"
 NOTICE_SECONDS = 30.0  # between messages while a run waits for data
 STOP_SECONDS = 10.0  # that a run which was asked to stop waits for the data of the current step
 POLL_SECONDS = 0.5  # between looks at the clock and at signals
+LOOK_SECONDS = 10.0  # that count as waiting between two looks; in more this process was stopped, as by Ctrl-Z
 CLOSE_SECONDS = 5.0  # that data workers have to end by themselves
 ASK_SECONDS = 2.0  # to find out the name of a file that is waited for
 PREFETCH = 8  # micro-batches that a worker loads ahead
@@ -316,8 +317,8 @@ class Puller(Generic[T]):
         after the run was asked to stop, and what the iterator raises.
         """
         self.asked.put(True)
-        began = time.monotonic()
-        warned, stopped = began, 0.0
+        last = time.monotonic()
+        waited = warned = stopped = 0.0
         while True:
             try:
                 value = self.given.get(timeout=POLL_SECONDS)
@@ -330,21 +331,23 @@ class Puller(Generic[T]):
                     raise value
                 return value
             now = time.monotonic()
+            waited += min(now - last, LOOK_SECONDS)
+            last = now
             if patience.stopping():
                 stopped = stopped or now
                 if now - stopped >= STOP_SECONDS:
                     self.hangs = True
                     raise StoppedWaitingError
-            if now - began >= patience.limit:
+            if waited >= patience.limit:
                 self.hangs = True
                 raise CanterError(
-                    f"no data for {now - began:.0f} s{self._reading()}; make the storage answer or remove these rows, "
+                    f"no data for {waited:.0f} s{self._reading()}; make the storage answer or remove these rows, "
                     "and the same command resumes from the checkpoint saved now; --data-timeout sets the limit"
                 )
-            if now - warned >= NOTICE_SECONDS:
-                warned = now
+            if waited - warned >= NOTICE_SECONDS:
+                warned = waited
                 patience.warn(
-                    f"waiting for data for {now - began:.0f} s{self._reading()}; the run ends after "
+                    f"waiting for data for {waited:.0f} s{self._reading()}; the run ends after "
                     f"{patience.limit:g} s (--data-timeout)"
                 )
 
