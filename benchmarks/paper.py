@@ -41,7 +41,8 @@ RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 PARTS = ("padding", "ranks", "time-to-wer", "real-speech", "depth")
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLE_NAMES = re.compile(r"<!-- table: ([\w-]+) -->")
-REAL = "--minutes 0.5 1 2 4 --batch-seconds 48 --rates 0.2 0.1 0.06 --arms random bucket_1d bucket_2d balanced"
+REAL = "--minutes 0.5 1 2 4 --batch-seconds 48 --rates 0.1 0.06 --timed 30"
+REAL_ARMS = ("random", "bucket_1d, 24 s", "bucket_2d, 24 s", "balanced, 24 s", "balanced, 12 s")
 TINY = "--utterances 200 --test-utterances 30 --width 32 --seeds 1"
 WAYS = {"released": "hidden states cached, batches wait", "engine": "Canter's engine"}
 POLL = 2.0  # seconds between looks at the results of running parts
@@ -117,10 +118,11 @@ def parts_of(options: Options) -> Iterator[Part]:
             yield Part(name, (*script("ranks"), "-o", str(result), "--lengths", str(lengths), *budget, *small), result)
         elif name == "time-to-wer":
             command = (*script("time_to_wer"), "-o", str(folder), "--json", str(result), *timed)
-            yield Part(name, command, result, 2 * 5 if quick else 3 * 4 * 5)
+            yield Part(name, command, result, 2 * 4 if quick else 3 * 4 * 4)
         elif name == "real-speech" and options.whisper and options.speech:
             command = (*script("time_to_wer"), "-o", str(folder), "--json", str(result), *real, *REAL.split(), *timed)
-            yield Part(name, command, result, 2 * 4 if quick else 3 * 4 * 4)
+            command += ("--arms", *REAL_ARMS)
+            yield Part(name, command, result, 2 * 5 if quick else 3 * 4 * 5)
         elif name == "real-speech":
             say("real-speech is left out: it takes --whisper MODEL and --speech MANIFEST ...")
         else:

@@ -16,6 +16,7 @@ the logarithm of the time. A strategy that has reached the lowest WER makes no l
 command continues where it stopped.
 """
 
+import itertools
 import json
 import math
 import re
@@ -253,7 +254,7 @@ def draw_wer(rows: Sequence[dict[str, Any]], arms: Sequence[str], minutes: Seque
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots()
     lowest = max(0.002, min(row["wer"] for row in rows))
-    for color, arm in zip(COLORS, arms):
+    for color, arm in zip(itertools.cycle(COLORS), arms):
         lengths = [[row for row in rows if (row["arm"], row["minutes"]) == (arm, length)] for length in minutes]
         lengths = [some for some in lengths if some]
         taken = [statistics.mean(row["seconds"] for row in some) / 60 for some in lengths]
