@@ -41,7 +41,8 @@ from canter.training.config import ModelShape, TrainConfig
 @dataclass(frozen=True)
 class Options(Setting):
     shapes: tuple[str, ...] = ("6/5", "8/2", "9/1")
-    """Encoder/decoder layers; the first is the baseline. These have 1.9 million parameters at width 96, within 2 %."""
+    """Encoder/decoder layers, with the decoder's width after an x where it is another one, as in 8/1x144; the first is
+    the baseline. These have 1.9 million parameters at width 96, within 2 %."""
     steps: tuple[int, ...] = (750, 1500)
     """Numbers of updates; each is a run of its own with its own learning-rate schedule."""
     first_seed: int = 0
@@ -55,15 +56,16 @@ class Options(Setting):
 
 
 def layers_of(shape: str) -> tuple[int, int]:
-    encoder, decoder = shape.split("/")
+    encoder, decoder = shape.split("x")[0].split("/")
     return int(encoder), int(decoder)
 
 
 def config_of(base: TrainConfig, options: Options, shape: str, steps: int, seed: int) -> TrainConfig:
     """Return the configuration of a run."""
     encoder, decoder = layers_of(shape)
-    folder = options.output / f"{encoder}-{decoder}-{steps}-{seed}"
-    model = ModelShape(width=options.width, encoder_layers=encoder, decoder_layers=decoder)
+    wide = int(shape.split("x")[1]) if "x" in shape else None
+    folder = options.output / f"{shape.replace('/', '-')}-{steps}-{seed}"
+    model = ModelShape(width=options.width, encoder_layers=encoder, decoder_layers=decoder, decoder_width=wide)
     loss = replace(base.loss, ctc_warmup=options.ctc_warmup)
     return replace(base, output=folder, seed=seed, steps=steps, model=model, loss=loss)
 

@@ -71,7 +71,9 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ("precision: fp8", "none of auto, bf16, float32"),
         ("- 1", "expected a mapping"),
         ("a: [", "is not YAML"),
-        ("model: {width: 100, heads: 3}", "not a multiple"),
+        ("model: {width: 100, heads: 3}", "--model.width 100 is not a multiple of --model.heads 3"),
+        ("model: {decoder_width: 100, heads: 3}", "model.decoder_width 100 is not a multiple of --model.heads 3"),
+        ("model: {decoder_width: 0}", "must be at least 1"),
         ("loss: {ctc_weight: 0.0, ctc_warmup: 0.1}", "ctc-warmup"),
     ],
 )

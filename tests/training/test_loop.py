@@ -58,6 +58,17 @@ def test_a_run_leaves_what_it_promises(config):
     assert max(seconds) < model.generation["window_seconds"] <= max(10, 1.1 * max(seconds) + 1)
 
 
+@pytest.mark.parametrize("strategy", ["balanced", "packed"])
+def test_a_decoder_may_be_wider_than_its_encoder(config, strategy):
+    shape = dataclasses.replace(config.model, decoder_width=48)
+    run_training(dataclasses.replace(config, model=shape, strategy=strategy, steps=4))
+    assert metrics(config)[-1]["loss_attention"] > 0
+    model = load_model(max((config.output / "checkpoints").glob("step-*")))
+    assert (model.config.encoder.width, model.config.decoder.width) == (32, 48)
+    assert (model.config.encoder.feedforward, model.config.decoder.feedforward) == (128, 192)
+    assert metrics(config, "valid")
+
+
 def test_the_report_of_a_run_shows_what_was_predicted_and_measured(config, tmp_path):
     budget = Budget(1e6, Polynomial(T=100.0), Polynomial(T=1e-4), 1e5, fixed_seconds=0.02)
     budget.save(tmp_path / "budget.json")

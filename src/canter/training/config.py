@@ -65,8 +65,9 @@ FREE = frozenset((
 # fmt: off
 LIMITS = (
     ("batching_window micro_batches_per_step min_steps valid_every save_every valid_utterances keep_checkpoints "
-     "max_bad_steps threads vocab_size model.encoder_layers model.decoder_layers model.width model.heads "
-     "model.kernel_size model.subsampling_channels model.mels model.positions", lambda value: value >= 1, "at least 1"),
+     "max_bad_steps threads vocab_size model.encoder_layers model.decoder_layers model.width model.decoder_width "
+     "model.heads model.kernel_size model.subsampling_channels model.mels model.positions",
+     lambda value: value >= 1, "at least 1"),
     ("batch_seconds", lambda value: value == "auto" or value > 0, "auto, none or a positive number of seconds"),
     ("optimizer.clip", lambda value: value > 0, "positive"),
     ("minutes steps epochs rank_timeout data_timeout optimizer.learning_rate optimizer.matrix_learning_rate "
@@ -93,6 +94,8 @@ class ModelShape:
     """Number of Transformer decoder layers."""
     width: int = 144
     """Model dimension of encoder and decoder; feed-forward layers are four times as wide."""
+    decoder_width: Annotated[int | None, FileOnly()] = None
+    """Model dimension of the decoder where it is another one, as canary-180m-flash has (default: --model.width)."""
     heads: int = 4
     """Number of attention heads."""
     kernel_size: Annotated[int, FileOnly()] = 9
@@ -413,8 +416,9 @@ class TrainConfig:
                     f"{', '.join(given)} cannot go with --init: the shape is that of the checkpoint; leave them out, "
                     "or change its layers with 'canter reshape' first"
                 )
-        if self.model.width % self.model.heads:
-            raise ConfigError(f"--model.width {self.model.width} is not a multiple of --model.heads {self.model.heads}")
+        for name, width in (("--model.width", self.model.width), ("model.decoder_width", self.model.decoder_width)):
+            if width is not None and width % self.model.heads:
+                raise ConfigError(f"{name} {width} is not a multiple of --model.heads {self.model.heads}")
 
 
 def _check_lora(config: TrainConfig) -> None:

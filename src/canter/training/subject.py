@@ -92,15 +92,12 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, characters: Character
 def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characters) -> ModelConfig:
     """Return the shape of a model trained from scratch: Canary's architecture at the configured size."""
     shape = config.model
-    shared = {
-        "width": shape.width,
-        "heads": shape.heads,
-        "feedforward": 4 * shape.width,
-        "dropout": shape.dropout,
-        "dropout_attention": shape.dropout,
-    }
+    wide = shape.decoder_width or shape.width
+    shared = {"heads": shape.heads, "dropout": shape.dropout, "dropout_attention": shape.dropout}
     encoder = FastConformerConfig(
         layers=shape.encoder_layers,
+        width=shape.width,
+        feedforward=4 * shape.width,
         kernel_size=shape.kernel_size,
         subsampling_channels=shape.subsampling_channels,
         mels=shape.mels,
@@ -108,7 +105,7 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer, characters: Characte
         **shared,
     )
     vocabulary = {"vocabulary": tokenizer.vocab_size, "positions": shape.positions, "pad": tokenizer.pad}
-    decoder = DecoderConfig(layers=shape.decoder_layers, **vocabulary, **shared)
+    decoder = DecoderConfig(layers=shape.decoder_layers, width=wide, feedforward=4 * wide, **vocabulary, **shared)
     ctc_vocabulary = characters.size if config.loss.ctc_weight else 0
     return ModelConfig(FeatureConfig(mels=shape.mels), encoder, decoder, ctc_vocabulary=ctc_vocabulary)
 
