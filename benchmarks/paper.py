@@ -118,7 +118,7 @@ def parts_of(options: Options) -> Iterator[Part]:
             yield Part(name, (*script("ranks"), "-o", str(result), "--lengths", str(lengths), *budget, *small), result)
         elif name == "time-to-wer":
             command = (*script("time_to_wer"), "-o", str(folder), "--json", str(result), *timed)
-            yield Part(name, command, result, 2 * 4 if quick else 3 * 4 * 4)
+            yield Part(name, command, result, 2 * 4 if quick else 3 * 3 * 4)
         elif name == "real-speech" and options.whisper and options.speech:
             command = (*script("time_to_wer"), "-o", str(folder), "--json", str(result), *real, *REAL.split(), *timed)
             command += ("--arms", *REAL_ARMS)
@@ -127,7 +127,7 @@ def parts_of(options: Options) -> Iterator[Part]:
             say("real-speech is left out: it takes --whisper MODEL and --speech MANIFEST ...")
         else:
             command = (*script("decoder_depth"), "-o", str(folder), "--json", str(result), *depth)
-            yield Part(name, command, result, 2 if quick else 9, timed=False)
+            yield Part(name, command, result, 2 if quick else 18, timed=False)
 
 
 def script(name: str) -> tuple[str, str]:
